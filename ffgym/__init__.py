@@ -1,0 +1,48 @@
+"""ffgym: how much of each layer of a language model can go, and the smaller model that comes out.
+
+The names here are the public ones. Importing them loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ffgym.errors import FFGymError
+from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, PluginConfig, Reward
+from ffgym.plugins.hookspecs import hookimpl
+from ffgym.types import Allocation, Evaluation, LayerStats, Sublayer, SublayerView
+from ffgym.version import __version__
+
+if TYPE_CHECKING:
+    from ffgym.config import RunConfig
+    from ffgym.runner import run
+
+__all__ = [
+    "Agent",
+    "Allocation",
+    "BatchAgent",
+    "Criterion",
+    "Evaluation",
+    "FFGymError",
+    "Heuristic",
+    "LayerStats",
+    "PluginConfig",
+    "Reward",
+    "RunConfig",
+    "Sublayer",
+    "SublayerView",
+    "__version__",
+    "hookimpl",
+    "run",
+]
+
+_LATE = {"RunConfig": "ffgym.config", "run": "ffgym.runner"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is heavy only when somebody asks for it (PEP 562)."""
+    if name in _LATE:
+        import importlib
+
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

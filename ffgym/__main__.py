@@ -1,0 +1,5 @@
+"""``python -m ffgym`` is the command ``ffgym``."""
+
+from ffgym.cli import main
+
+main()

@@ -1,0 +1,38 @@
+"""Gaussian noise over sublayers: smooth over depth within each kind, plus a private part.
+
+Sixty or more importances and a few hundred episodes: independent noise per sublayer spends most of them on directions
+that cancel out. Neighbouring layers of one kind are worth about the same, so most of the noise is shared among them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def depth_covariance(dimensions: int, *, smooth: float, length: float) -> np.ndarray:
+    """Covariance of unit-variance noise over 2L sublayers (attention and MLP alternate).
+
+    ``smooth`` of the variance is a Gaussian-process component per kind, exp(-(i - j)^2 / (2 (length L)^2)) over layers
+    i, j; the rest is private. What would move all sublayers alike is taken out: the projection undoes it.
+
+    Args:
+        dimensions: 2L.
+        smooth: share of variance that is smooth over depth, in [0, 1].
+        length: length scale as a share of the depth, > 0.
+
+    Returns:
+        shape (2L, 2L), float64, positive semi-definite.
+    """
+    layer = np.arange(dimensions) // 2
+    kind = np.arange(dimensions) % 2
+    distance = (layer[:, None] - layer[None, :]) / (length * max(1, dimensions // 2))
+    shared = np.exp(-0.5 * distance**2) * (kind[:, None] == kind[None, :])
+    covariance = smooth * shared + (1 - smooth) * np.eye(dimensions)
+    centre = np.eye(dimensions) - 1.0 / dimensions
+    return centre @ covariance @ centre
+
+
+def square_root(covariance: np.ndarray) -> np.ndarray:
+    """A symmetric S with S S = covariance; shape (d, d), float64."""
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T

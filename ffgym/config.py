@@ -1,0 +1,390 @@
+"""RunConfig: everything that decides a run, one pydantic table per stage; TOML in, TOML out.
+
+The tables ``criterion``, ``reward``, ``agent`` and ``prior`` name a plugin and keep its options raw: the plugin's own
+``Config`` validates them (`ffgym.plugins.manager.create`). All other tables refuse keys they do not know.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ffgym.errors import ConfigError
+from ffgym.types import Calibration, JSONDict, Resource
+
+# TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
+OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Ramp = Literal["none", "cubic"]
+
+
+class Table(BaseModel):
+    """A table with fixed keys: unknown keys and mistyped values are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class PluginTable(BaseModel):
+    """A table that names a plugin; every further key is an option that the plugin's ``Config`` validates."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    name: Text
+
+    @property
+    def options(self) -> JSONDict:
+        """The keys beside ``name``, as they were written."""
+        return dict(self.model_extra or {})
+
+
+class ModelTable(Table):
+    """Which model is made smaller, and how it is held."""
+
+    name: Text = Field(default="demo", description="demo, a hub id, a folder, or a .gguf file")
+    revision: OptionalText = Field(default=None, description="hub branch, tag or commit; empty for the default")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto (measured once) | float32 | bfloat16 | float16"
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda|mps|xpu)(:\d+)?$",
+        description="auto | cpu | cuda | cuda:1 | mps | xpu",
+    )
+
+
+class DataTable(Table):
+    """The three splits, which never touch."""
+
+    calibration: Text = Field(default="demo:c4", description="corpus for statistics and refit")
+    search: Text = Field(default="demo:c4", description="corpus for rewards")
+    report: Text = Field(default="demo:wiki", description="corpus for the final table; nothing selects on it")
+    window: int = Field(default=1024, ge=2, description="tokens in one window, at least 2")
+    calibration_tokens: Count = Field(default=32768, description="size of the calibration split, at least one window")
+    search_tokens: Count = Field(
+        default=131072, description="size of the search split; episodes and finals draw from it"
+    )
+    report_tokens: Count = Field(default=16384, description="size of the report split, at least one window")
+
+
+class PruneTable(Table):
+    """How much goes, and how what is left is refitted during the search."""
+
+    sparsity: float = Field(
+        default=0.2, gt=0, lt=1, description="share of the resource to remove, between 0 and 1, exclusive"
+    )
+    resource: Resource = Field(default="params", description="params | macs | kv: what the budget counts")
+    calibration: Calibration = Field(
+        default="ridge", description="ridge | affine | none: the refit that the reward sees"
+    )
+    ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        default="auto", description="auto (picked on held-out calibration windows) or a strength above 0"
+    )
+    min_units: int = Field(default=1, ge=0, description="units every sublayer keeps; 0 lets a sublayer vanish")
+    context: Count = Field(default=1024, description="context length in tokens at which MACs are counted")
+
+
+class CriterionTable(PluginTable):
+    """The criterion, and its own options."""
+
+    name: Text = Field(default="wanda", description="which units of a sublayer go first; see: ffgym ls criteria")
+
+
+class RewardTable(PluginTable):
+    """The reward, and its own options."""
+
+    name: Text = Field(default="perplexity", description="what an episode earns; see: ffgym ls rewards")
+
+
+class AgentTable(PluginTable):
+    """The agent, and its own options; a heuristic's name stands for one-shot with that prior."""
+
+    name: Text = Field(default="reinforce", description="who searches; see: ffgym ls agents; or a heuristic's name")
+
+
+class PriorTable(PluginTable):
+    """Where the agent starts: a heuristic, and its own options."""
+
+    name: Text = Field(default="mlp-first", description="heuristic to start from, or none; see: ffgym ls heuristics")
+
+
+class SearchTable(Table):
+    """How long the search is, and what it is compared with."""
+
+    episodes: Count = Field(
+        default=96, description="episodes at full fidelity: episodes x episode_tokens is the token budget"
+    )
+    episode_tokens: Count = Field(
+        default=2048, description="search tokens one episode is measured on, at least one window"
+    )
+    episodes_per_update: Count = Field(default=8, description="episodes that one policy update learns from")
+    finalists: Count = Field(default=6, description="allocations that are measured again before one is chosen")
+    final_tokens: Count = Field(default=16384, description="search tokens that finalists are measured on")
+    init_from: OptionalText = Field(
+        default=None, description="run folder or MLflow run id whose policy to start from; or empty"
+    )
+    random_baseline: bool = Field(default=True, description="also measure random allocations, for as many tokens")
+
+
+class ScheduleTable(Table):
+    """How the search gets harder: ramps over the share of the token budget that is spent."""
+
+    sparsity: Ramp = Field(default="none", description="none | cubic: how sparsity rises to its target")
+    sparsity_start: float = Field(
+        default=0.05, gt=0, lt=1, description="where it starts, above 0, at most prune.sparsity"
+    )
+    fidelity: Ramp = Field(
+        default="none", description="none | cubic: how the measured share of episode_tokens rises to 1"
+    )
+    ramp_share: float = Field(
+        default=0.5, gt=0, le=1, description="share of the token budget that the ramps take, in (0, 1]"
+    )
+
+
+class OutputTable(Table):
+    """Where the results go."""
+
+    dir: OptionalText = Field(default=None, description="folder for the results; empty makes a new one under runs/")
+    overwrite: bool = Field(default=False, description="replace what is in a folder that is not empty")
+    save_model: bool = Field(default=True, description="save the pruned model")
+    sequential: bool = Field(
+        default=True, description="refit the final model layer by layer on the pruned model's own inputs"
+    )
+
+
+class TrackingTable(Table):
+    """MLflow."""
+
+    enabled: bool = Field(default=True, description="log the run to MLflow")
+    experiment: Text = Field(default="ffgym", description="MLflow experiment")
+    root: Text = Field(default="mlruns", description="folder of the store; MLFLOW_TRACKING_URI wins when set")
+
+
+class RunConfig(Table):
+    """Everything that decides a run. ``RunConfig()`` is the demo."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32, description="all randomness comes from it; from 0 to 2**32 - 1")
+    model: ModelTable = Field(default_factory=ModelTable)
+    data: DataTable = Field(default_factory=DataTable)
+    prune: PruneTable = Field(default_factory=PruneTable)
+    criterion: CriterionTable = Field(default_factory=CriterionTable)
+    reward: RewardTable = Field(default_factory=RewardTable)
+    agent: AgentTable = Field(default_factory=AgentTable)
+    prior: PriorTable = Field(default_factory=PriorTable)
+    search: SearchTable = Field(default_factory=SearchTable)
+    schedule: ScheduleTable = Field(default_factory=ScheduleTable)
+    output: OutputTable = Field(default_factory=OutputTable)
+    tracking: TrackingTable = Field(default_factory=TrackingTable)
+
+    @model_validator(mode="after")
+    def _tables_agree(self) -> RunConfig:
+        """Refuse combinations of tables that cannot run."""
+        data, search, schedule = self.data, self.search, self.schedule
+        _at_least("data.calibration_tokens", data.calibration_tokens, "one window: data.window", data.window)
+        _at_least("data.report_tokens", data.report_tokens, "one window: data.window", data.window)
+        _at_least("search.episode_tokens", search.episode_tokens, "one window: data.window", data.window)
+        _at_least("search.final_tokens", search.final_tokens, "one window: data.window", data.window)
+        _at_least("data.search_tokens", data.search_tokens, "search.episode_tokens", search.episode_tokens)
+        _at_least("data.search_tokens", data.search_tokens, "search.final_tokens", search.final_tokens)
+        _at_least(
+            "search.episodes", search.episodes, "one update: search.episodes_per_update", search.episodes_per_update
+        )
+        if schedule.sparsity != "none":
+            _at_least("prune.sparsity", self.prune.sparsity, "schedule.sparsity_start", schedule.sparsity_start)
+        return self
+
+
+def _at_least(key: str, value: float, bound_name: str, bound: float) -> None:
+    if value < bound:
+        bound_key = bound_name.rpartition(" ")[2]
+        raise ConfigError(
+            f"{key} = {value} is less than {bound_name} = {bound}", hint=f"Raise {key} or lower {bound_key}."
+        )
+
+
+PLUGIN_TABLES = ("criterion", "reward", "agent", "prior")
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
+    """Resolve a run's configuration; later sources win: defaults, TOML file, ``overrides``, ``values``.
+
+    Naming another plugin in ``overrides`` or ``values`` drops the options that the file gave to its own plugin.
+
+    Args:
+        path: a TOML file, or ``None``.
+        overrides: ``"table.key=value"`` strings; the value is a TOML literal, or else taken as a string.
+        **values: tables as dicts (``prune={"sparsity": 0.3}``) and ``seed``; ``None`` means not given.
+
+    Raises:
+        ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
+    """
+    command_line: JSONDict = {}
+    for text in overrides:
+        command_line = _merged(command_line, _parse_override(text))
+    command_line = _merged(command_line, _given(values))
+    file = _read_toml(path) if path is not None else {}
+    for table in PLUGIN_TABLES:
+        file = _without_foreign_options(file, command_line, table)
+    try:
+        return RunConfig.model_validate(_merged(file, command_line))
+    except ValidationError as error:
+        raise config_error(error, RunConfig) from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """Print the whole configuration, defaults included, as TOML with a comment on every key; `load_config` reads it."""
+    plain = config.model_dump()
+    for table in plain.values():
+        if isinstance(table, dict):
+            table.update({key: "" for key, value in table.items() if value is None})
+    table_name, lines = "", []
+    for line in tomli_w.dumps(plain).splitlines():
+        if header := re.fullmatch(r"\[(.+)\]", line):
+            table_name = header[1]
+        lines.append(line + _comment(table_name, line))
+    return "\n".join(lines) + "\n"
+
+
+def digest(config: RunConfig) -> str:
+    """Identify what decides the numbers of a run: SHA-256 of its canonical JSON without ``output`` and ``tracking``."""
+    plain = config.model_dump(mode="json", exclude={"output", "tracking"})
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def config_error(error: ValidationError, model: type[BaseModel], table: str = "") -> ConfigError:
+    """Say a pydantic error in the words of the TOML: table, key, value, and what was expected.
+
+    Args:
+        error: what ``model`` refused.
+        model: `RunConfig`, or a plugin's ``Config``.
+        table: the table that ``model`` validates; empty for `RunConfig`, which finds it itself.
+    """
+    problems: dict[str, list[str]] = {}
+    hints: list[str] = []
+    for item in error.errors():
+        owner, where, path = model, table, [str(part) for part in item["loc"]]
+        if not table and len(path) > 1:
+            owner, where, path = _table_model(path[0]), path[0], path[1:]
+        key = path[0] if path else ""
+        problem, expected, hint = _explain(item["type"], item["msg"], item["input"], owner, where, key)
+        problems.setdefault(problem, []).extend([expected] if expected else [])
+        if hint is not None and hint not in hints:
+            hints.append(hint)
+    message = "\n".join(problem + _either(expected) for problem, expected in problems.items())
+    return ConfigError(message, hint=" ".join(hints) or None)
+
+
+def _either(expected: list[str]) -> str:
+    """``["should be 'auto'", "should be a valid number"]`` -> ``"should be 'auto' or a valid number"``."""
+    return " or ".join([*expected[:1], *(text.removeprefix("should be ") for text in expected[1:])])
+
+
+def _explain(
+    kind: str, message: str, value: Any, owner: type[BaseModel], table: str, key: str
+) -> tuple[str, str, str | None]:
+    """(problem, what was expected, hint) for one pydantic error."""
+    full_key = f"{table}.{key}" if table else key
+    place = f"[{table}]" if table else "the configuration"
+    known = list(owner.model_fields)
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        guess = f"Did you mean {near[0]!r}? " if near else ""
+        kind_of_key = "key" if table else "table or key"
+        return (
+            f"unknown {kind_of_key} {key!r} in {place}",
+            "",
+            f"{guess}Known in {place}: {', '.join(known) or 'none'}.",
+        )
+    if kind == "missing":
+        return f"{place} needs a value for {key!r}", "", None
+    field = owner.model_fields.get(key)
+    described = f"{full_key}: {field.description}." if field is not None and field.description else None
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    if kind in ("model_type", "dict_type"):
+        return f"{full_key} = {shown}: ", "should be a table", f"Write [{full_key}] and its keys below it."
+    expected = (
+        message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+    )
+    return f"{full_key} = {shown}: ", expected, described
+
+
+def _table_model(name: str) -> type[BaseModel]:
+    model = RunConfig.model_fields[name].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return model
+
+
+def _comment(table: str, line: str) -> str:
+    key = line.partition(" = ")[0]
+    if table and table not in RunConfig.model_fields:  # a nested table of a plugin's options
+        return ""
+    owner = _table_model(table) if table else RunConfig
+    if line == f"[{table}]":
+        return f"  # {(owner.__doc__ or '').strip().splitlines()[0]}"
+    field = owner.model_fields.get(key)
+    return f"  # {field.description}" if field is not None and field.description else ""
+
+
+def _read_toml(path: Path) -> JSONDict:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}", hint="Print one to start from: ffgym config") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint="Compare with: ffgym config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}", hint="Give a TOML file.") from None
+
+
+def _parse_override(text: str) -> JSONDict:
+    """``"prune.sparsity=0.3"`` -> ``{"prune": {"sparsity": 0.3}}``."""
+    dotted, equals, literal = text.partition("=")
+    keys = [key.strip() for key in dotted.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"cannot read --set {text!r}", hint="Write table.key=value, e.g. --set prune.sparsity=0.3")
+    nested: Any = _parse_literal(literal.strip())
+    for key in reversed(keys):
+        nested = {key: nested}
+    return dict(nested)
+
+
+def _parse_literal(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _given(values: Mapping[str, Any]) -> JSONDict:
+    """Drop what is ``None`` at any depth: the caller did not give it."""
+    given = {key: _given(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {key: value for key, value in given.items() if value is not None and value != {}}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
+    """``over`` on top of ``base``, table by table."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _without_foreign_options(file: JSONDict, command_line: JSONDict, table: str) -> JSONDict:
+    """The file without the options of a plugin that the command line replaces by another one."""
+    in_file, given = file.get(table), command_line.get(table)
+    if not isinstance(in_file, dict) or not isinstance(given, dict) or "name" not in given:
+        return file
+    named = in_file.get("name", _table_model(table).model_fields["name"].default)
+    return file if given["name"] == named else {key: value for key, value in file.items() if key != table}

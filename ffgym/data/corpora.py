@@ -1,0 +1,362 @@
+"""Corpora: text by name, from the embedded default, from files, or from the Hugging Face hub.
+
+===========================  =========================================================================================
+spec                         what it is
+===========================  =========================================================================================
+``demo:c4``, ``demo:wiki``   embedded default, fetched once; also ``demo:code`` and ``demo:technical``
+``FILE.txt .utf8 .md``       one document
+``FILE.jsonl``               one document a line, in the field ``text``
+``FILE.parquet .arrow``      one document a row, in the column ``text``
+``FOLDER[:subset][@split]``  what ``Dataset.save_to_disk`` wrote, or anything that ``datasets.load_dataset`` reads
+``wikitext``                 ``Salesforce/wikitext``, subset ``wikitext-2-raw-v1``
+``c4``                       ``allenai/c4``, its first English train shard; the first validation shard to report on
+``hub-id[:subset][@split]``  any hub dataset with a column ``text``; all of the subset is downloaded
+===========================  =========================================================================================
+
+Where a dataset has splits and none is named, ``report`` reads ``test`` (else ``validation``, else ``train``), the other
+roles ``train``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ffgym.data.assets import DEMO_TEXT, fetch
+from ffgym.errors import DataError, UnknownNameError
+
+Role = Literal["calibration", "search", "report"]
+
+COLUMN = "text"
+# About 15 million tokens: far more than any split here needs, far less than a web corpus would fill memory with.
+ENOUGH_CHARACTERS = 64_000_000
+DEMO_CORPORA = ("c4", "wiki", "code", "technical")
+SPEC = re.compile(r"(?P<path>[^@]+?)(?::(?P<subset>[^:@/\\]+))?(?:@(?P<split>\w[\w.-]*))?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+OFFLINE_HINT = (
+    "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
+    " Dataset.save_to_disk on a machine that has the network."
+)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Some text and where it came from.
+
+    Attributes:
+        name: the spec that named it, e.g. ``"demo:c4"``.
+        split: which part of it was read, e.g. ``"wiki.utf8"`` or ``"wikitext-2-raw-v1, test"``.
+        documents: the texts, in reading order.
+        digest: sha256 over the documents; equal texts have equal digests, whatever they are called.
+    """
+
+    name: str
+    split: str
+    documents: tuple[str, ...] = field(repr=False)
+    digest: str
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset on the hub that has a short name here.
+
+    Attributes:
+        path: hub id (or a local folder of the same layout).
+        subset: the dataset's configuration; ``None`` where ``files`` say what to read.
+        splits: the split for each role.
+        files: the file to read for a split, where the whole dataset would be far too large.
+    """
+
+    path: str
+    subset: str | None
+    splits: dict[Role, str]
+    files: dict[str, str] | None = None
+
+
+HUB_SOURCES = {
+    "wikitext": HubSource(
+        path="Salesforce/wikitext",
+        subset="wikitext-2-raw-v1",
+        splits={"calibration": "train", "search": "train", "report": "test"},
+    ),
+    "c4": HubSource(
+        path="allenai/c4",
+        subset=None,
+        splits={"calibration": "train", "search": "train", "report": "validation"},
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+    ),
+}
+
+
+def load_text(spec: str, *, role: Role) -> Corpus:
+    """Read a corpus; the table at the top of this module says what a spec may be.
+
+    Of a corpus longer than ``ENOUGH_CHARACTERS`` only the beginning is read.
+
+    Args:
+        spec: what to read.
+        role: what it is read for, which chooses the split where the spec does not.
+
+    Raises:
+        DataError: a missing or damaged file, no text column, no text, an unknown split, a hub that cannot be reached.
+        UnknownNameError: a ``demo:`` corpus that does not exist.
+        AssetError: the embedded default could not be fetched.
+    """
+    if spec.startswith("demo:"):
+        return _demo(spec)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return _corpus(spec, path.name, _read_file(path))
+    if spec in HUB_SOURCES:
+        return _short_name(spec, role)
+    return _dataset(spec, role)
+
+
+def _corpus(name: str, split: str, documents: Iterable[str]) -> Corpus:
+    """Collect documents up to ``ENOUGH_CHARACTERS``."""
+    digest = hashlib.sha256()
+    kept: list[str] = []
+    characters = 0
+    for document in documents:
+        data = document.encode("utf-8", errors="surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)  # the length keeps ("ab", "c") apart from ("a", "bc")
+        kept.append(document)
+        characters += len(document)
+        if characters >= ENOUGH_CHARACTERS:
+            break
+    if not any(document.strip() for document in kept):
+        raise DataError(f"corpus {name!r} ({split}) holds no text", hint="Name a corpus that is not empty.")
+    return Corpus(name, split, tuple(kept), digest.hexdigest())
+
+
+# --- the embedded default ---------------------------------------------------------------------------------------------
+
+
+def _demo(spec: str) -> Corpus:
+    name = spec.removeprefix("demo:")
+    if name not in DEMO_CORPORA:
+        raise UnknownNameError("demo corpus", spec, [f"demo:{known}" for known in DEMO_CORPORA])
+    file = f"{name}.utf8"
+    text = _read_text(fetch(DEMO_TEXT) / file)
+    parse = {"c4": _c4_documents, "wiki": _wiki_documents}.get(name)
+    return _corpus(spec, file, parse(text) if parse else [text])
+
+
+def _c4_documents(text: str) -> list[str]:
+    """One document a line. Pages that appear twice are kept once: else a copy could sit in two splits."""
+    return list(dict.fromkeys(line for line in text.split("\n") if line.strip()))
+
+
+def _wiki_documents(text: str) -> list[str]:
+    """The articles between ``<doc ...>`` and ``</doc>``, without those tags."""
+    articles = (article.strip() for article in re.split(r"^(?:<doc\b[^\n]*>|</doc>)\s*$", text, flags=re.MULTILINE))
+    return [article for article in articles if article]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path) -> Iterable[str]:
+    readers: dict[str, Callable[[Path], Iterable[str]]] = {
+        ".txt": lambda path: [_read_text(path)],
+        ".utf8": lambda path: [_read_text(path)],
+        ".md": lambda path: [_read_text(path)],
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+        ".arrow": _read_arrow,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(
+            f"corpus file {str(path)!r} ends in {path.suffix!r}, which cannot be read",
+            hint=f"Use a file that ends in one of {', '.join(readers)}.",
+        )
+    return reader(path)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"corpus file {str(path)!r} is not UTF-8 text: byte {error.start} cannot be decoded",
+            hint="Convert it to UTF-8.",
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"corpus file {str(path)!r} cannot be read: {error.strerror}", hint="Check the file."
+        ) from error
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"line {number} of corpus file {str(path)!r} is not JSON: {error.msg}",
+                hint='Write one object a line, like {"text": "..."}.',
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
+            raise _no_column(f"line {number} of corpus file {str(path)!r}", row if isinstance(row, dict) else [])
+        yield row[COLUMN]
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        _check_column(f"corpus file {str(path)!r}", file.schema_arrow.names)
+        for batch in file.iter_batches(columns=[COLUMN]):
+            yield from _texts(batch.column(0).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_arrow(path: Path) -> Iterator[str]:
+    """Both Arrow formats: the stream that ``datasets`` writes, and the file format with its footer."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                batches: Any = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                reader = pyarrow.ipc.open_file(source)
+                batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+            for batch in batches:
+                _check_column(f"corpus file {str(path)!r}", batch.schema.names)
+                yield from _texts(batch.column(COLUMN).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """Missing values are skipped."""
+    return (value for value in values if isinstance(value, str))
+
+
+def _check_column(where: str, columns: Iterable[str]) -> None:
+    if COLUMN not in columns:
+        raise _no_column(where, columns)
+
+
+def _no_column(where: str, columns: Iterable[str]) -> DataError:
+    return DataError(
+        f"{where} has no text column {COLUMN!r}; its columns: {', '.join(columns) or 'none'}",
+        hint=f"Rename the column that holds the text to {COLUMN!r}.",
+    )
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"corpus file {str(path)!r} is damaged or not what its name says: {error}", hint="Write or download it again."
+    )
+
+
+# --- datasets: folders and the hub ------------------------------------------------------------------------------------
+
+
+def _short_name(name: str, role: Role) -> Corpus:
+    source = HUB_SOURCES[name]
+    split = source.splits[role]
+    if source.files is None:
+        parts = _load_dataset(source.path, source.subset)
+        described = f"{source.subset}, {split}"
+    else:
+        # The dataset's card counts all its files; one shard never matches that.
+        one_file = {split: source.files[split]}
+        parts = _load_dataset(source.path, source.subset, data_files=one_file, verification_mode="no_checks")
+        described = f"{source.files[split]}, {split}"
+    return _corpus(name, described, _column_texts(name, _choose_split(name, parts, split, role)[1]))
+
+
+def _dataset(spec: str, role: Role) -> Corpus:
+    match = SPEC.fullmatch(spec)
+    if match is None:
+        raise DataError(
+            f"corpus {spec!r} is not understood", hint="Write hub-id[:subset][@split], a file's path, or demo:c4."
+        )
+    name, subset, split = match["path"], match["subset"], match["split"]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+        parts = _load_folder(folder, subset)
+    elif HUB_ID.fullmatch(name) and not folder.suffix and not name.startswith("."):
+        parts = _load_dataset(name, subset)
+    else:
+        raise DataError(f"corpus file or folder {name!r} does not exist", hint="Check the path, or name demo:c4.")
+    chosen, rows = _choose_split(spec, parts, split, role)
+    return _corpus(spec, ", ".join(part for part in (subset, chosen) if part) or "all", _column_texts(spec, rows))
+
+
+def _load_folder(folder: Path, subset: str | None) -> Any:
+    import datasets
+
+    saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+    if not saved:
+        return _load_dataset(str(folder), subset)
+    if subset is not None:
+        raise DataError(
+            f"folder {str(folder)!r} was written by save_to_disk and has no subset {subset!r}",
+            hint=f"Leave ':{subset}' out.",
+        )
+    try:
+        return datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:
+    """All splits of one subset, by ``datasets.load_dataset``, which keeps what it downloads in its own cache."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, subset, **options)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise DataError(f"the hub has no dataset {path!r} (or it is private): {error}", hint=OFFLINE_HINT) from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # ConnectionError is an OSError; an unknown subset and a folder without data files are ValueErrors or the like.
+        place = "folder" if Path(path).is_dir() else "hub dataset"
+        raise DataError(f"{place} {path!r} cannot be loaded: {error}", hint=OFFLINE_HINT) from error
+
+
+def _choose_split(spec: str, parts: Any, split: str | None, role: Role) -> tuple[str | None, Any]:
+    """The split that was named, else the role's usual one; a saved dataset without splits is taken whole."""
+    import datasets
+
+    if isinstance(parts, datasets.Dataset):
+        if split is not None:
+            raise DataError(f"corpus {spec!r} has no splits, so none called {split!r}", hint=f"Leave '@{split}' out.")
+        return None, parts
+    names = list(parts)
+    if split is None:
+        usual = ("test", "validation", "train") if role == "report" else ("train",)
+        split = next((name for name in usual if name in names), names[0] if len(names) == 1 else None)
+        if split is None:
+            raise DataError(
+                f"corpus {spec!r} has no split {usual[0]!r}; it has {', '.join(names)}",
+                hint=f"Name one of them, like {spec}@{names[0]}.",
+            )
+    if split not in names:
+        raise UnknownNameError(f"split of corpus {spec!r}", split, names)
+    return split, parts[split]
+
+
+def _column_texts(spec: str, rows: Any) -> Iterator[str]:
+    _check_column(f"corpus {spec!r}", rows.column_names)
+    for batch in rows.select_columns([COLUMN]).iter(batch_size=1000):
+        yield from _texts(batch[COLUMN])

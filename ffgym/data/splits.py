@@ -1,0 +1,184 @@
+"""The three splits: windows of tokens for calibration, search and report, which never share a token.
+
+Documents are joined by a blank line and tokenised as one stream, the way WikiText perplexities are usually taken; the
+stream begins with BOS where the tokenizer adds one. It is cut into windows that do not overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ffgym.data.corpora import Corpus, Role, load_text
+from ffgym.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+ROLES: tuple[Role, ...] = ("calibration", "search", "report")
+SEPARATOR = "\n\n"
+# A tokenizer cuts the end of a shortened text differently from the same place inside the whole text. Tokens this far
+# before the end are the same.
+SAFETY_TOKENS = 64
+# A little more text than English needs for one token, so that the first try is mostly enough.
+TYPICAL_CHARACTERS = 5
+
+
+class DataSettings(Protocol):
+    """What of a run's ``[data]`` table is read here."""
+
+    calibration: str
+    search: str
+    report: str
+    window: int
+    calibration_tokens: int
+    search_tokens: int
+    report_tokens: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows of one corpus for one role.
+
+    Attributes:
+        name: ``"demo:c4/search"``: corpus and role.
+        role: ``"calibration"``, ``"search"`` or ``"report"``.
+        corpus: where its text came from.
+        windows: token ids, shape (windows, window), int64. Each window predicts ``window - 1`` tokens.
+        digest: sha256 of the windows: their shape, then the ids row by row.
+        bos: the corpus's token stream begins with a BOS token.
+    """
+
+    name: str
+    role: Role
+    corpus: Corpus
+    windows: torch.Tensor = field(repr=False)
+    digest: str
+    bos: bool
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits of a run."""
+
+    calibration: Split
+    search: Split
+    report: Split
+
+
+def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> Splits:
+    """Load the corpora that a run names, tokenise no more than is needed, and cut the three splits.
+
+    Roles that name the same text get consecutive windows of it, in the order calibration, search, report. Asked
+    tokens are rounded up to whole windows.
+
+    Args:
+        config: corpus names, tokens wanted per role and the window's length in tokens.
+        tokenizer: a Hugging Face tokenizer.
+        context_limit: the longest window that the model takes, in tokens.
+
+    Raises:
+        DataError: a window shorter than 2 tokens or longer than the context, fewer than 1 token asked for, a corpus
+            that is missing or too short.
+    """
+    _check_window(config.window, context_limit)
+    wanted = {role: _windows_wanted(config, role) for role in ROLES}
+    corpora = _load_corpora(config)
+    taken: dict[Role, torch.Tensor] = {}
+    bos = _adds_bos(tokenizer)
+    for digest in dict.fromkeys(corpus.digest for corpus in corpora.values()):
+        roles = [role for role in ROLES if corpora[role].digest == digest]
+        windows = _cut_windows(corpora[roles[0]], {role: wanted[role] for role in roles}, config.window, tokenizer, bos)
+        for role in roles:
+            taken[role], windows = windows[: wanted[role]], windows[wanted[role] :]
+
+    def split(role: Role) -> Split:
+        corpus, windows = corpora[role], taken[role]
+        return Split(f"{corpus.name}/{role}", role, corpus, windows, _digest(windows), bos)
+
+    return Splits(split("calibration"), split("search"), split("report"))
+
+
+def _digest(windows: torch.Tensor) -> str:
+    digest = hashlib.sha256(f"{windows.shape[0]} x {windows.shape[1]};".encode())
+    digest.update(windows.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _check_window(window: int, context_limit: int) -> None:
+    if window < 2:
+        raise DataError(
+            f"data.window = {window}: a window needs at least 2 tokens, one to read and one to predict",
+            hint=f"Set data.window to a number from 2 to {context_limit}.",
+        )
+    if window > context_limit:
+        raise DataError(
+            f"data.window = {window} is longer than the model's context of {context_limit} tokens",
+            hint=f"Set data.window to at most {context_limit}.",
+        )
+
+
+def _windows_wanted(config: DataSettings, role: Role) -> int:
+    tokens: int = getattr(config, f"{role}_tokens")
+    if tokens < 1:
+        raise DataError(
+            f"data.{role}_tokens = {tokens}: at least 1 token is needed", hint="Ask for one window or more."
+        )
+    return -(-tokens // config.window)
+
+
+def _load_corpora(config: DataSettings) -> dict[Role, Corpus]:
+    calibration = load_text(config.calibration, role="calibration")
+    # One name means one text for both of these roles, so it is read once.
+    same = config.search == config.calibration
+    search = calibration if same else load_text(config.search, role="search")
+    return {"calibration": calibration, "search": search, "report": load_text(config.report, role="report")}
+
+
+def _cut_windows(corpus: Corpus, wanted: dict[Role, int], window: int, tokenizer: Any, bos: bool) -> torch.Tensor:
+    """The first ``sum(wanted)`` windows of a corpus, shape (windows, window), int64."""
+    import torch
+
+    total = sum(wanted.values())
+    ids = _first_tokens(corpus, total * window, tokenizer, bos)
+    if len(ids) < window:
+        raise DataError(
+            f"corpus {corpus.name!r} ({corpus.split}) holds {len(ids):,} tokens, less than one window of {window:,}",
+            hint=f"Set data.window to at most {len(ids)}, or name a longer corpus."
+            if len(ids) >= 2
+            else "Name a longer corpus.",
+        )
+    if len(ids) < total * window:
+        asked = " + ".join(f"{role} {count * window:,}" for role, count in wanted.items())
+        largest = max(wanted, key=lambda role: wanted[role])
+        left = len(ids) // window - (total - wanted[largest])
+        advice = f"Lower data.{largest}_tokens to at most {left * window:,}"
+        if left < 1:
+            advice = "Lower " + " and ".join(f"data.{role}_tokens" for role in wanted)
+        raise DataError(
+            f"corpus {corpus.name!r} ({corpus.split}) holds {len(ids):,} tokens, but {total * window:,} were asked of"
+            f" it ({asked}, in whole windows of {window:,})",
+            hint=f"{advice}, or name a longer corpus.",
+        )
+    return torch.tensor(ids[: total * window], dtype=torch.int64).view(total, window)
+
+
+def _first_tokens(corpus: Corpus, count: int, tokenizer: Any, bos: bool) -> list[int]:
+    """The first ``count`` tokens of a corpus (fewer where it holds fewer), the same as if all of it were tokenised."""
+    text = SEPARATOR.join(corpus.documents)
+    head = [tokenizer.bos_token_id] if bos else []
+    characters = TYPICAL_CHARACTERS * (count + SAFETY_TOKENS)
+    while True:
+        # verbose=False: a whole corpus is meant to be longer than the model's context.
+        ids: list[int] = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        whole = characters >= len(text)
+        if whole or len(head) + len(ids) >= count + SAFETY_TOKENS:
+            return (head + ids)[:count]
+        characters *= 2
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts BOS in front of a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]

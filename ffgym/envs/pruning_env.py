@@ -1,0 +1,143 @@
+"""One decision, one episode: importances in, reward out (DESIGN 3.4, 3.5).
+
+``step`` projects the importances onto the budget, cuts the model, measures it on the subset that ``reset`` chose, puts
+the dense model back and ends the episode. Nothing in here changes over time: what is ramped or redrawn comes in
+through ``reset(options=...)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from ffgym.errors import DataError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.models.surgery import PrunableModel
+from ffgym.plugins.bases import Reward
+from ffgym.plugins.contracts import check_reward
+from ffgym.pruning.budget import Budget
+from ffgym.types import Allocation, Evaluation
+
+Info = dict[str, Any]
+
+
+class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
+    """A model, a pruning path, a budget and a reward as a one-step task.
+
+    Action: importances, ``Box(-1, 1, (2L,), float32)``, order layer 0 attention, layer 0 mlp, layer 1 attention, ...
+    Observation: (target sparsity, fidelity), ``Box(0, 1, (2,), float32)``.
+
+    ``reset(options={"sparsity": p, "subset": indices})`` sets the task: target sparsity, and the search windows that
+    the episode is measured on. Without options the sparsity is the constructor's and the subset is drawn.
+
+    The step's info holds ``kept`` (int64, (2L,)), ``sparsity``, ``loss`` and ``dense_loss`` (nats per token),
+    ``tokens`` (evaluated in this step) and ``failed`` (0 or 1: the loss was not finite).
+
+    Args:
+        prunable: the prepared model.
+        reward: judges an episode.
+        windows: search split, token ids, shape (windows, length), int64.
+        budget: what an allocation may cost.
+        sparsity: default target.
+        episode_windows: windows of an episode at full fidelity.
+        calibrated: whether episodes see refitted consumers ("calibration inside the reward").
+        tokens_per_batch: tokens of one forward pass.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
+
+    def __init__(
+        self,
+        prunable: PrunableModel,
+        reward: Reward,
+        windows: torch.Tensor,
+        budget: Budget,
+        *,
+        sparsity: float = 0.2,
+        episode_windows: int = 2,
+        calibrated: bool = True,
+        tokens_per_batch: int = 4096,
+    ) -> None:
+        budget.check(sparsity)
+        if not 1 <= episode_windows <= len(windows):
+            raise DataError(
+                f"an episode of {episode_windows} windows does not fit the search split of {len(windows)}",
+                hint="Lower search.episode_tokens, or raise data.search_tokens.",
+            )
+        self.prunable = prunable
+        self.reward = reward
+        self.windows = windows
+        self.budget = budget
+        self.sparsity = sparsity
+        self.episode_windows = episode_windows
+        self.calibrated = calibrated
+        self.tokens_per_batch = tokens_per_batch
+        self.action_space = spaces.Box(-1.0, 1.0, (len(prunable.sublayers),), np.float32)
+        self.observation_space = spaces.Box(0.0, 1.0, (2,), np.float32)
+        self._dense: dict[int, float] = {}
+        self._target = sparsity
+        self._subset: tuple[int, ...] = ()
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens in one window: what the search is charged for evaluating it."""
+        return int(self.windows.shape[1])
+
+    def draw(self, rng: np.random.Generator, windows: int) -> tuple[int, ...]:
+        """Indices of ``windows`` different search windows."""
+        return tuple(int(i) for i in np.sort(rng.choice(len(self.windows), windows, replace=False)))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
+        """Set the task; evaluates nothing."""
+        super().reset(seed=seed)
+        options = options or {}
+        self._target = float(options.get("sparsity", self.sparsity))
+        self.budget.check(self._target)
+        subset: Sequence[int] | None = options.get("subset")
+        self._subset = tuple(subset) if subset is not None else self.draw(self.np_random, self.episode_windows)
+        return self.observation(), {}
+
+    def observation(self) -> np.ndarray:
+        """(target sparsity, fidelity), shape (2,), float32."""
+        fidelity = min(1.0, len(self._subset) / self.episode_windows)
+        return np.array([self._target, fidelity], dtype=np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Info]:
+        """Prune as the action says, measure, put the dense model back."""
+        allocation = self.budget.project(action, self._target)
+        dense = self.dense(self._subset)
+        pruned = self.measure(allocation, self._subset)
+        failed = not math.isfinite(pruned.loss)
+        reward = self.reward.worst if failed else check_reward(self.reward, pruned, dense)
+        info: Info = {
+            "kept": np.array(allocation.kept, dtype=np.int64),
+            "sparsity": allocation.sparsity,
+            "loss": pruned.loss,
+            "dense_loss": dense.loss,
+            "tokens": len(self._subset) * self.window_tokens,
+            "failed": int(failed),
+        }
+        return self.observation(), float(reward), True, False, info
+
+    def measure(self, allocation: Allocation, subset: Sequence[int]) -> Evaluation:
+        """Losses of the model cut to this allocation on these search windows."""
+        self.prunable.cut(allocation.kept, calibrated=self.calibrated)
+        try:
+            return evaluate(self.prunable.model, self.windows[list(subset)], tokens_per_batch=self.tokens_per_batch)
+        finally:
+            self.prunable.restore()
+
+    def dense(self, subset: Sequence[int]) -> Evaluation:
+        """The dense model's losses on these search windows; each window is evaluated once in the env's life."""
+        missing = [i for i in subset if i not in self._dense]
+        if missing:
+            self.prunable.restore()
+            found = evaluate(self.prunable.model, self.windows[missing], tokens_per_batch=self.tokens_per_batch)
+            self._dense.update(zip(missing, found.losses, strict=True))
+        return Evaluation(tuple(self._dense[i] for i in subset), self.window_tokens - 1)

@@ -1,0 +1,68 @@
+"""The progressive schedule: from an easy start to the full task (arXiv 2511.18977, "Progressive Scheduling").
+
+Two ramps in the share of the token budget that is spent: sparsity rises from a gentle start to the target as
+p = target + (start - target) (1 - t)^3, fidelity from one window to all of an episode's windows as t^3. It is cheap to
+be wrong at the start, and the policy meets the real task with a sensible mean.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Ramp = Literal["none", "cubic", "staircase"]
+STAIRS = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one update is measured at.
+
+    Attributes:
+        sparsity: target share of the resource to remove.
+        windows: search windows per episode, >= 1.
+        fidelity: ``windows`` over an episode's full number of windows.
+    """
+
+    sparsity: float
+    windows: int
+    fidelity: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The ramps of one search.
+
+    Attributes:
+        target: final sparsity.
+        windows: windows of an episode at full fidelity.
+        start: sparsity at the very beginning, where the sparsity ramp is on (at most the target).
+        sparsity: form of the sparsity ramp.
+        fidelity: form of the fidelity ramp.
+        ramp_share: share of the token budget after which both ramps have arrived.
+    """
+
+    target: float
+    windows: int
+    start: float = 0.05
+    sparsity: Ramp = "none"
+    fidelity: Ramp = "none"
+    ramp_share: float = 0.5
+
+    def stage(self, spent: float) -> Stage:
+        """The stage when ``spent`` (in [0, 1]) of the token budget is gone."""
+        t = min(1.0, spent / self.ramp_share) if self.ramp_share > 0 else 1.0
+        start = min(self.start, self.target)
+        sparsity = start + (self.target - start) * _rise(self.sparsity, t, lambda x: 1 - (1 - x) ** 3)
+        wanted = self.windows * _rise(self.fidelity, t, lambda x: x**3)
+        windows = min(self.windows, max(1, math.ceil(wanted - 1e-9)))
+        return Stage(sparsity=sparsity, windows=windows, fidelity=windows / self.windows)
+
+
+def _rise(ramp: Ramp, t: float, cubic: object) -> float:
+    if ramp == "none" or t >= 1.0:
+        return 1.0
+    if ramp == "staircase":
+        return math.floor(t * STAIRS) / STAIRS
+    return float(cubic(t))  # type: ignore[operator]

@@ -1,0 +1,143 @@
+"""The vector environment that agents see: one vector step is one update, all on the same task.
+
+It owns the schedule, redraws the token subset once an update (common random numbers within it), counts tokens, and
+keeps the history. Every episode ends after its step and the next one begins at once (SAME_STEP autoreset).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.schedule import Schedule, Stage
+from ffgym.errors import DataError
+from ffgym.types import Episode
+
+Infos = dict[str, Any]
+FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed")
+
+
+class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
+    """``num_envs`` episodes an update, measured one after another on one model.
+
+    Args:
+        env: the stationary task.
+        schedule: sparsity and fidelity over the token budget.
+        num_envs: episodes per update.
+        token_budget: tokens that the search may evaluate; the update that crosses it is the last.
+        on_episode: called after every episode.
+        replay: episodes of an earlier, interrupted search with the same seed: they are taken as they are instead of
+            being measured again.
+
+    Attributes:
+        history: every episode so far, also those of an update that was interrupted.
+        tokens_spent: tokens evaluated so far.
+    """
+
+    def __init__(
+        self,
+        env: PruningEnv,
+        schedule: Schedule,
+        *,
+        num_envs: int,
+        token_budget: int,
+        on_episode: Callable[[Episode], None] | None = None,
+        replay: Sequence[Episode] = (),
+    ) -> None:
+        self.env = env
+        self.schedule = schedule
+        self.num_envs = num_envs
+        self.token_budget = token_budget
+        self.history: list[Episode] = []
+        self.tokens_spent = 0
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+        self.single_action_space = env.action_space
+        self.single_observation_space = env.observation_space
+        self.action_space = batch_space(env.action_space, num_envs)
+        self.observation_space = batch_space(env.observation_space, num_envs)
+        self._on_episode = on_episode
+        self._replay = replay
+        self._update = 0
+        self._stage = schedule.stage(0.0)
+        self._subset: tuple[int, ...] = ()
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that the search may still evaluate."""
+        return max(0, self.token_budget - self.tokens_spent)
+
+    @property
+    def stage(self) -> Stage:
+        """What the running update is measured at."""
+        return self._stage
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, Infos]:
+        """Begin an update: draw its subset. The seed fixes every subset that follows."""
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        return self._begin(), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]:
+        """Measure one update and begin the next."""
+        last = np.tile(self.env.observation(), (self.num_envs, 1))
+        episodes = [self._episode(np.array(action, dtype=np.float32)) for action in actions]
+        self._update += 1
+        following = self._begin()
+        done = np.ones(self.num_envs, dtype=bool)
+        infos: Infos = {
+            "final_obs": last,
+            "final_info": {name: np.array([getattr(e, name) for e in episodes]) for name in FINAL_INFO},
+            "_final_obs": done,
+            "_final_info": done,
+        }
+        rewards = np.array([episode.reward for episode in episodes])
+        return following, rewards, done, np.zeros(self.num_envs, dtype=bool), infos
+
+    def _begin(self) -> np.ndarray:
+        self._stage = self.schedule.stage(self.tokens_spent / self.token_budget)
+        self._subset = self.env.draw(self.np_random, self._stage.windows)
+        observation, _ = self.env.reset(options={"sparsity": self._stage.sparsity, "subset": self._subset})
+        return np.tile(observation, (self.num_envs, 1))
+
+    def _episode(self, action: np.ndarray) -> Episode:
+        index = len(self.history)
+        episode = self._replayed(index, action) if index < len(self._replay) else self._measured(index, action)
+        self.tokens_spent += episode.tokens
+        self.history.append(episode)
+        if self._on_episode is not None:
+            self._on_episode(episode)
+        return episode
+
+    def _replayed(self, index: int, action: np.ndarray) -> Episode:
+        episode = self._replay[index]
+        if episode.update != self._update or not np.array_equal(episode.action, action):
+            raise DataError(
+                f"episode {index} of the log is not what this search does: the log is of another configuration, seed, "
+                "version or thread count",
+                hint="Delete the log to search from the start.",
+            )
+        return episode
+
+    def _measured(self, index: int, action: np.ndarray) -> Episode:
+        self.env.reset(options={"sparsity": self._stage.sparsity, "subset": self._subset})
+        _, reward, _, _, info = self.env.step(action)
+        return Episode(
+            index=index,
+            update=self._update,
+            action=action,
+            kept=tuple(int(k) for k in info["kept"]),
+            reward=reward,
+            loss=float(info["loss"]),
+            dense_loss=float(info["dense_loss"]),
+            target_sparsity=self._stage.sparsity,
+            sparsity=float(info["sparsity"]),
+            fidelity=self._stage.fidelity,
+            tokens=int(info["tokens"]),
+            failed=bool(info["failed"]),
+        )

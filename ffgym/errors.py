@@ -1,0 +1,78 @@
+"""What goes wrong, said so that the reader knows the thing, the value, the allowed range and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FFGymError(Exception):
+    """Base of every error that ffgym raises on purpose.
+
+    The command line prints the message and the hint without a traceback and exits with 1.
+
+    Args:
+        message: what is wrong: the thing, its value, what was allowed.
+        hint: the next step, in the imperative.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+
+class ConfigError(FFGymError):
+    """A configuration table holds an unknown key, a mistyped value or a combination that cannot run."""
+
+
+class AssetError(FFGymError):
+    """A pinned asset could not be fetched, verified or stored."""
+
+
+class DataError(FFGymError):
+    """A corpus is missing, too short for what was asked of it, or its splits would touch."""
+
+
+class ModelError(FFGymError):
+    """A checkpoint is missing, damaged, of an unsupported family, or pickled."""
+
+
+class BudgetError(FFGymError):
+    """The wanted sparsity lies outside what the allowed levels can reach."""
+
+
+class CalibrationError(FFGymError):
+    """Second moments that cannot be factorised, or statistics that do not fit the weight."""
+
+
+class PluginError(FFGymError):
+    """A plugin failed to load, or broke its contract; the message names the plugin."""
+
+
+class UnknownNameError(FFGymError):
+    """A name that nothing is registered under; the hint holds the near match and the list.
+
+    Args:
+        kind: what was looked for, e.g. ``"criterion"``.
+        name: the name as given.
+        known: every registered name of that kind.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        guess = f"Did you mean {near[0]!r}? " if near else ""
+        super().__init__(f"unknown {kind} {name!r}", hint=f"{guess}Known: {', '.join(names) or 'none'}.")
+        self.name = name
+
+
+class OutputError(FFGymError):
+    """A folder exists and is not empty, is read-only, or the disk is full."""
+
+
+class TrackingError(FFGymError):
+    """The MLflow store cannot be opened or written."""

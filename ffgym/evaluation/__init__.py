@@ -1,0 +1,1 @@
+"""How good and how large a model is: perplexity and size."""

@@ -1,0 +1,85 @@
+"""Next-token loss on windows of text, without ever holding the logits of a whole window.
+
+The last token of a window has no successor, so it is not projected to the vocabulary; the others are projected a few
+hundred rows at a time. The logits stay in the model's dtype, sums and losses are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffgym.types import Evaluation
+
+LOGIT_BYTES = 96 * 2**20
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    windows: torch.Tensor,
+    *,
+    tokens_per_batch: int = 4096,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Mean loss of every window.
+
+    Args:
+        model: a Hugging Face causal LM in eval mode.
+        windows: token ids, shape (windows, length), int64, length >= 2.
+        tokens_per_batch: tokens in one forward pass (whole windows, at least one).
+        on_batch: called with the number of windows just done.
+
+    Returns:
+        losses in nats per token, ``length - 1`` predicted tokens a window.
+    """
+    losses: list[float] = []
+    for batch in windows.split(max(1, tokens_per_batch // windows.shape[1])):
+        losses.extend(window_losses(model, batch).tolist())
+        if on_batch is not None:
+            on_batch(len(batch))
+    return Evaluation(tuple(losses), windows.shape[1] - 1)
+
+
+def window_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Mean loss of each window in one forward pass; shape (windows,), float64, on the CPU."""
+    ids = windows.to(model.get_input_embeddings().weight.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    targets = ids[:, 1:].to(hidden.device)
+    flat = token_losses(model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+    return flat.reshape(targets.shape).double().mean(dim=1).cpu()
+
+
+def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of each position, a chunk of logits at a time.
+
+    Args:
+        model: gives the output head and, where its config names one, the soft cap of the logits.
+        hidden: final hidden states, shape (tokens, d).
+        targets: next tokens, shape (tokens,), int64.
+
+    Returns:
+        shape (tokens,), float32, nats.
+    """
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    hidden, targets = hidden.to(head.weight.device), targets.to(head.weight.device)
+    rows = min(len(hidden), max(1, LOGIT_BYTES // (4 * head.weight.shape[0])))
+    # Both buffers serve every chunk: fresh ones of this size cost more in page faults than the sums that fill them.
+    logits_buffer = hidden.new_empty(rows, head.weight.shape[0])
+    exponentials_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
+    parts: list[torch.Tensor] = []
+    for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = torch.mm(states, head.weight.T, out=logits_buffer[: len(states)])
+        if head.bias is not None:
+            logits += head.bias
+        if cap is not None:
+            logits.div_(cap).tanh_().mul_(cap)
+        chosen = logits.gather(1, wanted[:, None])[:, 0].float()
+        top = logits.amax(dim=1, keepdim=True).float()
+        exponentials = exponentials_buffer[: len(states)].copy_(logits).sub_(top).exp_()
+        parts.append(exponentials.sum(dim=1).log_() + top[:, 0] - chosen)
+    return torch.cat(parts)

@@ -1,0 +1,24 @@
+"""The same share everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ffgym.plugins.bases import Heuristic
+from ffgym.types import SublayerView
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Uniform(Heuristic):
+    """Every sublayer keeps the same share, up to whole units: the baseline of every pruning paper."""
+
+    name = "uniform"
+
+    def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
+        """All zeros, shape (2L,)."""
+        import numpy as np
+
+        return np.zeros(len(sublayers))

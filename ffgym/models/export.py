@@ -1,0 +1,269 @@
+"""Save a pruned model as a checkpoint that loads without ffgym: safetensors, its sizes, and the class beside them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ffgym.errors import ModelError, OutputError
+from ffgym.models.families import Family
+from ffgym.models.modeling_ffgym import CLASSES
+from ffgym.types import Kind
+
+KINDS: tuple[Kind, Kind] = ("attention", "mlp")
+# What the dense checkpoint's config says about itself and is not so for the pruned one.
+ABOUT_THE_SOURCE = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What lies on the disk now.
+
+    Attributes:
+        path: the folder.
+        bytes: size of its safetensors files.
+        parameters: numbers in them; tied weights count once.
+    """
+
+    path: Path
+    bytes: int
+    parameters: int
+
+
+def save_pruned(
+    model: Any,
+    tokenizer: Any | None,
+    directory: str | Path,
+    *,
+    kept: Sequence[int],
+    family: Family,
+    card: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+) -> SavedModel:
+    """Write a pruned model to a folder, whole or not at all.
+
+    Args:
+        model: the stock causal LM with its linears already cut to ``kept``. Weights may be views: what is written is
+            what they show, not what lies behind them.
+        tokenizer: saved beside it; ``None`` leaves it out.
+        directory: the folder; its parents are created.
+        kept: units per sublayer, length 2L: layer 0 attention, layer 0 mlp, layer 1 attention, ...
+        family: the model's family.
+        card: text of the model card, Markdown.
+        overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
+        max_shard_size: weights beyond it are written as several files, e.g. ``"5GB"``.
+
+    Raises:
+        OutputError: the folder is occupied, cannot be written, or the disk is full.
+        ModelError: ``kept`` is not what the model was cut to.
+    """
+    place = Path(directory).expanduser().resolve()
+    _refuse_occupied(place, overwrite)
+    pruned = uneven_model(model, kept=kept, family=family)
+    with _whole_or_nothing(place) as folder:
+        with _no_progress_bar():
+            pruned.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        written = _count_written(folder)
+        expected = sum(parameter.numel() for parameter in pruned.parameters())
+        if written != expected:
+            raise OutputError(f"{place}: {written} of {expected} parameters were written", hint="Please report this.")
+    files = place.glob("*.safetensors")
+    return SavedModel(path=place, bytes=sum(file.stat().st_size for file in files), parameters=expected)
+
+
+def load_line(directory: str | Path) -> str:
+    """The one line of Python that loads a saved model, in a process that need not have ffgym."""
+    return (
+        "from transformers import AutoModelForCausalLM; "
+        f"model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True)"
+    )
+
+
+def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
+    """The same weights in the class that a saved model is loaded with. Nothing is copied; it is made to be saved.
+
+    Args:
+        model: the stock causal LM, cut to ``kept``.
+        kept: units per sublayer, length 2L.
+        family: the model's family.
+
+    Returns:
+        The model. Buffers that are not part of a checkpoint are on the meta device, so it cannot be run.
+
+    Raises:
+        ModelError: ``kept`` is not what the model was cut to.
+    """
+    config_class, model_class = CLASSES[family.name]
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in ABOUT_THE_SOURCE}
+    sizes = _sizes_per_layer(model.config, kept, family)
+    weights = _checkpoint_weights(model, kept, family)
+    try:
+        with torch.device("meta"):
+            stock = model_class(config_class(**settings)).state_dict()
+            for index, size in enumerate(sizes):
+                if biased := [kind for kind in KINDS if _has_new_bias(index, kind, kept, family, weights, stock)]:
+                    size["consumer_bias"] = biased
+            pruned = model_class(config_class(**settings, per_layer_config=dict(enumerate(sizes))))
+        pruned.load_state_dict(weights, assign=True)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the model does not fit the allocation that it is to be saved with: {error}") from error
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
+
+
+def _sizes_per_layer(config: Any, kept: Sequence[int], family: Family) -> list[dict[str, Any]]:
+    """What ``per_layer_config`` says about each layer."""
+    heads = getattr(config, family.heads)
+    groups = heads if family.kv_heads is None else getattr(config, family.kv_heads)
+    channels = getattr(config, family.intermediate)
+    layers = config.num_hidden_layers
+    if len(kept) != 2 * layers or any(
+        not 0 <= units <= most for units, most in zip(kept, [groups, channels] * layers, strict=True)
+    ):
+        raise ModelError(
+            f"an allocation of {len(kept)} sublayers, {tuple(kept)}, does not fit a model of {layers} layers with"
+            f" {groups} KV groups and {channels} intermediate channels each",
+            hint="It needs two numbers a layer, attention first.",
+        )
+    sizes: list[dict[str, Any]] = []
+    for attention, mlp in zip(kept[::2], kept[1::2], strict=True):
+        size: dict[str, Any] = {}
+        if skip := [kind for kind, units in zip(KINDS, (attention, mlp), strict=True) if units == 0]:
+            size["skip"] = skip
+        if attention:
+            size[family.heads] = attention * (heads // groups)
+            if family.kv_heads is not None:
+                size[family.kv_heads] = attention
+        if mlp:
+            size[family.intermediate] = mlp
+        sizes.append(size)
+    return sizes
+
+
+def _checkpoint_weights(model: Any, kept: Sequence[int], family: Family) -> dict[str, torch.Tensor]:
+    """The model's weights under the names of the saved class: of an emptied sublayer nothing but a bias is left."""
+    weights: dict[str, torch.Tensor] = dict(model.state_dict())
+    for sublayer, units in enumerate(kept):
+        layer, kind = sublayer // 2, KINDS[sublayer % 2]
+        holder = _holder(layer, kind, family)
+        if units or holder is None:
+            continue
+        empty = [name for name, weight in weights.items() if name.startswith(f"{holder}.") and not weight.numel()]
+        for name in empty:
+            del weights[name]
+        consumer_bias = f"{_consumer(layer, kind, family)}.bias"
+        if consumer_bias in weights:
+            weights[f"{holder}.bias"] = weights.pop(consumer_bias)
+    return weights
+
+
+def _has_new_bias(
+    layer: int,
+    kind: Kind,
+    kept: Sequence[int],
+    family: Family,
+    weights: dict[str, torch.Tensor],
+    stock: dict[str, torch.Tensor],
+) -> bool:
+    """Whether this consumer has a bias, as affine calibration gives it, that the stock architecture does not know."""
+    consumer = _consumer(layer, kind, family)
+    holder = _holder(layer, kind, family)
+    emptied = kept[2 * layer + KINDS.index(kind)] == 0 and holder is not None
+    return f"{consumer}.bias" not in stock and f"{holder if emptied else consumer}.bias" in weights
+
+
+def _consumer(layer: int, kind: Kind, family: Family) -> str:
+    name = family.attention_consumer if kind == "attention" else family.mlp_consumer
+    return f"{family.decoder}.layers.{layer}.{name}"
+
+
+def _holder(layer: int, kind: Kind, family: Family) -> str | None:
+    """The module that a skipped sublayer is replaced in whole; ``None`` where its linears live in the layer itself."""
+    parent = _consumer(layer, kind, family).rpartition(".")[0]
+    return None if parent == f"{family.decoder}.layers.{layer}" else parent
+
+
+def _count_written(folder: Path) -> int:
+    """Numbers in the safetensors files, as their headers state them; a truncated file cannot be opened."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 (not a dictionary)
+                total += torch.Size(content.get_slice(name).get_shape()).numel()
+    return total
+
+
+def _refuse_occupied(place: Path, overwrite: bool) -> None:
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{place} is a file, not a folder", hint="Choose another folder.")
+    if not place.is_dir() or not any(place.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{place} exists and is not empty", hint="Choose another folder, or pass --overwrite.")
+    if not (place / "config.json").is_file():
+        raise OutputError(
+            f"{place} is not empty and holds no model: replacing it would delete other files",
+            hint="Choose another folder, or empty this one yourself.",
+        )
+
+
+@contextmanager
+def _whole_or_nothing(place: Path) -> Iterator[Path]:
+    """Give a hidden folder beside ``place`` to write into; rename it when all went well, else leave nothing behind."""
+    staging = place.with_name(f".{place.name}.part-{secrets.token_hex(4)}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        _move_into_place(staging, place)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{place} could not be written: {error}",
+            hint="Free some space, or choose a folder that you may write to. What was there before is untouched.",
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_into_place(staging: Path, place: Path) -> None:
+    if not place.exists():
+        os.replace(staging, place)
+        return
+    old = staging.with_name(f"{staging.name}.old")
+    os.replace(place, old)
+    try:
+        os.replace(staging, place)
+    except BaseException:
+        os.replace(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Silence transformers' own bar: ours may be on the screen."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()

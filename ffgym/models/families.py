@@ -1,0 +1,147 @@
+"""What each supported architecture calls its parts. Adding a family is adding an entry to ``FAMILIES``.
+
+Within a layer, dotted names lead to linear modules. A family whose decoder layer does something else between these
+linears (a norm over the intermediate channels, fused q/k/v) does not belong here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ffgym.errors import ModelError
+from ffgym.types import Kind, Sublayer
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one architecture's parts.
+
+    Attributes:
+        name: the family, and the ``model_type`` of its Hugging Face config.
+        decoder: dotted path from the causal LM to the module that holds ``layers``.
+        query, key, value, attention_consumer: dotted names within a decoder layer.
+        mlp_producers, mlp_consumer: the same for the MLP.
+        heads, kv_heads, intermediate: the config's names for the sizes (``kv_heads`` is ``None`` for multi-head only).
+        head_count_attributes: attributes of the attention module that hold its number of query heads.
+    """
+
+    name: str
+    decoder: str = "model"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_consumer: str = "self_attn.o_proj"
+    mlp_producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_consumer: str = "mlp.down_proj"
+    heads: str = "num_attention_heads"
+    kv_heads: str | None = "num_key_value_heads"
+    intermediate: str = "intermediate_size"
+    head_count_attributes: tuple[str, ...] = ()
+
+    def layers(self, model: nn.Module) -> list[nn.Module]:
+        """The decoder layers, first to last."""
+        return list(model.get_submodule(self.decoder).get_submodule("layers"))  # type: ignore[arg-type]
+
+    def consumer(self, layer: nn.Module, kind: Kind) -> nn.Linear:
+        """The linear that reads the units of one half of a layer."""
+        return _linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
+
+    def producers(self, layer: nn.Module, kind: Kind) -> list[nn.Linear]:
+        """The linears that write them: query, key, value, or the MLP's."""
+        names = (self.query, self.key, self.value) if kind == "attention" else self.mlp_producers
+        return [_linear(layer, name) for name in names]
+
+    def head_dim(self, model: nn.Module) -> int:
+        """Channels of one attention head."""
+        config: Any = model.config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // getattr(config, self.heads))
+
+    def sublayers(self, model: nn.Module) -> list[Sublayer]:
+        """The 2L sublayers of a dense model: layer 0 attention, layer 0 mlp, layer 1 attention, ..."""
+        head_dim = self.head_dim(model)
+        layers = self.layers(model)
+        return [s for i, layer in enumerate(layers) for s in self._halves(layer, i, head_dim, len(layers))]
+
+    def _halves(self, layer: nn.Module, index: int, head_dim: int, depth: int) -> Iterator[Sublayer]:
+        query, key, _ = self.producers(layer, "attention")
+        groups = key.out_features // head_dim
+        heads_per_group = query.out_features // key.out_features
+        sizes: list[tuple[Kind, int, int, int]] = [
+            ("attention", groups, heads_per_group, head_dim),
+            ("mlp", self.consumer(layer, "mlp").in_features, 0, 0),
+        ]
+        for kind, units, query_heads, dim in sizes:
+            consumer, producers = self.consumer(layer, kind), self.producers(layer, kind)
+            rows = [p.out_features // units for p in producers]
+            columns = consumer.in_features // units
+            weights = sum(r * p.in_features for r, p in zip(rows, producers, strict=True))
+            weights += columns * consumer.out_features
+            biases = sum(r for r, p in zip(rows, producers, strict=True) if p.bias is not None)
+            yield Sublayer(
+                layer=index,
+                kind=kind,
+                units=units,
+                channels_per_unit=columns,
+                unit_params=weights + biases,
+                unit_macs=weights,
+                query_heads_per_unit=query_heads,
+                head_dim=dim,
+                depth=depth,
+            )
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3"),
+        Family("gemma"),
+        Family(
+            "opt",
+            decoder="model.decoder",
+            attention_consumer="self_attn.out_proj",
+            mlp_producers=("fc1",),
+            mlp_consumer="fc2",
+            kv_heads=None,
+            intermediate="ffn_dim",
+            head_count_attributes=("num_heads",),
+        ),
+    )
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a loaded causal LM.
+
+    Raises:
+        ModelError: the architecture is not supported; names it and lists those that are.
+    """
+    config: Any = model.config
+    kind = str(config.model_type)
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind.startswith("ffgym_"):
+        raise ModelError(
+            f"this checkpoint ({kind}) has been pruned by ffgym already",
+            hint="Start from the dense model; a higher sparsity is one more run, with --init-from for its policy.",
+        )
+    raise ModelError(
+        f"architecture {kind!r} ({type(model).__name__}) is not supported",
+        hint=f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one entry in ffgym/models/families.py.",
+    )
+
+
+def _linear(layer: nn.Module, name: str) -> nn.Linear:
+    module = layer.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ModelError(
+            f"{name} is a {type(module).__name__}, not a plain linear layer",
+            hint="Load the model without quantisation or adapters.",
+        )
+    return module

@@ -1,0 +1,360 @@
+"""Loading: a model and its tokenizer from the embedded default, a folder, a ``.gguf`` file, or the Hugging Face hub.
+
+Only safetensors are read, code from a checkpoint is never run, and a checkpoint that lacks weights is refused. A GGUF
+is dequantised once and kept in the cache as safetensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+
+from ffgym.data.assets import SMOLLM2, cache_dir, fetch, write_folder_once
+from ffgym.errors import ModelError
+
+logger = logging.getLogger("ffgym")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
+# moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
+GGUF_DTYPE = torch.float16
+DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PICKLED = ("*.bin", "*.pt", "*.pth")
+# How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
+WORTHWHILE_SPEEDUP = 1.5
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM ready to be measured, with its tokenizer.
+
+    Attributes:
+        model: the transformers model, in eval mode, without gradients.
+        tokenizer: its tokenizer.
+        name: what the user called it.
+        description: one line for tables: what it is and where it came from.
+        dtype: the weights' dtype.
+        device: where its first parameter lies.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    description: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def context_limit(self) -> int:
+        """The longest window that the model takes, in tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+
+def load(name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load a causal LM and its tokenizer.
+
+    Args:
+        name: ``"demo"``, a ``.gguf`` file, a folder, or a hub id.
+        revision: branch, tag or commit of a hub model.
+        dtype: ``"auto"`` (see :func:`choose_dtype`), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: ``"auto"`` (cuda where there is one, else cpu), a torch device, or ``"balanced"`` to spread the layers
+            over all GPUs.
+
+    Raises:
+        ModelError: a checkpoint that is missing, damaged, incomplete, pickled or needs code of its own, a hub that
+            cannot be reached, an unknown dtype or device. The hint says what to do.
+        AssetError: the embedded default could not be fetched, or the cache cannot be written.
+    """
+    target = _choose_device(device)
+    chosen = choose_dtype(target) if dtype == "auto" else _named_dtype(dtype)
+    logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
+    source, description = _locate(name)
+    if revision is not None and not description.startswith("hub model"):
+        raise ModelError(
+            f"model.revision = {revision!r} means something for hub models only, and {name!r} is none",
+            hint="Leave model.revision out.",
+        )
+    placement = {"device_map": "balanced"} if device == "balanced" else {}
+    model, tokenizer = _load_checkpoint(source, name, revision, chosen, placement)
+    if not placement:
+        model = _move(model, target)
+    model.eval()
+    model.requires_grad_(False)
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit is not None and description.startswith("hub model"):
+        description = f"{description} at {commit[:12]}"
+    first = next(model.parameters())
+    return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """Where to load from (a folder, or a hub id), and how to describe it."""
+    if name == "demo":
+        folder = fetch(SMOLLM2)
+        return str(_dequantised(next(folder.glob("*.gguf")), SMOLLM2.sha256)), DEMO_DESCRIPTION
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model file {name!r} does not exist", hint="Check the path.")
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        return str(_dequantised(path, content)), f"{path.name}, dequantised from GGUF"
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), f"folder {path.name}"
+    if path.exists():
+        raise ModelError(f"model {name!r} is a file", hint="Name the folder that holds it, a .gguf file, or a hub id.")
+    if HUB_ID.fullmatch(name) and not name.startswith("."):
+        return name, f"hub model {name}"
+    raise ModelError(
+        f"model folder {name!r} does not exist", hint="Check the path, or name 'demo', a .gguf file or a hub id."
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what a folder lacks before transformers says it at length."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError(
+            f"folder {str(folder)!r} holds no model: config.json is missing",
+            hint="Name a folder that save_pretrained wrote.",
+        )
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{str(config)!r} is not JSON: {error}", hint="Write or download the model again.") from error
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(path for pattern in PICKLED for path in folder.glob(pattern)):
+        raise _pickled(str(folder), Path(f"{folder.resolve()}-safetensors"))
+    raise ModelError(
+        f"folder {str(folder)!r} holds no weights: there is no .safetensors file",
+        hint="Write or download the model again.",
+    )
+
+
+def _pickled(name: str, target: Path) -> ModelError:
+    """Pickled weights can run code while they load, so converting them is left to whoever trusts them."""
+    steps = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"M.from_pretrained({name!r}, use_safetensors=False).save_pretrained({str(target)!r}); "
+        f"T.from_pretrained({name!r}).save_pretrained({str(target)!r})"
+    )
+    return ModelError(
+        f"model {name!r} has pickled weights only, which are not loaded",
+        hint=f'If you trust it, convert it once and name {str(target)!r} instead:\n  python -c "{steps}"',
+    )
+
+
+def _load_checkpoint(
+    source: str, name: str, revision: str | None, dtype: torch.dtype, placement: dict[str, str]
+) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    origin = {"revision": revision or "main", "trust_remote_code": False}
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                **placement,
+                **origin,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **origin)
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        raise _loading_error(error, source, name) from error
+    _check_complete(name, report)
+    return model, tokenizer
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    """transformers makes up what a checkpoint lacks; a model like that would be measured in vain."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first",
+            hint="Write or download the model again.",
+        )
+
+
+def _loading_error(error: Exception, source: str, name: str) -> ModelError:
+    said = str(error).strip().split("\n")[0]
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"model {name!r} needs code from its own checkpoint, which is never run",
+            hint="Use a model whose architecture transformers knows.",
+        )
+    if Path(source).is_dir():
+        return ModelError(
+            f"model {name!r} cannot be loaded, its files are damaged or incomplete: {said}",
+            hint="Write or download the model again.",
+        )
+    if "safetensors" in str(error):  # the repository was reached, and holds other weights
+        return _pickled(name, Path(f"{name.split('/')[-1]}-safetensors"))
+    return ModelError(
+        f"model {name!r} is no folder here, and could not be loaded from the hub: {said}",
+        hint="Check the name and the network; without a network use 'demo', a .gguf file, a downloaded folder,"
+        " or a model that is already in the hub's cache.",
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' bars and warnings off the terminal; what matters of them is an error here."""
+    from transformers.utils import logging as transformers_logging
+
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def _dequantised(gguf: Path, content: str) -> Path:
+    """The folder of a GGUF's safetensors copy, made on the first call.
+
+    Args:
+        gguf: the file.
+        content: a hash that names its content.
+    """
+
+    def convert(folder: Path) -> None:
+        Console(stderr=True).print(f"Converting {gguf.name} to safetensors, once", soft_wrap=True, highlight=False)
+        model, tokenizer = _read_gguf(gguf)
+        try:
+            with _quiet():
+                model.save_pretrained(folder)
+        except SafetensorError as error:  # safetensors wraps what the disk said
+            full = "No space left" in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+        tokenizer.save_pretrained(folder)
+
+    return write_folder_once(cache_dir() / "models" / f"{gguf.stem}-{content[:12]}-float16", convert)
+
+
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Newer versions keep the blocks packed where they find a kernel for them, unless told not to.
+    dense = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
+    try:
+        # transformers' bar over the tensors knows no switch.
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=GGUF_DTYPE, output_loading_info=True, **dense
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        said = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{str(gguf)!r} cannot be read as a GGUF model: {said}",
+            hint="It may be damaged, or of an architecture that transformers cannot read from GGUF: download it again,"
+            " or use the model's safetensors.",
+        ) from error
+    _check_complete(gguf.name, report)
+    # The weights are plain tensors now; without these marks save_pretrained takes them for quantised and refuses.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+# --- dtype and device -------------------------------------------------------------------------------------------------
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that ``"auto"`` means on a device.
+
+    CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 where a short probe finds its matrix products at
+    least 1.5 times as fast as float32's, else float32. Elsewhere: float32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and cpu_bfloat16_speedup() >= WORTHWHILE_SPEEDUP:
+        return torch.bfloat16
+    return torch.float32
+
+
+@functools.cache
+def cpu_bfloat16_speedup() -> float:
+    """How many times faster than float32 this CPU multiplies bfloat16 matrices; probed once a process (10 ms or so)."""
+    return _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The best of a few products of a 256 x 576 and a 576 x 1536 matrix; the first sets up, and is not counted."""
+    left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+    best = float("inf")
+    for attempt in range(6):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        if attempt > 0:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _named_dtype(dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype = {dtype!r} is unknown", hint=f"Use one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _choose_device(device: str) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    if device == "balanced":
+        if not cuda:
+            raise ModelError("model.device = 'balanced' needs GPUs, and torch sees none", hint="Use model.device auto.")
+        return torch.device("cuda")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(
+            f"model.device = {device!r} is no device", hint="Use auto, cpu, cuda, cuda:1 or balanced."
+        ) from error
+    if chosen.type == "cuda" and (not cuda or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(
+            f"model.device = {device!r}, but torch sees {torch.cuda.device_count()} GPUs", hint="Use auto or cpu."
+        )
+    return chosen
+
+
+def _move(model: Any, device: torch.device) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, NotImplementedError) as error:  # out of memory, or a device this torch was not built for
+        raise ModelError(
+            f"the model cannot be moved to {device}: {str(error).splitlines()[0]}",
+            hint="Use a smaller model, model.device cpu, or balanced over several GPUs.",
+        ) from error

@@ -1,0 +1,187 @@
+"""Cut a model to an allocation and put it back, by swapping parameters for prefixes of themselves (DESIGN 3.1).
+
+Producers keep views of their first rows, so cutting copies nothing but the refitted consumers. Restoring hands the
+dense parameters back: the same tensors, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffgym.models.families import Family, family_of
+from ffgym.models.modeling_ffgym import Skipped
+from ffgym.pruning.calibration import Path, PlainPath
+from ffgym.pruning.ordering import expand_order
+from ffgym.types import Sublayer
+
+
+class Half:
+    """One sublayer's modules, their dense parameters, and the path that its consumer is cut along.
+
+    Attributes:
+        path: the consumer's weights at every level; ``None`` for plain removal.
+        affine: whether calibration moves the consumer's bias too.
+
+    Args:
+        family: names of the parts.
+        layer: the decoder layer.
+        sublayer: which half of it.
+    """
+
+    def __init__(self, family: Family, layer: nn.Module, sublayer: Sublayer) -> None:
+        self.sublayer = sublayer
+        self.consumer = family.consumer(layer, sublayer.kind)
+        self.producers = family.producers(layer, sublayer.kind)
+        self._rows = [producer.out_features // sublayer.units for producer in self.producers]
+        self._layer: Any = layer
+        self._attention_name, _, _ = family.attention_consumer.partition(".")
+        self._head_counts = family.head_count_attributes if sublayer.kind == "attention" else ()
+        self._attention: Any = getattr(layer, self._attention_name)
+        self._keep_dense()
+        self.path: Path | None = None
+        self.affine = False
+
+    @property
+    def dense_consumer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The consumer's dense weight, shape (m, n), path order, and bias, shape (m,) or ``None``."""
+        return self._consumer_weight, self._consumer_bias
+
+    def permute(self, order: torch.Tensor) -> None:
+        """Put the units in this order, in place and for good; the model's function is unchanged.
+
+        Args:
+            order: shape (units,), int64, a permutation.
+        """
+        with torch.no_grad():
+            for producer, rows in zip(self.producers, self._rows, strict=True):
+                index = expand_order(order, rows).to(producer.weight.device)
+                producer.weight.copy_(producer.weight[index])
+                if producer.bias is not None:
+                    producer.bias.copy_(producer.bias[index])
+            columns = expand_order(order, self.sublayer.channels_per_unit).to(self.consumer.weight.device)
+            self.consumer.weight.copy_(self.consumer.weight[:, columns])
+
+    def cut(self, units: int, *, calibrated: bool = True) -> None:
+        """Keep the first ``units`` units.
+
+        Args:
+            units: 0 .. all; all of them is the dense sublayer.
+            calibrated: use the path's refitted consumer, not plain removal.
+        """
+        if units == self.sublayer.units:
+            self.restore()
+            return
+        channels = units * self.sublayer.channels_per_unit
+        dense = PlainPath(self._consumer_weight, self._consumer_bias)
+        path: Path = self.path if calibrated and self.path is not None else dense
+        self.set_consumer(path.weight_at(channels), path.bias_at(channels))
+        for producer, rows, weight, bias in zip(
+            self.producers, self._rows, self._weights, self._biases, strict=True
+        ):
+            _set(producer, weight[: units * rows], None if bias is None else bias[: units * rows])
+        for attribute in self._head_counts:
+            setattr(self._attention, attribute, units * self.sublayer.query_heads_per_unit)
+        self._place_attention(empty=units == 0)
+
+    def set_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Give the consumer new values, converted to the model's dtype.
+
+        Args:
+            weight: shape (m, channels kept).
+            bias: shape (m,) or ``None``.
+        """
+        like = self._consumer_weight
+        # Contiguous, as a checkpoint stores it: kernels round differently on strided weights.
+        _set(self.consumer, weight.to(like).contiguous(), None if bias is None else bias.to(like))
+
+    def set_bias(self, bias: torch.Tensor) -> None:
+        """Give the consumer of a sublayer with nothing left the constant that stands for it, shape (m,)."""
+        self.set_consumer(self._consumer_weight[:, :0], bias)
+        self._place_attention(empty=True)
+
+    def restore(self) -> None:
+        """Hand the dense parameters back."""
+        for module, weight, bias in zip(
+            [*self.producers, self.consumer],
+            [*self._weights, self._consumer_weight],
+            [*self._biases, self._consumer_bias],
+            strict=True,
+        ):
+            _set(module, weight, bias)
+        for attribute in self._head_counts:
+            setattr(self._attention, attribute, self.sublayer.units * self.sublayer.query_heads_per_unit)
+        self._place_attention(empty=False)
+
+    def _place_attention(self, *, empty: bool) -> None:
+        # Stock attention cannot reshape zero heads.
+        if self.sublayer.kind == "attention":
+            module = Skipped(self.consumer.bias, attention=True) if empty else self._attention
+            setattr(self._layer, self._attention_name, module)
+
+    def _keep_dense(self) -> None:
+        self._weights = [producer.weight for producer in self.producers]
+        self._biases = [producer.bias for producer in self.producers]
+        self._consumer_weight = self.consumer.weight
+        self._consumer_bias = self.consumer.bias
+
+
+class PrunableModel:
+    """A dense model that can be cut to any allocation and put back.
+
+    Args:
+        model: a Hugging Face causal LM of a supported family; its weights will be permuted in place.
+
+    Raises:
+        ModelError: an unsupported architecture.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.family = family_of(model)
+        self.sublayers = tuple(self.family.sublayers(model))
+        layers = self.family.layers(model)
+        self.halves = tuple(Half(self.family, layers[s.layer], s) for s in self.sublayers)
+        self.kept = self.dense_units
+
+    @property
+    def dense_units(self) -> tuple[int, ...]:
+        """Units per sublayer before anything was cut."""
+        return tuple(sublayer.units for sublayer in self.sublayers)
+
+    @property
+    def consumers(self) -> list[nn.Linear]:
+        """The 2L consumers, in order of depth."""
+        return [half.consumer for half in self.halves]
+
+    def cut(self, kept: Sequence[int], *, calibrated: bool = True) -> None:
+        """Cut every sublayer to its first ``kept`` units.
+
+        Args:
+            kept: units per sublayer, length 2L.
+            calibrated: use refitted consumers where a path is there, not plain removal.
+        """
+        for half, units in zip(self.halves, kept, strict=True):
+            half.cut(units, calibrated=calibrated)
+        self.kept = tuple(kept)
+
+    def restore(self) -> None:
+        """Put the dense model back, bit for bit."""
+        for half in self.halves:
+            half.restore()
+        self.kept = self.dense_units
+
+
+def _set(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    module.weight = _parameter(weight)
+    module.bias = None if bias is None else _parameter(bias)
+    module.out_features, module.in_features = weight.shape
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)

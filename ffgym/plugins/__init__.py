@@ -1,0 +1,1 @@
+"""How ffgym is extended: the hooks, the manager that finds plugins, and the base classes they subclass."""

@@ -1,0 +1,168 @@
+"""The base classes that third parties subclass: criteria, heuristics, rewards and agents.
+
+A plugin is a class with a ``name``. It may carry its own pydantic ``Config`` (extra fields are refused); the table of
+the same name in a run's TOML is validated by it, and the plugin finds the result in ``self.config``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from ffgym.types import Evaluation, LayerStats, SublayerView, Update
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+OnUpdate = Callable[[Update], None]
+
+
+class PluginConfig(BaseModel):
+    """Base of every plugin's ``Config``: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Plugin:
+    """What all plugins share: a name, a ``Config`` and its validated values.
+
+    Args:
+        config: an instance of the class's own ``Config``; its defaults when left out.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[PluginConfig]] = PluginConfig
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        self.config: Any = config if config is not None else type(self).Config()
+
+
+class Criterion(Plugin, ABC):
+    """Scores the channels of one consumer: which units of a sublayer go first.
+
+    Attributes:
+        needs: statistics to collect, any of ``{"mean", "square", "second_moment", "gradient"}``.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+        """Score elements or channels; a unit's score is the sum over what it owns.
+
+        Args:
+            weight: the consumer's weight, shape (m, n), float32.
+            stats: what ``needs`` asked for.
+
+        Returns:
+            shape (m, n) or (n,), finite, higher = kept longer.
+        """
+
+
+class Heuristic(Plugin, ABC):
+    """A rule that gives importances without any episode. It sees weights and statistics, and no environment.
+
+    Attributes:
+        needs: statistics to keep for it, as for a criterion.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
+        """Give each sublayer its importance.
+
+        Args:
+            sublayers: 2L views, in the order layer 0 attention, layer 0 mlp, layer 1 attention, ...
+
+        Returns:
+            shape (2L,), finite, in [-1, 1]; differences of 2 span the whole range of keep ratios.
+        """
+
+
+class Reward(Plugin, ABC):
+    """Turns what an episode measured into one number, higher = better.
+
+    Attributes:
+        worst: what an episode earns whose loss is NaN or infinite.
+    """
+
+    worst: ClassVar[float] = 0.0
+
+    @abstractmethod
+    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
+        """Compare the pruned with the dense model on the same windows."""
+
+
+class Agent(Plugin, ABC):
+    """Searches: proposes importances to a vector environment until its token budget is spent.
+
+    The environment is a ``gymnasium.vector.VectorEnv`` whose actions are (num_envs, 2L) importances in the order
+    layer 0 attention, layer 0 mlp, layer 1 attention, ...; every episode takes one step. Beyond Gymnasium's interface
+    it says ``tokens_left`` (int), the evaluated tokens that the search may still spend.
+
+    Attributes:
+        prior_mean: importances to start from, shape (2L,), set by the runner from ``prior``; ``None`` for no prior.
+    """
+
+    needs_prior: ClassVar[bool] = False
+    searches: ClassVar[bool] = True
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        super().__init__(config)
+        self.prior_mean: np.ndarray | None = None
+
+    @abstractmethod
+    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
+        """Run the search. Stop when ``env.tokens_left`` is 0; call ``on_update`` after every update."""
+
+    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
+        """Importances that the agent itself believes in, e.g. its policy's mean; measured again before any is chosen.
+
+        Args:
+            observation: (target sparsity, fidelity), shape (2,), float32.
+        """
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Everything that ``load_state`` needs to go on: numpy arrays, numbers, strings, lists and dicts of them."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that the same class returned from ``state``."""
+
+
+class BatchAgent(Agent):
+    """An agent that proposes a batch, is told the rewards, and proposes again. ``learn`` is that loop.
+
+    Subclasses write ``begin``, ``ask`` and ``tell`` (and ``state``/``load_state`` to be resumable).
+    """
+
+    @abstractmethod
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Get ready for actions of shape (batch, dimensions); all randomness comes from ``seed``."""
+
+    @abstractmethod
+    def ask(self, observations: np.ndarray) -> np.ndarray:
+        """Propose importances, shape (batch, 2L), float32, in [-1, 1], for observations of shape (batch, 2)."""
+
+    @abstractmethod
+    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+        """Learn from rewards, shape (batch,); return diagnostics, e.g. ``{"policy/spread": 0.2}``."""
+
+    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
+        """Ask, step, tell, until the environment's token budget is spent."""
+        self.begin(dimensions=env.single_action_space.shape[0], batch=env.num_envs, seed=seed)
+        observations, _ = env.reset(seed=seed)
+        index = 0
+        while env.tokens_left > 0:
+            actions = self.ask(observations)
+            following, rewards, _, _, _ = env.step(actions)
+            diagnostics = self.tell(observations, actions, rewards)
+            on_update(Update(index=index, rewards=rewards, diagnostics=diagnostics))
+            observations = following
+            index += 1

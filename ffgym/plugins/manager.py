@@ -1,0 +1,346 @@
+"""Finds plugins by kind and name: the built-ins below, and what installed packages offer in the group ``ffgym``.
+
+Built-ins are strings, imported when asked for, so that listing names never imports torch. Third-party plugins are
+loaded one by one, in isolation: one that fails is recorded and stops only a run that asks for what it might provide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, NamedTuple, overload
+
+import pluggy
+from pydantic import ValidationError
+
+from ffgym.config import RunConfig, config_error
+from ffgym.errors import FFGymError, PluginError, UnknownNameError
+from ffgym.plugins import hookspecs
+from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
+from ffgym.types import PluginRecord
+from ffgym.version import __version__
+
+PluginKind = Literal["agent", "criterion", "heuristic", "reward"]
+
+ENVIRONMENT_VARIABLE = "FFGYM_LOAD_PLUGINS"
+"""Names of the entry points to load, separated by commas; empty loads none; unset loads all."""
+
+STATISTICS = frozenset({"mean", "square", "second_moment", "gradient"})
+
+
+class BuiltIn(NamedTuple):
+    """Where a built-in lives (``"module:Class"``), and the line that ``ffgym ls`` prints."""
+
+    target: str
+    description: str
+
+
+BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
+    "agent": {
+        "reinforce": BuiltIn("ffgym.agents.reinforce:Reinforce", "policy gradient over a Gaussian of importances"),
+        "random": BuiltIn("ffgym.agents.random_search:RandomSearch", "independent random importances"),
+        "one-shot": BuiltIn("ffgym.agents.one_shot:OneShot", "the prior's heuristic, measured as it is; no search"),
+    },
+    "criterion": {
+        "wanda": BuiltIn("ffgym.criteria.wanda:Wanda", "|W| times the norm of the inputs"),
+        "magnitude": BuiltIn("ffgym.criteria.magnitude:Magnitude", "|W|: the smallest weights go first"),
+        "random": BuiltIn("ffgym.criteria.random:Random", "a seeded random order, the floor for every criterion"),
+    },
+    "heuristic": {
+        "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),
+        "mlp-first": BuiltIn("ffgym.heuristics.mlp_first:MlpFirst", "MLPs go first, those at both ends are spared"),
+    },
+    "reward": {
+        "perplexity": BuiltIn("ffgym.rewards.perplexity:Perplexity", "dense perplexity over pruned perplexity"),
+    },
+}
+
+_BASES: dict[PluginKind, type[Plugin]] = {
+    "agent": Agent,
+    "criterion": Criterion,
+    "heuristic": Heuristic,
+    "reward": Reward,
+}
+_HOOKS: dict[str, PluginKind] = {
+    "ffgym_agents": "agent",
+    "ffgym_criteria": "criterion",
+    "ffgym_heuristics": "heuristic",
+    "ffgym_rewards": "reward",
+}
+_TABLES: dict[PluginKind, str] = {"agent": "agent", "criterion": "criterion", "heuristic": "prior", "reward": "reward"}
+
+
+class Package(NamedTuple):
+    """The distribution that ships a plugin."""
+
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}".strip()
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One class that an installed plugin offers."""
+
+    kind: PluginKind
+    cls: type[Plugin]
+    package: Package
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What looking through the installed packages brought: the classes that loaded, and a row per entry point."""
+
+    offers: tuple[Offer, ...]
+    records: tuple[PluginRecord, ...]
+
+
+def names(kind: PluginKind) -> dict[str, str]:
+    """Every usable name of a kind with its one-line description, built-ins first.
+
+    A name with two owners cannot be used, so it is left out.
+    """
+    lines = {name: built_in.description for name, built_in in BUILTINS[kind].items()}
+    for offer in _discovered().offers:
+        if offer.kind == kind:
+            lines.setdefault(offer.cls.name, _first_line(offer.cls))
+    return {name: line for name, line in lines.items() if len(_owners(kind, name)) == 1}
+
+
+def records() -> list[PluginRecord]:
+    """What ``ffgym plugins`` shows: the built-ins, then one row per entry point, broken and refused ones included."""
+    provides: dict[str, list[str]] = {kind: list(table) for kind, table in BUILTINS.items()}
+    built_in = PluginRecord("built-in", *_built_in_package(), provides=provides)
+    return [built_in, *_discovered().records]
+
+
+@overload
+def get_class(kind: Literal["agent"], name: str) -> type[Agent]: ...
+@overload
+def get_class(kind: Literal["criterion"], name: str) -> type[Criterion]: ...
+@overload
+def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
+@overload
+def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
+def get_class(kind: PluginKind, name: str) -> type[Plugin]:
+    """Find the class behind a name.
+
+    Raises:
+        UnknownNameError: nobody provides it; the hint also names plugins that could not be loaded.
+        PluginError: two packages provide it.
+    """
+    owners = _owners(kind, name)
+    if len(owners) > 1:
+        raise PluginError(
+            _conflict(kind, name, owners),
+            hint=f"Uninstall one, or load only the plugins you want: {ENVIRONMENT_VARIABLE}=a,b (empty for none).",
+        )
+    if not owners:
+        raise _unknown(kind, name)
+    if name in BUILTINS[kind]:
+        module, _, attribute = BUILTINS[kind][name].target.partition(":")
+        cls: type[Plugin] = getattr(importlib.import_module(module), attribute)
+        return cls
+    return next(offer.cls for offer in _discovered().offers if (offer.kind, offer.cls.name) == (kind, name))
+
+
+@overload
+def create(kind: Literal["agent"], name: str, options: Mapping[str, Any] | None = None) -> Agent: ...
+@overload
+def create(kind: Literal["criterion"], name: str, options: Mapping[str, Any] | None = None) -> Criterion: ...
+@overload
+def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | None = None) -> Heuristic: ...
+@overload
+def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
+def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
+    """Make an instance with validated options.
+
+    Args:
+        kind: agent, criterion, heuristic or reward.
+        name: a registered name.
+        options: the keys of its TOML table beside ``name``, e.g. ``config.criterion.options``.
+
+    Raises:
+        ConfigError: an option that the class's ``Config`` refuses; names the table and the key.
+        PluginError: two packages provide the name, or the constructor failed.
+        UnknownNameError: nobody provides the name.
+    """
+    cls: type[Plugin] = get_class(kind, name)
+    try:
+        config = cls.Config.model_validate(dict(options or {}))
+    except ValidationError as error:
+        raise config_error(error, cls.Config, _TABLES[kind]) from None
+    try:
+        return cls(config)
+    except FFGymError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{described(cls)} could not be created: {type(error).__name__}: {error}") from error
+
+
+def resolve_agent(config: RunConfig) -> RunConfig:
+    """Let a heuristic stand in for an agent: ``agent = flap`` means the one-shot agent with the prior ``flap``.
+
+    The agent table's options become the prior's. A configuration that names an agent comes back unchanged.
+    """
+    name = config.agent.name
+    if _owners("agent", name) or not _owners("heuristic", name):
+        return config
+    inherited = config.prior.options if config.prior.name == name else {}
+    prior = type(config.prior)(name=name, **{**inherited, **config.agent.options})
+    return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior})
+
+
+def package_of(plugin: Plugin | type[Plugin]) -> Package:
+    """The distribution that ships a plugin, for messages and tags; its top-level module where none is registered."""
+    cls = plugin if isinstance(plugin, type) else type(plugin)
+    module = cls.__module__.partition(".")[0]
+    if module == "ffgym":
+        return _built_in_package()
+    return next((offer.package for offer in _discovered().offers if offer.cls is cls), Package(module, ""))
+
+
+def described(plugin: Plugin | type[Plugin]) -> str:
+    """``"criterion 'magnitude-l2' (package ffgym-magnitude-l2 0.1.0)"``: how messages name a plugin."""
+    cls = plugin if isinstance(plugin, type) else type(plugin)
+    kind = next((kind for kind, base in _BASES.items() if issubclass(cls, base)), "plugin")
+    return f"{kind} {getattr(cls, 'name', cls.__qualname__)!r} (package {package_of(cls)})"
+
+
+def forget() -> None:
+    """Look through the installed packages again at the next question, e.g. after one was installed."""
+    _discover.cache_clear()
+
+
+def _discovered() -> Discovery:
+    return _discover(os.environ.get(ENVIRONMENT_VARIABLE))
+
+
+@functools.cache
+def _discover(wanted: str | None) -> Discovery:
+    """Load every entry point, or those in ``wanted`` (separated by commas)."""
+    found = sorted(entry_points(group=hookspecs.GROUP), key=lambda entry: entry.name)
+    offers: list[Offer] = []
+    rows: list[PluginRecord] = []
+    chosen = None if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
+    for entry in found:
+        if chosen is None or entry.name in chosen:
+            loaded, row = _load(entry)
+            offers.extend(loaded)
+            rows.append(row)
+    for name in chosen or []:
+        if name not in {entry.name for entry in found}:
+            failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it"
+            rows.append(PluginRecord(name, package="", version="", provides={}, failure=failure))
+    return Discovery(tuple(offers), tuple(_with_conflict(row, offers) for row in rows))
+
+
+def _load(entry: EntryPoint) -> tuple[list[Offer], PluginRecord]:
+    """Import one plugin and ask its hooks; whatever goes wrong becomes the record's failure."""
+    package = Package(entry.dist.name, entry.dist.version) if entry.dist is not None else Package(entry.name, "")
+    offers: list[Offer] = []
+    failure = None
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to what the user asked for
+            offers = [Offer(kind, cls, package) for kind, cls in _ask_hooks(entry)]
+    except (Exception, SystemExit) as error:
+        failure = f"{type(error).__name__}: {error}"
+    provides: dict[str, list[str]] = {}
+    for offer in offers:
+        provides.setdefault(offer.kind, []).append(offer.cls.name)
+    return offers, PluginRecord(entry.name, package.name, package.version, provides, failure)
+
+
+def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
+    # A pluggy manager of its own: neither a bad signature nor an exception reaches another plugin.
+    pluggy_manager = pluggy.PluginManager(hookspecs.GROUP)
+    pluggy_manager.add_hookspecs(hookspecs)
+    module = entry.load()
+    pluggy_manager.register(module, name=entry.name)
+    pluggy_manager.check_pending()
+    if not pluggy_manager.get_hookcallers(module):
+        raise PluginError(f"{entry.value} implements no hook; decorate one of {', '.join(_HOOKS)} with @ffgym.hookimpl")
+    offered = []
+    for hook, kind in _HOOKS.items():
+        for classes in getattr(pluggy_manager.hook, hook)():
+            if not isinstance(classes, (list, tuple)):
+                raise PluginError(f"{hook} returned {classes!r}, not a list of classes")
+            for cls in classes:
+                _check_class(hook, kind, cls)
+                offered.append((kind, cls))
+    return offered
+
+
+def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
+    """Refuse what is not a complete plugin class, before anybody depends on it."""
+    base = _BASES[kind]
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise PluginError(f"{hook} returned {cls!r}, which is not a subclass of ffgym.{base.__name__}")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise PluginError(f"{hook} returned {cls.__qualname__}, which does not define {', '.join(missing)}")
+    name = getattr(cls, "name", None)
+    if not (isinstance(name, str) and name):
+        raise PluginError(f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not a word")
+    if kind == "heuristic" and name == "none":
+        raise PluginError("a heuristic cannot be called 'none': prior.name = none means no prior")
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, PluginConfig)):
+        raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
+    needs = frozenset(getattr(cls, "needs", ()))
+    if not needs <= STATISTICS:
+        raise PluginError(
+            f"{kind} {name!r} needs unknown statistics {sorted(needs - STATISTICS)}; known: {sorted(STATISTICS)}"
+        )
+
+
+def _owners(kind: PluginKind, name: str) -> list[str]:
+    """Everybody who provides a name."""
+    built_in = [f"{_built_in_package()} (built-in)"] if name in BUILTINS[kind] else []
+    return built_in + _third_parties(_discovered().offers, kind, name)
+
+
+def _third_parties(offers: Iterable[Offer], kind: PluginKind, name: str) -> list[str]:
+    return [str(offer.package) for offer in offers if (offer.kind, offer.cls.name) == (kind, name)]
+
+
+def _with_conflict(row: PluginRecord, offers: Iterable[Offer]) -> PluginRecord:
+    """Write into a row which of its names another package provides as well."""
+    refusals = []
+    for kind, table in BUILTINS.items():
+        for name in dict.fromkeys(row.provides.get(kind, [])):
+            built_in = [f"{_built_in_package()} (built-in)"] if name in table else []
+            owners = built_in + _third_parties(offers, kind, name)
+            if len(owners) > 1:
+                refusals.append(_conflict(kind, name, owners))
+    if not refusals:
+        return row
+    return PluginRecord(row.name, row.package, row.version, row.provides, failure="; ".join(refusals))
+
+
+def _conflict(kind: PluginKind, name: str, owners: list[str]) -> str:
+    return f"{kind} {name!r} has {len(owners)} owners, so it is refused: {' and '.join(owners)}"
+
+
+def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
+    error = UnknownNameError(kind, name, names(kind))
+    broken = [row for row in _discovered().records if row.failure is not None and not row.provides]
+    if broken:
+        plugins = "; ".join(f"{Package(row.package or row.name, row.version)} ({row.failure})" for row in broken)
+        error.hint = f"{error.hint} Plugins that could not be loaded and might provide it: {plugins}."
+    return error
+
+
+def _built_in_package() -> Package:
+    return Package("ffgym", __version__)
+
+
+def _first_line(cls: type[Plugin]) -> str:
+    lines = (cls.__doc__ or "").strip().splitlines()
+    return lines[0] if lines else ""

@@ -1,0 +1,220 @@
+"""Refit the consumer after units went: nested ridge for every level from one factorisation (DESIGN 3.2).
+
+The problem, for a consumer W (m x n) whose channels stand in path order, inputs x with second moment G = E[x x^T], the
+first k channels kept (K) and the rest dropped (P), l = lambda * mean(diag G):
+
+    W'_K = argmin E||W x - W' x_K||^2 + l ||W' - W_K||^2 = W_K + W_P G_PK (A_KK)^-1,   A = G + l I
+
+With A = C C^T (C lower), B = W C and D = C^-1 (lower) that is, for every k at once,
+
+    W'_K = B[:, :k] D[:k, :k] = W_K - B[:, k:] D[k:, :k]
+
+and the value of the minimum is the squared norm of the columns that are left out, ||B[:, k:]||^2.
+The affine form does the same on centred inputs and moves what the means carry into the bias (its case W' = W_K is the
+bias compensation of FLAP, arXiv 2312.11983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ffgym.errors import CalibrationError
+
+RIDGE_GRID = (1e-3, 1e-2, 1e-1, 1.0)
+HELD_OUT_LEVELS = (0.9, 0.75, 0.5)
+
+
+class Path(Protocol):
+    """A consumer's weights at every level: keep the first ``channels`` columns."""
+
+    def weight_at(self, channels: int) -> torch.Tensor:
+        """The consumer's weight for the kept channels, shape (m, channels), float32."""
+
+    def bias_at(self, channels: int) -> torch.Tensor | None:
+        """The consumer's bias at that level, shape (m,), float32; ``None`` where it has none."""
+
+
+class PlainPath:
+    """Plain removal: the kept columns as they are.
+
+    Args:
+        weight: shape (m, n), path order.
+        bias: shape (m,) or ``None``.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def weight_at(self, channels: int) -> torch.Tensor:
+        """The first columns of the dense weight."""
+        return self._weight[:, :channels]
+
+    def bias_at(self, channels: int) -> torch.Tensor | None:
+        """The dense bias."""
+        return self._bias
+
+
+def scale(second_moment: torch.Tensor) -> torch.Tensor:
+    """What lambda is relative to: the mean of the diagonal of G, a 0-dim tensor, never 0."""
+    return second_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def covariance(second_moment: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    """G, or G - mu mu^T where a mean is given; shape (n, n), float64."""
+    moment = second_moment.double()
+    return moment if mean is None else moment - torch.outer(mean.double(), mean.double())
+
+
+def factorise(moment: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """C and D = C^-1 with C C^T = moment + ridge * scale(moment) * I.
+
+    Args:
+        moment: shape (n, n), float64, symmetric positive semi-definite up to rounding.
+        ridge: lambda, > 0.
+
+    Returns:
+        two lower triangular tensors, shape (n, n), the moment's dtype.
+
+    Raises:
+        CalibrationError: not positive definite even so, or not finite.
+    """
+    if not torch.isfinite(moment).all():
+        raise CalibrationError(
+            "the inputs' second moment holds NaN or infinity",
+            hint="The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16.",
+        )
+    eye = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+    lower, info = torch.linalg.cholesky_ex(moment + ridge * scale(moment) * eye)
+    if int(info) != 0:
+        raise CalibrationError(
+            f"the second moment ({moment.shape[0]} channels) with ridge {ridge:g} is not positive definite",
+            hint="Raise prune.ridge, or data.calibration_tokens.",
+        )
+    return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
+
+
+class NestedRidge:
+    """The refit of one consumer at every level, from one factorisation in float64, kept in float32.
+
+    Args:
+        weight: dense W, shape (m, n), path order.
+        second_moment: G, shape (n, n), path order.
+        ridge: lambda, relative to the mean of G's diagonal, > 0.
+        mean: E[x], shape (n,), for the affine form; ``None`` for the linear one.
+        bias: dense bias, shape (m,), or ``None``; the affine form starts from zeros then.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        second_moment: torch.Tensor,
+        ridge: float,
+        mean: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        lower, inverse = factorise(covariance(second_moment, mean), ridge)
+        projected = weight.double() @ lower
+        self._weight = weight.float()
+        self._projected = projected.float()
+        self._inverse = inverse.float()
+        self._mean = mean
+        self._bias = None if bias is None else bias.float()
+        self.removal_error = suffix_energy(projected)
+
+    @property
+    def channels(self) -> int:
+        """n, the dense width."""
+        return self._weight.shape[1]
+
+    def weight_at(self, channels: int) -> torch.Tensor:
+        """W'_K for the first ``channels`` channels, shape (m, channels), float32, by the cheaper of the two sides."""
+        k = channels
+        if 2 * k <= self.channels:
+            return self._projected[:, :k] @ self._inverse[:k, :k]
+        return self._weight[:, :k] - self._projected[:, k:] @ self._inverse[k:, :k]
+
+    def bias_at(self, channels: int) -> torch.Tensor | None:
+        """b' = b + W mu - W'_K mu_K, shape (m,), float32; without a mean, the dense bias."""
+        if self._mean is None:
+            return self._bias
+        base = torch.zeros(self._weight.shape[0], device=self._weight.device) if self._bias is None else self._bias
+        mean = self._mean.float()
+        return base + self._weight @ mean - self.weight_at(channels) @ mean[:channels]
+
+
+def suffix_energy(projected: torch.Tensor) -> torch.Tensor:
+    """||B[:, k:]||^2 for k = 0 .. n: the regularised output error left after refitting the first k channels.
+
+    Args:
+        projected: B = W C, shape (m, n), float64.
+
+    Returns:
+        shape (n + 1,), float64, non-increasing, last entry 0.
+    """
+    columns = projected.square().sum(dim=0)
+    reverse = torch.cumsum(columns.flip(0), dim=0).flip(0)
+    return torch.cat([reverse, reverse.new_zeros(1)])
+
+
+def pick_ridge(
+    weight: torch.Tensor,
+    fit: torch.Tensor,
+    held_out: torch.Tensor,
+    grid: Sequence[float] = RIDGE_GRID,
+    levels: Sequence[float] = HELD_OUT_LEVELS,
+) -> float:
+    """The lambda of the grid with the least output error on calibration windows that the fit has not seen.
+
+    Args:
+        weight: W, shape (m, n), path order.
+        fit: moment of the fitted windows, shape (n, n), path order (centred for the affine form).
+        held_out: moment of the held-out windows, same shape.
+        grid: lambdas to try.
+        levels: shares of channels kept at which the error is taken; each counts relative to the best of the grid.
+
+    Returns:
+        the chosen lambda.
+    """
+    width = weight.shape[1]
+    W, target = weight.float(), held_out.float()
+    total = torch.zeros(len(grid), len(levels), dtype=torch.float64)
+    for row, ridge in enumerate(grid):
+        C, D = factorise(fit.double(), ridge)
+        B, D = (weight.double() @ C).float(), D.float()
+        for column, level in enumerate(levels):
+            k = min(max(round(level * width), 1), width)
+            change = W.clone()
+            change[:, :k] = B[:, k:] @ D[k:, :k]
+            total[row, column] = ((change @ target) * change).sum()
+    total = total / total.amin(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(grid[int(total.sum(dim=1).argmin())])
+
+
+def sequential_refit(
+    weight: torch.Tensor,
+    cross: torch.Tensor,
+    moment: torch.Tensor,
+    ridge: float,
+) -> torch.Tensor:
+    """Refit a consumer on the inputs that the pruned model really gives it, towards the dense model's outputs.
+
+        W' = (W E[x x~^T] + l W_K) (E[x~ x~^T] + l I)^-1,   l = ridge * mean(diag E[x~ x~^T])
+
+    Args:
+        weight: dense W, shape (m, n), path order.
+        cross: E[x x~^T], dense inputs against the pruned model's k inputs, shape (n, k), float64 (centred for affine).
+        moment: E[x~ x~^T], shape (k, k), float64 (centred for affine).
+        ridge: lambda, > 0.
+
+    Returns:
+        W', shape (m, k), float32.
+    """
+    k = moment.shape[0]
+    W = weight.double()
+    lower, _ = factorise(moment, ridge)
+    right = W @ cross + ridge * scale(moment) * W[:, :k]
+    return torch.cholesky_solve(right.T, lower).T.float()

@@ -1,0 +1,60 @@
+"""From scores to the pruning path's order: which unit goes first (DESIGN 3.1).
+
+Units are sorted once, from most to least important. After the weights are permuted in that order, "keep k units" means
+"keep the first k".
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def channel_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Sum element scores over a consumer's output rows.
+
+    Args:
+        scores: shape (m, n) elements, or (n,) channels (returned as they are).
+
+    Returns:
+        shape (n,), float32.
+    """
+    scores = scores.float()
+    return scores.sum(dim=0) if scores.ndim == 2 else scores
+
+
+def unit_scores(channels: torch.Tensor, channels_per_unit: int) -> torch.Tensor:
+    """Sum channel scores over the contiguous block that each unit owns.
+
+    Args:
+        channels: shape (units * channels_per_unit,).
+        channels_per_unit: consumer columns that one unit owns.
+
+    Returns:
+        shape (units,).
+    """
+    return channels.reshape(-1, channels_per_unit).sum(dim=1)
+
+
+def unit_order(scores: torch.Tensor) -> torch.Tensor:
+    """Indices of the units from most to least important; equal scores keep their original order.
+
+    Args:
+        scores: shape (units,).
+
+    Returns:
+        shape (units,), int64, a permutation.
+    """
+    return torch.sort(scores, descending=True, stable=True).indices
+
+
+def expand_order(order: torch.Tensor, block: int) -> torch.Tensor:
+    """Turn an order of units into the order of the rows or columns they own, ``block`` contiguous ones each.
+
+    Args:
+        order: shape (units,), int64.
+        block: rows or columns per unit.
+
+    Returns:
+        shape (units * block,), int64.
+    """
+    return (order[:, None] * block + torch.arange(block, device=order.device)).reshape(-1)

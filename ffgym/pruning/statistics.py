@@ -1,0 +1,79 @@
+"""Running averages over a consumer's inputs, in float32 or wider whatever the model's dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from ffgym.types import LayerStats
+
+INPUT_STATISTICS = frozenset({"mean", "square", "second_moment"})
+
+
+class Moments:
+    """Accumulates E[x], E[x^2] and E[x x^T] of vectors x with n channels.
+
+    Args:
+        channels: n.
+        needs: which of ``mean``, ``square``, ``second_moment`` to keep.
+        device: where the sums live.
+    """
+
+    def __init__(self, channels: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self._mean = torch.zeros(channels, dtype=torch.float64, device=device) if "mean" in needs else None
+        self._square = None
+        self._second = None
+        if "second_moment" in needs:
+            self._second = torch.zeros(channels, channels, dtype=torch.float32, device=device)
+        elif "square" in needs:
+            self._square = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._wants_square = "square" in needs
+
+    def update(self, inputs: torch.Tensor) -> None:
+        """Add a batch of inputs.
+
+        Args:
+            inputs: shape (..., n), any floating dtype.
+        """
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += x.shape[0]
+        if self._mean is not None:
+            self._mean += x.sum(dim=0, dtype=torch.float64)
+        if self._square is not None:
+            self._square += x.square().sum(dim=0, dtype=torch.float64)
+        if self._second is not None:
+            self._second.addmm_(x.T, x)
+
+    def result(self) -> LayerStats:
+        """Divide by the tokens seen."""
+        count = max(self.tokens, 1)
+        second = None if self._second is None else self._second / count
+        square = None if self._square is None else (self._square / count).float()
+        if second is not None and self._wants_square:
+            square = second.diagonal().clone()
+        return LayerStats(
+            tokens=self.tokens,
+            mean=None if self._mean is None else (self._mean / count).float(),
+            square=square,
+            second_moment=second,
+        )
+
+
+def merge(first: LayerStats, second: LayerStats) -> LayerStats:
+    """Pool two averages of the same inputs, weighted by their tokens (gradients excepted: those of ``first`` stay)."""
+    total = first.tokens + second.tokens
+    if not second.tokens:
+        return first
+
+    def pooled(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+        if a is None or b is None:
+            return None
+        return (a * first.tokens + b * second.tokens) / total
+
+    return LayerStats(
+        tokens=total,
+        mean=pooled(first.mean, second.mean),
+        square=pooled(first.square, second.square),
+        second_moment=pooled(first.second_moment, second.second_moment),
+        gradient=first.gradient,
+    )

@@ -1,0 +1,114 @@
+"""The model card: the README.md that is saved beside the weights, in the Hugging Face Hub's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from ffgym.report.table import ReportTable, markdown
+from ffgym.types import Allocation, Sublayer
+
+TAGS = ("ffgym", "pruning", "structured-pruning")
+
+LOADING = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{folder}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+
+The layers differ in size, which the stock classes of transformers do not read; `trust_remote_code=True` lets it run
+the small model class that lies beside the weights. Where ffgym is installed, `import ffgym.models` registers the same
+class, and the flag is not needed."""
+
+LIMITS = (
+    "Perplexity on one text says little about answers: measure on your own task before you use the model.",
+    "Nothing was fine-tuned after pruning; the consumers of the removed units were refitted on the calibration split.",
+    "Whatever bias and error the dense model has, this one has too, and it may have more.",
+)
+
+
+def model_card(
+    *,
+    title: str,
+    base_model: str | None,
+    license: str | None,
+    table: ReportTable,
+    sublayers: Sequence[Sublayer],
+    allocation: Allocation,
+    command: str,
+    seed: int,
+    splits: Mapping[str, str],
+    caveats: Sequence[str] = (),
+    folder: str = "path/to/this/folder",
+) -> str:
+    """Write the model card of a pruned model.
+
+    Args:
+        title: the model's name.
+        base_model: the Hub id of the dense model; ``None`` for a model that the Hub does not know.
+        license: the Hub's identifier of the dense model's licence, e.g. ``"apache-2.0"``; ``None`` if not known.
+        table: the run's table, dense row included.
+        sublayers: the dense model's 2L sublayers, in the order of ``allocation.kept``.
+        allocation: what the saved model keeps.
+        command: the command that reruns the search.
+        seed: its seed.
+        splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
+        caveats: sentences that a user of the model must read, e.g. that the dense weights were dequantised.
+        folder: what stands in the loading example for the model's place.
+
+    Returns:
+        YAML front matter and Markdown.
+    """
+    sections = [
+        _front_matter(base_model, license),
+        f"# {title}",
+        _summary(base_model, allocation),
+        "## Load it",
+        LOADING.format(folder=folder),
+        "## What it costs",
+        markdown(table).rstrip(),
+        "## What was kept",
+        _kept(sublayers, allocation),
+        "## How it was made",
+        f"```console\n$ {command}\n```",
+        "\n".join([f"* seed: {seed}", *(f"* {name} split: {text}" for name, text in splits.items())]),
+        "The splits do not overlap. Nothing was selected on the report split; it was measured after the search.",
+        "## Limits",
+        "\n".join(f"* {sentence}" for sentence in (*caveats, *LIMITS)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(base_model: str | None, license: str | None) -> str:
+    """Write the Hub's metadata; JSON strings are YAML strings, whatever they contain."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if base_model is not None:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    if license is not None:
+        lines.append(f"license: {json.dumps(license)}")
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
+
+
+def _summary(base_model: str | None, allocation: Allocation) -> str:
+    """Say in two sentences what the model is."""
+    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense language model"
+    return (
+        f"This is {origin} with {allocation.sparsity:.1%} of the {allocation.resource} of its attention and MLP "
+        "sublayers removed, by structured pruning. ffgym searched how much of each "
+        "sublayer goes."
+    )
+
+
+def _kept(sublayers: Sequence[Sublayer], allocation: Allocation) -> str:
+    """List the units kept, a line per decoder layer."""
+    kept = {
+        (sublayer.layer, sublayer.kind): f"{count:,} of {sublayer.units:,}"
+        for sublayer, count in zip(sublayers, allocation.kept, strict=True)
+    }
+    lines = ["| layer | attention: KV groups | MLP: intermediate channels |", "|---:|---:|---:|"]
+    for layer in sorted({sublayer.layer for sublayer in sublayers}):
+        lines.append(f"| {layer} | {kept[layer, 'attention']} | {kept[layer, 'mlp']} |")
+    return "\n".join(lines)

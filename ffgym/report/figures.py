@@ -1,0 +1,245 @@
+"""The two pictures of a run: what each sublayer keeps, and how the reward grew.
+
+PNG at 150 dpi, in the Okabe-Ito colours that colour-blind readers tell apart. matplotlib is imported when a picture is
+drawn, draws without a screen, and is told nothing globally, so that a caller's own figures stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffgym.errors import OutputError
+from ffgym.types import Allocation, Episode, Kind, Sublayer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+DPI = 150
+BLUE, ORANGE, GREEN, PINK, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+REFERENCE_LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": ORANGE, "marker": "o", "linestyle": "-"},
+    {"color": "#222222", "marker": "s", "linestyle": "--"},
+    {"color": GREEN, "marker": "^", "linestyle": "-."},
+    {"color": PINK, "marker": "D", "linestyle": ":"},
+)
+SEARCH_COLOURS = (BLUE, ORANGE, GREEN, PINK, YELLOW)
+UNIT_NAMES: dict[Kind, tuple[str, str]] = {
+    "attention": ("Attention", "KV groups"),
+    "mlp": ("MLP", "intermediate channels"),
+}
+
+
+def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], path: Path) -> None:
+    """Draw the share of its units that every sublayer keeps, over depth; attention and MLP in a panel each.
+
+    Args:
+        sublayers: 2L sublayers, in the order of ``Allocation.kept``.
+        allocations: by label; the first is the found one and drawn as bars, the others as lines for reference.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    figure = _new_figure(width=9.0, height=5.2)
+    panels = figure.subplots(2, 1, sharex=True, sharey=True)
+    found = next(iter(allocations.values()))
+    kinds: tuple[Kind, ...] = ("attention", "mlp")
+    for axes, kind in zip(panels, kinds, strict=True):
+        indices = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
+        layers = [sublayers[index].layer for index in indices]
+        name, units = UNIT_NAMES[kind]
+        for number, (label, allocation) in enumerate(allocations.items()):
+            shares = [100 * allocation.kept[index] / sublayers[index].units for index in indices]
+            if number == 0:
+                axes.bar(layers, shares, width=0.78, color=BLUE, alpha=0.55, label=label, zorder=2)
+            else:
+                look = REFERENCE_LOOKS[(number - 1) % len(REFERENCE_LOOKS)]
+                # Side by side within a bar, so that equal shares do not hide one another.
+                offset = 0.9 * (number / len(allocations) - 0.5)
+                places = [layer + offset for layer in layers]
+                axes.plot(places, shares, color=look["color"], linestyle=look["linestyle"], linewidth=0.8, alpha=0.55)
+                axes.plot(
+                    places,
+                    shares,
+                    color=look["color"],
+                    marker=look["marker"],
+                    linestyle="",
+                    markersize=4.5,
+                    label=label,
+                )
+        axes.set_title(f"{name}: {_unit_count(sublayers, indices)} {units} in every layer", fontsize=10, loc="left")
+        axes.set_ylabel(f"{units}\nkept (%)")
+        axes.set_ylim(0, 108)
+        axes.set_yticks(range(0, 101, 25))
+        _tidy(axes)
+    panels[1].set_xlabel("decoder layer (0 = next to the embedding)")
+    panels[1].set_xlim(-0.7, max(sublayer.layer for sublayer in sublayers) + 0.7)
+    panels[1].xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    _legend(figure, {label: by_label[label] for label in allocations})
+    figure.suptitle(_kept_title(sublayers, found), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    _save(figure, path)
+
+
+def _unit_count(sublayers: Sequence[Sublayer], indices: Sequence[int]) -> str:
+    """Say how many units the dense sublayers have: one number, or the range."""
+    units = sorted({sublayers[index].units for index in indices})
+    return f"{units[0]:,}" if len(units) == 1 else f"{units[0]:,} to {units[-1]:,}"
+
+
+def _kept_title(sublayers: Sequence[Sublayer], found: Allocation) -> str:
+    """Say in numbers what the found allocation does."""
+    shares = {}
+    for kind in UNIT_NAMES:
+        pairs = [
+            (kept, sublayer.units)
+            for kept, sublayer in zip(found.kept, sublayers, strict=True)
+            if sublayer.kind == kind
+        ]
+        shares[kind] = sum(kept for kept, _ in pairs) / sum(units for _, units in pairs)
+    return (
+        f"Found at {found.sparsity:.1%} sparsity ({found.resource}): attention keeps {shares['attention']:.0%} "
+        f"of its units, the MLPs {shares['mlp']:.0%}"
+    )
+
+
+def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None:
+    """Draw the reward over the tokens evaluated so far: every episode faint, the mean of each update strong.
+
+    Rewards at different target sparsities are not comparable, so there is no "best so far"; where the schedule moves,
+    a second panel shows the target. Failed episodes are crosses on the lower edge and stay out of the means.
+
+    Args:
+        episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    searches = {label: history for label, history in episodes.items() if history}
+    scheduled = any(len({episode.target_sparsity for episode in history}) > 1 for history in searches.values())
+    figure = _new_figure(width=9.0, height=5.0 if scheduled else 4.0)
+    if scheduled:
+        rewards, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        _draw_schedule(bottom, searches)
+    else:
+        rewards = bottom = figure.subplots()
+    for number, (label, history) in enumerate(searches.items()):
+        _draw_rewards(rewards, history, label, SEARCH_COLOURS[number % len(SEARCH_COLOURS)])
+    failed = any(not _succeeded(episode) for history in searches.values() for episode in history)
+    key = "dots: episodes; lines: mean of each update" + ("; crosses on the edge: failed episodes" if failed else "")
+    rewards.set_title(key, fontsize=10, loc="left")
+    rewards.set_ylabel("reward (higher is better)")
+    handles, labels = rewards.get_legend_handles_labels()
+    _legend(figure, dict(zip(labels, handles, strict=True)))
+    _tidy(rewards)
+    bottom.set_xlabel("tokens evaluated so far (thousands)")
+    bottom.set_xlim(left=0)
+    figure.suptitle(_reward_title(searches, scheduled), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    _save(figure, path)
+
+
+def _reward_title(searches: Mapping[str, Sequence[Episode]], scheduled: bool) -> str:
+    """Say where each search ends: the mean reward of its last update."""
+    ends = []
+    for label, history in searches.items():
+        last = [e.reward for e in history if e.update == history[-1].update and _succeeded(e)]
+        ends.append(f"{label} ends at {np.mean(last):.3f}" if last else f"the last update of {label} failed")
+    return ("Reward while the target sparsity rises: " if scheduled else "Reward: ") + ", ".join(ends)
+
+
+def _succeeded(episode: Episode) -> bool:
+    return not episode.failed and math.isfinite(episode.reward)
+
+
+def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, colour: str) -> None:
+    """Draw one search: its episodes, the failed ones and the mean of every update."""
+    tokens = _tokens_so_far(history)
+    alive = np.array([_succeeded(episode) for episode in history])
+    values = np.array([episode.reward for episode in history])
+    updates = np.array([episode.update for episode in history])
+    axes.scatter(tokens[alive], values[alive], s=14, color=colour, alpha=0.3, linewidths=0, zorder=2)
+    # The y of a failed episode is the reward's "worst", which may lie far below: the lower edge stands for it.
+    axes.scatter(
+        tokens[~alive],
+        np.full(int((~alive).sum()), 0.02),
+        marker="x",
+        s=24,
+        color=colour,
+        linewidths=1.2,
+        transform=axes.get_xaxis_transform(),
+        zorder=3,
+    )
+    points = [
+        (tokens[members].mean(), values[members].mean())
+        for update in np.unique(updates)
+        if (members := alive & (updates == update)).any()
+    ]
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=2, label=label, zorder=4)
+
+
+def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> None:
+    """Draw the sparsity that the schedule asked each search for."""
+    for number, history in enumerate(searches.values()):
+        targets = [100 * episode.target_sparsity for episode in history]
+        colour = SEARCH_COLOURS[number % len(SEARCH_COLOURS)]
+        axes.plot(
+            _tokens_so_far(history),
+            targets,
+            color=colour,
+            linewidth=1.8,
+            linestyle="-" if number == 0 else "--",
+            drawstyle="steps-pre",
+        )
+    axes.set_ylabel("target\nsparsity (%)")
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.15)
+    _tidy(axes)
+
+
+def _tokens_so_far(history: Sequence[Episode]) -> NDArray[np.float64]:
+    """Thousands of tokens evaluated when each episode was done, shape (episodes,)."""
+    return np.cumsum([episode.tokens for episode in history]) / 1e3
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """Make a figure (inches) that no window and no global state knows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _tidy(axes: Axes) -> None:
+    """Leave out the frame that says nothing, and put the grid behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+    """Put the legend below the panels, in the order of the mapping."""
+    columns = min(len(handles), 4)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the PNG."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the picture {path}: {error.strerror or error}",
+            hint="Free some space or choose a folder that you can write to.",
+        ) from error

@@ -1,0 +1,229 @@
+"""The table of a run: perplexity, sparsity and size of the dense model and of every pruned one, side by side.
+
+One :class:`ReportTable`, three renderers: :func:`terminal` for people, :func:`markdown` for model cards and READMEs,
+:func:`as_dicts` for ``--json`` and MLflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ffgym.types import JSONDict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+BEST_MARK = "*"
+COLUMNS = ("perplexity", "sparsity prunable", "sparsity model", "params", "MACs/token", "KV/token")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model, measured on the report split.
+
+    Attributes:
+        label: how the row is called, e.g. ``"uniform + ridge"``.
+        perplexity: exp of the mean loss; infinite or NaN where the model broke.
+        loss_stderr: standard error of the mean loss over the windows, in nats per token; ``None`` where unknown.
+        sparsity_prunable: share of the budget's resource removed over the prunable sublayers, in [0, 1].
+        sparsity_model: share of the same resource removed over the whole model, in [0, 1].
+        parameters: parameters of the whole model.
+        macs_per_token: multiply-accumulates per token of the whole model.
+        kv_bytes_per_token: bytes that one more token adds to the KV cache.
+        note: what a reader must know about this row alone, without a full stop; empty for nothing.
+        is_found: the row holds the allocation that the agent found.
+    """
+
+    label: str
+    perplexity: float
+    loss_stderr: float | None
+    sparsity_prunable: float
+    sparsity_model: float
+    parameters: int
+    macs_per_token: float
+    kv_bytes_per_token: float
+    note: str = ""
+    is_found: bool = False
+
+    @property
+    def is_dense(self) -> bool:
+        """Nothing was removed."""
+        return self.sparsity_prunable == 0
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """Rows measured alike, and the sentence that says how.
+
+    The dense row is put first, whatever the order given; the others stay as they are.
+
+    Attributes:
+        rows: at least one.
+        header: how the perplexities were measured, see :func:`measurement`.
+    """
+
+    rows: tuple[Row, ...]
+    header: str
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ValueError("a report table needs at least one row")
+        object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: not row.is_dense)))
+
+    @property
+    def best(self) -> Row | None:
+        """The pruned row of lowest finite perplexity; the first of equals; ``None`` if there is no such row."""
+        pruned = [row for row in self.rows if not row.is_dense and math.isfinite(row.perplexity)]
+        return min(pruned, key=lambda row: row.perplexity, default=None)
+
+
+def measurement(
+    *,
+    model: str,
+    corpus: str,
+    split: str,
+    tokens: int,
+    window: int,
+    dtype: str,
+    bos: bool,
+    calibration: str,
+    seed: int,
+    context: int,
+) -> str:
+    """Say in one paragraph how the numbers of a table were measured: its ``header``.
+
+    Args:
+        model: what was pruned, e.g. ``"SmolLM2-135M-Instruct (dequantised Q4_1)"``.
+        corpus: the text that the perplexities are of.
+        split: the split of it.
+        tokens: predicted tokens.
+        window: tokens in one window.
+        dtype: of the weights and activations, e.g. ``"bfloat16"``.
+        bos: every window starts with the beginning-of-sequence token.
+        calibration: corpus, split and tokens of the statistics and the refit.
+        seed: the run's seed.
+        context: tokens of context at which MACs per token are counted.
+    """
+    return (
+        f"Model: {model}. Perplexity on {corpus}, {split} split: {tokens:,} tokens in windows of {window:,}, {dtype}, "
+        f"{'with' if bos else 'without'} BOS. Calibration: {calibration}. "
+        f"MACs at {context:,} tokens of context. Seed {seed}."
+    )
+
+
+def humane(value: float, unit: str = "") -> str:
+    """Write a count with four digits at most and an SI prefix: ``134.5 M``, ``23.0 kB``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # 999,950 would be rounded to "1000.0 k": it belongs to the next prefix already.
+        if abs(value) >= factor * 0.99995:
+            return f"{value / factor:.1f} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()
+
+
+def perplexity_text(row: Row) -> str:
+    """Write a perplexity with two decimals and, where it is known, its standard error."""
+    if math.isnan(row.perplexity):
+        return "NaN"
+    if math.isinf(row.perplexity):
+        return "inf"
+    if row.perplexity >= 1e5:
+        return f"{row.perplexity:.2e}"
+    if row.loss_stderr is None or not math.isfinite(row.loss_stderr):
+        return f"{row.perplexity:,.2f}"
+    # d exp(loss) = exp(loss) d loss
+    return f"{row.perplexity:,.2f} ± {row.perplexity * row.loss_stderr:,.2f}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """Write the numbers of a row, in the order of ``COLUMNS``."""
+    return (
+        perplexity_text(row),
+        f"{row.sparsity_prunable:.1%}",
+        f"{row.sparsity_model:.1%}",
+        humane(row.parameters),
+        humane(row.macs_per_token),
+        humane(row.kv_bytes_per_token, "B"),
+    )
+
+
+def _legend(table: ReportTable) -> list[str]:
+    """Explain the signs that the table uses, and only those; then the rows' notes."""
+    signs = []
+    if table.best is not None:
+        signs.append(f"{BEST_MARK} lowest perplexity of the pruned rows.")
+    if any("±" in perplexity_text(row) for row in table.rows):
+        signs.append("± one standard error over windows; all rows share the windows.")
+    return [*signs, *(f"{row.label}: {row.note}." for row in table.rows if row.note)]
+
+
+def terminal(table: ReportTable) -> RenderableType:
+    """Lay the table out for a ``rich`` console; it stays readable down to 80 columns and without colours."""
+    from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold")
+    grid.add_column("model", overflow="fold")
+    for column in COLUMNS:
+        grid.add_column(column.replace(" ", "\n").replace("/", "\n/"), justify="right", no_wrap=True)
+    best = table.best
+    for row in table.rows:
+        # A no-break space keeps the mark from standing on a line of its own.
+        label = f"{row.label}\N{NO-BREAK SPACE}{BEST_MARK}" if row is best else row.label
+        style = "bold green" if row is best else "bold" if row.is_found else ""
+        grid.add_row(Text(label), *_cells(row), style=style, end_section=row.is_dense)
+    lines = [*_legend(table), table.header]
+    return Group(grid, *(Padding(Text(line, style="dim"), (0, 1)) for line in lines))
+
+
+def markdown(table: ReportTable) -> str:
+    """Write the table as Markdown (GitHub's flavour), the measurement under it."""
+    lines = [_markdown_line(("model", *COLUMNS)), "|---|" + "---:|" * len(COLUMNS)]
+    for row in table.rows:
+        label, perplexity, *sizes = (_escape(row.label), *_cells(row))
+        if row is table.best:
+            label, perplexity = f"**{label}** {_escape(BEST_MARK)}", f"**{perplexity}**"
+        lines.append(_markdown_line((label, perplexity, *sizes)))
+    footnotes = [_escape(line) for line in (*_legend(table), table.header)]
+    return "\n".join([*lines, "", "<br>\n".join(footnotes)]) + "\n"
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    """Keep Markdown from reading pipes, stars and underscores of a label or a path as its own."""
+    for sign in ("\\", "|", "*", "_", "<"):
+        text = text.replace(sign, "\\" + sign)
+    return text
+
+
+def as_dicts(table: ReportTable) -> list[JSONDict]:
+    """Turn the rows into plain data; a perplexity or an error that is not finite becomes ``None`` (JSON knows none)."""
+    return [
+        {
+            "label": row.label,
+            "perplexity": _finite(row.perplexity),
+            "loss_stderr": _finite(row.loss_stderr),
+            "sparsity_prunable": row.sparsity_prunable,
+            "sparsity_model": row.sparsity_model,
+            "parameters": row.parameters,
+            "macs_per_token": row.macs_per_token,
+            "kv_bytes_per_token": row.kv_bytes_per_token,
+            "note": row.note,
+            "is_dense": row.is_dense,
+            "is_found": row.is_found,
+            "is_best": row is table.best,
+        }
+        for row in table.rows
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

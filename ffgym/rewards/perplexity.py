@@ -1,0 +1,24 @@
+"""The paper's reward."""
+
+from __future__ import annotations
+
+import math
+
+from ffgym.plugins.bases import Reward
+from ffgym.types import Evaluation
+
+
+class Perplexity(Reward):
+    """Dense perplexity over pruned perplexity: 1 when nothing is lost, towards 0 as the model breaks.
+
+    R = PPL_dense / PPL_pruned (arXiv 2511.18977, Eq. 2) = exp(loss_dense - loss_pruned), losses in nats per token on
+    the same windows. The second form cannot overflow where a perplexity does. An episode whose loss is not finite
+    earns 0, the limit of R.
+    """
+
+    name = "perplexity"
+    worst = 0.0
+
+    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
+        """Compare the two mean losses."""
+        return math.exp(dense.loss - pruned.loss)

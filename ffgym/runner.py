@@ -1,0 +1,531 @@
+"""``run(config)``: the whole pipeline on one page.
+
+    model, data -> statistics -> order -> refits -> search -> final calibration -> report -> saved model -> MLflow
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ffgym.config import RunConfig, to_toml
+from ffgym.data.splits import Split, Splits
+from ffgym.envs.building import build_env, load_parts, prepare_model, tokens_per_batch
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.schedule import Schedule
+from ffgym.errors import ConfigError, OutputError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.size import SizeMeter
+from ffgym.models.export import SavedModel, load_line, save_pruned
+from ffgym.models.loading import LoadedModel
+from ffgym.models.preparation import Prepared
+from ffgym.models.sequential import calibrate_sequentially
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent, Heuristic
+from ffgym.plugins.contracts import check_importance
+from ffgym.report.card import model_card
+from ffgym.report.figures import reward_figure, units_kept_figure
+from ffgym.report.progress import Reporter
+from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
+from ffgym.search import Found, SearchInterrupted, search
+from ffgym.tracking import Tracker, environment_tags
+from ffgym.types import Allocation, Episode, JSONDict, Update
+
+REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
+    "uniform": ("uniform", {}),
+    "MLPs only, ends spared": ("mlp-first", {"spare_first": 3, "spare_last": 1}),
+}
+DEMO_LICENSE = "apache-2.0"
+DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass
+class Workspace:
+    """What all searches of one configuration share: the model with its paths, the splits, the environment.
+
+    Attributes:
+        config: the run.
+        loaded: model and tokenizer.
+        splits: calibration, search, report.
+        prepared: pruning paths.
+        env: the stationary environment.
+        sizes: size of any allocation.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    splits: Splits
+    prepared: Prepared
+    env: PruningEnv
+    sizes: SizeMeter
+
+    def project(self, heuristic: str, options: JSONDict) -> tuple[np.ndarray, Allocation]:
+        """Importances of a heuristic, and the allocation they come to at the target."""
+        importance = self.importance(heuristic, options)
+        return importance, self.env.budget.project(importance, self.config.prune.sparsity)
+
+    def importance(self, heuristic: str, options: JSONDict) -> np.ndarray:
+        """Importances of a heuristic, shape (2L,), float32."""
+        plugin = manager.create("heuristic", heuristic, options)
+        assert isinstance(plugin, Heuristic)
+        return check_importance(plugin, self.prepared.views)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run hands back.
+
+    Attributes:
+        table: report-split figures, dense first.
+        found: the search.
+        folder: where everything was written.
+        saved: the checkpoint, or ``None`` where none was wanted.
+        mlflow_run: MLflow's run id, or ``None`` where tracking is off.
+    """
+
+    table: ReportTable
+    found: Found
+    folder: Path
+    saved: SavedModel | None
+    mlflow_run: str | None
+
+    def to_json(self) -> JSONDict:
+        """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
+        return {
+            "table": as_dicts(self.table),
+            "measured": self.table.header,
+            "allocation": _allocation_json(self.found),
+            "search_tokens": self.found.search_tokens,
+            "final_tokens": self.found.final_tokens,
+            "search_seconds": round(self.found.seconds, 1),
+            "folder": str(self.folder),
+            "model": None if self.saved is None else str(self.saved.path),
+            "mlflow_run": self.mlflow_run,
+        }
+
+    def print(self, console: Console) -> None:
+        """The table, where things are, and how to load the model."""
+        console.print(terminal(self.table))
+        lines = [f"Results and pictures: {self.folder}"]
+        if self.mlflow_run is not None:
+            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        if self.saved is not None:
+            lines += ["Load the pruned model with", f"  {load_line(self.saved.path)}"]
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
+    """Search, prune, calibrate, report and save, as the configuration says.
+
+    Args:
+        config: everything that decides the run.
+        progress: where progress goes; stderr where left out.
+
+    Raises:
+        FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
+        KeyboardInterrupt: Ctrl-C; what was found so far is saved and printed, the MLflow run is marked KILLED.
+    """
+    say = Reporter(progress or Console(stderr=True))
+    agent = make_agent(config)
+    folder = claim_folder(config)
+    tracking = config.tracking
+    with Tracker(Path(tracking.root), tracking.experiment, folder.name, tracking.enabled) as tracker:
+        tracker.log_config(config.model_dump(mode="json"), to_toml(config))
+        _write(folder / "config.toml", to_toml(config))
+        space = open_workspace(config, agent, say)
+        tracker.set_tags(_tags(space, agent))
+        _log_splits(tracker, space.splits)
+        found = _search(space, agent, tracker, folder, say)
+        histories: dict[str, Sequence[Episode]] = {config.agent.name: found.history}
+        baseline = None
+        if agent.searches and config.search.random_baseline and config.agent.name != "random":
+            baseline = _search_random(space, tracker, folder, say)
+            histories["random"] = baseline.history
+        rows, allocations = _reference_rows(space, baseline, say)
+        rows += _found_rows(space, found, say)
+        table = ReportTable(tuple(rows), header(space))
+        _draw(folder, space, {"found": found.best.allocation, **allocations}, histories)
+        saved = _save(space, found, table, folder) if config.output.save_model else None
+        _write(folder / "report.md", markdown(table))
+        _write(folder / "report.json", json.dumps(as_dicts(table), indent=2))
+        tracker.log_table(as_dicts(table))
+        for name in ("allocation.json", "policy.json", "report.md", "units_kept.png", "reward.png"):
+            if (folder / name).exists():
+                tracker.log_artifact(folder / name)
+        return RunResult(table, found, folder, saved, tracker.run_id)
+
+
+def open_workspace(config: RunConfig, agent: Agent, say: Reporter) -> Workspace:
+    """Load, split, prepare; the agent is given its prior."""
+    with say.stage("load model and text", 1):
+        loaded, splits = load_parts(config)
+    say.say(f"{loaded.description}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}")
+    prior = config.prior.name
+    wanted = [(prior, config.prior.options)] if prior != "none" else []
+    needs = frozenset().union(
+        *(manager.create("heuristic", name, options).needs for name, options in [*wanted, *REFERENCES.values()])
+    )
+    windows = splits.calibration.windows
+    with say.stage("collect statistics, order and factorise", len(windows)) as stage:
+        prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
+    env = build_env(config, prepared, splits.search.windows)
+    space = Workspace(
+        config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, context=config.prune.context)
+    )
+    if wanted:
+        agent.prior_mean = space.importance(*wanted[0])
+    return space
+
+
+def make_agent(config: RunConfig) -> Agent:
+    """The agent of a run, started from another run's policy where ``search.init_from`` names one."""
+    agent = manager.create("agent", config.agent.name, config.agent.options)
+    assert isinstance(agent, Agent)
+    if config.search.init_from:
+        agent.load_state(read_policy(Path(config.search.init_from), config))
+    return agent
+
+
+def read_policy(source: Path, config: RunConfig) -> JSONDict:
+    """The state in another run's ``policy.json``.
+
+    Args:
+        source: a run's folder, or the file.
+        config: the run that wants to start from it.
+
+    Raises:
+        ConfigError: nothing there, damaged, or of another agent or model shape.
+    """
+    path = source / "policy.json" if source.is_dir() else source
+    try:
+        policy = json.loads(path.read_text(encoding="utf-8"))
+        owner, state = policy["agent"], policy["state"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
+            hint="Give the folder of a finished run, e.g. one under runs/.",
+        ) from error
+    if owner != config.agent.name:
+        raise ConfigError(
+            f"search.init_from = {str(source)!r} holds a policy of agent {owner!r}, this run is {config.agent.name!r}",
+            hint=f"Use --agent {owner}, or start from a run of {config.agent.name!r}.",
+        )
+    return dict(state)
+
+
+def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
+    """The ramps of a run."""
+    table = config.schedule
+    return Schedule(
+        target=config.prune.sparsity,
+        windows=env.episode_windows,
+        start=table.sparsity_start,
+        sparsity=table.sparsity,
+        fidelity=table.fidelity,
+        ramp_share=table.ramp_share,
+    )
+
+
+def claim_folder(config: RunConfig) -> Path:
+    """Make the run's folder; refuse one that holds something unless it may be overwritten.
+
+    Raises:
+        OutputError: occupied, or it cannot be made or written.
+    """
+    out = config.output
+    if out.dir is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = Path("runs") / f"{stamp}-{config.agent.name}-{config.criterion.name}"
+    else:
+        folder = Path(out.dir).expanduser()
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            if not out.overwrite:
+                raise OutputError(
+                    f"the output folder {folder} exists and is not empty",
+                    hint="Choose another one with --output DIR, or replace its contents with --overwrite.",
+                )
+            if not (folder / "config.toml").exists():
+                raise OutputError(
+                    f"{folder} is not empty and was not written by ffgym, so --overwrite will not clear it",
+                    hint="Choose another folder with --output DIR.",
+                )
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the output folder {folder}: {error.strerror or error}",
+            hint="Choose a folder on a disk that is writable and has room, with --output DIR.",
+        ) from error
+    return folder.resolve()
+
+
+def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say: Reporter) -> Found:
+    try:
+        found = _run_search(space, agent, tracker, folder / "episodes.jsonl", say, space.config.agent.name, "search")
+    except SearchInterrupted as stop:
+        _write_found(folder, stop.found, agent, space)
+        best = stop.found.best
+        say.say(
+            f"interrupted after {len(stop.found.history)} episodes; best so far ({best.origin}, sparsity "
+            f"{best.allocation.sparsity:.4f}) is in {folder / 'allocation.json'}; nothing else was measured"
+        )
+        raise
+    _write_found(folder, found, agent, space)
+    return found
+
+
+def _search_random(space: Workspace, tracker: Tracker, folder: Path, say: Reporter) -> Found:
+    baseline = manager.create("agent", "random")
+    assert isinstance(baseline, Agent)
+    return _run_search(space, baseline, tracker, folder / "episodes-random.jsonl", say, "random", "random")
+
+
+def _run_search(
+    space: Workspace, agent: Agent, tracker: Tracker, log: Path, say: Reporter, label: str, prefix: str
+) -> Found:
+    config = space.config
+    budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
+    with say.stage(f"search: {label}", budget) as stage:
+
+        def on_episode(episode: Episode) -> None:
+            stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+
+        def on_update(episodes: Sequence[Episode], update: Update) -> None:
+            tracker.log_episodes(episodes, update.diagnostics, search=prefix)
+
+        return search(
+            space.env,
+            agent,
+            config.search,
+            make_schedule(config, space.env),
+            seed=config.seed,
+            log=log,
+            on_episode=on_episode,
+            on_update=on_update,
+        )
+
+
+def _reference_rows(
+    space: Workspace, baseline: Found | None, say: Reporter
+) -> tuple[list[Row], dict[str, Allocation]]:
+    allocations = {label: space.project(*rule)[1] for label, rule in REFERENCES.items()}
+    if baseline is not None:
+        tokens = baseline.search_tokens + baseline.final_tokens
+        allocations[f"best of {len(baseline.history)} random"] = baseline.best.allocation
+        say.say(f"random search: {tokens:,} tokens, as many as the agent's")
+    rows = [measure(space, space.env.prunable.dense_units, "dense", say, calibrated=False)]
+    for label, allocation in allocations.items():
+        rows.append(measure(space, allocation.kept, f"{label} + ridge", say))
+    return rows, allocations
+
+
+def _found_rows(space: Workspace, found: Found, say: Reporter) -> list[Row]:
+    kept = found.best.allocation.kept
+    name = space.config.agent.name
+    rows = [
+        measure(space, kept, f"{name}, plain", say, calibrated=False, is_found=True),
+        measure(space, kept, f"{name} + ridge", say, is_found=True),
+    ]
+    if space.config.output.sequential:
+        rows.append(measure(space, kept, f"{name} + sequential ridge", say, sequential=True, is_found=True))
+    return rows
+
+
+def measure(
+    space: Workspace,
+    kept: Sequence[int],
+    label: str,
+    say: Reporter,
+    *,
+    calibrated: bool = True,
+    sequential: bool = False,
+    is_found: bool = False,
+) -> Row:
+    """One row: the model cut to ``kept``, measured on the report split, and put back."""
+    prunable, windows = space.prepared.prunable, space.splits.report.windows
+    batch = tokens_per_batch(prunable.model.device)
+    if sequential:
+        recalibrate(space, kept, say)
+    else:
+        prunable.cut(kept, calibrated=calibrated)
+    try:
+        with say.stage(f"report: {label}", len(windows)) as stage:
+            result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
+    finally:
+        prunable.restore()
+    allocation = space.env.budget.allocation(kept)
+    size, dense = space.sizes(kept), space.sizes(prunable.dense_units)
+    resource = space.config.prune.resource
+    return Row(
+        label=label,
+        perplexity=result.perplexity,
+        loss_stderr=float(np.std(result.losses, ddof=1) / len(result.losses) ** 0.5) if len(result.losses) > 1 else None,
+        sparsity_prunable=max(0.0, allocation.sparsity),
+        sparsity_model=1 - size.of(resource) / dense.of(resource),
+        parameters=size.parameters,
+        macs_per_token=size.macs,
+        kv_bytes_per_token=size.kv_bytes,
+        is_found=is_found,
+    )
+
+
+def recalibrate(space: Workspace, kept: Sequence[int], say: Reporter) -> None:
+    """Cut to ``kept`` with sequential refits; the model is left cut."""
+    prepared = space.prepared
+    with say.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
+        calibrate_sequentially(
+            prepared.prunable,
+            kept,
+            space.splits.calibration.windows,
+            prepared.ridges,
+            tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
+            on_progress=stage,
+        )
+
+
+def header(space: Workspace) -> str:
+    """How the table's numbers were measured."""
+    report, calibration = space.splits.report, space.splits.calibration
+    windows = report.windows
+    return measurement(
+        model=space.loaded.description,
+        corpus=report.corpus.name,
+        split="report",
+        tokens=windows.shape[0] * (windows.shape[1] - 1),
+        window=windows.shape[1],
+        dtype=str(space.loaded.dtype).removeprefix("torch."),
+        bos=report.bos,
+        calibration=_described(calibration),
+        seed=space.config.seed,
+        context=space.config.prune.context,
+    )
+
+
+def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel:
+    config, prunable = space.config, space.prepared.prunable
+    kept = found.best.allocation.kept
+    is_demo = config.model.name == "demo"
+    caveats = []
+    if is_demo:
+        caveats.append("The dense model is a dequantised Q4_1 file, not the original weights: compare within the table.")
+    card = model_card(
+        title=f"{Path(config.model.name).name}, {found.best.allocation.sparsity:.0%} of {config.prune.resource} pruned",
+        base_model=DEMO_BASE if is_demo else (config.model.name if "/" in config.model.name else None),
+        license=DEMO_LICENSE if is_demo else None,
+        table=table,
+        sublayers=prunable.sublayers,
+        allocation=found.best.allocation,
+        command=f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))}",
+        seed=config.seed,
+        splits={s.role: _described(s) for s in (space.splits.calibration, space.splits.search, space.splits.report)},
+        caveats=caveats,
+    )
+    if config.output.sequential:
+        recalibrate(space, kept, Reporter(Console(quiet=True)))
+    else:
+        prunable.cut(kept)
+    try:
+        return save_pruned(
+            prunable.model, space.loaded.tokenizer, folder / "model", kept=kept, family=prunable.family, card=card
+        )
+    finally:
+        prunable.restore()
+
+
+def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace) -> None:
+    _write(folder / "allocation.json", json.dumps(_allocation_json(found), indent=2))
+    state = agent.state()
+    if state:
+        policy = {
+            "agent": space.config.agent.name,
+            "sparsity": space.config.prune.sparsity,
+            "sublayers": [s.name for s in space.prepared.prunable.sublayers],
+            "state": state,
+        }
+        _write(folder / "policy.json", json.dumps(policy, default=_plain))
+
+
+def _allocation_json(found: Found) -> JSONDict:
+    best = found.best
+    return {
+        "kept": list(best.allocation.kept),
+        "importance": [round(float(a), 6) for a in best.importance],
+        "resource": best.allocation.resource,
+        "sparsity": best.allocation.sparsity,
+        "origin": best.origin,
+        "finals_loss": best.loss,
+        "finals_dense_loss": found.dense_loss,
+        "episodes": len(found.history),
+    }
+
+
+def _draw(
+    folder: Path,
+    space: Workspace,
+    allocations: Mapping[str, Allocation],
+    histories: Mapping[str, Sequence[Episode]],
+) -> None:
+    units_kept_figure(space.prepared.prunable.sublayers, allocations, folder / "units_kept.png")
+    reward_figure(histories, folder / "reward.png")
+
+
+def _log_splits(tracker: Tracker, splits: Splits) -> None:
+    for split in (splits.calibration, splits.search, splits.report):
+        tracker.log_dataset(
+            name=split.name,
+            context=split.role,
+            digest=split.digest,
+            corpus=split.corpus.name,
+            tokens=split.windows.numel(),
+        )
+
+
+def _tags(space: Workspace, agent: Agent) -> dict[str, str]:
+    config = space.config
+    used: dict[str, Any] = {
+        f"agent.{config.agent.name}": agent,
+        f"criterion.{config.criterion.name}": manager.get_class("criterion", config.criterion.name),
+        f"reward.{config.reward.name}": space.env.reward,
+    }
+    if config.prior.name != "none":
+        used[f"heuristic.{config.prior.name}"] = manager.get_class("heuristic", config.prior.name)
+    plugins = {name: str(manager.package_of(plugin)) for name, plugin in used.items()}
+    return environment_tags(device=str(space.loaded.device), threads=torch.get_num_threads(), plugins=plugins)
+
+
+def _described(split: Split) -> str:
+    windows = split.windows
+    return f"{split.corpus.name}, {windows.numel():,} tokens in windows of {windows.shape[1]:,}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}",
+            hint="Make room on the disk, or choose another folder with --output DIR.",
+        ) from error

@@ -1,0 +1,250 @@
+"""Conformance tests for plugin authors: subclass one, say how to make the plugin, run pytest.
+
+    from ffgym.testing.conformance import CriterionConformance
+
+    class TestMyCriterion(CriterionConformance):
+        def make(self):
+            return MyCriterion()
+
+Every test is a promise that ffgym relies on; its failure message says which.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
+from ffgym.plugins.contracts import check_importance, check_reward, check_scores
+from ffgym.plugins.manager import STATISTICS
+from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
+from ffgym.types import Evaluation, LayerStats, Sublayer, Update
+
+
+class PluginConformance(ABC):
+    """What every plugin promises."""
+
+    @abstractmethod
+    def make(self) -> Plugin:
+        """Make a fresh instance of the plugin under test."""
+
+    def test_has_a_name(self) -> None:
+        """The TOML and the command line call it by its name."""
+        name = type(self.make()).name
+        assert isinstance(name, str), "name is a string"
+        assert name, "name is not empty"
+
+    def test_config_refuses_unknown_keys(self) -> None:
+        """A typing error in the TOML is an error, not a silent default."""
+        config = type(self.make()).Config
+        assert issubclass(config, PluginConfig), "Config is a subclass of ffgym.PluginConfig"
+        with pytest.raises(ValidationError):
+            config.model_validate({"a_key_that_nobody_has": 1})
+
+
+class CriterionConformance(PluginConformance):
+    """What every criterion promises."""
+
+    sublayer: ClassVar[Sublayer] = Sublayer(0, "mlp", 24, 1, unit_params=36, unit_macs=36)
+    outputs: ClassVar[int] = 12
+
+    @abstractmethod
+    def make(self) -> Criterion:
+        """Make a fresh instance of the criterion under test."""
+
+    def weight(self) -> torch.Tensor:
+        """A consumer's weight, shape (outputs, channels)."""
+        return torch.randn(self.outputs, self.sublayer.channels, generator=torch.Generator().manual_seed(3))
+
+    def stats(self) -> LayerStats:
+        """Only what the criterion's ``needs`` asks for."""
+        return toy_stats(self.sublayer.channels, self.outputs, type(self.make()).needs)
+
+    def channel_scores(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+        """Let a fresh instance score, checked by the contract; shape (channels,)."""
+        scores = check_scores(self.make(), weight, stats, self.sublayer)
+        return scores.sum(dim=0) if scores.ndim == 2 else scores
+
+    def test_asks_for_known_statistics(self) -> None:
+        """``needs`` names statistics that ffgym can collect."""
+        needs = type(self.make()).needs
+        assert needs <= STATISTICS, f"needs has {sorted(needs - STATISTICS)}; known are {sorted(STATISTICS)}"
+
+    def test_scores_keep_the_contract(self) -> None:
+        """Right shape, finite, weight untouched, nothing read that ``needs`` does not name."""
+        self.channel_scores(self.weight(), self.stats())
+
+    def test_same_input_same_scores(self) -> None:
+        """Bit-equal, whatever the global random state."""
+        torch.manual_seed(0)
+        first = self.channel_scores(self.weight(), self.stats())
+        torch.manual_seed(1)
+        second = self.channel_scores(self.weight(), self.stats())
+        assert torch.equal(first, second), "the same weight and statistics gave other scores"
+
+    def test_scores_follow_a_permutation_of_channels(self) -> None:
+        """A channel's score does not depend on where it stands."""
+        order = torch.randperm(self.sublayer.channels, generator=torch.Generator().manual_seed(5))
+        scores = self.channel_scores(self.weight(), self.stats())
+        permuted = self.channel_scores(self.weight()[:, order], _permuted(self.stats(), order))
+        torch.testing.assert_close(permuted, scores[order], rtol=1e-3, atol=1e-5 * float(scores.abs().max()))
+
+
+class HeuristicConformance(PluginConformance):
+    """What every heuristic promises."""
+
+    @abstractmethod
+    def make(self) -> Heuristic:
+        """Make a fresh instance of the heuristic under test."""
+
+    @pytest.mark.parametrize("layers", [1, 4, 30])
+    def test_importances_keep_the_contract(self, layers: int) -> None:
+        """Shape (2L,), finite, in [-1, 1], also for a model with one layer."""
+        check_importance(self.make(), toy_views(layers, type(self.make()).needs))
+
+    def test_same_input_same_importances(self) -> None:
+        """Bit-equal, whatever the global random state."""
+        views = toy_views(4, type(self.make()).needs)
+        answers = []
+        for state in (0, 1):
+            torch.manual_seed(state)
+            np.random.seed(state)
+            answers.append(check_importance(self.make(), views))
+        assert np.array_equal(answers[0], answers[1]), "the same sublayers got other importances"
+
+
+class RewardConformance(PluginConformance):
+    """What every reward promises."""
+
+    @abstractmethod
+    def make(self) -> Reward:
+        """Make a fresh instance of the reward under test."""
+
+    def reward(self, pruned: float, dense: float = 3.0) -> float:
+        """Reward of constant losses in nats per token, checked by the contract."""
+        windows = 3
+        return check_reward(self.make(), Evaluation((pruned,) * windows, 128), Evaluation((dense,) * windows, 128))
+
+    def test_finite_for_every_finite_loss(self) -> None:
+        """Also for a broken model: nats per token far beyond the vocabulary's logarithm."""
+        for loss in (0.0, 1.0, 3.0, 10.0, 100.0, 1000.0):
+            self.reward(loss)
+
+    def test_lower_loss_never_earns_less(self) -> None:
+        """Higher is better."""
+        rewards = [self.reward(loss) for loss in (2.5, 3.0, 3.1, 3.5, 5.0, 11.0)]
+        assert rewards == sorted(rewards, reverse=True), f"losses rise, rewards do not fall: {rewards}"
+
+    def test_worst_is_the_floor(self) -> None:
+        """An episode that failed never earns more than one that was measured."""
+        worst = type(self.make()).worst
+        assert np.isfinite(worst), "worst is finite"
+        assert worst <= self.reward(1000.0), "a failed episode would earn more than a measured one"
+
+    def test_same_input_same_reward(self) -> None:
+        """Bit-equal."""
+        assert self.reward(3.3) == self.reward(3.3)
+
+
+class AgentConformance(PluginConformance):
+    """What every agent promises, on a toy problem with a known optimum."""
+
+    @abstractmethod
+    def make(self) -> Agent:
+        """Make a fresh instance of the agent under test."""
+
+    def environment(self) -> ToyEnv:
+        """Make a fresh problem: 6 importances, 8 episodes an update, a budget of 30 updates, noisy rewards."""
+        return QuadraticEnv(num_envs=8, dimensions=6, tokens=240, noise=0.02)
+
+    def ready(self) -> Agent:
+        """A fresh instance with what the runner would have given it."""
+        agent = self.make()
+        if type(agent).needs_prior:
+            agent.prior_mean = np.zeros(self.environment().optimum.size)
+        return agent
+
+    def learned(self, seed: int = 0) -> tuple[Agent, ToyEnv, list[Update]]:
+        """Run a whole search."""
+        agent, env, updates = self.ready(), self.environment(), list[Update]()
+        agent.learn(env, seed=seed, on_update=updates.append)
+        return agent, env, updates
+
+    def test_reports_every_update(self) -> None:
+        """Progress bars and trackers hear of every update, in order, with all its rewards and finite numbers."""
+        _, env, updates = self.learned()
+        assert [update.index for update in updates] == list(range(len(updates))), "indices count from 0"
+        assert len(updates) * env.num_envs * env.tokens_per_episode == env.tokens_spent, "one report for every env.step"
+        for update in updates:
+            assert np.shape(update.rewards) == (env.num_envs,), "rewards have shape (num_envs,)"
+            assert all(np.isfinite(value) for value in update.diagnostics.values()), "diagnostics are finite numbers"
+
+    def test_spends_the_budget(self) -> None:
+        """A search goes on until ``tokens_left`` is 0; an agent that does not search may stop earlier."""
+        agent, env, updates = self.learned()
+        assert updates, "there is at least one update"
+        if type(agent).searches:
+            assert env.tokens_left == 0, f"{env.tokens_left} tokens are left"
+
+    def test_same_seed_same_search(self) -> None:
+        """Bit-equal rewards, whatever the global random state."""
+        searches = []
+        for state in (0, 1):
+            np.random.seed(state)
+            torch.manual_seed(state)
+            searches.append([update.rewards for update in self.learned(seed=3)[2]])
+        assert np.array_equal(searches[0], searches[1]), "the same seed gave another search"
+
+    def test_recommends_importances(self) -> None:
+        """What it believes in are actions: shape (2L,), finite, in [-1, 1]."""
+        agent, env, _ = self.learned()
+        for action in agent.recommend(np.array([0.2, 1.0], dtype=np.float32)):
+            assert np.shape(action) == env.optimum.shape, f"a recommendation has shape {np.shape(action)}"
+            assert np.all(np.abs(action) <= 1), "a recommendation is finite and in [-1, 1]"
+
+    def test_state_is_plain_data(self) -> None:
+        """State can be saved without pickling: numbers, strings, numpy arrays, lists and dicts of them."""
+        _assert_plain(self.learned()[0].state(), "state")
+
+    def test_resumes_where_it_stopped(self) -> None:
+        """A fresh instance that takes up the state proposes the same next batch (batch agents with a state)."""
+        agent, env, _ = self.learned()
+        if not isinstance(agent, BatchAgent) or not agent.state():
+            pytest.skip("not resumable")
+        fresh = self.ready()
+        assert isinstance(fresh, BatchAgent)
+        fresh.begin(dimensions=env.optimum.size, batch=env.num_envs, seed=99)
+        fresh.load_state(agent.state())
+        observations, _ = env.reset(seed=0)
+        np.testing.assert_array_equal(fresh.ask(observations), agent.ask(observations), err_msg="it proposes otherwise")
+
+
+def _permuted(stats: LayerStats, order: torch.Tensor) -> LayerStats:
+    """The statistics of the same inputs with their channels in another order."""
+    return replace(
+        stats,
+        mean=None if stats.mean is None else stats.mean[order],
+        square=None if stats.square is None else stats.square[order],
+        second_moment=None if stats.second_moment is None else stats.second_moment[order][:, order],
+        gradient=None if stats.gradient is None else stats.gradient[:, order],
+    )
+
+
+def _assert_plain(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            assert isinstance(key, str), f"{where} has the key {key!r}, not a string"
+            _assert_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _assert_plain(item, f"{where}[{index}]")
+    else:
+        plain = bool | int | float | str | np.ndarray | np.number | None
+        assert isinstance(value, plain), f"{where} is a {type(value).__name__}"

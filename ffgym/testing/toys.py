@@ -1,0 +1,185 @@
+"""Toy problems: vector environments whose optimum is known, and sublayers to try criteria and heuristics on.
+
+The environments look to an agent exactly like the pruning one: one-step episodes, importances in [-1, 1], a token
+budget. Their best reward is 1, at ``optimum``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from ffgym.types import LayerStats, Sublayer, SublayerView
+
+
+class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
+    """``num_envs`` one-step episodes an update, SAME_STEP autoreset; subclasses say what a point is worth.
+
+    The same seed and the same actions give the same rewards.
+
+    Args:
+        num_envs: episodes per update.
+        dimensions: importances per action (2L).
+        tokens: token budget of the search.
+        tokens_per_episode: what one episode costs.
+        noise: standard deviation of the noise on rewards, shared by all episodes of an update as a common token subset
+            would share it.
+
+    Attributes:
+        optimum: the best action, shape (dimensions,), inside (-0.7, 0.7).
+        tokens_spent: tokens used so far.
+    """
+
+    def __init__(
+        self, num_envs: int, dimensions: int, tokens: int, *, tokens_per_episode: int = 1, noise: float = 0.0
+    ) -> None:
+        self.num_envs = num_envs
+        self.tokens = tokens
+        self.tokens_per_episode = tokens_per_episode
+        self.tokens_spent = 0
+        self.noise = noise
+        self.optimum = np.random.default_rng(7).uniform(-0.7, 0.7, dimensions)
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+        self.single_action_space = Box(-1, 1, (dimensions,), np.float32)
+        self.single_observation_space = Box(0, 1, (2,), np.float32)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+
+    @abstractmethod
+    def value(self, offsets: np.ndarray) -> np.ndarray:
+        """Say what points at ``offsets`` from the optimum are worth, 1 at 0 and less elsewhere.
+
+        Args:
+            offsets: shape (batch, dimensions).
+
+        Returns:
+            shape (batch,).
+        """
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens that the search may still spend."""
+        return max(0, self.tokens - self.tokens_spent)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin; the seed fixes the noise that follows."""
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        return self._observations(), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Reward one update.
+
+        Raises:
+            ValueError: actions of another shape, not finite, or outside [-1, 1].
+            RuntimeError: the token budget is spent.
+        """
+        if self.tokens_left == 0:
+            raise RuntimeError("the token budget is spent: stop when tokens_left is 0")
+        actions = np.asarray(actions)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions have shape {actions.shape}, not {self.action_space.shape}")
+        if not np.all(np.abs(actions) <= 1):
+            raise ValueError("actions must be finite and in [-1, 1]")
+        self.tokens_spent += self.num_envs * self.tokens_per_episode
+        rewards = self.value(actions.astype(np.float64) - self.optimum) + self.noise * self.np_random.normal()
+        done = np.ones(self.num_envs, dtype=bool)
+        infos = {"final_obs": self._observations(), "_final_obs": done}
+        return self._observations(), rewards, done, np.zeros(self.num_envs, dtype=bool), infos
+
+    def _observations(self) -> np.ndarray:
+        return np.tile(np.array([0.2, 1.0], dtype=np.float32), (self.num_envs, 1))
+
+
+class SeparableEnv(ToyEnv):
+    """A round bowl: every importance can be found on its own."""
+
+    def value(self, offsets: np.ndarray) -> np.ndarray:
+        """1 - mean square of the offset."""
+        return np.asarray(1 - np.mean(offsets**2, axis=1))
+
+
+class QuadraticEnv(ToyEnv):
+    """A turned, long valley (condition number 30): importances have to be moved together."""
+
+    def value(self, offsets: np.ndarray) -> np.ndarray:
+        """1 - mean over the turned axes of stretch * offset^2."""
+        dimensions = offsets.shape[1]
+        turn, _ = np.linalg.qr(np.random.default_rng(11).normal(size=(dimensions, dimensions)))
+        stretch = np.geomspace(0.1, 3.0, dimensions)
+        return np.asarray(1 - np.mean(stretch * (offsets @ turn) ** 2, axis=1))
+
+
+class RuggedEnv(ToyEnv):
+    """A bowl with ripples: many local optima, the best one at ``optimum``."""
+
+    def value(self, offsets: np.ndarray) -> np.ndarray:
+        """1 - mean of offset^2 plus ripples of height 0.1 and period 1/3."""
+        return np.asarray(1 - np.mean(offsets**2 + 0.05 * (1 - np.cos(6 * np.pi * offsets)), axis=1))
+
+
+def toy_stats(channels: int, outputs: int, needs: frozenset[str], *, seed: int = 0) -> LayerStats:
+    """Statistics of random correlated inputs, only those in ``needs``.
+
+    Args:
+        channels: n, inputs of the consumer.
+        outputs: m, its outputs, for the shape of ``gradient``.
+        needs: any of ``mean``, ``square``, ``second_moment``, ``gradient``.
+        seed: of the inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 4 * channels
+    x = torch.randn(tokens, channels, generator=generator) @ torch.randn(channels, channels, generator=generator)
+    x = x / channels**0.5 + 0.3
+    everything = {
+        "mean": x.mean(dim=0),
+        "square": x.square().mean(dim=0),
+        "second_moment": x.T @ x / tokens,
+        "gradient": torch.randn(outputs, channels, generator=generator),
+    }
+    return LayerStats(tokens=tokens, **{name: value for name, value in everything.items() if name in needs})
+
+
+def toy_views(layers: int, needs: frozenset[str], *, seed: int = 0) -> Sequence[SublayerView]:
+    """Make the 2L sublayers of a small model, in the order layer 0 attention, layer 0 mlp, layer 1 attention, ...
+
+    Attention has 4 KV groups of 8 channels, an MLP 48 channels; both have 16 outputs.
+
+    Args:
+        layers: decoder layers L.
+        needs: statistics to give along.
+        seed: of weights and statistics.
+    """
+    attention = Sublayer(
+        0, "attention", 4, 8, unit_params=768, unit_macs=768, query_heads_per_unit=1, head_dim=8, depth=layers
+    )
+    mlp = Sublayer(0, "mlp", 48, 1, unit_params=48, unit_macs=48, depth=layers)
+    sublayers = [replace(half, layer=layer) for layer in range(layers) for half in (attention, mlp)]
+    return [_view(sublayer, needs, seed * 1000 + index) for index, sublayer in enumerate(sublayers)]
+
+
+def _view(sublayer: Sublayer, needs: frozenset[str], seed: int) -> SublayerView:
+    """Later units have smaller weights; what is left out costs its energy, as if inputs were independent."""
+    outputs = 16
+    fading = torch.linspace(2.0, 0.2, sublayer.units).repeat_interleave(sublayer.channels_per_unit)
+    weight = torch.randn(outputs, sublayer.channels, generator=torch.Generator().manual_seed(seed)) * fading
+    stats = toy_stats(sublayer.channels, outputs, needs | {"square"}, seed=seed)
+    assert stats.square is not None, "asked for above"
+    energy = (weight.square().sum(dim=0) * stats.square).reshape(sublayer.units, -1).sum(dim=1)
+    return SublayerView(
+        sublayer=sublayer,
+        weight=weight,
+        stats=stats if "square" in needs else replace(stats, square=None),
+        unit_scores=torch.arange(sublayer.units, 0, -1).float(),
+        removal_error=np.append(energy.double().flip(0).cumsum(0).flip(0).numpy(), 0.0),
+        output_energy=float(energy.double().sum()),
+    )

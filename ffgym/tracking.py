@@ -1,0 +1,466 @@
+"""The only file that knows MLflow: one run of ffgym is one MLflow run.
+
+The store is ``<root>/mlflow.db`` (SQLite) with the artifacts in ``<root>/artifacts``; the environment variable
+``MLFLOW_TRACKING_URI`` wins where it is set. MLflow takes two seconds to import, so that waits until a run starts; its
+log lines are kept off the terminal, and its usage telemetry is off unless ``MLFLOW_DISABLE_TELEMETRY`` says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from ffgym.errors import TrackingError
+from ffgym.types import Episode, JSONDict
+
+FAILURE_TAG = "ffgym.failure"
+PARENT_TAG = "mlflow.parentRunId"
+METRICS_PER_BATCH = 1000  # the limits of MLflow's log_batch
+PARAMS_PER_BATCH = 100
+PARAM_CHARACTERS = 6000
+TAG_CHARACTERS = 5000
+DIGEST_CHARACTERS = 36
+RESERVE_BYTES = 256 * 1024
+VERSIONED = ("ffgym", "torch", "transformers")
+INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
+
+
+class Tracker:
+    """Writes one run into the MLflow store; as a context manager it also says how the run ended.
+
+    Leaving the block normally marks the run FINISHED, Ctrl-C marks it KILLED, any other exception FAILED with the
+    reason in the tag ``ffgym.failure``. (MLflow's own context manager would mark Ctrl-C as FAILED.)
+
+    Args:
+        root: folder of the store, made if it is missing.
+        experiment: MLflow experiment, made if it is missing.
+        run_name: what the run is called in the UI.
+        enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
+        parent: ``run_id`` of the run that this one is a child of.
+
+    Raises:
+        TrackingError: from the ``with`` statement and from every method, where the store cannot be opened or written.
+    """
+
+    def __init__(
+        self, root: Path, experiment: str, run_name: str, enabled: bool = True, *, parent: str | None = None
+    ) -> None:
+        self.run_id: str | None = None
+        self._root = root
+        self._experiment = experiment
+        self._run_name = run_name
+        self._enabled = enabled
+        self._parent = parent
+        self._uri = tracking_uri(root)
+        self._client: Any = None
+        self._params: set[str] = set()
+        self._reserve: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        if not self._enabled:
+            return self
+        with _translated(self._uri, "open the MLflow store"), contextlib.ExitStack() as on_failure:
+            if self._uri == _own_uri(self._root):
+                _require_writable(self._root)
+                self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root))
+                _fill(self._reserve)
+            self._client = _import_mlflow().MlflowClient(tracking_uri=self._uri)
+            experiment = self._experiment_id()
+            tags = {} if self._parent is None else {PARENT_TAG: self._parent}
+            run = self._client.create_run(experiment, run_name=self._run_name, tags=tags)
+            self.run_id = run.info.run_id
+            on_failure.pop_all()  # from here on, leaving the block closes the reserve
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._reserve is not None:
+            self._reserve.close()
+        if self.run_id is None:
+            return
+        if error is None:
+            try:
+                self._terminate("FINISHED")
+            except KeyboardInterrupt:
+                self._terminate("KILLED")
+                raise
+            return
+        # A store that is broken must not hide why the run ended.
+        with contextlib.suppress(TrackingError):
+            if isinstance(error, KeyboardInterrupt):
+                self._terminate("KILLED")
+            else:
+                try:
+                    self.set_tags({FAILURE_TAG: f"{type(error).__name__}: {error}"})
+                finally:
+                    self._terminate("FAILED")
+
+    def log_config(self, config: Mapping[str, Any], toml: str) -> None:
+        """Log the resolved configuration: flat parameters to compare runs by, and the whole TOML as an artifact.
+
+        Args:
+            config: nested tables; ``{"search": {"episodes": 96}}`` becomes the parameter ``search.episodes``. Values
+                longer than MLflow's 6,000 characters are cut. A parameter keeps its first value, as MLflow demands.
+            toml: the same as text, stored whole as ``config.toml``.
+        """
+        if self.run_id is None:
+            return
+        flat = {key: value for key, value in flatten(config).items() if key not in self._params}
+        entities = _entities()
+        params = [entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in flat.items()]
+        for start in range(0, len(params), PARAMS_PER_BATCH):
+            self._write("log_batch", params=params[start : start + PARAMS_PER_BATCH])
+        self._params |= flat.keys()
+        self._write("log_text", toml, "config.toml")
+
+    def log_episodes(
+        self, episodes: Sequence[Episode], policy: Mapping[str, float] | None = None, *, search: str = "search"
+    ) -> None:
+        """Log the episodes of one update in one write, with the episode's index as the step.
+
+        Args:
+            episodes: each becomes the metrics reward, perplexity, dense_perplexity, sparsity, target_sparsity,
+                fidelity, tokens and failed (0 or 1), under ``<search>/``. A perplexity that is not finite is logged
+                as NaN: MLflow would turn infinity into 1.8e308 and spoil the chart.
+            policy: numbers about the policy after this update, e.g. ``{"policy/spread": 0.2}``, at the last step.
+            search: prefix of the metrics, to keep the random baseline beside the agent.
+        """
+        if not episodes:
+            return
+        metrics = [
+            (f"{search}/{name}", value, episode.index)
+            for episode in episodes
+            for name, value in _episode_metrics(episode).items()
+        ]
+        metrics += [(name, value, episodes[-1].index) for name, value in (policy or {}).items()]
+        self.log_metrics(metrics)
+
+    def log_metrics(self, metrics: Sequence[tuple[str, float, int]]) -> None:
+        """Log (name, value, step) triples in as few writes as MLflow allows."""
+        if self.run_id is None:
+            return
+        now = int(time.time() * 1000)
+        entities = _entities()
+        batch = [
+            entities.Metric(name, float(value) if math.isfinite(value) else math.nan, now, step)
+            for name, value, step in metrics
+        ]
+        for start in range(0, len(batch), METRICS_PER_BATCH):
+            self._write("log_batch", metrics=batch[start : start + METRICS_PER_BATCH])
+
+    def log_dataset(self, *, name: str, context: str, digest: str, corpus: str, tokens: int) -> None:
+        """Log a split as a dataset input of the run.
+
+        Args:
+            name: e.g. ``"demo:c4"``.
+            context: what it is used for: ``"calibration"``, ``"search"`` or ``"report"``.
+            digest: of its token ids; MLflow keeps 36 characters in the digest, the whole is in the profile.
+            corpus: where the text is from.
+            tokens: how many.
+        """
+        if self.run_id is None:
+            return
+        entities = _entities()
+        dataset = entities.Dataset(
+            name=name,
+            digest=digest[:DIGEST_CHARACTERS],
+            source_type="code",
+            source=json.dumps({"tags": {"corpus": corpus}}),
+            profile=json.dumps({"tokens": tokens, "digest": digest}),
+        )
+        tags = [entities.InputTag("mlflow.data.context", context)]
+        self._write("log_inputs", datasets=[entities.DatasetInput(dataset, tags)])
+
+    def log_table(self, rows: Sequence[JSONDict]) -> None:
+        """Log the report's rows as metrics, ``report/<column>/<slug of the label>``, and whole as ``report.json``.
+
+        Args:
+            rows: what ``ffgym.report.table.as_dicts`` gives: a ``label``, numbers, text, flags; ``None`` is left out.
+        """
+        if self.run_id is None:
+            return
+        self.log_metrics(
+            [
+                (f"report/{column}/{slug(row['label'])}", value, 0)
+                for row in rows
+                for column, value in row.items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            ]
+        )
+        self._write("log_text", json.dumps(list(rows), indent=2), "report.json")
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file, or a folder with what is in it, to the run's artifacts; into ``folder`` there if given."""
+        if self.run_id is not None:
+            self._write("log_artifact", str(path), folder)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, see :func:`environment_tags`; a longer value than MLflow takes is cut."""
+        if self.run_id is None:
+            return
+        entities = _entities()
+        batch = [entities.RunTag(key, _cut(value, TAG_CHARACTERS)) for key, value in tags.items()]
+        for start in range(0, len(batch), PARAMS_PER_BATCH):
+            self._write("log_batch", tags=batch[start : start + PARAMS_PER_BATCH])
+
+    def _experiment_id(self) -> str:
+        """Find the experiment or make it."""
+        own = self._uri == _own_uri(self._root)
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            location = str(_artifacts(self._root)) if own else None
+            return str(self._client.create_experiment(self._experiment, artifact_location=location))
+        if found.lifecycle_stage == "deleted":
+            raise TrackingError(
+                f"the MLflow experiment {self._experiment!r} in {_shown(self._uri)} was deleted",
+                hint="Restore it, or take another name with --set tracking.experiment=NAME.",
+            )
+        if own and not Path(found.artifact_location).is_dir():
+            # MLflow stores absolute paths: after a move it would silently write where the folder used to be.
+            raise TrackingError(
+                f"the MLflow experiment {self._experiment!r} keeps its artifacts in {found.artifact_location}, "
+                "which is not there (was the folder moved?)",
+                hint=f"Make that folder, {INSTEAD}",
+            )
+        return str(found.experiment_id)
+
+    def _terminate(self, status: str) -> None:
+        self._write("set_terminated", status)
+
+    def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of MLflow's client on this run."""
+        with _translated(self._uri, "write to the MLflow store"):
+            getattr(self._client, method)(self.run_id, *args, **kwargs)
+
+
+def tracking_uri(root: Path) -> str:
+    """Say which MLflow store is meant: ``MLFLOW_TRACKING_URI`` where it is set, else the SQLite file under root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(root)
+
+
+def open_ui(root: Path, port: int = 5000) -> None:
+    """Serve the MLflow UI on this machine until Ctrl-C, from the store that :class:`Tracker` writes.
+
+    Args:
+        root: folder of the store.
+        port: TCP port on 127.0.0.1.
+
+    Raises:
+        TrackingError: there is no store yet, the port is taken, the store is a server that has a UI of its own, or
+            MLflow's server gave up.
+    """
+    uri = tracking_uri(root)
+    if uri.startswith(("http://", "https://")):
+        raise TrackingError(f"MLFLOW_TRACKING_URI is a server: {_shown(uri)}", hint="Open that address in a browser.")
+    if uri == _own_uri(root) and not _database(root).is_file():
+        raise TrackingError(
+            f"no MLflow store in {root.resolve()} yet",
+            hint="Make one with `ffgym run`, or name another folder.",
+        )
+    _require_free(port)
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--default-artifact-root", str(_artifacts(root))]
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"} | os.environ
+    server = subprocess.Popen(command, env=environment)
+    try:
+        code = server.wait()
+    except KeyboardInterrupt:  # the way to stop it; the server got the same signal
+        server.wait()
+        return
+    if code != 0:
+        raise TrackingError(f"the MLflow UI on port {port} ended with exit code {code}", hint="Its output is above.")
+
+
+def environment_tags(*, device: str, threads: int, plugins: Mapping[str, str]) -> dict[str, str]:
+    """Name the versions and the hardware settings that a result depends on.
+
+    Args:
+        device: e.g. ``"cpu"``.
+        threads: what ``torch.get_num_threads()`` says; sums, and so rewards, depend on it in the last bits.
+        plugins: the plugins used, e.g. ``{"criterion.wanda": "ffgym 0.1.0"}``.
+    """
+    tags = {f"version.{package}": _version(package) for package in VERSIONED}
+    tags |= {f"plugin.{name}": distribution for name, distribution in plugins.items()}
+    return tags | {"device": device, "threads": str(threads)}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn nested tables into one level of dotted keys and text."""
+    flat: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def slug(label: str) -> str:
+    """Make a metric name of a row's label: ``"uniform + ridge"`` becomes ``"uniform-ridge"``."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def _episode_metrics(episode: Episode) -> dict[str, float]:
+    return {
+        "reward": episode.reward,
+        "perplexity": _perplexity(episode.loss),
+        "dense_perplexity": _perplexity(episode.dense_loss),
+        "sparsity": episode.sparsity,
+        "target_sparsity": episode.target_sparsity,
+        "fidelity": episode.fidelity,
+        "tokens": episode.tokens,
+        "failed": float(episode.failed),
+    }
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss), or NaN where that is no number."""
+    return math.exp(loss) if loss < 700 else math.nan
+
+
+def _own_uri(root: Path) -> str:
+    return f"sqlite:///{_database(root)}"
+
+
+def _database(root: Path) -> Path:
+    return root.resolve() / "mlflow.db"
+
+
+def _artifacts(root: Path) -> Path:
+    return root.resolve() / "artifacts"
+
+
+def _shown(uri: str) -> str:
+    """Name a store in a message: a path where it is a file, and never a password."""
+    return _without_password(uri).removeprefix("sqlite:///")
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # e.g. run from a checkout that was never installed
+        return "not installed"
+
+
+def _cut(value: str, limit: int) -> str:
+    return value if len(value) <= limit else value[: limit - 1] + "…"
+
+
+def _import_mlflow() -> Any:
+    """Import MLflow with its telemetry and its printed links off."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # With a tracking server it would print links to stdout, which --json keeps for data.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow
+
+    return mlflow
+
+
+def _entities() -> Any:
+    from mlflow import entities
+
+    return entities
+
+
+def _require_writable(root: Path) -> None:
+    """Try the store before MLflow does, which would retry for a minute and talk about it."""
+    if unfit := set("?%") & set(str(root.resolve())):
+        # A URI's own signs: MLflow would open another file.
+        raise TrackingError(
+            f"MLflow cannot keep its store in {root.resolve()}: the path holds {' and '.join(sorted(unfit))}",
+            hint="Choose another folder with --set tracking.root=DIR.",
+        )
+    _artifacts(root).mkdir(parents=True, exist_ok=True)
+    if not os.access(_artifacts(root), os.W_OK):
+        raise PermissionError(errno.EACCES, "the artifacts folder is not writable")
+    with contextlib.closing(sqlite3.connect(_database(root), timeout=10)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+
+
+def _fill(reserve: IO[bytes]) -> None:
+    """Hold a little disk space in a nameless file: on a full disk, closing it makes room to say how the run ended."""
+    reserve.write(os.urandom(RESERVE_BYTES))
+    reserve.flush()
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise TrackingError(
+                f"cannot serve the MLflow UI on port {port}: {error}",
+                hint="Choose another with --port (1024 to 65535).",
+            ) from error
+
+
+@contextlib.contextmanager
+def _translated(uri: str, action: str) -> Iterator[None]:
+    """Keep MLflow's log lines off the terminal, and turn its errors into a ``TrackingError`` with a next step."""
+    _import_mlflow()  # sets log levels itself, so it comes first
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    except _store_errors() as error:
+        reason = _reason(error)
+        raise TrackingError(f"cannot {action} {_shown(uri)}: {reason}", hint=_next_step(uri, reason)) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
+
+
+def _reason(error: Exception) -> str:
+    """Take the one line that says what is wrong out of SQLAlchemy's paragraph of SQL."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
+    return _without_password(database[1] if database else text.partition("\n")[0])
+
+
+def _next_step(uri: str, reason: str) -> str:
+    if uri.startswith(("http://", "https://")):
+        return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
+    for sign, step in (
+        ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),
+        ("not a database", "Move that file away,"),
+        ("locked", "Let the program that holds it finish,"),
+        ("full", "Free some space,"),
+        ("No space", "Free some space,"),
+    ):
+        if sign in reason:
+            return f"{step} {INSTEAD}"
+    return f"Make it writable, {INSTEAD}"

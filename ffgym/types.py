@@ -1,0 +1,228 @@
+"""The frozen dataclasses that cross rooms. torch appears in annotations only, so importing this costs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Kind = Literal["attention", "mlp"]
+Resource = Literal["params", "macs", "kv"]
+Calibration = Literal["ridge", "affine", "none"]
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The attention or the MLP half of one decoder layer, and what one of its units is made of.
+
+    A unit is a KV group (attention: one key/value head with all its query heads) or an intermediate channel (MLP).
+
+    Attributes:
+        layer: index of the decoder layer, from 0.
+        kind: ``"attention"`` or ``"mlp"``.
+        units: how many units the dense sublayer has.
+        channels_per_unit: consumer input columns that one unit owns, contiguous.
+        unit_params: parameters that go with one unit: producer rows, their biases and consumer columns.
+        unit_macs: multiply-accumulates per token of the unit's linear layers (no attention scores).
+        query_heads_per_unit: query heads in one KV group; 0 for an MLP.
+        head_dim: channels of one head; 0 for an MLP.
+        depth: decoder layers in the model, so that rules about ends need nothing else.
+    """
+
+    layer: int
+    kind: Kind
+    units: int
+    channels_per_unit: int
+    unit_params: int
+    unit_macs: int
+    query_heads_per_unit: int = 0
+    head_dim: int = 0
+    depth: int = 1
+
+    @property
+    def name(self) -> str:
+        """``"layer 3 mlp"``: how messages, tables and pictures call it."""
+        return f"layer {self.layer} {self.kind}"
+
+    @property
+    def channels(self) -> int:
+        """Consumer input columns of the dense sublayer."""
+        return self.units * self.channels_per_unit
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What the calibration split says about the inputs x of one consumer (n channels, m outputs).
+
+    Only what was asked for is there; the rest is ``None``. All tensors are float32 or float64 on the CPU or the
+    model's device.
+
+    Attributes:
+        tokens: how many tokens the averages run over.
+        mean: E[x], shape (n,).
+        square: E[x^2], shape (n,).
+        second_moment: E[x x^T], shape (n, n).
+        gradient: dL/dW of the mean token loss (nats) with respect to the consumer's weight, shape (m, n).
+    """
+
+    tokens: int = 0
+    mean: torch.Tensor | None = None
+    square: torch.Tensor | None = None
+    second_moment: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Var[x] per channel, shape (n,); needs ``mean`` and ``square``."""
+        assert self.mean is not None, "needs mean"
+        assert self.square is not None, "needs square"
+        return (self.square - self.mean**2).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class SublayerView:
+    """Everything a heuristic may look at: one sublayer's facts, weight, statistics and pruning path.
+
+    Channels and units stand in path order: the most important first.
+
+    Attributes:
+        sublayer: its facts.
+        weight: the consumer's dense weight, shape (m, n), the model's dtype.
+        stats: what the heuristic's ``needs`` asked for.
+        unit_scores: the criterion's score of each unit, shape (units,), non-increasing.
+        removal_error: output error that is left after calibration when the first k units are kept,
+            E||W x - W'_k x_k||^2, for k = 0 .. units, shape (units + 1,), non-increasing.
+        output_energy: E||W x||^2, what ``removal_error`` is measured against.
+    """
+
+    sublayer: Sublayer
+    weight: torch.Tensor
+    stats: LayerStats
+    unit_scores: torch.Tensor
+    removal_error: np.ndarray
+    output_energy: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How many units each sublayer keeps, and what that costs.
+
+    Attributes:
+        kept: units kept per sublayer, length 2L, in the order layer 0 attention, layer 0 mlp, layer 1 attention, ...
+        cost: what the kept units cost in the budget's resource.
+        dense_cost: what all prunable units cost in it.
+        resource: name of that resource.
+    """
+
+    kept: tuple[int, ...]
+    cost: float
+    dense_cost: float
+    resource: str = "params"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the resource removed over the prunable sublayers, in [0, 1]."""
+        return 1.0 - self.cost / self.dense_cost
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses of one model on some windows of one split.
+
+    Attributes:
+        losses: mean next-token loss of each window in nats per token, shape (windows,), float64.
+        tokens_per_window: predicted tokens in each window.
+    """
+
+    losses: tuple[float, ...]
+    tokens_per_window: int
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens in all windows."""
+        return len(self.losses) * self.tokens_per_window
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats per token."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where it overflows."""
+        import math
+
+        return math.exp(self.loss) if self.loss < 700 else (math.inf if self.loss == self.loss else math.nan)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One decision and what came of it: the row that histories, trackers and pictures are made of.
+
+    Attributes:
+        index: from 0, over the whole search.
+        update: the vector step it belongs to, from 0; all episodes of one update share a token subset.
+        action: the importances, shape (2L,), float32, in [-1, 1].
+        kept: units kept per sublayer.
+        reward: what the agent was told.
+        loss: pruned loss in nats per token on the update's subset.
+        dense_loss: dense loss on the same subset.
+        target_sparsity: what the schedule asked for.
+        sparsity: what the projection reached.
+        fidelity: share of ``episode_tokens`` it was measured on.
+        tokens: tokens that were evaluated for it.
+        failed: the loss was not finite, so the reward is the reward's ``worst``.
+    """
+
+    index: int
+    update: int
+    action: np.ndarray
+    kept: tuple[int, ...]
+    reward: float
+    loss: float
+    dense_loss: float
+    target_sparsity: float
+    sparsity: float
+    fidelity: float
+    tokens: int
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an agent reports after one policy update: numbers about the policy, for progress bars and trackers.
+
+    Attributes:
+        index: the update, from 0.
+        rewards: the rewards of its episodes, shape (episodes,).
+        diagnostics: e.g. ``{"policy/spread": 0.21}``.
+    """
+
+    index: int
+    rewards: np.ndarray
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """One row of ``ffgym plugins``.
+
+    Attributes:
+        name: the entry point's name, or ``built-in``.
+        package: distribution that ships it.
+        version: that distribution's version.
+        provides: ``{"criterion": ["magnitude-l2"], ...}``.
+        failure: why it could not be loaded; ``None`` when it was.
+    """
+
+    name: str
+    package: str
+    version: str
+    provides: dict[str, list[str]]
+    failure: str | None = None
+
+
+JSONDict = dict[str, Any]

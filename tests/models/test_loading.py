@@ -1,0 +1,387 @@
+import json
+import logging
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ffgym.errors import ModelError
+from ffgym.models import loading
+from ffgym.models.loading import load
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGE = ("h", "i")
+TOKENS = ["<s>", "</s>", *ALPHABET, "".join(MERGE)]
+CONFIG = {
+    "vocab_size": len(TOKENS),
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**CONFIG))
+
+
+def tiny_tokenizer():
+    vocabulary = {token: index for index, token in enumerate(TOKENS)}
+    tokenizer = Tokenizer(BPE(vocabulary, [MERGE]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny Llama as save_pretrained writes it; tests that damage it take a copy."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def nothing_outside(tmp_path, monkeypatch, request):
+    """Neither the hub nor the user's cache is touched, except by the demo."""
+    if "demo" not in request.keywords:
+        monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_a_folder_gives_the_model_it_holds(saved):
+    loaded = load(str(saved), dtype="float32", device="cpu")
+    ids = torch.tensor([loaded.tokenizer("hello").input_ids])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, tiny_model().eval()(ids).logits)
+    assert (loaded.name, loaded.description) == (str(saved), "folder tiny")
+    assert (loaded.dtype, loaded.device, loaded.context_limit) == (torch.float32, torch.device("cpu"), 128)
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_what_was_asked(saved, dtype):
+    assert load(str(saved), dtype=dtype, device="cpu").dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(("speedup", "chosen"), [(5.0, torch.bfloat16), (1.5, torch.bfloat16), (1.2, torch.float32)])
+def test_auto_takes_bfloat16_on_a_cpu_only_where_it_pays(saved, monkeypatch, caplog, speedup, chosen):
+    monkeypatch.setattr(loading, "cpu_bfloat16_speedup", lambda: speedup)
+    with caplog.at_level(logging.INFO, logger="ffgym"):
+        loaded = load(str(saved), device="cpu")
+    assert loaded.dtype == chosen
+    assert str(chosen).removeprefix("torch.") in caplog.text
+
+
+@pytest.mark.parametrize(("supported", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_on_cuda_follows_the_gpu(monkeypatch, supported, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert loading.choose_dtype(torch.device("cuda")) == chosen
+
+
+def test_the_probe_is_short_and_runs_once():
+    loading.cpu_bfloat16_speedup.cache_clear()
+    assert loading.cpu_bfloat16_speedup() > 0
+    loading.cpu_bfloat16_speedup()
+    assert loading.cpu_bfloat16_speedup.cache_info().misses == 1
+
+
+def test_nothing_is_printed(saved, capfd):
+    load(str(saved), dtype="float32", device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_progress_bars_of_the_library_come_back(saved):
+    transformers.utils.logging.enable_progress_bar()
+    load(str(saved), dtype="float32", device="cpu")
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def interleave(weight, heads):
+    """GGUF stores the rows of q and k in another order than transformers: halves of a head interleaved."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A tiny Llama in a GGUF: q8_0 down projections, float32 elsewhere."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(CONFIG["num_hidden_layers"])
+    writer.add_context_length(CONFIG["max_position_embeddings"])
+    writer.add_embedding_length(CONFIG["hidden_size"])
+    writer.add_feed_forward_length(CONFIG["intermediate_size"])
+    writer.add_head_count(CONFIG["num_attention_heads"])
+    writer.add_head_count_kv(CONFIG["num_key_value_heads"])
+    writer.add_rope_dimension_count(CONFIG["head_dim"])
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(CONFIG["vocab_size"])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3] + [1] * (len(TOKENS) - 2))
+    writer.add_token_merges([" ".join(MERGE)])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    weights = {name: value.numpy() for name, value in tiny_model().state_dict().items()}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG["num_hidden_layers"])
+    for name, weight in weights.items():
+        if "q_proj" in name:
+            weight = interleave(weight, CONFIG["num_attention_heads"])
+        if "k_proj" in name:
+            weight = interleave(weight, CONFIG["num_key_value_heads"])
+        kind = None
+        if "down_proj" in name:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            weight = gguf.quantize(weight, kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(weight), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_becomes_the_dense_model_it_holds(gguf_file):
+    loaded = load(str(gguf_file), dtype="float32", device="cpu")
+    assert loaded.description == "tiny-Q8_0.gguf, dequantised from GGUF"
+    assert type(loaded.model) is LlamaForCausalLM
+    for name, weight in tiny_model().state_dict().items():
+        expected = weight
+        if "down_proj" in name:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            expected = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind))
+        # what is stored is float16: 11 significant bits
+        torch.testing.assert_close(loaded.model.state_dict()[name], expected, rtol=2**-11, atol=1e-7)
+    assert loaded.tokenizer("hi you").input_ids == tiny_tokenizer()("hi you").input_ids
+
+
+def test_a_gguf_is_converted_once(gguf_file, monkeypatch, capfd):
+    load(str(gguf_file), dtype="float32", device="cpu")
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == ["Converting tiny-Q8_0.gguf to safetensors, once"]
+    monkeypatch.setattr(loading, "_read_gguf", None)
+    load(str(gguf_file), dtype="float32", device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_changed_gguf_is_converted_again(gguf_file, tmp_path):
+    copy = shutil.copy(gguf_file, tmp_path / "tiny.gguf")
+    load(str(copy), dtype="float32", device="cpu")
+    with open(copy, "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    load(str(copy), dtype="float32", device="cpu")
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 2
+
+
+def test_a_damaged_gguf_is_an_error_and_leaves_nothing(tmp_path):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF and then nonsense")
+    with pytest.raises(ModelError, match=r"bad\.gguf.*cannot be read"):
+        load(str(path), device="cpu")
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_a_gguf_that_lacks_weights_is_an_error(gguf_file, tmp_path):
+    renamed = tmp_path / "tiny.gguf"
+    renamed.write_bytes(gguf_file.read_bytes().replace(b"blk.1.ffn_down.weight", b"blk.1.ffn_gone.weight"))
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight|cannot be read"):
+        load(str(renamed), device="cpu")
+
+
+def test_a_missing_gguf_is_an_error():
+    with pytest.raises(ModelError, match=r"'no\.gguf' does not exist"):
+        load("no.gguf")
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(checkpoint, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(checkpoint)
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(model.state_dict(), checkpoint / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled") as caught:
+        load(str(checkpoint))
+    command = caught.value.hint.splitlines()[-1].strip()
+    assert command.startswith("python -c ")
+    exec(command.removeprefix('python -c "').removesuffix('"'), {})
+    converted = load(f"{checkpoint}-safetensors", dtype="float32", device="cpu")
+    assert torch.equal(converted.model.lm_head.weight, model.lm_head.weight)
+
+
+def test_truncated_weights_are_an_error(checkpoint):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ModelError, match="damaged or incomplete"):
+        load(str(checkpoint), device="cpu")
+
+
+def test_missing_weights_are_an_error_and_never_made_up(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are missing, model\.layers\.1\.mlp\.down_proj\.weight first"):
+        load(str(checkpoint), device="cpu")
+
+
+def test_weights_of_another_shape_are_an_error(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(checkpoint), device="cpu")
+
+
+def test_code_in_a_checkpoint_is_never_run(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": auto_map}))
+    (checkpoint / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match="never run"):
+        load(str(checkpoint), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"),
+    [
+        ("config.json", "config.json is missing"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer*", "cannot be loaded"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_an_error(checkpoint, remove, message):
+    for path in checkpoint.glob(remove):
+        path.unlink()
+    with pytest.raises(ModelError, match=message):
+        load(str(checkpoint), device="cpu")
+
+
+def test_a_config_that_is_not_json_is_an_error(checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="is not JSON"):
+        load(str(checkpoint), device="cpu")
+
+
+def test_an_architecture_that_is_no_causal_lm_is_an_error(checkpoint):
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(checkpoint), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "a/b/c"])
+def test_a_missing_folder_is_an_error(name):
+    with pytest.raises(ModelError, match="does not exist"):
+        load(name)
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="is a file"):
+        load(str(tmp_path / "model.safetensors"))
+
+
+def test_a_hub_that_cannot_be_reached_says_what_works_without_it():
+    with pytest.raises(ModelError, match="could not be loaded from the hub") as caught:
+        load("someone/some-model", device="cpu")
+    assert "'demo'" in caught.value.hint
+
+
+def test_a_hub_model_with_pickled_weights_only_is_refused(monkeypatch):
+    def reached(*args, **options):
+        raise OSError("someone/old does not appear to have a file named model.safetensors and thus cannot be loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", reached)
+    with pytest.raises(ModelError, match="pickled") as caught:
+        load("someone/old", device="cpu")
+    assert "save_pretrained('old-safetensors')" in caught.value.hint
+
+
+def test_a_revision_belongs_to_the_hub(saved):
+    with pytest.raises(ModelError, match="revision"):
+        load(str(saved), revision="main", device="cpu")
+
+
+def test_an_unknown_dtype_is_an_error(saved):
+    with pytest.raises(ModelError, match="float8") as caught:
+        load(str(saved), dtype="float8", device="cpu")
+    assert "bfloat16" in caught.value.hint
+
+
+def test_unknown_and_absent_devices_are_errors(saved, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match="no device"):
+        load(str(saved), device="gpu0")
+    for device in ("cuda", "cuda:3", "balanced"):
+        with pytest.raises(ModelError, match="torch sees"):
+            load(str(saved), device=device)
+
+
+def test_balanced_hands_the_placement_to_the_library(saved, monkeypatch):
+    asked = {}
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+
+    def record(source, device_map=None, **options):
+        asked["device_map"] = device_map
+        return from_pretrained(source, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
+    load(str(saved), dtype="float32", device="balanced")
+    assert asked == {"device_map": "balanced"}
+
+
+# --- the demo model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.demo
+def test_the_demo_model_is_smollm2_and_says_that_it_was_quantised():
+    loaded = load("demo", device="cpu")
+    assert loaded.description == "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 134_515_008
+    config = loaded.model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    ids = torch.tensor([loaded.tokenizer("The capital of France is").input_ids])
+    with torch.no_grad():
+        following = loaded.model(ids).logits[0, -1].argmax().item()
+    assert loaded.tokenizer.decode([following]).strip() == "Paris"
+
+
+@pytest.mark.demo
+def test_the_demo_weights_are_those_of_the_gguf():
+    from ffgym.data.assets import SMOLLM2, fetch
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(next(fetch(SMOLLM2).glob("*.gguf"))).tensors}
+    weights = load("demo", dtype="float32", device="cpu").model.state_dict()
+    for ours, theirs in {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.layers.7.mlp.down_proj.weight": "blk.7.ffn_down.weight",
+        "model.layers.29.self_attn.o_proj.weight": "blk.29.attn_output.weight",
+    }.items():
+        expected = torch.from_numpy(gguf.dequantize(stored[theirs].data, stored[theirs].tensor_type))
+        torch.testing.assert_close(weights[ours], expected, rtol=2**-11, atol=1e-7)

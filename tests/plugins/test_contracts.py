@@ -1,0 +1,153 @@
+"""A plugin that breaks its contract is named, with its package, the sublayer, and what was wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ffgym.errors import DataError, PluginError
+from ffgym.plugins.bases import Criterion, Heuristic, Reward
+from ffgym.plugins.contracts import check_importance, check_reward, check_scores
+from ffgym.testing.toys import toy_views
+from ffgym.types import Evaluation, LayerStats, Sublayer
+
+SUBLAYER = Sublayer(3, "mlp", 5, 1, unit_params=1, unit_macs=1, depth=6)
+DENSE = Evaluation((3.0, 3.0), 8)
+PRUNED = Evaluation((3.5, 3.5), 8)
+
+
+class Scores(Criterion):
+    name = "scores"
+
+    def __init__(self, answer: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+        result: torch.Tensor = self.answer(weight)
+        return result
+
+
+class Importances(Heuristic):
+    name = "importances"
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def importance(self, sublayers: Any) -> np.ndarray:
+        result: np.ndarray = self.answer() if callable(self.answer) else self.answer
+        return result
+
+
+class Number(Reward):
+    name = "number"
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
+        result: float = self.answer() if callable(self.answer) else self.answer
+        return result
+
+
+def scored(answer: Callable[[torch.Tensor], Any], weight: torch.Tensor | None = None) -> torch.Tensor:
+    return check_scores(Scores(answer), torch.ones(4, 5) if weight is None else weight, LayerStats(), SUBLAYER)
+
+
+def fail() -> None:
+    raise KeyError("lost")
+
+
+def test_elements_and_channels_pass() -> None:
+    assert scored(lambda weight: weight).shape == (4, 5)
+    assert scored(lambda weight: weight[0]).shape == (5,)
+
+
+def test_scores_come_back_as_wide_floats_without_gradient() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 5))
+    assert scored(lambda weight: weight.sum(0).to(torch.int64), weight).dtype == torch.float32
+    assert scored(lambda weight: weight.sum(0).to(torch.bfloat16), weight).dtype == torch.float32
+    assert scored(lambda weight: weight.double(), weight).dtype == torch.float64
+    assert not scored(lambda weight: weight * 2, weight).requires_grad
+
+
+def test_inference_tensors_can_be_scored() -> None:
+    with torch.inference_mode():
+        assert scored(lambda weight: weight.abs(), torch.ones(4, 5)).shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (lambda weight: weight.T, r"shape \(5, 4\), not \(4, 5\) elements or \(5,\) channels"),
+        (lambda weight: weight[:, 0], r"shape \(4,\)"),
+        (lambda weight: weight * torch.nan, "20 of 20 scores are NaN or infinite"),
+        (lambda weight: torch.tensor([1, 2, 3, 4, math.inf]), "1 of 5 scores"),
+        (lambda weight: [1.0] * 5, "list, not a tensor"),
+        (lambda weight: weight.to(torch.complex64), "complex64"),
+        (lambda weight: weight.mul_(2), "changed the weight"),
+        (lambda weight: fail(), "failed while scoring layer 3 mlp: KeyError: 'lost'"),
+    ],
+)
+def test_bad_scores_name_plugin_package_and_sublayer(answer: Callable[[torch.Tensor], Any], complaint: str) -> None:
+    with pytest.raises(PluginError, match=complaint) as caught:
+        scored(answer)
+    assert f"criterion 'scores' (package {__name__.partition('.')[0]})" in str(caught.value)
+    assert "layer 3 mlp" in str(caught.value)
+
+
+def test_errors_that_ffgym_raises_on_purpose_pass_through() -> None:
+    def complain(weight: torch.Tensor) -> None:
+        raise DataError("too short")
+
+    with pytest.raises(DataError, match="too short"):
+        scored(complain)
+
+
+def test_importance_comes_back_as_float32() -> None:
+    answer = check_importance(Importances([1, -1, 0.5, 1 + 1e-9]), toy_views(2, frozenset()))
+    assert answer.dtype == np.float32
+    assert answer.tolist() == [1, -1, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (np.zeros(3), r"shape \(3,\), not \(4,\)"),
+        (np.zeros((4, 1)), r"shape \(4, 1\)"),
+        ([0, 0, 2, 0], r"layer 1 attention is 2\.0, not in \[-1, 1\]"),
+        ([0, math.nan, 0, 0], "layer 0 mlp is nan"),
+        ("high", "str, not an array of numbers"),
+        (fail, "failed while giving importances: KeyError"),
+    ],
+)
+def test_bad_importances_name_the_plugin(answer: Any, complaint: str) -> None:
+    with pytest.raises(PluginError, match=complaint) as caught:
+        check_importance(Importances(answer), toy_views(2, frozenset()))
+    assert "heuristic 'importances' (package" in str(caught.value)
+
+
+def test_reward_comes_back_as_a_python_float() -> None:
+    assert type(check_reward(Number(np.float32(0.5)), PRUNED, DENSE)) is float
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (math.nan, "returned nan for a pruned loss of 3.5 and a dense loss of 3 nats"),
+        (math.inf, "returned inf"),
+        (None, "NoneType, not a number"),
+        (fail, "failed while computing a reward: KeyError"),
+    ],
+)
+def test_bad_rewards_name_the_plugin(answer: Any, complaint: str) -> None:
+    with pytest.raises(PluginError, match=complaint) as caught:
+        check_reward(Number(answer), PRUNED, DENSE)
+    assert "reward 'number' (package" in str(caught.value)

@@ -1,0 +1,258 @@
+"""The plugin manager: built-ins by name, third parties in isolation, errors that say what to do."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ffgym.config import RunConfig, load_config
+from ffgym.errors import ConfigError, PluginError, UnknownNameError
+from ffgym.plugins import hookspecs, manager
+from ffgym.plugins.bases import Plugin
+from ffgym.types import PluginRecord
+
+CRITERION = """
+import ffgym
+
+class Mine(ffgym.Criterion):
+    '''What mine does.
+
+    More about it.
+    '''
+    name = "{name}"
+
+    class Config(ffgym.PluginConfig):
+        power: float = 1.0
+        floor: float
+
+    def score(self, weight, stats):
+        return weight.abs()
+
+@ffgym.hookimpl
+def ffgym_criteria():
+    return [Mine]
+"""
+HOOK = "import ffgym\n@ffgym.hookimpl\ndef ffgym_criteria():\n    return "
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Install packages as pip would: a module and its dist-info on sys.path."""
+    monkeypatch.delenv(manager.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules: list[str] = []
+
+    def add(package: str, source: str, *, version: str = "1.0") -> None:
+        module = package.replace("-", "_")
+        modules.append(module)
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        info = tmp_path / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
+        (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
+        importlib.invalidate_caches()
+        manager.forget()
+
+    manager.forget()
+    yield add
+    manager.forget()
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def record(package: str) -> PluginRecord:
+    return next(row for row in manager.records() if row.package == package)
+
+
+# built-ins
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in manager.BUILTINS.items() for name in table])
+def test_builtin_table_names_its_class(kind: manager.PluginKind, name: str) -> None:
+    cls = manager.get_class(kind, name)
+    assert cls.name == name
+    assert issubclass(cls, manager._BASES[kind])
+    assert manager.names(kind)[name]
+
+
+@pytest.mark.parametrize("room", ["agents", "criteria", "heuristics", "rewards"])
+def test_every_builtin_is_in_the_table(room: str) -> None:
+    package = importlib.import_module(f"ffgym.{room}")
+    targets = {built_in.target for table in manager.BUILTINS.values() for built_in in table.values()}
+    for module_info in pkgutil.iter_modules(package.__path__, f"ffgym.{room}."):
+        module = importlib.import_module(module_info.name)
+        own = [
+            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        for cls in own:
+            if issubclass(cls, Plugin) and isinstance(getattr(cls, "name", None), str):
+                assert f"{module.__name__}:{cls.__name__}" in targets
+
+
+def test_every_hook_is_documented_and_has_a_kind() -> None:
+    hooks = [name for name in vars(hookspecs) if name.startswith("ffgym_")]
+    assert set(hooks) == set(manager._HOOKS)
+    assert all(getattr(hookspecs, hook).__doc__ for hook in hooks)
+
+
+# third parties
+
+
+def test_installed_plugin_is_found_and_created_with_its_options(install: Install) -> None:
+    install("acme-mine", CRITERION.format(name="mine"))
+    criterion = manager.create("criterion", "mine", {"floor": 0.5})
+    assert criterion.config.floor == 0.5
+    assert manager.names("criterion")["mine"] == "What mine does."
+    assert str(manager.package_of(criterion)) == "acme-mine 1.0"
+    assert record("acme-mine").provides == {"criterion": ["mine"]}
+    assert record("acme-mine").failure is None
+
+
+@pytest.mark.parametrize(
+    ("source", "failure"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("import a_module_that_is_not_there", "ModuleNotFoundError"),
+        ("import sys\nsys.exit(3)", "SystemExit: 3"),
+        ("def f(:", "SyntaxError"),
+        ("x = 1", "implements no hook"),
+        (HOOK + "1 / 0", "ZeroDivisionError"),
+        (HOOK + "7", "not a list of classes"),
+        (HOOK + "[int]", "not a subclass of ffgym.Criterion"),
+        (HOOK + "[ffgym.Criterion]", "does not define score"),
+        (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1})]", "name is None"),
+        (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': {'sqare'}})]", "sqare"),
+        (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': dict})]", "PluginConfig"),
+        (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "PluginValidationError"),
+        (HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]", "unknown hook"),
+        (
+            HOOK.replace("criteria", "heuristics")
+            + "[type('A', (ffgym.Heuristic,), {'importance': 1, 'name': 'none'})]",
+            "cannot be called 'none'",
+        ),
+    ],
+)
+def test_broken_plugin_is_recorded_and_stops_nobody(install: Install, source: str, failure: str) -> None:
+    install("acme-broken", source, version="2.5")
+    install("acme-mine", CRITERION.format(name="mine"))
+    assert manager.create("criterion", "wanda").name == "wanda"
+    assert manager.get_class("criterion", "mine").name == "mine"
+    row = record("acme-broken")
+    assert (row.name, row.version, row.provides) == ("acme-broken-entry", "2.5", {})
+    assert failure in str(row.failure)
+
+
+def test_unknown_name_has_the_near_match_the_list_and_the_broken_plugins(install: Install) -> None:
+    install("acme-broken", "raise RuntimeError('boom')")
+    with pytest.raises(UnknownNameError) as caught:
+        manager.get_class("criterion", "wnada")
+    assert "unknown criterion 'wnada'" in str(caught.value)
+    assert "Did you mean 'wanda'?" in str(caught.value)
+    assert "magnitude, " in str(caught.value)
+    assert "acme-broken 1.0 (RuntimeError: boom)" in str(caught.value)
+
+
+def test_two_packages_with_one_name_are_refused_naming_both(install: Install) -> None:
+    install("acme-one", CRITERION.format(name="mine"))
+    install("acme-two", CRITERION.format(name="mine"))
+    with pytest.raises(PluginError, match=r"'mine' has 2 owners.*acme-one 1\.0 and acme-two 1\.0"):
+        manager.get_class("criterion", "mine")
+    assert "mine" not in manager.names("criterion")
+    assert "acme-two 1.0" in str(record("acme-one").failure)
+    assert manager.create("criterion", "wanda").name == "wanda"
+
+
+def test_taking_a_builtins_name_is_refused_naming_both(install: Install) -> None:
+    install("acme-one", CRITERION.format(name="wanda"))
+    with pytest.raises(PluginError, match=r"ffgym .*\(built-in\) and acme-one 1\.0") as caught:
+        manager.get_class("criterion", "wanda")
+    assert "FFGYM_LOAD_PLUGINS" in str(caught.value)
+    assert "built-in" in str(record("acme-one").failure)
+
+
+def test_environment_variable_chooses_what_is_loaded(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("acme-one", CRITERION.format(name="one"))
+    install("acme-two", CRITERION.format(name="two"))
+    install("acme-broken", "raise RuntimeError('must not be imported')")
+    monkeypatch.setenv("FFGYM_LOAD_PLUGINS", "acme-two-entry, acme-one-entry")
+    assert {"one", "two"} <= set(manager.names("criterion"))
+    assert {row.name for row in manager.records()} == {"built-in", "acme-one-entry", "acme-two-entry"}
+    monkeypatch.setenv("FFGYM_LOAD_PLUGINS", "")
+    assert [row.name for row in manager.records()] == ["built-in"]
+    assert set(manager.names("criterion")) == set(manager.BUILTINS["criterion"])
+    assert "acme_broken" not in sys.modules
+
+
+def test_environment_variable_with_an_unknown_plugin_is_reported(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFGYM_LOAD_PLUGINS", "nobody")
+    assert any(row.name == "nobody" and "not installed" in str(row.failure) for row in manager.records())
+    with pytest.raises(UnknownNameError, match="nobody"):
+        manager.get_class("criterion", "mine")
+
+
+def test_a_plugin_that_prints_leaves_stdout_alone(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("acme-loud", "print('hello')\n" + CRITERION.format(name="loud"))
+    manager.names("criterion")
+    assert capsys.readouterr().out == ""
+
+
+# options
+
+
+def test_unknown_option_names_table_key_and_near_match(install: Install) -> None:
+    install("acme-mine", CRITERION.format(name="mine"))
+    with pytest.raises(ConfigError) as caught:
+        manager.create("criterion", "mine", {"floor": 1.0, "pwoer": 2.0})
+    assert "unknown key 'pwoer' in [criterion]" in str(caught.value)
+    assert "Did you mean 'power'? Known in [criterion]: power, floor." in str(caught.value)
+
+
+def test_missing_and_mistyped_options_name_table_and_key(install: Install) -> None:
+    install("acme-mine", CRITERION.format(name="mine"))
+    with pytest.raises(ConfigError, match=r"\[criterion\] needs a value for 'floor'"):
+        manager.create("criterion", "mine")
+    with pytest.raises(ConfigError, match=r"criterion\.floor = 'low': should be a valid number"):
+        manager.create("criterion", "mine", {"floor": "low"})
+
+
+def test_options_of_a_heuristic_are_those_of_the_table_prior() -> None:
+    with pytest.raises(ConfigError, match=r"prior\.spare_first = -1: should be greater than or equal to 0"):
+        manager.create("heuristic", "mlp-first", {"spare_first": -1})
+    with pytest.raises(ConfigError, match=r"unknown key 'x' in \[prior\]"):
+        manager.create("heuristic", "uniform", {"x": 1})
+
+
+def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
+    install("acme-mine", CRITERION.format(name="mine") + "\nMine.__init__ = lambda self, config: 1 / 0\n")
+    with pytest.raises(PluginError, match=r"criterion 'mine' \(package acme-mine 1\.0\) could not be created"):
+        manager.create("criterion", "mine", {"floor": 1.0})
+
+
+# a heuristic in the agent's place
+
+
+def test_heuristic_named_as_agent_runs_one_shot_with_that_prior() -> None:
+    config = manager.resolve_agent(load_config(None, ["agent.spare_first=2"], agent={"name": "mlp-first"}))
+    assert (config.agent.name, config.agent.options) == ("one-shot", {})
+    assert (config.prior.name, config.prior.options) == ("mlp-first", {"spare_first": 2})
+    assert manager.resolve_agent(config) == config
+
+
+def test_heuristic_named_as_agent_keeps_the_options_of_its_own_prior_table() -> None:
+    values = {"agent": {"name": "mlp-first"}, "prior": {"name": "mlp-first", "spare_last": 2}}
+    assert manager.resolve_agent(load_config(**values)).prior.options == {"spare_last": 2}
+
+
+def test_agents_and_unknown_names_are_left_alone() -> None:
+    assert manager.resolve_agent(RunConfig()) == RunConfig()
+    unknown = load_config(agent={"name": "nobody"})
+    assert manager.resolve_agent(unknown) == unknown

@@ -1,0 +1,76 @@
+import re
+
+import yaml
+
+from ffgym.report.card import model_card
+from ffgym.report.table import ReportTable, Row
+from ffgym.types import Allocation, Sublayer
+
+SUBLAYERS = [
+    Sublayer(0, "attention", 3, 192, 10, 10, 3, 64, 2),
+    Sublayer(0, "mlp", 1536, 1, 2, 2, depth=2),
+    Sublayer(1, "attention", 3, 192, 10, 10, 3, 64, 2),
+    Sublayer(1, "mlp", 1536, 1, 2, 2, depth=2),
+]
+TABLE = ReportTable(
+    (Row("dense", 24.0, None, 0.0, 0.0, 100, 100, 10), Row("found", 33.0, None, 0.2, 0.16, 84, 84, 8, is_found=True)),
+    "Perplexity on some text.",
+)
+
+
+def card(**kwargs) -> str:
+    arguments = {
+        "title": "tiny, pruned",
+        "base_model": "someone/tiny",
+        "license": "apache-2.0",
+        "table": TABLE,
+        "sublayers": SUBLAYERS,
+        "allocation": Allocation((3, 1200, 1, 1001), 4964, 6204),
+        "command": "ffgym run --agent reinforce --criterion wanda",
+        "seed": 3,
+        "splits": {"calibration": "some text, 32,768 tokens", "report": "other text, 16,384 tokens"},
+        "caveats": ["The demo model is a dequantised Q4_1."],
+    }
+    return model_card(**(arguments | kwargs))
+
+
+def front_matter(text: str) -> dict:
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    assert match
+    return yaml.safe_load(match[1])
+
+
+def test_front_matter_is_what_the_hub_reads():
+    assert front_matter(card()) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "someone/tiny",
+        "license": "apache-2.0",
+        "tags": ["ffgym", "pruning", "structured-pruning"],
+    }
+
+
+def test_what_is_not_known_is_left_out():
+    text = card(base_model=None, license=None)
+    assert not {"base_model", "license"} & front_matter(text).keys()
+    assert "None" not in text
+
+
+def test_card_says_how_to_load_rerun_and_judge_the_model():
+    text = card()
+    for part in (
+        "trust_remote_code=True",
+        "import ffgym.models",
+        "ffgym run --agent reinforce --criterion wanda",
+        "seed: 3",
+        "calibration split: some text, 32,768 tokens",
+        "| dense | 24.00 |",
+        "| 1 | 1 of 3 | 1,001 of 1,536 |",
+        "dequantised Q4_1",
+    ):
+        assert part in text
+
+
+def test_the_loading_example_is_python():
+    (code,) = re.findall(r"```python\n(.*?)```", card(folder='C:\\models\\"mine"'), re.DOTALL)
+    compile(code, "card", "exec")

@@ -1,0 +1,276 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import ffgym
+from ffgym.cli import app
+from ffgym.config import RunConfig, load_config
+from ffgym.errors import ModelError
+from ffgym.plugins import manager
+
+HEAVY = ("torch", "transformers", "mlflow", "gymnasium", "stable_baselines3", "datasets", "matplotlib", "sklearn")
+
+
+@pytest.fixture(autouse=True)
+def _only_builtins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+class Result:
+    """Stands in for what the runner returns."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"perplexity": 34.0, "infinite": float("inf"), "rows": [{"nan": float("nan")}]}
+
+    def print(self, console: Any) -> None:
+        console.print("the table")
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """A runner that records its configuration, and prints as libraries do."""
+    seen: list[RunConfig] = []
+
+    def run(config: RunConfig, progress: Any) -> Result:
+        seen.append(config)
+        print("a library talks")
+        progress.print("progress")
+        return Result()
+
+    replace_module(monkeypatch, "ffgym.runner", run=run)
+    return seen
+
+
+def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., Any]) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, child = name.rpartition(".")
+    monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+
+
+# start-up
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ffgym; ffgym.RunConfig",
+        "from ffgym.cli import app; app(['--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['run', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['ls', 'criteria'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['ls', 'agents'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['plugins'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['config', '--agent', 'uniform'], standalone_mode=False)",
+    ],
+)
+def test_quick_commands_import_nothing_heavy(code: str) -> None:
+    check = f"\nimport sys; heavy = [name for name in {HEAVY!r} if name in sys.modules]; assert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "ffgym", "--version"], capture_output=True, text=True, env=os.environ)
+    assert done.stdout == f"ffgym {ffgym.__version__}\n"
+
+
+def test_version_is_the_projects() -> None:
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text("utf-8"))["project"]["version"] == ffgym.__version__
+
+
+def test_every_public_name_is_there() -> None:
+    for name in ffgym.__all__:
+        assert getattr(ffgym, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        ffgym.nothing_of_that_name  # noqa: B018
+
+
+# help and usage
+
+
+@pytest.mark.parametrize("command", ["run", "config", "ls", "plugins", "check-env", "ui"])
+def test_every_command_has_help(command: str) -> None:
+    done = call(command, "--help")
+    assert done.exit_code == 0
+    assert command in call("--help").stdout
+
+
+def test_help_shows_defaults_and_choices() -> None:
+    text = call("run", "--help").stdout
+    for part in ("reinforce", "wanda", "mlp-first", "0.2", "ridge | affine | none", "96", "TABLE.KEY=VALUE"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["walk"], ["run", "--sparsty", "0.2"], ["run", "--sparsity", "lots"], ["ls", "models"], ["ls"]]
+)
+def test_usage_errors_exit_2(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+# run
+
+
+def test_run_without_options_is_the_demo(runner: list[RunConfig]) -> None:
+    done = call("run")
+    assert done.exit_code == 0
+    assert runner == [RunConfig()]
+    assert done.stdout == "the table\n"
+    assert "progress" in done.stderr
+    assert "a library talks" in done.stderr
+
+
+def test_every_option_reaches_its_key(runner: list[RunConfig], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[data]\nwindow = 512\n", "utf-8")
+    arguments = (
+        "--agent random --criterion magnitude --reward perplexity --prior uniform --model a/b --sparsity 0.3 "
+        "--calibration affine --resource kv --init-from runs/x --episodes 40 --seed 5 --output out --overwrite "
+        f"--set prune.min_units=2 --set search.finalists=3 --config {file}"
+    ).split()
+    assert call("run", *arguments).exit_code == 0
+    assert runner == [
+        load_config(
+            None,
+            ["data.window=512", "prune.min_units=2", "search.finalists=3"],
+            seed=5,
+            model={"name": "a/b"},
+            prune={"sparsity": 0.3, "calibration": "affine", "resource": "kv"},
+            criterion={"name": "magnitude"},
+            reward={"name": "perplexity"},
+            agent={"name": "random"},
+            prior={"name": "uniform"},
+            search={"episodes": 40, "init_from": "runs/x"},
+            output={"dir": "out", "overwrite": True},
+        )
+    ]
+
+
+def test_a_heuristic_can_stand_in_for_the_agent(runner: list[RunConfig]) -> None:
+    assert call("run", "--agent", "uniform").exit_code == 0
+    assert (runner[0].agent.name, runner[0].prior.name) == ("one-shot", "uniform")
+
+
+def test_json_leaves_stdout_pure(runner: list[RunConfig]) -> None:
+    done = call("run", "--json")
+    assert json.loads(done.stdout) == {"perplexity": 34.0, "infinite": None, "rows": [{"nan": None}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sparsity", "1.2"], "prune.sparsity = 1.2"),
+        (["--set", "prune.sparcity=0.2"], "Did you mean 'sparsity'?"),
+        (["--set", "nonsense"], "cannot read --set 'nonsense'"),
+        (["--config", "nowhere.toml"], "no configuration file nowhere.toml"),
+        (["--calibration", "lasso"], "prune.calibration = 'lasso'"),
+    ],
+)
+def test_bad_configuration_is_a_message_and_exit_1(
+    runner: list[RunConfig], arguments: list[str], complaint: str
+) -> None:
+    done = call("run", *arguments)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert complaint in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not runner
+
+
+def test_error_of_the_runner_is_a_message_a_hint_and_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: RunConfig, progress: Any) -> None:
+        raise ModelError("no such folder", hint="Look again.")
+
+    replace_module(monkeypatch, "ffgym.runner", run=run)
+    done = call("run")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error: no such folder\nhint: Look again.\n"
+
+
+def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: RunConfig, progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    replace_module(monkeypatch, "ffgym.runner", run=run)
+    done = call("run")
+    assert done.exit_code == 130
+    assert "Traceback" not in done.stderr
+
+
+# config, ls, plugins, check-env, ui
+
+
+def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Path) -> None:
+    printed = call("config", "--sparsity", "0.3", "--set", "agent.lr=0.01")
+    file = tmp_path / "run.toml"
+    file.write_text(printed.stdout, "utf-8")
+    assert call("run", "--config", str(file)).exit_code == 0
+    assert runner == [load_config(prune={"sparsity": 0.3}, agent={"lr": 0.01})]
+
+
+@pytest.mark.parametrize(
+    ("plural", "kind"),
+    [("agents", "agent"), ("criteria", "criterion"), ("heuristics", "heuristic"), ("rewards", "reward")],
+)
+def test_ls_lists_names_and_descriptions(plural: str, kind: manager.PluginKind) -> None:
+    text = call("ls", plural).stdout
+    rows = json.loads(call("ls", plural, "--json").stdout)
+    assert {row["name"]: row["description"] for row in rows} == manager.names(kind)
+    assert all(row["name"] in text and row["description"] in text for row in rows)
+
+
+def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "nobody")
+    text = call("plugins").stdout
+    assert "built-in" in text
+    assert "FAILED not installed" in text
+    rows = json.loads(call("plugins", "--json").stdout)
+    assert [row["name"] for row in rows] == ["built-in", "nobody"]
+    assert rows[0]["package"] == "ffgym"
+    assert "wanda" in rows[0]["provides"]["criterion"]
+
+
+@pytest.mark.parametrize(("complaints", "status"), [([], 0), (["the space is odd"], 1)])
+def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaints: list[str], status: int) -> None:
+    seen: list[RunConfig] = []
+
+    def check_environment(config: RunConfig) -> list[str]:
+        seen.append(config)
+        return complaints
+
+    import ffgym.envs  # noqa: F401 (the parent of the module that is replaced)
+
+    replace_module(monkeypatch, "ffgym.envs.check", check_environment=check_environment)
+    done = call("check-env", "--model", "tiny", "--set", "data.window=512")
+    assert done.exit_code == status
+    assert (seen[0].model.name, seen[0].data.window) == ("tiny", 512)
+    assert all(complaint in done.stderr for complaint in complaints)
+
+
+def test_ui_opens_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Path, int]] = []
+    replace_module(monkeypatch, "ffgym.tracking", open_ui=lambda root, port: opened.append((root, port)))
+    assert call("ui").exit_code == 0
+    assert call("ui", "--root", "elsewhere", "--port", "6001").exit_code == 0
+    assert opened == [(Path("mlruns"), 5000), (Path("elsewhere"), 6001)]

@@ -1,0 +1,178 @@
+"""RunConfig: defaults, sources and their order, TOML out and in, and an error for everything that cannot run."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from ffgym.config import RunConfig, digest, load_config, to_toml
+from ffgym.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_no_source_gives_the_defaults() -> None:
+    config = load_config()
+    assert config == RunConfig()
+    assert (config.prune.sparsity, config.agent.name, config.criterion.name) == (0.2, "reinforce", "wanda")
+    assert config.output.dir is None
+
+
+def test_command_line_options_win_over_overrides_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "seed = 1\n[prune]\nsparsity = 0.3\nmin_units = 2\n[search]\nepisodes = 40\n")
+    config = load_config(path, ["prune.sparsity=0.4", "search.episodes=48"], seed=None, prune={"sparsity": 0.5})
+    assert config.seed == 1
+    assert config.prune.sparsity == 0.5
+    assert config.prune.min_units == 2
+    assert config.search.episodes == 48
+
+
+def test_overrides_are_toml_literals_or_else_strings() -> None:
+    config = load_config(
+        None,
+        ["data.search=demo:c4", "prune.ridge=0.01", "output.save_model=false", 'model.name="1e3"', "agent.a.b=[1, 2]"],
+    )
+    assert config.data.search == "demo:c4"
+    assert config.prune.ridge == 0.01
+    assert config.output.save_model is False
+    assert config.model.name == "1e3"
+    assert config.agent.options == {"a": {"b": [1, 2]}}
+    assert load_config(None, ["model.revision=a=b"]).model.revision == "a=b"
+    assert load_config(None, ["seed=7"]).seed == 7
+
+
+def test_plugin_tables_keep_their_options_raw() -> None:
+    config = load_config(criterion={"name": "acme", "power": "two", "depth": 3})
+    assert config.criterion.name == "acme"
+    assert config.criterion.options == {"power": "two", "depth": 3}
+
+
+def test_naming_another_plugin_drops_the_options_of_the_files(tmp_path: Path) -> None:
+    path = write(tmp_path, '[criterion]\nname = "acme"\npower = 2\n[prior]\nspare_first = 2\n')
+    assert load_config(path).criterion.options == {"power": 2}
+    assert load_config(path, criterion={"name": "acme"}).criterion.options == {"power": 2}
+    other = load_config(path, ["criterion.seed=3"], criterion={"name": "random"})
+    assert (other.criterion.name, other.criterion.options) == ("random", {"seed": 3})
+    assert load_config(path, prior={"name": "mlp-first"}).prior.options == {"spare_first": 2}
+    assert load_config(path, prior={"name": "uniform"}).prior.options == {}
+
+
+def test_toml_round_trips(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        ["prune.ridge=0.5", "output.dir=out", "agent.lr=1e-3", "agent.net.sizes=[8, 8]", 'criterion.note="a # b"'],
+        seed=3,
+    )
+    for each in (RunConfig(), config):
+        assert load_config(write(tmp_path, to_toml(each))) == each
+
+
+def test_printed_toml_has_every_key_with_a_comment() -> None:
+    text = to_toml(RunConfig())
+    plain = tomllib.loads(text)
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            assert plain[name].keys() == field.annotation.model_fields.keys()
+    assert all("  # " in line for line in text.splitlines() if line)
+
+
+def test_empty_string_unsets_an_optional_key(tmp_path: Path) -> None:
+    path = write(tmp_path, '[search]\ninit_from = "runs/a"\n')
+    assert load_config(path).search.init_from == "runs/a"
+    assert load_config(path, ['search.init_from=""']).search.init_from is None
+
+
+def test_digest_follows_what_decides_the_numbers() -> None:
+    base = digest(RunConfig())
+    assert base == digest(load_config(output={"dir": "elsewhere"}, tracking={"experiment": "other"}))
+    assert base != digest(load_config(seed=1))
+    assert base != digest(load_config(agent={"lr": 0.1}))
+
+
+@pytest.mark.parametrize(
+    ("override", "complaints"),
+    [
+        ("prune.sparcity=0.3", ["unknown key 'sparcity' in [prune]", "Did you mean 'sparsity'?", "ridge, min_units"]),
+        ("prunne.sparsity=0.3", ["unknown table or key 'prunne'", "Did you mean 'prune'?", "criterion, reward"]),
+        ("prune.sparsity=0", ["prune.sparsity = 0", "greater than 0", "between 0 and 1"]),
+        ("prune.sparsity=1", ["prune.sparsity = 1", "less than 1"]),
+        ("prune.sparsity=nan", ["prune.sparsity = nan", "finite"]),
+        ("prune.sparsity=a lot", ["prune.sparsity = 'a lot'", "valid number"]),
+        ("prune.resource=ram", ["prune.resource = 'ram'", "'params', 'macs' or 'kv'"]),
+        ("prune.calibration=lasso", ["prune.calibration = 'lasso'", "'ridge', 'affine' or 'none'"]),
+        ("prune.ridge=-1", ["prune.ridge = -1", "should be 'auto' or greater than 0"]),
+        ("prune.ridge=high", ["prune.ridge = 'high'", "should be 'auto' or a valid number"]),
+        ("prune.min_units=-1", ["prune.min_units = -1"]),
+        ("search.episodes=many", ["search.episodes = 'many'", "valid integer"]),
+        ("search.episodes=0", ["search.episodes = 0"]),
+        (
+            "search.episodes=4",
+            ["search.episodes = 4 is less than one update", "search.episodes_per_update = 8", "Raise"],
+        ),
+        ("search.episodes=1.5", ["search.episodes = 1.5"]),
+        ("output.overwrite=1", ["output.overwrite = 1", "valid boolean"]),
+        ("model.device=gpu", ["model.device = 'gpu'", "cuda:1"]),
+        ('model.name=""', ["model.name = ''", "at least 1 character"]),
+        ("criterion.name=3", ["criterion.name = 3", "valid string", "ffgym ls criteria"]),
+        ("criterion=3", ["criterion = 3", "should be a table", "[criterion]"]),
+        ("seed=-1", ["seed = -1", "greater than or equal to 0"]),
+        ("data.window=1", ["data.window = 1", "at least 2"]),
+        ("data.window=4096", ["search.episode_tokens = 2048 is less than one window: data.window = 4096"]),
+        ("data.calibration_tokens=100", ["data.calibration_tokens = 100 is less than one window"]),
+        ("data.report_tokens=100", ["data.report_tokens = 100 is less than one window"]),
+        ("search.final_tokens=100", ["search.final_tokens = 100 is less than one window"]),
+        ("data.search_tokens=1024", ["data.search_tokens = 1024 is less than search.episode_tokens = 2048"]),
+        ("data.search_tokens=4096", ["data.search_tokens = 4096 is less than search.final_tokens = 16384"]),
+        ("schedule.ramp_share=0", ["schedule.ramp_share = 0"]),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(override: str, complaints: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    for complaint in complaints:
+        assert complaint in str(caught.value)
+
+
+def test_sparsity_ramp_must_start_below_its_target() -> None:
+    assert load_config(prune={"sparsity": 0.04}).schedule.sparsity == "none"
+    with pytest.raises(ConfigError, match=r"prune\.sparsity = 0\.04 is less than schedule\.sparsity_start = 0\.05"):
+        load_config(prune={"sparsity": 0.04}, schedule={"sparsity": "cubic"})
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["prune.sparsity=2", "search.episods=3"])
+    assert "prune.sparsity = 2" in caught.value.message
+    assert "unknown key 'episods' in [search]" in caught.value.message
+
+
+@pytest.mark.parametrize("override", ["sparsity", "=3", "prune.=3", ".sparsity=3", ""])
+def test_malformed_override_says_how_to_write_it(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set prune\.sparsity=0\.3"):
+        load_config(None, [override])
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file .*nowhere\.toml"):
+        load_config(tmp_path / "nowhere.toml")
+
+
+def test_bad_toml_names_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML: .*line 2"):
+        load_config(write(tmp_path, "[prune]\nsparsity = = 3\n"))
+
+
+def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the configuration file"):
+        load_config(tmp_path)
+    binary = tmp_path / "binary.toml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot read the configuration file"):
+        load_config(binary)
