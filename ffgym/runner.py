@@ -1,18 +1,18 @@
 """``run(config)``: the whole pipeline on one page.
 
-    model, data -> statistics -> order -> refits -> search -> final calibration -> report -> saved model -> MLflow
+model, data -> statistics -> order -> refits -> search -> final calibration -> report -> saved model -> MLflow
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ffgym.models.loading import LoadedModel
 from ffgym.models.preparation import Prepared
 from ffgym.models.sequential import calibrate_sequentially
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Agent, Heuristic
+from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
 from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
@@ -47,6 +47,10 @@ REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
 }
 DEMO_LICENSE = "apache-2.0"
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
+
+Refit = Literal["none", "ridge", "sequential"]
+REFIT_LABELS: Mapping[Refit, str] = {"none": "plain", "ridge": "ridge", "sequential": "sequential ridge"}
 
 
 @dataclass
@@ -76,9 +80,7 @@ class Workspace:
 
     def importance(self, heuristic: str, options: JSONDict) -> np.ndarray:
         """Importances of a heuristic, shape (2L,), float32."""
-        plugin = manager.create("heuristic", heuristic, options)
-        assert isinstance(plugin, Heuristic)
-        return check_importance(plugin, self.prepared.views)
+        return check_importance(manager.create("heuristic", heuristic, options), self.prepared.views)
 
 
 @dataclass(frozen=True)
@@ -152,11 +154,14 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         if agent.searches and config.search.random_baseline and config.agent.name != "random":
             baseline = _search_random(space, tracker, folder, say)
             histories["random"] = baseline.history
-        rows, allocations = _reference_rows(space, baseline, say)
-        rows += _found_rows(space, found, say)
-        table = ReportTable(tuple(rows), header(space))
-        _draw(folder, space, {"found": found.best.allocation, **allocations}, histories)
-        saved = _save(space, found, table, folder) if config.output.save_model else None
+        references = _references(space, baseline, say)
+        _draw(folder, space, {"found": found.best.allocation, **references}, histories)
+        rows = _rows(space, references, found, say)
+        final: Refit = "sequential" if config.output.sequential else "ridge"
+        with cut_to(space, found.best.allocation.kept, final, say):
+            rows.append(measure(space, f"{config.agent.name} + {REFIT_LABELS[final]}", say, is_found=True))
+            table = ReportTable(tuple(rows), header(space))
+            saved = _save(space, found, table, folder) if config.output.save_model else None
         _write(folder / "report.md", markdown(table))
         _write(folder / "report.json", json.dumps(as_dicts(table), indent=2))
         tracker.log_table(as_dicts(table))
@@ -180,9 +185,7 @@ def open_workspace(config: RunConfig, agent: Agent, say: Reporter) -> Workspace:
     with say.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
     env = build_env(config, prepared, splits.search.windows)
-    space = Workspace(
-        config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, context=config.prune.context)
-    )
+    space = Workspace(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, context=config.prune.context))
     if wanted:
         agent.prior_mean = space.importance(*wanted[0])
     return space
@@ -191,7 +194,6 @@ def open_workspace(config: RunConfig, agent: Agent, say: Reporter) -> Workspace:
 def make_agent(config: RunConfig) -> Agent:
     """The agent of a run, started from another run's policy where ``search.init_from`` names one."""
     agent = manager.create("agent", config.agent.name, config.agent.options)
-    assert isinstance(agent, Agent)
     if config.search.init_from:
         agent.load_state(read_policy(Path(config.search.init_from), config))
     return agent
@@ -291,7 +293,6 @@ def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say:
 
 def _search_random(space: Workspace, tracker: Tracker, folder: Path, say: Reporter) -> Found:
     baseline = manager.create("agent", "random")
-    assert isinstance(baseline, Agent)
     return _run_search(space, baseline, tracker, folder / "episodes-random.jsonl", say, "random", "random")
 
 
@@ -320,82 +321,74 @@ def _run_search(
         )
 
 
-def _reference_rows(
-    space: Workspace, baseline: Found | None, say: Reporter
-) -> tuple[list[Row], dict[str, Allocation]]:
+def _references(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
+    """What the found allocation is compared with, all through the same projection and rounding."""
     allocations = {label: space.project(*rule)[1] for label, rule in REFERENCES.items()}
     if baseline is not None:
         tokens = baseline.search_tokens + baseline.final_tokens
         allocations[f"best of {len(baseline.history)} random"] = baseline.best.allocation
-        say.say(f"random search: {tokens:,} tokens, as many as the agent's")
-    rows = [measure(space, space.env.prunable.dense_units, "dense", say, calibrated=False)]
-    for label, allocation in allocations.items():
-        rows.append(measure(space, allocation.kept, f"{label} + ridge", say))
-    return rows, allocations
+        say.say(f"random search took {tokens:,} tokens, finals included")
+    return allocations
 
 
-def _found_rows(space: Workspace, found: Found, say: Reporter) -> list[Row]:
-    kept = found.best.allocation.kept
-    name = space.config.agent.name
-    rows = [
-        measure(space, kept, f"{name}, plain", say, calibrated=False, is_found=True),
-        measure(space, kept, f"{name} + ridge", say, is_found=True),
+def _rows(space: Workspace, references: Mapping[str, Allocation], found: Found, say: Reporter) -> list[Row]:
+    """Every row of the table but the one that is saved."""
+    agent, kept = space.config.agent.name, found.best.allocation.kept
+    rows = [measure(space, "dense", say)]
+    wanted: list[tuple[str, Sequence[int], Refit, bool]] = [
+        *((f"{label} + ridge", allocation.kept, "ridge", False) for label, allocation in references.items()),
+        (f"{agent}, plain", kept, "none", True),
     ]
     if space.config.output.sequential:
-        rows.append(measure(space, kept, f"{name} + sequential ridge", say, sequential=True, is_found=True))
+        wanted.append((f"{agent} + ridge", kept, "ridge", True))
+    for label, units, refit, is_found in wanted:
+        with cut_to(space, units, refit, say):
+            rows.append(measure(space, label, say, is_found=is_found))
     return rows
 
 
-def measure(
-    space: Workspace,
-    kept: Sequence[int],
-    label: str,
-    say: Reporter,
-    *,
-    calibrated: bool = True,
-    sequential: bool = False,
-    is_found: bool = False,
-) -> Row:
-    """One row: the model cut to ``kept``, measured on the report split, and put back."""
-    prunable, windows = space.prepared.prunable, space.splits.report.windows
-    batch = tokens_per_batch(prunable.model.device)
-    if sequential:
-        recalibrate(space, kept, say)
-    else:
-        prunable.cut(kept, calibrated=calibrated)
+@contextmanager
+def cut_to(space: Workspace, kept: Sequence[int], refit: Refit, say: Reporter) -> Iterator[None]:
+    """The model cut to ``kept`` units per sublayer, and put back afterwards."""
+    prepared = space.prepared
     try:
-        with say.stage(f"report: {label}", len(windows)) as stage:
-            result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
+        if refit == "sequential":
+            with say.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
+                calibrate_sequentially(
+                    prepared.prunable,
+                    kept,
+                    space.splits.calibration.windows,
+                    prepared.ridges,
+                    tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
+                    on_progress=stage,
+                )
+        else:
+            prepared.prunable.cut(kept, calibrated=refit == "ridge")
+        yield
     finally:
-        prunable.restore()
-    allocation = space.env.budget.allocation(kept)
-    size, dense = space.sizes(kept), space.sizes(prunable.dense_units)
+        prepared.prunable.restore()
+
+
+def measure(space: Workspace, label: str, say: Reporter, *, is_found: bool = False) -> Row:
+    """One row: the model as it is cut now, on the report split."""
+    prunable, windows = space.prepared.prunable, space.splits.report.windows
+    with say.stage(f"report: {label}", len(windows)) as stage:
+        batch = tokens_per_batch(prunable.model.device)
+        result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
+    size, dense = space.sizes(prunable.kept), space.sizes(prunable.dense_units)
     resource = space.config.prune.resource
+    losses = np.array(result.losses)
     return Row(
         label=label,
         perplexity=result.perplexity,
-        loss_stderr=float(np.std(result.losses, ddof=1) / len(result.losses) ** 0.5) if len(result.losses) > 1 else None,
-        sparsity_prunable=max(0.0, allocation.sparsity),
+        loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
+        sparsity_prunable=max(0.0, space.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size.of(resource) / dense.of(resource),
         parameters=size.parameters,
         macs_per_token=size.macs,
         kv_bytes_per_token=size.kv_bytes,
         is_found=is_found,
     )
-
-
-def recalibrate(space: Workspace, kept: Sequence[int], say: Reporter) -> None:
-    """Cut to ``kept`` with sequential refits; the model is left cut."""
-    prepared = space.prepared
-    with say.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
-        calibrate_sequentially(
-            prepared.prunable,
-            kept,
-            space.splits.calibration.windows,
-            prepared.ridges,
-            tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
-            on_progress=stage,
-        )
 
 
 def header(space: Workspace) -> str:
@@ -417,34 +410,31 @@ def header(space: Workspace) -> str:
 
 
 def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel:
+    """Save the model as it is cut now, with its card."""
     config, prunable = space.config, space.prepared.prunable
-    kept = found.best.allocation.kept
     is_demo = config.model.name == "demo"
-    caveats = []
-    if is_demo:
-        caveats.append("The dense model is a dequantised Q4_1 file, not the original weights: compare within the table.")
+    name, allocation = Path(config.model.name).name, found.best.allocation
     card = model_card(
-        title=f"{Path(config.model.name).name}, {found.best.allocation.sparsity:.0%} of {config.prune.resource} pruned",
-        base_model=DEMO_BASE if is_demo else (config.model.name if "/" in config.model.name else None),
+        title=f"{name}, {allocation.sparsity:.0%} of {config.prune.resource} pruned",
+        base_model=DEMO_BASE if is_demo else None,
         license=DEMO_LICENSE if is_demo else None,
         table=table,
+        saved=table.rows[-1],
         sublayers=prunable.sublayers,
-        allocation=found.best.allocation,
-        command=f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))}",
+        allocation=allocation,
+        command="ffgym run --config config.toml",
         seed=config.seed,
         splits={s.role: _described(s) for s in (space.splits.calibration, space.splits.search, space.splits.report)},
-        caveats=caveats,
+        caveats=[DEMO_CAVEAT] if is_demo else [],
     )
-    if config.output.sequential:
-        recalibrate(space, kept, Reporter(Console(quiet=True)))
-    else:
-        prunable.cut(kept)
-    try:
-        return save_pruned(
-            prunable.model, space.loaded.tokenizer, folder / "model", kept=kept, family=prunable.family, card=card
-        )
-    finally:
-        prunable.restore()
+    return save_pruned(
+        prunable.model,
+        space.loaded.tokenizer,
+        folder / "model",
+        kept=prunable.kept,
+        family=prunable.family,
+        card=card,
+    )
 
 
 def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace) -> None:

@@ -142,9 +142,7 @@ def search(
         best = finalists(env, agent, vector.history, 1)[0]
         history = tuple(vector.history)
         spent = vector.tokens_spent
-        raise SearchInterrupted(
-            Found(best, (best,), None, history, spent, 0, time.monotonic() - begun)
-        ) from None
+        raise SearchInterrupted(Found(best, (best,), None, history, spent, 0, time.monotonic() - begun)) from None
     finally:
         if writer is not None:
             writer.close()
@@ -160,7 +158,7 @@ def search(
 
 
 def finalists(env: PruningEnv, agent: Agent, history: Sequence[Episode], count: int) -> list[Candidate]:
-    """What the agent recommends, then what stood out most among its own update; distinct allocations, at most ``count``.
+    """What the agent recommends, then what stood out most in its own update; distinct allocations, at most ``count``.
 
     Args:
         env: projects importances at the target.

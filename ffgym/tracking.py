@@ -277,8 +277,8 @@ def open_ui(root: Path, port: int = 5000) -> None:
     _require_free(port)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri, "--default-artifact-root", str(_artifacts(root))]
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"} | os.environ
-    server = subprocess.Popen(command, env=environment)
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    server = subprocess.Popen(command, env=quiet | os.environ)
     try:
         code = server.wait()
     except KeyboardInterrupt:  # the way to stop it; the server got the same signal

@@ -66,6 +66,8 @@ class LayerStats:
         square: E[x^2], shape (n,).
         second_moment: E[x x^T], shape (n, n).
         gradient: dL/dW of the mean token loss (nats) with respect to the consumer's weight, shape (m, n).
+        output_gradient: E[g g^T] of g, the gradient of a window's summed token loss (nats) with respect to the
+            consumer's output at one token, shape (m, m): the empirical Fisher information of the output.
     """
 
     tokens: int = 0
@@ -73,6 +75,7 @@ class LayerStats:
     square: torch.Tensor | None = None
     second_moment: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    output_gradient: torch.Tensor | None = None
 
     @property
     def variance(self) -> torch.Tensor:
@@ -96,6 +99,8 @@ class SublayerView:
         removal_error: output error that is left after calibration when the first k units are kept,
             E||W x - W'_k x_k||^2, for k = 0 .. units, shape (units + 1,), non-increasing.
         output_energy: E||W x||^2, what ``removal_error`` is measured against.
+        loss_increase: where ``output_gradient`` was asked for, the second-order estimate of what keeping the first k
+            units costs in nats per token, shape (units + 1,), non-increasing; else ``None``.
     """
 
     sublayer: Sublayer
@@ -104,6 +109,7 @@ class SublayerView:
     unit_scores: torch.Tensor
     removal_error: np.ndarray
     output_energy: float
+    loss_increase: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

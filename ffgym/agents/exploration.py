@@ -29,10 +29,12 @@ def depth_covariance(dimensions: int, *, smooth: float, length: float) -> np.nda
     shared = np.exp(-0.5 * distance**2) * (kind[:, None] == kind[None, :])
     covariance = smooth * shared + (1 - smooth) * np.eye(dimensions)
     centre = np.eye(dimensions) - 1.0 / dimensions
-    return centre @ covariance @ centre
+    result: np.ndarray = centre @ covariance @ centre
+    return result
 
 
 def square_root(covariance: np.ndarray) -> np.ndarray:
     """A symmetric S with S S = covariance; shape (d, d), float64."""
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    result: np.ndarray = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    return result

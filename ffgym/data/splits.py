@@ -26,15 +26,22 @@ TYPICAL_CHARACTERS = 5
 
 
 class DataSettings(Protocol):
-    """What of a run's ``[data]`` table is read here."""
+    """What of a run's ``[data]`` table is read here; read only, because that table is frozen."""
 
-    calibration: str
-    search: str
-    report: str
-    window: int
-    calibration_tokens: int
-    search_tokens: int
-    report_tokens: int
+    @property
+    def calibration(self) -> str: ...  # noqa: D102
+    @property
+    def search(self) -> str: ...  # noqa: D102
+    @property
+    def report(self) -> str: ...  # noqa: D102
+    @property
+    def window(self) -> int: ...  # noqa: D102
+    @property
+    def calibration_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def search_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def report_tokens(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from ffgym.models.capture import OnProgress
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.preparation import Prepared, prepare
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Reward
 from ffgym.pruning.budget import Budget
 
 
@@ -22,8 +21,7 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
     loaded = load(
         config.model.name, revision=config.model.revision, dtype=config.model.dtype, device=config.model.device
     )
-    limit = int(getattr(loaded.model.config, "max_position_embeddings", 2**31))
-    return loaded, make_splits(config.data, loaded.tokenizer, context_limit=limit)
+    return loaded, make_splits(config.data, loaded.tokenizer, context_limit=loaded.context_limit)
 
 
 def tokens_per_batch(device: torch.device | str) -> int:
@@ -61,7 +59,6 @@ def build_env(config: RunConfig, prepared: Prepared, windows: torch.Tensor) -> P
         windows: search split, shape (windows, length), int64.
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
-    assert isinstance(reward, Reward)
     model = prepared.prunable.model
     budget = Budget(
         prepared.prunable.sublayers,

@@ -37,7 +37,7 @@ def evaluate(
         losses in nats per token, ``length - 1`` predicted tokens a window.
     """
     losses: list[float] = []
-    for batch in windows.split(max(1, tokens_per_batch // windows.shape[1])):
+    for batch in torch.split(windows, max(1, tokens_per_batch // windows.shape[1])):
         losses.extend(window_losses(model, batch).tolist())
         if on_batch is not None:
             on_batch(len(batch))
@@ -72,7 +72,7 @@ def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tor
     logits_buffer = hidden.new_empty(rows, head.weight.shape[0])
     exponentials_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
     parts: list[torch.Tensor] = []
-    for states, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for states, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         logits = torch.mm(states, head.weight.T, out=logits_buffer[: len(states)])
         if head.bias is not None:
             logits += head.bias

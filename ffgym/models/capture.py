@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffgym.pruning.statistics import INPUT_STATISTICS, Moments
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, Moments
 from ffgym.types import LayerStats
 
 OnProgress = Callable[[int, int], None]
@@ -109,7 +109,7 @@ def _pass(
     handles = [consumer.register_forward_pre_hook(hook(index)) for index, consumer in consumers.items()]
     try:
         with torch.inference_mode():
-            for batch in windows.split(max(1, tokens_per_batch // windows.shape[1])):
+            for batch in torch.split(windows, max(1, tokens_per_batch // windows.shape[1])):
                 try:
                     model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
                 except _BehindLastConsumer:
@@ -119,39 +119,75 @@ def _pass(
             handle.remove()
 
 
-def weight_gradients(
+def gradient_statistics(
     model: Any,
     consumers: Sequence[nn.Linear],
     windows: torch.Tensor,
+    needs: frozenset[str],
     *,
+    tokens_per_pass: int = 512,
     on_progress: OnProgress | None = None,
-) -> list[torch.Tensor]:
-    """dL/dW of every consumer, L the mean token loss (nats) over the windows; first-order criteria read it.
+) -> list[LayerStats]:
+    """First-order statistics of every consumer, from one backward pass a window.
 
     Args:
-        model: dense causal LM in eval mode.
-        consumers: the linears whose gradients are wanted.
+        model: dense causal LM in eval mode, its parameters frozen.
+        consumers: the linears whose statistics are wanted.
         windows: token ids, shape (windows, length), int64.
-        on_progress: called with (windows done, windows).
+        needs: any of ``gradient``, ``output_gradient``.
+        tokens_per_pass: longer windows are cut into pieces of this length, to bound the activations held.
+        on_progress: called with (passes done, passes).
 
     Returns:
-        one float32 tensor per consumer, its weight's shape. Sums are float32 even where the model is bfloat16.
+        one ``LayerStats`` per consumer, float32 whatever the model's dtype; empty ones where nothing is needed.
     """
-    sums = [torch.zeros(c.weight.shape, dtype=torch.float32, device=c.weight.device) for c in consumers]
-    wanted = [consumer.weight.requires_grad for consumer in consumers]
-    for consumer in consumers:
-        consumer.weight.requires_grad_(True)
+    if not needs & GRADIENT_STATISTICS:
+        return [LayerStats() for _ in consumers]
+    length = min(tokens_per_pass, windows.shape[1])
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    weights = [torch.zeros_like(c.weight, dtype=torch.float32) if "gradient" in needs else None for c in consumers]
+    fishers = [
+        c.weight.new_zeros(c.out_features, c.out_features, dtype=torch.float32) if "output_gradient" in needs else None
+        for c in consumers
+    ]
+    inputs: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
+
+    def keep(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def record(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            inputs[index], outputs[index] = args[0].detach(), output
+
+        return record
+
+    def start_graph(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_(True)
+
+    handles = [consumer.register_forward_hook(keep(index)) for index, consumer in enumerate(consumers)]
+    handles.append(model.get_input_embeddings().register_forward_hook(start_graph))
     try:
         with torch.enable_grad():
-            for done, window in enumerate(windows, start=1):
-                ids = window[None].to(model.get_input_embeddings().weight.device)
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                gradients = torch.autograd.grad(loss, [consumer.weight for consumer in consumers])
-                for total, gradient in zip(sums, gradients, strict=True):
-                    total += gradient.float() / len(windows)
+            for done, piece in enumerate(pieces, start=1):
+                ids = piece[None].to(model.get_input_embeddings().weight.device)
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss * (length - 1)
+                gradients = torch.autograd.grad(loss, [outputs[index] for index in range(len(consumers))])
+                for index, gradient in enumerate(gradients):
+                    g = gradient.flatten(0, -2).float()
+                    weight, fisher = weights[index], fishers[index]
+                    if weight is not None:
+                        weight.addmm_(g.T, inputs[index].flatten(0, -2).float())
+                    if fisher is not None:
+                        fisher.addmm_(g.T, g)
                 if on_progress is not None:
-                    on_progress(done, len(windows))
+                    on_progress(done, len(pieces))
     finally:
-        for consumer, was in zip(consumers, wanted, strict=True):
-            consumer.weight.requires_grad_(was)
-    return sums
+        for handle in handles:
+            handle.remove()
+    tokens = pieces.shape[0] * (length - 1)
+    return [
+        LayerStats(
+            tokens=tokens,
+            gradient=None if weight is None else weight / tokens,
+            output_gradient=None if fisher is None else fisher / tokens,
+        )
+        for weight, fisher in zip(weights, fishers, strict=True)
+    ]

@@ -44,7 +44,7 @@ class Family:
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The decoder layers, first to last."""
-        return list(model.get_submodule(self.decoder).get_submodule("layers"))  # type: ignore[arg-type]
+        return list(model.get_submodule(self.decoder).get_submodule("layers").children())
 
     def consumer(self, layer: nn.Module, kind: Kind) -> nn.Linear:
         """The linear that reads the units of one half of a layer."""

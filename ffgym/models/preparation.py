@@ -5,7 +5,7 @@ Sublayers stream through one at a time, and each one's moment is released as soo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.models.capture import OnProgress, stream_statistics, weight_gradients
+from ffgym.models.capture import OnProgress, gradient_statistics, stream_statistics
 from ffgym.models.surgery import Half, PrunableModel
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
 from ffgym.pruning.calibration import NestedRidge, covariance, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
-from ffgym.pruning.statistics import merge
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, merge
 from ffgym.types import Calibration, LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
+GRADIENT_SHARE = 0.25  # a backward pass costs three forward ones, and first-order averages settle early
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,17 @@ def prepare(
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
         )
     held_out = 0 if ridge is not None else max(1, int(HELD_OUT_SHARE * len(windows)))
-    gradients: Sequence[torch.Tensor | None] = [None] * len(prunable.halves)
-    if "gradient" in criterion.needs | keep:
-        gradients = weight_gradients(model, prunable.consumers, windows[: max(1, len(windows) // 4)])
+    needs = criterion.needs | keep
+    first_order = gradient_statistics(
+        model, prunable.consumers, windows[: max(1, int(GRADIENT_SHARE * len(windows)))], needs, on_progress=on_progress
+    )
     affine = [calibration == "affine" or half.consumer.bias is not None for half in prunable.halves]
-    needs = criterion.needs | keep | {"second_moment"} | ({"mean"} if any(affine) else frozenset())
+    needs = needs | {"second_moment"} | ({"mean"} if any(affine) else frozenset())
     stream = stream_statistics(
         model,
         prunable.consumers,
         windows,
-        frozenset(needs),
+        needs,
         held_out=held_out,
         memory=memory,
         tokens_per_batch=tokens_per_batch,
@@ -98,18 +100,18 @@ def prepare(
     ridges: list[float] = []
     for index, fit, apart in stream:
         half = prunable.halves[index]
-        scores = _score(criterion, half, replace(merge(fit, apart), gradient=gradients[index]))
+        scores = _score(criterion, half, _with_gradients(merge(fit, apart), first_order[index]))
         order = unit_order(scores)
         columns = expand_order(order, half.sublayer.channels_per_unit)
         half.permute(order)
         fit, apart = reorder(fit, columns), reorder(apart, columns)
+        gradients = reorder(first_order[index], columns)
         with _naming(half):
             chosen = ridge if ridge is not None else _pick(half, fit, apart, affine[index])
-            stats = merge(fit, apart)
+            stats = _with_gradients(merge(fit, apart), gradients)
             half.path = path = _refit(half, stats, chosen, affine[index])
             half.affine = affine[index]
         ridges.append(chosen)
-        stats = replace(stats, gradient=None if gradients[index] is None else gradients[index][:, columns])  # type: ignore[index]
         views.append(_view(half, scores[order], stats, path, keep))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
 
@@ -127,6 +129,7 @@ def reorder(stats: LayerStats, columns: torch.Tensor) -> LayerStats:
         mean=None if stats.mean is None else stats.mean[columns],
         square=None if stats.square is None else stats.square[columns],
         second_moment=None if second is None else second[columns][:, columns],
+        gradient=None if stats.gradient is None else stats.gradient[:, columns],
     )
 
 
@@ -158,19 +161,26 @@ def _view(half: Half, scores: torch.Tensor, stats: LayerStats, path: NestedRidge
     weight = half.consumer.weight.detach()
     assert stats.second_moment is not None, "collected above"
     W = weight.float()
+    step = half.sublayer.channels_per_unit
+    fisher = stats.output_gradient
     return SublayerView(
         sublayer=half.sublayer,
         weight=weight,
         stats=_only(stats, keep),
         unit_scores=scores,
-        removal_error=path.removal_error[:: half.sublayer.channels_per_unit].cpu().numpy(),
+        removal_error=path.removal_error[::step].cpu().numpy(),
         output_energy=float(((W @ stats.second_moment) * W).sum()),
+        loss_increase=None if fisher is None else path.loss_increase(fisher)[::step].cpu().numpy(),
     )
 
 
+def _with_gradients(stats: LayerStats, first_order: LayerStats) -> LayerStats:
+    return replace(stats, gradient=first_order.gradient, output_gradient=first_order.output_gradient)
+
+
 def _only(stats: LayerStats, names: frozenset[str]) -> LayerStats:
-    fields = {"mean", "square", "second_moment", "gradient"} - names
-    return replace(stats, **dict.fromkeys(fields))
+    dropped: dict[str, Any] = dict.fromkeys((INPUT_STATISTICS | GRADIENT_STATISTICS) - names)
+    return replace(stats, **dropped)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass 
     """Raised by a hook that has seen what it was waiting for."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def calibrate_sequentially(
     prunable: PrunableModel,
     kept: Sequence[int],
@@ -46,7 +46,7 @@ def calibrate_sequentially(
     """
     prunable.restore()
     layers = prunable.family.layers(prunable.model)
-    batches = windows.split(_equal_batch(len(windows), tokens_per_batch // windows.shape[1]))
+    batches = torch.split(windows, _equal_batch(len(windows), tokens_per_batch // windows.shape[1]))
     calls = _layer_calls(prunable.model, layers, batches[0])
     dense = [_first_input(prunable.model, layers[0], batch) for batch in batches]
     pruned = list(dense)
@@ -188,7 +188,8 @@ def _runner(layer: nn.Module, call: Call) -> Callable[[torch.Tensor], torch.Tens
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         output = layer(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     return run
 

@@ -79,9 +79,7 @@ class Half:
         dense = PlainPath(self._consumer_weight, self._consumer_bias)
         path: Path = self.path if calibrated and self.path is not None else dense
         self.set_consumer(path.weight_at(channels), path.bias_at(channels))
-        for producer, rows, weight, bias in zip(
-            self.producers, self._rows, self._weights, self._biases, strict=True
-        ):
+        for producer, rows, weight, bias in zip(self.producers, self._rows, self._weights, self._biases, strict=True):
             _set(producer, weight[: units * rows], None if bias is None else bias[: units * rows])
         for attribute in self._head_counts:
             setattr(self._attention, attribute, units * self.sublayer.query_heads_per_unit)
@@ -177,7 +175,7 @@ class PrunableModel:
 
 def _set(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     module.weight = _parameter(weight)
-    module.bias = None if bias is None else _parameter(bias)
+    module.register_parameter("bias", None if bias is None else _parameter(bias))
     module.out_features, module.in_features = weight.shape
 
 

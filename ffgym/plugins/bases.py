@@ -45,7 +45,7 @@ class Criterion(Plugin, ABC):
     """Scores the channels of one consumer: which units of a sublayer go first.
 
     Attributes:
-        needs: statistics to collect, any of ``{"mean", "square", "second_moment", "gradient"}``.
+        needs: statistics to collect, any of ``{"mean", "square", "second_moment", "gradient", "output_gradient"}``.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -31,7 +31,7 @@ PluginKind = Literal["agent", "criterion", "heuristic", "reward"]
 ENVIRONMENT_VARIABLE = "FFGYM_LOAD_PLUGINS"
 """Names of the entry points to load, separated by commas; empty loads none; unset loads all."""
 
-STATISTICS = frozenset({"mean", "square", "second_moment", "gradient"})
+STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_gradient"})
 
 
 class BuiltIn(NamedTuple):
@@ -54,6 +54,7 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     },
     "heuristic": {
         "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),
+        "fisher": BuiltIn("ffgym.heuristics.fisher:Fisher", "least loss by second-order estimates after calibration"),
         "mlp-first": BuiltIn("ffgym.heuristics.mlp_first:MlpFirst", "MLPs go first, those at both ends are spared"),
     },
     "reward": {

@@ -1,10 +1,11 @@
 """From importances to an exact budget (DESIGN 3.3), decoupled from whatever proposes the importances.
 
-Importance a maps to the wanted keep ratio r = (a + 1) / 2. As one shift nu rises, sublayer i reaches its level s as soon
-as r_i + nu passes that level's keep ratio, that is at time t_i(s) = ratio_i(s) - r_i. Levels are granted in the order of
-these times while the budget lasts; a level that does not fit closes its sublayer, and the others go on. This is the
-bisection for nu, the rounding down and the handing out of the rest in one sweep, and it is what makes the promises hold
-exactly: feasible, nothing left that fits, monotone in a sublayer's own importance, a fixed point of itself.
+Importance a maps to the wanted keep ratio r = (a + 1) / 2. As one shift nu rises, sublayer i reaches its level s as
+soon as r_i + nu passes that level's keep ratio, that is at time t_i(s) = ratio_i(s) - r_i. Levels are granted in the
+order of these times while the budget lasts; a level that does not fit closes its sublayer, and the others go on. This
+is the bisection for nu, the rounding down and the handing out of the rest in one sweep, and it is what makes the
+promises hold exactly: feasible, nothing left that fits, monotone in a sublayer's own importance, a fixed point of
+itself.
 """
 
 from __future__ import annotations

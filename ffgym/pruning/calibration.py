@@ -123,12 +123,27 @@ class NestedRidge:
         self._inverse = inverse.float()
         self._mean = mean
         self._bias = None if bias is None else bias.float()
-        self.removal_error = suffix_energy(projected)
+        self.removal_error = suffix_energy(projected.square().sum(dim=0))
 
     @property
     def channels(self) -> int:
         """n, the dense width."""
         return self._weight.shape[1]
+
+    def loss_increase(self, output_gradient: torch.Tensor) -> torch.Tensor:
+        """Second-order estimate of what keeping the first k channels costs, for every k: 1/2 sum_{j >= k} b_j^T F b_j.
+
+        The output error of level k has covariance B[:, k:] B[:, k:]^T (ridge term included), and F is the Fisher
+        information of the output, in place of the loss's Hessian (as in K-FAC, arXiv 1503.05671).
+
+        Args:
+            output_gradient: F, shape (m, m).
+
+        Returns:
+            shape (n + 1,), float64, nats per token.
+        """
+        B, F = self._projected.double(), output_gradient.double()
+        return suffix_energy(0.5 * ((F @ B) * B).sum(dim=0))
 
     def weight_at(self, channels: int) -> torch.Tensor:
         """W'_K for the first ``channels`` channels, shape (m, channels), float32, by the cheaper of the two sides."""
@@ -146,16 +161,15 @@ class NestedRidge:
         return base + self._weight @ mean - self.weight_at(channels) @ mean[:channels]
 
 
-def suffix_energy(projected: torch.Tensor) -> torch.Tensor:
-    """||B[:, k:]||^2 for k = 0 .. n: the regularised output error left after refitting the first k channels.
+def suffix_energy(columns: torch.Tensor) -> torch.Tensor:
+    """What is left out when the first k columns are kept: the sum over columns k .. n, for k = 0 .. n.
 
     Args:
-        projected: B = W C, shape (m, n), float64.
+        columns: energy of each column, shape (n,).
 
     Returns:
-        shape (n + 1,), float64, non-increasing, last entry 0.
+        shape (n + 1,), non-increasing, last entry 0.
     """
-    columns = projected.square().sum(dim=0)
     reverse = torch.cumsum(columns.flip(0), dim=0).flip(0)
     return torch.cat([reverse, reverse.new_zeros(1)])
 

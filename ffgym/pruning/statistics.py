@@ -7,6 +7,7 @@ import torch
 from ffgym.types import LayerStats
 
 INPUT_STATISTICS = frozenset({"mean", "square", "second_moment"})
+GRADIENT_STATISTICS = frozenset({"gradient", "output_gradient"})
 
 
 class Moments:
@@ -60,7 +61,7 @@ class Moments:
 
 
 def merge(first: LayerStats, second: LayerStats) -> LayerStats:
-    """Pool two averages of the same inputs, weighted by their tokens (gradients excepted: those of ``first`` stay)."""
+    """Pool two averages of the same consumer's inputs, weighted by their tokens (gradients are not pooled)."""
     total = first.tokens + second.tokens
     if not second.tokens:
         return first
@@ -75,5 +76,4 @@ def merge(first: LayerStats, second: LayerStats) -> LayerStats:
         mean=pooled(first.mean, second.mean),
         square=pooled(first.square, second.square),
         second_moment=pooled(first.second_moment, second.second_moment),
-        gradient=first.gradient,
     )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from ffgym.report.table import ReportTable, markdown
+from ffgym.report.table import ReportTable, Row, humane, markdown, perplexity_text
 from ffgym.types import Allocation, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
+RESOURCES = {"params": "parameters", "macs": "multiply-accumulates", "kv": "KV-cache bytes"}
 
 LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "{folder}"
+folder = {folder}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ```
@@ -25,7 +26,7 @@ class, and the flag is not needed."""
 
 LIMITS = (
     "Perplexity on one text says little about answers: measure on your own task before you use the model.",
-    "Nothing was fine-tuned after pruning; the consumers of the removed units were refitted on the calibration split.",
+    "Nothing was fine-tuned after pruning.",
     "Whatever bias and error the dense model has, this one has too, and it may have more.",
 )
 
@@ -36,6 +37,7 @@ def model_card(
     base_model: str | None,
     license: str | None,
     table: ReportTable,
+    saved: Row,
     sublayers: Sequence[Sublayer],
     allocation: Allocation,
     command: str,
@@ -51,6 +53,7 @@ def model_card(
         base_model: the Hub id of the dense model; ``None`` for a model that the Hub does not know.
         license: the Hub's identifier of the dense model's licence, e.g. ``"apache-2.0"``; ``None`` if not known.
         table: the run's table, dense row included.
+        saved: the row that the saved weights are.
         sublayers: the dense model's 2L sublayers, in the order of ``allocation.kept``.
         allocation: what the saved model keeps.
         command: the command that reruns the search.
@@ -65,9 +68,9 @@ def model_card(
     sections = [
         _front_matter(base_model, license),
         f"# {title}",
-        _summary(base_model, allocation),
+        _summary(base_model, allocation, saved, table.rows[0]),
         "## Load it",
-        LOADING.format(folder=folder),
+        LOADING.format(folder=json.dumps(folder)),
         "## What it costs",
         markdown(table).rstrip(),
         "## What was kept",
@@ -92,13 +95,14 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
 
 
-def _summary(base_model: str | None, allocation: Allocation) -> str:
-    """Say in two sentences what the model is."""
+def _summary(base_model: str | None, allocation: Allocation, saved: Row, dense: Row) -> str:
+    """Say what the model is, and what the pruning cost."""
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense language model"
     return (
-        f"This is {origin} with {allocation.sparsity:.1%} of the {allocation.resource} of its attention and MLP "
-        "sublayers removed, by structured pruning. ffgym searched how much of each "
-        "sublayer goes."
+        f"This is {origin} with {allocation.sparsity:.1%} of the {RESOURCES[allocation.resource]} of its attention and "
+        "MLP sublayers removed, by structured pruning. ffgym searched how much of each sublayer goes.\n\n"
+        f'It is the row "{saved.label}" of the table: perplexity {perplexity_text(saved)}, where the dense model has '
+        f"{perplexity_text(dense)}; {humane(saved.parameters)} parameters instead of {humane(dense.parameters)}."
     )
 
 

@@ -1,0 +1,176 @@
+"""One-step REINFORCE over importances: our own, and what ffgym exists for (arXiv 2511.18977; DESIGN 3.4).
+
+The problem: maximise J = E_{a ~ N(mu(p), s^2 C)}[R(a)] over mu and s, where an episode is one action a (2L importances)
+and one reward, p is the target sparsity, and C says how noise is shared over depth. No discount, no bootstrapping.
+
+With a = mu + s S z, z ~ N(0, I), C = S S, the score-function gradient with respect to mu, taken in the Gaussian's own
+metric (natural gradient), is E[A (a - mu)]: no inverse, no Adam, steps in units of the policy's spread. For log s it is
+E[A (|z|^2 / d - 1)] / 2. A is the advantage among the episodes of one update, which share tokens and sparsity:
+
+    antithetic pairs mu +- s S z cancel what is even in the noise; each pair's own difference is its advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ffgym.agents.exploration import depth_covariance, square_root
+from ffgym.errors import ConfigError
+from ffgym.plugins.bases import BatchAgent, PluginConfig
+
+REFERENCE_SPARSITY = 0.2
+SLOPE_UNIT = 0.2  # the mean's slope feature is (p - 0.2) / 0.2: of order 1 over the usual range of budgets
+
+
+class ReinforceConfig(PluginConfig):
+    """Options of the agent.
+
+    Attributes:
+        learning_rate: step of the mean, in units of the policy's spread times the standardised advantage.
+        spread: standard deviation of the exploration at the start, in importance units (2 spans all keep ratios).
+        spread_rate: step of the log spread; 0 keeps it.
+        smooth: share of the exploration's variance that is shared by neighbouring layers of one kind.
+        length: over which share of the depth it is shared.
+        antithetic: explore in mirrored pairs.
+        advantage: ``standard`` subtracts the update's mean and divides by its standard deviation; ``rank`` uses
+            centred ranks; ``leave-one-out`` subtracts the mean of the others and does not divide.
+        average: share of the last updates whose means are averaged into the recommended policy; 0 takes the last.
+    """
+
+    learning_rate: float = Field(1.0, gt=0)
+    spread: float = Field(0.15, gt=0)
+    spread_rate: float = Field(0.0, ge=0)
+    smooth: float = Field(0.7, ge=0, le=1)
+    length: float = Field(0.15, gt=0)
+    antithetic: bool = True
+    advantage: Literal["standard", "rank", "leave-one-out"] = "standard"
+    average: float = Field(0.5, ge=0, le=1)
+
+
+class Reinforce(BatchAgent):
+    """Policy gradient over a Gaussian of importances whose mean is a function of the target sparsity."""
+
+    name = "reinforce"
+    Config: ClassVar[type[PluginConfig]] = ReinforceConfig
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        super().__init__(config)
+        self._weights: np.ndarray | None = None  # (2, 2L): mean = features(sparsity) @ weights
+        self._log_spread = float(np.log(self.config.spread))
+        self._means: list[np.ndarray] = []
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Start from the prior (or zeros), unless a policy has been loaded."""
+        if self._weights is None:
+            start = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
+            self._weights = np.stack([start, np.zeros(dimensions)])
+        elif self._weights.shape[1] != dimensions:
+            raise ConfigError(
+                f"the loaded policy is for {self._weights.shape[1]} sublayers, this model has {dimensions}",
+                hint="Start from a run of the same model, or leave --init-from out.",
+            )
+        self._means = []
+        self._batch = batch
+        self._rng = np.random.default_rng(seed)
+        self._root = square_root(depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length))
+
+    def ask(self, observations: np.ndarray) -> np.ndarray:
+        """Mean plus noise, shape (batch, 2L), float32, clipped to [-1, 1]."""
+        noise = self._noise(self._batch)
+        means = np.stack([self._mean(float(o[0])) for o in observations])
+        asked = means + np.exp(self._log_spread) * noise @ self._root
+        self._noise_asked = noise
+        actions: np.ndarray = np.clip(asked, -1.0, 1.0).astype(np.float32)
+        return actions
+
+    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+        """One natural-gradient step on the mean, and on the log spread where it is learnt."""
+        assert self._weights is not None, "begin comes first"
+        advantages = advantage(rewards, self.config.advantage)
+        spread = float(np.exp(self._log_spread))
+        steps = spread * self._noise_asked @ self._root
+        features = np.stack([_features(float(o[0])) for o in observations])
+        features = features / (features**2).sum(axis=1, keepdims=True)
+        gradient = features.T @ (advantages[:, None] * steps) / len(rewards)
+        self._weights = self._weights + self.config.learning_rate * gradient
+        if self.config.spread_rate:
+            surprise = (self._noise_asked**2).mean(axis=1) - 1.0
+            step = self.config.spread_rate * float((advantages * surprise).mean()) / 2
+            self._log_spread += float(np.clip(step, -0.2, 0.2))
+        mean = self._mean(float(observations[-1][0]))
+        self._weights[0] += np.clip(mean, -1.0, 1.0) - mean
+        self._means.append(self._weights.copy())
+        return {
+            "policy/mean": float(self._mean(float(observations[-1][0])).mean()),
+            "policy/spread": float(np.exp(self._log_spread)),
+            "policy/step": float(np.linalg.norm(self.config.learning_rate * gradient[0])),
+        }
+
+    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
+        """The mean averaged over the last updates, and the last mean."""
+        if self._weights is None:
+            return []
+        features = _features(float(observation[0]))
+        recommended = [np.clip(features @ self._weights, -1.0, 1.0)]
+        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
+        if len(tail) > 1:
+            recommended.insert(0, np.clip(features @ np.mean(tail, axis=0), -1.0, 1.0))
+        return [mean.astype(np.float32) for mean in recommended]
+
+    def state(self) -> dict[str, Any]:
+        """Mean and spread of the policy (averaged as recommended, so that a run that starts from it starts well)."""
+        if self._weights is None:
+            return {}
+        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
+        weights = np.mean(tail, axis=0) if tail else self._weights
+        return {"weights": weights.tolist(), "log_spread": self._log_spread}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Start from a policy that ``state`` returned."""
+        self._weights = np.array(state["weights"], dtype=np.float64)
+        self._log_spread = float(state["log_spread"])
+
+    def _mean(self, sparsity: float) -> np.ndarray:
+        assert self._weights is not None, "begin comes first"
+        return np.asarray(_features(sparsity) @ self._weights)
+
+    def _noise(self, batch: int) -> np.ndarray:
+        assert self._weights is not None, "begin comes first"
+        dimensions = self._weights.shape[1]
+        if not self.config.antithetic:
+            return self._rng.standard_normal((batch, dimensions))
+        half = self._rng.standard_normal(((batch + 1) // 2, dimensions))
+        return np.concatenate([half, -half])[:batch]
+
+
+def advantage(rewards: np.ndarray, kind: str) -> np.ndarray:
+    """How much better each episode was than the others of its update.
+
+    Args:
+        rewards: shape (batch,), of one subset and sparsity.
+        kind: ``standard``, ``rank`` or ``leave-one-out``.
+
+    Returns:
+        shape (batch,), float64, sums to 0; all 0 where the rewards do not differ.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    centred: np.ndarray = rewards - rewards.mean()
+    if not centred.any():
+        return centred
+    if kind == "rank":
+        ranks = np.empty(len(rewards))
+        ranks[np.argsort(rewards, kind="stable")] = np.linspace(-1.0, 1.0, len(rewards))
+        return ranks
+    if kind == "leave-one-out":
+        centred *= len(rewards) / max(1, len(rewards) - 1)
+        return centred
+    centred /= rewards.std()
+    return centred
+
+
+def _features(sparsity: float) -> np.ndarray:
+    return np.array([1.0, (sparsity - REFERENCE_SPARSITY) / SLOPE_UNIT])

@@ -1,0 +1,411 @@
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ffgym.errors import TrackingError
+from ffgym.tracking import Tracker, environment_tags, flatten, open_ui, slug, tracking_uri
+from ffgym.types import Episode
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """MLflow takes seconds to make its tables: make them once."""
+    root = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with Tracker(root, "template", "template"):
+            pass
+    with sqlite3.connect(root / "mlflow.db") as database:
+        database.execute("DELETE FROM runs")
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path, empty_store, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "ml runs"
+    folder.mkdir()
+    shutil.copy(empty_store, folder / "mlflow.db")
+    return folder
+
+
+def client(root):
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=tracking_uri(root))
+
+
+def run_of(root, tracker):
+    return client(root).get_run(tracker.run_id)
+
+
+def episode(index: int, **kwargs) -> Episode:
+    values = {"loss": 3.0, "reward": 0.5 + index / 100, "failed": False} | kwargs
+    return Episode(
+        index=index,
+        update=index // 8,
+        action=np.zeros(4, np.float32),
+        kept=(1, 2, 3, 4),
+        dense_loss=2.9,
+        target_sparsity=0.2,
+        sparsity=0.199,
+        fidelity=0.5,
+        tokens=1024,
+        **values,
+    )
+
+
+def test_a_run_that_ends_is_finished_and_its_artifacts_lie_under_the_root(root):
+    with Tracker(root, "ffgym", "my run") as tracker:
+        tracker.log_config({"seed": 0}, "seed = 0\n")
+    run = run_of(root, tracker)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "my run"
+    assert run.info.artifact_uri.startswith(str(root / "artifacts"))
+    assert (root / "artifacts" / tracker.run_id / "artifacts" / "config.toml").read_text() == "seed = 0\n"
+
+
+def test_a_new_store_is_made_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code = (
+        "import sys; from pathlib import Path; from ffgym.tracking import Tracker\n"
+        "assert not {'mlflow', 'torch'} & sys.modules.keys()\n"
+        "with Tracker(Path(sys.argv[1]), 'ffgym', 'run') as tracker: tracker.set_tags({'a': 'b'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "new"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["artifacts", "mlflow.db"]
+
+
+def test_an_exception_marks_the_run_failed_with_its_reason_and_goes_on(root):
+    with pytest.raises(ValueError, match="NaN"), Tracker(root, "ffgym", "run") as tracker:
+        raise ValueError("NaN in layer 3")
+    run = run_of(root, tracker)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["ffgym.failure"] == "ValueError: NaN in layer 3"
+
+
+def test_ctrl_c_marks_the_run_killed(root):
+    with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
+        raise KeyboardInterrupt
+    run = run_of(root, tracker)
+    assert run.info.status == "KILLED"
+    assert "ffgym.failure" not in run.data.tags
+
+
+def test_ctrl_c_while_the_run_is_being_finished_marks_it_killed(root, monkeypatch):
+    import mlflow
+
+    finish = mlflow.MlflowClient.set_terminated
+
+    def interrupted_once(self, run_id, status):
+        if status == "FINISHED":
+            raise KeyboardInterrupt
+        finish(self, run_id, status)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", interrupted_once)
+    with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
+        pass
+    assert run_of(root, tracker).info.status == "KILLED"
+
+
+def test_parameters_are_flat_cut_and_keep_their_first_value(root):
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_config({"seed": 0, "search": {"episodes": 96}, "criterion": {"long": "x" * 7000}}, "a")
+        tracker.log_config({"seed": 1, "more": {str(i): i for i in range(250)}}, "b")
+    params = run_of(root, tracker).data.params
+    assert params["seed"] == "0"
+    assert params["search.episodes"] == "96"
+    assert len(params["criterion.long"]) == 6000
+    assert params["more.249"] == "249"
+
+
+def test_episodes_become_metrics_by_step(root):
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_episodes([episode(i) for i in range(8)], {"policy/spread": 0.3})
+        tracker.log_episodes([episode(8)], search="random")
+        tracker.log_episodes([])
+    history = client(root).get_metric_history(tracker.run_id, "search/reward")
+    assert [(metric.step, metric.value) for metric in history] == [(i, 0.5 + i / 100) for i in range(8)]
+    (spread,) = client(root).get_metric_history(tracker.run_id, "policy/spread")
+    assert (spread.step, spread.value) == (7, 0.3)
+    metrics = run_of(root, tracker).data.metrics
+    assert metrics["search/perplexity"] == pytest.approx(math.exp(3.0))
+    assert metrics["search/sparsity"] == 0.199
+    assert metrics["search/fidelity"] == 0.5
+    assert metrics["search/tokens"] == 1024
+    assert metrics["random/reward"] == 0.58
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1000.0])
+def test_a_failed_episode_is_recorded_and_not_as_a_huge_number(root, loss):
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_episodes([episode(0, loss=loss, reward=0.0, failed=True)])
+    metrics = run_of(root, tracker).data.metrics
+    assert math.isnan(metrics["search/perplexity"])
+    assert metrics["search/failed"] == 1
+
+
+def test_more_metrics_than_one_batch_takes(root):
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_metrics([("many", float(i), i) for i in range(2500)])
+    assert len(client(root).get_metric_history(tracker.run_id, "many")) == 2500
+
+
+def test_splits_are_dataset_inputs(root):
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_dataset(name="demo:c4", context="search", digest="d" * 64, corpus="c4.utf8", tokens=131_072)
+        tracker.log_dataset(name="demo:wiki", context="report", digest="e" * 64, corpus="wiki.utf8", tokens=16_384)
+    inputs = {item.tags[0].value: item.dataset for item in run_of(root, tracker).inputs.dataset_inputs}
+    assert inputs.keys() == {"search", "report"}
+    assert inputs["search"].name == "demo:c4"
+    assert inputs["search"].digest == "d" * 36
+    assert json.loads(inputs["search"].profile) == {"tokens": 131_072, "digest": "d" * 64}
+
+
+def test_the_table_becomes_final_metrics(root):
+    rows = [{"label": "Uniform + ridge (params)", "perplexity": 54.2, "loss_stderr": None, "note": "", "is_best": True}]
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_table(rows)
+    assert run_of(root, tracker).data.metrics == {"report/perplexity/uniform-ridge-params": 54.2}
+    assert json.loads((root / "artifacts" / tracker.run_id / "artifacts" / "report.json").read_text()) == rows
+
+
+def test_files_and_folders_become_artifacts(root, tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "state.npz").write_bytes(b"1")
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_artifact(tmp_path / "policy")
+        tracker.log_artifact(tmp_path / "policy" / "state.npz", "flat")
+    stored = root / "artifacts" / tracker.run_id / "artifacts"
+    assert (stored / "policy" / "state.npz").read_bytes() == b"1"
+    assert (stored / "flat" / "state.npz").read_bytes() == b"1"
+
+
+def test_a_missing_artifact_is_a_tracking_error(root, tmp_path):
+    with pytest.raises(TrackingError, match="No such file"), Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_artifact(tmp_path / "nothing.png")
+    assert run_of(root, tracker).info.status == "FAILED"
+
+
+def test_tags_name_what_a_result_depends_on(root):
+    tags = environment_tags(device="cpu", threads=2, plugins={"criterion.wanda": "ffgym 0.1.0"})
+    assert tags.keys() >= {"version.ffgym", "version.torch", "version.transformers", "device", "threads"}
+    assert tags["plugin.criterion.wanda"] == "ffgym 0.1.0"
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.set_tags(tags | {"long": "x" * 20_000})
+    assert run_of(root, tracker).data.tags.items() >= tags.items()
+
+
+def test_a_child_names_its_parent(root):
+    with Tracker(root, "ffgym", "bench") as parent, Tracker(root, "ffgym", "seed 0", parent=parent.run_id) as child:
+        pass
+    assert run_of(root, child).data.tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_a_disabled_tracker_takes_every_call_and_writes_nothing(tmp_path):
+    with Tracker(tmp_path / "mlruns", "ffgym", "run", enabled=False) as tracker:
+        tracker.log_config({"seed": 0}, "")
+        tracker.log_episodes([episode(0)], {"policy/mean": 0.0})
+        tracker.log_metrics([("a", 1.0, 0)])
+        tracker.log_dataset(name="a", context="search", digest="b", corpus="c", tokens=1)
+        tracker.log_table([{"label": "a", "perplexity": 1.0}])
+        tracker.log_artifact(tmp_path)
+        tracker.set_tags({"a": "b"})
+    assert tracker.run_id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_variable_wins(root, tmp_path, empty_store, monkeypatch):
+    other = tmp_path / "other.db"
+    shutil.copy(empty_store, other)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    with Tracker(root / "unused", "ffgym", "run") as tracker:
+        tracker.set_tags({"a": "b"})
+    assert run_of(root, tracker).info.status == "FINISHED"
+    assert not (root / "unused").exists()
+
+
+def test_a_server_that_does_not_answer_is_an_error_without_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI") as caught, Tracker(tmp_path, "ffgym", "run"):
+        pass
+    assert "secret" not in str(caught.value)
+
+
+def refused(root) -> str:
+    """What a newcomer reads when the store cannot be opened; it must come at once."""
+    start = time.monotonic()
+    with pytest.raises(TrackingError) as caught, Tracker(root, "ffgym", "run"):
+        pass
+    assert time.monotonic() - start < 15
+    assert "tracking.root" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def no_server(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.usefixtures("no_server")
+def test_a_root_that_is_a_file_is_refused_with_its_path(tmp_path):
+    (tmp_path / "mlruns").touch()
+    assert str(tmp_path / "mlruns" / "mlflow.db") in refused(tmp_path / "mlruns")
+
+
+@pytest.mark.usefixtures("no_server")
+def test_a_file_that_is_no_database_is_refused(tmp_path):
+    (tmp_path / "mlflow.db").write_bytes(os.urandom(4096))
+    assert "file is not a database" in refused(tmp_path)
+
+
+@pytest.mark.usefixtures("no_server")
+def test_a_folder_in_the_place_of_the_database_is_refused(tmp_path):
+    (tmp_path / "mlflow.db").mkdir()
+    assert "unable to open database file" in refused(tmp_path)
+
+
+@pytest.mark.usefixtures("no_server")
+@pytest.mark.parametrize("name", ["50%", "what?"])
+def test_a_path_that_a_uri_cannot_hold_is_refused(tmp_path, name):
+    assert name[-1] in refused(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
+def test_a_read_only_store_is_refused(root):
+    (root / "artifacts").mkdir()
+    for path in (root / "mlflow.db", root):
+        path.chmod(0o500)
+    try:
+        assert str(root) in refused(root)
+    finally:
+        root.chmod(0o700)
+
+
+def test_an_old_schema_says_how_to_upgrade(root):
+    with sqlite3.connect(root / "mlflow.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = '0a8213491aaa'")
+    assert "mlflow db upgrade" in refused(root)
+
+
+def test_artifacts_that_moved_away_are_refused(root):
+    with Tracker(root, "ffgym", "run"):
+        pass
+    moved = root.rename(root.with_name("moved"))
+    message = refused(moved)
+    assert str(root / "artifacts") in message
+    assert not root.exists()
+
+
+def test_a_deleted_experiment_is_refused(root):
+    with Tracker(root, "ffgym", "run"):
+        pass
+    client(root).delete_experiment(client(root).get_experiment_by_name("ffgym").experiment_id)
+    with pytest.raises(TrackingError, match=r"was deleted\n.*tracking\.experiment"), Tracker(root, "ffgym", "run"):
+        pass
+
+
+@pytest.fixture
+def small_files():
+    """Let no file of this process grow beyond the size given: what a full disk does to a database."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_fills_up_is_a_tracking_error_and_not_sql(root, small_files):
+    def log_much(tracker):
+        small_files((root / "mlflow.db").stat().st_size)
+        tracker.log_metrics([(f"metric {i}", 0.0, 0) for i in range(4000)])
+
+    with pytest.raises(TrackingError) as caught, Tracker(root, "ffgym", "run") as tracker:
+        log_much(tracker)
+    assert str(root / "mlflow.db") in str(caught.value)
+    assert "SQL" not in str(caught.value)
+
+
+def test_the_reason_of_a_failure_is_not_hidden_by_a_broken_store(root):
+    def fail():
+        (root / "mlflow.db").write_bytes(b"broken" * 1000)
+        raise ValueError("the real reason")
+
+    with pytest.raises(ValueError, match="the real reason"), Tracker(root, "ffgym", "run"):
+        fail()
+
+
+@pytest.mark.usefixtures("no_server")
+def test_ui_without_a_store_says_how_to_get_one(tmp_path):
+    with pytest.raises(TrackingError, match=r"no MLflow store.*\n.*ffgym run"):
+        open_ui(tmp_path, 5000)
+
+
+def test_ui_on_a_taken_or_impossible_port_is_refused(root):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(TrackingError, match="port"):
+            open_ui(root, taken.getsockname()[1])
+    with pytest.raises(TrackingError, match="port 99999"):
+        open_ui(root, 99999)
+
+
+def test_ui_of_a_server_is_the_servers(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example")
+    with pytest.raises(TrackingError, match="browser"):
+        open_ui(tmp_path, 5000)
+
+
+def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
+    commands = []
+
+    class Server:
+        def __init__(self, command, env):
+            commands.append(command)
+
+        def wait(self):
+            return len(commands) - 1
+
+    monkeypatch.setattr(subprocess, "Popen", Server)
+    open_ui(root, 0)
+    assert commands[0][:4] == [sys.executable, "-m", "mlflow", "ui"]
+    assert tracking_uri(root) in commands[0]
+    with pytest.raises(TrackingError, match="exit code 1"):
+        open_ui(root, 0)
+
+
+def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch):
+    class Server:
+        waits = 0
+
+        def __init__(self, command, env): ...
+
+        def wait(self):
+            Server.waits += 1
+            if Server.waits == 1:
+                raise KeyboardInterrupt
+            return 1
+
+    monkeypatch.setattr(subprocess, "Popen", Server)
+    open_ui(root, 0)
+    assert Server.waits == 2
+
+
+def test_flatten_and_slug():
+    assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2]}) == {"a.b.c": "1", "d": "[1, 2]"}
+    assert slug("MLPs only, ends spared + ridge") == "mlps-only-ends-spared-ridge"
