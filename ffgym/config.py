@@ -25,7 +25,7 @@ from ffgym.types import Calibration, JSONDict, Resource
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
-Ramp = Literal["none", "cubic"]
+Ramp = Literal["none", "cubic", "staircase"]
 
 
 class Table(BaseModel):
@@ -138,12 +138,12 @@ class SearchTable(Table):
 class ScheduleTable(Table):
     """How the search gets harder: ramps over the share of the token budget that is spent."""
 
-    sparsity: Ramp = Field(default="none", description="none | cubic: how sparsity rises to its target")
+    sparsity: Ramp = Field(default="none", description="none | cubic | staircase: how sparsity rises to its target")
     sparsity_start: float = Field(
         default=0.05, gt=0, lt=1, description="where it starts, above 0, at most prune.sparsity"
     )
     fidelity: Ramp = Field(
-        default="none", description="none | cubic: how the measured share of episode_tokens rises to 1"
+        default="none", description="none | cubic | staircase: how the measured share of episode_tokens rises to 1"
     )
     ramp_share: float = Field(
         default=0.5, gt=0, le=1, description="share of the token budget that the ramps take, in (0, 1]"

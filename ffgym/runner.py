@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from ffgym.config import RunConfig, to_toml
 from ffgym.data.splits import Split, Splits
-from ffgym.envs.building import build_env, load_parts, prepare_model, tokens_per_batch
+from ffgym.envs.building import build_env, load_parts, make_budget, prepare_model, tokens_per_batch
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, OutputError
@@ -38,7 +39,7 @@ from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
 from ffgym.search import Found, SearchInterrupted, search
-from ffgym.tracking import Tracker, environment_tags
+from ffgym.tracking import Tracker, environment_tags, fetch_artifact
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
@@ -139,6 +140,7 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         KeyboardInterrupt: Ctrl-C; what was found so far is saved and printed, the MLflow run is marked KILLED.
     """
     say = Reporter(progress or Console(stderr=True))
+    check_plugins(config)
     agent = make_agent(config)
     folder = claim_folder(config)
     tracking = config.tracking
@@ -176,15 +178,15 @@ def open_workspace(config: RunConfig, agent: Agent, say: Reporter) -> Workspace:
     with say.stage("load model and text", 1):
         loaded, splits = load_parts(config)
     say.say(f"{loaded.description}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}")
-    prior = config.prior.name
-    wanted = [(prior, config.prior.options)] if prior != "none" else []
-    needs = frozenset().union(
+    wanted = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
+    needs = frozenset[str]().union(
         *(manager.create("heuristic", name, options).needs for name, options in [*wanted, *REFERENCES.values()])
     )
+    budget = make_budget(config, loaded.model)
     windows = splits.calibration.windows
     with say.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
-    env = build_env(config, prepared, splits.search.windows)
+    env = build_env(config, prepared, splits.search.windows, budget)
     space = Workspace(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, context=config.prune.context))
     if wanted:
         agent.prior_mean = space.importance(*wanted[0])
@@ -194,9 +196,23 @@ def open_workspace(config: RunConfig, agent: Agent, say: Reporter) -> Workspace:
 def make_agent(config: RunConfig) -> Agent:
     """The agent of a run, started from another run's policy where ``search.init_from`` names one."""
     agent = manager.create("agent", config.agent.name, config.agent.options)
-    if config.search.init_from:
-        agent.load_state(read_policy(Path(config.search.init_from), config))
+    source = config.search.init_from
+    if source is not None:
+        if Path(source).exists():
+            agent.load_state(read_policy(Path(source), config))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                policy = fetch_artifact(Path(config.tracking.root), source, "policy.json", Path(folder))
+                agent.load_state(read_policy(policy, config))
     return agent
+
+
+def check_plugins(config: RunConfig) -> None:
+    """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded."""
+    manager.create("criterion", config.criterion.name, config.criterion.options)
+    manager.create("reward", config.reward.name, config.reward.options)
+    if config.prior.name != "none":
+        manager.create("heuristic", config.prior.name, config.prior.options)
 
 
 def read_policy(source: Path, config: RunConfig) -> JSONDict:

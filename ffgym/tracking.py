@@ -255,6 +255,26 @@ def tracking_uri(root: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(root)
 
 
+def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
+    """Copy one artifact of an earlier run out of the store.
+
+    Args:
+        root: folder of the store.
+        run_id: MLflow's id of the run.
+        name: e.g. ``"policy.json"``.
+        folder: where the copy goes.
+
+    Raises:
+        TrackingError: no such run or artifact, or the store cannot be read.
+    """
+    uri = tracking_uri(root)
+    if uri == _own_uri(root) and not _database(root).exists():
+        raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+    with _translated(uri, f"read {name} of run {run_id!r}"):
+        client = _import_mlflow().MlflowClient(tracking_uri=uri)
+        return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
 def open_ui(root: Path, port: int = 5000) -> None:
     """Serve the MLflow UI on this machine until Ctrl-C, from the store that :class:`Tracker` writes.
 

@@ -41,7 +41,7 @@ class ReinforceConfig(PluginConfig):
         average: share of the last updates whose means are averaged into the recommended policy; 0 takes the last.
     """
 
-    learning_rate: float = Field(1.0, gt=0)
+    learning_rate: float = Field(2.0, gt=0)
     spread: float = Field(0.15, gt=0)
     spread_rate: float = Field(0.0, ge=0)
     smooth: float = Field(0.7, ge=0, le=1)

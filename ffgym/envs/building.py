@@ -10,6 +10,7 @@ from ffgym.config import RunConfig
 from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.models.capture import OnProgress
+from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.preparation import Prepared, prepare
 from ffgym.plugins import manager
@@ -50,32 +51,37 @@ def prepare_model(
     )
 
 
-def build_env(config: RunConfig, prepared: Prepared, windows: torch.Tensor) -> PruningEnv:
+def make_budget(config: RunConfig, model: Any) -> Budget:
+    """The budget of a run on a dense model; raises ``BudgetError`` where the sparsity is out of reach."""
+    budget = Budget(
+        family_of(model).sublayers(model),
+        resource=config.prune.resource,
+        min_units=config.prune.min_units,
+        context=config.prune.context,
+        kv_bytes=model.get_output_embeddings().weight.element_size(),
+    )
+    budget.check(config.prune.sparsity)
+    return budget
+
+
+def build_env(config: RunConfig, prepared: Prepared, windows: torch.Tensor, budget: Budget) -> PruningEnv:
     """The stationary environment of a run.
 
     Args:
         config: the run.
         prepared: model with paths.
         windows: search split, shape (windows, length), int64.
+        budget: see ``make_budget``.
     """
-    reward = manager.create("reward", config.reward.name, config.reward.options)
-    model = prepared.prunable.model
-    budget = Budget(
-        prepared.prunable.sublayers,
-        resource=config.prune.resource,
-        min_units=config.prune.min_units,
-        context=config.prune.context,
-        kv_bytes=model.get_output_embeddings().weight.element_size(),
-    )
     return PruningEnv(
         prepared.prunable,
-        reward,
+        manager.create("reward", config.reward.name, config.reward.options),
         windows,
         budget,
         sparsity=config.prune.sparsity,
         episode_windows=-(-config.search.episode_tokens // config.data.window),
         calibrated=config.prune.calibration != "none",
-        tokens_per_batch=tokens_per_batch(model.device),
+        tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
     )
 
 
@@ -89,5 +95,6 @@ def make_pruning_env(config: RunConfig | dict[str, Any] | None = None, **tables:
     if config is None or isinstance(config, dict):
         config = RunConfig.model_validate({**(config or {}), **tables})
     loaded, splits = load_parts(config)
+    budget = make_budget(config, loaded.model)
     prepared = prepare_model(config, loaded, splits.calibration.windows)
-    return build_env(config, prepared, splits.search.windows)
+    return build_env(config, prepared, splits.search.windows, budget)

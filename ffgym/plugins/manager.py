@@ -50,12 +50,20 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     "criterion": {
         "wanda": BuiltIn("ffgym.criteria.wanda:Wanda", "|W| times the norm of the inputs"),
         "magnitude": BuiltIn("ffgym.criteria.magnitude:Magnitude", "|W|: the smallest weights go first"),
+        "flap": BuiltIn("ffgym.criteria.flap:Flap", "variance of a channel times its column's squared norm"),
+        "obs": BuiltIn("ffgym.criteria.obs:Obs", "error that removing a channel leaves after the best refit"),
+        "taylor": BuiltIn("ffgym.criteria.taylor:Taylor", "|W * dL/dW|: the loss change to first order"),
         "random": BuiltIn("ffgym.criteria.random:Random", "a seeded random order, the floor for every criterion"),
     },
     "heuristic": {
         "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),
         "fisher": BuiltIn("ffgym.heuristics.fisher:Fisher", "least loss by second-order estimates after calibration"),
         "mlp-first": BuiltIn("ffgym.heuristics.mlp_first:MlpFirst", "MLPs go first, those at both ends are spared"),
+        "skip-ends": BuiltIn("ffgym.heuristics.skip_ends:SkipEnds", "both ends stay whole, the rest is cut alike"),
+        "flap": BuiltIn("ffgym.heuristics.flap:Flap", "one global cut through standardised fluctuation scores"),
+        "owl": BuiltIn("ffgym.heuristics.owl:Owl", "more outliers among |W| times the inputs' norm, less cut"),
+        "alpha": BuiltIn("ffgym.heuristics.alpha:Alpha", "heavier-tailed spectrum of the weight, less cut"),
+        "gate-scaling": BuiltIn("ffgym.heuristics.gate_scaling:GateScaling", "loss leans more on the output, less cut"),
     },
     "reward": {
         "perplexity": BuiltIn("ffgym.rewards.perplexity:Perplexity", "dense perplexity over pruned perplexity"),

@@ -118,7 +118,7 @@ class NestedRidge:
     ) -> None:
         lower, inverse = factorise(covariance(second_moment, mean), ridge)
         projected = weight.double() @ lower
-        self._weight = weight.float()
+        self._weight = weight  # the model's own tensor: no copy
         self._projected = projected.float()
         self._inverse = inverse.float()
         self._mean = mean
@@ -129,6 +129,11 @@ class NestedRidge:
     def channels(self) -> int:
         """n, the dense width."""
         return self._weight.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the factors hold."""
+        return sum(t.numel() * t.element_size() for t in (self._projected, self._inverse))
 
     def loss_increase(self, output_gradient: torch.Tensor) -> torch.Tensor:
         """Second-order estimate of what keeping the first k channels costs, for every k: 1/2 sum_{j >= k} b_j^T F b_j.
@@ -150,7 +155,7 @@ class NestedRidge:
         k = channels
         if 2 * k <= self.channels:
             return self._projected[:, :k] @ self._inverse[:k, :k]
-        return self._weight[:, :k] - self._projected[:, k:] @ self._inverse[k:, :k]
+        return self._weight[:, :k].float() - self._projected[:, k:] @ self._inverse[k:, :k]
 
     def bias_at(self, channels: int) -> torch.Tensor | None:
         """b' = b + W mu - W'_K mu_K, shape (m,), float32; without a mean, the dense bias."""
@@ -158,7 +163,7 @@ class NestedRidge:
             return self._bias
         base = torch.zeros(self._weight.shape[0], device=self._weight.device) if self._bias is None else self._bias
         mean = self._mean.float()
-        return base + self._weight @ mean - self.weight_at(channels) @ mean[:channels]
+        return base + self._weight.float() @ mean - self.weight_at(channels) @ mean[:channels]
 
 
 def suffix_energy(columns: torch.Tensor) -> torch.Tensor:

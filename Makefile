@@ -1,0 +1,44 @@
+# make run    the demo: search, prune, calibrate, report, save (about 10 minutes on 2 cores)
+# make test   every test, the demo model's included
+# make check  what CI asks beyond the tests: ruff, mypy, import-linter
+# make bench  speed figures (never part of the tests)
+# make ui     the MLflow UI on what was tracked
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: run test check bench ui clean
+
+run: $(VENV)/.installed
+	$(BIN)/ffgym run --agent reinforce --criterion wanda $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed
+	$(BIN)/python experiments/speed/episode.py
+
+ui: $(VENV)/.installed
+	$(BIN)/ffgym ui
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml plugins/ffgym-magnitude-l2/pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' ./plugins/ffgym-magnitude-l2
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,100 @@
+"""How fast an episode is, in one process, medians of interleaved repetitions: ``make bench``.
+
+Prints the cost of prune + calibrate + evaluate against the dense model's evaluation of the same tokens, what of it is
+calibration, the peak memory of preparing and searching, and how long the command line takes to answer.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from ffgym.config import RunConfig
+from ffgym.envs.building import build_env, load_parts, make_budget, prepare_model
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.plugins import manager
+from ffgym.plugins.contracts import check_importance
+
+TOKENS = 4096
+REPETITIONS = 9
+
+
+def seconds(action: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} s (min {min(values):.3f}, max {max(values):.3f})"
+
+
+def command(*arguments: str) -> list[float]:
+    call = [sys.executable, "-m", "ffgym", *arguments]
+    return [seconds(lambda: subprocess.run(call, check=True, capture_output=True)) for _ in range(5)]
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def main() -> None:
+    print(f"ffgym --help       {spread(command('--help'))}, wanted at most 0.5 s")
+    print(f"ffgym ls criteria  {spread(command('ls', 'criteria'))}, wanted at most 1 s")
+    config = RunConfig.model_validate({"search": {"episode_tokens": TOKENS}})
+    loaded, splits = load_parts(config)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    prepared = prepare_model(config, loaded, splits.calibration.windows)
+    env = build_env(config, prepared, splits.search.windows, make_budget(config, loaded.model))
+    prunable = prepared.prunable
+    heuristic = manager.create("heuristic", "mlp-first", {"spare_first": 3, "spare_last": 1})
+    allocation = env.budget.project(check_importance(heuristic, prepared.views), config.prune.sparsity)
+    subset = range(TOKENS // config.data.window)
+    windows = splits.search.windows[list(subset)]
+    batch = env.tokens_per_batch
+
+    def dense() -> None:
+        evaluate(prunable.model, windows, tokens_per_batch=batch)
+
+    def episode() -> None:
+        env.measure(allocation, subset)
+
+    def floor() -> None:
+        evaluate(prunable.model, windows, tokens_per_batch=batch)
+
+    def cut(calibrated: bool) -> None:
+        prunable.cut(allocation.kept, calibrated=calibrated)
+
+    times: dict[str, list[float]] = {name: [] for name in ("dense", "episode", "calibration", "pruned forward")}
+    for repetition in range(REPETITIONS + 1):
+        row = {"dense": seconds(dense), "episode": seconds(episode)}
+        plain = seconds(lambda: cut(False))
+        row["calibration"] = max(0.0, seconds(lambda: cut(True)) - plain)
+        row["pruned forward"] = seconds(floor)
+        prunable.restore()
+        if repetition:  # the first one warms up
+            for name, value in row.items():
+                times[name].append(value)
+    print(f"threads {torch.get_num_threads()}, {loaded.dtype}, {TOKENS} tokens, sparsity {allocation.sparsity:.4f}")
+    for name, values in times.items():
+        print(f"{name:16}   {spread(values)}")
+    ratio = [e / d for e, d in zip(times["episode"], times["dense"], strict=True)]
+    share = [c / e for c, e in zip(times["calibration"], times["episode"], strict=True)]
+    forward = [f / d for f, d in zip(times["pruned forward"], times["dense"], strict=True)]
+    print(f"episode / dense    {statistics.median(ratio):.3f}, wanted at most 1.0")
+    print(f"forward / dense    {statistics.median(forward):.3f}, the floor")
+    print(f"calibration share  {statistics.median(share):.3f} of the episode, wanted at most 0.10")
+    factors = sum(half.path.bytes for half in prunable.halves if half.path is not None)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory        {megabytes(peak)}: {megabytes(before)} with model and text loaded, then")
+    print(f"                   {megabytes(factors)} of factors; beyond both {megabytes(peak - before - factors)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""CMA-ES: covariance matrix adaptation, by the ``cmaes`` package (Hansen 2016, arXiv 1604.00772; Nomura 2024, 2402.01373).
+
+The problem: maximise E_{a ~ N(m, s^2 C)}[R(a)] over the mean m, the step size s and the covariance C; only the order of
+the rewards within an update counts, so it does not mind that every update has its own token subset. One update is one
+generation: the population is all the episodes of an update. Nothing is carried over but the distribution.
+
+``separable`` keeps C diagonal (Ros and Hansen 2008): fewer numbers to learn, which pays where importances outnumber
+updates. What is sampled outside [-1, 1] is clipped, not drawn again: in 60 dimensions with a prior on the edge no
+sample would ever be inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from cmaes import CMA, SepCMA
+from pydantic import Field
+
+from ffgym.errors import ConfigError
+from ffgym.plugins.bases import BatchAgent, PluginConfig
+
+
+class CMAESConfig(PluginConfig):
+    """Options of the agent.
+
+    Attributes:
+        sigma: step size at the start, in importance units (2 spans all keep ratios).
+        separable: adapt the variances only.
+    """
+
+    sigma: float = Field(0.15, gt=0)
+    separable: bool = False
+
+
+class CMAES(BatchAgent):
+    """CMA-ES around the prior (or 0)."""
+
+    name = "cma-es"
+    Config: ClassVar[type[PluginConfig]] = CMAESConfig
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        super().__init__(config)
+        self._optimizer: Any = None
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Start from the prior, or from the mean of the state that was loaded, with the configured step size."""
+        if batch < 2:
+            raise ConfigError(
+                f"cma-es compares the episodes of an update, and search.episodes_per_update is {batch}",
+                hint="Set search.episodes_per_update to 2 or more.",
+            )
+        prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
+        mean = prior if self._optimizer is None else self._optimizer.mean
+        self._seed = seed
+        self._batch = batch
+        self._optimizer = self._made(mean, batch)
+
+    def ask(self, observations: np.ndarray) -> np.ndarray:
+        """Sample a generation, shape (batch, 2L), float32."""
+        # The generator is seeded anew for every generation, so that the state needs no generator in it.
+        generation = np.random.SeedSequence([self._seed, self._optimizer.generation])
+        self._optimizer.reseed_rng(int(generation.generate_state(1)[0]))
+        return np.stack([self._optimizer.ask() for _ in range(self._batch)]).astype(np.float32)
+
+    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+        """Move mean, step size and covariance."""
+        points = actions.astype(np.float64)
+        self._optimizer.tell([(point, -float(reward)) for point, reward in zip(points, rewards, strict=True)])
+        return {
+            "policy/mean": float(self._optimizer.mean.mean()),
+            "policy/spread": float(actions.std(axis=0).mean()),
+        }
+
+    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
+        """The mean."""
+        if self._optimizer is None:
+            return []
+        return [np.clip(self._optimizer.mean, -1.0, 1.0).astype(np.float32)]
+
+    def state(self) -> dict[str, Any]:
+        """The whole optimizer, as the package's own pickling hook gives it; a new search takes its mean only."""
+        if self._optimizer is None:
+            return {}
+        # The package never writes all of its history of rewards, which only its stopping rules read: not ours.
+        optimizer = {name: v for name, v in self._optimizer.__getstate__().items() if name != "_funhist_values"}
+        return {"seed": self._seed, "separable": self.config.separable, "optimizer": optimizer}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up an optimizer.
+
+        Raises:
+            ConfigError: it is of the other kind (separable or not).
+        """
+        if state["separable"] != self.config.separable:
+            raise ConfigError(
+                f"the loaded state has agent.separable = {state['separable']}, this run {self.config.separable}",
+                hint=f"Set agent.separable = {str(state['separable']).lower()}.",
+            )
+        values = {name: np.array(v) if isinstance(v, list) else v for name, v in state["optimizer"].items()}
+        self._seed, self._batch = int(state["seed"]), int(values["_popsize"])
+        self._optimizer = self._made(values["_mean"], self._batch)
+        self._optimizer.__setstate__(values)
+
+    def _made(self, mean: np.ndarray, batch: int) -> Any:
+        return (SepCMA if self.config.separable else CMA)(
+            mean=np.clip(mean, -1.0, 1.0).astype(np.float64),
+            sigma=self.config.sigma,
+            bounds=np.tile([-1.0, 1.0], (len(mean), 1)),
+            n_max_resampling=0,
+            population_size=batch,
+        )

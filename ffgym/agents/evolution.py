@@ -1,0 +1,128 @@
+"""Evolution: the architecture search of "Search for Efficient Large Language Models" (Shen et al. 2024, arXiv 2409.17372).
+
+The problem: maximise R over importances, with a population instead of a distribution. Each generation is one update:
+the survivors, measured again, beside children by mutation (each importance changes with a probability), crossover (each
+importance from one of two parents) and immigration (random). The best of all of them survive.
+
+What differs from the paper's code, and why:
+
+* It draws architectures until one lies within a parameter range. Here the projection puts every child on the budget.
+* It keeps rewards for ever. Here every update has its own token subset, so the survivors are measured again with their
+  children, and those tokens count (DESIGN 3.4).
+* It evaluates 500 architectures a generation and keeps 300; the shares of mutation, crossover and random children (70,
+  20 and 10 %) are kept, the numbers shrink to the episodes of an update.
+* It draws a mutated gene anew; a few hundred episodes gain more from steps around the parent's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from ffgym.errors import ConfigError
+from ffgym.plugins.bases import BatchAgent, PluginConfig
+
+
+class EvolutionConfig(PluginConfig):
+    """Options of the agent.
+
+    Attributes:
+        survivors: share of an update's episodes that survive, are measured again and have children.
+        mutation: share of children by mutation.
+        crossover: share of children by crossover; what is left of 1 are random ones.
+        mutation_probability: probability that a mutation changes an importance.
+        mutation_spread: standard deviation of that change, in importance units (2 spans all keep ratios).
+        initial_spread: standard deviation of random ones around the prior.
+        use_prior: start around the prior; otherwise random ones are uniform in [-1, 1], as in the paper.
+    """
+
+    survivors: float = Field(0.25, gt=0, lt=1)
+    mutation: float = Field(0.7, ge=0, le=1)
+    crossover: float = Field(0.2, ge=0, le=1)
+    mutation_probability: float = Field(0.2, gt=0, le=1)
+    mutation_spread: float = Field(0.2, gt=0)
+    initial_spread: float = Field(0.3, gt=0)
+    use_prior: bool = True
+
+
+class Evolution(BatchAgent):
+    """Mutation, crossover, immigration, survival."""
+
+    name = "evolution"
+    Config: ClassVar[type[PluginConfig]] = EvolutionConfig
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        super().__init__(config)
+        self._parents: np.ndarray | None = None
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Seed the generator; survivors of a state that was loaded are the first generation's parents."""
+        if batch < 2:
+            raise ConfigError(
+                f"evolution measures survivors beside children, and search.episodes_per_update is {batch}",
+                hint="Set search.episodes_per_update to 2 or more.",
+            )
+        self._batch, self._dimensions = batch, dimensions
+        self._survivors = min(batch - 1, max(1, round(self.config.survivors * batch)))
+        self._rng = np.random.default_rng(seed)
+
+    def ask(self, observations: np.ndarray) -> np.ndarray:
+        """Survivors first, then their children, shape (batch, 2L), float32."""
+        if self._parents is None:
+            first = [self._centre()] if self._uses_prior else []
+            rows = [*first, *(self._random() for _ in range(self._batch - len(first)))]
+        else:
+            parents = list(self._parents[: self._survivors])
+            rows = [*parents, *(self._child() for _ in range(self._batch - len(parents)))]
+        return np.clip(np.stack(rows), -1.0, 1.0).astype(np.float32)
+
+    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+        """Let the best survive, best first."""
+        best = np.argsort(-rewards, kind="stable")[: self._survivors]
+        kept = 0 if self._parents is None else int((best < len(self._parents)).sum())
+        self._parents = actions[best].astype(np.float64)
+        spread = float(self._parents.std(axis=0).mean())
+        return {"population/spread": spread, "population/parents_kept": float(kept)}
+
+    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
+        """The survivors of the last generation, best first."""
+        return [] if self._parents is None else list(self._parents.astype(np.float32))
+
+    def state(self) -> dict[str, Any]:
+        """Survivors and generator; a new search takes the survivors only."""
+        if self._parents is None:
+            return {}
+        return {"parents": self._parents.tolist(), "rng": self._rng.bit_generator.state}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up survivors and generator."""
+        self._parents = np.array(state["parents"], dtype=np.float64)
+        self._rng = np.random.default_rng()
+        self._rng.bit_generator.state = state["rng"]
+
+    @property
+    def _uses_prior(self) -> bool:
+        return bool(self.config.use_prior) and self.prior_mean is not None
+
+    def _centre(self) -> np.ndarray:
+        return np.zeros(self._dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
+
+    def _random(self) -> np.ndarray:
+        if self._uses_prior:
+            return self._centre() + self.config.initial_spread * self._rng.standard_normal(self._dimensions)
+        return self._rng.uniform(-1.0, 1.0, self._dimensions)
+
+    def _child(self) -> np.ndarray:
+        assert self._parents is not None, "there is a first generation"
+        way = self._rng.random()
+        one, other = self._parents[self._rng.integers(len(self._parents), size=2)]
+        changed = self._rng.random(self._dimensions)
+        if way < self.config.mutation:
+            step = self.config.mutation_spread * self._rng.standard_normal(self._dimensions)
+            return np.asarray(one + step * (changed < self.config.mutation_probability))
+        if way < self.config.mutation + self.config.crossover:
+            return np.where(changed < 0.5, one, other)
+        return self._random()

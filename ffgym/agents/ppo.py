@@ -1,0 +1,128 @@
+"""PPO: Stable-Baselines3's own, through a real ``VecEnv`` (Schulman et al. 2017, arXiv 1707.06347; SB3 2.x).
+
+The problem: maximise E_{a ~ pi(. | o)}[R(a)] for a Gaussian policy whose mean is a small network of the observation
+(target sparsity, fidelity), with steps limited by the clipped probability ratio. An episode is one step, so one rollout
+is one update (``n_steps=1``, ``batch_size=num_envs``) and the discount never matters. At a few hundred episodes SB3's
+defaults barely move: a larger learning rate and a smaller initial spread do (DESIGN 3.5).
+
+Runs on the CPU. Seeding SB3 seeds the global generators of Python, NumPy and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from stable_baselines3 import PPO as SB3PPO  # noqa: N811 - ours has the name
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+
+from ffgym.envs.sb3 import SB3VecEnv
+from ffgym.errors import ConfigError
+from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
+from ffgym.types import Update
+
+
+class PPOConfig(PluginConfig):
+    """Options of the agent.
+
+    Attributes:
+        learning_rate: Adam's.
+        log_std_init: natural logarithm of the initial spread, in importance units.
+        epochs: passes over each rollout.
+        clip_range: how far the probability ratio may leave 1.
+        entropy: weight of the entropy bonus.
+    """
+
+    learning_rate: float = Field(3e-3, gt=0)
+    log_std_init: float = -1.0
+    epochs: int = Field(10, ge=1)
+    clip_range: float = Field(0.2, gt=0)
+    entropy: float = Field(0.0, ge=0)
+
+
+class PPO(Agent):
+    """SB3's PPO; its actions are offsets from the prior: importance = clip(prior + action)."""
+
+    name = "ppo"
+    Config: ClassVar[type[PluginConfig]] = PPOConfig
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        super().__init__(config)
+        self._model: Any = None
+        self._vec: SB3VecEnv | None = None
+        self._loaded: Mapping[str, Any] | None = None
+
+    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
+        """Collect one rollout, train on it, report, until no tokens are left."""
+        if env.num_envs < 2:
+            raise ConfigError(
+                f"ppo standardises advantages within an update, and search.episodes_per_update is {env.num_envs}",
+                hint="Set search.episodes_per_update to 2 or more.",
+            )
+        centre = self.prior_mean if self._loaded is None else np.array(self._loaded["centre"], dtype=np.float32)
+        self._vec = SB3VecEnv(env, centre)
+        self._model = self._made(self._vec, seed)
+        if self._loaded is not None:
+            self._take_up(self._loaded)
+        heard = _LastRewards()
+        index = 0
+        # One rollout a call: a callback that stops SB3 at the last step would leave that rollout untrained.
+        while env.tokens_left > 0:
+            self._model.learn(env.num_envs, callback=heard, log_interval=None, reset_num_timesteps=index == 0)
+            spread = float(self._model.policy.log_std.detach().exp().mean())
+            on_update(Update(index=index, rewards=heard.rewards, diagnostics={"policy/spread": spread}))
+            index += 1
+
+    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
+        """The policy's mean at that observation."""
+        if self._model is None or self._vec is None:
+            return []
+        action, _ = self._model.predict(np.asarray(observation, np.float32), deterministic=True)
+        return [self._vec.importances(action)]
+
+    def state(self) -> dict[str, Any]:
+        """The policy's parameters as nested lists, and the importances that its actions are offsets from."""
+        if self._model is None or self._vec is None:
+            return {}
+        parameters = {name: value.tolist() for name, value in self._model.policy.state_dict().items()}
+        return {"centre": self._vec.centre.tolist(), "policy": parameters}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Start the next search from this policy (with a fresh optimizer)."""
+        self._loaded = state
+
+    def _made(self, vec: SB3VecEnv, seed: int) -> Any:
+        model = SB3PPO(
+            "MlpPolicy",
+            vec,
+            learning_rate=self.config.learning_rate,
+            n_steps=1,
+            batch_size=vec.num_envs,
+            n_epochs=self.config.epochs,
+            clip_range=self.config.clip_range,
+            ent_coef=self.config.entropy,
+            policy_kwargs={"log_std_init": self.config.log_std_init},
+            seed=seed,
+            device="cpu",
+        )
+        model.set_logger(Logger(folder=None, output_formats=[]))
+        return model
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        own = self._model.policy.state_dict()
+        loaded = {name: torch.tensor(value, dtype=own[name].dtype) for name, value in state["policy"].items()}
+        self._model.policy.load_state_dict(loaded)
+
+
+class _LastRewards(BaseCallback):  # type: ignore[misc]  # SB3 is not type-checked here
+    """Remembers the rewards of the rollout, shape (num_envs,)."""
+
+    rewards: np.ndarray
+
+    def _on_step(self) -> bool:
+        self.rewards = np.array(self.locals["rewards"], dtype=np.float64)
+        return True

@@ -1,0 +1,50 @@
+"""Gate scaling: sublayers whose output the loss leans on keep more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import Field
+
+from ffgym.heuristics.owl import spread
+from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.types import SublayerView
+
+
+class GateScaling(Heuristic):
+    """Keep ratios rise with the rank of a sublayer's sensitivity to a gate on its output.
+
+    Put a factor g = 1 on what the consumer writes, y = g W x. The loss changes with it by dL/dg = sum_ij W_ij dL/dW_ij
+    (a bias is left out), and |dL/dg| says to first order what switching the sublayer off would cost. Sensitivities span
+    decades, so their ranks are mapped, linearly, onto keep ratios within +-``span``; equal ones share a rank.
+
+    FastForward Pruning (arXiv 2511.18977) compares with a baseline called GateScaling, whose definition was not at
+    hand: this is our reading of it, and ``span`` is our choice. Gates as sensitivities: Michel et al. 2019, arXiv
+    1905.10650, who average absolute values over examples; here the average comes first.
+    """
+
+    name = "gate-scaling"
+    needs = frozenset({"gradient"})
+
+    class Config(PluginConfig):
+        """Options of the table ``[prior]``."""
+
+        span: float = Field(0.15, gt=0, le=0.5, description="keep ratios differ by at most twice this")
+
+    def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
+        """Ranks of the sensitivities, mapped linearly, shape (2L,)."""
+        return spread(ranks(np.array([gate_sensitivity(view) for view in sublayers])), self.config.span)
+
+
+def gate_sensitivity(view: SublayerView) -> float:
+    """|dL/dg| of a factor g on the consumer's output, in nats per token."""
+    assert view.stats.gradient is not None, "needs gradient"
+    return abs(float((view.weight.double() * view.stats.gradient.double()).sum()))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ascending ranks from 0, the mean of their places for equal values; shape of ``values``."""
+    ordered = np.sort(values)
+    first, behind = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+    return np.asarray((first + behind - 1) / 2)
