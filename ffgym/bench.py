@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field, ValidationError
 from rich.console import Console
 
 from ffgym import runner
-from ffgym.config import RunConfig, Table, config_error, digest, read_toml
+from ffgym.config import RunConfig, Table, config_error, digest, read_toml, to_toml
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins import manager
@@ -166,23 +167,23 @@ def _run_cells(each: Bench, cells: Sequence[Cell], say: Reporter) -> None:
     with Tracker(root, tracking.experiment, each.spec.title, tracking.enabled) as parent:
         parent.log_config(each.spec.model_dump(mode="json"), each.file.read_text(encoding="utf-8"))
         space, key = None, ""
-        begun, done = time.monotonic(), 0
-        for cell in sorted(cells, key=_preparation_key):
+        begun = time.monotonic()
+        priors = {c.config.prior.name: c.config.prior.options for c in cells if c.config.prior.name != "none"}
+        for done, cell in enumerate(sorted(cells, key=_preparation_key)):
             if space is None or _preparation_key(cell) != key:
                 space, key = None, _preparation_key(cell)
-                space = runner.open_workspace(cell.config, runner.make_agent(cell.config), say)
+                space = runner.open_workspace(cell.config, list(priors.items()), say)
             left = (time.monotonic() - begun) / done * (len(cells) - done) if done else math.nan
             note = "" if math.isnan(left) else f", about {left / 60:.0f} min left"
             say.say(f"{each.spec.title}: cell {done + 1} of {len(cells)}: {cell.label}, seed {cell.seed}{note}")
             _run_cell(cell, runner.with_config(space, cell.config), parent.run_id, say)
-            done += 1
 
 
 def _run_cell(cell: Cell, space: runner.Workspace, parent: str | None, say: Reporter) -> None:
     config = cell.config
     agent = runner.make_agent(config)
     if config.prior.name != "none":
-        agent.prior_mean = space.importance(config.prior.name, config.prior.options)
+        agent.prior_mean = space.prior(config.prior.name, config.prior.options)
     log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     watch = _Incumbents(space, agent, config.search.episodes * space.env.episode_windows * space.env.window_tokens)
@@ -193,8 +194,8 @@ def _run_cell(cell: Cell, space: runner.Workspace, parent: str | None, say: Repo
         config.tracking.enabled,
         parent=parent,
     ) as tracker:
-        tracker.log_config(config.model_dump(mode="json"), runner.to_toml(config))
-        tracker.set_tags(environment_tags(device=str(space.loaded.device), threads=runner.threads(), plugins={}))
+        tracker.log_config(config.model_dump(mode="json"), to_toml(config))
+        tracker.set_tags(environment_tags(device=str(space.loaded.device), threads=torch.get_num_threads(), plugins={}))
         with say.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
 
             def on_episode(episode: Episode) -> None:
@@ -273,7 +274,12 @@ def _result(cell: Cell, space: runner.Workspace, found: Found, watch: _Incumbent
             marks.append({"tokens": tokens, "loss": loss(allocation.kept)})
             stage.advance()
         best = found.best.allocation
-        final = {"kept": list(best.kept), "loss": loss(best.kept), "sparsity": best.sparsity, "origin": found.best.origin}
+        final = {
+            "kept": list(best.kept),
+            "loss": loss(best.kept),
+            "sparsity": best.sparsity,
+            "origin": found.best.origin,
+        }
         stage.advance()
         dense = loss(prunable.dense_units)
         stage.advance()
@@ -290,7 +296,7 @@ def _result(cell: Cell, space: runner.Workspace, found: Found, watch: _Incumbent
             "final_tokens": found.final_tokens,
             "episodes": len(found.history),
             "seconds": round(found.seconds, 1),
-            "threads": runner.threads(),
+            "threads": torch.get_num_threads(),
             "dtype": str(space.loaded.dtype).removeprefix("torch."),
             "marks": marks,
             "final": final,
@@ -318,4 +324,6 @@ def _write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}", hint="Make room, or use another folder.")
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}", hint="Make room, or use another folder."
+        ) from error

@@ -145,6 +145,24 @@ def run(
         result.print(Console())
 
 
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Option("--config", help="bench file (TOML); repeatable", show_default=False)],
+    more: Annotated[list[Path] | None, typer.Argument(help="further bench files", show_default=False)] = None,
+    only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show what is there")] = False,
+) -> None:
+    """Run many searches on equal terms and compare them; what was computed before is kept."""
+    from rich.console import Console
+
+    from ffgym.bench import bench as run_bench
+    from ffgym.report.bench import markdown
+
+    with contextlib.redirect_stdout(sys.stderr):
+        tables = run_bench([*files, *(more or [])], progress=Console(stderr=True), only_report=only_report)
+    for table in tables:
+        typer.echo(markdown(table))
+
+
 @app.command("config")
 def print_config(
     ctx: typer.Context,

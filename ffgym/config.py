@@ -231,7 +231,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), **value
     for text in overrides:
         command_line = _merged(command_line, _parse_override(text))
     command_line = _merged(command_line, _given(values))
-    file = _read_toml(path) if path is not None else {}
+    file = read_toml(path) if path is not None else {}
     for table in PLUGIN_TABLES:
         file = _without_foreign_options(file, command_line, table)
     try:
@@ -335,7 +335,8 @@ def _comment(table: str, line: str) -> str:
     return f"  # {field.description}" if field is not None and field.description else ""
 
 
-def _read_toml(path: Path) -> JSONDict:
+def read_toml(path: Path) -> JSONDict:
+    """Read a TOML file; raise ``ConfigError`` where it is missing, unreadable or malformed."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +54,7 @@ Refit = Literal["none", "ridge", "sequential"]
 REFIT_LABELS: Mapping[Refit, str] = {"none": "plain", "ridge": "ridge", "sequential": "sequential ridge"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Workspace:
     """What all searches of one configuration share: the model with its paths, the splits, the environment.
 
@@ -78,6 +78,17 @@ class Workspace:
         """Importances of a heuristic, and the allocation they come to at the target."""
         importance = self.importance(heuristic, options)
         return importance, self.env.budget.project(importance, self.config.prune.sparsity)
+
+    def prior(self, heuristic: str, options: JSONDict) -> np.ndarray:
+        """Where an agent starts: the importances, shape (2L,), that say exactly what the heuristic's allocation keeps.
+
+        Projecting them changes nothing, and unlike the heuristic's own they are not at the ends of their range, where
+        exploration would be clipped.
+        """
+        _, allocation = self.project(heuristic, options)
+        units = np.array(self.prepared.prunable.dense_units)
+        result: np.ndarray = (2 * np.array(allocation.kept) / units - 1).astype(np.float32)
+        return result
 
     def importance(self, heuristic: str, options: JSONDict) -> np.ndarray:
         """Importances of a heuristic, shape (2L,), float32."""
@@ -147,7 +158,10 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
     with Tracker(Path(tracking.root), tracking.experiment, folder.name, tracking.enabled) as tracker:
         tracker.log_config(config.model_dump(mode="json"), to_toml(config))
         _write(folder / "config.toml", to_toml(config))
-        space = open_workspace(config, agent, say)
+        prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
+        space = open_workspace(config, [*prior, *REFERENCES.values()], say)
+        if prior:
+            agent.prior_mean = space.prior(*prior[0])
         tracker.set_tags(_tags(space, agent))
         _log_splits(tracker, space.splits)
         found = _search(space, agent, tracker, folder, say)
@@ -173,24 +187,32 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         return RunResult(table, found, folder, saved, tracker.run_id)
 
 
-def open_workspace(config: RunConfig, agent: Agent, say: Reporter) -> Workspace:
-    """Load, split, prepare; the agent is given its prior."""
+def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:
+    """Load, split, prepare.
+
+    Args:
+        config: the run.
+        heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
+        say: where progress goes.
+    """
     with say.stage("load model and text", 1):
         loaded, splits = load_parts(config)
     say.say(f"{loaded.description}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}")
-    wanted = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
-    needs = frozenset[str]().union(
-        *(manager.create("heuristic", name, options).needs for name, options in [*wanted, *REFERENCES.values()])
-    )
+    needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
     budget = make_budget(config, loaded.model)
     windows = splits.calibration.windows
     with say.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
     env = build_env(config, prepared, splits.search.windows, budget)
-    space = Workspace(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, context=config.prune.context))
-    if wanted:
-        agent.prior_mean = space.importance(*wanted[0])
-    return space
+    sizes = SizeMeter(prepared.prunable, context=config.prune.context)
+    return Workspace(config, loaded, splits, prepared, env, sizes)
+
+
+def with_config(space: Workspace, config: RunConfig) -> Workspace:
+    """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
+    budget = make_budget(config, space.loaded.model)
+    env = build_env(config, space.prepared, space.splits.search.windows, budget)
+    return replace(space, config=config, env=env)
 
 
 def make_agent(config: RunConfig) -> Agent:

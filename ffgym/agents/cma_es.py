@@ -1,4 +1,4 @@
-"""CMA-ES: covariance matrix adaptation, by the ``cmaes`` package (Hansen 2016, arXiv 1604.00772; Nomura 2024, 2402.01373).
+"""CMA-ES: covariance matrix adaptation (Hansen 2016, arXiv 1604.00772), by the ``cmaes`` package (arXiv 2402.01373).
 
 The problem: maximise E_{a ~ N(m, s^2 C)}[R(a)] over the mean m, the step size s and the covariance C; only the order of
 the rewards within an update counts, so it does not mind that every update has its own token subset. One update is one
@@ -80,7 +80,7 @@ class CMAES(BatchAgent):
         return [np.clip(self._optimizer.mean, -1.0, 1.0).astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
-        """The whole optimizer, as the package's own pickling hook gives it; a new search takes its mean only."""
+        """The optimizer, to rounding, as the package's pickling hook gives it; a new search takes its mean."""
         if self._optimizer is None:
             return {}
         # The package never writes all of its history of rewards, which only its stopping rules read: not ours.

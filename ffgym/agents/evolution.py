@@ -1,4 +1,4 @@
-"""Evolution: the architecture search of "Search for Efficient Large Language Models" (Shen et al. 2024, arXiv 2409.17372).
+"""Evolution: the search of "Search for Efficient Large Language Models" (Shen et al. 2024, arXiv 2409.17372).
 
 The problem: maximise R over importances, with a population instead of a distribution. Each generation is one update:
 the survivors, measured again, beside children by mutation (each importance changes with a probability), crossover (each
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
@@ -46,6 +46,12 @@ class EvolutionConfig(PluginConfig):
     mutation_spread: float = Field(0.2, gt=0)
     initial_spread: float = Field(0.3, gt=0)
     use_prior: bool = True
+
+    @model_validator(mode="after")
+    def _shares(self) -> EvolutionConfig:
+        if self.mutation + self.crossover > 1:
+            raise ValueError(f"mutation + crossover = {self.mutation + self.crossover:g}, and shares are at most 1")
+        return self
 
 
 class Evolution(BatchAgent):
@@ -77,15 +83,13 @@ class Evolution(BatchAgent):
         else:
             parents = list(self._parents[: self._survivors])
             rows = [*parents, *(self._child() for _ in range(self._batch - len(parents)))]
-        return np.clip(np.stack(rows), -1.0, 1.0).astype(np.float32)
+        return np.asarray(np.clip(np.stack(rows), -1.0, 1.0), dtype=np.float32)
 
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Let the best survive, best first."""
         best = np.argsort(-rewards, kind="stable")[: self._survivors]
-        kept = 0 if self._parents is None else int((best < len(self._parents)).sum())
         self._parents = actions[best].astype(np.float64)
-        spread = float(self._parents.std(axis=0).mean())
-        return {"population/spread": spread, "population/parents_kept": float(kept)}
+        return {"population/spread": float(actions.std(axis=0).mean())}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The survivors of the last generation, best first."""
@@ -112,8 +116,9 @@ class Evolution(BatchAgent):
 
     def _random(self) -> np.ndarray:
         if self._uses_prior:
-            return self._centre() + self.config.initial_spread * self._rng.standard_normal(self._dimensions)
-        return self._rng.uniform(-1.0, 1.0, self._dimensions)
+            step = self.config.initial_spread * self._rng.standard_normal(self._dimensions)
+            return np.asarray(self._centre() + step)
+        return np.asarray(self._rng.uniform(-1.0, 1.0, self._dimensions))
 
     def _child(self) -> np.ndarray:
         assert self._parents is not None, "there is a first generation"
@@ -124,5 +129,5 @@ class Evolution(BatchAgent):
             step = self.config.mutation_spread * self._rng.standard_normal(self._dimensions)
             return np.asarray(one + step * (changed < self.config.mutation_probability))
         if way < self.config.mutation + self.config.crossover:
-            return np.where(changed < 0.5, one, other)
+            return np.asarray(np.where(changed < 0.5, one, other))
         return self._random()

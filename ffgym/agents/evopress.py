@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt, field_validator
 
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
@@ -39,7 +39,14 @@ class EvoPressConfig(PluginConfig):
 
     step: float = Field(0.2, gt=0)
     switches: int = Field(3, ge=1)
-    survivors: tuple[int, ...] = Field((2, 1), min_length=1)
+    survivors: tuple[PositiveInt, ...] = Field((2, 1), min_length=1)
+
+    @field_validator("survivors")
+    @classmethod
+    def _ends_with_one(cls, survivors: tuple[int, ...]) -> tuple[int, ...]:
+        if survivors[-1] != 1:
+            raise ValueError("the last round has one survivor, e.g. [2, 1]")
+        return survivors
 
 
 class EvoPress(BatchAgent):
@@ -55,10 +62,7 @@ class EvoPress(BatchAgent):
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or 0), or from the parent of a state that was loaded."""
-        survivors = self.config.survivors
-        if survivors[-1] != 1 or any(count < 1 for count in survivors):
-            raise ConfigError(f"agent.survivors = {survivors}: the last of them must be 1", hint="Use e.g. [2, 1].")
-        carried = sum(survivors[:-1])
+        carried = sum(self.config.survivors[:-1])
         if batch < 2 + carried:
             raise ConfigError(
                 f"evopress measures the parent, {carried} survivors and new children in every update, "
@@ -80,7 +84,7 @@ class EvoPress(BatchAgent):
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Select in every round; replace the parent where the last round's winner is better."""
         seen = self._rewards + [[] for _ in range(self._batch - len(self._rewards))]
-        seen = [past + [float(reward)] for past, reward in zip(seen, rewards, strict=True)]
+        seen = [[*past, float(reward)] for past, reward in zip(seen, rewards, strict=True)]
         rounds = len(self.config.survivors)
         best = self._best(seen, age=rounds, parent=0, count=1)
         replaced = bool(best) and _gain(seen, best[0], parent=0) > 0
@@ -117,8 +121,9 @@ class EvoPress(BatchAgent):
         child = parent.astype(np.float64)
         for _ in range(int(self._rng.integers(1, self.config.switches + 1, size=2).min())):
             # What is at an edge of [-1, 1] cannot move further; what it does not take, the projection spreads over all.
-            more = self._rng.choice(_or_all(child < 1))
-            less = self._rng.choice(np.setdiff1d(_or_all(child > -1), more) if len(child) > 1 else [more])
+            less = self._rng.choice(_or_all(child > -1))
+            others = np.delete(np.arange(len(child)), less)
+            more = others[self._rng.choice(_or_all(child[others] < 1))]
             child[more] += self.config.step
             child[less] -= self.config.step
             child = np.clip(child, -1.0, 1.0)

@@ -6,8 +6,7 @@ less than the prior m gives it, and the projection lets all the others pay or pr
 
 That payment is what makes the budgeted choice easy. With R = sum of l_i(keep ratio i) and a price p per unit of cost,
 f_i(x) = l_i(m_i + x) - l_i(m_i) - p c_i x to first order: the measured f_i is the Lagrangian of the budget, the price
-included. So the maximum of the model sum of f_i(x_i) is separable, and is solved exactly, one sublayer at a time: the
-vertex of the parabola through f_i's levels where that is a maximum between them, else the best level measured.
+included. So the maximum of the model sum of f_i(x_i) is separable, and :mod:`ffgym.agents.additive` solves it exactly.
 
 The model holds near the prior and is blind to interactions, and every f_i has its noise. So what is left of the tokens
 checks the solution x*: m + t x* for several t, the same few points on subset after subset. The best mean wins.
@@ -25,6 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from ffgym.agents.additive import one_at_a_time, solve
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
 from ffgym.types import Update
@@ -53,6 +53,7 @@ class Sensitivity(Agent):
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._solution: np.ndarray | None = None
+        self._start: np.ndarray | None = None
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Sweep, solve, check."""
@@ -63,7 +64,8 @@ class Sensitivity(Agent):
                 hint="Set search.episodes_per_update to 2 or more.",
             )
         measure = _Measure(env, seed, on_update)
-        prior = np.zeros(env.single_action_space.shape[0]) if self.prior_mean is None else self.prior_mean
+        start = self.prior_mean if self._start is None else self._start
+        prior = np.zeros(env.single_action_space.shape[0]) if start is None else start
         moves = one_at_a_time(prior, self.config.levels, np.random.default_rng(seed))
         gains = self._sweep(measure, prior, moves, keep=self.config.check_share * env.tokens_left)
         direction = solve(len(prior), moves, gains)
@@ -85,9 +87,11 @@ class Sensitivity(Agent):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take another run's solution as the point to measure around."""
-        self.prior_mean = np.array(state["solution"])
+        self._start = np.array(state["solution"])
 
-    def _sweep(self, measure: _Measure, prior: np.ndarray, moves: list[tuple[int, float]], *, keep: float) -> np.ndarray:
+    def _sweep(
+        self, measure: _Measure, prior: np.ndarray, moves: list[tuple[int, float]], *, keep: float
+    ) -> np.ndarray:
         """Mean gain of each move over the prior, shape (moves,), NaN where the tokens did not reach it."""
         room = measure.env.num_envs - 1
         totals, counts = np.zeros(len(moves)), np.zeros(len(moves))
@@ -104,46 +108,6 @@ class Sensitivity(Agent):
             np.add.at(counts, chosen, 1)
         with np.errstate(invalid="ignore"):
             return np.asarray(totals / counts)
-
-
-def one_at_a_time(prior: np.ndarray, levels: tuple[float, ...], rng: np.random.Generator) -> list[tuple[int, float]]:
-    """(sublayer, change) for every sublayer and level that [-1, 1] leaves room for: level by level, sublayers shuffled."""
-    moves: list[tuple[int, float]] = []
-    for level in levels:
-        for i in rng.permutation(len(prior)):
-            change = float(np.clip(prior[i] + level, -1.0, 1.0) - prior[i])
-            if abs(change) > 1e-6:
-                moves.append((int(i), change))
-    return moves
-
-
-def solve(dimensions: int, moves: list[tuple[int, float]], gains: np.ndarray) -> np.ndarray:
-    """The changes that maximise the sum of all sublayers' models.
-
-    Args:
-        dimensions: 2L.
-        moves: (sublayer, change).
-        gains: shape (moves,); NaN = not measured.
-
-    Returns:
-        shape (2L,).
-    """
-    best = np.zeros(dimensions)
-    for sublayer in range(dimensions):
-        known = [(x, g) for (i, x), g in zip(moves, gains, strict=True) if i == sublayer and np.isfinite(g)]
-        if known:
-            best[sublayer] = _peak(np.array([x for x, _ in known]), np.array([g for _, g in known]))
-    return best
-
-
-def _peak(changes: np.ndarray, gains: np.ndarray) -> float:
-    """Where a parabola through 0 and the gains peaks between the changes; else the best of them, or 0."""
-    low, high = min(0.0, changes.min()), max(0.0, changes.max())
-    if len(np.unique(changes)) > 1:
-        slope, bend = np.linalg.lstsq(np.stack([changes, changes**2], axis=1), gains, rcond=None)[0]
-        if bend < 0 and low < -slope / (2 * bend) < high:
-            return float(-slope / (2 * bend))
-    return float(changes[np.argmax(gains)]) if gains.max() > 0 else 0.0
 
 
 class _Measure:

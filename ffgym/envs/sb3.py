@@ -50,7 +50,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
     def importances(self, actions: np.ndarray) -> np.ndarray:
         """What actions stand for: clip(centre + action), float32."""
         space = self.importance_space
-        return np.clip(self.centre + actions, space.low, space.high).astype(np.float32)
+        return np.asarray(np.clip(self.centre + actions, space.low, space.high), dtype=np.float32)
 
     def reset(self) -> np.ndarray:
         """Begin; the first of the seeds that ``seed`` set decides everything."""

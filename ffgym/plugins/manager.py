@@ -44,6 +44,12 @@ class BuiltIn(NamedTuple):
 BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     "agent": {
         "reinforce": BuiltIn("ffgym.agents.reinforce:Reinforce", "policy gradient over a Gaussian of importances"),
+        "ppo": BuiltIn("ffgym.agents.ppo:PPO", "Stable-Baselines3's PPO"),
+        "evolution": BuiltIn("ffgym.agents.evolution:Evolution", "mutation, crossover and survival in a population"),
+        "cma-es": BuiltIn("ffgym.agents.cma_es:CMAES", "covariance matrix adaptation, by the cmaes package"),
+        "bayesian": BuiltIn("ffgym.agents.bayesian:Bayesian", "Gaussian-process surrogate with expected improvement"),
+        "evopress": BuiltIn("ffgym.agents.evopress:EvoPress", "level switches with several rounds of selection"),
+        "sensitivity": BuiltIn("ffgym.agents.sensitivity:Sensitivity", "each sublayer alone, then the best choice"),
         "random": BuiltIn("ffgym.agents.random_search:RandomSearch", "independent random importances"),
         "one-shot": BuiltIn("ffgym.agents.one_shot:OneShot", "the prior's heuristic, measured as it is; no search"),
     },

@@ -47,7 +47,7 @@ def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, A
     Raises:
         OutputError: the picture cannot be written.
     """
-    figure = _new_figure(width=9.0, height=5.2)
+    figure = new_figure(width=9.0, height=5.2)
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
     found = next(iter(allocations.values()))
     kinds: tuple[Kind, ...] = ("attention", "mlp")
@@ -78,7 +78,7 @@ def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, A
         axes.set_ylabel(f"{units}\nkept (%)")
         axes.set_ylim(0, 108)
         axes.set_yticks(range(0, 101, 25))
-        _tidy(axes)
+        tidy(axes)
     panels[1].set_xlabel("decoder layer (0 = next to the embedding)")
     panels[1].set_xlim(-0.7, max(sublayer.layer for sublayer in sublayers) + 0.7)
     panels[1].xaxis.get_major_locator().set_params(integer=True)
@@ -86,7 +86,7 @@ def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, A
     by_label = dict(zip(labels, handles, strict=True))
     _legend(figure, {label: by_label[label] for label in allocations})
     figure.suptitle(_kept_title(sublayers, found), x=0.01, ha="left", fontsize=12, fontweight="bold")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _unit_count(sublayers: Sequence[Sublayer], indices: Sequence[int]) -> str:
@@ -126,7 +126,7 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
     """
     searches = {label: history for label, history in episodes.items() if history}
     scheduled = any(len({episode.target_sparsity for episode in history}) > 1 for history in searches.values())
-    figure = _new_figure(width=9.0, height=5.0 if scheduled else 4.0)
+    figure = new_figure(width=9.0, height=5.0 if scheduled else 4.0)
     if scheduled:
         rewards, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         _draw_schedule(bottom, searches)
@@ -140,11 +140,11 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
     rewards.set_ylabel("reward (higher is better)")
     handles, labels = rewards.get_legend_handles_labels()
     _legend(figure, dict(zip(labels, handles, strict=True)))
-    _tidy(rewards)
+    tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
     figure.suptitle(_reward_title(searches, scheduled), x=0.01, ha="left", fontsize=12, fontweight="bold")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _reward_title(searches: Mapping[str, Sequence[Episode]], scheduled: bool) -> str:
@@ -202,7 +202,7 @@ def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> Non
     axes.set_ylabel("target\nsparsity (%)")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _tokens_so_far(history: Sequence[Episode]) -> NDArray[np.float64]:
@@ -210,7 +210,7 @@ def _tokens_so_far(history: Sequence[Episode]) -> NDArray[np.float64]:
     return np.cumsum([episode.tokens for episode in history]) / 1e3
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Make a figure (inches) that no window and no global state knows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -220,7 +220,7 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
     """Leave out the frame that says nothing, and put the grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
@@ -233,7 +233,7 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write the PNG."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,8 +46,8 @@ def test_actions_are_offsets_from_the_centre_and_reach_every_importance():
     centre = np.array([1.0, -1.0, 0.5, -0.3, 0.1, 0.0])
     env = SB3VecEnv(toy(), centre)
     np.testing.assert_allclose(env.importances(np.zeros(6)), centre, rtol=1e-6)
-    np.testing.assert_array_equal(env.importances(env.action_space.low), np.full(6, -1.0))
-    np.testing.assert_array_equal(env.importances(env.action_space.high), np.full(6, 1.0))
+    np.testing.assert_allclose(env.importances(env.action_space.low), np.full(6, -1.0), rtol=1e-6)
+    np.testing.assert_allclose(env.importances(env.action_space.high), np.full(6, 1.0), rtol=1e-6)
     np.testing.assert_array_equal(env.importances(np.full(6, 9.0)), np.full(6, 1.0))
 
 
