@@ -102,7 +102,8 @@ def bench(files: Sequence[Path], *, progress: Console | None = None, only_report
     for each in benches:
         missing = [] if only_report else [cell for cell in each.cells if not cell.path.exists()]
         if missing:
-            _run_cells(each, missing, say)
+            with runner.disk_errors():
+                _run_cells(each, missing, say)
         results = [read_cell(cell) for cell in each.cells if cell.path.exists()]
         if not results:
             say.say(f"{each.spec.title}: no results yet")
@@ -121,6 +122,9 @@ def read_bench(file: Path) -> Bench:
         spec = BenchFile.model_validate(read_toml(file))
     except ValidationError as error:
         raise config_error(error, BenchFile) from None
+    for key, values in (("agents", spec.agents), ("seeds", spec.seeds)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{file}: {key} = {values} names one of them twice", hint="Name each once.")
     folder = file.parent / spec.results
     cells = []
     for label in spec.agents:
@@ -142,10 +146,16 @@ def check_benches(benches: Sequence[Bench]) -> None:
             f"one bench compares on one model, these name {', '.join(sorted(models))}",
             hint="Give the files of each model in a call of their own.",
         )
+    digests: dict[Path, str] = {}
     for cell in cells:
         runner.check_plugins(cell.config)
         manager.create("agent", cell.config.agent.name, cell.config.agent.options)
-        if cell.path.exists() and json.loads(cell.path.read_text(encoding="utf-8")).get("digest") != cell.digest:
+        if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:
+            raise ConfigError(
+                f"two benches would write {cell.path} for different configurations",
+                hint="Give each a `results` folder of its own.",
+            )
+        if cell.path.exists() and read_cell(cell).digest != cell.digest:
             raise ConfigError(
                 f"{cell.path} holds the result of another configuration",
                 hint="Point `results` at another folder, or delete that file to compute it again.",

@@ -127,8 +127,8 @@ class SearchTable(Table):
         default=2048, description="search tokens one episode is measured on, at least one window"
     )
     episodes_per_update: Count = Field(default=8, description="episodes that one policy update learns from")
-    finalists: Count = Field(default=6, description="allocations that are measured again before one is chosen")
-    final_tokens: Count = Field(default=16384, description="search tokens that finalists are measured on")
+    finalists: Count = Field(default=4, description="allocations that are measured again before one is chosen")
+    final_tokens: Count = Field(default=8192, description="search tokens that finalists are measured on")
     init_from: OptionalText = Field(
         default=None, description="run folder or MLflow run id whose policy to start from; or empty"
     )

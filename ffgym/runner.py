@@ -5,7 +5,9 @@ model, data -> statistics -> order -> refits -> search -> final calibration -> r
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,6 +51,13 @@ REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
 DEMO_LICENSE = "apache-2.0"
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
+
+# What a run writes: --overwrite clears these and nothing else.
+WRITTEN = frozenset(
+    {"config.toml", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
+    | {"report.md", "report.json", "units_kept.png", "reward.png", "model"}
+)
+NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 Refit = Literal["none", "ridge", "sequential"]
 REFIT_LABELS: Mapping[Refit, str] = {"none": "plain", "ridge": "ridge", "sequential": "sequential ridge"}
@@ -155,7 +164,11 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
     agent = make_agent(config)
     folder = claim_folder(config)
     tracking = config.tracking
-    with Tracker(Path(tracking.root), tracking.experiment, folder.name, tracking.enabled) as tracker:
+    with (
+        Tracker(Path(tracking.root), tracking.experiment, folder.name, tracking.enabled) as tracker,
+        disk_errors(),
+        _saying_what_is_kept(folder, say),
+    ):
         tracker.log_config(config.model_dump(mode="json"), to_toml(config))
         _write(folder / "config.toml", to_toml(config))
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
@@ -181,9 +194,8 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         _write(folder / "report.md", markdown(table))
         _write(folder / "report.json", json.dumps(as_dicts(table), indent=2))
         tracker.log_table(as_dicts(table))
-        for name in ("allocation.json", "policy.json", "report.md", "units_kept.png", "reward.png"):
-            if (folder / name).exists():
-                tracker.log_artifact(folder / name)
+        for name in ("report.md", "units_kept.png", "reward.png"):
+            tracker.log_artifact(folder / name)
         return RunResult(table, found, folder, saved, tracker.run_id)
 
 
@@ -220,12 +232,19 @@ def make_agent(config: RunConfig) -> Agent:
     agent = manager.create("agent", config.agent.name, config.agent.options)
     source = config.search.init_from
     if source is not None:
-        if Path(source).exists():
-            agent.load_state(read_policy(Path(source), config))
-        else:
+        if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():
             with tempfile.TemporaryDirectory() as folder:
                 policy = fetch_artifact(Path(config.tracking.root), source, "policy.json", Path(folder))
-                agent.load_state(read_policy(policy, config))
+                state = read_policy(policy, config)
+        else:
+            state = read_policy(Path(source).expanduser(), config)
+        try:
+            agent.load_state(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
+                hint="Start from another run, or leave --init-from out.",
+            ) from error
     return agent
 
 
@@ -251,10 +270,10 @@ def read_policy(source: Path, config: RunConfig) -> JSONDict:
     try:
         policy = json.loads(path.read_text(encoding="utf-8"))
         owner, state = policy["agent"], policy["state"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
-            hint="Give the folder of a finished run, e.g. one under runs/.",
+            hint="Give the folder of an earlier run, e.g. one under runs/, or its MLflow run id.",
         ) from error
     if owner != config.agent.name:
         raise ConfigError(
@@ -296,12 +315,7 @@ def claim_folder(config: RunConfig) -> Path:
                     f"the output folder {folder} exists and is not empty",
                     hint="Choose another one with --output DIR, or replace its contents with --overwrite.",
                 )
-            if not (folder / "config.toml").exists():
-                raise OutputError(
-                    f"{folder} is not empty and was not written by ffgym, so --overwrite will not clear it",
-                    hint="Choose another folder with --output DIR.",
-                )
-            shutil.rmtree(folder)
+            _clear(folder)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
@@ -314,18 +328,62 @@ def claim_folder(config: RunConfig) -> Path:
     return folder.resolve()
 
 
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run wrote; refuse where anything else is there, e.g. the folder of somebody's project."""
+    entries = sorted(folder.iterdir())
+    foreign = [path.name for path in entries if path.name not in WRITTEN and not path.name.startswith(".model.part-")]
+    if foreign or not (folder / "config.toml").exists():
+        what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
+        raise OutputError(
+            f"{folder} is not empty and {what}, so --overwrite will not clear it",
+            hint="Choose another folder with --output DIR.",
+        )
+    for path in entries:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn a full or read-only disk, wherever in a run it shows, into an error with a next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise OutputError(
+            f"cannot write {error.filename or 'results'}: {error.strerror}",
+            hint="Make room on the disk, or choose another folder with --output DIR.",
+        ) from error
+
+
+@contextmanager
+def _saying_what_is_kept(folder: Path, say: Reporter) -> Iterator[None]:
+    """After Ctrl-C, say what the run has found and where that is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        path = folder / "allocation.json"
+        if path.exists():
+            best = json.loads(path.read_text(encoding="utf-8"))
+            say.say(
+                f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
+                f"{best['sparsity']:.4f}) is in {path}"
+            )
+        else:
+            say.say("interrupted before the first episode had ended: there is nothing to keep")
+        raise
+
+
 def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say: Reporter) -> Found:
     try:
         found = _run_search(space, agent, tracker, folder / "episodes.jsonl", say, space.config.agent.name, "search")
     except SearchInterrupted as stop:
-        _write_found(folder, stop.found, agent, space)
-        best = stop.found.best
-        say.say(
-            f"interrupted after {len(stop.found.history)} episodes; best so far ({best.origin}, sparsity "
-            f"{best.allocation.sparsity:.4f}) is in {folder / 'allocation.json'}; nothing else was measured"
-        )
+        _write_found(folder, stop.found, agent, space, tracker)
         raise
-    _write_found(folder, found, agent, space)
+    _write_found(folder, found, agent, space, tracker)
     return found
 
 
@@ -475,8 +533,9 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
     )
 
 
-def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace) -> None:
+def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace, tracker: Tracker) -> None:
     _write(folder / "allocation.json", json.dumps(_allocation_json(found), indent=2))
+    tracker.log_artifact(folder / "allocation.json")
     state = agent.state()
     if state:
         policy = {
@@ -486,6 +545,7 @@ def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace) -> 
             "state": state,
         }
         _write(folder / "policy.json", json.dumps(policy, default=_plain))
+        tracker.log_artifact(folder / "policy.json")
 
 
 def _allocation_json(found: Found) -> JSONDict:

@@ -223,6 +223,9 @@ def read_episodes(path: Path) -> list[Episode]:
     """
     episodes: list[Episode] = []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        path.write_text("".join(lines[:-1]), encoding="utf-8")  # or the next line would be glued to it
+        lines.pop()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -230,9 +233,6 @@ def read_episodes(path: Path) -> list[Episode]:
             row["kept"] = tuple(row["kept"])
             episodes.append(Episode(**row))
         except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                path.write_text("".join(lines[:-1]), encoding="utf-8")
-                break
             raise DataError(
                 f"{path}, line {number} is not an episode: {error}", hint="Delete the file to search from the start."
             ) from error

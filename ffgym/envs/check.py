@@ -1,7 +1,8 @@
 """Gymnasium's and Stable-Baselines3's environment checkers on the pruning environment; a warning is a complaint.
 
 The checkers look at the interface, not at the numbers, so the environment is built small whatever the configuration
-asks for: windows of at most 128 tokens, two of them for statistics and two to search on, one per episode.
+asks for: windows of at most 128 tokens, two of them for statistics and two to search on, one per episode. An automatic
+ridge strength, whose search takes most of the time, is a number instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ffgym.config import RunConfig
 from ffgym.envs.building import make_pruning_env
 
 WINDOW = 128
+RIDGE = 0.01
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -26,7 +28,7 @@ def check_environment(config: RunConfig) -> list[str]:
     """Build the environment of a run, small, and let both checkers try it.
 
     Args:
-        config: the run; its model, plugins and budget are taken as they are, its token counts are lowered.
+        config: the run; its model, plugins and budget are taken as they are.
 
     Returns:
         one complaint per failure or warning, in the order of the checkers; empty = both pass without a warning.
@@ -41,6 +43,8 @@ def small(config: RunConfig) -> RunConfig:
     plain["data"] |= {"window": window, "report_tokens": window}
     plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
     plain["search"] |= {"episode_tokens": window, "final_tokens": window}
+    if config.prune.ridge == "auto":
+        plain["prune"] |= {"ridge": RIDGE}
     return RunConfig.model_validate(plain)
 
 

@@ -127,8 +127,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def measure(self, allocation: Allocation, subset: Sequence[int]) -> Evaluation:
         """Losses of the model cut to this allocation on these search windows."""
-        self.prunable.cut(allocation.kept, calibrated=self.calibrated)
         try:
+            self.prunable.cut(allocation.kept, calibrated=self.calibrated)
             return evaluate(self.prunable.model, self.windows[list(subset)], tokens_per_batch=self.tokens_per_batch)
         finally:
             self.prunable.restore()
@@ -138,6 +138,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         missing = [i for i in subset if i not in self._dense]
         if missing:
             self.prunable.restore()
-            found = evaluate(self.prunable.model, self.windows[missing], tokens_per_batch=self.tokens_per_batch)
+            # One window a pass: kernels round by batch size, and what is missing depends on what came before.
+            found = evaluate(self.prunable.model, self.windows[missing], tokens_per_batch=self.window_tokens)
             self._dense.update(zip(missing, found.losses, strict=True))
         return Evaluation(tuple(self._dense[i] for i in subset), self.window_tokens - 1)

@@ -116,7 +116,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _replayed(self, index: int, action: np.ndarray) -> Episode:
         episode = self._replay[index]
-        if episode.update != self._update or not np.array_equal(episode.action, action):
+        stage, kept = self._stage, self.env.budget.project(action, self._stage.sparsity).kept
+        task = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept)
+        if task != (self._update, stage.sparsity, stage.fidelity, kept) or not np.array_equal(episode.action, action):
             raise DataError(
                 f"episode {index} of the log is not what this search does: the log is of another configuration, seed, "
                 "version or thread count",

@@ -43,6 +43,7 @@ class SizeMeter:
         head = model.get_output_embeddings().weight
         self.kv_bytes = head.element_size()
         self._sublayers = prunable.sublayers
+        self._unit_free = [half.unit_free_params for half in prunable.halves]
         self._context = context
         self._dense_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._head_macs = float(head.numel())
@@ -50,6 +51,7 @@ class SizeMeter:
     def __call__(self, kept: Sequence[int]) -> Size:
         """Size with ``kept`` units per sublayer, length 2L (consumer biases count where the dense model has them)."""
         removed = sum((s.units - k) * s.unit_params for s, k in zip(self._sublayers, kept, strict=True))
+        removed += sum(extra for extra, k in zip(self._unit_free, kept, strict=True) if k == 0)
         return Size(
             parameters=self._dense_parameters - removed,
             macs=self._head_macs + self._total("macs", kept),

@@ -143,7 +143,7 @@ def _pick(half: Half, fit: LayerStats, apart: LayerStats, affine: bool) -> float
     assert fit.second_moment is not None, "collected above"
     assert apart.second_moment is not None, "collected above"
     return pick_ridge(
-        half.consumer.weight,
+        half.consumer.weight.detach(),
         covariance(fit.second_moment, fit.mean if affine else None),
         covariance(apart.second_moment, apart.mean if affine else None),
     )

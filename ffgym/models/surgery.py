@@ -50,6 +50,14 @@ class Half:
         """The consumer's dense weight, shape (m, n), path order, and bias, shape (m,) or ``None``."""
         return self._consumer_weight, self._consumer_bias
 
+    @property
+    def unit_free_params(self) -> int:
+        """Parameters that no unit owns and that go with the last one: an attention's norms of queries and keys."""
+        if self.sublayer.kind == "mlp":
+            return 0
+        linears = {id(p) for linear in [*self.producers, self.consumer] for p in linear.parameters()}
+        return sum(p.numel() for p in self._attention.parameters() if id(p) not in linears)
+
     def permute(self, order: torch.Tensor) -> None:
         """Put the units in this order, in place and for good; the model's function is unchanged.
 

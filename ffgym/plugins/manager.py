@@ -204,14 +204,16 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
 def resolve_agent(config: RunConfig) -> RunConfig:
     """Let a heuristic stand in for an agent: ``agent = flap`` means the one-shot agent with the prior ``flap``.
 
-    The agent table's options become the prior's. A configuration that names an agent comes back unchanged.
+    The agent table's options become the prior's, and the search is a single episode: there is nothing to learn. A
+    configuration that names an agent comes back unchanged.
     """
     name = config.agent.name
     if _owners("agent", name) or not _owners("heuristic", name):
         return config
     inherited = config.prior.options if config.prior.name == name else {}
     prior = type(config.prior)(name=name, **{**inherited, **config.agent.options})
-    return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior})
+    once = config.search.model_copy(update={"episodes": 1, "episodes_per_update": 1})
+    return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior, "search": once})
 
 
 def package_of(plugin: Plugin | type[Plugin]) -> Package:

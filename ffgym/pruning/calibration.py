@@ -9,7 +9,8 @@ With A = C C^T (C lower), B = W C and D = C^-1 (lower) that is, for every k at o
 
     W'_K = B[:, :k] D[:k, :k] = W_K - B[:, k:] D[k:, :k]
 
-and the value of the minimum is the squared norm of the columns that are left out, ||B[:, k:]||^2.
+and ||B[:, k:]||^2, the squared norm of the columns that are left out, is the value of the minimum plus l ||W_P||^2: the
+same objective with W' padded by zeros, so that the penalty counts the dropped weights too.
 The affine form does the same on centred inputs and moves what the means carry into the bias (its case W' = W_K is the
 bias compensation of FLAP, arXiv 2312.11983).
 """

@@ -39,7 +39,7 @@ class Final(BaseModel):
 class CellResult(BaseModel):
     """One agent with one seed: what a committed result file holds."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")  # JSON has no infinity
 
     label: str
     agent: str

@@ -36,7 +36,8 @@ class Stage:
             self._bars.update(self._task, total=self.total, completed=self.done, note=note)
         elif time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            self._console.print(f"{self.label}: {self.done}/{self.total} {note}".rstrip(), highlight=False)
+            line = f"{self.label}: {self.done}/{self.total} {note}".rstrip()
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 class Reporter:
@@ -55,13 +56,13 @@ class Reporter:
         begun = time.monotonic()
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=28),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with Progress(*columns, console=self.console, transient=True) as bars:
                 yield Stage(label, total, self.console, bars)
@@ -71,4 +72,4 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Print one line."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)

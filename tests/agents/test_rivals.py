@@ -230,9 +230,9 @@ class TestWhatIsTheirOwn:
         for _ in range(25):
             begun = time.process_time()
             actions = agent.ask(observations)
-            seconds.append(time.process_time() - begun)
             agent.tell(observations, actions, -(actions.astype(np.float64) ** 2).mean(axis=1))
-        assert np.median(seconds[-5:]) < 1.0, "0.05 s where it was written; generous for slow machines"
+            seconds.append(time.process_time() - begun)
+        assert np.median(seconds[-5:]) < 1.0, "0.1 s where it was written; generous for slow machines"
 
     def test_evopress_moves_units_between_sublayers(self):
         agent = EvoPress()

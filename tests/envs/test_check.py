@@ -70,7 +70,8 @@ def test_it_is_checked_small_whatever_is_asked_for():
     assert checked.data.window <= 128
     assert checked.data.calibration_tokens + checked.data.search_tokens <= 512
     assert checked.search.episode_tokens == checked.data.window
-    assert (checked.model, checked.prune) == (RunConfig().model, RunConfig().prune)
+    assert checked.model == RunConfig().model
+    assert checked.prune.model_copy(update={"ridge": "auto"}) == RunConfig().prune
 
 
 def test_warnings_and_failures_become_complaints():

@@ -1,0 +1,112 @@
+"""What many tests share: one thread, the same examples on every machine, and a tiny model that is ready to be cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ffgym.models.preparation import Prepared
+
+# Before torch is imported: on models this small, threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+hypothesis.settings.register_profile("ffgym", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("ffgym")
+
+
+def random_windows(count: int, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Token ids for the tiny models, shape (count, length)."""
+    import torch
+
+    return torch.randint(3, 128, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(name="random_windows", scope="session")
+def random_windows_fixture() -> Callable[..., torch.Tensor]:
+    return random_windows
+
+
+@pytest.fixture
+def prepared_llama() -> Prepared:
+    """A tiny random llama (3 layers, 2 KV groups, 48 channels) with its paths; fresh for every test."""
+    from ffgym.criteria.wanda import Wanda
+    from ffgym.models.preparation import prepare
+    from ffgym.testing.models import tiny_model
+
+    return prepare(tiny_model("llama"), Wanda(), random_windows(8), ridge=0.01)
+
+
+@pytest.fixture(scope="session")
+def glass() -> tuple[Any, torch.Tensor]:
+    """The tiny model that has really been trained, and 32 windows of 96 tokens of its own prose: copy before cutting.
+
+    It is asked to write them itself, so that calibration and evaluation text are of the kind it knows.
+    """
+    import torch
+
+    from ffgym.testing.models import glass_model
+
+    model, tokenizer = glass_model()
+    start = tokenizer(["Alice", "The", "She", "He"] * 8, return_tensors="pt", padding=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        written = model.generate(
+            **start, do_sample=True, min_new_tokens=100, max_new_tokens=100, pad_token_id=0, top_k=0
+        )
+    return model.requires_grad_(False), written[:, -96:].contiguous()
+
+
+@pytest.fixture
+def make_env(prepared_llama: Prepared) -> Callable[..., Any]:
+    """``make_env(**options)``: a PruningEnv on the tiny llama and 12 search windows of 32 tokens."""
+    from ffgym.envs.pruning_env import PruningEnv
+    from ffgym.pruning.budget import Budget
+    from ffgym.rewards.perplexity import Perplexity
+
+    def make(**options: Any) -> PruningEnv:
+        prunable = prepared_llama.prunable
+        return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), Budget(prunable.sublayers), **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A RunConfig as plain data, on a saved tiny llama and corpora of random words."""
+    import numpy as np
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from ffgym.testing.models import tiny_model
+
+    folder: Path = tmp_path_factory.mktemp("tiny-run")
+    tiny_model("llama").save_pretrained(folder / "model")
+    words = [f"w{i}" for i in range(120)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "model")
+    for name, seed in (("search.txt", 0), ("report.txt", 1)):
+        text = " ".join(np.random.default_rng(seed).choice(words, 2000))
+        (folder / name).write_text(text, encoding="utf-8")
+    return {
+        "model": {"name": str(folder / "model"), "dtype": "float32", "device": "cpu"},
+        "data": {
+            "calibration": str(folder / "search.txt"),
+            "search": str(folder / "search.txt"),
+            "report": str(folder / "report.txt"),
+            "window": 32,
+            "calibration_tokens": 256,
+            "search_tokens": 256,
+            "report_tokens": 64,
+        },
+        "search": {"episode_tokens": 64, "final_tokens": 64},
+    }

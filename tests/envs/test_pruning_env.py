@@ -1,0 +1,263 @@
+"""One episode: what goes in, what comes out, and that nothing of it is left behind."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+import ffgym
+from ffgym.errors import BudgetError, DataError, PluginError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.models.surgery import PrunableModel
+from ffgym.pruning.calibration import PlainPath
+from ffgym.testing.models import tiny_model
+
+ACTION = np.linspace(-1, 1, 6).astype(np.float32)
+
+
+@pytest.fixture
+def env(make_env):
+    return make_env(sparsity=0.3)
+
+
+def count_forwards(env):
+    calls = []
+    env.prunable.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def break_layer(env, loss=math.nan):
+    """Any cut of the first MLP gives weights of NaN."""
+    half = env.prunable.halves[1]
+
+    class Broken(PlainPath):
+        def weight_at(self, channels):
+            return torch.full_like(super().weight_at(channels), loss)
+
+    half.path = Broken(*half.dense_consumer)
+
+
+def test_spaces(env):
+    assert env.action_space == spaces.Box(-1.0, 1.0, (6,), np.float32)
+    assert env.observation_space == spaces.Box(0.0, 1.0, (2,), np.float32)
+    observation, info = env.reset(seed=0)
+    assert observation in env.observation_space
+    np.testing.assert_array_equal(observation, np.array([0.3, 1.0], np.float32))
+    assert info == {}
+    assert not hasattr(env, "compute_reward")
+
+
+def test_a_step_ends_the_episode_in_plain_python(env):
+    env.reset(seed=0)
+    observation, reward, terminated, truncated, info = env.step(ACTION)
+    assert observation in env.observation_space
+    assert (type(reward), terminated, truncated) == (float, True, False)
+    assert {type(terminated), type(truncated)} == {bool}
+    assert set(info) == {"kept", "sparsity", "loss", "dense_loss", "tokens", "failed"}
+    assert all(isinstance(value, int | float | np.ndarray) for value in info.values())
+    assert info["kept"].dtype == np.int64
+
+
+def test_the_reward_is_what_it_should_be(env):
+    """Projection, cut, loss and dense loss, done by hand on a model of its own."""
+    env.reset(seed=0, options={"subset": (3, 7)})
+    _, reward, _, _, info = env.step(ACTION)
+    allocation = env.budget.project(ACTION, 0.3)
+    assert tuple(info["kept"]) == allocation.kept
+    assert info["sparsity"] == allocation.sparsity >= 0.3
+    assert info["tokens"] == 2 * 32
+    assert info["failed"] == 0
+    windows = env.windows[[3, 7]]
+    dense = evaluate(env.prunable.model, windows).loss
+    env.prunable.cut(allocation.kept)
+    pruned = evaluate(env.prunable.model, windows).loss
+    assert info["dense_loss"] == pytest.approx(dense, rel=1e-6)
+    assert info["loss"] == pytest.approx(pruned, rel=1e-6)
+    assert reward == pytest.approx(math.exp(dense - pruned), rel=1e-6)
+
+
+def test_calibration_is_inside_the_reward_or_not(make_env):
+    losses = []
+    for calibrated in (True, False):
+        env = make_env(sparsity=0.3, calibrated=calibrated)
+        env.reset(options={"subset": (0, 1)})
+        losses.append(env.step(ACTION)[4]["loss"])
+        kept = env.budget.project(ACTION, 0.3).kept
+        env.prunable.cut(kept, calibrated=calibrated)
+        assert losses[-1] == pytest.approx(evaluate(env.prunable.model, env.windows[:2]).loss, rel=1e-6)
+        env.prunable.restore()
+    assert losses[0] != losses[1]
+
+
+def test_the_same_action_gives_the_bit_same_reward(env):
+    env.reset(seed=0)
+    first = env.step(ACTION)[1]
+    env.reset(seed=1)
+    env.step(-ACTION)
+    env.reset(seed=0)
+    assert env.step(ACTION)[1] == first
+
+
+@pytest.mark.parametrize("before", [[(4,)], [(2, 4, 5)], [(1, 2), (2, 3, 4)]])
+def test_the_reward_does_not_depend_on_what_was_measured_before(make_env, before):
+    """Dense losses are cached per window: the order in which windows first come up must not show in the bits."""
+    rewards = []
+    for subsets in ([], before):
+        env = make_env(sparsity=0.3)
+        for subset in [*subsets, (1, 2, 4)]:
+            env.reset(options={"subset": subset})
+            reward = env.step(ACTION)[1]
+        rewards.append((reward, env.dense((1, 2, 4)).losses))
+    assert rewards[0] == rewards[1]
+
+
+def test_a_dense_window_is_always_evaluated_on_its_own(env, monkeypatch):
+    """Kernels round by batch size, so a batch of whatever is not cached yet would let history into the reward."""
+    shapes = []
+    env.prunable.model.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    env.dense((1, 2, 4))
+    env.dense((0, 2, 5))
+    assert shapes == [(1, 32)] * 5
+
+
+def test_reset_evaluates_nothing_and_is_seeded(env):
+    calls = count_forwards(env)
+    subsets = []
+    for seed in (5, 5, 6):
+        env.reset(seed=seed)
+        subsets.append(env._subset)
+    assert calls == []
+    assert subsets[0] == subsets[1] != subsets[2]
+    assert len(set(subsets[0])) == 2
+
+
+def test_dense_losses_are_evaluated_once(env):
+    calls = count_forwards(env)
+    env.reset(options={"subset": (0, 1)})
+    env.step(ACTION)
+    first = len(calls)
+    env.reset(options={"subset": (0, 1)})
+    env.step(-ACTION)
+    assert len(calls) - first == 1, "only the pruned model"
+
+
+def test_the_model_is_dense_again_after_a_step(env):
+    before = {name: parameter.clone() for name, parameter in env.prunable.model.named_parameters()}
+    env.reset(seed=0)
+    env.step(ACTION)
+    assert env.prunable.kept == env.prunable.dense_units
+    after = dict(env.prunable.model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_model_is_dense_again_after_an_interrupt(env, monkeypatch):
+    """Ctrl-C during the forward pass, and in the middle of the cut."""
+    env.reset(seed=0)
+    env.dense(env._subset)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    handle = env.prunable.model.base_model.register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        env.step(ACTION)
+    assert env.prunable.kept == env.prunable.dense_units
+    handle.remove()
+    monkeypatch.setattr(env.prunable.halves[3], "cut", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        env.step(ACTION)
+    assert env.prunable.halves[1].consumer.in_features == 48
+
+
+class TestTasks:
+    def test_sparsity_and_subset_come_in_through_options(self, env):
+        observation, _ = env.reset(options={"sparsity": 0.5, "subset": (2,)})
+        np.testing.assert_array_equal(observation, np.array([0.5, 0.5], np.float32))
+        _, _, _, _, info = env.step(ACTION)
+        assert info["sparsity"] >= 0.5
+        assert info["tokens"] == 32
+        observation, _ = env.reset()
+        np.testing.assert_array_equal(observation, np.array([0.3, 1.0], np.float32))
+
+    def test_a_sparsity_out_of_reach_is_refused_at_once(self, env, make_env):
+        with pytest.raises(BudgetError, match="out of reach"):
+            env.reset(options={"sparsity": 0.99})
+        with pytest.raises(BudgetError, match="out of reach"):
+            make_env(sparsity=0.99)
+
+    @pytest.mark.parametrize("episode_windows", [0, 13])
+    def test_an_episode_that_does_not_fit_the_split_is_refused(self, make_env, episode_windows):
+        with pytest.raises(DataError, match=f"{episode_windows} windows does not fit the search split of 12"):
+            make_env(episode_windows=episode_windows)
+
+    def test_draw_gives_different_windows(self, env):
+        drawn = env.draw(np.random.default_rng(0), 12)
+        assert drawn == tuple(range(12))
+        assert len(set(env.draw(np.random.default_rng(0), 5))) == 5
+
+
+class TestFailures:
+    @pytest.mark.parametrize("loss", [math.nan, math.inf])
+    def test_a_loss_that_is_not_finite_earns_the_worst_and_is_recorded(self, env, loss):
+        break_layer(env, loss)
+        env.reset(seed=0)
+        _, reward, terminated, _, info = env.step(ACTION)
+        assert reward == env.reward.worst == 0.0
+        assert terminated is True
+        assert info["failed"] == 1
+        assert not math.isfinite(info["loss"])
+        assert math.isfinite(info["dense_loss"])
+        assert env.prunable.kept == env.prunable.dense_units
+
+    def test_a_reward_may_have_another_worst(self, env):
+        class Logarithmic(ffgym.Reward):
+            name = "log"
+            worst = -50.0
+
+            def __call__(self, pruned, dense):
+                return dense.loss - pruned.loss
+
+        env.reward = Logarithmic()
+        break_layer(env)
+        env.reset(seed=0)
+        assert env.step(ACTION)[1] == -50.0
+
+    def test_a_reward_that_is_not_finite_where_losses_are_is_the_plugins_fault(self, env):
+        class Odd(ffgym.Reward):
+            name = "odd"
+
+            def __call__(self, pruned, dense):
+                return math.nan
+
+        env.reward = Odd()
+        env.reset(seed=0)
+        with pytest.raises(PluginError, match="'odd'"):
+            env.step(ACTION)
+
+    def test_actions_that_are_not_finite_are_refused(self, env):
+        env.reset(seed=0)
+        with pytest.raises(BudgetError, match="finite"):
+            env.step(np.full(6, np.nan, np.float32))
+
+
+def test_half_a_budget_of_kv_cuts_attention_only(prepared_llama, random_windows):
+    from ffgym.envs.pruning_env import PruningEnv
+    from ffgym.pruning.budget import Budget
+    from ffgym.rewards.perplexity import Perplexity
+
+    prunable = prepared_llama.prunable
+    env = PruningEnv(
+        prunable, Perplexity(), random_windows(4), Budget(prunable.sublayers, resource="kv", kv_bytes=4), sparsity=0.5
+    )
+    env.reset(seed=0)
+    assert env.step(ACTION)[4]["kept"].tolist() == [1, 48, 1, 48, 1, 48]
+
+
+def test_the_tiny_model_is_what_these_tests_think():
+    assert PrunableModel(tiny_model("llama")).dense_units == (2, 48) * 3

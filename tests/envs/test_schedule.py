@@ -1,0 +1,68 @@
+"""The ramps start easy, never fall back, arrive where they should, and measure at least one window."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ffgym.envs.schedule import Schedule
+
+ramps = st.sampled_from(["none", "cubic", "staircase"])
+schedules = st.builds(
+    Schedule,
+    target=st.floats(0.01, 0.9),
+    windows=st.integers(1, 20),
+    start=st.floats(0.01, 0.9),
+    sparsity=ramps,
+    fidelity=ramps,
+    ramp_share=st.floats(0.05, 1),
+)
+CUBIC = Schedule(0.3, 8, start=0.05, sparsity="cubic", fidelity="cubic", ramp_share=0.5)
+
+
+@given(schedules, st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted))
+def test_never_falls_back_and_stays_in_range(schedule, spent):
+    before, after = (schedule.stage(share) for share in spent)
+    for stage in (before, after):
+        assert 1 <= stage.windows <= schedule.windows
+        assert stage.fidelity == stage.windows / schedule.windows
+        assert min(schedule.start, schedule.target) - 1e-12 <= stage.sparsity <= schedule.target + 1e-12
+    assert after.windows >= before.windows
+    assert after.sparsity >= before.sparsity - 1e-12
+
+
+@given(schedules, st.floats(0, 1))
+def test_arrives_when_the_ramps_share_is_spent_and_stays(schedule, further):
+    at_the_end = schedule.stage(schedule.ramp_share + further)
+    assert at_the_end.sparsity == pytest.approx(schedule.target)
+    assert (at_the_end.windows, at_the_end.fidelity) == (schedule.windows, 1.0)
+    assert schedule.stage(schedule.ramp_share) == at_the_end == schedule.stage(1.0), "bit for bit: one stage"
+
+
+def test_starts_where_it_should():
+    first = CUBIC.stage(0.0)
+    assert (first.sparsity, first.windows, first.fidelity) == (pytest.approx(0.05), 1, 1 / 8)
+    harder_start = Schedule(0.1, 8, start=0.3, sparsity="cubic")
+    assert harder_start.stage(0.0).sparsity == pytest.approx(0.1), "never above the target"
+
+
+def test_cubic_formulas():
+    for t in (0.0, 0.2, 0.5, 0.9):
+        stage = CUBIC.stage(t * 0.5)
+        assert stage.sparsity == pytest.approx(0.3 - 0.25 * (1 - t) ** 3)
+        assert stage.windows - 1 < max(1, 8 * t**3) <= stage.windows
+    assert CUBIC.stage(0.25).sparsity > 0.25, "fast at first"
+    assert CUBIC.stage(0.25).windows == 1, "slow at first"
+
+
+def test_a_staircase_climbs_in_equal_steps():
+    stairs = Schedule(0.4, 4, start=0.0, sparsity="staircase", fidelity="staircase", ramp_share=0.8)
+    seen = [(round(s.sparsity, 9), s.windows) for s in (stairs.stage(i / 100) for i in range(101))]
+    assert list(dict.fromkeys(seen)) == [(0.0, 1), (0.1, 1), (0.2, 2), (0.3, 3), (0.4, 4)]
+
+
+def test_without_ramps_it_is_the_full_task_from_the_start():
+    assert Schedule(0.2, 4).stage(0.0) == Schedule(0.2, 4).stage(1.0)
+    assert Schedule(0.2, 4).stage(0.0).windows == 4
+    assert Schedule(0.2, 4, sparsity="cubic", ramp_share=0.0).stage(0.0).sparsity == pytest.approx(0.2)

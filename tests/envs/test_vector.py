@@ -1,0 +1,238 @@
+"""One vector step is one update: one task for all its episodes, tokens counted, nothing measured twice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from ffgym.envs.schedule import Schedule
+from ffgym.envs.vector import PruningVectorEnv
+from ffgym.errors import DataError
+
+RAMPS = Schedule(0.4, 4, start=0.1, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
+
+
+@pytest.fixture
+def env(make_env):
+    return make_env(sparsity=0.4, episode_windows=4)
+
+
+def vector_of(env, schedule=None, *, num_envs=3, episodes=9, **options):
+    return PruningVectorEnv(
+        env,
+        schedule or Schedule(env.sparsity, env.episode_windows),
+        num_envs=num_envs,
+        token_budget=episodes * env.episode_windows * env.window_tokens,
+        **options,
+    )
+
+
+def played(vector, seed=0):
+    """Random actions until the budget is spent."""
+    rng = np.random.default_rng(seed)
+    vector.reset(seed=seed)
+    rewards = []
+    while vector.tokens_left:
+        actions = rng.uniform(-1, 1, vector.action_space.shape).astype(np.float32)
+        rewards.append(vector.step(actions)[1])
+    return rewards
+
+
+def same_episode(a, b):
+    plain = [replace(e, action=e.action.tolist()) for e in (a, b)]
+    return repr(plain[0]) == repr(plain[1])  # repr: NaN equals NaN, and floats show every bit
+
+
+def test_spaces_and_autoreset(env):
+    vector = vector_of(env)
+    assert vector.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert vector.num_envs == 3
+    assert vector.action_space.shape == (3, 6)
+    assert vector.observation_space.shape == (3, 2)
+    assert vector.single_action_space == env.action_space
+    observations, infos = vector.reset(seed=0)
+    assert observations in vector.observation_space
+    assert infos == {}
+
+
+def test_a_step_says_what_came_of_it_in_final_info(env):
+    vector = vector_of(env)
+    first, _ = vector.reset(seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 6)).astype(np.float32)
+    following, rewards, terminated, truncated, infos = vector.step(actions)
+    assert following in vector.observation_space
+    assert rewards.shape == (3,)
+    assert terminated.dtype == truncated.dtype == bool
+    assert terminated.all()
+    assert not truncated.any()
+    final = infos["final_info"]
+    np.testing.assert_array_equal(infos["final_obs"], first)
+    assert infos["_final_info"].all()
+    assert infos["_final_obs"].all()
+    np.testing.assert_array_equal(final["reward"], rewards)
+    assert final["kept"].shape == (3, 6)
+    for i, action in enumerate(actions):
+        assert tuple(final["kept"][i]) == env.budget.project(action, 0.4).kept
+        assert rewards[i] == pytest.approx(math.exp(final["dense_loss"][i] - final["loss"][i]))
+    assert final["tokens"].tolist() == [4 * 32] * 3
+    assert final["failed"].tolist() == [0] * 3
+
+
+def test_the_subset_is_redrawn_every_update_and_common_to_its_episodes(env, monkeypatch):
+    subsets = []
+    measure = env.measure
+    monkeypatch.setattr(env, "measure", lambda a, subset: subsets.append(tuple(subset)) or measure(a, subset))
+    vector = vector_of(env, episodes=12)
+    played(vector)
+    updates = [subsets[i : i + 3] for i in range(0, 12, 3)]
+    assert all(len(set(update)) == 1 for update in updates)
+    assert len({update[0] for update in updates}) > 1
+    losses = {e.update: set() for e in vector.history}
+    for episode in vector.history:
+        losses[episode.update].add(episode.dense_loss)
+    assert all(len(found) == 1 for found in losses.values())
+
+
+def test_equal_actions_in_one_update_earn_bit_equal_rewards(env):
+    vector = vector_of(env)
+    vector.reset(seed=0)
+    rewards = vector.step(np.tile(np.linspace(-1, 1, 6, dtype=np.float32), (3, 1)))[1]
+    assert len(set(rewards.tolist())) == 1
+
+
+def test_the_seed_decides_all_subsets(env):
+    runs = [vector_of(env) for _ in range(3)]
+    rewards = [played(run, seed) for run, seed in zip(runs, (1, 1, 2), strict=True)]
+    assert np.array_equal(rewards[0], rewards[1])
+    assert all(same_episode(a, b) for a, b in zip(runs[0].history, runs[1].history, strict=True))
+    assert not np.array_equal([e.dense_loss for e in runs[0].history], [e.dense_loss for e in runs[2].history])
+
+
+def test_tokens_are_counted_and_end_the_search(env):
+    seen = []
+    vector = vector_of(env, episodes=8, on_episode=seen.append)
+    assert vector.tokens_left == 8 * 4 * 32
+    played(vector)
+    assert len(vector.history) == 9, "the update that crosses the budget is the last"
+    assert vector.tokens_spent == sum(e.tokens for e in vector.history) == 9 * 4 * 32
+    assert vector.tokens_left == 0
+    assert seen == vector.history
+    assert [e.index for e in seen] == list(range(9))
+    assert [e.update for e in seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_the_schedule_ticks_once_an_update(env):
+    vector = vector_of(env, RAMPS, episodes=12)
+    played(vector)
+    spent = 0
+    for update in range(vector.history[-1].update + 1):
+        episodes = [e for e in vector.history if e.update == update]
+        stage = RAMPS.stage(spent / vector.token_budget)
+        for episode in episodes:
+            assert (episode.target_sparsity, episode.fidelity) == (stage.sparsity, stage.fidelity)
+            assert episode.tokens == stage.windows * 32
+            assert episode.sparsity >= stage.sparsity - 1e-9
+        spent += sum(e.tokens for e in episodes)
+    assert vector.history[0].target_sparsity == pytest.approx(0.1)
+    assert vector.history[0].tokens == 32
+    assert vector.history[-1].target_sparsity == pytest.approx(0.4)
+    assert vector.history[-1].fidelity == 1
+    assert len(vector.history) > 12, "easy episodes are cheap"
+
+
+def test_observations_are_the_running_stage(env):
+    vector = vector_of(env, RAMPS, episodes=12)
+    observations, _ = vector.reset(seed=0)
+    while vector.tokens_left:
+        stage = vector.stage
+        np.testing.assert_array_equal(observations, np.tile(np.float32([stage.sparsity, stage.fidelity]), (3, 1)))
+        observations, _, _, _, infos = vector.step(np.zeros((3, 6), np.float32))
+        np.testing.assert_array_equal(infos["final_obs"][0], np.float32([stage.sparsity, stage.fidelity]))
+
+
+def test_actions_may_be_reused_by_the_agent(env):
+    """The history keeps its own copy."""
+    vector = vector_of(env)
+    vector.reset(seed=0)
+    actions = np.zeros((3, 6), np.float32)
+    vector.step(actions)
+    actions[:] = 1
+    assert all((e.action == 0).all() for e in vector.history)
+    assert vector.history[0].action.dtype == np.float32
+
+
+class TestReplay:
+    def test_gives_the_same_history_without_a_forward_pass(self, env):
+        first = vector_of(env, RAMPS)
+        rewards = played(first)
+        calls = []
+        env.prunable.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+        seen = []
+        again = vector_of(env, RAMPS, replay=first.history, on_episode=seen.append)
+        for one, two in zip(rewards, played(again), strict=True):
+            np.testing.assert_array_equal(one, two)
+        assert calls == []
+        assert all(same_episode(a, b) for a, b in zip(again.history, first.history, strict=True))
+        assert len(seen) == len(first.history)
+        assert again.tokens_spent == first.tokens_spent
+
+    @pytest.mark.parametrize("stopped_after", [1, 4, 6])
+    def test_goes_on_where_it_stopped(self, make_env, stopped_after):
+        """Also within an update, and on another environment, whose dense losses are not known yet."""
+        options = {"sparsity": 0.4, "episode_windows": 4}
+        whole = vector_of(make_env(**options), RAMPS)
+        played(whole)
+        rest = vector_of(make_env(**options), RAMPS, replay=whole.history[:stopped_after])
+        played(rest)
+        assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"action": np.zeros(6, np.float32)},
+            {"update": 1},
+            {"target_sparsity": 0.3},
+            {"fidelity": 0.25},
+            {"kept": (2, 48, 2, 48, 2, 48)},
+        ],
+        ids=lambda changed: next(iter(changed)),
+    )
+    def test_of_another_search_is_refused(self, env, changed):
+        """Same actions, but another stage, or another model or budget: nothing of it can be reused."""
+        first = vector_of(env)
+        played(first)
+        history = list(first.history)
+        history[1] = replace(history[1], **changed)
+        with pytest.raises(DataError, match="episode 1 of the log is not what this search does") as raised:
+            played(vector_of(env, replay=history))
+        assert "Delete the log" in raised.value.hint
+
+    def test_of_a_search_at_another_sparsity_is_refused(self, make_env):
+        first = vector_of(make_env(sparsity=0.4, episode_windows=4))
+        played(first)
+        with pytest.raises(DataError, match="episode 0"):
+            played(vector_of(make_env(sparsity=0.3, episode_windows=4), replay=first.history))
+
+
+def test_a_failed_episode_is_recorded_and_the_others_go_on(env):
+    import torch
+
+    from ffgym.pruning.calibration import PlainPath
+
+    class Broken(PlainPath):
+        def weight_at(self, channels):
+            return super().weight_at(channels) + (torch.nan if channels < 30 else 0)
+
+    env.prunable.halves[-1].path = Broken(*env.prunable.halves[-1].dense_consumer)
+    vector = vector_of(env)
+    vector.reset(seed=0)
+    actions = np.full((3, 6), 0.5, np.float32)
+    actions[1, -1] = -1
+    rewards = vector.step(actions)[1]
+    assert [e.failed for e in vector.history] == [False, True, False]
+    assert rewards[1] == 0.0 < rewards[0] == rewards[2]
+    assert math.isnan(vector.history[1].loss)

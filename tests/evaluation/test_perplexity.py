@@ -1,0 +1,112 @@
+"""The chunked loss is the plain cross-entropy of the full logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from ffgym.evaluation import perplexity
+from ffgym.evaluation.perplexity import evaluate, token_losses
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.types import Evaluation
+
+
+@torch.no_grad()
+def plain(model, windows):
+    """One window at a time, full logits, float64."""
+    losses = []
+    for window in windows:
+        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].double()
+        losses.append(float(cross_entropy(logits, window[1:])))
+    return losses
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_equals_the_plain_cross_entropy(family, random_windows):
+    model, windows = tiny_model(family), random_windows(7, 20)
+    got = evaluate(model, windows)
+    assert got.losses == pytest.approx(plain(model, windows), rel=1e-5)
+    assert got.tokens_per_window == 19
+    assert got.tokens == 7 * 19
+    assert got.loss == pytest.approx(sum(plain(model, windows)) / 7, rel=1e-5)
+    assert got.perplexity == pytest.approx(math.exp(got.loss))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 19, 20, 10_000])
+def test_chunk_boundaries_do_not_matter(rows, random_windows, monkeypatch):
+    model, windows = tiny_model("llama"), random_windows(4, 20)
+    monkeypatch.setattr(perplexity, "LOGIT_BYTES", rows * 4 * 128)
+    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 40, 60, 10_000])
+def test_batches_do_not_matter_and_are_reported(tokens_per_batch, random_windows):
+    model, windows = tiny_model("opt"), random_windows(5, 20)
+    done = []
+    got = evaluate(model, windows, tokens_per_batch=tokens_per_batch, on_batch=done.append)
+    assert got.losses == pytest.approx(plain(model, windows), rel=1e-5)
+    assert sum(done) == 5
+    assert max(done) == max(1, min(5, tokens_per_batch // 20))
+
+
+def test_two_tokens_are_the_shortest_window(random_windows):
+    model, windows = tiny_model("llama"), random_windows(3, 2)
+    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-5)
+
+
+def test_a_soft_cap_and_a_head_bias_count(random_windows):
+    model = tiny_model("llama")
+    hidden = torch.randn(9, 32)
+    targets = random_windows(1, 9)[0]
+    head = model.lm_head
+    head.bias = torch.nn.Parameter(torch.randn(128))
+    model.config.final_logit_softcapping = 2.0
+    with torch.inference_mode():
+        got = token_losses(model, hidden, targets)
+        logits = 2.0 * torch.tanh((hidden @ head.weight.T + head.bias) / 2.0)
+    torch.testing.assert_close(got, cross_entropy(logits, targets, reduction="none"))
+    assert got.max() < math.log(128) + 4
+
+
+def test_half_precision_loses_no_more_than_its_logits(random_windows):
+    model, windows = tiny_model("llama", dtype=torch.bfloat16), random_windows(3, 20)
+    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-3)
+
+
+def test_large_logits_do_not_overflow(random_windows):
+    model, windows = tiny_model("llama"), random_windows(2, 10)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_broken_weights_give_a_loss_that_is_not_finite(bad, where, random_windows):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(where)[5] = bad
+    got = evaluate(model, random_windows(3, 10))
+    assert not math.isfinite(got.loss)
+    assert not math.isfinite(got.perplexity)
+
+
+def test_one_broken_window_does_not_touch_the_others(random_windows):
+    model, windows = tiny_model("llama"), random_windows(3, 10)
+    windows[windows == 7] = 8
+    wanted = evaluate(model, windows)
+    windows[1, 0] = 7
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = math.nan
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    got = evaluate(model, windows)
+    assert math.isnan(got.losses[1])
+    assert (got.losses[0], got.losses[2]) == pytest.approx((wanted.losses[0], wanted.losses[2]))
+
+
+def test_perplexity_of_a_broken_model_is_infinite_not_an_error():
+    assert Evaluation((800.0,), 5).perplexity == math.inf
+    assert math.isnan(Evaluation((math.nan,), 5).perplexity)

@@ -1,0 +1,75 @@
+"""Sizes are those of the model that is really there after the cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffgym.evaluation.size import SizeMeter
+from ffgym.models.surgery import PrunableModel
+from ffgym.pruning.budget import Budget
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+ALLOCATIONS = [(1, 20, 2, 30, 1, 9), (2, 48, 1, 0, 2, 1), (1, 1, 0, 5, 0, 0)]
+
+
+@pytest.fixture(params=TINY_FAMILIES)
+def prunable(request):
+    return PrunableModel(tiny_model(request.param))
+
+
+def real_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kept", ALLOCATIONS)
+def test_parameters_are_those_of_the_cut_model(prunable, kept):
+    meter = SizeMeter(prunable, context=64)
+    assert meter(prunable.dense_units).parameters == real_parameters(prunable.model)
+    prunable.cut(kept)
+    assert meter(kept).parameters == real_parameters(prunable.model)
+
+
+@pytest.mark.parametrize("resource", ["params", "macs", "kv"])
+def test_what_is_saved_is_what_the_budget_says(prunable, resource):
+    meter = SizeMeter(prunable, context=64)
+    budget = Budget(prunable.sublayers, resource=resource, context=64, kv_bytes=4)
+    kept = (1, 20, 2, 30, 1, 9)
+    saved = meter(prunable.dense_units).of(resource) - meter(kept).of(resource)
+    assert saved == budget.dense_cost - budget.allocation(kept).cost
+
+
+def test_counted_by_hand():
+    """Llama: hidden 32, 4 query heads of 8 in 2 groups, 48 channels, 128 tokens, 3 layers; float32."""
+    size = SizeMeter(PrunableModel(tiny_model("llama")), context=10)((2, 48) * 3)
+    linears = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)
+    embeddings_and_head, norms = 2 * 128 * 32, 7 * 32
+    assert size.parameters == linears + embeddings_and_head + norms
+    assert size.macs == linears + 3 * 2 * 4 * 8 * 10 + 128 * 32
+    assert size.kv_bytes == 3 * 2 * 2 * 8 * 4
+
+
+def test_macs_are_what_the_profiler_counts():
+    """FLOPs of the last of 16 tokens' linear layers, counted by torch on the cut model."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    prunable = PrunableModel(tiny_model("llama"))
+    meter = SizeMeter(prunable, context=0)
+    kept = (1, 20, 2, 30, 1, 9)
+    prunable.cut(kept)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        prunable.model(input_ids=torch.arange(3, 19)[None], use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(count for op, count in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+    assert meter(kept).macs == linear / 2 / 16
+
+
+def test_the_cache_is_what_the_model_really_keeps():
+    prunable = PrunableModel(tiny_model("llama", dtype=torch.bfloat16))
+    meter = SizeMeter(prunable, context=10)
+    kept = (1, 20, 2, 30, 1, 9)
+    prunable.cut(kept)
+    with torch.no_grad():
+        cache = prunable.model(input_ids=torch.arange(3, 13)[None], use_cache=True).past_key_values
+    stored = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert meter(kept).kv_bytes == stored / 10

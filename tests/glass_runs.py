@@ -1,0 +1,74 @@
+"""Whole runs in less than a second: the trained tiny Llama saved as a checkpoint, English text, small settings."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ffgym.config import RunConfig
+
+EPISODES, PER_UPDATE, WINDOW = 8, 4, 64
+
+
+def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
+    """A run's tables as plain data, MLflow off.
+
+    Args:
+        folder: results go to ``out`` in it, MLflow's store is ``mlruns`` in it.
+        changes: tables to change, key by key.
+    """
+    home = glass_home()
+    search_text, report_text = str(home / "c4.txt"), str(home / "wiki.txt")
+    tables: dict[str, dict[str, Any]] = {
+        "model": {"name": str(home / "glass"), "dtype": "float32", "device": "cpu"},
+        "data": {
+            "calibration": search_text,
+            "search": search_text,
+            "report": report_text,
+            "window": WINDOW,
+            "calibration_tokens": 1024,
+            "search_tokens": 2048,
+            "report_tokens": 1024,
+        },
+        "prune": {"ridge": 0.1, "context": WINDOW},
+        "search": {
+            "episodes": EPISODES,
+            "episodes_per_update": PER_UPDATE,
+            "episode_tokens": 2 * WINDOW,
+            "finalists": 2,
+            "final_tokens": 512,
+        },
+        "output": {"dir": str(folder / "out")},
+        "tracking": {"enabled": False, "root": str(folder / "mlruns")},
+    }
+    for table, values in changes.items():
+        tables[table] = {**tables.get(table, {}), **values}
+    return tables
+
+
+def glass_config(folder: Path, *, seed: int = 0, **changes: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate({"seed": seed, **glass_tables(folder, **changes)})
+
+
+@functools.cache
+def glass_home() -> Path:
+    """A folder with the checkpoint ``glass`` and the texts ``c4.txt`` and ``wiki.txt``; made once."""
+    from transformers.utils import logging
+
+    from ffgym.data.corpora import load_text
+    from ffgym.testing.models import glass_model
+
+    home = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    logging.disable_progress_bar()
+    model, tokenizer = glass_model()
+    model.save_pretrained(home / "glass")
+    tokenizer.save_pretrained(home / "glass")
+    for name in ("c4", "wiki"):
+        text = "\n\n".join(load_text(f"demo:{name}", role="search").documents)
+        (home / f"{name}.txt").write_text(text[:40_000], encoding="utf-8")
+    return home

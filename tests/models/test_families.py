@@ -1,0 +1,90 @@
+"""Every family's parts are found, and what a unit is made of agrees with numbers counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from ffgym.errors import ModelError
+from ffgym.models.families import FAMILIES, family_of
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+
+def test_all_families_of_the_tests_are_all_there_are():
+    assert set(FAMILIES) == set(TINY_FAMILIES)
+
+
+# hidden 32, 4 query heads of 8, 2 KV groups, 48 intermediate channels
+GROUPED = 32 * (16 + 8 + 8) + 32 * 16  # q, k, v rows of one KV group and its 16 consumer columns
+PLAIN = 32 * (8 + 8 + 8) + 32 * 8
+
+
+@pytest.mark.parametrize(
+    ("family", "grouped", "attention_bias", "mlp", "mlp_bias"),
+    [
+        ("llama", True, 0, 3 * 32, 0),
+        ("llama", False, 0, 3 * 32, 0),
+        ("mistral", True, 0, 3 * 32, 0),
+        ("qwen2", True, 16 + 8 + 8, 3 * 32, 0),
+        ("qwen2", False, 8 + 8 + 8, 3 * 32, 0),
+        ("qwen3", True, 0, 3 * 32, 0),
+        ("gemma", True, 0, 3 * 32, 0),
+        ("opt", False, 8 + 8 + 8, 2 * 32, 1),
+    ],
+)
+def test_units_counted_by_hand(family, grouped, attention_bias, mlp, mlp_bias):
+    model = tiny_model(family, grouped_query=grouped)
+    sublayers = family_of(model).sublayers(model)
+    assert [(s.layer, s.kind) for s in sublayers] == [(i, kind) for i in range(3) for kind in ("attention", "mlp")]
+    macs = GROUPED if grouped else PLAIN
+    for attention, half in zip(sublayers[::2], sublayers[1::2], strict=True):
+        assert (attention.units, attention.channels_per_unit) == ((2, 16) if grouped else (4, 8))
+        assert (attention.unit_params, attention.unit_macs) == (macs + attention_bias, macs)
+        assert (attention.query_heads_per_unit, attention.head_dim) == (2 if grouped else 1, 8)
+        assert (half.units, half.channels_per_unit) == (48, 1)
+        assert (half.unit_params, half.unit_macs) == (mlp + mlp_bias, mlp)
+        assert (half.query_heads_per_unit, half.head_dim) == (0, 0)
+        assert attention.depth == half.depth == 3
+        assert (attention.channels, half.channels) == (32, 48)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_consumers_and_producers_fit_the_sublayers(family):
+    model = tiny_model(family)
+    found = family_of(model)
+    layers = found.layers(model)
+    assert len(layers) == 3
+    for sublayer in found.sublayers(model):
+        consumer = found.consumer(layers[sublayer.layer], sublayer.kind)
+        producers = found.producers(layers[sublayer.layer], sublayer.kind)
+        assert consumer.in_features == sublayer.channels
+        assert all(p.out_features % sublayer.units == 0 for p in producers)
+        assert len(producers) == (3 if sublayer.kind == "attention" else len(found.mlp_producers))
+        assert found.head_dim(model) == 8
+
+
+def test_an_unsupported_architecture_is_refused_by_name():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(ModelError, match=r"'gpt2' \(GPT2LMHeadModel\) is not supported") as raised:
+        family_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)))
+    assert all(name in raised.value.hint for name in FAMILIES)
+
+
+def test_a_model_that_was_pruned_before_is_refused():
+    model = tiny_model("llama")
+    model.config.model_type = "ffgym_llama"
+    with pytest.raises(ModelError, match="pruned by ffgym already"):
+        family_of(model)
+
+
+def test_a_quantised_or_adapted_linear_is_refused():
+    class Wrapped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj = Wrapped()
+    with pytest.raises(ModelError, match=r"mlp.down_proj is a Wrapped, not a plain linear"):
+        family_of(model).sublayers(model)

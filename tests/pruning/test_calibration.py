@@ -1,0 +1,273 @@
+"""The refits against direct solves, against scikit-learn, and against the definition of what they minimise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+
+from ffgym.errors import CalibrationError
+from ffgym.pruning.calibration import (
+    HELD_OUT_LEVELS,
+    RIDGE_GRID,
+    NestedRidge,
+    PlainPath,
+    covariance,
+    factorise,
+    pick_ridge,
+    sequential_refit,
+    suffix_energy,
+)
+
+TOKENS = 200
+
+
+class Problem:
+    """A consumer W (m x n) with a bias, correlated inputs x with a mean, and a lambda."""
+
+    def __init__(self, channels, outputs, ridge, seed, affine):
+        generator = torch.Generator().manual_seed(seed)
+        self.n, self.ridge, self.affine = channels, ridge, affine
+        mix = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+        self.x = torch.randn(TOKENS, channels, generator=generator, dtype=torch.float64) @ mix + 0.7
+        self.W = torch.randn(outputs, channels, generator=generator).double()  # float32 values
+        self.bias = torch.randn(outputs, generator=generator) if affine else None
+        self.G = self.x.T @ self.x / TOKENS
+        self.mean = self.x.mean(0) if affine else None
+        self.moment = self.G - torch.outer(self.mean, self.mean) if affine else self.G
+        self.l = ridge * self.moment.diagonal().mean()
+
+    def path(self):
+        return NestedRidge(self.W.float(), self.G, self.ridge, self.mean, self.bias)
+
+    def solved(self, k):
+        """The normal equations, W_K + W_P G_PK (G_KK + l I)^-1."""
+        G = self.moment
+        A = G[:k, :k] + self.l * torch.eye(k, dtype=torch.float64)
+        return self.W[:, :k] + torch.linalg.solve(A, (self.W[:, k:] @ G[k:, :k]).T).T
+
+    def close(self, got, wanted):
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-4, atol=2e-5 * float(self.W.norm()))
+
+
+problems = st.builds(
+    Problem,
+    channels=st.integers(1, 12),
+    outputs=st.integers(1, 5),
+    ridge=st.sampled_from([1e-3, 1e-2, 1e-1, 1.0, 10.0]),
+    seed=st.integers(0, 10_000),
+    affine=st.booleans(),
+)
+
+
+class TestNestedRidge:
+    @given(problems)
+    def test_equals_the_direct_solve_at_every_level(self, problem):
+        path = problem.path()
+        for k in range(problem.n + 1):
+            assert path.weight_at(k).shape == (len(problem.W), k)
+            problem.close(path.weight_at(k), problem.solved(k))
+
+    @given(problems)
+    def test_equals_scikit_learn_at_every_level(self, problem):
+        """Ridge shrinks towards 0, we towards W_K: so it is asked for the difference, W' - W_K, that makes up for x_P.
+
+        Its objective is a sum over tokens, ours a mean: alpha = tokens * l. Its intercept is not shrunk; nor is ours.
+        """
+        path = problem.path()
+        for k in range(1, problem.n + 1):
+            ridge = Ridge(alpha=TOKENS * float(problem.l), fit_intercept=problem.affine, solver="cholesky")
+            ridge.fit(problem.x[:, :k].numpy(), (problem.x[:, k:] @ problem.W[:, k:].T).numpy())
+            change = torch.from_numpy(ridge.coef_).reshape(len(problem.W), k)
+            problem.close(path.weight_at(k), problem.W[:, :k] + change)
+            if problem.affine:
+                intercept = torch.as_tensor(ridge.intercept_).reshape(-1)
+                problem.close(path.bias_at(k), problem.bias.double() + intercept)
+            else:
+                assert path.bias_at(k) is None
+
+    @given(problems)
+    def test_removal_error_is_the_minimum(self, problem):
+        """E||(W - W') x||^2 + l ||W - W'||^2, where a channel that is gone counts as a weight of 0 in W'."""
+        path = problem.path()
+        assert path.removal_error.shape == (problem.n + 1,)
+        assert (path.removal_error.diff() <= 1e-9).all()
+        for k in range(problem.n + 1):
+            change = problem.W.clone()
+            change[:, :k] -= problem.solved(k)
+            value = ((change @ problem.moment) * change).sum() + problem.l * change.square().sum()
+            torch.testing.assert_close(path.removal_error[k], value, rtol=1e-6, atol=1e-6)
+
+    @given(problems, st.integers(0, 100))
+    def test_no_other_weight_does_better(self, problem, seed):
+        k = max(1, problem.n // 2)
+
+        def value(kept):
+            change = problem.W.clone()
+            change[:, :k] -= kept
+            return ((change @ problem.moment) * change).sum() + problem.l * change.square().sum()
+
+        refit = problem.path().weight_at(k).double()
+        nudge = torch.randn(refit.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert value(refit) <= value(refit + 0.01 * nudge) + 1e-9
+        assert value(refit) <= value(problem.W[:, :k]) + 1e-6
+
+    @given(problems)
+    def test_keeping_everything_is_the_dense_consumer(self, problem):
+        path = problem.path()
+        assert torch.equal(path.weight_at(problem.n), problem.W.float())
+        if problem.affine:
+            torch.testing.assert_close(path.bias_at(problem.n), problem.bias, rtol=1e-5, atol=1e-5)
+
+    @given(problems)
+    def test_a_large_lambda_tends_to_plain_removal(self, problem):
+        problem.ridge = 1e7
+        path = problem.path()
+        for k in range(problem.n + 1):
+            torch.testing.assert_close(path.weight_at(k).double(), problem.W[:, :k], rtol=1e-4, atol=1e-4)
+
+    def test_a_large_lambda_in_the_affine_form_tends_to_flaps_bias(self):
+        """W' = W_K and b' = b + W_P mu_P (arXiv 2312.11983)."""
+        problem = Problem(8, 3, 1e7, seed=0, affine=True)
+        wanted = problem.bias.double() + problem.W[:, 5:] @ problem.mean[5:]
+        torch.testing.assert_close(problem.path().bias_at(5).double(), wanted, rtol=1e-4, atol=1e-4)
+
+    def test_the_affine_form_starts_a_bias_where_there_is_none(self):
+        problem = Problem(8, 3, 0.1, seed=0, affine=True)
+        path = NestedRidge(problem.W.float(), problem.G, problem.ridge, problem.mean, None)
+        problem.close(path.bias_at(5), problem.path().bias_at(5) - problem.bias)
+        problem.close(path.bias_at(0), problem.W @ problem.mean)
+
+    def test_the_affine_form_keeps_the_mean_output(self):
+        problem = Problem(8, 3, 0.1, seed=1, affine=True)
+        path = problem.path()
+        for k in range(9):
+            mean = path.weight_at(k).double() @ problem.mean[:k] + path.bias_at(k).double()
+            problem.close(mean, problem.W @ problem.mean + problem.bias.double())
+
+    def test_without_a_mean_the_bias_stays(self):
+        problem = Problem(8, 3, 0.1, seed=1, affine=False)
+        bias = torch.randn(3)
+        assert torch.equal(NestedRidge(problem.W.float(), problem.G, 0.1, None, bias).bias_at(4), bias)
+
+    def test_loss_increase_is_the_second_order_term(self):
+        """1/2 E[e^T F e] for the output error e = (W - W') x, plus the ridge's own share."""
+        problem = Problem(8, 4, 0.1, seed=2, affine=False)
+        root = torch.randn(4, 4, dtype=torch.float64)
+        fisher = root @ root.T
+        got = problem.path().loss_increase(fisher)
+        moment = problem.moment + problem.l * torch.eye(8, dtype=torch.float64)
+        for k in range(9):
+            change = problem.W.clone()
+            change[:, :k] -= problem.solved(k)
+            torch.testing.assert_close(got[k], 0.5 * torch.trace(fisher @ change @ moment @ change.T), rtol=1e-4, atol=1e-4)
+
+    def test_memory_is_the_two_factors(self):
+        assert Problem(8, 3, 0.1, 0, affine=False).path().bytes == 4 * (3 * 8 + 8 * 8)
+
+
+class TestFactors:
+    @given(problems)
+    def test_factorise(self, problem):
+        C, D = factorise(problem.moment, problem.ridge)
+        A = problem.moment + problem.l * torch.eye(problem.n, dtype=torch.float64)
+        torch.testing.assert_close(C @ C.T, A)
+        torch.testing.assert_close(D @ C, torch.eye(problem.n, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+        assert torch.equal(C, C.tril())
+
+    def test_inputs_that_are_always_zero_are_no_obstacle(self):
+        path = NestedRidge(torch.ones(2, 4), torch.zeros(4, 4), 0.01)
+        assert all(torch.isfinite(path.weight_at(k)).all() for k in range(5))
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_moments_that_are_not_finite_are_refused(self, bad):
+        moment = torch.eye(3, dtype=torch.float64)
+        moment[1, 1] = bad
+        with pytest.raises(CalibrationError, match="NaN or infinity") as raised:
+            factorise(moment, 0.01)
+        assert "dtype" in raised.value.hint
+
+    def test_moments_that_are_not_positive_definite_are_refused(self):
+        with pytest.raises(CalibrationError, match=r"3 channels\) with ridge 0.01") as raised:
+            factorise(torch.diag(torch.tensor([5.0, 5.0, -1.0], dtype=torch.float64)), 0.01)
+        assert "prune.ridge" in raised.value.hint
+
+    def test_covariance(self):
+        x = torch.randn(50, 3, dtype=torch.float64) + 2
+        wanted = torch.from_numpy(np.cov(x.numpy().T, bias=True))
+        torch.testing.assert_close(covariance(x.T @ x / 50, x.mean(0)), wanted)
+        assert covariance((x.T @ x / 50).float(), None).dtype == torch.float64
+
+    def test_suffix_energy(self):
+        assert suffix_energy(torch.tensor([1.0, 2, 4])).tolist() == [7, 6, 4, 0]
+
+    def test_plain_path_is_the_prefix_itself(self):
+        weight, bias = torch.randn(2, 5), torch.randn(2)
+        assert PlainPath(weight).weight_at(3).data_ptr() == weight.data_ptr()
+        assert torch.equal(PlainPath(weight).weight_at(3), weight[:, :3])
+        assert PlainPath(weight, bias).bias_at(3) is bias
+        assert PlainPath(weight).bias_at(3) is None
+
+
+class TestPickRidge:
+    @given(st.integers(0, 1000), st.integers(6, 20))
+    def test_takes_the_least_held_out_error(self, seed, fit_tokens):
+        """Brute force: solve and measure at every level and lambda, relative to the level's best; sum over levels."""
+        generator = torch.Generator().manual_seed(seed)
+        mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+        fit, held_out = (torch.randn(t, 12, generator=generator, dtype=torch.float64) @ mix for t in (fit_tokens, 100))
+        W = torch.randn(4, 12, generator=generator).double()
+        G = fit.T @ fit / fit_tokens
+        errors = np.zeros((len(RIDGE_GRID), len(HELD_OUT_LEVELS)))
+        for row, ridge in enumerate(RIDGE_GRID):
+            for column, level in enumerate(HELD_OUT_LEVELS):
+                k = round(level * 12)
+                A = G[:k, :k] + ridge * G.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+                refit = W[:, :k] + W[:, k:] @ G[k:, :k] @ torch.linalg.inv(A)
+                left = held_out @ W.T - held_out[:, :k] @ refit.T
+                errors[row, column] = left.square().sum(1).mean()
+        wanted = (errors / errors.min(axis=0)).sum(axis=1)
+        got = pick_ridge(W.float(), G, held_out.T @ held_out / 100)
+        assert wanted[RIDGE_GRID.index(got)] <= wanted.min() * (1 + 1e-3)
+
+    def test_noise_wants_a_strong_ridge_and_plenty_of_data_a_weak_one(self):
+        generator = torch.Generator().manual_seed(0)
+        W = torch.randn(4, 12, generator=generator)
+        noise = torch.randn(13, 12, generator=generator)
+        assert pick_ridge(W, noise.T @ noise / 13, torch.eye(12)) == max(RIDGE_GRID)
+        mix = torch.randn(12, 12, generator=generator)
+        assert pick_ridge(W, mix.T @ mix, mix.T @ mix) == min(RIDGE_GRID)
+
+    def test_own_grid_and_levels(self):
+        moment = torch.eye(4) + 0.5
+        assert pick_ridge(torch.ones(1, 4), moment, moment, grid=(0.3,), levels=(0.5,)) == 0.3
+
+
+class TestSequentialRefit:
+    @given(st.integers(0, 1000), st.integers(1, 8), st.sampled_from([1e-3, 0.1, 10.0]))
+    def test_equals_least_squares_on_stacked_rows(self, seed, k, ridge):
+        """Rows x~ / sqrt(tokens) with targets W x, and k rows sqrt(l) I with targets W_K."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(TOKENS, 8, generator=generator, dtype=torch.float64) + 0.3
+        seen = x[:, :k] + 0.3 * torch.randn(TOKENS, k, generator=generator, dtype=torch.float64)
+        W = torch.randn(3, 8, generator=generator).double()
+        moment = seen.T @ seen / TOKENS
+        root = (ridge * moment.diagonal().mean()).sqrt()
+        rows = torch.cat([seen / TOKENS**0.5, root * torch.eye(k, dtype=torch.float64)])
+        targets = torch.cat([x @ W.T / TOKENS**0.5, root * W[:, :k].T])
+        wanted = torch.linalg.lstsq(rows, targets).solution.T
+        got = sequential_refit(W.float(), x.T @ seen / TOKENS, moment, ridge)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+    @given(problems, st.data())
+    def test_equals_nested_ridge_where_the_inputs_are_the_dense_ones(self, problem, data):
+        """x~ = x_K; its lambda is relative to the kept channels' scale, so it is stated anew."""
+        k = data.draw(st.integers(1, problem.n))
+        moment = problem.moment[:k, :k]
+        ridge = float(problem.l / moment.diagonal().mean())
+        got = sequential_refit(problem.W.float(), problem.moment[:, :k], moment, ridge)
+        problem.close(got, problem.path().weight_at(k))

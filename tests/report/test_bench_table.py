@@ -1,0 +1,146 @@
+"""The bench's table: means, spreads, and tokens until a goal, on marks made by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffgym.report.bench import CellResult, Final, Mark, bench_figure, bench_table, markdown, tokens_until
+
+
+def cell(
+    label: str, seed: int, marks: list[tuple[int, float]], *, final: float | None = None, **changes: Any
+) -> CellResult:
+    """A result whose final loss is its last mark's where none is given."""
+    values: dict[str, Any] = {
+        "label": label,
+        "agent": label,
+        "seed": seed,
+        "digest": "d",
+        "target": 0.2,
+        "dense_loss": math.log(20),
+        "report_tokens": 30_720,
+        "search_tokens": marks[-1][0],
+        "final_tokens": 100,
+        "episodes": 8,
+        "seconds": 60.0,
+        "threads": 1,
+        "dtype": "float32",
+        "marks": [Mark(tokens=tokens, loss=loss) for tokens, loss in marks],
+        "final": Final(kept=[1, 2], loss=marks[-1][1] if final is None else final, sparsity=0.2, origin="policy"),
+    }
+    return CellResult(**{**values, **changes})
+
+
+# tokens until a goal
+
+
+@pytest.mark.parametrize(
+    ("goal", "tokens"),
+    [
+        (5.0, 100),  # the first mark is good enough already
+        (4.0, 100),
+        (3.5, math.sqrt(100 * 1000)),  # half the way down is half the way in log tokens
+        (3.0, 1000),
+        (2.75, 1000 * 10**0.25),
+        (2.0, 10_000),
+        (1.9, None),
+    ],
+)
+def test_tokens_until_a_goal_are_interpolated_in_log_tokens(goal: float, tokens: float | None) -> None:
+    found = tokens_until([cell("a", 0, [(100, 4.0), (1000, 3.0), (10_000, 2.0)])], goal)
+    assert found is None if tokens is None else found == pytest.approx(tokens)
+
+
+def test_tokens_until_a_goal_follow_the_mean_over_seeds() -> None:
+    cells = [cell("a", 0, [(100, 5.0), (1000, 3.0)]), cell("a", 1, [(100, 3.0), (1000, 1.0)])]
+    assert tokens_until(cells, 3.0) == pytest.approx(math.sqrt(100 * 1000))
+    assert tokens_until(cells, 2.0) == pytest.approx(1000)
+
+
+def test_a_curve_that_rises_again_counts_where_it_first_came_down() -> None:
+    assert tokens_until([cell("a", 0, [(10, 4.0), (100, 2.0), (1000, 5.0), (10_000, 1.0)])], 2.0) == pytest.approx(100)
+
+
+def test_only_marks_that_all_seeds_have_are_averaged() -> None:
+    cells = [cell("a", 0, [(100, 4.0), (1000, 3.0), (2000, 0.0)]), cell("a", 1, [(100, 4.0), (1000, 3.0)])]
+    assert tokens_until(cells, 2.0) is None
+    assert tokens_until([cell("a", 0, [(100, 4.0)], marks=[])], 9.0) is None
+
+
+def test_an_incumbent_that_broke_down_is_worse_than_any_goal() -> None:
+    marks = [(100, math.inf), (1000, 2.0)]
+    assert tokens_until([cell("a", 0, marks)], 3.0) == pytest.approx(1000)
+    assert tokens_until([cell("a", 0, [(100, math.nan), (1000, 2.0)])], 3.0) == pytest.approx(1000)
+
+
+# the table
+
+
+def results() -> list[CellResult]:
+    return [
+        *(cell("evolution", s, [(100, 4.0), (1000, 3.0)], final=math.log(30 + s)) for s in (0, 2)),
+        *(cell("reinforce", s, [(100, 3.0), (1000, 2.5)], final=math.log(25)) for s in (0, 1)),
+        cell("uniform", 0, [(10, 4.5)], final=math.log(54)),
+    ]
+
+
+def test_rows_are_means_with_standard_errors_best_first() -> None:
+    table = bench_table("Bench", results(), baseline="evolution")
+    assert [row.label for row in table.rows] == ["reinforce", "evolution", "uniform"]
+    reinforce, evolution, uniform = table.rows
+    assert (evolution.perplexity, evolution.seeds) == (pytest.approx(31), 2)
+    assert evolution.stderr == pytest.approx(1.0)  # 30 and 32: deviation sqrt(2), over sqrt(2)
+    assert reinforce.stderr == pytest.approx(0)
+    assert uniform.stderr is None
+    assert (reinforce.tokens, reinforce.seconds) == (1100, 60)
+
+
+def test_tokens_are_counted_to_the_baselines_mean_final_quality() -> None:
+    reinforce, evolution, uniform = bench_table("Bench", results(), baseline="evolution").rows
+    assert reinforce.tokens_to_baseline == pytest.approx(100)
+    goal = (math.log(30) + math.log(32)) / 2
+    assert evolution.tokens_to_baseline == pytest.approx(100 * 10 ** (4.0 - goal))
+    assert uniform.tokens_to_baseline is None
+
+
+def test_without_the_baseline_nothing_is_counted() -> None:
+    assert {row.tokens_to_baseline for row in bench_table("Bench", results(), baseline="nobody").rows} == {None}
+
+
+def test_markdown_says_how_it_was_measured() -> None:
+    text = markdown(bench_table("Bench", results(), baseline="evolution"))
+    for part in ("# Bench", "30,720 tokens, float32", "dense perplexity 20.00", "target sparsity 20%"):
+        assert part in text
+    assert "| evolution | 31.00 ± 1.00 | 2 | 1,100 | 60 |" in text
+    assert "| uniform | 54.00 | 1 | 110 | 60 | — |" in text
+
+
+def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
+    table = bench_table("Bench", results(), baseline="evolution")
+    bench_figure(table, results(), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_heuristics_alone_can_be_drawn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    alone = results()[-1:]
+    bench_figure(bench_table("Bench", alone, baseline="evolution"), alone, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").exists()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_survives_the_file(loss: float) -> None:
+    broken = cell("random", 0, [(100, loss), (1000, 2.0)])
+    again = CellResult.model_validate_json(broken.model_dump_json())
+    assert again.marks[0].loss == loss or (math.isnan(loss) and math.isnan(again.marks[0].loss))
+
+
+def test_a_final_loss_beyond_all_bounds_is_an_infinite_perplexity() -> None:
+    assert Final(kept=[], loss=800.0, sparsity=0.2, origin="policy").perplexity == math.inf
+    table = bench_table("Bench", [cell("random", 0, [(100, 800.0)]), *results()], baseline="evolution")
+    assert table.rows[-1].label == "random"
+    assert "| random | inf |" in markdown(table)

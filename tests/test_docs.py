@@ -1,0 +1,330 @@
+"""The documentation says everything that can be named, its links resolve, and its examples run.
+
+The reference in docs/configuration.md is written from the code. After a change of a key, a default or a description:
+
+    python tests/test_docs.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pydantic import BaseModel
+
+from ffgym.cli import app
+from ffgym.config import RunConfig
+from ffgym.models.families import FAMILIES
+from ffgym.plugins import hookspecs, manager
+from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
+from ffgym.testing import conformance
+from ffgym.testing.conformance import (
+    AgentConformance,
+    CriterionConformance,
+    HeuristicConformance,
+    RewardConformance,
+)
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("plugins/*/README.md")])
+REFERENCE = DOCS / "configuration.md"
+BEGIN, END = "<!-- reference:begin -->\n", "<!-- reference:end -->\n"
+BASES: dict[manager.PluginKind, type[Plugin]] = {
+    "agent": Agent,
+    "criterion": Criterion,
+    "heuristic": Heuristic,
+    "reward": Reward,
+}
+PLURALS = {"agent": "agents", "criterion": "criteria", "heuristic": "heuristics", "reward": "rewards"}
+BUILTINS = [(kind, name) for kind, table in manager.BUILTINS.items() for name in table]
+
+
+# --- the reference, written from the code -----------------------------------------------------------------------------
+
+
+def reference() -> str:
+    """The part of docs/configuration.md between its markers."""
+    fields = RunConfig.model_fields
+    parts = ["## Every key", "### Before the first table", keys(RunConfig, only=["seed"])]
+    for table, field in fields.items():
+        model = field.annotation
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            parts += [f"### `[{table}]`", first_line(model), keys(model)]
+    parts.append("## Every built-in plugin, and its options")
+    for kind, table in manager._TABLES.items():
+        parts += [f"### {PLURALS[kind].capitalize()}: options in `[{table}]`", options(kind)]
+    return "\n\n".join(parts) + "\n"
+
+
+def keys(model: type[BaseModel], only: list[str] | None = None) -> str:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    described = attributes(model)
+    for key, field in model.model_fields.items():
+        if only is None or key in only:
+            meaning = field.description or described.get(key, "")
+            rows.append(f"| `{key}` | `{literal(field.get_default(call_default_factory=True))}` | {cell(meaning)} |")
+    return "\n".join(rows)
+
+
+def options(kind: manager.PluginKind) -> str:
+    parts = []
+    for name, built_in in manager.BUILTINS[kind].items():
+        config = manager.get_class(kind, name).Config
+        line = f"**`{name}`**: {built_in.description}."
+        parts.append(f"{line}\n\n{keys(config)}" if config.model_fields else f"{line} No options.")
+    return "\n\n".join(parts)
+
+
+def literal(value: Any) -> str:
+    """As TOML would say it; an empty string stands for "not given"."""
+    return json.dumps("" if value is None else value)
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("``", "`")
+
+
+def first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def attributes(cls: type) -> dict[str, str]:
+    """What the ``Attributes:`` section of a docstring says about each name, in one line."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines():
+        if start := re.fullmatch(r"    (\w+): (.*)", line):
+            name, found[start[1]] = start[1], start[2].strip()
+        elif line.startswith("     ") and name:
+            found[name] += " " + line.strip()
+        else:
+            break
+    return {key: text.rstrip(".") for key, text in found.items()}
+
+
+def test_reference_is_what_the_code_says() -> None:
+    written = REFERENCE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert written == reference(), "docs/configuration.md is behind the code: run `python tests/test_docs.py`"
+
+
+def test_every_option_has_a_meaning() -> None:
+    silent = [line for line in reference().splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert not silent, "give the field a description, or its class an `Attributes:` entry"
+
+
+# --- everything that can be named is documented -----------------------------------------------------------------------
+
+
+@cache
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands() -> list[Any]:
+    return list(typer.main.get_command(app).commands.values())
+
+
+@pytest.mark.parametrize("command", [command.name for command in commands()])
+def test_command_is_documented(command: str) -> None:
+    assert f"`ffgym {command}" in text("README.md")
+    assert f"`ffgym {command}" in text("docs/configuration.md")
+
+
+@pytest.mark.parametrize("flag", sorted({o for c in commands() for p in c.params for o in p.opts if o[0] == "-"}))
+def test_flag_is_documented(flag: str) -> None:
+    assert re.search(rf"`[^`\n]*{flag}\b", text("docs/configuration.md"))
+
+
+@pytest.mark.parametrize("hook", sorted(manager._HOOKS))
+def test_hook_is_documented(hook: str) -> None:
+    assert hasattr(hookspecs, hook)
+    assert f"`{hook}`" in text("docs/plugins.md")
+
+
+@pytest.mark.parametrize(("kind", "name"), BUILTINS)
+def test_built_in_plugin_is_documented(kind: str, name: str) -> None:
+    section = text("docs/configuration.md").partition(f"### {PLURALS[kind].capitalize()}: options")[2]
+    assert f"**`{name}`**" in section.partition("\n### ")[0]
+
+
+@pytest.mark.parametrize("statistic", sorted(manager.STATISTICS))
+def test_statistic_is_documented(statistic: str) -> None:
+    assert f"`{statistic}`" in text("docs/plugins.md")
+
+
+@pytest.mark.parametrize("base", [*BASES.values(), BatchAgent], ids=lambda base: base.__name__)
+def test_contract_is_documented(base: type[Plugin]) -> None:
+    page = text("docs/plugins.md")
+    assert f"`ffgym.{base.__name__}`" in page
+    for method in base.__abstractmethods__:
+        assert re.search(rf"\b{method}\(|def {method}\b", page), f"{base.__name__}.{method} is not in docs/plugins.md"
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in dir(conformance) if n.endswith("Conformance") and n != "PluginConformance"]
+)
+def test_conformance_test_is_documented(name: str) -> None:
+    assert f"`{name}`" in text("docs/plugins.md")
+
+
+@pytest.mark.parametrize("variable", ["FFGYM_LOAD_PLUGINS", "FFGYM_CACHE", "MLFLOW_TRACKING_URI", "PIP_INDEX_URL"])
+def test_environment_variable_is_documented(variable: str) -> None:
+    assert f"`{variable}`" in text("docs/configuration.md")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_family_is_documented(family: str) -> None:
+    assert f"`{family}`" in text("docs/models.md")
+
+
+def test_results_and_bench_files_are_documented() -> None:
+    from ffgym.bench import BenchFile
+    from ffgym.report.bench import CellResult, Final, Mark
+
+    for model in (BenchFile, CellResult, Final, Mark):
+        missing = [key for key in model.model_fields if f"`{key}`" not in text("docs/experiments.md")]
+        assert not missing, f"{model.__name__}: {missing}"
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in (ROOT / "experiments").iterdir() if p.is_dir()))
+def test_experiment_is_documented(folder: str) -> None:
+    assert f"`experiments/{folder}/`" in text("docs/experiments.md")
+
+
+@pytest.mark.parametrize("room", sorted(p.name for p in (ROOT / "ffgym").iterdir() if p.name[0] not in "_."))
+def test_room_of_the_house_is_documented(room: str) -> None:
+    if room != "py.typed":
+        assert re.search(rf"^  {re.escape(room)}\b", text("docs/design.md"), flags=re.MULTILINE)
+
+
+def test_what_a_run_writes_is_documented() -> None:
+    from ffgym.runner import WRITTEN
+
+    missing = [name for name in WRITTEN if not re.search(rf"`{re.escape(name)}/?`", text("README.md"))]
+    assert not missing
+
+
+def test_make_targets_are_documented() -> None:
+    targets = re.search(r"^\.PHONY: (.*)$", text("Makefile"), flags=re.MULTILINE)
+    assert targets is not None
+    missing = [target for target in targets[1].split() if f"`make {target}`" not in text("CONTRIBUTING.md")]
+    assert not missing
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def links(page: Path) -> Iterator[str]:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"`[^`\n]*`(?!\])", "", prose)
+    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", prose):
+        if not target.startswith(("http://", "https://")):
+            yield target
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names for the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{link}: no such file"
+        if anchor:
+            assert anchor in anchors(target), f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent == DOCS], ids=lambda page: page.name)
+def test_readme_leads_to_every_page(page: Path) -> None:
+    assert f"(docs/{page.name})" in text("README.md")
+
+
+def test_readme_shows_a_real_run() -> None:
+    table = text("README.md").partition("<!-- table:begin -->")[2].partition("<!-- table:end -->")[0]
+    assert "dense" in table, "put report.md of a real run between the markers"
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text("README.md"))
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).is_file(), f"{picture} is missing"
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def example(page: str, kind: str) -> type[Any]:
+    """The class that a page's Python examples offer for a kind, through the hook, as an installed package would."""
+    base = BASES[kind]  # type: ignore[index]
+    for block in re.findall(r"^```python\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
+        if f"def ffgym_{PLURALS[kind]}" in block:
+            # The name finds the class's package again where a message names it.
+            namespace: dict[str, Any] = {"__name__": "documentation"}
+            exec(compile(block, page, "exec"), namespace)
+            (cls,) = namespace[f"ffgym_{PLURALS[kind]}"]()
+            manager._check_class(f"ffgym_{PLURALS[kind]}", kind, cls)  # type: ignore[arg-type]
+            assert issubclass(cls, base)
+            return cls
+    raise AssertionError(f"{page} has no example of a {kind}")
+
+
+class TestTutorialCriterion(CriterionConformance):
+    def make(self) -> Criterion:
+        return example("docs/plugins.md", "criterion")()  # type: ignore[no-any-return]
+
+
+class TestTutorialHeuristic(HeuristicConformance):
+    def make(self) -> Heuristic:
+        return example("docs/plugins.md", "heuristic")()  # type: ignore[no-any-return]
+
+
+class TestTutorialReward(RewardConformance):
+    def make(self) -> Reward:
+        return example("docs/plugins.md", "reward")()  # type: ignore[no-any-return]
+
+
+class TestTutorialAgent(AgentConformance):
+    def make(self) -> Agent:
+        return example("docs/plugins.md", "agent")()  # type: ignore[no-any-return]
+
+
+class TestReadmeCriterion(CriterionConformance):
+    def make(self) -> Criterion:
+        return example("README.md", "criterion")()  # type: ignore[no-any-return]
+
+
+def test_readme_plugin_fits_ten_lines() -> None:
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text("README.md"), flags=re.DOTALL) if "hookimpl" in b)
+    assert sum(1 for line in block.splitlines() if line.strip()) <= 10
+
+
+@pytest.mark.parametrize("file", ["ffgym_magnitude_l2/__init__.py", "pyproject.toml"])
+def test_tutorial_is_the_real_package(file: str) -> None:
+    assert text(f"plugins/ffgym-magnitude-l2/{file}").strip() in text("docs/plugins.md")
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
+def test_toml_examples_are_configurations(page: str) -> None:
+    import tomllib
+
+    from ffgym.bench import BenchFile
+
+    for block in re.findall(r"^```toml\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
+        content = tomllib.loads(block)
+        if "build-system" not in content:
+            (BenchFile if "agents" in content else RunConfig).model_validate(content)
+
+
+if __name__ == "__main__":
+    before, begin, rest = REFERENCE.read_text(encoding="utf-8").partition(BEGIN)
+    REFERENCE.write_text(before + begin + reference() + END + rest.partition(END)[2], encoding="utf-8")

@@ -1,0 +1,365 @@
+"""A whole search on a tiny model: its log, its interruption, and the choice among finalists."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ffgym.agents.one_shot import OneShot
+from ffgym.agents.random_search import RandomSearch
+from ffgym.config import SearchTable
+from ffgym.envs.schedule import Schedule
+from ffgym.errors import ConfigError, DataError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.plugins import manager
+from ffgym.search import (
+    Candidate,
+    SearchInterrupted,
+    by_standing,
+    episode_to_json,
+    finalists,
+    read_episodes,
+    run_finals,
+    search,
+)
+from ffgym.types import Episode
+
+SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=160)
+RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
+
+
+class Opinionated(RandomSearch):
+    """Draws at random, and believes in what the test says."""
+
+    name = "opinionated"
+
+    def __init__(self, *believed):
+        super().__init__()
+        self.believed = believed
+
+    def recommend(self, observation):
+        self.asked = observation
+        return [np.asarray(action, np.float32) for action in self.believed]
+
+
+@pytest.fixture
+def env(make_env):
+    return make_env(sparsity=0.3)
+
+
+def searched(env, agent=None, *, seed=3, schedule=RAMPS, settings=SETTINGS, **options):
+    return search(env, agent or RandomSearch(), settings, schedule, seed=seed, **options)
+
+
+def bits(found):
+    """Everything about it but the time it took; repr shows every bit of a float, and NaN equals NaN."""
+    return repr([replace(e, action=e.action.tolist()) for e in found.history]) + repr(
+        [(c.importance.tolist(), c.allocation, c.origin, c.loss) for c in [found.best, *found.finalists]]
+        + [found.dense_loss, found.search_tokens, found.final_tokens]
+    )
+
+
+def episode(index, update, reward, *, sparsity=0.3, fidelity=1.0, action=None):
+    return Episode(
+        index=index,
+        update=update,
+        action=np.linspace(-1, 1, 6).astype(np.float32) if action is None else np.asarray(action, np.float32),
+        kept=(1,) * 6,
+        reward=reward,
+        loss=1.0,
+        dense_loss=0.5,
+        target_sparsity=sparsity,
+        sparsity=sparsity,
+        fidelity=fidelity,
+        tokens=64,
+    )
+
+
+class TestSearch:
+    def test_spends_its_tokens_and_chooses_among_finalists(self, env):
+        found = searched(env)
+        assert found.search_tokens == sum(e.tokens for e in found.history) >= 12 * 64
+        assert len(found.finalists) == 3
+        assert len({c.allocation.kept for c in found.finalists}) == 3
+        assert found.best is found.finalists[0]
+        assert found.final_tokens == 3 * 160
+        losses = [c.loss for c in found.finalists]
+        assert losses == sorted(losses)
+        assert found.dense_loss < losses[0]
+        assert all(c.allocation.sparsity >= 0.3 for c in found.finalists)
+        assert found.seconds > 0
+
+    def test_the_chosen_loss_is_that_of_the_cut_model(self, env):
+        settings = SETTINGS.model_copy(update={"final_tokens": 12 * 32})
+        found = searched(env, settings=settings)
+        env.prunable.cut(found.best.allocation.kept)
+        assert found.best.loss == pytest.approx(evaluate(env.prunable.model, env.windows).loss, rel=1e-6)
+
+    def test_the_same_seed_is_the_same_search_and_another_seed_another(self, make_env):
+        first, again, other = (searched(make_env(sparsity=0.3), seed=seed) for seed in (3, 3, 4))
+        assert bits(first) == bits(again) != bits(other)
+
+    def test_hears_of_every_episode_and_update(self, env):
+        episodes, updates = [], []
+        found = searched(
+            env, on_episode=episodes.append, on_update=lambda own, update: updates.append((list(own), update))
+        )
+        assert episodes == list(found.history)
+        assert [update.index for _, update in updates] == list(range(len(updates)))
+        assert [e for own, _ in updates for e in own] == episodes
+        for own, update in updates:
+            assert [e.reward for e in own] == update.rewards.tolist()
+            assert {e.update for e in own} == {update.index}
+
+    def test_one_shot_measures_its_heuristic_once_and_needs_no_finals(self, env):
+        agent = OneShot()
+        agent.prior_mean = np.linspace(-1, 1, 6)
+        found = searched(env, agent, schedule=Schedule(0.3, 2))
+        assert len(found.history) == 4
+        assert found.best.allocation.kept == env.budget.project(agent.prior_mean, 0.3).kept
+        assert found.best.origin == "policy"
+        assert (found.final_tokens, found.dense_loss, found.best.loss) == (0, None, None)
+
+    def test_one_shot_without_a_heuristic_is_refused(self, env):
+        with pytest.raises(ConfigError, match="none is named"):
+            searched(env, OneShot())
+
+    def test_random_search_goes_on_from_its_state(self):
+        agent, fresh = RandomSearch(), RandomSearch()
+        for one in (agent, fresh):
+            one.begin(dimensions=6, batch=4, seed=0)
+        first = agent.ask(None)
+        assert first.dtype == np.float32
+        assert np.abs(first).max() <= 1
+        fresh.load_state(json.loads(json.dumps(agent.state())))
+        np.testing.assert_array_equal(fresh.ask(None), agent.ask(None))
+
+
+class TestStanding:
+    def test_compares_within_updates(self):
+        """0.9 is the worst of an easy subset, 0.4 the best of a hard one."""
+        history = [episode(0, 0, 0.95), episode(1, 0, 0.9), episode(2, 1, 0.4), episode(3, 1, 0.1)]
+        assert [e.index for e in by_standing(history)] == [2, 0, 1, 3]
+
+    def test_only_the_hardest_stage_counts(self):
+        history = [
+            episode(0, 0, 0.99, sparsity=0.1),
+            episode(1, 0, 0.10, sparsity=0.1),
+            episode(2, 1, 0.80, fidelity=0.5),
+            episode(3, 1, 0.20, fidelity=0.5),
+            episode(4, 2, 0.50),
+            episode(5, 2, 0.55),
+        ]
+        assert [e.index for e in by_standing(history)] == [5, 4]
+        assert [e.index for e in by_standing(history[:4])] == [2, 3]
+        assert [e.index for e in by_standing(history[:2])] == [0, 1]
+
+    def test_an_update_of_one_is_measured_by_all_of_its_stage(self):
+        history = [episode(0, 0, 0.5), episode(1, 1, 0.7), episode(2, 2, 0.6)]
+        assert [e.index for e in by_standing(history)] == [1, 2, 0]
+
+
+class TestFinalists:
+    def test_recommendations_come_first_and_allocations_are_distinct(self, env):
+        a, b = np.linspace(-1, 1, 6), np.linspace(1, -1, 6)
+        nearly_a = a + 1e-6
+        history = [episode(0, 0, 0.9, action=a), episode(1, 0, 0.5, action=b), episode(2, 0, 0.2, action=np.zeros(6))]
+        agent = Opinionated(nearly_a)
+        got = finalists(env, agent, history, 5)
+        assert [c.origin for c in got] == ["policy", "episode 1", "episode 2"]
+        np.testing.assert_allclose(agent.asked, [0.3, 1.0])
+        assert all(c.allocation == env.budget.project(c.importance, 0.3) for c in got)
+        assert all(c.loss is None for c in got)
+        assert [c.origin for c in finalists(env, RandomSearch(), history, 2)] == ["episode 0", "episode 1"]
+
+    def test_are_projected_at_the_target_whatever_stage_they_were_found_at(self, env):
+        got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3)
+        assert got[0].allocation.sparsity >= 0.3
+
+    def test_the_least_loss_wins_and_a_broken_one_comes_last(self, env, monkeypatch):
+        candidates = [
+            Candidate(np.zeros(6), env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3), f"episode {i}")
+            for i in range(4)
+        ]
+        losses = {c.allocation.kept: loss for c, loss in zip(candidates, [2.0, math.nan, 1.0, 3.0], strict=True)}
+        subsets = []
+
+        def measured(allocation, subset):
+            subsets.append(tuple(subset))
+            from ffgym.types import Evaluation
+
+            return Evaluation((losses[allocation.kept],), 31)
+
+        monkeypatch.setattr(env, "measure", measured)
+        got, dense, tokens = run_finals(env, candidates, 170, seed=0)
+        assert [c.origin for c in got] == ["episode 2", "episode 0", "episode 3", "episode 1"]
+        assert len(set(subsets)) == 1, "all on the same windows"
+        assert len(subsets[0]) == 5
+        assert tokens == 4 * 5 * 32
+        assert dense == env.dense(subsets[0]).loss
+
+    def test_more_tokens_than_the_split_has_means_all_of_it(self, env):
+        candidates = finalists(env, RandomSearch(), [episode(i, 0, i / 3, action=np.eye(6)[i]) for i in range(3)], 3)
+        _, _, tokens = run_finals(env, candidates, 10**6, seed=0)
+        assert tokens == len(candidates) * 12 * 32
+
+
+class Interrupting(RandomSearch):
+    """Presses Ctrl-C when it is told the rewards of an update."""
+
+    name = "interrupting"
+
+    def __init__(self, update):
+        super().__init__()
+        self.left = update
+
+    def tell(self, observations, actions, rewards):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return {}
+
+
+class TestInterruption:
+    def test_says_the_best_so_far(self, env):
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env, Interrupting(1), schedule=Schedule(0.3, 2))
+        found = raised.value.found
+        assert isinstance(raised.value, KeyboardInterrupt)
+        assert len(found.history) == 8
+        assert found.best.origin == f"episode {by_standing(found.history)[0].index}"
+        assert found.finalists == (found.best,)
+        assert (found.dense_loss, found.final_tokens) == (None, 0)
+        assert found.search_tokens == 8 * 64
+        assert env.prunable.kept == env.prunable.dense_units
+
+    def test_within_an_update_keeps_its_episodes(self, env, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+
+        def stop(episode):
+            if episode.index == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env, log=log, on_episode=stop)
+        assert len(raised.value.found.history) == 6
+        assert len(read_episodes(log)) == 6
+
+    def test_in_the_finals_loses_nothing(self, env, monkeypatch):
+        monkeypatch.setattr("ffgym.search.run_finals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env)
+        assert raised.value.found.search_tokens >= 12 * 64
+
+    def test_before_the_first_episode_is_plain_ctrl_c(self, env):
+        env.prunable.model.base_model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as raised:
+            searched(env)
+        assert not isinstance(raised.value, SearchInterrupted)
+
+    def test_other_errors_pass_through_and_the_log_is_closed(self, env, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+
+        def broken(*_):
+            raise RuntimeError("tracker is down")
+
+        with pytest.raises(RuntimeError, match="tracker"):
+            searched(env, log=log, on_update=broken)
+        assert len(read_episodes(log)) == 4
+
+
+class TestLog:
+    @pytest.fixture
+    def whole(self, make_env, tmp_path):
+        log = tmp_path / "whole.jsonl"
+        return searched(make_env(sparsity=0.3), log=log), log.read_text()
+
+    @pytest.mark.parametrize("lines", [0, 1, 4, 7, 12, None])
+    @pytest.mark.parametrize("torn", ["", "all but the newline", "half a line"])
+    def test_a_resumed_search_is_the_uninterrupted_one_bit_for_bit(self, whole, make_env, tmp_path, lines, torn):
+        """Killed at any episode, also while it wrote a line; on a new environment, as in a new process."""
+        found, text = whole
+        rows = text.splitlines(keepends=True)
+        kept = rows[:lines]
+        following = rows[len(kept)] if len(kept) < len(rows) else rows[0]
+        kept.append({"": "", "all but the newline": following.rstrip("\n"), "half a line": following[:90]}[torn])
+        log = tmp_path / "resumed.jsonl"
+        log.write_text("".join(kept))
+        again = searched(make_env(sparsity=0.3), log=log)
+        assert bits(again) == bits(found)
+        assert log.read_text() == text
+
+    def test_resuming_every_agent_after_ctrl_c(self, make_env, tmp_path):
+        for name in ("random", "reinforce"):
+            log, uninterrupted = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-whole.jsonl"
+
+            def agent(name=name):
+                one = manager.create("agent", name)
+                one.prior_mean = np.linspace(-0.5, 0.5, 6)
+                return one
+
+            def stop(episode):
+                if episode.index == 5:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(SearchInterrupted):
+                searched(make_env(sparsity=0.3), agent(), log=log, on_episode=stop)
+            resumed = searched(make_env(sparsity=0.3), agent(), log=log)
+            whole = searched(make_env(sparsity=0.3), agent(), log=uninterrupted)
+            assert bits(resumed) == bits(whole)
+            assert log.read_text() == uninterrupted.read_text()
+
+    def test_a_finished_log_is_replayed_without_measuring_an_episode(self, whole, make_env, tmp_path):
+        log = tmp_path / "done.jsonl"
+        log.write_text(whole[1])
+        env = make_env(sparsity=0.3)
+        env.step = lambda _: pytest.fail("an episode was measured again")
+        assert bits(searched(env, log=log)) == bits(whole[0])
+
+    @pytest.mark.parametrize("change", [{"seed": 4}, {"schedule": Schedule(0.3, 2)}, {"agent": Opinionated.__mro__[1]}])
+    def test_of_another_search_is_refused(self, whole, make_env, tmp_path, change):
+        log = tmp_path / "other.jsonl"
+        log.write_text(whole[1])
+        if "agent" in change:
+            change = {"agent": OneShot()}
+            change["agent"].prior_mean = np.zeros(6)
+        with pytest.raises(DataError, match="is not what this search does"):
+            searched(make_env(sparsity=0.3), log=log, **change)
+        assert log.read_text() == whole[1], "nothing is lost"
+
+    def test_of_another_target_is_refused(self, make_env, tmp_path):
+        """Random search draws the same importances whatever the sparsity."""
+        log = tmp_path / "other.jsonl"
+        searched(make_env(sparsity=0.3), schedule=Schedule(0.3, 2), log=log)
+        with pytest.raises(DataError, match="is not what this search does"):
+            searched(make_env(sparsity=0.4), schedule=Schedule(0.4, 2), log=log)
+
+    @pytest.mark.parametrize("line", ["{", "[1, 2]", '{"index": 0}', '{"action": 3, "kept": 4}', "null"])
+    def test_a_line_that_is_no_episode_is_refused_with_its_number(self, line, tmp_path):
+        log = tmp_path / "broken.jsonl"
+        good = json.dumps(episode_to_json(episode(0, 0, 0.5)))
+        log.write_text(f"{good}\n{line}\n{good}\n")
+        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is not an episode") as raised:
+            read_episodes(log)
+        assert "Delete the file" in raised.value.hint
+
+    def test_an_episode_survives_the_round_trip_bit_for_bit(self, tmp_path):
+        action = np.random.default_rng(0).uniform(-1, 1, 6)
+        sent = replace(episode(3, 1, 0.1 + 0.2, action=action), loss=math.nan, failed=True)
+        log = tmp_path / "episodes.jsonl"
+        log.write_text(json.dumps(episode_to_json(sent)) + "\n")
+        (got,) = read_episodes(log)
+        np.testing.assert_array_equal(got.action, sent.action)
+        assert got.action.dtype == np.float32
+        assert math.isnan(got.loss)
+        assert replace(got, action=None, loss=0.0) == replace(sent, action=None, loss=0.0)
+        assert isinstance(got.kept, tuple)
+
+    def test_an_empty_log_is_no_episodes(self, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        log.touch()
+        assert read_episodes(log) == []
