@@ -72,7 +72,8 @@ class SearchInterrupted(KeyboardInterrupt):
     """Ctrl-C during a search that has finished at least one episode.
 
     Attributes:
-        found: the best so far, by reward relative to its own update; no finals were run.
+        found: the best so far: what the agent recommends, or else the episode that stood out most in its own update;
+            no finals were run.
     """
 
     def __init__(self, found: Found) -> None:

@@ -327,11 +327,11 @@ class TestRefusals:
     def test_mixed_models(self, tmp_path: Path) -> None:
         other = tmp_path / "other"
         other.mkdir()
-        with pytest.raises(ConfigError, match="compares on one model, these name .*glass, other-model"):
+        with pytest.raises(ConfigError, match=r"compares on one model, these name .*glass, other-model"):
             call(bench_file(tmp_path), bench_file(other, tables={"model": {"name": "other-model"}}))
 
     def test_fewer_episodes_than_one_update(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="search.episodes = 3 is less than one update"):
+        with pytest.raises(ConfigError, match=r"search\.episodes = 3 is less than one update"):
             call(bench_file(tmp_path, tables={"search": {"episodes": 3}}))
 
     def test_results_of_another_configuration(self, finished: Any, tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ class TestRefusals:
         file = bench_file(tmp_path)
         (tmp_path / "small").mkdir()
         (tmp_path / "small" / "random-seed0.json").write_text(text)
-        with pytest.raises(DataError, match="random-seed0.json is not a bench result") as raised:
+        with pytest.raises(DataError, match=r"random-seed0\.json is not a bench result") as raised:
             call(file)
         assert "Delete it" in str(raised.value.hint)
 

@@ -12,38 +12,17 @@ import time
 
 import numpy as np
 import pytest
+from mlflow_store import client, new_store
 
 from ffgym.errors import TrackingError
 from ffgym.tracking import Tracker, environment_tags, flatten, open_ui, slug, tracking_uri
 from ffgym.types import Episode
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """MLflow takes seconds to make its tables: make them once."""
-    root = tmp_path_factory.mktemp("template")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        with Tracker(root, "template", "template"):
-            pass
-    with sqlite3.connect(root / "mlflow.db") as database:
-        database.execute("DELETE FROM runs")
-    return root / "mlflow.db"
-
-
 @pytest.fixture
-def root(tmp_path, empty_store, monkeypatch):
+def root(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = tmp_path / "ml runs"
-    folder.mkdir()
-    shutil.copy(empty_store, folder / "mlflow.db")
-    return folder
-
-
-def client(root):
-    import mlflow
-
-    return mlflow.MlflowClient(tracking_uri=tracking_uri(root))
+    return new_store(tmp_path / "ml runs")
 
 
 def run_of(root, tracker):
@@ -228,9 +207,8 @@ def test_a_disabled_tracker_takes_every_call_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_environment_variable_wins(root, tmp_path, empty_store, monkeypatch):
-    other = tmp_path / "other.db"
-    shutil.copy(empty_store, other)
+def test_the_environment_variable_wins(root, tmp_path, monkeypatch):
+    other = new_store(tmp_path / "other") / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
     with Tracker(root / "unused", "ffgym", "run") as tracker:
         tracker.set_tags({"a": "b"})

@@ -37,11 +37,11 @@ class Obs(Criterion):
         Raises:
             CalibrationError: the damped second moment cannot be factorised.
         """
-        from ffgym.pruning.calibration import factorise
+        from ffgym.pruning.calibration import cholesky, inverse
 
         assert stats.second_moment is not None, "needs second_moment"
         try:
-            _, D = factorise(stats.second_moment.double(), self.config.ridge)
+            D = inverse(cholesky(stats.second_moment.double(), self.config.ridge))
         except CalibrationError as error:
             raise CalibrationError(f"criterion 'obs': {error.message}", hint="Raise criterion.ridge.") from error
         inverse_diagonal = D.square().sum(dim=0)  # A = C C^T and D = C^-1, so A^-1 = D^T D

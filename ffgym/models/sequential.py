@@ -103,11 +103,12 @@ def _refit(
     assert isinstance(sums.cross, torch.Tensor)
     assert isinstance(sums.moment, torch.Tensor)
     cross, moment = sums.cross.double() / sums.tokens, sums.moment.double() / sums.tokens
+    anchor = half.path.weight_at(moment.shape[0]) if half.path is not None else None
     if not half.affine:
-        half.set_consumer(sequential_refit(weight, cross, moment, ridge), bias)
+        half.set_consumer(sequential_refit(weight, cross, moment, ridge, anchor), bias)
         return
     x, y = torch.as_tensor(sums.dense_sum) / sums.tokens, torch.as_tensor(sums.pruned_sum) / sums.tokens
-    refit = sequential_refit(weight, cross - torch.outer(x, y), moment - torch.outer(y, y), ridge)
+    refit = sequential_refit(weight, cross - torch.outer(x, y), moment - torch.outer(y, y), ridge, anchor)
     moved = (0 if bias is None else bias.double()) + weight.double() @ x - refit.double() @ y
     half.set_consumer(refit, moved)
 

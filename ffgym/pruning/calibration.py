@@ -70,15 +70,15 @@ def covariance(second_moment: torch.Tensor, mean: torch.Tensor | None) -> torch.
     return moment if mean is None else moment - torch.outer(mean.double(), mean.double())
 
 
-def factorise(moment: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """C and D = C^-1 with C C^T = moment + ridge * scale(moment) * I.
+def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
+    """C with C C^T = moment + ridge * scale(moment) * I.
 
     Args:
         moment: shape (n, n), float64, symmetric positive semi-definite up to rounding.
         ridge: lambda, > 0.
 
     Returns:
-        two lower triangular tensors, shape (n, n), the moment's dtype.
+        lower triangular, shape (n, n), float64.
 
     Raises:
         CalibrationError: not positive definite even so, or not finite.
@@ -88,14 +88,23 @@ def factorise(moment: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.T
             "the inputs' second moment holds NaN or infinity",
             hint="The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16.",
         )
-    eye = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
-    lower, info = torch.linalg.cholesky_ex(moment + ridge * scale(moment) * eye)
+    regularised = moment.clone()
+    regularised.diagonal().add_(ridge * scale(moment))
+    lower: torch.Tensor
+    lower, info = torch.linalg.cholesky_ex(regularised)
     if int(info) != 0:
         raise CalibrationError(
             f"the second moment ({moment.shape[0]} channels) with ridge {ridge:g} is not positive definite",
             hint="Raise prune.ridge, or data.calibration_tokens.",
         )
-    return lower, torch.linalg.solve_triangular(lower, eye, upper=False)
+    return lower
+
+
+def inverse(lower: torch.Tensor) -> torch.Tensor:
+    """D = C^-1, lower triangular, shape and dtype of ``lower``."""
+    eye = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    result: torch.Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return result
 
 
 class NestedRidge:
@@ -117,11 +126,11 @@ class NestedRidge:
         mean: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> None:
-        lower, inverse = factorise(covariance(second_moment, mean), ridge)
+        lower = cholesky(covariance(second_moment, mean), ridge)
         projected = weight.double() @ lower
         self._weight = weight  # the model's own tensor: no copy
         self._projected = projected.float()
-        self._inverse = inverse.float()
+        self._inverse = inverse(lower).float()
         self._mean = mean
         self._bias = None if bias is None else bias.float()
         self.removal_error = suffix_energy(projected.square().sum(dim=0))
@@ -203,8 +212,9 @@ def pick_ridge(
     W, target = weight.float(), held_out.float()
     total = torch.zeros(len(grid), len(levels), dtype=torch.float64)
     for row, ridge in enumerate(grid):
-        C, D = factorise(fit.double(), ridge)
-        B, D = (weight.double() @ C).float(), D.float()
+        # Only the factorisation needs float64; for comparing errors its results may be rounded.
+        C = cholesky(fit.double(), ridge).float()
+        B, D = W @ C, inverse(C)
         for column, level in enumerate(levels):
             k = min(max(round(level * width), 1), width)
             change = W.clone()
@@ -219,22 +229,24 @@ def sequential_refit(
     cross: torch.Tensor,
     moment: torch.Tensor,
     ridge: float,
+    anchor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Refit a consumer on the inputs that the pruned model really gives it, towards the dense model's outputs.
 
-        W' = (W E[x x~^T] + l W_K) (E[x~ x~^T] + l I)^-1,   l = ridge * mean(diag E[x~ x~^T])
+        W' = (W E[x x~^T] + l W_0) (E[x~ x~^T] + l I)^-1,   l = ridge * mean(diag E[x~ x~^T])
 
     Args:
         weight: dense W, shape (m, n), path order.
         cross: E[x x~^T], dense inputs against the pruned model's k inputs, shape (n, k), float64 (centred for affine).
         moment: E[x~ x~^T], shape (k, k), float64 (centred for affine).
         ridge: lambda, > 0.
+        anchor: W_0, what a strong ridge pulls towards, shape (m, k); the dense columns W_K where left out.
 
     Returns:
         W', shape (m, k), float32.
     """
     k = moment.shape[0]
     W = weight.double()
-    lower, _ = factorise(moment, ridge)
-    right = W @ cross + ridge * scale(moment) * W[:, :k]
+    lower = cholesky(moment, ridge)
+    right = W @ cross + ridge * scale(moment) * (W[:, :k] if anchor is None else anchor.double())
     return torch.cholesky_solve(right.T, lower).T.float()

@@ -15,14 +15,20 @@ from pydantic import BaseModel, ConfigDict
 from ffgym.report.figures import new_figure, save_figure, tidy
 
 
-class Mark(BaseModel):
+class _Stored(BaseModel):
+    """What result files hold; JSON has no infinity and no NaN, so they are strings there."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class Mark(_Stored):
     """An incumbent: tokens spent when it was noted, and its loss on the report split (nats per token)."""
 
     tokens: int
     loss: float
 
 
-class Final(BaseModel):
+class Final(_Stored):
     """The chosen allocation: units kept per sublayer, report loss (nats per token), sparsity reached, origin."""
 
     kept: list[int]
@@ -32,14 +38,12 @@ class Final(BaseModel):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+        """exp(loss); infinite where it overflows."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
-class CellResult(BaseModel):
+class CellResult(_Stored):
     """One agent with one seed: what a committed result file holds."""
-
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")  # JSON has no infinity
 
     label: str
     agent: str
@@ -107,11 +111,12 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
     rows = []
     for label, cells in groups.items():
         perplexities = np.array([cell.final.perplexity for cell in cells])
+        has_spread = len(cells) > 1 and bool(np.isfinite(perplexities).all())
         rows.append(
             BenchRow(
                 label=label,
                 perplexity=float(perplexities.mean()),
-                stderr=float(perplexities.std(ddof=1) / math.sqrt(len(cells))) if len(cells) > 1 else None,
+                stderr=float(perplexities.std(ddof=1) / math.sqrt(len(cells))) if has_spread else None,
                 seeds=len(cells),
                 tokens=float(np.mean([cell.search_tokens + cell.final_tokens for cell in cells])),
                 seconds=float(np.mean([cell.seconds for cell in cells])),
@@ -133,7 +138,7 @@ def tokens_until(cells: Sequence[CellResult], goal: float) -> float | None:
     losses = [float(np.mean([cell.marks[i].loss for cell in cells])) for i in range(count)]
     for i, loss in enumerate(losses):
         if loss <= goal:
-            if i == 0 or losses[i - 1] == loss:
+            if i == 0 or not math.isfinite(losses[i - 1]):
                 return tokens[i]
             share = (losses[i - 1] - goal) / (losses[i - 1] - loss)
             return math.exp(math.log(tokens[i - 1]) + share * (math.log(tokens[i]) - math.log(tokens[i - 1])))
@@ -174,11 +179,16 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         cells = [cell for cell in results if cell.label == row.label]
         count = min(len(cell.marks) for cell in cells)
         if count < 2:
+            if not math.isfinite(row.perplexity):
+                continue
             axes.axhline(row.perplexity, linestyle=":", linewidth=1, color="0.5")
             axes.annotate(row.label, (1.0, row.perplexity), xycoords=("axes fraction", "data"), fontsize=7, va="center")
             continue
         tokens = np.array([np.mean([cell.marks[i].tokens for cell in cells]) for i in range(count)])
-        values = np.exp(np.array([[cell.marks[i].loss for i in range(count)] for cell in cells]))
+        losses = np.array([[cell.marks[i].loss for i in range(count)] for cell in cells])
+        values = np.exp(np.where(losses < 700, losses, np.nan))  # what broke down leaves a gap
+        if not np.isfinite(values.mean(axis=0)).any():
+            continue
         (line,) = axes.plot(tokens, values.mean(axis=0), marker="o", markersize=4, label=row.label)
         axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
     axes.set_xscale("log")
@@ -186,5 +196,6 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_ylabel("report perplexity of the incumbent")
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
     tidy(axes)
-    axes.legend(frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Statistics are those of the inputs and gradients that really occur, in one pass or many, and no hook is left behind."""
+"""Statistics are those of inputs and gradients that really occur, in one pass or many, and no hook is left behind."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ def test_gradients_equal_float64_autograd(prunable, windows, tokens_per_pass):
     for stats, gradient, fisher in zip(got, gradients, fishers, strict=True):
         assert stats.tokens == len(pieces) * (pieces.shape[1] - 1)
         assert stats.gradient.dtype == stats.output_gradient.dtype == torch.float32
-        torch.testing.assert_close(stats.gradient.double(), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            stats.gradient.double(), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())
+        )
         torch.testing.assert_close(
             stats.output_gradient.double(), fisher, rtol=1e-3, atol=1e-4 * float(fisher.abs().max())
         )

@@ -77,7 +77,9 @@ def test_views_say_what_the_definitions_say(family, windows):
     prepared = prepare(model, Wanda(), windows, ridge=0.05, keep=frozenset({"mean", "second_moment"}))
     inputs = {}
     for index, consumer in enumerate(prepared.prunable.consumers):
-        consumer.register_forward_pre_hook(lambda _, args, i=index: inputs.__setitem__(i, args[0].flatten(0, -2).double()))
+        consumer.register_forward_pre_hook(
+            lambda _, args, i=index: inputs.__setitem__(i, args[0].flatten(0, -2).double())
+        )
     logits(model, windows)
     for index, view in enumerate(prepared.views):
         x, W = inputs[index], view.weight.double()
@@ -90,8 +92,8 @@ def test_views_say_what_the_definitions_say(family, windows):
         assert view.loss_increase is None
         affine = prepared.prunable.halves[index].affine
         centred = x - x.mean(0) if affine else x
-        l = 0.05 * centred.square().mean()
-        whole = float((centred @ W.T).square().sum(1).mean() + l * W.square().sum())
+        shrinkage = 0.05 * centred.square().mean()
+        whole = float((centred @ W.T).square().sum(1).mean() + shrinkage * W.square().sum())
         assert view.removal_error[0] == pytest.approx(whole, rel=1e-3)
 
 
@@ -114,22 +116,22 @@ def test_gradients_reach_the_criterion_in_the_weights_order_and_views_in_path_or
     from ffgym.models.capture import gradient_statistics
     from ffgym.models.surgery import PrunableModel
 
+    seen = []
+
     class Seen(Wanda):
         needs = frozenset({"square", "gradient"})
-        seen = []
 
         def score(self, weight, stats):
-            self.seen.append(stats.gradient)
+            seen.append(stats.gradient)
             return super().score(weight, stats)
 
     dense = PrunableModel(tiny_model("llama"))
     quarter = windows[:2]
     wanted = gradient_statistics(dense.model, dense.consumers, quarter, frozenset({"gradient"}))
-    criterion = Seen()
-    prepared = prepare(tiny_model("llama"), criterion, windows, ridge=0.05, keep=frozenset({"gradient"}))
+    prepared = prepare(tiny_model("llama"), Seen(), windows, ridge=0.05, keep=frozenset({"gradient"}))
     after = gradient_statistics(prepared.prunable.model, prepared.prunable.consumers, quarter, frozenset({"gradient"}))
     for index, view in enumerate(prepared.views):
-        torch.testing.assert_close(criterion.seen[index], wanted[index].gradient)
+        torch.testing.assert_close(seen[index], wanted[index].gradient)
         torch.testing.assert_close(view.stats.gradient, after[index].gradient, rtol=1e-3, atol=1e-4)
 
 
@@ -248,14 +250,16 @@ class TestBrokenCriteria:
 
     def test_a_later_sublayer_is_named_too(self, windows):
         with pytest.raises(PluginError, match="layer 0 mlp"):
-            prepare(tiny_model("llama"), Spoken(lambda w: w.abs() if w.shape[1] == 32 else w[0, :2]), windows, ridge=0.01)
+            prepare(
+                tiny_model("llama"), Spoken(lambda w: w.abs() if w.shape[1] == 32 else w[0, :2]), windows, ridge=0.01
+            )
 
 
 def test_moments_that_overflow_name_the_sublayer(windows):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
-    with pytest.raises(CalibrationError, match="layer 1 mlp: .*NaN or infinity"):
+    with pytest.raises(CalibrationError, match=r"layer 1 mlp: .*NaN or infinity"):
         prepare(model, Magnitude(), windows, ridge=0.01)
 
 

@@ -12,6 +12,7 @@ from ffgym.criteria.wanda import Wanda
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.preparation import prepare
 from ffgym.models.sequential import calibrate_sequentially
+from ffgym.models.surgery import PrunableModel
 from ffgym.pruning.budget import Budget
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
@@ -37,7 +38,7 @@ def inputs_of(model, consumer, windows):
 
 @torch.no_grad()
 def calibrate_slowly(prunable, kept, windows, ridges):
-    """For every sublayer in turn: both models in full, then the normal equations."""
+    """For every sublayer in turn: both models in full, then the normal equations, shrunk towards the nested refit."""
     dense = copy.deepcopy(prunable)
     for index, (half, k, ridge) in enumerate(zip(prunable.halves, kept, ridges, strict=True)):
         half.cut(k, calibrated=False)
@@ -52,9 +53,10 @@ def calibrate_slowly(prunable, kept, windows, ridges):
         y = inputs_of(prunable.model, half.consumer, windows)
         mean_x, mean_y = (x.mean(0), y.mean(0)) if half.affine else (x.mean(0) * 0, y.mean(0) * 0)
         x, y = x - mean_x, y - mean_y
-        l = ridge * y.square().mean()
-        A = y.T @ y / len(y) + l * torch.eye(y.shape[1], dtype=torch.float64)
-        refit = torch.linalg.solve(A, (W @ (x.T @ y / len(y)) + l * W[:, : y.shape[1]]).T).T
+        shrinkage = ridge * y.square().mean()
+        A = y.T @ y / len(y) + shrinkage * torch.eye(y.shape[1], dtype=torch.float64)
+        nested = half.path.weight_at(y.shape[1]).double()
+        refit = torch.linalg.solve(A, (W @ (x.T @ y / len(y)) + shrinkage * nested).T).T
         half.set_consumer(refit, b + W @ mean_x - refit @ mean_y if half.affine else bias)
 
 
@@ -120,14 +122,22 @@ def test_where_nothing_is_cut_nothing_changes(family, windows):
         torch.testing.assert_close(prunable.model(input_ids=windows).logits, before, rtol=1e-3, atol=1e-3)
 
 
-def test_the_first_sublayer_is_the_nested_refit(windows):
-    """Nothing before it was cut, so its inputs are the dense ones; lambda is relative to the kept channels."""
-    prunable = prepared_model("llama", windows)
-    half = prunable.halves[0]
-    x = inputs_of(prunable.model, half.consumer, windows)
-    ridge = 0.01 * float(x.square().mean() / x[:, :16].square().mean())
-    calibrate_sequentially(prunable, [1, 48, 2, 48, 2, 48], windows, [ridge] * 6)
-    torch.testing.assert_close(half.consumer.weight, half.path.weight_at(16), rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize(("family", "calibration"), [("llama", "ridge"), ("llama", "affine"), ("opt", "ridge")])
+def test_a_strong_ridge_tends_to_the_nested_refit(family, calibration, windows):
+    prunable = prepared_model(family, windows, calibration)
+    kept = (1, 20, 2, 30, 1, 9)
+    calibrate_sequentially(prunable, kept, windows, [1e7] * 6)
+    for half, k in zip(prunable.halves, kept, strict=True):
+        nested = half.path.weight_at(k * half.sublayer.channels_per_unit)
+        torch.testing.assert_close(half.consumer.weight, nested, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_without_paths_is_shrunk_towards_its_own_columns(windows):
+    prunable = PrunableModel(tiny_model("llama"))
+    calibrate_sequentially(prunable, (1, 20, 2, 30, 1, 9), windows, [1e7] * 6)
+    for half in prunable.halves:
+        columns = half.dense_consumer[0][:, : half.consumer.in_features]
+        torch.testing.assert_close(half.consumer.weight, columns, rtol=1e-3, atol=1e-3, check_stride=False)
 
 
 def test_progress_counts_layers(windows):

@@ -12,7 +12,9 @@ from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.ordering import expand_order
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
-VARIANTS = [(family, grouped) for family in TINY_FAMILIES for grouped in (True, False) if family != "opt" or not grouped]
+VARIANTS = [
+    (family, grouped) for family in TINY_FAMILIES for grouped in (True, False) if family != "opt" or not grouped
+]
 every_family = pytest.mark.parametrize(("family", "grouped"), VARIANTS)
 
 

@@ -53,9 +53,15 @@ def slowly_projected(budget, sublayers, importance, sparsity, least):
     rank = service_order(1 + max(s.layer for s in sublayers))
     in_turn = sorted(range(len(kept)), key=lambda i: (rank[sublayers[i].layer], sublayers[i].kind == "mlp"))
     open_ = set(in_turn)
-    for nu in sorted({Fraction(u, s.units) - r for s, r in zip(sublayers, ratio, strict=True) for u in range(s.units + 1)}):
+    for nu in sorted(
+        {Fraction(u, s.units) - r for s, r in zip(sublayers, ratio, strict=True) for u in range(s.units + 1)}
+    ):
         for i in in_turn:
-            while i in open_ and kept[i] < sublayers[i].units and ratio[i] + nu >= Fraction(kept[i] + 1, sublayers[i].units):
+            while (
+                i in open_
+                and kept[i] < sublayers[i].units
+                and ratio[i] + nu >= Fraction(kept[i] + 1, sublayers[i].units)
+            ):
                 if sublayers[i].unit_params <= room:
                     kept[i] += 1
                     room -= sublayers[i].unit_params

@@ -15,8 +15,9 @@ from ffgym.pruning.calibration import (
     RIDGE_GRID,
     NestedRidge,
     PlainPath,
+    cholesky,
     covariance,
-    factorise,
+    inverse,
     pick_ridge,
     sequential_refit,
     suffix_energy,
@@ -163,7 +164,9 @@ class TestNestedRidge:
         for k in range(9):
             change = problem.W.clone()
             change[:, :k] -= problem.solved(k)
-            torch.testing.assert_close(got[k], 0.5 * torch.trace(fisher @ change @ moment @ change.T), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                got[k], 0.5 * torch.trace(fisher @ change @ moment @ change.T), rtol=1e-4, atol=1e-4
+            )
 
     def test_memory_is_the_two_factors(self):
         assert Problem(8, 3, 0.1, 0, affine=False).path().bytes == 4 * (3 * 8 + 8 * 8)
@@ -171,8 +174,9 @@ class TestNestedRidge:
 
 class TestFactors:
     @given(problems)
-    def test_factorise(self, problem):
-        C, D = factorise(problem.moment, problem.ridge)
+    def test_cholesky_and_its_inverse(self, problem):
+        C = cholesky(problem.moment, problem.ridge)
+        D = inverse(C)
         A = problem.moment + problem.l * torch.eye(problem.n, dtype=torch.float64)
         torch.testing.assert_close(C @ C.T, A)
         torch.testing.assert_close(D @ C, torch.eye(problem.n, dtype=torch.float64), rtol=1e-6, atol=1e-6)
@@ -187,12 +191,12 @@ class TestFactors:
         moment = torch.eye(3, dtype=torch.float64)
         moment[1, 1] = bad
         with pytest.raises(CalibrationError, match="NaN or infinity") as raised:
-            factorise(moment, 0.01)
+            cholesky(moment, 0.01)
         assert "dtype" in raised.value.hint
 
     def test_moments_that_are_not_positive_definite_are_refused(self):
         with pytest.raises(CalibrationError, match=r"3 channels\) with ridge 0.01") as raised:
-            factorise(torch.diag(torch.tensor([5.0, 5.0, -1.0], dtype=torch.float64)), 0.01)
+            cholesky(torch.diag(torch.tensor([5.0, 5.0, -1.0], dtype=torch.float64)), 0.01)
         assert "prune.ridge" in raised.value.hint
 
     def test_covariance(self):
@@ -262,6 +266,21 @@ class TestSequentialRefit:
         got = sequential_refit(W.float(), x.T @ seen / TOKENS, moment, ridge)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("anchored", [True, False])
+    def test_a_strong_ridge_pulls_towards_the_anchor(self, anchored):
+        problem = Problem(8, 3, 1e7, seed=0, affine=False)
+        anchor = torch.randn(3, 5) if anchored else None
+        moment = problem.moment[:5, :5]
+        got = sequential_refit(problem.W.float(), problem.moment[:, :5], moment, 1e7, anchor)
+        problem.close(got, anchor if anchored else problem.W[:, :5])
+
+    def test_the_anchor_is_what_is_kept_where_the_text_says_nothing(self):
+        """Inputs that never vary in some direction leave the anchor as it is there."""
+        x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+        anchor = torch.tensor([[5.0, 7.0]])
+        got = sequential_refit(torch.tensor([[3.0, 4.0]]), x.T @ x / 3, x.T @ x / 3, 1e-9, anchor)
+        torch.testing.assert_close(got, torch.tensor([[3.0, 7.0]]))
 
     @given(problems, st.data())
     def test_equals_nested_ridge_where_the_inputs_are_the_dense_ones(self, problem, data):

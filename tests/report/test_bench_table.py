@@ -68,7 +68,6 @@ def test_a_curve_that_rises_again_counts_where_it_first_came_down() -> None:
 def test_only_marks_that_all_seeds_have_are_averaged() -> None:
     cells = [cell("a", 0, [(100, 4.0), (1000, 3.0), (2000, 0.0)]), cell("a", 1, [(100, 4.0), (1000, 3.0)])]
     assert tokens_until(cells, 2.0) is None
-    assert tokens_until([cell("a", 0, [(100, 4.0)], marks=[])], 9.0) is None
 
 
 def test_an_incumbent_that_broke_down_is_worse_than_any_goal() -> None:
@@ -125,9 +124,19 @@ def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_heuristics_alone_can_be_drawn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    alone = results()[-1:]
-    bench_figure(bench_table("Bench", alone, baseline="evolution"), alone, tmp_path / "bench.png")
+@pytest.mark.parametrize(
+    "some",
+    [
+        [cell("uniform", 0, [(10, 4.5)])],
+        [cell("uniform", 0, [(10, math.inf)]), cell("random", 0, [(100, math.nan), (1000, 2.0)])],
+        [cell("random", 0, [(100, math.inf), (1000, 800.0)]), cell("random", 1, [(100, 4.0), (1000, math.inf)])],
+    ],
+    ids=["heuristics alone", "a heuristic that broke down", "a search that broke down"],
+)
+def test_odd_benches_are_drawn_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, some: list[CellResult]
+) -> None:
+    bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").exists()
     assert [str(warning.message) for warning in recwarn] == []
 

@@ -1,0 +1,89 @@
+"""The command a newcomer types, on the demo model, with the smallest budget that still goes through every stage."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ffgym.data.assets import cache_dir
+
+SETTINGS = {
+    "data.calibration_tokens": 4096,
+    "data.search_tokens": 8192,
+    "data.report_tokens": 2048,
+    "prune.ridge": 0.1,
+    "search.episodes": 4,
+    "search.episode_tokens": 1024,
+    "search.episodes_per_update": 2,
+    "search.final_tokens": 1024,
+    "search.finalists": 2,
+    "search.random_baseline": "false",
+}
+LOAD = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+assert "ffgym" not in sys.modules
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # without, it asks
+ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=True)
+print(tokenizer.decode(out[0]))
+"""
+
+
+@pytest.mark.demo
+def test_the_demo_ends_in_a_smaller_model_that_loads_and_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv(
+        "FFGYM_CACHE", str(cache_dir().resolve())
+    )  # what was fetched before stays found from another folder
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "ffgym", "run", "--agent", "reinforce", "--criterion", "wanda"]
+    command += [
+        "--output",
+        str(out),
+        *(part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")),
+    ]
+    begun = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    print(f"{time.monotonic() - begun:.0f} s\n{done.stdout}\n{done.stderr}")  # shown where the test fails
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    for part in ("dense", "uniform + ridge", "MLPs only, ends", "reinforce, plain", "reinforce + ridge", "dequantised"):
+        assert part in done.stdout
+    rows = json.loads((out / "report.json").read_text())
+    assert len(rows) == 6
+    dense, *pruned = rows
+    assert all(row["perplexity"] > dense["perplexity"] > 1 for row in pruned)
+    assert all(row["sparsity_prunable"] == pytest.approx(0.2, abs=1e-3) for row in pruned)
+    assert (tmp_path / "mlruns" / "mlflow.db").exists()
+
+    # Bytes per parameter are those of the dtype, so the file is smaller by what the parameters say.
+    size = sum(file.stat().st_size for file in (out / "model").glob("*.safetensors"))
+    width = round(size / rows[-1]["parameters"])
+    assert width in (2, 4)
+    assert size < width * dense["parameters"] * 0.9
+    assert size == pytest.approx(width * rows[-1]["parameters"], rel=1e-3)
+
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, str(out / "model")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("The capital of France is")
+    print(loaded.stdout)
