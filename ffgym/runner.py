@@ -40,7 +40,7 @@ from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
-from ffgym.search import Found, SearchInterrupted, search
+from ffgym.search import Found, SearchInterrupted, finals_loss, search
 from ffgym.tracking import Tracker, environment_tags, fetch_artifact
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
@@ -59,8 +59,12 @@ WRITTEN = frozenset(
 )
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
+# Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
+# demo model, 1 and 10 times overfitted the calibration text (docs/design.md has the figures).
+SEQUENTIAL_STRENGTH = 100.0
+
 Refit = Literal["none", "ridge", "sequential"]
-REFIT_LABELS: Mapping[Refit, str] = {"none": "plain", "ridge": "ridge", "sequential": "sequential ridge"}
+SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
 
 
 @dataclass(frozen=True)
@@ -186,11 +190,7 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         references = _references(space, baseline, say)
         _draw(folder, space, {"found": found.best.allocation, **references}, histories)
         rows = _rows(space, references, found, say)
-        final: Refit = "sequential" if config.output.sequential else "ridge"
-        with cut_to(space, found.best.allocation.kept, final, say):
-            rows.append(measure(space, f"{config.agent.name} + {REFIT_LABELS[final]}", say, is_found=True))
-            table = ReportTable(tuple(rows), header(space))
-            saved = _save(space, found, table, folder) if config.output.save_model else None
+        table, saved = _finish(space, rows, found, folder, say)
         _write(folder / "report.md", markdown(table))
         _write(folder / "report.json", json.dumps(as_dicts(table), indent=2))
         tracker.log_table(as_dicts(table))
@@ -429,18 +429,49 @@ def _references(space: Workspace, baseline: Found | None, say: Reporter) -> dict
 
 def _rows(space: Workspace, references: Mapping[str, Allocation], found: Found, say: Reporter) -> list[Row]:
     """Every row of the table but the one that is saved."""
-    agent, kept = space.config.agent.name, found.best.allocation.kept
+    agent, kept = found_name(space.config), found.best.allocation.kept
     rows = [measure(space, "dense", say)]
     wanted: list[tuple[str, Sequence[int], Refit, bool]] = [
         *((f"{label} + ridge", allocation.kept, "ridge", False) for label, allocation in references.items()),
         (f"{agent}, plain", kept, "none", True),
     ]
-    if space.config.output.sequential:
-        wanted.append((f"{agent} + ridge", kept, "ridge", True))
     for label, units, refit, is_found in wanted:
         with cut_to(space, units, refit, say):
             rows.append(measure(space, label, say, is_found=is_found))
     return rows
+
+
+def _finish(
+    space: Workspace, rows: list[Row], found: Found, folder: Path, say: Reporter
+) -> tuple[ReportTable, SavedModel | None]:
+    """The found allocation with each final refit; the one with the lower loss on the search split is saved."""
+    config, kept = space.config, found.best.allocation.kept
+    name = found_name(config)
+    with cut_to(space, kept, "ridge", say):
+        ridge = measure(space, f"{name} + ridge", say, is_found=True)
+        ridge_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
+    if config.output.sequential:
+        with cut_to(space, kept, "sequential", say):
+            sequential = measure(space, f"{name} + sequential ridge", say, is_found=True)
+            if finals_loss(space.env, config.search.final_tokens, config.seed) < ridge_loss:
+                table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(space))
+                return table, _save(space, found, table, folder)
+        rows = [*rows, replace(ridge, note=SAVED_NOTE), sequential]
+    else:
+        rows = [*rows, ridge]
+    with cut_to(space, kept, "ridge", say):
+        table = ReportTable(tuple(rows), header(space))
+        return table, _save(space, found, table, folder)
+
+
+def saved_row(table: ReportTable) -> Row:
+    """The row whose model is saved: the noted one of two final refits, or the last row where there is only one."""
+    return next((row for row in table.rows if row.note == SAVED_NOTE), table.rows[-1])
+
+
+def found_name(config: RunConfig) -> str:
+    """What the rows of the found allocation are called: the agent, or the heuristic that it ran."""
+    return f"{config.prior.name} (one-shot)" if config.agent.name == "one-shot" else config.agent.name
 
 
 @contextmanager
@@ -454,7 +485,7 @@ def cut_to(space: Workspace, kept: Sequence[int], refit: Refit, say: Reporter) -
                     prepared.prunable,
                     kept,
                     space.splits.calibration.windows,
-                    prepared.ridges,
+                    [SEQUENTIAL_STRENGTH * ridge for ridge in prepared.ridges],
                     tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
                     on_progress=stage,
                 )
@@ -505,9 +536,11 @@ def header(space: Workspace) -> str:
     )
 
 
-def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel:
-    """Save the model as it is cut now, with its card."""
+def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel | None:
+    """Save the model as it is cut now, with its card, where one is wanted."""
     config, prunable = space.config, space.prepared.prunable
+    if not config.output.save_model:
+        return None
     is_demo = config.model.name == "demo"
     name, allocation = Path(config.model.name).name, found.best.allocation
     card = model_card(
@@ -515,7 +548,7 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
         base_model=DEMO_BASE if is_demo else None,
         license=DEMO_LICENSE if is_demo else None,
         table=table,
-        saved=table.rows[-1],
+        saved=saved_row(table),
         sublayers=prunable.sublayers,
         allocation=allocation,
         command="ffgym run --config config.toml",

@@ -22,6 +22,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError
+from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins.bases import Agent
 from ffgym.types import Allocation, Episode, Update
 
@@ -204,11 +205,22 @@ def run_finals(
     """
     if len(candidates) == 1:
         return list(candidates), None, 0
-    windows = min(len(env.windows), max(1, tokens // env.window_tokens))
-    subset = env.draw(np.random.default_rng([FINALS_SEED, seed]), windows)
+    subset = finals_windows(env, tokens, seed)
     measured = [replace(c, loss=env.measure(c.allocation, subset).loss) for c in candidates]
     measured.sort(key=lambda c: c.loss if c.loss is not None and np.isfinite(c.loss) else np.inf)
-    return measured, env.dense(subset).loss, len(candidates) * windows * env.window_tokens
+    return measured, env.dense(subset).loss, len(candidates) * len(subset) * env.window_tokens
+
+
+def finals_windows(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
+    """Indices of the search windows that finalists, and later final refits, are compared on."""
+    windows = min(len(env.windows), max(1, tokens // env.window_tokens))
+    return env.draw(np.random.default_rng([FINALS_SEED, seed]), windows)
+
+
+def finals_loss(env: PruningEnv, tokens: int, seed: int) -> float:
+    """Loss of the model as it is cut now on the finals' windows, nats per token."""
+    windows = env.windows[list(finals_windows(env, tokens, seed))]
+    return evaluate(env.prunable.model, windows, tokens_per_batch=env.tokens_per_batch).loss
 
 
 def episode_to_json(episode: Episode) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = {folder}
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ```
 
