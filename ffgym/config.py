@@ -57,8 +57,8 @@ class ModelTable(Table):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda|mps|xpu)(:\d+)?$",
-        description="auto | cpu | cuda | cuda:1 | mps | xpu",
+        pattern=r"^(auto|balanced|(cpu|cuda|mps|xpu)(:\d+)?)$",
+        description="auto | cpu | cuda | cuda:1 | mps | xpu | balanced (layers spread over all GPUs)",
     )
 
 

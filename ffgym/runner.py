@@ -60,7 +60,7 @@ WRITTEN = frozenset(
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 # Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
-# demo model, 1 and 10 times overfitted the calibration text (docs/design.md has the figures).
+# demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
 SEQUENTIAL_STRENGTH = 100.0
 
 Refit = Literal["none", "ridge", "sequential"]
