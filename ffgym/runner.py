@@ -420,6 +420,9 @@ def _run_search(
 def _references(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
     """What the found allocation is compared with, all through the same projection and rounding."""
     allocations = {label: space.project(*rule)[1] for label, rule in REFERENCES.items()}
+    prior = space.config.prior
+    if prior.name not in ("none", *(name for name, _ in REFERENCES.values())):
+        allocations[f"{prior.name} (prior)"] = space.project(prior.name, prior.options)[1]
     if baseline is not None:
         tokens = baseline.search_tokens + baseline.final_tokens
         allocations[f"best of {len(baseline.history)} random"] = baseline.best.allocation

@@ -17,12 +17,9 @@ class FisherConfig(PluginConfig):
 
     Attributes:
         reference: share of the prunable parameters that the choice is solved for.
-        power: exponent on the estimates; above 1 it spreads the cut, since second-order estimates made at the dense
-            model fall short of the true cost the more is cut in one place.
     """
 
-    reference: float = Field(0.2, gt=0, lt=1)
-    power: float = Field(1.0, gt=0)
+    reference: float = Field(0.2, gt=0, lt=1, description="share of the parameters that the choice is solved for")
 
 
 class Fisher(Heuristic):
@@ -42,7 +39,7 @@ class Fisher(Heuristic):
         losses, costs = [], []
         for view in sublayers:
             assert view.loss_increase is not None, "asked for in needs"
-            losses.append(view.loss_increase**self.config.power)
+            losses.append(view.loss_increase)
             costs.append(np.arange(view.sublayer.units + 1) * float(view.sublayer.unit_params))
         target = (1 - self.config.reference) * sum(cost[-1] for cost in costs)
         levels = cheapest_levels(losses, costs, target)
