@@ -40,5 +40,6 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml plugins/ffgym-magnitude-l2/pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' ./plugins/ffgym-magnitude-l2
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet ./plugins/ffgym-magnitude-l2
 	touch $@ $(VENV)/.installed
