@@ -129,7 +129,7 @@ def test_digest_follows_what_decides_the_numbers() -> None:
         ("data.report_tokens=100", ["data.report_tokens = 100 is less than one window"]),
         ("search.final_tokens=100", ["search.final_tokens = 100 is less than one window"]),
         ("data.search_tokens=1024", ["data.search_tokens = 1024 is less than search.episode_tokens = 2048"]),
-        ("data.search_tokens=4096", ["data.search_tokens = 4096 is less than search.final_tokens = 16384"]),
+        ("data.search_tokens=4096", ["data.search_tokens = 4096 is less than search.final_tokens = 8192"]),
         ("schedule.ramp_share=0", ["schedule.ramp_share = 0"]),
     ],
 )
