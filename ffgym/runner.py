@@ -171,6 +171,7 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
     with (
         Tracker(Path(tracking.root), tracking.experiment, folder.name, tracking.enabled) as tracker,
         disk_errors(),
+        _leaving_no_husk(folder),
         _saying_what_is_kept(folder, say),
     ):
         tracker.log_config(config.model_dump(mode="json"), to_toml(config))
@@ -357,6 +358,17 @@ def disk_errors() -> Iterator[None]:
             f"cannot write {error.filename or 'results'}: {error.strerror}",
             hint="Make room on the disk, or choose another folder with --output DIR.",
         ) from error
+
+
+@contextmanager
+def _leaving_no_husk(folder: Path) -> Iterator[None]:
+    """Remove a folder in which a run that ended early left its configuration only: the corrected command needs it."""
+    try:
+        yield
+    except BaseException:
+        if [path.name for path in folder.iterdir()] == ["config.toml"]:
+            shutil.rmtree(folder)
+        raise
 
 
 @contextmanager

@@ -30,7 +30,16 @@ from ffgym.cli import app
 from ffgym.config import RunConfig, digest, load_config
 from ffgym.envs.building import load_parts
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.errors import BudgetError, ConfigError, FFGymError, OutputError, PluginError, TrackingError, UnknownNameError
+from ffgym.errors import (
+    BudgetError,
+    ConfigError,
+    FFGymError,
+    ModelError,
+    OutputError,
+    PluginError,
+    TrackingError,
+    UnknownNameError,
+)
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins import manager
 from ffgym.search import read_episodes
@@ -525,6 +534,14 @@ def test_a_sparsity_out_of_reach_names_the_range_before_statistics(
         finish(glass_config(tmp_path, prune=prune))
     assert str(prune["sparsity"]) in str(raised.value)
     assert "0.5" in str(raised.value) if "resource" in prune else "reach" in str(raised.value)
+
+
+def test_a_run_that_fails_at_once_leaves_its_folder_free(tmp_path: Path) -> None:
+    config = glass_config(tmp_path, model={"name": "no/such/folder"})
+    for _ in range(2):  # the second would be refused if the first had left something
+        with pytest.raises(ModelError):
+            finish(config)
+    assert not Path(str(config.output.dir)).exists()
 
 
 @pytest.mark.parametrize(
