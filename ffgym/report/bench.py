@@ -175,14 +175,12 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     """
     figure = new_figure(9.0, 5.0)
     axes: Any = figure.add_subplot()
+    rules: list[BenchRow] = []
     for row in table.rows:
         cells = [cell for cell in results if cell.label == row.label]
         count = min(len(cell.marks) for cell in cells)
         if count < 2:
-            if not math.isfinite(row.perplexity):
-                continue
-            axes.axhline(row.perplexity, linestyle=":", linewidth=1, color="0.5")
-            axes.annotate(row.label, (1.0, row.perplexity), xycoords=("axes fraction", "data"), fontsize=7, va="center")
+            rules += [row] if math.isfinite(row.perplexity) else []
             continue
         tokens = np.array([np.mean([cell.marks[i].tokens for cell in cells]) for i in range(count)])
         losses = np.array([[cell.marks[i].loss for i in range(count)] for cell in cells])
@@ -191,6 +189,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
             continue
         (line,) = axes.plot(tokens, values.mean(axis=0), marker="o", markersize=4, label=row.label)
         axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
+    _draw_rules(axes, rules)
     axes.set_xscale("log")
     axes.set_xlabel("search tokens evaluated")
     axes.set_ylabel("report perplexity of the incumbent")
@@ -199,3 +198,16 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
+
+
+def _draw_rules(axes: Any, rules: Sequence[BenchRow]) -> None:
+    """One-shot rules as lines; those far above every search are named instead, or they would flatten the curves."""
+    top = 1.25 * axes.get_ylim()[1] if axes.lines else math.inf
+    for index, row in enumerate(rule for rule in rules if rule.perplexity <= top):
+        axes.axhline(row.perplexity, linestyle=":", linewidth=1, color="0.5")
+        side = "top" if index % 2 == 0 else "bottom"  # neighbours would cover each other
+        place = (1.0, row.perplexity)
+        axes.annotate(row.label, place, xycoords=("axes fraction", "data"), fontsize=7, va=side)
+    beyond = [f"{rule.label} {rule.perplexity:.2f}" for rule in rules if rule.perplexity > top]
+    if beyond:
+        axes.text(0.0, 1.0, f"above the scale: {', '.join(beyond)}", transform=axes.transAxes, fontsize=7, va="top")
