@@ -59,24 +59,21 @@ def main() -> None:
     windows = splits.search.windows[list(subset)]
     batch = env.tokens_per_batch
 
-    def dense() -> None:
+    def forward() -> None:
         evaluate(prunable.model, windows, tokens_per_batch=batch)
 
     def episode() -> None:
         env.measure(allocation, subset)
-
-    def floor() -> None:
-        evaluate(prunable.model, windows, tokens_per_batch=batch)
 
     def cut(calibrated: bool) -> None:
         prunable.cut(allocation.kept, calibrated=calibrated)
 
     times: dict[str, list[float]] = {name: [] for name in ("dense", "episode", "calibration", "pruned forward")}
     for repetition in range(REPETITIONS + 1):
-        row = {"dense": seconds(dense), "episode": seconds(episode)}
+        row = {"dense": seconds(forward), "episode": seconds(episode)}
         plain = seconds(lambda: cut(False))
         row["calibration"] = max(0.0, seconds(lambda: cut(True)) - plain)
-        row["pruned forward"] = seconds(floor)
+        row["pruned forward"] = seconds(forward)
         prunable.restore()
         if repetition:  # the first one warms up
             for name, value in row.items():
@@ -86,9 +83,9 @@ def main() -> None:
         print(f"{name:16}   {spread(values)}")
     ratio = [e / d for e, d in zip(times["episode"], times["dense"], strict=True)]
     share = [c / e for c, e in zip(times["calibration"], times["episode"], strict=True)]
-    forward = [f / d for f, d in zip(times["pruned forward"], times["dense"], strict=True)]
+    floor = [f / d for f, d in zip(times["pruned forward"], times["dense"], strict=True)]
     print(f"episode / dense    {statistics.median(ratio):.3f}, wanted at most 1.0")
-    print(f"forward / dense    {statistics.median(forward):.3f}, the floor")
+    print(f"forward / dense    {statistics.median(floor):.3f}, the floor")
     print(f"calibration share  {statistics.median(share):.3f} of the episode, wanted at most 0.10")
     factors = sum(half.path.bytes for half in prunable.halves if half.path is not None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
