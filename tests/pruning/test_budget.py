@@ -45,7 +45,7 @@ def spread_importances(sublayers, seed):
 
 
 def slowly_projected(budget, sublayers, importance, sparsity, least):
-    """Raise nu from one event to the next; whoever's wanted ratio passes its next level gets it, if it fits."""
+    """Raise nu from one event to the next; whoever's wanted ratio rounds to its next level gets it, if it fits."""
     ratio = [(Fraction(a) + 1) / 2 for a in importance]
     kept = [min(least, s.units) for s in sublayers]
     room = (1 - Fraction(sparsity)) * sum(s.units * s.unit_params for s in sublayers)
@@ -54,13 +54,13 @@ def slowly_projected(budget, sublayers, importance, sparsity, least):
     in_turn = sorted(range(len(kept)), key=lambda i: (rank[sublayers[i].layer], sublayers[i].kind == "mlp"))
     open_ = set(in_turn)
     for nu in sorted(
-        {Fraction(u, s.units) - r for s, r in zip(sublayers, ratio, strict=True) for u in range(s.units + 1)}
+        {Fraction(2 * u - 1, 2 * s.units) - r for s, r in zip(sublayers, ratio, strict=True) for u in range(s.units + 1)}
     ):
         for i in in_turn:
             while (
                 i in open_
                 and kept[i] < sublayers[i].units
-                and ratio[i] + nu >= Fraction(kept[i] + 1, sublayers[i].units)
+                and ratio[i] + nu >= Fraction(2 * kept[i] + 1, 2 * sublayers[i].units)
             ):
                 if sublayers[i].unit_params <= room:
                     kept[i] += 1
