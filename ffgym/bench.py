@@ -25,10 +25,12 @@ from rich.console import Console
 
 from ffgym import runner
 from ffgym.config import RunConfig, Table, config_error, digest, read_toml, to_toml
-from ffgym.errors import ConfigError, DataError, OutputError
+from ffgym.errors import ConfigError, DataError
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
+from ffgym.policy import make_agent
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.report.progress import Reporter
 from ffgym.search import Found, by_standing, search
@@ -102,7 +104,7 @@ def bench(files: Sequence[Path], *, progress: Console | None = None, only_report
     for each in benches:
         missing = [] if only_report else [cell for cell in each.cells if not cell.path.exists()]
         if missing:
-            with runner.disk_errors():
+            with disk_errors():
                 _run_cells(each, missing, say)
         results = [read_cell(cell) for cell in each.cells if cell.path.exists()]
         if not results:
@@ -111,7 +113,7 @@ def bench(files: Sequence[Path], *, progress: Console | None = None, only_report
         table = bench_table(each.spec.title, results, baseline=each.spec.baseline)
         folder = each.file.parent
         bench_figure(table, results, folder / f"{each.file.stem}.png")
-        _write(folder / f"{each.file.stem}.md", markdown(table))
+        write_text(folder / f"{each.file.stem}.md", markdown(table))
         tables.append(table)
     return tables
 
@@ -191,7 +193,7 @@ def _run_cells(each: Bench, cells: Sequence[Cell], say: Reporter) -> None:
 
 def _run_cell(cell: Cell, space: runner.Workspace, parent: str | None, say: Reporter) -> None:
     config = cell.config
-    agent = runner.make_agent(config)
+    agent = make_agent(config)
     if config.prior.name != "none":
         agent.prior_mean = space.prior(config.prior.name, config.prior.options)
     log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}.jsonl"
@@ -228,7 +230,7 @@ def _run_cell(cell: Cell, space: runner.Workspace, parent: str | None, say: Repo
             )
         result = _result(cell, space, found, watch, say)
         tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
-    _write(cell.path, result.model_dump_json(indent=1) + "\n")
+    write_text(cell.path, result.model_dump_json(indent=1) + "\n")
     log.unlink(missing_ok=True)
 
 
@@ -327,13 +329,3 @@ def _preparation_key(cell: Cell) -> str:
     prune = config.prune.model_dump(exclude={"sparsity"})
     parts = [config.model, config.data, config.criterion]
     return json.dumps([*(part.model_dump() for part in parts), prune], sort_keys=True)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", hint="Make room, or use another folder."
-        ) from error

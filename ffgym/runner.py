@@ -5,15 +5,10 @@ model, data -> statistics -> order -> refits -> search -> final calibration -> r
 
 from __future__ import annotations
 
-import errno
 import json
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,22 +21,23 @@ from ffgym.data.splits import Split, Splits
 from ffgym.envs.building import build_env, load_parts, make_budget, prepare_model, tokens_per_batch
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
-from ffgym.errors import ConfigError, OutputError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.evaluation.size import SizeMeter
 from ffgym.models.export import SavedModel, load_line, save_pruned
 from ffgym.models.loading import LoadedModel
 from ffgym.models.preparation import Prepared
 from ffgym.models.sequential import calibrate_sequentially
+from ffgym.output import claim_folder, disk_errors, leaving_no_husk, saying_what_is_kept, write_text
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
+from ffgym.policy import make_agent, policy_text
 from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
 from ffgym.search import Found, SearchInterrupted, finals_loss, search
-from ffgym.tracking import Tracker, environment_tags, fetch_artifact
+from ffgym.tracking import Tracker, environment_tags
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
@@ -51,13 +47,6 @@ REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
 DEMO_LICENSE = "apache-2.0"
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
-
-# What a run writes: --overwrite clears these and nothing else.
-WRITTEN = frozenset(
-    {"config.toml", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
-    | {"report.md", "report.json", "units_kept.png", "reward.png", "model"}
-)
-NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 # Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
 # demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
@@ -171,11 +160,11 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
     with (
         Tracker(Path(tracking.root), tracking.experiment, folder.name, tracking.enabled) as tracker,
         disk_errors(),
-        _leaving_no_husk(folder),
-        _saying_what_is_kept(folder, say),
+        leaving_no_husk(folder),
+        saying_what_is_kept(folder, say.say),
     ):
         tracker.log_config(config.model_dump(mode="json"), to_toml(config))
-        _write(folder / "config.toml", to_toml(config))
+        write_text(folder / "config.toml", to_toml(config))
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         space = open_workspace(config, [*prior, *REFERENCES.values()], say)
         if prior:
@@ -192,8 +181,8 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         _draw(folder, space, {"found": found.best.allocation, **references}, histories)
         rows = _rows(space, references, found, say)
         table, saved = _finish(space, rows, found, folder, say)
-        _write(folder / "report.md", markdown(table))
-        _write(folder / "report.json", json.dumps(as_dicts(table), indent=2))
+        write_text(folder / "report.md", markdown(table))
+        write_text(folder / "report.json", json.dumps(as_dicts(table), indent=2))
         tracker.log_table(as_dicts(table))
         for name in ("report.md", "units_kept.png", "reward.png"):
             tracker.log_artifact(folder / name)
@@ -228,60 +217,12 @@ def with_config(space: Workspace, config: RunConfig) -> Workspace:
     return replace(space, config=config, env=env)
 
 
-def make_agent(config: RunConfig) -> Agent:
-    """The agent of a run, started from another run's policy where ``search.init_from`` names one."""
-    agent = manager.create("agent", config.agent.name, config.agent.options)
-    source = config.search.init_from
-    if source is not None:
-        if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():
-            with tempfile.TemporaryDirectory() as folder:
-                policy = fetch_artifact(Path(config.tracking.root), source, "policy.json", Path(folder))
-                state = read_policy(policy, config)
-        else:
-            state = read_policy(Path(source).expanduser(), config)
-        try:
-            agent.load_state(state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
-                hint="Start from another run, or leave --init-from out.",
-            ) from error
-    return agent
-
-
 def check_plugins(config: RunConfig) -> None:
     """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded."""
     manager.create("criterion", config.criterion.name, config.criterion.options)
     manager.create("reward", config.reward.name, config.reward.options)
     if config.prior.name != "none":
         manager.create("heuristic", config.prior.name, config.prior.options)
-
-
-def read_policy(source: Path, config: RunConfig) -> JSONDict:
-    """The state in another run's ``policy.json``.
-
-    Args:
-        source: a run's folder, or the file.
-        config: the run that wants to start from it.
-
-    Raises:
-        ConfigError: nothing there, damaged, or of another agent or model shape.
-    """
-    path = source / "policy.json" if source.is_dir() else source
-    try:
-        policy = json.loads(path.read_text(encoding="utf-8"))
-        owner, state = policy["agent"], policy["state"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
-            hint="Give the folder of an earlier run, e.g. one under runs/, or its MLflow run id.",
-        ) from error
-    if owner != config.agent.name:
-        raise ConfigError(
-            f"search.init_from = {str(source)!r} holds a policy of agent {owner!r}, this run is {config.agent.name!r}",
-            hint=f"Use --agent {owner}, or start from a run of {config.agent.name!r}.",
-        )
-    return dict(state)
 
 
 def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
@@ -295,98 +236,6 @@ def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
         fidelity=table.fidelity,
         ramp_share=table.ramp_share,
     )
-
-
-def claim_folder(config: RunConfig) -> Path:
-    """Make the run's folder; refuse one that holds something unless it may be overwritten.
-
-    Raises:
-        OutputError: occupied, or it cannot be made or written.
-    """
-    out = config.output
-    if out.dir is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{stamp}-{config.agent.name}-{config.criterion.name}"
-    else:
-        folder = Path(out.dir).expanduser()
-    try:
-        if folder.is_dir() and any(folder.iterdir()):
-            if not out.overwrite:
-                raise OutputError(
-                    f"the output folder {folder} exists and is not empty",
-                    hint="Choose another one with --output DIR, or replace its contents with --overwrite.",
-                )
-            _clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to the output folder {folder}: {error.strerror or error}",
-            hint="Choose a folder on a disk that is writable and has room, with --output DIR.",
-        ) from error
-    return folder.resolve()
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run wrote; refuse where anything else is there, e.g. the folder of somebody's project."""
-    entries = sorted(folder.iterdir())
-    foreign = [path.name for path in entries if path.name not in WRITTEN and not path.name.startswith(".model.part-")]
-    if foreign or not (folder / "config.toml").exists():
-        what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
-        raise OutputError(
-            f"{folder} is not empty and {what}, so --overwrite will not clear it",
-            hint="Choose another folder with --output DIR.",
-        )
-    for path in entries:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn a full or read-only disk, wherever in a run it shows, into an error with a next step."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        raise OutputError(
-            f"cannot write {error.filename or 'results'}: {error.strerror}",
-            hint="Make room on the disk, or choose another folder with --output DIR.",
-        ) from error
-
-
-@contextmanager
-def _leaving_no_husk(folder: Path) -> Iterator[None]:
-    """Remove a folder in which a run that ended early left its configuration only: the corrected command needs it."""
-    try:
-        yield
-    except BaseException:
-        if [path.name for path in folder.iterdir()] == ["config.toml"]:
-            shutil.rmtree(folder)
-        raise
-
-
-@contextmanager
-def _saying_what_is_kept(folder: Path, say: Reporter) -> Iterator[None]:
-    """After Ctrl-C, say what the run has found and where that is."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        path = folder / "allocation.json"
-        if path.exists():
-            best = json.loads(path.read_text(encoding="utf-8"))
-            say.say(
-                f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
-                f"{best['sparsity']:.4f}) is in {path}"
-            )
-        else:
-            say.say("interrupted before the first episode had ended: there is nothing to keep")
-        raise
 
 
 def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say: Reporter) -> Found:
@@ -582,17 +431,12 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
 
 
 def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace, tracker: Tracker) -> None:
-    _write(folder / "allocation.json", json.dumps(_allocation_json(found), indent=2))
+    write_text(folder / "allocation.json", json.dumps(_allocation_json(found), indent=2))
     tracker.log_artifact(folder / "allocation.json")
     state = agent.state()
     if state:
-        policy = {
-            "agent": space.config.agent.name,
-            "sparsity": space.config.prune.sparsity,
-            "sublayers": [s.name for s in space.prepared.prunable.sublayers],
-            "state": state,
-        }
-        _write(folder / "policy.json", json.dumps(policy, default=_plain))
+        text = policy_text(space.config, space.prepared.prunable.sublayers, state)
+        write_text(folder / "policy.json", text)
         tracker.log_artifact(folder / "policy.json")
 
 
@@ -647,21 +491,3 @@ def _tags(space: Workspace, agent: Agent) -> dict[str, str]:
 def _described(split: Split) -> str:
     windows = split.windows
     return f"{split.corpus.name}, {windows.numel():,} tokens in windows of {windows.shape[1]:,}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint="Make room on the disk, or choose another folder with --output DIR.",
-        ) from error

@@ -206,7 +206,7 @@ def test_room_of_the_house_is_documented(room: str) -> None:
 
 
 def test_what_a_run_writes_is_documented() -> None:
-    from ffgym.runner import WRITTEN
+    from ffgym.output import WRITTEN
 
     missing = [name for name in WRITTEN if not re.search(rf"`{re.escape(name)}/?`", text("README.md"))]
     assert not missing

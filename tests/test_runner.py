@@ -41,7 +41,9 @@ from ffgym.errors import (
     UnknownNameError,
 )
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.output import claim_folder
 from ffgym.plugins import manager
+from ffgym.policy import read_policy
 from ffgym.search import read_episodes
 
 FILES = {
@@ -485,7 +487,7 @@ def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path, place: str) -> 
 
 def test_without_a_name_the_folder_is_a_new_one_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = runner.claim_folder(glass_config(tmp_path, output={"dir": None}))
+    folder = claim_folder(glass_config(tmp_path, output={"dir": None}))
     assert folder.parent == tmp_path / "runs"
     assert folder.name.endswith("-reinforce-wanda")
 
@@ -730,7 +732,7 @@ def test_ctrl_c_saves_what_was_found_and_marks_the_run_killed(
     assert f"interrupted after {saved} episodes" in said
     assert str(out / "allocation.json") in said
     # Another run can start from it.
-    state = runner.read_policy(out, glass_config(tmp_path))
+    state = read_policy(out, glass_config(tmp_path))
     manager.create("agent", "reinforce").load_state(state)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ffgym.errors import OutputError
+from ffgym.output import writing
 from ffgym.types import Allocation, Episode, Kind, Sublayer
 
 if TYPE_CHECKING:
@@ -235,11 +235,5 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write the PNG."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         figure.savefig(path, format="png")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the picture {path}: {error.strerror or error}",
-            hint="Free some space or choose a folder that you can write to.",
-        ) from error

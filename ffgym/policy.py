@@ -1,0 +1,92 @@
+"""Policies on disk: ``policy.json``, which a run leaves behind and another can start from."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ffgym.config import RunConfig
+from ffgym.errors import ConfigError
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
+from ffgym.tracking import fetch_artifact
+from ffgym.types import JSONDict, Sublayer
+
+
+def make_agent(config: RunConfig) -> Agent:
+    """The agent of a run, started from another run's policy where ``search.init_from`` names one."""
+    agent = manager.create("agent", config.agent.name, config.agent.options)
+    source = config.search.init_from
+    if source is not None:
+        if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():
+            with tempfile.TemporaryDirectory() as folder:
+                policy = fetch_artifact(Path(config.tracking.root), source, "policy.json", Path(folder))
+                state = read_policy(policy, config)
+        else:
+            state = read_policy(Path(source).expanduser(), config)
+        try:
+            agent.load_state(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
+                hint="Start from another run, or leave --init-from out.",
+            ) from error
+    return agent
+
+
+def read_policy(source: Path, config: RunConfig) -> JSONDict:
+    """The state in another run's ``policy.json``.
+
+    Args:
+        source: a run's folder, or the file.
+        config: the run that wants to start from it.
+
+    Raises:
+        ConfigError: nothing there, damaged, or of another agent or model shape.
+    """
+    path = source / "policy.json" if source.is_dir() else source
+    try:
+        policy = json.loads(path.read_text(encoding="utf-8"))
+        owner, state = policy["agent"], policy["state"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
+            hint="Give the folder of an earlier run, e.g. one under runs/, or its MLflow run id.",
+        ) from error
+    if owner != config.agent.name:
+        raise ConfigError(
+            f"search.init_from = {str(source)!r} holds a policy of agent {owner!r}, this run is {config.agent.name!r}",
+            hint=f"Use --agent {owner}, or start from a run of {config.agent.name!r}.",
+        )
+    return dict(state)
+
+
+def policy_text(config: RunConfig, sublayers: Sequence[Sublayer], state: JSONDict) -> str:
+    """What a ``policy.json`` holds.
+
+    Args:
+        config: the run whose agent this is.
+        sublayers: the 2L sublayers that its importances are for.
+        state: what the agent's ``state`` returned.
+    """
+    policy = {
+        "agent": config.agent.name,
+        "sparsity": config.prune.sparsity,
+        "sublayers": [sublayer.name for sublayer in sublayers],
+        "state": state,
+    }
+    return json.dumps(policy, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
