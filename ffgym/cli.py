@@ -150,6 +150,9 @@ def bench(
     files: Annotated[list[Path], typer.Option("--config", help="bench file (TOML); repeatable", show_default=False)],
     more: Annotated[list[Path] | None, typer.Argument(help="further bench files", show_default=False)] = None,
     only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show what is there")] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="searches at the same time, each in a process with its share of the threads")
+    ] = 1,
 ) -> None:
     """Run many searches on equal terms and compare them; what was computed before is kept."""
     from rich.console import Console
@@ -158,7 +161,7 @@ def bench(
     from ffgym.report.bench import markdown
 
     with contextlib.redirect_stdout(sys.stderr):
-        tables = run_bench([*files, *(more or [])], progress=Console(stderr=True), only_report=only_report)
+        tables = run_bench([*files, *(more or [])], progress=Console(stderr=True), only_report=only_report, jobs=jobs)
     for table in tables:
         typer.echo(markdown(table))
 

@@ -254,10 +254,40 @@ def to_toml(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+def settings(config: RunConfig) -> JSONDict:
+    """What decides the numbers of a run, as plain JSON data: every table but ``output`` and ``tracking``."""
+    return config.model_dump(mode="json", exclude={"output", "tracking"})
+
+
 def digest(config: RunConfig) -> str:
-    """Identify what decides the numbers of a run: SHA-256 of its canonical JSON without ``output`` and ``tracking``."""
-    plain = config.model_dump(mode="json", exclude={"output", "tracking"})
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Identify what decides the numbers of a run: SHA-256 of its `settings` as canonical JSON."""
+    return hashlib.sha256(json.dumps(settings(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
+    """Say where a configuration differs from `settings` that were stored earlier, one line a key; none if it does not.
+
+    A key that did not exist when they were stored counts as its default: results stay valid when ffgym learns
+    something new, and do not when the default of a key that they hold is changed.
+    """
+    try:
+        then = _flat(settings(RunConfig.model_validate(stored)))
+    except ValidationError as error:
+        return config_error(error, RunConfig).message.splitlines()
+    except ConfigError as error:
+        return [error.message]
+    now = _flat(settings(config))
+    return [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _flat(tables: JSONDict) -> JSONDict:
+    """``{"prune": {"sparsity": 0.2}}`` -> ``{"prune.sparsity": 0.2}``."""
+    keyed = {name: table if isinstance(table, dict) else {"": table} for name, table in tables.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, table in keyed.items() for key, value in table.items()}
 
 
 def config_error(error: ValidationError, model: type[BaseModel], table: str = "") -> ConfigError:

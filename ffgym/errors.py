@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class FFGymError(Exception):
@@ -23,6 +24,16 @@ class FFGymError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  {self.hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way from one process to another, whatever arguments a child takes."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(cls: type[FFGymError], args: tuple[Any, ...], state: dict[str, Any]) -> FFGymError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(FFGymError):
@@ -76,3 +87,7 @@ class OutputError(FFGymError):
 
 class TrackingError(FFGymError):
     """The MLflow store cannot be opened or written."""
+
+
+class WorkerError(FFGymError):
+    """A process that computed in parallel was ended from outside."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,16 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym import bench as bench_module
-from ffgym.bench import bench, read_bench, read_cell
+from ffgym import cells
+from ffgym.bench import CellQueue, bench, read_bench, read_cell
+from ffgym.cells import Job
 from ffgym.cli import app
+from ffgym.config import changed_settings
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
 from ffgym.plugins import manager
 from ffgym.report.bench import BenchTable
+from ffgym.report.progress import Reporter
 
 AGENTS, SEEDS = ["random", "reinforce", "uniform"], [0, 1]
 CELLS = ["random-seed0", "random-seed1", "reinforce-seed0", "reinforce-seed1", "uniform-seed0"]
@@ -101,14 +108,14 @@ def test_one_small_file_per_agent_and_seed_and_heuristics_run_once(finished: Any
         assert result["search_tokens"] == result["episodes"] * 2 * WINDOW
         assert result["dense_loss"] == results["uniform-seed0"]["dense_loss"]
         assert 0.2 <= result["final"]["sparsity"] < 0.21
-        assert len(result["digest"]) == 64
+        assert result["settings"]["agent"]["name"] == result["agent"]
 
 
 def test_incumbents_stand_at_growing_token_marks(finished: Any) -> None:
     for result in numbers(finished[0].parent / "small").values():
         tokens = [mark["tokens"] for mark in result["marks"]]
         assert tokens == sorted(set(tokens))
-        assert 1 <= len(tokens) <= bench_module.MARKS
+        assert 1 <= len(tokens) <= 6
         assert tokens[-1] == result["search_tokens"]
         if result["agent"] != "one-shot":
             assert tokens[0] == PER_UPDATE * 2 * WINDOW
@@ -152,11 +159,35 @@ def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
 def test_progress_says_which_cell_and_how_long_is_left(finished: Any) -> None:
     said = finished[2]
     assert "cell 1 of 5: random, seed 0\n" in said
-    assert "cell 2 of 5: random, seed 1, about 0 min left" in said
+    assert "cell 4 of 5: random, seed 1, about 0 min left" in said
 
 
 def test_no_log_is_left_behind(finished: Any) -> None:
     assert list((finished[0].parent / "mlruns" / "bench").iterdir()) == []
+
+
+@pytest.mark.parametrize("marks", [2, 3])
+def test_fewer_marks_keep_the_first_and_the_last(finished: Any, tmp_path: Path, marks: int) -> None:
+    call(bench_file(tmp_path, agents=["reinforce"], seeds=[1], marks=marks))
+    few, all_ = (numbers(folder)["reinforce-seed1"] for folder in (tmp_path / "small", finished[0].parent / "small"))
+    assert [few["marks"][0], few["marks"][-1]] == [all_["marks"][0], all_["marks"][-1]]
+    assert len(few["marks"]) == 2  # a search of two updates has no more
+    assert few["final"] == all_["final"]
+
+
+def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, ...]] = []
+    report_loss = cells._report_loss
+
+    def counted(space: Any, kept: tuple[int, ...], refit: Any) -> float:
+        measured.append(kept)
+        return report_loss(space, kept, refit)
+
+    monkeypatch.setattr(cells, "_report_loss", counted)
+    variants = {"other": {"agent": {"name": "uniform"}, "criterion": {"name": "magnitude"}}}
+    call(bench_file(tmp_path, agents=["uniform", "mlp-first", "other"], seeds=[0], variants=variants))
+    dense = max(measured, key=sum)
+    assert measured.count(dense) == 2
 
 
 # nothing twice
@@ -188,6 +219,127 @@ def test_only_report_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "Small: no results yet" in said
 
 
+def test_the_same_work_under_two_labels_or_in_two_files_is_done_once(tmp_path: Path, steps: list[int]) -> None:
+    variants = {"searched": {"agent": {"name": "reinforce"}}, "harder": {"prune": {"sparsity": 0.3}}}
+    first = bench_file(tmp_path, agents=["reinforce", "searched"], seeds=[0], variants=variants)
+    second = bench_file(tmp_path, stem="more", agents=["harder", "reinforce"], seeds=[0, 1], variants=variants, marks=2)
+    call(first, second)
+    assert len(steps) - 1 == 4 * EPISODES
+    one, same = numbers(tmp_path / "small").values()
+    assert (one.pop("label"), same.pop("label")) == ("reinforce", "searched")
+    assert one == same
+    elsewhere = numbers(tmp_path / "more")["reinforce-seed0"]
+    assert elsewhere.pop("label") == "reinforce"
+    assert elsewhere == one
+
+
+def test_marks_that_another_file_lacks_are_computed(tmp_path: Path, steps: list[int]) -> None:
+    call(bench_file(tmp_path, agents=["random"], seeds=[0], marks=2))
+    call(
+        bench_file(tmp_path, agents=["random"], seeds=[0], marks=2), bench_file(tmp_path, stem="b", marks=6, seeds=[0])
+    )
+    assert len(steps) - 1 == 3 * EPISODES + 1
+
+
+def test_a_setting_that_is_new_does_not_outdate_results(finished: Any, tmp_path: Path) -> None:
+    file = bench_file(tmp_path, agents=["uniform"])
+    call(file)
+    path = tmp_path / "small" / "uniform-seed0.json"
+    result = json.loads(path.read_text())
+    del result["settings"]["search"]["finalists"], result["settings"]["schedule"]
+    result["settings"]["search"]["finalists"] = 2  # not the default: it has to be there
+    path.write_text(json.dumps(result))
+    call(file)
+    del result["settings"]["search"]["finalists"]
+    path.write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match=r"another configuration: search\.finalists was 4 and is 2 now"):
+        call(file)
+
+
+# who comes next
+
+
+def order(*benches: Any, workers: tuple[int, ...] = (0,)) -> list[str]:
+    """What free workers are handed, taking turns, and each done before its next."""
+    pairs = [(each, cell) for each in benches for cell in each.cells]
+    queue = CellQueue(pairs, {each.file: None for each in benches}, Reporter(Console(quiet=True)))
+    handed: list[str] = []
+    while len(handed) < len(pairs):
+        for worker in workers:
+            job = queue.take(worker)
+            assert isinstance(job, Job)
+            handed.append(f"{job.cell.label}{job.cell.seed}")
+            queue.done(worker)
+            if len(handed) == len(pairs):
+                break
+    assert queue.take(0) is None
+    return handed
+
+
+def test_the_first_seed_of_everything_comes_first_and_prepared_models_are_kept(tmp_path: Path) -> None:
+    variants = {
+        "a": {"agent": {"name": "random"}},
+        "b": {"agent": {"name": "random"}, "criterion": {"name": "magnitude"}},
+        "c": {"agent": {"name": "evolution"}},
+    }
+    one = read_bench(bench_file(tmp_path, agents=["a", "b", "c"], seeds=[5, 1], variants=variants))
+    two = read_bench(bench_file(tmp_path, stem="two", agents=["ppo", "uniform"], seeds=[7, 8]))
+    first = ["a5", "c5", "ppo7", "uniform7", "b5"]
+    assert order(one, two) == [*first, "b1", "a1", "c1", "ppo8"]
+    # The second worker takes what the first has not prepared.
+    assert order(one, two, workers=(0, 1)) == ["a5", "b5", "c5", "ppo7", "uniform7", "a1", "c1", "ppo8", "b1"]
+
+
+# several at a time
+
+
+def test_cells_computed_side_by_side_are_the_same(finished: Any, tmp_path: Path, steps: list[int]) -> None:
+    new_store(tmp_path / "mlruns")
+    file = bench_file(tmp_path, tables={"tracking": {"enabled": True}})
+    (table,), said = call(file, jobs=2)
+    assert len(steps) == 1  # nothing in this process
+    assert numbers(tmp_path / "small") == numbers(finished[0].parent / "small")
+    assert [(row.label, row.perplexity) for row in table.rows] == [(r.label, r.perplexity) for r in finished[1].rows]
+    for number in (1, 2):
+        assert f"[{number}] collect statistics, order and factorise: done in" in said
+    parent, *children = runs(tmp_path / "mlruns")
+    assert {run.info.run_name for run in children} == set(CELLS)
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+
+
+def test_an_error_in_a_process_is_the_benchs(tmp_path: Path) -> None:
+    (tmp_path / "small").write_text("a file in the folder's place")
+    with pytest.raises(OutputError, match="cannot write"):
+        call(bench_file(tmp_path, agents=["uniform", "mlp-first"]), jobs=2)
+
+
+def test_a_bench_that_is_killed_loses_the_episodes_in_flight_only(
+    finished: Any, tmp_path: Path, steps: list[int]
+) -> None:
+    episodes = 400  # long enough to be killed on the way
+    file = bench_file(tmp_path, agents=["random"], tables={"search": {"episodes": episodes}}, marks=2)
+    process = subprocess.Popen([sys.executable, "-m", "ffgym", "bench", "--config", str(file), "--jobs", "2"])
+    logs = tmp_path / "mlruns" / "bench"
+    end = time.monotonic() + 120
+    while len(written := list(logs.glob("*.jsonl"))) < 2 or any(len(p.read_text()) < 1000 for p in written):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    lines = [path.read_text().splitlines(keepends=True) for path in logs.iterdir()]
+    kept = sum(line.endswith("\n") for file_ in lines for line in file_)
+    assert not list((tmp_path / "small").glob("*.json"))
+    call(file)
+    assert len(steps) - 1 == 2 * episodes - kept
+    again = bench_file(tmp_path, stem="again", agents=["random"], tables={"search": {"episodes": episodes}}, marks=2)
+    (tmp_path / "small").rename(tmp_path / "killed")
+    call(again)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "again")
+
+
 # interrupted and started again
 
 
@@ -215,7 +367,7 @@ def test_ctrl_c_while_the_report_is_measured_costs_no_episode(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench_module, "evaluate", interrupted)
+        patch.setattr(cells, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             call(file)
     call(file)
@@ -336,7 +488,7 @@ class TestRefusals:
 
     def test_results_of_another_configuration(self, finished: Any, tmp_path: Path) -> None:
         results = str(finished[0].parent / "small")
-        with pytest.raises(ConfigError, match="holds the result of another configuration") as raised:
+        with pytest.raises(ConfigError, match=r"another configuration: prune\.sparsity was 0\.2 and is 0\.3") as raised:
             call(bench_file(tmp_path, results=results, tables={"prune": {"sparsity": 0.3}}))
         assert "another folder" in str(raised.value.hint)
 
@@ -389,4 +541,4 @@ def test_a_full_disk_in_the_middle_is_an_error(tmp_path: Path, monkeypatch: pyte
 
 def test_a_cell_can_be_read_back(finished: Any) -> None:
     for cell in read_bench(finished[0]).cells:
-        assert read_cell(cell).digest == cell.digest
+        assert changed_settings(read_cell(cell).settings, cell.config) == []

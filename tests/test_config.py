@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
-from ffgym.config import RunConfig, digest, load_config, to_toml
+from ffgym.config import RunConfig, changed_settings, digest, load_config, settings, to_toml
 from ffgym.errors import ConfigError
 
 
@@ -94,6 +95,30 @@ def test_digest_follows_what_decides_the_numbers() -> None:
     assert base == digest(load_config(output={"dir": "elsewhere"}, tracking={"experiment": "other"}))
     assert base != digest(load_config(seed=1))
     assert base != digest(load_config(agent={"lr": 0.1}))
+
+
+def test_stored_settings_are_compared_key_by_key() -> None:
+    config = load_config(seed=1, agent={"lr": 0.1}, output={"dir": "elsewhere"})
+    stored = json.loads(json.dumps(settings(config)))
+    assert changed_settings(stored, config) == []
+    assert changed_settings(stored, load_config()) == ["agent.lr was 0.1 and is None now", "seed was 1 and is 0 now"]
+    assert changed_settings(stored, load_config(seed=1, agent={"lr": 0.1}, search={"init_from": "runs/a"})) == [
+        "search.init_from was None and is 'runs/a' now"
+    ]
+
+
+def test_settings_stored_before_a_key_existed_count_as_its_default() -> None:
+    stored = settings(RunConfig())
+    del stored["schedule"], stored["search"]["episodes"], stored["criterion"]
+    assert changed_settings(stored, RunConfig()) == []
+    assert changed_settings(stored, load_config(search={"episodes": 104})) == ["search.episodes was 96 and is 104 now"]
+
+
+def test_settings_that_this_version_cannot_read_say_so() -> None:
+    unknown = {**settings(RunConfig()), "magic": {}}
+    assert changed_settings(unknown, RunConfig()) == ["unknown table or key 'magic' in the configuration"]
+    impossible = {**settings(RunConfig()), "search": {"episodes": 3}}
+    assert "less than one update" in changed_settings(impossible, RunConfig())[0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ffgym.report.figures import new_figure, save_figure, tidy
+from ffgym.types import JSONDict
 
 
 class _Stored(BaseModel):
@@ -43,12 +44,12 @@ class Final(_Stored):
 
 
 class CellResult(_Stored):
-    """One agent with one seed: what a committed result file holds."""
+    """One agent with one seed: what a committed result file holds; ``settings`` is all that decided its numbers."""
 
     label: str
     agent: str
     seed: int
-    digest: str
+    settings: JSONDict
     target: float
     dense_loss: float
     report_tokens: int

@@ -19,7 +19,7 @@ def cell(
         "label": label,
         "agent": label,
         "seed": seed,
-        "digest": "d",
+        "settings": {},
         "target": 0.2,
         "dense_loss": math.log(20),
         "report_tokens": 30_720,

@@ -1,0 +1,233 @@
+"""One cell of a bench: one agent with one seed in one configuration, searched and then measured on the report split.
+
+A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the episode
+in flight is lost. Incumbents are noted at log-spaced token marks while the search runs and measured on the report split
+when it has ended; nothing selects on those figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ffgym import runner
+from ffgym.config import RunConfig, digest, settings, to_toml
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.output import disk_errors, writing
+from ffgym.plugins.bases import Agent
+from ffgym.policy import make_agent
+from ffgym.report.bench import CellResult
+from ffgym.report.progress import Reporter
+from ffgym.search import Found, by_standing, search
+from ffgym.tracking import Tracker, environment_tags
+from ffgym.types import Allocation, Episode, JSONDict, Update
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One agent, one seed, one configuration.
+
+    Attributes:
+        label: what its row is called.
+        seed: of everything random.
+        config: the whole run, with that seed.
+        path: the result file.
+        marks: at how many token marks the incumbent is measured, >= 2.
+    """
+
+    label: str
+    seed: int
+    config: RunConfig
+    path: Path
+    marks: int
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the cell's numbers."""
+        return digest(self.config)
+
+    @property
+    def preparation(self) -> str:
+        """Cells in which this is equal can share a prepared model."""
+        config = self.config
+        prune = config.prune.model_dump(exclude={"sparsity"})
+        parts = [config.model, config.data, config.criterion]
+        return json.dumps([*(part.model_dump() for part in parts), prune], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to compute.
+
+    Attributes:
+        cell: which.
+        heuristics: (name, options) of every heuristic that cells on the same prepared model ask for.
+        parent: MLflow run that the cell's is a child of; ``None`` where tracking is off.
+    """
+
+    cell: Cell
+    heuristics: tuple[tuple[str, JSONDict], ...]
+    parent: str | None
+
+
+class CellRunner:
+    """Computes cells one after another and keeps the prepared model for as long as the next cell can use it.
+
+    Args:
+        say: where progress goes.
+    """
+
+    def __init__(self, say: Reporter) -> None:
+        self._say = say
+        self._space: runner.Workspace | None = None
+        self._preparation = ""
+        self._dense_loss: float | None = None
+
+    def __call__(self, job: Job) -> None:
+        """Compute one cell and write its file."""
+        cell = job.cell
+        if self._space is None or self._preparation != cell.preparation:
+            self._space = self._dense_loss = None  # two models at once may not fit
+            self._preparation = cell.preparation
+            self._space = runner.open_workspace(cell.config, job.heuristics, self._say)
+        with disk_errors():
+            self._compute(cell, runner.with_config(self._space, cell.config), job.parent)
+
+    def _compute(self, cell: Cell, space: runner.Workspace, parent: str | None) -> None:
+        config, say = cell.config, self._say
+        agent = make_agent(config)
+        if config.prior.name != "none":
+            agent.prior_mean = space.prior(config.prior.name, config.prior.options)
+        log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        watch = _Incumbents(space, agent, cell.marks)
+        with Tracker(
+            Path(config.tracking.root),
+            config.tracking.experiment,
+            cell.path.stem,
+            config.tracking.enabled,
+            parent=parent,
+        ) as tracker:
+            tracker.log_config(config.model_dump(mode="json"), to_toml(config))
+            threads = torch.get_num_threads()
+            tracker.set_tags(environment_tags(device=str(space.loaded.device), threads=threads, plugins={}))
+            with say.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
+
+                def on_episode(episode: Episode) -> None:
+                    watch.episode(episode)
+                    stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+
+                def on_update(episodes: Sequence[Episode], update: Update) -> None:
+                    watch.update()
+                    tracker.log_episodes(episodes, update.diagnostics)
+
+                found = search(
+                    space.env,
+                    agent,
+                    config.search,
+                    runner.make_schedule(config, space.env),
+                    seed=cell.seed,
+                    log=log,
+                    on_episode=on_episode,
+                    on_update=on_update,
+                )
+            result = self._result(cell, space, found, watch.noted)
+            tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
+        write_result(cell.path, result)
+        log.unlink(missing_ok=True)
+
+    def _result(
+        self, cell: Cell, space: runner.Workspace, found: Found, noted: Sequence[tuple[int, Allocation]]
+    ) -> CellResult:
+        known: dict[tuple[int, ...], float] = {}
+        with self._say.stage("report split", len(noted) + 2) as stage:
+
+            def loss(kept: tuple[int, ...]) -> float:
+                if kept not in known:
+                    known[kept] = _report_loss(space, kept, "ridge")
+                stage.advance()
+                return known[kept]
+
+            marks = [{"tokens": tokens, "loss": loss(allocation.kept)} for tokens, allocation in noted]
+            best = found.best.allocation
+            final = {"kept": list(best.kept), "loss": loss(best.kept), "sparsity": best.sparsity}
+            if self._dense_loss is None:
+                self._dense_loss = _report_loss(space, space.prepared.prunable.dense_units, "none")
+            stage.advance()
+        windows = space.splits.report.windows
+        return CellResult.model_validate(
+            {
+                "label": cell.label,
+                "agent": cell.config.agent.name,
+                "seed": cell.seed,
+                "settings": settings(cell.config),
+                "target": cell.config.prune.sparsity,
+                "dense_loss": self._dense_loss,
+                "report_tokens": windows.shape[0] * (windows.shape[1] - 1),
+                "search_tokens": found.search_tokens,
+                "final_tokens": found.final_tokens,
+                "episodes": len(found.history),
+                "seconds": round(found.seconds, 1),
+                "threads": torch.get_num_threads(),
+                "dtype": str(space.loaded.dtype).removeprefix("torch."),
+                "marks": marks,
+                "final": {**final, "origin": found.best.origin},
+            }
+        )
+
+
+def write_result(path: Path, result: CellResult) -> None:
+    """Write a result file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        part.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+class _Incumbents:
+    """Notes whom the search would have handed over at each of the token marks."""
+
+    def __init__(self, space: runner.Workspace, agent: Agent, marks: int) -> None:
+        search, env = space.config.search, space.env
+        self.budget = search.episodes * env.episode_windows * env.window_tokens
+        self.noted: list[tuple[int, Allocation]] = []
+        self._space, self._agent = space, agent
+        self._history: list[Episode] = []
+        self._spent = 0
+        update = search.episodes_per_update * env.episode_windows * env.window_tokens
+        self._marks = np.unique(np.geomspace(min(update, self.budget), self.budget, marks).astype(int)).tolist()
+
+    def episode(self, episode: Episode) -> None:
+        """Take note of one episode."""
+        self._history.append(episode)
+        self._spent += episode.tokens
+
+    def update(self) -> None:
+        """Note the incumbent where a mark has been passed; the agent's own recommendation goes first."""
+        passed = [mark for mark in self._marks if mark <= self._spent]
+        if not passed:
+            return
+        self._marks = [mark for mark in self._marks if mark > self._spent]
+        env = self._space.env
+        recommended = self._agent.recommend(np.array([env.sparsity, 1.0], dtype=np.float32))
+        action = recommended[0] if recommended else by_standing(self._history)[0].action
+        self.noted.append((self._spent, env.budget.project(action, env.sparsity)))
+
+
+def _report_loss(space: runner.Workspace, kept: tuple[int, ...], refit: runner.Refit) -> float:
+    """Loss on the report split of the model cut to ``kept`` units per sublayer, nats per token."""
+    prunable = space.prepared.prunable
+    with runner.cut_to(space, kept, refit, Reporter(Console(quiet=True))):
+        windows = space.splits.report.windows
+        return evaluate(prunable.model, windows, tokens_per_batch=space.env.tokens_per_batch).loss
