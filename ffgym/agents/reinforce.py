@@ -111,28 +111,28 @@ class Reinforce(BatchAgent):
         }
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The mean averaged over the last updates, and the last mean."""
+        """The mean averaged over the last updates: steadier than the last one, which finals cannot tell from luck."""
         if self._weights is None:
             return []
-        features = _features(float(observation[0]))
-        recommended = [np.clip(features @ self._weights, -1.0, 1.0)]
-        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
-        if len(tail) > 1:
-            recommended.insert(0, np.clip(features @ np.mean(tail, axis=0), -1.0, 1.0))
-        return [mean.astype(np.float32) for mean in recommended]
+        mean = np.clip(_features(float(observation[0])) @ self._settled(), -1.0, 1.0)
+        return [mean.astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
         """Mean and spread of the policy (averaged as recommended, so that a run that starts from it starts well)."""
         if self._weights is None:
             return {}
-        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
-        weights = np.mean(tail, axis=0) if tail else self._weights
-        return {"weights": weights.tolist(), "log_spread": self._log_spread}
+        return {"weights": self._settled().tolist(), "log_spread": self._log_spread}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Start from a policy that ``state`` returned."""
         self._weights = np.array(state["weights"], dtype=np.float64)
         self._log_spread = float(state["log_spread"])
+
+    def _settled(self) -> np.ndarray:
+        """Weights averaged over the last updates, shape (2, 2L)."""
+        assert self._weights is not None, "begin comes first"
+        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
+        return np.asarray(np.mean(tail, axis=0)) if tail else self._weights
 
     def _mean(self, sparsity: float) -> np.ndarray:
         assert self._weights is not None, "begin comes first"
