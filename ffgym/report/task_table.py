@@ -125,7 +125,7 @@ def terminal(table: TaskTable) -> RenderableType:
     from rich.text import Text
 
     # Two models fit into 80 columns.
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold")
     grid.add_column("task", max_width=14)
     grid.add_column("metric", max_width=10)
     grid.add_column("split", no_wrap=True)
