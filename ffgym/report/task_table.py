@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffgym.errors import OutputError
 from ffgym.evaluation.tasks import Metric, ModelScores, TaskResult, TaskSet, paper_means
+from ffgym.output import write_text, writing
 from ffgym.report.table import escape, finite, markdown_line
 from ffgym.types import JSONDict
 
@@ -170,12 +171,8 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{path} is a folder", hint="Name a file.")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists", hint="Choose another name, or pass --overwrite.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise _not_written(path, error) from error
+    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_file(path: Path, table: TaskTable) -> None:
@@ -184,19 +181,10 @@ def write_file(path: Path, table: TaskTable) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    text = FILE_KINDS[path.suffix](table)
     part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
+    write_text(part, FILE_KINDS[path.suffix](table))
+    with writing(path):
         os.replace(part, path)
-    except OSError as error:
-        raise _not_written(path, error) from error
-
-
-def _not_written(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path} cannot be written: {error.strerror or error}", hint="Choose a folder that you may write to."
-    )
 
 
 def as_dict(table: TaskTable) -> JSONDict:

@@ -146,5 +146,5 @@ def test_a_folder_that_cannot_be_written_is_refused_before(tmp_path, under):
     if under.startswith("/proc") and not os.path.isdir("/proc"):
         pytest.skip("no /proc here")
     (tmp_path / "a-file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot write"):
         check_file(tmp_path / under, overwrite=False)
