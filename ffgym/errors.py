@@ -71,13 +71,16 @@ class UnknownNameError(FFGymError):
         kind: what was looked for, e.g. ``"criterion"``.
         name: the name as given.
         known: every registered name of that kind.
+        listed: the names to list, where all of them would fill the screen.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, listed: Iterable[str] | None = None) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         guess = f"Did you mean {near[0]!r}? " if near else ""
-        super().__init__(f"unknown {kind} {name!r}", hint=f"{guess}Known: {', '.join(names) or 'none'}.")
+        shown = names if listed is None else list(listed)
+        label = "Known" if listed is None else "Among those known"
+        super().__init__(f"unknown {kind} {name!r}", hint=f"{guess}{label}: {', '.join(shown) or 'none'}.")
         self.name = name
 
 

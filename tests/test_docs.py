@@ -185,6 +185,13 @@ def test_family_is_documented(family: str) -> None:
     assert f"`{family}`" in text("docs/models.md")
 
 
+def test_zero_shot_tasks_are_documented() -> None:
+    from ffgym.data.task_data import TASKS
+
+    listed = [task for task in TASKS if not task.startswith("mmlu_")]
+    assert [task for task in listed if f"`{task}`" not in text("docs/evaluation.md")] == []
+
+
 def test_results_and_bench_files_are_documented() -> None:
     from ffgym.bench import BenchFile
     from ffgym.report.bench import CellResult, Final, Mark

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GGUF_DTYPE = torch.float16
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 PICKLED = ("*.bin", "*.pt", "*.pth")
 # How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
 WORTHWHILE_SPEEDUP = 1.5
@@ -101,6 +102,19 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
         description = f"{description} at {commit[:12]}"
     first = next(model.parameters())
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
+
+
+def check_source(name: str) -> None:
+    """Raise what :func:`load` would raise before it reads weights: for whoever loads several models in turn.
+
+    Args:
+        name: see :func:`load`. Of a hub id nothing is checked.
+
+    Raises:
+        ModelError: a folder that holds no model, a file that is not there, pickled weights.
+        AssetError: the embedded default could not be fetched.
+    """
+    _locate(name)
 
 
 def _locate(name: str) -> tuple[str, str]:
@@ -176,24 +190,50 @@ def _load_checkpoint(
                 use_safetensors=True,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **placement,
                 **origin,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, **origin)
     except Exception as error:  # damaged files fail in as many ways as there are parsers
         raise _loading_error(error, source, name) from error
-    _check_complete(name, report)
+    _check_complete(name, model, report)
     return model, tokenizer
 
 
-def _check_complete(name: str, report: dict[str, Any]) -> None:
-    """transformers makes up what a checkpoint lacks; a model like that would be measured in vain."""
+def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
+    """transformers makes up what a checkpoint lacks, and leaves out what its config has no place for.
+
+    A model like that would be measured in vain.
+    """
+    for key, in_file, by_config in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"model {name!r} does not fit its config.json: {key} is {tuple(in_file)} in the checkpoint and"
+            f" {tuple(by_config)} by the config",
+            hint="Write or download the model again, config.json and weights together.",
+        )
+    if surplus := _surplus_in_layers(model, report["unexpected_keys"]):
+        raise ModelError(
+            f"model {name!r} does not fit its config.json, which has no place for {len(surplus)} weights of the"
+            f" checkpoint, {surplus[0]} first",
+            hint="Write or download the model again, config.json and weights together.",
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first",
             hint="Write or download the model again.",
         )
+
+
+def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Weights that no place was found for, in the numbered blocks that the model is made of.
+
+    What stands elsewhere (a vision tower, old rotary buffers) is nobody's loss.
+    """
+    blocks = {match[0] for key in model.state_dict() if (match := NUMBERED_BLOCK.match(key))}
+    weights = (key for key in unexpected if key.endswith((".weight", ".bias")))
+    return sorted(key for key in weights if (match := NUMBERED_BLOCK.match(key)) and match[0] in blocks)
 
 
 def _loading_error(error: Exception, source: str, name: str) -> ModelError:
@@ -280,7 +320,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             hint="It may be damaged, or of an architecture that transformers cannot read from GGUF: download it again,"
             " or use the model's safetensors.",
         ) from error
-    _check_complete(gguf.name, report)
+    _check_complete(gguf.name, model, report)
     # The weights are plain tensors now; without these marks save_pretrained takes them for quantised and refuses.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -183,21 +183,22 @@ def terminal(table: ReportTable) -> RenderableType:
 
 def markdown(table: ReportTable) -> str:
     """Write the table as Markdown (GitHub's flavour), the measurement under it."""
-    lines = [_markdown_line(("model", *COLUMNS)), "|---|" + "---:|" * len(COLUMNS)]
+    lines = [markdown_line(("model", *COLUMNS)), "|---|" + "---:|" * len(COLUMNS)]
     for row in table.rows:
-        label, perplexity, *sizes = (_escape(row.label), *_cells(row))
+        label, perplexity, *sizes = (escape(row.label), *_cells(row))
         if row is table.best:
-            label, perplexity = f"**{label}** {_escape(BEST_MARK)}", f"**{perplexity}**"
-        lines.append(_markdown_line((label, perplexity, *sizes)))
-    footnotes = [_escape(line) for line in (*_legend(table), table.header)]
+            label, perplexity = f"**{label}** {escape(BEST_MARK)}", f"**{perplexity}**"
+        lines.append(markdown_line((label, perplexity, *sizes)))
+    footnotes = [escape(line) for line in (*_legend(table), table.header)]
     return "\n".join([*lines, "", "<br>\n".join(footnotes)]) + "\n"
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """One row of a Markdown table, of cells that are escaped already."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Keep Markdown from reading pipes, stars and underscores of a label or a path as its own."""
     for sign in ("\\", "|", "*", "_", "<"):
         text = text.replace(sign, "\\" + sign)
@@ -209,8 +210,8 @@ def as_dicts(table: ReportTable) -> list[JSONDict]:
     return [
         {
             "label": row.label,
-            "perplexity": _finite(row.perplexity),
-            "loss_stderr": _finite(row.loss_stderr),
+            "perplexity": finite(row.perplexity),
+            "loss_stderr": finite(row.loss_stderr),
             "sparsity_prunable": row.sparsity_prunable,
             "sparsity_model": row.sparsity_model,
             "parameters": row.parameters,
@@ -225,5 +226,6 @@ def as_dicts(table: ReportTable) -> list[JSONDict]:
     ]
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
+    """``None`` for what JSON has no number for."""
     return value if value is not None and math.isfinite(value) else None

@@ -254,8 +254,32 @@ def test_missing_weights_are_an_error_and_never_made_up(checkpoint):
 def test_weights_of_another_shape_are_an_error(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"down_proj\.weight is \(\d+, \d+\) in the checkpoint and \(\d+, 100\) by"):
         load(str(checkpoint), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "surplus"), [({"num_hidden_layers": 1}, "model.layers.1."), ({"attention_bias": False}, "k_proj.bias")]
+)
+def test_weights_that_the_config_has_no_place_for_are_an_error(checkpoint, change, surplus):
+    config = json.loads((checkpoint / "config.json").read_text())
+    LlamaForCausalLM(LlamaConfig(**config | {"attention_bias": True})).save_pretrained(checkpoint)
+    assert load(str(checkpoint), device="cpu").model.config.num_hidden_layers == 2
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match="has no place for") as caught:
+        load(str(checkpoint), device="cpu")
+    assert surplus in caught.value.message
+
+
+def test_old_rotary_buffers_and_foreign_towers_are_ignored(checkpoint):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["vision_tower.layers.0.fc.weight"] = torch.ones(4)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    load(str(checkpoint), device="cpu")
 
 
 def test_code_in_a_checkpoint_is_never_run(checkpoint):
