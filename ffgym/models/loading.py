@@ -176,13 +176,17 @@ def _load_checkpoint(
                 use_safetensors=True,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name, which transformers does not do
                 **placement,
                 **origin,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, **origin)
     except Exception as error:  # damaged files fail in as many ways as there are parsers
         raise _loading_error(error, source, name) from error
+    _check_sizes(name, report)
     _check_complete(name, report)
+    if str(model.config.model_type).startswith("ffgym_"):
+        _check_nothing_is_left_over(name, report)
     return model, tokenizer
 
 
@@ -192,6 +196,29 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
     if missing:
         raise ModelError(
             f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first",
+            hint="Write or download the model again.",
+        )
+
+
+def _check_sizes(name: str, report: dict[str, Any]) -> None:
+    """Say which weights have other shapes than the config gives them."""
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        weight, stored, expected = mismatched[0]
+        raise ModelError(
+            f"model {name!r} does not fit its config.json: {len(mismatched)} weights have another size, {weight} first,"
+            f" which is {tuple(stored)} in the file and {tuple(expected)} by the config",
+            hint="Write or download the model again.",
+        )
+
+
+def _check_nothing_is_left_over(name: str, report: dict[str, Any]) -> None:
+    """Refuse weights that the config of an uneven model has no place for: it is not the config they were saved with."""
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        raise ModelError(
+            f"model {name!r} does not fit its config.json: {len(unexpected)} weights have no place in it,"
+            f" {unexpected[0]} first",
             hint="Write or download the model again.",
         )
 
