@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from ffgym.config import RunConfig, digest, load_config, to_toml
+from ffgym.config import LATER_KEYS, RunConfig, digest, load_config, to_toml
 from ffgym.errors import ConfigError
 
 
@@ -96,6 +96,20 @@ def test_digest_follows_what_decides_the_numbers() -> None:
     assert base != digest(load_config(agent={"lr": 0.1}))
 
 
+def test_keys_that_came_later_leave_published_results_valid_until_they_are_set() -> None:
+    assert all(key in type(getattr(RunConfig(), table)).model_fields for table, key in LATER_KEYS)
+    base = digest(RunConfig())
+    assert base == digest(load_config(prune={"align": 1, "uniform": False}))
+    others = [digest(load_config(prune=change)) for change in ({"align": 8}, {"uniform": True})]
+    assert len({base, *others}) == 3
+
+
+def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
+    with pytest.raises(ConfigError, match=r"prune\.uniform = true with prune\.min_units = 0") as caught:
+        load_config(prune={"uniform": True, "min_units": 0})
+    assert "prune.min_units to 1" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "complaints"),
     [
@@ -110,6 +124,9 @@ def test_digest_follows_what_decides_the_numbers() -> None:
         ("prune.ridge=-1", ["prune.ridge = -1", "should be 'auto' or greater than 0"]),
         ("prune.ridge=high", ["prune.ridge = 'high'", "should be 'auto' or a valid number"]),
         ("prune.min_units=-1", ["prune.min_units = -1"]),
+        ("prune.align=0", ["prune.align = 0", "greater than or equal to 1", "8, 32 or 64"]),
+        ("prune.align=8.5", ["prune.align = 8.5", "valid integer"]),
+        ("prune.uniform=yes", ["prune.uniform = 'yes'", "valid boolean"]),
         ("search.episodes=many", ["search.episodes = 'many'", "valid integer"]),
         ("search.episodes=0", ["search.episodes = 0"]),
         (
