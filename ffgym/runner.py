@@ -182,7 +182,8 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         space = open_workspace(config, [*prior, *reference_rules(config).values()], say)
         if config.prune.uniform and agent.searches:
             count = len(space.env.budget.shapes(config.prune.sparsity))
-            say.say(f"uniform: {count} shapes use up the budget, and the finals measure them all")
+            many = f"{count} shapes use up the budget, and the finals measure them all"
+            say.say(f"uniform: {many if count > 1 else 'one shape uses up the budget, so there is nothing to choose'}")
         if prior:
             agent.prior_mean = space.prior(*prior[0])
         tracker.set_tags(_tags(space, agent))

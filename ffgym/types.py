@@ -96,10 +96,9 @@ class SublayerView:
         weight: the consumer's dense weight, shape (m, n), the model's dtype.
         stats: what the heuristic's ``needs`` asked for.
         unit_scores: the criterion's score of each unit, shape (units,), non-increasing.
-        removal_error: least value of what the refit minimises when the first k units are kept: the output error and the
-            ridge term, E||W x - W'_k x_k||^2 + l' ||W'_k - W_k||^2 + l' ||W_p||^2 with W_p the columns left out and l'
-            the ridge strength times its scale (of centred x where the bias moves too), for k = 0 .. units, shape
-            (units + 1,), non-increasing.
+        removal_error: output error that is left after calibration when the first k units are kept, and the ridge term
+            of the refit: E||W x - W'_k x_k||^2 + l' ||W - W'_k||^2, where what W'_k leaves out counts as zeros, and x
+            is centred where the bias moves too; for k = 0 .. units, shape (units + 1,), non-increasing.
         output_energy: E||W x||^2, what ``removal_error`` is measured against.
         loss_increase: where ``output_gradient`` was asked for, the second-order estimate of what keeping the first k
             units costs in nats per token, shape (units + 1,), non-increasing; else ``None``.
