@@ -63,6 +63,8 @@ PriorOption = Annotated[str | None, _option("--prior", "prior.name")]
 ModelOption = Annotated[str | None, _option("--model", "model.name")]
 SparsityOption = Annotated[float | None, _option("--sparsity", "prune.sparsity")]
 CalibrationOption = Annotated[str | None, _option("--calibration", "prune.calibration")]
+AlignOption = Annotated[int | None, _option("--align", "prune.align")]
+UniformOption = Annotated[bool | None, _option("--uniform", "prune.uniform")]
 ResourceOption = Annotated[str | None, _option("--resource", "prune.resource")]
 InitFromOption = Annotated[str | None, _option("--init-from", "search.init_from")]
 EpisodesOption = Annotated[int | None, _option("--episodes", "search.episodes")]
@@ -87,7 +89,7 @@ def _config(ctx: typer.Context) -> RunConfig:
         given.get("overrides") or [],
         seed=given.get("seed"),
         model={"name": given.get("model")},
-        prune={key: given.get(key) for key in ("sparsity", "calibration", "resource")},
+        prune={key: given.get(key) for key in ("sparsity", "calibration", "resource", "align", "uniform")},
         criterion={"name": given.get("criterion")},
         reward={"name": given.get("reward")},
         agent={"name": given.get("agent")},
@@ -119,6 +121,8 @@ def run(
     sparsity: SparsityOption = None,
     calibration: CalibrationOption = None,
     resource: ResourceOption = None,
+    align: AlignOption = None,
+    uniform: UniformOption = None,
     init_from: InitFromOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,
@@ -177,6 +181,8 @@ def print_config(
     sparsity: SparsityOption = None,
     calibration: CalibrationOption = None,
     resource: ResourceOption = None,
+    align: AlignOption = None,
+    uniform: UniformOption = None,
     init_from: InitFromOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,

@@ -91,6 +91,13 @@ class PruneTable(Table):
     )
     min_units: int = Field(default=1, ge=0, description="units every sublayer keeps; 0 lets a sublayer vanish")
     context: Count = Field(default=1024, description="context length in tokens at which MACs are counted")
+    align: Count = Field(
+        default=1,
+        description="keep multiples of this many channels, e.g. 8, 32 or 64 for fast kernels; 1 is any number",
+    )
+    uniform: bool = Field(
+        default=False, description="one shape for all layers, saved as a stock checkpoint that needs no code of its own"
+    )
 
 
 class CriterionTable(PluginTable):
@@ -200,6 +207,11 @@ class RunConfig(Table):
         )
         if schedule.sparsity != "none":
             _at_least("prune.sparsity", self.prune.sparsity, "schedule.sparsity_start", schedule.sparsity_start)
+        if self.prune.uniform and self.prune.min_units == 0:
+            raise ConfigError(
+                "prune.uniform = true with prune.min_units = 0: a stock checkpoint cannot say that a sublayer is empty",
+                hint="Set prune.min_units to 1 or more, or leave --uniform out.",
+            )
         return self
 
 

@@ -44,6 +44,10 @@ REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
     "MLPs only, ends spared": ("mlp-first", {"spare_first": 3, "spare_last": 1}),
 }
+UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
+    "uniform": ("uniform", {}),
+    "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
+}
 DEMO_LICENSE = "apache-2.0"
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
@@ -87,10 +91,7 @@ class Workspace:
         Projecting them changes nothing, and unlike the heuristic's own they are not at the ends of their range, where
         exploration would be clipped.
         """
-        _, allocation = self.project(heuristic, options)
-        units = np.array(self.prepared.prunable.dense_units)
-        result: np.ndarray = (2 * np.array(allocation.kept) / units - 1).astype(np.float32)
-        return result
+        return self.env.budget.importance(self.project(heuristic, options)[1].kept)
 
     def importance(self, heuristic: str, options: JSONDict) -> np.ndarray:
         """Importances of a heuristic, shape (2L,), float32."""
@@ -136,7 +137,8 @@ class RunResult:
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         if self.saved is not None:
-            lines += ["Load the pruned model with", f"  {load_line(self.saved.path)}"]
+            line = load_line(self.saved.path, stock=self.saved.stock)
+            lines += ["Load the pruned model with", f"  {line}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -166,7 +168,11 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         tracker.log_config(config.model_dump(mode="json"), to_toml(config))
         write_text(folder / "config.toml", to_toml(config))
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
-        space = open_workspace(config, [*prior, *REFERENCES.values()], say)
+        space = open_workspace(config, [*prior, *reference_rules(config).values()], say)
+        if config.prune.uniform and agent.searches:
+            count = len(space.env.budget.shapes(config.prune.sparsity))
+            many = f"{count} shapes use up the budget, and the finals measure them all"
+            say.say(f"uniform: {many if count > 1 else 'one shape uses up the budget, so there is nothing to choose'}")
         if prior:
             agent.prior_mean = space.prior(*prior[0])
         tracker.set_tags(_tags(space, agent))
@@ -174,7 +180,9 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         found = _search(space, agent, tracker, folder, say)
         histories: dict[str, Sequence[Episode]] = {config.agent.name: found.history}
         baseline = None
-        if agent.searches and config.search.random_baseline and config.agent.name != "random":
+        # Under one shape for all layers, random search could find nothing that the finals do not measure anyway.
+        wants_baseline = config.search.random_baseline and not config.prune.uniform
+        if agent.searches and wants_baseline and config.agent.name != "random":
             baseline = _search_random(space, tracker, folder, say)
             histories["random"] = baseline.history
         references = _references(space, baseline, say)
@@ -223,6 +231,11 @@ def check_plugins(config: RunConfig) -> None:
     manager.create("reward", config.reward.name, config.reward.options)
     if config.prior.name != "none":
         manager.create("heuristic", config.prior.name, config.prior.options)
+
+
+def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
+    """The rules that a run is compared with, (heuristic, options) by label; one shape for all layers spares no ends."""
+    return UNIFORM_REFERENCES if config.prune.uniform else REFERENCES
 
 
 def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
@@ -280,9 +293,10 @@ def _run_search(
 
 def _references(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
     """What the found allocation is compared with, all through the same projection and rounding."""
-    allocations = {label: space.project(*rule)[1] for label, rule in REFERENCES.items()}
+    rules = reference_rules(space.config)
+    allocations = {label: space.project(*rule)[1] for label, rule in rules.items()}
     prior = space.config.prior
-    if prior.name not in ("none", *(name for name, _ in REFERENCES.values())):
+    if prior.name not in ("none", *(name for name, _ in rules.values())):
         allocations[f"{prior.name} (prior)"] = space.project(prior.name, prior.options)[1]
     if baseline is not None:
         tokens = baseline.search_tokens + baseline.final_tokens
@@ -366,7 +380,8 @@ def measure(space: Workspace, label: str, say: Reporter, *, is_found: bool = Fal
     with say.stage(f"report: {label}", len(windows)) as stage:
         batch = tokens_per_batch(prunable.model.device)
         result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
-    size, dense = space.sizes(prunable.kept), space.sizes(prunable.dense_units)
+    new_biases = prunable.new_bias_params(stock=space.config.prune.uniform)
+    size, dense = space.sizes(prunable.kept, new_biases=new_biases), space.sizes(prunable.dense_units)
     resource = space.config.prune.resource
     losses = np.array(result.losses)
     return Row(
@@ -419,6 +434,7 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
         seed=config.seed,
         splits={s.role: _described(s) for s in (space.splits.calibration, space.splits.search, space.splits.report)},
         caveats=[DEMO_CAVEAT] if is_demo else [],
+        stock=config.prune.uniform,
     )
     return save_pruned(
         prunable.model,
@@ -427,6 +443,7 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
         kept=prunable.kept,
         family=prunable.family,
         card=card,
+        stock=config.prune.uniform,
     )
 
 

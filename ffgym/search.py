@@ -36,7 +36,7 @@ class Candidate:
     Attributes:
         importance: shape (2L,), float32.
         allocation: what the projection made of it, at the target.
-        origin: ``"episode 37"`` or ``"policy"``.
+        origin: ``"episode 37"``, ``"policy"``, or ``"shape"`` for one that only the finals measured.
         loss: nats per token on the finals' windows; ``None`` before they were run.
     """
 
@@ -137,6 +137,8 @@ def search(
     try:
         agent.learn(vector, seed=seed, on_update=report)
         candidates = finalists(env, agent, vector.history, settings.finalists)
+        if agent.searches:
+            candidates = with_every_shape(env, candidates)
         measured, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed)
     except KeyboardInterrupt:
         if not vector.history:
@@ -177,6 +179,15 @@ def finalists(env: PruningEnv, agent: Agent, history: Sequence[Episode], count: 
         chosen.setdefault(allocation.kept, Candidate(np.asarray(importance, np.float32), allocation, origin))
         if len(chosen) >= count:
             break
+    return list(chosen.values())
+
+
+def with_every_shape(env: PruningEnv, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, and where all layers share one shape, every other shape of the budget: there are only a few."""
+    chosen = {candidate.allocation.kept: candidate for candidate in candidates}
+    for allocation in env.budget.shapes(env.sparsity):
+        importance = env.budget.importance(allocation.kept)
+        chosen.setdefault(allocation.kept, Candidate(importance, allocation, "shape"))
     return list(chosen.values())
 
 

@@ -96,8 +96,9 @@ class SublayerView:
         weight: the consumer's dense weight, shape (m, n), the model's dtype.
         stats: what the heuristic's ``needs`` asked for.
         unit_scores: the criterion's score of each unit, shape (units,), non-increasing.
-        removal_error: output error that is left after calibration when the first k units are kept,
-            E||W x - W'_k x_k||^2, for k = 0 .. units, shape (units + 1,), non-increasing.
+        removal_error: output error that is left after calibration when the first k units are kept, and the ridge term
+            of the refit: E||W x - W'_k x_k||^2 + l' ||W - W'_k||^2, where what W'_k leaves out counts as zeros, and x
+            is centred where the bias moves too; for k = 0 .. units, shape (units + 1,), non-increasing.
         output_energy: E||W x||^2, what ``removal_error`` is measured against.
         loss_increase: where ``output_gradient`` was asked for, the second-order estimate of what keeping the first k
             units costs in nats per token, shape (units + 1,), non-increasing; else ``None``.
@@ -179,7 +180,7 @@ class Episode:
         target_sparsity: what the schedule asked for.
         sparsity: what the projection reached.
         fidelity: share of ``episode_tokens`` it was measured on.
-        tokens: tokens that were evaluated for it.
+        tokens: tokens it was measured on, which count in the search's token budget.
         failed: the loss was not finite, so the reward is the reward's ``worst``.
     """
 

@@ -78,24 +78,33 @@ def make_env(prepared_llama: Prepared) -> Callable[..., Any]:
     return make
 
 
+WORDS = [f"w{i}" for i in range(120)]
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A RunConfig as plain data, on a saved tiny llama and corpora of random words."""
-    import numpy as np
+def word_tokenizer() -> Any:
+    """A tokenizer for the tiny models: 120 words and 3 special tokens, one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Any) -> dict[str, Any]:
+    """A RunConfig as plain data, on a saved tiny llama and corpora of random words."""
+    import numpy as np
 
     from ffgym.testing.models import tiny_model
 
     folder: Path = tmp_path_factory.mktemp("tiny-run")
     tiny_model("llama").save_pretrained(folder / "model")
-    words = [f"w{i}" for i in range(120)]
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "model")
+    word_tokenizer.save_pretrained(folder / "model")
     for name, seed in (("search.txt", 0), ("report.txt", 1)):
-        text = " ".join(np.random.default_rng(seed).choice(words, 2000))
+        text = " ".join(np.random.default_rng(seed).choice(WORDS, 2000))
         (folder / name).write_text(text, encoding="utf-8")
     return {
         "model": {"name": str(folder / "model"), "dtype": "float32", "device": "cpu"},

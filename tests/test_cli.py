@@ -156,8 +156,8 @@ def test_every_option_reaches_its_key(runner: list[RunConfig], tmp_path: Path) -
     file.write_text("[data]\nwindow = 512\n", "utf-8")
     arguments = (
         "--agent random --criterion magnitude --reward perplexity --prior uniform --model a/b --sparsity 0.3 "
-        "--calibration affine --resource kv --init-from runs/x --episodes 40 --seed 5 --output out --overwrite "
-        f"--set prune.min_units=2 --set search.finalists=3 --config {file}"
+        "--calibration affine --resource kv --align 8 --uniform --init-from runs/x --episodes 40 --seed 5 --output out "
+        f"--overwrite --set prune.min_units=2 --set search.finalists=3 --config {file}"
     ).split()
     assert call("run", *arguments).exit_code == 0
     assert runner == [
@@ -166,7 +166,7 @@ def test_every_option_reaches_its_key(runner: list[RunConfig], tmp_path: Path) -
             ["data.window=512", "prune.min_units=2", "search.finalists=3"],
             seed=5,
             model={"name": "a/b"},
-            prune={"sparsity": 0.3, "calibration": "affine", "resource": "kv"},
+            prune={"sparsity": 0.3, "calibration": "affine", "resource": "kv", "align": 8, "uniform": True},
             criterion={"name": "magnitude"},
             reward={"name": "perplexity"},
             agent={"name": "random"},
@@ -195,6 +195,8 @@ def test_json_leaves_stdout_pure(runner: list[RunConfig]) -> None:
         (["--set", "nonsense"], "cannot read --set 'nonsense'"),
         (["--config", "nowhere.toml"], "no configuration file nowhere.toml"),
         (["--calibration", "lasso"], "prune.calibration = 'lasso'"),
+        (["--align", "0"], "prune.align = 0"),
+        (["--uniform", "--set", "prune.min_units=0"], "prune.uniform = true with prune.min_units = 0"),
     ],
 )
 def test_bad_configuration_is_a_message_and_exit_1(

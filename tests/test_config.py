@@ -121,6 +121,12 @@ def test_settings_that_this_version_cannot_read_say_so() -> None:
     assert "less than one update" in changed_settings(impossible, RunConfig())[0]
 
 
+def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
+    with pytest.raises(ConfigError, match=r"prune\.uniform = true with prune\.min_units = 0") as caught:
+        load_config(prune={"uniform": True, "min_units": 0})
+    assert "prune.min_units to 1" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "complaints"),
     [
@@ -135,6 +141,9 @@ def test_settings_that_this_version_cannot_read_say_so() -> None:
         ("prune.ridge=-1", ["prune.ridge = -1", "should be 'auto' or greater than 0"]),
         ("prune.ridge=high", ["prune.ridge = 'high'", "should be 'auto' or a valid number"]),
         ("prune.min_units=-1", ["prune.min_units = -1"]),
+        ("prune.align=0", ["prune.align = 0", "greater than or equal to 1", "8, 32 or 64"]),
+        ("prune.align=8.5", ["prune.align = 8.5", "valid integer"]),
+        ("prune.uniform=yes", ["prune.uniform = 'yes'", "valid boolean"]),
         ("search.episodes=many", ["search.episodes = 'many'", "valid integer"]),
         ("search.episodes=0", ["search.episodes = 0"]),
         (

@@ -326,6 +326,10 @@ def test_another_seed_is_another_search(finished: Finished, tmp_path: Path) -> N
         {"prune": {"resource": "macs"}},
         {"prune": {"resource": "kv", "sparsity": 0.25}},
         {"prune": {"min_units": 0, "sparsity": 0.5}},
+        {"prune": {"align": 32}},
+        {"prune": {"uniform": True}},
+        {"prune": {"uniform": True, "calibration": "affine"}},
+        {"prune": {"uniform": True, "resource": "macs", "align": 8}},
         {"output": {"sequential": False}},
         {"criterion": {"name": "random"}, "prior": {"name": "none"}},
         {"schedule": {"sparsity": "cubic", "fidelity": "cubic"}},
@@ -343,6 +347,47 @@ def test_every_setting_ends_in_a_model_within_its_budget_that_loads(
     rewards = [episode.reward for episode in one.result.found.history]
     assert len(rewards) >= EPISODES
     assert all(math.isfinite(reward) for reward in rewards)
+
+
+def test_a_uniform_run_ends_in_a_stock_checkpoint(tmp_path: Path) -> None:
+    one = finish(glass_config(tmp_path, prune={"uniform": True}))
+    assert list(one.rows) == [
+        "dense",
+        "uniform + ridge",
+        "MLPs only + ridge",
+        "reinforce, plain",
+        "reinforce + ridge",
+        "reinforce + sequential ridge",
+    ]
+    assert not (one.folder / "episodes-random.jsonl").exists()
+    shapes = [c.allocation.kept for c in one.result.found.finalists]
+    assert f"uniform: {len(shapes)} shapes use up the budget" in one.said
+    assert all(len(set(zip(kept[::2], kept[1::2], strict=True))) == 1 for kept in shapes)
+    config = json.loads((one.folder / "model" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert "auto_map" not in config
+    assert not list((one.folder / "model").glob("*.py"))
+    console = Console(file=io.StringIO(), width=300)
+    one.result.print(console)
+    assert f"from_pretrained('{one.folder / 'model'}')" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "trust_remote_code" not in (one.folder / "model" / "README.md").read_text()
+
+
+def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(tmp_path: Path) -> None:
+    for name, prune in (("uneven", {"calibration": "affine"}), ("stock", {"calibration": "affine", "uniform": True})):
+        one = finish(glass_config(tmp_path / name, prune=prune))
+        assert one.result.saved is not None
+        assert one.result.saved.parameters == runner.saved_row(one.result.table).parameters
+        plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + ridge"]
+        assert refitted.parameters > plain.parameters
+        assert refitted.sparsity_prunable == plain.sparsity_prunable, "the budget does not count them"
+
+
+def test_a_rule_alone_takes_one_shape_too(tmp_path: Path) -> None:
+    config = manager.resolve_agent(glass_config(tmp_path, prune={"uniform": True}, agent={"name": "flap"}))
+    one = finish(config)
+    assert len(set(one.result.found.best.allocation.kept[1::2])) == 1
+    assert "shapes" not in one.said
 
 
 def test_a_kv_budget_leaves_the_mlps_whole(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ import pytest
 from ffgym.agents.one_shot import OneShot
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config import SearchTable
+from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, DataError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins import manager
+from ffgym.pruning.budget import Budget
+from ffgym.rewards.perplexity import Perplexity
 from ffgym.search import (
     Candidate,
     SearchInterrupted,
@@ -25,6 +28,7 @@ from ffgym.search import (
     read_episodes,
     run_finals,
     search,
+    with_every_shape,
 )
 from ffgym.types import Episode
 
@@ -77,6 +81,66 @@ def episode(index, update, reward, *, sparsity=0.3, fidelity=1.0, action=None):
         fidelity=fidelity,
         tokens=64,
     )
+
+
+@pytest.fixture
+def uniform_env(prepared_llama, random_windows):
+    """One shape for all layers: at sparsity 0.3 two of them use up the budget."""
+    prunable = prepared_llama.prunable
+    budget = Budget(prunable.sublayers, shapes=prunable.family.stock_shapes(prunable.model))
+    return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, sparsity=0.3)
+
+
+class TestUniform:
+    def test_finals_measure_every_shape_whatever_the_agent_has_seen(self, uniform_env):
+        """The agent sees and believes in one shape only; the best of all is found, by the finals' losses."""
+        shapes = uniform_env.budget.shapes(0.3)
+        assert len(shapes) == 2
+        for shape in shapes:
+            believed = uniform_env.budget.importance(shape.kept)
+            found = searched(uniform_env, Opinionated(believed), schedule=Schedule(0.3, 2))
+            assert {c.allocation.kept for c in found.finalists} == {s.kept for s in shapes}
+            assert found.final_tokens == 2 * 160
+            losses = [c.loss for c in found.finalists]
+            assert found.best.loss == min(losses)
+            assert found.best.allocation.kept == found.finalists[0].allocation.kept
+
+    def test_fewer_shapes_than_episodes_are_measured_once_an_update(self, uniform_env, monkeypatch):
+        measured = []
+        measure = uniform_env.measure
+        monkeypatch.setattr(
+            uniform_env, "measure", lambda a, subset: measured.append((a.kept, tuple(subset))) or measure(a, subset)
+        )
+        found = searched(uniform_env, schedule=Schedule(0.3, 2))
+        assert len(found.history) == 12
+        assert len(measured) == len(set(measured)), "nothing is measured twice on the same tokens"
+        assert len(measured) <= 3 * 2 + 2
+
+    def test_the_candidates_keep_their_place_and_what_is_added_says_so(self, uniform_env):
+        first, second = uniform_env.budget.shapes(0.3)
+        mine = Candidate(uniform_env.budget.importance(second.kept), second, "policy")
+        both = with_every_shape(uniform_env, [mine])
+        assert both[0] is mine
+        assert [(c.allocation, c.origin) for c in both[1:]] == [(first, "shape")]
+
+    def test_a_rule_that_is_run_alone_stays_what_it_is(self, uniform_env):
+        agent = OneShot()
+        agent.prior_mean = uniform_env.budget.importance(uniform_env.budget.shapes(0.3)[0].kept)
+        found = searched(uniform_env, agent, schedule=Schedule(0.3, 2))
+        assert [c.origin for c in found.finalists] == ["policy"]
+
+    def test_an_interrupted_search_hands_over_one_shape(self, uniform_env):
+        def stop(episode):
+            if episode.index == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as stopped:
+            searched(uniform_env, schedule=Schedule(0.3, 2), on_episode=stop)
+        assert len(stopped.value.found.finalists) == 1
+
+    def test_with_layers_of_their_own_nothing_is_added(self, env):
+        candidate = Candidate(np.zeros(6, np.float32), env.budget.project(np.zeros(6), 0.3), "policy")
+        assert with_every_shape(env, [candidate]) == [candidate]
 
 
 class TestSearch:

@@ -52,15 +52,25 @@ def prepare_model(
 
 
 def make_budget(config: RunConfig, model: Any) -> Budget:
-    """The budget of a run on a dense model; raises ``BudgetError`` where the sparsity is out of reach."""
+    """The budget of a run on a dense model.
+
+    Raises:
+        BudgetError: the sparsity is out of reach.
+        ModelError: a stock checkpoint is asked for, which the family does not have, or not with this calibration.
+    """
+    family, prune = family_of(model), config.prune
+    if prune.uniform and prune.calibration == "affine":
+        family.check_stock_biases(model)
     budget = Budget(
-        family_of(model).sublayers(model),
-        resource=config.prune.resource,
-        min_units=config.prune.min_units,
-        context=config.prune.context,
+        family.sublayers(model),
+        resource=prune.resource,
+        min_units=prune.min_units,
+        align=prune.align,
+        shapes=family.stock_shapes(model) if prune.uniform else None,
+        context=prune.context,
         kv_bytes=model.get_output_embeddings().weight.element_size(),
     )
-    budget.check(config.prune.sparsity)
+    budget.check(prune.sparsity)
     return budget
 
 

@@ -94,14 +94,29 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return tuple(int(i) for i in np.sort(rng.choice(len(self.windows), windows, replace=False)))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
-        """Set the task; evaluates nothing."""
+        """Set the task; evaluates nothing.
+
+        Raises:
+            BudgetError: a sparsity out of reach.
+            DataError: a subset that is empty, or names windows that are not there.
+        """
         super().reset(seed=seed)
         options = options or {}
         self._target = float(options.get("sparsity", self.sparsity))
         self.budget.check(self._target)
         subset: Sequence[int] | None = options.get("subset")
-        self._subset = tuple(subset) if subset is not None else self.draw(self.np_random, self.episode_windows)
+        self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
         return self.observation(), {}
+
+    def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
+        indices = tuple(int(i) for i in subset)
+        if not indices or min(indices) < 0 or max(indices) >= len(self.windows):
+            raise DataError(
+                f"the subset {list(indices)} is not one to measure an episode on: it needs at least one of the search"
+                f" windows 0 to {len(self.windows) - 1}",
+                hint="Give indices of search windows, or leave the option out to have them drawn.",
+            )
+        return indices
 
     def observation(self) -> np.ndarray:
         """(target sparsity, fidelity), shape (2,), float32."""

@@ -1,12 +1,15 @@
 """The vector environment that agents see: one vector step is one update, all on the same task.
 
 It owns the schedule, redraws the token subset once an update (common random numbers within it), counts tokens, and
-keeps the history. Every episode ends after its step and the next one begins at once (SAME_STEP autoreset).
+keeps the history. Every episode ends after its step and the next one begins at once (SAME_STEP autoreset). Where
+actions of one update come to the same allocation, it is measured once and counts for each: the bits would be the same.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +110,12 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _episode(self, action: np.ndarray) -> Episode:
         index = len(self.history)
-        episode = self._replayed(index, action) if index < len(self._replay) else self._measured(index, action)
+        if index < len(self._replay):
+            episode = self._replayed(index, action)
+        elif twin := self._twin(action):
+            episode = replace(twin, index=index, action=action)
+        else:
+            episode = self._measured(index, action)
         self.tokens_spent += episode.tokens
         self.history.append(episode)
         if self._on_episode is not None:
@@ -125,6 +133,12 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 hint="Delete the log to search from the start.",
             )
         return episode
+
+    def _twin(self, action: np.ndarray) -> Episode | None:
+        """The episode of this update that was measured on the same allocation, if there is one."""
+        kept = self.env.budget.project(action, self._stage.sparsity).kept
+        siblings = itertools.takewhile(lambda episode: episode.update == self._update, reversed(self.history))
+        return next((episode for episode in siblings if episode.kept == kept), None)
 
     def _measured(self, index: int, action: np.ndarray) -> Episode:
         self.env.reset(options={"sparsity": self._stage.sparsity, "subset": self._subset})

@@ -48,12 +48,18 @@ class SizeMeter:
         self._dense_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._head_macs = float(head.numel())
 
-    def __call__(self, kept: Sequence[int]) -> Size:
-        """Size with ``kept`` units per sublayer, length 2L (consumer biases count where the dense model has them)."""
+    def __call__(self, kept: Sequence[int], *, new_biases: int = 0) -> Size:
+        """Size with ``kept`` units per sublayer, length 2L.
+
+        Args:
+            kept: units per sublayer.
+            new_biases: parameters of the biases that calibration gave consumers without one, which no unit owns
+                (``PrunableModel.new_bias_params``); the budget does not count them.
+        """
         removed = sum((s.units - k) * s.unit_params for s, k in zip(self._sublayers, kept, strict=True))
         removed += sum(extra for extra, k in zip(self._unit_free, kept, strict=True) if k == 0)
         return Size(
-            parameters=self._dense_parameters - removed,
+            parameters=self._dense_parameters - removed + new_biases,
             macs=self._head_macs + self._total("macs", kept),
             kv_bytes=self._total("kv", kept),
         )

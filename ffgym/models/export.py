@@ -1,4 +1,7 @@
-"""Save a pruned model as a checkpoint that loads without ffgym: safetensors, its sizes, and the class beside them."""
+"""Save a pruned model as a checkpoint that loads without ffgym: safetensors, its sizes, and the class beside them.
+
+Where all layers have the same shape, the checkpoint can also be a stock one, which needs no class of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError, OutputError
@@ -33,11 +37,13 @@ class SavedModel:
         path: the folder.
         bytes: size of its safetensors files.
         parameters: numbers in them; tied weights count once.
+        stock: transformers' own classes load it, with no code beside the weights.
     """
 
     path: Path
     bytes: int
     parameters: int
+    stock: bool = False
 
 
 def save_pruned(
@@ -50,6 +56,7 @@ def save_pruned(
     card: str | None = None,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    stock: bool = False,
 ) -> SavedModel:
     """Write a pruned model to a folder, whole or not at all.
 
@@ -63,14 +70,15 @@ def save_pruned(
         card: text of the model card, Markdown.
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
         max_shard_size: weights beyond it are written as several files, e.g. ``"5GB"``.
+        stock: write a stock checkpoint of the family; all layers must have kept the same shape.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
-        ModelError: ``kept`` is not what the model was cut to.
+        ModelError: ``kept`` is not what the model was cut to, or no stock checkpoint can say it.
     """
     place = Path(directory).expanduser().resolve()
     _refuse_occupied(place, overwrite)
-    pruned = uneven_model(model, kept=kept, family=family)
+    pruned = (stock_model if stock else uneven_model)(model, kept=kept, family=family)
     with _whole_or_nothing(place) as folder:
         with _no_progress_bar():
             pruned.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -83,14 +91,15 @@ def save_pruned(
         if written != expected:
             raise OutputError(f"{place}: {written} of {expected} parameters were written", hint="Please report this.")
     files = place.glob("*.safetensors")
-    return SavedModel(path=place, bytes=sum(file.stat().st_size for file in files), parameters=expected)
+    return SavedModel(place, sum(file.stat().st_size for file in files), parameters=expected, stock=stock)
 
 
-def load_line(directory: str | Path) -> str:
+def load_line(directory: str | Path, *, stock: bool = False) -> str:
     """The one line of Python that loads a saved model, in a process that need not have ffgym."""
+    options = "" if stock else ", trust_remote_code=True"
     return (
         "from transformers import AutoModelForCausalLM; "
-        f"model = AutoModelForCausalLM.from_pretrained({str(directory)!r}, trust_remote_code=True)"
+        f"model = AutoModelForCausalLM.from_pretrained({str(directory)!r}{options})"
     )
 
 
@@ -125,6 +134,82 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
+
+
+def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
+    """The same weights in the family's stock class, with a config that says the one shape of all layers.
+
+    Biases that calibration gave the consumers switch on the config's biases of that half, where the family has such a
+    switch; the half's other linears get zeros then, so the function is the same.
+
+    Args:
+        model: the stock causal LM, cut to ``kept``.
+        kept: units per sublayer, length 2L, the same in all layers.
+        family: the model's family.
+
+    Returns:
+        The model. Buffers that are not part of a checkpoint are on the meta device, so it cannot be run.
+
+    Raises:
+        ModelError: the layers differ, the stock classes do not take this shape, or ``kept`` is not what the model was
+            cut to.
+    """
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in ABOUT_THE_SOURCE}
+    settings |= _shared_sizes(model, kept, family)
+    weights: dict[str, torch.Tensor] = dict(model.state_dict())
+    config_class, model_class = type(model.config), type(model)
+    try:
+        with torch.device("meta"):
+            added = weights.keys() - model_class(config_class(**settings)).state_dict().keys()
+            for kind in KINDS:
+                if added & {f"{_consumer(layer, kind, family)}.bias" for layer in range(len(kept) // 2)}:
+                    settings[_bias_switch(kind, family)] = True
+            pruned = model_class(config_class(**settings))
+        for name, parameter in pruned.state_dict().items():
+            if name.endswith(".bias") and name not in weights:
+                weights[name] = torch.zeros(parameter.shape, dtype=model.dtype)
+        pruned.load_state_dict(weights, assign=True)
+    except (RuntimeError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"the model does not fit the allocation that it is to be saved with: {error}") from error
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    return pruned
+
+
+def _shared_sizes(model: Any, kept: Sequence[int], family: Family) -> dict[str, Any]:
+    """What a stock config says about all layers: heads, KV heads, channels, and the width of a head."""
+    config, legal = model.config, family.stock_shapes(model)
+    sizes = _sizes_per_layer(config, kept, family)
+    hint = "Save it as an uneven checkpoint (stock=False), or search with --uniform."
+    if len(set(zip(kept[::2], kept[1::2], strict=True))) > 1:
+        raise ModelError("the layers differ in size, and a stock checkpoint has one shape for all", hint=hint)
+    for kind, units in zip(KINDS, kept[:2], strict=True):
+        if units not in legal[kind]:
+            raise ModelError(
+                f"a stock {family.name} checkpoint cannot keep {units} of {legal[kind][-1]} units of its {kind};"
+                f" it can keep {_listed(legal[kind])}",
+                hint=hint,
+            )
+    if family.known_stock().heads == "dense":  # its code divides the hidden size by the number of heads
+        return sizes[0]
+    return sizes[0] | {"head_dim": family.head_dim(model)}
+
+
+def _listed(units: Sequence[int]) -> str:
+    """``1, 2, 4``, or ``1 to 48`` where none between is left out."""
+    if len(units) > 2 and units[-1] - units[0] == len(units) - 1:
+        return f"{units[0]} to {units[-1]}"
+    return ", ".join(map(str, units))
+
+
+def _bias_switch(kind: Kind, family: Family) -> str:
+    switch = family.known_stock().bias_switch(kind)
+    if not switch:
+        raise ModelError(
+            f"calibration gave the {kind} consumers biases, which a stock {family.name} checkpoint does not have",
+            hint="Calibrate with ridge instead of affine, or save an uneven checkpoint (stock=False).",
+        )
+    return switch
 
 
 def _sizes_per_layer(config: Any, kept: Sequence[int], family: Family) -> list[dict[str, Any]]:

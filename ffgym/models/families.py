@@ -8,12 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ffgym.errors import ModelError
 from ffgym.types import Kind, Sublayer
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What a family's stock classes in transformers can say about a shape that all layers share.
+
+    Attributes:
+        heads: query-head counts they take: ``any``; ``divides hidden size``, which the config checks; or the ``dense``
+            one alone, where the code derives the width of a head from it.
+        attention_bias, mlp_bias: the config's switch that gives every linear of that half a bias; empty where there is
+            none.
+    """
+
+    heads: Literal["any", "divides hidden size", "dense"] = "any"
+    attention_bias: str = ""
+    mlp_bias: str = ""
+
+    def bias_switch(self, kind: Kind) -> str:
+        """The switch of one half."""
+        return self.attention_bias if kind == "attention" else self.mlp_bias
+
+    def takes(self, heads: int, *, dense_heads: int, hidden: int) -> bool:
+        """Whether a stock model may have this many query heads."""
+        return {"any": True, "divides hidden size": hidden % heads == 0, "dense": heads == dense_heads}[self.heads]
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,7 @@ class Family:
         mlp_producers, mlp_consumer: the same for the MLP.
         heads, kv_heads, intermediate: the config's names for the sizes (``kv_heads`` is ``None`` for multi-head only).
         head_count_attributes: attributes of the attention module that hold its number of query heads.
+        stock: shapes that its stock classes take; ``None`` where nobody has looked, so that uniform runs are refused.
     """
 
     name: str
@@ -41,6 +66,7 @@ class Family:
     kv_heads: str | None = "num_key_value_heads"
     intermediate: str = "intermediate_size"
     head_count_attributes: tuple[str, ...] = ()
+    stock: Stock | None = None
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The decoder layers, first to last."""
@@ -59,6 +85,47 @@ class Family:
         """Channels of one attention head."""
         config: Any = model.config
         return int(getattr(config, "head_dim", None) or config.hidden_size // getattr(config, self.heads))
+
+    def stock_shapes(self, model: nn.Module) -> dict[Kind, tuple[int, ...]]:
+        """Units that all attentions, and all MLPs, of a stock checkpoint may keep; ascending, the last = all.
+
+        Raises:
+            ModelError: the family's stock shapes are not known.
+        """
+        config: Any = model.config
+        heads = getattr(config, self.heads)
+        groups = heads if self.kv_heads is None else getattr(config, self.kv_heads)
+        per_group, stock = heads // groups, self.known_stock()
+        legal = [
+            k for k in range(1, groups + 1) if stock.takes(k * per_group, dense_heads=heads, hidden=config.hidden_size)
+        ]
+        return {"attention": tuple(legal), "mlp": tuple(range(1, getattr(config, self.intermediate) + 1))}
+
+    def check_stock_biases(self, model: nn.Module) -> None:
+        """Refuse biases on all consumers, as affine calibration gives them, where a stock checkpoint cannot have them.
+
+        Raises:
+            ModelError: names the family and the linear.
+        """
+        stock, layer = self.known_stock(), self.layers(model)[0]
+        kinds: tuple[Kind, Kind] = ("attention", "mlp")
+        for kind in kinds:
+            if self.consumer(layer, kind).bias is None and not stock.bias_switch(kind):
+                name = self.attention_consumer if kind == "attention" else self.mlp_consumer
+                raise ModelError(
+                    f"a stock {self.name} checkpoint has no bias on {name}, which affine calibration would give it",
+                    hint="Use --calibration ridge, or leave --uniform out.",
+                )
+
+    def known_stock(self) -> Stock:
+        """What its stock classes take; raises ``ModelError`` where that is not known."""
+        if self.stock is None:
+            known = sorted(name for name, family in FAMILIES.items() if family.stock is not None)
+            raise ModelError(
+                f"which shapes a stock {self.name} checkpoint can have is not known, so none is written",
+                hint=f"Leave --uniform out. Families that have one: {', '.join(known)}.",
+            )
+        return self.stock
 
     def sublayers(self, model: nn.Module) -> list[Sublayer]:
         """The 2L sublayers of a dense model: layer 0 attention, layer 0 mlp, layer 1 attention, ..."""
@@ -97,11 +164,11 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama"),
-        Family("mistral"),
-        Family("qwen2"),
-        Family("qwen3"),
-        Family("gemma"),
+        Family("llama", stock=Stock("divides hidden size", attention_bias="attention_bias", mlp_bias="mlp_bias")),
+        Family("mistral", stock=Stock()),
+        Family("qwen2", stock=Stock()),
+        Family("qwen3", stock=Stock(attention_bias="attention_bias")),
+        Family("gemma", stock=Stock(attention_bias="attention_bias")),
         Family(
             "opt",
             decoder="model.decoder",
@@ -111,6 +178,7 @@ FAMILIES: dict[str, Family] = {
             kv_heads=None,
             intermediate="ffn_dim",
             head_count_attributes=("num_heads",),
+            stock=Stock("dense"),
         ),
     )
 }

@@ -58,6 +58,18 @@ class Half:
         linears = {id(p) for linear in [*self.producers, self.consumer] for p in linear.parameters()}
         return sum(p.numel() for p in self._attention.parameters() if id(p) not in linears)
 
+    def new_bias_params(self, *, stock: bool = False) -> int:
+        """Parameters of the bias that calibration has given a consumer without one, as the half is cut now.
+
+        Args:
+            stock: count the zeros too that a stock checkpoint then holds as biases of the producers.
+        """
+        _, dense_bias = self.dense_consumer
+        if dense_bias is not None or self.consumer.bias is None:
+            return 0
+        zeros = sum(p.out_features for p in self.producers if p.bias is None) if stock else 0
+        return self.consumer.out_features + zeros
+
     def permute(self, order: torch.Tensor) -> None:
         """Put the units in this order, in place and for good; the model's function is unchanged.
 
@@ -162,6 +174,10 @@ class PrunableModel:
     def consumers(self) -> list[nn.Linear]:
         """The 2L consumers, in order of depth."""
         return [half.consumer for half in self.halves]
+
+    def new_bias_params(self, *, stock: bool = False) -> int:
+        """Parameters of all biases that calibration has added, as the model is cut now; see :class:`Half`."""
+        return sum(half.new_bias_params(stock=stock) for half in self.halves)
 
     def cut(self, kept: Sequence[int], *, calibrated: bool = True) -> None:
         """Cut every sublayer to its first ``kept`` units.

@@ -5,7 +5,8 @@ soon as r_i + nu is nearer to that level's keep ratio than to the one below, tha
 ratio_i(s - 1)) / 2 - r_i. Levels are granted in the order of these times while the budget lasts; a level that does not
 fit closes its sublayer, and the others go on. This is the bisection for nu, the rounding and the handing out of the
 rest in one sweep, and it is what makes the promises hold exactly: feasible, nothing left that fits, monotone in a
-sublayer's own importance, a fixed point of itself.
+sublayer's own importance, a fixed point of itself. They hold for any levels: single units, multiples of ``align``
+channels, or levels that all layers share.
 
 Rounding is to the nearest level, not down: an attention of 3 KV groups would lose one to the smallest doubt, while an
 MLP of 1,536 channels feels every change as it is meant.
@@ -13,13 +14,14 @@ MLP of 1,536 channels feels every change as it is meant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ffgym.errors import BudgetError
-from ffgym.types import Allocation, Resource, Sublayer
+from ffgym.types import Allocation, Kind, Resource, Sublayer
 
 
 def unit_cost(sublayer: Sublayer, resource: Resource, *, context: int, kv_bytes: int) -> float:
@@ -55,15 +57,34 @@ def service_order(depth: int) -> np.ndarray:
     return rank
 
 
+def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, align: int) -> np.ndarray:
+    """The levels at which a sublayer keeps a multiple of ``align`` channels, and the dense one whatever it is.
+
+    Args:
+        sublayer: whose levels; ``align`` counts its consumer's channels, of which a unit owns ``channels_per_unit``.
+        levels: units that may be kept.
+        least: units that have to be kept, where the sublayer has as many.
+        align: channels, >= 1.
+
+    Returns:
+        units, shape (levels,), int64, strictly increasing, last = all.
+    """
+    step = align // math.gcd(align, sublayer.channels_per_unit)
+    fitting = {k for k in levels if least <= k < sublayer.units and k % step == 0}
+    return np.array([*sorted(fitting), sublayer.units], dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Ladder:
-    """The levels that one sublayer may keep, lowest first, and what each costs.
+    """The levels that some sublayers keep together, lowest first, and what each costs.
 
     Attributes:
-        units: units kept at each level, shape (levels,), strictly increasing, last = all.
-        cost: cost of each level, shape (levels,), non-decreasing.
+        members: indices of the sublayers, which all have as many units; one, unless layers are tied.
+        units: units that each of them keeps at each level, shape (levels,), strictly increasing, last = all.
+        cost: cost of all of them at each level, shape (levels,), non-decreasing.
     """
 
+    members: tuple[int, ...]
     units: np.ndarray
     cost: np.ndarray
 
@@ -75,8 +96,16 @@ class Budget:
         sublayers: the 2L sublayers.
         resource: what is counted.
         min_units: least units a sublayer keeps (the attention of layer 0 always keeps one).
+        align: a sublayer keeps a multiple of this many channels, or all of them. ``min_units`` is rounded up to such a
+            multiple; a sublayer that has no smaller one stays whole.
+        shapes: ties all layers to one shape: for each kind the numbers of units that they may keep, e.g.
+            ``{"attention": (1, 2, 4), "mlp": range(1, 1537)}``. The importance of a kind is then the mean over its
+            sublayers. ``None`` lets every sublayer have a size of its own.
         context: tokens attended to, for ``macs``.
         kv_bytes: bytes of one cached number, for ``kv``.
+
+    Raises:
+        BudgetError: a setting out of its range, or layers of different sizes that should share one shape.
     """
 
     def __init__(
@@ -85,30 +114,36 @@ class Budget:
         *,
         resource: Resource = "params",
         min_units: int = 1,
+        align: int = 1,
+        shapes: Mapping[Kind, Sequence[int]] | None = None,
         context: int = 1024,
         kv_bytes: int = 2,
     ) -> None:
         if min_units < 0:
             raise BudgetError(f"min_units is {min_units}", hint="Use 0 or more.")
+        if align < 1:
+            raise BudgetError(f"align is {align}", hint="Use 1 or more, e.g. 8, 32 or 64.")
         self.sublayers = tuple(sublayers)
         self.resource = resource
-        self._ladders = tuple(
-            _ladder(
-                sublayer.units,
-                unit_cost(sublayer, resource, context=context, kv_bytes=kv_bytes),
-                max(min_units, 1) if (sublayer.kind, sublayer.layer) == ("attention", 0) else min_units,
-            )
-            for sublayer in self.sublayers
+        self.tied = shapes is not None
+        self._align = align
+        # The cost of keeping 0 .. all units of each sublayer.
+        self._tables = tuple(
+            np.arange(s.units + 1) * float(unit_cost(s, resource, context=context, kv_bytes=kv_bytes))
+            for s in self.sublayers
         )
+        groups = [(i,) for i in range(len(self.sublayers))] if shapes is None else _kinds(self.sublayers)
+        self._ladders = tuple(self._ladder(members, min_units, align, shapes) for members in groups)
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
         self.dense_cost = float(sum(ladder.cost[-1] for ladder in self._ladders))
         self.least_cost = float(sum(ladder.cost[0] for ladder in self._ladders))
-        # One flat table of all levels above each sublayer's lowest: owner, keep ratio from which it is the nearest level,
+        # One flat table of all levels above each ladder's lowest: owner, keep ratio from which it is the nearest level,
         # increment, tie-break.
+        first = [self.sublayers[ladder.members[0]] for ladder in self._ladders]
         self._owner = np.concatenate([np.full(len(x.units) - 1, i) for i, x in enumerate(self._ladders)])
         self._threshold = np.concatenate([(x.units[1:] + x.units[:-1]) / (2 * x.units[-1]) for x in self._ladders])
         self._increment = np.concatenate([np.diff(x.cost) for x in self._ladders])
-        self._tie = np.array([rank[s.layer] * 2 + (s.kind == "mlp") for s in self.sublayers])[self._owner]
+        self._tie = np.array([rank[s.layer] * 2 + (s.kind == "mlp") for s in first])[self._owner]
 
     @property
     def reachable(self) -> tuple[float, float]:
@@ -124,16 +159,41 @@ class Budget:
             raise BudgetError(
                 f"sparsity {sparsity:g} of {self.resource} is out of reach: every sublayer keeps its least units, "
                 f"so the reachable range is 0 to {most:.4f}",
-                hint=f"Ask for at most {most:.4f}, or lower prune.min_units.",
+                hint=f"Ask for at most {most:.4f}, or {self._what_would_help()}.",
             )
 
     def allocation(self, kept: Sequence[int]) -> Allocation:
         """Price an allocation given as units kept per sublayer."""
-        cost = sum(
-            float(np.interp(k, np.concatenate([[0], x.units]), np.concatenate([[0.0], x.cost])))
-            for k, x in zip(kept, self._ladders, strict=True)
-        )
+        cost = sum(float(table[k]) for k, table in zip(kept, self._tables, strict=True))
         return Allocation(tuple(int(k) for k in kept), cost, self.dense_cost, self.resource)
+
+    def importance(self, kept: Sequence[int]) -> np.ndarray:
+        """The importances that say exactly these units, shape (2L,), float32: projecting them gives a projection back.
+
+        They are not at the ends of their range, where exploration around them would be clipped.
+        """
+        units = np.array([sublayer.units for sublayer in self.sublayers])
+        result: np.ndarray = (2 * np.array(kept) / units - 1).astype(np.float32)
+        return result
+
+    def shapes(self, sparsity: float) -> list[Allocation]:
+        """Every allocation that a projection can come to at this sparsity where layers are tied; else an empty list.
+
+        One shape of all layers is a pair of levels. Those that meet the budget and leave nothing that fits are at most
+        one for each level of the attention, so they can all be measured.
+        """
+        self.check(sparsity)
+        if not self.tied:
+            return []
+        attention, mlp = self._ladders
+        limit = self._limit(sparsity)
+        found = []
+        for level, cost in enumerate(attention.cost):
+            widest = int(np.searchsorted(mlp.cost, limit - cost, side="right")) - 1
+            is_last = level + 1 == len(attention.cost)
+            if widest >= 0 and (is_last or attention.cost[level + 1] + mlp.cost[widest] > limit):
+                found.append(self.allocation(self._spread([level, widest])))
+        return found
 
     def project(self, importance: np.ndarray, sparsity: float) -> Allocation:
         """The allocation that these importances want at this sparsity.
@@ -155,30 +215,69 @@ class Budget:
                 f"importances must be {len(self.sublayers)} finite numbers, got shape {wanted.shape}",
                 hint="One number per sublayer: layer 0 attention, layer 0 mlp, layer 1 attention, ...",
             )
-        ratio = (np.clip(wanted, -1.0, 1.0) + 1.0) / 2.0
+        clipped = np.clip(wanted, -1.0, 1.0)
+        ratio = (np.array([clipped[list(ladder.members)].mean() for ladder in self._ladders]) + 1.0) / 2.0
         # Rounding keeps ties ties, and so served over depth, where floats differ in the last place.
         times = np.round(self._threshold - ratio[self._owner], 9)
         order = np.lexsort((self._tie, times))
-        room = (1.0 - sparsity) * self.dense_cost * (1 + 1e-12) - self.least_cost
-        granted = _grant(self._owner[order], self._increment[order], room, len(self.sublayers))
-        kept = [int(ladder.units[level]) for ladder, level in zip(self._ladders, granted, strict=True)]
-        return self.allocation(kept)
+        room = self._limit(sparsity) - self.least_cost
+        return self.allocation(
+            self._spread(_grant(self._owner[order], self._increment[order], room, len(self._ladders)))
+        )
+
+    def _limit(self, sparsity: float) -> float:
+        """What an allocation may cost."""
+        return (1.0 - sparsity) * self.dense_cost * (1 + 1e-12)
+
+    def _spread(self, levels: Sequence[int] | np.ndarray) -> list[int]:
+        """Units of every sublayer, length 2L, from the level of every ladder."""
+        kept = [0] * len(self.sublayers)
+        for ladder, level in zip(self._ladders, levels, strict=True):
+            for member in ladder.members:
+                kept[member] = int(ladder.units[level])
+        return kept
+
+    def _ladder(
+        self, members: tuple[int, ...], min_units: int, align: int, shapes: Mapping[Kind, Sequence[int]] | None
+    ) -> Ladder:
+        sublayers = [self.sublayers[i] for i in members]
+        first = sublayers[0]
+        if other := next((s for s in sublayers if (s.units, s.channels) != (first.units, first.channels)), None):
+            raise BudgetError(
+                f"{other.name} has {other.units} units and {first.name} has {first.units}: they cannot share one shape",
+                hint="Leave prune.uniform out.",
+            )
+        units = np.array([first.units])
+        # A sublayer that costs nothing stays whole: there is nothing to gain from cutting it.
+        if any(self._tables[i][-1] > 0 for i in members):
+            holds_cache_length = any((s.kind, s.layer) == ("attention", 0) for s in sublayers)
+            least = max(min_units, 1) if holds_cache_length else min_units
+            levels = range(first.units) if shapes is None else shapes[first.kind]
+            units = aligned_levels(first, levels, least=least, align=align)
+        return Ladder(members, units, np.sum([self._tables[i][units] for i in members], axis=0))
+
+    def _what_would_help(self) -> str:
+        changes = ["lower prune.min_units"]
+        if self._align > 1:
+            changes.append("lower prune.align")
+        if self.tied:
+            changes.append("leave prune.uniform out")
+        return " or ".join(changes)
 
 
-def _ladder(units: int, cost: float, least: int) -> Ladder:
-    # A sublayer that costs nothing stays whole: there is nothing to gain from cutting it.
-    lowest = units if cost == 0 else min(least, units)
-    kept = np.arange(lowest, units + 1)
-    return Ladder(kept, kept * float(cost))
+def _kinds(sublayers: Sequence[Sublayer]) -> list[tuple[int, ...]]:
+    """Indices of all attention sublayers, then of all MLPs."""
+    kinds: tuple[Kind, Kind] = ("attention", "mlp")
+    return [tuple(i for i, s in enumerate(sublayers) if s.kind == kind) for kind in kinds]
 
 
-def _grant(owner: np.ndarray, increment: np.ndarray, room: float, sublayers: int) -> np.ndarray:
-    """Levels granted to each sublayer, in the given order, while they fit; shape (sublayers,), int64."""
+def _grant(owner: np.ndarray, increment: np.ndarray, room: float, ladders: int) -> np.ndarray:
+    """Levels granted to each ladder, in the given order, while they fit; shape (ladders,), int64."""
     spent = np.cumsum(increment)
     first = int(np.searchsorted(spent, room, side="right"))
-    granted = np.bincount(owner[:first], minlength=sublayers)
+    granted = np.bincount(owner[:first], minlength=ladders)
     room -= float(spent[first - 1]) if first else 0.0
-    closed = np.zeros(sublayers, dtype=bool)
+    closed = np.zeros(ladders, dtype=bool)
     for i, cost in zip(owner[first:].tolist(), increment[first:].tolist(), strict=True):
         if closed[i]:
             continue

@@ -16,13 +16,19 @@ LOADING = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = {folder}
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder{options})
+model = AutoModelForCausalLM.from_pretrained(folder{options})
 ```
 
+{explanation}"""
+
+UNEVEN = """\
 The layers differ in size, which the stock classes of transformers do not read; `trust_remote_code=True` lets it run
 the small model class that lies beside the weights. Where ffgym is installed, `import ffgym.models` registers the same
 class, and the flag is not needed."""
+
+STOCK = """\
+All layers have the same shape: this is a stock checkpoint of its architecture, and transformers alone loads it."""
 
 LIMITS = (
     "Perplexity on one text says little about answers: measure on your own task before you use the model.",
@@ -45,6 +51,7 @@ def model_card(
     splits: Mapping[str, str],
     caveats: Sequence[str] = (),
     folder: str = "path/to/this/folder",
+    stock: bool = False,
 ) -> str:
     """Write the model card of a pruned model.
 
@@ -61,6 +68,7 @@ def model_card(
         splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
         caveats: sentences that a user of the model must read, e.g. that the dense weights were dequantised.
         folder: what stands in the loading example for the model's place.
+        stock: transformers' own classes load it.
 
     Returns:
         YAML front matter and Markdown.
@@ -70,7 +78,7 @@ def model_card(
         f"# {title}",
         _summary(base_model, allocation, saved, table.rows[0]),
         "## Load it",
-        LOADING.format(folder=json.dumps(folder)),
+        _loading(folder, stock),
         "## What it costs",
         markdown(table).rstrip(),
         "## What was kept",
@@ -93,6 +101,12 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     if license is not None:
         lines.append(f"license: {json.dumps(license)}")
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
+
+
+def _loading(folder: str, stock: bool) -> str:
+    """Show the code that loads it."""
+    options, explanation = ("", STOCK) if stock else (", trust_remote_code=True", UNEVEN)
+    return LOADING.format(folder=json.dumps(folder), options=options, explanation=explanation)
 
 
 def _summary(base_model: str | None, allocation: Allocation, saved: Row, dense: Row) -> str:

@@ -132,8 +132,8 @@ def toy_stats(channels: int, outputs: int, needs: frozenset[str], *, seed: int =
 
     Args:
         channels: n, inputs of the consumer.
-        outputs: m, its outputs, for the shape of ``gradient``.
-        needs: any of ``mean``, ``square``, ``second_moment``, ``gradient``.
+        outputs: m, its outputs, for the shapes of ``gradient`` and ``output_gradient``.
+        needs: any of ``mean``, ``square``, ``second_moment``, ``gradient``, ``output_gradient``.
         seed: of the inputs.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -146,6 +146,8 @@ def toy_stats(channels: int, outputs: int, needs: frozenset[str], *, seed: int =
         "second_moment": x.T @ x / tokens,
         "gradient": torch.randn(outputs, channels, generator=generator),
     }
+    output_gradients = torch.randn(tokens, outputs, generator=generator)
+    everything["output_gradient"] = output_gradients.T @ output_gradients / tokens
     return LayerStats(tokens=tokens, **{name: value for name, value in everything.items() if name in needs})
 
 
@@ -174,12 +176,21 @@ def _view(sublayer: Sublayer, needs: frozenset[str], seed: int) -> SublayerView:
     weight = torch.randn(outputs, sublayer.channels, generator=torch.Generator().manual_seed(seed)) * fading
     stats = toy_stats(sublayer.channels, outputs, needs | {"square"}, seed=seed)
     assert stats.square is not None, "asked for above"
-    energy = (weight.square().sum(dim=0) * stats.square).reshape(sublayer.units, -1).sum(dim=1)
+    fisher = stats.output_gradient
+    loss = None if fisher is None else 0.5 * ((fisher @ weight) * weight).sum(dim=0) * stats.square
+    energy = weight.square().sum(dim=0) * stats.square
     return SublayerView(
         sublayer=sublayer,
         weight=weight,
         stats=stats if "square" in needs else replace(stats, square=None),
         unit_scores=torch.arange(sublayer.units, 0, -1).float(),
-        removal_error=np.append(energy.double().flip(0).cumsum(0).flip(0).numpy(), 0.0),
+        removal_error=_left_out(energy, sublayer),
         output_energy=float(energy.double().sum()),
+        loss_increase=None if loss is None else _left_out(loss, sublayer),
     )
+
+
+def _left_out(channels: torch.Tensor, sublayer: Sublayer) -> np.ndarray:
+    """What all units from the k-th on sum up to, for k = 0 .. units; shape (channels,) -> (units + 1,)."""
+    units = channels.double().reshape(sublayer.units, -1).sum(dim=1)
+    return np.append(units.flip(0).cumsum(0).flip(0).numpy(), 0.0)

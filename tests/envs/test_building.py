@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,10 @@ from ffgym.envs.building import (
     prepare_model,
     tokens_per_batch,
 )
-from ffgym.errors import BudgetError, FFGymError, UnknownNameError
+from ffgym.errors import BudgetError, FFGymError, ModelError, UnknownNameError
+from ffgym.models.families import FAMILIES
 from ffgym.pruning.calibration import RIDGE_GRID
+from ffgym.testing.models import tiny_model
 
 
 def configured(tiny_run, **tables):
@@ -55,6 +59,45 @@ def test_the_environment_follows_the_configuration(tiny_run):
     assert info["kept"][::2].tolist() == [2, 2, 2], "fewer than 10, so they stay whole"
     assert info["kept"][1] == 10
     assert info["sparsity"] >= 0.4
+
+
+def test_aligned_channels(tiny_run):
+    env = make_pruning_env(configured(tiny_run, prune={"align": 16, "sparsity": 0.4}))
+    env.reset(seed=0)
+    kept = env.step(np.linspace(-1, 1, 6).astype(np.float32))[4]["kept"]
+    assert all(k % 16 == 0 for k in kept[1::2])
+
+
+def test_one_shape_for_all_layers(tiny_run):
+    env = make_pruning_env(configured(tiny_run, prune={"uniform": True, "sparsity": 0.4}))
+    assert env.action_space.shape == (6,), "the action is still one importance a sublayer"
+    env.reset(seed=0)
+    info = env.step(np.linspace(-1, 1, 6).astype(np.float32))[4]
+    assert len({tuple(layer) for layer in info["kept"].reshape(3, 2)}) == 1
+    assert info["sparsity"] >= 0.4
+
+
+def test_one_shape_is_one_that_the_family_takes():
+    """Four heads of which Llama may keep 1, 2 or 4."""
+    model = tiny_model("llama", grouped_query=False)
+    config = RunConfig.model_validate({"prune": {"uniform": True, "resource": "kv", "sparsity": 0.2}})
+    assert [shape.kept[:2] for shape in make_budget(config, model).shapes(0.2)] == [(2, 48)]
+    any_heads = tiny_model("mistral", grouped_query=False)
+    assert [shape.kept[:2] for shape in make_budget(config, any_heads).shapes(0.2)] == [(3, 48)]
+
+
+def test_what_a_stock_checkpoint_cannot_say_is_refused_before_anything_is_prepared(monkeypatch):
+    config = RunConfig.model_validate({"prune": {"uniform": True, "calibration": "affine"}})
+    with pytest.raises(ModelError, match="stock mistral checkpoint has no bias"):
+        make_budget(config, tiny_model("mistral"))
+    make_budget(config, tiny_model("llama"))
+    monkeypatch.setitem(FAMILIES, "qwen3", replace(FAMILIES["qwen3"], stock=None))
+    config = RunConfig.model_validate({"prune": {"uniform": True}})
+    with pytest.raises(ModelError, match="stock qwen3 checkpoint can have is not known"):
+        make_budget(config, tiny_model("qwen3"))
+    config = RunConfig.model_validate({"prune": {"uniform": True, "resource": "kv"}})
+    with pytest.raises(BudgetError, match=r"reachable range is 0 to 0\.0000"):
+        make_budget(config, tiny_model("opt"))
 
 
 def test_plain_tables_do_as_well(tiny_run):

@@ -6,8 +6,6 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import ffgym.envs
 from ffgym.config import RunConfig
@@ -18,36 +16,6 @@ from ffgym.models.preparation import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
-
-WORDS = [f"w{i}" for i in range(120)]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """A run on a saved tiny model and corpora of random words."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model("llama").save_pretrained(folder / "model")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "model")
-    for name, seed in (("search.txt", 0), ("report.txt", 1)):
-        words = np.random.default_rng(seed).choice(WORDS, 2000)
-        (folder / name).write_text(" ".join(words), encoding="utf-8")
-    search = str(folder / "search.txt")
-    return {
-        "model": {"name": str(folder / "model"), "dtype": "float32", "device": "cpu"},
-        "data": {
-            "calibration": search,
-            "search": search,
-            "report": str(folder / "report.txt"),
-            "window": 32,
-            "calibration_tokens": 256,
-            "search_tokens": 256,
-            "report_tokens": 64,
-        },
-        "search": {"episode_tokens": 64, "final_tokens": 64},
-    }
 
 
 def tiny_env(family):
@@ -61,8 +29,12 @@ def test_both_checkers_pass_without_a_warning(family):
     assert complaints(tiny_env(family)) == []
 
 
-def test_a_configured_run_is_checked(config):
-    assert check_environment(RunConfig.model_validate(config)) == []
+def test_a_configured_run_is_checked(tiny_run):
+    assert check_environment(RunConfig.model_validate(tiny_run)) == []
+
+
+def test_one_shape_for_all_layers_is_checked_too(tiny_run):
+    assert check_environment(RunConfig.model_validate({**tiny_run, "prune": {"uniform": True, "align": 16}})) == []
 
 
 def test_it_is_checked_small_whatever_is_asked_for():
@@ -92,8 +64,8 @@ def test_warnings_and_failures_become_complaints():
     assert not any("\x1b" in line for line in said)
 
 
-def test_gymnasium_makes_the_environment_by_name(config):
-    env = gymnasium.make(ffgym.envs.ENV_ID, config=config, prune={"sparsity": 0.3})
+def test_gymnasium_makes_the_environment_by_name(tiny_run):
+    env = gymnasium.make(ffgym.envs.ENV_ID, config=tiny_run, prune={"sparsity": 0.3})
     observation, _ = env.reset(seed=0)
     np.testing.assert_allclose(observation, [0.3, 1.0])
     action = np.zeros(env.action_space.shape, np.float32)

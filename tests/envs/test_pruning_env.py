@@ -191,6 +191,16 @@ class TestTasks:
         with pytest.raises(BudgetError, match="out of reach"):
             make_env(sparsity=0.99)
 
+    @pytest.mark.parametrize("subset", [[], (), [12], [0, -1], np.array([], dtype=np.int64)])
+    def test_a_subset_of_nothing_or_of_windows_that_are_not_there_is_refused(self, env, subset):
+        with pytest.raises(DataError, match=r"the subset \[.*\] is not one .* windows 0 to 11") as raised:
+            env.reset(options={"subset": subset})
+        assert "leave the option out" in raised.value.hint
+
+    def test_a_subset_may_be_an_array(self, env):
+        env.reset(options={"subset": np.array([3, 7])})
+        assert env.step(ACTION)[4]["tokens"] == 2 * 32
+
     @pytest.mark.parametrize("episode_windows", [0, 13])
     def test_an_episode_that_does_not_fit_the_split_is_refused(self, make_env, episode_windows):
         with pytest.raises(DataError, match=f"{episode_windows} windows does not fit the search split of 12"):

@@ -104,6 +104,26 @@ def test_equal_actions_in_one_update_earn_bit_equal_rewards(env):
     assert len(set(rewards.tolist())) == 1
 
 
+def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(env, monkeypatch):
+    measured = []
+    measure = env.measure
+    monkeypatch.setattr(env, "measure", lambda a, subset: measured.append(a.kept) or measure(a, subset))
+    vector = vector_of(env, num_envs=4, episodes=8)
+    vector.reset(seed=0)
+    first, second = np.linspace(-1, 1, 6), np.linspace(1, -1, 6)
+    near = first + np.array([1e-6, 0, 0, 0, 0, 0])  # another action, the same allocation
+    actions = np.stack([first, second, near, second]).astype(np.float32)
+    a, b = (env.budget.project(action, 0.4).kept for action in (first, second))
+    rewards = vector.step(actions)[1]
+    assert measured == [a, b]
+    assert rewards[0] == rewards[2] != rewards[1] == rewards[3]
+    assert [e.index for e in vector.history] == [0, 1, 2, 3]
+    np.testing.assert_array_equal([e.action for e in vector.history], actions)
+    assert vector.tokens_spent == 4 * 4 * 32
+    vector.step(actions)
+    assert measured == [a, b, a, b], "the next update measures on other tokens"
+
+
 def test_the_seed_decides_all_subsets(env):
     runs = [vector_of(env) for _ in range(3)]
     rewards = [played(run, seed) for run, seed in zip(runs, (1, 1, 2), strict=True)]

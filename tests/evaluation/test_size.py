@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ffgym.criteria.wanda import Wanda
 from ffgym.evaluation.size import SizeMeter
+from ffgym.models.preparation import prepare
+from ffgym.models.sequential import calibrate_sequentially
 from ffgym.models.surgery import PrunableModel
 from ffgym.pruning.budget import Budget
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
@@ -37,6 +40,26 @@ def test_what_is_saved_is_what_the_budget_says(prunable, resource):
     kept = (1, 20, 2, 30, 1, 9)
     saved = meter(prunable.dense_units).of(resource) - meter(kept).of(resource)
     assert saved == budget.dense_cost - budget.allocation(kept).cost
+
+
+@pytest.mark.parametrize("refit", ["nested", "sequential"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_biases_that_calibration_added_are_counted(family, refit, random_windows):
+    """A nested refit gives them to what was cut, a sequential one to all; OPT had them before."""
+    windows = random_windows(8)
+    prepared = prepare(tiny_model(family), Wanda(), windows, calibration="affine", ridge=0.01)
+    prunable = prepared.prunable
+    meter = SizeMeter(prunable, context=64)
+    kept = (1, 20, prunable.dense_units[2], 48, 1, 9)
+    if refit == "nested":
+        prunable.cut(kept)
+    else:
+        calibrate_sequentially(prunable, kept, windows, [0.01] * 6)
+    added = prunable.new_bias_params()
+    assert added == {("llama", "nested"): 4 * 32, ("llama", "sequential"): 6 * 32}.get((family, refit), 0)
+    assert meter(kept, new_biases=added).parameters == real_parameters(prunable.model)
+    prunable.restore()
+    assert prunable.new_bias_params() == prunable.new_bias_params(stock=True) == 0
 
 
 def test_counted_by_hand():

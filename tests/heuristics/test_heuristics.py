@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from ffgym.heuristics.fisher import Fisher
 from ffgym.heuristics.mlp_first import MlpFirst, fitting_ends
 from ffgym.heuristics.uniform import Uniform
 from ffgym.testing.conformance import HeuristicConformance
@@ -19,6 +22,20 @@ class TestUniform(HeuristicConformance):
 class TestMlpFirst(HeuristicConformance):
     def make(self) -> MlpFirst:
         return MlpFirst()
+
+
+class TestFisher(HeuristicConformance):
+    def make(self) -> Fisher:
+        return Fisher()
+
+
+def test_fisher_keeps_what_would_cost_more_to_lose() -> None:
+    """Twice the loss at every level of one MLP: it keeps more, the other less."""
+    views = toy_views(2, Fisher.needs)
+    dear = [*views[:3], replace(views[3], loss_increase=2 * np.asarray(views[3].loss_increase))]
+    plain, raised = (Fisher().importance(given) for given in (views, dear))
+    assert raised[3] > plain[3]
+    assert raised[1] <= plain[1]
 
 
 def test_uniform_is_zero_everywhere() -> None:

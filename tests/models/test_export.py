@@ -36,6 +36,7 @@ VARIANTS = [(family, grouped) for family in TINY_FAMILIES for grouped in (True, 
 # Units kept by the six sublayers of three layers; a model has 2 or 4 KV groups a layer and 48 channels.
 UNEVEN = (1, 17, 2, 48, 1, 5)
 EMPTIED = (1, 17, 0, 48, 2, 0)
+SEVERAL = (1, 17, 0, 0, 0, 5)  # attention gone from all layers but the first, and the MLP between
 
 # Runs in a fresh process: loads every saved model of a folder and says whether it is what was in memory.
 CHECK = """
@@ -84,6 +85,8 @@ def saved(tmp_path_factory):
     for family, grouped in VARIANTS:
         for name, kept in (("uneven", UNEVEN), ("emptied", EMPTIED)):
             models[f"{family}-{'gqa' if grouped else 'mha'}-{name}"] = pruned(family, kept, grouped_query=grouped), kept
+    for family in TINY_FAMILIES:
+        models[f"{family}-gqa-several"] = pruned(family, SEVERAL), SEVERAL
     models["llama-affine"] = pruned("llama", UNEVEN, biases=True), UNEVEN
     models["qwen3-affine-emptied"] = pruned("qwen3", EMPTIED, biases=True), EMPTIED
     for name, (model, kept) in models.items():
@@ -106,6 +109,7 @@ def load(saved, name, **options):
 def pytest_generate_tests(metafunc):
     if "variant" in metafunc.fixturenames:
         names = [f"{f}-{'gqa' if g else 'mha'}-{k}" for f, g in VARIANTS for k in ("uneven", "emptied")]
+        names += [f"{family}-gqa-several" for family in TINY_FAMILIES]
         metafunc.parametrize("variant", [*names, "llama-affine", "qwen3-affine-emptied"])
 
 
@@ -235,15 +239,17 @@ class TestUse:
             losses.append(loss.item())
         assert losses[-1] < losses[0]
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3), (torch.float16, 0.3)]
+    )
     @pytest.mark.parametrize("family", TINY_FAMILIES)
-    def test_half_precision_and_a_device_map(self, saved, family, dtype):
+    def test_every_precision_and_a_device_map(self, saved, family, dtype, tolerance):
         name = f"{family}-gqa-emptied"
         model = load(saved, name, dtype=dtype, device_map="auto")
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         with torch.no_grad():
             logits = model(IDS.to(model.device)).logits.float().cpu()
-        assert (logits - saved.models[name](IDS).logits).abs().max() < 0.3
+        assert (logits - saved.models[name](IDS).logits).abs().max() < tolerance
         assert model.generate(IDS.to(model.device), max_new_tokens=2).shape == (2, 14)
 
     def test_a_model_saved_in_bfloat16_is_loaded_in_it_bit_by_bit(self, tmp_path):
@@ -277,6 +283,21 @@ class TestUse:
         text = write(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         assert text == tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
+
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_a_pipeline_writes_what_the_model_writes_one_by_one_and_in_batches(self, tmp_path, family, word_tokenizer):
+        model = pruned(family, EMPTIED)
+        save_pruned(model, word_tokenizer, tmp_path / "m", kept=EMPTIED, family=family_of(model))
+        write = pipeline("text-generation", model=str(tmp_path / "m"), device="cpu")
+        prompts = ["w1 w2 w3 w4 w5", "w7 w8"]
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        expected = []
+        for prompt in prompts:
+            ids = word_tokenizer(prompt, return_tensors="pt").input_ids
+            new = model.generate(ids, **options)[0, ids.shape[1] :]
+            expected.append(prompt + word_tokenizer.decode(new, skip_special_tokens=True))
+        assert [write(prompt, **options)[0]["generated_text"] for prompt in prompts] == expected
+        assert [row[0]["generated_text"] for row in write(prompts, batch_size=2, **options)] == expected
 
 
 class TestOnDisk:
@@ -316,8 +337,9 @@ class TestOnDisk:
             names = load_file(saved.root / "models" / f"{family}-gqa-uneven" / "model.safetensors").keys()
             assert ("lm_head.weight" in names) is not tied
 
-    def test_large_models_are_written_in_shards(self, tmp_path):
-        model = pruned("qwen2", EMPTIED)
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_large_models_are_written_in_shards(self, tmp_path, family):
+        model = pruned(family, EMPTIED)
         written = save_pruned(model, None, tmp_path / "m", kept=EMPTIED, family=family_of(model), max_shard_size=30_000)
         shards = sorted(written.path.glob("*.safetensors"))
         assert len(shards) > 2
@@ -330,6 +352,8 @@ class TestOnDisk:
         config = json.loads((saved.root / "models" / "llama-gqa-emptied" / "config.json").read_text())
         assert config["model_type"] == "ffgym_llama"
         assert config["head_dim"] == 8
+        several = json.loads((saved.root / "models" / "llama-gqa-several" / "config.json").read_text())
+        assert several["per_layer_config"]["1"] == {"skip": ["attention", "mlp"]}
         assert config["per_layer_config"] == {
             "0": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 17},
             "1": {"skip": ["attention"]},

@@ -13,7 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ffgym.errors import ModelError
 from ffgym.models import loading
+from ffgym.models.export import save_pruned
+from ffgym.models.families import family_of
 from ffgym.models.loading import load
+from ffgym.models.surgery import PrunableModel
+from ffgym.testing.models import TINY_FAMILIES
+from ffgym.testing.models import tiny_model as random_model
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGE = ("h", "i")
@@ -378,6 +383,97 @@ def test_balanced_hands_the_placement_to_the_library(saved, monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
     load(str(saved), dtype="float32", device="balanced")
     assert asked == {"device_map": "balanced"}
+
+
+# --- what ffgym saved -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
+def uneven(request, tmp_path_factory, word_tokenizer):
+    """A saved model of every family, uneven, with the attention of layer 1 and the MLP of layer 2 gone."""
+    prunable = PrunableModel(random_model(request.param))
+    kept = (1, 17, 0, 48, 2, 0)
+    prunable.cut(kept)
+    folder = tmp_path_factory.mktemp("uneven") / "m"
+    written = save_pruned(
+        prunable.model, word_tokenizer, folder, kept=kept, family=prunable.family, max_shard_size=30_000
+    )
+    assert len(list(written.path.glob("*.safetensors"))) > 1
+    return prunable, folder
+
+
+def changed(folder, target, change):
+    """A copy whose config.json was changed."""
+    copy = shutil.copytree(folder, target / "changed")
+    config = json.loads((copy / "config.json").read_text())
+    change(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    return str(copy)
+
+
+def test_an_uneven_model_is_loaded_bit_by_bit(uneven):
+    prunable, folder = uneven
+    loaded = load(str(folder), dtype="float32", device="cpu")
+    ids = loaded.tokenizer("w1 w2 w3 w4 w5", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, prunable.model(ids).logits)
+    with pytest.raises(ModelError, match="pruned by ffgym already"):
+        family_of(loaded.model)
+
+
+def test_a_truncated_shard_of_an_uneven_model_is_an_error(uneven, tmp_path):
+    copy = shutil.copytree(uneven[1], tmp_path / "cut")
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="damaged or incomplete"):
+        load(str(copy), device="cpu")
+
+
+def test_a_missing_shard_of_an_uneven_model_is_an_error(uneven, tmp_path):
+    copy = shutil.copytree(uneven[1], tmp_path / "lost")
+    sorted(copy.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(ModelError, match=r"damaged or incomplete|weights are missing"):
+        load(str(copy), device="cpu")
+
+
+def test_sizes_that_do_not_match_the_weights_are_named(uneven, tmp_path):
+    prunable, folder = uneven
+    family = prunable.family
+    for name, value, said in (
+        (family.intermediate, 18, r"layers\.0\..* in the checkpoint and .*18.* by the config"),
+        (family.heads, 4, r"layers\.0\.self_attn.* in the checkpoint and .*32.* by the config"),
+    ):
+        target = tmp_path / name
+        target.mkdir()
+        path = changed(
+            folder, target, lambda c, name=name, value=value: c["per_layer_config"]["0"].update({name: value})
+        )
+        with pytest.raises(ModelError, match=f"does not fit its config.json: .*{said}"):
+            load(path, device="cpu")
+
+
+def test_a_config_that_says_less_or_more_than_the_weights_is_an_error(uneven, tmp_path):
+    folder = uneven[1]
+    changes = {
+        "a skipped attention is to be there": (
+            lambda c: c["per_layer_config"]["1"].pop("skip"),
+            "weights are missing|no place",
+        ),
+        "an MLP is to be gone": (
+            lambda c: c["per_layer_config"]["0"].update(skip=["mlp"]),
+            "does not fit its config.json",
+        ),
+        "all layers are to be dense": (lambda c: c.pop("per_layer_config"), "does not fit its config.json"),
+        "nonsense is skipped": (
+            lambda c: c["per_layer_config"]["1"].update(skip=["norm"]),
+            r"layer 1: unknown sublayer \['norm'\]",
+        ),
+    }
+    for name, (change, said) in changes.items():
+        target = tmp_path / name.replace(" ", "-")
+        target.mkdir()
+        with pytest.raises(ModelError, match=said):
+            load(changed(folder, target, change), device="cpu")
 
 
 # --- the demo model ---------------------------------------------------------------------------------------------------

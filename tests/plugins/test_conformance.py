@@ -272,3 +272,15 @@ def test_toy_views_are_in_path_order() -> None:
         assert torch.all(view.unit_scores.diff() <= 0)
         assert view.stats.mean is not None
         assert view.stats.square is None
+        assert view.loss_increase is None
+
+
+def test_toy_views_estimate_the_loss_where_output_gradients_are_asked_for() -> None:
+    for view in toy_views(2, frozenset({"output_gradient"})):
+        assert view.stats.output_gradient is not None
+        assert view.stats.output_gradient.shape == (16, 16)
+        assert torch.linalg.eigvalsh(view.stats.output_gradient).min() > 0
+        assert view.loss_increase is not None
+        assert view.loss_increase.shape == (view.sublayer.units + 1,)
+        assert np.all(np.diff(view.loss_increase) < 0)
+        assert view.loss_increase[-1] == 0

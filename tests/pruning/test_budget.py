@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffgym.errors import BudgetError
-from ffgym.pruning.budget import Budget, service_order, unit_cost
+from ffgym.pruning.budget import Budget, aligned_levels, service_order, unit_cost
 from ffgym.types import Sublayer
 
 ATTENTION = Sublayer(
@@ -21,6 +23,7 @@ MLP = Sublayer(0, "mlp", units=16, channels_per_unit=1, unit_params=9, unit_macs
 
 seeds = st.integers(0, 2**32 - 1)
 shares = st.floats(0, 1)
+alignments = st.sampled_from([1, 1, 2, 3, 8, 16, 64])
 
 
 def model_of(depth, attention=ATTENTION, mlp=MLP):
@@ -39,87 +42,144 @@ def models(draw, smallest=1):
     ]
 
 
+@st.composite
+def stock_models(draw):
+    """Up to 5 layers of one shape, and the levels that stock code takes: prices may differ, to be general."""
+    units = {kind: draw(st.integers(1, 24)) for kind in ("attention", "mlp")}
+    sublayers = [
+        replace(half, layer=layer, units=units[half.kind], unit_params=draw(st.integers(1, 60)))
+        for layer in range(draw(st.integers(1, 5)))
+        for half in (ATTENTION, MLP)
+    ]
+    legal = {kind: sorted({*draw(st.sets(st.integers(1, units[kind]))), units[kind]}) for kind in units}
+    return sublayers, legal
+
+
 def spread_importances(sublayers, seed):
     """Importances without ties."""
     return np.random.default_rng(seed).uniform(-1, 1, len(sublayers))
 
 
-def slowly_projected(budget, sublayers, importance, sparsity, least):
+def levels_of(sublayer, *, least=1, align=1, legal=None):
+    """What may be kept, said in the plainest way; the attention of layer 0 never goes."""
+    least = max(least, 1) if (sublayer.kind, sublayer.layer) == ("attention", 0) else least
+    return [
+        k
+        for k in range(sublayer.units + 1)
+        if k == sublayer.units
+        or (k >= least and k * sublayer.channels_per_unit % align == 0 and (legal is None or k in legal[sublayer.kind]))
+    ]
+
+
+def next_costs(sublayers, kept, **rules):
+    """What one level more costs, wherever there is one."""
+    return [
+        (next(level for level in levels_of(s, **rules) if level > k) - k) * s.unit_params
+        for k, s in zip(kept, sublayers, strict=True)
+        if k < s.units
+    ]
+
+
+def slowly_projected(sublayers, importance, sparsity, *, tied=False, **rules):
     """Raise nu from one event to the next; whoever's wanted ratio rounds to its next level gets it, if it fits."""
-    ratio = [(Fraction(a) + 1) / 2 for a in importance]
-    kept = [min(least, s.units) for s in sublayers]
-    room = (1 - Fraction(sparsity)) * sum(s.units * s.unit_params for s in sublayers)
-    room -= sum(k * s.unit_params for k, s in zip(kept, sublayers, strict=True))
     rank = service_order(1 + max(s.layer for s in sublayers))
-    in_turn = sorted(range(len(kept)), key=lambda i: (rank[sublayers[i].layer], sublayers[i].kind == "mlp"))
-    open_ = set(in_turn)
-    for nu in sorted(
-        {Fraction(2 * u - 1, 2 * s.units) - r for s, r in zip(sublayers, ratio, strict=True) for u in range(s.units + 1)}
-    ):
-        for i in in_turn:
-            while (
-                i in open_
-                and kept[i] < sublayers[i].units
-                and ratio[i] + nu >= Fraction(2 * kept[i] + 1, 2 * sublayers[i].units)
-            ):
-                if sublayers[i].unit_params <= room:
-                    kept[i] += 1
-                    room -= sublayers[i].unit_params
+    in_turn = sorted(range(len(sublayers)), key=lambda i: (rank[sublayers[i].layer], sublayers[i].kind == "mlp"))
+    kinds = ([i for i in in_turn if sublayers[i].kind == kind] for kind in ("attention", "mlp"))
+    groups = list(kinds) if tied else [[i] for i in in_turn]
+    wanted = [(Fraction(a) + 1) / 2 for a in importance]
+    ratio = [sum(wanted[i] for i in group) / len(group) for group in groups]
+    price = [sum(sublayers[i].unit_params for i in group) for group in groups]
+    units = [sublayers[group[0]].units for group in groups]
+    # Layer 0 decides for its group: it may keep least.
+    levels = [levels_of(min((sublayers[i] for i in group), key=lambda s: s.layer), **rules) for group in groups]
+    kept = [steps[0] for steps in levels]
+    room = (1 - Fraction(sparsity)) * sum(p * u for p, u in zip(price, units, strict=True))
+    room -= sum(p * k for p, k in zip(price, kept, strict=True))
+    events = {
+        Fraction(low + high, 2 * u) - r
+        for steps, u, r in zip(levels, units, ratio, strict=True)
+        for low, high in pairwise(steps)
+    }
+    open_ = set(range(len(groups)))
+    for nu in sorted(events):
+        for g in range(len(groups)):
+            while g in open_ and kept[g] < units[g]:
+                following = next(k for k in levels[g] if k > kept[g])
+                if ratio[g] + nu < Fraction(kept[g] + following, 2 * units[g]):
+                    break
+                if price[g] * (following - kept[g]) <= room:
+                    room -= price[g] * (following - kept[g])
+                    kept[g] = following
                 else:
-                    open_.discard(i)
-    return tuple(kept)
+                    open_.discard(g)
+    found = {i: kept[g] for g, group in enumerate(groups) for i in group}
+    return tuple(found[i] for i in range(len(sublayers)))
+
+
+def on_grid(data, sublayers):
+    """Importances with many ties, exact in floating point."""
+    grid = st.integers(-8, 8).map(lambda i: i / 8)
+    return data.draw(st.lists(grid, min_size=len(sublayers), max_size=len(sublayers)))
 
 
 class TestPromises:
-    @given(models(), seeds, shares, st.integers(0, 3))
-    def test_feasible_and_nothing_left_that_fits(self, sublayers, seed, share, least):
-        budget = Budget(sublayers, min_units=least)
+    @given(models(), seeds, shares, st.integers(0, 3), alignments)
+    def test_feasible_and_nothing_left_that_fits(self, sublayers, seed, share, least, align):
+        budget = Budget(sublayers, min_units=least, align=align)
         sparsity = share * budget.reachable[1]
         got = budget.project(spread_importances(sublayers, seed), sparsity)
         limit = (1 - sparsity) * budget.dense_cost
         assert got.cost == sum(k * s.unit_params for k, s in zip(got.kept, sublayers, strict=True))
         assert got.cost <= limit * (1 + 1e-9)
         assert got.sparsity >= sparsity - 1e-9
-        more = [s.unit_params for k, s in zip(got.kept, sublayers, strict=True) if k < s.units]
-        assert all(got.cost + one > limit for one in more), "a unit that still fits was left out"
-        assert not more or limit - got.cost < min(more), "within one smallest unit of the budget"
+        more = next_costs(sublayers, got.kept, least=least, align=align)
+        assert all(got.cost + one > limit for one in more), "a level that still fits was left out"
+        assert not more or limit - got.cost < min(more), "within one smallest step of the budget"
 
-    @given(models(), st.data(), shares, st.integers(1, 3))
-    def test_equals_the_slow_reference(self, sublayers, data, share, least):
+    @given(models(), seeds, shares, st.integers(0, 3), alignments)
+    def test_only_allowed_levels_are_kept(self, sublayers, seed, share, least, align):
+        budget = Budget(sublayers, min_units=least, align=align)
+        got = budget.project(spread_importances(sublayers, seed), share * budget.reachable[1])
+        for k, sublayer in zip(got.kept, sublayers, strict=True):
+            assert k in levels_of(sublayer, least=least, align=align)
+            assert k == sublayer.units or k * sublayer.channels_per_unit % align == 0
+
+    @given(models(), st.data(), shares, st.integers(1, 3), alignments)
+    def test_equals_the_slow_reference(self, sublayers, data, share, least, align):
         """Importances on a grid, so that there are many ties, and exact fractions in the reference."""
-        grid = st.integers(-8, 8).map(lambda i: i / 8)
-        importance = data.draw(st.lists(grid, min_size=len(sublayers), max_size=len(sublayers)))
-        budget = Budget(sublayers, min_units=least)
+        importance = on_grid(data, sublayers)
+        budget = Budget(sublayers, min_units=least, align=align)
         sparsity = int(share * budget.reachable[1] * 1024) / 1024  # exact in floating point, and so is 1 - sparsity
         got = budget.project(np.array(importance), sparsity)
-        assert got.kept == slowly_projected(budget, sublayers, importance, sparsity, least)
+        assert got.kept == slowly_projected(sublayers, importance, sparsity, least=least, align=align)
 
-    @given(models(), seeds, shares)
-    def test_the_order_of_the_list_does_not_matter(self, sublayers, seed, share):
-        budget = Budget(sublayers)
+    @given(models(), seeds, shares, alignments)
+    def test_the_order_of_the_list_does_not_matter(self, sublayers, seed, share, align):
+        budget = Budget(sublayers, align=align)
         importance = spread_importances(sublayers, seed)
         order = np.random.default_rng(seed).permutation(len(sublayers))
-        shuffled = Budget([sublayers[i] for i in order])
+        shuffled = Budget([sublayers[i] for i in order], align=align)
         sparsity = share * budget.reachable[1]
         kept = budget.project(importance, sparsity).kept
         assert shuffled.project(importance[order], sparsity).kept == tuple(kept[i] for i in order)
 
-    @given(models(), seeds, shares)
-    def test_where_in_the_model_a_sublayer_stands_does_not_matter(self, sublayers, seed, share):
+    @given(models(), seeds, shares, alignments)
+    def test_where_in_the_model_a_sublayer_stands_does_not_matter(self, sublayers, seed, share, align):
         """Whole layers change places; no place is favoured where there are no ties."""
         depth = len(sublayers) // 2
         order = np.random.default_rng(seed).permutation(depth)
         halves = [2 * layer + half for layer in order for half in (0, 1)]
         moved = [replace(sublayers[i], layer=place // 2) for place, i in enumerate(halves)]
         importance = spread_importances(sublayers, seed)
-        budget = Budget(sublayers)
+        budget = Budget(sublayers, align=align)
         sparsity = share * budget.reachable[1]
         kept = budget.project(importance, sparsity).kept
-        assert Budget(moved).project(importance[halves], sparsity).kept == tuple(kept[i] for i in halves)
+        again = Budget(moved, align=align).project(importance[halves], sparsity).kept
+        assert again == tuple(kept[i] for i in halves)
 
-    @given(models(), seeds, shares, st.data(), st.floats(0, 2), st.booleans())
-    def test_more_importance_never_costs_a_sublayer_units(self, sublayers, seed, share, data, raise_by, tied):
-        budget = Budget(sublayers)
+    @given(models(), seeds, shares, st.data(), st.floats(0, 2), st.booleans(), alignments)
+    def test_more_importance_never_costs_a_sublayer_units(self, sublayers, seed, share, data, raise_by, tied, align):
+        budget = Budget(sublayers, align=align)
         importance = spread_importances(sublayers, seed)
         importance = np.round(importance * 2) / 2 if tied else importance
         which = data.draw(st.integers(0, len(sublayers) - 1))
@@ -128,19 +188,19 @@ class TestPromises:
         sparsity = share * budget.reachable[1]
         assert budget.project(raised, sparsity).kept[which] >= budget.project(importance, sparsity).kept[which]
 
-    @given(models(), seeds, shares, st.integers(0, 3))
-    def test_a_second_projection_changes_nothing(self, sublayers, seed, share, least):
-        budget = Budget(sublayers, min_units=least)
+    @given(models(), seeds, shares, st.integers(0, 3), alignments)
+    def test_a_second_projection_changes_nothing(self, sublayers, seed, share, least, align):
+        budget = Budget(sublayers, min_units=least, align=align)
         sparsity = share * budget.reachable[1]
         kept = budget.project(spread_importances(sublayers, seed), sparsity).kept
         ratios = np.array([k / s.units for k, s in zip(kept, sublayers, strict=True)])
-        for dtype in (np.float64, np.float32):
-            assert budget.project((2 * ratios - 1).astype(dtype), sparsity).kept == kept
+        for importance in (2 * ratios - 1, (2 * ratios - 1).astype(np.float32), budget.importance(kept)):
+            assert budget.project(importance, sparsity).kept == kept
 
-    @given(models(), seeds, st.floats(0, 1), st.floats(0, 1))
-    def test_only_differences_of_importances_count(self, sublayers, seed, share, shift):
+    @given(models(), seeds, st.floats(0, 1), st.floats(0, 1), alignments)
+    def test_only_differences_of_importances_count(self, sublayers, seed, share, shift, align):
         """One shift of all of them is what nu is, as long as nothing is clipped."""
-        budget = Budget(sublayers)
+        budget = Budget(sublayers, align=align)
         importance = spread_importances(sublayers, seed) / 2
         sparsity = share * budget.reachable[1]
         shifted = budget.project(importance + (shift - 0.5), sparsity)
@@ -157,6 +217,143 @@ class TestPromises:
         budget = Budget(model_of(3))
         wild = np.array([-9, 5, 0.3, -0.2, 2, -1.5])
         assert budget.project(wild, 0.4) == budget.project(np.clip(wild, -1, 1), 0.4)
+
+
+class TestAlign:
+    @pytest.mark.parametrize(
+        ("sublayer", "least", "align", "levels"),
+        [
+            (replace(MLP, units=40), 1, 8, [8, 16, 24, 32, 40]),
+            (replace(MLP, units=43), 1, 8, [8, 16, 24, 32, 40, 43]),
+            (replace(MLP, units=43), 9, 8, [16, 24, 32, 40, 43]),
+            (replace(MLP, units=43), 0, 8, [0, 8, 16, 24, 32, 40, 43]),
+            (replace(MLP, units=43), 1, 64, [43]),
+            (replace(ATTENTION, channels_per_unit=64), 1, 64, [1, 2, 3, 4]),
+            (replace(ATTENTION, units=6, channels_per_unit=80), 1, 32, [2, 4, 6]),
+            (replace(ATTENTION, units=5, channels_per_unit=80), 1, 64, [4, 5]),
+        ],
+        ids=[
+            *("divides", "dense size is no multiple", "least rounded up", "may vanish", "wider than the sublayer"),
+            *("heads are multiples", "every second head", "every fourth head, or all"),
+        ],
+    )
+    def test_levels(self, sublayer, least, align, levels):
+        assert aligned_levels(sublayer, range(sublayer.units), least=least, align=align).tolist() == levels
+
+    @pytest.mark.parametrize("align", [8, 32, 64])
+    def test_a_real_model_keeps_multiples_and_stays_close_to_its_budget(self, align):
+        """SmolLM2-135M: an MLP step is align channels, and no more than one is given away."""
+        budget = Budget(model_of(30, TestByHand.attention, TestByHand.mlp), align=align)
+        got = budget.project(np.random.default_rng(0).uniform(-1, 1, 60), 0.2)
+        assert all(k % align == 0 for k in got.kept[1::2])
+        assert 0 <= 0.8 * budget.dense_cost - got.cost < align * 1728
+
+    def test_ties_are_served_spread_over_depth(self):
+        depth = 16
+        sublayers = [replace(MLP, layer=layer, units=80, unit_params=1) for layer in range(depth)]
+        kept = Budget(sublayers, align=8).project(np.zeros(depth), 1 - (40 * depth + 8 * 4) / (80 * depth)).kept
+        served = [layer for layer, k in enumerate(kept) if k == 48]
+        assert set(kept) == {40, 48}
+        assert [sum(quarter * 4 <= layer < quarter * 4 + 4 for layer in served) for quarter in range(4)] == [1] * 4
+
+    def test_out_of_reach_names_it(self):
+        budget = Budget(model_of(2), align=16)  # MLPs of 16 channels stay whole, attention keeps 2 of 4
+        assert budget.reachable[1] == pytest.approx(2 * 2 * 70 / budget.dense_cost)
+        with pytest.raises(BudgetError, match="out of reach") as raised:
+            budget.check(0.5)
+        assert "prune.align" in raised.value.hint
+
+    def test_less_than_one_is_refused(self):
+        with pytest.raises(BudgetError, match="align is 0"):
+            Budget(model_of(1), align=0)
+
+
+class TestTied:
+    @given(stock_models(), seeds, shares, alignments)
+    def test_one_shape_that_is_legal_feasible_and_leaves_nothing_that_fits(self, model, seed, share, align):
+        sublayers, legal = model
+        budget = Budget(sublayers, shapes=legal, align=align)
+        sparsity = share * budget.reachable[1]
+        got = budget.project(spread_importances(sublayers, seed), sparsity)
+        limit = (1 - sparsity) * budget.dense_cost
+        assert len(set(zip(got.kept[::2], got.kept[1::2], strict=True))) == 1
+        assert all(k in levels_of(s, align=align, legal=legal) for k, s in zip(got.kept, sublayers, strict=True))
+        assert got.cost == sum(k * s.unit_params for k, s in zip(got.kept, sublayers, strict=True))
+        assert got.cost <= limit * (1 + 1e-9)
+        for half in (0, 1):  # all layers take the step together
+            step = next_costs(sublayers[half::2], got.kept[half::2], align=align, legal=legal)
+            assert not step or got.cost + sum(step) > limit
+
+    @given(stock_models(), st.data(), shares, alignments)
+    def test_equals_the_slow_reference(self, model, data, share, align):
+        sublayers, legal = model
+        importance = on_grid(data, sublayers)
+        budget = Budget(sublayers, shapes=legal, align=align)
+        sparsity = int(share * budget.reachable[1] * 1024) / 1024
+        got = budget.project(np.array(importance), sparsity)
+        assert got.kept == slowly_projected(sublayers, importance, sparsity, tied=True, align=align, legal=legal)
+
+    @given(stock_models(), seeds, shares, st.data(), st.floats(0, 2))
+    def test_more_importance_never_costs_a_sublayer_units(self, model, seed, share, data, raise_by):
+        sublayers, legal = model
+        budget = Budget(sublayers, shapes=legal)
+        importance = spread_importances(sublayers, seed)
+        which = data.draw(st.integers(0, len(sublayers) - 1))
+        raised = importance.copy()
+        raised[which] = min(1.0, raised[which] + raise_by)
+        sparsity = share * budget.reachable[1]
+        assert budget.project(raised, sparsity).kept[which] >= budget.project(importance, sparsity).kept[which]
+
+    @given(stock_models(), seeds, shares)
+    def test_a_second_projection_changes_nothing(self, model, seed, share):
+        sublayers, legal = model
+        budget = Budget(sublayers, shapes=legal)
+        sparsity = share * budget.reachable[1]
+        kept = budget.project(spread_importances(sublayers, seed), sparsity).kept
+        assert budget.project(budget.importance(kept), sparsity).kept == kept
+
+    @given(stock_models(), shares, alignments)
+    def test_every_shape_is_found_by_listing_as_by_projecting(self, model, share, align):
+        """All pairs of levels, tried one by one; and a projection from each of many importances is one of them."""
+        sublayers, legal = model
+        budget = Budget(sublayers, shapes=legal, align=align)
+        sparsity = share * budget.reachable[1]
+        limit = (1 - sparsity) * budget.dense_cost * (1 + 1e-12)
+        heads, channels = (levels_of(s, align=align, legal=legal) for s in sublayers[:2])
+        depth = len(sublayers) // 2
+        fitting = {pair for pair in itertools.product(heads, channels) if budget.allocation(pair * depth).cost <= limit}
+        full = {(h, c) for h, c in fitting if not any((h2 > h or c2 > c) and h2 >= h and c2 >= c for h2, c2 in fitting)}
+        listed = budget.shapes(sparsity)
+        assert {shape.kept[:2] for shape in listed} == full
+        assert len(listed) == len(full) <= len(heads)
+        assert all(budget.project(budget.importance(shape.kept), sparsity) == shape for shape in listed)
+        for difference in np.linspace(-1, 1, 21):
+            assert budget.project(np.tile([difference, -difference], depth), sparsity) in listed
+
+    def test_the_importance_of_a_kind_is_the_mean_over_its_sublayers(self):
+        sublayers = model_of(4)
+        budget = Budget(sublayers, shapes={"attention": range(1, 5), "mlp": range(1, 17)})
+        scattered = np.array([1, -1, -0.5, 0, 0.5, -1, 0, 0])
+        mean = np.tile([scattered[::2].mean(), scattered[1::2].mean()], 4)
+        assert budget.project(scattered, 0.3) == budget.project(mean, 0.3)
+
+    def test_without_ties_there_are_too_many_shapes_to_list(self):
+        assert Budget(model_of(3)).shapes(0.2) == []
+
+    def test_what_costs_nothing_stays_whole(self):
+        budget = Budget(model_of(3), resource="kv", shapes={"attention": (1, 2, 4), "mlp": range(1, 17)})
+        assert [shape.kept[:2] for shape in budget.shapes(0.5)] == [(2, 16)]
+
+    def test_layers_of_different_sizes_are_refused(self):
+        sublayers = [*model_of(1), *model_of(2, mlp=replace(MLP, units=12))[2:]]
+        with pytest.raises(BudgetError, match="layer 1 mlp has 12 units and layer 0 mlp has 16"):
+            Budget(sublayers, shapes={"attention": (4,), "mlp": (8, 16)})
+
+    def test_out_of_reach_names_it(self):
+        budget = Budget(model_of(3), shapes={"attention": (4,), "mlp": range(1, 17)})
+        with pytest.raises(BudgetError, match="out of reach") as raised:
+            budget.check(0.9)
+        assert "prune.uniform" in raised.value.hint
 
 
 class TestTies:
