@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import task_wheel
 from typer.testing import CliRunner
 
-from ffgym.cli import app
+from ffgym.cli import DataSources, app, evaluate
 from ffgym.evaluation import tasks
 
 pytest.importorskip("lm_eval")
@@ -174,3 +175,10 @@ def test_no_model_at_all() -> None:
 @pytest.mark.parametrize("arguments", [["--limit", "few"], ["--data", "moon"]])
 def test_usage_errors_exit_2(folder: Path, arguments: list[str]) -> None:
     assert call(str(folder), *arguments).exit_code == 2
+
+
+def test_the_defaults_shown_are_those_of_the_library() -> None:
+    defaults = inspect.signature(evaluate).parameters
+    assert tuple(defaults["tasks"].default.split(",")) == tasks.PAPER_TASKS
+    assert defaults["batch_size"].default == tasks.BATCH_SIZE
+    assert set(DataSources) == set(get_args(tasks.Source))

