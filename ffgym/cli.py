@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ffgym.config import RunConfig, TrackingTable, load_config, to_toml
+from ffgym.config import PruneTable, RunConfig, TrackingTable, load_config, to_toml
 from ffgym.errors import FFGymError
 from ffgym.plugins import manager
 from ffgym.version import __version__
@@ -64,6 +64,7 @@ ModelOption = Annotated[str | None, _option("--model", "model.name")]
 SparsityOption = Annotated[float | None, _option("--sparsity", "prune.sparsity")]
 CalibrationOption = Annotated[str | None, _option("--calibration", "prune.calibration")]
 ResourceOption = Annotated[str | None, _option("--resource", "prune.resource")]
+LatencyTableOption = Annotated[str | None, _option("--latency-table", "prune.latency_table")]
 InitFromOption = Annotated[str | None, _option("--init-from", "search.init_from")]
 EpisodesOption = Annotated[int | None, _option("--episodes", "search.episodes")]
 SeedOption = Annotated[int | None, _option("--seed", "seed")]
@@ -87,7 +88,7 @@ def _config(ctx: typer.Context) -> RunConfig:
         given.get("overrides") or [],
         seed=given.get("seed"),
         model={"name": given.get("model")},
-        prune={key: given.get(key) for key in ("sparsity", "calibration", "resource")},
+        prune={key: given.get(key) for key in ("sparsity", "calibration", "resource", "latency_table")},
         criterion={"name": given.get("criterion")},
         reward={"name": given.get("reward")},
         agent={"name": given.get("agent")},
@@ -119,6 +120,7 @@ def run(
     sparsity: SparsityOption = None,
     calibration: CalibrationOption = None,
     resource: ResourceOption = None,
+    latency_table: LatencyTableOption = None,
     init_from: InitFromOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,
@@ -163,6 +165,86 @@ def bench(
         typer.echo(markdown(table))
 
 
+@app.command()
+def measure(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="saved model, or the folder of a run", show_default=False)
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(help="dense model to compare with, as --model of run", show_default="the one on record"),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="sequences at a time, separated by commas")] = "1,4",
+    prompt_lengths: Annotated[
+        str | None,
+        typer.Option(help="tokens of a prompt, separated by commas", show_default="128,512,1024, as far as they fit"),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="that the medians run over")] = 7,
+    dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, _option("--device", "model.device")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also write FILE.md or FILE.json", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how much smaller and faster a saved model is than the dense one: size, speed, memory.
+
+    ffgym measure runs/x/model --output measure.md
+
+    ffgym measure runs/x --dense demo --batch-sizes 1,8 --prompt-lengths 256
+    """
+    batches, lengths = _counts("--batch-sizes", batch_sizes), _counts("--prompt-lengths", prompt_lengths)
+    from rich.console import Console
+
+    from ffgym.measure import Options
+    from ffgym.measure import measure as run_measure
+    from ffgym.report.measurement import as_dict, terminal
+
+    options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = run_measure(options, progress=Console(stderr=True))
+    if as_json:
+        _print_json(as_dict(found))
+    else:
+        Console().print(terminal(found))
+
+
+@app.command()
+def latency(
+    model: Annotated[str, typer.Argument(help="the dense model, as --model of run", show_default=False)],
+    context: Annotated[int, _option("--context", "prune.context")] = PruneTable().context,
+    dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, _option("--device", "model.device")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
+    repetitions: Annotated[int, typer.Option(help="that the medians run over")] = 9,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="time again what the cache holds already")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="also write FILE.json, for --latency-table of run", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how long each kind of sublayer takes at each size on this machine; what is not in the cache is timed.
+
+    ffgym latency demo
+
+    ffgym latency demo --rebuild --output here.json
+    """
+    from rich.console import Console
+
+    from ffgym.measure import TableOptions, latency_table
+    from ffgym.report.latency import terminal
+
+    options = TableOptions(model, context, dtype, device, threads, repetitions, rebuild, output)
+    with contextlib.redirect_stdout(sys.stderr):
+        table, place = latency_table(options, progress=Console(stderr=True))
+    if as_json:
+        _print_json(table.model_dump(mode="json"))
+    else:
+        Console().print(terminal(table, place))
+
+
 @app.command("config")
 def print_config(
     ctx: typer.Context,
@@ -174,6 +256,7 @@ def print_config(
     sparsity: SparsityOption = None,
     calibration: CalibrationOption = None,
     resource: ResourceOption = None,
+    latency_table: LatencyTableOption = None,
     init_from: InitFromOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,
@@ -259,6 +342,16 @@ def ui(
     from ffgym.tracking import open_ui
 
     open_ui(Path(root), port)
+
+
+def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
+    """``"1,4"`` -> ``(1, 4)``."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers, e.g. 1,4", param_hint=option) from None
 
 
 def _print_columns(rows: Iterable[Sequence[str]]) -> None:

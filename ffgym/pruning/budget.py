@@ -36,7 +36,9 @@ def unit_cost(sublayer: Sublayer, resource: Resource, *, context: int, kv_bytes:
         return sublayer.unit_macs + scores
     if resource == "kv":
         return 2 * sublayer.head_dim * kv_bytes
-    raise BudgetError(f"unknown resource {resource!r}", hint="Known: params, macs, kv.")
+    if resource == "latency":
+        raise BudgetError("latency has no price per unit", hint="Give Budget the cost_tables of a latency table.")
+    raise BudgetError(f"unknown resource {resource!r}", hint="Known: params, macs, kv, latency.")
 
 
 def service_order(depth: int) -> np.ndarray:
@@ -74,6 +76,11 @@ class Budget:
         min_units: least units a sublayer keeps (the attention of layer 0 always keeps one).
         context: tokens attended to, for ``macs``.
         kv_bytes: bytes of one cached number, for ``kv``.
+        cost_tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing
+            from 0 or more; instead of a price per unit, and what ``latency`` needs. Whole numbers keep sums exact.
+
+    Raises:
+        BudgetError: an unknown resource, a negative ``min_units``, or cost tables that are missing or are none.
     """
 
     def __init__(
@@ -84,18 +91,22 @@ class Budget:
         min_units: int = 1,
         context: int = 1024,
         kv_bytes: int = 2,
+        cost_tables: Sequence[np.ndarray] | None = None,
     ) -> None:
         if min_units < 0:
             raise BudgetError(f"min_units is {min_units}", hint="Use 0 or more.")
         self.sublayers = tuple(sublayers)
         self.resource = resource
+        if cost_tables is None:
+            prices = [unit_cost(s, resource, context=context, kv_bytes=kv_bytes) for s in self.sublayers]
+            cost_tables = [np.arange(s.units + 1) * float(p) for s, p in zip(self.sublayers, prices, strict=True)]
+        self._tables = _checked(self.sublayers, cost_tables)
         self._ladders = tuple(
             _ladder(
-                sublayer.units,
-                unit_cost(sublayer, resource, context=context, kv_bytes=kv_bytes),
+                table,
                 max(min_units, 1) if (sublayer.kind, sublayer.layer) == ("attention", 0) else min_units,
             )
-            for sublayer in self.sublayers
+            for sublayer, table in zip(self.sublayers, self._tables, strict=True)
         )
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
         self.dense_cost = float(sum(ladder.cost[-1] for ladder in self._ladders))
@@ -125,10 +136,7 @@ class Budget:
 
     def allocation(self, kept: Sequence[int]) -> Allocation:
         """Price an allocation given as units kept per sublayer."""
-        cost = sum(
-            float(np.interp(k, np.concatenate([[0], x.units]), np.concatenate([[0.0], x.cost])))
-            for k, x in zip(kept, self._ladders, strict=True)
-        )
+        cost = sum(float(table[k]) for k, table in zip(kept, self._tables, strict=True))
         return Allocation(tuple(int(k) for k in kept), cost, self.dense_cost, self.resource)
 
     def project(self, importance: np.ndarray, sparsity: float) -> Allocation:
@@ -161,11 +169,29 @@ class Budget:
         return self.allocation(kept)
 
 
-def _ladder(units: int, cost: float, least: int) -> Ladder:
-    # A sublayer that costs nothing stays whole: there is nothing to gain from cutting it.
-    lowest = units if cost == 0 else min(least, units)
+def _checked(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The tables as float64, one per sublayer; raises ``BudgetError`` where one is no cost table."""
+    checked = tuple(np.asarray(table, dtype=np.float64) for table in tables)
+    if len(checked) != len(sublayers):
+        raise BudgetError(f"{len(checked)} cost tables for {len(sublayers)} sublayers", hint="Give one per sublayer.")
+    for sublayer, table in zip(sublayers, checked, strict=True):
+        if table.shape != (sublayer.units + 1,) or not np.isfinite(table).all():
+            raise BudgetError(
+                f"the cost table of {sublayer.name} must be {sublayer.units + 1} finite numbers, got {table.shape}",
+                hint=f"One number per level, 0 to {sublayer.units} units.",
+            )
+        if table[0] < 0 or (np.diff(table) < 0).any():
+            raise BudgetError(f"the cost table of {sublayer.name} is negative or falls", hint="More must cost no less.")
+    return checked
+
+
+def _ladder(table: np.ndarray, least: int) -> Ladder:
+    units = len(table) - 1
+    # A sublayer that costs nothing stays whole: there is nothing to gain from cutting it. Levels that cost nothing
+    # more (flat parts of a measured table) need no rule: they always fit, so they are granted when their time comes.
+    lowest = units if table[-1] == 0 else min(least, units)
     kept = np.arange(lowest, units + 1)
-    return Ladder(kept, kept * float(cost))
+    return Ladder(kept, table[kept])
 
 
 def _grant(owner: np.ndarray, increment: np.ndarray, room: float, sublayers: int) -> np.ndarray:
