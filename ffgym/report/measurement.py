@@ -161,7 +161,7 @@ def terminal(found: Measurement) -> RenderableType:
     for columns, rows in ((SIZE_COLUMNS, size_rows(found)), (SPEED_COLUMNS, speed_rows(found))):
         grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for index, column in enumerate(columns):
-            grid.add_column(column.replace(", ", "\n"), justify="right" if index else "left", no_wrap=True)
+            grid.add_column(column.replace(", ", "\n"), justify="right" if index else "left")
         for row in rows:
             grid.add_row(*(Text(cell) for cell in row))
         grids.append(grid)

@@ -117,7 +117,7 @@ def test_a_busy_machine_is_named(model, monkeypatch):
 
 
 def test_a_context_that_the_model_does_not_take(model, timed):
-    with pytest.raises(BudgetError, match="prune.context = 1024 tokens, and this model takes at most 128") as raised:
+    with pytest.raises(BudgetError, match=r"prune\.context = 1024 tokens, and this model takes at most 128") as raised:
         cached_table(model, context=1024)
     assert "prune.context=128" in raised.value.hint
     assert not timed

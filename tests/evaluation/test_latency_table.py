@@ -148,7 +148,7 @@ class TestFit:
         table.check_fits(model, context=64, source="x.json")
 
     def test_a_deeper_model(self, table):
-        with pytest.raises(BudgetError, match="latency table x.json .*another model: layers 3, here 4\n"):
+        with pytest.raises(BudgetError, match=r"latency table x\.json .*another model: layers 3, here 4\n"):
             table.check_fits(tiny_model("llama", layers=4), context=64, source="x.json")
 
     def test_another_family(self, table):
@@ -166,7 +166,7 @@ class TestFit:
             only.check_fits(model, context=64, source="x.json")
 
     def test_another_context(self, model, table):
-        with pytest.raises(BudgetError, match="timed on 64 tokens, prune.context is 1024") as raised:
+        with pytest.raises(BudgetError, match=r"timed on 64 tokens, prune\.context is 1024") as raised:
             table.check_fits(model, context=1024, source="x.json")
         assert "prune.context=64" in raised.value.hint
 

@@ -29,7 +29,9 @@ def test_a_table_of_every_family(family):
     table.check_fits(model, context=CONTEXT, source="")
     assert [curve.shape for curve in table.curves] == list(dict.fromkeys(layer_shapes(model)))
     assert [curve.sizes[-1] for curve in table.curves] == [curve.shape.units for curve in table.curves]
-    assert all(low <= middle <= high for c in table.curves for low, middle, high in zip(c.low, c.seconds, c.high))
+    for curve in table.curves:
+        for low, middle, high in zip(curve.low, curve.seconds, curve.high, strict=True):
+            assert 0 < low <= middle <= high
     assert (table.dtype, table.repetitions, table.threads) == ("float32", 2, torch.get_num_threads())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(parameter.shape == before[name].shape for name, parameter in model.named_parameters())
