@@ -181,25 +181,31 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, say: Repor
     def meter(context: int) -> SizeMeter:
         return SizeMeter(prunable, context=context)
 
+    context = max(workload.length for workload in workloads)
+    sizes, dense_folder = meter(context), checkpoint_folder(source.name, revision=source.revision)
+    footprints = (
+        _footprint(dense, sizes(prunable.dense_units), dense_folder),
+        _footprint(pruned, sizes(kept), folder),
+    )
     work = (work_of(dense.model, prunable.dense_units, meter), work_of(pruned.model, kept, meter))
     speeds: list[Speed] = []
     with say.stage("speed, in turn", 2 * (options.repetitions + 1) * len(workloads)) as stage:
         for workload in workloads:
-            speeds += time_in_turn(
-                dense.model,
-                pruned.model,
-                workload,
-                work,
-                repetitions=options.repetitions,
-                on_turn=stage.advance,
-            )
+            with _within_memory(workload):
+                speeds += time_in_turn(
+                    dense.model,
+                    pruned.model,
+                    workload,
+                    work,
+                    repetitions=options.repetitions,
+                    on_turn=stage.advance,
+                )
     largest = max(workloads, key=lambda workload: (workload.batch * workload.length, workload.length))
-    sizes = meter(max(workload.length for workload in workloads))
     return Measurement(
-        dense=_footprint(dense, sizes(prunable.dense_units), checkpoint_folder(source.name, revision=source.revision)),
-        pruned=_footprint(pruned, sizes(kept), folder),
+        dense=footprints[0],
+        pruned=footprints[1],
         speeds=tuple(speeds),
-        context=max(workload.length for workload in workloads),
+        context=context,
         memory_work=(largest.batch, largest.length),
         device=processor(dense.device),
         threads=threads_of(dense.device),
@@ -286,6 +292,18 @@ def _footprint(loaded: LoadedModel, size: Size, folder: Path) -> Footprint:
         kv_bytes=size.kv_bytes,
         memory=None,
     )
+
+
+@contextmanager
+def _within_memory(workload: Workload) -> Iterator[None]:
+    """Say which prompts a GPU's memory is too small for."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"prompts of {workload.batch} x {workload.length} tokens do not fit the device's memory beside both models",
+            hint="Use smaller --batch-sizes or --prompt-lengths, or --device cpu.",
+        ) from error
 
 
 @contextmanager

@@ -178,6 +178,16 @@ def test_prompts_that_are_too_long(run: Path) -> None:
     assert "at most 112" in str(raised.value.hint)
 
 
+def test_prompts_that_do_not_fit_the_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(measure_module, "time_in_turn", full)
+    with pytest.raises(ModelError, match="1 x 16 tokens do not fit") as raised:
+        silently(small(run))
+    assert "--batch-sizes" in str(raised.value.hint)
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds no model"):
         silently(small(tmp_path))

@@ -11,6 +11,7 @@ import copy
 import math
 import platform
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,14 +139,17 @@ def _cpuinfo() -> str:
 
 
 def _seconds(call: Call, calls: int, devices: set[torch.device]) -> float:
+    """Seconds of one of several calls: their median on a CPU, which others may interrupt; else their mean."""
     if calls > 1:
         call()
+    if all(device.type == "cpu" for device in devices):
+        return statistics.median(timed(call, devices)[1] for _ in range(calls))
 
-    def repeated() -> None:
+    def queued() -> None:  # as a model does it: one call is prepared while another is computed
         for _ in range(calls):
             call()
 
-    return timed(repeated, devices)[1] / calls
+    return timed(queued, devices)[1] / calls
 
 
 def _calls(seconds: float) -> int:

@@ -7,11 +7,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from glass_runs import glass_home
 
 from ffgym.errors import ModelError
 from ffgym.evaluation import memory
 from ffgym.evaluation.memory import Job, Memory, measure_memory
+from ffgym.models import loading
+
+CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -49,6 +53,17 @@ def test_a_system_that_does_not_say_is_no_figure(job, monkeypatch):
     silent = subprocess.CompletedProcess([], 0, "a library talks\nnull\n", "")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: silent)
     assert measure_memory(job) is None
+
+
+def test_on_cuda_it_is_what_the_allocator_handed_out(job, monkeypatch):
+    """A model that says it is on a GPU; the allocator's figures are made up."""
+    real, events = loading.load, []
+    monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: events.append(("held", device)) or 300)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(("reset", device)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: events.append(("peak", device)) or 500)
+    assert memory._run(job) == Memory("cuda", before=0, loaded=300, peak=500, with_loading=False)
+    assert events == [("held", CUDA), ("reset", CUDA), ("peak", CUDA)]
 
 
 class TestOffLinux:
