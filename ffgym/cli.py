@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ffgym.config import RunConfig, TrackingTable, load_config, to_toml
+from ffgym.config import PruneTable, RunConfig, TrackingTable, load_config, to_toml
 from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins import manager
 from ffgym.version import __version__
@@ -37,6 +37,8 @@ class Guarded(TyperGroup):
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
 
+
+PRUNE_OPTIONS = ("sparsity", "calibration", "resource", "align", "uniform", "latency_table")
 
 app = typer.Typer(
     cls=Guarded,
@@ -66,6 +68,7 @@ CalibrationOption = Annotated[str | None, _option("--calibration", "prune.calibr
 AlignOption = Annotated[int | None, _option("--align", "prune.align")]
 UniformOption = Annotated[bool | None, _option("--uniform", "prune.uniform")]
 ResourceOption = Annotated[str | None, _option("--resource", "prune.resource")]
+LatencyTableOption = Annotated[str | None, _option("--latency-table", "prune.latency_table")]
 InitFromOption = Annotated[str | None, _option("--init-from", "search.init_from")]
 EpisodesOption = Annotated[int | None, _option("--episodes", "search.episodes")]
 SeedOption = Annotated[int | None, _option("--seed", "seed")]
@@ -89,7 +92,9 @@ def _config(ctx: typer.Context) -> RunConfig:
         given.get("overrides") or [],
         seed=given.get("seed"),
         model={"name": given.get("model")},
-        prune={key: given.get(key) for key in ("sparsity", "calibration", "resource", "align", "uniform")},
+        prune={
+            key: given.get(key) for key in ("sparsity", "calibration", "resource", "align", "uniform", "latency_table")
+        },
         criterion={"name": given.get("criterion")},
         reward={"name": given.get("reward")},
         agent={"name": given.get("agent")},
@@ -123,6 +128,7 @@ def run(
     resource: ResourceOption = None,
     align: AlignOption = None,
     uniform: UniformOption = None,
+    latency_table: LatencyTableOption = None,
     init_from: InitFromOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,
@@ -170,6 +176,86 @@ def bench(
         typer.echo(markdown(table))
 
 
+@app.command()
+def measure(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="saved model, or the folder of a run", show_default=False)
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(help="dense model to compare with, as --model of run", show_default="the one on record"),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="sequences at a time, separated by commas")] = "1,4",
+    prompt_lengths: Annotated[
+        str | None,
+        typer.Option(help="tokens of a prompt, separated by commas", show_default="128,512,1024, as far as they fit"),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="that the medians run over")] = 7,
+    dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, _option("--device", "model.device")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also write FILE.md or FILE.json", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how much smaller and faster a saved model is than the dense one: size, speed, memory.
+
+    ffgym measure runs/x/model --output measure.md
+
+    ffgym measure runs/x --dense demo --batch-sizes 1,8 --prompt-lengths 256
+    """
+    batches, lengths = _counts("--batch-sizes", batch_sizes), _counts("--prompt-lengths", prompt_lengths)
+    from rich.console import Console
+
+    from ffgym.measure import Options
+    from ffgym.measure import measure as run_measure
+    from ffgym.report.measurement import as_dict, terminal
+
+    options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = run_measure(options, progress=Console(stderr=True))
+    if as_json:
+        _print_json(as_dict(found))
+    else:
+        Console().print(terminal(found))
+
+
+@app.command()
+def latency(
+    model: Annotated[str, typer.Argument(help="the dense model, as --model of run", show_default=False)],
+    context: Annotated[int, _option("--context", "prune.context")] = PruneTable().context,
+    dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, _option("--device", "model.device")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
+    repetitions: Annotated[int, typer.Option(help="that the medians run over")] = 9,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="time again what the cache holds already")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="also write FILE.json, for --latency-table of run", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how long each kind of sublayer takes at each size on this machine; what is not in the cache is timed.
+
+    ffgym latency demo
+
+    ffgym latency demo --rebuild --output here.json
+    """
+    from rich.console import Console
+
+    from ffgym.measure import TableOptions, latency_table
+    from ffgym.report.latency import terminal
+
+    options = TableOptions(model, context, dtype, device, threads, repetitions, rebuild, output)
+    with contextlib.redirect_stdout(sys.stderr):
+        table, place = latency_table(options, progress=Console(stderr=True))
+    if as_json:
+        _print_json(table.model_dump(mode="json"))
+    else:
+        Console().print(terminal(table, place))
+
+
 @app.command("config")
 def print_config(
     ctx: typer.Context,
@@ -183,6 +269,7 @@ def print_config(
     resource: ResourceOption = None,
     align: AlignOption = None,
     uniform: UniformOption = None,
+    latency_table: LatencyTableOption = None,
     init_from: InitFromOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,
@@ -345,6 +432,16 @@ def ui(
     from ffgym.tracking import open_ui
 
     open_ui(Path(root), port)
+
+
+def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
+    """``"1,4"`` -> ``(1, 4)``."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers, e.g. 1,4", param_hint=option) from None
 
 
 def _print_columns(rows: Iterable[Sequence[str]]) -> None:

@@ -82,7 +82,7 @@ class PruneTable(Table):
     sparsity: float = Field(
         default=0.2, gt=0, lt=1, description="share of the resource to remove, between 0 and 1, exclusive"
     )
-    resource: Resource = Field(default="params", description="params | macs | kv: what the budget counts")
+    resource: Resource = Field(default="params", description="params | macs | kv | latency: what the budget counts")
     calibration: Calibration = Field(
         default="ridge", description="ridge | affine | none: the refit that the reward sees"
     )
@@ -90,13 +90,18 @@ class PruneTable(Table):
         default="auto", description="auto (picked on held-out calibration windows) or a strength above 0"
     )
     min_units: int = Field(default=1, ge=0, description="units every sublayer keeps; 0 lets a sublayer vanish")
-    context: Count = Field(default=1024, description="context length in tokens at which MACs are counted")
+    context: Count = Field(
+        default=1024, description="context length in tokens at which MACs are counted and latency is timed"
+    )
     align: Count = Field(
         default=1,
         description="keep multiples of this many channels, e.g. 8, 32 or 64 for fast kernels; 1 is any number",
     )
     uniform: bool = Field(
         default=False, description="one shape for all layers, saved as a stock checkpoint that needs no code of its own"
+    )
+    latency_table: OptionalText = Field(
+        default=None, description="file with the times for resource latency; empty times this machine once"
     )
 
 
@@ -205,6 +210,11 @@ class RunConfig(Table):
         _at_least(
             "search.episodes", search.episodes, "one update: search.episodes_per_update", search.episodes_per_update
         )
+        if self.prune.latency_table is not None and self.prune.resource != "latency":
+            raise ConfigError(
+                f"prune.latency_table is given, but prune.resource is {self.prune.resource!r} and would not read it",
+                hint="Add --resource latency, or leave the table out.",
+            )
         if schedule.sparsity != "none":
             _at_least("prune.sparsity", self.prune.sparsity, "schedule.sparsity_start", schedule.sparsity_start)
         if self.prune.uniform and self.prune.min_units == 0:

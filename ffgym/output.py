@@ -16,7 +16,7 @@ from ffgym.errors import OutputError
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
     {"config.toml", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
-    | {"report.md", "report.json", "units_kept.png", "reward.png", "model"}
+    | {"report.md", "report.json", "units_kept.png", "reward.png", "model", "latency.json"}
 )
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -113,11 +113,11 @@ def disk_errors() -> Iterator[None]:
 
 @contextmanager
 def leaving_no_husk(folder: Path) -> Iterator[None]:
-    """Remove a folder in which a run that ended early left its configuration only: the corrected command needs it."""
+    """Remove a folder in which a run that ended early found nothing: the corrected command needs it."""
     try:
         yield
     except BaseException:
-        if [path.name for path in folder.iterdir()] == ["config.toml"]:
+        if {path.name for path in folder.iterdir()} - {"latency.json"} == {"config.toml"}:
             shutil.rmtree(folder)
         raise
 

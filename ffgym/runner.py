@@ -18,13 +18,14 @@ from rich.console import Console
 
 from ffgym.config import RunConfig, to_toml
 from ffgym.data.splits import Split, Splits
-from ffgym.envs.building import build_env, load_parts, make_budget, prepare_model, tokens_per_batch
+from ffgym.envs.building import build_env, load_parts, make_budget, make_latency, prepare_model, tokens_per_batch
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
+from ffgym.evaluation.latency import LatencyTable, to_json
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.evaluation.size import SizeMeter
 from ffgym.models.export import SavedModel, load_line, save_pruned
-from ffgym.models.loading import LoadedModel
+from ffgym.models.loading import DEMO_BASE, LoadedModel
 from ffgym.models.preparation import Prepared
 from ffgym.models.sequential import calibrate_sequentially
 from ffgym.output import claim_folder, disk_errors, leaving_no_husk, saying_what_is_kept, write_text
@@ -49,7 +50,6 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
 }
 DEMO_LICENSE = "apache-2.0"
-DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 
 # Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
@@ -71,6 +71,7 @@ class Workspace:
         prepared: pruning paths.
         env: the stationary environment.
         sizes: size of any allocation.
+        latency: the times that the budget counts, where it counts latency.
     """
 
     config: RunConfig
@@ -79,6 +80,7 @@ class Workspace:
     prepared: Prepared
     env: PruningEnv
     sizes: SizeMeter
+    latency: LatencyTable | None = None
 
     def project(self, heuristic: str, options: JSONDict) -> tuple[np.ndarray, Allocation]:
         """Importances of a heuristic, and the allocation they come to at the target."""
@@ -177,6 +179,10 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
             agent.prior_mean = space.prior(*prior[0])
         tracker.set_tags(_tags(space, agent))
         _log_splits(tracker, space.splits)
+        if space.latency is not None:
+            write_text(folder / "latency.json", to_json(space.latency))
+            tracker.log_params({"latency": {"digest": space.latency.digest}})
+            tracker.log_artifact(folder / "latency.json")
         found = _search(space, agent, tracker, folder, say)
         histories: dict[str, Sequence[Episode]] = {config.agent.name: found.history}
         baseline = None
@@ -209,18 +215,30 @@ def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]]
         loaded, splits = load_parts(config)
     say.say(f"{loaded.description}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}")
     needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
-    budget = make_budget(config, loaded.model)
+    latency = _latency(config, loaded.model, say)
+    budget = make_budget(config, loaded.model, latency)
     windows = splits.calibration.windows
     with say.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
     env = build_env(config, prepared, splits.search.windows, budget)
-    sizes = SizeMeter(prepared.prunable, context=config.prune.context)
-    return Workspace(config, loaded, splits, prepared, env, sizes)
+    sizes = SizeMeter(prepared.prunable, context=config.prune.context, latency=latency)
+    return Workspace(config, loaded, splits, prepared, env, sizes, latency)
+
+
+def _latency(config: RunConfig, model: Any, say: Reporter) -> LatencyTable | None:
+    """The latency table of a run, with a word about where its times are from; ``None`` where none is counted."""
+    if config.prune.resource != "latency":
+        return None
+    with say.stage("latency table", 1) as stage:
+        table = make_latency(config, model, on_progress=stage, say=say.say)
+    assert table is not None
+    say.say(f"latency: {table.measured}; table {table.digest[:12]}")
+    return table
 
 
 def with_config(space: Workspace, config: RunConfig) -> Workspace:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
-    budget = make_budget(config, space.loaded.model)
+    budget = make_budget(config, space.loaded.model, space.latency)
     env = build_env(config, space.prepared, space.splits.search.windows, budget)
     return replace(space, config=config, env=env)
 
@@ -401,7 +419,7 @@ def header(space: Workspace) -> str:
     """How the table's numbers were measured."""
     report, calibration = space.splits.report, space.splits.calibration
     windows = report.windows
-    return measurement(
+    text = measurement(
         model=space.loaded.description,
         corpus=report.corpus.name,
         split="report",
@@ -413,6 +431,7 @@ def header(space: Workspace) -> str:
         seed=space.config.seed,
         context=space.config.prune.context,
     )
+    return text if space.latency is None else f"{text} Latency: {space.latency.measured}."
 
 
 def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel | None:

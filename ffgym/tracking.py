@@ -120,15 +120,20 @@ class Tracker:
                 longer than MLflow's 6,000 characters are cut. A parameter keeps its first value, as MLflow demands.
             toml: the same as text, stored whole as ``config.toml``.
         """
+        self.log_params(config)
+        if self.run_id is not None:
+            self._write("log_text", toml, "config.toml")
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters to compare runs by, nested tables as dotted keys; see `log_config`."""
         if self.run_id is None:
             return
-        flat = {key: value for key, value in flatten(config).items() if key not in self._params}
+        flat = {key: value for key, value in flatten(values).items() if key not in self._params}
         entities = _entities()
         params = [entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in flat.items()]
         for start in range(0, len(params), PARAMS_PER_BATCH):
             self._write("log_batch", params=params[start : start + PARAMS_PER_BATCH])
         self._params |= flat.keys()
-        self._write("log_text", toml, "config.toml")
 
     def log_episodes(
         self, episodes: Sequence[Episode], policy: Mapping[str, float] | None = None, *, search: str = "search"

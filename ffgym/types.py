@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["attention", "mlp"]
-Resource = Literal["params", "macs", "kv"]
+Resource = Literal["params", "macs", "kv", "latency"]
 Calibration = Literal["ridge", "affine", "none"]
 
 

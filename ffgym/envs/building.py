@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from ffgym.config import RunConfig
 from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.evaluation.latency import LatencyTable, layer_shapes, read_table
+from ffgym.evaluation.latency_cache import Say, cached_table
 from ffgym.models.capture import OnProgress
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
@@ -51,8 +54,34 @@ def prepare_model(
     )
 
 
-def make_budget(config: RunConfig, model: Any) -> Budget:
+def make_latency(
+    config: RunConfig, model: Any, *, on_progress: OnProgress | None = None, say: Say | None = None
+) -> LatencyTable | None:
+    """The latency table of a run on a dense model; ``None`` where the budget counts something else.
+
+    The file that ``prune.latency_table`` names, or else this machine's own from the cache, timed now if it is missing.
+
+    Raises:
+        ConfigError: the named file is no latency table.
+        BudgetError: it is of another model or context, or the model takes fewer than ``prune.context`` tokens.
+    """
+    prune = config.prune
+    if prune.resource != "latency":
+        return None
+    if prune.latency_table is None:
+        return cached_table(model, context=prune.context, on_progress=on_progress, say=say)
+    table = read_table(Path(prune.latency_table).expanduser())
+    table.check_fits(model, context=prune.context, source=prune.latency_table)
+    return table
+
+
+def make_budget(config: RunConfig, model: Any, latency: LatencyTable | None = None) -> Budget:
     """The budget of a run on a dense model.
+
+    Args:
+        config: the run.
+        model: the dense model.
+        latency: the times that a latency budget counts; see `make_latency`, which is asked where it is left out.
 
     Raises:
         BudgetError: the sparsity is out of reach.
@@ -61,6 +90,11 @@ def make_budget(config: RunConfig, model: Any) -> Budget:
     family, prune = family_of(model), config.prune
     if prune.uniform and prune.calibration == "affine":
         family.check_stock_biases(model)
+    tables = None
+    if prune.resource == "latency":
+        table = latency or make_latency(config, model)
+        assert table is not None
+        tables = table.cost_tables(layer_shapes(model))
     budget = Budget(
         family.sublayers(model),
         resource=prune.resource,
@@ -69,6 +103,7 @@ def make_budget(config: RunConfig, model: Any) -> Budget:
         shapes=family.stock_shapes(model) if prune.uniform else None,
         context=prune.context,
         kv_bytes=model.get_output_embeddings().weight.element_size(),
+        cost_tables=tables,
     )
     budget.check(prune.sparsity)
     return budget

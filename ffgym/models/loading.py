@@ -33,6 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
 # moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
 GGUF_DTYPE = torch.float16
+DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
@@ -115,6 +116,21 @@ def check_source(name: str) -> None:
         AssetError: the embedded default could not be fetched.
     """
     _locate(name)
+
+
+def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
+    """The folder that a model's files are read from: of a hub model, its snapshot in the hub's cache.
+
+    Args:
+        name: see :func:`load`, which must have loaded it once.
+        revision: of a hub model.
+    """
+    source, description = _locate(name)
+    if not description.startswith("hub model"):
+        return Path(source)
+    from transformers.utils import cached_file
+
+    return Path(cached_file(source, "config.json", revision=revision or "main")).parent
 
 
 def _locate(name: str) -> tuple[str, str]:

@@ -41,7 +41,9 @@ def unit_cost(sublayer: Sublayer, resource: Resource, *, context: int, kv_bytes:
         return sublayer.unit_macs + scores
     if resource == "kv":
         return 2 * sublayer.head_dim * kv_bytes
-    raise BudgetError(f"unknown resource {resource!r}", hint="Known: params, macs, kv.")
+    if resource == "latency":
+        raise BudgetError("latency has no price per unit", hint="Give Budget the cost_tables of a latency table.")
+    raise BudgetError(f"unknown resource {resource!r}", hint="Known: params, macs, kv, latency.")
 
 
 def service_order(depth: int) -> np.ndarray:
@@ -103,9 +105,12 @@ class Budget:
             sublayers. ``None`` lets every sublayer have a size of its own.
         context: tokens attended to, for ``macs``.
         kv_bytes: bytes of one cached number, for ``kv``.
+        cost_tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing
+            from 0 or more; instead of a price per unit, and what ``latency`` needs. Whole numbers keep sums exact.
 
     Raises:
-        BudgetError: a setting out of its range, or layers of different sizes that should share one shape.
+        BudgetError: a setting out of its range, cost tables that are missing or are none, or layers of different sizes
+            that should share one shape.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Budget:
         shapes: Mapping[Kind, Sequence[int]] | None = None,
         context: int = 1024,
         kv_bytes: int = 2,
+        cost_tables: Sequence[np.ndarray] | None = None,
     ) -> None:
         if min_units < 0:
             raise BudgetError(f"min_units is {min_units}", hint="Use 0 or more.")
@@ -127,11 +133,10 @@ class Budget:
         self.resource = resource
         self.tied = shapes is not None
         self._align = align
-        # The cost of keeping 0 .. all units of each sublayer.
-        self._tables = tuple(
-            np.arange(s.units + 1) * float(unit_cost(s, resource, context=context, kv_bytes=kv_bytes))
-            for s in self.sublayers
-        )
+        if cost_tables is None:
+            prices = [unit_cost(s, resource, context=context, kv_bytes=kv_bytes) for s in self.sublayers]
+            cost_tables = [np.arange(s.units + 1) * float(p) for s, p in zip(self.sublayers, prices, strict=True)]
+        self._tables = _checked(self.sublayers, cost_tables)
         groups = [(i,) for i in range(len(self.sublayers))] if shapes is None else _kinds(self.sublayers)
         self._ladders = tuple(self._ladder(members, min_units, align, shapes) for members in groups)
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
@@ -248,7 +253,8 @@ class Budget:
                 hint="Leave prune.uniform out.",
             )
         units = np.array([first.units])
-        # A sublayer that costs nothing stays whole: there is nothing to gain from cutting it.
+        # A sublayer that costs nothing stays whole: there is nothing to gain from cutting it. Levels that cost nothing
+        # more (flat parts of a measured table) need no rule: they always fit, so they are granted in their turn.
         if any(self._tables[i][-1] > 0 for i in members):
             holds_cache_length = any((s.kind, s.layer) == ("attention", 0) for s in sublayers)
             least = max(min_units, 1) if holds_cache_length else min_units
@@ -263,6 +269,22 @@ class Budget:
         if self.tied:
             changes.append("leave prune.uniform out")
         return " or ".join(changes)
+
+
+def _checked(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The tables as float64, one per sublayer; raises ``BudgetError`` where one is no cost table."""
+    checked = tuple(np.asarray(table, dtype=np.float64) for table in tables)
+    if len(checked) != len(sublayers):
+        raise BudgetError(f"{len(checked)} cost tables for {len(sublayers)} sublayers", hint="Give one per sublayer.")
+    for sublayer, table in zip(sublayers, checked, strict=True):
+        if table.shape != (sublayer.units + 1,) or not np.isfinite(table).all():
+            raise BudgetError(
+                f"the cost table of {sublayer.name} must be {sublayer.units + 1} finite numbers, got {table.shape}",
+                hint=f"One number per level, 0 to {sublayer.units} units.",
+            )
+        if table[0] < 0 or (np.diff(table) < 0).any():
+            raise BudgetError(f"the cost table of {sublayer.name} is negative or falls", hint="More must cost no less.")
+    return checked
 
 
 def _kinds(sublayers: Sequence[Sublayer]) -> list[tuple[int, ...]]:

@@ -9,7 +9,12 @@ from ffgym.report.table import ReportTable, Row, humane, markdown, perplexity_te
 from ffgym.types import Allocation, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
-RESOURCES = {"params": "parameters", "macs": "multiply-accumulates", "kv": "KV-cache bytes"}
+RESOURCES = {
+    "params": "parameters",
+    "macs": "multiply-accumulates",
+    "kv": "KV-cache bytes",
+    "latency": "measured latency",
+}
 
 LOADING = """\
 ```python

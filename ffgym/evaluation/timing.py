@@ -1,0 +1,64 @@
+"""How long something takes: wall-clock seconds, device queues drained, and the spread of repetitions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle of repeated measurements, and how far apart they lie.
+
+    Attributes:
+        median: half of the repetitions lie below it.
+        low: first quartile.
+        high: third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float] | np.ndarray) -> Spread:
+        """Median and quartiles of at least one value."""
+        low, median, high = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75))
+        return cls(float(median), float(low), float(high))
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Every device that a parameter lies on."""
+    return {parameter.device for parameter in model.parameters()}
+
+
+def timed(action: Callable[[], Result], devices: set[torch.device]) -> tuple[Result, float]:
+    """Run something once.
+
+    Args:
+        action: what is timed.
+        devices: where it computes; accelerators are waited for, before and after.
+
+    Returns:
+        what it returned, and seconds.
+    """
+    _synchronise(devices)
+    begun = time.perf_counter()
+    result = action()
+    _synchronise(devices)
+    return result, time.perf_counter() - begun
+
+
+def _synchronise(devices: set[torch.device]) -> None:
+    """Wait until accelerators have done what was asked of them; a CPU has done it when the call returns."""
+    for device in devices:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)

@@ -1,0 +1,114 @@
+"""Where a saved model lies, which dense model it was made from, and what its files hold."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ffgym.config import read_toml
+from ffgym.errors import ConfigError, ModelError
+from ffgym.models.loading import DEMO_BASE
+
+# The names in a safetensors header of what torch calls otherwise.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """Which model is the dense one, and who says so.
+
+    Attributes:
+        name: as `load` takes it.
+        revision: of a hub model.
+        said_by: an option or a file.
+    """
+
+    name: str
+    revision: str | None
+    said_by: str
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of a saved model: the one given, or ``model`` in the folder of a run.
+
+    Raises:
+        ModelError: neither holds a model.
+    """
+    place = folder.expanduser()
+    if not place.exists():
+        raise ModelError(f"{str(folder)!r} does not exist", hint="Name the folder of a saved model, e.g. runs/x/model.")
+    for candidate in (place, place / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ModelError(
+        f"{str(folder)!r} holds no model: config.json is missing, also from model/ in it",
+        hint="Name the folder of a saved model, e.g. runs/x/model.",
+    )
+
+
+def dense_model(folder: Path, given: str | None) -> DenseModel:
+    """Which dense model a saved one is compared with: the one given, or the one that the folder's record names.
+
+    The record is ``config.toml`` in the folder of the run that saved it, or else ``base_model`` in its model card.
+
+    Args:
+        folder: of the saved model.
+        given: what ``--dense`` says.
+
+    Raises:
+        ConfigError: nothing is given, and there is no record.
+    """
+    if given is not None:
+        return DenseModel(given, None, "--dense")
+    run = folder.resolve().parent / "config.toml"
+    if run.is_file():
+        table = read_toml(run).get("model", {})
+        # A run's file holds every key; one that somebody wrote may leave out what is the default.
+        return DenseModel(str(table.get("name", "demo")), table.get("revision") or None, str(run))
+    card = folder / "README.md"
+    base = _base_model(card)
+    if base is not None:
+        return DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
+    raise ConfigError(
+        f"nothing says which dense model {str(folder)!r} was made from: there is no config.toml beside it, and no "
+        "base_model in its README.md",
+        hint="Name it with --dense MODEL, e.g. --dense demo.",
+    )
+
+
+def weights_on_disk(folder: Path) -> tuple[int, str]:
+    """Bytes of a checkpoint's safetensors files, and what dtype most of the numbers in them have.
+
+    Raises:
+        ModelError: there are none, or one is cut short.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{str(folder)!r} holds no .safetensors file", hint="Write or download the model again.")
+    numbers: Counter[str] = Counter()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as content:
+                for name in content.keys():  # noqa: SIM118 (not a dictionary)
+                    tensor = content.get_slice(name)
+                    numbers[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
+        except SafetensorError as error:
+            raise ModelError(f"{str(file)!r} is damaged: {error}", hint="Write or download the model again.") from error
+    dtype = numbers.most_common(1)[0][0]
+    return sum(file.stat().st_size for file in files), DTYPES.get(dtype, dtype)
+
+
+def _base_model(card: Path) -> str | None:
+    """What the front matter of a model card calls the base model."""
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = (
+        re.search(r"^base_model:[ \t]*[\"']?([^\"'\n]+?)[\"']?[ \t]*$", front[1], flags=re.MULTILINE) if front else None
+    )
+    return found[1] if found else None

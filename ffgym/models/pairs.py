@@ -1,0 +1,79 @@
+"""A dense model and a smaller one made from it: do they belong together, and what does the smaller one keep?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ffgym.errors import ModelError
+from ffgym.models.families import FAMILIES, Family, family_of
+from ffgym.models.modeling_ffgym import Skipped
+from ffgym.types import Kind, Sublayer
+
+HINT = "Name the dense model that this one was made from: --dense MODEL."
+
+
+def units_kept(pruned: Any, dense: Any) -> tuple[int, ...]:
+    """Units that each sublayer of a pruned model keeps, length 2L, in order of depth.
+
+    Args:
+        pruned: a saved model as it is loaded again, or any model of the dense one's family with smaller sublayers.
+        dense: the model that it was made from.
+
+    Raises:
+        ModelError: an unsupported family, or two models that do not belong together; names what differs.
+    """
+    family = family_of(dense)
+    kind = str(pruned.config.model_type).removeprefix("ffgym_")
+    if kind not in FAMILIES:
+        raise ModelError(
+            f"architecture {kind!r} is not supported", hint=f"Supported families: {', '.join(sorted(FAMILIES))}."
+        )
+    if kind != family.name:
+        raise ModelError(f"the pruned model is of family {kind!r}, the dense one of {family.name!r}", hint=HINT)
+    layers, sublayers = family.layers(pruned), family.sublayers(dense)
+    facts = {
+        "decoder layers": (len(layers), len(sublayers) // 2),
+        "hidden channels": (_hidden(pruned), _hidden(dense)),
+        "tokens in the vocabulary": (_vocabulary(pruned), _vocabulary(dense)),
+        "channels of a head": (family.head_dim(pruned), family.head_dim(dense)),
+    }
+    for what, (smaller, larger) in facts.items():
+        if smaller != larger:
+            raise ModelError(f"the pruned model has {smaller} {what}, the dense one {larger}", hint=HINT)
+    return tuple(_units(family, layers[sublayer.layer], sublayer) for sublayer in sublayers)
+
+
+def _units(family: Family, layer: nn.Module, dense: Sublayer) -> int:
+    """Units of one half of a pruned layer."""
+    name = family.attention_consumer if dense.kind == "attention" else family.mlp_consumer
+    holder = name.rpartition(".")[0]
+    if holder and isinstance(layer.get_submodule(holder), Skipped):
+        return 0
+    units, rest = divmod(family.consumer(layer, dense.kind).in_features, dense.channels_per_unit)
+    if rest or units > dense.units or _rows(family, layer, dense.kind) != units * _rows_per_unit(dense):
+        raise ModelError(
+            f"{dense.name} of the pruned model is no part of the dense one's {dense.units} units of"
+            f" {dense.channels_per_unit} channels",
+            hint=HINT,
+        )
+    return units
+
+
+def _rows(family: Family, layer: nn.Module, kind: Kind) -> int:
+    """Outputs of the producer that is as wide as a unit is counted: keys, or the MLP's."""
+    producers = family.producers(layer, kind)
+    return int((producers[1] if kind == "attention" else producers[0]).out_features)
+
+
+def _rows_per_unit(dense: Sublayer) -> int:
+    return dense.head_dim if dense.kind == "attention" else 1
+
+
+def _hidden(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[1])
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])

@@ -1,0 +1,49 @@
+"""From measured times to what a level costs (DESIGN 3.3): an isotonic fit, and straight lines between its points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+PICOSECONDS = 1e12
+GRID = 17
+
+
+def grid(units: int) -> list[int]:
+    """Sizes at which a sublayer is timed: all of them where there are few, else 1 and the sixteenths of all units.
+
+    Args:
+        units: how many units the dense sublayer has.
+
+    Returns:
+        strictly increasing, from 1 to ``units``, at most 17.
+    """
+    if units <= GRID:
+        return list(range(1, units + 1))
+    return sorted({1, *(round(units * part / (GRID - 1)) for part in range(1, GRID))})
+
+
+def cost_table(sizes: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
+    """What keeping 0 .. units units costs.
+
+    Measured times are noisy and may fall where the size grows; a budget needs costs that do not. The isotonic
+    regression is the non-decreasing sequence with the least squared distance from the times (Barlow et al., 1972;
+    scikit-learn's ``IsotonicRegression``). Sizes between the timed ones are interpolated. No units cost nothing:
+    there is nothing left to run.
+
+    Args:
+        sizes: units kept at each timed size, strictly increasing from 1, last = all units.
+        seconds: the median time of each, shape (sizes,).
+
+    Returns:
+        shape (units + 1,), float64, whole picoseconds, non-decreasing from 0: whole numbers, so that sums over
+        sublayers are exact whatever their order.
+    """
+    from sklearn.isotonic import IsotonicRegression
+
+    fitted = IsotonicRegression().fit_transform(np.asarray(sizes, dtype=np.float64), np.asarray(seconds))
+    known = np.concatenate([[0], sizes])
+    table = np.interp(np.arange(sizes[-1] + 1), known, np.concatenate([[0.0], fitted]))
+    whole: np.ndarray = np.round(table * PICOSECONDS)
+    return whole

@@ -1,0 +1,86 @@
+"""Memory is that of a process that has done nothing else; a process that dies is an error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from glass_runs import glass_home
+
+from ffgym.errors import ModelError
+from ffgym.evaluation import memory
+from ffgym.evaluation.memory import Job, Memory, measure_memory
+from ffgym.models import loading
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def job():
+    return Job(str(glass_home() / "glass"), None, "float32", "cpu", threads=1, batch=2, length=32)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is resident")
+def test_a_fresh_process_measures_itself(job):
+    hoard = bytearray(2**30)  # a peak of this process that its children must not inherit
+    hoard[:: 2**12] = b"x" * len(range(0, 2**30, 2**12))
+    found = measure_memory(job)
+    assert found is not None
+    assert found.kind == "resident"
+    assert 0 < found.before < found.loaded <= found.peak < len(hoard)
+    assert found.net_loaded == found.loaded - found.before > 4 * 800_000  # the weights, float32
+    assert found.net_peak >= found.net_loaded
+    del hoard
+
+
+def test_a_process_that_fails_is_an_error(job):
+    with pytest.raises(ModelError, match="memory of 'no/such/folder' failed") as raised:
+        measure_memory(replace(job, name="no/such/folder"))
+    assert "--batch-sizes" in raised.value.hint
+
+
+def test_a_process_that_is_killed_is_an_error(job, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
+    with pytest.raises(ModelError, match="ended with exit status -9"):
+        measure_memory(job)
+
+
+def test_a_system_that_does_not_say_is_no_figure(job, monkeypatch):
+    silent = subprocess.CompletedProcess([], 0, "a library talks\nnull\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: silent)
+    assert measure_memory(job) is None
+
+
+def test_on_cuda_it_is_what_the_allocator_handed_out(job, monkeypatch):
+    """A model that says it is on a GPU; the allocator's figures are made up."""
+    real, events = loading.load, []
+    monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: events.append(("held", device)) or 300)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(("reset", device)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: events.append(("peak", device)) or 500)
+    assert memory._run(job) == Memory("cuda", before=0, loaded=300, peak=500, with_loading=False)
+    assert events == [("held", CUDA), ("reset", CUDA), ("peak", CUDA)]
+
+
+class TestOffLinux:
+    """No /proc: what getrusage says, loading included."""
+
+    @pytest.fixture(autouse=True)
+    def _no_proc(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(memory, "STATUS", tmp_path / "nothing" / "status")
+        monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing" / "clear_refs")
+
+    def test_the_peak_is_that_of_the_whole_process(self, job):
+        found = memory._run(job)
+        assert isinstance(found, Memory)
+        assert found.with_loading
+        assert (found.before, found.loaded) == (0, found.peak)
+        assert found.peak > 2**24
+
+    def test_without_getrusage_there_is_none(self, job, monkeypatch):
+        monkeypatch.setitem(sys.modules, "resource", None)
+        assert memory._run(job) is None

@@ -1,0 +1,94 @@
+"""Where a saved model lies, and which dense model its record names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ffgym.config import RunConfig, to_toml
+from ffgym.errors import ConfigError, ModelError
+from ffgym.models.loading import DEMO_BASE
+from ffgym.models.origin import dense_model, model_folder, weights_on_disk
+from ffgym.report.card import _front_matter
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run, with a saved model's config."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    return tmp_path / "run"
+
+
+class TestFolder:
+    def test_is_the_one_given(self, run):
+        assert model_folder(run / "model") == run / "model"
+
+    def test_or_the_model_of_the_run(self, run):
+        assert model_folder(run) == run / "model"
+
+    def test_a_folder_that_is_not_there(self, tmp_path):
+        with pytest.raises(ModelError, match="nowhere' does not exist") as raised:
+            model_folder(tmp_path / "nowhere")
+        assert "runs/x/model" in raised.value.hint
+
+    def test_a_folder_that_is_no_model(self, tmp_path):
+        with pytest.raises(ModelError, match=r"holds no model: config\.json is missing"):
+            model_folder(tmp_path)
+
+
+class TestDense:
+    def test_what_is_given_wins(self, run):
+        (run / "config.toml").write_text(to_toml(RunConfig()))
+        assert dense_model(run / "model", "a/b").name == "a/b"
+
+    def test_the_run_names_it(self, run):
+        config = RunConfig.model_validate({"model": {"name": "a/b", "revision": "v2"}})
+        (run / "config.toml").write_text(to_toml(config))
+        found = dense_model(run / "model", None)
+        assert (found.name, found.revision) == ("a/b", "v2")
+        assert found.said_by.endswith("config.toml")
+
+    @pytest.mark.parametrize("text", ["", "seed = 1\n", '[model]\ndtype = "float32"\n'])
+    def test_a_run_that_does_not_say_was_the_default(self, run, text):
+        (run / "config.toml").write_text(text)
+        assert (dense_model(run / "model", None).name, dense_model(run / "model", None).revision) == ("demo", None)
+
+    @pytest.mark.parametrize(("base", "name"), [(DEMO_BASE, "demo"), ("a/b", "a/b")])
+    def test_the_card_names_it(self, run, base, name):
+        card = run / "model" / "README.md"
+        card.write_text(_front_matter(base, "apache-2.0") + "\n\n# A model\n\nbase_model: not/this\n")
+        found = dense_model(run / "model", None)
+        assert (found.name, found.said_by) == (name, str(card))
+
+    @pytest.mark.parametrize(
+        "card", ["base_model: a/b\n", "---\nlicense: mit\n---\nbase_model: a/b", "---\nbase_model:\n- a/b\n---"]
+    )
+    def test_a_card_that_does_not_say_is_no_record(self, run, card):
+        (run / "model" / "README.md").write_text(card)
+        with pytest.raises(ConfigError, match="nothing says which dense model") as raised:
+            dense_model(run / "model", None)
+        assert "--dense" in raised.value.hint
+
+    def test_no_record_at_all(self, run):
+        with pytest.raises(ConfigError, match=r"no config\.toml beside it, and no base_model"):
+            dense_model(run / "model", None)
+
+
+class TestWeights:
+    def test_are_counted_over_all_files(self, tmp_path):
+        save_file({"a": torch.zeros(100, dtype=torch.bfloat16)}, tmp_path / "1.safetensors")
+        save_file({"b": torch.zeros(10)}, tmp_path / "2.safetensors")
+        (tmp_path / "other.bin").write_bytes(b"x" * 999)
+        size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+        assert weights_on_disk(tmp_path) == (size, "bfloat16")
+
+    def test_none_are_an_error(self, tmp_path):
+        with pytest.raises(ModelError, match=r"no \.safetensors file"):
+            weights_on_disk(tmp_path)
+
+    def test_a_file_that_is_cut_short_is_an_error(self, tmp_path):
+        (tmp_path / "a.safetensors").write_bytes(b"\x10\x00")
+        with pytest.raises(ModelError, match="is damaged"):
+            weights_on_disk(tmp_path)
