@@ -23,7 +23,7 @@ from rich.console import Console
 
 from ffgym.config import RunConfig, to_toml
 from ffgym.data.splits import Split, Splits
-from ffgym.envs.building import build_env, load_parts, make_budget, prepare_model, tokens_per_batch
+from ffgym.envs.building import build_env, load_parts, make_budget, make_reward, prepare_model, tokens_per_batch
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, OutputError
@@ -35,12 +35,13 @@ from ffgym.models.preparation import Prepared
 from ffgym.models.sequential import calibrate_sequentially
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import check_importance
+from ffgym.plugins.contracts import check_importance, check_objectives
 from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
+from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
-from ffgym.search import Found, SearchInterrupted, finals_loss, search
+from ffgym.search import Found, SearchInterrupted, finals_examples, finals_loss, finals_windows, search
 from ffgym.tracking import Tracker, environment_tags, fetch_artifact
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
@@ -55,7 +56,7 @@ DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weig
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
     {"config.toml", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
-    | {"report.md", "report.json", "units_kept.png", "reward.png", "model"}
+    | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png", "model"}
 )
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -190,6 +191,8 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
             histories["random"] = baseline.history
         references = _references(space, baseline, say)
         _draw(folder, space, {"found": found.best.allocation, **references}, histories)
+        if found.pareto:
+            _write_pareto(folder, space, found, tracker, say)
         rows = _rows(space, references, found, say)
         table, saved = _finish(space, rows, found, folder, say)
         _write(folder / "report.md", markdown(table))
@@ -216,7 +219,7 @@ def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]]
     windows = splits.calibration.windows
     with say.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
-    env = build_env(config, prepared, splits.search.windows, budget)
+    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded)
     sizes = SizeMeter(prepared.prunable, context=config.prune.context)
     return Workspace(config, loaded, splits, prepared, env, sizes)
 
@@ -224,7 +227,7 @@ def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]]
 def with_config(space: Workspace, config: RunConfig) -> Workspace:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
     budget = make_budget(config, space.loaded.model)
-    env = build_env(config, space.prepared, space.splits.search.windows, budget)
+    env = build_env(config, space.prepared, space.splits.search.windows, budget, loaded=space.loaded)
     return replace(space, config=config, env=env)
 
 
@@ -252,7 +255,7 @@ def make_agent(config: RunConfig) -> Agent:
 def check_plugins(config: RunConfig) -> None:
     """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded."""
     manager.create("criterion", config.criterion.name, config.criterion.options)
-    manager.create("reward", config.reward.name, config.reward.options)
+    make_reward(config)
     if config.prior.name != "none":
         manager.create("heuristic", config.prior.name, config.prior.options)
 
@@ -594,6 +597,36 @@ def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace, tra
         }
         _write(folder / "policy.json", json.dumps(policy, default=_plain))
         tracker.log_artifact(folder / "policy.json")
+
+
+def _write_pareto(folder: Path, space: Workspace, found: Found, tracker: Tracker, say: Reporter) -> None:
+    """``pareto.json`` and ``pareto.png``: the finalists by their objectives, where the reward weighs several."""
+    env, tokens, seed = space.env, space.config.search.final_tokens, space.config.seed
+    subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    dense = env.dense(subset, examples)
+    goals = check_objectives(env.reward, dense, dense)
+    winners = {candidate.allocation.kept for candidate in found.pareto}
+    points = [
+        ParetoPoint(
+            candidate.allocation,
+            candidate.origin,
+            loss=candidate.loss,
+            reward=candidate.reward,
+            objectives=candidate.objectives,
+            dominated=candidate.allocation.kept not in winners,
+            chosen=candidate is found.best,
+        )
+        for candidate in found.finalists
+        if candidate.objectives and candidate.loss is not None and candidate.reward is not None
+    ]
+    measured = len(subset) * env.window_tokens
+    note = f"measured again on {measured:,} search tokens" + (f" and {len(examples)} examples" if examples else "")
+    data = pareto_json(points, goals, tokens=measured, examples=len(examples))
+    _write(folder / "pareto.json", json.dumps(data, indent=2))
+    pareto_figure(points, goals, folder / "pareto.png", note=note)
+    for name in ("pareto.json", "pareto.png"):
+        tracker.log_artifact(folder / name)
+    say.say(f"Pareto set: {len(winners)} of {len(points)} allocations that were {note}, in {folder / 'pareto.json'}")
 
 
 def _allocation_json(found: Found) -> JSONDict:
