@@ -140,7 +140,7 @@ class RewardConformance(PluginConformance):
             kls=apart if "kl" in reward.needs else None,
             reverse_kls=apart if "reverse_kl" in reward.needs else None,
             accuracy=1 / (1 + loss) if "accuracy" in reward.needs else None,
-            costs={name: 100.0 for name in reward.resources or get_args(Resource)} if "cost" in reward.needs else None,
+            costs=dict.fromkeys(reward.resources or get_args(Resource), 100.0) if "cost" in reward.needs else None,
         )
 
     def reward(self, pruned: float, dense: float = 3.0) -> float:
