@@ -16,7 +16,8 @@ from ffgym.errors import OutputError
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
     {"config.toml", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
-    | {"report.md", "report.json", "units_kept.png", "reward.png", "model", "latency.json"}
+    | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
+    | {"model", "latency.json"}
 )
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 

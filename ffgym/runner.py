@@ -18,7 +18,16 @@ from rich.console import Console
 
 from ffgym.config import RunConfig, to_toml
 from ffgym.data.splits import Split, Splits
-from ffgym.envs.building import build_env, load_parts, make_budget, make_latency, prepare_model, tokens_per_batch
+from ffgym.envs.building import (
+    build_env,
+    counts_latency,
+    load_parts,
+    make_budget,
+    make_latency,
+    make_reward,
+    prepare_model,
+    tokens_per_batch,
+)
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.evaluation.latency import LatencyTable, to_json
@@ -31,13 +40,14 @@ from ffgym.models.sequential import calibrate_sequentially
 from ffgym.output import claim_folder, disk_errors, leaving_no_husk, saying_what_is_kept, write_text
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import check_importance
+from ffgym.plugins.contracts import check_importance, check_objectives
 from ffgym.policy import make_agent, policy_text
 from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
+from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
-from ffgym.search import Found, SearchInterrupted, finals_loss, search
+from ffgym.search import Found, SearchInterrupted, finals_examples, finals_loss, finals_windows, search
 from ffgym.tracking import Tracker, environment_tags
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
@@ -193,6 +203,8 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
             histories["random"] = baseline.history
         references = _references(space, baseline, say)
         _draw(folder, space, {"found": found.best.allocation, **references}, histories)
+        if found.pareto:
+            _write_pareto(folder, space, found, tracker, say)
         rows = _rows(space, references, found, say)
         table, saved = _finish(space, rows, found, folder, say)
         write_text(folder / "report.md", markdown(table))
@@ -220,14 +232,14 @@ def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]]
     windows = splits.calibration.windows
     with say.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
-    env = build_env(config, prepared, splits.search.windows, budget)
+    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, latency=latency)
     sizes = SizeMeter(prepared.prunable, context=config.prune.context, latency=latency)
     return Workspace(config, loaded, splits, prepared, env, sizes, latency)
 
 
 def _latency(config: RunConfig, model: Any, say: Reporter) -> LatencyTable | None:
     """The latency table of a run, with a word about where its times are from; ``None`` where none is counted."""
-    if config.prune.resource != "latency":
+    if not counts_latency(config):
         return None
     with say.stage("latency table", 1) as stage:
         table = make_latency(config, model, on_progress=stage, say=say.say)
@@ -239,14 +251,16 @@ def _latency(config: RunConfig, model: Any, say: Reporter) -> LatencyTable | Non
 def with_config(space: Workspace, config: RunConfig) -> Workspace:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
     budget = make_budget(config, space.loaded.model, space.latency)
-    env = build_env(config, space.prepared, space.splits.search.windows, budget)
+    env = build_env(
+        config, space.prepared, space.splits.search.windows, budget, loaded=space.loaded, latency=space.latency
+    )
     return replace(space, config=config, env=env)
 
 
 def check_plugins(config: RunConfig) -> None:
     """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded."""
     manager.create("criterion", config.criterion.name, config.criterion.options)
-    manager.create("reward", config.reward.name, config.reward.options)
+    make_reward(config)
     if config.prior.name != "none":
         manager.create("heuristic", config.prior.name, config.prior.options)
 
@@ -474,6 +488,36 @@ def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace, tra
         text = policy_text(space.config, space.prepared.prunable.sublayers, state)
         write_text(folder / "policy.json", text)
         tracker.log_artifact(folder / "policy.json")
+
+
+def _write_pareto(folder: Path, space: Workspace, found: Found, tracker: Tracker, say: Reporter) -> None:
+    """``pareto.json`` and ``pareto.png``: the finalists by their objectives, where the reward weighs several."""
+    env, tokens, seed = space.env, space.config.search.final_tokens, space.config.seed
+    subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    dense = env.dense(subset, examples)
+    goals = check_objectives(env.reward, dense, dense)
+    winners = {candidate.allocation.kept for candidate in found.pareto}
+    points = [
+        ParetoPoint(
+            candidate.allocation,
+            candidate.origin,
+            loss=candidate.loss,
+            reward=candidate.reward,
+            objectives=candidate.objectives,
+            dominated=candidate.allocation.kept not in winners,
+            chosen=candidate is found.best,
+        )
+        for candidate in found.finalists
+        if candidate.objectives and candidate.loss is not None and candidate.reward is not None
+    ]
+    measured = len(subset) * env.window_tokens
+    note = f"measured again on {measured:,} search tokens" + (f" and {len(examples)} examples" if examples else "")
+    data = pareto_json(points, goals, tokens=measured, examples=len(examples))
+    write_text(folder / "pareto.json", json.dumps(data, indent=2))
+    pareto_figure(points, goals, folder / "pareto.png", note=note)
+    for name in ("pareto.json", "pareto.png"):
+        tracker.log_artifact(folder / name)
+    say.say(f"Pareto set: {len(winners)} of {len(points)} allocations that were {note}, in {folder / 'pareto.json'}")
 
 
 def _allocation_json(found: Found) -> JSONDict:

@@ -11,7 +11,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.pareto import non_dominated, thinned
 from ffgym.plugins.bases import Agent
 from ffgym.types import Allocation, Episode, Update
 
@@ -38,12 +39,16 @@ class Candidate:
         allocation: what the projection made of it, at the target.
         origin: ``"episode 37"``, ``"policy"``, or ``"shape"`` for one that only the finals measured.
         loss: nats per token on the finals' windows; ``None`` before they were run.
+        reward: what it earns there; ``None`` before.
+        objectives: what the reward weighs, measured there, by name; empty before, and where it weighs nothing.
     """
 
     importance: np.ndarray
     allocation: Allocation
     origin: str
     loss: float | None = None
+    reward: float | None = None
+    objectives: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,15 @@ class Found:
     search_tokens: int
     final_tokens: int
     seconds: float
+
+    @property
+    def pareto(self) -> tuple[Candidate, ...]:
+        """Finalists that no other one beats in every objective; empty where the reward has less than two."""
+        measured = [c for c in self.finalists if len(c.objectives) > 1]
+        if not measured:
+            return ()
+        keep = non_dominated(np.array([list(c.objectives.values()) for c in measured]))
+        return tuple(c for c, kept in zip(measured, keep, strict=True) if kept)
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -136,7 +150,7 @@ def search(
 
     try:
         agent.learn(vector, seed=seed, on_update=report)
-        candidates = finalists(env, agent, vector.history, settings.finalists)
+        candidates = with_pareto(env, vector.history, finalists(env, agent, vector.history, settings.finalists))
         if agent.searches:
             candidates = with_every_shape(env, candidates)
         measured, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed)
@@ -191,13 +205,18 @@ def with_every_shape(env: PruningEnv, candidates: Sequence[Candidate]) -> list[C
     return list(chosen.values())
 
 
+def hardest(history: Sequence[Episode]) -> list[Episode]:
+    """Episodes of the hardest stage reached."""
+    stage = max((episode.target_sparsity, episode.fidelity) for episode in history)
+    return [e for e in history if (e.target_sparsity, e.fidelity) == stage]
+
+
 def by_standing(history: Sequence[Episode]) -> list[Episode]:
     """Episodes of the hardest stage reached, by reward relative to the mean of their own update, best first."""
     rewards: dict[int, list[float]] = defaultdict(list)
     for episode in history:
         rewards[episode.update].append(episode.reward)
-    hardest = max((episode.target_sparsity, episode.fidelity) for episode in history)
-    eligible = [e for e in history if (e.target_sparsity, e.fidelity) == hardest]
+    eligible = hardest(history)
     overall = float(np.mean([episode.reward for episode in eligible]))
 
     def standing(episode: Episode) -> float:
@@ -207,25 +226,81 @@ def by_standing(history: Sequence[Episode]) -> list[Episode]:
     return sorted(eligible, key=standing, reverse=True)
 
 
+def with_pareto(env: PruningEnv, history: Sequence[Episode], chosen: Sequence[Candidate]) -> list[Candidate]:
+    """The finalists, then allocations that none of the hardest stage beats in every objective, spread over that set.
+
+    Args:
+        env: its reward says how many to add at most.
+        history: at least one episode.
+        chosen: the finalists.
+    """
+    standings = objective_standings(history)
+    if not standings:
+        return list(chosen)
+    seated = {candidate.allocation.kept for candidate in chosen}
+    added: dict[tuple[int, ...], tuple[Candidate, np.ndarray]] = {}
+    winners = non_dominated(np.array([point for _, point in standings]))
+    for (episode, point), wins in zip(standings, winners, strict=True):
+        allocation = env.budget.project(episode.action, env.sparsity)
+        if wins and allocation.kept not in seated:
+            added[allocation.kept] = Candidate(episode.action, allocation, f"episode {episode.index}"), point
+    candidates = [candidate for candidate, _ in added.values()]
+    kept = thinned(np.array([point for _, point in added.values()]), env.reward.pareto)
+    return [*chosen, *(candidates[index] for index in kept)]
+
+
+def objective_standings(history: Sequence[Episode]) -> list[tuple[Episode, np.ndarray]]:
+    """Each allocation of the hardest stage: its first episode, and its objectives relative to its own updates.
+
+    Different updates are measured on different tokens. So objectives are taken relative to the mean of their update, as
+    rewards are in `by_standing`, and an allocation that came up more than once counts with the mean.
+
+    Returns:
+        nothing where the reward has less than two objectives; points have shape (objectives,).
+    """
+    eligible = [e for e in hardest(history) if len(e.objectives) > 1]
+    vectors = {e.index: np.array(list(e.objectives.values())) for e in eligible}
+    updates: dict[int, list[np.ndarray]] = defaultdict(list)
+    for episode in eligible:
+        updates[episode.update].append(vectors[episode.index])
+    found: dict[tuple[int, ...], tuple[Episode, list[np.ndarray]]] = {}
+    for episode in eligible:
+        own = updates[episode.update]
+        reference = np.mean(own if len(own) > 1 else list(vectors.values()), axis=0)
+        found.setdefault(episode.kept, (episode, []))[1].append(vectors[episode.index] - reference)
+    return [(episode, np.mean(points, axis=0)) for episode, points in found.values()]
+
+
 def run_finals(
     env: PruningEnv, candidates: Sequence[Candidate], tokens: int, seed: int
 ) -> tuple[list[Candidate], float | None, int]:
-    """Measure candidates on the same windows of the search split; best first, with the dense loss and tokens taken.
+    """Measure candidates on the same windows and examples; best reward first, with the dense loss and tokens taken.
 
     A single candidate is chosen without being measured.
     """
     if len(candidates) == 1:
         return list(candidates), None, 0
-    subset = finals_windows(env, tokens, seed)
-    measured = [replace(c, loss=env.measure(c.allocation, subset).loss) for c in candidates]
-    measured.sort(key=lambda c: c.loss if c.loss is not None and np.isfinite(c.loss) else np.inf)
-    return measured, env.dense(subset).loss, len(candidates) * len(subset) * env.window_tokens
+    subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    measured: list[tuple[float, float, Candidate]] = []
+    for candidate in candidates:
+        found = env.judge(candidate.allocation, subset, examples)
+        loss = found.pruned.loss
+        known = replace(candidate, loss=loss, reward=found.reward, objectives=found.objectives)
+        measured.append((-found.reward, np.inf if found.failed else loss, known))
+    # Where losses are so large that rewards are equal, the smaller loss; what broke down comes last.
+    measured.sort(key=lambda each: each[:2])
+    return [c for _, _, c in measured], env.dense(subset, examples).loss, len(candidates) * env.tokens(subset, examples)
 
 
 def finals_windows(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
     """Indices of the search windows that finalists, and later final refits, are compared on."""
     windows = min(len(env.windows), max(1, tokens // env.window_tokens))
     return env.draw(np.random.default_rng([FINALS_SEED, seed]), windows)
+
+
+def finals_examples(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
+    """Indices of the task examples that finalists are compared on: as many to a window as an episode has."""
+    return env.draw_examples(np.random.default_rng([FINALS_SEED, seed, 1]), len(finals_windows(env, tokens, seed)))
 
 
 def finals_loss(env: PruningEnv, tokens: int, seed: int) -> float:

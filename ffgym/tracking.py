@@ -142,7 +142,8 @@ class Tracker:
 
         Args:
             episodes: each becomes the metrics reward, perplexity, dense_perplexity, sparsity, target_sparsity,
-                fidelity, tokens and failed (0 or 1), under ``<search>/``. A perplexity that is not finite is logged
+                fidelity, tokens and failed (0 or 1), under ``<search>/``, and ``objective/NAME`` where the reward
+                weighs several. A perplexity that is not finite is logged
                 as NaN: MLflow would turn infinity into 1.8e308 and spoil the chart.
             policy: numbers about the policy after this update, e.g. ``{"policy/spread": 0.2}``, at the last step.
             search: prefix of the metrics, to keep the random baseline beside the agent.
@@ -352,6 +353,7 @@ def _episode_metrics(episode: Episode) -> dict[str, float]:
         "fidelity": episode.fidelity,
         "tokens": episode.tokens,
         "failed": float(episode.failed),
+        **{f"objective/{name}": value for name, value in episode.objectives.items()},
     }
 
 

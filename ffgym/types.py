@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,15 +138,27 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses of one model on some windows of one split.
+    """What one model was measured to be: its losses on some windows of one split, and what a reward ``needs`` beside.
+
+    Only what was asked for is there; the rest is ``None``. P is the dense model's distribution of the next token, Q
+    that of the model at hand, for the dense model itself P = Q.
 
     Attributes:
         losses: mean next-token loss of each window in nats per token, shape (windows,), float64.
         tokens_per_window: predicted tokens in each window.
+        kls: ``kl``: mean KL(P || Q) of each window in nats per token, shape (windows,).
+        reverse_kls: ``reverse_kl``: mean KL(Q || P) of each window in nats per token, shape (windows,).
+        accuracy: ``accuracy``: share of the update's task examples that are answered right, mean over tasks, in [0, 1].
+        costs: ``cost``: what the prunable sublayers cost, by resource, in the resource's unit: ``params``, ``macs`` per
+            token at the run's context, ``kv`` in bytes per token.
     """
 
     losses: tuple[float, ...]
     tokens_per_window: int
+    kls: tuple[float, ...] | None = None
+    reverse_kls: tuple[float, ...] | None = None
+    accuracy: float | None = None
+    costs: Mapping[str, float] | None = None
 
     @property
     def tokens(self) -> int:
@@ -156,6 +169,25 @@ class Evaluation:
     def loss(self) -> float:
         """Mean loss in nats per token."""
         return sum(self.losses) / len(self.losses)
+
+    @property
+    def finite(self) -> bool:
+        """Whether losses and divergences are numbers: whether the model still works."""
+        import math
+
+        return all(map(math.isfinite, (*self.losses, *(self.kls or ()), *(self.reverse_kls or ()))))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(P || Q) in nats per token; needs ``kl``."""
+        assert self.kls is not None, "needs kl"
+        return sum(self.kls) / len(self.kls)
+
+    @property
+    def reverse_kl(self) -> float:
+        """Mean KL(Q || P) in nats per token; needs ``reverse_kl``."""
+        assert self.reverse_kls is not None, "needs reverse_kl"
+        return sum(self.reverse_kls) / len(self.reverse_kls)
 
     @property
     def perplexity(self) -> float:
@@ -182,6 +214,7 @@ class Episode:
         fidelity: share of ``episode_tokens`` it was measured on.
         tokens: tokens it was measured on, which count in the search's token budget.
         failed: the loss was not finite, so the reward is the reward's ``worst``.
+        objectives: what the reward says it weighs, by name, higher = better; empty where it weighs nothing, or failed.
     """
 
     index: int
@@ -196,6 +229,7 @@ class Episode:
     fidelity: float
     tokens: int
     failed: bool = False
+    objectives: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import pytest
 import typer
 from pydantic import BaseModel
 
+import ffgym
 from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.models.families import FAMILIES
@@ -160,6 +161,24 @@ def test_statistic_is_documented(statistic: str) -> None:
     assert f"`{statistic}`" in text("docs/plugins.md")
 
 
+@pytest.mark.parametrize("measurement", sorted(manager.MEASUREMENTS))
+def test_measurement_is_documented(measurement: str) -> None:
+    assert f"| `{measurement}` |" in text("docs/plugins.md")
+
+
+def test_what_a_reward_may_say_is_documented() -> None:
+    section = text("docs/plugins.md").partition("### Reward\n")[2].partition("\n### ")[0]
+    missing = [name for name in (*Reward.__annotations__, "objectives") if f"`{name}" not in section]
+    assert not missing
+
+
+def test_tasks_that_a_reward_may_name_are_documented() -> None:
+    from ffgym.data.examples import searchable_tasks
+
+    section = text("docs/configuration.md").partition("## Rewards beyond perplexity")[2].partition("\n## ")[0]
+    assert [task for task in searchable_tasks() if f"`{task}`" not in section] == []
+
+
 @pytest.mark.parametrize("base", [*BASES.values(), BatchAgent], ids=lambda base: base.__name__)
 def test_contract_is_documented(base: type[Plugin]) -> None:
     page = text("docs/plugins.md")
@@ -298,6 +317,14 @@ class TestTutorialHeuristic(HeuristicConformance):
 class TestTutorialReward(RewardConformance):
     def make(self) -> Reward:
         return example("docs/plugins.md", "reward")()  # type: ignore[no-any-return]
+
+
+class TestTutorialRewardThatNeedsMore(RewardConformance):
+    def make(self) -> Reward:
+        (block,) = re.findall(r"^```python\n(class Small\(.*?)^```", text("docs/plugins.md"), flags=re.M | re.S)
+        namespace: dict[str, Any] = {"__name__": "documentation", "ffgym": ffgym}
+        exec(compile(block, "docs/plugins.md", "exec"), namespace)
+        return namespace["Small"]()  # type: ignore[no-any-return]
 
 
 class TestTutorialAgent(AgentConformance):

@@ -17,6 +17,7 @@ from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, DataError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Reward
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.search import (
@@ -25,6 +26,8 @@ from ffgym.search import (
     by_standing,
     episode_to_json,
     finalists,
+    finals_windows,
+    objective_standings,
     read_episodes,
     run_finals,
     search,
@@ -252,7 +255,7 @@ class TestFinalists:
         losses = {c.allocation.kept: loss for c, loss in zip(candidates, [2.0, math.nan, 1.0, 3.0], strict=True)}
         subsets = []
 
-        def measured(allocation, subset):
+        def measured(allocation, subset, examples):
             subsets.append(tuple(subset))
             from ffgym.types import Evaluation
 
@@ -270,6 +273,120 @@ class TestFinalists:
         candidates = finalists(env, RandomSearch(), [episode(i, 0, i / 3, action=np.eye(6)[i]) for i in range(3)], 3)
         _, _, tokens = run_finals(env, candidates, 10**6, seed=0)
         assert tokens == len(candidates) * 12 * 32
+
+
+class Traded(Reward):
+    """Two aims that pull apart: what is lost, and KV cache that is saved."""
+
+    name = "traded"
+    needs = frozenset({"cost"})
+
+    def __call__(self, pruned, dense):
+        return sum(self.objectives(pruned, dense).values())
+
+    def objectives(self, pruned, dense):
+        saved = 1 - pruned.costs["kv"] / dense.costs["kv"]
+        return {"ratio": math.exp(dense.loss - pruned.loss), "kv_saved": saved}
+
+
+def aimed(index, update, objectives, kept, **options):
+    named = dict(zip("ab", objectives, strict=True))
+    return replace(episode(index, update, sum(objectives), **options), objectives=named, kept=kept)
+
+
+class TestPareto:
+    @pytest.fixture
+    def traded(self, make_env):
+        env = make_env(sparsity=0.3)
+        env.reward = Traded()
+        env.prices = {"kv": Budget(env.prunable.sublayers, resource="kv")}
+        return env
+
+    def test_what_no_other_beats_is_measured_again_beside_the_finalists(self, traded):
+        settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
+        found = searched(traded, settings=settings, schedule=Schedule(0.3, 2))
+        assert 2 < len(found.finalists) <= 2 + traded.reward.pareto
+        assert len({c.allocation.kept for c in found.finalists}) == len(found.finalists)
+        assert found.final_tokens == len(found.finalists) * 160
+        subset = finals_windows(traded, 160, 3)
+        for candidate in found.finalists:
+            judged = traded.judge(candidate.allocation, subset)
+            assert (candidate.loss, candidate.reward) == (judged.pruned.loss, judged.reward)
+            assert candidate.objectives == judged.objectives
+
+    def test_the_best_reward_is_chosen_and_is_not_dominated(self, traded):
+        found = searched(traded, settings=SETTINGS.model_copy(update={"episodes": 40}), schedule=Schedule(0.3, 2))
+        rewards = [c.reward for c in found.finalists]
+        assert rewards == sorted(rewards, reverse=True)
+        assert found.best is found.finalists[0]
+        winners = {c.origin for c in found.pareto}
+        assert found.best.origin in winners
+        vectors = {c.origin: tuple(c.objectives.values()) for c in found.finalists}
+        for candidate in found.finalists:
+            beaten = any(
+                all(x >= y for x, y in zip(vectors[o.origin], vectors[candidate.origin], strict=True))
+                and vectors[o.origin] != vectors[candidate.origin]
+                for o in found.finalists
+            )
+            assert beaten != (candidate.origin in winners)
+
+    def test_a_reward_with_one_aim_has_none_and_measures_nothing_more(self, env):
+        found = searched(env)
+        assert found.pareto == ()
+        assert len(found.finalists) == 3
+        assert [c.objectives for c in found.finalists] == [{}] * 3
+
+    def test_at_most_as_many_as_the_reward_says(self, traded):
+        traded.reward.pareto = 0
+        settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
+        assert len(searched(traded, settings=settings).finalists) == 2
+
+    def test_objectives_are_compared_within_updates(self):
+        """(0.9, 0.9) is the worst of an easy subset, (0.4, 0.4) the best of a hard one."""
+        history = [
+            aimed(0, 0, (1.0, 1.0), (1,)),
+            aimed(1, 0, (0.9, 0.9), (2,)),
+            aimed(2, 1, (0.4, 0.4), (3,)),
+            aimed(3, 1, (0.1, 0.1), (4,)),
+        ]
+        points = {e.kept: point.tolist() for e, point in objective_standings(history)}
+        assert points == {
+            (1,): pytest.approx([0.05, 0.05]),
+            (2,): pytest.approx([-0.05, -0.05]),
+            (3,): pytest.approx([0.15, 0.15]),
+            (4,): pytest.approx([-0.15, -0.15]),
+        }
+
+    def test_an_allocation_that_came_up_twice_counts_with_its_mean(self):
+        history = [
+            aimed(0, 0, (0.5, 0.1), (1,)),
+            aimed(1, 0, (0.3, 0.3), (2,)),
+            aimed(2, 1, (0.9, 0.3), (1,)),
+            aimed(3, 1, (0.3, 0.3), (3,)),
+        ]
+        standing = {e.kept: (e.index, point.tolist()) for e, point in objective_standings(history)}
+        assert standing[(1,)] == (0, pytest.approx([0.2, -0.05]))
+
+    def test_failed_episodes_and_easier_stages_stay_out(self):
+        history = [
+            aimed(0, 0, (0.5, 0.5), (1,), sparsity=0.1),
+            aimed(1, 1, (0.5, 0.1), (2,)),
+            replace(episode(2, 1, 0.0), kept=(3,), failed=True),
+        ]
+        assert [e.index for e, _ in objective_standings(history)] == [1]
+
+    def test_objectives_survive_the_log(self, traded, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        found = searched(traded, log=log)
+        assert [e.objectives for e in read_episodes(log)] == [e.objectives for e in found.history]
+        assert all(set(e.objectives) == {"ratio", "kv_saved"} for e in found.history)
+
+    def test_a_log_from_before_objectives_is_read(self, tmp_path):
+        row = episode_to_json(episode(0, 0, 0.5))
+        del row["objectives"]
+        log = tmp_path / "old.jsonl"
+        log.write_text(json.dumps(row) + "\n")
+        assert read_episodes(log)[0].objectives == {}
 
 
 class Interrupting(RandomSearch):

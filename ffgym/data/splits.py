@@ -93,7 +93,7 @@ def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> 
     wanted = {role: _windows_wanted(config, role) for role in ROLES}
     corpora = _load_corpora(config)
     taken: dict[Role, torch.Tensor] = {}
-    bos = _adds_bos(tokenizer)
+    bos = adds_bos(tokenizer)
     for digest in dict.fromkeys(corpus.digest for corpus in corpora.values()):
         roles = [role for role in ROLES if corpora[role].digest == digest]
         windows = _cut_windows(corpora[roles[0]], {role: wanted[role] for role in roles}, config.window, tokenizer, bos)
@@ -185,7 +185,7 @@ def _first_tokens(corpus: Corpus, count: int, tokenizer: Any, bos: bool) -> list
         characters *= 2
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer itself puts BOS in front of a text."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]

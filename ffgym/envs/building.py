@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ffgym.config import RunConfig
+from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.evaluation.latency import LatencyTable, layer_shapes, read_table
 from ffgym.evaluation.latency_cache import Say, cached_table
 from ffgym.models.capture import OnProgress
@@ -17,7 +20,12 @@ from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.preparation import Prepared, prepare
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Reward
 from ffgym.pruning.budget import Budget
+from ffgym.types import Resource
+
+CHEAP: tuple[Resource, ...] = ("params", "macs", "kv")
+"""Resources whose cost is a sum and not a measurement: what a reward gets that needs ``cost`` and names none."""
 
 
 def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
@@ -54,10 +62,15 @@ def prepare_model(
     )
 
 
+def counts_latency(config: RunConfig) -> bool:
+    """Whether the budget or the reward counts measured latency."""
+    return "latency" in {config.prune.resource, *make_reward(config).resources}
+
+
 def make_latency(
     config: RunConfig, model: Any, *, on_progress: OnProgress | None = None, say: Say | None = None
 ) -> LatencyTable | None:
-    """The latency table of a run on a dense model; ``None`` where the budget counts something else.
+    """The latency table of a run on a dense model; ``None`` where nothing counts latency.
 
     The file that ``prune.latency_table`` names, or else this machine's own from the cache, timed now if it is missing.
 
@@ -66,7 +79,7 @@ def make_latency(
         BudgetError: it is of another model or context, or the model takes fewer than ``prune.context`` tokens.
     """
     prune = config.prune
-    if prune.resource != "latency":
+    if not counts_latency(config):
         return None
     if prune.latency_table is None:
         return cached_table(model, context=prune.context, on_progress=on_progress, say=say)
@@ -87,17 +100,28 @@ def make_budget(config: RunConfig, model: Any, latency: LatencyTable | None = No
         BudgetError: the sparsity is out of reach.
         ModelError: a stock checkpoint is asked for, which the family does not have, or not with this calibration.
     """
+    budget = budget_in(config.prune.resource, config, model, latency)
+    budget.check(config.prune.sparsity)
+    return budget
+
+
+def budget_in(resource: Resource, config: RunConfig, model: Any, latency: LatencyTable | None = None) -> Budget:
+    """What allocations of a dense model cost in a resource, which need not be the one that the run's budget is in.
+
+    Raises:
+        ModelError: a stock checkpoint is asked for, which the family does not have, or not with this calibration.
+    """
     family, prune = family_of(model), config.prune
     if prune.uniform and prune.calibration == "affine":
         family.check_stock_biases(model)
     tables = None
-    if prune.resource == "latency":
+    if resource == "latency":
         table = latency or make_latency(config, model)
-        assert table is not None
+        assert table is not None, "asked for by the budget or the reward"
         tables = table.cost_tables(layer_shapes(model))
-    budget = Budget(
+    return Budget(
         family.sublayers(model),
-        resource=prune.resource,
+        resource=resource,
         min_units=prune.min_units,
         align=prune.align,
         shapes=family.stock_shapes(model) if prune.uniform else None,
@@ -105,11 +129,46 @@ def make_budget(config: RunConfig, model: Any, latency: LatencyTable | None = No
         kv_bytes=model.get_output_embeddings().weight.element_size(),
         cost_tables=tables,
     )
-    budget.check(prune.sparsity)
-    return budget
 
 
-def build_env(config: RunConfig, prepared: Prepared, windows: torch.Tensor, budget: Budget) -> PruningEnv:
+def make_reward(config: RunConfig) -> Reward:
+    """The reward of a run, with what it asks for checked; loads nothing.
+
+    Raises:
+        ConfigError: an option that it refuses, accuracy without tasks, or a cost that the budget fixes already.
+        UnknownNameError: no such reward, task or resource.
+    """
+    reward = manager.create("reward", config.reward.name, config.reward.options)
+    if "accuracy" in reward.needs:
+        if not reward.tasks:
+            raise ConfigError(
+                f"reward {config.reward.name!r} needs accuracy, and names no tasks to measure it on",
+                hint="Name some, e.g. --set 'reward.tasks=[\"arc_easy\"]', or give accuracy no weight.",
+            )
+        check_search_tasks(reward.tasks)
+    if "cost" in reward.needs:
+        known = get_args(Resource)
+        for resource in reward.resources:
+            if resource not in known:
+                raise UnknownNameError("resource", resource, known)
+            if resource == config.prune.resource:
+                raise ConfigError(
+                    f"reward {config.reward.name!r} weighs {resource}, and the budget is in {resource}: it costs the "
+                    "same whatever the allocation",
+                    hint=f"Weigh another resource ({', '.join(r for r in known if r != resource)}), or prune another.",
+                )
+    return reward
+
+
+def build_env(
+    config: RunConfig,
+    prepared: Prepared,
+    windows: torch.Tensor,
+    budget: Budget,
+    *,
+    loaded: LoadedModel | None = None,
+    latency: LatencyTable | None = None,
+) -> PruningEnv:
     """The stationary environment of a run.
 
     Args:
@@ -117,17 +176,31 @@ def build_env(config: RunConfig, prepared: Prepared, windows: torch.Tensor, budg
         prepared: model with paths.
         windows: search split, shape (windows, length), int64.
         budget: see ``make_budget``.
+        loaded: the model's tokenizer and context, for a reward that needs accuracy.
+        latency: the times that a budget or a reward in latency counts.
     """
+    reward, model = make_reward(config), prepared.prunable.model
+    examples = task_examples(reward.tasks, loaded) if loaded is not None and "accuracy" in reward.needs else ()
+    named = [resource for resource in get_args(Resource) if resource in reward.resources]
+    resources: Sequence[Resource] = (named or CHEAP) if "cost" in reward.needs else ()
     return PruningEnv(
         prepared.prunable,
-        manager.create("reward", config.reward.name, config.reward.options),
+        reward,
         windows,
         budget,
         sparsity=config.prune.sparsity,
         episode_windows=-(-config.search.episode_tokens // config.data.window),
         calibrated=config.prune.calibration != "none",
-        tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
+        tokens_per_batch=tokens_per_batch(model.device),
+        examples=examples,
+        prices={resource: budget_in(resource, config, model, latency) for resource in resources},
     )
+
+
+def task_examples(tasks: Sequence[str], loaded: LoadedModel) -> list[EncodedExample]:
+    """All examples of some tasks that a search may be rewarded on, as token ids, task after task."""
+    limit = loaded.context_limit
+    return [encode(e, loaded.tokenizer, context_limit=limit) for task in tasks for e in search_examples(task)]
 
 
 def make_pruning_env(config: RunConfig | dict[str, Any] | None = None, **tables: Any) -> PruningEnv:
@@ -139,7 +212,8 @@ def make_pruning_env(config: RunConfig | dict[str, Any] | None = None, **tables:
     """
     if config is None or isinstance(config, dict):
         config = RunConfig.model_validate({**(config or {}), **tables})
+    make_reward(config)
     loaded, splits = load_parts(config)
     budget = make_budget(config, loaded.model)
     prepared = prepare_model(config, loaded, splits.calibration.windows)
-    return build_env(config, prepared, splits.search.windows, budget)
+    return build_env(config, prepared, splits.search.windows, budget, loaded=loaded)

@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.pruning_env import OBJECTIVE, PruningEnv
 from ffgym.envs.schedule import Schedule, Stage
 from ffgym.errors import DataError
 from ffgym.types import Episode
@@ -68,6 +68,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._update = 0
         self._stage = schedule.stage(0.0)
         self._subset: tuple[int, ...] = ()
+        self._examples: tuple[int, ...] = ()
 
     @property
     def tokens_left(self) -> int:
@@ -105,8 +106,12 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _begin(self) -> np.ndarray:
         self._stage = self.schedule.stage(self.tokens_spent / self.token_budget)
         self._subset = self.env.draw(self.np_random, self._stage.windows)
-        observation, _ = self.env.reset(options={"sparsity": self._stage.sparsity, "subset": self._subset})
+        self._examples = self.env.draw_examples(self.np_random, self._stage.windows)
+        observation, _ = self.env.reset(options=self._task())
         return np.tile(observation, (self.num_envs, 1))
+
+    def _task(self) -> dict[str, Any]:
+        return {"sparsity": self._stage.sparsity, "subset": self._subset, "examples": self._examples}
 
     def _episode(self, action: np.ndarray) -> Episode:
         index = len(self.history)
@@ -141,7 +146,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return next((episode for episode in siblings if episode.kept == kept), None)
 
     def _measured(self, index: int, action: np.ndarray) -> Episode:
-        self.env.reset(options={"sparsity": self._stage.sparsity, "subset": self._subset})
+        self.env.reset(options=self._task())
         _, reward, _, _, info = self.env.step(action)
         return Episode(
             index=index,
@@ -156,4 +161,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             fidelity=self._stage.fidelity,
             tokens=int(info["tokens"]),
             failed=bool(info["failed"]),
+            objectives={
+                key.removeprefix(OBJECTIVE): float(value) for key, value in info.items() if key.startswith(OBJECTIVE)
+            },
         )

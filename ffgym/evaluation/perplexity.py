@@ -46,11 +46,24 @@ def evaluate(
 
 def window_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
     """Mean loss of each window in one forward pass; shape (windows,), float64, on the CPU."""
-    ids = windows.to(model.get_input_embeddings().weight.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    targets = ids[:, 1:].to(hidden.device)
+    hidden, targets = predicting(model, windows)
     flat = token_losses(model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
     return flat.reshape(targets.shape).double().mean(dim=1).cpu()
+
+
+def predicting(model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states that predict a token, and those tokens.
+
+    Args:
+        model: a Hugging Face causal LM in eval mode.
+        windows: token ids, shape (windows, length), int64.
+
+    Returns:
+        hidden states, shape (windows, length - 1, d), the model's dtype; next tokens, shape (windows, length - 1).
+    """
+    ids = windows.to(model.get_input_embeddings().weight.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    return hidden, ids[:, 1:].to(hidden.device)
 
 
 def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -65,21 +78,42 @@ def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tor
         shape (tokens,), float32, nats.
     """
     head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
     hidden, targets = hidden.to(head.weight.device), targets.to(head.weight.device)
-    rows = min(len(hidden), max(1, LOGIT_BYTES // (4 * head.weight.shape[0])))
+    rows = rows_per_chunk(head, len(hidden))
     # Both buffers serve every chunk: fresh ones of this size cost more in page faults than the sums that fill them.
     logits_buffer = hidden.new_empty(rows, head.weight.shape[0])
     exponentials_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
     parts: list[torch.Tensor] = []
     for states, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-        logits = torch.mm(states, head.weight.T, out=logits_buffer[: len(states)])
-        if head.bias is not None:
-            logits += head.bias
-        if cap is not None:
-            logits.div_(cap).tanh_().mul_(cap)
+        logits = project(model, states, logits_buffer)
         chosen = logits.gather(1, wanted[:, None])[:, 0].float()
         top = logits.amax(dim=1, keepdim=True).float()
         exponentials = exponentials_buffer[: len(states)].copy_(logits).sub_(top).exp_()
         parts.append(exponentials.sum(dim=1).log_() + top[:, 0] - chosen)
     return torch.cat(parts)
+
+
+def rows_per_chunk(head: nn.Linear, tokens: int) -> int:
+    """Positions whose logits are held at once."""
+    return min(tokens, max(1, LOGIT_BYTES // (4 * head.weight.shape[0])))
+
+
+def project(model: Any, states: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Logits of a few positions, soft-capped where the model's config names a cap.
+
+    Args:
+        model: gives the output head.
+        states: final hidden states, shape (rows, d).
+        buffer: shape (at least rows, vocabulary), the model's dtype; overwritten.
+
+    Returns:
+        its first rows, shape (rows, vocabulary).
+    """
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    logits = torch.mm(states, head.weight.T, out=buffer[: len(states)])
+    if head.bias is not None:
+        logits += head.bias
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits

@@ -87,15 +87,34 @@ class Heuristic(Plugin, ABC):
 class Reward(Plugin, ABC):
     """Turns what an episode measured into one number, higher = better.
 
+    An instance may ask for less than its class does, where an option switches something off.
+
     Attributes:
         worst: what an episode earns whose loss is NaN or infinite.
+        needs: what to measure beside the losses, any of ``{"kl", "reverse_kl", "accuracy", "cost"}``.
+        tasks: names of the multiple-choice tasks that ``accuracy`` is measured on.
+        examples: how many of their examples one episode at full fidelity is measured on, as many of every task.
+        resources: names of the resources that ``cost`` is measured in, e.g. ``("macs",)``; empty for all but latency.
+        pareto: how many non-dominated allocations are measured again beside the finalists, where there are objectives.
     """
 
     worst: ClassVar[float] = 0.0
+    needs: frozenset[str] = frozenset()
+    tasks: tuple[str, ...] = ()
+    examples: int = 128
+    resources: tuple[str, ...] = ()
+    pareto: int = 8
 
     @abstractmethod
     def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-        """Compare the pruned with the dense model on the same windows."""
+        """Compare the pruned with the dense model on the same windows and examples."""
+
+    def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
+        """Name the objectives that are traded for each other, each higher = better; a run then keeps their Pareto set.
+
+        Always the same names, and finite numbers. A reward with a single aim has none.
+        """
+        return {}
 
 
 class Agent(Plugin, ABC):

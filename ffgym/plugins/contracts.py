@@ -110,6 +110,22 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
     return number
 
 
+def check_objectives(reward: Reward, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
+    """Let a reward name its objectives for two models whose losses are finite.
+
+    Raises:
+        PluginError: it raised, or returned something that is not finite numbers by name.
+    """
+    answer = _called(reward, lambda: reward.objectives(pruned, dense), "naming its objectives")
+    try:
+        numbers = {str(name): float(value) for name, value in answer.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise PluginError(f"{described(reward)}: objectives returned {answer!r}, not numbers by name") from None
+    if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
+        raise PluginError(f"{described(reward)}: objective {wrong[0]} is {numbers[wrong[0]]}, not finite")
+    return numbers
+
+
 def _called(plugin: Plugin, call: Callable[[], Result], doing: str) -> Result:
     try:
         return call()

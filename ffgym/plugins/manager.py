@@ -32,6 +32,10 @@ ENVIRONMENT_VARIABLE = "FFGYM_LOAD_PLUGINS"
 """Names of the entry points to load, separated by commas; empty loads none; unset loads all."""
 
 STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_gradient"})
+"""What a criterion or a heuristic may need."""
+
+MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
+"""What a reward may need beside the losses."""
 
 
 class BuiltIn(NamedTuple):
@@ -73,6 +77,10 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     },
     "reward": {
         "perplexity": BuiltIn("ffgym.rewards.perplexity:Perplexity", "dense perplexity over pruned perplexity"),
+        "kl": BuiltIn("ffgym.rewards.kl:KL", "exp(-KL): how far the next-token distribution moves from the dense one"),
+        "multi-objective": BuiltIn(
+            "ffgym.rewards.multi_objective:MultiObjective", "weighted perplexity ratio, task accuracy and saved cost"
+        ),
     },
 }
 
@@ -311,10 +319,9 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, PluginConfig)):
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
     needs = frozenset(getattr(cls, "needs", ()))
-    if not needs <= STATISTICS:
-        raise PluginError(
-            f"{kind} {name!r} needs unknown statistics {sorted(needs - STATISTICS)}; known: {sorted(STATISTICS)}"
-        )
+    known, called = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
+    if not needs <= known:
+        raise PluginError(f"{kind} {name!r} needs unknown {called} {sorted(needs - known)}; known: {sorted(known)}")
 
 
 def _owners(kind: PluginKind, name: str) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ import torch
 from pydantic import ValidationError
 
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
-from ffgym.plugins.contracts import check_importance, check_reward, check_scores
-from ffgym.plugins.manager import STATISTICS
+from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
+from ffgym.plugins.manager import MEASUREMENTS, STATISTICS
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
-from ffgym.types import Evaluation, LayerStats, Sublayer, Update
+from ffgym.types import Evaluation, LayerStats, Resource, Sublayer, Update
 
 
 class PluginConformance(ABC):
@@ -127,10 +127,38 @@ class RewardConformance(PluginConformance):
     def make(self) -> Reward:
         """Make a fresh instance of the reward under test."""
 
+    def evaluation(self, loss: float, dense: float = 3.0) -> Evaluation:
+        """What the reward's ``needs`` asks for, of a model with this loss in nats per token: the higher, the worse.
+
+        Divergences are what the loss is above dense, accuracy falls with the loss, the cost is the same for all.
+        """
+        reward = self.make()
+        apart = (max(0.0, loss - dense),) * 3
+        return Evaluation(
+            (loss,) * 3,
+            128,
+            kls=apart if "kl" in reward.needs else None,
+            reverse_kls=apart if "reverse_kl" in reward.needs else None,
+            accuracy=1 / (1 + loss) if "accuracy" in reward.needs else None,
+            costs=dict.fromkeys(reward.resources or get_args(Resource), 100.0) if "cost" in reward.needs else None,
+        )
+
     def reward(self, pruned: float, dense: float = 3.0) -> float:
         """Reward of constant losses in nats per token, checked by the contract."""
-        windows = 3
-        return check_reward(self.make(), Evaluation((pruned,) * windows, 128), Evaluation((dense,) * windows, 128))
+        return check_reward(self.make(), self.evaluation(pruned, dense), self.evaluation(dense, dense))
+
+    def test_asks_for_known_measurements(self) -> None:
+        """``needs`` names what ffgym can measure, and an instance needs no more than its class says."""
+        reward = self.make()
+        known = type(reward).needs
+        assert known <= MEASUREMENTS, f"needs has {sorted(known - MEASUREMENTS)}; known are {sorted(MEASUREMENTS)}"
+        assert reward.needs <= known, f"the instance also needs {sorted(reward.needs - known)}"
+
+    def test_objectives_have_fixed_names_and_finite_values(self) -> None:
+        """A run compares candidates objective by objective."""
+        dense = self.evaluation(3.0)
+        named = [check_objectives(self.make(), self.evaluation(loss), dense) for loss in (3.0, 3.5, 100.0)]
+        assert len({tuple(objectives) for objectives in named}) == 1, f"the names differ: {named}"
 
     def test_finite_for_every_finite_loss(self) -> None:
         """Also for a broken model: nats per token far beyond the vocabulary's logarithm."""

@@ -85,7 +85,7 @@ def test_a_step_says_what_came_of_it_in_final_info(env):
 def test_the_subset_is_redrawn_every_update_and_common_to_its_episodes(env, monkeypatch):
     subsets = []
     measure = env.measure
-    monkeypatch.setattr(env, "measure", lambda a, subset: subsets.append(tuple(subset)) or measure(a, subset))
+    monkeypatch.setattr(env, "measure", lambda a, subset, *_: subsets.append(tuple(subset)) or measure(a, subset))
     vector = vector_of(env, episodes=12)
     played(vector)
     updates = [subsets[i : i + 3] for i in range(0, 12, 3)]

@@ -196,9 +196,40 @@ class Overflow(Reward):
         return -pruned.perplexity
 
 
+class Secretive(Reward):
+    """Reads what it did not ask for."""
+
+    name = "secretive"
+
+    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
+        return -pruned.kl
+
+
+class Grows(Secretive):
+    """Asks for more than its class says."""
+
+    name = "grows"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needs = frozenset({"kl"})
+
+
+class Wavering(Upside):
+    """Has another aim for every model."""
+
+    name = "wavering"
+
+    def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
+        return {f"at {pruned.loss:.0f}": 1.0}
+
+
 @pytest.mark.parametrize(
     ("reward", "test"),
     [
+        (Secretive, "test_finite_for_every_finite_loss"),
+        (Grows, "test_asks_for_known_measurements"),
+        (Wavering, "test_objectives_have_fixed_names_and_finite_values"),
         (Upside, "test_lower_loss_never_earns_less"),
         (Upside, "test_worst_is_the_floor"),
         (Overflow, "test_finite_for_every_finite_loss"),

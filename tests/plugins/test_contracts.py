@@ -12,7 +12,7 @@ import torch
 
 from ffgym.errors import DataError, PluginError
 from ffgym.plugins.bases import Criterion, Heuristic, Reward
-from ffgym.plugins.contracts import check_importance, check_reward, check_scores
+from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
 from ffgym.testing.toys import toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer
 
@@ -151,3 +151,44 @@ def test_bad_rewards_name_the_plugin(answer: Any, complaint: str) -> None:
     with pytest.raises(PluginError, match=complaint) as caught:
         check_reward(Number(answer), PRUNED, DENSE)
     assert "reward 'number' (package" in str(caught.value)
+
+
+class Aims(Number):
+    name = "aims"
+
+    def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
+        result: dict[str, float] = self.answer() if callable(self.answer) else self.answer
+        return result
+
+
+def test_objectives_come_back_as_python_floats() -> None:
+    answer = check_objectives(Aims({"a": np.float32(0.5), "b": 1}), PRUNED, DENSE)
+    assert answer == {"a": 0.5, "b": 1.0}
+    assert {type(value) for value in answer.values()} == {float}
+    assert check_objectives(Number(1.0), PRUNED, DENSE) == {}, "a reward may have none"
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ({"a": math.nan}, "objective a is nan, not finite"),
+        ({"a": "high"}, "not numbers by name"),
+        ([1.0, 2.0], "not numbers by name"),
+        (fail, "failed while naming its objectives: KeyError"),
+    ],
+)
+def test_bad_objectives_name_the_plugin(answer: Any, complaint: str) -> None:
+    with pytest.raises(PluginError, match=complaint) as caught:
+        check_objectives(Aims(answer), PRUNED, DENSE)
+    assert "reward 'aims' (package" in str(caught.value)
+
+
+def test_what_was_not_measured_says_what_to_ask_for() -> None:
+    class Forgetful(Number):
+        name = "forgetful"
+
+        def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
+            return -pruned.kl
+
+    with pytest.raises(PluginError, match="needs kl"):
+        check_reward(Forgetful(0), PRUNED, DENSE)

@@ -129,6 +129,11 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         (HOOK + "[ffgym.Criterion]", "does not define score"),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1})]", "name is None"),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': {'sqare'}})]", "sqare"),
+        (
+            HOOK.replace("criteria", "rewards")
+            + "[type('A', (ffgym.Reward,), {'__call__': 1, 'name': 'a', 'needs': {'kl', 'acuracy'}})]",
+            "reward 'a' needs unknown measurements ['acuracy']",
+        ),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': dict})]", "PluginConfig"),
         (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "PluginValidationError"),
         (HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]", "unknown hook"),

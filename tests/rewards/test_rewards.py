@@ -1,9 +1,17 @@
-"""The built-in reward keeps its contract and is Eq. 2 of the paper."""
+"""The built-in rewards keep their contracts and are the formulas of their docstrings."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
+from ffgym.errors import ConfigError
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Reward
+from ffgym.rewards.kl import KL
+from ffgym.rewards.multi_objective import MultiObjective
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.conformance import RewardConformance
 from ffgym.types import Evaluation
@@ -12,6 +20,26 @@ from ffgym.types import Evaluation
 class TestPerplexity(RewardConformance):
     def make(self) -> Perplexity:
         return Perplexity()
+
+
+class TestForwardKL(RewardConformance):
+    def make(self) -> KL:
+        return KL()
+
+
+class TestReverseKL(RewardConformance):
+    def make(self) -> KL:
+        return KL(KL.Config(direction="reverse"))
+
+
+class TestMultiObjective(RewardConformance):
+    def make(self) -> MultiObjective:
+        return MultiObjective()
+
+
+class TestMultiObjectiveWithoutAccuracy(RewardConformance):
+    def make(self) -> MultiObjective:
+        return MultiObjective(MultiObjective.Config(accuracy=0, resource="kv"))
 
 
 def test_reward_is_dense_over_pruned_perplexity() -> None:
@@ -23,3 +51,70 @@ def test_dense_model_earns_one_and_a_broken_one_nothing() -> None:
     dense = Evaluation((3.0,), 128)
     assert Perplexity()(dense, dense) == 1.0
     assert Perplexity()(Evaluation((2000.0,), 128), dense) == 0.0
+
+
+def test_kl_is_the_exponential_of_the_mean_divergence_in_the_direction_asked_for() -> None:
+    pruned = Evaluation((9.0, 9.0), 128, kls=(0.2, 0.4), reverse_kls=(1.0, 2.0))
+    dense = Evaluation((3.0, 3.0), 128, kls=(0.0, 0.0), reverse_kls=(0.0, 0.0))
+    reverse = manager.create("reward", "kl", {"direction": "reverse"})
+    assert KL()(pruned, dense) == pytest.approx(math.exp(-0.3))
+    assert reverse(pruned, dense) == pytest.approx(math.exp(-1.5))
+    assert (KL().needs, reverse.needs) == ({"kl"}, {"reverse_kl"})
+    assert KL().objectives(pruned, dense) == {}, "one aim: nothing to trade"
+
+
+def test_an_unknown_direction_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reward.direction = 'sideways'"):
+        manager.create("reward", "kl", {"direction": "sideways"})
+
+
+class TestWeights:
+    dense = Evaluation((3.0,), 128, accuracy=0.6, costs={"macs": 200.0, "kv": 50.0})
+    pruned = Evaluation((3.5,), 128, accuracy=0.45, costs={"macs": 150.0, "kv": 20.0})
+
+    def make(self, **options: Any) -> Reward:
+        return manager.create("reward", "multi-objective", options)
+
+    def test_is_the_weighted_mean_of_its_terms(self) -> None:
+        got = self.make(perplexity=2, accuracy=1, cost=0.5)(self.pruned, self.dense)
+        assert got == pytest.approx((2 * math.exp(-0.5) + 1 * 0.85 + 0.5 * 0.25) / 3.5)
+
+    def test_only_the_proportions_of_the_weights_count(self) -> None:
+        one = self.make(perplexity=1, accuracy=2, cost=3)(self.pruned, self.dense)
+        assert self.make(perplexity=10, accuracy=20, cost=30)(self.pruned, self.dense) == pytest.approx(one)
+
+    def test_perplexity_alone_is_the_papers_reward(self) -> None:
+        alone = self.make(accuracy=0, cost=0)
+        assert alone(self.pruned, self.dense) == pytest.approx(Perplexity()(self.pruned, self.dense))
+        assert alone.needs == frozenset(), "a term without weight is not measured"
+
+    def test_objectives_are_the_terms_that_have_a_weight(self) -> None:
+        ratio = pytest.approx(math.exp(-0.5))
+        named = self.make().objectives(self.pruned, self.dense)
+        assert named == {"perplexity_ratio": ratio, "accuracy": 0.45, "macs_saved": 0.25}
+        named = self.make(accuracy=0, resource="kv").objectives(self.pruned, self.dense)
+        assert named == {"perplexity_ratio": ratio, "kv_saved": pytest.approx(0.6)}
+        assert list(self.make(perplexity=0).objectives(self.pruned, self.dense)) == ["accuracy", "macs_saved"]
+
+    def test_what_costs_more_than_dense_saves_nothing(self) -> None:
+        """A measured latency may: the reward never falls below ``worst``."""
+        slower = Evaluation((3.0,), 128, accuracy=0.6, costs={"macs": 260.0})
+        only_cost = self.make(perplexity=0, accuracy=0)
+        assert only_cost(slower, self.dense) == 0.0
+        assert only_cost.objectives(slower, self.dense) == {"macs_saved": pytest.approx(-0.3)}
+
+    @pytest.mark.parametrize("weight", ["perplexity", "accuracy", "cost"])
+    @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+    def test_weights_are_finite_and_not_negative(self, weight: str, value: float) -> None:
+        with pytest.raises(ConfigError, match=rf"reward\.{weight} = "):
+            self.make(**{weight: value})
+
+    def test_weights_that_are_all_zero_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="are all 0") as caught:
+            self.make(perplexity=0, accuracy=0, cost=0)
+        assert "--set reward.perplexity=1" in str(caught.value.hint)
+
+    @pytest.mark.parametrize("options", [{"examples": 0}, {"pareto": -1}, {"tasks": "arc_easy"}, {"weigths": 1}])
+    def test_other_options_are_checked(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            self.make(**options)

@@ -1,0 +1,117 @@
+"""Kullback-Leibler divergence from the dense model, without ever holding the logits of a whole window.
+
+The dense model's logits of all search text would be gigabytes. Its final hidden states are a few hundred numbers a
+token, and pruning leaves the output head alone: so the hidden states are kept, and the head is applied to them again, a
+few hundred positions at a time, beside those of the pruned model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ffgym.evaluation.perplexity import predicting, project, rows_per_chunk, token_losses
+from ffgym.types import Evaluation
+
+BUFFERS = 3  # float32 numbers held per logit here, where the loss alone holds one
+
+
+@torch.inference_mode()
+def remember(model: Any, window: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Loss of the dense model on one window, and the hidden states that its distributions can be had from again.
+
+    Args:
+        model: the dense model.
+        window: token ids, shape (length,), int64.
+
+    Returns:
+        mean loss in nats per token; final hidden states, shape (length - 1, d), on the CPU, in the model's dtype: what
+        a bfloat16 model computes is kept bit for bit, and the dense model's divergence from itself is exactly 0.
+    """
+    hidden, targets = predicting(model, window[None])
+    loss = token_losses(model, hidden[0], targets[0]).double().mean()
+    return float(loss), hidden[0].cpu()
+
+
+@torch.inference_mode()
+def evaluate_against(
+    model: Any,
+    windows: torch.Tensor,
+    dense_hidden: Sequence[torch.Tensor],
+    *,
+    needs: frozenset[str],
+    tokens_per_batch: int = 4096,
+) -> Evaluation:
+    """Mean loss and divergence of every window.
+
+    Args:
+        model: a Hugging Face causal LM in eval mode, with the dense model's output head.
+        windows: token ids, shape (windows, length), int64, length >= 2.
+        dense_hidden: for each window what `remember` kept, shape (length - 1, d).
+        needs: ``kl``, ``reverse_kl`` or both: which direction to measure.
+        tokens_per_batch: tokens in one forward pass (whole windows, at least one).
+
+    Returns:
+        losses, ``kls`` and ``reverse_kls`` as asked for, in nats per token.
+    """
+    rows: list[torch.Tensor] = []
+    size = max(1, tokens_per_batch // windows.shape[1])
+    for start in range(0, len(windows), size):
+        hidden, targets = predicting(model, windows[start : start + size])
+        dense = torch.stack(list(dense_hidden[start : start + size]))
+        flat = token_divergences(model, hidden.flatten(0, 1), dense.flatten(0, 1), targets.flatten(), needs)
+        rows.append(flat.view(3, *targets.shape).double().mean(dim=2).cpu())
+    losses, forward, backward = (tuple(column) for column in torch.cat(rows, dim=1).tolist())
+    return Evaluation(
+        losses,
+        windows.shape[1] - 1,
+        kls=forward if "kl" in needs else None,
+        reverse_kls=backward if "reverse_kl" in needs else None,
+    )
+
+
+def token_divergences(
+    model: Any, hidden: torch.Tensor, dense_hidden: torch.Tensor, targets: torch.Tensor, needs: frozenset[str]
+) -> torch.Tensor:
+    """Loss, KL(P || Q) and KL(Q || P) at each position, P from the dense hidden states, Q from the others.
+
+    Args:
+        model: gives the output head that both go through.
+        hidden: final hidden states, shape (tokens, d).
+        dense_hidden: the dense model's, shape (tokens, d).
+        targets: next tokens, shape (tokens,), int64.
+        needs: ``kl``, ``reverse_kl`` or both.
+
+    Returns:
+        shape (3, tokens), float32, nats; NaN in the row of a direction that was not asked for.
+    """
+    head = model.get_output_embeddings().weight
+    hidden, dense_hidden, targets = (part.to(head.device) for part in (hidden, dense_hidden, targets))
+    rows = max(1, rows_per_chunk(model.get_output_embeddings(), len(hidden)) // BUFFERS)
+    logits_buffer = hidden.new_empty(rows, head.shape[0])
+    log_p, log_q, work = (logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32) for _ in range(BUFFERS))
+    result = hidden.new_full((3, len(hidden)), torch.nan, dtype=torch.float32)
+    for start in range(0, len(hidden), rows):
+        here = slice(start, min(start + rows, len(hidden)))
+        count = here.stop - here.start
+        p, q, spare = log_p[:count], log_q[:count], work[:count]
+        _log_softmax(project(model, dense_hidden[here], logits_buffer), p, spare)
+        _log_softmax(project(model, hidden[here], logits_buffer), q, spare)
+        result[0, here] = -q.gather(1, targets[here, None])[:, 0]
+        torch.exp(p, out=spare)
+        # Term by term: the difference of two sums over the vocabulary would lose a small divergence in rounding.
+        difference = p.sub_(q)
+        if "kl" in needs:
+            result[1, here] = spare.mul_(difference).sum(dim=1).clamp_min_(0)
+        if "reverse_kl" in needs:
+            torch.exp(q, out=spare)
+            result[2, here] = spare.mul_(difference).sum(dim=1).neg_().clamp_min_(0)
+    return result
+
+
+def _log_softmax(logits: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:
+    out.copy_(logits).sub_(logits.amax(dim=1, keepdim=True).float())
+    torch.exp(out, out=work)
+    out.sub_(work.sum(dim=1, keepdim=True).log_())

@@ -1,0 +1,117 @@
+"""Chunked divergences are those of the full distributions, and the dense model's logits are never kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffgym.evaluation import perplexity
+from ffgym.evaluation.divergence import evaluate_against, remember
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+BOTH = frozenset({"kl", "reverse_kl"})
+
+
+def disturbed(model):
+    """The same output head on other layers: what pruning leaves of a model."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name:
+                parameter.mul_(0.8)
+    return model
+
+
+@torch.no_grad()
+def plain(dense, pruned, windows):
+    """One window at a time, full distributions, float64: (losses, forward, reverse)."""
+    rows = []
+    for window in windows:
+        p, q = (
+            m(input_ids=window[None], use_cache=False).logits[0, :-1].double().log_softmax(1) for m in (dense, pruned)
+        )
+        forward, reverse = (p.exp() * (p - q)).sum(1).mean(), (q.exp() * (q - p)).sum(1).mean()
+        rows.append((float(-q.gather(1, window[1:, None]).mean()), float(forward), float(reverse)))
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def measured(dense, pruned, windows, needs=BOTH, **options):
+    hidden = [remember(dense, window)[1] for window in windows]
+    return evaluate_against(pruned, windows, hidden, needs=needs, **options)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_equals_the_full_distributions(family, random_windows):
+    dense, pruned, windows = tiny_model(family), disturbed(tiny_model(family)), random_windows(5, 20)
+    losses, forward, reverse = plain(dense, pruned, windows)
+    got = measured(dense, pruned, windows)
+    assert got.losses == pytest.approx(losses, rel=1e-5)
+    assert got.kls == pytest.approx(forward, rel=1e-4)
+    assert got.reverse_kls == pytest.approx(reverse, rel=1e-4)
+    assert got.kl == pytest.approx(sum(forward) / 5, rel=1e-4)
+    assert got.reverse_kl == pytest.approx(sum(reverse) / 5, rel=1e-4)
+    assert max(abs(a - b) for a, b in zip(forward, reverse, strict=True)) > 1e-3, "the directions can be told apart"
+    assert got.tokens_per_window == 19
+
+
+@pytest.mark.parametrize(("rows", "tokens_per_batch"), [(1, 1), (7, 40), (40, 60), (10_000, 10_000)])
+def test_chunks_and_batches_do_not_matter(rows, tokens_per_batch, random_windows, monkeypatch):
+    dense, pruned, windows = tiny_model("llama"), disturbed(tiny_model("llama")), random_windows(5, 20)
+    monkeypatch.setattr(perplexity, "LOGIT_BYTES", rows * 4 * 128)
+    got = measured(dense, pruned, windows, tokens_per_batch=tokens_per_batch)
+    losses, forward, reverse = plain(dense, pruned, windows)
+    assert got.losses == pytest.approx(losses, rel=1e-5)
+    assert got.kls == pytest.approx(forward, rel=1e-4)
+    assert got.reverse_kls == pytest.approx(reverse, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_model_does_not_differ_from_itself(dtype, random_windows):
+    model, windows = tiny_model("llama", dtype=dtype), random_windows(4, 20)
+    got = measured(model, model, windows, tokens_per_batch=20)
+    assert got.kls == got.reverse_kls == (0.0,) * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_remembered_is_small_and_in_the_models_dtype(dtype, random_windows):
+    model, windows = tiny_model("llama", dtype=dtype), random_windows(2, 20)
+    loss, hidden = remember(model, windows[0])
+    assert (hidden.shape, hidden.dtype, hidden.device.type) == ((19, 32), dtype, "cpu")
+    assert loss == evaluate(model, windows[:1]).losses[0]
+
+
+def test_only_the_direction_that_is_asked_for_is_there(random_windows):
+    model, windows = tiny_model("llama"), random_windows(2, 20)
+    forward, reverse = (measured(model, model, windows, frozenset({name})) for name in ("kl", "reverse_kl"))
+    assert (forward.kls is None, forward.reverse_kls is None) == (False, True)
+    assert (reverse.kls is None, reverse.reverse_kls is None) == (True, False)
+    with pytest.raises(AssertionError, match="needs reverse_kl"):
+        _ = forward.reverse_kl
+
+
+def test_a_soft_cap_and_a_head_bias_count(random_windows):
+    models = []
+    for disturb in (False, True):
+        model = tiny_model("llama")
+        model.config.final_logit_softcapping = 2.0
+        head = model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.linspace(-3, 3, 128))
+        models.append(disturbed(model) if disturb else model)
+    windows = random_windows(3, 20)
+    got = measured(*models, windows)
+    with torch.no_grad():
+        for index, window in enumerate(windows):
+            p, q = (
+                (2 * torch.tanh(m(input_ids=window[None], use_cache=False).logits[0, :-1].double() / 2)).log_softmax(1)
+                for m in models
+            )
+            assert got.kls[index] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+
+
+def test_a_model_that_breaks_down_is_not_finite(random_windows):
+    dense, broken, windows = tiny_model("llama"), tiny_model("llama"), random_windows(2, 20)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
+    got = measured(dense, broken, windows)
+    assert not got.finite
+    assert measured(dense, dense, windows).finite
