@@ -70,7 +70,7 @@ def make_budget(config: RunConfig, model: Any) -> Budget:
         context=prune.context,
         kv_bytes=model.get_output_embeddings().weight.element_size(),
     )
-    budget.check(prune.sparsity)
+    budget.check(prune.ends[1])
     return budget
 
 
@@ -88,7 +88,7 @@ def build_env(config: RunConfig, prepared: Prepared, windows: torch.Tensor, budg
         manager.create("reward", config.reward.name, config.reward.options),
         windows,
         budget,
-        sparsity=config.prune.sparsity,
+        sparsity=config.prune.target,
         episode_windows=-(-config.search.episode_tokens // config.data.window),
         calibrated=config.prune.calibration != "none",
         tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),

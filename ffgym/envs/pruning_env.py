@@ -35,9 +35,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     ``reset(options={"sparsity": p, "subset": indices})`` sets the task: target sparsity, and the search windows that
     the episode is measured on. Without options the sparsity is the constructor's and the subset is drawn.
+    With ``"hopeless": x`` the windows are measured one by one, and no more of them once the mean loss so far lies more
+    than x nats per token above the dense model's on the same windows; the reward is that of the windows measured.
 
     The step's info holds ``kept`` (int64, (2L,)), ``sparsity``, ``loss`` and ``dense_loss`` (nats per token),
-    ``tokens`` (evaluated in this step) and ``failed`` (0 or 1: the loss was not finite).
+    ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite) and ``stopped_early`` (0 or 1).
 
     Args:
         prunable: the prepared model.
@@ -83,6 +85,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._dense: dict[int, float] = {}
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
+        self._hopeless: float | None = None
 
     @property
     def window_tokens(self) -> int:
@@ -106,6 +109,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.budget.check(self._target)
         subset: Sequence[int] | None = options.get("subset")
         self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
+        self._hopeless = options.get("hopeless")
         return self.observation(), {}
 
     def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
@@ -127,7 +131,12 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Prune as the action says, measure, put the dense model back."""
         allocation = self.budget.project(action, self._target)
         dense = self.dense(self._subset)
-        pruned = self.measure(allocation, self._subset)
+        if self._hopeless is None:
+            pruned = self.measure(allocation, self._subset)
+        else:
+            pruned = self._measure_while_hopeful(allocation, dense, self._hopeless)
+            dense = Evaluation(dense.losses[: len(pruned.losses)], dense.tokens_per_window)
+        windows = len(pruned.losses)
         failed = not math.isfinite(pruned.loss)
         reward = self.reward.worst if failed else check_reward(self.reward, pruned, dense)
         info: Info = {
@@ -135,8 +144,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             "sparsity": allocation.sparsity,
             "loss": pruned.loss,
             "dense_loss": dense.loss,
-            "tokens": len(self._subset) * self.window_tokens,
+            "tokens": windows * self.window_tokens,
             "failed": int(failed),
+            "stopped_early": int(windows < len(self._subset)),
         }
         return self.observation(), float(reward), True, False, info
 
@@ -147,6 +157,21 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             return evaluate(self.prunable.model, self.windows[list(subset)], tokens_per_batch=self.tokens_per_batch)
         finally:
             self.prunable.restore()
+
+    def _measure_while_hopeful(self, allocation: Allocation, dense: Evaluation, hopeless: float) -> Evaluation:
+        """Losses on the subset's windows one by one, until they lie too far above the dense model's."""
+        losses: list[float] = []
+        try:
+            self.prunable.cut(allocation.kept, calibrated=self.calibrated)
+            for window in self._subset:
+                one = evaluate(self.prunable.model, self.windows[[window]], tokens_per_batch=self.window_tokens)
+                losses.extend(one.losses)
+                above = np.mean(losses) - np.mean(dense.losses[: len(losses)])
+                if not above <= hopeless:  # a loss that is not a number is hopeless too
+                    break
+        finally:
+            self.prunable.restore()
+        return Evaluation(tuple(losses), dense.tokens_per_window)
 
     def dense(self, subset: Sequence[int]) -> Evaluation:
         """The dense model's losses on these search windows; each window is evaluated once in the env's life."""
