@@ -291,8 +291,6 @@ def test_what_does_not_go_with_a_range_is_refused(tables: dict[str, dict[str, ob
         ({"prune": RANGE, "output": {"save_at": 0.5}}, (0.1, 0.2, 0.3, 0.4, 0.5), 0.5),
     ],
 )
-def test_the_points_of_the_front(
-    tables: dict[str, dict[str, object]], targets: tuple[float, ...], main: float
-) -> None:
+def test_the_points_of_the_front(tables: dict[str, dict[str, object]], targets: tuple[float, ...], main: float) -> None:
     config = load_config(**tables)
     assert (config.targets, config.main_target) == (targets, main)

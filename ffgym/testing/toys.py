@@ -129,7 +129,7 @@ class RuggedEnv(ToyEnv):
 
 
 class BudgetRangeEnv(ToyEnv):
-    """A bowl that moves with the target sparsity, which every update has of its own: what a range of budgets looks like.
+    """A bowl that moves with the target sparsity, which every update has of its own: a range of budgets.
 
     The optimum is a line in the sparsity, and its mean is 0: a projection would undo what moves all importances alike.
     The bowl is steeper the more is removed, as losses are.

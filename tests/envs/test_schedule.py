@@ -89,7 +89,7 @@ def test_a_single_target_has_no_place():
 def test_every_beginning_of_the_places_covers_the_range_evenly(first, count):
     """No gap, the ends' included, is wider than about 2.7 times the even one; drawn at random it would be ln(count)."""
     places = np.sort([stratified(first, index) for index in range(count)])
-    assert (0 <= places).all()
+    assert (places >= 0).all()
     assert (places < 1).all()
     gaps = np.diff([places[-1] - 1, *places])
     assert gaps.max() <= 2.7 / count

@@ -298,9 +298,7 @@ class TestHopeless:
         whole = vector_of(make_env(**options), num_envs=4, episodes=16, stop_margin=0.0)
         played(whole)
         assert any(e.stopped_early for e in whole.history)
-        rest = vector_of(
-            make_env(**options), num_envs=4, episodes=16, stop_margin=0.0, replay=whole.history[:6]
-        )
+        rest = vector_of(make_env(**options), num_envs=4, episodes=16, stop_margin=0.0, replay=whole.history[:6])
         played(rest)
         assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
 
