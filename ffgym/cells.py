@@ -103,8 +103,7 @@ class CellRunner:
     def _compute(self, cell: Cell, space: runner.Workspace, parent: str | None) -> None:
         config, say = cell.config, self._say
         agent = make_agent(config)
-        if config.prior.name != "none":
-            agent.prior_mean = space.prior(config.prior.name, config.prior.options)
+        runner.give_prior(agent, space)
         log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         watch = _Incumbents(space, agent, cell.marks)
@@ -168,7 +167,7 @@ class CellRunner:
                 "agent": cell.config.agent.name,
                 "seed": cell.seed,
                 "settings": settings(cell.config),
-                "target": cell.config.prune.sparsity,
+                "target": cell.config.prune.target,
                 "dense_loss": self._dense_loss,
                 "report_tokens": windows.shape[0] * (windows.shape[1] - 1),
                 "search_tokens": found.search_tokens,

@@ -49,13 +49,19 @@ app = typer.Typer(
 )
 
 
-def _option(flag: str, key: str) -> Any:
+def _option(flag: str, key: str, **options: Any) -> Any:
     """A command-line option for one key of the run configuration, whose description and default it shows."""
     table, _, field_name = key.rpartition(".")
     owner = getattr(RunConfig(), table) if table else RunConfig()
     field = type(owner).model_fields[field_name]
     default = getattr(owner, field_name)
-    return typer.Option(flag, help=field.description, show_default="none" if default is None else str(default))
+    shown = "none" if default is None else str(default)
+    return typer.Option(flag, help=field.description, show_default=shown, **options)
+
+
+def _number_or_range(text: str) -> float | str:
+    """``"0.2"`` or ``"0.1:0.5"``."""
+    return text if ":" in text else float(text)
 
 
 AgentOption = Annotated[str | None, _option("--agent", "agent.name")]
@@ -63,7 +69,7 @@ CriterionOption = Annotated[str | None, _option("--criterion", "criterion.name")
 RewardOption = Annotated[str | None, _option("--reward", "reward.name")]
 PriorOption = Annotated[str | None, _option("--prior", "prior.name")]
 ModelOption = Annotated[str | None, _option("--model", "model.name")]
-SparsityOption = Annotated[float | None, _option("--sparsity", "prune.sparsity")]
+SparsityOption = Annotated[str | None, _option("--sparsity", "prune.sparsity", parser=_number_or_range)]
 CalibrationOption = Annotated[str | None, _option("--calibration", "prune.calibration")]
 AlignOption = Annotated[int | None, _option("--align", "prune.align")]
 UniformOption = Annotated[bool | None, _option("--uniform", "prune.uniform")]
@@ -73,6 +79,19 @@ InitFromOption = Annotated[str | None, _option("--init-from", "search.init_from"
 EpisodesOption = Annotated[int | None, _option("--episodes", "search.episodes")]
 SeedOption = Annotated[int | None, _option("--seed", "seed")]
 OutputOption = Annotated[str | None, _option("--output", "output.dir")]
+SaveAtOption = Annotated[float | None, _option("--save-at", "output.save_at")]
+SaveAllOption = Annotated[
+    bool, typer.Option("--save-all", help="under a range: save the model of every point of the front")
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="DIR",
+        help="folder of an interrupted run to go on with; its configuration is taken, options may only repeat it",
+        show_default="none",
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace what is in a folder that is not empty")]
 FileOption = Annotated[
     Path | None, typer.Option("--config", help="TOML file to start from; the options here win over it")
@@ -88,7 +107,7 @@ def _config(ctx: typer.Context) -> RunConfig:
     """The configuration that the options of the running command describe."""
     given = ctx.params
     config = load_config(
-        given.get("file"),
+        given.get("file") or _stored(given.get("resume")),
         given.get("overrides") or [],
         seed=given.get("seed"),
         model={"name": given.get("model")},
@@ -100,9 +119,24 @@ def _config(ctx: typer.Context) -> RunConfig:
         agent={"name": given.get("agent")},
         prior={"name": given.get("prior")},
         search={"episodes": given.get("episodes"), "init_from": given.get("init_from")},
-        output={"dir": given.get("output"), "overwrite": given.get("overwrite") or None},
+        output={
+            "dir": given.get("output"),
+            "overwrite": given.get("overwrite") or None,
+            "save_at": given.get("save_at"),
+            "save_all": given.get("save_all") or None,
+        },
     )
     return manager.resolve_agent(config)
+
+
+def _stored(resume: Path | None) -> Path | None:
+    """The configuration file of the run that is to go on, if there is one."""
+    if resume is None:
+        return None
+    from ffgym.output import stored_config
+
+    stored_config(resume)
+    return resume / "config.toml"
 
 
 @app.callback(invoke_without_command=True)
@@ -136,11 +170,15 @@ def run(
     overrides: SetOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    save_at: SaveAtOption = None,
+    save_all: SaveAllOption = False,
+    resume: ResumeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search how much of each layer goes, prune, refit, report, and save the smaller model.
 
-    Without options it makes the demo model 20 % smaller.
+    Without options it makes the demo model 20 % smaller. With --sparsity 0.1:0.5 one policy serves the whole range, and
+    the front of perplexity against sparsity is measured.
     """
     config = _config(ctx)
     from rich.console import Console
@@ -148,7 +186,7 @@ def run(
     from ffgym import runner
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
-        result = runner.run(config, progress=Console(stderr=True))
+        result = runner.run(config, progress=Console(stderr=True), resume=resume)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -277,6 +315,8 @@ def print_config(
     overrides: SetOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    save_at: SaveAtOption = None,
+    save_all: SaveAllOption = False,
 ) -> None:
     """Print what `run` would do with the same options, as a TOML file that `run --config` reads."""
     typer.echo(to_toml(_config(ctx)), nl=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from ffgym.errors import ConfigError
 from ffgym.types import Calibration, JSONDict, Resource
@@ -24,6 +25,9 @@ from ffgym.types import Calibration, JSONDict, Resource
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
 Text = Annotated[str, Field(min_length=1)]
+OptionalShare = Annotated[
+    Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(lambda value: None if value == "" else value)
+]
 Count = Annotated[int, Field(ge=1)]
 Ramp = Literal["none", "cubic", "staircase"]
 
@@ -76,12 +80,44 @@ class DataTable(Table):
     report_tokens: Count = Field(default=16384, description="size of the report split, at least one window")
 
 
+def _sparsity(value: Any) -> float | str:
+    """A share in (0, 1), or two of them as ``"low:high"``, written in one way."""
+    if not isinstance(value, str):
+        return _share(value)
+    ends = value.split(":")
+    try:
+        low, high = (float(end) for end in ends)
+    except ValueError:
+        raise ValueError("should be a valid number, or two for a range of budgets, e.g. '0.1:0.5'") from None
+    _share(low)
+    _share(high)
+    if low == high:
+        raise ValueError(f"should have two different ends; a single target is written {low}")
+    if low > high:
+        raise ValueError(f"should rise: write '{high}:{low}'")
+    return f"{low}:{high}"
+
+
+def _share(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("should be a valid number, or two for a range of budgets, e.g. '0.1:0.5'")
+    if not math.isfinite(value):
+        raise ValueError("should be a finite number")
+    if value <= 0:
+        raise ValueError("should be greater than 0")
+    if value >= 1:
+        raise ValueError("should be less than 1")
+    return float(value)
+
+
 class PruneTable(Table):
     """How much goes, and how what is left is refitted during the search."""
 
-    sparsity: float = Field(
-        default=0.2, gt=0, lt=1, description="share of the resource to remove, between 0 and 1, exclusive"
+    sparsity: Annotated[float | str, PlainValidator(_sparsity)] = Field(
+        default=0.2,
+        description="share of the resource to remove, between 0 and 1, exclusive; or a range of them, e.g. '0.1:0.5'",
     )
+    front_points: int = Field(default=5, ge=2, description="under a range: at how many targets the front is measured")
     resource: Resource = Field(default="params", description="params | macs | kv | latency: what the budget counts")
     calibration: Calibration = Field(
         default="ridge", description="ridge | affine | none: the refit that the reward sees"
@@ -103,6 +139,22 @@ class PruneTable(Table):
     latency_table: OptionalText = Field(
         default=None, description="file with the times for resource latency; empty times this machine once"
     )
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of a range of budgets, lower first; twice the target where there is only one."""
+        low, _, high = str(self.sparsity).partition(":")
+        return float(low), float(high or low)
+
+    @property
+    def is_range(self) -> bool:
+        """Whether the search is for a range of budgets."""
+        return isinstance(self.sparsity, str)
+
+    @property
+    def target(self) -> float:
+        """The target, or the middle of a range."""
+        return sum(self.ends) / 2
 
 
 class CriterionTable(PluginTable):
@@ -144,7 +196,15 @@ class SearchTable(Table):
     init_from: OptionalText = Field(
         default=None, description="run folder or MLflow run id whose policy to start from; or empty"
     )
-    random_baseline: bool = Field(default=True, description="also measure random allocations, for as many tokens")
+    random_baseline: bool = Field(
+        default=True, description="also measure random allocations, for as many tokens; not under a range of budgets"
+    )
+    stop_hopeless: bool = Field(
+        default=False, description="cut an episode short whose first windows lose far more than the last update did"
+    )
+    stop_margin: float = Field(
+        default=1.0, ge=0, description="how far above the last update's mean loss that is, in its standard deviations"
+    )
 
 
 class ScheduleTable(Table):
@@ -168,6 +228,10 @@ class OutputTable(Table):
     dir: OptionalText = Field(default=None, description="folder for the results; empty makes a new one under runs/")
     overwrite: bool = Field(default=False, description="replace what is in a folder that is not empty")
     save_model: bool = Field(default=True, description="save the pruned model")
+    save_at: OptionalShare = Field(
+        default=None, description="under a range: the target whose model is saved; empty for the point in the middle"
+    )
+    save_all: bool = Field(default=False, description="under a range: save the model of every point of the front")
     sequential: bool = Field(
         default=True, description="refit the final model layer by layer on the pruned model's own inputs"
     )
@@ -215,14 +279,63 @@ class RunConfig(Table):
                 f"prune.latency_table is given, but prune.resource is {self.prune.resource!r} and would not read it",
                 hint="Add --resource latency, or leave the table out.",
             )
-        if schedule.sparsity != "none":
-            _at_least("prune.sparsity", self.prune.sparsity, "schedule.sparsity_start", schedule.sparsity_start)
+        if schedule.sparsity != "none" and not self.prune.is_range:
+            _at_least("prune.sparsity", self.prune.target, "schedule.sparsity_start", schedule.sparsity_start)
         if self.prune.uniform and self.prune.min_units == 0:
             raise ConfigError(
                 "prune.uniform = true with prune.min_units = 0: a stock checkpoint cannot say that a sublayer is empty",
                 hint="Set prune.min_units to 1 or more, or leave --uniform out.",
             )
+        self._range_agrees()
         return self
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The target, or under a range the points of the front, rising; ``output.save_at`` is one of them."""
+        if not self.prune.is_range:
+            return (self.prune.target,)
+        (low, high), steps = self.prune.ends, self.prune.front_points - 1
+        grid = {low, *(round(low + (high - low) * step / steps, 6) for step in range(1, steps)), high}
+        return tuple(sorted(grid if self.output.save_at is None else grid | {self.output.save_at}))
+
+    @property
+    def main_target(self) -> float:
+        """The target; under a range ``output.save_at``, or else the point in the middle of the front."""
+        return self.targets[len(self.targets) // 2] if self.output.save_at is None else self.output.save_at
+
+    def _range_agrees(self) -> None:
+        """Refuse what makes no sense under a range of budgets, or only there."""
+        (low, high), save_at = self.prune.ends, self.output.save_at
+        if not self.prune.is_range:
+            for key, asked in (("output.save_at", save_at is not None), ("output.save_all", self.output.save_all)):
+                if asked:
+                    raise ConfigError(
+                        f"{key} chooses among the points of a range, and prune.sparsity = {self.prune.sparsity} is a "
+                        "single target",
+                        hint="Give a range, e.g. --sparsity 0.1:0.5, or leave it out.",
+                    )
+            return
+        where = f"prune.sparsity = {self.prune.sparsity!r} gives every update a target of its own"
+        if self.schedule.sparsity != "none":
+            raise ConfigError(
+                f"{where}, so schedule.sparsity = {self.schedule.sparsity!r} has none to rise to",
+                hint='Set schedule.sparsity = "none", or search at one target.',
+            )
+        if self.search.stop_hopeless:
+            raise ConfigError(
+                f"{where}, so search.stop_hopeless has no earlier losses at that target to compare with",
+                hint="Set search.stop_hopeless = false, or search at one target.",
+            )
+        if save_at is not None and not low <= save_at <= high:
+            raise ConfigError(
+                f"output.save_at = {save_at} is outside the range {self.prune.sparsity}",
+                hint=f"Give a target from {low} to {high}.",
+            )
+        if save_at is not None and self.output.save_all:
+            raise ConfigError(
+                f"output.save_at = {save_at} saves one model and output.save_all every point's",
+                hint="Give one of them.",
+            )
 
 
 def _at_least(key: str, value: float, bound_name: str, bound: float) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from ffgym.config import RunConfig
-from ffgym.errors import OutputError
+from ffgym.config import RunConfig, load_config
+from ffgym.errors import ConfigError, OutputError
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
-    {"config.toml", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
+    {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
     | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
-    | {"model", "latency.json"}
+    | {"front.json", "front.md", "front.png", "model", "latency.json"}
 )
+# Of every point of a front: allocation-0.20.json, model-0.20; and what is left of a model that was being written.
+WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+|\.model(-0\.\d+)?\.part-.*")
+HUSK = frozenset({"config.toml", "run.json", "latency.json"})
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -66,13 +71,11 @@ def claim_folder(config: RunConfig) -> Path:
             if not out.overwrite:
                 raise OutputError(
                     f"the output folder {folder} exists and is not empty",
-                    hint="Choose another one with --output DIR, or replace its contents with --overwrite.",
+                    hint="Choose another one with --output DIR, replace its contents with --overwrite, or go on with "
+                    "an interrupted run with --resume DIR.",
                 )
             _clear(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        _require_writable(folder)
     except OSError as error:
         raise OutputError(
             f"cannot write to the output folder {folder}: {error.strerror or error}",
@@ -81,10 +84,96 @@ def claim_folder(config: RunConfig) -> Path:
     return folder.resolve()
 
 
+def stored_config(folder: Path) -> RunConfig:
+    """The configuration of the run that wrote into a folder.
+
+    Raises:
+        OutputError: it is no run's folder.
+        ConfigError: its ``config.toml`` is damaged, or holds what this version does not know.
+    """
+    if not (folder / "config.toml").is_file():
+        what = "holds no config.toml" if folder.is_dir() else "is not there"
+        raise OutputError(
+            f"there is no run to resume in {folder}: it {what}",
+            hint="Give the folder of a run that was interrupted, or leave --resume out.",
+        )
+    return load_config(folder / "config.toml")
+
+
+def reopen_folder(folder: Path, config: RunConfig) -> Path:
+    """Take up the folder of a run that was interrupted.
+
+    Args:
+        folder: where the run's episodes are.
+        config: how it is to go on; ``output`` and ``tracking`` may differ from what they were.
+
+    Raises:
+        OutputError: it is no run's folder, or cannot be written.
+        ConfigError: the run there is of another configuration.
+    """
+    folder = folder.expanduser()
+    stored = stored_config(folder)
+    if difference := first_difference(stored, config):
+        key, there, here = difference
+        raise ConfigError(
+            f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes are of no use here",
+            hint=f"Give it {key} = {there!r}, or start in another folder with --output DIR.",
+        )
+    try:
+        _require_writable(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}", hint="Make the folder writable."
+        ) from error
+    for path in folder.glob(".model*.part-*"):  # a model that was being written when the run was killed
+        shutil.rmtree(path, ignore_errors=True)
+    return folder.resolve()
+
+
+def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
+    """Where two configurations first differ in what decides the numbers: (key, value in one, in the other)."""
+    one_flat, other_flat = (_flat(c.model_dump(exclude={"output", "tracking"})) for c in (one, other))
+    for key in [*one_flat, *other_flat]:
+        values = one_flat.get(key), other_flat.get(key)
+        if values[0] != values[1]:
+            return key, *values
+    return None
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _require_writable(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+
+
+def mlflow_run(folder: Path) -> str | None:
+    """The MLflow run that the sessions of this folder's run write to; ``None`` where there is none."""
+    try:
+        run_id = json.loads((folder / "run.json").read_text(encoding="utf-8"))["mlflow_run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return run_id if isinstance(run_id, str) else None
+
+
+def note_mlflow_run(folder: Path, run_id: str | None) -> None:
+    """Remember it for later sessions."""
+    write_text(folder / "run.json", json.dumps({"mlflow_run": run_id}) + "\n")
+
+
 def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote; refuse where anything else is there, e.g. the folder of somebody's project."""
     entries = sorted(folder.iterdir())
-    foreign = [path.name for path in entries if path.name not in WRITTEN and not path.name.startswith(".model.part-")]
+    names = [path.name for path in entries]
+    foreign = [name for name in names if name not in WRITTEN and not WRITTEN_PER_POINT.fullmatch(name)]
     if foreign or not (folder / "config.toml").exists():
         what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
         raise OutputError(
@@ -118,7 +207,7 @@ def leaving_no_husk(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if {path.name for path in folder.iterdir()} - {"latency.json"} == {"config.toml"}:
+        if {path.name for path in folder.iterdir()} <= HUSK:
             shutil.rmtree(folder)
         raise
 
@@ -136,6 +225,7 @@ def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[No
                 f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
                 f"{best['sparsity']:.4f}) is in {path}"
             )
+            say(f"go on where it stopped: ffgym run --resume {folder}")
         else:
             say("interrupted before the first episode had ended: there is nothing to keep")
         raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from ffgym.envs.building import (
 )
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
+from ffgym.errors import ConfigError
 from ffgym.evaluation.latency import LatencyTable, to_json
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.evaluation.size import SizeMeter
@@ -37,18 +38,39 @@ from ffgym.models.export import SavedModel, load_line, save_pruned
 from ffgym.models.loading import DEMO_BASE, LoadedModel
 from ffgym.models.preparation import Prepared
 from ffgym.models.sequential import calibrate_sequentially
-from ffgym.output import claim_folder, disk_errors, leaving_no_husk, saying_what_is_kept, write_text
+from ffgym.output import (
+    claim_folder,
+    disk_errors,
+    leaving_no_husk,
+    mlflow_run,
+    note_mlflow_run,
+    reopen_folder,
+    saying_what_is_kept,
+    write_text,
+)
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance, check_objectives
 from ffgym.policy import make_agent, policy_text
 from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
+from ffgym.report.front import Front, FrontPoint, front_figure, point_names
+from ffgym.report.front import as_dict as front_as_dict
+from ffgym.report.front import markdown as front_markdown
+from ffgym.report.front import terminal as front_terminal
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
-from ffgym.search import Found, SearchInterrupted, finals_examples, finals_loss, finals_windows, search
-from ffgym.tracking import Tracker, environment_tags
+from ffgym.search import (
+    Found,
+    SearchInterrupted,
+    finals_examples,
+    finals_loss,
+    finals_windows,
+    read_episodes,
+    search_front,
+)
+from ffgym.tracking import Tracker, environment_tags, slug
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
@@ -92,18 +114,20 @@ class Workspace:
     sizes: SizeMeter
     latency: LatencyTable | None = None
 
-    def project(self, heuristic: str, options: JSONDict) -> tuple[np.ndarray, Allocation]:
-        """Importances of a heuristic, and the allocation they come to at the target."""
+    def project(
+        self, heuristic: str, options: JSONDict, sparsity: float | None = None
+    ) -> tuple[np.ndarray, Allocation]:
+        """Importances of a heuristic, and the allocation they come to at a sparsity, by default the target."""
         importance = self.importance(heuristic, options)
-        return importance, self.env.budget.project(importance, self.config.prune.sparsity)
+        return importance, self.env.budget.project(importance, self.env.sparsity if sparsity is None else sparsity)
 
-    def prior(self, heuristic: str, options: JSONDict) -> np.ndarray:
+    def prior(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> np.ndarray:
         """Where an agent starts: the importances, shape (2L,), that say exactly what the heuristic's allocation keeps.
 
         Projecting them changes nothing, and unlike the heuristic's own they are not at the ends of their range, where
         exploration would be clipped.
         """
-        return self.env.budget.importance(self.project(heuristic, options)[1].kept)
+        return self.env.budget.importance(self.project(heuristic, options, sparsity)[1].kept)
 
     def importance(self, heuristic: str, options: JSONDict) -> np.ndarray:
         """Importances of a heuristic, shape (2L,), float32."""
@@ -120,6 +144,7 @@ class RunResult:
         folder: where everything was written.
         saved: the checkpoint, or ``None`` where none was wanted.
         mlflow_run: MLflow's run id, or ``None`` where tracking is off.
+        front: under a range of budgets its points; ``table``, ``found`` and ``saved`` are those of the main target.
     """
 
     table: ReportTable
@@ -127,6 +152,7 @@ class RunResult:
     folder: Path
     saved: SavedModel | None
     mlflow_run: str | None
+    front: Front | None = None
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
@@ -137,6 +163,7 @@ class RunResult:
             "search_tokens": self.found.search_tokens,
             "final_tokens": self.found.final_tokens,
             "search_seconds": round(self.found.seconds, 1),
+            "front": None if self.front is None else front_as_dict(self.front),
             "folder": str(self.folder),
             "model": None if self.saved is None else str(self.saved.path),
             "mlflow_run": self.mlflow_run,
@@ -144,6 +171,8 @@ class RunResult:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
+        if self.front is not None:
+            console.print(front_terminal(self.front))
         console.print(terminal(self.table))
         lines = [f"Results and pictures: {self.folder}"]
         if self.mlflow_run is not None:
@@ -155,12 +184,14 @@ class RunResult:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
+def run(config: RunConfig, *, progress: Console | None = None, resume: Path | None = None) -> RunResult:
     """Search, prune, calibrate, report and save, as the configuration says.
 
     Args:
         config: everything that decides the run.
         progress: where progress goes; stderr where left out.
+        resume: folder of an interrupted run of this configuration to go on with, in the same MLflow run; it ends with
+            the numbers that it would have ended with uninterrupted.
 
     Raises:
         FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
@@ -169,50 +200,53 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
     say = Reporter(progress or Console(stderr=True))
     check_plugins(config)
     agent = make_agent(config)
-    folder = claim_folder(config)
+    folder = claim_folder(config) if resume is None else reopen_folder(resume, config)
     tracking = config.tracking
     with (
-        Tracker(Path(tracking.root), tracking.experiment, folder.name, tracking.enabled) as tracker,
+        Tracker(
+            Path(tracking.root), tracking.experiment, folder.name, tracking.enabled, resume=mlflow_run(folder)
+        ) as tracker,
         disk_errors(),
-        leaving_no_husk(folder),
+        leaving_no_husk(folder) if resume is None else nullcontext(),
         saying_what_is_kept(folder, say.say),
     ):
         tracker.log_config(config.model_dump(mode="json"), to_toml(config))
         write_text(folder / "config.toml", to_toml(config))
+        note_mlflow_run(folder, tracker.run_id)
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         space = open_workspace(config, [*prior, *reference_rules(config).values()], say)
         if config.prune.uniform and agent.searches:
-            count = len(space.env.budget.shapes(config.prune.sparsity))
-            many = f"{count} shapes use up the budget, and the finals measure them all"
-            say.say(f"uniform: {many if count > 1 else 'one shape uses up the budget, so there is nothing to choose'}")
-        if prior:
-            agent.prior_mean = space.prior(*prior[0])
+            _say_how_many_shapes(space, say)
+        give_prior(agent, space)
         tracker.set_tags(_tags(space, agent))
         _log_splits(tracker, space.splits)
         if space.latency is not None:
             write_text(folder / "latency.json", to_json(space.latency))
             tracker.log_params({"latency": {"digest": space.latency.digest}})
             tracker.log_artifact(folder / "latency.json")
-        found = _search(space, agent, tracker, folder, say)
-        histories: dict[str, Sequence[Episode]] = {config.agent.name: found.history}
+        points = _search(space, agent, tracker, folder, say)
+        main = next(found for found in points if found.target == config.main_target)
+        histories: dict[str, Sequence[Episode]] = {config.agent.name: main.history}
         baseline = None
-        # Under one shape for all layers, random search could find nothing that the finals do not measure anyway.
-        wants_baseline = config.search.random_baseline and not config.prune.uniform
-        if agent.searches and wants_baseline and config.agent.name != "random":
+        if agent.searches and _has_random_baseline(config):
             baseline = _search_random(space, tracker, folder, say)
             histories["random"] = baseline.history
-        references = _references(space, baseline, say)
-        _draw(folder, space, {"found": found.best.allocation, **references}, histories)
-        if found.pareto:
-            _write_pareto(folder, space, found, tracker, say)
-        rows = _rows(space, references, found, say)
-        table, saved = _finish(space, rows, found, folder, say)
+        at_main = at_target(space, config.main_target)
+        references = _references(at_main, baseline, say)
+        _draw(folder, space, {"found": main.best.allocation, **references}, histories)
+        if main.pareto:
+            _write_pareto(folder, space, main, tracker, say)
+        rows = _rows(at_main, references, main, say)
+        table, saved = _finish(at_main, rows, main, say, _model_folder(config, folder, config.main_target))
+        front = _finish_front(space, points, table, folder, say) if config.prune.is_range else None
         write_text(folder / "report.md", markdown(table))
         write_text(folder / "report.json", json.dumps(as_dicts(table), indent=2))
         tracker.log_table(as_dicts(table))
         for name in ("report.md", "units_kept.png", "reward.png"):
             tracker.log_artifact(folder / name)
-        return RunResult(table, found, folder, saved, tracker.run_id)
+        if front is not None:
+            _log_front(tracker, front, folder)
+        return RunResult(table, main, folder, saved, tracker.run_id, front)
 
 
 def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:
@@ -248,6 +282,16 @@ def _latency(config: RunConfig, model: Any, say: Reporter) -> LatencyTable | Non
     return table
 
 
+def at_target(space: Workspace, target: float) -> Workspace:
+    """The same at one sparsity: a point of a front as a run at a single target would see it."""
+    if not space.config.prune.is_range:
+        return space
+    config = space.config
+    prune = config.prune.model_copy(update={"sparsity": target})
+    output = config.output.model_copy(update={"save_at": None, "save_all": False})
+    return with_config(space, config.model_copy(update={"prune": prune, "output": output}))
+
+
 def with_config(space: Workspace, config: RunConfig) -> Workspace:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
     budget = make_budget(config, space.loaded.model, space.latency)
@@ -257,8 +301,34 @@ def with_config(space: Workspace, config: RunConfig) -> Workspace:
     return replace(space, config=config, env=env)
 
 
+def give_prior(agent: Agent, space: Workspace) -> None:
+    """Tell an agent where to start, and under a range of budgets between which ends."""
+    prune, prior = space.config.prune, space.config.prior
+    if prune.is_range:
+        agent.budgets = prune.ends
+    if prior.name != "none":
+        agent.prior_mean = space.prior(prior.name, prior.options)
+        if prune.is_range:
+            low, high = prune.ends
+            agent.prior_ends = (
+                space.prior(prior.name, prior.options, low),
+                space.prior(prior.name, prior.options, high),
+            )
+
+
 def check_plugins(config: RunConfig) -> None:
-    """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded."""
+    """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded.
+
+    Raises:
+        ConfigError: a range of budgets with an agent that does not follow the target.
+    """
+    agent = config.agent.name
+    if config.prune.is_range and not manager.get_class("agent", agent).budget_conditioned:
+        raise ConfigError(
+            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {agent!r} proposes the same "
+            "at every target",
+            hint="Use --agent reinforce, or run one target at a time, e.g. --sparsity 0.2.",
+        )
     manager.create("criterion", config.criterion.name, config.criterion.options)
     make_reward(config)
     if config.prior.name != "none":
@@ -273,36 +343,51 @@ def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
 def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
     """The ramps of a run."""
     table = config.schedule
+    low, high = config.prune.ends
     return Schedule(
-        target=config.prune.sparsity,
+        target=high,
         windows=env.episode_windows,
         start=table.sparsity_start,
         sparsity=table.sparsity,
         fidelity=table.fidelity,
         ramp_share=table.ramp_share,
+        low=low if config.prune.is_range else None,
     )
 
 
-def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say: Reporter) -> Found:
+def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say: Reporter) -> list[Found]:
+    """The search, and what it came to: at the target, or at every point of the front."""
+    config = space.config
+    log = folder / "episodes.jsonl"
     try:
-        found = _run_search(space, agent, tracker, folder / "episodes.jsonl", say, space.config.agent.name, "search")
+        found = _run_search(space, agent, tracker, log, say, config.agent.name, "search", config.targets)
     except SearchInterrupted as stop:
-        _write_found(folder, stop.found, agent, space, tracker)
+        _write_found(folder, [stop.found], agent, space, tracker)
         raise
     _write_found(folder, found, agent, space, tracker)
     return found
 
 
 def _search_random(space: Workspace, tracker: Tracker, folder: Path, say: Reporter) -> Found:
-    baseline = manager.create("agent", "random")
-    return _run_search(space, baseline, tracker, folder / "episodes-random.jsonl", say, "random", "random")
+    baseline, log = manager.create("agent", "random"), folder / "episodes-random.jsonl"
+    (found,) = _run_search(space, baseline, tracker, log, say, "random", "random", space.config.targets)
+    return found
 
 
 def _run_search(
-    space: Workspace, agent: Agent, tracker: Tracker, log: Path, say: Reporter, label: str, prefix: str
-) -> Found:
+    space: Workspace,
+    agent: Agent,
+    tracker: Tracker,
+    log: Path,
+    say: Reporter,
+    label: str,
+    prefix: str,
+    targets: Sequence[float],
+) -> list[Found]:
     config = space.config
     budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
+    if log.exists() and (earlier := len(read_episodes(log))):
+        say.say(f"search: {label}: {earlier} episodes of earlier sessions are taken from {log.name}")
     with say.stage(f"search: {label}", budget) as stage:
 
         def on_episode(episode: Episode) -> None:
@@ -311,16 +396,39 @@ def _run_search(
         def on_update(episodes: Sequence[Episode], update: Update) -> None:
             tracker.log_episodes(episodes, update.diagnostics, search=prefix)
 
-        return search(
+        def on_point(found: Found) -> None:
+            stage.advance(0, f"tokens, finals at {found.target:.0%} done")
+
+        return search_front(
             space.env,
             agent,
             config.search,
             make_schedule(config, space.env),
+            targets,
             seed=config.seed,
             log=log,
             on_episode=on_episode,
             on_update=on_update,
+            on_point=on_point,
         )
+
+
+def _say_how_many_shapes(space: Workspace, say: Reporter) -> None:
+    for target in space.config.targets:
+        count = len(space.env.budget.shapes(target))
+        many = f"{count} shapes use up the budget, and the finals measure them all"
+        one = "one shape uses up the budget, so there is nothing to choose"
+        where = f" at {target:.1%}" if space.config.prune.is_range else ""
+        say.say(f"uniform{where}: {many if count > 1 else one}")
+
+
+def _has_random_baseline(config: RunConfig) -> bool:
+    """Whether random allocations are compared with, which follow no target of their own.
+
+    Under one shape for all layers they could find nothing that the finals do not measure anyway.
+    """
+    wanted = config.search.random_baseline and config.agent.name != "random"
+    return wanted and not config.prune.is_range and not config.prune.uniform
 
 
 def _references(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
@@ -337,10 +445,12 @@ def _references(space: Workspace, baseline: Found | None, say: Reporter) -> dict
     return allocations
 
 
-def _rows(space: Workspace, references: Mapping[str, Allocation], found: Found, say: Reporter) -> list[Row]:
-    """Every row of the table but the one that is saved."""
+def _rows(
+    space: Workspace, references: Mapping[str, Allocation], found: Found, say: Reporter, dense: Row | None = None
+) -> list[Row]:
+    """Every row of the table but the one that is saved; the dense one is measured where it is not given."""
     agent, kept = found_name(space.config), found.best.allocation.kept
-    rows = [measure(space, "dense", say)]
+    rows = [measure(space, "dense", say) if dense is None else dense]
     wanted: list[tuple[str, Sequence[int], Refit, bool]] = [
         *((f"{label} + ridge", allocation.kept, "ridge", False) for label, allocation in references.items()),
         (f"{agent}, plain", kept, "none", True),
@@ -352,7 +462,7 @@ def _rows(space: Workspace, references: Mapping[str, Allocation], found: Found, 
 
 
 def _finish(
-    space: Workspace, rows: list[Row], found: Found, folder: Path, say: Reporter
+    space: Workspace, rows: list[Row], found: Found, say: Reporter, model: Path
 ) -> tuple[ReportTable, SavedModel | None]:
     """The found allocation with each final refit; the one with the lower loss on the search split is saved."""
     config, kept = space.config, found.best.allocation.kept
@@ -365,13 +475,83 @@ def _finish(
             sequential = measure(space, f"{name} + sequential ridge", say, is_found=True)
             if finals_loss(space.env, config.search.final_tokens, config.seed) < ridge_loss:
                 table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(space))
-                return table, _save(space, found, table, folder)
+                return table, _save(space, found, table, model)
         rows = [*rows, replace(ridge, note=SAVED_NOTE), sequential]
     else:
         rows = [*rows, ridge]
     with cut_to(space, kept, "ridge", say):
         table = ReportTable(tuple(rows), header(space))
-        return table, _save(space, found, table, folder)
+        return table, _save(space, found, table, model)
+
+
+def _finish_front(space: Workspace, points: Sequence[Found], table: ReportTable, folder: Path, say: Reporter) -> Front:
+    """Measure every point of a front on the report split, the rules beside it; save the models that are wanted.
+
+    Args:
+        space: of the run over the range.
+        points: what was found at every target.
+        table: of the main target, which is not measured again.
+        folder: where models go.
+        say: where progress goes.
+    """
+    config, name = space.config, found_name(space.config)
+    measured = []
+    for found in points:
+        rows = {row.label: row for row in table.rows}
+        point = at_target(space, found.target)
+        references = _references(point, None, say)
+        if found.target != config.main_target:
+            say.say(f"target {found.target:.1%}")
+            if config.output.save_all:
+                own = _rows(point, references, found, say, rows["dense"])
+                full, _ = _finish(point, own, found, say, _model_folder(config, folder, found.target))
+                rows = {row.label: row for row in full.rows}
+            else:
+                for label, allocation in {**references, name: found.best.allocation}.items():
+                    with cut_to(point, allocation.kept, "ridge", say):
+                        rows[f"{label} + ridge"] = measure(point, f"{label} + ridge", say, is_found=label == name)
+        measured.append(
+            FrontPoint(
+                target=found.target,
+                found=rows[f"{name} + ridge"],
+                references={label: rows[f"{label} + ridge"] for label in references},
+                allocation=found.best.allocation,
+                origin=found.best.origin,
+                finals_loss=found.best.loss,
+            )
+        )
+    return Front(
+        label=name,
+        points=tuple(measured),
+        dense=next(row for row in table.rows if row.is_dense),
+        header=table.header,
+        search_tokens=points[0].search_tokens,
+        final_tokens=sum(found.final_tokens for found in points),
+        seconds=points[-1].seconds,
+    )
+
+
+def _model_folder(config: RunConfig, folder: Path, target: float) -> Path:
+    """``model``, or ``model-0.20`` where the model of every point is saved."""
+    if not config.output.save_all:
+        return folder / "model"
+    return folder / f"model-{dict(zip(config.targets, point_names(config.targets), strict=True))[target]}"
+
+
+def _log_front(tracker: Tracker, front: Front, folder: Path) -> None:
+    """Write a front down; in MLflow the target in percent is the step."""
+    write_text(folder / "front.json", json.dumps(front_as_dict(front), indent=2))
+    write_text(folder / "front.md", front_markdown(front))
+    front_figure(front, folder / "front.png")
+    tracker.log_metrics(
+        [
+            (f"front/perplexity/{slug(label)}", front.row(point, label).perplexity, round(100 * point.target))
+            for label in front.labels
+            for point in front.points
+        ]
+    )
+    for name in ("front.json", "front.md", "front.png"):
+        tracker.log_artifact(folder / name)
 
 
 def saved_row(table: ReportTable) -> Row:
@@ -472,17 +652,25 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
     return save_pruned(
         prunable.model,
         space.loaded.tokenizer,
-        folder / "model",
+        folder,
         kept=prunable.kept,
         family=prunable.family,
         card=card,
         stock=config.prune.uniform,
+        overwrite=True,  # of a resumed run that had saved it: a folder of anything else is never replaced
     )
 
 
-def _write_found(folder: Path, found: Found, agent: Agent, space: Workspace, tracker: Tracker) -> None:
-    write_text(folder / "allocation.json", json.dumps(_allocation_json(found), indent=2))
-    tracker.log_artifact(folder / "allocation.json")
+def _write_found(folder: Path, points: Sequence[Found], agent: Agent, space: Workspace, tracker: Tracker) -> None:
+    """Allocations and policy; ``allocation.json`` is that of the main target, or of what there is."""
+    main = next((found for found in points if found.target == space.config.main_target), points[0])
+    files = {"allocation.json": main}
+    if len(points) > 1:
+        names = point_names([found.target for found in points])
+        files |= {f"allocation-{name}.json": found for name, found in zip(names, points, strict=True)}
+    for file, found in files.items():
+        write_text(folder / file, json.dumps(_allocation_json(found), indent=2))
+        tracker.log_artifact(folder / file)
     state = agent.state()
     if state:
         text = policy_text(space.config, space.prepared.prunable.sublayers, state)

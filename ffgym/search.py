@@ -2,7 +2,8 @@
 
 The search itself sees small, redrawn subsets, whose rewards must not be compared across updates. So what stood out
 among its own update, and what the agent itself recommends, is measured again: at the target, at full fidelity, all on
-the same larger part of the search split. The best of those is what was found.
+the same larger part of the search split. The best of those is what was found. Under a range of budgets that is done for
+every point of the front: what the policy recommends there, and what stood out near it, projected at that target.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Found:
         history: every episode.
         search_tokens: tokens that the agent's episodes took.
         final_tokens: tokens that the finals took.
-        seconds: wall time of search and finals.
+        seconds: wall time of search and finals, that of earlier sessions of a search that was interrupted included.
+        target: the sparsity that it was searched at, or that this point of a front is for.
     """
 
     best: Candidate
@@ -72,6 +74,7 @@ class Found:
     search_tokens: int
     final_tokens: int
     seconds: float
+    target: float
 
     @property
     def pareto(self) -> tuple[Candidate, ...]:
@@ -88,7 +91,7 @@ class SearchInterrupted(KeyboardInterrupt):
 
     Attributes:
         found: the best so far: what the agent recommends, or else the episode that stood out most in its own update;
-            no finals were run.
+            no finals were run. Under a range, at the environment's own target.
     """
 
     def __init__(self, found: Found) -> None:
@@ -107,31 +110,68 @@ def search(
     on_episode: Callable[[Episode], None] | None = None,
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
 ) -> Found:
-    """Let the agent spend its tokens, then choose.
+    """Let the agent spend its tokens, then choose: :func:`search_front` for the environment's own target alone."""
+    (found,) = search_front(
+        env,
+        agent,
+        settings,
+        schedule,
+        [env.sparsity],
+        seed=seed,
+        log=log,
+        on_episode=on_episode,
+        on_update=on_update,
+    )
+    return found
+
+
+def search_front(
+    env: PruningEnv,
+    agent: Agent,
+    settings: SearchTable,
+    schedule: Schedule,
+    targets: Sequence[float],
+    *,
+    seed: int,
+    log: Path | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    on_update: Callable[[Sequence[Episode], Update], None] | None = None,
+    on_point: Callable[[Found], None] | None = None,
+) -> list[Found]:
+    """Let the agent spend its tokens, then choose at every target.
 
     Args:
         env: the stationary task.
         agent: who searches.
         settings: episodes, finalists and their tokens.
-        schedule: ramps.
+        schedule: ramps, or the range that the updates' targets are drawn from.
+        targets: the points of the front, rising; one for a search at a single target.
         seed: of the agent and of the subsets: same seed, same search, bit for bit at equal thread count.
         log: JSONL file of episodes. What it holds already is replayed instead of measured, so that an interrupted
             search goes on where it stopped.
         on_episode: called after each episode.
         on_update: called after each update with its episodes and what the agent said.
+        on_point: called after the finals of each target.
+
+    Returns:
+        one for every target; they share the history, and each has its own finals.
 
     Raises:
         SearchInterrupted: Ctrl-C after at least one episode.
         DataError: the log belongs to another search.
     """
-    begun = time.monotonic()
-    replay = read_episodes(log) if log is not None and log.exists() else []
+    earlier = read_log(log) if log is not None and log.exists() else Log((), 0.0)
+    clock = _Clock(earlier.seconds)
     writer = log.open("a", encoding="utf-8") if log is not None else None
 
     def record(episode: Episode) -> None:
-        if writer is not None and episode.index >= len(replay):
-            writer.write(json.dumps(episode_to_json(episode)) + "\n")
-            writer.flush()
+        if episode.index < len(earlier.episodes):
+            clock.lap()  # what a replay takes is no part of the search
+        else:
+            seconds = clock.count()
+            if writer is not None:
+                writer.write(json.dumps({**episode_to_json(episode), "seconds": round(seconds, 3)}) + "\n")
+                writer.flush()
         if on_episode is not None:
             on_episode(episode)
 
@@ -140,42 +180,88 @@ def search(
         schedule,
         num_envs=settings.episodes_per_update,
         token_budget=settings.episodes * env.episode_windows * env.window_tokens,
+        stop_margin=settings.stop_margin if settings.stop_hopeless else None,
         on_episode=record,
-        replay=replay,
+        replay=earlier.episodes,
     )
 
     def report(update: Update) -> None:
         if on_update is not None:
             on_update([e for e in vector.history if e.update == update.index], update)
 
+    def found(target: float, ranked: Sequence[Candidate], dense_loss: float | None, tokens: int) -> Found:
+        return Found(
+            best=ranked[0],
+            finalists=tuple(ranked),
+            dense_loss=dense_loss,
+            history=tuple(vector.history),
+            search_tokens=vector.tokens_spent,
+            final_tokens=tokens,
+            seconds=clock.total,
+            target=target,
+        )
+
+    points: list[Found] = []
     try:
         agent.learn(vector, seed=seed, on_update=report)
-        candidates = with_pareto(env, vector.history, finalists(env, agent, vector.history, settings.finalists))
-        if agent.searches:
-            candidates = with_every_shape(env, candidates)
-        measured, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed)
+        reach = _reach(targets)
+        for target in targets:
+            candidates = finalists(env, agent, vector.history, settings.finalists, target=target, reach=reach)
+            if reach is None:  # over a range, the front over sparsity is what is traded off
+                candidates = with_pareto(env, vector.history, candidates)
+            if agent.searches:
+                candidates = with_every_shape(env, candidates, target)
+            measured, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed)
+            clock.count()
+            points.append(found(target, measured, dense_loss, tokens))
+            if on_point is not None:
+                on_point(points[-1])
     except KeyboardInterrupt:
         if not vector.history:
             raise
-        best = finalists(env, agent, vector.history, 1)[0]
-        history = tuple(vector.history)
-        spent = vector.tokens_spent
-        raise SearchInterrupted(Found(best, (best,), None, history, spent, 0, time.monotonic() - begun)) from None
+        clock.count()
+        best = finalists(env, agent, vector.history, 1, reach=_reach(targets))
+        raise SearchInterrupted(found(env.sparsity, best, None, 0)) from None
     finally:
         if writer is not None:
             writer.close()
-    return Found(
-        best=measured[0],
-        finalists=tuple(measured),
-        dense_loss=dense_loss,
-        history=tuple(vector.history),
-        search_tokens=vector.tokens_spent,
-        final_tokens=tokens,
-        seconds=time.monotonic() - begun,
-    )
+    return points
 
 
-def finalists(env: PruningEnv, agent: Agent, history: Sequence[Episode], count: int) -> list[Candidate]:
+class _Clock:
+    """Wall time of a search over all its sessions."""
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        self._since = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last call, counted nowhere."""
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        return seconds
+
+    def count(self) -> float:
+        """Seconds since the last call, added to the total."""
+        seconds = self.lap()
+        self.total += seconds
+        return seconds
+
+
+def _reach(targets: Sequence[float]) -> float | None:
+    """How far from its target an episode may stand for a point of a front: half the way to the next point."""
+    return None if len(targets) == 1 else float(np.diff(targets).max()) / 2
+
+
+def finalists(
+    env: PruningEnv,
+    agent: Agent,
+    history: Sequence[Episode],
+    count: int,
+    *,
+    target: float | None = None,
+    reach: float | None = None,
+) -> list[Candidate]:
     """What the agent recommends, then what stood out most in its own update; distinct allocations, at most ``count``.
 
     Args:
@@ -183,23 +269,27 @@ def finalists(env: PruningEnv, agent: Agent, history: Sequence[Episode], count: 
         agent: asked for its recommendations.
         history: at least one episode.
         count: how many are wanted, >= 1.
+        target: the sparsity that they are for; the environment's own where left out.
+        reach: under a range of budgets, how far from the target the update of an episode may have been.
     """
-    observation = np.array([env.sparsity, 1.0], dtype=np.float32)
+    target = env.sparsity if target is None else target
+    observation = np.array([target, 1.0], dtype=np.float32)
     proposals = [(action, "policy") for action in agent.recommend(observation)]
-    proposals += [(episode.action, f"episode {episode.index}") for episode in by_standing(history)]
+    standing = by_standing(history) if reach is None else by_standing(near(history, target, reach))
+    proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
     chosen: dict[tuple[int, ...], Candidate] = {}
     for importance, origin in proposals:
-        allocation = env.budget.project(importance, env.sparsity)
+        allocation = env.budget.project(importance, target)
         chosen.setdefault(allocation.kept, Candidate(np.asarray(importance, np.float32), allocation, origin))
         if len(chosen) >= count:
             break
     return list(chosen.values())
 
 
-def with_every_shape(env: PruningEnv, candidates: Sequence[Candidate]) -> list[Candidate]:
+def with_every_shape(env: PruningEnv, candidates: Sequence[Candidate], target: float | None = None) -> list[Candidate]:
     """The candidates, and where all layers share one shape, every other shape of the budget: there are only a few."""
     chosen = {candidate.allocation.kept: candidate for candidate in candidates}
-    for allocation in env.budget.shapes(env.sparsity):
+    for allocation in env.budget.shapes(env.sparsity if target is None else target):
         importance = env.budget.importance(allocation.kept)
         chosen.setdefault(allocation.kept, Candidate(importance, allocation, "shape"))
     return list(chosen.values())
@@ -209,6 +299,16 @@ def hardest(history: Sequence[Episode]) -> list[Episode]:
     """Episodes of the hardest stage reached."""
     stage = max((episode.target_sparsity, episode.fidelity) for episode in history)
     return [e for e in history if (e.target_sparsity, e.fidelity) == stage]
+
+
+def near(history: Sequence[Episode], target: float, reach: float) -> list[Episode]:
+    """Episodes whose own target was at most ``reach`` from this one; those of the nearest update where there are none.
+
+    They are handed on as episodes of this target: what stood out a little below or above it competes as an equal.
+    """
+    distances = [abs(episode.target_sparsity - target) for episode in history]
+    within = max(reach + 1e-9, min(distances))
+    return [replace(e, target_sparsity=target) for e, d in zip(history, distances, strict=True) if d <= within]
 
 
 def by_standing(history: Sequence[Episode]) -> list[Episode]:
@@ -314,13 +414,32 @@ def episode_to_json(episode: Episode) -> dict[str, Any]:
     return {**asdict(episode), "action": [float(a) for a in episode.action]}
 
 
+@dataclass(frozen=True)
+class Log:
+    """What the log of a search holds.
+
+    Attributes:
+        episodes: in order.
+        seconds: wall time that they took, over all sessions.
+    """
+
+    episodes: tuple[Episode, ...]
+    seconds: float
+
+
 def read_episodes(path: Path) -> list[Episode]:
+    """The episodes of a log, see :func:`read_log`."""
+    return list(read_log(path).episodes)
+
+
+def read_log(path: Path) -> Log:
     """Read a log; a last line that was cut off by a crash is left out.
 
     Raises:
         DataError: any other line that is not an episode.
     """
     episodes: list[Episode] = []
+    seconds = 0.0
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         path.write_text("".join(lines[:-1]), encoding="utf-8")  # or the next line would be glued to it
@@ -328,11 +447,12 @@ def read_episodes(path: Path) -> list[Episode]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            seconds += float(row.pop("seconds", 0.0))
             row["action"] = np.array(row["action"], dtype=np.float32)
             row["kept"] = tuple(row["kept"])
             episodes.append(Episode(**row))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number} is not an episode: {error}", hint="Delete the file to search from the start."
             ) from error
-    return episodes
+    return Log(tuple(episodes), seconds)

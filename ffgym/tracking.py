@@ -53,13 +53,22 @@ class Tracker:
         run_name: what the run is called in the UI.
         enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
         parent: ``run_id`` of the run that this one is a child of.
+        resume: ``run_id`` of an earlier session of the same run. It is gone on with: what it has already logged of the
+            episodes is not logged again. Where the store does not have it (any more), a new run is made.
 
     Raises:
         TrackingError: from the ``with`` statement and from every method, where the store cannot be opened or written.
     """
 
     def __init__(
-        self, root: Path, experiment: str, run_name: str, enabled: bool = True, *, parent: str | None = None
+        self,
+        root: Path,
+        experiment: str,
+        run_name: str,
+        enabled: bool = True,
+        *,
+        parent: str | None = None,
+        resume: str | None = None,
     ) -> None:
         self.run_id: str | None = None
         self._root = root
@@ -67,6 +76,8 @@ class Tracker:
         self._run_name = run_name
         self._enabled = enabled
         self._parent = parent
+        self._resume = resume
+        self._logged: dict[str, int] | None = None  # last step of a search that earlier sessions logged; None: no such
         self._uri = tracking_uri(root)
         self._client: Any = None
         self._params: set[str] = set()
@@ -83,7 +94,7 @@ class Tracker:
             self._client = _import_mlflow().MlflowClient(tracking_uri=self._uri)
             experiment = self._experiment_id()
             tags = {} if self._parent is None else {PARENT_TAG: self._parent}
-            run = self._client.create_run(experiment, run_name=self._run_name, tags=tags)
+            run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
             self.run_id = run.info.run_id
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
         return self
@@ -142,12 +153,13 @@ class Tracker:
 
         Args:
             episodes: each becomes the metrics reward, perplexity, dense_perplexity, sparsity, target_sparsity,
-                fidelity, tokens and failed (0 or 1), under ``<search>/``, and ``objective/NAME`` where the reward
-                weighs several. A perplexity that is not finite is logged
-                as NaN: MLflow would turn infinity into 1.8e308 and spoil the chart.
+                fidelity, tokens, failed and stopped_early (0 or 1), under ``<search>/``, and ``objective/NAME`` where the
+                reward weighs several. A perplexity that is not finite is logged as NaN: MLflow would turn infinity
+                into 1.8e308 and spoil the chart.
             policy: numbers about the policy after this update, e.g. ``{"policy/spread": 0.2}``, at the last step.
             search: prefix of the metrics, to keep the random baseline beside the agent.
         """
+        episodes = self._not_yet_logged(episodes, f"{search}/reward")
         if not episodes:
             return
         metrics = [
@@ -225,6 +237,37 @@ class Tracker:
         batch = [entities.RunTag(key, _cut(value, TAG_CHARACTERS)) for key, value in tags.items()]
         for start in range(0, len(batch), PARAMS_PER_BATCH):
             self._write("log_batch", tags=batch[start : start + PARAMS_PER_BATCH])
+
+    def _taken_up(self) -> Any:
+        """The run of an earlier session, running again; ``None`` where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        if self._resume is None:
+            return None
+        try:
+            run = self._client.get_run(self._resume)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        if run.info.lifecycle_stage != "active":
+            return None
+        self._client.update_run(self._resume, status="RUNNING")
+        if FAILURE_TAG in run.data.tags:
+            self._client.delete_tag(self._resume, FAILURE_TAG)
+        self._params = set(run.data.params)
+        self._logged = {}
+        return run
+
+    def _not_yet_logged(self, episodes: Sequence[Episode], metric: str) -> Sequence[Episode]:
+        """Those that no earlier session logged: MLflow would show them twice."""
+        if self._logged is None or self.run_id is None:
+            return episodes
+        if metric not in self._logged:
+            with _translated(self._uri, "read the MLflow store"):
+                history = self._client.get_metric_history(self.run_id, metric)
+            self._logged[metric] = max((point.step for point in history), default=-1)
+        return [episode for episode in episodes if episode.index > self._logged[metric]]
 
     def _experiment_id(self) -> str:
         """Find the experiment or make it."""
@@ -353,6 +396,7 @@ def _episode_metrics(episode: Episode) -> dict[str, float]:
         "fidelity": episode.fidelity,
         "tokens": episode.tokens,
         "failed": float(episode.failed),
+        "stopped_early": float(episode.stopped_early),
         **{f"objective/{name}": value for name, value in episode.objectives.items()},
     }
 

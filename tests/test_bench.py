@@ -390,6 +390,20 @@ def test_a_line_cut_off_by_a_crash_is_measured_again(finished: Any, tmp_path: Pa
     assert numbers(tmp_path / "small")["reinforce-seed1"] == numbers(finished[0].parent / "small")["reinforce-seed1"]
 
 
+def test_seconds_of_all_sittings_are_added_up(tmp_path: Path, steps: list[int]) -> None:
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        call(file)
+    steps[0] = 10**6
+    (log,) = (tmp_path / "mlruns" / "bench").iterdir()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({**row, "seconds": 100.0}) + "\n" for row in rows))
+    call(file)
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
+    assert 500 < result["seconds"] < 600
+
+
 def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) -> None:
     file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
     steps[0] = 2

@@ -59,7 +59,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """A runner that records its configuration, and prints as libraries do."""
     seen: list[RunConfig] = []
 
-    def run(config: RunConfig, progress: Any) -> Result:
+    def run(config: RunConfig, progress: Any, resume: Path | None) -> Result:
         seen.append(config)
         print("a library talks")
         progress.print("progress")
@@ -213,7 +213,7 @@ def test_bad_configuration_is_a_message_and_exit_1(
 
 
 def test_error_of_the_runner_is_a_message_a_hint_and_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: RunConfig, progress: Any) -> None:
+    def run(config: RunConfig, progress: Any, resume: Path | None) -> None:
         raise ModelError("no such folder", hint="Look again.")
 
     replace_module(monkeypatch, "ffgym.runner", run=run)
@@ -223,7 +223,7 @@ def test_error_of_the_runner_is_a_message_a_hint_and_exit_1(monkeypatch: pytest.
 
 
 def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: RunConfig, progress: Any) -> None:
+    def run(config: RunConfig, progress: Any, resume: Path | None) -> None:
         raise KeyboardInterrupt
 
     replace_module(monkeypatch, "ffgym.runner", run=run)

@@ -210,3 +210,87 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot read the configuration file"):
         load_config(binary)
+
+
+# a range of budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "ends"),
+    [("0.1:0.5", "0.1:0.5", (0.1, 0.5)), (".10 : .50", "0.1:0.5", (0.1, 0.5)), ("1e-1:0.25", "0.1:0.25", (0.1, 0.25))],
+)
+def test_a_range_of_budgets_is_read_and_written_in_one_way(
+    tmp_path: Path, text: str, canonical: str, ends: tuple[float, float]
+) -> None:
+    for config in (load_config(prune={"sparsity": text}), load_config(None, [f"prune.sparsity={text}"])):
+        assert config.prune.sparsity == canonical
+        assert config.prune.ends == ends
+        assert config.prune.is_range
+        assert config.prune.target == pytest.approx(sum(ends) / 2)
+        assert load_config(write(tmp_path, to_toml(config))) == config
+
+
+def test_a_single_target_is_its_own_range() -> None:
+    prune = load_config(prune={"sparsity": 0.3}).prune
+    assert (prune.ends, prune.target, prune.is_range) == ((0.3, 0.3), 0.3, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("0.5:0.1", "should rise: write '0.1:0.5'"),
+        ("0.2:0.2", "should have two different ends; a single target is written 0.2"),
+        ("0:0.5", "should be greater than 0"),
+        ("-0.1:0.5", "should be greater than 0"),
+        ("0.1:1", "should be less than 1"),
+        ("0.1:1.5", "should be less than 1"),
+        ("0.1:nan", "should be a finite number"),
+        ("0.1:", "should be a valid number, or two for a range"),
+        (":0.5", "should be a valid number, or two for a range"),
+        ("0.1:0.3:0.5", "should be a valid number, or two for a range"),
+        ("a:b", "should be a valid number, or two for a range"),
+    ],
+)
+def test_a_range_that_is_none_is_refused_with_what_is_wrong(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(prune={"sparsity": text})
+    assert f"prune.sparsity = {text!r}: {complaint}" in caught.value.message
+    assert caught.value.hint
+
+
+RANGE = {"sparsity": "0.1:0.5"}
+
+
+@pytest.mark.parametrize(
+    ("tables", "complaint"),
+    [
+        ({"prune": RANGE, "schedule": {"sparsity": "cubic"}}, "schedule.sparsity = 'cubic' has none to rise to"),
+        ({"prune": RANGE, "search": {"stop_hopeless": True}}, "search.stop_hopeless has no earlier losses"),
+        ({"prune": RANGE, "output": {"save_at": 0.6}}, "output.save_at = 0.6 is outside the range 0.1:0.5"),
+        ({"prune": RANGE, "output": {"save_at": 0.2, "save_all": True}}, "output.save_all every point's"),
+        ({"prune": {**RANGE, "front_points": 1}}, "prune.front_points = 1"),
+        ({"output": {"save_at": 0.2}}, "output.save_at chooses among the points of a range"),
+        ({"output": {"save_all": True}}, "output.save_all chooses among the points of a range"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_go_with_a_range_is_refused(tables: dict[str, dict[str, object]], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(**tables)
+    assert complaint in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("tables", "targets", "main"),
+    [
+        ({"prune": {"sparsity": 0.3}}, (0.3,), 0.3),
+        ({"prune": RANGE}, (0.1, 0.2, 0.3, 0.4, 0.5), 0.3),
+        ({"prune": {**RANGE, "front_points": 2}}, (0.1, 0.5), 0.5),
+        ({"prune": {**RANGE, "front_points": 3}, "output": {"save_at": 0.2}}, (0.1, 0.2, 0.3, 0.5), 0.2),
+        ({"prune": RANGE, "output": {"save_at": 0.5}}, (0.1, 0.2, 0.3, 0.4, 0.5), 0.5),
+    ],
+)
+def test_the_points_of_the_front(tables: dict[str, dict[str, object]], targets: tuple[float, ...], main: float) -> None:
+    config = load_config(**tables)
+    assert (config.targets, config.main_target) == (targets, main)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -27,10 +29,13 @@ from ffgym.search import (
     episode_to_json,
     finalists,
     finals_windows,
+    near,
     objective_standings,
     read_episodes,
+    read_log,
     run_finals,
     search,
+    search_front,
     with_every_shape,
 )
 from ffgym.types import Episode
@@ -68,6 +73,11 @@ def bits(found):
         [(c.importance.tolist(), c.allocation, c.origin, c.loss) for c in [found.best, *found.finalists]]
         + [found.dense_loss, found.search_tokens, found.final_tokens]
     )
+
+
+def untimed(text):
+    """A log without what no two searches share."""
+    return re.sub(r', "seconds": [\d.]+', "", text)
 
 
 def episode(index, update, reward, *, sparsity=0.3, fidelity=1.0, action=None):
@@ -481,7 +491,7 @@ class TestLog:
         log.write_text("".join(kept))
         again = searched(make_env(sparsity=0.3), log=log)
         assert bits(again) == bits(found)
-        assert log.read_text() == text
+        assert untimed(log.read_text()) == untimed(text)
 
     def test_resuming_every_agent_after_ctrl_c(self, make_env, tmp_path):
         for name in ("random", "reinforce"):
@@ -501,7 +511,7 @@ class TestLog:
             resumed = searched(make_env(sparsity=0.3), agent(), log=log)
             whole = searched(make_env(sparsity=0.3), agent(), log=uninterrupted)
             assert bits(resumed) == bits(whole)
-            assert log.read_text() == uninterrupted.read_text()
+            assert untimed(log.read_text()) == untimed(uninterrupted.read_text())
 
     def test_a_finished_log_is_replayed_without_measuring_an_episode(self, whole, make_env, tmp_path):
         log = tmp_path / "done.jsonl"
@@ -553,3 +563,141 @@ class TestLog:
         log = tmp_path / "episodes.jsonl"
         log.touch()
         assert read_episodes(log) == []
+
+
+class TestSeconds:
+    """The time of all sessions counts, that of a replay does not."""
+
+    @pytest.fixture
+    def slow(self, make_env, monkeypatch):
+        """Every measurement takes a second of a clock that stands still otherwise."""
+        now = [1000.0]
+        monkeypatch.setattr("ffgym.search.time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+
+        def make():
+            env = make_env(sparsity=0.3)
+            measure = env.measure
+
+            def measured(allocation, subset):
+                now[0] += 1.0
+                return measure(allocation, subset)
+
+            env.measure = measured
+            return env
+
+        return make
+
+    def test_every_line_of_the_log_says_its_own(self, slow, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        found = searched(slow(), log=log)
+        assert read_log(log).seconds == len(found.history)
+        assert found.seconds == len(found.history) + len(found.finalists)
+
+    @pytest.mark.parametrize("stop", [0, 5, 11])
+    def test_of_earlier_sessions_are_added_up(self, slow, tmp_path, stop):
+        log = tmp_path / "episodes.jsonl"
+
+        def interrupt(episode):
+            if episode.index == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(slow(), log=log, on_episode=interrupt)
+        assert raised.value.found.seconds == stop + 1
+        found = searched(slow(), log=log)
+        assert found.seconds == len(found.history) + len(found.finalists)
+        assert searched(slow(), log=log).seconds == found.seconds, "a replay takes no time"
+
+    def test_a_log_that_does_not_say_is_read(self, slow, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        found = searched(slow(), log=log)
+        log.write_text(untimed(log.read_text()))
+        assert searched(slow(), log=log).seconds == len(found.finalists)
+
+    def test_are_real(self, env):
+        begun = time.monotonic()
+        found = searched(env)
+        assert 0 < found.seconds <= time.monotonic() - begun
+
+
+class TestFront:
+    """A range of budgets: one history, and at every target finals of its own."""
+
+    TARGETS = (0.1, 0.2, 0.3)
+    RANGE = Schedule(0.3, 2, low=0.1)
+
+    @pytest.fixture
+    def env(self, make_env):
+        return make_env(sparsity=0.2)
+
+    def fronted(self, env, agent=None, **options):
+        return search_front(
+            env, agent or RandomSearch(), SETTINGS, options.pop("schedule", self.RANGE), self.TARGETS, seed=3, **options
+        )
+
+    def test_every_point_is_chosen_at_its_own_target(self, env):
+        points = []
+        found = self.fronted(env, on_point=points.append)
+        assert points == found
+        assert [one.target for one in found] == list(self.TARGETS)
+        for one in found:
+            assert one.history == found[0].history
+            assert one.search_tokens == found[0].search_tokens
+            assert one.best is one.finalists[0]
+            assert len(one.finalists) == 3
+            assert one.final_tokens == 3 * 160
+            for candidate in one.finalists:
+                assert candidate.allocation == env.budget.project(candidate.importance, one.target)
+                assert candidate.allocation.sparsity >= one.target - 1e-9
+        assert all(0.1 <= e.target_sparsity <= 0.3 for e in found[0].history)
+
+    def test_what_the_agent_recommends_is_asked_for_at_every_target(self, env):
+        asked = []
+
+        class Told(RandomSearch):
+            def recommend(self, observation):
+                asked.append(float(observation[0]))
+                return []
+
+        self.fronted(env, Told())
+        np.testing.assert_allclose(asked, self.TARGETS, rtol=1e-6)
+
+    def test_candidates_stood_out_near_the_target(self, env):
+        found = self.fronted(env)
+        for one in found:
+            nearest = min(abs(e.target_sparsity - one.target) for e in one.history)
+            for candidate in one.finalists:
+                number = int(candidate.origin.removeprefix("episode "))
+                assert abs(one.history[number].target_sparsity - one.target) <= max(0.05, nearest) + 1e-9
+
+    @pytest.mark.parametrize("lines", [0, 5, 12])
+    def test_a_resumed_front_is_the_uninterrupted_one_bit_for_bit(self, make_env, tmp_path, lines):
+        log = tmp_path / "whole.jsonl"
+        whole = self.fronted(make_env(sparsity=0.2), log=log)
+        resumed = tmp_path / "resumed.jsonl"
+        resumed.write_text("".join(log.read_text().splitlines(keepends=True)[:lines]))
+        again = self.fronted(make_env(sparsity=0.2), log=resumed)
+        assert [bits(one) for one in again] == [bits(one) for one in whole]
+
+    def test_a_log_of_a_single_target_is_refused(self, make_env, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        self.fronted(make_env(sparsity=0.2), log=log)
+        with pytest.raises(DataError, match="is not what this search does"):
+            searched(make_env(sparsity=0.2), schedule=Schedule(0.2, 2), log=log)
+
+    def test_ctrl_c_says_the_best_at_the_environments_own_target(self, env):
+        def stop(episode):
+            if episode.index == 9:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as raised:
+            self.fronted(env, on_episode=stop)
+        found = raised.value.found
+        assert found.target == 0.2
+        assert 0.2 <= found.best.allocation.sparsity < 0.25
+
+    def test_near_takes_what_is_in_reach_or_else_the_nearest_update(self):
+        history = [episode(i, i // 2, 0.5, sparsity=0.1 + 0.04 * (i // 2)) for i in range(10)]
+        assert [e.index for e in near(history, 0.2, 0.05)] == [4, 5, 6, 7]
+        assert {e.target_sparsity for e in near(history, 0.2, 0.05)} == {0.2}
+        assert [e.index for e in near(history, 0.5, 0.05)] == [8, 9]

@@ -110,6 +110,48 @@ def test_parameters_are_flat_cut_and_keep_their_first_value(root):
     assert params["more.249"] == "249"
 
 
+def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root):
+    """Two updates were logged, and a replay hands all of them over again."""
+    with Tracker(root, "ffgym", "run") as first:
+        first.log_config({"seed": 0}, "a")
+        for update in range(2):
+            first.log_episodes([episode(4 * update + i) for i in range(4)], {"policy/spread": 0.1 * update})
+    with Tracker(root, "ffgym", "run", resume=first.run_id) as second:
+        assert second.run_id == first.run_id
+        assert run_of(root, second).info.status == "RUNNING"
+        second.log_config({"seed": 1, "more": 2}, "b")
+        for update in range(3):
+            second.log_episodes([episode(4 * update + i) for i in range(4)], {"policy/spread": 0.1 * update})
+        second.log_episodes([episode(0)], search="random")
+    run = run_of(root, second)
+    assert run.info.status == "FINISHED"
+    assert (run.data.params["seed"], run.data.params["more"]) == ("0", "2")
+    for metric, steps in (("search/reward", list(range(12))), ("policy/spread", [3, 7, 11]), ("random/reward", [0])):
+        assert [point.step for point in client(root).get_metric_history(run.info.run_id, metric)] == steps
+
+
+def test_a_failure_is_forgotten_when_the_run_goes_on(root):
+    with pytest.raises(ValueError, match="NaN"), Tracker(root, "ffgym", "run") as first:
+        raise ValueError("NaN")
+    with Tracker(root, "ffgym", "run", resume=first.run_id) as second:
+        pass
+    assert "ffgym.failure" not in run_of(root, second).data.tags
+
+
+@pytest.mark.parametrize("gone", ["0" * 32, "not an id", "deleted"])
+def test_where_there_is_no_run_to_go_on_with_a_new_one_is_made(root, gone):
+    if gone == "deleted":
+        with Tracker(root, "ffgym", "run") as first:
+            pass
+        client(root).delete_run(first.run_id)
+        gone = first.run_id
+    with Tracker(root, "ffgym", "run", resume=gone) as second:
+        second.log_episodes([episode(0)])
+    assert second.run_id != gone
+    assert run_of(root, second).info.status == "FINISHED"
+    assert len(client(root).get_metric_history(second.run_id, "search/reward")) == 1
+
+
 def test_episodes_become_metrics_by_step(root):
     with Tracker(root, "ffgym", "run") as tracker:
         tracker.log_episodes([episode(i) for i in range(8)], {"policy/spread": 0.3})

@@ -8,6 +8,10 @@ metric (natural gradient), is E[A (a - mu)]: no inverse, no Adam, steps in units
 E[A (|z|^2 / d - 1)] / 2. A is the advantage among the episodes of one update, which share tokens and sparsity:
 
     antithetic pairs mu +- s S z cancel what is even in the noise; each pair's own difference is its advantage.
+
+Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
+measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
+the scale of p: here the range is [-1, 1], so that a step at one end leaves the other where it is.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
+# The mean is w_0 + w_1 (p - 0.2) / 0.2, in a saved policy too: of order 1 over the usual budgets.
 REFERENCE_SPARSITY = 0.2
-SLOPE_UNIT = 0.2  # the mean's slope feature is (p - 0.2) / 0.2: of order 1 over the usual range of budgets
+SLOPE_UNIT = 0.2
 
 
 class ReinforceConfig(PluginConfig):
@@ -56,6 +61,7 @@ class Reinforce(BatchAgent):
 
     name = "reinforce"
     Config: ClassVar[type[PluginConfig]] = ReinforceConfig
+    budget_conditioned: ClassVar[bool] = True
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
@@ -66,8 +72,7 @@ class Reinforce(BatchAgent):
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or zeros), unless a policy has been loaded."""
         if self._weights is None:
-            start = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
-            self._weights = np.stack([start, np.zeros(dimensions)])
+            self._weights = self._prior(dimensions)
         elif self._weights.shape[1] != dimensions:
             raise ConfigError(
                 f"the loaded policy is for {self._weights.shape[1]} sublayers, this model has {dimensions}",
@@ -93,19 +98,20 @@ class Reinforce(BatchAgent):
         advantages = advantage(rewards, self.config.advantage)
         spread = float(np.exp(self._log_spread))
         steps = spread * self._noise_asked @ self._root
-        features = np.stack([_features(float(o[0])) for o in observations])
-        features = features / (features**2).sum(axis=1, keepdims=True)
-        gradient = features.T @ (advantages[:, None] * steps) / len(rewards)
+        shares = np.stack([self._shares(float(o[0])) for o in observations])
+        gradient = shares.T @ (advantages[:, None] * steps) / len(rewards)
         self._weights = self._weights + self.config.learning_rate * gradient
         if self.config.spread_rate:
             surprise = (self._noise_asked**2).mean(axis=1) - 1.0
             step = self.config.spread_rate * float((advantages * surprise).mean()) / 2
             self._log_spread += float(np.clip(step, -0.2, 0.2))
-        mean = self._mean(float(observations[-1][0]))
-        self._weights[0] += np.clip(mean, -1.0, 1.0) - mean
+        sparsity = float(observations[-1][0])
+        mean = self._mean(sparsity)
+        back = np.clip(mean, -1.0, 1.0) - mean
+        self._weights = self._weights + np.outer([1.0, 0.0] if self.budgets is None else self._shares(sparsity), back)
         self._means.append(self._weights.copy())
         return {
-            "policy/mean": float(self._mean(float(observations[-1][0])).mean()),
+            "policy/mean": float(self._mean(sparsity).mean()),
             "policy/spread": float(np.exp(self._log_spread)),
             "policy/step": float(np.linalg.norm(self.config.learning_rate * gradient[0])),
         }
@@ -133,6 +139,23 @@ class Reinforce(BatchAgent):
         assert self._weights is not None, "begin comes first"
         tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
         return np.asarray(np.mean(tail, axis=0)) if tail else self._weights
+
+    def _prior(self, dimensions: int) -> np.ndarray:
+        """Weights of the line through the prior at the ends of a range, or of the prior at every sparsity."""
+        if self.budgets is not None and self.prior_ends is not None:
+            ends = np.stack([_features(sparsity) for sparsity in self.budgets])
+            return np.linalg.solve(ends, np.stack(self.prior_ends).astype(np.float64))
+        start = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
+        return np.stack([start, np.zeros(dimensions)])
+
+    def _shares(self, sparsity: float) -> np.ndarray:
+        """What of a step of mu(sparsity) either weight makes, shape (2,); together they make all of it."""
+        low, high = self.budgets or (REFERENCE_SPARSITY - SLOPE_UNIT, REFERENCE_SPARSITY + SLOPE_UNIT)
+        centre, unit = (low + high) / 2, (high - low) / 2
+        x = (sparsity - centre) / unit
+        level, slope = np.array([1.0, x]) / (1.0 + x**2)
+        # Of a line around the centre, in the units of the weights.
+        return np.array([level + slope * (REFERENCE_SPARSITY - centre) / unit, slope * (SLOPE_UNIT / unit)])
 
     def _mean(self, sparsity: float) -> np.ndarray:
         assert self._weights is not None, "begin comes first"

@@ -101,7 +101,7 @@ def make_budget(config: RunConfig, model: Any, latency: LatencyTable | None = No
         ModelError: a stock checkpoint is asked for, which the family does not have, or not with this calibration.
     """
     budget = budget_in(config.prune.resource, config, model, latency)
-    budget.check(config.prune.sparsity)
+    budget.check(config.prune.ends[1])
     return budget
 
 
@@ -139,6 +139,12 @@ def make_reward(config: RunConfig) -> Reward:
         UnknownNameError: no such reward, task or resource.
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
+    if reward.needs and config.search.stop_hopeless:
+        raise ConfigError(
+            f"reward {config.reward.name!r} needs {', '.join(sorted(reward.needs))}, and search.stop_hopeless can stop "
+            "an episode that is judged by its losses alone",
+            hint="Set search.stop_hopeless = false, or reward.name = 'perplexity'.",
+        )
     if "accuracy" in reward.needs:
         if not reward.tasks:
             raise ConfigError(
@@ -188,7 +194,7 @@ def build_env(
         reward,
         windows,
         budget,
-        sparsity=config.prune.sparsity,
+        sparsity=config.prune.target,
         episode_windows=-(-config.search.episode_tokens // config.data.window),
         calibrated=config.prune.calibration != "none",
         tokens_per_batch=tokens_per_batch(model.device),

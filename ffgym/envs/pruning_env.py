@@ -61,10 +61,13 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ``reset(options={"sparsity": p, "subset": indices, "examples": indices})`` sets the task: target sparsity, and the
     search windows and task examples that the episode is measured on. Without options the sparsity is the constructor's
     and the subsets are drawn.
+    With ``"hopeless": x`` the windows are measured one by one, and no more of them once the mean loss so far lies more
+    than x nats per token above the dense model's on the same windows; the reward is that of the windows measured.
+    Only a reward of losses can be stopped like that.
 
     The step's info holds ``kept`` (int64, (2L,)), ``sparsity``, ``loss`` and ``dense_loss`` (nats per token),
-    ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite) and, where the reward weighs
-    objectives and the episode did not fail, ``objective/NAME`` for each.
+    ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite), ``stopped_early`` (0 or 1) and,
+    where the reward weighs objectives and the episode did not fail, ``objective/NAME`` for each.
 
     Args:
         prunable: the prepared model.
@@ -121,6 +124,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
+        self._hopeless: float | None = None
 
     @property
     def window_tokens(self) -> int:
@@ -163,6 +167,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if examples is None:
             examples = self.draw_examples(self.np_random, len(self._subset))
         self._examples = tuple(examples)
+        self._hopeless = options.get("hopeless")
         return self.observation(), {}
 
     def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
@@ -183,14 +188,19 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Info]:
         """Prune as the action says, measure, put the dense model back."""
         allocation = self.budget.project(action, self._target)
-        judged = self.judge(allocation, self._subset, self._examples)
+        if self._hopeless is None:
+            judged = self.judge(allocation, self._subset, self._examples)
+        else:
+            judged = self._judge_while_hopeful(allocation, self._hopeless)
+        windows = len(judged.pruned.losses)
         info: Info = {
             "kept": np.array(allocation.kept, dtype=np.int64),
             "sparsity": allocation.sparsity,
             "loss": judged.pruned.loss,
             "dense_loss": judged.dense.loss,
-            "tokens": self.tokens(self._subset, self._examples),
+            "tokens": self.tokens(self._subset[:windows], self._examples),
             "failed": int(judged.failed),
+            "stopped_early": int(windows < len(self._subset)),
             **{OBJECTIVE + name: value for name, value in judged.objectives.items()},
         }
         return self.observation(), judged.reward, True, False, info
@@ -198,7 +208,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def judge(self, allocation: Allocation, subset: Sequence[int], examples: Sequence[int] = ()) -> Judgement:
         """Reward and objectives of an allocation on these search windows and examples."""
         dense = self.dense(subset, examples)
-        pruned = self.measure(allocation, subset, examples)
+        return self._judged(self.measure(allocation, subset, examples), dense)
+
+    def _judged(self, pruned: Evaluation, dense: Evaluation) -> Judgement:
         if not pruned.finite:
             return Judgement(pruned, dense, float(self.reward.worst), failed=True, objectives={})
         reward = check_reward(self.reward, pruned, dense)
@@ -224,6 +236,23 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         finally:
             self.prunable.restore()
         return replace(result, costs=self._costs(allocation.kept))
+
+    def _judge_while_hopeful(self, allocation: Allocation, hopeless: float) -> Judgement:
+        """Reward on the subset's windows one by one, until their losses lie too far above the dense model's."""
+        dense = self.dense(self._subset)
+        losses: list[float] = []
+        try:
+            self.prunable.cut(allocation.kept, calibrated=self.calibrated)
+            for window in self._subset:
+                one = evaluate(self.prunable.model, self.windows[[window]], tokens_per_batch=self.window_tokens)
+                losses.extend(one.losses)
+                above = np.mean(losses) - np.mean(dense.losses[: len(losses)])
+                if not above <= hopeless:  # a loss that is not a number is hopeless too
+                    break
+        finally:
+            self.prunable.restore()
+        tokens = dense.tokens_per_window
+        return self._judged(Evaluation(tuple(losses), tokens), Evaluation(dense.losses[: len(losses)], tokens))
 
     def dense(self, subset: Sequence[int], examples: Sequence[int] = ()) -> Evaluation:
         """The dense model on these search windows and examples; each is evaluated once in the env's life."""

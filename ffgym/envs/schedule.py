@@ -3,6 +3,8 @@
 Two ramps in the share of the token budget that is spent: sparsity rises from a gentle start to the target as
 p = target + (start - target) (1 - t)^3, fidelity from one window to all of an episode's windows as t^3. It is cheap to
 be wrong at the start, and the policy meets the real task with a sensible mean.
+
+A range of budgets has no single target to rise to: every update is given a place in the range instead.
 """
 
 from __future__ import annotations
@@ -13,6 +15,20 @@ from typing import Literal
 
 Ramp = Literal["none", "cubic", "staircase"]
 STAIRS = 4
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def stratified(first: float, index: int) -> float:
+    """Number ``index`` of a sequence whose every beginning covers [0, 1) evenly: frac(first + index * golden ratio).
+
+    The additive recurrence of least discrepancy (Knuth, The Art of Computer Programming 3, 6.4, theorem S): a new
+    number falls into one of the largest gaps that the earlier ones leave, so nobody has to know how many are needed.
+
+    Args:
+        first: where it starts, in [0, 1).
+        index: from 0.
+    """
+    return (first + index * GOLDEN) % 1.0
 
 
 @dataclass(frozen=True)
@@ -35,12 +51,13 @@ class Schedule:
     """The ramps of one search.
 
     Attributes:
-        target: final sparsity.
+        target: final sparsity, or the upper end of a range of budgets.
         windows: windows of an episode at full fidelity.
         start: sparsity at the very beginning, where the sparsity ramp is on (at most the target).
         sparsity: form of the sparsity ramp.
         fidelity: form of the fidelity ramp.
         ramp_share: share of the token budget after which both ramps have arrived.
+        low: lower end of a range of budgets; ``None`` for a single target.
     """
 
     target: float
@@ -49,12 +66,20 @@ class Schedule:
     sparsity: Ramp = "none"
     fidelity: Ramp = "none"
     ramp_share: float = 0.5
+    low: float | None = None
 
-    def stage(self, spent: float) -> Stage:
-        """The stage when ``spent`` (in [0, 1]) of the token budget is gone."""
+    def stage(self, spent: float, place: float = 1.0) -> Stage:
+        """What an update is measured at.
+
+        Args:
+            spent: share of the token budget that is gone, in [0, 1].
+            place: under a range, the update's place in it: 0 is the lower end, 1 the upper.
+        """
         t = min(1.0, spent / self.ramp_share) if self.ramp_share > 0 else 1.0
         start = min(self.start, self.target)
         sparsity = start + (self.target - start) * _rise(self.sparsity, t, lambda x: 1 - (1 - x) ** 3)
+        if self.low is not None:
+            sparsity = self.low + (self.target - self.low) * place
         wanted = self.windows * _rise(self.fidelity, t, lambda x: x**3)
         windows = min(self.windows, max(1, math.ceil(wanted - 1e-9)))
         return Stage(sparsity=sparsity, windows=windows, fidelity=windows / self.windows)

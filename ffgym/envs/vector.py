@@ -3,6 +3,9 @@
 It owns the schedule, redraws the token subset once an update (common random numbers within it), counts tokens, and
 keeps the history. Every episode ends after its step and the next one begins at once (SAME_STEP autoreset). Where
 actions of one update come to the same allocation, it is measured once and counts for each: the bits would be the same.
+
+Under a range of budgets every update has a target of its own, drawn evenly over the range from the seed. One target an
+update, not several: the advantage is taken among episodes of equal target, and it is the better the more there are.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from ffgym.envs.pruning_env import OBJECTIVE, PruningEnv
-from ffgym.envs.schedule import Schedule, Stage
+from ffgym.envs.schedule import Schedule, Stage, stratified
 from ffgym.errors import DataError
 from ffgym.types import Episode
 
 Infos = dict[str, Any]
-FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed")
+FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed", "stopped_early")
 
 
 class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -33,6 +36,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         schedule: sparsity and fidelity over the token budget.
         num_envs: episodes per update.
         token_budget: tokens that the search may evaluate; the update that crosses it is the last.
+        stop_margin: an episode is hopeless, and cut short, when its loss above dense is this many standard deviations
+            above the mean of the last update at the same target and fidelity; ``None`` cuts none short.
         on_episode: called after every episode.
         replay: episodes of an earlier, interrupted search with the same seed: they are taken as they are instead of
             being measured again.
@@ -49,6 +54,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         *,
         num_envs: int,
         token_budget: int,
+        stop_margin: float | None = None,
         on_episode: Callable[[Episode], None] | None = None,
         replay: Sequence[Episode] = (),
     ) -> None:
@@ -56,6 +62,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.schedule = schedule
         self.num_envs = num_envs
         self.token_budget = token_budget
+        self.stop_margin = stop_margin
         self.history: list[Episode] = []
         self.tokens_spent = 0
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
@@ -66,9 +73,11 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._on_episode = on_episode
         self._replay = replay
         self._update = 0
+        self._first_place = 1.0
         self._stage = schedule.stage(0.0)
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
+        self._hopeless: float | None = None
 
     @property
     def tokens_left(self) -> int:
@@ -83,8 +92,10 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, Infos]:
-        """Begin an update: draw its subset. The seed fixes every subset that follows."""
+        """Begin an update: draw its subset. The seed fixes every subset that follows, and every target of a range."""
         super().reset(seed=seed if isinstance(seed, int) else None)
+        if self.schedule.low is not None:
+            self._first_place = float(self.np_random.random())
         return self._begin(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]:
@@ -104,14 +115,34 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return following, rewards, done, np.zeros(self.num_envs, dtype=bool), infos
 
     def _begin(self) -> np.ndarray:
-        self._stage = self.schedule.stage(self.tokens_spent / self.token_budget)
+        place = stratified(self._first_place, self._update)
+        self._stage = self.schedule.stage(self.tokens_spent / self.token_budget, place)
         self._subset = self.env.draw(self.np_random, self._stage.windows)
         self._examples = self.env.draw_examples(self.np_random, self._stage.windows)
+        self._hopeless = self._threshold()
         observation, _ = self.env.reset(options=self._task())
         return np.tile(observation, (self.num_envs, 1))
 
     def _task(self) -> dict[str, Any]:
-        return {"sparsity": self._stage.sparsity, "subset": self._subset, "examples": self._examples}
+        """What all episodes of the running update are told."""
+        return {
+            "sparsity": self._stage.sparsity,
+            "subset": self._subset,
+            "examples": self._examples,
+            "hopeless": self._hopeless,
+        }
+
+    def _threshold(self) -> float | None:
+        """Loss above dense (nats per token) from which on an episode of this update is hopeless.
+
+        Fixed before the update begins, so that within it the same action earns the same reward.
+        """
+        stage = (self._stage.sparsity, self._stage.fidelity)
+        last = [e for e in self.history[-self.num_envs :] if (e.target_sparsity, e.fidelity) == stage and not e.failed]
+        if self.stop_margin is None or len(last) < 2:
+            return None
+        above = np.array([episode.loss - episode.dense_loss for episode in last])
+        return float(above.mean() + self.stop_margin * above.std())
 
     def _episode(self, action: np.ndarray) -> Episode:
         index = len(self.history)
@@ -164,4 +195,5 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             objectives={
                 key.removeprefix(OBJECTIVE): float(value) for key, value in info.items() if key.startswith(OBJECTIVE)
             },
+            stopped_early=bool(info["stopped_early"]),
         )

@@ -125,15 +125,24 @@ class Agent(Plugin, ABC):
     it says ``tokens_left`` (int), the evaluated tokens that the search may still spend.
 
     Attributes:
+        needs_prior: it cannot run without a prior.
+        searches: it learns from episodes; ``False`` for a rule that is measured as it is.
+        budget_conditioned: what it proposes and recommends follows the target sparsity in the observation, so that one
+            search can serve a range of budgets; only such an agent is run under one.
         prior_mean: importances to start from, shape (2L,), set by the runner from ``prior``; ``None`` for no prior.
+        budgets: under a range of budgets its ends, lower first, set by the runner; ``None`` for a single target.
+        prior_ends: under a range, importances to start from at its lower and at its upper end; ``None`` for no prior.
     """
 
     needs_prior: ClassVar[bool] = False
     searches: ClassVar[bool] = True
+    budget_conditioned: ClassVar[bool] = False
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self.prior_mean: np.ndarray | None = None
+        self.budgets: tuple[float, float] | None = None
+        self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
 
     @abstractmethod
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:

@@ -115,7 +115,8 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
     """Draw the reward over the tokens evaluated so far: every episode faint, the mean of each update strong.
 
     Rewards at different target sparsities are not comparable, so there is no "best so far"; where the schedule moves,
-    a second panel shows the target. Failed episodes are crosses on the lower edge and stay out of the means.
+    a second panel shows the target. Under a range of budgets, where every update has a target of its own, no line joins
+    the means. Failed episodes are crosses on the lower edge and stay out of the means.
 
     Args:
         episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
@@ -126,6 +127,7 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
     """
     searches = {label: history for label, history in episodes.items() if history}
     scheduled = any(len({episode.target_sparsity for episode in history}) > 1 for history in searches.values())
+    ranged = any(bool((np.diff([e.target_sparsity for e in history]) < 0).any()) for history in searches.values())
     figure = new_figure(width=9.0, height=5.0 if scheduled else 4.0)
     if scheduled:
         rewards, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -133,9 +135,10 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
     else:
         rewards = bottom = figure.subplots()
     for number, (label, history) in enumerate(searches.items()):
-        _draw_rewards(rewards, history, label, SEARCH_COLOURS[number % len(SEARCH_COLOURS)])
+        _draw_rewards(rewards, history, label, SEARCH_COLOURS[number % len(SEARCH_COLOURS)], joined=not ranged)
     failed = any(not _succeeded(episode) for history in searches.values() for episode in history)
-    key = "dots: episodes; lines: mean of each update" + ("; crosses on the edge: failed episodes" if failed else "")
+    means = "large dots" if ranged else "lines"
+    key = f"dots: episodes; {means}: mean of each update" + ("; crosses on the edge: failed episodes" if failed else "")
     rewards.set_title(key, fontsize=10, loc="left")
     rewards.set_ylabel("reward (higher is better)")
     handles, labels = rewards.get_legend_handles_labels()
@@ -143,7 +146,8 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
     tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
-    figure.suptitle(_reward_title(searches, scheduled), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    title = "Reward, every update at a target sparsity of its own" if ranged else _reward_title(searches, scheduled)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     save_figure(figure, path)
 
 
@@ -160,7 +164,7 @@ def _succeeded(episode: Episode) -> bool:
     return not episode.failed and math.isfinite(episode.reward)
 
 
-def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, colour: str) -> None:
+def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, colour: str, *, joined: bool) -> None:
     """Draw one search: its episodes, the failed ones and the mean of every update."""
     tokens = _tokens_so_far(history)
     alive = np.array([_succeeded(episode) for episode in history])
@@ -183,7 +187,8 @@ def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, colour: st
         for update in np.unique(updates)
         if (members := alive & (updates == update)).any()
     ]
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=2, label=label, zorder=4)
+    look: dict[str, Any] = {"linewidth": 2} if joined else {"linestyle": "", "marker": "o", "markersize": 7}
+    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, label=label, zorder=4, **look)
 
 
 def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> None:

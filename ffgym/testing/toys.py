@@ -17,6 +17,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from ffgym.envs.schedule import stratified
 from ffgym.types import LayerStats, Sublayer, SublayerView
 
 
@@ -125,6 +126,80 @@ class RuggedEnv(ToyEnv):
     def value(self, offsets: np.ndarray) -> np.ndarray:
         """1 - mean of offset^2 plus ripples of height 0.1 and period 1/3."""
         return np.asarray(1 - np.mean(offsets**2 + 0.05 * (1 - np.cos(6 * np.pi * offsets)), axis=1))
+
+
+class BudgetRangeEnv(ToyEnv):
+    """A bowl that moves with the target sparsity, which every update has of its own: a range of budgets.
+
+    The optimum is a line in the sparsity, and its mean is 0: a projection would undo what moves all importances alike.
+    The bowl is steeper the more is removed, as losses are.
+
+    Args:
+        num_envs: episodes per update.
+        dimensions: importances per action (2L).
+        tokens: token budget of the search.
+        budgets: ends of the range, lower first.
+        drift: how far the optimum moves from the middle of the range to an end, root mean square over importances.
+        tokens_per_episode: what one episode costs.
+        noise: as in :class:`ToyEnv`.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        dimensions: int,
+        tokens: int,
+        *,
+        budgets: tuple[float, float] = (0.1, 0.5),
+        drift: float = 0.3,
+        tokens_per_episode: int = 1,
+        noise: float = 0.0,
+    ) -> None:
+        super().__init__(num_envs, dimensions, tokens, tokens_per_episode=tokens_per_episode, noise=noise)
+        rng = np.random.default_rng(13)
+        self.budgets = budgets
+        middle, direction = rng.uniform(-0.4, 0.4, dimensions), rng.uniform(-1.0, 1.0, dimensions)
+        self._middle, direction = middle - middle.mean(), direction - direction.mean()
+        self._drift = drift * direction / np.sqrt(np.mean(direction**2))
+        self._first_place, self._update = 0.5, 0
+        self.sparsity = self._drawn()
+        self.optimum = self.optimum_at(self.sparsity)
+
+    def optimum_at(self, sparsity: float) -> np.ndarray:
+        """The best action at a target sparsity, shape (dimensions,)."""
+        low, high = self.budgets
+        place = 2 * (sparsity - low) / (high - low) - 1
+        return np.asarray(self._middle + place * self._drift)
+
+    def value(self, offsets: np.ndarray) -> np.ndarray:
+        """1 - mean square of the offset, times 1 + 4 sparsity."""
+        return np.asarray(1 - (1 + 4 * self.sparsity) * np.mean(offsets**2, axis=1))
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin; the seed fixes the noise and the targets that follow."""
+        super().reset(seed=seed, options=options)
+        self._first_place, self._update = float(self.np_random.random()), 0
+        return self._next(), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Reward one update at its target, and go on to the next target."""
+        _, rewards, terminated, truncated, infos = super().step(actions)
+        self._update += 1
+        return self._next(), rewards, terminated, truncated, infos
+
+    def _next(self) -> np.ndarray:
+        self.sparsity = self._drawn()
+        self.optimum = self.optimum_at(self.sparsity)
+        return self._observations()
+
+    def _drawn(self) -> float:
+        low, high = self.budgets
+        return low + (high - low) * stratified(self._first_place, self._update)
+
+    def _observations(self) -> np.ndarray:
+        return np.tile(np.array([self.sparsity, 1.0], dtype=np.float32), (self.num_envs, 1))
 
 
 def toy_stats(channels: int, outputs: int, needs: frozenset[str], *, seed: int = 0) -> LayerStats:

@@ -41,6 +41,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(env, name, tmp_path):
     lines = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:10]))
     again = found(env, name, log)
-    assert log.read_text().splitlines(keepends=True) == lines
+    assert len(log.read_text().splitlines()) == len(lines)
+    assert [e.action.tolist() for e in again.history] == [e.action.tolist() for e in whole.history]
     assert again.best.allocation == whole.best.allocation
     assert [episode.reward for episode in again.history] == [episode.reward for episode in whole.history]

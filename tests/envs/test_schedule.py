@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffgym.envs.schedule import Schedule
+from ffgym.envs.schedule import Schedule, stratified
 
 ramps = st.sampled_from(["none", "cubic", "staircase"])
 schedules = st.builds(
@@ -66,3 +67,30 @@ def test_without_ramps_it_is_the_full_task_from_the_start():
     assert Schedule(0.2, 4).stage(0.0) == Schedule(0.2, 4).stage(1.0)
     assert Schedule(0.2, 4).stage(0.0).windows == 4
     assert Schedule(0.2, 4, sparsity="cubic", ramp_share=0.0).stage(0.0).sparsity == pytest.approx(0.2)
+
+
+def test_a_place_in_a_range_is_its_sparsity():
+    schedule = Schedule(0.5, 4, low=0.1)
+    assert [schedule.stage(0.0, place).sparsity for place in (0.0, 0.25, 1.0)] == pytest.approx([0.1, 0.2, 0.5])
+    assert schedule.stage(0.9, 0.25) == schedule.stage(0.0, 0.25)
+
+
+def test_fidelity_may_rise_over_a_range():
+    schedule = Schedule(0.5, 4, fidelity="cubic", low=0.1)
+    assert [schedule.stage(spent, 0.5).windows for spent in (0.0, 0.4, 0.5)] == [1, 3, 4]
+    assert schedule.stage(0.0, 0.5).sparsity == pytest.approx(0.3)
+
+
+def test_a_single_target_has_no_place():
+    assert Schedule(0.5, 4).stage(0.0, 0.25) == Schedule(0.5, 4).stage(0.0)
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(2, 200))
+def test_every_beginning_of_the_places_covers_the_range_evenly(first, count):
+    """No gap, the ends' included, is wider than about 2.7 times the even one; drawn at random it would be ln(count)."""
+    places = np.sort([stratified(first, index) for index in range(count)])
+    assert (places >= 0).all()
+    assert (places < 1).all()
+    gaps = np.diff([places[-1] - 1, *places])
+    assert gaps.max() <= 2.7 / count
+    assert gaps.min() >= 0.3 / count

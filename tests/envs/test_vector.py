@@ -185,6 +185,133 @@ def test_actions_may_be_reused_by_the_agent(env):
     assert vector.history[0].action.dtype == np.float32
 
 
+class TestRange:
+    """Under a range of budgets every update has a target of its own."""
+
+    RANGE = Schedule(0.5, 4, low=0.1)
+
+    def test_all_episodes_of_an_update_share_it_and_it_is_what_is_observed(self, env):
+        vector = vector_of(env, self.RANGE, episodes=30)
+        observations, _ = vector.reset(seed=0)
+        while vector.tokens_left:
+            sparsity = vector.stage.sparsity
+            np.testing.assert_array_equal(observations, np.tile(np.float32([sparsity, 1.0]), (3, 1)))
+            observations, _, _, _, infos = vector.step(np.zeros((3, 6), np.float32))
+            np.testing.assert_array_equal(infos["final_obs"][0], np.float32([sparsity, 1.0]))
+            assert {e.target_sparsity for e in vector.history[-3:]} == {sparsity}
+        targets = [e.target_sparsity for e in vector.history[::3]]
+        assert len(set(targets)) == 10
+        assert all(0.1 <= target <= 0.5 for target in targets)
+
+    def test_ten_updates_leave_no_fifth_of_the_range_out(self, env):
+        for seed in range(5):
+            vector = vector_of(env, self.RANGE, num_envs=1, episodes=10)
+            played(vector, seed)
+            counts, _ = np.histogram([e.target_sparsity for e in vector.history], bins=5, range=(0.1, 0.5))
+            assert counts.min() >= 1
+
+    def test_the_seed_decides_them(self, env):
+        targets = []
+        for seed in (1, 1, 2):
+            vector = vector_of(env, self.RANGE)
+            played(vector, seed)
+            targets.append([e.target_sparsity for e in vector.history])
+        assert targets[0] == targets[1] != targets[2]
+
+    def test_a_single_target_draws_the_subsets_that_it_always_drew(self, env):
+        vector = vector_of(env)
+        vector.reset(seed=5)
+        assert vector._subset == env.draw(np.random.default_rng(np.random.SeedSequence(5)), 4)
+
+    def test_a_range_out_of_reach_is_refused(self, make_env):
+        from ffgym.errors import BudgetError
+
+        vector = vector_of(make_env(sparsity=0.4, episode_windows=4), Schedule(0.999, 4, low=0.99))
+        with pytest.raises(BudgetError, match="out of reach"):
+            vector.reset(seed=0)
+
+    def test_goes_on_where_it_stopped(self, make_env):
+        options = {"sparsity": 0.3, "episode_windows": 4}
+        whole = vector_of(make_env(**options), self.RANGE)
+        played(whole)
+        rest = vector_of(make_env(**options), self.RANGE, replay=whole.history[:4])
+        played(rest)
+        assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
+
+
+class TestHopeless:
+    """The threshold comes from the last update at the same target, and stands still within an update."""
+
+    @pytest.fixture
+    def told(self, env, monkeypatch):
+        """The thresholds that episodes were told, one an episode."""
+        seen = []
+        reset = env.reset
+
+        def recorded(*, seed=None, options=None):
+            seen.append((options or {}).get("hopeless"))
+            return reset(seed=seed, options=options)
+
+        monkeypatch.setattr(env, "reset", recorded)
+        return seen
+
+    def test_is_the_last_updates_mean_and_so_many_standard_deviations(self, env, told):
+        vector = vector_of(env, num_envs=3, episodes=12, stop_margin=1.5)
+        played(vector)
+        told = [told[0], *(told[1 + 4 * k : 4 + 4 * k] for k in range(len(vector.history) // 3))]
+        assert told[0] is None
+        assert told[1] == [None] * 3, "nothing to compare with in the first update"
+        for update, thresholds in enumerate(told[2:], start=1):
+            above = [e.loss - e.dense_loss for e in vector.history if e.update == update - 1]
+            assert set(thresholds) == {float(np.mean(above) + 1.5 * np.std(above))}
+
+    def test_without_a_margin_there_is_none(self, env, told):
+        played(vector_of(env, episodes=9))
+        assert set(told) == {None}
+
+    def test_only_evaluated_tokens_count_and_buy_more_episodes(self, env):
+        vector = vector_of(env, num_envs=4, episodes=16, stop_margin=0.0)
+        played(vector)
+        stopped = [e for e in vector.history if e.stopped_early]
+        assert stopped
+        assert all(e.tokens < 4 * 32 for e in stopped)
+        assert all(e.tokens == 4 * 32 for e in vector.history if not e.stopped_early)
+        assert vector.tokens_spent == sum(e.tokens for e in vector.history)
+        assert len(vector.history) > 16
+
+    def test_equal_actions_in_one_update_earn_bit_equal_rewards(self, env):
+        vector = vector_of(env, num_envs=3, episodes=30, stop_margin=0.0)
+        vector.reset(seed=0)
+        rng = np.random.default_rng(0)
+        for _ in range(6):
+            vector.step(rng.uniform(-1, 1, (3, 6)).astype(np.float32))
+            rewards = vector.step(np.tile(rng.uniform(-1, 1, 6).astype(np.float32), (3, 1)))[1]
+            assert len(set(rewards.tolist())) == 1
+
+    def test_losses_at_another_stage_are_no_measure(self, env, told):
+        schedule = Schedule(0.4, 4, start=0.1, sparsity="cubic", ramp_share=1.0)
+        played(vector_of(env, schedule, episodes=9, stop_margin=0.0))
+        assert set(told) == {None}
+
+    def test_goes_on_where_it_stopped(self, make_env):
+        options = {"sparsity": 0.4, "episode_windows": 4}
+        whole = vector_of(make_env(**options), num_envs=4, episodes=16, stop_margin=0.0)
+        played(whole)
+        assert any(e.stopped_early for e in whole.history)
+        rest = vector_of(make_env(**options), num_envs=4, episodes=16, stop_margin=0.0, replay=whole.history[:6])
+        played(rest)
+        assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
+
+    def test_failed_episodes_are_left_out_of_it(self, env, told, monkeypatch):
+        vector = vector_of(env, num_envs=3, episodes=9, stop_margin=1.0)
+        vector.reset(seed=0)
+        vector.step(np.random.default_rng(0).uniform(-1, 1, (3, 6)).astype(np.float32))
+        first, second = (e.loss - e.dense_loss for e in vector.history[:2])
+        vector.history[2] = replace(vector.history[2], loss=math.nan, failed=True)
+        vector._begin()
+        assert told[-1] == float(np.mean([first, second]) + np.std([first, second]))
+
+
 class TestReplay:
     def test_gives_the_same_history_without_a_forward_pass(self, env):
         first = vector_of(env, RAMPS)

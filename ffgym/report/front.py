@@ -1,0 +1,224 @@
+"""What a range of budgets comes to: perplexity against sparsity, at every point of the front, beside the rules.
+
+One :class:`Front`, four renderers: :func:`terminal`, :func:`markdown`, :func:`as_dict` for JSON, :func:`front_figure`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffgym.report.figures import BLUE, REFERENCE_LOOKS, new_figure, save_figure, tidy
+from ffgym.report.table import Row, humane, perplexity_text
+from ffgym.types import Allocation, JSONDict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One target: what was found there, and the rules at the same target, all after the same refit.
+
+    Attributes:
+        target: sparsity that was asked for.
+        found: the chosen allocation on the report split.
+        references: the rules on the report split, by label; the same labels at every point.
+        allocation: units kept.
+        origin: where the choice came from, e.g. ``"policy"`` or ``"episode 37"``.
+        finals_loss: its loss on the finals' windows of the search split, nats per token; ``None`` without finals.
+    """
+
+    target: float
+    found: Row
+    references: Mapping[str, Row]
+    allocation: Allocation
+    origin: str
+    finals_loss: float | None
+
+
+@dataclass(frozen=True)
+class Front:
+    """The points of one policy, by rising target.
+
+    Attributes:
+        label: what the found column is called: the agent.
+        points: at least two.
+        dense: the dense model on the report split.
+        header: how the perplexities were measured.
+        search_tokens: tokens of all episodes.
+        final_tokens: tokens of the finals of all points.
+        seconds: wall time of search and finals.
+    """
+
+    label: str
+    points: tuple[FrontPoint, ...]
+    dense: Row
+    header: str
+    search_tokens: int
+    final_tokens: int
+    seconds: float
+
+    @property
+    def labels(self) -> list[str]:
+        """Found first, then the rules."""
+        return [self.label, *self.points[0].references]
+
+    def row(self, point: FrontPoint, label: str) -> Row:
+        """What stands at a point under a label."""
+        return point.found if label == self.label else point.references[label]
+
+
+def point_names(targets: Sequence[float]) -> list[str]:
+    """``[0.1, 0.2]`` -> ``["0.10", "0.20"]``: two decimals, or as many as tell the targets apart."""
+    for decimals in range(2, 7):
+        names = [f"{target:.{decimals}f}" for target in targets]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"targets that differ by less than a millionth: {targets}")
+
+
+def cost_line(front: Front) -> str:
+    """Say what the front took."""
+    return (
+        f"One policy for all points: {front.search_tokens:,} tokens of search, {front.final_tokens:,} of finals, "
+        f"{front.seconds / 60:.1f} min."
+    )
+
+
+def _cells(front: Front) -> list[list[str]]:
+    """Target, perplexity under every label, and the size of what was found; the lowest perplexity is starred."""
+    rows = [["dense", perplexity_text(front.dense), *("" for _ in front.labels[1:]), humane(front.dense.parameters)]]
+    for point in front.points:
+        row = [f"{point.target:.1%}"]
+        best = min((front.row(point, label).perplexity for label in front.labels), key=_worst_last)
+        for label in front.labels:
+            one = front.row(point, label)
+            row.append(perplexity_text(one) + (" *" if one.perplexity == best else ""))
+        rows.append([*row, humane(point.found.parameters)])
+    return rows
+
+
+def _worst_last(perplexity: float) -> float:
+    return perplexity if math.isfinite(perplexity) else math.inf
+
+
+def _heads(front: Front) -> list[str]:
+    return ["sparsity", *front.labels, "params"]
+
+
+def _notes(front: Front) -> list[str]:
+    return [
+        "* lowest perplexity at that sparsity; all after the same ridge refit.",
+        cost_line(front),
+        front.header,
+    ]
+
+
+def terminal(front: Front) -> RenderableType:
+    """Lay the front out for a ``rich`` console."""
+    from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold")
+    for column, head in enumerate(_heads(front)):
+        grid.add_column(head, justify="right" if column else "left", overflow="fold")
+    for cells in _cells(front):
+        grid.add_row(*(Text(cell.replace(" *", "\N{NO-BREAK SPACE}*")) for cell in cells))
+    return Group(grid, *(Padding(Text(line, style="dim"), (0, 1)) for line in _notes(front)))
+
+
+def markdown(front: Front) -> str:
+    """The front as Markdown, the measurement under it."""
+    heads = _heads(front)
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    lines += ["| " + " | ".join(_escape(cell) for cell in cells) + " |" for cells in _cells(front)]
+    return "\n".join([*lines, "", "<br>\n".join(_escape(note) for note in _notes(front))]) + "\n"
+
+
+def _escape(text: str) -> str:
+    for sign in ("\\", "|", "*", "_", "<"):
+        text = text.replace(sign, "\\" + sign)
+    return text
+
+
+def as_dict(front: Front) -> JSONDict:
+    """The front as plain data; a perplexity that is not finite is ``None``."""
+    return {
+        "measured": front.header,
+        "label": front.label,
+        "dense_perplexity": _finite(front.dense.perplexity),
+        "search_tokens": front.search_tokens,
+        "final_tokens": front.final_tokens,
+        "seconds": round(front.seconds, 1),
+        "points": [
+            {
+                "target": point.target,
+                "sparsity": point.allocation.sparsity,
+                "resource": point.allocation.resource,
+                "kept": list(point.allocation.kept),
+                "origin": point.origin,
+                "finals_loss": point.finals_loss,
+                "parameters": point.found.parameters,
+                "macs_per_token": point.found.macs_per_token,
+                "kv_bytes_per_token": point.found.kv_bytes_per_token,
+                "perplexity": {label: _finite(front.row(point, label).perplexity) for label in front.labels},
+                "loss_stderr": {label: front.row(point, label).loss_stderr for label in front.labels},
+            }
+            for point in front.points
+        ],
+    }
+
+
+def front_figure(front: Front, path: Path) -> None:
+    """Draw report perplexity against sparsity, the found allocations strong, the rules beside them.
+
+    Args:
+        front: the points.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    figure = new_figure(width=8.0, height=5.0)
+    axes: Any = figure.add_subplot()
+    targets = [100 * point.target for point in front.points]
+    for number, label in enumerate(front.labels):
+        values = [_gap(front.row(point, label).perplexity) for point in front.points]
+        if number == 0:
+            look: dict[str, Any] = {"color": BLUE, "marker": "o", "linewidth": 2.4, "zorder": 4}
+        else:
+            look = {**REFERENCE_LOOKS[(number - 1) % len(REFERENCE_LOOKS)], "linewidth": 1.2, "markersize": 4.5}
+        axes.plot(targets, values, label=label, **look)
+    if math.isfinite(front.dense.perplexity):
+        axes.axhline(front.dense.perplexity, color="0.5", linewidth=1, linestyle=":")
+        axes.annotate(
+            f"dense {front.dense.perplexity:.1f}",
+            (0.0, front.dense.perplexity),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            va="bottom",
+        )
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axes.set_xlabel(f"share of the prunable {front.points[0].allocation.resource} removed (%)")
+    axes.set_ylabel("report perplexity (log scale)")
+    axes.set_title(f"One policy, {len(front.points)} budgets", loc="left", fontweight="bold")
+    axes.legend(frameon=False, fontsize=9)
+    tidy(axes)
+    save_figure(figure, path)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _gap(perplexity: float) -> float:
+    return perplexity if math.isfinite(perplexity) else math.nan

@@ -1,0 +1,99 @@
+"""The front: its table, its data, its picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from ffgym.errors import OutputError
+from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, markdown, point_names, terminal
+from ffgym.report.table import Row
+from ffgym.types import Allocation
+
+
+def row(label: str, perplexity: float, sparsity: float) -> Row:
+    return Row(label, perplexity, 0.05, sparsity, 0.8 * sparsity, int(1e8 * (1 - sparsity)), 1e8, 2e4)
+
+
+def point(target: float, found: float, uniform: float) -> FrontPoint:
+    return FrontPoint(
+        target=target,
+        found=row("reinforce + ridge", found, target),
+        references={"uniform": row("uniform + ridge", uniform, target)},
+        allocation=Allocation((1, 2), 100 * (1 - target), 100.0),
+        origin="policy",
+        finals_loss=3.0,
+    )
+
+
+@pytest.fixture
+def front() -> Front:
+    points = (point(0.1, 22.0, 25.0), point(0.3, 40.0, 39.0), point(0.5, 90.0, math.inf))
+    return Front("reinforce", points, row("dense", 20.0, 0.0), "Model: a|b, report split", 327_680, 98_304, 330.0)
+
+
+def test_markdown_has_every_point_the_best_starred_and_what_it_took(front: Front) -> None:
+    lines = markdown(front).splitlines()
+    assert lines[0] == "| sparsity | reinforce | uniform | params |"
+    assert lines[2].startswith("| dense | 20.00 ± 1.00 |  | 100.0 M |")
+    assert lines[3].startswith(r"| 10.0% | 22.00 ± 1.10 \* | 25.00 ± 1.25 |")
+    assert lines[4].startswith(r"| 30.0% | 40.00 ± 2.00 | 39.00 ± 1.95 \* |")
+    assert "| inf |" in lines[5]
+    assert len({line.count("|") for line in lines[:6]}) == 1
+    text = markdown(front)
+    assert "327,680 tokens of search, 98,304 of finals, 5.5 min" in text
+    assert r"a\|b, report split" in text
+
+
+def test_terminal_shows_the_same_numbers(front: Front) -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(terminal(front))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("10.0%", "22.00 ± 1.10", "39.00 ± 1.95", "90.00 ± 4.50", "One policy for all points", "uniform"):
+        assert part in text
+
+
+def test_data_is_strict_json(front: Front) -> None:
+    data = json.loads(json.dumps(as_dict(front), allow_nan=False))
+    assert [p["target"] for p in data["points"]] == [0.1, 0.3, 0.5]
+    assert data["points"][2]["perplexity"] == {"reinforce": 90.0, "uniform": None}
+    assert data["points"][0]["kept"] == [1, 2]
+    assert data["points"][0]["sparsity"] == pytest.approx(0.1)
+    assert (data["search_tokens"], data["final_tokens"], data["seconds"]) == (327_680, 98_304, 330.0)
+
+
+def test_the_picture_is_drawn_also_where_a_rule_broke_down(front: Front, tmp_path) -> None:
+    front_figure(front, tmp_path / "front.png")
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    broken = replace(front, dense=replace(front.dense, perplexity=math.nan))
+    front_figure(broken, tmp_path / "again.png")
+    assert (tmp_path / "again.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_an_error_with_a_next_step(front: Front, tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write") as raised:
+        front_figure(front, tmp_path / "file" / "front.png")
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ([0.1, 0.2], ["0.10", "0.20"]),
+        ([0.1, 0.125, 0.12], ["0.100", "0.125", "0.120"]),
+        ([0.3], ["0.30"]),
+    ],
+)
+def test_points_are_named_with_as_many_decimals_as_tell_them_apart(targets: list[float], names: list[str]) -> None:
+    assert point_names(targets) == names
+
+
+def test_targets_that_no_name_tells_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="less than a millionth"):
+        point_names([0.1, 0.1 + 1e-9])
