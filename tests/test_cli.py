@@ -76,6 +76,7 @@ def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Call
         "import ffgym; ffgym.RunConfig",
         "from ffgym.cli import app; app(['--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['run', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['export', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'criteria'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'agents'], standalone_mode=False)",
         "from ffgym.cli import app; app(['plugins'], standalone_mode=False)",
@@ -108,7 +109,7 @@ def test_every_public_name_is_there() -> None:
 # help and usage
 
 
-@pytest.mark.parametrize("command", ["run", "config", "ls", "plugins", "check-env", "ui"])
+@pytest.mark.parametrize("command", ["run", "export", "config", "ls", "plugins", "check-env", "ui"])
 def test_every_command_has_help(command: str) -> None:
     done = call(command, "--help")
     assert done.exit_code == 0
