@@ -1,12 +1,4 @@
-"""Write a model as one GGUF file, the format that llama.cpp runs.
-
-llama.cpp has one piece of code for each architecture, and most of them read one size for all layers. What is written
-here was read in its sources, and :data:`CANDIDATES` says for every family which of its architectures may hold it: the
-family's own where the layers are alike, and one that reads sizes per layer, and otherwise computes the same, where they
-differ. What no candidate can say is refused by name.
-
-Checked against llama.cpp 0.5.0-dev, the one inside llama-cpp-python 0.3.36.
-"""
+"""Write a model as one GGUF file, the format that llama.cpp runs."""
 
 from __future__ import annotations
 
@@ -26,7 +18,7 @@ from gguf import MODEL_TENSOR
 from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError, OutputError
-from ffgym.models.families import FAMILIES
+from ffgym.models.gguf_architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
 from ffgym.models.gguf_vocabulary import Vocabulary, read_vocabulary
 from ffgym.models.loading import load_config, load_tokenizer
 
@@ -38,68 +30,6 @@ DTYPES: dict[str, tuple[torch.dtype, str, Any, Any]] = {
     "bf16": (torch.bfloat16, "BF16", gguf.GGMLQuantizationType.BF16, FILE_TYPES.MOSTLY_BF16),
 }
 EMBEDDING = "model.embed_tokens.weight"
-ROPE_TYPES = ("default", "linear", "llama3")
-QKV = frozenset({"q_proj", "k_proj", "v_proj"})
-ALL_LINEARS = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture of llama.cpp: what its code (``src/models/NAME.cpp``) reads.
-
-    Attributes:
-        name: ``general.architecture``.
-        activation: of the MLP, as Hugging Face calls it.
-        biases: the linears whose bias it reads.
-        uneven: whether it reads head counts and feed-forward lengths per layer.
-        skips_attention: whether a layer may have no head at all.
-        neighbours_rotate: whether channels 2i and 2i + 1 of a head are rotated together, not i and i + head_dim / 2.
-        rope_factors: whether it reads a factor for every rotary frequency.
-        fused: whether query, key and value are one matrix.
-        untied: whether it reads an output matrix of its own.
-        wide_heads: whether heads times their channels may differ from the hidden size.
-        norm_shift: what it expects to have been added to the weights of norms.
-    """
-
-    name: str
-    activation: str = "silu"
-    biases: frozenset[str] = frozenset()
-    uneven: bool = False
-    skips_attention: bool = False
-    neighbours_rotate: bool = False
-    rope_factors: bool = False
-    fused: bool = False
-    untied: bool = True
-    wide_heads: bool = True
-    norm_shift: float = 0.0
-
-
-LLAMA = Architecture("llama", biases=ALL_LINEARS, neighbours_rotate=True, rope_factors=True)
-DECI = Architecture(
-    "deci", biases=ALL_LINEARS, uneven=True, skips_attention=True, neighbours_rotate=True, rope_factors=True
-)
-QWEN2 = Architecture("qwen2", biases=QKV, wide_heads=False)
-QWEN3 = Architecture("qwen3", biases=QKV)
-OPENELM = Architecture("openelm", uneven=True, fused=True, untied=False)
-GEMMA = Architecture("gemma", activation="gelu_pytorch_tanh", biases=QKV, untied=False, norm_shift=1.0)
-# The first that can say the model is taken. deci (Nemotron's) is llama with sizes per layer, and takes Qwen2's biases;
-# openelm is Qwen3's layer with them, as long as the embedding is the output matrix too.
-CANDIDATES: dict[str, tuple[Architecture, ...]] = {
-    "llama": (LLAMA, DECI),
-    "mistral": (LLAMA, DECI),
-    "qwen2": (QWEN2, DECI),
-    "qwen3": (QWEN3, OPENELM),
-    "gemma": (GEMMA,),
-}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Sizes of one layer; no heads, or no channels, where that half has nothing left."""
-
-    heads: int
-    kv_heads: int
-    channels: int
 
 
 @dataclass(frozen=True)
@@ -160,7 +90,7 @@ class Checkpoint:
                 ) from error
             self._files |= dict.fromkeys(file.keys(), file)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def dtype(self, name: str) -> str:
@@ -238,24 +168,20 @@ def export_gguf(
     if not (source / "config.json").is_file() and (source / "model" / "config.json").is_file():
         raise ModelError(f"{str(source)!r} is the folder of a run", hint=f"Name {str(source / 'model')!r}.")
     config = load_config(source)
-    family = _family(config)
-    _refuse_rope(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{str(source)!r} is quantised", hint="Export the model as it was before that.")
     checkpoint = Checkpoint(source)
-    layers = _layers(config)
-    architecture = _choose(family, config, layers, checkpoint)
-    tensors = list(_tensors(architecture, config, layers, checkpoint))
+    contents = read_contents(config, checkpoint)
+    architecture = choose_architecture(contents)
+    tensors = list(_tensors(architecture, contents, checkpoint))
     if left := [name for name in checkpoint.left if not name.endswith("rotary_emb.inv_freq")]:
         raise ModelError(
             f"a GGUF file of architecture {architecture.name} has no place for {left[0]}"
             + (f" and {len(left) - 1} more tensors" if len(left) > 1 else ""),
-            hint="The folder itself loads with transformers.",
+            hint=OTHERWISE,
         )
     vocabulary = read_vocabulary(load_tokenizer(source), config.vocab_size, _ends(source))
     chosen = dtype or next(name for name, names in DTYPES.items() if names[1] == checkpoint.dtype(EMBEDDING))
     with _whole_or_nothing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
-        _add_metadata(writer, architecture, config, layers, vocabulary, name=place.stem, dtype=chosen)
+        _add_metadata(writer, contents, vocabulary, name=place.stem, dtype=chosen)
         _write(writer, tensors, chosen, progress or (lambda done, total: None))
     return WrittenGguf(
         path=place,
@@ -263,61 +189,8 @@ def export_gguf(
         parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
         architecture=architecture.name,
         dtype=chosen,
-        notes=tuple(_notes(config, layers)),
+        notes=tuple(_notes(contents)),
     )
-
-
-# --- what the model is ------------------------------------------------------------------------------------------------
-
-
-def _family(config: Any) -> str:
-    kind = str(config.model_type).removeprefix("ffgym_")
-    if kind in CANDIDATES:
-        return kind
-    what = "llama.cpp has no code for it" if kind in FAMILIES else "ffgym does not know it"
-    raise ModelError(
-        f"architecture {kind!r} cannot be written as a GGUF file: {what}",
-        hint=f"Families that can: {', '.join(sorted(CANDIDATES))}. The folder itself loads with transformers.",
-    )
-
-
-def _layers(config: Any) -> list[Layer]:
-    """The sizes of every layer, of a stock config or of one that ffgym saved."""
-    found = []
-    for sizes in config.per_layer_config:
-        skip = getattr(sizes, "skip", ())
-        attention, mlp = "attention" not in skip, "mlp" not in skip
-        found.append(
-            Layer(
-                heads=sizes.num_attention_heads if attention else 0,
-                kv_heads=sizes.num_key_value_heads if attention else 0,
-                channels=sizes.intermediate_size if mlp else 0,
-            )
-        )
-    return found
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _rope(config: Any) -> tuple[str, dict[str, Any]]:
-    parameters = dict(getattr(config, "rope_parameters", None) or {})
-    return str(parameters.get("rope_type", "default")), parameters
-
-
-def _refuse_rope(config: Any) -> None:
-    kind, parameters = _rope(config)
-    if kind not in ROPE_TYPES:
-        raise ModelError(
-            f"rotary embeddings of type {kind!r} are not written as GGUF",
-            hint=f"Types that are: {', '.join(ROPE_TYPES)}. The folder itself loads with transformers.",
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(
-            "rotary embeddings of a part of each head are not written as GGUF",
-            hint="The folder itself loads with transformers.",
-        )
 
 
 def _ends(folder: Path) -> list[int]:
@@ -332,118 +205,36 @@ def _ends(folder: Path) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _notes(config: Any, layers: Sequence[Layer]) -> Iterator[str]:
-    if empty := [str(index) for index, layer in enumerate(layers) if not layer.channels]:
+def _notes(contents: Contents) -> Iterator[str]:
+    if empty := [str(index) for index, layer in enumerate(contents.layers) if not layer.channels]:
         yield (
             f"The MLPs that have nothing left (layers {', '.join(empty)}) stand as one channel of zeros:"
             " llama.cpp would drop the whole layer."
         )
-    if _context_length(config) < config.max_position_embeddings:
+    if contents.context_length < contents.config.max_position_embeddings:
         yield (
-            f"The context is limited to {_context_length(config):,} tokens, the model's sliding window:"
+            f"The context is limited to {contents.context_length:,} tokens, the model's sliding window:"
             " llama.cpp's code for it attends to everything."
         )
-
-
-def _context_length(config: Any) -> int:
-    window = getattr(config, "sliding_window", None)
-    return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
-
-
-# --- which architecture can say it ------------------------------------------------------------------------------------
-
-
-def _choose(family: str, config: Any, layers: Sequence[Layer], checkpoint: Checkpoint) -> Architecture:
-    """The first candidate that can say the model.
-
-    Raises:
-        ModelError: none can; says what each lacks, and what to do about the last one's.
-    """
-    reasons = []
-    hint = "The folder itself loads with transformers. docs/models.md says what can be written."
-    for architecture in CANDIDATES[family]:
-        lacking = list(_lacking(architecture, config, layers, checkpoint))
-        if not lacking:
-            return architecture
-        reasons.append(f"llama.cpp's {architecture.name} {' and '.join(what for what, _ in lacking)}")
-        hint = next((hint for _, hint in lacking if hint), hint)
-    raise ModelError(f"this {family} model cannot be written as a GGUF file: {'; '.join(reasons)}", hint=hint)
-
-
-def _lacking(
-    architecture: Architecture, config: Any, layers: Sequence[Layer], checkpoint: Checkpoint
-) -> Iterator[tuple[str, str]]:
-    """What an architecture cannot say about the model, each with the way round it, if there is one."""
-    attended = [layer for layer in layers if layer.heads]
-    if not architecture.uneven and len({_as_written(layer) for layer in layers}) > 1:
-        yield "reads one size for all layers", ""
-    if len(attended) < len(layers) and not architecture.skips_attention:
-        index = next(index for index, layer in enumerate(layers) if not layer.heads)
-        yield f"needs attention in every layer (layer {index} has none)", "Prune with --set prune.min_units=1."
-    if not config.tie_word_embeddings and not architecture.untied:
-        yield "has no output matrix of its own", ""
-    if not architecture.wide_heads and any(layer.heads * _head_dim(config) != config.hidden_size for layer in attended):
-        yield "needs heads times their channels to be the hidden size", ""
-    if config.hidden_act != architecture.activation:
-        yield f"computes {architecture.activation}, not {config.hidden_act}", ""
-    for index, layer in enumerate(layers):
-        unread = [name for name in _biased(index, layer, checkpoint) if name not in architecture.biases]
-        if unread:
-            ours = {"o_proj", "down_proj"} & set(unread)
-            yield (
-                f"reads no bias of {unread[0]} (layer {index} has one)",
-                "Prune with --calibration ridge, which adds none." if ours else "",
-            )
-            break
-    if _rope(config)[0] == "llama3" and not architecture.rope_factors:
-        yield "reads no factors for rotary frequencies", ""
-
-
-def _as_written(layer: Layer) -> Layer:
-    return Layer(layer.heads, layer.kv_heads, max(1, layer.channels))
-
-
-def _biased(index: int, layer: Layer, checkpoint: Checkpoint) -> Iterator[str]:
-    """The linears of a layer that need a bias in the file."""
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        if layer.heads and f"model.layers.{index}.self_attn.{name}.bias" in checkpoint:
-            yield name
-    for name in ("gate_proj", "up_proj"):
-        if layer.channels and f"model.layers.{index}.mlp.{name}.bias" in checkpoint:
-            yield name
-    if _shifts(index, checkpoint):
-        yield "down_proj"
-
-
-def _shifts(index: int, checkpoint: Checkpoint) -> list[str]:
-    """The vectors that a layer's MLP adds to every position, whatever the input.
-
-    Its own bias is one. What is left of the next layer's attention, where that was removed, is another: nothing reads
-    the hidden states between the two.
-    """
-    names = [f"model.layers.{index}.mlp.down_proj.bias", f"model.layers.{index}.mlp.bias"]
-    return [name for name in [*names, f"model.layers.{index + 1}.self_attn.bias"] if name in checkpoint]
 
 
 # --- the tensors ------------------------------------------------------------------------------------------------------
 
 
-def _tensors(
-    architecture: Architecture, config: Any, layers: Sequence[Layer], checkpoint: Checkpoint
-) -> Iterator[Tensor]:
+def _tensors(architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
     """Every tensor of the file, in the order of the layers."""
-    hidden, rows = config.hidden_size, config.vocab_size
+    hidden, rows = contents.config.hidden_size, contents.config.vocab_size
     yield _tensor(MODEL_TENSOR.TOKEN_EMBD, (rows, hidden), checkpoint.take(EMBEDDING, (rows, hidden)))
-    if config.tie_word_embeddings:
+    if contents.config.tie_word_embeddings:
         checkpoint.drop("lm_head.weight")
     else:
         yield _tensor(MODEL_TENSOR.OUTPUT, (rows, hidden), checkpoint.take("lm_head.weight", (rows, hidden)))
     yield _norm(MODEL_TENSOR.OUTPUT_NORM, "model.norm", hidden, architecture, checkpoint)
-    if _rope(config)[0] == "llama3":
-        yield _tensor(MODEL_TENSOR.ROPE_FREQS, (_head_dim(config) // 2,), lambda: _rope_factors(config))
-    for index, layer in enumerate(layers):
-        yield from _attention(index, layer, architecture, config, checkpoint)
-        yield from _mlp(index, layer, architecture, config, checkpoint)
+    if contents.rope["rope_type"] == "llama3":
+        yield _tensor(MODEL_TENSOR.ROPE_FREQS, (contents.head_dim // 2,), lambda: _rope_factors(contents))
+    for index in range(len(contents.layers)):
+        yield from _attention(index, architecture, contents, checkpoint)
+        yield from _mlp(index, architecture, contents, checkpoint)
 
 
 def _tensor(
@@ -461,15 +252,13 @@ def _norm(
     return _tensor(kind, (size,), (lambda: read().float() + shift) if shift else read, layer=layer)
 
 
-def _attention(
-    index: int, layer: Layer, architecture: Architecture, config: Any, checkpoint: Checkpoint
-) -> Iterator[Tensor]:
-    where = f"model.layers.{index}"
+def _attention(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    where, layer = f"model.layers.{index}", contents.layers[index]
     if not layer.heads:  # what is left of it is with the MLP before
         checkpoint.drop(f"{where}.input_layernorm.weight")
         checkpoint.drop(f"{where}.self_attn.bias")
         return
-    hidden, head_dim = config.hidden_size, _head_dim(config)
+    hidden, head_dim = contents.config.hidden_size, contents.head_dim
     yield _norm(MODEL_TENSOR.ATTN_NORM, f"{where}.input_layernorm", hidden, architecture, checkpoint, index)
     heads = {"q_proj": layer.heads, "k_proj": layer.kv_heads, "v_proj": layer.kv_heads}
     kinds = {"q_proj": MODEL_TENSOR.ATTN_Q, "k_proj": MODEL_TENSOR.ATTN_K, "v_proj": MODEL_TENSOR.ATTN_V}
@@ -500,10 +289,10 @@ def _stacked(weights: Sequence[Tensor], layer: int) -> Tensor:
     return _tensor(MODEL_TENSOR.ATTN_QKV, shape, lambda: torch.cat([weight.read() for weight in weights]), layer=layer)
 
 
-def _mlp(index: int, layer: Layer, architecture: Architecture, config: Any, checkpoint: Checkpoint) -> Iterator[Tensor]:
-    where, hidden = f"model.layers.{index}", config.hidden_size
+def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    where, layer, hidden = f"model.layers.{index}", contents.layers[index], contents.config.hidden_size
     yield _norm(MODEL_TENSOR.FFN_NORM, f"{where}.post_attention_layernorm", hidden, architecture, checkpoint, index)
-    channels = max(1, layer.channels)
+    channels = layer.written_channels
     linears = {
         "gate_proj": (MODEL_TENSOR.FFN_GATE, (channels, hidden)),
         "up_proj": (MODEL_TENSOR.FFN_UP, (channels, hidden)),
@@ -517,7 +306,7 @@ def _mlp(index: int, layer: Layer, architecture: Architecture, config: Any, chec
         if name != "down_proj" and layer.channels and f"{linear}.bias" in checkpoint:
             read = checkpoint.take(f"{linear}.bias", (channels,))
             yield _tensor(kind, (channels,), read, layer=index, bias=True)
-    if names := _shifts(index, checkpoint):
+    if names := contents.shifts(index):
         reads = [checkpoint.take(name, (hidden,)) for name in names]
         total = lambda: sum((read().float() for read in reads), torch.zeros(hidden))  # noqa: E731
         yield _tensor(MODEL_TENSOR.FFN_DOWN, (hidden,), total, layer=index, bias=True)
@@ -538,51 +327,39 @@ def _neighbours(read: Callable[[], torch.Tensor], heads: int) -> Callable[[], to
     return reordered
 
 
-def _rope_factors(config: Any) -> torch.Tensor:
+def _rope_factors(contents: Contents) -> torch.Tensor:
     """What llama.cpp divides the rotary frequencies by, shape (head_dim / 2,)."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    dim = _head_dim(config)
-    theta = float(_rope(config)[1]["rope_theta"])
-    plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](contents.config, torch.device("cpu"))
+    dim = contents.head_dim
+    plain = 1.0 / float(contents.rope["rope_theta"]) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     return torch.div(plain, scaled)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _add_metadata(
-    writer: Any,
-    architecture: Architecture,
-    config: Any,
-    layers: Sequence[Layer],
-    vocabulary: Vocabulary,
-    *,
-    name: str,
-    dtype: str,
-) -> None:
-    head_dim = _head_dim(config)
+def _add_metadata(writer: Any, contents: Contents, vocabulary: Vocabulary, *, name: str, dtype: str) -> None:
+    config, layers = contents.config, contents.layers
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(int(DTYPES[dtype][3]))
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(_context_length(config))
+    writer.add_context_length(contents.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
-    written = [_as_written(layer) for layer in layers]
-    writer.add_feed_forward_length(_one_or_all([layer.channels for layer in written]))
-    writer.add_head_count(_one_or_all([layer.heads for layer in written]))
-    writer.add_head_count_kv(_one_or_all([layer.kv_heads for layer in written]))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_feed_forward_length(_one_or_all([layer.written_channels for layer in layers]))
+    writer.add_head_count(_one_or_all([layer.heads for layer in layers]))
+    writer.add_head_count_kv(_one_or_all([layer.kv_heads for layer in layers]))
+    writer.add_key_length(contents.head_dim)
+    writer.add_value_length(contents.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    kind, rope = _rope(config)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
-    if kind == "linear":
+    writer.add_rope_dimension_count(contents.head_dim)
+    writer.add_rope_freq_base(float(contents.rope["rope_theta"]))
+    if contents.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_factor(float(contents.rope["factor"]))
     vocabulary.add_to(writer)
 
 
