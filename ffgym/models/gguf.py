@@ -149,7 +149,7 @@ def export_gguf(
     """Write the model in a folder as one GGUF file, whole or not at all. One tensor at a time is in memory.
 
     Args:
-        folder: what ffgym saved, or a stock folder of one of the families in :data:`CANDIDATES`.
+        folder: what ffgym saved, or a stock folder; Llama, Mistral, Qwen2, Qwen3 or Gemma.
         file: ends in ``.gguf``; its parents are created.
         dtype: of the matrices: ``"f32"``, ``"f16"``, ``"bf16"``; ``None`` for the weights' own. Norms and biases are
             float32 always.
@@ -300,20 +300,22 @@ def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint:
     }
     for name, (kind, shape) in linears.items():
         linear = f"{where}.mlp.{name}"
-        yield _tensor(
-            kind, shape, checkpoint.take(f"{linear}.weight", shape) if layer.channels else _zeros(shape), layer=index
-        )
+        weight = checkpoint.take(f"{linear}.weight", shape) if layer.channels else _zeros(shape)
+        yield _tensor(kind, shape, weight, layer=index)
         if name != "down_proj" and layer.channels and f"{linear}.bias" in checkpoint:
             read = checkpoint.take(f"{linear}.bias", (channels,))
             yield _tensor(kind, (channels,), read, layer=index, bias=True)
     if names := contents.shifts(index):
         reads = [checkpoint.take(name, (hidden,)) for name in names]
-        total = lambda: sum((read().float() for read in reads), torch.zeros(hidden))  # noqa: E731
-        yield _tensor(MODEL_TENSOR.FFN_DOWN, (hidden,), total, layer=index, bias=True)
+        yield _tensor(MODEL_TENSOR.FFN_DOWN, (hidden,), lambda: _sum(reads), layer=index, bias=True)
 
 
 def _zeros(shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
     return lambda: torch.zeros(shape)
+
+
+def _sum(reads: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+    return torch.stack([read().float() for read in reads]).sum(0)
 
 
 def _neighbours(read: Callable[[], torch.Tensor], heads: int) -> Callable[[], torch.Tensor]:

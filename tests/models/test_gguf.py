@@ -81,6 +81,19 @@ def with_rope(case: Any, **rope: Any) -> Any:
     return case
 
 
+def biased_everywhere() -> Any:
+    """A Llama whose config asks for a bias in every linear."""
+    config = tiny_model("llama").config
+    config.attention_bias = config.mlp_bias = True
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(0.25 * torch.randn_like(parameter))
+    prunable = PrunableModel(model)
+    prunable.cut(UNEVEN)
+    return SimpleNamespace(model=model, kept=UNEVEN, family=prunable.family)
+
+
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -99,6 +112,7 @@ WRITTEN: dict[str, tuple[Callable[[], Any], str]] = {
     "llama-affine-even": (lambda: pruned("llama", EVEN, biases=True), "llama"),
     "llama-affine-emptied": (lambda: pruned("llama", EMPTIED, biases=True), "deci"),
     "llama-affine-empty-layer": (lambda: pruned("llama", (1, 9, 0, 0, 0, 0), biases=True), "deci"),
+    "llama-biases": (biased_everywhere, "deci"),
     "llama-tied": (lambda: pruned("llama", UNEVEN, tied=True), "deci"),
     "llama-3-rope": (lambda: with_rope(pruned("llama", UNEVEN), **LLAMA_3_ROPE), "deci"),
     "llama-linear-rope": (lambda: with_rope(pruned("llama", EVEN), rope_type="linear", factor=2.0), "llama"),
