@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
+LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
 .PHONY: run test check bench ui clean
 
@@ -41,5 +43,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml plugins/ffgym-magnitude-l2/pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "Compiling llama.cpp for the GGUF tests, some minutes"
+	CMAKE_ARGS="$(LLAMA_CPP)" $(BIN)/python -m pip install --quiet --editable '.[llama-cpp]'
 	$(BIN)/python -m pip install --quiet ./plugins/ffgym-magnitude-l2
 	touch $@ $(VENV)/.installed

@@ -88,6 +88,7 @@ def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Call
         "from ffgym.cli import app; app(['run', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['eval', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['measure', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['export', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'criteria'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'agents'], standalone_mode=False)",
         "from ffgym.cli import app; app(['plugins'], standalone_mode=False)",
@@ -120,7 +121,9 @@ def test_every_public_name_is_there() -> None:
 # help and usage
 
 
-@pytest.mark.parametrize("command", ["run", "config", "eval", "measure", "latency", "ls", "plugins", "check-env", "ui"])
+@pytest.mark.parametrize(
+    "command", ["run", "config", "eval", "export", "measure", "latency", "ls", "plugins", "check-env", "ui"]
+)
 def test_every_command_has_help(command: str) -> None:
     done = call(command, "--help")
     assert done.exit_code == 0

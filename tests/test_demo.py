@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ffgym.data.assets import cache_dir
+from ffgym.data.assets import DEMO_TEXT, cache_dir, fetch
 
 SETTINGS = {
     "data.calibration_tokens": 4096,
@@ -87,3 +88,57 @@ def test_the_demo_ends_in_a_smaller_model_that_loads_and_generates(
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.startswith("The capital of France is")
     print(loaded.stdout)
+
+
+@pytest.mark.demo
+def test_the_pruned_demo_has_the_same_perplexity_in_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import ffgym.models  # noqa: F401 (registers the class that the folder needs)
+
+    monkeypatch.setenv("FFGYM_CACHE", str(cache_dir().resolve()))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    ffgym_command = [sys.executable, "-m", "ffgym"]
+    settings = {key: value for key, value in SETTINGS.items() if key.startswith(("data.", "prune."))}
+    settings |= {"output.dir": "out"}
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    run = [*ffgym_command, "run", "--agent", "mlp-first", *options]
+    export = [*ffgym_command, "export", "out/model", "--gguf", "demo.gguf", "--dtype", "f32", "--json"]
+    for command in (run, export):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout)
+    assert (written["architecture"], written["dtype"], written["notes"]) == ("deci", "f32", [])
+    assert written["parameters"] == json.loads((tmp_path / "out" / "report.json").read_text())[-1]["parameters"]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    # No rounding but float32's on either side.
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    sizes = {"n_ctx": 256, "n_batch": 256, "n_threads": threads, "n_threads_batch": threads}
+    llama = llama_cpp.Llama(written["path"], logits_all=True, verbose=False, **exact, **sizes)
+
+    text = (fetch(DEMO_TEXT) / "wiki.utf8").read_text(encoding="utf-8")[20_000:40_000]
+    ids = tokenizer(text).input_ids
+    assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
+    windows = torch.tensor(ids[: 4 * 256]).reshape(4, 256)
+    ours, theirs = [], []
+    for window in windows:
+        with torch.no_grad():
+            ours.append(model(window[None]).logits[0])
+        llama.reset()
+        llama.eval(window.tolist())
+        theirs.append(torch.from_numpy(llama.scores[: len(window)].copy()))
+    losses = [
+        torch.nn.functional.cross_entropy(torch.stack(logits)[:, :-1].double().flatten(0, 1), windows[:, 1:].flatten())
+        for logits in (ours, theirs)
+    ]
+    print(
+        [loss.item() for loss in losses], (torch.stack(ours) - torch.stack(theirs)).abs().max()
+    )  # shown where the test fails
+    assert losses[1].exp().item() == pytest.approx(losses[0].exp().item(), rel=1e-5)
+    completion = llama("The capital of France is", max_tokens=8, temperature=0.0)
+    assert completion["usage"]["completion_tokens"] > 0

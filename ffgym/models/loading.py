@@ -37,6 +37,7 @@ DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PICKLED = ("*.bin", "*.pt", "*.pth")
 # How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
 WORTHWHILE_SPEEDUP = 1.5
@@ -131,6 +132,44 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
     from transformers.utils import cached_file
 
     return Path(cached_file(source, "config.json", revision=revision or "main")).parent
+
+
+def load_config(folder: Path) -> Any:
+    """The config of a folder that holds a model, without its weights.
+
+    Raises:
+        ModelError: a folder that is missing or lacks a part, or a config that cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if not folder.is_dir():
+        raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
+    _check_folder(folder)
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        raise _loading_error(error, str(folder), str(folder)) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder that holds a model.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"folder {str(folder)!r} holds no tokenizer",
+            hint="Copy tokenizer.json and tokenizer_config.json of the dense model into it.",
+        )
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        raise _loading_error(error, str(folder), str(folder)) from error
 
 
 def _locate(name: str) -> tuple[str, str]:
@@ -318,6 +357,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _refuse_uneven(gguf)
     # Newer versions keep the blocks packed where they find a kernel for them, unless told not to.
     dense = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
@@ -343,6 +383,25 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+def _refuse_uneven(path: Path) -> None:
+    """transformers takes a size per layer for a size, and fails far from the reason."""
+    import gguf
+
+    try:
+        fields = gguf.GGUFReader(path).fields
+        architecture = fields["general.architecture"].contents()
+    except Exception:  # damaged: what reads it next says so
+        return
+    for size in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
+        field = fields.get(f"{architecture}.{size}")
+        if field is not None and field.types[0] == gguf.GGUFValueType.ARRAY:
+            raise ModelError(
+                f"the layers in {str(path)!r} differ in size ({field.name} is a list): it has been pruned, or was made"
+                " that way, and transformers cannot read it",
+                hint="Name the folder that it was exported from, or start from the dense model.",
+            )
 
 
 # --- dtype and device -------------------------------------------------------------------------------------------------

@@ -1,0 +1,216 @@
+"""Which of llama.cpp's architectures can say a model.
+
+llama.cpp has one piece of code for each architecture, and most of them read one size for all layers. What stands here
+was read in its sources: the family's own architecture where the layers are alike, and where they differ one that reads
+sizes per layer and otherwise computes the same. What no candidate can say is refused by name.
+
+Checked against llama.cpp 0.5.0-dev, the one inside llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ffgym.errors import ModelError
+from ffgym.models.families import FAMILIES
+
+QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+ALL_LINEARS = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+ROPE_TYPES = ("default", "linear", "llama3")
+OTHERWISE = "The folder itself loads with transformers."
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of llama.cpp: what its code (``src/models/NAME.cpp``) reads.
+
+    Attributes:
+        name: ``general.architecture``.
+        activation: of the MLP, as Hugging Face calls it.
+        biases: the linears whose bias it reads.
+        uneven: whether it reads head counts and feed-forward lengths per layer.
+        skips_attention: whether a layer may have no head at all.
+        neighbours_rotate: whether channels 2i and 2i + 1 of a head are rotated together, not i and i + head_dim / 2.
+        rope_factors: whether it reads a factor for every rotary frequency.
+        fused: whether query, key and value are one matrix.
+        untied: whether it reads an output matrix of its own.
+        wide_heads: whether heads times their channels may differ from the hidden size.
+        norm_shift: what it expects to have been added to the weights of norms.
+    """
+
+    name: str
+    activation: str = "silu"
+    biases: frozenset[str] = frozenset()
+    uneven: bool = False
+    skips_attention: bool = False
+    neighbours_rotate: bool = False
+    rope_factors: bool = False
+    fused: bool = False
+    untied: bool = True
+    wide_heads: bool = True
+    norm_shift: float = 0.0
+
+
+LLAMA = Architecture("llama", biases=ALL_LINEARS, neighbours_rotate=True, rope_factors=True)
+DECI = Architecture(
+    "deci", biases=ALL_LINEARS, uneven=True, skips_attention=True, neighbours_rotate=True, rope_factors=True
+)
+QWEN2 = Architecture("qwen2", biases=QKV, wide_heads=False)
+QWEN3 = Architecture("qwen3", biases=QKV)
+OPENELM = Architecture("openelm", uneven=True, fused=True, untied=False)
+GEMMA = Architecture("gemma", activation="gelu_pytorch_tanh", biases=QKV, untied=False, norm_shift=1.0)
+# The first that can say the model is taken. deci (Nemotron's) is llama with sizes per layer, and takes Qwen2's biases;
+# openelm is Qwen3's layer with them, as long as the embedding is the output matrix too.
+CANDIDATES: dict[str, tuple[Architecture, ...]] = {
+    "llama": (LLAMA, DECI),
+    "mistral": (LLAMA, DECI),
+    "qwen2": (QWEN2, DECI),
+    "qwen3": (QWEN3, OPENELM),
+    "gemma": (GEMMA,),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of one layer; no heads, or no channels, where that half has nothing left."""
+
+    heads: int
+    kv_heads: int
+    channels: int
+
+    @property
+    def written_channels(self) -> int:
+        """An MLP with nothing left is written as one channel of zeros: of none, deci would drop the whole layer."""
+        return max(1, self.channels)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds, as far as an architecture has to say it.
+
+    Attributes:
+        family: one of :data:`CANDIDATES`.
+        config: the Hugging Face config.
+        layers: their sizes.
+        tensors: names in the checkpoint.
+    """
+
+    family: str
+    config: Any
+    layers: tuple[Layer, ...]
+    tensors: Container[str]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        config = self.config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The rotary embeddings: their ``rope_type``, ``rope_theta`` and what the type needs."""
+        return {"rope_type": "default", "rope_theta": 10000.0, **(self.config.rope_parameters or {})}
+
+    @property
+    def context_length(self) -> int:
+        """Tokens; no more than a sliding window, because these architectures attend to everything."""
+        longest = self.config.max_position_embeddings
+        return int(min(longest, getattr(self.config, "sliding_window", None) or longest))
+
+    def biased(self, index: int) -> list[str]:
+        """The linears of a layer whose bias the file has to hold."""
+        attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
+        names = [f"{attention}.{name}_proj" for name in "qkvo"] + [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        found = [name.rpartition(".")[2] for name in names if f"{name}.bias" in self.tensors]
+        return [*found, "down_proj"] if self.shifts(index) else found
+
+    def shifts(self, index: int) -> list[str]:
+        """The vectors that a layer's MLP adds at every position, whatever the input; shape (hidden,) each.
+
+        Its own bias is one. What is left of the next layer's attention, where that was removed, is another: nothing
+        reads the hidden states between the two.
+        """
+        mlp, attention = f"model.layers.{index}.mlp", f"model.layers.{index + 1}.self_attn"
+        names = (f"{mlp}.down_proj.bias", f"{mlp}.bias", f"{attention}.bias")
+        return [name for name in names if name in self.tensors]
+
+
+def read_contents(config: Any, tensors: Container[str]) -> Contents:
+    """What the config of a stock model, or of one that ffgym saved, says.
+
+    Raises:
+        ModelError: a family that llama.cpp or ffgym does not know, rotary embeddings that are not written.
+    """
+    kind = str(config.model_type).removeprefix("ffgym_")
+    if kind not in CANDIDATES:
+        what = "llama.cpp has no code for it" if kind in FAMILIES else "ffgym does not know it"
+        raise ModelError(
+            f"architecture {kind!r} cannot be written as a GGUF file: {what}",
+            hint=f"Families that can: {', '.join(sorted(CANDIDATES))}. {OTHERWISE}",
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError("a quantised model is not written as GGUF", hint="Export it as it was before that.")
+    contents = Contents(kind, config, tuple(map(_layer, config.per_layer_config)), tensors)
+    if contents.rope["rope_type"] not in ROPE_TYPES or contents.rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ModelError(
+            f"rotary embeddings {contents.rope} are not written as GGUF",
+            hint=f"Types that are, over whole heads: {', '.join(ROPE_TYPES)}. {OTHERWISE}",
+        )
+    return contents
+
+
+def _layer(sizes: Any) -> Layer:
+    skip = getattr(sizes, "skip", ())
+    attention, mlp = "attention" not in skip, "mlp" not in skip
+    return Layer(
+        heads=sizes.num_attention_heads if attention else 0,
+        kv_heads=sizes.num_key_value_heads if attention else 0,
+        channels=sizes.intermediate_size if mlp else 0,
+    )
+
+
+def choose_architecture(contents: Contents) -> Architecture:
+    """The first candidate that can say the model.
+
+    Raises:
+        ModelError: none can; says what each lacks, and the way round it, if there is one.
+    """
+    reasons, hint = [], f"docs/models.md says what can be written. {OTHERWISE}"
+    for architecture in CANDIDATES[contents.family]:
+        lacking = list(_lacking(architecture, contents))
+        if not lacking:
+            return architecture
+        reasons.append(f"llama.cpp's {architecture.name} {' and '.join(what for what, _ in lacking)}")
+        hint = next((hint for _, hint in lacking if hint), hint)
+    raise ModelError(f"this {contents.family} model cannot be written as a GGUF file: {'; '.join(reasons)}", hint=hint)
+
+
+def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[str, str]]:
+    """What an architecture cannot say about the model, each with the way round it or nothing."""
+    config, layers = contents.config, contents.layers
+    if not architecture.uneven and len({(lay.heads, lay.kv_heads, lay.written_channels) for lay in layers}) > 1:
+        yield "reads one size for all layers", ""
+    if not architecture.skips_attention and not all(layer.heads for layer in layers):
+        index = next(index for index, layer in enumerate(layers) if not layer.heads)
+        yield f"needs attention in every layer (layer {index} has none)", "Prune with --set prune.min_units=1."
+    if not architecture.untied and not config.tie_word_embeddings:
+        yield "has no output matrix of its own", ""
+    if not architecture.wide_heads and any(lay.heads * contents.head_dim != config.hidden_size for lay in layers):
+        yield "needs heads times their channels to be the hidden size", ""
+    if config.hidden_act != architecture.activation:
+        yield f"computes {architecture.activation}, not {config.hidden_act}", ""
+    unread = [
+        (index, name)
+        for index in range(len(layers))
+        for name in contents.biased(index)
+        if name not in architecture.biases
+    ]
+    if unread:
+        index, name = unread[0]
+        ours = name in ("o_proj", "down_proj")
+        way = "Prune with --calibration ridge, which adds none." if ours else ""
+        yield f"reads no bias of {name} (layer {index} has one)", way
+    if contents.rope["rope_type"] == "llama3" and not architecture.rope_factors:
+        yield "reads no factors for rotary frequencies", ""
