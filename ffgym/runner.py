@@ -36,9 +36,11 @@ from ffgym.models.sequential import calibrate_sequentially
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
+from ffgym.recovery import Material, Recovered, check_method, gather, output_folder, train_and_save
 from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.progress import Reporter
+from ffgym.report.recovery import loss_error
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
 from ffgym.search import Found, SearchInterrupted, finals_loss, search
 from ffgym.tracking import Tracker, environment_tags, fetch_artifact
@@ -56,6 +58,7 @@ DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weig
 WRITTEN = frozenset(
     {"config.toml", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
     | {"report.md", "report.json", "units_kept.png", "reward.png", "model"}
+    | {"model-recovered", "model-recovered.unfinished"}
 )
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -117,6 +120,7 @@ class RunResult:
         found: the search.
         folder: where everything was written.
         saved: the checkpoint, or ``None`` where none was wanted.
+        recovered: what training after the final calibration brought, or ``None`` where none was wanted.
         mlflow_run: MLflow's run id, or ``None`` where tracking is off.
     """
 
@@ -125,6 +129,7 @@ class RunResult:
     folder: Path
     saved: SavedModel | None
     mlflow_run: str | None
+    recovered: Recovered | None = None
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
@@ -137,6 +142,7 @@ class RunResult:
             "search_seconds": round(self.found.seconds, 1),
             "folder": str(self.folder),
             "model": None if self.saved is None else str(self.saved.path),
+            "recovered_model": None if self.recovered is None else str(self.recovered.saved.path),
             "mlflow_run": self.mlflow_run,
         }
 
@@ -148,6 +154,8 @@ class RunResult:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         if self.saved is not None:
             lines += ["Load the pruned model with", f"  {load_line(self.saved.path)}"]
+        if self.recovered is not None:
+            lines += [*self.recovered.told, f"Load it with\n  {load_line(self.recovered.saved.path)}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -178,6 +186,9 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         _write(folder / "config.toml", to_toml(config))
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         space = open_workspace(config, [*prior, *REFERENCES.values()], say)
+        material = None
+        if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
+            material = gather(config, space.loaded.tokenizer, space.loaded.context_limit, space.splits)
         if prior:
             agent.prior_mean = space.prior(*prior[0])
         tracker.set_tags(_tags(space, agent))
@@ -192,12 +203,17 @@ def run(config: RunConfig, *, progress: Console | None = None) -> RunResult:
         _draw(folder, space, {"found": found.best.allocation, **references}, histories)
         rows = _rows(space, references, found, say)
         table, saved = _finish(space, rows, found, folder, say)
-        _write(folder / "report.md", markdown(table))
-        _write(folder / "report.json", json.dumps(as_dicts(table), indent=2))
+        _write_table(folder, table)
+        recovered = None
+        if material is not None and saved is not None:
+            del space  # the dense model and its factors: training needs the room
+            recovered = _recover(config, saved, material, tracker, say)
+            table = _with_recovered(table, recovered, config)
+            _write_table(folder, table)
         tracker.log_table(as_dicts(table))
         for name in ("report.md", "units_kept.png", "reward.png"):
             tracker.log_artifact(folder / name)
-        return RunResult(table, found, folder, saved, tracker.run_id)
+        return RunResult(table, found, folder, saved, tracker.run_id, recovered)
 
 
 def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:
@@ -250,11 +266,16 @@ def make_agent(config: RunConfig) -> Agent:
 
 
 def check_plugins(config: RunConfig) -> None:
-    """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded."""
+    """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded.
+
+    Recovery is no plugin, and checked alike.
+    """
     manager.create("criterion", config.criterion.name, config.criterion.options)
     manager.create("reward", config.reward.name, config.reward.options)
     if config.prior.name != "none":
         manager.create("heuristic", config.prior.name, config.prior.options)
+    if config.recover.method != "none":
+        check_method(config.recover, config.model.name)
 
 
 def read_policy(source: Path, config: RunConfig) -> JSONDict:
@@ -479,6 +500,35 @@ def _finish(
         return table, _save(space, found, table, folder)
 
 
+def _recover(config: RunConfig, saved: SavedModel, material: Material, tracker: Tracker, say: Reporter) -> Recovered:
+    try:
+        return train_and_save(
+            config,
+            saved.path,
+            output_folder(saved.path),
+            tracker,
+            say,
+            dense=config.model.name,
+            material=material,
+        )
+    except KeyboardInterrupt:
+        say.say(f"the pruned model is in {saved.path}; go on with: ffgym recover {saved.path.parent}")
+        raise
+
+
+def _with_recovered(table: ReportTable, recovered: Recovered, config: RunConfig) -> ReportTable:
+    """The table with one more row: the saved refit after training."""
+    before = saved_row(table)
+    row = replace(
+        before,
+        label=f"{before.label} + {config.recover.method}",
+        perplexity=recovered.after.perplexity,
+        loss_stderr=loss_error(recovered.after),
+        note=f"trained after the final calibration, saved in {recovered.saved.path.name}/",
+    )
+    return ReportTable((*table.rows, row), table.header)
+
+
 def saved_row(table: ReportTable) -> Row:
     """The row whose model is saved: the noted one of two final refits, or the last row where there is only one."""
     return next((row for row in table.rows if row.note == SAVED_NOTE), table.rows[-1])
@@ -526,7 +576,7 @@ def measure(space: Workspace, label: str, say: Reporter, *, is_found: bool = Fal
         loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
         sparsity_prunable=max(0.0, space.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size.of(resource) / dense.of(resource),
-        parameters=size.parameters,
+        parameters=sum(parameter.numel() for parameter in prunable.model.parameters()),
         macs_per_token=size.macs,
         kv_bytes_per_token=size.kv_bytes,
         is_found=is_found,
@@ -647,6 +697,11 @@ def _tags(space: Workspace, agent: Agent) -> dict[str, str]:
 def _described(split: Split) -> str:
     windows = split.windows
     return f"{split.corpus.name}, {windows.numel():,} tokens in windows of {windows.shape[1]:,}"
+
+
+def _write_table(folder: Path, table: ReportTable) -> None:
+    _write(folder / "report.md", markdown(table))
+    _write(folder / "report.json", json.dumps(as_dicts(table), indent=2))
 
 
 def _plain(value: Any) -> Any:
