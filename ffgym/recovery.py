@@ -19,7 +19,7 @@ from ffgym.config import RecoverTable, RunConfig, to_toml
 from ffgym.data.recovery import TrainingText, training_text
 from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.building import tokens_per_batch
-from ffgym.errors import ModelError, OutputError, RecoveryError
+from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.checkpoint import Checkpoint, weights_digest
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
@@ -343,6 +343,34 @@ def _learning_rate(table: RecoverTable) -> float:
     return LEARNING_RATES[table.method] if table.learning_rate == "auto" else float(table.learning_rate)
 
 
+def lora_settings(table: RecoverTable, window: int, seed: int) -> LoraSettings:
+    """What ``[recover]`` says about adapters, in steps and windows of ``window`` tokens."""
+    batch = max(1, table.batch_tokens // window)
+    return LoraSettings(
+        rank=table.rank,
+        alpha=table.alpha,
+        dropout=table.dropout,
+        learning_rate=_learning_rate(table),
+        steps=-(-table.tokens // (batch * window)),
+        batch_windows=batch,
+        seed=seed,
+        evaluate_every=table.evaluate_every,
+        checkpoint_every=table.checkpoint_every,
+        gradient_checkpointing=table.gradient_checkpointing,
+    )
+
+
+def distillation_settings(table: RecoverTable, seed: int) -> DistillationSettings:
+    """What ``[recover]`` says about distillation, in steps."""
+    return DistillationSettings(
+        learning_rate=_learning_rate(table),
+        steps=-(-table.tokens // table.batch_tokens),
+        batch_tokens=table.batch_tokens,
+        seed=seed,
+        evaluate_every=table.evaluate_every,
+    )
+
+
 def _seed(config: RunConfig) -> int:
     return config.seed if config.recover.seed == "auto" else int(config.recover.seed)
 
@@ -375,19 +403,7 @@ class _Job:
     def lora(self) -> tuple[JSONDict, tuple[str, ...]]:
         """Train and merge adapters; the curve, and what to tell."""
         table, windows = self.config.recover, self.material.text.windows
-        batch = table.batch_tokens // windows.shape[1]
-        settings = LoraSettings(
-            rank=table.rank,
-            alpha=table.alpha,
-            dropout=table.dropout,
-            learning_rate=_learning_rate(table),
-            steps=-(-table.tokens // (batch * windows.shape[1])),
-            batch_windows=batch,
-            seed=_seed(self.config),
-            evaluate_every=table.evaluate_every,
-            checkpoint_every=table.checkpoint_every,
-            gradient_checkpointing=table.gradient_checkpointing,
-        )
+        settings = lora_settings(table, windows.shape[1], _seed(self.config))
         logged = [0, 0]
         with self.say.stage("recover: lora", settings.steps) as stage:
 
@@ -411,8 +427,8 @@ class _Job:
         losses = dict(curve.held_out)
         told = (
             f"LoRA of rank {settings.rank} (alpha {settings.alpha:g}) on all linears of attention and MLP, merged: "
-            f"{settings.steps} steps of {batch * windows.shape[1]:,} tokens at up to {settings.learning_rate:g}, seed "
-            f"{settings.seed}.",
+            f"{settings.steps} steps of {settings.batch_windows * windows.shape[1]:,} tokens at up to "
+            f"{settings.learning_rate:g}, seed {settings.seed}.",
             _told(losses[0], losses[curve.chosen], f"the adapters of step {curve.chosen} were merged"),
         )
         return {"method": "lora", **curve.to_json()}, told
@@ -420,13 +436,7 @@ class _Job:
     def distil(self, dense: str) -> tuple[JSONDict, tuple[str, ...]]:
         """Train every MLP towards the dense one; the errors by layer, and what to tell."""
         table, text = self.config.recover, self.material.text
-        settings = DistillationSettings(
-            learning_rate=_learning_rate(table),
-            steps=-(-table.tokens // table.batch_tokens),
-            batch_tokens=table.batch_tokens,
-            seed=_seed(self.config),
-            evaluate_every=table.evaluate_every,
-        )
+        settings = distillation_settings(table, _seed(self.config))
         with self.say.stage("load the dense model", 1):
             teacher = _load(self.source, self.config, dense)
         model = self.loaded.model
@@ -484,10 +494,11 @@ class _Job:
         """Measure on the report split, save, and delete the checkpoints."""
         method, text = self.config.recover.method, self.material.text
         told = (*told, f"Training text: {text.corpus.name} ({text.corpus.split}).")
-        rows = [self._measured(method, self.loaded)]
-        for label, name in (("before", None), ("dense", dense)):
-            if name is not None or label == "before":
-                rows.insert(0, self._measured(label, _load(self.source, self.config, name)))
+        rows = [
+            *self._dense_row(dense),
+            self._measured("before", _load(self.source, self.config)),
+            self._measured(method, self.loaded),
+        ]
         table = RecoveryTable(tuple(rows), self._header())
         content = json.dumps({**curve, "report": as_dicts(table)}, indent=1)
         files = [
@@ -514,6 +525,19 @@ class _Job:
             self.tracker.log_artifact(saved.path / name)
         self.checkpoint.remove()
         return Recovered(saved, table, rows[-1].evaluation, tuple(told))
+
+    def _dense_row(self, dense: str | None) -> list[Measured]:
+        """The dense model's row; none where it is not known or cannot be had: no reason to lose a training."""
+        if dense is None:
+            return []
+        try:
+            loaded = _load(self.source, self.config, dense)
+            if loaded.model.config.vocab_size != self.loaded.model.config.vocab_size:
+                raise ModelError(f"model {dense!r} has another vocabulary")
+        except FFGymError as error:
+            self.say.say(f"the dense model is left out of the table: {error.message}")
+            return []
+        return [self._measured("dense", loaded)]
 
     def _measured(self, label: str, loaded: LoadedModel) -> Measured:
         windows = self.material.splits.report.windows
@@ -543,6 +567,4 @@ def _lora_note(curve: LoraCurve) -> str:
 def _told(before: float, after: float, kept: str) -> str:
     if after < before:
         return f"Loss on held-out windows of the search split: {before:.4f} before, {after:.4f} after; {kept}."
-    return (
-        f"Training did not lower the loss on held-out windows of the search split, {before:.4f}: nothing was changed."
-    )
+    return f"Training did not lower the loss on held-out windows of the search split, {before:.4f}: nothing was kept."

@@ -60,6 +60,7 @@ WRITTEN = frozenset(
     | {"report.md", "report.json", "units_kept.png", "reward.png", "model"}
     | {"model-recovered", "model-recovered.unfinished"}
 )
+STAGING = (".model.part-", ".model-recovered.part-")  # what a killed process leaves of a model
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 # Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
@@ -353,7 +354,7 @@ def claim_folder(config: RunConfig) -> Path:
 def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote; refuse where anything else is there, e.g. the folder of somebody's project."""
     entries = sorted(folder.iterdir())
-    foreign = [path.name for path in entries if path.name not in WRITTEN and not path.name.startswith(".model.part-")]
+    foreign = [path.name for path in entries if path.name not in WRITTEN and not path.name.startswith(STAGING)]
     if foreign or not (folder / "config.toml").exists():
         what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
         raise OutputError(

@@ -21,7 +21,17 @@ from ffgym.config import RunConfig, load_config
 from ffgym.errors import ModelError
 from ffgym.plugins import manager
 
-HEAVY = ("torch", "transformers", "mlflow", "gymnasium", "stable_baselines3", "datasets", "matplotlib", "sklearn")
+HEAVY = (
+    "torch",
+    "transformers",
+    "mlflow",
+    "gymnasium",
+    "stable_baselines3",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+    "peft",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +86,7 @@ def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Call
         "import ffgym; ffgym.RunConfig",
         "from ffgym.cli import app; app(['--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['run', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['recover', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'criteria'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'agents'], standalone_mode=False)",
         "from ffgym.cli import app; app(['plugins'], standalone_mode=False)",
@@ -108,7 +119,7 @@ def test_every_public_name_is_there() -> None:
 # help and usage
 
 
-@pytest.mark.parametrize("command", ["run", "config", "ls", "plugins", "check-env", "ui"])
+@pytest.mark.parametrize("command", ["run", "recover", "config", "ls", "plugins", "check-env", "ui"])
 def test_every_command_has_help(command: str) -> None:
     done = call(command, "--help")
     assert done.exit_code == 0

@@ -195,7 +195,8 @@ class _Stream:
         run = layer_runner(layer, self._calls["pruned"][index])
         producer = self._family.producers(layer, "mlp")[0]
         inputs = [linear_input(run, producer, states).flatten(0, -2) for states in self._hidden["pruned"]]
-        return torch.cat(inputs), torch.cat(outputs)
+        found = torch.cat(inputs)
+        return found, torch.cat(outputs).to(found.device)
 
     @torch.no_grad()
     def pruned_step(self, index: int) -> None:
@@ -220,7 +221,7 @@ def _train(
     before = least = _error(mlp, weights, *held_out)
     best, chosen = _copy(weights), 0
     size = min(settings.batch_tokens, len(inputs))
-    for step in range(settings.steps if before > 0 else 0):
+    for step in range(settings.steps if before != 0 else 0):
         indices = torch.from_numpy(batch_at(step, size, len(inputs), [settings.seed, layer])).to(inputs.device)
         loss = (_output(mlp, weights, inputs[indices]) - targets[indices].float()).square().mean() / scale
         value = float(loss.detach())
