@@ -75,6 +75,7 @@ AlignOption = Annotated[int | None, _option("--align", "prune.align")]
 UniformOption = Annotated[bool | None, _option("--uniform", "prune.uniform")]
 ResourceOption = Annotated[str | None, _option("--resource", "prune.resource")]
 LatencyTableOption = Annotated[str | None, _option("--latency-table", "prune.latency_table")]
+RecoverOption = Annotated[str | None, _option("--recover", "recover.method")]
 InitFromOption = Annotated[str | None, _option("--init-from", "search.init_from")]
 EpisodesOption = Annotated[int | None, _option("--episodes", "search.episodes")]
 SeedOption = Annotated[int | None, _option("--seed", "seed")]
@@ -119,6 +120,7 @@ def _config(ctx: typer.Context) -> RunConfig:
         agent={"name": given.get("agent")},
         prior={"name": given.get("prior")},
         search={"episodes": given.get("episodes"), "init_from": given.get("init_from")},
+        recover={"method": given.get("recover")},
         output={
             "dir": given.get("output"),
             "overwrite": given.get("overwrite") or None,
@@ -164,6 +166,7 @@ def run(
     uniform: UniformOption = None,
     latency_table: LatencyTableOption = None,
     init_from: InitFromOption = None,
+    recover: RecoverOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,
     file: FileOption = None,
@@ -187,6 +190,63 @@ def run(
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
         result = runner.run(config, progress=Console(stderr=True), resume=resume)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        result.print(Console())
+
+
+@app.command()
+def recover(
+    folder: Annotated[Path, typer.Argument(help="a saved model, or the folder of its run", show_default=False)],
+    method: Annotated[str | None, _option("--method", "recover.method")] = None,
+    corpus: Annotated[str | None, _option("--corpus", "recover.corpus")] = None,
+    tokens: Annotated[str | None, _option("--tokens", "recover.tokens")] = None,
+    rank: Annotated[int | None, _option("--rank", "recover.rank")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="the dense model, as for `run`", show_default="what the run's config.toml says"),
+    ] = None,
+    seed: SeedOption = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="TOML file of the run that pruned the model",
+            show_default="config.toml in the folder or beside it",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="folder of the new model", show_default="beside the old one: NAME-recovered"),
+    ] = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a pruned model and save it again; after Ctrl-C the same command goes on.
+
+    Example: ffgym recover runs/mine --method lora --corpus my.txt --tokens 1M --output recovered
+    """
+    from rich.console import Console
+
+    from ffgym import recovery
+
+    known = file or recovery.find_run_config(folder)
+    config = load_config(
+        known,
+        overrides or [],
+        seed=seed,
+        model={"name": model},
+        recover={"method": method, "corpus": corpus, "tokens": tokens, "rank": rank},
+    )
+    if known is None:
+        typer.echo("no config.toml of the run beside the model: the splits are those of the options here", err=True)
+    dense = config.model.name if known is not None or model is not None else None
+    with contextlib.redirect_stdout(sys.stderr):
+        result = recovery.recover(
+            config, folder, output=output, overwrite=overwrite, dense=dense, progress=Console(stderr=True)
+        )
     if as_json:
         _print_json(result.to_json())
     else:
@@ -309,6 +369,7 @@ def print_config(
     uniform: UniformOption = None,
     latency_table: LatencyTableOption = None,
     init_from: InitFromOption = None,
+    recover: RecoverOption = None,
     episodes: EpisodesOption = None,
     seed: SeedOption = None,
     file: FileOption = None,

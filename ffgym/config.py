@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
-from ffgym.errors import ConfigError
+from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.types import Calibration, JSONDict, Resource
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
@@ -30,6 +30,19 @@ OptionalShare = Annotated[
 ]
 Count = Annotated[int, Field(ge=1)]
 Ramp = Literal["none", "cubic", "staircase"]
+RECOVERY_METHODS = ("none", "lora", "distil-mlp")
+
+
+def _known_method(name: Any) -> Any:
+    if isinstance(name, str) and name not in RECOVERY_METHODS:
+        raise UnknownNameError("recovery method", name, RECOVERY_METHODS)
+    return name
+
+
+def _count(value: Any) -> Any:
+    """``"1M"`` -> 1000000; what is no such text is left to the validation."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", value) if isinstance(value, str) else None
+    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]) if match else value
 
 
 class Table(BaseModel):
@@ -222,6 +235,43 @@ class ScheduleTable(Table):
     )
 
 
+class RecoverTable(Table):
+    """Training after the final calibration; also what `ffgym recover` does to a saved model."""
+
+    method: Annotated[Literal["none", "lora", "distil-mlp"], BeforeValidator(_known_method)] = Field(
+        default="none", description="none | lora (adapters, merged) | distil-mlp (each MLP towards the dense one)"
+    )
+    corpus: OptionalText = Field(
+        default=None, description="corpus to train on; empty for data.calibration, without what other splits hold"
+    )
+    tokens: Annotated[Count, BeforeValidator(_count)] = Field(
+        default=524288, description="tokens to learn from, all epochs together; also 500k or 1M"
+    )
+    window: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
+        default="auto", description="auto (data.window) or tokens in one training window, at least 2"
+    )
+    batch_tokens: Annotated[Count, BeforeValidator(_count)] = Field(
+        default=4096, description="tokens of one optimiser step, at least one window"
+    )
+    rank: int = Field(default=16, ge=1, le=1024, description="lora: rank of the adapters, 1 to 1024")
+    alpha: float = Field(default=32.0, gt=0, description="lora: adapters are scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="lora: dropout before the adapters, in [0, 1)")
+    learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = Field(
+        default="auto", description="auto (lora 5e-4, distil-mlp 3e-4) or the highest rate of the schedule, in (0, 1]"
+    )
+    held_out_tokens: Annotated[Count, BeforeValidator(_count)] = Field(
+        default=8192, description="search tokens that the weights to keep are chosen on"
+    )
+    evaluate_every: Count = Field(default=16, description="steps between measurements on them")
+    checkpoint_every: Count = Field(default=16, description="lora: steps between checkpoints")
+    gradient_checkpointing: bool = Field(
+        default=False, description="lora: recompute activations in the backward pass; less memory, slower"
+    )
+    seed: Literal["auto"] | Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default="auto", description="auto (the run's seed) or a seed for adapters and order of the text"
+    )
+
+
 class OutputTable(Table):
     """Where the results go."""
 
@@ -258,6 +308,7 @@ class RunConfig(Table):
     prior: PriorTable = Field(default_factory=PriorTable)
     search: SearchTable = Field(default_factory=SearchTable)
     schedule: ScheduleTable = Field(default_factory=ScheduleTable)
+    recover: RecoverTable = Field(default_factory=RecoverTable)
     output: OutputTable = Field(default_factory=OutputTable)
     tracking: TrackingTable = Field(default_factory=TrackingTable)
 
@@ -287,6 +338,7 @@ class RunConfig(Table):
                 hint="Set prune.min_units to 1 or more, or leave --uniform out.",
             )
         self._range_agrees()
+        self._recovery_fits()
         return self
 
     @property
@@ -335,6 +387,21 @@ class RunConfig(Table):
             raise ConfigError(
                 f"output.save_at = {save_at} saves one model and output.save_all every point's",
                 hint="Give one of them.",
+            )
+
+    def _recovery_fits(self) -> None:
+        recover = self.recover
+        if recover.method == "none":
+            return
+        window, name = (
+            (self.data.window, "data.window") if recover.window == "auto" else (recover.window, "recover.window")
+        )
+        _at_least("recover.batch_tokens", recover.batch_tokens, f"one window: {name}", window)
+        _at_least("recover.tokens", recover.tokens, "one step: recover.batch_tokens", recover.batch_tokens)
+        if not self.output.save_model:
+            raise ConfigError(
+                f"recover.method = {recover.method!r} trains the saved model, and output.save_model = false saves none",
+                hint="Leave output.save_model out, or set recover.method to none.",
             )
 
 

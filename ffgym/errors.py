@@ -60,6 +60,10 @@ class CalibrationError(FFGymError):
     """Second moments that cannot be factorised, or statistics that do not fit the weight."""
 
 
+class RecoveryError(FFGymError):
+    """Training after pruning cannot start, go on or end: a missing package, a foreign checkpoint, a loss of NaN."""
+
+
 class PluginError(FFGymError):
     """A plugin failed to load, or broke its contract; the message names the plugin."""
 

@@ -52,6 +52,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance, check_objectives
 from ffgym.policy import make_agent, policy_text
+from ffgym.recovery import Material, Recovered, check_method, gather, output_folder, train_and_save
 from ffgym.report.card import model_card
 from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.front import Front, FrontPoint, front_figure, point_names
@@ -60,6 +61,7 @@ from ffgym.report.front import markdown as front_markdown
 from ffgym.report.front import terminal as front_terminal
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
+from ffgym.report.recovery import loss_error
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
 from ffgym.search import (
     Found,
@@ -143,6 +145,7 @@ class RunResult:
         found: the search.
         folder: where everything was written.
         saved: the checkpoint, or ``None`` where none was wanted.
+        recovered: what training after the final calibration brought, or ``None`` where none was wanted.
         mlflow_run: MLflow's run id, or ``None`` where tracking is off.
         front: under a range of budgets its points; ``table``, ``found`` and ``saved`` are those of the main target.
     """
@@ -153,6 +156,7 @@ class RunResult:
     saved: SavedModel | None
     mlflow_run: str | None
     front: Front | None = None
+    recovered: Recovered | None = None
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
@@ -166,6 +170,7 @@ class RunResult:
             "front": None if self.front is None else front_as_dict(self.front),
             "folder": str(self.folder),
             "model": None if self.saved is None else str(self.saved.path),
+            "recovered_model": None if self.recovered is None else str(self.recovered.saved.path),
             "mlflow_run": self.mlflow_run,
         }
 
@@ -180,6 +185,9 @@ class RunResult:
         if self.saved is not None:
             line = load_line(self.saved.path, stock=self.saved.stock)
             lines += ["Load the pruned model with", f"  {line}"]
+        if self.recovered is not None:
+            again = load_line(self.recovered.saved.path, stock=self.recovered.saved.stock)
+            lines += [*self.recovered.told, "Load it with", f"  {again}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -215,6 +223,9 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
         note_mlflow_run(folder, tracker.run_id)
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         space = open_workspace(config, [*prior, *reference_rules(config).values()], say)
+        material = None
+        if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
+            material = gather(config, space.loaded.tokenizer, space.loaded.context_limit, space.splits)
         if config.prune.uniform and agent.searches:
             _say_how_many_shapes(space, say)
         give_prior(agent, space)
@@ -239,14 +250,19 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
         rows = _rows(at_main, references, main, say)
         table, saved = _finish(at_main, rows, main, say, _model_folder(config, folder, config.main_target))
         front = _finish_front(space, points, table, folder, say) if config.prune.is_range else None
-        write_text(folder / "report.md", markdown(table))
-        write_text(folder / "report.json", json.dumps(as_dicts(table), indent=2))
+        _write_table(folder, table)
+        recovered = None
+        if material is not None and saved is not None:
+            del space, at_main  # the dense model and its factors: training needs the room
+            recovered = _recover(config, saved, material, tracker, say)
+            table = _with_recovered(table, recovered, config)
+            _write_table(folder, table)
         tracker.log_table(as_dicts(table))
         for name in ("report.md", "units_kept.png", "reward.png"):
             tracker.log_artifact(folder / name)
         if front is not None:
             _log_front(tracker, front, folder)
-        return RunResult(table, main, folder, saved, tracker.run_id, front)
+        return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
 
 
 def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:
@@ -319,6 +335,8 @@ def give_prior(agent: Agent, space: Workspace) -> None:
 def check_plugins(config: RunConfig) -> None:
     """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded.
 
+    Recovery is no plugin, and checked alike.
+
     Raises:
         ConfigError: a range of budgets with an agent that does not follow the target.
     """
@@ -333,6 +351,8 @@ def check_plugins(config: RunConfig) -> None:
     make_reward(config)
     if config.prior.name != "none":
         manager.create("heuristic", config.prior.name, config.prior.options)
+    if config.recover.method != "none":
+        check_method(config.recover, config.model.name)
 
 
 def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
@@ -554,6 +574,35 @@ def _log_front(tracker: Tracker, front: Front, folder: Path) -> None:
         tracker.log_artifact(folder / name)
 
 
+def _recover(config: RunConfig, saved: SavedModel, material: Material, tracker: Tracker, say: Reporter) -> Recovered:
+    try:
+        return train_and_save(
+            config,
+            saved.path,
+            output_folder(saved.path),
+            tracker,
+            say,
+            dense=config.model.name,
+            material=material,
+        )
+    except KeyboardInterrupt:
+        say.say(f"the pruned model is in {saved.path}; go on with: ffgym recover {saved.path.parent}")
+        raise
+
+
+def _with_recovered(table: ReportTable, recovered: Recovered, config: RunConfig) -> ReportTable:
+    """The table with one more row: the saved refit after training."""
+    before = saved_row(table)
+    row = replace(
+        before,
+        label=f"{before.label} + {config.recover.method}",
+        perplexity=recovered.after.perplexity,
+        loss_stderr=loss_error(recovered.after),
+        note=f"trained after the final calibration, saved in {recovered.saved.path.name}/",
+    )
+    return ReportTable((*table.rows, row), table.header)
+
+
 def saved_row(table: ReportTable) -> Row:
     """The row whose model is saved: the noted one of two final refits, or the last row where there is only one."""
     return next((row for row in table.rows if row.note == SAVED_NOTE), table.rows[-1])
@@ -602,7 +651,7 @@ def measure(space: Workspace, label: str, say: Reporter, *, is_found: bool = Fal
         loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
         sparsity_prunable=max(0.0, space.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size.of(resource) / dense.of(resource),
-        parameters=size.parameters,
+        parameters=sum(parameter.numel() for parameter in prunable.model.parameters()),
         macs_per_token=size.macs,
         kv_bytes_per_token=size.kv_bytes,
         is_found=is_found,
@@ -759,3 +808,8 @@ def _tags(space: Workspace, agent: Agent) -> dict[str, str]:
 def _described(split: Split) -> str:
     windows = split.windows
     return f"{split.corpus.name}, {windows.numel():,} tokens in windows of {windows.shape[1]:,}"
+
+
+def _write_table(folder: Path, table: ReportTable) -> None:
+    write_text(folder / "report.md", markdown(table))
+    write_text(folder / "report.json", json.dumps(as_dicts(table), indent=2))

@@ -31,6 +31,7 @@ HEAVY = (
     "matplotlib",
     "sklearn",
     "lm_eval",
+    "peft",
 )
 
 
@@ -89,6 +90,7 @@ def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Call
         "from ffgym.cli import app; app(['eval', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['measure', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['export', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['recover', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'criteria'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'agents'], standalone_mode=False)",
         "from ffgym.cli import app; app(['plugins'], standalone_mode=False)",
@@ -122,7 +124,7 @@ def test_every_public_name_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "config", "eval", "export", "measure", "latency", "ls", "plugins", "check-env", "ui"]
+    "command", ["run", "recover", "config", "eval", "export", "measure", "latency", "ls", "plugins", "check-env", "ui"]
 )
 def test_every_command_has_help(command: str) -> None:
     done = call(command, "--help")

@@ -93,6 +93,7 @@ def test_empty_string_unsets_an_optional_key(tmp_path: Path) -> None:
 def test_digest_follows_what_decides_the_numbers() -> None:
     base = digest(RunConfig())
     assert base == digest(load_config(output={"dir": "elsewhere"}, tracking={"experiment": "other"}))
+    assert base == digest(load_config(recover={"method": "lora", "rank": 4}))
     assert base != digest(load_config(seed=1))
     assert base != digest(load_config(agent={"lr": 0.1}))
 

@@ -350,6 +350,8 @@ def test_every_setting_ends_in_a_model_within_its_budget_that_loads(
     one = finish(glass_config(tmp_path, **changes))
     check_reloaded(one)
     target = one.config.prune.sparsity
+    assert one.result.saved is not None
+    assert one.result.saved.parameters == runner.saved_row(one.result.table).parameters  # new biases and all
     for row in one.result.table.rows[1:]:
         assert target - 1e-9 <= row.sparsity_prunable < target + 0.1
     rewards = [episode.reward for episode in one.result.found.history]

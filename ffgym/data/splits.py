@@ -148,7 +148,7 @@ def _cut_windows(corpus: Corpus, wanted: dict[Role, int], window: int, tokenizer
     import torch
 
     total = sum(wanted.values())
-    ids = _first_tokens(corpus, total * window, tokenizer, bos)
+    ids = first_tokens(corpus, total * window, tokenizer, bos)
     if len(ids) < window:
         raise DataError(
             f"corpus {corpus.name!r} ({corpus.split}) holds {len(ids):,} tokens, less than one window of {window:,}",
@@ -171,7 +171,7 @@ def _cut_windows(corpus: Corpus, wanted: dict[Role, int], window: int, tokenizer
     return torch.tensor(ids[: total * window], dtype=torch.int64).view(total, window)
 
 
-def _first_tokens(corpus: Corpus, count: int, tokenizer: Any, bos: bool) -> list[int]:
+def first_tokens(corpus: Corpus, count: int, tokenizer: Any, bos: bool) -> list[int]:
     """The first ``count`` tokens of a corpus (fewer where it holds fewer), the same as if all of it were tokenised."""
     text = SEPARATOR.join(corpus.documents)
     head = [tokenizer.bos_token_id] if bos else []

@@ -77,21 +77,66 @@ def save_pruned(
         ModelError: ``kept`` is not what the model was cut to, or no stock checkpoint can say it.
     """
     place = Path(directory).expanduser().resolve()
-    _refuse_occupied(place, overwrite)
+    refuse_occupied(place, overwrite)
     pruned = (stock_model if stock else uneven_model)(model, kept=kept, family=family)
+    return _write(pruned, tokenizer, place, card, (), max_shard_size, stock=stock)
+
+
+def save_again(
+    model: Any,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    card: str,
+    files: Sequence[Path] = (),
+    overwrite: bool = False,
+    max_shard_size: str | int = "5GB",
+) -> SavedModel:
+    """Write a model that was loaded from a checkpoint and changed, whole or not at all.
+
+    Args:
+        model: of a class that ``save_pruned`` writes, which brings its own file along, or of a stock class.
+        tokenizer: saved beside it.
+        directory: the folder; its parents are created.
+        card: text of the model card, Markdown.
+        files: copied beside the weights.
+        overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
+        max_shard_size: weights beyond it are written as several files.
+
+    Raises:
+        OutputError: the folder is occupied, cannot be written, or the disk is full.
+    """
+    place = Path(directory).expanduser().resolve()
+    refuse_occupied(place, overwrite)
+    stock = type(model).__module__.startswith("transformers.")
+    return _write(model, tokenizer, place, card, files, max_shard_size, stock=stock)
+
+
+def _write(
+    model: Any,
+    tokenizer: Any | None,
+    place: Path,
+    card: str | None,
+    files: Sequence[Path],
+    max_shard_size: str | int,
+    *,
+    stock: bool,
+) -> SavedModel:
     with _whole_or_nothing(place) as folder:
         with _no_progress_bar():
-            pruned.save_pretrained(folder, max_shard_size=max_shard_size)
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
         written = _count_written(folder)
-        expected = sum(parameter.numel() for parameter in pruned.parameters())
+        expected = sum(parameter.numel() for parameter in model.parameters())
         if written != expected:
             raise OutputError(f"{place}: {written} of {expected} parameters were written", hint="Please report this.")
-    files = place.glob("*.safetensors")
-    return SavedModel(place, sum(file.stat().st_size for file in files), parameters=expected, stock=stock)
+    weights = place.glob("*.safetensors")
+    return SavedModel(place, sum(file.stat().st_size for file in weights), parameters=expected, stock=stock)
 
 
 def load_line(directory: str | Path, *, stock: bool = False) -> str:
@@ -294,7 +339,13 @@ def _count_written(folder: Path) -> int:
     return total
 
 
-def _refuse_occupied(place: Path, overwrite: bool) -> None:
+def refuse_occupied(place: Path, overwrite: bool) -> None:
+    """Raise ``OutputError`` where a model may not be written: a file, or a folder that holds something.
+
+    Args:
+        place: the folder that is meant.
+        overwrite: allow a folder that holds a model.
+    """
     if place.exists() and not place.is_dir():
         raise OutputError(f"{place} is a file, not a folder", hint="Choose another folder.")
     if not place.is_dir() or not any(place.iterdir()):

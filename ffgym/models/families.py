@@ -183,6 +183,8 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+PRUNED = "ffgym_"  # what the model_type of a checkpoint that ffgym pruned begins with
+
 
 def family_of(model: nn.Module) -> Family:
     """The family of a loaded causal LM.
@@ -192,17 +194,30 @@ def family_of(model: nn.Module) -> Family:
     """
     config: Any = model.config
     kind = str(config.model_type)
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    if kind.startswith("ffgym_"):
+    if kind.startswith(PRUNED):
         raise ModelError(
             f"this checkpoint ({kind}) has been pruned by ffgym already",
             hint="Start from the dense model; a higher sparsity is one more run, with --init-from for its policy.",
         )
-    raise ModelError(
-        f"architecture {kind!r} ({type(model).__name__}) is not supported",
-        hint=f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one entry in ffgym/models/families.py.",
-    )
+    return dense_or_pruned_family_of(model)
+
+
+def dense_or_pruned_family_of(model: nn.Module) -> Family:
+    """The family of a loaded causal LM, whether ffgym has pruned it or not; in a pruned one, modules may be missing.
+
+    Raises:
+        ModelError: the architecture is not supported; names it and lists those that are.
+    """
+    config: Any = model.config
+    kind = str(config.model_type)
+    family = FAMILIES.get(kind.removeprefix(PRUNED))
+    if family is None:
+        raise ModelError(
+            f"architecture {kind!r} ({type(model).__name__}) is not supported",
+            hint=f"Supported families: {', '.join(sorted(FAMILIES))}. "
+            "A family is one entry in ffgym/models/families.py.",
+        )
+    return family
 
 
 def _linear(layer: nn.Module, name: str) -> nn.Linear:

@@ -46,13 +46,13 @@ def calibrate_sequentially(
     """
     prunable.restore()
     layers = prunable.family.layers(prunable.model)
-    batches = torch.split(windows, _equal_batch(len(windows), tokens_per_batch // windows.shape[1]))
-    calls = _layer_calls(prunable.model, layers, batches[0])
-    dense = [_first_input(prunable.model, layers[0], batch) for batch in batches]
+    batches = torch.split(windows, equal_batch(len(windows), tokens_per_batch // windows.shape[1]))
+    calls = layer_calls(prunable.model, layers, batches[0])
+    dense = [first_input(prunable.model, layers[0], batch) for batch in batches]
     pruned = list(dense)
     for index, layer in enumerate(layers):
         attention, mlp = prunable.halves[2 * index], prunable.halves[2 * index + 1]
-        run = _runner(layer, calls[index])
+        run = layer_runner(layer, calls[index])
         targets, following = _dense_pass(run, (attention, mlp), dense)
         for half, target, sublayer in ((attention, targets[0], 2 * index), (mlp, targets[1], 2 * index + 1)):
             half.cut(kept[sublayer], calibrated=False)
@@ -99,7 +99,7 @@ def _refit(
         return
     sums = _CrossMoments()
     for target, states in zip(targets, hidden, strict=True):
-        sums.update(target, _consumer_input(run, half.consumer, states))
+        sums.update(target, linear_input(run, half.consumer, states))
     assert isinstance(sums.cross, torch.Tensor)
     assert isinstance(sums.moment, torch.Tensor)
     cross, moment = sums.cross.double() / sums.tokens, sums.moment.double() / sums.tokens
@@ -130,16 +130,15 @@ def _dense_pass(
     return seen, outputs
 
 
-def _consumer_input(
-    run: Callable[[torch.Tensor], torch.Tensor], consumer: nn.Linear, hidden: torch.Tensor
-) -> torch.Tensor:
+def linear_input(run: Callable[[torch.Tensor], torch.Tensor], linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """What a linear of the layer is given, for hidden states that enter the layer; what comes after is not run."""
     found: list[torch.Tensor] = []
 
     def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         found.append(inputs[0])
         raise _Reached
 
-    handle = consumer.register_forward_pre_hook(stop)
+    handle = linear.register_forward_pre_hook(stop)
     try:
         run(hidden)
     except _Reached:
@@ -149,7 +148,7 @@ def _consumer_input(
     return found[0]
 
 
-def _layer_calls(model: Any, layers: Sequence[nn.Module], batch: torch.Tensor) -> list[Call]:
+def layer_calls(model: Any, layers: Sequence[nn.Module], batch: torch.Tensor) -> list[Call]:
     """The arguments (beside the hidden states) that an ordinary call passes to each layer."""
     calls: list[Call] = []
 
@@ -166,7 +165,7 @@ def _layer_calls(model: Any, layers: Sequence[nn.Module], batch: torch.Tensor) -
     return calls
 
 
-def _first_input(model: Any, first: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def first_input(model: Any, first: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """The hidden states that enter the first layer, shape (windows, length, d)."""
     found: list[torch.Tensor] = []
 
@@ -184,7 +183,8 @@ def _first_input(model: Any, first: nn.Module, batch: torch.Tensor) -> torch.Ten
     return found[0]
 
 
-def _runner(layer: nn.Module, call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
+def layer_runner(layer: nn.Module, call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer as a function of its hidden states alone, shape (windows, length, d) to the same."""
     args, kwargs = call
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
@@ -195,6 +195,6 @@ def _runner(layer: nn.Module, call: Call) -> Callable[[torch.Tensor], torch.Tens
     return run
 
 
-def _equal_batch(windows: int, wanted: int) -> int:
+def equal_batch(windows: int, wanted: int) -> int:
     """The largest batch of at most ``wanted`` windows that divides them: one mask then fits every batch."""
     return max(size for size in range(1, max(1, wanted) + 1) if windows % size == 0)

@@ -127,7 +127,7 @@ def test_tokenising_a_part_gives_the_tokens_of_the_whole(tmp_path):
     corpus = _corpus("x", "y", documents)
     whole = fast("\n\n".join(documents), verbose=False)["input_ids"]
     for count in range(1, len(whole) + 50, 37):
-        assert splits._first_tokens(corpus, count, fast, bos=False) == whole[:count]
+        assert splits.first_tokens(corpus, count, fast, bos=False) == whole[:count]
 
 
 def test_only_as_much_text_is_tokenised_as_is_needed(corpora):

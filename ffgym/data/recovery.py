@@ -1,0 +1,141 @@
+"""The text that training after pruning may use: what neither the search nor the report split holds.
+
+Two guards keep the splits apart. By place: where the corpus is the text of a split, that split's tokens are left out.
+By content: a window that repeats a run of ``REPEATED_TOKENS`` tokens of the search or the report split is left out too,
+and another text that holds such a run of the report split is refused. (Runs of 50 tokens are what Lee et al., arXiv
+2107.06499, call a duplicate.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffgym.data.corpora import Corpus, Role, load_text
+from ffgym.data.splits import ROLES, Split, Splits, first_tokens
+from ffgym.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+REPEATED_TOKENS = 50
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is multiplied away
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """Windows to train on.
+
+    Attributes:
+        corpus: where they are from.
+        windows: token ids, shape (windows, window), int64: as many as were asked for, or all that there are.
+        left_out: windows that repeat text of the search or the report split, and are not among them.
+        digest: sha256 of the windows.
+    """
+
+    corpus: Corpus
+    windows: torch.Tensor = field(repr=False)
+    left_out: int
+    digest: str
+
+
+def training_text(
+    spec: str | None, splits: Splits, tokenizer: Any, *, window: int, tokens: int, at_least: int
+) -> TrainingText:
+    """Read a corpus and leave out what other splits hold.
+
+    Args:
+        spec: a corpus, see ``ffgym.data.corpora``; ``None`` for that of the calibration split, whose own windows may be
+            trained on: they are what the refits saw.
+        splits: of the run.
+        tokenizer: the one that the splits were made with.
+        window: tokens in one window.
+        tokens: how many are wanted; fewer are handed out where the corpus holds fewer.
+        at_least: how many there must be.
+
+    Raises:
+        DataError: the corpus is missing, too short, or another text that holds text of the report split.
+    """
+    calibration = splits.calibration.corpus
+    corpus = calibration if spec in (None, calibration.name) else load_text(str(spec), role="calibration")
+    taken = _places(corpus, splits)
+    count = -(-tokens // window) * window + max((end for _, end in taken.values()), default=0)
+    ids = np.array(first_tokens(corpus, count, tokenizer, splits.calibration.bos), dtype=np.int64)
+    windows = _windows(ids, [taken[role] for role in ("search", "report") if role in taken], window)
+    run = min(REPEATED_TOKENS, window)
+    repeats = {role: _repeats(windows, getattr(splits, role), run) for role in ("search", "report")}
+    if "report" not in taken and repeats["report"].any():
+        first = windows[int(np.argmax(repeats["report"]))]
+        raise DataError(
+            f"corpus {corpus.name!r} holds text of the report split ({splits.report.corpus.name}): "
+            f"{int(repeats['report'].sum())} of its windows repeat {run} tokens or more, the first one begins "
+            f"{tokenizer.decode(first[:12].tolist())!r}",
+            hint="Train on another corpus, or report on another: recover.corpus, data.report.",
+        )
+    repeated = repeats["search"] | repeats["report"]
+    free = windows[~repeated][: -(-tokens // window)]
+    if free.size < at_least:
+        raise DataError(
+            f"corpus {corpus.name!r} ({corpus.split}) has {free.size:,} tokens to train on outside the search and "
+            f"report splits, in whole windows of {window:,}; one step needs {at_least:,}",
+            hint="Name a longer corpus with --corpus, or lower recover.batch_tokens.",
+        )
+    return _text(corpus, free, int(repeated.sum()))
+
+
+def _text(corpus: Corpus, windows: np.ndarray, left_out: int) -> TrainingText:
+    import torch
+
+    digest = hashlib.sha256(f"{windows.shape[0]} x {windows.shape[1]};".encode() + windows.astype("<i8").tobytes())
+    return TrainingText(corpus, torch.from_numpy(windows.copy()), left_out, digest.hexdigest())
+
+
+def _places(corpus: Corpus, splits: Splits) -> dict[Role, tuple[int, int]]:
+    """Where in the corpus's tokens the splits of the same text lie, as (begin, end): in the order they were cut in."""
+    places: dict[Role, tuple[int, int]] = {}
+    begin = 0
+    for role in ROLES:
+        split: Split = getattr(splits, role)
+        if split.corpus.digest == corpus.digest:
+            places[role] = (begin, begin + split.windows.numel())
+            begin += split.windows.numel()
+    return places
+
+
+def _windows(ids: np.ndarray, taken: list[tuple[int, int]], window: int) -> np.ndarray:
+    """Whole windows between the places that are taken, shape (windows, window)."""
+    pieces, begin = [], 0
+    for start, end in [*sorted(taken), (len(ids), len(ids))]:
+        piece = ids[begin : max(begin, start)]
+        pieces.append(piece[: len(piece) // window * window].reshape(-1, window))
+        begin = max(begin, end)
+    return np.concatenate(pieces)
+
+
+def _repeats(windows: np.ndarray, split: Split, run: int) -> np.ndarray:
+    """Which windows share a run of tokens with a split, shape (windows,), bool."""
+    forbidden = run_hashes(split.windows.numpy().reshape(1, -1), run)
+    return np.asarray(np.isin(run_hashes(windows, run), forbidden).any(axis=1))
+
+
+def run_hashes(ids: np.ndarray, run: int) -> np.ndarray:
+    """A 64-bit hash of every run of tokens: sum over j of (id_j + 1) * base^j.
+
+    Args:
+        ids: shape (rows, length), int64.
+        run: tokens in a run, >= 1.
+
+    Returns:
+        shape (rows, length - run + 1), uint64; no columns where a row is shorter than a run.
+    """
+    columns = max(0, ids.shape[1] - run + 1)
+    hashes = np.zeros((ids.shape[0], columns), dtype=np.uint64)
+    power = np.uint64(1)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        for offset in range(run):
+            hashes += (ids[:, offset : offset + columns].astype(np.uint64) + np.uint64(1)) * power
+            power = power * HASH_BASE
+    return hashes

@@ -1,0 +1,210 @@
+"""What an interrupted training needs to go on: tensors and plain facts, in safetensors files; nothing is unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ffgym.errors import OutputError, RecoveryError
+from ffgym.types import JSONDict
+
+IDENTITY = "identity.json"
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a checkpoint.
+
+    Attributes:
+        tensors: by name, as they were saved, on the CPU.
+        facts: what was saved beside them.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    facts: JSONDict
+
+
+class Checkpoint:
+    """A folder of parts, each one file that is replaced in one move, so that it is old or new and never half.
+
+    ``identity.json`` beside them holds the facts that decide the numbers of the training that they belong to.
+
+    Args:
+        folder: made by ``claim``, which comes before anything else.
+        identity: those facts, JSON.
+    """
+
+    def __init__(self, folder: Path, identity: JSONDict) -> None:
+        self.folder = folder
+        self.identity = identity
+
+    @property
+    def exists(self) -> bool:
+        """There is a part to go on from."""
+        return any(self.folder.glob(f"*{SUFFIX}"))
+
+    def claim(self, *, overwrite: bool = False) -> None:
+        """Make the folder, and make sure that the parts that are there already belong to this training.
+
+        Args:
+            overwrite: delete them where they do not.
+
+        Raises:
+            RecoveryError: they belong to another training.
+            OutputError: the folder is something else, or cannot be written to.
+        """
+        path = self.folder / IDENTITY
+        if self.folder.exists() and not path.is_file():
+            raise OutputError(
+                f"{self.folder} is in the way: it is no unfinished training",
+                hint="Move it, or choose another --output.",
+            )
+        if self.exists:
+            self._check(path, overwrite)
+        with _writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
+
+    def _check(self, path: Path, overwrite: bool) -> None:
+        try:
+            other = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            other = {}
+        names = [name for name in {**other, **self.identity} if other.get(name) != self.identity.get(name)]
+        if names and overwrite:
+            self.remove()
+        elif names:
+            then, now = (", ".join(f"{name} = {of.get(name)!r}" for name in names) for of in (other, self.identity))
+            raise RecoveryError(
+                f"{self.folder} holds an unfinished training with {then}; this one has {now}",
+                hint="Go on with the same options, start anew with --overwrite, or choose another --output.",
+            )
+
+    def save(self, name: str, tensors: dict[str, torch.Tensor], facts: JSONDict) -> None:
+        """Write one part.
+
+        Args:
+            name: file name without its ending.
+            tensors: of any shape, dtype and device.
+            facts: JSON.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path = self.folder / f"{name}{SUFFIX}"
+        unfinished = path.with_name(f".{name}.part")
+        plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        with _writing(path):
+            try:
+                save_file(plain, unfinished, {"facts": json.dumps(facts)})
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file for people beside the parts; its path."""
+        path = self.folder / name
+        with _writing(path):
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    def load(self, name: str) -> Part | None:
+        """One part, or ``None`` where there is none.
+
+        Raises:
+            RecoveryError: it is damaged.
+        """
+        path = self.folder / f"{name}{SUFFIX}"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as content:
+                facts = json.loads(content.metadata()["facts"])
+                tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (not a dictionary)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RecoveryError(
+                f"the checkpoint {path} is damaged: {error}", hint=f"Delete {self.folder} and start anew."
+            ) from error
+        return Part(tensors, facts)
+
+    def remove(self) -> None:
+        """Delete the folder and what is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what could not be written, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{path} could not be written: {error}",
+            hint="Make room on the disk, or choose another --output; an interrupted training goes on where it was.",
+        ) from error
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the safetensors files of a model folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's random state on the CPU and, where the device is a GPU, there."""
+    state = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undo what was drawn since ``random_state``."""
+    torch.set_rng_state(state["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in state:
+        torch.cuda.set_rng_state(state["random.cuda"], device)
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch for a block, and hand the caller's random state back after it."""
+    before = random_state(device)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)
+
+
+@contextmanager
+def held_back_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until a block that must not be left half done has ended."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield
+        return
+    seen: list[tuple[int, FrameType | None]] = []
+    before: Any = signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen and callable(before):
+        before(*seen[-1])

@@ -1,0 +1,44 @@
+"""What every training here shares: which items a step learns from, and how large the step is. Both know no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+WARM_UP_SHARE = 0.05
+LARGEST_GRADIENT = 1.0  # norm that gradients are clipped to
+
+
+def batch_at(step: int, size: int, count: int, seed: Sequence[int]) -> np.ndarray:
+    """The items of one step: all are seen once, in a new order, before any is seen again.
+
+    Args:
+        step: from 0.
+        size: items in a batch, >= 1.
+        count: items that there are, >= 1.
+        seed: any integers >= 0; the same ones give the same order.
+
+    Returns:
+        indices below ``count``, shape (size,), int64.
+    """
+    positions = np.arange(step * size, (step + 1) * size)
+    epochs = range(positions[0] // count, positions[-1] // count + 1)
+    order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(count) for epoch in epochs])
+    chosen: np.ndarray = order[positions - epochs[0] * count]
+    return chosen
+
+
+def rate_at(step: int, steps: int, highest: float) -> float:
+    """Learning rate of a step: a linear rise over the first twentieth, then half a cosine, down to almost 0.
+
+    Args:
+        step: from 0, below ``steps``.
+        steps: of the whole training.
+        highest: where the rise ends.
+    """
+    rise = max(1, round(WARM_UP_SHARE * steps))
+    if step < rise:
+        return highest * (step + 1) / rise
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - rise + 1) / (steps - rise + 1)))

@@ -1,0 +1,236 @@
+"""What a recovery shows at its end: the table, the loss curve and the model card. Nothing here measures anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ffgym.report.card import LOADING, TAGS
+from ffgym.report.figures import BLUE, GREEN, ORANGE, new_figure, save_figure, tidy
+from ffgym.report.table import humane
+from ffgym.types import Evaluation, JSONDict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+COLUMNS = ("perplexity", "loss against before", "params")
+SMOOTHED = 8  # steps that the strong line of the training loss averages
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on the report split.
+
+    Attributes:
+        label: ``"dense"``, ``"before"``, or how it was recovered.
+        evaluation: losses of the windows, the same windows for all.
+        parameters: of the whole model.
+    """
+
+    label: str
+    evaluation: Evaluation
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RecoveryTable:
+    """Models before and after, measured alike.
+
+    Attributes:
+        rows: dense where it is known, then before, then recovered.
+        header: how the perplexities were measured.
+    """
+
+    rows: tuple[Measured, ...]
+    header: str
+
+
+def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float | None]:
+    """Mean difference of two models' losses on the same windows, and its standard error.
+
+    Args:
+        losses: nats per token of each window.
+        reference: the same windows.
+
+    Returns:
+        mean and standard error of ``losses - reference``; the error is ``None`` for a single window.
+    """
+    differences = np.subtract(losses, reference)
+    error = float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else None
+    return float(differences.mean()), error
+
+
+def loss_error(evaluation: Evaluation) -> float | None:
+    """Standard error of the mean loss over windows, nats per token; ``None`` for a single window."""
+    return paired_difference(evaluation.losses, [0.0] * len(evaluation.losses))[1]
+
+
+def as_dicts(table: RecoveryTable) -> list[JSONDict]:
+    """The rows as plain data."""
+    return [
+        {
+            "label": row.label,
+            "perplexity": row.evaluation.perplexity if math.isfinite(row.evaluation.perplexity) else None,
+            "loss": row.evaluation.loss if math.isfinite(row.evaluation.loss) else None,
+            "loss_stderr": loss_error(row.evaluation),
+            "parameters": row.parameters,
+        }
+        for row in table.rows
+    ]
+
+
+def _cells(table: RecoveryTable) -> list[tuple[str, ...]]:
+    before = table.rows[-2]
+    lines: list[tuple[str, ...]] = []
+    for row in table.rows:
+        error = loss_error(row.evaluation)
+        spread = "" if error is None else f" ± {row.evaluation.perplexity * error:,.2f}"
+        mean, error = paired_difference(row.evaluation.losses, before.evaluation.losses)
+        against = "" if row is before else f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+        lines.append((row.label, f"{row.evaluation.perplexity:,.2f}{spread}", against, humane(row.parameters)))
+    return lines
+
+
+def _legend(table: RecoveryTable) -> list[str]:
+    lines = ["Loss against before: nats per token, the mean over windows of the difference on the same window."]
+    if len(table.rows[0].evaluation.losses) > 1:
+        lines.append("± one standard error over windows.")
+    return [*lines, table.header]
+
+
+def terminal(table: RecoveryTable) -> RenderableType:
+    """Lay the table out for a ``rich`` console."""
+    from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    grid.add_column("model", overflow="fold")
+    for column in COLUMNS:
+        grid.add_column(column, justify="right")
+    for cells in _cells(table):
+        grid.add_row(*map(Text, cells))
+    return Group(grid, *(Padding(Text(line, style="dim"), (0, 1)) for line in _legend(table)))
+
+
+def markdown(table: RecoveryTable) -> str:
+    """The table as Markdown, the measurement under it."""
+    lines = [f"| {' | '.join(('model', *COLUMNS))} |", "|---|" + "---:|" * len(COLUMNS)]
+    lines += [f"| {' | '.join(cells)} |" for cells in _cells(table)]
+    return "\n".join([*lines, "", "<br>\n".join(line.replace("_", "\\_") for line in _legend(table))]) + "\n"
+
+
+def lora_figure(train: Sequence[float], held_out: Sequence[tuple[int, float]], chosen: int, path: Path) -> None:
+    """Draw the training loss of every step and the held-out loss, and mark the step whose weights were kept.
+
+    Args:
+        train: loss of each step's text before that step, nats per token.
+        held_out: (steps done, loss on windows of the search split).
+        chosen: steps done by the weights that were kept.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    figure = new_figure(8.0, 4.5)
+    axes: Any = figure.subplots()
+    steps = np.arange(len(train))
+    axes.plot(steps, train, color=BLUE, alpha=0.25, linewidth=1)
+    if len(train) >= SMOOTHED:
+        means = np.convolve(train, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
+        axes.plot(steps[SMOOTHED - 1 :], means, color=BLUE, label=f"training text, mean of {SMOOTHED} steps")
+    else:
+        axes.lines[0].set_label("training text")
+    axes.plot(
+        *zip(*held_out, strict=True), color=ORANGE, marker="o", markersize=4, label="held-out text (search split)"
+    )
+    kept = dict(held_out)[chosen]
+    axes.plot([chosen], [kept], color=GREEN, marker="*", markersize=14, linestyle="", label=f"kept: step {chosen}")
+    axes.set_xlabel("optimiser steps done")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(f"Held-out loss {held_out[0][1]:.3f} before, {kept:.3f} after", loc="left")
+    tidy(axes)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def distillation_figure(before: Mapping[int, float], after: Mapping[int, float], path: Path) -> None:
+    """Draw each MLP's error on held-out text before and after training, over depth.
+
+    Args:
+        before: E||MLP(x~) - y||^2 / E||y||^2 by layer.
+        after: the same afterwards.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    figure = new_figure(8.0, 4.5)
+    axes: Any = figure.subplots()
+    axes.plot(list(before), list(before.values()), color=ORANGE, marker="o", markersize=4, label="before")
+    axes.plot(list(after), list(after.values()), color=BLUE, marker="o", markersize=4, label="after")
+    axes.set_xlabel("decoder layer (0 = next to the embedding)")
+    axes.set_ylabel("error of the MLP's output\n(share of its energy, held-out text)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title("Each MLP against the dense one, given the pruned model's states", loc="left")
+    tidy(axes)
+    axes.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def recovered_card(*, title: str, before: str | None, told: Sequence[str], table: RecoveryTable, command: str) -> str:
+    """Write the model card of a recovered model.
+
+    Args:
+        title: of the card.
+        before: the card of the model as it was before; ``None`` where it had none.
+        told: sentences that say what was done.
+        table: before and after.
+        command: the command that does it again.
+
+    Returns:
+        YAML front matter, that of the earlier card where it has one, and Markdown.
+    """
+    front, body = _split_card(before or "")
+    sections = [
+        front or "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in TAGS), "---"]),
+        f"# {title}",
+        "A pruned model that was trained after pruning. " + " ".join(told),
+        "## Load it",
+        LOADING.format(folder=json.dumps("path/to/this/folder")),
+        "## What it brought",
+        markdown(table).rstrip(),
+        f"```console\n$ {command}\n```",
+        "Training text, search split and report split do not overlap. Which weights to keep was decided on the search "
+        "split; the report split was measured afterwards.",
+    ]
+    if body:
+        sections += ["## The model before that", "What follows is its card as it was.", _demoted(body)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _split_card(text: str) -> tuple[str, str]:
+    """YAML front matter with its dashes, and the rest."""
+    lines = text.strip().split("\n")
+    if lines[0] == "---" and "---" in lines[1:]:
+        end = lines.index("---", 1)
+        return "\n".join(lines[: end + 1]), "\n".join(lines[end + 1 :]).strip()
+    return "", text.strip()
+
+
+def _demoted(text: str) -> str:
+    """Two levels more before every heading outside code."""
+    lines, in_code = [], False
+    for line in text.split("\n"):
+        in_code ^= line.startswith("```")
+        lines.append(f"##{line}" if line.startswith("#") and not in_code else line)
+    return "\n".join(lines)
