@@ -41,6 +41,7 @@ class BenchFile(Table):
         results: folder of the cells' JSON files, relative to the file.
         baseline: whose final quality the others' tokens are counted to.
         marks: at how many token marks, log-spaced, the incumbent is measured on the report split; the last is the end.
+        plain: also measure what was found without any refit.
         run: tables of ``RunConfig`` that all cells share.
         variants: named changes of the configuration, each a set of tables (``agent.name`` says who searches).
     """
@@ -51,6 +52,7 @@ class BenchFile(Table):
     results: str
     baseline: str = "evolution"
     marks: int = Field(default=6, ge=2)
+    plain: bool = False
     run: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
@@ -118,7 +120,7 @@ def read_bench(file: Path) -> Bench:
             config = _resolved(spec.run, changes, seed)
             if config.agent.name == "one-shot" and seed != spec.seeds[0]:
                 continue
-            cells.append(Cell(label, seed, config, folder / f"{label}-seed{seed}.json", spec.marks))
+            cells.append(Cell(label, seed, config, folder / f"{label}-seed{seed}.json", spec.marks, spec.plain))
     return Bench(file, spec, tuple(cells))
 
 
@@ -154,14 +156,11 @@ def check_benches(benches: Sequence[Bench]) -> None:
 
 def share(benches: Sequence[Bench]) -> None:
     """Copy results to the cells of other benches, or of other labels, that would compute the very same."""
-    cells = sorted((cell for each in benches for cell in each.cells), key=lambda cell: -cell.marks)
-    finished: dict[str, Cell] = {}
+    cells = [cell for each in benches for cell in each.cells]
+    finished = [cell for cell in cells if cell.path.exists()]
     for cell in cells:
-        if cell.path.exists():
-            finished.setdefault(cell.digest, cell)
-    for cell in cells:
-        twin = finished.get(cell.digest)
-        if twin is not None and twin.marks >= cell.marks and not cell.path.exists():
+        twin = next((twin for twin in finished if twin.says_all_of(cell)), None)
+        if twin is not None and not cell.path.exists():
             write_result(cell.path, read_cell(twin).model_copy(update={"label": cell.label}))
 
 
@@ -174,15 +173,14 @@ def read_cell(cell: Cell) -> CellResult:
 
 
 def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:
-    """What has to be computed, in the order of the files; of cells that are the same work, the one with most marks."""
-    wanted: dict[str, tuple[Bench, Cell]] = {}
+    """What has to be computed, in the order of the files; of cells that are the same work, the one that says most."""
+    wanted: list[tuple[Bench, Cell]] = []
     for each in benches:
         for cell in each.cells:
-            if cell.path.exists():
-                continue
-            if cell.digest not in wanted or wanted[cell.digest][1].marks < cell.marks:
-                wanted[cell.digest] = (each, cell)
-    return list(wanted.values())
+            if not cell.path.exists() and not any(twin.says_all_of(cell) for _, twin in wanted):
+                wanted = [(owner, twin) for owner, twin in wanted if not cell.says_all_of(twin)]
+                wanted.append((each, cell))
+    return wanted
 
 
 def compute(cells: Sequence[tuple[Bench, Cell]], say: Reporter, *, processes: int, threads: int) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ class Cell:
         config: the whole run, with that seed.
         path: the result file.
         marks: at how many token marks the incumbent is measured, >= 2.
+        plain: what was found is also measured without any refit.
     """
 
     label: str
@@ -47,11 +49,16 @@ class Cell:
     config: RunConfig
     path: Path
     marks: int
+    plain: bool = False
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of everything that decides the cell's numbers."""
         return digest(self.config)
+
+    def says_all_of(self, other: Cell) -> bool:
+        """Whether its result says all that the other's would: the same work, and nothing that is measured less."""
+        return self.digest == other.digest and self.marks >= other.marks and self.plain >= other.plain
 
     @property
     def preparation(self) -> str:
@@ -146,7 +153,7 @@ class CellRunner:
         self, cell: Cell, space: runner.Workspace, found: Found, noted: Sequence[tuple[int, Allocation]]
     ) -> CellResult:
         known: dict[tuple[int, ...], float] = {}
-        with self._say.stage("report split", len(noted) + 2) as stage:
+        with self._say.stage("report split", len(noted) + 2 + cell.plain) as stage:
 
             def loss(kept: tuple[int, ...]) -> float:
                 if kept not in known:
@@ -157,6 +164,9 @@ class CellRunner:
             marks = [{"tokens": tokens, "loss": loss(allocation.kept)} for tokens, allocation in noted]
             best = found.best.allocation
             final = {"kept": list(best.kept), "loss": loss(best.kept), "sparsity": best.sparsity}
+            if cell.plain:
+                final["plain_loss"] = _report_loss(space, best.kept, "none")
+                stage.advance()
             if self._dense_loss is None:
                 self._dense_loss = _report_loss(space, space.prepared.prunable.dense_units, "none")
             stage.advance()

@@ -127,7 +127,7 @@ def test_table_and_figure_lie_beside_the_file(finished: Any) -> None:
     file, table, _ = finished
     assert {row.label: row.seeds for row in table.rows} == {"random": 2, "reinforce": 2, "uniform": 1}
     text = file.with_suffix(".md").read_text()
-    assert all(f"| {row.label} | {row.perplexity:.2f}" in text for row in table.rows)
+    assert all(f"| {row.label} | {row.perplexity} |" in text for row in table.rows)
     assert "1,008 tokens, float32" in text
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
@@ -239,6 +239,17 @@ def test_marks_that_another_file_lacks_are_computed(tmp_path: Path, steps: list[
         bench_file(tmp_path, agents=["random"], seeds=[0], marks=2), bench_file(tmp_path, stem="b", marks=6, seeds=[0])
     )
     assert len(steps) - 1 == 3 * EPISODES + 1
+
+
+def test_what_was_found_is_measured_without_a_refit_where_a_file_asks_for_it(tmp_path: Path, steps: list[int]) -> None:
+    without = bench_file(tmp_path, agents=["reinforce"], seeds=[0], marks=2)
+    with_it = bench_file(tmp_path, stem="plain", agents=["reinforce"], seeds=[0], marks=2, plain=True)
+    (_, table), _ = call(without, with_it)
+    assert len(steps) - 1 == EPISODES, "one cell says all that both ask for"
+    (one,), (other,) = numbers(tmp_path / "small").values(), numbers(tmp_path / "plain").values()
+    assert one == other
+    assert one["final"]["plain_loss"] != one["final"]["loss"]
+    assert table.rows[0].plain.value == pytest.approx(np.exp(one["final"]["plain_loss"]))
 
 
 def test_a_setting_that_is_new_does_not_outdate_results(finished: Any, tmp_path: Path) -> None:

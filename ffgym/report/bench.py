@@ -30,17 +30,21 @@ class Mark(_Stored):
 
 
 class Final(_Stored):
-    """The chosen allocation: units kept per sublayer, report loss (nats per token), sparsity reached, origin."""
+    """The chosen allocation: units kept per sublayer, report loss (nats per token), sparsity reached, origin.
+
+    ``plain_loss`` is the report loss without any refit; ``None`` where it was not asked for.
+    """
 
     kept: list[int]
     loss: float
     sparsity: float
     origin: str
+    plain_loss: float | None = None
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where it overflows."""
-        return math.inf if self.loss > 700 else math.exp(self.loss)
+        return _perplexity(self.loss)
 
 
 class CellResult(_Stored):
@@ -63,28 +67,52 @@ class CellResult(_Stored):
     final: Final
 
 
+def _perplexity(loss: float) -> float:
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds and its standard error; ``None`` for a single seed, or where one of them is not finite."""
+
+    value: float
+    stderr: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.stderr is None else f" ± {self.stderr:.2f}")
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Mean of at least one value."""
+    array = np.array(values)
+    has_spread = len(array) > 1 and bool(np.isfinite(array).all())
+    return Mean(float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))) if has_spread else None)
+
+
 @dataclass(frozen=True)
 class BenchRow:
     """One agent over its seeds.
 
     Attributes:
         label: the agent, heuristic or variant.
-        perplexity: mean over seeds, report split.
-        stderr: standard error of that mean; ``None`` for a single seed.
+        perplexity: over seeds, report split.
+        plain: the same without any refit; ``None`` where no seed has it.
         seeds: how many.
         tokens: mean tokens of search and finals.
         seconds: mean wall time of search and finals.
         tokens_to_baseline: tokens until the mean incumbent was as good as the baseline's final quality (interpolated
             between marks, in log tokens); ``None`` where it never was.
+        times_fewer: the baseline's own search tokens over that.
     """
 
     label: str
-    perplexity: float
-    stderr: float | None
+    perplexity: Mean
+    plain: Mean | None
     seeds: int
     tokens: float
     seconds: float
     tokens_to_baseline: float | None
+    times_fewer: float | None
 
 
 @dataclass(frozen=True)
@@ -108,28 +136,31 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
     groups: dict[str, list[CellResult]] = defaultdict(list)
     for result in results:
         groups[result.label].append(result)
-    goal = np.mean([cell.final.loss for cell in groups[baseline]]) if groups.get(baseline) else None
+    rivals = groups.get(baseline, [])
+    goal = float(np.mean([cell.final.loss for cell in rivals])) if rivals else None
     rows = []
     for label, cells in groups.items():
-        perplexities = np.array([cell.final.perplexity for cell in cells])
-        has_spread = len(cells) > 1 and bool(np.isfinite(perplexities).all())
+        plain = [_perplexity(cell.final.plain_loss) for cell in cells if cell.final.plain_loss is not None]
+        reached = None if goal is None else tokens_until(cells, goal)
         rows.append(
             BenchRow(
                 label=label,
-                perplexity=float(perplexities.mean()),
-                stderr=float(perplexities.std(ddof=1) / math.sqrt(len(cells))) if has_spread else None,
+                perplexity=mean_of([cell.final.perplexity for cell in cells]),
+                plain=mean_of(plain) if plain else None,
                 seeds=len(cells),
                 tokens=float(np.mean([cell.search_tokens + cell.final_tokens for cell in cells])),
                 seconds=float(np.mean([cell.seconds for cell in cells])),
-                tokens_to_baseline=None if goal is None else tokens_until(cells, float(goal)),
+                tokens_to_baseline=reached,
+                times_fewer=float(np.mean([cell.search_tokens for cell in rivals])) / reached if reached else None,
             )
         )
     first = results[0]
+    dtypes = " and ".join(dict.fromkeys(result.dtype for result in results))
     header = (
-        f"Report split, {first.report_tokens:,} tokens, {first.dtype}, after the same ridge; dense perplexity "
+        f"Report split, {first.report_tokens:,} tokens, {dtypes}, after the same ridge; dense perplexity "
         f"{math.exp(first.dense_loss):.2f}; target sparsity {first.target:.0%}; mean and standard error over seeds."
     )
-    return BenchTable(title, tuple(sorted(rows, key=lambda row: row.perplexity)), header, baseline)
+    return BenchTable(title, tuple(sorted(rows, key=lambda row: row.perplexity.value)), header, baseline)
 
 
 def tokens_until(cells: Sequence[CellResult], goal: float) -> float | None:
@@ -148,20 +179,23 @@ def tokens_until(cells: Sequence[CellResult], goal: float) -> float | None:
 
 def markdown(table: BenchTable) -> str:
     """The table as Markdown."""
+    has_plain = any(row.plain for row in table.rows)
     lines = [
         f"# {table.title}",
         "",
         table.header,
         "",
-        f"| agent | perplexity | seeds | tokens | seconds | tokens to {table.baseline}'s final quality |",
-        "|---|---:|---:|---:|---:|---:|",
+        f"| agent | perplexity |{' without any refit |' if has_plain else ''} seeds | tokens | seconds "
+        f"| tokens to {table.baseline}'s final quality | times fewer |",
+        "|---|---:|" + ("---:|" if has_plain else "") + "---:|---:|---:|---:|---:|",
     ]
     for row in table.rows:
-        spread = "" if row.stderr is None else f" ± {row.stderr:.2f}"
+        plain = f" {row.plain or '—'} |" if has_plain else ""
         reached = "—" if row.tokens_to_baseline is None else f"{row.tokens_to_baseline:,.0f}"
+        times = "—" if row.times_fewer is None else f"{row.times_fewer:.1f}"
         lines.append(
-            f"| {row.label} | {row.perplexity:.2f}{spread} | {row.seeds} | {row.tokens:,.0f} | {row.seconds:.0f} "
-            f"| {reached} |"
+            f"| {row.label} | {row.perplexity} |{plain} {row.seeds} | {row.tokens:,.0f} | {row.seconds:.0f} "
+            f"| {reached} | {times} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -181,7 +215,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         cells = [cell for cell in results if cell.label == row.label]
         count = min(len(cell.marks) for cell in cells)
         if count < 2:
-            rules += [row] if math.isfinite(row.perplexity) else []
+            rules += [row] if math.isfinite(row.perplexity.value) else []
             continue
         tokens = np.array([np.mean([cell.marks[i].tokens for cell in cells]) for i in range(count)])
         losses = np.array([[cell.marks[i].loss for i in range(count)] for cell in cells])
@@ -204,11 +238,11 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
 def _draw_rules(axes: Any, rules: Sequence[BenchRow]) -> None:
     """One-shot rules as lines; those far above every search are named instead, or they would flatten the curves."""
     top = 1.25 * axes.get_ylim()[1] if axes.lines else math.inf
-    for index, row in enumerate(rule for rule in rules if rule.perplexity <= top):
-        axes.axhline(row.perplexity, linestyle=":", linewidth=1, color="0.5")
+    for index, row in enumerate(rule for rule in rules if rule.perplexity.value <= top):
+        axes.axhline(row.perplexity.value, linestyle=":", linewidth=1, color="0.5")
         side = "top" if index % 2 == 0 else "bottom"  # neighbours would cover each other
-        place = (1.0, row.perplexity)
+        place = (1.0, row.perplexity.value)
         axes.annotate(row.label, place, xycoords=("axes fraction", "data"), fontsize=7, va=side)
-    beyond = [f"{rule.label} {rule.perplexity:.2f}" for rule in rules if rule.perplexity > top]
+    beyond = [f"{rule.label} {rule.perplexity.value:.2f}" for rule in rules if rule.perplexity.value > top]
     if beyond:
         axes.text(0.0, 1.0, f"above the scale: {', '.join(beyond)}", transform=axes.transAxes, fontsize=7, va="top")

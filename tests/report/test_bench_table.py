@@ -91,10 +91,10 @@ def test_rows_are_means_with_standard_errors_best_first() -> None:
     table = bench_table("Bench", results(), baseline="evolution")
     assert [row.label for row in table.rows] == ["reinforce", "evolution", "uniform"]
     reinforce, evolution, uniform = table.rows
-    assert (evolution.perplexity, evolution.seeds) == (pytest.approx(31), 2)
-    assert evolution.stderr == pytest.approx(1.0)  # 30 and 32: deviation sqrt(2), over sqrt(2)
-    assert reinforce.stderr == pytest.approx(0)
-    assert uniform.stderr is None
+    assert (evolution.perplexity.value, evolution.seeds) == (pytest.approx(31), 2)
+    assert evolution.perplexity.stderr == pytest.approx(1.0)  # 30 and 32: deviation sqrt(2), over sqrt(2)
+    assert reinforce.perplexity.stderr == pytest.approx(0)
+    assert uniform.perplexity.stderr is None
     assert (reinforce.tokens, reinforce.seconds) == (1100, 60)
 
 
@@ -104,10 +104,29 @@ def test_tokens_are_counted_to_the_baselines_mean_final_quality() -> None:
     goal = (math.log(30) + math.log(32)) / 2
     assert evolution.tokens_to_baseline == pytest.approx(100 * 10 ** (4.0 - goal))
     assert uniform.tokens_to_baseline is None
+    assert reinforce.times_fewer == pytest.approx(1000 / 100)  # evolution's whole search over these tokens
+    assert uniform.times_fewer is None
 
 
 def test_without_the_baseline_nothing_is_counted() -> None:
-    assert {row.tokens_to_baseline for row in bench_table("Bench", results(), baseline="nobody").rows} == {None}
+    rows = bench_table("Bench", results(), baseline="nobody").rows
+    assert {row.tokens_to_baseline for row in rows} == {row.times_fewer for row in rows} == {None}
+
+
+def test_a_column_without_any_refit_is_there_where_it_was_measured() -> None:
+    assert "without any refit" not in markdown(bench_table("Bench", results(), baseline="evolution"))
+    plain = [each.model_copy(update={"final": each.final.model_copy(deep=True)}) for each in results()]
+    plain[0].final.plain_loss, plain[1].final.plain_loss = math.log(40), math.log(44)
+    text = markdown(bench_table("Bench", plain, baseline="evolution"))
+    assert "| agent | perplexity | without any refit | seeds |" in text
+    assert "| evolution | 31.00 ± 1.00 | 42.00 ± 2.00 | 2 |" in text
+    assert "| uniform | 54.00 | — | 1 |" in text
+
+
+def test_all_dtypes_are_named() -> None:
+    other = results()[0].model_copy(update={"dtype": "bfloat16"})
+    header = bench_table("Bench", [*results()[1:], other], baseline="evolution").header
+    assert "float32 and bfloat16" in header
 
 
 def test_markdown_says_how_it_was_measured() -> None:
