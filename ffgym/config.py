@@ -457,12 +457,15 @@ def to_toml(config: RunConfig) -> str:
 
 
 def settings(config: RunConfig) -> JSONDict:
-    """What decides the numbers of a run, as plain JSON data: every table but ``output`` and ``tracking``."""
-    return config.model_dump(mode="json", exclude={"output", "tracking"})
+    """What decides the numbers of a search, as plain JSON data.
+
+    That is every table but ``recover``, ``output`` and ``tracking``.
+    """
+    return config.model_dump(mode="json", exclude={"recover", "output", "tracking"})
 
 
 def digest(config: RunConfig) -> str:
-    """Identify what decides the numbers of a run: SHA-256 of its `settings` as canonical JSON."""
+    """Identify what decides the numbers of a search: SHA-256 of its `settings` as canonical JSON."""
     return hashlib.sha256(json.dumps(settings(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.checkpoint import Checkpoint, weights_digest
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
-from ffgym.models.export import SavedModel, load_line, refuse_occupied, save_again
+from ffgym.models.export import SavedModel, is_stock, load_line, refuse_occupied, save_again
 from ffgym.models.families import dense_or_pruned_family_of
 from ffgym.models.loading import DTYPES, LoadedModel, load
 from ffgym.models.lora import LoraCurve, LoraSettings, require_peft, train_lora
@@ -517,6 +517,7 @@ class _Job:
                 told=told,
                 table=table,
                 command=f"ffgym recover {self.source.name} --config config.toml",
+                stock=is_stock(self.loaded.model),
             ),
             files=files,
             overwrite=overwrite,

@@ -651,7 +651,7 @@ def measure(space: Workspace, label: str, say: Reporter, *, is_found: bool = Fal
         loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
         sparsity_prunable=max(0.0, space.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size.of(resource) / dense.of(resource),
-        parameters=sum(parameter.numel() for parameter in prunable.model.parameters()),
+        parameters=size.parameters,
         macs_per_token=size.macs,
         kv_bytes_per_token=size.kv_bytes,
         is_found=is_found,

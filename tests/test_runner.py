@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from glass_runs import EPISODES, PER_UPDATE, WINDOW, glass_config, glass_home, glass_tables
+from glass_runs import EPISODES, PER_UPDATE, WINDOW, glass_config, glass_home, glass_tables, untimed
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
@@ -84,11 +83,6 @@ def finish(config: RunConfig) -> Finished:
     console = Console(file=io.StringIO(), width=200)
     result = runner.run(config, progress=console)
     return Finished(config, result, console.file.getvalue())  # type: ignore[attr-defined]
-
-
-def untimed(log: Path) -> str:
-    """A log of episodes without what no two searches share."""
-    return re.sub(r', "seconds": [\d.]+', "", log.read_text())
 
 
 @pytest.fixture(scope="module")

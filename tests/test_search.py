@@ -122,7 +122,7 @@ class TestUniform:
         measured = []
         measure = uniform_env.measure
         monkeypatch.setattr(
-            uniform_env, "measure", lambda a, subset: measured.append((a.kept, tuple(subset))) or measure(a, subset)
+            uniform_env, "measure", lambda a, subset, *_: measured.append((a.kept, tuple(subset))) or measure(a, subset)
         )
         found = searched(uniform_env, schedule=Schedule(0.3, 2))
         assert len(found.history) == 12
@@ -286,7 +286,7 @@ class TestFinalists:
 
 
 class Traded(Reward):
-    """Two aims that pull apart: what is lost, and KV cache that is saved."""
+    """Two aims that pull apart: what is lost, and attention that is kept."""
 
     name = "traded"
     needs = frozenset({"cost"})
@@ -295,8 +295,7 @@ class Traded(Reward):
         return sum(self.objectives(pruned, dense).values())
 
     def objectives(self, pruned, dense):
-        saved = 1 - pruned.costs["kv"] / dense.costs["kv"]
-        return {"ratio": math.exp(dense.loss - pruned.loss), "kv_saved": saved}
+        return {"ratio": math.exp(dense.loss - pruned.loss), "kv_kept": pruned.costs["kv"] / dense.costs["kv"]}
 
 
 def aimed(index, update, objectives, kept, **options):
@@ -389,7 +388,7 @@ class TestPareto:
         log = tmp_path / "episodes.jsonl"
         found = searched(traded, log=log)
         assert [e.objectives for e in read_episodes(log)] == [e.objectives for e in found.history]
-        assert all(set(e.objectives) == {"ratio", "kv_saved"} for e in found.history)
+        assert all(set(e.objectives) == {"ratio", "kv_kept"} for e in found.history)
 
     def test_a_log_from_before_objectives_is_read(self, tmp_path):
         row = episode_to_json(episode(0, 0, 0.5))
@@ -578,9 +577,9 @@ class TestSeconds:
             env = make_env(sparsity=0.3)
             measure = env.measure
 
-            def measured(allocation, subset):
+            def measured(allocation, subset, *examples):
                 now[0] += 1.0
-                return measure(allocation, subset)
+                return measure(allocation, subset, *examples)
 
             env.measure = measured
             return env
@@ -694,7 +693,7 @@ class TestFront:
             self.fronted(env, on_episode=stop)
         found = raised.value.found
         assert found.target == 0.2
-        assert 0.2 <= found.best.allocation.sparsity < 0.25
+        assert found.best.allocation.sparsity == pytest.approx(0.2, abs=0.05)
 
     def test_near_takes_what_is_in_reach_or_else_the_nearest_update(self):
         history = [episode(i, i // 2, 0.5, sparsity=0.1 + 0.04 * (i // 2)) for i in range(10)]

@@ -108,8 +108,12 @@ def save_again(
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
-    stock = type(model).__module__.startswith("transformers.")
-    return _write(model, tokenizer, place, card, files, max_shard_size, stock=stock)
+    return _write(model, tokenizer, place, card, files, max_shard_size, stock=is_stock(model))
+
+
+def is_stock(model: Any) -> bool:
+    """Whether a model is of one of transformers' own classes, which load its checkpoint without custom code."""
+    return type(model).__module__.startswith("transformers.")
 
 
 def _write(

@@ -83,7 +83,7 @@ def model_card(
         f"# {title}",
         _summary(base_model, allocation, saved, table.rows[0]),
         "## Load it",
-        _loading(folder, stock),
+        loading(folder, stock=stock),
         "## What it costs",
         markdown(table).rstrip(),
         "## What was kept",
@@ -108,8 +108,8 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
 
 
-def _loading(folder: str, stock: bool) -> str:
-    """Show the code that loads it."""
+def loading(folder: str, *, stock: bool) -> str:
+    """Show the code that loads a saved model; ``stock``: transformers' own classes do."""
     options, explanation = ("", STOCK) if stock else (", trust_remote_code=True", UNEVEN)
     return LOADING.format(folder=json.dumps(folder), options=options, explanation=explanation)
 

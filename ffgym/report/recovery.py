@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ffgym.report.card import LOADING, TAGS
+from ffgym.report.card import TAGS, loading
 from ffgym.report.figures import BLUE, GREEN, ORANGE, new_figure, save_figure, tidy
 from ffgym.report.table import humane
 from ffgym.types import Evaluation, JSONDict
@@ -187,7 +186,9 @@ def distillation_figure(before: Mapping[int, float], after: Mapping[int, float],
     save_figure(figure, path)
 
 
-def recovered_card(*, title: str, before: str | None, told: Sequence[str], table: RecoveryTable, command: str) -> str:
+def recovered_card(
+    *, title: str, before: str | None, told: Sequence[str], table: RecoveryTable, command: str, stock: bool = False
+) -> str:
     """Write the model card of a recovered model.
 
     Args:
@@ -196,6 +197,7 @@ def recovered_card(*, title: str, before: str | None, told: Sequence[str], table
         told: sentences that say what was done.
         table: before and after.
         command: the command that does it again.
+        stock: transformers' own classes load it.
 
     Returns:
         YAML front matter, that of the earlier card where it has one, and Markdown.
@@ -206,7 +208,7 @@ def recovered_card(*, title: str, before: str | None, told: Sequence[str], table
         f"# {title}",
         "A pruned model that was trained after pruning. " + " ".join(told),
         "## Load it",
-        LOADING.format(folder=json.dumps("path/to/this/folder")),
+        loading("path/to/this/folder", stock=stock),
         "## What it brought",
         markdown(table).rstrip(),
         f"```console\n$ {command}\n```",

@@ -107,7 +107,7 @@ def test_equal_actions_in_one_update_earn_bit_equal_rewards(env):
 def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(env, monkeypatch):
     measured = []
     measure = env.measure
-    monkeypatch.setattr(env, "measure", lambda a, subset: measured.append(a.kept) or measure(a, subset))
+    monkeypatch.setattr(env, "measure", lambda a, subset, *_: measured.append(a.kept) or measure(a, subset))
     vector = vector_of(env, num_envs=4, episodes=8)
     vector.reset(seed=0)
     first, second = np.linspace(-1, 1, 6), np.linspace(1, -1, 6)

@@ -75,5 +75,5 @@ def test_a_dense_model_far_off_does_not_press_the_allocations_together(tmp_path,
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write the picture"):
+    with pytest.raises(OutputError, match="cannot write"):
         pareto_figure(POINTS, DENSE, tmp_path / "file" / "pareto.png")
