@@ -1,0 +1,333 @@
+"""Does one policy for a range of budgets cost less than separate searches, at equal quality?
+
+    python experiments/range/compare.py experiments/range/demo.toml            # what is missing, then the report
+    python experiments/range/compare.py experiments/range/demo.toml --report   # compute nothing
+
+With every seed: one search over the range, and for every target of its front separate searches of several lengths. What
+each found is measured on the report split after the same ridge refit; nothing selects on it.
+
+One JSON file a search; what is there is not computed again, and a search that was interrupted goes on from its log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+from rich.console import Console
+
+from ffgym import runner
+from ffgym.config import RunConfig, Table, changed_settings, config_error, digest, read_toml, settings
+from ffgym.errors import ConfigError, DataError, FFGymError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.policy import make_agent
+from ffgym.report.bench import Mean, mean_of
+from ffgym.report.figures import new_figure, save_figure, tidy
+from ffgym.report.progress import Reporter
+from ffgym.search import search_front
+from ffgym.types import JSONDict
+
+ONE = "one policy"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+
+
+class Experiment(Table):
+    """The TOML file.
+
+    Attributes:
+        title: of the table.
+        results: folder of the result files, relative to the file.
+        range: of budgets, e.g. ``"0.1:0.5"``.
+        seeds: of all searches.
+        episodes: of the search over the range.
+        separate: of each separate search; one group of searches a length.
+        run: tables of ``RunConfig`` that all searches share.
+    """
+
+    title: str
+    results: str
+    range: str
+    seeds: list[int] = Field(min_length=1)
+    episodes: int = Field(ge=1)
+    separate: list[int] = Field(min_length=1)
+    run: dict[str, Any] = Field(default_factory=dict)
+
+
+class Point(Table):
+    """One target of one search: its report loss and the dense one (nats per token), the units kept per sublayer."""
+
+    target: float
+    loss: float
+    dense_loss: float
+    kept: list[int]
+
+
+class Result(Table):
+    """One search: over the range, or at one target. ``settings`` is all that decided its numbers."""
+
+    group: str
+    seed: int
+    settings: JSONDict
+    points: list[Point]
+    search_tokens: int
+    final_tokens: int
+    seconds: float
+    report_tokens: int
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search to run."""
+
+    group: str
+    config: RunConfig
+    path: Path
+
+
+def read_experiment(file: Path) -> tuple[Experiment, list[Search]]:
+    """The file, and its searches: first seeds first, the one over the range before the separate ones."""
+    try:
+        spec = Experiment.model_validate(read_toml(file))
+        folder = file.parent / spec.results
+        searches = []
+        for seed in spec.seeds:
+            one = _config(spec, seed, spec.range, spec.episodes)
+            searches.append(Search(ONE, one, folder / f"range-seed{seed}.json"))
+            for episodes in spec.separate:
+                for target in one.targets:
+                    config = _config(spec, seed, target, episodes)
+                    name = f"separate-{episodes}-at-{target}-seed{seed}.json"
+                    searches.append(Search(f"separate, {episodes} episodes each", config, folder / name))
+    except ValidationError as error:
+        raise config_error(error, RunConfig if error.title == "RunConfig" else Experiment) from None
+    return spec, searches
+
+
+def _config(spec: Experiment, seed: int, sparsity: float | str, episodes: int) -> RunConfig:
+    tables = {**spec.run, "seed": seed}
+    tables["prune"] = {**spec.run.get("prune", {}), "sparsity": sparsity}
+    tables["search"] = {**spec.run.get("search", {}), "episodes": episodes}
+    return RunConfig.model_validate(tables)
+
+
+def read_result(search: Search) -> Result | None:
+    """Its result; ``None`` where there is none yet.
+
+    Raises:
+        DataError: not a result.
+        ConfigError: the result of other settings.
+    """
+    if not search.path.exists():
+        return None
+    try:
+        result = Result.model_validate_json(search.path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise DataError(f"{search.path} is no result: {error}", hint="Delete it to compute it again.") from error
+    if changed := changed_settings(result.settings, search.config):
+        raise ConfigError(
+            f"{search.path} holds the result of another configuration: {'; '.join(changed)}",
+            hint="Point `results` at another folder, or delete that file to compute it again.",
+        )
+    return result
+
+
+def compute(searches: Sequence[Search], say: Reporter) -> None:
+    """Run every search; all share one prepared model."""
+    prior = searches[0].config.prior
+    heuristics = [] if prior.name == "none" else [(prior.name, prior.options)]
+    shared = runner.open_workspace(searches[0].config, heuristics, say)
+    dense = _report_loss(shared, shared.prepared.prunable.dense_units)
+    for number, search in enumerate(searches, start=1):
+        config = search.config
+        say.say(f"search {number} of {len(searches)}: {search.path.stem}")
+        space = runner.with_config(shared, config)
+        agent = make_agent(config)
+        runner.give_prior(agent, space)
+        log = Path(config.tracking.root) / "range" / f"{digest(config)[:16]}.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
+        with say.stage(search.path.stem, budget) as stage:
+            found = search_front(
+                space.env,
+                agent,
+                config.search,
+                runner.make_schedule(config, space.env),
+                config.targets,
+                seed=config.seed,
+                log=log,
+                on_episode=lambda e, stage=stage: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),
+            )
+        points = []
+        for each in found:
+            kept = each.best.allocation.kept
+            loss = _report_loss(space, kept)
+            points.append(Point(target=each.target, loss=loss, dense_loss=dense, kept=list(kept)))
+        windows = space.splits.report.windows
+        result = Result(
+            group=search.group,
+            seed=config.seed,
+            settings=settings(config),
+            points=points,
+            search_tokens=found[0].search_tokens,
+            final_tokens=sum(each.final_tokens for each in found),
+            seconds=round(found[-1].seconds, 1),
+            report_tokens=windows.shape[0] * (windows.shape[1] - 1),
+            dtype=str(space.loaded.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
+        search.path.parent.mkdir(parents=True, exist_ok=True)
+        search.path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        log.unlink(missing_ok=True)
+
+
+def _report_loss(space: runner.Workspace, kept: Sequence[int]) -> float:
+    with runner.cut_to(space, kept, "ridge", Reporter(Console(quiet=True))):
+        windows = space.splits.report.windows
+        return evaluate(space.prepared.prunable.model, windows, tokens_per_batch=space.env.tokens_per_batch).loss
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+class Losses:
+    """Report losses by group, target and seed; complete seeds only."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.groups = list(dict.fromkeys(result.group for result in results))
+        self.targets = sorted({point.target for result in results for point in result.points})
+        self._of = {(r.group, p.target, r.seed): p.loss for r in results for p in r.points}
+        self._tokens: dict[tuple[str, int], int] = {}
+        for result in results:
+            key = result.group, result.seed
+            self._tokens[key] = self._tokens.get(key, 0) + result.search_tokens + result.final_tokens
+        seeds = sorted({result.seed for result in results})
+        self.seeds = [s for s in seeds if all((g, t, s) in self._of for g in self.groups for t in self.targets)]
+
+    def perplexity(self, group: str, target: float) -> Mean:
+        """Over seeds."""
+        return mean_of([math.exp(self._of[group, target, seed]) for seed in self.seeds])
+
+    def behind(self, group: str) -> tuple[float, float | None]:
+        """By how much this group's loss is above the one policy's, nats per token: mean over targets, and its error.
+
+        The standard error is over seeds, of the means over targets; ``None`` for one seed.
+        """
+        means = [np.mean([self._of[group, t, s] - self._of[ONE, t, s] for t in self.targets]) for s in self.seeds]
+        error = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+        return float(np.mean(means)), error
+
+    def tokens(self, group: str) -> float:
+        """Tokens of all searches of a group, finals included, a seed."""
+        return float(np.mean([self._tokens[group, seed] for seed in self.seeds]))
+
+
+def markdown(spec: Experiment, results: Sequence[Result]) -> str:
+    """The table, and a sentence for every length of separate searches."""
+    losses, first = Losses(results), results[0]
+    dense = math.exp(first.points[0].dense_loss)
+    lines = [
+        f"# {spec.title}: one policy for all, or a search for each",
+        "",
+        f"Report split, {first.report_tokens:,} tokens, {first.dtype}, after the same ridge; dense perplexity "
+        f"{dense:.2f}; mean and standard error over {len(losses.seeds)} seeds.",
+        "",
+        "| target | " + " | ".join(losses.groups) + " |",
+        "|---:|" + "---:|" * len(losses.groups),
+        *(
+            f"| {target:.0%} | " + " | ".join(str(losses.perplexity(group, target)) for group in losses.groups) + " |"
+            for target in losses.targets
+        ),
+        "| tokens, finals included | " + " | ".join(f"{losses.tokens(group):,.0f}" for group in losses.groups) + " |",
+        "",
+        *(f"* {sentence}" for sentence in verdicts(losses)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(losses: Losses) -> list[str]:
+    """How each group compares with the one policy in quality and in tokens; two standard errors count as clear."""
+    sentences = []
+    for group in losses.groups:
+        if group == ONE:
+            continue
+        behind, error = losses.behind(group)
+        clear = error is not None and abs(behind) > 2 * error
+        quality = ("worse" if behind > 0 else "better") if clear else "not clearly different"
+        spread = "" if error is None else f" ± {error:.4f}"
+        ratio = losses.tokens(group) / losses.tokens(ONE)
+        sentences.append(
+            f"Searches of their own ({group}) take {ratio:.1f} times the tokens of one policy and end {quality}: "
+            f"{behind:+.4f}{spread} nats per token, mean over targets."
+        )
+    return sentences
+
+
+def draw(spec: Experiment, losses: Losses, path: Path) -> None:
+    """Perplexity over sparsity, a line a group."""
+    figure = new_figure(7.5, 4.5)
+    axes: Any = figure.subplots()
+    for colour, group in zip(COLOURS, losses.groups, strict=False):
+        means = [losses.perplexity(group, target) for target in losses.targets]
+        axes.errorbar(
+            losses.targets,
+            [mean.value for mean in means],
+            [mean.stderr or 0.0 for mean in means],
+            marker="o",
+            capsize=3,
+            linewidth=1,
+            color=colour,
+            label=f"{group}: {losses.tokens(group):,.0f} tokens",
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("sparsity")
+    axes.set_ylabel("report perplexity")
+    axes.set_title(spec.title, loc="left", fontsize=11)
+    tidy(axes)
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def compare(file: Path, *, only_report: bool = False, say: Reporter | None = None) -> str:
+    """The whole experiment; the Markdown that was written beside the file, with the picture."""
+    spec, searches = read_experiment(file)
+    missing = [search for search in searches if read_result(search) is None]
+    if missing and not only_report:
+        compute(missing, say or Reporter(Console(stderr=True)))
+    results = [result for search in searches if (result := read_result(search)) is not None]
+    if not results or not Losses(results).seeds:
+        raise DataError(f"no seed of {file} is complete yet", hint="Run without --report.")
+    text = markdown(spec, results)
+    file.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(spec, Losses(results), file.with_suffix(".png"))
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compute what is missing, then write table and figure beside the TOML file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("file", type=Path, help="experiment file (TOML)")
+    parser.add_argument("--report", action="store_true", help="compute nothing, show what is there")
+    given = parser.parse_args(arguments)
+    try:
+        sys.stdout.write(compare(given.file, only_report=given.report))
+    except FFGymError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
