@@ -12,6 +12,10 @@ E[A (|z|^2 / d - 1)] / 2. A is the advantage among the episodes of one update, w
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
 the scale of p: here the range is [-1, 1], so that a step at one end leaves the other where it is.
+
+Sources: REINFORCE with a baseline, Williams 1992; natural gradients, Amari 1998, and for Gaussian search distributions,
+with rank-shaped rewards, natural evolution strategies (Wierstra et al. 2014, arXiv 1106.4487); antithetic pairs,
+Salimans et al. 2017 (arXiv 1703.03864); leave-one-out baselines, Kool et al. 2019; averaging, Polyak and Juditsky 1992.
 """
 
 from __future__ import annotations
@@ -185,9 +189,9 @@ def advantage(rewards: np.ndarray, kind: str) -> np.ndarray:
     if not centred.any():
         return centred
     if kind == "rank":
-        ranks = np.empty(len(rewards))
-        ranks[np.argsort(rewards, kind="stable")] = np.linspace(-1.0, 1.0, len(rewards))
-        return ranks
+        ordered = np.sort(rewards)  # equal rewards share the mean of their ranks
+        first, behind = (np.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))
+        return np.asarray((first + behind - len(rewards)) / (len(rewards) - 1))
     if kind == "leave-one-out":
         centred *= len(rewards) / max(1, len(rewards) - 1)
         return centred

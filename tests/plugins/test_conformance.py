@@ -96,7 +96,7 @@ class Beyond(Drift):
     [
         (Lazy, "test_spends_the_budget"),
         (Global, "test_same_seed_same_search"),
-        (Forgetful, "test_resumes_where_it_stopped"),
+        (Forgetful, "test_takes_up_a_state"),
         (Pickled, "test_state_is_plain_data"),
         (Beyond, "test_recommends_importances"),
     ],
