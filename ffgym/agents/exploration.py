@@ -2,6 +2,8 @@
 
 Sixty or more importances and a few hundred episodes: independent noise per sublayer spends most of them on directions
 that cancel out. Neighbouring layers of one kind are worth about the same, so most of the noise is shared among them.
+
+The kernel is the squared exponential of Gaussian processes (Rasmussen and Williams 2006, eq. 4.9).
 """
 
 from __future__ import annotations

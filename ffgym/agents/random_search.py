@@ -1,4 +1,4 @@
-"""Random search: the comparison that every other agent has to beat at equal tokens."""
+"""Random search: what every other agent has to beat at equal tokens (Bergstra and Bengio 2012, JMLR 13)."""
 
 from __future__ import annotations
 

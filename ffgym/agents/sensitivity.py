@@ -1,6 +1,7 @@
 """Sensitivity: measure each sublayer on its own, then make the budgeted choice that these measurements say is best.
 
-The classical form cuts one sublayer of the dense model at a time. A vector environment cannot be asked for that: it
+The classical form cuts one sublayer of the dense model at a time (Li et al. 2017, arXiv 1608.08710, section 3.2), and
+chooses within a budget by a price per unit of cost (Everett 1963). A vector environment cannot be asked for that: it
 puts every episode on the budget. What can be measured is f_i(x) = R(m + x e_i) - R(m): sublayer i alone gets more or
 less than the prior m gives it, and the projection lets all the others pay or profit, each by the same keep ratio.
 
