@@ -20,8 +20,13 @@ from ffgym.types import JSONDict, Sublayer
 
 
 def make_agent(config: RunConfig) -> Agent:
-    """The agent of a run, started from another run's policy where ``search.init_from`` names one."""
+    """The agent of a run, started from another run's policy where ``search.init_from`` names one.
+
+    Raises:
+        ConfigError: no such agent, options or policy, or updates that are too small for it.
+    """
     agent = manager.create("agent", config.agent.name, config.agent.options)
+    agent.check_batch(config.search.episodes_per_update)
     source = config.search.init_from
     if source is not None:
         if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():

@@ -45,13 +45,17 @@ class Bayesian(BatchAgent):
         super().__init__(config)
         self._incumbent: np.ndarray | None = None
 
-    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
-        """Start around the prior (or 0), or around the incumbent of a state that was loaded."""
+    def check_batch(self, batch: int) -> None:
+        """Refuse updates without room for a new candidate."""
         if batch < 2:
             raise ConfigError(
                 f"bayesian measures its incumbent beside new candidates, and search.episodes_per_update is {batch}",
                 hint="Set search.episodes_per_update to 2 or more.",
             )
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Start around the prior (or 0), or around the incumbent of a state that was loaded."""
+        self.check_batch(batch)
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
         self._centre = self._incumbent = prior if self._incumbent is None else self._incumbent
         self._points, self._rewards = np.empty((0, dimensions)), np.empty((0, batch))

@@ -44,13 +44,17 @@ class CMAES(BatchAgent):
         super().__init__(config)
         self._optimizer: Any = None
 
-    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
-        """Start from the prior, or from the mean of the state that was loaded, with the configured step size."""
+    def check_batch(self, batch: int) -> None:
+        """Refuse updates of a single episode."""
         if batch < 2:
             raise ConfigError(
                 f"cma-es compares the episodes of an update, and search.episodes_per_update is {batch}",
                 hint="Set search.episodes_per_update to 2 or more.",
             )
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Start from the prior, or from the mean of the state that was loaded, with the configured step size."""
+        self.check_batch(batch)
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
         mean = prior if self._optimizer is None else self._optimizer.mean
         self._seed = seed

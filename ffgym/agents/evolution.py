@@ -64,13 +64,17 @@ class Evolution(BatchAgent):
         super().__init__(config)
         self._parents: np.ndarray | None = None
 
-    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
-        """Seed the generator; survivors of a state that was loaded are the first generation's parents."""
+    def check_batch(self, batch: int) -> None:
+        """Refuse updates without room for a child."""
         if batch < 2:
             raise ConfigError(
                 f"evolution measures survivors beside children, and search.episodes_per_update is {batch}",
                 hint="Set search.episodes_per_update to 2 or more.",
             )
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Seed the generator; survivors of a state that was loaded are the first generation's parents."""
+        self.check_batch(batch)
         self._batch, self._dimensions = batch, dimensions
         self._survivors = min(batch - 1, max(1, round(self.config.survivors * batch)))
         self._rng = np.random.default_rng(seed)

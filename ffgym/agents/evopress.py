@@ -60,8 +60,8 @@ class EvoPress(BatchAgent):
         self._actions: np.ndarray | None = None  # parent, then survivors, shape (1 + survivors, 2L)
         self._rewards: list[list[float]] = [[]]  # of each of them, over its latest steps
 
-    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
-        """Start from the prior (or 0), or from the parent of a state that was loaded."""
+    def check_batch(self, batch: int) -> None:
+        """Refuse updates without room for parent, survivors and a child."""
         carried = sum(self.config.survivors[:-1])
         if batch < 2 + carried:
             raise ConfigError(
@@ -69,6 +69,10 @@ class EvoPress(BatchAgent):
                 f"and search.episodes_per_update is {batch}",
                 hint=f"Set search.episodes_per_update to {2 + carried} or more, or lower agent.survivors.",
             )
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Start from the prior (or 0), or from the parent of a state that was loaded."""
+        self.check_batch(batch)
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
         parent = prior if self._actions is None else self._actions[0]
         self._actions, self._rewards = parent[None].astype(np.float32), [[]]

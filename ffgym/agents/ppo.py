@@ -56,13 +56,17 @@ class PPO(Agent):
         self._vec: SB3VecEnv | None = None
         self._loaded: Mapping[str, Any] | None = None
 
-    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
-        """Collect one rollout, train on it, report, until no tokens are left."""
-        if env.num_envs < 2:
+    def check_batch(self, batch: int) -> None:
+        """Refuse updates of a single episode."""
+        if batch < 2:
             raise ConfigError(
-                f"ppo standardises advantages within an update, and search.episodes_per_update is {env.num_envs}",
+                f"ppo standardises advantages within an update, and search.episodes_per_update is {batch}",
                 hint="Set search.episodes_per_update to 2 or more.",
             )
+
+    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
+        """Collect one rollout, train on it, report, until no tokens are left."""
+        self.check_batch(env.num_envs)
         centre = self.prior_mean if self._loaded is None else np.array(self._loaded["centre"], dtype=np.float32)
         self._vec = SB3VecEnv(env, centre)
         self._model = self._made(self._vec, seed)

@@ -56,14 +56,18 @@ class Sensitivity(Agent):
         self._solution: np.ndarray | None = None
         self._start: np.ndarray | None = None
 
-    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
-        """Sweep, solve, check."""
-        if env.num_envs < 2:
+    def check_batch(self, batch: int) -> None:
+        """Refuse updates of a single episode."""
+        if batch < 2:
             raise ConfigError(
                 f"sensitivity measures the prior beside what differs from it, and search.episodes_per_update is "
-                f"{env.num_envs}",
+                f"{batch}",
                 hint="Set search.episodes_per_update to 2 or more.",
             )
+
+    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
+        """Sweep, solve, check."""
+        self.check_batch(env.num_envs)
         measure = _Measure(env, seed, on_update)
         start = self.prior_mean if self._start is None else self._start
         prior = np.zeros(env.single_action_space.shape[0]) if start is None else start

@@ -144,6 +144,14 @@ class Agent(Plugin, ABC):
         self.budgets: tuple[float, float] | None = None
         self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
 
+    def check_batch(self, batch: int) -> None:
+        """Refuse updates of ``batch`` episodes where they are too small for it; asked before anything is loaded.
+
+        Raises:
+            ConfigError: too small.
+        """
+        return
+
     @abstractmethod
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Run the search. Stop when ``env.tokens_left`` is 0; call ``on_update`` after every update."""
