@@ -24,6 +24,7 @@ from ffgym.config import RunConfig, Table, changed_settings, config_error, read_
 from ffgym.errors import ConfigError, DataError
 from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
+from ffgym.policy import make_agent
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.report.progress import Reporter
 from ffgym.tracking import Tracker
@@ -78,11 +79,15 @@ def bench(
         jobs: cells that are computed at the same time, each in a process of its own, which share torch's threads.
 
     Raises:
-        ConfigError: no agents, mixed models, fewer episodes than one update, or results of another configuration.
+        ConfigError: no agents, mixed models, unequal terms, updates that are too small, or results of another
+            configuration.
     """
     say = Reporter(progress or Console(stderr=True))
     benches = [read_bench(file) for file in files]
     check_benches(benches)
+    for each in benches:
+        if each.spec.baseline not in each.spec.agents:
+            say.say(f"{each.spec.title}: baseline {each.spec.baseline!r} is none of its agents: no tokens are counted")
     if not only_report:
         with disk_errors():
             share(benches)
@@ -112,9 +117,13 @@ def read_bench(file: Path) -> Bench:
     for key, values in (("agents", spec.agents), ("seeds", spec.seeds)):
         if len(set(values)) < len(values):
             raise ConfigError(f"{file}: {key} = {values} names one of them twice", hint="Name each once.")
+    if "seed" in spec.run or any("seed" in changes for changes in spec.variants.values()):
+        raise ConfigError(f"{file} sets `seed` for a run, and a bench runs several", hint="Use `seeds`.")
     folder = file.parent / spec.results
     cells = []
     for label in spec.agents:
+        if Path(label).name != label:
+            raise ConfigError(f"{file}: agents has {label!r}, which cannot name a file", hint="Leave the slash out.")
         changes = spec.variants.get(label, {"agent": {"name": label}})
         for seed in spec.seeds:
             config = _resolved(spec.run, changes, seed)
@@ -127,12 +136,14 @@ def read_bench(file: Path) -> Bench:
 def check_benches(benches: Sequence[Bench]) -> None:
     """Refuse what cannot be compared, before anything is computed."""
     cells = [cell for each in benches for cell in each.cells]
-    models = {cell.config.model.name: cell for cell in cells}
+    models = {_model(cell.config) for cell in cells}
     if len(models) > 1:
         raise ConfigError(
             f"one bench compares on one model, these name {', '.join(sorted(models))}",
             hint="Give the files of each model in a call of their own.",
         )
+    for each in benches:
+        _check_equal_terms(each)
     digests: dict[Path, str] = {}
     for cell in cells:
         if cell.config.prune.is_range:
@@ -147,11 +158,45 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 f"two benches would write {cell.path} for different configurations",
                 hint="Give each a `results` folder of its own.",
             )
-        if cell.path.exists() and (changed := changed_settings(read_cell(cell).settings, cell.config)):
+        if cell.path.exists():
+            stored = read_cell(cell)
+            changed = changed_settings(stored.settings, cell.config)
+            if cell.plain and stored.final.plain_loss is None:
+                changed.append("plain was false and is true now")
+            if changed:
+                raise ConfigError(
+                    f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
+                    hint="Point `results` at another folder, or delete that file to compute it again.",
+                )
+
+
+def _model(config: RunConfig) -> str:
+    """Which model a configuration names, its revision included."""
+    return config.model.name if config.model.revision is None else f"{config.model.name} at {config.model.revision}"
+
+
+def _check_equal_terms(bench: Bench) -> None:
+    """Refuse cells of one table on other splits, or with another number of tokens to search for; rules search none."""
+    first = bench.cells[0]
+    budgets: dict[int, Cell] = {}
+    for cell in bench.cells:
+        data, shared = cell.config.data.model_dump(), first.config.data.model_dump()
+        if differing := [key for key in data if data[key] != shared[key]]:
+            key = differing[0]
             raise ConfigError(
-                f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
-                hint="Point `results` at another folder, or delete that file to compute it again.",
+                f"{bench.file}: one table compares on the same splits, and data.{key} is {shared[key]!r} for "
+                f"{first.label} and {data[key]!r} for {cell.label}",
+                hint="Give each a bench file of its own.",
             )
+        if cell.config.agent.name != "one-shot":
+            budgets.setdefault(cell.config.search.episodes * cell.config.search.episode_tokens, cell)
+    if len(budgets) > 1:
+        (tokens, one), (others, other) = list(budgets.items())[:2]
+        raise ConfigError(
+            f"{bench.file}: one table compares at equal tokens, and search.episodes x search.episode_tokens is "
+            f"{tokens} for {one.label} and {others} for {other.label}",
+            hint="Give each a bench file of its own.",
+        )
 
 
 def share(benches: Sequence[Bench]) -> None:
@@ -191,7 +236,12 @@ def compute(cells: Sequence[tuple[Bench, Cell]], say: Reporter, *, processes: in
         say: where progress goes.
         processes: how many cells are computed at the same time, >= 1.
         threads: torch threads of each process, where there are several.
+
+    Raises:
+        ConfigError: an agent's updates are too small for it, or there is no policy to start from.
     """
+    for _, cell in cells:
+        make_agent(cell.config)  # now, and not after the cells before it have been computed
     with ExitStack() as stack:
         parents: dict[Path, str | None] = {}
         for each, cell in cells:
@@ -258,7 +308,10 @@ def _round(pair: tuple[Bench, Cell]) -> int:
 
 
 def _resolved(run: dict[str, Any], changes: dict[str, Any], seed: int) -> RunConfig:
-    tables = {name: {**run.get(name, {}), **changes.get(name, {})} for name in {*run, *changes}}
+    tables = dict(run)
+    for name, table in changes.items():
+        shared = run.get(name)
+        tables[name] = {**shared, **table} if isinstance(shared, dict) and isinstance(table, dict) else table
     try:
         return manager.resolve_agent(RunConfig.model_validate({**tables, "seed": seed}))
     except ValidationError as error:

@@ -507,7 +507,7 @@ def config_error(error: ValidationError, model: type[BaseModel], table: str = ""
     hints: list[str] = []
     for item in error.errors():
         owner, where, path = model, table, [str(part) for part in item["loc"]]
-        if not table and len(path) > 1:
+        if model is RunConfig and len(path) > 1:
             owner, where, path = _table_model(path[0]), path[0], path[1:]
         key = path[0] if path else ""
         problem, expected, hint = _explain(item["type"], item["msg"], item["input"], owner, where, key)

@@ -155,10 +155,11 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
             )
         )
     first = results[0]
+    targets = " and ".join(f"{target:.0%}" for target in sorted({result.target for result in results}))
     dtypes = " and ".join(dict.fromkeys(result.dtype for result in results))
     header = (
         f"Report split, {first.report_tokens:,} tokens, {dtypes}, after the same ridge; dense perplexity "
-        f"{math.exp(first.dense_loss):.2f}; target sparsity {first.target:.0%}; mean and standard error over seeds."
+        f"{math.exp(first.dense_loss):.2f}; target sparsity {targets}; mean and standard error over seeds."
     )
     return BenchTable(title, tuple(sorted(rows, key=lambda row: row.perplexity.value)), header, baseline)
 

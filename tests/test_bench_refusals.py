@@ -1,0 +1,130 @@
+"""What a bench refuses before anything is loaded, beyond what test_bench.py has: unequal terms, mistyped files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from glass_runs import glass_tables
+from rich.console import Console
+
+from ffgym import bench as bench_module
+from ffgym.bench import bench, read_bench
+from ffgym.cells import write_result
+from ffgym.config import settings
+from ffgym.errors import ConfigError
+from ffgym.plugins import manager
+from ffgym.report.bench import CellResult, Final, Mark
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setattr(bench_module, "work", lambda *args, **options: pytest.fail("something was computed"))
+
+
+def bench_file(folder: Path, *, run: dict[str, Any] | None = None, **spec: Any) -> Path:
+    """Write a bench of the small model; ``run`` changes its shared tables, ``spec`` the rest."""
+    tables = {**glass_tables(folder), **(run or {})}
+    path = folder / "small.toml"
+    content = {"title": "Small", "agents": ["random"], "seeds": [0], "results": "small", "run": tables}
+    path.write_text(tomli_w.dumps({**content, **spec}), encoding="utf-8")
+    return path
+
+
+def refused(folder: Path, said: str, **spec: Any) -> str | None:
+    """The hint of the error that a bench file earns, whose message has ``said`` in it."""
+    with pytest.raises(ConfigError, match=said) as raised:
+        bench([bench_file(folder, **spec)], progress=Console(quiet=True))
+    return raised.value.hint
+
+
+def variant(**tables: Any) -> dict[str, Any]:
+    """A bench of ``random`` and of a variant of it."""
+    return {"agents": ["random", "other"], "variants": {"other": {"agent": {"name": "random"}, **tables}}}
+
+
+@pytest.mark.parametrize("agent", ["ppo", "evolution", "cma-es", "bayesian", "evopress", "sensitivity"])
+def test_updates_that_are_too_small_for_one_of_the_agents(tmp_path: Path, agent: str) -> None:
+    small = {"search": {**glass_tables(tmp_path)["search"], "episodes_per_update": 1}}
+    hint = refused(tmp_path, r"search\.episodes_per_update is 1", run=small, agents=["random", agent])
+    assert "Set search.episodes_per_update to" in str(hint)
+
+
+def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
+    refused(tmp_path, r"search\.init_from = 'nowhere'", **variant(search={"init_from": "nowhere"}))
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"data": {"report_tokens": 512}}, r"data\.report_tokens is 1024 for random and 512 for other"),
+        ({"search": {"episodes": 16}}, r"1024 for random and 2048 for other"),
+        ({"search": {"episode_tokens": 64}}, r"1024 for random and 512 for other"),
+    ],
+)
+def test_unequal_terms(tmp_path: Path, tables: dict[str, Any], said: str) -> None:
+    refused(tmp_path, said, **variant(**tables))
+
+
+def test_two_revisions_of_a_model(tmp_path: Path) -> None:
+    refused(tmp_path, r"on one model, these name .*glass, .*glass at v1", **variant(model={"revision": "v1"}))
+
+
+@pytest.mark.parametrize("label", ["a/b", "../other", "/other"])
+def test_a_name_that_is_no_file_name(tmp_path: Path, label: str) -> None:
+    refused(tmp_path, "cannot name a file", agents=[label], variants={label: {"agent": {"name": "random"}}})
+
+
+def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
+    assert refused(tmp_path, "sets `seed`", run={"seed": 3}) == "Use `seeds`."
+    refused(tmp_path, "sets `seed`", **variant(seed=3))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"seeds": ["a"]}, "seeds = 'a': should be a valid integer"),
+        ({"agents": [3]}, "agents = 3: should be a valid string"),
+        ({"variants": {"other": 3}}, "variants = 3: should be a table"),
+        (variant(prune=3), "prune = 3: should be a table"),
+        ({"run": {"prune": 3}}, "prune = 3: should be a table"),
+        ({"agents": ["other"], "variants": {"other": {"agent": "random"}}}, "agent = 'random': should be a table"),
+    ],
+)
+def test_mistyped_files_are_errors_and_no_tracebacks(tmp_path: Path, spec: dict[str, Any], said: str) -> None:
+    refused(tmp_path, said, **spec)
+
+
+def test_a_result_without_the_loss_that_is_asked_for_now(tmp_path: Path) -> None:
+    path = bench_file(tmp_path)
+    (cell,) = read_bench(path).cells
+    result = CellResult(
+        label="random",
+        agent="random",
+        seed=0,
+        settings=settings(cell.config),
+        target=0.2,
+        dense_loss=3.0,
+        report_tokens=1008,
+        search_tokens=1024,
+        final_tokens=1024,
+        episodes=8,
+        seconds=1.0,
+        threads=1,
+        dtype="float32",
+        marks=[Mark(tokens=1024, loss=4.0)],
+        final=Final(kept=[1], loss=4.0, sparsity=0.2, origin="policy"),
+    )
+    write_result(cell.path, result)
+    bench([path], progress=Console(quiet=True))
+    refused(tmp_path, "another configuration: plain was false and is true now", plain=True)
+
+
+def test_a_baseline_that_nobody_runs_is_said(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    bench([bench_file(tmp_path, baseline="evolutoin")], progress=console, only_report=True)
+    assert "baseline 'evolutoin' is none of its agents" in console.file.getvalue()  # type: ignore[attr-defined]
