@@ -165,8 +165,6 @@ def export_gguf(
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
     _refuse_occupied(place, overwrite)
-    if not (source / "config.json").is_file() and (source / "model" / "config.json").is_file():
-        raise ModelError(f"{str(source)!r} is the folder of a run", hint=f"Name {str(source / 'model')!r}.")
     config = load_config(source)
     checkpoint = Checkpoint(source)
     contents = read_contents(config, checkpoint)

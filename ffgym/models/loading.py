@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _locate(name: str) -> tuple[str, str]:
         return str(_dequantised(path, content)), f"{path.name}, dequantised from GGUF"
     if path.is_dir():
         _check_folder(path)
-        return str(path), f"folder {path.name}"
+        return str(path), f"folder {path.resolve().name}"
     if path.exists():
         raise ModelError(f"model {name!r} is a file", hint="Name the folder that holds it, a .gguf file, or a hub id.")
     if HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -200,6 +201,8 @@ def _check_folder(folder: Path) -> None:
     """Say what a folder lacks before transformers says it at length."""
     config = folder / "config.json"
     if not config.is_file():
+        if (folder / "model" / "config.json").is_file():
+            raise ModelError(f"{str(folder)!r} is the folder of a run", hint=f"Name {str(folder / 'model')!r}.")
         raise ModelError(
             f"folder {str(folder)!r} holds no model: config.json is missing",
             hint="Name a folder that save_pretrained wrote.",
@@ -364,11 +367,11 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     )
     try:
         # transformers' bar over the tensors knows no switch.
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()), _alone(gguf) as place:
             model, report = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=GGUF_DTYPE, output_loading_info=True, **dense
+                place, gguf_file=gguf.name, dtype=GGUF_DTYPE, output_loading_info=True, trust_remote_code=False, **dense
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # damaged files fail in as many ways as there are parsers
         said = str(error).strip().split("\n")[0]
         raise ModelError(
@@ -383,6 +386,14 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _alone(gguf: Path) -> Iterator[str]:
+    """A folder that holds the file alone: transformers also reads adapters and configs that lie beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / gguf.name).symlink_to(gguf.resolve())
+        yield folder
 
 
 def _refuse_uneven(path: Path) -> None:

@@ -203,6 +203,19 @@ def test_a_changed_gguf_is_converted_again(gguf_file, tmp_path):
     assert len(list((tmp_path / "cache" / "models").iterdir())) == 2
 
 
+def test_what_lies_beside_a_gguf_is_not_read(gguf_file, tmp_path):
+    """Neither an adapter, with its pickled weights and another base model, nor a tokenizer with code of its own."""
+    copy = shutil.copy(gguf_file, tmp_path / "tiny.gguf")
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "someone/other"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    torch.save({}, tmp_path / "adapter_model.bin")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Own", None]}}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    loaded = load(str(copy), dtype="float32", device="cpu")
+    assert type(loaded.model) is LlamaForCausalLM
+    assert loaded.tokenizer("hi you").input_ids == tiny_tokenizer()("hi you").input_ids
+
+
 def test_a_damaged_gguf_is_an_error_and_leaves_nothing(tmp_path):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF and then nonsense")
@@ -308,6 +321,27 @@ def test_a_folder_that_lacks_a_part_is_an_error(checkpoint, remove, message):
     for path in checkpoint.glob(remove):
         path.unlink()
     with pytest.raises(ModelError, match=message):
+        load(str(checkpoint), device="cpu")
+
+
+def test_the_folder_of_a_run_says_where_its_model_is(checkpoint, tmp_path):
+    checkpoint.rename(tmp_path / "model")
+    with pytest.raises(ModelError, match="is the folder of a run") as caught:
+        load(str(tmp_path), device="cpu")
+    assert str(tmp_path / "model") in caught.value.hint
+
+
+def test_the_folder_that_one_stands_in_has_a_name(checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint)
+    assert load(".", dtype="float32", device="cpu").description == "folder tiny"
+
+
+def test_an_adapter_is_never_unpickled(checkpoint):
+    pytest.importorskip("peft")  # without it transformers does not look at adapters
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(checkpoint)}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
+    torch.save({}, checkpoint / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors"):
         load(str(checkpoint), device="cpu")
 
 
