@@ -16,11 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
-from ffgym import runner
 from ffgym.config import RunConfig, digest, settings, to_toml
-from ffgym.evaluation.perplexity import evaluate
 from ffgym.output import disk_errors, writing
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent
@@ -29,6 +26,7 @@ from ffgym.report.progress import Reporter
 from ffgym.search import Found, by_standing, search
 from ffgym.tracking import Tracker, environment_tags
 from ffgym.types import Allocation, Episode, JSONDict, Update
+from ffgym.workspace import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class CellRunner:
 
     def __init__(self, say: Reporter) -> None:
         self._say = say
-        self._space: runner.Workspace | None = None
+        self._space: Workspace | None = None
         self._preparation = ""
         self._dense_loss: float | None = None
 
@@ -103,14 +101,14 @@ class CellRunner:
         if self._space is None or self._preparation != cell.preparation:
             self._space = self._dense_loss = None  # two models at once may not fit
             self._preparation = cell.preparation
-            self._space = runner.open_workspace(cell.config, job.heuristics, self._say)
+            self._space = open_workspace(cell.config, job.heuristics, self._say)
         with disk_errors():
-            self._compute(cell, runner.with_config(self._space, cell.config), job.parent)
+            self._compute(cell, with_config(self._space, cell.config), job.parent)
 
-    def _compute(self, cell: Cell, space: runner.Workspace, parent: str | None) -> None:
+    def _compute(self, cell: Cell, space: Workspace, parent: str | None) -> None:
         config, say = cell.config, self._say
         agent = make_agent(config)
-        runner.give_prior(agent, space)
+        give_prior(agent, space)
         log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         watch = _Incumbents(space, agent, cell.marks)
@@ -138,7 +136,7 @@ class CellRunner:
                     space.env,
                     agent,
                     config.search,
-                    runner.make_schedule(config, space.env),
+                    make_schedule(config, space.env),
                     seed=cell.seed,
                     log=log,
                     on_episode=on_episode,
@@ -150,14 +148,14 @@ class CellRunner:
         log.unlink(missing_ok=True)
 
     def _result(
-        self, cell: Cell, space: runner.Workspace, found: Found, noted: Sequence[tuple[int, Allocation]]
+        self, cell: Cell, space: Workspace, found: Found, noted: Sequence[tuple[int, Allocation]]
     ) -> CellResult:
         known: dict[tuple[int, ...], float] = {}
         with self._say.stage("report split", len(noted) + 2 + cell.plain) as stage:
 
             def loss(kept: tuple[int, ...]) -> float:
                 if kept not in known:
-                    known[kept] = _report_loss(space, kept, "ridge")
+                    known[kept] = report_loss(space, kept, "ridge")
                 stage.advance()
                 return known[kept]
 
@@ -165,10 +163,10 @@ class CellRunner:
             best = found.best.allocation
             final = {"kept": list(best.kept), "loss": loss(best.kept), "sparsity": best.sparsity}
             if cell.plain:
-                final["plain_loss"] = _report_loss(space, best.kept, "none")
+                final["plain_loss"] = report_loss(space, best.kept, "none")
                 stage.advance()
             if self._dense_loss is None:
-                self._dense_loss = _report_loss(space, space.prepared.prunable.dense_units, "none")
+                self._dense_loss = report_loss(space, space.prepared.prunable.dense_units, "none")
             stage.advance()
         windows = space.splits.report.windows
         return CellResult.model_validate(
@@ -207,7 +205,7 @@ def write_result(path: Path, result: CellResult) -> None:
 class _Incumbents:
     """Notes whom the search would have handed over at each of the token marks."""
 
-    def __init__(self, space: runner.Workspace, agent: Agent, marks: int) -> None:
+    def __init__(self, space: Workspace, agent: Agent, marks: int) -> None:
         search, env = space.config.search, space.env
         self.budget = search.episodes * env.episode_windows * env.window_tokens
         self.noted: list[tuple[int, Allocation]] = []
@@ -232,11 +230,3 @@ class _Incumbents:
         recommended = self._agent.recommend(np.array([env.sparsity, 1.0], dtype=np.float32))
         action = recommended[0] if recommended else by_standing(self._history)[0].action
         self.noted.append((self._spent, env.budget.project(action, env.sparsity)))
-
-
-def _report_loss(space: runner.Workspace, kept: tuple[int, ...], refit: runner.Refit) -> float:
-    """Loss on the report split of the model cut to ``kept`` units per sublayer, nats per token."""
-    prunable = space.prepared.prunable
-    with runner.cut_to(space, kept, refit, Reporter(Console(quiet=True))):
-        windows = space.splits.report.windows
-        return evaluate(prunable.model, windows, tokens_per_batch=space.env.tokens_per_batch).loss

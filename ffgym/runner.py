@@ -6,11 +6,11 @@ model, data -> statistics -> order -> refits -> search -> final calibration -> r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +19,14 @@ from rich.console import Console
 from ffgym.config import RunConfig, to_toml
 from ffgym.data.splits import Split, Splits
 from ffgym.envs.building import (
-    build_env,
-    counts_latency,
-    load_parts,
-    make_budget,
-    make_latency,
     make_reward,
-    prepare_model,
     tokens_per_batch,
 )
-from ffgym.envs.pruning_env import PruningEnv
-from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError
-from ffgym.evaluation.latency import LatencyTable, to_json
+from ffgym.evaluation.latency import to_json
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.evaluation.size import SizeMeter
 from ffgym.models.export import SavedModel, load_line, save_pruned
-from ffgym.models.loading import DEMO_BASE, LoadedModel
-from ffgym.models.preparation import Prepared
-from ffgym.models.sequential import calibrate_sequentially
+from ffgym.models.loading import DEMO_BASE
 from ffgym.output import (
     claim_folder,
     disk_errors,
@@ -50,7 +39,7 @@ from ffgym.output import (
 )
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import check_importance, check_objectives
+from ffgym.plugins.contracts import check_objectives
 from ffgym.policy import make_agent, policy_text
 from ffgym.recovery import Material, Recovered, check_method, gather, output_folder, train_and_save
 from ffgym.report.card import model_card
@@ -74,6 +63,7 @@ from ffgym.search import (
 )
 from ffgym.tracking import Tracker, environment_tags, slug
 from ffgym.types import Allocation, Episode, JSONDict, Update
+from ffgym.workspace import Refit, Workspace, at_target, cut_to, give_prior, make_schedule, open_workspace
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
@@ -86,54 +76,7 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
 DEMO_LICENSE = "apache-2.0"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 
-# Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
-# demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
-SEQUENTIAL_STRENGTH = 100.0
-
-Refit = Literal["none", "ridge", "sequential"]
 SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What all searches of one configuration share: the model with its paths, the splits, the environment.
-
-    Attributes:
-        config: the run.
-        loaded: model and tokenizer.
-        splits: calibration, search, report.
-        prepared: pruning paths.
-        env: the stationary environment.
-        sizes: size of any allocation.
-        latency: the times that the budget counts, where it counts latency.
-    """
-
-    config: RunConfig
-    loaded: LoadedModel
-    splits: Splits
-    prepared: Prepared
-    env: PruningEnv
-    sizes: SizeMeter
-    latency: LatencyTable | None = None
-
-    def project(
-        self, heuristic: str, options: JSONDict, sparsity: float | None = None
-    ) -> tuple[np.ndarray, Allocation]:
-        """Importances of a heuristic, and the allocation they come to at a sparsity, by default the target."""
-        importance = self.importance(heuristic, options)
-        return importance, self.env.budget.project(importance, self.env.sparsity if sparsity is None else sparsity)
-
-    def prior(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> np.ndarray:
-        """Where an agent starts: the importances, shape (2L,), that say exactly what the heuristic's allocation keeps.
-
-        Projecting them changes nothing, and unlike the heuristic's own they are not at the ends of their range, where
-        exploration would be clipped.
-        """
-        return self.env.budget.importance(self.project(heuristic, options, sparsity)[1].kept)
-
-    def importance(self, heuristic: str, options: JSONDict) -> np.ndarray:
-        """Importances of a heuristic, shape (2L,), float32."""
-        return check_importance(manager.create("heuristic", heuristic, options), self.prepared.views)
 
 
 @dataclass(frozen=True)
@@ -265,73 +208,6 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
         return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
 
 
-def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:
-    """Load, split, prepare.
-
-    Args:
-        config: the run.
-        heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
-        say: where progress goes.
-    """
-    with say.stage("load model and text", 1):
-        loaded, splits = load_parts(config)
-    say.say(f"{loaded.description}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}")
-    needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
-    latency = _latency(config, loaded.model, say)
-    budget = make_budget(config, loaded.model, latency)
-    windows = splits.calibration.windows
-    with say.stage("collect statistics, order and factorise", len(windows)) as stage:
-        prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
-    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, latency=latency)
-    sizes = SizeMeter(prepared.prunable, context=config.prune.context, latency=latency)
-    return Workspace(config, loaded, splits, prepared, env, sizes, latency)
-
-
-def _latency(config: RunConfig, model: Any, say: Reporter) -> LatencyTable | None:
-    """The latency table of a run, with a word about where its times are from; ``None`` where none is counted."""
-    if not counts_latency(config):
-        return None
-    with say.stage("latency table", 1) as stage:
-        table = make_latency(config, model, on_progress=stage, say=say.say)
-    assert table is not None
-    say.say(f"latency: {table.measured}; table {table.digest[:12]}")
-    return table
-
-
-def at_target(space: Workspace, target: float) -> Workspace:
-    """The same at one sparsity: a point of a front as a run at a single target would see it."""
-    if not space.config.prune.is_range:
-        return space
-    config = space.config
-    prune = config.prune.model_copy(update={"sparsity": target})
-    output = config.output.model_copy(update={"save_at": None, "save_all": False})
-    return with_config(space, config.model_copy(update={"prune": prune, "output": output}))
-
-
-def with_config(space: Workspace, config: RunConfig) -> Workspace:
-    """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
-    budget = make_budget(config, space.loaded.model, space.latency)
-    env = build_env(
-        config, space.prepared, space.splits.search.windows, budget, loaded=space.loaded, latency=space.latency
-    )
-    return replace(space, config=config, env=env)
-
-
-def give_prior(agent: Agent, space: Workspace) -> None:
-    """Tell an agent where to start, and under a range of budgets between which ends."""
-    prune, prior = space.config.prune, space.config.prior
-    if prune.is_range:
-        agent.budgets = prune.ends
-    if prior.name != "none":
-        agent.prior_mean = space.prior(prior.name, prior.options)
-        if prune.is_range:
-            low, high = prune.ends
-            agent.prior_ends = (
-                space.prior(prior.name, prior.options, low),
-                space.prior(prior.name, prior.options, high),
-            )
-
-
 def check_plugins(config: RunConfig) -> None:
     """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded.
 
@@ -358,21 +234,6 @@ def check_plugins(config: RunConfig) -> None:
 def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
     """The rules that a run is compared with, (heuristic, options) by label; one shape for all layers spares no ends."""
     return UNIFORM_REFERENCES if config.prune.uniform else REFERENCES
-
-
-def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
-    """The ramps of a run."""
-    table = config.schedule
-    low, high = config.prune.ends
-    return Schedule(
-        target=high,
-        windows=env.episode_windows,
-        start=table.sparsity_start,
-        sparsity=table.sparsity,
-        fidelity=table.fidelity,
-        ramp_share=table.ramp_share,
-        low=low if config.prune.is_range else None,
-    )
 
 
 def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say: Reporter) -> list[Found]:
@@ -611,28 +472,6 @@ def saved_row(table: ReportTable) -> Row:
 def found_name(config: RunConfig) -> str:
     """What the rows of the found allocation are called: the agent, or the heuristic that it ran."""
     return f"{config.prior.name} (one-shot)" if config.agent.name == "one-shot" else config.agent.name
-
-
-@contextmanager
-def cut_to(space: Workspace, kept: Sequence[int], refit: Refit, say: Reporter) -> Iterator[None]:
-    """The model cut to ``kept`` units per sublayer, and put back afterwards."""
-    prepared = space.prepared
-    try:
-        if refit == "sequential":
-            with say.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
-                calibrate_sequentially(
-                    prepared.prunable,
-                    kept,
-                    space.splits.calibration.windows,
-                    [SEQUENTIAL_STRENGTH * ridge for ridge in prepared.ridges],
-                    tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
-                    on_progress=stage,
-                )
-        else:
-            prepared.prunable.cut(kept, calibrated=refit == "ridge")
-        yield
-    finally:
-        prepared.prunable.restore()
 
 
 def measure(space: Workspace, label: str, say: Reporter, *, is_found: bool = False) -> Row:

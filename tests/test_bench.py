@@ -19,8 +19,7 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import bench as bench_module
-from ffgym import cells
+from ffgym import cells, workspace
 from ffgym.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.cells import Job
 from ffgym.cli import app
@@ -177,13 +176,13 @@ def test_fewer_marks_keep_the_first_and_the_last(finished: Any, tmp_path: Path, 
 
 def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[int, ...]] = []
-    report_loss = cells._report_loss
+    report_loss = cells.report_loss
 
     def counted(space: Any, kept: tuple[int, ...], refit: Any) -> float:
         measured.append(kept)
         return report_loss(space, kept, refit)
 
-    monkeypatch.setattr(cells, "_report_loss", counted)
+    monkeypatch.setattr(cells, "report_loss", counted)
     variants = {"other": {"agent": {"name": "uniform"}, "criterion": {"name": "magnitude"}}}
     call(bench_file(tmp_path, agents=["uniform", "mlp-first", "other"], seeds=[0], variants=variants))
     dense = max(measured, key=sum)
@@ -195,7 +194,7 @@ def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monke
 
 def test_what_is_there_is_not_computed_again(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file, table, _ = finished
-    monkeypatch.setattr(bench_module.runner, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
     assert call(file)[0] == [table]
     assert call(file, only_report=True)[0] == [table]
 
@@ -213,7 +212,7 @@ def test_a_missing_cell_alone_is_computed(finished: Any, tmp_path: Path, steps: 
 
 
 def test_only_report_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module.runner, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
     tables, said = call(bench_file(tmp_path), only_report=True)
     assert tables == []
     assert "Small: no results yet" in said
@@ -378,7 +377,7 @@ def test_ctrl_c_while_the_report_is_measured_costs_no_episode(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "evaluate", interrupted)
+        patch.setattr(cells, "report_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             call(file)
     call(file)
@@ -467,7 +466,7 @@ def test_the_command_takes_many_files(finished: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module.runner, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -13,7 +13,7 @@ from latency_tables import made_up_table
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 
-from ffgym import runner
+from ffgym import runner, workspace
 from ffgym.config import RunConfig, load_config
 from ffgym.envs import building
 from ffgym.errors import BudgetError, ConfigError
@@ -106,9 +106,9 @@ def test_without_a_file_the_cache_is_asked_once(
 
 def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = timed(tmp_path, table)
-    space = runner.open_workspace(config, [], runner.Reporter(Console(file=io.StringIO())))
+    space = workspace.open_workspace(config, [], runner.Reporter(Console(file=io.StringIO())))
     monkeypatch.setattr(building, "read_table", lambda path: pytest.fail("the table was read again"))
-    other = runner.with_config(space, config.model_copy(update={"seed": 1}))
+    other = workspace.with_config(space, config.model_copy(update={"seed": 1}))
     assert other.latency is space.latency
     assert other.env.budget.dense_cost == space.env.budget.dense_cost
 
@@ -116,7 +116,7 @@ def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, mo
 def test_the_table_of_another_model_is_refused_before_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
+    monkeypatch.setattr(workspace, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
     config = timed(tmp_path, made_up_table(tiny_model("llama"), context=WINDOW))
     with pytest.raises(BudgetError, match=r"given\.json was timed on another model: hidden 32, here"):
         finish(config)

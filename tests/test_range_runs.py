@@ -17,7 +17,7 @@ from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import runner
+from ffgym import runner, workspace
 from ffgym.bench import check_benches, read_bench
 from ffgym.cli import app
 from ffgym.config import RunConfig
@@ -102,7 +102,7 @@ def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: An
 
 def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
     config, result = finished
-    space = runner.open_workspace(config, list(runner.REFERENCES.values()), runner.Reporter(Console(quiet=True)))
+    space = workspace.open_workspace(config, list(runner.REFERENCES.values()), runner.Reporter(Console(quiet=True)))
     windows = space.splits.report.windows
     for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
         allocation = json.loads((result.folder / f"allocation-{name}.json").read_text())
@@ -112,7 +112,7 @@ def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any)
         assert list(kept) == point["kept"]
         uniform = space.project("uniform", {}, point["target"])[1].kept
         for label, units in (("reinforce", point["kept"]), ("uniform", uniform)):
-            with runner.cut_to(space, units, "ridge", runner.Reporter(Console(quiet=True))):
+            with workspace.cut_to(space, units, "ridge", runner.Reporter(Console(quiet=True))):
                 assert evaluate(space.prepared.prunable.model, windows).perplexity == point["perplexity"][label]
 
 
@@ -259,7 +259,7 @@ def test_interrupted_and_resumed_it_is_the_same_front(
 
 @pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
 
 
 @pytest.mark.usefixtures("nothing_loads")

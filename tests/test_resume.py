@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import runner
+from ffgym import runner, workspace
 from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.envs.pruning_env import PruningEnv
@@ -126,15 +127,17 @@ def test_interrupted_again_and_again(whole: Path, tmp_path: Path, steps: list[in
     assert_same(result.folder, whole)
 
 
-@pytest.mark.parametrize("place", ["measure", "save_pruned", "calibrate_sequentially"])
+@pytest.mark.parametrize(
+    ("module", "place"), [(runner, "measure"), (runner, "save_pruned"), (workspace, "calibrate_sequentially")]
+)
 def test_ctrl_c_after_the_search_costs_no_episode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], module: ModuleType, place: str
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, place, interrupted)
+        patch.setattr(module, place, interrupted)
         with pytest.raises(KeyboardInterrupt):
             go(config(tmp_path, output={"sequential": True}))
     result, _ = go(config(tmp_path, output={"sequential": True}), resume=tmp_path / "out")
@@ -243,7 +246,7 @@ def test_without_its_mlflow_run_a_new_one_gets_everything(tmp_path: Path, steps:
 
 @pytest.fixture
 def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
 
 
 @pytest.mark.usefixtures("nothing_loads")

@@ -25,7 +25,7 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import runner, search
+from ffgym import runner, search, workspace
 from ffgym.cli import app
 from ffgym.config import RunConfig, digest, load_config
 from ffgym.envs.building import load_parts
@@ -545,7 +545,7 @@ def test_without_a_name_the_folder_is_a_new_one_under_runs(tmp_path: Path, monke
 
 
 def nothing_is_loaded(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(runner, "load_parts", lambda config: pytest.fail("the model was loaded"))
+    patch.setattr(workspace, "load_parts", lambda config: pytest.fail("the model was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -580,7 +580,7 @@ def test_unknown_plugin_options_fail_before_the_model_is_loaded(
 def test_a_sparsity_out_of_reach_names_the_range_before_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(runner, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
+    monkeypatch.setattr(workspace, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
     with pytest.raises(BudgetError) as raised:
         finish(glass_config(tmp_path, prune=prune))
     assert str(prune["sparsity"]) in str(raised.value)

@@ -34,7 +34,7 @@ import torch
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym import runner
+from ffgym import workspace
 from ffgym.config import RecoverTable, RunConfig, Table, config_error, digest, read_toml
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.perplexity import evaluate
@@ -168,7 +168,7 @@ class Bed:
 
     def __init__(self, spec: Experiment, config: RunConfig, scratch: Path, say: Reporter) -> None:
         heuristics = [(name, {}) for name in spec.allocations.values() if not name.endswith(".json")]
-        self.space = runner.open_workspace(config, heuristics, say)
+        self.space = workspace.open_workspace(config, heuristics, say)
         self.spec, self.say, self._scratch = spec, say, scratch
         self._dense: list[float] = []
 
@@ -185,7 +185,7 @@ class Bed:
 
     def recovered_losses(self, cell: Cell) -> list[float]:
         if cell.recovery in LINEAR:
-            with runner.cut_to(self.space, cell.kept, cell.recovery, self.say):  # type: ignore[arg-type]
+            with workspace.cut_to(self.space, cell.kept, cell.recovery, self.say):  # type: ignore[arg-type]
                 return self.losses(self.space.prepared.prunable.model)
         model = self._plainly_pruned(cell)
         (self._distil if cell.recovery == "distil-mlp" else self._lora)(model, cell.seed)
@@ -195,7 +195,7 @@ class Bed:
         folder = self._scratch / hashlib.sha256(str(cell.kept).encode()).hexdigest()[:16]
         prunable = self.space.prepared.prunable
         if not folder.exists():
-            with runner.cut_to(self.space, cell.kept, "none", self.say):
+            with workspace.cut_to(self.space, cell.kept, "none", self.say):
                 tokenizer = self.space.loaded.tokenizer
                 save_pruned(prunable.model, tokenizer, folder, kept=cell.kept, family=prunable.family)
         dtype = str(self.space.loaded.dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ffgym import runner
+from ffgym import workspace
 from ffgym.config import load_config
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.sequential import calibrate_sequentially
@@ -27,7 +27,7 @@ WINDOWS = 16
 def main(folder: Path) -> None:
     """Measure nested ridge, then every strength."""
     config = load_config(folder / "config.toml", ["tracking.enabled=false"])
-    space = runner.open_workspace(config, [], Reporter(Console(stderr=True)))
+    space = workspace.open_workspace(config, [], Reporter(Console(stderr=True)))
     prunable = space.prepared.prunable
     kept = json.loads((folder / "allocation.json").read_text())["kept"]
     texts = {"report": space.splits.report.windows[:WINDOWS], "search": space.splits.search.windows[-WINDOWS:]}

@@ -24,16 +24,15 @@ import torch
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym import runner
 from ffgym.config import RunConfig, Table, changed_settings, config_error, digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
-from ffgym.evaluation.perplexity import evaluate
 from ffgym.policy import make_agent
 from ffgym.report.bench import Mean, mean_of
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
 from ffgym.search import search_front
 from ffgym.types import JSONDict
+from ffgym.workspace import give_prior, make_schedule, open_workspace, report_loss, with_config
 
 ONE = "one policy"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -145,14 +144,14 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
     """Run every search; all share one prepared model."""
     prior = searches[0].config.prior
     heuristics = [] if prior.name == "none" else [(prior.name, prior.options)]
-    shared = runner.open_workspace(searches[0].config, heuristics, say)
-    dense = _report_loss(shared, shared.prepared.prunable.dense_units)
+    shared = open_workspace(searches[0].config, heuristics, say)
+    dense = report_loss(shared, shared.prepared.prunable.dense_units, "none")
     for number, search in enumerate(searches, start=1):
         config = search.config
         say.say(f"search {number} of {len(searches)}: {search.path.stem}")
-        space = runner.with_config(shared, config)
+        space = with_config(shared, config)
         agent = make_agent(config)
-        runner.give_prior(agent, space)
+        give_prior(agent, space)
         log = Path(config.tracking.root) / "range" / f"{digest(config)[:16]}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
@@ -161,7 +160,7 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
                 space.env,
                 agent,
                 config.search,
-                runner.make_schedule(config, space.env),
+                make_schedule(config, space.env),
                 config.targets,
                 seed=config.seed,
                 log=log,
@@ -170,7 +169,7 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
         points = []
         for each in found:
             kept = each.best.allocation.kept
-            loss = _report_loss(space, kept)
+            loss = report_loss(space, kept, "ridge")
             points.append(Point(target=each.target, loss=loss, dense_loss=dense, kept=list(kept)))
         windows = space.splits.report.windows
         result = Result(
@@ -188,12 +187,6 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
         search.path.parent.mkdir(parents=True, exist_ok=True)
         search.path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
         log.unlink(missing_ok=True)
-
-
-def _report_loss(space: runner.Workspace, kept: Sequence[int]) -> float:
-    with runner.cut_to(space, kept, "ridge", Reporter(Console(quiet=True))):
-        windows = space.splits.report.windows
-        return evaluate(space.prepared.prunable.model, windows, tokens_per_batch=space.env.tokens_per_batch).loss
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------

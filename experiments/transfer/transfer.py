@@ -30,7 +30,7 @@ from analysis import Analysis, analyse, figure, markdown
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym import runner
+from ffgym import runner, workspace
 from ffgym.config import RunConfig, Table, config_error, read_toml
 from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.building import CHEAP, budget_in, make_reward, task_examples
@@ -38,6 +38,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
 from ffgym.plugins.bases import Reward
+from ffgym.policy import make_agent
 from ffgym.report.progress import Reporter
 from ffgym.search import read_episodes, search
 from ffgym.types import Episode, Evaluation
@@ -140,7 +141,7 @@ class Bench:
         config = settings.config(next(iter(settings.rewards)), settings.seeds[0])
         rules = [(name, {}) for name in settings.heuristics]
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
-        self.space = runner.open_workspace(config, [*rules, *prior], say)
+        self.space = workspace.open_workspace(config, [*rules, *prior], say)
         self.rewards = {
             label: make_reward(settings.config(label, 0)) for label in (*settings.rewards, *settings.judges)
         }
@@ -202,7 +203,7 @@ class Bench:
         dense = self.env.dense(self.text, self.examples)
         pruned = self.env.measure(allocation, self.text, self.examples)
         right = {}
-        with runner.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.say):
+        with workspace.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.say):
             for task, questions in self.questions.items():
                 answers = answered_right(prunable.model, questions, tokens_per_batch=batch)
                 right[task] = "".join("1" if answer else "0" for answer in answers)
@@ -233,8 +234,8 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
     digest = bench.settings.digest
     if not done.exists():
         config = bench.settings.config(reward, seed)
-        space = runner.with_config(bench.space, config)
-        agent = runner.make_agent(config)
+        space = workspace.with_config(bench.space, config)
+        agent = make_agent(config)
         if config.prior.name != "none":
             agent.prior_mean = space.prior(config.prior.name, config.prior.options)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
@@ -243,7 +244,7 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
                 space.env,
                 agent,
                 config.search,
-                runner.make_schedule(config, space.env),
+                workspace.make_schedule(config, space.env),
                 seed=seed,
                 log=log,
                 on_episode=lambda e: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),
