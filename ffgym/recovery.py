@@ -104,11 +104,12 @@ class RecoveryResult:
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
         console.print(terminal(self.recovered.table))
-        folder = self.recovered.saved.path
+        saved = self.recovered.saved
+        folder = saved.path
         lines = [*self.recovered.told, f"Model, {CURVE} and {PICTURE}: {folder}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
-        for line in [*lines, "Load the model with", f"  {load_line(folder)}"]:
+        for line in [*lines, "Load the model with", f"  {load_line(folder, stock=saved.stock)}"]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -197,6 +197,22 @@ def test_another_round_on_a_recovered_model_needs_no_options(finished: tuple[Pat
     assert load_config(place / "config.toml").recover.method == "lora"
 
 
+def test_a_stock_model_stays_one_that_needs_no_trust(tmp_path: Path) -> None:
+    tables = changes()
+    tables["prune"] |= {"uniform": True}
+    run = runner.run(glass_config(tmp_path, **tables), progress=Console(file=io.StringIO())).folder
+    result = recovered(run)
+    place = result.recovered.saved.path
+    assert result.recovered.saved.stock
+    assert json.loads((place / "config.json").read_text())["model_type"] == "llama"
+    assert not (place / "modeling_ffgym.py").exists()
+    console = Console(file=io.StringIO(), width=300)
+    result.print(console)
+    for text in (console.file.getvalue(), (place / "README.md").read_text()):  # type: ignore[attr-defined]
+        assert "from_pretrained" in text
+        assert "trust_remote_code" not in text
+
+
 def test_the_training_text_is_said_with_its_size(folder: Path) -> None:
     console = Console(file=io.StringIO(), width=300)
     recovered(folder, recover={"tokens": 20_000, "batch_tokens": 10_000}, progress=console)
