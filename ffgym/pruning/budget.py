@@ -161,10 +161,11 @@ class Budget:
         if not 0.0 <= sparsity < 1.0:
             raise BudgetError(f"sparsity {sparsity:g} is outside (0, 1)", hint="Give the share to remove, e.g. 0.2.")
         if sparsity > most + 1e-12:
+            asked = math.floor(most * 1e4) / 1e4  # rounded up, it would be refused in its turn
             raise BudgetError(
                 f"sparsity {sparsity:g} of {self.resource} is out of reach: every sublayer keeps its least units, "
-                f"so the reachable range is 0 to {most:.4f}",
-                hint=f"Ask for at most {most:.4f}, or {self._what_would_help()}.",
+                f"so the reachable range is 0 to {asked:.4f}",
+                hint=self._what_would_help(asked),
             )
 
     def allocation(self, kept: Sequence[int]) -> Allocation:
@@ -262,13 +263,15 @@ class Budget:
             units = aligned_levels(first, levels, least=least, align=align)
         return Ladder(members, units, np.sum([self._tables[i][units] for i in members], axis=0))
 
-    def _what_would_help(self) -> str:
-        changes = ["lower prune.min_units"]
+    def _what_would_help(self, most: float) -> str:
+        changes = [f"ask for at most {most:.4f}"] if most > 0 else []
+        changes.append("lower prune.min_units")
         if self._align > 1:
             changes.append("lower prune.align")
         if self.tied:
             changes.append("leave prune.uniform out")
-        return " or ".join(changes)
+        text = ", or ".join(changes)
+        return f"{text[0].upper()}{text[1:]}."
 
 
 def _checked(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
@@ -261,7 +262,14 @@ class TestAlign:
         assert budget.reachable[1] == pytest.approx(2 * 2 * 70 / budget.dense_cost)
         with pytest.raises(BudgetError, match="out of reach") as raised:
             budget.check(0.5)
+        advised = re.match(r"Ask for at most (0\.\d{4}), or", raised.value.hint)
+        budget.check(float(advised[1]))
         assert "prune.align" in raised.value.hint
+
+    def test_where_nothing_can_go_nobody_is_told_to_ask_for_nothing(self):
+        with pytest.raises(BudgetError, match="reachable range is 0 to 0") as raised:
+            Budget(model_of(2), align=1000).check(0.1)
+        assert raised.value.hint == "Lower prune.min_units, or lower prune.align."
 
     def test_less_than_one_is_refused(self):
         with pytest.raises(BudgetError, match="align is 0"):
