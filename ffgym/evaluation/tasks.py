@@ -223,6 +223,7 @@ def _definition_file(task: str) -> Path:
         return definitions[task]
     if task in groups:
         members = [name for name in definitions if name.startswith(f"{task}_")]
+        members.sort(key=lambda name: name not in TASKS)  # those that there are always data of come first
         raise ConfigError(
             f"{task!r} is a group of lm-eval's tasks, and groups are not measured",
             hint=f"Name tasks, like {', '.join(members[:5])}." if members else "Name its tasks.",
