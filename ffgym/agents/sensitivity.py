@@ -79,8 +79,10 @@ class Sensitivity(Agent):
         totals = np.zeros(env.num_envs)
         self._solution = ladder[int(np.argmin(np.abs(scales - 1.0)))]
         while env.tokens_left > 0:
-            totals += measure(ladder)
+            rewards = measure(ladder)
+            totals += rewards
             self._solution = ladder[int(np.argmax(totals))]
+            measure.report(rewards)  # now: who listens may ask what is recommended
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The solution."""
@@ -111,12 +113,13 @@ class Sensitivity(Agent):
             rewards = measure(points)
             np.add.at(totals, chosen, rewards[1:] - rewards[0])
             np.add.at(counts, chosen, 1)
+            measure.report(rewards)
         with np.errstate(invalid="ignore"):
             return np.asarray(totals / counts)
 
 
 class _Measure:
-    """Steps the environment and reports every step."""
+    """Steps the environment, and says so."""
 
     def __init__(self, env: Any, seed: int, on_update: OnUpdate) -> None:
         self.env = env
@@ -127,6 +130,9 @@ class _Measure:
     def __call__(self, points: np.ndarray) -> np.ndarray:
         """Rewards of importances, shape (num_envs, 2L) -> (num_envs,)."""
         _, rewards, _, _, _ = self.env.step(np.clip(points, -1.0, 1.0).astype(np.float32))
+        return np.asarray(rewards, dtype=np.float64)
+
+    def report(self, rewards: np.ndarray) -> None:
+        """Report a step once it has been learnt from."""
         self._on_update(Update(index=self._index, rewards=rewards))
         self._index += 1
-        return np.asarray(rewards, dtype=np.float64)

@@ -297,6 +297,14 @@ class TestWhatIsTheirOwn:
         wide = Sensitivity.Config(levels=(-0.7, 0.7))
         assert regret(Sensitivity, SeparableEnv, dimensions=60, tokens=200, config=wide) < 1e-3
 
+    def test_sensitivity_has_learnt_from_an_update_when_it_reports_it(self):
+        """What is noted at the last update is what the search ends with."""
+        agent, noted = Sensitivity(), []
+        env = RuggedEnv(num_envs=8, dimensions=6, tokens=240, noise=0.02)
+        agent.learn(env, seed=0, on_update=lambda update: noted.append(agent.recommend(OBSERVATION)))
+        assert noted[0] == []
+        np.testing.assert_array_equal(noted[-1][0], agent.recommend(OBSERVATION)[0])
+
     def test_sensitivity_goes_as_far_as_its_tokens(self):
         """One update of 8: seven of sixty sublayers are measured, nothing is checked, all others keep the prior."""
         agent, _, _ = learned(Sensitivity, SeparableEnv, dimensions=60, tokens=8)
