@@ -22,7 +22,7 @@ class Stage:
         self._console = console
         self._bars = bars
         self._task = bars.add_task(label, total=total, note="") if bars is not None else None
-        self._last = time.monotonic()
+        self._last = self._begun = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         """Say how far it is, where the total may have become known only now."""
@@ -36,8 +36,16 @@ class Stage:
             self._bars.update(self._task, total=self.total, completed=self.done, note=note)
         elif time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            line = f"{self.label}: {self.done}/{self.total} {note}".rstrip()
+            left = (self._last - self._begun) / max(1, self.done) * (self.total - self.done)
+            line = f"{self.label}: {self.done}/{self.total} {note}".rstrip() + f", about {duration(left)} left"
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """``"40 s"``, ``"12 min"`` or ``"3.5 h"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Reporter:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from ffgym.report import progress
-from ffgym.report.progress import Reporter
+from ffgym.report.progress import Reporter, duration
 
 
 def console(*, terminal: bool = False) -> Console:
@@ -34,7 +34,26 @@ def test_a_long_stage_says_now_and_then_how_far_it_is(monkeypatch: pytest.Monkey
     with Reporter(out).stage("search", 200) as stage:
         stage.advance(50, "tokens, reward 0.913")
         stage.advance(70)
-    assert text(out).splitlines()[:2] == ["search: 50/200 tokens, reward 0.913", "search: 120/200"]
+    assert text(out).splitlines()[:2] == [
+        "search: 50/200 tokens, reward 0.913, about 0 s left",
+        "search: 120/200, about 0 s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5399, "90 min"), (12_600, "3.5 h")]
+)
+def test_durations_are_round(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_what_is_left_takes_as_long_as_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 0.0, 20.0, 20.0, 20.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    out = console()
+    with Reporter(out).stage("search", 40) as stage:
+        stage.advance(10)
+    assert "search: 10/40, about 60 s left" in text(out)
 
 
 def test_quick_steps_stay_silent(monkeypatch: pytest.MonkeyPatch) -> None:
