@@ -7,6 +7,7 @@ files form one queue: the first seed of everything comes first.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
 from ffgym.policy import make_agent
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
-from ffgym.report.progress import Reporter
+from ffgym.report.progress import Reporter, duration
 from ffgym.tracking import Tracker
 from ffgym.types import JSONDict
 from ffgym.workers import work
@@ -244,16 +245,31 @@ def compute(cells: Sequence[tuple[Bench, Cell]], say: Reporter, *, processes: in
         make_agent(cell.config)  # now, and not after the cells before it have been computed
     with ExitStack() as stack:
         parents: dict[Path, str | None] = {}
+        notes: list[Path] = []
         for each, cell in cells:
             if each.file not in parents:
-                tracking = cell.config.tracking
-                tracker = Tracker(Path(tracking.root), tracking.experiment, each.spec.title, tracking.enabled)
+                tracking, note = cell.config.tracking, _parent_note(each, cell.config)
+                earlier = note.read_text(encoding="utf-8") if note.exists() else None
+                tracker = Tracker(
+                    Path(tracking.root), tracking.experiment, each.spec.title, tracking.enabled, resume=earlier
+                )
                 stack.enter_context(tracker).log_config(
                     each.spec.model_dump(mode="json"), each.file.read_text(encoding="utf-8")
                 )
                 parents[each.file] = tracker.run_id
+                if tracker.run_id is not None:
+                    write_text(note, tracker.run_id)
+                    notes.append(note)
         queue = CellQueue(cells, parents, say)
         work(queue, CellRunner, say, processes=min(processes, len(cells)), threads=threads)
+        for note in notes:
+            note.unlink(missing_ok=True)
+
+
+def _parent_note(bench: Bench, config: RunConfig) -> Path:
+    """Where a bench that is under way notes its MLflow run, so that it goes on in the same one when interrupted."""
+    name = hashlib.sha256(str(bench.file.resolve()).encode()).hexdigest()[:16]
+    return Path(config.tracking.root) / "bench" / f"{name}.run"
 
 
 class CellQueue:
@@ -276,7 +292,9 @@ class CellQueue:
             asked = self._heuristics.get(cell.preparation, ())
             if prior.name != "none" and (prior.name, prior.options) not in asked:
                 self._heuristics[cell.preparation] = (*asked, (prior.name, prior.options))
-        self._count, self._begun, self._finished = len(cells), time.monotonic(), 0
+        self._count, self._begun = len(cells), time.monotonic()
+        self._running: dict[int, Cell] = {}
+        self._done, self._total = 0, sum(_tokens(cell) for _, cell in cells)
 
     def take(self, worker: int) -> Job | None:
         """The next cell for a free worker."""
@@ -289,17 +307,27 @@ class CellQueue:
         )
         self._waiting.remove((each, cell))
         self._prepared[worker] = cell.preparation
+        self._running[worker] = cell
         left = ""
-        if self._finished:
-            seconds = (time.monotonic() - self._begun) / self._finished * (self._count - self._finished)
-            left = f", about {seconds / 60:.0f} min left"
+        if self._done:
+            seconds = (time.monotonic() - self._begun) / self._done * (self._total - self._done)
+            left = f", about {duration(seconds)} left"
         number = self._count - len(self._waiting)
         self._say.say(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
         return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file])
 
     def done(self, worker: int) -> None:
         """Take note that the worker's cell is written."""
-        self._finished += 1
+        self._done += _tokens(self._running.pop(worker))
+
+
+def _tokens(cell: Cell) -> int:
+    """About how many tokens a cell evaluates: a rule's takes a fraction of a search's, and so does its time."""
+    search, data = cell.config.search, cell.config.data
+    spent = search.episodes * search.episode_tokens
+    if cell.config.agent.name == "one-shot":
+        return spent + data.report_tokens
+    return spent + search.finalists * search.final_tokens + cell.marks * data.report_tokens
 
 
 def _round(pair: tuple[Bench, Cell]) -> int:

@@ -1,0 +1,75 @@
+"""How far a bench is: the time that is left by tokens, and one MLflow run however often it is interrupted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from glass_runs import PER_UPDATE, glass_tables
+from mlflow_store import new_store, runs
+from rich.console import Console
+
+from ffgym import bench as bench_module
+from ffgym.bench import CellQueue, bench, read_bench
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.plugins import manager
+from ffgym.report.progress import Reporter
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def bench_file(folder: Path, agents: list[str], **tables: dict[str, Any]) -> Path:
+    path = folder / "small.toml"
+    content = {"title": "Small", "agents": agents, "seeds": [0], "results": "small"}
+    path.write_text(tomli_w.dumps({**content, "run": glass_tables(folder, **tables)}), encoding="utf-8")
+    return path
+
+
+def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 2 x 512 + 6 x 1,024: seven times as many."""
+    each = read_bench(bench_file(tmp_path, ["uniform", "random", "evolution"]))
+    now = [0.0]
+    monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=200)
+    queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
+    for _ in each.cells:
+        queue.take(0)
+        now[0] += 1152 / 100 if now[0] == 0 else 8192 / 100
+        queue.done(0)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "left" not in lines[0]
+    assert lines[1].endswith("random, seed 0, about 3 min left")  # 16,384 tokens at 100 a second
+    assert lines[2].endswith("evolution, seed 0, about 82 s left")
+
+
+def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_store(tmp_path / "mlruns")
+    file = bench_file(tmp_path, ["uniform", "random"], tracking={"enabled": True})
+    step, steps = PruningEnv.step, []
+
+    def interrupted(self: PruningEnv, action: Any) -> Any:
+        steps.append(action)
+        if len(steps) == 1 + PER_UPDATE + 2:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench([file], progress=Console(quiet=True))
+    (parent,) = [run for run in runs(tmp_path / "mlruns") if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.status == "KILLED"
+    bench([file], progress=Console(quiet=True))
+    (again,) = [run for run in runs(tmp_path / "mlruns") if "mlflow.parentRunId" not in run.data.tags]
+    assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
+    children = [run for run in runs(tmp_path / "mlruns") if run.info.run_id != parent.info.run_id]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    finished = [run.info.run_name for run in children if run.info.status == "FINISHED"]
+    assert sorted(finished) == ["random-seed0", "uniform-seed0"]
+    assert list((tmp_path / "mlruns" / "bench").iterdir()) == []
