@@ -150,7 +150,7 @@ class PruneTable(Table):
         default=False, description="one shape for all layers, saved as a stock checkpoint that needs no code of its own"
     )
     latency_table: OptionalText = Field(
-        default=None, description="file with the times for resource latency; empty times this machine once"
+        default=None, description="file with the times that budget or reward count; empty times this machine once"
     )
 
     @property
@@ -325,11 +325,6 @@ class RunConfig(Table):
         _at_least(
             "search.episodes", search.episodes, "one update: search.episodes_per_update", search.episodes_per_update
         )
-        if self.prune.latency_table is not None and self.prune.resource != "latency":
-            raise ConfigError(
-                f"prune.latency_table is given, but prune.resource is {self.prune.resource!r} and would not read it",
-                hint="Add --resource latency, or leave the table out.",
-            )
         if schedule.sparsity != "none" and not self.prune.is_range:
             _at_least("prune.sparsity", self.prune.target, "schedule.sparsity_start", schedule.sparsity_start)
         if self.prune.uniform and self.prune.min_units == 0:

@@ -123,6 +123,24 @@ def test_the_table_of_another_model_is_refused_before_statistics(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reward_that_weighs_latency_reads_and_records_the_table(tmp_path: Path, table: LatencyTable) -> None:
+    reward = {"name": "multi-objective", "accuracy": 0, "resource": "latency"}
+    prune = {"ridge": 0.1, "context": WINDOW, "latency_table": str(tmp_path / "given.json")}
+    result, said = finish(timed(tmp_path, table, prune=prune, reward=reward))
+    assert json.loads((result.folder / "allocation.json").read_text())["resource"] == "params"
+    assert f"table {table.digest[:12]}" in said
+    assert read_table(result.folder / "latency.json").digest == table.digest
+    # The objective is the share of the table's time that the allocation saves.
+    costs = {curve.shape.kind: curve.costs for curve in table.curves}
+    tables = [costs[kind] for _ in range(4) for kind in ("attention", "mlp")]
+    data = json.loads((result.folder / "pareto.json").read_text())
+    assert data["objectives"] == ["perplexity_ratio", "latency_saved"]
+    for row in data["pareto_set"] + data["dominated"]:
+        time = sum(float(t[k]) for t, k in zip(tables, row["kept"], strict=True))
+        saved = 1 - time / sum(float(t[-1]) for t in tables)
+        assert row["objectives"]["latency_saved"] == pytest.approx(saved)
+
+
 @pytest.mark.parametrize("content", [None, "", '{"format": "ffgym latency table 1", "device": "x'])
 def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: LatencyTable, content: str | None) -> None:
     config = timed(tmp_path, table)
@@ -154,9 +172,13 @@ def test_out_of_reach_names_the_range(tmp_path: Path, table: LatencyTable) -> No
         finish(glass_config(tmp_path, prune=prune | {"latency_table": str(path)}))
 
 
-def test_a_table_that_nobody_would_read_is_refused() -> None:
+@pytest.mark.parametrize(
+    "reward", [{}, {"name": "multi-objective", "resource": "latency", "cost": 0}, {"name": "multi-objective"}]
+)
+def test_a_table_that_nobody_would_read_is_refused(reward: dict[str, Any]) -> None:
+    config = load_config(prune={"latency_table": "here.json"}, reward=reward)
     with pytest.raises(ConfigError, match=r"prune\.latency_table is given, but prune\.resource is 'params'") as raised:
-        load_config(prune={"latency_table": "here.json"})
+        building.make_reward(config)
     assert "--resource latency" in str(raised.value.hint)
     assert load_config(prune={"latency_table": "", "resource": "macs"}).prune.latency_table is None
 

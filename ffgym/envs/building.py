@@ -64,7 +64,11 @@ def prepare_model(
 
 def counts_latency(config: RunConfig) -> bool:
     """Whether the budget or the reward counts measured latency."""
-    return "latency" in {config.prune.resource, *make_reward(config).resources}
+    return _counts_latency(config, make_reward(config))
+
+
+def _counts_latency(config: RunConfig, reward: Reward) -> bool:
+    return config.prune.resource == "latency" or ("cost" in reward.needs and "latency" in reward.resources)
 
 
 def make_latency(
@@ -135,7 +139,8 @@ def make_reward(config: RunConfig) -> Reward:
     """The reward of a run, with what it asks for checked; loads nothing.
 
     Raises:
-        ConfigError: an option that it refuses, accuracy without tasks, or a cost that the budget fixes already.
+        ConfigError: an option that it refuses, accuracy without tasks, a cost that the budget fixes already, or a
+            latency table that nothing reads.
         UnknownNameError: no such reward, task or resource.
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
@@ -163,6 +168,12 @@ def make_reward(config: RunConfig) -> Reward:
                     "same whatever the allocation",
                     hint=f"Weigh another resource ({', '.join(r for r in known if r != resource)}), or prune another.",
                 )
+    if config.prune.latency_table is not None and not _counts_latency(config, reward):
+        raise ConfigError(
+            f"prune.latency_table is given, but prune.resource is {config.prune.resource!r}, reward"
+            f" {config.reward.name!r} weighs no latency either, and nothing would read it",
+            hint="Add --resource latency, or leave the table out.",
+        )
     return reward
 
 
