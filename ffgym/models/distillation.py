@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from ffgym.errors import ModelError, RecoveryError
 from ffgym.models.checkpoint import Checkpoint
-from ffgym.models.families import Family
+from ffgym.models.families import Family, dense_or_pruned_family_of
 from ffgym.models.sequential import Call, equal_batch, first_input, layer_calls, layer_runner, linear_input
 from ffgym.models.training import LARGEST_GRADIENT, batch_at, rate_at
 from ffgym.types import JSONDict
@@ -278,13 +278,15 @@ def _part(layer: int) -> str:
 
 
 def _check_pair(pruned: Any, dense: Any, family: Family) -> None:
+    hint = "Name the model that was pruned, with --model."
+    other = dense_or_pruned_family_of(dense)
+    if other.name != family.name:
+        raise ModelError(f"the pruned model is of family {family.name!r}, the dense one of {other.name!r}", hint=hint)
+
     def facts(model: Any) -> Iterable[object]:
         return (model.config.hidden_size, len(family.layers(model)), model.config.vocab_size, family.head_dim(model))
 
     names = ("hidden channels", "layers", "tokens in the vocabulary", "channels a head")
     for name, ours, theirs in zip(names, facts(pruned), facts(dense), strict=True):
         if ours != theirs:
-            raise ModelError(
-                f"the pruned model has {ours} {name}, the dense one {theirs}",
-                hint="Name the model that was pruned, with --model.",
-            )
+            raise ModelError(f"the pruned model has {ours} {name}, the dense one {theirs}", hint=hint)
