@@ -1,8 +1,9 @@
 """One cell of a bench: one agent with one seed in one configuration, searched and then measured on the report split.
 
 A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the episode
-in flight is lost. Incumbents are noted at log-spaced token marks while the search runs and measured on the report split
-when it has ended; nothing selects on those figures.
+in flight is lost, and in its MLflow run. Each dtype has a log of its own, so that no search is made of two. Incumbents
+are noted at log-spaced token marks while the search runs and measured on the report split when it has ended; nothing
+selects on those figures.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from ffgym.config import RunConfig, digest, settings, to_toml
-from ffgym.output import disk_errors, writing
+from ffgym.output import disk_errors, write_text, writing
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent
 from ffgym.report.bench import CellResult
@@ -109,8 +110,10 @@ class CellRunner:
         config, say = cell.config, self._say
         agent = make_agent(config)
         give_prior(agent, space)
-        log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}.jsonl"
+        dtype = str(space.loaded.dtype).removeprefix("torch.")  # "auto" may mean another one in the next sitting
+        log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}-{dtype}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
+        note = log.with_suffix(".run")
         watch = _Incumbents(space, agent, cell.marks)
         with Tracker(
             Path(config.tracking.root),
@@ -118,7 +121,10 @@ class CellRunner:
             cell.path.stem,
             config.tracking.enabled,
             parent=parent,
+            resume=note.read_text(encoding="utf-8") if note.exists() else None,
         ) as tracker:
+            if tracker.run_id is not None:
+                write_text(note, tracker.run_id)
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
             threads = torch.get_num_threads()
             tracker.set_tags(environment_tags(device=str(space.loaded.device), threads=threads, plugins={}))
@@ -145,7 +151,8 @@ class CellRunner:
             result = self._result(cell, space, found, watch.noted)
             tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
         write_result(cell.path, result)
-        log.unlink(missing_ok=True)
+        for path in (log, note):
+            path.unlink(missing_ok=True)
 
     def _result(
         self, cell: Cell, space: Workspace, found: Found, noted: Sequence[tuple[int, Allocation]]

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import tomli_w
-from glass_runs import PER_UPDATE, glass_tables
-from mlflow_store import new_store, runs
+from glass_runs import EPISODES, PER_UPDATE, glass_tables
+from mlflow_store import client, new_store, runs
 from rich.console import Console
 
 from ffgym import bench as bench_module
-from ffgym.bench import CellQueue, bench, read_bench
+from ffgym.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.models import loading
 from ffgym.plugins import manager
 from ffgym.report.progress import Reporter
 
@@ -70,6 +71,32 @@ def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, monkeypa
     assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
     children = [run for run in runs(tmp_path / "mlruns") if run.info.run_id != parent.info.run_id]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    finished = [run.info.run_name for run in children if run.info.status == "FINISHED"]
-    assert sorted(finished) == ["random-seed0", "uniform-seed0"]
+    assert sorted(run.info.run_name for run in children) == ["random-seed0", "uniform-seed0"], "one for each cell"
+    assert {run.info.status for run in children} == {"FINISHED"}
+    searched = next(run for run in children if run.info.run_name == "random-seed0")
+    history = client(tmp_path / "mlruns").get_metric_history(searched.info.run_id, "search/reward")
+    assert [point.step for point in history] == list(range(EPISODES)), "no episode is logged twice"
     assert list((tmp_path / "mlruns" / "bench").iterdir()) == []
+
+
+def test_a_search_is_never_made_of_two_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` is a probe, and a busy machine may answer otherwise in the next sitting."""
+    tables = glass_tables(tmp_path)["model"]
+    file = bench_file(tmp_path, ["random"], model={**tables, "dtype": "auto"})
+    step, measured = PruningEnv.step, [0]
+
+    def interrupted(self: PruningEnv, action: Any) -> Any:
+        measured[0] += 1
+        if measured[0] == PER_UPDATE + 2:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    monkeypatch.setattr(loading, "cpu_bfloat16_speedup", lambda: 2.0)
+    with pytest.raises(KeyboardInterrupt):
+        bench([file], progress=Console(quiet=True))
+    monkeypatch.setattr(loading, "cpu_bfloat16_speedup", lambda: 1.0)
+    measured[0] = 1000
+    bench([file], progress=Console(quiet=True))
+    assert measured[0] == 1000 + EPISODES, "nothing is taken from the bfloat16 search"
+    assert read_cell(read_bench(file).cells[0]).dtype == "float32"
