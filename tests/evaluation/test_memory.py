@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,8 @@ from ffgym.errors import ModelError
 from ffgym.evaluation import memory
 from ffgym.evaluation.memory import Job, Memory, measure_memory
 from ffgym.models import loading
+from ffgym.models.export import save_pruned
+from ffgym.models.surgery import PrunableModel
 
 CUDA = torch.device("cuda", 0)
 
@@ -34,6 +37,29 @@ def test_a_fresh_process_measures_itself(job):
     assert found.net_loaded == found.loaded - found.before > 4 * 800_000  # the weights, float32
     assert found.net_peak >= found.net_loaded
     del hoard
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is resident")
+def test_a_pruned_model_takes_less_memory_by_what_its_parameters_say(job, tmp_path, word_tokenizer):
+    """Large enough (50 MB of MLPs, an eighth of which stays) for the system's pages not to matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    prunable = PrunableModel(LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=128, **sizes)))
+    kept = {"dense": (8, 2048) * 4, "pruned": (8, 256) * 4}
+    found, parameters = {}, {}
+    for name, units in kept.items():
+        prunable.cut(units)
+        folder = tmp_path / name
+        saved = save_pruned(prunable.model, word_tokenizer, folder, kept=units, family=prunable.family)
+        parameters[name] = saved.parameters
+        found[name] = measure_memory(replace(job, name=str(folder)))
+        shutil.rmtree(folder)
+    said = 4 * (parameters["dense"] - parameters["pruned"])
+    assert said == 4 * 4 * 3 * 512 * (2048 - 256)
+    print(said, found)  # shown where the test fails
+    assert found["dense"].net_loaded - found["pruned"].net_loaded == pytest.approx(said, rel=0.15)
+    assert found["dense"].net_peak - found["pruned"].net_peak == pytest.approx(said, rel=0.15)
 
 
 def test_a_process_that_fails_is_an_error(job):
