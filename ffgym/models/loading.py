@@ -295,7 +295,7 @@ def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
 
 
 def _loading_error(error: Exception, source: str, name: str) -> ModelError:
-    said = str(error).strip().split("\n")[0]
+    said = _said(error)
     if "trust_remote_code" in str(error):
         return ModelError(
             f"model {name!r} needs code from its own checkpoint, which is never run",
@@ -313,6 +313,13 @@ def _loading_error(error: Exception, source: str, name: str) -> ModelError:
         hint="Check the name and the network; without a network use 'demo', a .gguf file, a downloaded folder,"
         " or a model that is already in the hub's cache.",
     )
+
+
+def _said(error: Exception) -> str:
+    """The first line of a library's message, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *others = lines or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 @contextlib.contextmanager
@@ -373,7 +380,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             )
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=gguf.name, trust_remote_code=False)
     except Exception as error:  # damaged files fail in as many ways as there are parsers
-        said = str(error).strip().split("\n")[0]
+        said = _said(error)
         raise ModelError(
             f"{str(gguf)!r} cannot be read as a GGUF model: {said}",
             hint="It may be damaged, or of an architecture that transformers cannot read from GGUF: download it again,"

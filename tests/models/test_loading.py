@@ -351,6 +351,13 @@ def test_a_config_that_is_not_json_is_an_error(checkpoint):
         load(str(checkpoint), device="cpu")
 
 
+def test_a_config_with_a_value_of_the_wrong_type_names_key_and_value(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
+    with pytest.raises(ModelError, match=r"'num_hidden_layers'.*'two'"):
+        load(str(checkpoint), device="cpu")
+
+
 def test_an_architecture_that_is_no_causal_lm_is_an_error(checkpoint):
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelError, match="cannot be loaded"):
