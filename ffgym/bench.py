@@ -150,7 +150,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
         if cell.config.prune.is_range:
             raise ConfigError(
                 f"a bench compares at one target, and {cell.label} has prune.sparsity = {cell.config.prune.sparsity!r}",
-                hint="Give one target, e.g. sparsity = 0.2; experiments/budgets compares fronts.",
+                hint="Give one target, e.g. sparsity = 0.2; experiments/range compares fronts.",
             )
         runner.check_plugins(cell.config)
         manager.create("agent", cell.config.agent.name, cell.config.agent.options)
