@@ -1,4 +1,4 @@
-# make run    the demo: search, prune, calibrate, report, save (about 10 minutes on 2 cores)
+# make run    the demo: search, prune, calibrate, report, save (about 7 minutes on 2 cores with bfloat16 matrix units)
 # make test   every test, the demo model's included
 # make check  what CI asks beyond the tests: ruff, mypy, import-linter
 # make bench  speed figures (never part of the tests)
