@@ -118,6 +118,11 @@ def read_bench(file: Path) -> Bench:
     for key, values in (("agents", spec.agents), ("seeds", spec.seeds)):
         if len(set(values)) < len(values):
             raise ConfigError(f"{file}: {key} = {values} names one of them twice", hint="Name each once.")
+    if unused := sorted(set(spec.variants) - set(spec.agents)):
+        raise ConfigError(
+            f"{file}: variants has {', '.join(map(repr, unused))}, which agents does not name",
+            hint=f"Named in agents: {', '.join(spec.agents)}.",
+        )
     if "seed" in spec.run or any("seed" in changes for changes in spec.variants.values()):
         raise ConfigError(f"{file} sets `seed` for a run, and a bench runs several", hint="Use `seeds`.")
     folder = file.parent / spec.results

@@ -220,9 +220,9 @@ def test_only_report_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_same_work_under_two_labels_or_in_two_files_is_done_once(tmp_path: Path, steps: list[int]) -> None:
-    variants = {"searched": {"agent": {"name": "reinforce"}}, "harder": {"prune": {"sparsity": 0.3}}}
-    first = bench_file(tmp_path, agents=["reinforce", "searched"], seeds=[0], variants=variants)
-    second = bench_file(tmp_path, stem="more", agents=["harder", "reinforce"], seeds=[0, 1], variants=variants, marks=2)
+    searched, harder = {"searched": {"agent": {"name": "reinforce"}}}, {"harder": {"prune": {"sparsity": 0.3}}}
+    first = bench_file(tmp_path, agents=["reinforce", "searched"], seeds=[0], variants=searched)
+    second = bench_file(tmp_path, stem="more", agents=["harder", "reinforce"], seeds=[0, 1], variants=harder, marks=2)
     call(first, second)
     assert len(steps) - 1 == 4 * EPISODES
     one, same = numbers(tmp_path / "small").values()

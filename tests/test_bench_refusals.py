@@ -54,6 +54,11 @@ def test_updates_that_are_too_small_for_one_of_the_agents(tmp_path: Path, agent:
     assert "Set search.episodes_per_update to" in str(hint)
 
 
+def test_a_variant_that_no_agent_names(tmp_path: Path) -> None:
+    hint = refused(tmp_path, "variants has 'rnadom', which agents", variants={"rnadom": {"agent": {"name": "random"}}})
+    assert hint == "Named in agents: random."
+
+
 def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path, r"search\.init_from = 'nowhere'", **variant(search={"init_from": "nowhere"}))
 
