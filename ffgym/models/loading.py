@@ -36,6 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GGUF_DTYPE = torch.float16
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
+HUB_SECONDS = 5.0
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -94,9 +95,11 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
             f"model.revision = {revision!r} means something for hub models only, and {name!r} is none",
             hint="Leave model.revision out.",
         )
-    placement = {"device_map": "balanced"} if device == "balanced" else {}
-    model, tokenizer = _load_checkpoint(source, name, revision, chosen, placement)
-    if not placement:
+    options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
+    if description.startswith("hub model"):
+        options["local_files_only"] = _only_cached(name, revision)
+    model, tokenizer = _load_checkpoint(source, name, revision, chosen, options)
+    if device != "balanced":
         model = _move(model, target)
     model.eval()
     model.requires_grad_(False)
@@ -132,7 +135,7 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
         return Path(source)
     from transformers.utils import cached_file
 
-    return Path(cached_file(source, "config.json", revision=revision or "main")).parent
+    return Path(cached_file(source, "config.json", revision=revision or "main", local_files_only=True)).parent
 
 
 def load_config(folder: Path) -> Any:
@@ -197,6 +200,28 @@ def _locate(name: str) -> tuple[str, str]:
     )
 
 
+def _only_cached(name: str, revision: str | None) -> bool:
+    """Whether a hub model is taken from the hub's cache without asking the hub, which cannot be reached.
+
+    One small question: transformers asks for every file of a model, and for each several times before it gives up.
+
+    Raises:
+        ModelError: the hub cannot be reached, and its cache does not have the model.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
+    except HfHubHTTPError:  # it answered; what is wrong with the name, transformers says
+        return False
+    except Exception as error:  # no name service, no route, a proxy's refusal, HF_HUB_OFFLINE: each has its own type
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision or "main"), str):
+            return True
+        raise _not_from_hub(name, f"the hub cannot be reached ({_said(error)})") from error
+    return False
+
+
 def _check_folder(folder: Path) -> None:
     """Say what a folder lacks before transformers says it at length."""
     config = folder / "config.json"
@@ -235,7 +260,7 @@ def _pickled(name: str, target: Path) -> ModelError:
 
 
 def _load_checkpoint(
-    source: str, name: str, revision: str | None, dtype: torch.dtype, placement: dict[str, str]
+    source: str, name: str, revision: str | None, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -249,10 +274,11 @@ def _load_checkpoint(
                 attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
-                **placement,
+                **options,
                 **origin,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, **origin)
+            local = options.get("local_files_only", False)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, **origin)
     except Exception as error:  # damaged files fail in as many ways as there are parsers
         raise _loading_error(error, source, name) from error
     _check_complete(name, model, report)
@@ -308,8 +334,12 @@ def _loading_error(error: Exception, source: str, name: str) -> ModelError:
         )
     if "safetensors" in str(error):  # the repository was reached, and holds other weights
         return _pickled(name, Path(f"{name.split('/')[-1]}-safetensors"))
+    return _not_from_hub(name, said)
+
+
+def _not_from_hub(name: str, why: str) -> ModelError:
     return ModelError(
-        f"model {name!r} is no folder here, and could not be loaded from the hub: {said}",
+        f"model {name!r} is no folder here, and could not be loaded from the hub: {why}",
         hint="Check the name and the network; without a network use 'demo', a .gguf file, a downloaded folder,"
         " or a model that is already in the hub's cache.",
     )

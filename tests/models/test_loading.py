@@ -377,15 +377,45 @@ def test_a_file_is_no_model(tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_says_what_works_without_it():
-    with pytest.raises(ModelError, match="could not be loaded from the hub") as caught:
+    with pytest.raises(ModelError, match="could not be loaded from the hub: the hub cannot be reached") as caught:
         load("someone/some-model", device="cpu")
     assert "'demo'" in caught.value.hint
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    asked = []
+
+    def unreachable(self, name, **options):
+        asked.append(name)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ModelError, match=r"the hub cannot be reached \(no route\)"):
+        load("someone/some-model", device="cpu")
+    assert asked == ["someone/some-model"]
+
+
+def test_a_cached_hub_model_loads_while_the_hub_cannot_be_reached(monkeypatch):
+    def loaded(source, **options):
+        assert (source, options["local_files_only"]) == ("someone/some-model", True)
+        raise OSError("enough seen")
+
+    def unreachable(self, name, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
+    with pytest.raises(ModelError, match="enough seen"):
+        load("someone/some-model", device="cpu")
 
 
 def test_a_hub_model_with_pickled_weights_only_is_refused(monkeypatch):
     def reached(*args, **options):
         raise OSError("someone/old does not appear to have a file named model.safetensors and thus cannot be loaded")
 
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", reached)
     with pytest.raises(ModelError, match="pickled") as caught:
         load("someone/old", device="cpu")
