@@ -57,8 +57,8 @@ def write(folder: Path, **changes: Any) -> Path:
         "seeds": [0, 1],
         "allocations": {"with ridge": "allocation.json", "without": "cell.json", "uniform": "uniform"},
         "run": {name: tables[name] for name in ("model", "data", "prune", "search")},
-        "lora": {**TRAINING, "method": "lora"},
-        "distil-mlp": {**TRAINING, "method": "distil-mlp"},
+        "lora": TRAINING,
+        "distil-mlp": TRAINING,
     }
     (folder / "bias.toml").write_text(tomli_w.dumps({**content, **changes}))
     return folder / "bias.toml"

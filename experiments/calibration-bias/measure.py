@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from rich.console import Console
 
 from ffgym import workspace
@@ -71,6 +71,11 @@ class Experiment(Table):
     run: dict[str, Any] = Field(default_factory=dict)
     lora: RecoverTable
     distil_mlp: RecoverTable = Field(alias="distil-mlp")
+
+    @field_validator("lora", "distil_mlp", mode="before")
+    @classmethod
+    def _names_its_method(cls, table: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return {**table, "method": str(info.field_name).replace("_", "-")}
 
 
 @dataclass(frozen=True)
