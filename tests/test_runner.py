@@ -153,7 +153,7 @@ def test_the_header_says_how_it_was_measured(finished: Finished) -> None:
 def test_every_row_is_within_the_budget_and_close_to_it(finished: Finished) -> None:
     dense, *pruned = finished.result.table.rows
     model, _ = load_parts(finished.config)
-    smallest = min(s.unit_params for s in runner.make_budget(finished.config, model.model).sublayers)
+    smallest = min(s.unit_params for s in workspace.make_budget(finished.config, model.model).sublayers)
     prunable = (dense.parameters - pruned[0].parameters) / pruned[0].sparsity_prunable
     assert (dense.sparsity_prunable, dense.sparsity_model) == (0.0, 0.0)
     for row in pruned:
