@@ -236,8 +236,7 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
         config = bench.settings.config(reward, seed)
         space = workspace.with_config(bench.space, config)
         agent = make_agent(config)
-        if config.prior.name != "none":
-            agent.prior_mean = space.prior(config.prior.name, config.prior.options)
+        workspace.give_prior(agent, space)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
         with bench.say.stage(f"search: {name}", budget) as stage:
             found = search(
