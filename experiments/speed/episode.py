@@ -1,7 +1,8 @@
 """How fast an episode is, in one process, medians of interleaved repetitions: ``make bench``.
 
 Prints the cost of prune + calibrate + evaluate against the dense model's evaluation of the same tokens, what of it is
-calibration, the peak memory of preparing and searching, and how long the command line takes to answer.
+calibration, what summing up the loss tile by tile saves over a full matrix of logits, the peak memory of preparing and
+searching, and how long the command line takes to answer.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from ffgym.config import RunConfig
 from ffgym.envs.building import build_env, load_parts, make_budget, prepare_model
-from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.perplexity import evaluate, predicting, token_losses
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import check_importance
 
@@ -42,6 +45,20 @@ def command(*arguments: str) -> list[float]:
 
 def megabytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
+
+
+@torch.inference_mode()
+def loss_ratio(model: Any, windows: torch.Tensor) -> float:
+    """Time of ``token_losses`` over that of the plain way, cross-entropy of all logits in float32; after a warm-up."""
+    hidden, targets = predicting(model, windows)
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    head = model.get_output_embeddings()
+
+    def plain() -> None:
+        cross_entropy(head(hidden).float(), targets, reduction="none")
+
+    rows = [(seconds(lambda: token_losses(model, hidden, targets)), seconds(plain)) for _ in range(REPETITIONS + 1)]
+    return statistics.median(tiled / full for tiled, full in rows[1:])
 
 
 def main() -> None:
@@ -91,6 +108,8 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory        {megabytes(peak)}: {megabytes(before)} with model and text loaded, then")
     print(f"                   {megabytes(factors)} of factors; beyond both {megabytes(peak - before - factors)}")
+    # last: the full matrix of logits would be the peak
+    print(f"loss / full logits {loss_ratio(prunable.model, windows):.3f}")
 
 
 if __name__ == "__main__":

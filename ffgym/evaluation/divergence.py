@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ffgym.evaluation.perplexity import predicting, project, rows_per_chunk, token_losses
+from ffgym.evaluation.perplexity import predicting, project, token_losses
 from ffgym.types import Evaluation
 
-BUFFERS = 3  # float32 numbers held per logit here, where the loss alone holds one
+LOGIT_BYTES = 96 * 2**20  # of all buffers
+BUFFERS = 3  # float32 numbers held per logit
 
 
 @torch.inference_mode()
@@ -89,9 +90,10 @@ def token_divergences(
     """
     head = model.get_output_embeddings().weight
     hidden, dense_hidden, targets = (part.to(head.device) for part in (hidden, dense_hidden, targets))
-    rows = max(1, rows_per_chunk(model.get_output_embeddings(), len(hidden)) // BUFFERS)
-    logits_buffer = hidden.new_empty(rows, head.shape[0])
-    log_p, log_q, work = (logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32) for _ in range(BUFFERS))
+    vocabulary = head.shape[0]
+    rows = min(len(hidden), max(1, LOGIT_BYTES // (4 * BUFFERS * vocabulary)))
+    logits_buffer = hidden.new_empty(rows * vocabulary)
+    log_p, log_q, work = (hidden.new_empty(rows, vocabulary, dtype=torch.float32) for _ in range(BUFFERS))
     result = hidden.new_full((3, len(hidden)), torch.nan, dtype=torch.float32)
     for start in range(0, len(hidden), rows):
         here = slice(start, min(start + rows, len(hidden)))

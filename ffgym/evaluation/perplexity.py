@@ -1,7 +1,8 @@
 """Next-token loss on windows of text, without ever holding the logits of a whole window.
 
-The last token of a window has no successor, so it is not projected to the vocabulary; the others are projected a few
-hundred rows at a time. The logits stay in the model's dtype, sums and losses are float32.
+The last token of a window has no successor, so it is not projected to the vocabulary. Of the others, a tile of some
+positions and some of the vocabulary is projected at a time, small enough to be summed up while the caches hold it. The
+logits stay in the model's dtype, sums and losses are float32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import nn
 
 from ffgym.types import Evaluation
 
-LOGIT_BYTES = 96 * 2**20
+TILE_ROWS = 2048
+TILE_COLUMNS = 2048  # 16 MiB of float32: larger tiles are slower on a CPU, smaller ones hardly faster
 
 
 @torch.inference_mode()
@@ -67,7 +69,9 @@ def predicting(model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each position, a chunk of logits at a time.
+    """Cross-entropy of each position, a tile of the logits at a time.
+
+    What is summed over the vocabulary stays relative to the highest logit seen so far, so that nothing overflows.
 
     Args:
         model: gives the output head and, where its config names one, the soft cap of the logits.
@@ -79,41 +83,53 @@ def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> tor
     """
     head = model.get_output_embeddings()
     hidden, targets = hidden.to(head.weight.device), targets.to(head.weight.device)
-    rows = rows_per_chunk(head, len(hidden))
-    # Both buffers serve every chunk: fresh ones of this size cost more in page faults than the sums that fill them.
-    logits_buffer = hidden.new_empty(rows, head.weight.shape[0])
-    exponentials_buffer = logits_buffer.new_empty(logits_buffer.shape, dtype=torch.float32)
-    parts: list[torch.Tensor] = []
-    for states, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-        logits = project(model, states, logits_buffer)
-        chosen = logits.gather(1, wanted[:, None])[:, 0].float()
-        top = logits.amax(dim=1, keepdim=True).float()
-        exponentials = exponentials_buffer[: len(states)].copy_(logits).sub_(top).exp_()
-        parts.append(exponentials.sum(dim=1).log_() + top[:, 0] - chosen)
+    buffers = tuple(hidden.new_empty(TILE_ROWS * TILE_COLUMNS, dtype=dtype) for dtype in (hidden.dtype, torch.float32))
+    parts = [
+        _row_losses(model, states, wanted, *buffers)
+        for states, wanted in zip(torch.split(hidden, TILE_ROWS), torch.split(targets, TILE_ROWS), strict=True)
+    ]
     return torch.cat(parts)
 
 
-def rows_per_chunk(head: nn.Linear, tokens: int) -> int:
-    """Positions whose logits are held at once."""
-    return min(tokens, max(1, LOGIT_BYTES // (4 * head.weight.shape[0])))
+def _row_losses(
+    model: Any, states: torch.Tensor, targets: torch.Tensor, buffer: torch.Tensor, wide: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of at most ``TILE_ROWS`` positions, shape (rows,), float32; the two buffers are overwritten."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    top = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
+    total, chosen = torch.zeros_like(top), torch.zeros_like(top)
+    for start in range(0, vocabulary, TILE_COLUMNS):
+        columns = slice(start, min(start + TILE_COLUMNS, vocabulary))
+        logits = project(model, states, buffer, columns)
+        if logits.dtype != torch.float32:
+            logits = wide[: logits.numel()].view(logits.shape).copy_(logits)
+        inside = (targets >= columns.start) & (targets < columns.stop)
+        place = torch.where(inside, targets - columns.start, 0)
+        chosen = torch.where(inside, logits.gather(1, place[:, None])[:, 0], chosen)
+        before, top = top, torch.maximum(top, logits.amax(dim=1))
+        total = total * (before - top).exp_() + logits.sub_(top[:, None]).exp_().sum(dim=1)
+    return total.log_() + top - chosen
 
 
-def project(model: Any, states: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+def project(model: Any, states: torch.Tensor, buffer: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
     """Logits of a few positions, soft-capped where the model's config names a cap.
 
     Args:
         model: gives the output head.
         states: final hidden states, shape (rows, d).
-        buffer: shape (at least rows, vocabulary), the model's dtype; overwritten.
+        buffer: at least as many numbers as there are logits, flat, the model's dtype; overwritten.
+        columns: which tokens of the vocabulary.
 
     Returns:
-        its first rows, shape (rows, vocabulary).
+        the first numbers of the buffer, shape (rows, columns).
     """
     head = model.get_output_embeddings()
     cap = getattr(model.config, "final_logit_softcapping", None)
-    logits = torch.mm(states, head.weight.T, out=buffer[: len(states)])
+    weight = head.weight[columns]
+    logits = buffer[: len(states) * len(weight)].view(len(states), len(weight))
+    torch.mm(states, weight.T, out=logits)
     if head.bias is not None:
-        logits += head.bias
+        logits += head.bias[columns]
     if cap is not None:
         logits.div_(cap).tanh_().mul_(cap)
     return logits

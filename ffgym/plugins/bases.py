@@ -165,7 +165,11 @@ class Agent(Plugin, ABC):
         return []
 
     def state(self) -> dict[str, Any]:
-        """Everything that ``load_state`` needs to go on: numpy arrays, numbers, strings, lists and dicts of them."""
+        """What a later search may start from (``search.init_from``): arrays, numbers, strings, lists, dicts of them.
+
+        Whoever takes it up recommends what this agent does. To go on with an interrupted search no state is needed: it
+        is replayed from its log.
+        """
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -175,7 +179,7 @@ class Agent(Plugin, ABC):
 class BatchAgent(Agent):
     """An agent that proposes a batch, is told the rewards, and proposes again. ``learn`` is that loop.
 
-    Subclasses write ``begin``, ``ask`` and ``tell`` (and ``state``/``load_state`` to be resumable).
+    Subclasses write ``begin``, ``ask`` and ``tell``; ``state`` and ``load_state`` if another search may start from it.
     """
 
     @abstractmethod

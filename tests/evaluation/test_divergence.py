@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffgym.evaluation import perplexity
+from ffgym.evaluation import divergence
 from ffgym.evaluation.divergence import evaluate_against, remember
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
@@ -57,7 +57,7 @@ def test_equals_the_full_distributions(family, random_windows):
 @pytest.mark.parametrize(("rows", "tokens_per_batch"), [(1, 1), (7, 40), (40, 60), (10_000, 10_000)])
 def test_chunks_and_batches_do_not_matter(rows, tokens_per_batch, random_windows, monkeypatch):
     dense, pruned, windows = tiny_model("llama"), disturbed(tiny_model("llama")), random_windows(5, 20)
-    monkeypatch.setattr(perplexity, "LOGIT_BYTES", rows * 4 * 128)
+    monkeypatch.setattr(divergence, "LOGIT_BYTES", rows * 4 * divergence.BUFFERS * 128)
     got = measured(dense, pruned, windows, tokens_per_batch=tokens_per_batch)
     losses, forward, reverse = plain(dense, pruned, windows)
     assert got.losses == pytest.approx(losses, rel=1e-5)

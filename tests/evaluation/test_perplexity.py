@@ -1,4 +1,4 @@
-"""The chunked loss is the plain cross-entropy of the full logits."""
+"""The loss summed up tile by tile is the plain cross-entropy of the full logits."""
 
 from __future__ import annotations
 
@@ -35,10 +35,24 @@ def test_equals_the_plain_cross_entropy(family, random_windows):
     assert got.perplexity == pytest.approx(math.exp(got.loss))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 19, 20, 10_000])
-def test_chunk_boundaries_do_not_matter(rows, random_windows, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 5, 127, 128, 10_000])
+@pytest.mark.parametrize("rows", [1, 19, 20, 10_000])
+def test_tiles_do_not_matter(rows, columns, dtype, random_windows, monkeypatch):
+    model, windows = tiny_model("llama", dtype=dtype), random_windows(4, 20)
+    wanted = evaluate(model, windows).losses
+    monkeypatch.setattr(perplexity, "TILE_ROWS", rows)
+    monkeypatch.setattr(perplexity, "TILE_COLUMNS", columns)
+    assert evaluate(model, windows).losses == pytest.approx(wanted, rel=1e-5 if dtype == torch.float32 else 1e-3)
+    if dtype == torch.float32:
+        assert wanted == pytest.approx(plain(model, windows), rel=1e-5)
+
+
+def test_the_tiles_of_a_vocabulary_make_one_distribution(random_windows, monkeypatch):
+    monkeypatch.setattr(perplexity, "TILE_COLUMNS", 48)  # of 128 tokens: the last tile is narrower
     model, windows = tiny_model("llama"), random_windows(4, 20)
-    monkeypatch.setattr(perplexity, "LOGIT_BYTES", rows * 4 * 128)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # highest logits in different tiles, far apart
     assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-5)
 
 
