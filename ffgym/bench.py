@@ -25,7 +25,7 @@ from ffgym.config import RunConfig, Table, changed_settings, config_error, read_
 from ffgym.errors import ConfigError, DataError
 from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
-from ffgym.policy import make_agent
+from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.report.progress import Reporter, duration
 from ffgym.tracking import Tracker
@@ -169,6 +169,11 @@ def check_benches(benches: Sequence[Bench]) -> None:
             changed = changed_settings(stored.settings, cell.config)
             if cell.plain and stored.final.plain_loss is None:
                 changed.append("plain was false and is true now")
+            if stored.asked_marks < cell.marks and cell.config.agent.name != "one-shot":
+                changed.append(f"marks was {stored.asked_marks} and is {cell.marks} now")
+            policy = policy_digest(cell.config)
+            if None not in (policy, stored.policy) and policy != stored.policy:
+                changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
             if changed:
                 raise ConfigError(
                     f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",

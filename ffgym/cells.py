@@ -1,9 +1,9 @@
 """One cell of a bench: one agent with one seed in one configuration, searched and then measured on the report split.
 
 A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the episode
-in flight is lost, and in its MLflow run. Each dtype has a log of its own, so that no search is made of two. Incumbents
-are noted at log-spaced token marks while the search runs and measured on the report split when it has ended; nothing
-selects on those figures.
+in flight is lost, and in its MLflow run. Each dtype has a log of its own, so that no search is made of two, and a lock
+lets several benches work through the same cells without doing one twice. Incumbents are noted at log-spaced token marks
+while the search runs and measured on the report split when it has ended; nothing selects on those figures.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from ffgym.config import RunConfig, digest, settings, to_toml
 from ffgym.output import disk_errors, write_text, writing
 from ffgym.plugins.bases import Agent
-from ffgym.policy import make_agent
+from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import CellResult
 from ffgym.report.progress import Reporter
 from ffgym.search import Found, by_standing, search
@@ -97,22 +98,38 @@ class CellRunner:
         self._dense_loss: float | None = None
 
     def __call__(self, job: Job) -> None:
-        """Compute one cell and write its file."""
+        """Compute one cell and write its file, unless another bench does or has done so since."""
+        cell, folder = job.cell, Path(job.cell.config.tracking.root) / "bench"
+        lock = FileLock(folder / f"{cell.digest[:16]}.lock")
+        with disk_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                self._say.say(f"{cell.label}, seed {cell.seed}: left to another bench that is computing it")
+                return
+        try:
+            if not cell.path.exists():
+                self._prepare_and_compute(job, folder)
+            Path(lock.lock_file).unlink(missing_ok=True)  # who has it open already finds the result
+        finally:
+            lock.release()
+
+    def _prepare_and_compute(self, job: Job, folder: Path) -> None:
         cell = job.cell
         if self._space is None or self._preparation != cell.preparation:
             self._space = self._dense_loss = None  # two models at once may not fit
             self._preparation = cell.preparation
             self._space = open_workspace(cell.config, job.heuristics, self._say)
         with disk_errors():
-            self._compute(cell, with_config(self._space, cell.config), job.parent)
+            self._compute(cell, with_config(self._space, cell.config), job.parent, folder)
 
-    def _compute(self, cell: Cell, space: Workspace, parent: str | None) -> None:
+    def _compute(self, cell: Cell, space: Workspace, parent: str | None, folder: Path) -> None:
         config, say = cell.config, self._say
-        agent = make_agent(config)
+        agent, policy = make_agent(config), policy_digest(config)
         give_prior(agent, space)
         dtype = str(space.loaded.dtype).removeprefix("torch.")  # "auto" may mean another one in the next sitting
-        log = Path(config.tracking.root) / "bench" / f"{cell.digest[:16]}-{dtype}.jsonl"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log = folder / f"{cell.digest[:16]}-{dtype}.jsonl"
         note = log.with_suffix(".run")
         watch = _Incumbents(space, agent, cell.marks)
         with Tracker(
@@ -148,14 +165,19 @@ class CellRunner:
                     on_episode=on_episode,
                     on_update=on_update,
                 )
-            result = self._result(cell, space, found, watch.noted)
+            result = self._result(cell, space, found, watch.noted, policy)
             tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
         write_result(cell.path, result)
         for path in (log, note):
             path.unlink(missing_ok=True)
 
     def _result(
-        self, cell: Cell, space: Workspace, found: Found, noted: Sequence[tuple[int, Allocation]]
+        self,
+        cell: Cell,
+        space: Workspace,
+        found: Found,
+        noted: Sequence[tuple[int, Allocation]],
+        policy: str | None,
     ) -> CellResult:
         known: dict[tuple[int, ...], float] = {}
         with self._say.stage("report split", len(noted) + 2 + cell.plain) as stage:
@@ -191,6 +213,8 @@ class CellRunner:
                 "seconds": round(found.seconds, 1),
                 "threads": torch.get_num_threads(),
                 "dtype": str(space.loaded.dtype).removeprefix("torch."),
+                "policy": policy,
+                "asked_marks": cell.marks,
                 "marks": marks,
                 "final": {**final, "origin": found.best.origin},
             }

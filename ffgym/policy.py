@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
@@ -70,6 +71,15 @@ def read_policy(source: Path, config: RunConfig) -> JSONDict:
             hint=f"Use --agent {owner}, or start from a run of {config.agent.name!r}.",
         )
     return dict(state)
+
+
+def policy_digest(config: RunConfig) -> str | None:
+    """Digest of the policy file that ``search.init_from`` names; ``None`` where it names none, or a run of MLflow."""
+    if config.search.init_from is None:
+        return None
+    source = Path(config.search.init_from).expanduser()
+    path = source / "policy.json" if source.is_dir() else source
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def policy_text(config: RunConfig, sublayers: Sequence[Sublayer], state: JSONDict) -> str:

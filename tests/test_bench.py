@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+from filelock import FileLock
 from glass_runs import EPISODES, PER_UPDATE, WINDOW, glass_tables
 from mlflow_store import client, new_store, runs
 from rich.console import Console
@@ -351,6 +352,29 @@ def test_a_bench_that_is_killed_loses_the_episodes_in_flight_only(
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "again")
 
 
+def test_a_cell_that_another_bench_computes_is_left_to_it(tmp_path: Path, steps: list[int]) -> None:
+    file = bench_file(tmp_path, agents=["uniform", "mlp-first"])
+    other = read_bench(file).cells[0]
+    folder = tmp_path / "mlruns" / "bench"
+    folder.mkdir(parents=True)
+    with FileLock(folder / f"{other.digest[:16]}.lock"):
+        (table,), said = call(file)
+    assert "uniform, seed 0: left to another bench that is computing it" in said
+    assert [row.label for row in table.rows] == ["mlp-first"]
+    call(file)
+    assert sorted(path.stem for path in (tmp_path / "small").iterdir()) == ["mlp-first-seed0", "uniform-seed0"]
+    assert len(steps) - 1 == 2
+
+
+def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(finished: Any, tmp_path: Path) -> None:
+    (cell,) = read_bench(bench_file(tmp_path, agents=["uniform"], seeds=[0])).cells
+    runner = cells.CellRunner(Reporter(Console(quiet=True)))
+    cell.path.parent.mkdir()
+    cell.path.write_text("done")
+    runner(Job(cell, (), None))
+    assert cell.path.read_text() == "done"
+
+
 # interrupted and started again
 
 
@@ -394,7 +418,7 @@ def test_a_line_cut_off_by_a_crash_is_measured_again(finished: Any, tmp_path: Pa
     with pytest.raises(KeyboardInterrupt):
         call(file)
     steps[0] = 10**6
-    (log,) = (tmp_path / "mlruns" / "bench").iterdir()
+    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
     log.write_text(log.read_text()[:-20])
     call(file)
     assert len(steps) - 1 == EPISODES + 1
@@ -407,7 +431,7 @@ def test_seconds_of_all_sittings_are_added_up(tmp_path: Path, steps: list[int]) 
     with pytest.raises(KeyboardInterrupt):
         call(file)
     steps[0] = 10**6
-    (log,) = (tmp_path / "mlruns" / "bench").iterdir()
+    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     log.write_text("".join(json.dumps({**row, "seconds": 100.0}) + "\n" for row in rows))
     call(file)
@@ -421,7 +445,7 @@ def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) ->
     with pytest.raises(KeyboardInterrupt):
         call(file)
     steps[0] = 10**6
-    (log,) = (tmp_path / "mlruns" / "bench").iterdir()
+    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
     first, second = log.read_text().splitlines()
     row = json.loads(second)
     row["action"][0] += 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from glass_runs import glass_tables
 from rich.console import Console
 
 from ffgym import bench as bench_module
-from ffgym.bench import bench, read_bench
-from ffgym.cells import write_result
+from ffgym.bench import bench, check_benches, read_bench
+from ffgym.cells import Cell, write_result
 from ffgym.config import settings
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
+from ffgym.policy import policy_digest
 from ffgym.report.bench import CellResult, Final, Mark
 
 
@@ -40,6 +42,28 @@ def refused(folder: Path, said: str, **spec: Any) -> str | None:
     with pytest.raises(ConfigError, match=said) as raised:
         bench([bench_file(folder, **spec)], progress=Console(quiet=True))
     return raised.value.hint
+
+
+def a_result(cell: Cell) -> CellResult:
+    """What a cell of the small model might have come to."""
+    return CellResult(
+        label="random",
+        agent=cell.config.agent.name,
+        seed=0,
+        settings=settings(cell.config),
+        target=0.2,
+        dense_loss=3.0,
+        report_tokens=1008,
+        search_tokens=1024,
+        final_tokens=1024,
+        episodes=8,
+        seconds=1.0,
+        threads=1,
+        dtype="float32",
+        asked_marks=6,
+        marks=[Mark(tokens=1024, loss=4.0)],
+        final=Final(kept=[1], loss=4.0, sparsity=0.2, origin="policy"),
+    )
 
 
 def variant(**tables: Any) -> dict[str, Any]:
@@ -107,26 +131,27 @@ def test_mistyped_files_are_errors_and_no_tracebacks(tmp_path: Path, spec: dict[
 def test_a_result_without_the_loss_that_is_asked_for_now(tmp_path: Path) -> None:
     path = bench_file(tmp_path)
     (cell,) = read_bench(path).cells
-    result = CellResult(
-        label="random",
-        agent="random",
-        seed=0,
-        settings=settings(cell.config),
-        target=0.2,
-        dense_loss=3.0,
-        report_tokens=1008,
-        search_tokens=1024,
-        final_tokens=1024,
-        episodes=8,
-        seconds=1.0,
-        threads=1,
-        dtype="float32",
-        marks=[Mark(tokens=1024, loss=4.0)],
-        final=Final(kept=[1], loss=4.0, sparsity=0.2, origin="policy"),
-    )
-    write_result(cell.path, result)
+    write_result(cell.path, a_result(cell))
     bench([path], progress=Console(quiet=True))
     refused(tmp_path, "another configuration: plain was false and is true now", plain=True)
+    bench([bench_file(tmp_path, marks=2)], progress=Console(quiet=True), only_report=True)
+    refused(tmp_path, "another configuration: marks was 6 and is 7 now", marks=7)
+
+
+def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    run = {"search": {**glass_tables(tmp_path)["search"], "init_from": str(policy)}}
+    policy.write_text(json.dumps({"agent": "reinforce", "state": {"weights": [[0.0], [0.0]], "log_spread": 0.0}}))
+    path = bench_file(tmp_path, agents=["reinforce"], run=run)
+    (cell,) = read_bench(path).cells
+    stored = a_result(cell).model_copy(update={"policy": policy_digest(cell.config)})
+    write_result(cell.path, stored)
+    check_benches([read_bench(path)])
+    policy.write_text(policy.read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"search\.init_from = '.*policy\.json' holds another policy now"):
+        check_benches([read_bench(path)])
+    policy.unlink()
+    check_benches([read_bench(path)])  # what was measured stays valid
 
 
 def test_a_baseline_that_nobody_runs_is_said(tmp_path: Path) -> None:

@@ -48,7 +48,11 @@ class Final(_Stored):
 
 
 class CellResult(_Stored):
-    """One agent with one seed: what a committed result file holds; ``settings`` is all that decided its numbers."""
+    """One agent with one seed: what a committed result file holds.
+
+    Beside ``settings``, its numbers were decided by the policy that it started from, where there was one: ``policy`` is
+    that file's digest. ``asked_marks`` is how many token marks were asked for; where few updates pass many, fewer came.
+    """
 
     label: str
     agent: str
@@ -63,6 +67,8 @@ class CellResult(_Stored):
     seconds: float
     threads: int
     dtype: str
+    policy: str | None = None
+    asked_marks: int
     marks: list[Mark]
     final: Final
 
