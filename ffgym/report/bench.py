@@ -215,8 +215,11 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         results: the cells.
         path: PNG to write.
     """
+    from matplotlib.ticker import EngFormatter, NullLocator  # slow to import, and not every command draws
+
     figure = new_figure(9.0, 5.0)
     axes: Any = figure.add_subplot()
+    axes.set_xscale("log")
     rules: list[BenchRow] = []
     for row in table.rows:
         cells = [cell for cell in results if cell.label == row.label]
@@ -231,8 +234,10 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
             continue
         (line,) = axes.plot(tokens, values.mean(axis=0), marker="o", markersize=4, label=row.label)
         axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
+        axes.set_xticks(tokens)
     _draw_rules(axes, rules)
-    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
     axes.set_xlabel("search tokens evaluated")
     axes.set_ylabel("report perplexity of the incumbent")
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
