@@ -29,6 +29,7 @@ def cell(
         "seconds": 60.0,
         "threads": 1,
         "dtype": "float32",
+        "asked_marks": len(marks),
         "marks": [Mark(tokens=tokens, loss=loss) for tokens, loss in marks],
         "final": Final(kept=[1, 2], loss=marks[-1][1] if final is None else final, sparsity=0.2, origin="policy"),
     }
