@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # Before torch is imported: on models this small, threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell has what it puts in the background ignore Ctrl-C, and so would every process that the tests start there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("ffgym", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("ffgym")
