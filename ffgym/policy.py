@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,13 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.tracking import fetch_artifact
 from ffgym.types import JSONDict, Sublayer
+
+
+class Policy(NamedTuple):
+    """What a ``policy.json`` says: an agent's state, and which sublayers it is for (``None`` where it does not say)."""
+
+    state: JSONDict
+    sublayers: tuple[str, ...] | None
 
 
 def make_agent(config: RunConfig) -> Agent:
@@ -33,11 +40,12 @@ def make_agent(config: RunConfig) -> Agent:
         if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():
             with tempfile.TemporaryDirectory() as folder:
                 policy = fetch_artifact(Path(config.tracking.root), source, "policy.json", Path(folder))
-                state = read_policy(policy, config)
+                start = read_policy(policy, config)
         else:
-            state = read_policy(Path(source).expanduser(), config)
+            start = read_policy(Path(source).expanduser(), config)
+        agent.policy_sublayers = start.sublayers
         try:
-            agent.load_state(state)
+            agent.load_state(start.state)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
@@ -46,20 +54,21 @@ def make_agent(config: RunConfig) -> Agent:
     return agent
 
 
-def read_policy(source: Path, config: RunConfig) -> JSONDict:
-    """The state in another run's ``policy.json``.
+def read_policy(source: Path, config: RunConfig) -> Policy:
+    """Another run's ``policy.json``.
 
     Args:
         source: a run's folder, or the file.
         config: the run that wants to start from it.
 
     Raises:
-        ConfigError: nothing there, damaged, or of another agent or model shape.
+        ConfigError: nothing there, damaged, or of another agent.
     """
     path = source / "policy.json" if source.is_dir() else source
     try:
         policy = json.loads(path.read_text(encoding="utf-8"))
-        owner, state = policy["agent"], policy["state"]
+        owner, state, names = policy["agent"], dict(policy["state"]), policy.get("sublayers")
+        sublayers = None if names is None else tuple(str(name) for name in names)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
@@ -70,7 +79,7 @@ def read_policy(source: Path, config: RunConfig) -> JSONDict:
             f"search.init_from = {str(source)!r} holds a policy of agent {owner!r}, this run is {config.agent.name!r}",
             hint=f"Use --agent {owner}, or start from a run of {config.agent.name!r}.",
         )
-    return dict(state)
+    return Policy(state, sublayers)
 
 
 def policy_digest(config: RunConfig) -> str | None:

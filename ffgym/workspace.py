@@ -26,6 +26,7 @@ from ffgym.envs.building import (
 )
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
+from ffgym.errors import ConfigError
 from ffgym.evaluation.latency import LatencyTable
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.evaluation.size import SizeMeter
@@ -140,8 +141,20 @@ def with_config(space: Workspace, config: RunConfig) -> Workspace:
 
 
 def give_prior(agent: Agent, space: Workspace) -> None:
-    """Tell an agent where to start, and under a range of budgets between which ends."""
+    """Tell an agent where to start, and under a range of budgets between which ends.
+
+    Raises:
+        ConfigError: it was started from a policy for other sublayers than the model has.
+    """
     prune, prior = space.config.prune, space.config.prior
+    names = tuple(sublayer.name for sublayer in space.prepared.prunable.sublayers)
+    if agent.policy_sublayers not in (None, names):
+        raise ConfigError(
+            f"search.init_from = {space.config.search.init_from!r} holds a policy for {len(agent.policy_sublayers)} "
+            f"sublayers, {agent.policy_sublayers[0]} to {agent.policy_sublayers[-1]}; {space.config.model.name} has "
+            f"{len(names)}, {names[0]} to {names[-1]}",
+            hint="Start from a run on a model of the same depth, or leave --init-from out.",
+        )
     if prune.is_range:
         agent.budgets = prune.ends
     if prior.name != "none":

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ffgym.errors import ModelError
+from ffgym.errors import FFGymError, ModelError
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -168,5 +168,8 @@ def _status(field: str) -> int | None:
 
 
 if __name__ == "__main__":
-    outcome = _run(Job(**json.loads(sys.argv[1])))
+    try:
+        outcome = _run(Job(**json.loads(sys.argv[1])))
+    except FFGymError as failed:
+        sys.exit(failed.message)  # on one line, which is what is read of it
     print(json.dumps(None if outcome is None else asdict(outcome)))

@@ -132,6 +132,7 @@ class Agent(Plugin, ABC):
         prior_mean: importances to start from, shape (2L,), set by the runner from ``prior``; ``None`` for no prior.
         budgets: under a range of budgets its ends, lower first, set by the runner; ``None`` for a single target.
         prior_ends: under a range, importances to start from at its lower and at its upper end; ``None`` for no prior.
+        policy_sublayers: names of the sublayers that the policy it was started from is for; ``None`` for no policy.
     """
 
     needs_prior: ClassVar[bool] = False
@@ -143,6 +144,7 @@ class Agent(Plugin, ABC):
         self.prior_mean: np.ndarray | None = None
         self.budgets: tuple[float, float] | None = None
         self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
+        self.policy_sublayers: tuple[str, ...] | None = None
 
     def check_batch(self, batch: int) -> None:
         """Refuse updates of ``batch`` episodes where they are too small for it; asked before anything is loaded.

@@ -63,8 +63,9 @@ def test_a_pruned_model_takes_less_memory_by_what_its_parameters_say(job, tmp_pa
 
 
 def test_a_process_that_fails_is_an_error(job):
-    with pytest.raises(ModelError, match="memory of 'no/such/folder' failed") as raised:
+    with pytest.raises(ModelError, match=r"memory of 'no/such/folder' failed: .*no/such/folder") as raised:
         measure_memory(replace(job, name="no/such/folder"))
+    assert "Check the path" not in raised.value.message, "the reason, not its hint"
     assert "--batch-sizes" in raised.value.hint
 
 
