@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,17 @@ from rich.console import Console
 
 from ffgym import runner
 from ffgym.cells import Cell, CellRunner, Job, write_result
-from ffgym.config import RunConfig, Table, changed_settings, config_error, read_toml
-from ffgym.errors import ConfigError, DataError
+from ffgym.config import (
+    PLUGIN_TABLES,
+    RunConfig,
+    Table,
+    changed_settings,
+    config_error,
+    read_toml,
+    settings,
+    without_foreign_options,
+)
+from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
 from ffgym.policy import make_agent, policy_digest
@@ -132,7 +141,10 @@ def read_bench(file: Path) -> Bench:
             raise ConfigError(f"{file}: agents has {label!r}, which cannot name a file", hint="Leave the slash out.")
         changes = spec.variants.get(label, {"agent": {"name": label}})
         for seed in spec.seeds:
-            config = _resolved(spec.run, changes, seed)
+            try:
+                config = _resolved(spec.run, changes, seed)
+            except ConfigError as error:
+                raise ConfigError(f"{file}, {label}: {error.message}", hint=error.hint) from None
             if config.agent.name == "one-shot" and seed != spec.seeds[0]:
                 continue
             cells.append(Cell(label, seed, config, folder / f"{label}-seed{seed}.json", spec.marks, spec.plain))
@@ -166,11 +178,8 @@ def check_benches(benches: Sequence[Bench]) -> None:
             )
         if cell.path.exists():
             stored = read_cell(cell)
-            changed = changed_settings(stored.settings, cell.config)
-            if cell.plain and stored.final.plain_loss is None:
-                changed.append("plain was false and is true now")
-            if stored.asked_marks < cell.marks and cell.config.agent.name != "one-shot":
-                changed.append(f"marks was {stored.asked_marks} and is {cell.marks} now")
+            changed = changed_settings(_with_options(stored.settings), cell.config)
+            changed += _unsaid(stored, cell)
             policy = policy_digest(cell.config)
             if None not in (policy, stored.policy) and policy != stored.policy:
                 changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
@@ -181,62 +190,91 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 )
 
 
+def _with_options(stored: JSONDict) -> JSONDict:
+    """Stored settings with the options that their plugins have learnt since, at their defaults."""
+    try:
+        return settings(manager.with_options(RunConfig.model_validate(stored)))
+    except (ValidationError, FFGymError):
+        return stored  # who compares them says what is wrong
+
+
+def _unsaid(stored: CellResult, cell: Cell) -> list[str]:
+    """What a result of the same work does not say and the cell asks for."""
+    unsaid = []
+    if cell.plain and stored.final.plain_loss is None:
+        unsaid.append("plain was false and is true now")
+    if stored.asked_marks < cell.marks and cell.config.agent.name != "one-shot":
+        unsaid.append(f"marks was {stored.asked_marks} and is {cell.marks} now")
+    return unsaid
+
+
 def _model(config: RunConfig) -> str:
     """Which model a configuration names, its revision included."""
     return config.model.name if config.model.revision is None else f"{config.model.name} at {config.model.revision}"
 
 
 def _check_equal_terms(bench: Bench) -> None:
-    """Refuse cells of one table on other splits, or with another number of tokens to search for; rules search none."""
-    first = bench.cells[0]
-    budgets: dict[int, Cell] = {}
+    """Refuse cells of one table that differ in splits, in what the budget counts, or in tokens to search for."""
+    first: dict[str, tuple[Cell, Any]] = {}
     for cell in bench.cells:
-        data, shared = cell.config.data.model_dump(), first.config.data.model_dump()
-        if differing := [key for key in data if data[key] != shared[key]]:
-            key = differing[0]
-            raise ConfigError(
-                f"{bench.file}: one table compares on the same splits, and data.{key} is {shared[key]!r} for "
-                f"{first.label} and {data[key]!r} for {cell.label}",
-                hint="Give each a bench file of its own.",
-            )
-        if cell.config.agent.name != "one-shot":
-            budgets.setdefault(cell.config.search.episodes * cell.config.search.episode_tokens, cell)
-    if len(budgets) > 1:
-        (tokens, one), (others, other) = list(budgets.items())[:2]
-        raise ConfigError(
-            f"{bench.file}: one table compares at equal tokens, and search.episodes x search.episode_tokens is "
-            f"{tokens} for {one.label} and {others} for {other.label}",
-            hint="Give each a bench file of its own.",
-        )
+        for term, value in _terms(cell.config).items():
+            other, expected = first.setdefault(term, (cell, value))
+            if value != expected:
+                raise ConfigError(
+                    f"{bench.file}: one table compares on equal terms, and {term} is {expected!r} for {other.label} "
+                    f"and {value!r} for {cell.label}",
+                    hint="Give each a bench file of its own.",
+                )
+
+
+def _terms(config: RunConfig) -> JSONDict:
+    """What has to be the same in all cells of one table; a rule searches nothing, so its search may differ."""
+    search, data = config.search, config.data
+    terms = {"prune.resource": config.prune.resource}
+    terms |= {f"data.{key}": value for key, value in data.model_dump(mode="json").items()}
+    if config.agent.name == "one-shot":
+        return terms
+    episode = -(-search.episode_tokens // data.window) * data.window
+    updates = -(-search.episodes // search.episodes_per_update)
+    return {
+        **terms,
+        "the search's tokens (episodes in whole updates, of whole windows)": (
+            updates * search.episodes_per_update * episode
+        ),
+        "search.finalists x search.final_tokens": search.finalists * search.final_tokens,
+    }
 
 
 def share(benches: Sequence[Bench]) -> None:
     """Copy results to the cells of other benches, or of other labels, that would compute the very same."""
     cells = [cell for each in benches for cell in each.cells]
-    finished = [cell for cell in cells if cell.path.exists()]
+    finished = [(cell, read_cell(cell)) for cell in cells if cell.path.exists()]
     for cell in cells:
-        twin = next((twin for twin in finished if twin.says_all_of(cell)), None)
-        if twin is not None and not cell.path.exists():
-            write_result(cell.path, read_cell(twin).model_copy(update={"label": cell.label}))
+        if cell.path.exists():
+            continue
+        twins = (result for twin, result in finished if twin.digest == cell.digest and not _unsaid(result, cell))
+        if result := next(twins, None):
+            write_result(cell.path, result.model_copy(update={"label": cell.label}))
 
 
 def read_cell(cell: Cell) -> CellResult:
     """The result file of a cell."""
     try:
         return CellResult.model_validate_json(cell.path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
         raise DataError(f"{cell.path} is not a bench result: {error}", hint="Delete it to compute it again.") from error
 
 
 def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:
-    """What has to be computed, in the order of the files; of cells that are the same work, the one that says most."""
-    wanted: list[tuple[Bench, Cell]] = []
+    """What has to be computed, in the order of the files; cells that are the same work become one that says it all."""
+    wanted: dict[str, tuple[Bench, Cell]] = {}
     for each in benches:
         for cell in each.cells:
-            if not cell.path.exists() and not any(twin.says_all_of(cell) for _, twin in wanted):
-                wanted = [(owner, twin) for owner, twin in wanted if not cell.says_all_of(twin)]
-                wanted.append((each, cell))
-    return wanted
+            if not cell.path.exists():
+                owner, twin = wanted.get(cell.digest, (each, cell))
+                both = replace(twin, marks=max(twin.marks, cell.marks), plain=twin.plain or cell.plain)
+                wanted[cell.digest] = owner, both
+    return list(wanted.values())
 
 
 def compute(cells: Sequence[tuple[Bench, Cell]], say: Reporter, *, processes: int, threads: int) -> None:
@@ -346,11 +384,14 @@ def _round(pair: tuple[Bench, Cell]) -> int:
 
 
 def _resolved(run: dict[str, Any], changes: dict[str, Any], seed: int) -> RunConfig:
+    for name in PLUGIN_TABLES:
+        run = without_foreign_options(run, changes, name)
     tables = dict(run)
     for name, table in changes.items():
         shared = run.get(name)
         tables[name] = {**shared, **table} if isinstance(shared, dict) and isinstance(table, dict) else table
     try:
-        return manager.resolve_agent(RunConfig.model_validate({**tables, "seed": seed}))
+        config = RunConfig.model_validate({**tables, "seed": seed})
     except ValidationError as error:
         raise config_error(error, RunConfig) from None
+    return manager.with_options(manager.resolve_agent(config))

@@ -1,9 +1,10 @@
 """One cell of a bench: one agent with one seed in one configuration, searched and then measured on the report split.
 
 A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the episode
-in flight is lost, and in its MLflow run. Each dtype has a log of its own, so that no search is made of two, and a lock
-lets several benches work through the same cells without doing one twice. Incumbents are noted at log-spaced token marks
-while the search runs and measured on the report split when it has ended; nothing selects on those figures.
+in flight is lost, and in its MLflow run. Each dtype, number of threads and starting policy has a log of its own, so
+that no search is made of two, and a lock lets several benches work through the same cells without doing one twice.
+Incumbents are noted at log-spaced token marks while the search runs and measured on the report split when it has ended;
+nothing selects on those figures.
 """
 
 from __future__ import annotations
@@ -55,10 +56,6 @@ class Cell:
     def digest(self) -> str:
         """Of everything that decides the cell's numbers."""
         return digest(self.config)
-
-    def says_all_of(self, other: Cell) -> bool:
-        """Whether its result says all that the other's would: the same work, and nothing that is measured less."""
-        return self.digest == other.digest and self.marks >= other.marks and self.plain >= other.plain
 
     @property
     def preparation(self) -> str:
@@ -129,7 +126,9 @@ class CellRunner:
         agent, policy = make_agent(config), policy_digest(config)
         give_prior(agent, space)
         dtype = str(space.loaded.dtype).removeprefix("torch.")  # "auto" may mean another one in the next sitting
-        log = folder / f"{cell.digest[:16]}-{dtype}.jsonl"
+        threads = torch.get_num_threads()
+        parts = [cell.digest[:16], dtype, f"{threads}threads", *([policy] if policy else [])]
+        log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")
         watch = _Incumbents(space, agent, cell.marks)
         with Tracker(
@@ -143,7 +142,6 @@ class CellRunner:
             if tracker.run_id is not None:
                 write_text(note, tracker.run_id)
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
-            threads = torch.get_num_threads()
             tracker.set_tags(environment_tags(device=str(space.loaded.device), threads=threads, plugins={}))
             with say.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
 

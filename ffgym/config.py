@@ -430,7 +430,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), **value
     command_line = _merged(command_line, _given(values))
     file = read_toml(path) if path is not None else {}
     for table in PLUGIN_TABLES:
-        file = _without_foreign_options(file, command_line, table)
+        file = without_foreign_options(file, command_line, table)
     try:
         return RunConfig.model_validate(_merged(file, command_line))
     except ValidationError as error:
@@ -612,10 +612,16 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
     return result
 
 
-def _without_foreign_options(file: JSONDict, command_line: JSONDict, table: str) -> JSONDict:
-    """The file without the options of a plugin that the command line replaces by another one."""
-    in_file, given = file.get(table), command_line.get(table)
-    if not isinstance(in_file, dict) or not isinstance(given, dict) or "name" not in given:
-        return file
-    named = in_file.get("name", _table_model(table).model_fields["name"].default)
-    return file if given["name"] == named else {key: value for key, value in file.items() if key != table}
+def without_foreign_options(below: JSONDict, above: JSONDict, table: str) -> JSONDict:
+    """The tables ``below`` without the options of a plugin that ``above`` replaces by another one.
+
+    Args:
+        below: tables of a configuration, e.g. of its file.
+        above: tables that win over them, e.g. of the command line.
+        table: one of `PLUGIN_TABLES`.
+    """
+    replaced, given = below.get(table), above.get(table)
+    if not isinstance(replaced, dict) or not isinstance(given, dict) or "name" not in given:
+        return below
+    named = replaced.get("name", _table_model(table).model_fields["name"].default)
+    return below if given["name"] == named else {key: value for key, value in below.items() if key != table}

@@ -14,6 +14,7 @@ from typing import Any
 
 from ffgym.config import RunConfig, load_config
 from ffgym.errors import ConfigError, OutputError
+from ffgym.plugins import manager
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
@@ -112,7 +113,7 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
         ConfigError: the run there is of another configuration.
     """
     folder = folder.expanduser()
-    stored = stored_config(folder)
+    stored = manager.with_options(stored_config(folder))
     if difference := first_difference(stored, config):
         key, there, here = difference
         raise ConfigError(

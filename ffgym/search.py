@@ -183,6 +183,7 @@ def search_front(
         stop_margin=settings.stop_margin if settings.stop_hopeless else None,
         on_episode=record,
         replay=earlier.episodes,
+        log_name=str(log),
     )
 
     def report(update: Update) -> None:
@@ -436,11 +437,14 @@ def read_log(path: Path) -> Log:
     """Read a log; a last line that was cut off by a crash is left out.
 
     Raises:
-        DataError: any other line that is not an episode.
+        DataError: any other line that is not an episode, or a file that is not UTF-8.
     """
     episodes: list[Episode] = []
     seconds = 0.0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no log: {error}", hint="Delete the file to search from the start.") from None
     if lines and not lines[-1].endswith("\n"):
         path.write_text("".join(lines[:-1]), encoding="utf-8")  # or the next line would be glued to it
         lines.pop()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from typing import Any, Protocol, TextIO, TypeVar, cast
 
+import torch
 from rich.console import Console
 
 from ffgym.errors import FFGymError, WorkerError
@@ -65,7 +66,7 @@ def work(queue: Queue[J], make: Make[J], say: Reporter, *, processes: int, threa
             it and the jobs must be picklable.
         say: where progress goes; lines of process 2 begin with ``[2]``.
         processes: >= 1; a single one is this process itself.
-        threads: torch threads of each process; a single one keeps those it has.
+        threads: torch threads of each process, also where it is this one.
 
     Raises:
         Exception: what a job raised; the others are interrupted first.
@@ -73,10 +74,15 @@ def work(queue: Queue[J], make: Make[J], say: Reporter, *, processes: int, threa
         KeyboardInterrupt: Ctrl-C; the processes have ended.
     """
     if processes == 1:
-        do = make(say)
-        while (job := queue.take(0)) is not None:
-            do(job)
-            queue.done(0)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            do = make(say)
+            while (job := queue.take(0)) is not None:
+                do(job)
+                queue.done(0)
+        finally:
+            torch.set_num_threads(before)
         return
     workers: list[_Worker] = []
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from filelock import FileLock
 from glass_runs import EPISODES, PER_UPDATE, WINDOW, glass_tables
 from mlflow_store import client, new_store, runs
@@ -140,8 +142,8 @@ def test_the_final_quality_is_the_one_a_run_reports(finished: Any, tmp_path: Pat
     result = numbers(finished[0].parent / "small")["reinforce-seed1"]
     config = RunConfig.model_validate({**glass_tables(tmp_path, output={"save_model": False}), "seed": 1})
     rows = runner.run(config, progress=Console(quiet=True)).table.rows
-    assert np.exp(result["final"]["loss"]) == next(r.perplexity for r in rows if r.label == "reinforce + ridge")
-    assert np.exp(result["dense_loss"]) == rows[0].perplexity
+    assert math.exp(result["final"]["loss"]) == next(r.perplexity for r in rows if r.label == "reinforce + ridge")
+    assert math.exp(result["dense_loss"]) == rows[0].perplexity
 
 
 def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
@@ -167,13 +169,19 @@ def test_no_log_is_left_behind(finished: Any) -> None:
     assert list((finished[0].parent / "mlruns" / "bench").iterdir()) == []
 
 
-@pytest.mark.parametrize("marks", [2, 3])
-def test_fewer_marks_keep_the_first_and_the_last(finished: Any, tmp_path: Path, marks: int) -> None:
-    call(bench_file(tmp_path, agents=["reinforce"], seeds=[1], marks=marks))
-    few, all_ = (numbers(folder)["reinforce-seed1"] for folder in (tmp_path / "small", finished[0].parent / "small"))
-    assert [few["marks"][0], few["marks"][-1]] == [all_["marks"][0], all_["marks"][-1]]
-    assert len(few["marks"]) == 2  # a search of two updates has no more
-    assert few["final"] == all_["final"]
+def test_fewer_marks_keep_the_first_and_the_last(tmp_path: Path) -> None:
+    glass = glass_tables(tmp_path)
+    longer = {"search": {**glass["search"], "episodes": 8 * PER_UPDATE}}
+    update = PER_UPDATE * 2 * WINDOW
+    noted = {}
+    for marks in (2, 3, 8):
+        call(bench_file(tmp_path, stem=f"marks-{marks}", agents=["random"], seeds=[0], marks=marks, tables=longer))
+        result = numbers(tmp_path / f"marks-{marks}")["random-seed0"]
+        noted[marks] = {mark["tokens"]: mark["loss"] for mark in result["marks"]}
+    assert list(noted[2]) == [update, 8 * update]
+    assert list(noted[3]) == [update, 3 * update, 8 * update]  # the first update past the geometric mean, 2.8
+    assert list(noted[8]) == [update, 2 * update, 3 * update, 4 * update, 5 * update, 6 * update, 8 * update]
+    assert noted[2].items() <= noted[3].items() <= noted[8].items()
 
 
 def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +259,34 @@ def test_what_was_found_is_measured_without_a_refit_where_a_file_asks_for_it(tmp
     assert one == other
     assert one["final"]["plain_loss"] != one["final"]["loss"]
     assert table.rows[0].plain.value == pytest.approx(np.exp(one["final"]["plain_loss"]))
+
+
+@pytest.mark.parametrize("results", ["small", "plain"])
+def test_files_that_each_ask_for_more_than_the_other_share_one_cell(
+    tmp_path: Path, steps: list[int], results: str
+) -> None:
+    more_marks = bench_file(tmp_path, agents=["reinforce"], seeds=[0], marks=6)
+    plain = bench_file(tmp_path, stem="plain", agents=["reinforce"], seeds=[0], marks=2, plain=True, results=results)
+    call(more_marks, plain)
+    assert len(steps) - 1 == EPISODES
+    for result in (*numbers(tmp_path / "small").values(), *numbers(tmp_path / results).values()):
+        assert result["asked_marks"] == 6
+        assert result["final"]["plain_loss"] is not None
+    call(more_marks, plain)
+    assert len(steps) - 1 == EPISODES
+
+
+def test_a_single_cell_left_of_several_jobs_keeps_their_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        call(bench_file(tmp_path, agents=["uniform"]), jobs=2)
+        assert numbers(tmp_path / "small")["uniform-seed0"]["threads"] == 2
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_setting_that_is_new_does_not_outdate_results(finished: Any, tmp_path: Path) -> None:
@@ -450,7 +486,7 @@ def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) ->
     row = json.loads(second)
     row["action"][0] += 0.1
     log.write_text(f"{first}\n{json.dumps(row)}\n")
-    with pytest.raises(DataError, match="episode 1 of the log is not what this search does") as raised:
+    with pytest.raises(DataError, match=r"episode 1 of .*\.jsonl is not what this search does") as raised:
         call(file)
     assert raised.value.hint
 

@@ -13,6 +13,7 @@ from glass_runs import glass_tables
 from rich.console import Console
 
 from ffgym import bench as bench_module
+from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import bench, check_benches, read_bench
 from ffgym.cells import Cell, write_result
 from ffgym.config import settings
@@ -93,10 +94,58 @@ def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
         ({"data": {"report_tokens": 512}}, r"data\.report_tokens is 1024 for random and 512 for other"),
         ({"search": {"episodes": 16}}, r"1024 for random and 2048 for other"),
         ({"search": {"episode_tokens": 64}}, r"1024 for random and 512 for other"),
+        ({"search": {"episodes": 9}}, r"whole updates.* is 1024 for random and 1536 for other"),
+        ({"search": {"finalists": 9}}, r"search\.finalists x search\.final_tokens is \d+ for random and \d+ for other"),
+        ({"prune": {"resource": "kv"}}, r"prune\.resource is 'params' for random and 'kv' for other"),
     ],
 )
 def test_unequal_terms(tmp_path: Path, tables: dict[str, Any], said: str) -> None:
     refused(tmp_path, said, **variant(**tables))
+
+
+def test_episodes_of_a_part_of_a_window_cost_the_whole(tmp_path: Path) -> None:
+    tokens = glass_tables(tmp_path)["search"]["episode_tokens"]
+    bench([bench_file(tmp_path, **variant(search={"episode_tokens": tokens - 1}))], only_report=True)
+
+
+def test_a_variants_plugin_takes_no_options_of_the_one_it_replaces(tmp_path: Path) -> None:
+    file = bench_file(
+        tmp_path,
+        run={"agent": {"name": "reinforce", "learning_rate": 1.0}, "prior": {"name": "alpha", "span": 0.3}},
+        agents=["reinforce", "ppo", "owl-prior"],
+        variants={"owl-prior": {"agent": {"name": "reinforce", "smooth": 0.5}, "prior": {"name": "owl"}}},
+    )
+    plain, ppo, owl = (cell.config for cell in read_bench(file).cells)
+    assert (plain.agent.options["learning_rate"], plain.prior.options["span"]) == (1.0, 0.3)
+    assert ppo.agent.options["learning_rate"] == 0.003
+    assert (owl.agent.options["learning_rate"], owl.agent.options["smooth"]) == (1.0, 0.5)
+    assert owl.prior.options["span"] == 0.08
+
+
+def test_a_wrong_option_says_in_which_row(tmp_path: Path) -> None:
+    refused(tmp_path, r"small\.toml, other: unknown key 'lr'", **variant(agent={"name": "reinforce", "lr": 1.0}))
+
+
+def test_a_plugins_default_that_has_moved_outdates_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench_file(tmp_path, agents=["reinforce"])
+    (cell,) = read_bench(path).cells
+    write_result(cell.path, a_result(cell))
+    monkeypatch.setattr(Reinforce.Config.model_fields["smooth"], "default", 0.1)
+    Reinforce.Config.model_rebuild(force=True)
+    try:
+        refused(tmp_path, r"another configuration: agent\.smooth was 0\.7 and is 0\.1 now", agents=["reinforce"])
+    finally:
+        monkeypatch.undo()
+        Reinforce.Config.model_rebuild(force=True)
+
+
+def test_an_option_that_a_plugin_has_learnt_since_outdates_no_results(tmp_path: Path) -> None:
+    path = bench_file(tmp_path, agents=["reinforce"])
+    (cell,) = read_bench(path).cells
+    result = a_result(cell)
+    del result.settings["agent"]["smooth"]
+    write_result(cell.path, result)
+    assert bench([path], progress=Console(quiet=True), only_report=True)
 
 
 def test_two_revisions_of_a_model(tmp_path: Path) -> None:

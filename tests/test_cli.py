@@ -241,11 +241,13 @@ def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Path) -> None:
-    printed = call("config", "--sparsity", "0.3", "--set", "agent.lr=0.01")
+    printed = call("config", "--sparsity", "0.3", "--set", "agent.learning_rate=0.01")
     file = tmp_path / "run.toml"
     file.write_text(printed.stdout, "utf-8")
     assert call("run", "--config", str(file)).exit_code == 0
-    assert runner == [load_config(prune={"sparsity": 0.3}, agent={"lr": 0.01})]
+    wanted = load_config(prune={"sparsity": 0.3}, agent={"learning_rate": 0.01})
+    assert runner == [manager.with_options(wanted)]
+    assert "smooth = 0.7" in printed.stdout, "options of plugins are printed too"
 
 
 @pytest.mark.parametrize(

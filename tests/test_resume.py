@@ -256,7 +256,7 @@ class TestRefusals:
         [
             ({"prune": {"sparsity": 0.3}}, "has prune.sparsity = 0.2, this one 0.3"),
             ({"search": {"episodes": 80}}, "has search.episodes = 8, this one 80"),
-            ({"agent": {"name": "reinforce", "spread": 0.3}}, "has agent.spread = None, this one 0.3"),
+            ({"agent": {"name": "reinforce", "spread": 0.3}}, "has agent.spread = 0.15, this one 0.3"),
             ({"data": {"window": 32}, "prune": {"ridge": 0.2}}, "has data.window = 64, this one 32"),
         ],
     )
@@ -297,7 +297,7 @@ def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list
     rows[1]["action"][0] += 0.1
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = log.read_text()
-    with pytest.raises(DataError, match="episode 1 of the log is not what this search does"):
+    with pytest.raises(DataError, match=r"episode 1 of .*episodes\.jsonl is not what this search does"):
         go(config(tmp_path), resume=tmp_path / "out")
     assert log.read_text() == before
     assert (tmp_path / "out" / "config.toml").exists()

@@ -123,7 +123,9 @@ def test_everything_is_written_and_nothing_else(finished: Finished) -> None:
 
 
 def test_the_written_configuration_is_the_run(finished: Finished) -> None:
-    assert load_config(finished.folder / "config.toml") == finished.config
+    written = load_config(finished.folder / "config.toml")
+    assert written == manager.with_options(finished.config)
+    assert written.agent.options["smooth"] == 0.7, "a default that moves later is written down"
 
 
 def test_the_table_has_its_rows(finished: Finished) -> None:
@@ -464,6 +466,9 @@ def test_init_from_a_folder_or_an_mlflow_run_starts_from_its_policy(finished: Fi
         ("{", "no policy could be read"),
         ("[1]", "no policy could be read"),
         ('{"agent": "random", "state": {}}', "holds a policy of agent 'random', this run is 'reinforce'"),
+        ('{"agent": "reinforce", "state": null}', "no policy could be read"),
+        ('{"agent": "reinforce", "state": [1]}', "no policy could be read"),
+        ('{"agent": "reinforce", "state": {}, "sublayers": 3}', "no policy could be read"),
         ('{"agent": "reinforce", "state": {}}', "its policy is not what agent 'reinforce' writes"),
         ('{"agent": "reinforce", "state": {"weights": "x", "log_spread": 0}}', "its policy is not what agent"),
     ],
@@ -494,6 +499,19 @@ def test_a_policy_of_another_model_is_refused(finished: Finished, tmp_path: Path
     (tmp_path / "policy.json").write_text(json.dumps(policy))
     with pytest.raises(ConfigError, match="for 6 sublayers, this model has 8"):
         finish(glass_config(tmp_path, search={"init_from": str(tmp_path / "policy.json")}))
+
+
+@pytest.mark.parametrize("agent", ["reinforce", "evolution", "ppo"])
+def test_a_policy_for_other_sublayers_is_refused_whatever_the_agent(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: str
+) -> None:
+    policy = json.loads((finished.folder / "policy.json").read_text())
+    policy |= {"agent": agent, "sublayers": policy["sublayers"][:6]}
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    monkeypatch.setattr(manager.get_class("agent", agent), "load_state", lambda self, state: None)
+    with pytest.raises(ConfigError, match=r"a policy for 6 sublayers, .*; .*glass has 8, ") as raised:
+        finish(glass_config(tmp_path, agent={"name": agent}, search={"init_from": str(tmp_path / "policy.json")}))
+    assert "same depth" in str(raised.value.hint)
 
 
 # the output folder
@@ -781,8 +799,7 @@ def test_ctrl_c_saves_what_was_found_and_marks_the_run_killed(
     assert f"interrupted after {saved} episodes" in said
     assert str(out / "allocation.json") in said
     # Another run can start from it.
-    state = read_policy(out, glass_config(tmp_path))
-    manager.create("agent", "reinforce").load_state(state)
+    manager.create("agent", "reinforce").load_state(read_policy(out, glass_config(tmp_path)).state)
 
 
 def test_ctrl_c_during_the_report_says_where_the_found_allocation_is(
@@ -843,4 +860,4 @@ def test_json_is_pure_data_on_stdout(tmp_path: Path) -> None:
 
 
 def test_the_written_configuration_reruns_to_the_same_digest(finished: Finished) -> None:
-    assert digest(load_config(finished.folder / "config.toml")) == digest(finished.config)
+    assert digest(load_config(finished.folder / "config.toml")) == digest(manager.with_options(finished.config))

@@ -155,7 +155,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
         Raises:
             BudgetError: a sparsity out of reach.
-            DataError: a subset that is empty, or names windows that are not there.
+            DataError: a subset that is empty, or names windows that are not there; examples that are not there.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -164,9 +164,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         subset: Sequence[int] | None = options.get("subset")
         self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
         examples: Sequence[int] | None = options.get("examples")
-        if examples is None:
-            examples = self.draw_examples(self.np_random, len(self._subset))
-        self._examples = tuple(examples)
+        self._examples = (
+            self.draw_examples(self.np_random, len(self._subset))
+            if examples is None
+            else self._checked_examples(examples)
+        )
         self._hopeless = options.get("hopeless")
         return self.observation(), {}
 
@@ -177,6 +179,16 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 f"the subset {list(indices)} is not one to measure an episode on: it needs at least one of the search"
                 f" windows 0 to {len(self.windows) - 1}",
                 hint="Give indices of search windows, or leave the option out to have them drawn.",
+            )
+        return indices
+
+    def _checked_examples(self, examples: Sequence[int]) -> tuple[int, ...]:
+        indices = tuple(int(i) for i in examples)
+        if indices and (min(indices) < 0 or max(indices) >= len(self.examples)):
+            there = f"0 to {len(self.examples) - 1}" if self.examples else "none, for its reward asks for none"
+            raise DataError(
+                f"the examples {list(indices)} are not ones to measure an episode on: this environment has {there}",
+                hint="Give indices of task examples, or leave the option out to have them drawn.",
             )
         return indices
 

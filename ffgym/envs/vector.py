@@ -57,6 +57,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         stop_margin: float | None = None,
         on_episode: Callable[[Episode], None] | None = None,
         replay: Sequence[Episode] = (),
+        log_name: str = "the log",
     ) -> None:
         self.env = env
         self.schedule = schedule
@@ -72,6 +73,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.observation_space = batch_space(env.observation_space, num_envs)
         self._on_episode = on_episode
         self._replay = replay
+        self._log_name = log_name
         self._update = 0
         self._first_place = 1.0
         self._stage = schedule.stage(0.0)
@@ -164,9 +166,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         task = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept)
         if task != (self._update, stage.sparsity, stage.fidelity, kept) or not np.array_equal(episode.action, action):
             raise DataError(
-                f"episode {index} of the log is not what this search does: the log is of another configuration, seed, "
-                "version or thread count",
-                hint="Delete the log to search from the start.",
+                f"episode {index} of {self._log_name} is not what this search does: it was written with another "
+                "configuration, starting policy, seed, version or thread count",
+                hint=f"Delete {self._log_name} to search from the start.",
             )
         return episode
 

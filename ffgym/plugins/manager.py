@@ -197,16 +197,38 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
         UnknownNameError: nobody provides the name.
     """
     cls: type[Plugin] = get_class(kind, name)
-    try:
-        config = cls.Config.model_validate(dict(options or {}))
-    except ValidationError as error:
-        raise config_error(error, cls.Config, _TABLES[kind]) from None
+    config = _validated(kind, cls, options or {})
     try:
         return cls(config)
     except FFGymError:
         raise
     except Exception as error:
         raise PluginError(f"{described(cls)} could not be created: {type(error).__name__}: {error}") from error
+
+
+def _validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -> PluginConfig:
+    try:
+        return cls.Config.model_validate(dict(options))
+    except ValidationError as error:
+        raise config_error(error, cls.Config, _TABLES[kind]) from None
+
+
+def with_options(config: RunConfig) -> RunConfig:
+    """The same configuration with all options of its plugins spelled out, so that it means the same tomorrow.
+
+    What is stored beside numbers must say what decided them, also after a plugin's default has moved. An option whose
+    value is ``None`` is left out: TOML has no null.
+
+    Raises:
+        ConfigError, PluginError, UnknownNameError: as `create`.
+    """
+    tables = {}
+    for kind, key in _TABLES.items():
+        table = getattr(config, key)
+        if (kind, table.name) != ("heuristic", "none"):
+            options = _validated(kind, get_class(kind, table.name), table.options)
+            tables[key] = type(table)(**{**options.model_dump(mode="json", exclude_none=True), "name": table.name})
+    return config.model_copy(update=tables)
 
 
 def resolve_agent(config: RunConfig) -> RunConfig:

@@ -163,25 +163,58 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
     first = results[0]
     targets = " and ".join(f"{target:.0%}" for target in sorted({result.target for result in results}))
     dtypes = " and ".join(dict.fromkeys(result.dtype for result in results))
+    # "none" is what the rewards saw; the report is measured after ridge all the same
+    affine = {result.settings.get("prune", {}).get("calibration") == "affine" for result in results}
+    refit = (
+        "the same affine refit" if affine == {True} else "the same ridge" if affine == {False} else "ridge or affine"
+    )
     header = (
-        f"Report split, {first.report_tokens:,} tokens, {dtypes}, after the same ridge; dense perplexity "
+        f"Report split, {first.report_tokens:,} tokens, {dtypes}, after {refit}; dense perplexity "
         f"{math.exp(first.dense_loss):.2f}; target sparsity {targets}; mean and standard error over seeds."
     )
-    return BenchTable(title, tuple(sorted(rows, key=lambda row: row.perplexity.value)), header, baseline)
+    return BenchTable(title, tuple(sorted(rows, key=_standing)), header, baseline)
+
+
+def _standing(row: BenchRow) -> tuple[bool, float]:
+    """Best first; what came to no number comes last."""
+    return math.isnan(row.perplexity.value), row.perplexity.value
 
 
 def tokens_until(cells: Sequence[CellResult], goal: float) -> float | None:
     """Tokens until the mean incumbent's report loss first came down to ``goal``; ``None`` where it never did."""
-    count = min(len(cell.marks) for cell in cells)
-    tokens = [float(np.mean([cell.marks[i].tokens for cell in cells])) for i in range(count)]
-    losses = [float(np.mean([cell.marks[i].loss for cell in cells])) for i in range(count)]
+    tokens, by_cell = curves(cells)
+    losses = by_cell.mean(axis=0)
     for i, loss in enumerate(losses):
         if loss <= goal:
             if i == 0 or not math.isfinite(losses[i - 1]):
-                return tokens[i]
+                return float(tokens[i])
             share = (losses[i - 1] - goal) / (losses[i - 1] - loss)
             return math.exp(math.log(tokens[i - 1]) + share * (math.log(tokens[i]) - math.log(tokens[i - 1])))
     return None
+
+
+def curves(cells: Sequence[CellResult]) -> tuple[np.ndarray, np.ndarray]:
+    """Report loss of the incumbents over tokens, between marks linear in log tokens.
+
+    Seeds may have noted their incumbents at other tokens, or at fewer: all are read at the marks of any, from where the
+    last of them begins to where the first of them ends.
+
+    Returns:
+        tokens, shape (marks,), float64, rising; losses, shape (cells, marks), nats per token, infinite where an
+        incumbent broke down.
+    """
+    tokens = np.unique([mark.tokens for cell in cells for mark in cell.marks]).astype(float)
+    begin, end = max(cell.marks[0].tokens for cell in cells), min(cell.marks[-1].tokens for cell in cells)
+    tokens = tokens[(begin <= tokens) & (tokens <= end)]
+    losses = [
+        np.interp(
+            np.log(tokens),
+            np.log([mark.tokens for mark in cell.marks]),
+            [mark.loss if math.isfinite(mark.loss) else math.inf for mark in cell.marks],
+        )
+        for cell in cells
+    ]
+    return tokens, np.nan_to_num(np.array(losses), nan=math.inf, posinf=math.inf)
 
 
 def markdown(table: BenchTable) -> str:
@@ -223,18 +256,16 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     rules: list[BenchRow] = []
     for row in table.rows:
         cells = [cell for cell in results if cell.label == row.label]
-        count = min(len(cell.marks) for cell in cells)
-        if count < 2:
+        if min(len(cell.marks) for cell in cells) < 2:
             rules += [row] if math.isfinite(row.perplexity.value) else []
             continue
-        tokens = np.array([np.mean([cell.marks[i].tokens for cell in cells]) for i in range(count)])
-        losses = np.array([[cell.marks[i].loss for i in range(count)] for cell in cells])
+        tokens, losses = curves(cells)
         values = np.exp(np.where(losses < 700, losses, np.nan))  # what broke down leaves a gap
         if not np.isfinite(values.mean(axis=0)).any():
             continue
         (line,) = axes.plot(tokens, values.mean(axis=0), marker="o", markersize=4, label=row.label)
         axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
-        axes.set_xticks(tokens)
+        axes.set_xticks([mark.tokens for mark in cells[0].marks])
     _draw_rules(axes, rules)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))

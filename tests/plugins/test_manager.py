@@ -261,3 +261,17 @@ def test_agents_and_unknown_names_are_left_alone() -> None:
     assert manager.resolve_agent(RunConfig()) == RunConfig()
     unknown = load_config(agent={"name": "nobody"})
     assert manager.resolve_agent(unknown) == unknown
+
+
+def test_all_options_of_all_plugins_are_spelled_out() -> None:
+    config = load_config(agent={"name": "reinforce", "smooth": 0.1}, criterion={"name": "obs"})
+    spelled = manager.with_options(config)
+    assert spelled.agent.options == {**manager.create("agent", "reinforce").config.model_dump(), "smooth": 0.1}
+    assert spelled.criterion.options == {"ridge": 0.01}
+    assert spelled.prior.options == {"spare_first": 3, "spare_last": 1}
+    assert manager.with_options(spelled) == spelled
+    assert manager.with_options(load_config(prior={"name": "none"})).prior.options == {}
+    with pytest.raises(ConfigError, match="unknown key 'lr' in"):
+        manager.with_options(load_config(agent={"lr": 1.0}))
+    with pytest.raises(UnknownNameError, match="nobody"):
+        manager.with_options(load_config(reward={"name": "nobody"}))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ffgym.report.bench import CellResult, Final, Mark, bench_figure, bench_table, markdown, tokens_until
+from ffgym.report.bench import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
 
 
 def cell(
@@ -71,6 +71,20 @@ def test_only_marks_that_all_seeds_have_are_averaged() -> None:
     assert tokens_until(cells, 2.0) is None
 
 
+def test_seeds_are_averaged_at_the_same_tokens_also_where_one_lacks_a_mark() -> None:
+    all_marks = [(100, 4.0), (200, 3.0), (400, 2.0), (800, 1.0)]
+    full, gap = cell("a", 0, all_marks), cell("a", 1, [all_marks[0], *all_marks[2:]])
+    assert tokens_until([full, gap], 1.0) == pytest.approx(800)
+    assert tokens_until([full, gap], 3.0) == pytest.approx(200)  # half the way from 100 to 400, in log tokens
+
+
+def test_curves_run_from_the_last_beginning_to_the_first_end() -> None:
+    tokens, losses = curves([cell("a", 0, [(100, 3.0), (900, 1.0)]), cell("a", 1, [(300, 2.0), (600, math.inf)])])
+    assert tokens.tolist() == [300, 600]
+    assert losses[0] == pytest.approx([2.0, 3.0 - 2.0 * math.log(6) / math.log(9)])
+    assert losses[1].tolist() == [2.0, math.inf]
+
+
 def test_an_incumbent_that_broke_down_is_worse_than_any_goal() -> None:
     marks = [(100, math.inf), (1000, 2.0)]
     assert tokens_until([cell("a", 0, marks)], 3.0) == pytest.approx(1000)
@@ -78,6 +92,26 @@ def test_an_incumbent_that_broke_down_is_worse_than_any_goal() -> None:
 
 
 # the table
+
+
+def test_what_came_to_no_number_stands_last() -> None:
+    finals = {"good": 2.3, "none": math.nan, "bad": 3.0, "broken": math.inf}
+    cells = [cell(label, 0, [(100, 4.0)], final=final) for label, final in finals.items()]
+    rows = bench_table("Bench", cells, baseline="good").rows
+    assert [row.label for row in rows] == ["good", "bad", "broken", "none"]
+
+
+@pytest.mark.parametrize(
+    ("calibrations", "said"),
+    [
+        (["ridge", "none"], "after the same ridge"),
+        (["affine"], "after the same affine refit"),
+        (["ridge", "affine"], "after ridge or affine"),
+    ],
+)
+def test_the_header_names_the_refit(calibrations: list[str], said: str) -> None:
+    cells = [cell(name, 0, [(100, 4.0)], settings={"prune": {"calibration": name}}) for name in calibrations]
+    assert said in bench_table("Bench", cells, baseline=calibrations[0]).header
 
 
 def results() -> list[CellResult]:
