@@ -5,8 +5,9 @@ the rewards within an update counts, so it does not mind that every update has i
 generation: the population is all the episodes of an update. Nothing is carried over but the distribution.
 
 ``separable`` keeps C diagonal (Ros and Hansen 2008): fewer numbers to learn, which pays where importances outnumber
-updates. What is sampled outside [-1, 1] is clipped, not drawn again: in 60 dimensions with a prior on the edge no
-sample would ever be inside.
+updates. What is sampled outside [-1, 1] is measured at the edge and not drawn again: in 60 dimensions with a prior on
+the edge no sample would ever be inside. The update sees the sample as it was drawn; told of the clipped ones, the mean
+would leave the edge whatever the rewards say.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class CMAES(BatchAgent):
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._optimizer: Any = None
+        self._drawn: list[np.ndarray] = []
 
     def check_batch(self, batch: int) -> None:
         """Refuse updates of a single episode."""
@@ -66,12 +68,12 @@ class CMAES(BatchAgent):
         # The generator is seeded anew for every generation, so that the state needs no generator in it.
         generation = np.random.SeedSequence([self._seed, self._optimizer.generation])
         self._optimizer.reseed_rng(int(generation.generate_state(1)[0]))
-        return np.stack([self._optimizer.ask() for _ in range(self._batch)]).astype(np.float32)
+        self._drawn = [self._optimizer.ask() for _ in range(self._batch)]
+        return np.asarray(np.clip(np.stack(self._drawn), -1.0, 1.0), dtype=np.float32)
 
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Move mean, step size and covariance."""
-        points = actions.astype(np.float64)
-        self._optimizer.tell([(point, -float(reward)) for point, reward in zip(points, rewards, strict=True)])
+        self._optimizer.tell([(drawn, -float(reward)) for drawn, reward in zip(self._drawn, rewards, strict=True)])
         return {
             "policy/mean": float(self._optimizer.mean.mean()),
             "policy/spread": float(actions.std(axis=0).mean()),
@@ -111,7 +113,5 @@ class CMAES(BatchAgent):
         return (SepCMA if self.config.separable else CMA)(
             mean=np.clip(mean, -1.0, 1.0).astype(np.float64),
             sigma=self.config.sigma,
-            bounds=np.tile([-1.0, 1.0], (len(mean), 1)),
-            n_max_resampling=0,
             population_size=batch,
         )

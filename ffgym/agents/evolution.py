@@ -16,7 +16,7 @@ What differs from the paper's code, and why:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +24,8 @@ from pydantic import Field, model_validator
 
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
+
+MOST_TRIES = 50  # for a child that is none of the others
 
 
 class EvolutionConfig(PluginConfig):
@@ -83,11 +85,12 @@ class Evolution(BatchAgent):
         """Survivors first, then their children, shape (batch, 2L), float32."""
         if self._parents is None:
             first = [self._centre()] if self._uses_prior else []
-            rows = [*first, *(self._random() for _ in range(self._batch - len(first)))]
+            rows = [*first, *(_inside(self._random()) for _ in range(self._batch - len(first)))]
         else:
-            parents = list(self._parents[: self._survivors])
-            rows = [*parents, *(self._child() for _ in range(self._batch - len(parents)))]
-        return np.asarray(np.clip(np.stack(rows), -1.0, 1.0), dtype=np.float32)
+            rows = list(self._parents[: self._survivors])
+            while len(rows) < self._batch:
+                rows.append(self._new_child(rows))
+        return np.asarray(np.stack(rows), dtype=np.float32)
 
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Let the best survive, best first."""
@@ -124,10 +127,19 @@ class Evolution(BatchAgent):
             return np.asarray(self._centre() + step)
         return np.asarray(self._rng.uniform(-1.0, 1.0, self._dimensions))
 
+    def _new_child(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """A child that is none of the rows: the same again would earn the same reward, and pay for it."""
+        for _ in range(MOST_TRIES):
+            child = _inside(self._child())
+            if not any(np.array_equal(child, row) for row in rows):
+                break
+        return child
+
     def _child(self) -> np.ndarray:
         assert self._parents is not None, "there is a first generation"
         way = self._rng.random()
-        one, other = self._parents[self._rng.integers(len(self._parents), size=2)]
+        couple = self._rng.permutation(len(self._parents))[:2]
+        one, other = self._parents[couple[0]], self._parents[couple[-1]]
         changed = self._rng.random(self._dimensions)
         if way < self.config.mutation:
             step = self.config.mutation_spread * self._rng.standard_normal(self._dimensions)
@@ -135,3 +147,8 @@ class Evolution(BatchAgent):
         if way < self.config.mutation + self.config.crossover:
             return np.asarray(np.where(changed < 0.5, one, other))
         return self._random()
+
+
+def _inside(importances: np.ndarray) -> np.ndarray:
+    """Within [-1, 1], as the environment gets them, so that copies of them can be told."""
+    return np.asarray(np.clip(importances, -1.0, 1.0), dtype=np.float32).astype(np.float64)

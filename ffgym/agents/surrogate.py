@@ -1,22 +1,27 @@
 """A Gaussian-process surrogate of rewards that are comparable within an update only, and expected improvement on it.
 
-R = f(a) + b_u + noise: f ~ GP(0, Matern 5/2) of the importances a, b_u a level for each update's token subset. Given f,
-b_u is the mean over the update of R - f(a); given b_u, f is a Gaussian process of R - b_u. The two take turns, from
-b_u = the update's mean (backfitting, Hastie and Tibshirani 1990). Points measured in several updates tie their levels.
+R = f(a) + b_u + noise: f ~ GP(0, Matern 5/2) of the importances a, b_u ~ N(0, shared) a level for each update's token
+subset. Both are Gaussian, so f given all rewards is exact: the level is one more term of the kernel, which is the same
+for all episodes of an update (a mixed model). Points measured in several updates tie their levels.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import Matern, WhiteKernel
+from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel, Matern, WhiteKernel
 
 # A grid instead of an optimiser: cheap, and with no start to depend on.
 LENGTHS = (0.15, 0.4, 1.0, 2.5)  # times the square root of the dimensions: distances grow with it
-NOISES = (0.001, 0.01, 0.1)  # variance of the noise within an update, as a share of the variance of the rewards
-BACKFITS = 3
+# Variances, as a share of the variance of the rewards within an update. A search that gets somewhere gains more from
+# update to update than its episodes differ within one.
+SIGNALS = (1.0, 10.0)
+SHARED = (0.1, 1.0, 10.0, 100.0)
+NOISES = (0.001, 0.01, 0.1)
 
 
 class Surrogate:
@@ -29,22 +34,37 @@ class Surrogate:
     Attributes:
         length: length scale of the likeliest kernel, in importance units.
         noise: its noise variance.
+        shared: its variance of the updates' levels.
         means: f at ``points``, shape (updates * batch,).
     """
 
     def __init__(self, points: np.ndarray, rewards: np.ndarray) -> None:
-        centred = rewards - rewards.mean(axis=1, keepdims=True)
-        scale = float(centred.std()) or 1.0
-        rewards, target = rewards / scale, centred / scale
+        scale = float((rewards - rewards.mean(axis=1, keepdims=True)).std()) or 1.0
+        target = ((rewards - rewards.mean()) / scale).ravel()
+        self._updates = len(rewards)
+        updates = np.repeat(np.eye(self._updates), rewards.shape[1], axis=0)
+        inputs = np.hstack([updates, points])
         root = math.sqrt(points.shape[1])
-        fits = [_process(points, target, length * root, noise) for length in LENGTHS for noise in NOISES]
-        best = max(fits, key=lambda fit: float(fit.log_marginal_likelihood_value_))
-        self.length, self.noise = float(best.kernel_.k1.length_scale), float(best.kernel_.k2.noise_level)
-        for _ in range(BACKFITS):
-            levels = (rewards - best.predict(points).reshape(rewards.shape)).mean(axis=1, keepdims=True)
-            best = _process(points, rewards - levels, self.length, self.noise)
-        self._process = best
-        self.means: np.ndarray = best.predict(points)
+        fits = (
+            GaussianProcessRegressor(self._kernel(signal, length * root, shared, noise), optimizer=None).fit(
+                inputs, target
+            )
+            for signal, length, shared, noise in itertools.product(SIGNALS, LENGTHS, SHARED, NOISES)
+        )
+        self._process = max(fits, key=lambda fit: float(fit.log_marginal_likelihood_value_))
+        kernel = self._process.kernel_
+        self.length = float(kernel.k1.k1.k2.kernel.length_scale)
+        self.shared, self.noise = float(kernel.k1.k2.k1.constant_value), float(kernel.k2.noise_level)
+        self.means: np.ndarray = self._process.predict(self._of_no_update(points))
+
+    def _kernel(self, signal: float, length: float, shared: float, noise: float) -> Kernel:
+        f = ConstantKernel(signal) * OfColumns(Matern(length_scale=length, nu=2.5), self._updates, None)
+        level = ConstantKernel(shared) * OfColumns(DotProduct(sigma_0=0.0), 0, self._updates)
+        return f + level + WhiteKernel(noise)
+
+    def _of_no_update(self, points: np.ndarray) -> np.ndarray:
+        """Inputs at which only f is asked for: no update's level comes to it."""
+        return np.hstack([np.zeros((len(points), self._updates)), points])
 
     def most_promising(self, candidates: np.ndarray, count: int) -> np.ndarray:
         """Candidates with the highest expected improvement on the best point measured, E[max(0, f - f*)].
@@ -59,7 +79,7 @@ class Surrogate:
         Returns:
             shape (count, 2L).
         """
-        means, covariance = self._process.predict(candidates, return_cov=True)
+        means, covariance = self._process.predict(self._of_no_update(candidates), return_cov=True)
         covariance = covariance - self.noise * np.eye(len(means))  # scikit-learn counts the white kernel into it
         best = float(self.means.max())
         chosen: list[int] = []
@@ -74,13 +94,34 @@ class Surrogate:
         return candidates[chosen]
 
 
+class OfColumns(Kernel):  # type: ignore[misc]  # scikit-learn has no types
+    """A kernel of some columns of its inputs.
+
+    Args:
+        kernel: of those columns.
+        start: the first of them.
+        stop: the first that is none of them; ``None`` for all to the end.
+    """
+
+    def __init__(self, kernel: Kernel, start: int, stop: int | None) -> None:
+        self.kernel, self.start, self.stop = kernel, start, stop
+
+    def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
+        """The kernel's matrix; there is no gradient, for nothing here is optimised."""
+        here = slice(self.start, self.stop)
+        return self.kernel(X[:, here], None if Y is None else Y[:, here])
+
+    def diag(self, X: np.ndarray) -> Any:
+        """The diagonal of that matrix."""
+        return self.kernel.diag(X[:, self.start : self.stop])
+
+    def is_stationary(self) -> bool:
+        """Whether the kernel depends on differences only."""
+        return bool(self.kernel.is_stationary())
+
+
 def expected_improvement(gain: np.ndarray, deviation: np.ndarray) -> np.ndarray:
     """E[max(0, g)] for g ~ N(gain, deviation^2), shapes (n,): deviation (z Phi(z) + phi(z)), z = gain / deviation."""
     z = gain / deviation
     below = 0.5 * (1.0 + np.array([math.erf(value / math.sqrt(2.0)) for value in z]))
     return np.asarray(deviation * (z * below + np.exp(-0.5 * z**2) / math.sqrt(2.0 * math.pi)))
-
-
-def _process(points: np.ndarray, target: np.ndarray, length: float, noise: float) -> GaussianProcessRegressor:
-    kernel = Matern(length_scale=length, nu=2.5) + WhiteKernel(noise)
-    return GaussianProcessRegressor(kernel, optimizer=None).fit(points, target.ravel())

@@ -88,7 +88,7 @@ def regret(cls, problem, **settings):
         (PPO, 0.03, 0.03, 0.13),
         (Evolution, 0.01, 0.01, 0.06),
         (CMAES, 0.002, 0.005, 0.03),
-        (Bayesian, 0.01, 0.04, 0.08),
+        (Bayesian, 0.001, 0.002, 0.03),
         (EvoPress, 0.035, 0.035, 0.1),
         (Sensitivity, 0.01, 0.02, 0.06),
     ],
@@ -201,6 +201,37 @@ class TestWhatIsTheirOwn:
         for settings in ({"prior": None}, {"config": Evolution.Config(use_prior=False)}):
             _, _, asked = learned(Evolution, SeparableEnv, dimensions=60, tokens=8, **settings)
             assert 0.5 < asked[0].std() < 0.65
+
+    @pytest.mark.parametrize("batch", [2, 4, 8])
+    def test_evolution_measures_nothing_twice_in_an_update(self, batch):
+        for seed in range(3):
+            _, _, asked = learned(Evolution, SeparableEnv, tokens=30 * batch, seed=seed, batch=batch)
+            for actions in asked:
+                assert len(np.unique(actions, axis=0)) == len(actions)
+
+    def test_cma_es_stays_at_an_edge_that_no_reward_speaks_against(self):
+        agent = CMAES()
+        agent.prior_mean = np.ones(60)
+        agent.begin(dimensions=60, batch=8, seed=0)
+        rng = np.random.default_rng(0)
+        observations = np.zeros((8, 2), dtype=np.float32)
+        for _ in range(24):
+            actions = agent.ask(observations)
+            assert np.abs(actions).max() <= 1
+            agent.tell(observations, actions, rng.standard_normal(8))
+        assert agent.recommend(OBSERVATION)[0].mean() > 0.8  # told of clipped samples, it comes to 0.68
+
+    def test_bayesian_sees_what_was_gained_from_update_to_update(self):
+        """A steady climb in 60 dimensions: the best point is one of the last, though levels would explain all of it."""
+        rng = np.random.default_rng(0)
+        centre, points = np.zeros(60), []
+        for _ in range(24):
+            points.append(np.vstack([centre, centre + 0.1 * rng.standard_normal((7, 60))]))
+            centre = centre + 0.06 * (0.4 - centre)
+        worth = 1 - ((np.array(points) - 0.4) ** 2).mean(axis=2)
+        surrogate = Surrogate(np.concatenate(points), worth + 0.03 * rng.standard_normal((24, 1)))
+        assert np.corrcoef(surrogate.means, worth.ravel())[0, 1] > 0.9
+        assert int(np.argmax(surrogate.means)) // 8 >= 20
 
     def test_bayesian_measures_its_incumbent_again(self):
         agent, _, asked = learned(Bayesian, SeparableEnv, tokens=80)
