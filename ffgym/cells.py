@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from ffgym.config import RunConfig, digest, settings, to_toml
 from ffgym.output import disk_errors, write_text, writing
 from ffgym.plugins.bases import Agent
+from ffgym.plugins.contracts import check_recommendations
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import CellResult
 from ffgym.report.progress import Reporter
@@ -256,6 +257,7 @@ class _Incumbents:
             return
         self._marks = [mark for mark in self._marks if mark > self._spent]
         env = self._space.env
-        recommended = self._agent.recommend(np.array([env.sparsity, 1.0], dtype=np.float32))
+        observation = np.array([env.sparsity, 1.0], dtype=np.float32)
+        recommended = check_recommendations(self._agent, observation, len(env.budget.sublayers))
         action = recommended[0] if recommended else by_standing(self._history)[0].action
         self.noted.append((self._spent, env.budget.project(action, env.sparsity)))

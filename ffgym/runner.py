@@ -39,7 +39,7 @@ from ffgym.output import (
 )
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import check_objectives
+from ffgym.plugins.contracts import called, check_objectives
 from ffgym.policy import make_agent, policy_text
 from ffgym.recovery import Material, Recovered, check_method, gather, output_folder, train_and_save
 from ffgym.report.card import model_card
@@ -560,9 +560,10 @@ def _write_found(folder: Path, points: Sequence[Found], agent: Agent, space: Wor
     for file, found in files.items():
         write_text(folder / file, json.dumps(_allocation_json(found), indent=2))
         tracker.log_artifact(folder / file)
-    state = agent.state()
+    state = called(agent, agent.state, "giving its state")
     if state:
-        text = policy_text(space.config, space.prepared.prunable.sublayers, state)
+        sublayers = space.prepared.prunable.sublayers
+        text = called(agent, lambda: policy_text(space.config, sublayers, state), "giving its state")
         write_text(folder / "policy.json", text)
         tracker.log_artifact(folder / "policy.json")
 

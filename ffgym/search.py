@@ -26,6 +26,7 @@ from ffgym.errors import DataError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pareto import non_dominated, thinned
 from ffgym.plugins.bases import Agent
+from ffgym.plugins.contracts import called, check_recommendations
 from ffgym.types import Allocation, Episode, Update
 
 FINALS_SEED = 7_919  # finalists meet on windows of their own draw, the same for every agent of one seed
@@ -204,7 +205,7 @@ def search_front(
 
     points: list[Found] = []
     try:
-        agent.learn(vector, seed=seed, on_update=report)
+        _learn(agent, vector, seed, report)
         reach = _reach(targets)
         for target in targets:
             candidates = finalists(env, agent, vector.history, settings.finalists, target=target, reach=reach)
@@ -227,6 +228,30 @@ def search_front(
         if writer is not None:
             writer.close()
     return points
+
+
+def _learn(agent: Agent, vector: PruningVectorEnv, seed: int, on_update: Callable[[Update], None]) -> None:
+    """Let the agent search; what it raises by itself is a `PluginError`, what measuring or telling raises stays."""
+    telling = False
+    foreign: list[Exception] = []
+
+    def tell(update: Update) -> None:
+        nonlocal telling
+        telling = True
+        on_update(update)
+        telling = False
+
+    def learn() -> None:
+        try:
+            agent.learn(vector, seed=seed, on_update=tell)
+        except Exception as error:
+            if not (vector.measuring or telling):
+                raise
+            foreign.append(error)
+
+    called(agent, learn, "searching")
+    if foreign:
+        raise foreign[0]
 
 
 class _Clock:
@@ -275,7 +300,7 @@ def finalists(
     """
     target = env.sparsity if target is None else target
     observation = np.array([target, 1.0], dtype=np.float32)
-    proposals = [(action, "policy") for action in agent.recommend(observation)]
+    proposals = [(action, "policy") for action in check_recommendations(agent, observation, len(env.budget.sublayers))]
     standing = by_standing(history) if reach is None else by_standing(near(history, target, reach))
     proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
     chosen: dict[tuple[int, ...], Candidate] = {}

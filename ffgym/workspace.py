@@ -72,20 +72,23 @@ class Workspace:
         self, heuristic: str, options: JSONDict, sparsity: float | None = None
     ) -> tuple[np.ndarray, Allocation]:
         """Importances of a heuristic, and the allocation they come to at a sparsity, by default the target."""
-        importance = self.importance(heuristic, options)
-        return importance, self.env.budget.project(importance, self.env.sparsity if sparsity is None else sparsity)
+        target = self.env.sparsity if sparsity is None else sparsity
+        importance = self.importance(heuristic, options, target)
+        return importance, self.env.budget.project(importance, target)
 
     def prior(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> np.ndarray:
         """Where an agent starts: the importances, shape (2L,), that say exactly what the heuristic's allocation keeps.
 
-        Projecting them changes nothing, and unlike the heuristic's own they are not at the ends of their range, where
-        exploration would be clipped.
+        Projecting them changes nothing. Unlike the heuristic's own, those of what is cut are not at the end of their
+        range, where exploration would be clipped; those of what is kept whole are.
         """
         return self.env.budget.importance(self.project(heuristic, options, sparsity)[1].kept)
 
-    def importance(self, heuristic: str, options: JSONDict) -> np.ndarray:
-        """Importances of a heuristic, shape (2L,), float32."""
-        return check_importance(manager.create("heuristic", heuristic, options), self.prepared.views)
+    def importance(self, heuristic: str, options: JSONDict, sparsity: float) -> np.ndarray:
+        """Importances of a heuristic that are wanted for a sparsity, shape (2L,), float32."""
+        rule = manager.create("heuristic", heuristic, options)
+        rule.target = sparsity
+        return check_importance(rule, self.prepared.views)
 
 
 def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:

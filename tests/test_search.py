@@ -16,7 +16,7 @@ from ffgym.agents.random_search import RandomSearch
 from ffgym.config import SearchTable
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
-from ffgym.errors import ConfigError, DataError
+from ffgym.errors import ConfigError, DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
@@ -700,3 +700,53 @@ class TestFront:
         assert [e.index for e in near(history, 0.2, 0.05)] == [4, 5, 6, 7]
         assert {e.target_sparsity for e in near(history, 0.2, 0.05)} == {0.2}
         assert [e.index for e in near(history, 0.5, 0.05)] == [8, 9]
+
+
+class Broken(RandomSearch):
+    """Breaks the agent's contract in one way."""
+
+    name = "broken"
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def ask(self, observations):
+        actions = super().ask(observations)
+        return {"rows": actions[:2], "range": actions * 7, "nan": actions * np.nan, "nothing": None}.get(
+            self.how, actions
+        )
+
+    def tell(self, observations, actions, rewards):
+        return {"bug": 1 / 0} if self.how == "bug" else super().tell(observations, actions, rewards)
+
+    def recommend(self, observation):
+        return {"shape": [np.zeros(5)], "number": 3}.get(self.how, [])
+
+
+class TestBrokenAgents:
+    """Whatever an agent does wrong is an error that names it, before anything is measured on its word."""
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ("rows", r"searching: ValueError: actions have shape \(2, 6\), not \(4, 6\)"),
+            ("range", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is"),
+            ("nan", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is nan"),
+            ("nothing", r"searching: ValueError: actions have shape \(\)"),
+            ("bug", "searching: ZeroDivisionError"),
+            ("shape", r"recommending importances: ValueError: actions have shape \(5,\), not \(6,\)"),
+            ("number", "recommending importances: TypeError"),
+        ],
+    )
+    def test_are_named(self, env, how, said):
+        with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\) failed while " + said):
+            searched(env, Broken(how))
+
+    def test_what_measuring_raises_is_not_put_down_to_them(self, env, monkeypatch):
+        def fails(*args, **options):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(env, "measure", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            searched(env)

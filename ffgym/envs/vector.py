@@ -22,6 +22,7 @@ from gymnasium.vector.utils import batch_space
 from ffgym.envs.pruning_env import OBJECTIVE, PruningEnv
 from ffgym.envs.schedule import Schedule, Stage, stratified
 from ffgym.errors import DataError
+from ffgym.plugins.contracts import check_actions
 from ffgym.types import Episode
 
 Infos = dict[str, Any]
@@ -45,6 +46,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     Attributes:
         history: every episode so far, also those of an update that was interrupted.
         tokens_spent: tokens evaluated so far.
+        measuring: an update is being measured: what is raised now is not the agent's doing.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.stop_margin = stop_margin
         self.history: list[Episode] = []
         self.tokens_spent = 0
+        self.measuring = False
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
         self.single_action_space = env.action_space
         self.single_observation_space = env.observation_space
@@ -101,11 +104,18 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self._begin(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]:
-        """Measure one update and begin the next."""
+        """Measure one update and begin the next.
+
+        Raises:
+            ValueError: actions of another shape, not finite, or outside [-1, 1].
+        """
+        actions = check_actions(actions, (self.num_envs, len(self.env.budget.sublayers)))
+        self.measuring = True
         last = np.tile(self.env.observation(), (self.num_envs, 1))
-        episodes = [self._episode(np.array(action, dtype=np.float32)) for action in actions]
+        episodes = [self._episode(action) for action in actions]
         self._update += 1
         following = self._begin()
+        self.measuring = False
         done = np.ones(self.num_envs, dtype=bool)
         infos: Infos = {
             "final_obs": last,

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
+from ffgym.heuristics.flap import reference_sparsity
 from ffgym.plugins.bases import Heuristic, PluginConfig
 from ffgym.types import SublayerView
 
@@ -16,14 +17,16 @@ class FisherConfig(PluginConfig):
     """Options of the heuristic.
 
     Attributes:
-        reference: share of the prunable parameters that the choice is solved for.
+        reference: share of the prunable parameters that the choice is solved for; the target where it is left out.
     """
 
-    reference: float = Field(0.2, gt=0, lt=1, description="share of the parameters that the choice is solved for")
+    reference: float | None = Field(
+        None, gt=0, lt=1, description="share of the parameters that the choice is solved for; the target if left out"
+    )
 
 
 class Fisher(Heuristic):
-    """Minimise the summed second-order loss estimates of all sublayers, after calibration, at a reference sparsity.
+    """Minimise the summed second-order loss estimates of all sublayers, after calibration, at a sparsity.
 
     Each sublayer's path says what level k costs in nats per token, 1/2 tr(F Cov[error_k]): F is the Fisher information
     of the consumer's output, error_k what the refit leaves. Sublayers are taken as independent (K-FAC, arXiv
@@ -41,7 +44,7 @@ class Fisher(Heuristic):
             assert view.loss_increase is not None, "asked for in needs"
             losses.append(view.loss_increase)
             costs.append(np.arange(view.sublayer.units + 1) * float(view.sublayer.unit_params))
-        target = (1 - self.config.reference) * sum(cost[-1] for cost in costs)
+        target = (1 - reference_sparsity(self)) * sum(cost[-1] for cost in costs)
         levels = cheapest_levels(losses, costs, target)
         return np.array([2 * k / view.sublayer.units - 1 for k, view in zip(levels, sublayers, strict=True)])
 

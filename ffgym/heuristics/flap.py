@@ -19,9 +19,9 @@ class Flap(Heuristic):
     prunable parameters (FLAP, An et al. 2023, arXiv 2312.11983, structure AL-AM). What each sublayer keeps above the
     threshold is its keep ratio r, and its importance 2 r - 1.
 
-    A heuristic does not know the budget, so ``reference`` has to be set to the run's sparsity for FLAP's own
-    allocation; at another sparsity all keep ratios are shifted alike. FLAP's code also squares the scores of attention
-    before it standardises them: not done here.
+    ``reference`` is the target where it is left out, which is FLAP's own allocation; with another one all keep ratios
+    of that cut are shifted alike to the target. FLAP's code also squares the scores of attention before it
+    standardises them: not done here.
     """
 
     name = "flap"
@@ -30,13 +30,23 @@ class Flap(Heuristic):
     class Config(PluginConfig):
         """Options of the table ``[prior]``."""
 
-        reference: float = Field(0.2, gt=0, lt=1, description="share of the prunable parameters that the cut removes")
+        reference: float | None = Field(
+            None,
+            gt=0,
+            lt=1,
+            description="share of the prunable parameters that the cut removes; the target if left out",
+        )
 
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """Keep ratios of the global cut, mapped from [0, 1] to [-1, 1], shape (2L,)."""
         scores = [standardised_units(view) for view in sublayers]
         costs = [view.sublayer.unit_params for view in sublayers]
-        return 2 * keep_ratios(scores, costs, 1 - self.config.reference) - 1
+        return 2 * keep_ratios(scores, costs, 1 - reference_sparsity(self)) - 1
+
+
+def reference_sparsity(heuristic: Heuristic) -> float:
+    """What a rule that decides at a sparsity decides at: its option, else the target, else 0.2."""
+    return next(s for s in (heuristic.config.reference, heuristic.target, 0.2) if s is not None)
 
 
 def standardised_units(view: SublayerView) -> np.ndarray:

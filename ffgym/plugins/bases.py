@@ -68,9 +68,14 @@ class Heuristic(Plugin, ABC):
 
     Attributes:
         needs: statistics to keep for it, as for a criterion.
+        target: sparsity that the importances are wanted for, set by the runner; ``None`` where nobody says.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        super().__init__(config)
+        self.target: float | None = None
 
     @abstractmethod
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
@@ -175,7 +180,7 @@ class Agent(Plugin, ABC):
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that the same class returned from ``state``."""
+        """Take up a state that the same class returned from ``state``; comes before ``learn``, which starts from it."""
 
 
 class BatchAgent(Agent):
@@ -186,7 +191,10 @@ class BatchAgent(Agent):
 
     @abstractmethod
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
-        """Get ready for actions of shape (batch, dimensions); all randomness comes from ``seed``."""
+        """Get ready for actions of shape (batch, dimensions); all randomness comes from ``seed``.
+
+        A state that was loaded before stays where the search starts.
+        """
 
     @abstractmethod
     def ask(self, observations: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -211,6 +212,10 @@ def _validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) 
         return cls.Config.model_validate(dict(options))
     except ValidationError as error:
         raise config_error(error, cls.Config, _TABLES[kind]) from None
+    except FFGymError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{described(cls)} could not check its options: {type(error).__name__}: {error}") from error
 
 
 def with_options(config: RunConfig) -> RunConfig:
@@ -340,7 +345,12 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
         raise PluginError("a heuristic cannot be called 'none': prior.name = none means no prior")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, PluginConfig)):
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
-    needs = frozenset(getattr(cls, "needs", ()))
+    needs: Any = getattr(cls, "needs", frozenset())
+    if not isinstance(needs, (set, frozenset)):
+        raise PluginError(f"{kind} {name!r}: needs is {needs!r}, not a frozenset of names")
+    worst: Any = getattr(cls, "worst", 0.0)
+    if kind == "reward" and not (isinstance(worst, (int, float)) and math.isfinite(worst)):
+        raise PluginError(f"reward {name!r}: worst is {worst!r}, not a finite number")
     known, called = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
     if not needs <= known:
         raise PluginError(f"{kind} {name!r} needs unknown {called} {sorted(needs - known)}; known: {sorted(known)}")

@@ -176,7 +176,7 @@ class Budget:
     def importance(self, kept: Sequence[int]) -> np.ndarray:
         """The importances that say exactly these units, shape (2L,), float32: projecting them gives a projection back.
 
-        They are not at the ends of their range, where exploration around them would be clipped.
+        A sublayer that keeps everything has importance 1, the end of the range, whatever its heuristic answered.
         """
         units = np.array([sublayer.units for sublayer in self.sublayers])
         result: np.ndarray = (2 * np.array(kept) / units - 1).astype(np.float32)
@@ -217,8 +217,9 @@ class Budget:
         self.check(sparsity)
         wanted = np.asarray(importance, dtype=np.float64)
         if wanted.shape != (len(self.sublayers),) or not np.isfinite(wanted).all():
+            got = f"shape {wanted.shape}" if wanted.shape != (len(self.sublayers),) else "NaN or infinity among them"
             raise BudgetError(
-                f"importances must be {len(self.sublayers)} finite numbers, got shape {wanted.shape}",
+                f"importances must be {len(self.sublayers)} finite numbers, got {got}",
                 hint="One number per sublayer: layer 0 attention, layer 0 mlp, layer 1 attention, ...",
             )
         clipped = np.clip(wanted, -1.0, 1.0)

@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from ffgym.envs.schedule import stratified
+from ffgym.plugins.contracts import check_actions
 from ffgym.types import LayerStats, Sublayer, SublayerView
 
 
@@ -86,11 +87,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         """
         if self.tokens_left == 0:
             raise RuntimeError("the token budget is spent: stop when tokens_left is 0")
-        actions = np.asarray(actions)
-        if actions.shape != self.action_space.shape:
-            raise ValueError(f"actions have shape {actions.shape}, not {self.action_space.shape}")
-        if not np.all(np.abs(actions) <= 1):
-            raise ValueError("actions must be finite and in [-1, 1]")
+        actions = check_actions(actions, (self.num_envs, self.optimum.size))
         self.tokens_spent += self.num_envs * self.tokens_per_episode
         rewards = self.value(actions.astype(np.float64) - self.optimum) + self.noise * self.np_random.normal()
         done = np.ones(self.num_envs, dtype=bool)

@@ -10,6 +10,7 @@ import torch
 
 from ffgym.errors import ConfigError
 from ffgym.heuristics.alpha import Alpha, eigenvalues, hill_exponent
+from ffgym.heuristics.fisher import Fisher
 from ffgym.heuristics.flap import Flap, keep_ratios, standardised_units
 from ffgym.heuristics.gate_scaling import GateScaling, gate_sensitivity, ranks
 from ffgym.heuristics.owl import Owl, outlier_ratio, spread
@@ -104,6 +105,16 @@ def test_flap_at_its_reference_is_the_projected_allocation() -> None:
     allocation = Budget([view.sublayer for view in views], min_units=0).project(importance, 0.3)
     wanted = [(a + 1) / 2 * view.sublayer.units for a, view in zip(importance, views, strict=True)]
     assert np.abs(np.array(allocation.kept) - wanted).sum() <= 2 + 768 / 48  # the rest of one KV group is handed out
+
+
+@pytest.mark.parametrize("rule", [Flap, Fisher])
+def test_a_rule_that_decides_at_a_sparsity_decides_at_the_target(rule: type[Flap] | type[Fisher]) -> None:
+    views = toy_views(6, rule.needs)
+    followed, told, fixed = rule(), rule(rule.Config(reference=0.4)), rule(rule.Config(reference=0.1))
+    followed.target = fixed.target = 0.4
+    assert np.array_equal(followed.importance(views), told.importance(views))
+    assert not np.array_equal(followed.importance(views), fixed.importance(views))
+    assert np.array_equal(rule().importance(views), rule(rule.Config(reference=0.2)).importance(views))
 
 
 def test_owl_counts_elements_above_the_threshold_times_the_mean() -> None:

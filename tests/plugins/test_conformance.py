@@ -27,9 +27,13 @@ class Drift(BatchAgent):
 
     name = "drift"
 
+    centre: np.ndarray | None = None
+
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.centre, self.best, self.batch = np.zeros(dimensions), -np.inf, batch
+        self.best, self.batch = -np.inf, batch
+        if self.centre is None:
+            self.centre = np.zeros(dimensions)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         noise = self.rng.normal(scale=0.2, size=(self.batch, self.centre.size))
@@ -44,11 +48,10 @@ class Drift(BatchAgent):
         return [self.centre]
 
     def state(self) -> dict[str, Any]:
-        return {"centre": self.centre, "best": self.best, "rng": dict(self.rng.bit_generator.state)}
+        return {"centre": self.centre}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.centre, self.best = state["centre"], state["best"]
-        self.rng.bit_generator.state = state["rng"]
+        self.centre = np.array(state["centre"])
 
 
 class TestDrift(AgentConformance):

@@ -92,7 +92,7 @@ def test_inference_tensors_can_be_scored() -> None:
         (lambda weight: torch.tensor([1, 2, 3, 4, math.inf]), "1 of 5 scores"),
         (lambda weight: [1.0] * 5, "list, not a tensor"),
         (lambda weight: weight.to(torch.complex64), "complex64"),
-        (lambda weight: weight.mul_(2), "changed the weight"),
+        (lambda weight: weight.mul_(2), "changed the weight it was given"),
         (lambda weight: fail(), "failed while scoring layer 3 mlp: KeyError: 'lost'"),
     ],
 )
@@ -101,6 +101,24 @@ def test_bad_scores_name_plugin_package_and_sublayer(answer: Callable[[torch.Ten
         scored(answer)
     assert f"criterion 'scores' (package {__name__.partition('.')[0]})" in str(caught.value)
     assert "layer 3 mlp" in str(caught.value)
+
+
+@pytest.mark.parametrize("statistic", ["second_moment", "gradient"])
+def test_a_criterion_that_changes_its_statistics_is_found_out(statistic: str) -> None:
+    class Damps(Criterion):
+        """Adds to what it was lent."""
+
+        name = "damps"
+        needs = frozenset({statistic})
+
+        def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+            getattr(stats, statistic).mul_(2)
+            return weight.abs()
+
+    stats = LayerStats(second_moment=torch.eye(5), gradient=torch.ones(4, 5))
+    with pytest.raises(PluginError, match=f"score changed the {statistic} it was given") as caught:
+        check_scores(Damps(), torch.ones(4, 5), stats, SUBLAYER)
+    assert f"{statistic}.clone()" in str(caught.value.hint)
 
 
 def test_errors_that_ffgym_raises_on_purpose_pass_through() -> None:

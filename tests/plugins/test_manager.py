@@ -130,6 +130,19 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1})]", "name is None"),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': {'sqare'}})]", "sqare"),
         (
+            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': 'square'})]",
+            "needs is 'square', not a frozenset",
+        ),
+        (
+            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': ('square',)})]",
+            "needs is ('square',), not a frozenset",
+        ),
+        (
+            HOOK.replace("criteria", "rewards")
+            + "[type('A', (ffgym.Reward,), {'__call__': 1, 'name': 'a', 'worst': float('-inf')})]",
+            "reward 'a': worst is -inf, not a finite number",
+        ),
+        (
             HOOK.replace("criteria", "rewards")
             + "[type('A', (ffgym.Reward,), {'__call__': 1, 'name': 'a', 'needs': {'kl', 'acuracy'}})]",
             "reward 'a' needs unknown measurements ['acuracy']",
@@ -234,6 +247,17 @@ def test_options_of_a_heuristic_are_those_of_the_table_prior() -> None:
         manager.create("heuristic", "mlp-first", {"spare_first": -1})
     with pytest.raises(ConfigError, match=r"unknown key 'x' in \[prior\]"):
         manager.create("heuristic", "uniform", {"x": 1})
+
+
+def test_options_whose_check_breaks_name_the_plugin(install: Install) -> None:
+    broken = "\nfrom pydantic import field_validator\n" + (
+        "class Checked(ffgym.PluginConfig):\n    floor: float = 0.0\n"
+        "    @field_validator('floor')\n    def check(cls, value):\n        return open('/not/there')\n"
+        "Mine.Config = Checked\n"
+    )
+    install("acme-mine", CRITERION.format(name="mine") + broken)
+    with pytest.raises(PluginError, match=r"criterion 'mine' .*could not check its options: FileNotFoundError"):
+        manager.create("criterion", "mine", {"floor": 1.0})
 
 
 def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
