@@ -380,7 +380,8 @@ def print_config(
     save_all: SaveAllOption = False,
 ) -> None:
     """Print what `run` would do with the same options, as a TOML file that `run --config` reads."""
-    typer.echo(to_toml(manager.with_options(_config(ctx))), nl=False)
+    config = manager.with_options(_config(ctx))
+    typer.echo(to_toml(config, manager.meanings(config)), nl=False)
 
 
 @app.command()

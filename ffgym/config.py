@@ -437,8 +437,13 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), **value
         raise config_error(error, RunConfig) from None
 
 
-def to_toml(config: RunConfig) -> str:
-    """Print the whole configuration, defaults included, as TOML with a comment on every key; `load_config` reads it."""
+def to_toml(config: RunConfig, meanings: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Print the whole configuration, defaults included, as TOML with a comment on every key; `load_config` reads it.
+
+    Args:
+        config: to print.
+        meanings: of plugins' options, by table and option, which only the plugins know.
+    """
     plain = config.model_dump()
     for table in plain.values():
         if isinstance(table, dict):
@@ -447,7 +452,8 @@ def to_toml(config: RunConfig) -> str:
     for line in tomli_w.dumps(plain).splitlines():
         if header := re.fullmatch(r"\[(.+)\]", line):
             table_name = header[1]
-        lines.append(line + _comment(table_name, line))
+        option = (meanings or {}).get(table_name, {}).get(line.partition(" = ")[0])
+        lines.append(line + (f"  # {option}" if option else _comment(table_name, line)))
     return "\n".join(lines) + "\n"
 
 

@@ -162,8 +162,9 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
         leaving_no_husk(folder) if resume is None else nullcontext(),
         saying_what_is_kept(folder, say.say),
     ):
-        tracker.log_config(config.model_dump(mode="json"), to_toml(config))
-        write_text(folder / "config.toml", to_toml(config))
+        text = to_toml(config, manager.meanings(config))
+        tracker.log_config(config.model_dump(mode="json"), text)
+        write_text(folder / "config.toml", text)
         note_mlflow_run(folder, tracker.run_id)
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         space = open_workspace(config, [*prior, *reference_rules(config).values()], say)

@@ -7,7 +7,6 @@ The reference in docs/configuration.md is written from the code. After a change 
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.models.families import FAMILIES
 from ffgym.plugins import hookspecs, manager
-from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
+from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.testing import conformance
 from ffgym.testing.conformance import (
     AgentConformance,
@@ -67,7 +66,7 @@ def reference() -> str:
 
 def keys(model: type[BaseModel], only: list[str] | None = None) -> str:
     rows = ["| key | default | meaning |", "|---|---|---|"]
-    described = attributes(model)
+    described = model.meanings() if issubclass(model, PluginConfig) else {}
     for key, field in model.model_fields.items():
         if only is None or key in only:
             meaning = field.description or described.get(key, "")
@@ -95,20 +94,6 @@ def cell(text: str) -> str:
 
 def first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0]
-
-
-def attributes(cls: type) -> dict[str, str]:
-    """What the ``Attributes:`` section of a docstring says about each name, in one line."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines():
-        if start := re.fullmatch(r"    (\w+): (.*)", line):
-            name, found[start[1]] = start[1], start[2].strip()
-        elif line.startswith("     ") and name:
-            found[name] += " " + line.strip()
-        else:
-            break
-    return {key: text.rstrip(".") for key, text in found.items()}
 
 
 def test_reference_is_what_the_code_says() -> None:

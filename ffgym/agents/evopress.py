@@ -14,8 +14,8 @@ How that maps to a vector environment, whose every step measures all its episode
   children. No episode measures the same twice, and after the first steps every step ends a generation.
 * Units move through importances: one up, one down by the same step. Between two sublayers of one kind that keeps the
   cost as it is; between attention and MLP, and at the edges of [-1, 1], the projection evens out the rest over all.
-* The paper's code never measures a child that it has seen. Allocations are not the agent's to see, so a switch too small
-  to move a unit is measured like any other.
+* The paper's code never measures a child that it has seen. Allocations are not the agent's to see, so a switch too
+  small to move a unit is measured like any other.
 """
 
 from __future__ import annotations

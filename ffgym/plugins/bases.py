@@ -6,6 +6,8 @@ the same name in a run's TOML is validated by it, and the plugin finds the resul
 
 from __future__ import annotations
 
+import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +27,24 @@ class PluginConfig(BaseModel):
     """Base of every plugin's ``Config``: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def meanings(cls) -> dict[str, str]:
+        """What each option means: its field's description, or its entry under ``Attributes:`` in the docstring."""
+        found: dict[str, str] = {}
+        name = ""
+        for line in inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines():
+            if start := re.fullmatch(r"    (\w+): (.*)", line):
+                name, found[start[1]] = start[1], start[2].strip()
+            elif line.startswith("     ") and name:
+                found[name] += " " + line.strip()
+            else:
+                break
+        return {
+            key: field.description or found.get(key, "").rstrip(".")
+            for key, field in cls.model_fields.items()
+            if field.description or key in found
+        }
 
 
 class Plugin:

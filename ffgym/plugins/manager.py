@@ -236,6 +236,15 @@ def with_options(config: RunConfig) -> RunConfig:
     return config.model_copy(update=tables)
 
 
+def meanings(config: RunConfig) -> dict[str, dict[str, str]]:
+    """What the options of a configuration's plugins mean, by table and option."""
+    return {
+        key: get_class(kind, getattr(config, key).name).Config.meanings()
+        for kind, key in _TABLES.items()
+        if (kind, getattr(config, key).name) != ("heuristic", "none")
+    }
+
+
 def resolve_agent(config: RunConfig) -> RunConfig:
     """Let a heuristic stand in for an agent: ``agent = flap`` means the one-shot agent with the prior ``flap``.
 
