@@ -274,18 +274,23 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
     tidy(axes)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)  # the rules' lines stay off its text
     save_figure(figure, path)
 
 
 def _draw_rules(axes: Any, rules: Sequence[BenchRow]) -> None:
     """One-shot rules as lines; those far above every search are named instead, or they would flatten the curves."""
     top = 1.25 * axes.get_ylim()[1] if axes.lines else math.inf
-    for index, row in enumerate(rule for rule in rules if rule.perplexity.value <= top):
+    if not axes.lines:
+        axes.set_xticks([])  # no search, no tokens
+    shown = sorted((rule for rule in rules if rule.perplexity.value <= top), key=lambda rule: rule.perplexity.value)
+    for row in shown:
         axes.axhline(row.perplexity.value, linestyle=":", linewidth=1, color="0.5")
-        side = "top" if index % 2 == 0 else "bottom"  # neighbours would cover each other
-        place = (1.0, row.perplexity.value)
-        axes.annotate(row.label, place, xycoords=("axes fraction", "data"), fontsize=7, va=side)
+    low, high = axes.get_ylim()
+    place = -math.inf
+    for row in shown:
+        place = max(row.perplexity.value, place + 0.025 * (high - low))  # neighbours would cover each other
+        axes.annotate(row.label, (1.005, place), xycoords=("axes fraction", "data"), fontsize=7, va="center")
     beyond = [f"{rule.label} {rule.perplexity.value:.2f}" for rule in rules if rule.perplexity.value > top]
     if beyond:
         axes.text(0.0, 1.0, f"above the scale: {', '.join(beyond)}", transform=axes.transAxes, fontsize=7, va="top")
