@@ -242,17 +242,17 @@ class AgentConformance(PluginConformance):
         _assert_plain(self.learned()[0].state(), "state")
 
     def test_takes_up_a_state(self) -> None:
-        """A fresh instance believes in what the state says, and searches on from there (agents with a state).
+        """A fresh instance believes in what the state says, and searches on from there (batch agents with a state).
 
         In the order of a run: the state is taken up before the search begins, so ``begin`` must not undo it.
         """
         agent, env, _ = self.learned()
-        if not agent.state():
+        if not isinstance(agent, BatchAgent) or not agent.state():
             pytest.skip("has no state")
         fresh = self.ready()
+        assert isinstance(fresh, BatchAgent)
         fresh.load_state(agent.state())
-        if isinstance(fresh, BatchAgent):
-            fresh.begin(dimensions=env.optimum.size, batch=env.num_envs, seed=99)
+        fresh.begin(dimensions=env.optimum.size, batch=env.num_envs, seed=99)
         observation = np.array([0.2, 1.0], dtype=np.float32)
         recommended, expected = fresh.recommend(observation), agent.recommend(observation)
         assert len(recommended) == len(expected), "it recommends otherwise"
