@@ -21,17 +21,8 @@ from rich.console import Console
 
 from ffgym import runner
 from ffgym.cells import Cell, CellRunner, Job, write_result
-from ffgym.config import (
-    PLUGIN_TABLES,
-    RunConfig,
-    Table,
-    changed_settings,
-    config_error,
-    read_toml,
-    settings,
-    without_foreign_options,
-)
-from ffgym.errors import ConfigError, DataError, FFGymError
+from ffgym.config import PLUGIN_TABLES, RunConfig, Table, config_error, read_toml, without_foreign_options
+from ffgym.errors import ConfigError, DataError
 from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
 from ffgym.policy import make_agent, policy_digest
@@ -178,8 +169,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
             )
         if cell.path.exists():
             stored = read_cell(cell)
-            changed = changed_settings(_with_options(stored.settings), cell.config)
-            changed += _unsaid(stored, cell)
+            changed = manager.changed_since(stored.settings, cell.config) + _unsaid(stored, cell)
             policy = policy_digest(cell.config)
             if None not in (policy, stored.policy) and policy != stored.policy:
                 changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
@@ -188,14 +178,6 @@ def check_benches(benches: Sequence[Bench]) -> None:
                     f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
                     hint="Point `results` at another folder, or delete that file to compute it again.",
                 )
-
-
-def _with_options(stored: JSONDict) -> JSONDict:
-    """Stored settings with the options that their plugins have learnt since, at their defaults."""
-    try:
-        return settings(manager.with_options(RunConfig.model_validate(stored)))
-    except (ValidationError, FFGymError):
-        return stored  # who compares them says what is wrong
 
 
 def _unsaid(stored: CellResult, cell: Cell) -> list[str]:
@@ -248,12 +230,12 @@ def _terms(config: RunConfig) -> JSONDict:
 def share(benches: Sequence[Bench]) -> None:
     """Copy results to the cells of other benches, or of other labels, that would compute the very same."""
     cells = [cell for each in benches for cell in each.cells]
-    finished = [(cell, read_cell(cell)) for cell in cells if cell.path.exists()]
+    finished = [cell for cell in cells if cell.path.exists()]
     for cell in cells:
         if cell.path.exists():
             continue
-        twins = (result for twin, result in finished if twin.digest == cell.digest and not _unsaid(result, cell))
-        if result := next(twins, None):
+        twins = (read_cell(twin) for twin in finished if twin.digest == cell.digest)
+        if result := next((twin for twin in twins if not _unsaid(twin, cell)), None):
             write_result(cell.path, result.model_copy(update={"label": cell.label}))
 
 

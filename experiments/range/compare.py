@@ -24,8 +24,9 @@ import torch
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym.config import RunConfig, Table, changed_settings, config_error, digest, read_toml, settings
+from ffgym.config import RunConfig, Table, config_error, digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
+from ffgym.plugins import manager
 from ffgym.policy import make_agent
 from ffgym.report.bench import Mean, mean_of
 from ffgym.report.figures import new_figure, save_figure, tidy
@@ -116,7 +117,7 @@ def _config(spec: Experiment, seed: int, sparsity: float | str, episodes: int) -
     tables = {**spec.run, "seed": seed}
     tables["prune"] = {**spec.run.get("prune", {}), "sparsity": sparsity}
     tables["search"] = {**spec.run.get("search", {}), "episodes": episodes}
-    return RunConfig.model_validate(tables)
+    return manager.with_options(RunConfig.model_validate(tables))
 
 
 def read_result(search: Search) -> Result | None:
@@ -132,7 +133,7 @@ def read_result(search: Search) -> Result | None:
         result = Result.model_validate_json(search.path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise DataError(f"{search.path} is no result: {error}", hint="Delete it to compute it again.") from error
-    if changed := changed_settings(result.settings, search.config):
+    if changed := manager.changed_since(result.settings, search.config):
         raise ConfigError(
             f"{search.path} holds the result of another configuration: {'; '.join(changed)}",
             hint="Point `results` at another folder, or delete that file to compute it again.",

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from ffgym.heuristics.flap import reference_sparsity
+from ffgym.heuristics.reference import reference_sparsity
 from ffgym.plugins.bases import Heuristic, PluginConfig
 from ffgym.types import SublayerView
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from pydantic import Field
 
+from ffgym.heuristics.reference import reference_sparsity
 from ffgym.plugins.bases import Heuristic, PluginConfig
 from ffgym.types import SublayerView
 
@@ -42,11 +43,6 @@ class Flap(Heuristic):
         scores = [standardised_units(view) for view in sublayers]
         costs = [view.sublayer.unit_params for view in sublayers]
         return 2 * keep_ratios(scores, costs, 1 - reference_sparsity(self)) - 1
-
-
-def reference_sparsity(heuristic: Heuristic) -> float:
-    """What a rule that decides at a sparsity decides at: its option, else the target, else 0.2."""
-    return next(s for s in (heuristic.config.reference, heuristic.target, 0.2) if s is not None)
 
 
 def standardised_units(view: SublayerView) -> np.ndarray:

@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple, overload
 import pluggy
 from pydantic import ValidationError
 
-from ffgym.config import RunConfig, config_error
+from ffgym.config import RunConfig, changed_settings, config_error, settings
 from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import hookspecs
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
-from ffgym.types import PluginRecord
+from ffgym.types import JSONDict, PluginRecord
 from ffgym.version import __version__
 
 PluginKind = Literal["agent", "criterion", "heuristic", "reward"]
@@ -228,21 +228,32 @@ def with_options(config: RunConfig) -> RunConfig:
         ConfigError, PluginError, UnknownNameError: as `create`.
     """
     tables = {}
-    for kind, key in _TABLES.items():
+    for key, (kind, cls) in _used(config).items():
         table = getattr(config, key)
-        if (kind, table.name) != ("heuristic", "none"):
-            options = _validated(kind, get_class(kind, table.name), table.options)
-            tables[key] = type(table)(**{**options.model_dump(mode="json", exclude_none=True), "name": table.name})
+        options = _validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
+        tables[key] = type(table)(**{**options, "name": table.name})
     return config.model_copy(update=tables)
 
 
 def meanings(config: RunConfig) -> dict[str, dict[str, str]]:
     """What the options of a configuration's plugins mean, by table and option."""
-    return {
-        key: get_class(kind, getattr(config, key).name).Config.meanings()
-        for kind, key in _TABLES.items()
-        if (kind, getattr(config, key).name) != ("heuristic", "none")
-    }
+    return {key: cls.Config.meanings() for key, (_, cls) in _used(config).items()}
+
+
+def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
+    """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
+    named: list[tuple[PluginKind, str, str]] = [(kind, key, getattr(config, key).name) for kind, key in _TABLES.items()]
+    return {key: (kind, get_class(kind, name)) for kind, key, name in named if (kind, name) != ("heuristic", "none")}
+
+
+def changed_since(stored: JSONDict, config: RunConfig) -> list[str]:
+    """Where a configuration that has all its options differs from `settings` that were stored earlier, one line a key.
+
+    As `changed_settings`: an option that a plugin has learnt since they were stored counts as its default.
+    """
+    with contextlib.suppress(ValidationError, FFGymError):  # the comparison says what is wrong with them
+        stored = settings(with_options(RunConfig.model_validate(stored)))
+    return changed_settings(stored, config)
 
 
 def resolve_agent(config: RunConfig) -> RunConfig:

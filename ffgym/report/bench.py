@@ -283,7 +283,7 @@ def _draw_rules(axes: Any, rules: Sequence[BenchRow]) -> None:
     top = 1.25 * axes.get_ylim()[1] if axes.lines else math.inf
     if not axes.lines:
         axes.set_xticks([])  # no search, no tokens
-    shown = sorted((rule for rule in rules if rule.perplexity.value <= top), key=lambda rule: rule.perplexity.value)
+    shown = [rule for rule in rules if rule.perplexity.value <= top]  # best first, so from below
     for row in shown:
         axes.axhline(row.perplexity.value, linestyle=":", linewidth=1, color="0.5")
     low, high = axes.get_ylim()
