@@ -327,7 +327,10 @@ class CellQueue:
         self._done, self._total = 0, sum(_tokens(cell) for _, cell in cells)
 
     def take(self, worker: int) -> Job | None:
-        """The next cell for a free worker."""
+        """The next cell for a free worker, of those that no other bench has computed since."""
+        for elsewhere in [pair for pair in self._waiting if pair[1].path.exists()]:
+            self._waiting.remove(elsewhere)
+            self._total -= _tokens(elsewhere[1])
         if not self._waiting:
             return None
         own = self._prepared.get(worker)
@@ -347,8 +350,12 @@ class CellQueue:
         return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file])
 
     def done(self, worker: int) -> None:
-        """Take note that the worker's cell is written."""
-        self._done += _tokens(self._running.pop(worker))
+        """Take note that the worker's cell is written, or that it was left to another bench, which took no time."""
+        cell = self._running.pop(worker)
+        if cell.path.exists():
+            self._done += _tokens(cell)
+        else:
+            self._total -= _tokens(cell)
 
 
 def _tokens(cell: Cell) -> int:

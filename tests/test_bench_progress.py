@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ffgym import bench as bench_module
 from ffgym.bench import CellQueue, bench, read_bench, read_cell
+from ffgym.cells import Job
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.models import loading
 from ffgym.plugins import manager
@@ -41,13 +42,37 @@ def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.M
     console = Console(file=io.StringIO(), width=200)
     queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
     for _ in each.cells:
-        queue.take(0)
-        now[0] += 1152 / 100 if now[0] == 0 else 8192 / 100
+        now[0] += written(queue.take(0), tokens_a_second=100)
         queue.done(0)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "left" not in lines[0]
     assert lines[1].endswith("random, seed 0, about 3 min left")  # 16,384 tokens at 100 a second
     assert lines[2].endswith("evolution, seed 0, about 82 s left")
+
+
+def written(job: Job | None, tokens_a_second: float) -> float:
+    """Write a cell's file as if it had been computed; how long that took, in seconds."""
+    assert job is not None
+    job.cell.path.parent.mkdir(exist_ok=True)
+    job.cell.path.touch()
+    return (1152 if job.cell.label == "uniform" else 8192) / tokens_a_second
+
+
+def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = read_bench(bench_file(tmp_path, ["random", "evolution", "cma-es", "bayesian"]))
+    now = [0.0]
+    monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=200)
+    queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
+    queue.take(0)
+    queue.done(0)  # random: another bench has its lock, and no file is there yet
+    now[0] += written(queue.take(0), tokens_a_second=100)
+    queue.done(0)
+    each.cells[2].path.touch()  # cma-es: written by the other bench
+    queue.take(0)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[1].endswith("evolution, seed 0"), "nothing has been computed that could tell how long it takes"
+    assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, about 82 s left")
 
 
 def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
