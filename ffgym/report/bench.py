@@ -243,6 +243,8 @@ def markdown(table: BenchTable) -> str:
 def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
     """Report perplexity of the incumbent against search tokens, mean and range over seeds; heuristics as lines.
 
+    The better half of the searches sets the scale. What lies far above it is named, or it would flatten their curves.
+
     Args:
         table: gives title and order.
         results: the cells.
@@ -254,6 +256,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes: Any = figure.add_subplot()
     axes.set_xscale("log")
     rules: list[BenchRow] = []
+    highest: dict[str, float] = {}
     for row in table.rows:
         cells = [cell for cell in results if cell.label == row.label]
         if min(len(cell.marks) for cell in cells) < 2:
@@ -261,12 +264,23 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
             continue
         tokens, losses = curves(cells)
         values = np.exp(np.where(losses < 700, losses, np.nan))  # what broke down leaves a gap
-        if not np.isfinite(values.mean(axis=0)).any():
+        curve = values.mean(axis=0)
+        if not np.isfinite(curve).any():
             continue
-        (line,) = axes.plot(tokens, values.mean(axis=0), marker="o", markersize=4, label=row.label)
+        highest[row.label] = float(np.nanmax(curve))
+        (line,) = axes.plot(tokens, curve, marker="o", markersize=4, label=row.label)
         axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
         axes.set_xticks([mark.tokens for mark in cells[0].marks])
-    _draw_rules(axes, rules)
+    top = 1.25 * max(list(highest.values())[: -(-len(highest) // 2)], default=math.inf)  # rows come best first
+    _draw_rules(axes, [row for row in rules if row.perplexity.value <= top])
+    beyond = [f"{row.label} {row.perplexity.value:.2f}" for row in rules if row.perplexity.value > top]
+    if worse := [f"{label} up to {value:.2f}" for label, value in highest.items() if value > top]:
+        axes.set_ylim(top=top)
+        beyond = [*worse, *beyond]
+    if beyond:
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # a curve may leave the picture here
+        said = f"above the scale: {', '.join(beyond)}"
+        axes.text(0.005, 0.995, said, transform=axes.transAxes, fontsize=7, va="top", bbox=box)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
     axes.set_xlabel("search tokens evaluated")
@@ -279,18 +293,13 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
 
 
 def _draw_rules(axes: Any, rules: Sequence[BenchRow]) -> None:
-    """One-shot rules as lines; those far above every search are named instead, or they would flatten the curves."""
-    top = 1.25 * axes.get_ylim()[1] if axes.lines else math.inf
+    """One-shot rules as lines, named at their right end; best first."""
     if not axes.lines:
         axes.set_xticks([])  # no search, no tokens
-    shown = [rule for rule in rules if rule.perplexity.value <= top]  # best first, so from below
-    for row in shown:
+    for row in rules:
         axes.axhline(row.perplexity.value, linestyle=":", linewidth=1, color="0.5")
     low, high = axes.get_ylim()
     place = -math.inf
-    for row in shown:
+    for row in rules:
         place = max(row.perplexity.value, place + 0.025 * (high - low))  # neighbours would cover each other
         axes.annotate(row.label, (1.005, place), xycoords=("axes fraction", "data"), fontsize=7, va="center")
-    beyond = [f"{rule.label} {rule.perplexity.value:.2f}" for rule in rules if rule.perplexity.value > top]
-    if beyond:
-        axes.text(0.0, 1.0, f"above the scale: {', '.join(beyond)}", transform=axes.transAxes, fontsize=7, va="top")

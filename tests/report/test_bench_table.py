@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ffgym.report import bench as bench_module
 from ffgym.report.bench import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
 
 
@@ -176,6 +177,20 @@ def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
     table = bench_table("Bench", results(), baseline="evolution")
     bench_figure(table, results(), tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    far = cell("random", 0, [(100, math.log(300)), (1000, math.log(200))])
+    best = max(math.exp(mark.loss) for each in results() if each.label == "reinforce" for mark in each.marks)
+    some = [*results(), far]
+    bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
+    (axes,) = drawn
+    assert best <= axes.get_ylim()[1] < 100
+    (said,) = [text.get_text() for text in axes.texts if "above" in text.get_text()]
+    assert "random up to 300.00" in said
+    assert "random" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
 @pytest.mark.parametrize(
