@@ -271,6 +271,14 @@ def test_readme_shows_a_real_run() -> None:
         assert (ROOT / picture).is_file(), f"{picture} is missing"
 
 
+def test_readme_shows_rows_of_the_bench() -> None:
+    section = text("README.md").partition("## Against other searches\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 2
+    computed = (ROOT / "experiments/bench/sparsity-20.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in rows if row not in computed] == []
+
+
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
