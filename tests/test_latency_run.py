@@ -13,7 +13,7 @@ from latency_tables import made_up_table
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 
-from ffgym import runner, workspace
+from ffgym import results, runner, workspace
 from ffgym.config import RunConfig, load_config
 from ffgym.envs import building
 from ffgym.errors import BudgetError, ConfigError
@@ -66,7 +66,7 @@ def test_a_run_counts_records_and_repeats_its_latency(tmp_path: Path, table: Lat
     assert result.table.header.endswith(f"Latency: {table.measured}.")
     assert "of the measured latency of its attention" in (result.folder / "model" / "README.md").read_text()
     # The rows: shares of the same resource.
-    saved = runner.saved_row(result.table)
+    saved = results.saved_row(result.table)
     assert saved.sparsity_prunable == pytest.approx(allocation["sparsity"])
     costs = {curve.shape.kind: curve.costs for curve in table.curves}
     tables = [costs[kind] for _ in range(4) for kind in ("attention", "mlp")]

@@ -17,7 +17,7 @@ from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import runner, workspace
+from ffgym import results, runner, workspace
 from ffgym.bench import check_benches, read_bench
 from ffgym.cli import app
 from ffgym.config import RunConfig
@@ -102,7 +102,7 @@ def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: An
 
 def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
     config, result = finished
-    space = workspace.open_workspace(config, list(runner.REFERENCES.values()), runner.Reporter(Console(quiet=True)))
+    space = workspace.open_workspace(config, list(results.REFERENCES.values()), runner.Reporter(Console(quiet=True)))
     windows = space.splits.report.windows
     for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
         allocation = json.loads((result.folder / f"allocation-{name}.json").read_text())
@@ -150,7 +150,7 @@ def test_the_point_in_the_middle_gets_the_table_and_the_model_of_a_run_at_that_t
 
     model = AutoModelForCausalLM.from_pretrained(result.folder / "model", dtype="auto").eval()
     _, splits = load_parts(config)
-    assert evaluate(model, splits.report.windows).perplexity == runner.saved_row(result.table).perplexity
+    assert evaluate(model, splits.report.windows).perplexity == results.saved_row(result.table).perplexity
 
 
 def test_it_is_printed_with_every_point(finished: Any) -> None:
@@ -202,7 +202,7 @@ def test_another_run_starts_from_its_policy_at_one_target_or_over_another_range(
 def test_save_at_adds_its_point_and_saves_that_model(tmp_path: Path) -> None:
     result, _ = go(ranged(tmp_path, prune={"front_points": 2}, output={"save_at": 0.25, "sequential": False}))
     assert [point["target"] for point in front_of(result.folder)["points"]] == [0.1, 0.25, 0.5]
-    assert 0.25 <= runner.saved_row(result.table).sparsity_prunable < 0.27
+    assert 0.25 <= results.saved_row(result.table).sparsity_prunable < 0.27
     assert result.saved is not None
     assert result.saved.path == result.folder / "model"
 

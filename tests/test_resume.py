@@ -22,7 +22,7 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import runner, workspace
+from ffgym import results, runner, workspace
 from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.envs.pruning_env import PruningEnv
@@ -128,7 +128,7 @@ def test_interrupted_again_and_again(whole: Path, tmp_path: Path, steps: list[in
 
 
 @pytest.mark.parametrize(
-    ("module", "place"), [(runner, "measure"), (runner, "save_pruned"), (workspace, "calibrate_sequentially")]
+    ("module", "place"), [(results, "measured_row"), (results, "save_pruned"), (workspace, "calibrate_sequentially")]
 )
 def test_ctrl_c_after_the_search_costs_no_episode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], module: ModuleType, place: str
@@ -210,7 +210,7 @@ def test_a_failure_that_was_overcome_is_forgotten(tmp_path: Path, monkeypatch: p
         raise DataError("the disk ate it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "measure", broken)
+        patch.setattr(results, "measured_row", broken)
         with pytest.raises(DataError):
             go(config(tmp_path, tracking=TRACKED))
     assert runs(root)[0].data.tags["ffgym.failure"] == "DataError: the disk ate it"

@@ -25,7 +25,7 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import runner, search, workspace
+from ffgym import results, runner, search, workspace
 from ffgym.cli import app
 from ffgym.config import RunConfig, digest, load_config
 from ffgym.envs.building import load_parts
@@ -44,6 +44,7 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.output import claim_folder
 from ffgym.plugins import manager
 from ffgym.policy import read_policy
+from ffgym.report.table import Row
 from ffgym.search import read_episodes
 
 FILES = {
@@ -75,7 +76,7 @@ class Finished:
         return Path(self.config.tracking.root)
 
     @property
-    def rows(self) -> dict[str, runner.Row]:
+    def rows(self) -> dict[str, Row]:
         return {row.label: row for row in self.result.table.rows}
 
 
@@ -209,19 +210,19 @@ def reloaded(one: Finished) -> Any:
 def check_reloaded(one: Finished) -> None:
     """The saved checkpoint measures, bit for bit, what the table says of the saved refit."""
     _, splits = load_parts(one.config)
-    assert evaluate(reloaded(one), splits.report.windows).perplexity == runner.saved_row(one.result.table).perplexity
+    assert evaluate(reloaded(one), splits.report.windows).perplexity == results.saved_row(one.result.table).perplexity
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finished: Finished) -> None:
     check_reloaded(finished)
-    last = runner.saved_row(finished.result.table)
+    last = results.saved_row(finished.result.table)
     assert finished.result.saved is not None
     assert finished.result.saved.parameters == last.parameters
     assert last.label in (finished.folder / "model" / "README.md").read_text()
 
 
 def test_it_is_smaller_on_disk_by_what_the_parameters_say(finished: Finished) -> None:
-    dense, last = finished.result.table.rows[0], runner.saved_row(finished.result.table)
+    dense, last = finished.result.table.rows[0], results.saved_row(finished.result.table)
     saved = (finished.folder / "model" / "model.safetensors").stat().st_size
     removed = (glass_home() / "glass" / "model.safetensors").stat().st_size - saved
     assert removed == pytest.approx(4 * (dense.parameters - last.parameters), abs=2048)  # the header differs
@@ -347,7 +348,7 @@ def test_every_setting_ends_in_a_model_within_its_budget_that_loads(
     check_reloaded(one)
     target = one.config.prune.sparsity
     assert one.result.saved is not None
-    assert one.result.saved.parameters == runner.saved_row(one.result.table).parameters  # new biases and all
+    assert one.result.saved.parameters == results.saved_row(one.result.table).parameters  # new biases and all
     for row in one.result.table.rows[1:]:
         assert target - 1e-9 <= row.sparsity_prunable < target + 0.1
     rewards = [episode.reward for episode in one.result.found.history]
@@ -383,7 +384,7 @@ def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(tmp_path: Pa
     for name, prune in (("uneven", {"calibration": "affine"}), ("stock", {"calibration": "affine", "uniform": True})):
         one = finish(glass_config(tmp_path / name, prune=prune))
         assert one.result.saved is not None
-        assert one.result.saved.parameters == runner.saved_row(one.result.table).parameters
+        assert one.result.saved.parameters == results.saved_row(one.result.table).parameters
         plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + ridge"]
         assert refitted.parameters > plain.parameters
         assert refitted.sparsity_prunable == plain.sparsity_prunable, "the budget does not count them"
@@ -808,7 +809,7 @@ def test_ctrl_c_during_the_report_says_where_the_found_allocation_is(
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "measure", interrupted)
+    monkeypatch.setattr(results, "measured_row", interrupted)
     done = CliRunner().invoke(app, ["run", "--config", toml(tmp_path)])
     assert done.exit_code == 130
     assert f"interrupted after {EPISODES} episodes" in done.stderr
@@ -822,12 +823,12 @@ def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     log = tmp_path / "out" / "episodes.jsonl"
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (log.exists() and log.read_text().count("\n") > PER_UPDATE) and time.monotonic() < deadline:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, out) == (130, ""), err
