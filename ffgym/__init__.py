@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ffgym.errors import FFGymError
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, PluginConfig, Reward
 from ffgym.plugins.hookspecs import hookimpl
-from ffgym.types import Allocation, Evaluation, LayerStats, Sublayer, SublayerView
+from ffgym.types import Allocation, Evaluation, LayerStats, Sublayer, SublayerView, Update
 from ffgym.version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "RunConfig",
     "Sublayer",
     "SublayerView",
+    "Update",
     "__version__",
     "hookimpl",
     "run",

@@ -528,7 +528,7 @@ def _explain(
     kind: str, message: str, value: Any, owner: type[BaseModel], table: str, key: str
 ) -> tuple[str, str, str | None]:
     """(problem, what was expected, hint) for one pydantic error."""
-    full_key = f"{table}.{key}" if table else key
+    full_key = ".".join(part for part in (table, key) if part)
     place = f"[{table}]" if table else "the configuration"
     known = list(owner.model_fields)
     if kind == "extra_forbidden":
@@ -541,7 +541,7 @@ def _explain(
             f"{guess}Known in {place}: {', '.join(known) or 'none'}.",
         )
     if kind == "missing":
-        return f"{place} needs a value for {key!r}", "", None
+        return f"{place} needs a value for {key!r}", "", f"Give one: --set {full_key}=VALUE."
     field = owner.model_fields.get(key)
     described = f"{full_key}: {field.description}." if field is not None and field.description else None
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."

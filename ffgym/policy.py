@@ -16,6 +16,7 @@ from ffgym.config import RunConfig
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
+from ffgym.plugins.contracts import called
 from ffgym.tracking import fetch_artifact
 from ffgym.types import JSONDict, Sublayer
 
@@ -34,9 +35,18 @@ def make_agent(config: RunConfig) -> Agent:
         ConfigError: no such agent, options or policy, or updates that are too small for it.
     """
     agent = manager.create("agent", config.agent.name, config.agent.options)
-    agent.check_batch(config.search.episodes_per_update)
+    called(agent, lambda: agent.check_batch(config.search.episodes_per_update), "checking the size of an update")
+    if agent.needs_prior and config.prior.name == "none":
+        raise ConfigError(
+            f"agent {config.agent.name!r} needs a prior, and prior.name is 'none'", hint="Give --prior uniform."
+        )
     source = config.search.init_from
     if source is not None:
+        if type(agent).load_state is Agent.load_state:
+            raise ConfigError(
+                f"search.init_from = {source!r}: agent {config.agent.name!r} takes up no policy (it has no load_state)",
+                hint="Leave --init-from out.",
+            )
         if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():
             with tempfile.TemporaryDirectory() as folder:
                 policy = fetch_artifact(Path(config.tracking.root), source, "policy.json", Path(folder))
@@ -46,7 +56,7 @@ def make_agent(config: RunConfig) -> Agent:
         agent.policy_sublayers = start.sublayers
         try:
             agent.load_state(start.state)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
                 hint="Start from another run, or leave --init-from out.",
@@ -67,9 +77,14 @@ def read_policy(source: Path, config: RunConfig) -> Policy:
     path = source / "policy.json" if source.is_dir() else source
     try:
         policy = json.loads(path.read_text(encoding="utf-8"))
-        owner, state, names = policy["agent"], dict(policy["state"]), policy.get("sublayers")
+        for key, form in (("agent", str), ("state", dict)):
+            if not isinstance(policy, dict) or not isinstance(policy.get(key), form):
+                raise ValueError(f"it has no {key!r} that is a {form.__name__}")
+        owner, state, names = policy["agent"], policy["state"], policy.get("sublayers")
+        if not isinstance(names, list | None):
+            raise ValueError(f"its 'sublayers' is {names!r}, not a list of names")
         sublayers = None if names is None else tuple(str(name) for name in names)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
             hint="Give the folder of an earlier run, e.g. one under runs/, or its MLflow run id.",

@@ -22,11 +22,12 @@ from ffgym.config import SearchTable
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import DataError
+from ffgym.errors import DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pareto import non_dominated, thinned
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import called, check_recommendations
+from ffgym.plugins.contracts import called, check_recommendations, check_update
+from ffgym.plugins.manager import described
 from ffgym.types import Allocation, Episode, Update
 
 FINALS_SEED = 7_919  # finalists meet on windows of their own draw, the same for every agent of one seed
@@ -231,15 +232,21 @@ def search_front(
 
 
 def _learn(agent: Agent, vector: PruningVectorEnv, seed: int, on_update: Callable[[Update], None]) -> None:
-    """Let the agent search; what it raises by itself is a `PluginError`, what measuring or telling raises stays."""
-    telling = False
+    """Let the agent search; what it raises by itself is a `PluginError`, what measuring or telling raises stays.
+
+    Raises:
+        PluginError: it broke, took no step, or did not tell of its updates.
+    """
+    telling, told = False, 0
     foreign: list[Exception] = []
 
     def tell(update: Update) -> None:
-        nonlocal telling
+        nonlocal telling, told
+        check_update(agent, update)
         telling = True
         on_update(update)
         telling = False
+        told += 1
 
     def learn() -> None:
         try:
@@ -252,6 +259,13 @@ def _learn(agent: Agent, vector: PruningVectorEnv, seed: int, on_update: Callabl
     called(agent, learn, "searching")
     if foreign:
         raise foreign[0]
+    if not vector.history:
+        raise PluginError(f"{described(agent)}: learn came back without a step", hint="Call env.step in learn.")
+    if told == 0:
+        raise PluginError(
+            f"{described(agent)}: learn never called on_update, so nobody was told of its episodes",
+            hint="Call on_update(ffgym.Update(index=0, rewards=rewards)) after every step.",
+        )
 
 
 class _Clock:

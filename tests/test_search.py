@@ -718,10 +718,25 @@ class Broken(RandomSearch):
         )
 
     def tell(self, observations, actions, rewards):
-        return {"bug": 1 / 0} if self.how == "bug" else super().tell(observations, actions, rewards)
+        if self.how == "bug":
+            return {"bug": 1 / 0}
+        answers = {"diagnostics": [0.2], "text": {"policy/spread": "wide"}, "name": {"what (%)": 1.0}}
+        return answers.get(self.how) or super().tell(observations, actions, rewards)
+
+    def learn(self, env, *, seed, on_update):
+        if self.how == "idle":
+            return
+        if self.how == "no reset":
+            env.step(np.zeros((4, 6)))
+        if self.how == "greedy":
+            env.reset(seed=seed)
+            for _ in range(100):
+                env.step(np.zeros((4, 6)))
+        tell = {"silent": lambda update: None, "none": lambda update: on_update(None)}.get(self.how, on_update)
+        super().learn(env, seed=seed, on_update=tell)
 
     def recommend(self, observation):
-        return {"shape": [np.zeros(5)], "number": 3}.get(self.how, [])
+        return {"shape": [np.zeros(5)], "flat": np.zeros(6), "number": 3}.get(self.how, [])
 
 
 class TestBrokenAgents:
@@ -735,12 +750,33 @@ class TestBrokenAgents:
             ("nan", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is nan"),
             ("nothing", r"searching: ValueError: actions have shape \(\)"),
             ("bug", "searching: ZeroDivisionError"),
-            ("shape", r"recommending importances: ValueError: actions have shape \(5,\), not \(6,\)"),
-            ("number", "recommending importances: TypeError"),
+            ("no reset", r"searching: RuntimeError: step before reset: call env\.reset\(seed=seed\) first"),
+            (
+                "greedy",
+                r"searching: RuntimeError: step after all 768 tokens were spent: stop when env\.tokens_left is 0",
+            ),
         ],
     )
     def test_are_named(self, env, how, said):
         with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\) failed while " + said):
+            searched(env, Broken(how))
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ("idle", "learn came back without a step"),
+            ("silent", "learn never called on_update"),
+            ("none", "learn called on_update with NoneType, not an Update"),
+            ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
+            ("text", "diagnostic 'policy/spread' is str, not a number"),
+            ("name", r"a diagnostic is called 'what \(%\)'"),
+            ("shape", r"recommend returned unusable importances: an array of shape \(5,\), not \(6,\)"),
+            ("flat", "recommend returned ndarray, not a list of arrays"),
+            ("number", "recommend returned int, not a list of arrays"),
+        ],
+    )
+    def test_what_they_return_or_leave_out_is_said(self, env, how, said):
+        with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\): " + said):
             searched(env, Broken(how))
 
     def test_what_measuring_raises_is_not_put_down_to_them(self, env, monkeypatch):

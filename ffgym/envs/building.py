@@ -21,6 +21,7 @@ from ffgym.models.loading import LoadedModel, load
 from ffgym.models.preparation import Prepared, prepare
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
+from ffgym.plugins.contracts import check_wishes
 from ffgym.pruning.budget import Budget
 from ffgym.types import Resource
 
@@ -144,6 +145,7 @@ def make_reward(config: RunConfig) -> Reward:
         UnknownNameError: no such reward, task or resource.
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
+    check_wishes(reward)
     if reward.needs and config.search.stop_hopeless:
         raise ConfigError(
             f"reward {config.reward.name!r} needs {', '.join(sorted(reward.needs))}, and search.stop_hopeless can stop "

@@ -125,6 +125,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
         self._hopeless: float | None = None
+        self._objectives: tuple[str, ...] | None = None
 
     @property
     def window_tokens(self) -> int:
@@ -226,7 +227,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if not pruned.finite:
             return Judgement(pruned, dense, float(self.reward.worst), failed=True, objectives={})
         reward = check_reward(self.reward, pruned, dense)
-        return Judgement(pruned, dense, reward, failed=False, objectives=check_objectives(self.reward, pruned, dense))
+        objectives = check_objectives(self.reward, pruned, dense, names=self._objectives)
+        self._objectives = tuple(objectives)
+        return Judgement(pruned, dense, reward, failed=False, objectives=objectives)
 
     def measure(self, allocation: Allocation, subset: Sequence[int], examples: Sequence[int] = ()) -> Evaluation:
         """The model cut to this allocation, on these search windows and, for ``accuracy``, examples."""

@@ -108,7 +108,14 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Raises:
             ValueError: actions of another shape, not finite, or outside [-1, 1].
+            RuntimeError: before ``reset``, or when no tokens are left.
         """
+        if not self._subset:
+            raise RuntimeError("step before reset: call env.reset(seed=seed) first")
+        if self.tokens_left == 0:
+            raise RuntimeError(
+                f"step after all {self.token_budget:,} tokens were spent: stop when env.tokens_left is 0"
+            )
         actions = check_actions(actions, (self.num_envs, len(self.env.budget.sublayers)))
         self.measuring = True
         last = np.tile(self.env.observation(), (self.num_envs, 1))
@@ -177,7 +184,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if task != (self._update, stage.sparsity, stage.fidelity, kept) or not np.array_equal(episode.action, action):
             raise DataError(
                 f"episode {index} of {self._log_name} is not what this search does: it was written with another "
-                "configuration, starting policy, seed, version or thread count",
+                "configuration, starting policy, seed, version or thread count, or the agent does not follow its seed",
                 hint=f"Delete {self._log_name} to search from the start.",
             )
         return episode

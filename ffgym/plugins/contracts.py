@@ -5,14 +5,18 @@ A plugin that breaks its contract is a `PluginError` that names the plugin, its 
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ffgym.errors import FFGymError, PluginError
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.manager import described
-from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView
+from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
+METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes
 
 
 def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, sublayer: Sublayer) -> torch.Tensor:
@@ -39,17 +44,14 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
     """
     import torch
 
-    given = {"weight": weight, **{name: value for name, value in vars(stats).items() if torch.is_tensor(value)}}
-    before = _versions(given)
+    given = {"weight": weight, **_tensors(stats)}
+    before = {name: _fingerprint(tensor) for name, tensor in given.items()}
+    doing = f"scoring {sublayer.name}"
     with torch.no_grad():
-        scores = called(criterion, lambda: criterion.score(weight, stats), f"scoring {sublayer.name}")
+        scores = called(criterion, lambda: criterion.score(weight, stats), doing, hint=_missing(stats))
     where = f"{described(criterion)}, {sublayer.name}"
     m, n = weight.shape
-    if changed := [name for name, version in _versions(given).items() if version != before[name]]:
-        raise PluginError(
-            f"{where}: score changed the {changed[0]} it was given, which others go on with",
-            hint=f"Compute into a new tensor, e.g. {changed[0]}.clone().",
-        )
+    _check_unchanged(f"{where}: score", given, before)
     if not isinstance(scores, torch.Tensor):
         raise PluginError(f"{where}: score returned {type(scores).__name__}, not a tensor")
     if tuple(scores.shape) not in ((m, n), (n,)):
@@ -65,9 +67,40 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
     return scores
 
 
-def _versions(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Counts of changes in place; inference tensors have none, and cannot be changed where plugins run."""
-    return {name: 0 if tensor.is_inference() else tensor._version for name, tensor in tensors.items()}
+def _tensors(stats: LayerStats) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: value for name, value in vars(stats).items() if torch.is_tensor(value)}
+
+
+def _missing(stats: LayerStats) -> str | None:
+    """The next step for a plugin that stumbled over a statistic that it had not asked for."""
+    absent = [name for name, value in vars(stats).items() if value is None]
+    return f"Not collected, and so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
+
+
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """What differs once a tensor was changed in place, by torch, through numpy or through ``.data``.
+
+    Sums of the bits over rows and over columns: exact, and cheaper than a copy.
+    """
+    import torch
+
+    if tensor.dim() != 2:
+        return tensor.clone()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(integers[tensor.element_size()])
+    return torch.cat([bits.sum(dim=0), bits.sum(dim=1)])
+
+
+def _check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in given.items():
+        after = _fingerprint(tensor)
+        if after.shape != before[name].shape or not after.equal(before[name]):
+            raise PluginError(
+                f"{who} changed the {name} it was given, which others go on with",
+                hint=f"Compute into a new tensor, e.g. {name}.clone().",
+            )
 
 
 def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
@@ -81,15 +114,25 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
         shape (2L,), float32, in [-1, 1].
 
     Raises:
-        PluginError: it raised, or returned something else.
+        PluginError: it raised, returned something else, or changed what it was given.
     """
     import numpy as np
+    import torch
 
-    answer = called(heuristic, lambda: heuristic.importance(sublayers), "giving importances")
+    given = {
+        f"{name} of {view.sublayer.name}": tensor
+        for view in sublayers
+        for name, tensor in {"weight": view.weight, "unit_scores": view.unit_scores, **_tensors(view.stats)}.items()
+    }
+    before = {name: _fingerprint(tensor) for name, tensor in given.items()}
+    hint = _missing(sublayers[0].stats) if sublayers else None
+    answer: Any = called(heuristic, lambda: heuristic.importance(sublayers), "giving importances", hint=hint)
     where = described(heuristic)
+    _check_unchanged(f"{where}: importance", given, before)
     try:
+        answer = answer.detach().cpu() if torch.is_tensor(answer) else answer
         importance = np.asarray(answer, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise PluginError(f"{where}: importance returned {type(answer).__name__}, not an array of numbers") from None
     if importance.shape != (len(sublayers),):
         raise PluginError(f"{where}: importance returned shape {importance.shape}, not ({len(sublayers)},)")
@@ -104,7 +147,7 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
     """Let a reward compare two models whose losses are finite.
 
     Raises:
-        PluginError: it raised, or returned something that is not a finite number.
+        PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
     """
     value = called(reward, lambda: reward(pruned, dense), "computing a reward")
     try:
@@ -116,14 +159,44 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
             f"{described(reward)} returned {number} for a pruned loss of {pruned.loss:.4g} and a dense loss of "
             f"{dense.loss:.4g} nats per token; a reward is finite wherever the losses are"
         )
+    if number < reward.worst:
+        raise PluginError(
+            f"{described(reward)} returned {number:.6g}, less than its worst = {reward.worst:g}, what an episode earns "
+            "whose loss is not finite: breaking the model would pay",
+            hint="Set worst to a number that no finite loss earns less than.",
+        )
     return number
 
 
-def check_objectives(reward: Reward, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
-    """Let a reward name its objectives for two models whose losses are finite.
+def check_wishes(reward: Reward) -> None:
+    """Hold what a reward asks to be measured to its types; loads nothing.
 
     Raises:
-        PluginError: it raised, or returned something that is not finite numbers by name.
+        PluginError: names that are no tuple of strings, or a count that is none.
+    """
+    for attribute in ("tasks", "resources"):
+        value = getattr(reward, attribute)
+        if not isinstance(value, (tuple, list)) or not all(isinstance(name, str) for name in value):
+            raise PluginError(f"{described(reward)}: {attribute} is {value!r}, not a tuple of names")
+    for attribute, least in (("examples", 1), ("pareto", 0)):
+        value = getattr(reward, attribute)
+        if not isinstance(value, int) or value < least:
+            raise PluginError(f"{described(reward)}: {attribute} is {value!r}, not a whole number of at least {least}")
+
+
+def check_objectives(
+    reward: Reward, pruned: Evaluation, dense: Evaluation, *, names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Let a reward name its objectives for two models whose losses are finite.
+
+    Args:
+        reward: the plugin.
+        pruned: what the episode measured.
+        dense: the dense model on the same.
+        names: what it called them before; ``None`` the first time.
+
+    Raises:
+        PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
     """
     answer = called(reward, lambda: reward.objectives(pruned, dense), "naming its objectives")
     try:
@@ -132,7 +205,13 @@ def check_objectives(reward: Reward, pruned: Evaluation, dense: Evaluation) -> d
         raise PluginError(f"{described(reward)}: objectives returned {answer!r}, not numbers by name") from None
     if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise PluginError(f"{described(reward)}: objective {wrong[0]} is {numbers[wrong[0]]}, not finite")
-    return numbers
+    if names is not None and set(names) != set(numbers):
+        raise PluginError(
+            f"{described(reward)}: objectives are called {', '.join(numbers) or 'nothing'} now, and were called "
+            f"{', '.join(names) or 'nothing'} before",
+            hint="Return the same names every time.",
+        )
+    return numbers if names is None else {name: numbers[name] for name in names}
 
 
 def check_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -173,25 +252,84 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
     Raises:
         PluginError: it raised, or recommends something else.
     """
-    return called(
-        agent,
-        lambda: [check_actions(action, (sublayers,)) for action in agent.recommend(observation)],
-        "recommending importances",
-    )
+    import numpy as np
+
+    proposals: Any = called(agent, lambda: agent.recommend(observation), "recommending importances")
+    if not (isinstance(proposals, (list, tuple)) or (isinstance(proposals, np.ndarray) and proposals.ndim == 2)):
+        raise PluginError(f"{described(agent)}: recommend returned {type(proposals).__name__}, not a list of arrays")
+    actions = []
+    for proposal in proposals:
+        try:
+            array = np.asarray(proposal)
+            if array.shape != (sublayers,):
+                raise ValueError(f"an array of shape {array.shape}, not ({sublayers},)")
+            actions.append(check_actions(array[None], (1, sublayers))[0])
+        except ValueError as error:
+            raise PluginError(f"{described(agent)}: recommend returned unusable importances: {error}") from None
+    return actions
 
 
-def called(plugin: Plugin, call: Callable[[], Result], doing: str) -> Result:
-    """What a call into a plugin returns.
+def check_update(agent: Agent, update: Update) -> Update:
+    """Hold what an agent says of an update to what can be logged.
 
     Raises:
-        PluginError: it raised anything that is no error of ffgym's.
+        PluginError: no ``Update``, or its diagnostics are not numbers by name.
+    """
+    where = described(agent)
+    if not isinstance(update, Update):
+        raise PluginError(
+            f"{where}: learn called on_update with {type(update).__name__}, not an Update",
+            hint="Call on_update(ffgym.Update(index=0, rewards=rewards, diagnostics={})) after every step.",
+        )
+    if not isinstance(update.diagnostics, Mapping):
+        raise PluginError(
+            f"{where}: diagnostics are {type(update.diagnostics).__name__}, not a dict of numbers by name"
+        )
+    for name, value in update.diagnostics.items():
+        if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
+            raise PluginError(
+                f"{where}: a diagnostic is called {name!r}",
+                hint="Use letters, digits, spaces, and any of _ - . : / after the first character.",
+            )
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number") from None
+    return update
+
+
+def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str | None = None) -> Result:
+    """What a call into a plugin returns.
+
+    Args:
+        plugin: whose code is called.
+        call: the call.
+        doing: for the message.
+        hint: the next step where the plugin stumbled over a ``None``.
+
+    Raises:
+        PluginError: it raised, or left the process; what a built-in raises on purpose stays as it is.
     """
     try:
         return call()
-    except FFGymError:
-        raise
-    except Exception as error:
+    except FFGymError as error:
+        if isinstance(error, PluginError) or type(plugin).__module__.partition(".")[0] == "ffgym":
+            raise
+        raise PluginError(f"{described(plugin)}, {doing}: {error.message}", hint=error.hint) from error
+    except (Exception, SystemExit) as error:
+        stumbled = hint is not None and "None" in str(error)
         raise PluginError(
-            f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error}",
-            hint="The plugin broke, not ffgym: report it to the package's author.",
+            f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} ({_place(error, plugin)})",
+            hint=hint if stumbled else "The plugin broke, not ffgym: report it to the package's author.",
         ) from error
+
+
+def _place(error: BaseException, plugin: Plugin) -> str:
+    """Where it happened: the last line of the plugin's own file that was running, or else the last line of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    try:
+        file = inspect.getfile(type(plugin))
+    except (OSError, TypeError):  # a class that was typed in has no file
+        file = ""
+    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+    return f"{Path(frame.filename).name}, line {frame.lineno}"

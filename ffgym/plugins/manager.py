@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_g
 
 MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
 """What a reward may need beside the losses."""
+
+
+NAME = re.compile("[a-z0-9][a-z0-9_-]*")
+"""What a plugin may be called: names become folders, keys and file names."""
 
 
 class BuiltIn(NamedTuple):
@@ -310,7 +315,8 @@ def _discover(wanted: str | None) -> Discovery:
             rows.append(row)
     for name in chosen or []:
         if name not in {entry.name for entry in found}:
-            failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it"
+            there = ", ".join(entry.name for entry in found) or "none"
+            failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it (entry points that are there: {there})"
             rows.append(PluginRecord(name, package="", version="", provides={}, failure=failure))
     return Discovery(tuple(offers), tuple(_with_conflict(row, offers) for row in rows))
 
@@ -336,8 +342,12 @@ def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
     pluggy_manager = pluggy.PluginManager(hookspecs.GROUP)
     pluggy_manager.add_hookspecs(hookspecs)
     module = entry.load()
-    pluggy_manager.register(module, name=entry.name)
-    pluggy_manager.check_pending()
+    try:
+        pluggy_manager.register(module, name=entry.name)
+        pluggy_manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(f"{reason}; the hooks are {', '.join(_HOOKS)}, and none takes an argument") from error
     if not pluggy_manager.get_hookcallers(module):
         raise PluginError(f"{entry.value} implements no hook; decorate one of {', '.join(_HOOKS)} with @ffgym.hookimpl")
     offered = []
@@ -359,12 +369,16 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         raise PluginError(f"{hook} returned {cls.__qualname__}, which does not define {', '.join(missing)}")
     name = getattr(cls, "name", None)
-    if not (isinstance(name, str) and name):
-        raise PluginError(f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not a word")
+    if not (isinstance(name, str) and NAME.fullmatch(name)):
+        raise PluginError(
+            f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not lower-case letters, digits, '-' and '_'"
+        )
     if kind == "heuristic" and name == "none":
         raise PluginError("a heuristic cannot be called 'none': prior.name = none means no prior")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, PluginConfig)):
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
+    if "name" in cls.Config.model_fields:
+        raise PluginError(f"{kind} {name!r}: its Config has an option 'name', and a table's `name` says which plugin")
     needs: Any = getattr(cls, "needs", frozenset())
     if not isinstance(needs, (set, frozenset)):
         raise PluginError(f"{kind} {name!r}: needs is {needs!r}, not a frozenset of names")
@@ -405,7 +419,9 @@ def _conflict(kind: PluginKind, name: str, owners: list[str]) -> str:
 
 
 def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
-    error = UnknownNameError(kind, name, names(kind))
+    # A heuristic may stand where an agent is asked for, see `resolve_agent`.
+    known = [*names(kind), *(names("heuristic") if kind == "agent" else ())]
+    error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)
     broken = [row for row in _discovered().records if row.failure is not None and not row.provides]
     if broken:
         plugins = "; ".join(f"{Package(row.package or row.name, row.version)} ({row.failure})" for row in broken)

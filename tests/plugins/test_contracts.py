@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,9 @@ import torch
 
 from ffgym.errors import DataError, PluginError
 from ffgym.plugins.bases import Criterion, Heuristic, Reward
-from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
+from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_wishes
 from ffgym.testing.toys import toy_views
-from ffgym.types import Evaluation, LayerStats, Sublayer
+from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView
 
 SUBLAYER = Sublayer(3, "mlp", 5, 1, unit_params=1, unit_macs=1, depth=6)
 DENSE = Evaluation((3.0, 3.0), 8)
@@ -93,6 +95,12 @@ def test_inference_tensors_can_be_scored() -> None:
         (lambda weight: [1.0] * 5, "list, not a tensor"),
         (lambda weight: weight.to(torch.complex64), "complex64"),
         (lambda weight: weight.mul_(2), "changed the weight it was given"),
+        (lambda weight: weight.data.zero_(), "changed the weight it was given"),
+        (lambda weight: weight.numpy().fill(0), "changed the weight it was given"),
+        (
+            lambda weight: sys.exit(3),
+            r"scoring layer 3 mlp: SystemExit: 3 \(test_contracts\.py, line \d+\)",
+        ),
         (lambda weight: fail(), "failed while scoring layer 3 mlp: KeyError: 'lost'"),
     ],
 )
@@ -121,12 +129,87 @@ def test_a_criterion_that_changes_its_statistics_is_found_out(statistic: str) ->
     assert f"{statistic}.clone()" in str(caught.value.hint)
 
 
-def test_errors_that_ffgym_raises_on_purpose_pass_through() -> None:
+def test_errors_that_a_plugin_raises_on_purpose_name_it() -> None:
     def complain(weight: torch.Tensor) -> None:
-        raise DataError("too short")
+        raise DataError("too short", hint="Give more.")
 
-    with pytest.raises(DataError, match="too short"):
+    with pytest.raises(PluginError, match=r"criterion 'scores' .*, scoring layer 3 mlp: too short") as caught:
         scored(complain)
+    assert caught.value.hint == "Give more."
+
+
+def test_a_failure_says_the_line_of_the_plugin() -> None:
+    """Not the line of the library that raised."""
+    line = inspect.currentframe().f_lineno + 2  # type: ignore[union-attr]
+    with pytest.raises(PluginError, match=rf"LinAlgError: .* \(test_contracts\.py, line {line}\)"):
+        scored(lambda weight: np.linalg.inv(np.zeros((2, 2))))
+
+
+def test_a_statistic_that_was_not_asked_for_is_the_hint() -> None:
+    class Forgets(Criterion):
+        name = "forgets"
+
+        def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+            return weight.abs() * stats.square.sqrt()  # type: ignore[union-attr]
+
+    with pytest.raises(PluginError, match="NoneType") as caught:
+        check_scores(Forgets(), torch.ones(4, 5), LayerStats(mean=torch.ones(5)), SUBLAYER)
+    assert "square" in str(caught.value.hint)
+    assert "`needs`" in str(caught.value.hint)
+    assert "mean" not in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("given", ["weight", "square"])
+def test_a_heuristic_that_changes_what_it_was_lent_is_found_out(given: str) -> None:
+    class Clears(Heuristic):
+        name = "clears"
+
+        def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
+            view = sublayers[2]
+            lent = view.weight if given == "weight" else view.stats.square
+            assert lent is not None
+            lent.data.zero_()
+            return np.zeros(len(sublayers))
+
+    with pytest.raises(PluginError, match=f"importance changed the {given} of layer 1 attention it was given"):
+        check_importance(Clears(), toy_views(2, frozenset({"square"})))
+
+
+def test_importances_may_be_a_tensor_with_a_gradient() -> None:
+    answer = check_importance(Importances(torch.zeros(4, requires_grad=True)), toy_views(2, frozenset()))
+    assert answer.tolist() == [0, 0, 0, 0]
+
+
+def test_a_reward_below_its_worst_would_make_breaking_the_model_pay() -> None:
+    with pytest.raises(PluginError, match=r"reward 'number' .* returned -2, less than its worst = 0"):
+        check_reward(Number(-2.0), PRUNED, DENSE)
+
+
+def test_objectives_keep_their_names_and_their_order() -> None:
+    class Fickle(Number):
+        def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
+            return dict(self.answer)
+
+    assert list(check_objectives(Fickle({"b": 1, "a": 2}), PRUNED, DENSE, names=("a", "b"))) == ["a", "b"]
+    with pytest.raises(PluginError, match="objectives are called b, c now, and were called a, b before"):
+        check_objectives(Fickle({"b": 1, "c": 2}), PRUNED, DENSE, names=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "said"),
+    [
+        ("tasks", "arc_easy", "tasks is 'arc_easy', not a tuple of names"),
+        ("resources", (1,), r"resources is \(1,\), not a tuple of names"),
+        ("examples", 0, "examples is 0, not a whole number of at least 1"),
+        ("pareto", "8", "pareto is '8', not a whole number of at least 0"),
+    ],
+)
+def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, said: str) -> None:
+    reward = Number(1.0)
+    check_wishes(reward)
+    setattr(reward, attribute, value)
+    with pytest.raises(PluginError, match=f"reward 'number' .*{said}"):
+        check_wishes(reward)
 
 
 def test_importance_comes_back_as_float32() -> None:

@@ -148,8 +148,21 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
             "reward 'a' needs unknown measurements ['acuracy']",
         ),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': dict})]", "PluginConfig"),
-        (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "PluginValidationError"),
-        (HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]", "unknown hook"),
+        (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "and none takes an argument"),
+        (
+            HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]",
+            "unknown hook 'ffgym_criterions' in plugin",
+        ),
+        (
+            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a/b'})]",
+            "name is 'a/b', not lower-case letters",
+        ),
+        (
+            HOOK
+            + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': "
+            + "type('C', (ffgym.PluginConfig,), {'__annotations__': {'name': str}})})]",
+            "criterion 'a': its Config has an option 'name'",
+        ),
         (
             HOOK.replace("criteria", "heuristics")
             + "[type('A', (ffgym.Heuristic,), {'importance': 1, 'name': 'none'})]",
@@ -175,6 +188,12 @@ def test_unknown_name_has_the_near_match_the_list_and_the_broken_plugins(install
     assert "Did you mean 'wanda'?" in str(caught.value)
     assert "magnitude, " in str(caught.value)
     assert "acme-broken 1.0 (RuntimeError: boom)" in str(caught.value)
+
+
+def test_an_unknown_agent_may_be_a_mistyped_heuristic() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown agent or heuristic 'flapp'") as caught:
+        manager.get_class("agent", "flapp")
+    assert "Did you mean 'flap'?" in str(caught.value)
 
 
 def test_two_packages_with_one_name_are_refused_naming_both(install: Install) -> None:
@@ -212,7 +231,10 @@ def test_environment_variable_with_an_unknown_plugin_is_reported(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FFGYM_LOAD_PLUGINS", "nobody")
-    assert any(row.name == "nobody" and "not installed" in str(row.failure) for row in manager.records())
+    install("acme-one", CRITERION.format(name="one"))
+    (nobody,) = (row for row in manager.records() if row.name == "nobody")
+    assert "not installed" in str(nobody.failure)
+    assert "acme-one-entry" in str(nobody.failure), "the entry points that are there"
     with pytest.raises(UnknownNameError, match="nobody"):
         manager.get_class("criterion", "mine")
 
