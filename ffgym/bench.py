@@ -7,6 +7,7 @@ files form one queue: the first seed of everything comes first.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,8 @@ def read_bench(file: Path) -> Bench:
     try:
         spec = BenchFile.model_validate(read_toml(file))
     except ValidationError as error:
-        raise config_error(error, BenchFile) from None
+        problem = config_error(error, BenchFile)
+        raise ConfigError(f"{file}: {problem.message}", hint=problem.hint) from None
     for key, values in (("agents", spec.agents), ("seeds", spec.seeds)):
         if len(set(values)) < len(values):
             raise ConfigError(f"{file}: {key} = {values} names one of them twice", hint="Name each once.")
@@ -122,6 +124,12 @@ def read_bench(file: Path) -> Bench:
         raise ConfigError(
             f"{file}: variants has {', '.join(map(repr, unused))}, which agents does not name",
             hint=f"Named in agents: {', '.join(spec.agents)}.",
+        )
+    near = difflib.get_close_matches(spec.baseline, spec.agents, n=1, cutoff=0.75)
+    if near and spec.baseline not in spec.agents:  # a typing error; one that is far from all of them is only said
+        raise ConfigError(
+            f"{file}: baseline {spec.baseline!r} is none of its agents",
+            hint=f"Did you mean {near[0]!r}? Named in agents: {', '.join(spec.agents)}.",
         )
     if "seed" in spec.run or any("seed" in changes for changes in spec.variants.values()):
         raise ConfigError(f"{file} sets `seed` for a run, and a bench runs several", hint="Use `seeds`.")
@@ -243,8 +251,13 @@ def read_cell(cell: Cell) -> CellResult:
     """The result file of a cell."""
     try:
         return CellResult.model_validate_json(cell.path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise DataError(f"{cell.path} is not a bench result: {error}", hint="Delete it to compute it again.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        reason = f"{place}: {first['msg']}" if place else first["msg"]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = str(error)
+    raise DataError(f"{cell.path} is not a bench result: {reason}", hint="Delete it to compute it again.")
 
 
 def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:

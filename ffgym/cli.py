@@ -268,8 +268,14 @@ def bench(
     from ffgym.bench import bench as run_bench
     from ffgym.report.bench import markdown
 
-    with contextlib.redirect_stdout(sys.stderr):
-        tables = run_bench([*files, *(more or [])], progress=Console(stderr=True), only_report=only_report, jobs=jobs)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            tables = run_bench(
+                [*files, *(more or [])], progress=Console(stderr=True), only_report=only_report, jobs=jobs
+            )
+    except KeyboardInterrupt:
+        typer.echo("finished episodes are kept: the same command goes on, --report shows what is there", err=True)
+        raise
     for table in tables:
         typer.echo(markdown(table))
 

@@ -203,7 +203,15 @@ def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
     check_benches([read_bench(path)])  # what was measured stays valid
 
 
-def test_a_baseline_that_nobody_runs_is_said(tmp_path: Path) -> None:
+def test_a_baseline_that_nobody_runs_is_said_and_a_misspelled_one_refused(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     bench([bench_file(tmp_path, baseline="evolutoin")], progress=console, only_report=True)
     assert "baseline 'evolutoin' is none of its agents" in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"small\.toml: baseline 'evolutoin' is none of its agents") as caught:
+        read_bench(bench_file(tmp_path, agents=["random", "evolution"], baseline="evolutoin"))
+    assert "Did you mean 'evolution'?" in str(caught.value.hint)
+
+
+def test_what_is_wrong_with_a_bench_file_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"small\.toml: unknown .* 'mark'"):
+        read_bench(bench_file(tmp_path, mark=3))

@@ -94,12 +94,12 @@ def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], pat
         _draw_pair(axes, points, dense, across, up)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    title = f"{len(_winners(points))} of {len(points)} allocations are in the Pareto set"
+    lines = [f"{len(_winners(points))} of {len(points)} allocations are in the Pareto set"]
     chosen = next((point for point in points if point.chosen), None)
     if chosen is not None:
-        title += f"; chosen: {_values(chosen.objectives)}"
-    title += f"\ndense: {_values(dense)}"
-    figure.suptitle(title + (f"; {note}" if note else ""), x=0.01, ha="left", fontsize=11, fontweight="bold")
+        lines.append(f"chosen: {_values(chosen.objectives)}")
+    lines += [f"dense: {_values(dense)}", *([note] if note else [])]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold")
     save_figure(figure, path)
 
 
