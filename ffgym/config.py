@@ -541,7 +541,8 @@ def _explain(
             f"{guess}Known in {place}: {', '.join(known) or 'none'}.",
         )
     if kind == "missing":
-        return f"{place} needs a value for {key!r}", "", f"Give one: --set {full_key}=VALUE."
+        hint = f"Write `{key} = ...` under {place}, or give a run --set {full_key}=VALUE." if table else None
+        return f"{place} needs a value for {key!r}", "", hint
     field = owner.model_fields.get(key)
     described = f"{full_key}: {field.description}." if field is not None and field.description else None
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
