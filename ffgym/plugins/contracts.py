@@ -269,7 +269,7 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
     return actions
 
 
-def check_update(agent: Agent, update: Update) -> Update:
+def check_update(agent: Agent, update: Update) -> None:
     """Hold what an agent says of an update to what can be logged.
 
     Raises:
@@ -295,7 +295,6 @@ def check_update(agent: Agent, update: Update) -> Update:
             float(value)
         except (TypeError, ValueError):
             raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number") from None
-    return update
 
 
 def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str | None = None) -> Result:
