@@ -183,6 +183,7 @@ def search_front(
         num_envs=settings.episodes_per_update,
         token_budget=settings.episodes * env.episode_windows * env.window_tokens,
         stop_margin=settings.stop_margin if settings.stop_hopeless else None,
+        slope_episodes=agent.slope_episodes,
         on_episode=record,
         replay=earlier.episodes,
         log_name=str(log),
@@ -493,6 +494,7 @@ def read_log(path: Path) -> Log:
             seconds += float(row.pop("seconds", 0.0))
             row["action"] = np.array(row["action"], dtype=np.float32)
             row["kept"] = tuple(row["kept"])
+            row["slopes"] = tuple(row.get("slopes", ()))
             episodes.append(Episode(**row))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(

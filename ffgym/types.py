@@ -216,6 +216,9 @@ class Episode:
         failed: the loss was not finite, so the reward is the reward's ``worst``.
         objectives: what the reward says it weighs, by name, higher = better; empty where it weighs nothing, or failed.
         stopped_early: its first windows were hopeless, so the rest of the subset was not evaluated.
+        slopes: derivative of the loss by each importance at ``action``, length 2L, nats per token; empty where nobody
+            asked for it.
+        slope_tokens: how many of ``tokens`` the passes took that the slopes are from.
     """
 
     index: int
@@ -232,6 +235,8 @@ class Episode:
     failed: bool = False
     objectives: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
+    slopes: tuple[float, ...] = ()
+    slope_tokens: int = 0
 
 
 @dataclass(frozen=True)

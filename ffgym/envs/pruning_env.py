@@ -21,6 +21,7 @@ from ffgym.errors import DataError
 from ffgym.evaluation.divergence import evaluate_against, remember
 from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.models.slopes import FORWARD_PASSES, unit_slopes
 from ffgym.models.surgery import PrunableModel
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
@@ -64,6 +65,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     With ``"hopeless": x`` the windows are measured one by one, and no more of them once the mean loss so far lies more
     than x nats per token above the dense model's on the same windows; the reward is that of the windows measured.
     Only a reward of losses can be stopped like that.
+    With ``"slopes": True`` the step's info also holds ``slopes`` (float64, (2L,)), the derivative of the loss by
+    importance on the windows that were measured, and their passes count in ``tokens``: ``slope_tokens`` of them.
 
     The step's info holds ``kept`` (int64, (2L,)), ``sparsity``, ``loss`` and ``dense_loss`` (nats per token),
     ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite), ``stopped_early`` (0 or 1) and,
@@ -125,6 +128,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
         self._hopeless: float | None = None
+        self._slopes = False
         self._objectives: tuple[str, ...] | None = None
 
     @property
@@ -171,6 +175,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             else self._checked_examples(examples)
         )
         self._hopeless = options.get("hopeless")
+        self._slopes = bool(options.get("slopes", False))
         return self.observation(), {}
 
     def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
@@ -216,7 +221,23 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             "stopped_early": int(windows < len(self._subset)),
             **{OBJECTIVE + name: value for name, value in judged.objectives.items()},
         }
+        if self._slopes:
+            info["slopes"] = self.slopes(action, allocation, self._subset[:windows])
+            info["slope_tokens"] = FORWARD_PASSES * windows * self.window_tokens
+            info["tokens"] += info["slope_tokens"]
         return self.observation(), judged.reward, True, False, info
+
+    def slopes(self, action: np.ndarray, allocation: Allocation, subset: Sequence[int]) -> np.ndarray:
+        """Derivative of the loss by importance where ``action`` came to ``allocation``, on these search windows.
+
+        Returns:
+            shape (2L,), float64, nats per token and importance; all 0 where the cut model's loss is not finite.
+        """
+        units = unit_slopes(
+            self.prunable, self.windows[list(subset)], allocation.kept, calibrated=self.calibrated
+        )
+        found = self.budget.importance_slopes(action, allocation.kept, [slopes.numpy() for slopes in units])
+        return found if np.isfinite(found).all() else np.zeros_like(found)
 
     def judge(self, allocation: Allocation, subset: Sequence[int], examples: Sequence[int] = ()) -> Judgement:
         """Reward and objectives of an allocation on these search windows and examples."""

@@ -40,6 +40,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         stop_margin: an episode is hopeless, and cut short, when its loss above dense is this many standard deviations
             above the mean of the last update at the same target and fidelity; ``None`` cuts none short.
         on_episode: called after every episode.
+        slope_episodes: of how many episodes of every update, the first ones, slopes are measured too; ``final_info``
+            then holds ``slopes``, shape (num_envs, 2L), 0 for the others.
         replay: episodes of an earlier, interrupted search with the same seed: they are taken as they are instead of
             being measured again.
 
@@ -57,6 +59,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: int,
         token_budget: int,
         stop_margin: float | None = None,
+        slope_episodes: int = 0,
         on_episode: Callable[[Episode], None] | None = None,
         replay: Sequence[Episode] = (),
         log_name: str = "the log",
@@ -66,6 +69,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.num_envs = num_envs
         self.token_budget = token_budget
         self.stop_margin = stop_margin
+        self.slope_episodes = slope_episodes
         self.history: list[Episode] = []
         self.tokens_spent = 0
         self.measuring = False
@@ -119,7 +123,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         actions = check_actions(actions, (self.num_envs, len(self.env.budget.sublayers)))
         self.measuring = True
         last = np.tile(self.env.observation(), (self.num_envs, 1))
-        episodes = [self._episode(action) for action in actions]
+        episodes = [self._episode(action, slopes=i < self.slope_episodes) for i, action in enumerate(actions)]
         self._update += 1
         following = self._begin()
         self.measuring = False
@@ -130,6 +134,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "_final_obs": done,
             "_final_info": done,
         }
+        if self.slope_episodes:
+            none = (0.0,) * actions.shape[1]
+            infos["final_info"]["slopes"] = np.array([episode.slopes or none for episode in episodes])
         rewards = np.array([episode.reward for episode in episodes])
         return following, rewards, done, np.zeros(self.num_envs, dtype=bool), infos
 
@@ -163,25 +170,26 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         above = np.array([episode.loss - episode.dense_loss for episode in last])
         return float(above.mean() + self.stop_margin * above.std())
 
-    def _episode(self, action: np.ndarray) -> Episode:
+    def _episode(self, action: np.ndarray, *, slopes: bool) -> Episode:
         index = len(self.history)
         if index < len(self._replay):
-            episode = self._replayed(index, action)
-        elif twin := self._twin(action):
-            episode = replace(twin, index=index, action=action)
+            episode = self._replayed(index, action, slopes=slopes)
+        elif not slopes and (twin := self._twin(action)):
+            tokens = twin.tokens - twin.slope_tokens
+            episode = replace(twin, index=index, action=action, tokens=tokens, slopes=(), slope_tokens=0)
         else:
-            episode = self._measured(index, action)
+            episode = self._measured(index, action, slopes=slopes)
         self.tokens_spent += episode.tokens
         self.history.append(episode)
         if self._on_episode is not None:
             self._on_episode(episode)
         return episode
 
-    def _replayed(self, index: int, action: np.ndarray) -> Episode:
+    def _replayed(self, index: int, action: np.ndarray, *, slopes: bool) -> Episode:
         episode = self._replay[index]
         stage, kept = self._stage, self.env.budget.project(action, self._stage.sparsity).kept
-        task = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept)
-        if task != (self._update, stage.sparsity, stage.fidelity, kept) or not np.array_equal(episode.action, action):
+        task = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept, bool(episode.slopes))
+        if task != (self._update, stage.sparsity, stage.fidelity, kept, slopes) or not np.array_equal(episode.action, action):
             raise DataError(
                 f"episode {index} of {self._log_name} is not what this search does: it was written with another "
                 "configuration, starting policy, seed, version or thread count, or the agent does not follow its seed",
@@ -195,8 +203,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         siblings = itertools.takewhile(lambda episode: episode.update == self._update, reversed(self.history))
         return next((episode for episode in siblings if episode.kept == kept), None)
 
-    def _measured(self, index: int, action: np.ndarray) -> Episode:
-        self.env.reset(options=self._task())
+    def _measured(self, index: int, action: np.ndarray, *, slopes: bool) -> Episode:
+        self.env.reset(options={**self._task(), "slopes": slopes})
         _, reward, _, _, info = self.env.step(action)
         return Episode(
             index=index,
@@ -215,4 +223,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 key.removeprefix(OBJECTIVE): float(value) for key, value in info.items() if key.startswith(OBJECTIVE)
             },
             stopped_early=bool(info["stopped_early"]),
+            slopes=tuple(float(x) for x in info.get("slopes", ())),
+            slope_tokens=int(info.get("slope_tokens", 0)),
         )

@@ -96,14 +96,32 @@ class Half:
             self.restore()
             return
         channels = units * self.sublayer.channels_per_unit
-        dense = PlainPath(self._consumer_weight, self._consumer_bias)
-        path: Path = self.path if calibrated and self.path is not None else dense
+        path = self.path_for(calibrated=calibrated)
         self.set_consumer(path.weight_at(channels), path.bias_at(channels))
         for producer, rows, weight, bias in zip(self.producers, self._rows, self._weights, self._biases, strict=True):
             _set(producer, weight[: units * rows], None if bias is None else bias[: units * rows])
         for attribute in self._head_counts:
             setattr(self._attention, attribute, units * self.sublayer.query_heads_per_unit)
         self._place_attention(empty=units == 0)
+
+    def path_for(self, *, calibrated: bool) -> Path:
+        """The refitted path, or plain removal where none was built or none is wanted."""
+        dense = PlainPath(self._consumer_weight, self._consumer_bias)
+        return self.path if calibrated and self.path is not None else dense
+
+    def pad(self, units: int, *, calibrated: bool = True) -> None:
+        """Compute what ``cut`` would at full width: the columns of the units that went are zeros.
+
+        Unlike the cut sublayer, this one has a derivative with respect to what went.
+        """
+        self.restore()
+        if units == self.sublayer.units:
+            return
+        channels = units * self.sublayer.channels_per_unit
+        path = self.path_for(calibrated=calibrated)
+        weight = torch.zeros_like(self._consumer_weight, requires_grad=False)
+        weight[:, :channels] = path.weight_at(channels).to(weight)
+        self.set_consumer(weight, path.bias_at(channels))
 
     def set_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Give the consumer new values, converted to the model's dtype.

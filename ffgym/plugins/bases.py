@@ -150,6 +150,8 @@ class Agent(Plugin, ABC):
     it says ``tokens_left`` (int), the evaluated tokens that the search may still spend.
 
     Attributes:
+        slope_episodes: of how many episodes of every update, the first ones, it wants the slopes of the loss too, the
+            derivative by each importance; such an episode costs four times the tokens.
         needs_prior: it cannot run without a prior.
         searches: it learns from episodes; ``False`` for a rule that is measured as it is.
         budget_conditioned: what it proposes and recommends follows the target sparsity in the observation, so that one
@@ -170,6 +172,7 @@ class Agent(Plugin, ABC):
         self.budgets: tuple[float, float] | None = None
         self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
         self.policy_sublayers: tuple[str, ...] | None = None
+        self.slope_episodes = 0
 
     def check_batch(self, batch: int) -> None:
         """Refuse updates of ``batch`` episodes where they are too small for it; asked before anything is loaded.
@@ -224,6 +227,13 @@ class BatchAgent(Agent):
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Learn from rewards, shape (batch,); return diagnostics, e.g. ``{"policy/spread": 0.2}``."""
 
+    def take_slopes(self, slopes: np.ndarray) -> None:
+        """Take the slopes that ``slope_episodes`` asked for, shape (slope_episodes, 2L); comes before ``tell``.
+
+        Not called where the environment has none.
+        """
+        return
+
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Ask, step, tell, until the environment's token budget is spent."""
         self.begin(dimensions=env.single_action_space.shape[0], batch=env.num_envs, seed=seed)
@@ -231,7 +241,9 @@ class BatchAgent(Agent):
         index = 0
         while env.tokens_left > 0:
             actions = self.ask(observations)
-            following, rewards, _, _, _ = env.step(actions)
+            following, rewards, _, _, infos = env.step(actions)
+            if self.slope_episodes and "slopes" in infos.get("final_info", {}):
+                self.take_slopes(infos["final_info"]["slopes"][: self.slope_episodes])
             diagnostics = self.tell(observations, actions, rewards)
             on_update(Update(index=index, rewards=rewards, diagnostics=diagnostics))
             observations = following

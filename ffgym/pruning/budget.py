@@ -24,6 +24,9 @@ from ffgym.errors import BudgetError
 from ffgym.types import Allocation, Kind, Resource, Sublayer
 
 
+REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged
+
+
 def unit_cost(sublayer: Sublayer, resource: Resource, *, context: int, kv_bytes: int) -> float:
     """What one unit costs.
 
@@ -231,6 +234,51 @@ class Budget:
         return self.allocation(
             self._spread(_grant(self._owner[order], self._increment[order], room, len(self._ladders)))
         )
+
+    def importance_slopes(
+        self, importance: np.ndarray, kept: Sequence[int], unit_slopes: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """Derivative of the loss by importance, through the projection, from what single units are worth.
+
+        Along its own path a sublayer's slope is the mean over the units within ``REACH`` of its level, since a single
+        unit says little. The projection answers a step of one keep ratio r_i with a shift of all that move, so that the
+        cost c stays: d loss / d a_i = (g_i - c_i sum_j g_j / sum_j c_j) / 2, g and c by keep ratio, a = 2 r - 1. What
+        is kept whole or gone altogether moves only where its ratio lies within ``REACH`` of the end.
+
+        Args:
+            importance: what was projected, shape (2L,).
+            kept: what it came to, length 2L.
+            unit_slopes: first-order change of the loss as each unit joins, shape (units,) for every sublayer.
+
+        Returns:
+            shape (2L,), float64, nats per token and importance; 0 where a unit is more than ``REACH`` of its sublayer
+            (a derivative says nothing of so large a step), and where the sublayer costs nothing.
+
+        Raises:
+            BudgetError: layers are tied to one shape.
+        """
+        if self.tied:
+            raise BudgetError(
+                "slopes are of layers that each have a size of their own, and here all share one shape",
+                hint="Leave prune.uniform out, or the agent's slopes.",
+            )
+        units = np.array([sublayer.units for sublayer in self.sublayers])
+        levels = np.asarray(kept)
+        ratio = (np.clip(np.asarray(importance, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0
+        value, cost = np.zeros(len(units)), np.zeros(len(units))
+        for i, (slopes, table) in enumerate(zip(unit_slopes, self._tables, strict=True)):
+            reach = int(units[i] * REACH)
+            low, high = max(0, levels[i] - reach), min(units[i], levels[i] + reach)
+            if reach:
+                value[i] = units[i] * float(np.mean(slopes[low:high]))
+                cost[i] = units[i] * float(table[high] - table[low]) / (high - low)
+        inside = (cost > 0) & (levels > 0) & (levels < units)
+        shift = float(np.mean((levels / units - ratio)[inside])) if inside.any() else 0.0
+        moves = (cost > 0) & (ratio + shift > -REACH) & (ratio + shift < 1 + REACH)
+        if not moves.any():
+            return np.zeros(len(units))
+        price = value[moves].sum() / cost[moves].sum()
+        return np.asarray(np.where(moves, (value - cost * price) / 2.0, 0.0))
 
     def _limit(self, sparsity: float) -> float:
         """What an allocation may cost."""

@@ -37,6 +37,17 @@ class Path(Protocol):
     def bias_at(self, channels: int) -> torch.Tensor | None:
         """The consumer's bias at that level, shape (m,), float32; ``None`` where it has none."""
 
+    def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
+        """What the loss changes by, to first order, as each channel joins those before it: <dL/dW, W_(k+1) - W_k>.
+
+        Args:
+            weight_gradient: dL/dW of the consumer at full width, shape (m, n), float32.
+            bias_gradient: dL/db, shape (m,), float32; ``None`` where it has no bias.
+
+        Returns:
+            shape (n,), float32; negative where the channel helps.
+        """
+
 
 class PlainPath:
     """Plain removal: the kept columns as they are.
@@ -57,6 +68,10 @@ class PlainPath:
     def bias_at(self, channels: int) -> torch.Tensor | None:
         """The dense bias."""
         return self._bias
+
+    def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
+        """A channel joins with its own column, and nothing else moves."""
+        return (self._weight.float() * weight_gradient).sum(dim=0)
 
 
 def scale(second_moment: torch.Tensor) -> torch.Tensor:
@@ -174,6 +189,13 @@ class NestedRidge:
         base = torch.zeros(self._weight.shape[0], device=self._weight.device) if self._bias is None else self._bias
         mean = self._mean.float()
         return base + self._weight.float() @ mean - self.weight_at(channels) @ mean[:channels]
+
+    def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
+        """Channel k joins with the rank-one change B[:, k] D[k, :] of the whole weight, and takes its mean off the bias."""
+        weights = ((self._projected.T @ weight_gradient) * self._inverse).sum(dim=1)
+        if self._mean is None or bias_gradient is None:
+            return weights
+        return weights - (self._projected.T @ bias_gradient) * (self._inverse @ self._mean.float())
 
 
 def suffix_energy(columns: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Toy problems: vector environments whose optimum is known, and sublayers to try criteria and heuristics on.
 
 The environments look to an agent exactly like the pruning one: one-step episodes, importances in [-1, 1], a token
-budget. Their best reward is 1, at ``optimum``.
+budget. Their best reward is 1, at ``optimum``. Slopes are there for the taking: the derivative of the negative reward.
 """
 
 from __future__ import annotations
@@ -89,10 +89,22 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
             raise RuntimeError("the token budget is spent: stop when tokens_left is 0")
         actions = check_actions(actions, (self.num_envs, self.optimum.size))
         self.tokens_spent += self.num_envs * self.tokens_per_episode
-        rewards = self.value(actions.astype(np.float64) - self.optimum) + self.noise * self.np_random.normal()
+        offsets = actions.astype(np.float64) - self.optimum
+        rewards = self.value(offsets) + self.noise * self.np_random.normal()
         done = np.ones(self.num_envs, dtype=bool)
-        infos = {"final_obs": self._observations(), "_final_obs": done}
+        infos = {
+            "final_obs": self._observations(),
+            "_final_obs": done,
+            "final_info": {"slopes": self._slopes(offsets)},
+            "_final_info": done,
+        }
         return self._observations(), rewards, done, np.zeros(self.num_envs, dtype=bool), infos
+
+    def _slopes(self, offsets: np.ndarray) -> np.ndarray:
+        """Derivative of the negative reward by every importance, by central differences, shape (batch, dimensions)."""
+        nudges = 1e-5 * np.eye(offsets.shape[1])
+        sides = [np.stack([self.value(offsets + side * nudge) for nudge in nudges], axis=1) for side in (1, -1)]
+        return np.asarray((sides[1] - sides[0]) / 2e-5)
 
     def _observations(self) -> np.ndarray:
         return np.tile(np.array([0.2, 1.0], dtype=np.float32), (self.num_envs, 1))

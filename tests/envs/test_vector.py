@@ -383,3 +383,50 @@ def test_a_failed_episode_is_recorded_and_the_others_go_on(env):
     assert [e.failed for e in vector.history] == [False, True, False]
     assert rewards[1] == 0.0 < rewards[0] == rewards[2]
     assert math.isnan(vector.history[1].loss)
+
+
+class TestSlopes:
+    """The first episodes of an update may be measured with slopes, which cost three more forward passes."""
+
+    def test_the_first_episodes_have_them_and_pay_for_them(self, env):
+        vector = vector_of(env, episodes=12, slope_episodes=1)
+        played(vector)
+        for episode in vector.history:
+            first = episode.index % 3 == 0
+            assert len(episode.slopes) == (6 if first else 0)
+            assert episode.slope_tokens == (3 * 4 * 32 if first else 0)
+            assert episode.tokens == (4 * 4 * 32 if first else 4 * 32)
+        assert vector.tokens_spent == 2 * (4 + 1 + 1) * 4 * 32, "what slopes cost counts in the budget"
+
+    def test_a_step_hands_them_on(self, env):
+        vector = vector_of(env, slope_episodes=1)
+        vector.reset(seed=0)
+        actions = np.random.default_rng(0).uniform(-1, 1, (3, 6)).astype(np.float32)
+        slopes = vector.step(actions)[4]["final_info"]["slopes"]
+        assert slopes.shape == (3, 6)
+        assert slopes[0].any()
+        assert not slopes[1:].any()
+        np.testing.assert_array_equal(slopes[0], vector.history[0].slopes)
+        assert "slopes" not in vector_of(env).reset(seed=0)[1]
+
+    def test_rewards_are_those_without_slopes(self, env):
+        runs = [vector_of(env, episodes=3, slope_episodes=n) for n in (0, 1)]
+        assert [played(run)[0].tolist() for run in runs][0] == [e.reward for e in runs[1].history[:3]]
+
+    def test_a_twin_of_an_episode_with_slopes_has_none_and_costs_as_little_as_any(self, env):
+        vector = vector_of(env, slope_episodes=1)
+        vector.reset(seed=0)
+        vector.step(np.zeros((3, 6), np.float32))
+        assert [e.tokens for e in vector.history] == [4 * 4 * 32, 4 * 32, 4 * 32]
+        assert [len(e.slopes) for e in vector.history] == [6, 0, 0]
+
+    def test_they_are_replayed_and_a_log_without_them_is_refused(self, env):
+        whole = vector_of(env, episodes=12, slope_episodes=1)
+        rewards = played(whole)
+        again = vector_of(env, episodes=12, slope_episodes=1, replay=whole.history[:4])
+        np.testing.assert_array_equal(rewards, played(again))
+        assert all(same_episode(a, b) for a, b in zip(whole.history, again.history, strict=True))
+        plain = vector_of(env, episodes=12)
+        played(plain)
+        with pytest.raises(DataError, match="episode 0 of"):
+            played(vector_of(env, episodes=12, slope_episodes=1, replay=plain.history))

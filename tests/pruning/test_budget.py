@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ffgym.errors import BudgetError
@@ -468,3 +468,70 @@ class TestByHand:
         assert sum(got.kept[::2]) == 45
         assert got.sparsity == 0.5
         assert budget.reachable[1] == pytest.approx(2 / 3)
+
+
+class TestImportanceSlopes:
+    """The chain rule through the projection."""
+
+    FINE = replace(MLP, units=24_000)
+
+    @given(st.integers(2, 5), seeds, st.floats(0.1, 0.7))
+    def test_equals_differences_of_a_linear_loss(self, depth, seed, sparsity):
+        """On levels so fine that rounding does not matter, away from both ends."""
+        rng = np.random.default_rng(seed)
+        sublayers = [
+            replace(self.FINE, layer=i // 2, kind=("attention", "mlp")[i % 2], unit_params=int(rng.integers(1, 20)))
+            for i in range(2 * depth)
+        ]
+        budget = Budget(sublayers)
+        importance = rng.uniform(-0.2, 0.2, len(sublayers))
+        worth = [np.full(s.units, rng.normal() / s.units) for s in sublayers]
+
+        def loss(a):
+            return sum(k * w[0] for k, w in zip(budget.project(a, sparsity).kept, worth, strict=True))
+
+        kept = budget.project(importance, sparsity).kept
+        assume(all(0.1 < k / self.FINE.units < 0.9 for k in kept))
+        found = budget.importance_slopes(importance, kept, worth)
+        nudges = 0.05 * np.eye(len(sublayers))
+        wanted = [(loss(importance + nudge) - loss(importance - nudge)) / 0.1 for nudge in nudges]
+        np.testing.assert_allclose(found, wanted, atol=0.02)
+
+    def test_averages_over_the_units_near_the_level(self):
+        """1,000 units reach 83 to either side; both sublayers cost the same, so what they share goes."""
+        sublayers = [replace(MLP, units=1000), replace(MLP, units=1000, layer=1)]
+        slopes = [np.zeros(1000), np.zeros(1000)]
+        slopes[0][500 - 83 : 500 + 83] = -0.001
+        slopes[1][:300] = 5.0  # far from its level
+        found = Budget(sublayers).importance_slopes(np.zeros(2), (500, 500), slopes)
+        np.testing.assert_allclose(found, [-0.25, 0.25])
+
+    def test_coarse_units_have_none_and_do_not_count(self):
+        """A KV group is a quarter of its attention: no derivative says what it is worth."""
+        sublayers = model_of(2, mlp=replace(MLP, units=1000))
+        slopes = [np.full(s.units, -1.0 - i) for i, s in enumerate(sublayers)]
+        found = Budget(sublayers).importance_slopes(np.zeros(4), (2, 500, 2, 500), slopes)
+        assert found[0] == found[2] == 0
+        np.testing.assert_allclose(found[[1, 3]], [500.0, -500.0])
+
+    def test_what_is_whole_moves_only_near_the_end(self):
+        sublayers = [replace(MLP, units=1000, layer=i) for i in range(3)]
+        slopes = [np.full(1000, worth) for worth in (0.0, -0.001, -0.003)]
+        budget = Budget(sublayers)
+        kept = (1000, 500, 500)
+        near = budget.importance_slopes(np.array([1.0, 0.0, 0.0]), kept, slopes)
+        np.testing.assert_allclose(near, np.array([4.0, 1.0, -5.0]) / 6)
+        beyond = budget.importance_slopes(np.array([1.0, -0.4, -0.4]), kept, slopes)  # the shift is 0.2
+        np.testing.assert_allclose(beyond, [0.0, 0.5, -0.5])
+
+    def test_what_costs_nothing_has_none(self):
+        sublayers = [replace(MLP, units=1000), replace(MLP, units=1000, layer=1)]
+        tables = [np.zeros(1001), np.arange(1001.0)]
+        budget = Budget(sublayers, cost_tables=tables)
+        found = budget.importance_slopes(np.zeros(2), (1000, 500), [np.full(1000, -1.0)] * 2)
+        np.testing.assert_array_equal(found, [0.0, 0.0])
+
+    def test_tied_layers_are_refused(self):
+        budget = Budget(model_of(2), shapes={"attention": (2, 4), "mlp": range(1, 17)})
+        with pytest.raises(BudgetError, match="each have a size of their own"):
+            budget.importance_slopes(np.zeros(4), (2, 8, 2, 8), [np.zeros(4), np.zeros(16)] * 2)

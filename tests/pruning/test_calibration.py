@@ -116,6 +116,22 @@ class TestNestedRidge:
         assert value(refit) <= value(refit + 0.01 * nudge) + 1e-9
         assert value(refit) <= value(problem.W[:, :k]) + 1e-6
 
+    @given(problems, st.integers(0, 100))
+    def test_slopes_are_what_a_linear_loss_changes_by_from_level_to_level(self, problem, seed):
+        generator = torch.Generator().manual_seed(seed)
+        gradient = torch.randn(problem.W.shape, generator=generator)
+        of_bias = torch.randn(len(problem.W), generator=generator) if problem.affine else None
+        for path in (problem.path(), PlainPath(problem.W.float(), problem.bias)):
+
+            def loss(k, path=path):
+                value = (path.weight_at(k).double() * gradient[:, :k].double()).sum()
+                return value if of_bias is None else value + path.bias_at(k).double() @ of_bias.double()
+
+            wanted = torch.stack([loss(k + 1) - loss(k) for k in range(problem.n)])
+            scale = float(problem.W.norm() * gradient.norm())
+            got = path.slopes(gradient, of_bias).double()
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * scale)
+
     @given(problems)
     def test_keeping_everything_is_the_dense_consumer(self, problem):
         path = problem.path()
