@@ -29,6 +29,7 @@ from ffgym.plugins import manager
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.report.progress import Reporter, duration
+from ffgym.search import update_price
 from ffgym.tracking import Tracker
 from ffgym.types import JSONDict
 from ffgym.workers import work
@@ -225,11 +226,11 @@ def _terms(config: RunConfig) -> JSONDict:
     if config.agent.name == "one-shot":
         return terms
     episode = -(-search.episode_tokens // data.window) * data.window
-    updates = -(-search.episodes // search.episodes_per_update)
+    update = update_price(manager.create("agent", config.agent.name, config.agent.options), search)
     return {
         **terms,
         "the search's tokens (episodes in whole updates, of whole windows)": (
-            updates * search.episodes_per_update * episode
+            -(-search.episodes // update) * update * episode
         ),
         "search.finalists x search.final_tokens": search.finalists * search.final_tokens,
     }

@@ -24,6 +24,7 @@ from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.models.slopes import FORWARD_PASSES
 from ffgym.pareto import non_dominated, thinned
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import called, check_recommendations, check_update
@@ -86,6 +87,11 @@ class Found:
             return ()
         keep = non_dominated(np.array([list(c.objectives.values()) for c in measured]))
         return tuple(c for c, kept in zip(measured, keep, strict=True) if kept)
+
+
+def update_price(agent: Agent, settings: SearchTable) -> int:
+    """What an update costs, in episodes without slopes."""
+    return settings.episodes_per_update + FORWARD_PASSES * agent.slope_episodes
 
 
 class SearchInterrupted(KeyboardInterrupt):

@@ -103,6 +103,16 @@ def test_unequal_terms(tmp_path: Path, tables: dict[str, Any], said: str) -> Non
     refused(tmp_path, said, **variant(**tables))
 
 
+def test_slopes_count_in_the_tokens_of_an_update(tmp_path: Path) -> None:
+    """An update of 5 episodes, one of them with slopes, costs what 8 do: 16 episodes' tokens are 2 of either."""
+    sloped = {"agent": {"name": "reinforce", "slopes": True}, "search": {"episodes": 16, "episodes_per_update": 5}}
+    plain = {"agent": {"name": "random"}, "search": {"episodes": 16, "episodes_per_update": 8}}
+    variants = {"sloped": sloped, "plain": plain}
+    bench([bench_file(tmp_path, agents=list(variants), variants=variants)], only_report=True)
+    sloped["search"]["episodes_per_update"] = 6
+    refused(tmp_path, r"whole updates", agents=list(variants), variants=variants)
+
+
 def test_episodes_of_a_part_of_a_window_cost_the_whole(tmp_path: Path) -> None:
     tokens = glass_tables(tmp_path)["search"]["episode_tokens"]
     bench([bench_file(tmp_path, **variant(search={"episode_tokens": tokens - 1}))], only_report=True)

@@ -88,8 +88,8 @@ class Reinforce(BatchAgent):
         """With slopes an update is the mean and at least two episodes around it."""
         if self.config.slopes and batch < 3:
             raise ConfigError(
-                f"reinforce with slopes needs updates of at least 3 episodes, got {batch}",
-                hint="Raise search.episodes_per_update.",
+                f"search.episodes_per_update is {batch}: reinforce with slopes measures the mean and explores around it",
+                hint="Set search.episodes_per_update to 3 or more, or agent.slopes to false.",
             )
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:

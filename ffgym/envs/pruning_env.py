@@ -233,9 +233,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Returns:
             shape (2L,), float64, nats per token and importance; all 0 where the cut model's loss is not finite.
         """
-        units = unit_slopes(
-            self.prunable, self.windows[list(subset)], allocation.kept, calibrated=self.calibrated
-        )
+        units = unit_slopes(self.prunable, self.windows[list(subset)], allocation.kept, calibrated=self.calibrated)
         found = self.budget.importance_slopes(action, allocation.kept, [slopes.numpy() for slopes in units])
         return found if np.isfinite(found).all() else np.zeros_like(found)
 

@@ -189,7 +189,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         episode = self._replay[index]
         stage, kept = self._stage, self.env.budget.project(action, self._stage.sparsity).kept
         task = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept, bool(episode.slopes))
-        if task != (self._update, stage.sparsity, stage.fidelity, kept, slopes) or not np.array_equal(episode.action, action):
+        if task != (self._update, stage.sparsity, stage.fidelity, kept, slopes) or not np.array_equal(
+            episode.action, action
+        ):
             raise DataError(
                 f"episode {index} of {self._log_name} is not what this search does: it was written with another "
                 "configuration, starting policy, seed, version or thread count, or the agent does not follow its seed",

@@ -162,6 +162,7 @@ class Agent(Plugin, ABC):
         policy_sublayers: names of the sublayers that the policy it was started from is for; ``None`` for no policy.
     """
 
+    slope_episodes: int = 0
     needs_prior: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     budget_conditioned: ClassVar[bool] = False
@@ -172,7 +173,6 @@ class Agent(Plugin, ABC):
         self.budgets: tuple[float, float] | None = None
         self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
         self.policy_sublayers: tuple[str, ...] | None = None
-        self.slope_episodes = 0
 
     def check_batch(self, batch: int) -> None:
         """Refuse updates of ``batch`` episodes where they are too small for it; asked before anything is loaded.

@@ -23,7 +23,6 @@ import numpy as np
 from ffgym.errors import BudgetError
 from ffgym.types import Allocation, Kind, Resource, Sublayer
 
-
 REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged
 
 

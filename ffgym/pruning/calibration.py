@@ -191,7 +191,7 @@ class NestedRidge:
         return base + self._weight.float() @ mean - self.weight_at(channels) @ mean[:channels]
 
     def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
-        """Channel k joins with the rank-one change B[:, k] D[k, :] of the whole weight, and takes its mean off the bias."""
+        """Channel k joins with a change B[:, k] D[k, :] of the whole weight, and takes its mean off the bias."""
         weights = ((self._projected.T @ weight_gradient) * self._inverse).sum(dim=1)
         if self._mean is None or bias_gradient is None:
             return weights

@@ -135,7 +135,7 @@ def test_an_environment_without_slopes_is_searched_without():
 
 
 def test_updates_too_small_for_slopes_are_refused():
-    with pytest.raises(ConfigError, match="updates of at least 3 episodes, got 2"):
+    with pytest.raises(ConfigError, match=r"search\.episodes_per_update is 2"):
         Reinforce(Reinforce.Config(slopes=True)).check_batch(2)
     Reinforce(Reinforce.Config(slopes=True)).check_batch(3)
     Reinforce().check_batch(1)

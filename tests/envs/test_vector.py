@@ -388,6 +388,12 @@ def test_a_failed_episode_is_recorded_and_the_others_go_on(env):
 class TestSlopes:
     """The first episodes of an update may be measured with slopes, which cost three more forward passes."""
 
+    @staticmethod
+    def first_update(env, slope_episodes):
+        vector = vector_of(env, episodes=3, slope_episodes=slope_episodes)
+        played(vector)
+        return vector.history[:3]
+
     def test_the_first_episodes_have_them_and_pay_for_them(self, env):
         vector = vector_of(env, episodes=12, slope_episodes=1)
         played(vector)
@@ -410,8 +416,8 @@ class TestSlopes:
         assert "slopes" not in vector_of(env).reset(seed=0)[1]
 
     def test_rewards_are_those_without_slopes(self, env):
-        runs = [vector_of(env, episodes=3, slope_episodes=n) for n in (0, 1)]
-        assert [played(run)[0].tolist() for run in runs][0] == [e.reward for e in runs[1].history[:3]]
+        plain, sloped = ([e.reward for e in self.first_update(env, n)] for n in (0, 1))
+        assert plain == sloped
 
     def test_a_twin_of_an_episode_with_slopes_has_none_and_costs_as_little_as_any(self, env):
         vector = vector_of(env, slope_episodes=1)

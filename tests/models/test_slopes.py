@@ -61,11 +61,10 @@ def test_slopes_equal_differences_of_losses(family, calibration, random_windows)
                 pad(prunable, kept)
                 weight, bias = half.consumer.weight.clone(), half.consumer.bias
                 ends = [(half.pad(k), half.consumer.weight, half.consumer.bias)[1:] for k in (unit, unit + 1)]
-                (before, before_bias), (after, after_bias) = ends
+                (before, after), biases = zip(*ends, strict=True)
                 if bias is not None:  # a dense consumer has none, which is a bias of 0
-                    zero = torch.zeros_like(bias)
-                    change = (zero if after_bias is None else after_bias) - (zero if before_bias is None else before_bias)
-                    bias = bias + side * share * change
+                    before_bias, after_bias = (torch.zeros_like(bias) if b is None else b for b in biases)
+                    bias = bias + side * share * (after_bias - before_bias)
                 half.set_consumer(weight + side * share * (after - before), bias)
                 losses.append(exact_loss(prunable, windows))
             difference = (losses[0] - losses[1]) / (2 * share)
