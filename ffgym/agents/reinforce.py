@@ -88,7 +88,7 @@ class Reinforce(BatchAgent):
         """With slopes an update is the mean and at least two episodes around it."""
         if self.config.slopes and batch < 3:
             raise ConfigError(
-                f"search.episodes_per_update is {batch}: reinforce with slopes measures the mean and explores around it",
+                f"search.episodes_per_update is {batch}: with slopes, reinforce measures the mean and some around it",
                 hint="Set search.episodes_per_update to 3 or more, or agent.slopes to false.",
             )
 
