@@ -104,13 +104,11 @@ def test_unequal_terms(tmp_path: Path, tables: dict[str, Any], said: str) -> Non
 
 
 def test_slopes_count_in_the_tokens_of_an_update(tmp_path: Path) -> None:
-    """An update of 5 episodes, one of them with slopes, costs what 8 do: 16 episodes' tokens are 2 of either."""
-    sloped = {"agent": {"name": "reinforce", "slopes": True}, "search": {"episodes": 16, "episodes_per_update": 5}}
-    plain = {"agent": {"name": "random"}, "search": {"episodes": 16, "episodes_per_update": 8}}
-    variants = {"sloped": sloped, "plain": plain}
-    bench([bench_file(tmp_path, agents=list(variants), variants=variants)], only_report=True)
-    sloped["search"]["episodes_per_update"] = 6
-    refused(tmp_path, r"whole updates", agents=list(variants), variants=variants)
+    """An episode with slopes costs what 4 others do: 16 episodes' tokens are 4 of those, or 2 updates of 8."""
+    tables = {"search": {**glass_tables(tmp_path)["search"], "episodes": 16, "episodes_per_update": 8}}
+    bench([bench_file(tmp_path, run=tables, agents=["pathwise", "random"])], only_report=True)
+    tables["search"]["episodes"] = 17
+    refused(tmp_path, r"whole updates.* is \d+ for pathwise", run=tables, agents=["pathwise", "random"])
 
 
 def test_episodes_of_a_part_of_a_window_cost_the_whole(tmp_path: Path) -> None:

@@ -1,63 +1,113 @@
-"""Slopes as a control variate of the score function: what a backward pass knows need not be found out by sampling.
+"""Follow the slope of the loss along the pruning paths: a deterministic policy gradient of the one-step task.
 
-The problem: the score-function gradient E[R(a) (a - mu)] is right for any R, and noisy, because one number tells of 2L
-directions. The slope h of the loss at mu tells of all of them at once, but only to first order. With p = <h, a - mu>,
+The problem: minimise the loss over one vector of importances mu. A reward tells a policy gradient one number of 2L
+directions. The slope h, the derivative of the loss by each importance, tells of all of them at once, from one backward
+pass of the model cut as mu says. Each update is measured on tokens of its own, so h is noisy:
 
-    E[R (a - mu)] = E[(R - beta p) (a - mu)] + beta s^2 C h        for a - mu ~ N(0, s^2 C), and any beta:
+    mu_(t+1) = mu_t - step / sqrt(t) * C h_t / rms,    rms^2 = mean square of C h over sublayers and updates so far
 
-sampling is left with what slopes do not explain. The variance is least where beta is the regression coefficient of R on
-p, which is fitted over all updates so far: where slopes mislead it tends to 0, and plain REINFORCE is left.
+C shares a slope among neighbouring layers of one kind, as far as ``smooth`` says. What is recommended is the mean of
+the last half of the mu. A sublayer without slopes, its units too coarse for a derivative, stays where the prior has it.
 
-Sources: control variates of the score function from a first-order expansion, Gu et al. 2017 (Q-Prop, arXiv 1611.02247)
-and Grathwohl et al. 2018 (arXiv 1711.00123).
+It follows the loss, whatever the reward: the reward has its say when the finalists are compared.
+
+Sources: deterministic policy gradients, Silver et al. 2014; averaging, Polyak and Juditsky 1992.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import numpy as np
+from pydantic import Field
+
+from ffgym.agents.exploration import depth_covariance
+from ffgym.errors import ConfigError
+from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 
-class Pathwise:
-    """The regression of rewards on what slopes predict, and the gradient that it leaves to make."""
+class PathwiseConfig(PluginConfig):
+    """Options of the agent.
 
-    def __init__(self) -> None:
-        self._cross = 0.0
-        self._predicted = 0.0
-        self._rewards = 0.0
-        self._episodes = 0
+    Attributes:
+        step: root mean square of the first step over the sublayers that have slopes, in importance units.
+        smooth: share of a step that neighbouring layers of one kind have in common.
+        length: over which share of the depth they have it in common.
+        average: share of the last updates whose importances are averaged into the recommended ones; 0 takes the last.
+    """
 
-    @property
-    def beta(self) -> float:
-        """Reward for one nat per token more; never above 0, for no reward asks for more loss."""
-        return min(0.0, self._cross / self._predicted) if self._predicted > 0 else 0.0
+    step: float = Field(0.1, gt=0)
+    smooth: float = Field(0.5, ge=0, le=1)
+    length: float = Field(0.15, gt=0)
+    average: float = Field(0.5, ge=0, le=1)
 
-    @property
-    def explained(self) -> float:
-        """Correlation of rewards with what slopes predict within their update, over all updates; in [0, 1]."""
-        both = np.sqrt(self._predicted * self._rewards)
-        return float(max(0.0, -self._cross / both)) if both > 0 else 0.0
 
-    def gradient(self, rewards: np.ndarray, steps: np.ndarray, slope: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-        """Natural gradient of the expected reward, in standard deviations of the rewards within an update.
+class Pathwise(BatchAgent):
+    """Descends the loss along its slopes, one episode an update."""
 
-        Args:
-            rewards: of episodes that explored around the mean, shape (episodes,), all on one subset.
-            steps: how they did: a - mu, shape (episodes, 2L).
-            slope: derivative of the loss by importance at the mean, on the same subset, shape (2L,).
-            covariance: of the steps, s^2 C, shape (2L, 2L).
+    name = "pathwise"
+    Config: ClassVar[type[PluginConfig]] = PathwiseConfig
+    slope_episodes = 1
+    update_episodes = 1
 
-        Returns:
-            shape (2L,), float64; 0 while no two rewards have differed.
-        """
-        centred = rewards - rewards.mean()
-        predicted = steps @ slope
-        predicted = predicted - predicted.mean()
-        self._cross += float(centred @ predicted)
-        self._predicted += float(predicted @ predicted)
-        self._rewards += float(centred @ centred)
-        self._episodes += len(rewards)
-        if self._rewards == 0:
-            return np.zeros_like(slope)
-        left = centred - self.beta * predicted
-        found = left @ steps / len(rewards) + self.beta * covariance @ slope
-        return np.asarray(found / np.sqrt(self._rewards / self._episodes))
+    def __init__(self, config: PluginConfig | None = None) -> None:
+        super().__init__(config)
+        self._start: np.ndarray | None = None
+        self._means: list[np.ndarray] = []
+
+    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+        """Start from the prior (or zeros), unless a state has been loaded; nothing here is random."""
+        if self._start is None:
+            self._start = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
+        elif self._start.size != dimensions:
+            raise ConfigError(
+                f"the loaded policy is for {self._start.size} sublayers, this model has {dimensions}",
+                hint="Start from a run of the same model, or leave --init-from out.",
+            )
+        self._mean = self._start.copy()
+        self._means = []
+        self._squares = 0.0
+        self._slope: np.ndarray | None = None
+        self._covariance = depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
+
+    def ask(self, observations: np.ndarray) -> np.ndarray:
+        """The importances reached, for every episode, float32."""
+        return np.tile(self._mean, (len(observations), 1)).astype(np.float32)
+
+    def take_slopes(self, slopes: np.ndarray) -> None:
+        """Keep the slope for the step that follows."""
+        (self._slope,) = slopes
+
+    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+        """One step down the slope."""
+        if self._slope is None:
+            raise ConfigError("pathwise follows slopes, and this environment measures none", hint="Use reinforce.")
+        has = self._slope != 0
+        direction = np.where(has, self._covariance @ self._slope, 0.0)
+        self._squares += float(np.mean(direction[has] ** 2)) if has.any() else 0.0
+        updates = len(self._means) + 1
+        moved = 0.0
+        if self._squares > 0:
+            step = self.config.step / np.sqrt(updates) * direction / np.sqrt(self._squares / updates)
+            self._mean = np.clip(self._mean - step, -1.0, 1.0)
+            moved = float(np.linalg.norm(step))
+        self._means.append(self._mean.copy())
+        return {"policy/mean": float(self._mean.mean()), "policy/step": moved}
+
+    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
+        """The average of the last updates: steadier than the last importances, which hold the noise of single steps."""
+        return [] if self._start is None else [self._settled().astype(np.float32)]
+
+    def state(self) -> dict[str, Any]:
+        """The importances that are recommended."""
+        return {} if self._start is None else {"mean": self._settled().tolist()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Start from what ``state`` returned."""
+        self._start = np.array(state["mean"], dtype=np.float64)
+
+    def _settled(self) -> np.ndarray:
+        assert self._start is not None, "begin comes first"
+        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
+        return np.asarray(np.mean(tail, axis=0)) if tail else self._start

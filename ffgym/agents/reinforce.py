@@ -24,10 +24,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ffgym.agents.exploration import depth_covariance, square_root
-from ffgym.agents.pathwise import Pathwise
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
@@ -49,8 +48,6 @@ class ReinforceConfig(PluginConfig):
         advantage: ``standard`` subtracts the update's mean and divides by its standard deviation; ``rank`` uses
             centred ranks; ``leave-one-out`` subtracts the mean of the others and does not divide.
         average: share of the last updates whose means are averaged into the recommended policy; 0 takes the last.
-        slopes: learn from the loss's derivative at the mean too, which costs an episode four times its tokens: the
-            first episode of an update is the mean, the others explore around it.
     """
 
     learning_rate: float = Field(2.0, gt=0)
@@ -61,13 +58,6 @@ class ReinforceConfig(PluginConfig):
     antithetic: bool = True
     advantage: Literal["standard", "rank", "leave-one-out"] = "standard"
     average: float = Field(0.5, ge=0, le=1)
-    slopes: bool = False
-
-    @model_validator(mode="after")
-    def _slopes_fit(self) -> ReinforceConfig:
-        if self.slopes and self.advantage != "standard":
-            raise ValueError(f"slopes need advantage = 'standard', not {self.advantage!r}")
-        return self
 
 
 class Reinforce(BatchAgent):
@@ -82,15 +72,6 @@ class Reinforce(BatchAgent):
         self._weights: np.ndarray | None = None  # (2, 2L): mean = features(sparsity) @ weights
         self._log_spread = float(np.log(self.config.spread))
         self._means: list[np.ndarray] = []
-        self.slope_episodes = 1 if self.config.slopes else 0
-
-    def check_batch(self, batch: int) -> None:
-        """With slopes an update is the mean and at least two episodes around it."""
-        if self.config.slopes and batch < 3:
-            raise ConfigError(
-                f"search.episodes_per_update is {batch}: with slopes, reinforce measures the mean and some around it",
-                hint="Set search.episodes_per_update to 3 or more, or agent.slopes to false.",
-            )
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or zeros), unless a policy has been loaded."""
@@ -103,24 +84,17 @@ class Reinforce(BatchAgent):
             )
         self._means = []
         self._batch = batch
-        self._slope: np.ndarray | None = None
-        self._pathwise = Pathwise()
         self._rng = np.random.default_rng(seed)
         self._root = square_root(depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length))
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """Mean plus noise, shape (batch, 2L), float32, clipped to [-1, 1]."""
-        still = np.zeros((self.slope_episodes, self._root.shape[0]))
-        noise = np.concatenate([still, self._noise(self._batch - self.slope_episodes)])
+        noise = self._noise(self._batch)
         means = np.stack([self._mean(float(o[0])) for o in observations])
         asked = means + np.exp(self._log_spread) * noise @ self._root
         self._noise_asked = noise
         actions: np.ndarray = np.clip(asked, -1.0, 1.0).astype(np.float32)
         return actions
-
-    def take_slopes(self, slopes: np.ndarray) -> None:
-        """Keep the slope at the mean for the update that is about to be told."""
-        (self._slope,) = slopes
 
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """One natural-gradient step on the mean, and on the log spread where it is learnt."""
@@ -129,12 +103,7 @@ class Reinforce(BatchAgent):
         spread = float(np.exp(self._log_spread))
         steps = spread * self._noise_asked @ self._root
         shares = np.stack([self._shares(float(o[0])) for o in observations])
-        if self._slope is None:
-            gradient = shares.T @ (advantages[:, None] * steps) / len(rewards)
-        else:
-            covariance = spread**2 * self._root @ self._root
-            direction = self._pathwise.gradient(rewards[1:], steps[1:], self._slope, covariance)
-            gradient = np.outer(shares[0], direction)
+        gradient = shares.T @ (advantages[:, None] * steps) / len(rewards)
         self._weights = self._weights + self.config.learning_rate * gradient
         if self.config.spread_rate:
             surprise = (self._noise_asked**2).mean(axis=1) - 1.0
@@ -145,14 +114,11 @@ class Reinforce(BatchAgent):
         back = np.clip(mean, -1.0, 1.0) - mean
         self._weights = self._weights + np.outer([1.0, 0.0] if self.budgets is None else self._shares(sparsity), back)
         self._means.append(self._weights.copy())
-        told = {
+        return {
             "policy/mean": float(self._mean(sparsity).mean()),
             "policy/spread": float(np.exp(self._log_spread)),
             "policy/step": float(np.linalg.norm(self.config.learning_rate * gradient[0])),
         }
-        if self._slope is not None:
-            told |= {"policy/beta": self._pathwise.beta, "policy/explained": self._pathwise.explained}
-        return told
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The mean averaged over the last updates: steadier than the last one, which finals cannot tell from luck."""

@@ -152,6 +152,8 @@ class Agent(Plugin, ABC):
     Attributes:
         slope_episodes: of how many episodes of every update, the first ones, it wants the slopes of the loss too, the
             derivative by each importance; such an episode costs four times the tokens.
+        update_episodes: how many episodes its updates have, whatever ``search.episodes_per_update`` says; ``None`` for
+            an agent that takes any number.
         needs_prior: it cannot run without a prior.
         searches: it learns from episodes; ``False`` for a rule that is measured as it is.
         budget_conditioned: what it proposes and recommends follows the target sparsity in the observation, so that one
@@ -163,6 +165,7 @@ class Agent(Plugin, ABC):
     """
 
     slope_episodes: int = 0
+    update_episodes: ClassVar[int | None] = None
     needs_prior: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     budget_conditioned: ClassVar[bool] = False

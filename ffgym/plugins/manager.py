@@ -54,6 +54,7 @@ class BuiltIn(NamedTuple):
 BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     "agent": {
         "reinforce": BuiltIn("ffgym.agents.reinforce:Reinforce", "policy gradient over a Gaussian of importances"),
+        "pathwise": BuiltIn("ffgym.agents.pathwise:Pathwise", "down the slope of the loss, from backward passes"),
         "ppo": BuiltIn("ffgym.agents.ppo:PPO", "Stable-Baselines3's PPO"),
         "evolution": BuiltIn("ffgym.agents.evolution:Evolution", "mutation, crossover and survival in a population"),
         "cma-es": BuiltIn("ffgym.agents.cma_es:CMAES", "covariance matrix adaptation, by the cmaes package"),
@@ -265,10 +266,16 @@ def resolve_agent(config: RunConfig) -> RunConfig:
     """Let a heuristic stand in for an agent: ``agent = flap`` means the one-shot agent with the prior ``flap``.
 
     The agent table's options become the prior's, and the search is a single episode: there is nothing to learn. A
-    configuration that names an agent comes back unchanged.
+    configuration that names an agent comes back unchanged, but for the size of an update where the agent fixes it.
     """
     name = config.agent.name
-    if _owners("agent", name) or not _owners("heuristic", name):
+    if _owners("agent", name):
+        cls = get_class("agent", name)
+        if cls.update_episodes is None:
+            return config
+        fixed = config.search.model_copy(update={"episodes_per_update": cls.update_episodes})
+        return config.model_copy(update={"search": fixed})
+    if not _owners("heuristic", name):
         return config
     inherited = config.prior.options if config.prior.name == name else {}
     prior = type(config.prior)(name=name, **{**inherited, **config.agent.options})
