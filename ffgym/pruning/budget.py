@@ -259,7 +259,7 @@ class Budget:
         if self.tied:
             raise BudgetError(
                 "slopes are of layers that each have a size of their own, and here all share one shape",
-                hint="Leave prune.uniform out, or the agent's slopes.",
+                hint="Leave prune.uniform out, or take an agent that needs no slopes, such as reinforce.",
             )
         units = np.array([sublayer.units for sublayer in self.sublayers])
         levels = np.asarray(kept)
