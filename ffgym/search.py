@@ -311,6 +311,9 @@ def finalists(
 ) -> list[Candidate]:
     """What the agent recommends, then what stood out most in its own update; distinct allocations, at most ``count``.
 
+    Where every update is a single episode nothing can stand out: each was measured on other text. Then what the agent
+    recommends is all, unless it recommends nothing.
+
     Args:
         env: projects importances at the target.
         agent: asked for its recommendations.
@@ -323,7 +326,8 @@ def finalists(
     observation = np.array([target, 1.0], dtype=np.float32)
     proposals = [(action, "policy") for action in check_recommendations(agent, observation, len(env.budget.sublayers))]
     standing = by_standing(history) if reach is None else by_standing(near(history, target, reach))
-    proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
+    if not proposals or len({episode.update for episode in history}) < len(history):
+        proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
     chosen: dict[tuple[int, ...], Candidate] = {}
     for importance, origin in proposals:
         allocation = env.budget.project(importance, target)

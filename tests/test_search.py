@@ -253,6 +253,11 @@ class TestFinalists:
         assert all(c.loss is None for c in got)
         assert [c.origin for c in finalists(env, RandomSearch(), history, 2)] == ["episode 0", "episode 1"]
 
+    def test_episodes_that_were_each_measured_on_other_text_do_not_compete(self, env):
+        alone = [episode(i, i, 0.1 * i, action=np.eye(6)[i]) for i in range(4)]
+        assert [c.origin for c in finalists(env, Opinionated(np.zeros(6)), alone, 4)] == ["policy"]
+        assert [c.origin for c in finalists(env, RandomSearch(), alone, 2)] == ["episode 3", "episode 2"]
+
     def test_are_projected_at_the_target_whatever_stage_they_were_found_at(self, env):
         got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3)
         assert got[0].allocation.sparsity >= 0.3

@@ -54,6 +54,7 @@ class Pathwise(BatchAgent):
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._start: np.ndarray | None = None
+        self._origin: np.ndarray | None = None
         self._means: list[np.ndarray] = []
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
@@ -65,6 +66,7 @@ class Pathwise(BatchAgent):
                 f"the loaded policy is for {self._start.size} sublayers, this model has {dimensions}",
                 hint="Start from a run of the same model, or leave --init-from out.",
             )
+        self._origin = self._start if self._origin is None else self._origin
         self._mean = self._start.copy()
         self._means = []
         self._squares = 0.0
@@ -96,16 +98,22 @@ class Pathwise(BatchAgent):
         return {"policy/mean": float(self._mean.mean()), "policy/step": moved}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The average of the last updates: steadier than the last importances, which hold the noise of single steps."""
-        return [] if self._start is None else [self._settled().astype(np.float32)]
+        """The average of the last updates, and the prior: the finals see to it that no search ends behind it."""
+        if self._start is None:
+            return []
+        first = self._start if self._origin is None else self._origin
+        return [self._settled().astype(np.float32), first.astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
         """The importances that are recommended."""
-        return {} if self._start is None else {"mean": self._settled().tolist()}
+        if self._start is None or self._origin is None:
+            return {}
+        return {"mean": self._settled().tolist(), "prior": self._origin.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Start from what ``state`` returned."""
         self._start = np.array(state["mean"], dtype=np.float64)
+        self._origin = np.array(state["prior"], dtype=np.float64)
 
     def _settled(self) -> np.ndarray:
         assert self._start is not None, "begin comes first"
