@@ -132,7 +132,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
     """
     say = Reporter(progress or Console(stderr=True))
     check_plugins(config)
-    config = manager.with_options(config)
+    config = manager.with_options(manager.resolve_agent(config))
     agent = make_agent(config)
     folder = claim_folder(config) if resume is None else reopen_folder(resume, config)
     tracking = config.tracking

@@ -91,7 +91,11 @@ class Found:
 
 def update_price(agent: Agent, settings: SearchTable) -> int:
     """What an update costs, in episodes without slopes."""
-    return settings.episodes_per_update + FORWARD_PASSES * agent.slope_episodes
+    return _update_episodes(agent, settings) + FORWARD_PASSES * agent.slope_episodes
+
+
+def _update_episodes(agent: Agent, settings: SearchTable) -> int:
+    return settings.episodes_per_update if agent.update_episodes is None else agent.update_episodes
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -186,7 +190,7 @@ def search_front(
     vector = PruningVectorEnv(
         env,
         schedule,
-        num_envs=settings.episodes_per_update,
+        num_envs=_update_episodes(agent, settings),
         token_budget=settings.episodes * env.episode_windows * env.window_tokens,
         stop_margin=settings.stop_margin if settings.stop_hopeless else None,
         slope_episodes=agent.slope_episodes,
