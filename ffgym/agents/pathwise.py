@@ -99,14 +99,13 @@ class Pathwise(BatchAgent):
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The average of the last updates, and the prior: the finals see to it that no search ends behind it."""
-        if self._start is None:
+        if self._origin is None:
             return []
-        first = self._start if self._origin is None else self._origin
-        return [self._settled().astype(np.float32), first.astype(np.float32)]
+        return [self._settled().astype(np.float32), self._origin.astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
         """The importances that are recommended."""
-        if self._start is None or self._origin is None:
+        if self._origin is None:
             return {}
         return {"mean": self._settled().tolist(), "prior": self._origin.tolist()}
 

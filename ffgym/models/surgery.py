@@ -119,7 +119,7 @@ class Half:
             return
         channels = units * self.sublayer.channels_per_unit
         path = self.path_for(calibrated=calibrated)
-        weight = torch.zeros_like(self._consumer_weight, requires_grad=False)
+        weight = torch.zeros_like(self._consumer_weight)
         weight[:, :channels] = path.weight_at(channels).to(weight)
         self.set_consumer(weight, path.bias_at(channels))
 
