@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from ffgym.agents.averaging import tail_mean
 from ffgym.agents.exploration import depth_covariance
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
@@ -116,5 +117,4 @@ class Pathwise(BatchAgent):
 
     def _settled(self) -> np.ndarray:
         assert self._start is not None, "begin comes first"
-        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
-        return np.asarray(np.mean(tail, axis=0)) if tail else self._start
+        return tail_mean(self._means, self.config.average) if self._means else self._start

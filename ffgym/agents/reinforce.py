@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from ffgym.agents.averaging import tail_mean
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
@@ -141,8 +142,7 @@ class Reinforce(BatchAgent):
     def _settled(self) -> np.ndarray:
         """Weights averaged over the last updates, shape (2, 2L)."""
         assert self._weights is not None, "begin comes first"
-        tail = self._means[-max(1, round(self.config.average * len(self._means))) :]
-        return np.asarray(np.mean(tail, axis=0)) if tail else self._weights
+        return tail_mean(self._means, self.config.average) if self._means else self._weights
 
     def _prior(self, dimensions: int) -> np.ndarray:
         """Weights of the line through the prior at the ends of a range, or of the prior at every sparsity."""
