@@ -4,14 +4,17 @@ The problem: minimise the loss over one vector of importances mu. A reward tells
 directions. The slope h, the derivative of the loss by each importance, tells of all of them at once, from one backward
 pass of the model cut as mu says. Each update is measured on tokens of its own, so h is noisy:
 
-    mu_(t+1) = mu_t - step / sqrt(t) * C h_t / rms,    rms^2 = mean square of C h over sublayers and updates so far
+    mu_(t+1) = mu_t - step / sqrt(t) * C (h_t / v_t),    v_t^2 = mean of h^2 over updates so far and the layers beside
 
-C shares a slope among neighbouring layers of one kind, as far as ``smooth`` says. What is recommended is the mean of
-the last half of the mu. A sublayer without slopes, its units too coarse for a derivative, stays where the prior has it.
+Every sublayer has a scale v of its own: the slopes of the first and last layers change several times more with the text
+than those in the middle, and on a common scale their noise would be most of every step. C shares a slope among
+neighbouring layers of one kind, as far as ``smooth`` says. What is recommended is the mean of the last half of the mu.
+A sublayer without slopes, its units too coarse for a derivative, stays where the prior has it.
 
 It follows the loss, whatever the reward: the reward has its say when the finalists are compared.
 
-Sources: deterministic policy gradients, Silver et al. 2014; averaging, Polyak and Juditsky 1992.
+Sources: deterministic policy gradients, Silver et al. 2014; a scale for each coordinate, Duchi et al. 2011 (AdaGrad);
+averaging, Polyak and Juditsky 1992.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class PathwiseConfig(PluginConfig):
     """Options of the agent.
 
     Attributes:
-        step: root mean square of the first step over the sublayers that have slopes, in importance units.
+        step: how far a sublayer goes in the first update by its own slope, in importance units; what its neighbours
+            have in common with it comes on top.
         smooth: share of a step that neighbouring layers of one kind have in common.
         length: over which share of the depth they have it in common.
         average: share of the last updates whose importances are averaged into the recommended ones; 0 takes the last.
@@ -70,7 +74,7 @@ class Pathwise(BatchAgent):
         self._origin = self._start if self._origin is None else self._origin
         self._mean = self._start.copy()
         self._means = []
-        self._squares = 0.0
+        self._squares = np.zeros(dimensions)
         self._slope: np.ndarray | None = None
         self._covariance = depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
 
@@ -86,17 +90,14 @@ class Pathwise(BatchAgent):
         """One step down the slope."""
         if self._slope is None:
             raise ConfigError("pathwise follows slopes, and this environment measures none", hint="Use reinforce.")
-        has = self._slope != 0
-        direction = np.where(has, self._covariance @ self._slope, 0.0)
-        self._squares += float(np.mean(direction[has] ** 2)) if has.any() else 0.0
         updates = len(self._means) + 1
-        moved = 0.0
-        if self._squares > 0:
-            step = self.config.step / np.sqrt(updates) * direction / np.sqrt(self._squares / updates)
-            self._mean = np.clip(self._mean - step, -1.0, 1.0)
-            moved = float(np.linalg.norm(step))
+        self._squares += self._slope**2
+        scale = np.sqrt(beside(self._squares) / updates)
+        scaled = np.divide(self._slope, scale, out=np.zeros_like(scale), where=self._slope != 0)
+        step = np.where(self._slope != 0, self.config.step / np.sqrt(updates) * (self._covariance @ scaled), 0.0)
+        self._mean = np.clip(self._mean - step, -1.0, 1.0)
         self._means.append(self._mean.copy())
-        return {"policy/mean": float(self._mean.mean()), "policy/step": moved}
+        return {"policy/mean": float(self._mean.mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The average of the last updates, and the prior: the finals see to it that no search ends behind it."""
@@ -118,3 +119,9 @@ class Pathwise(BatchAgent):
     def _settled(self) -> np.ndarray:
         assert self._start is not None, "begin comes first"
         return tail_mean(self._means, self.config.average) if self._means else self._start
+
+
+def beside(squares: np.ndarray) -> np.ndarray:
+    """Mean over each layer and its two neighbours of one kind; beyond the ends the end counts again. Shape (2L,)."""
+    layers = np.pad(squares.reshape(-1, 2), ((1, 1), (0, 0)), mode="edge")
+    return np.asarray((layers[:-2] + layers[1:-1] + layers[2:]) / 3).reshape(-1)
