@@ -51,8 +51,8 @@ class BenchFile(Table):
     """
 
     title: str
-    agents: list[str] = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
+    agents: list[str] = Field(min_length=1, description="names of agents or heuristics (see: ffgym ls agents)")
+    seeds: list[int] = Field(min_length=1, description="whole numbers, one cell per agent and seed, e.g. [0, 1, 2]")
     results: str
     baseline: str = "evolution"
     marks: int = Field(default=6, ge=2)

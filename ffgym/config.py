@@ -548,6 +548,8 @@ def _explain(
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     if kind in ("model_type", "dict_type"):
         return f"{full_key} = {shown}: ", "should be a table", f"Write [{full_key}] and its keys below it."
+    if kind == "too_short" and isinstance(value, list):
+        return f"{full_key} = {shown}: ", "needs at least one entry", described
     expected = (
         message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
     )
@@ -580,6 +582,8 @@ def read_toml(path: Path) -> JSONDict:
         raise ConfigError(f"no configuration file {path}", hint="Print one to start from: ffgym config") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}", hint="Compare with: ffgym config") from None
+    except IsADirectoryError:
+        raise ConfigError(f"the configuration file {path} is a folder", hint="Give a TOML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}", hint="Give a TOML file.") from None
 

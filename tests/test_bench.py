@@ -604,7 +604,8 @@ class TestRefusals:
     def test_the_command_says_so_and_exits_1(self, tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["bench", "--config", str(bench_file(tmp_path, agents=[]))])
         assert (done.exit_code, done.stdout) == (1, "")
-        assert "small.toml: agents = []" in done.stderr
+        assert "small.toml: agents = []: needs at least one entry" in done.stderr
+        assert "ffgym ls agents" in done.stderr
 
 
 def test_results_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
