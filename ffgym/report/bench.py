@@ -257,6 +257,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_xscale("log")
     rules: list[BenchRow] = []
     highest: dict[str, float] = {}
+    labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order: a colour an agent
     for row in table.rows:
         cells = [cell for cell in results if cell.label == row.label]
         if min(len(cell.marks) for cell in cells) < 2:
@@ -268,8 +269,9 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         if not np.isfinite(curve).any():
             continue
         highest[row.label] = float(np.nanmax(curve))
-        (line,) = axes.plot(tokens, curve, marker="o", markersize=4, label=row.label)
-        axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=line.get_color())
+        color = f"C{labels.index(row.label) % 10}"
+        axes.plot(tokens, curve, marker="o", markersize=4, label=row.label, color=color)
+        axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=color)
         axes.set_xticks([mark.tokens for mark in cells[0].marks])
     top = 1.25 * max(list(highest.values())[: -(-len(highest) // 2)], default=math.inf)  # rows come best first
     _draw_rules(axes, [row for row in rules if row.perplexity.value <= top])
@@ -278,9 +280,8 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         axes.set_ylim(top=top)
         beyond = [*worse, *beyond]
     if beyond:
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # a curve may leave the picture here
-        said = f"above the scale: {', '.join(beyond)}"
-        axes.text(0.005, 0.995, said, transform=axes.transAxes, fontsize=7, va="top", bbox=box)
+        said = f"above the scale: {', '.join(beyond)}"  # beneath the axes, where no legend and no curve covers it
+        axes.text(0.0, -0.16, said, transform=axes.transAxes, fontsize=7, va="top", wrap=True)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
     axes.set_xlabel("search tokens evaluated")

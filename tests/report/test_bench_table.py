@@ -193,6 +193,18 @@ def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypa
     assert "random" in [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    for good, bad in (("reinforce", "random"), ("random", "reinforce")):
+        losses = {good: 2.0, bad: 3.0}
+        some = [cell(label, 0, [(100, losses[label]), (1000, losses[label])]) for label in ("reinforce", "random")]
+        bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
+    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in drawn)
+    assert first == second
+    assert len(set(first.values())) == 2
+
+
 @pytest.mark.parametrize(
     "some",
     [
