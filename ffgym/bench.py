@@ -179,6 +179,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
         if cell.path.exists():
             stored = read_cell(cell)
             changed = manager.changed_since(stored.settings, cell.config) + _unsaid(stored, cell)
+            changed += _outgrown(stored.editions, manager.editions(cell.config))
             policy = policy_digest(cell.config)
             if None not in (policy, stored.policy) and policy != stored.policy:
                 changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
@@ -187,6 +188,15 @@ def check_benches(benches: Sequence[Bench]) -> None:
                     f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
                     hint="Point `results` at another folder, or delete that file to compute it again.",
                 )
+
+
+def _outgrown(stored: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+    """Which tables' plugins have come to give other numbers since a result was stored."""
+    return [
+        f"the plugin of [{table}] was of edition {stored.get(table, 1)} and is of edition {now.get(table, 1)} now"
+        for table in sorted({*stored, *now})
+        if stored.get(table, 1) != now.get(table, 1)
+    ]
 
 
 def _unsaid(stored: CellResult, cell: Cell) -> list[str]:

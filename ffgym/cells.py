@@ -1,10 +1,10 @@
 """One cell of a bench: one agent with one seed in one configuration, searched and then measured on the report split.
 
 A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the episode
-in flight is lost, and in its MLflow run. Each dtype, number of threads and starting policy has a log of its own, so
-that no search is made of two, and a lock lets several benches work through the same cells without doing one twice.
-Incumbents are noted at log-spaced token marks while the search runs and measured on the report split when it has ended;
-nothing selects on those figures.
+in flight is lost, and in its MLflow run. Each dtype, number of threads, starting policy and edition of a plugin has a
+log of its own, so that no search is made of two, and a lock lets several benches work through the same cells without
+doing one twice. Incumbents are noted at log-spaced token marks while the search runs and measured on the report split
+when it has ended; nothing selects on those figures.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from ffgym.config import RunConfig, digest, settings, to_toml
 from ffgym.output import disk_errors, write_text, writing
+from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_recommendations
 from ffgym.policy import make_agent, policy_digest
@@ -129,6 +130,7 @@ class CellRunner:
         dtype = str(space.loaded.dtype).removeprefix("torch.")  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()
         parts = [cell.digest[:16], dtype, f"{threads}threads", *([policy] if policy else [])]
+        parts += [f"{table}{edition}" for table, edition in manager.editions(config).items()]
         log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")
         watch = _Incumbents(space, agent, cell.marks)
@@ -213,6 +215,7 @@ class CellRunner:
                 "threads": torch.get_num_threads(),
                 "dtype": str(space.loaded.dtype).removeprefix("torch."),
                 "policy": policy,
+                "editions": manager.editions(cell.config),
                 "asked_marks": cell.marks,
                 "marks": marks,
                 "final": {**final, "origin": found.best.origin},

@@ -452,6 +452,8 @@ def list_names(
         _print_json([{"name": name, "description": line} for name, line in found.items()])
     else:
         _print_columns(found.items())
+    if broken := [record.name for record in manager.records() if record.failure is not None]:
+        typer.echo(f"plugins that could not be used: {', '.join(broken)}; `ffgym plugins` says why", err=True)
 
 
 @app.command()

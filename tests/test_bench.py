@@ -24,6 +24,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym import cells, workspace
+from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.cells import Job
 from ffgym.cli import app
@@ -473,6 +474,21 @@ def test_seconds_of_all_sittings_are_added_up(tmp_path: Path, steps: list[int]) 
     call(file)
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
     assert 500 < result["seconds"] < 600
+
+
+def test_a_cell_whose_agent_has_a_new_edition_starts_anew(
+    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        call(file)
+    monkeypatch.setattr(Reinforce, "edition", 2)
+    steps[:] = [10**6]
+    call(file)
+    assert len(steps) - 1 == EPISODES
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
+    assert result["editions"] == {"agent": 2}
 
 
 def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) -> None:

@@ -13,6 +13,7 @@ from glass_runs import glass_tables
 from rich.console import Console
 
 from ffgym import bench as bench_module
+from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import bench, check_benches, read_bench
 from ffgym.cells import Cell, write_result
@@ -209,6 +210,19 @@ def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
         check_benches([read_bench(path)])
     policy.unlink()
     check_benches([read_bench(path)])  # what was measured stays valid
+
+
+def test_a_result_of_an_earlier_edition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench_file(tmp_path)
+    (cell,) = read_bench(path).cells
+    write_result(cell.path, a_result(cell))
+    monkeypatch.setattr(RandomSearch, "edition", 2)
+    refused(tmp_path, r"another configuration: the plugin of \[agent\] was of edition 1 and is of edition 2 now")
+    write_result(cell.path, a_result(cell).model_copy(update={"editions": {"agent": 2}}))
+    check_benches([read_bench(path)])
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"\[agent\] was of edition 2 and is of edition 1 now"):
+        check_benches([read_bench(path)])
 
 
 def test_a_baseline_that_nobody_runs_is_said_and_a_misspelled_one_refused(tmp_path: Path) -> None:

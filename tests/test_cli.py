@@ -270,6 +270,9 @@ def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["name"] for row in rows] == ["built-in", "nobody"]
     assert rows[0]["package"] == "ffgym"
     assert "wanda" in rows[0]["provides"]["criterion"]
+    listed = call("ls", "agents")
+    assert "plugins that could not be used: nobody" in listed.stderr
+    assert "nobody" not in listed.stdout
 
 
 @pytest.mark.parametrize(("complaints", "status"), [([], 0), (["the space is odd"], 1)])

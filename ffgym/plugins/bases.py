@@ -52,9 +52,14 @@ class Plugin:
 
     Args:
         config: an instance of the class's own ``Config``; its defaults when left out.
+
+    Attributes:
+        edition: raised by its author when the same options come to give other numbers. A bench then refuses results of
+            an earlier edition instead of comparing them with new ones.
     """
 
     name: ClassVar[str]
+    edition: ClassVar[int] = 1
     Config: ClassVar[type[PluginConfig]] = PluginConfig
 
     def __init__(self, config: PluginConfig | None = None) -> None:

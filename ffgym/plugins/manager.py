@@ -246,6 +246,11 @@ def meanings(config: RunConfig) -> dict[str, dict[str, str]]:
     return {key: cls.Config.meanings() for key, (_, cls) in _used(config).items()}
 
 
+def editions(config: RunConfig) -> dict[str, int]:
+    """The edition of the plugin that each table names, where it is not the first."""
+    return {key: cls.edition for key, (_, cls) in _used(config).items() if cls.edition != 1}
+
+
 def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
     """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
     named: list[tuple[PluginKind, str, str]] = [(kind, key, getattr(config, key).name) for kind, key in _TABLES.items()]
@@ -355,11 +360,15 @@ def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
     except pluggy.PluginValidationError as error:
         reason = " ".join(str(error).split())
         raise PluginError(f"{reason}; the hooks are {', '.join(_HOOKS)}, and none takes an argument") from error
-    if not pluggy_manager.get_hookcallers(module):
+    implemented = {caller.name for caller in pluggy_manager.get_hookcallers(module) or []}
+    if not implemented:
         raise PluginError(f"{entry.value} implements no hook; decorate one of {', '.join(_HOOKS)} with @ffgym.hookimpl")
     offered = []
     for hook, kind in _HOOKS.items():
-        for classes in getattr(pluggy_manager.hook, hook)():
+        answers = getattr(pluggy_manager.hook, hook)()
+        if hook in implemented and not answers:  # pluggy drops None
+            raise PluginError(f"{hook} returned None, not a list of classes")
+        for classes in answers:
             if not isinstance(classes, (list, tuple)):
                 raise PluginError(f"{hook} returned {classes!r}, not a list of classes")
             for cls in classes:
@@ -389,6 +398,8 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
     needs: Any = getattr(cls, "needs", frozenset())
     if not isinstance(needs, (set, frozenset)):
         raise PluginError(f"{kind} {name!r}: needs is {needs!r}, not a frozenset of names")
+    if not (isinstance(cls.edition, int) and cls.edition >= 1):
+        raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
     worst: Any = getattr(cls, "worst", 0.0)
     if kind == "reward" and not (isinstance(worst, (int, float)) and math.isfinite(worst)):
         raise PluginError(f"reward {name!r}: worst is {worst!r}, not a finite number")

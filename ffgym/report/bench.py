@@ -51,7 +51,8 @@ class CellResult(_Stored):
     """One agent with one seed: what a committed result file holds.
 
     Beside ``settings``, its numbers were decided by the policy that it started from, where there was one: ``policy`` is
-    that file's digest. ``asked_marks`` is how many token marks were asked for; where few updates pass many, fewer came.
+    that file's digest. ``editions`` are those of its plugins, by table, where they are not the first. ``asked_marks``
+    is how many token marks were asked for; where few updates pass many, fewer came.
     """
 
     label: str
@@ -68,6 +69,7 @@ class CellResult(_Stored):
     threads: int
     dtype: str
     policy: str | None = None
+    editions: dict[str, int] = {}
     asked_marks: int
     marks: list[Mark]
     final: Final

@@ -125,6 +125,7 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         ("x = 1", "implements no hook"),
         (HOOK + "1 / 0", "ZeroDivisionError"),
         (HOOK + "7", "not a list of classes"),
+        (HOOK + "None", "ffgym_criteria returned None, not a list of classes"),
         (HOOK + "[int]", "not a subclass of ffgym.Criterion"),
         (HOOK + "[ffgym.Criterion]", "does not define score"),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1})]", "name is None"),
@@ -146,6 +147,10 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
             HOOK.replace("criteria", "rewards")
             + "[type('A', (ffgym.Reward,), {'__call__': 1, 'name': 'a', 'needs': {'kl', 'acuracy'}})]",
             "reward 'a' needs unknown measurements ['acuracy']",
+        ),
+        (
+            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'edition': 'new'})]",
+            "edition is 'new', not a whole number from 1",
         ),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': dict})]", "PluginConfig"),
         (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "and none takes an argument"),
