@@ -163,11 +163,13 @@ def test_one_seed_is_too_few_and_errors_exit_1(script: Any, home: Path, capsys: 
 
 @pytest.mark.parametrize("file", ["demo.toml", "search.toml"])
 def test_the_committed_files_are_valid(script: Any, file: str) -> None:
-    from ffgym.bench import read_bench
+    from ffgym.bench import check_benches, read_bench
 
     if file == "search.toml":
-        cells = read_bench(SCRIPT.parent / file).cells
-        assert [cell.config.prune.calibration for cell in cells] == ["ridge", "none"]
+        bench = read_bench(SCRIPT.parent / file)
+        assert [cell.config.prune.calibration for cell in bench.cells] == ["ridge", "none"]
+        check_benches([bench])  # and the committed results are still those of these cells
+        assert all(cell.path.exists() for cell in bench.cells)
     else:
         spec, config = script.read_experiment(SCRIPT.parent / file)
         assert spec.lora.tokens == spec.distil_mlp.tokens

@@ -247,7 +247,7 @@ def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Pa
     assert call("run", "--config", str(file)).exit_code == 0
     wanted = load_config(prune={"sparsity": 0.3}, agent={"learning_rate": 0.01})
     assert runner == [manager.with_options(wanted)]
-    assert "smooth = 0.7  # share of the exploration's variance" in printed.stdout, "options of plugins are there too"
+    assert "smooth = 0.95  # share of the exploration's variance" in printed.stdout, "options of plugins are there too"
 
 
 @pytest.mark.parametrize(

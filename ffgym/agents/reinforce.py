@@ -54,7 +54,7 @@ class ReinforceConfig(PluginConfig):
     learning_rate: float = Field(2.0, gt=0)
     spread: float = Field(0.15, gt=0)
     spread_rate: float = Field(0.0, ge=0)
-    smooth: float = Field(0.7, ge=0, le=1)
+    smooth: float = Field(0.95, ge=0, le=1)
     length: float = Field(0.15, gt=0)
     antithetic: bool = True
     advantage: Literal["standard", "rank", "leave-one-out"] = "standard"
