@@ -142,7 +142,7 @@ def test_a_plugins_default_that_has_moved_outdates_results(tmp_path: Path, monke
     monkeypatch.setattr(Reinforce.Config.model_fields["smooth"], "default", 0.1)
     Reinforce.Config.model_rebuild(force=True)
     try:
-        refused(tmp_path, r"another configuration: agent\.smooth was 0\.7 and is 0\.1 now", agents=["reinforce"])
+        refused(tmp_path, r"another configuration: agent\.smooth was 0\.95 and is 0\.1 now", agents=["reinforce"])
     finally:
         monkeypatch.undo()
         Reinforce.Config.model_rebuild(force=True)

@@ -126,7 +126,7 @@ def test_everything_is_written_and_nothing_else(finished: Finished) -> None:
 def test_the_written_configuration_is_the_run(finished: Finished) -> None:
     written = load_config(finished.folder / "config.toml")
     assert written == manager.with_options(finished.config)
-    assert written.agent.options["smooth"] == 0.7, "a default that moves later is written down"
+    assert written.agent.options["smooth"] == 0.95, "a default that moves later is written down"
 
 
 def test_the_table_has_its_rows(finished: Finished) -> None:
