@@ -52,7 +52,7 @@ def test_slopes_equal_differences_of_losses(family, calibration, random_windows)
     windows = random_windows(3, seed=1)
     found = unit_slopes(prunable, windows, kept)
     assert [slopes.shape for slopes in found] == [(s.units,) for s in prunable.sublayers]
-    share = 1e-5 if family == "opt" else 1e-2  # small for the kinks of ReLU; norms in float32 drown what is too small
+    share = 1e-5 if family == "opt" else 3e-3  # small for the kinks of ReLU; norms in float32 drown what is too small
     for index in (0, 1, len(kept) - 2, len(kept) - 1):
         half, units = prunable.halves[index], kept[index]
         for unit in (units - 1, units):
