@@ -91,24 +91,38 @@ def bench(
     for each in benches:
         if each.spec.baseline not in each.spec.agents:
             say.say(f"{each.spec.title}: baseline {each.spec.baseline!r} is none of its agents: no tokens are counted")
-    if not only_report:
-        with disk_errors():
-            share(benches)
-            if missing := _missing(benches):
-                compute(missing, say, processes=jobs, threads=max(1, torch.get_num_threads() // jobs))
-                share(benches)
     tables = []
-    for each in benches:
-        results = [read_cell(cell) for cell in each.cells if cell.path.exists()]
-        if not results:
-            say.say(f"{each.spec.title}: no results yet")
-            continue
-        table = bench_table(each.spec.title, results, baseline=each.spec.baseline)
-        folder = each.file.parent
-        bench_figure(table, results, folder / f"{each.file.stem}.png")
-        write_text(folder / f"{each.file.stem}.md", markdown(table))
-        tables.append(table)
+    with ExitStack() as stack:
+        runs: dict[Path, Tracker] = {}
+        if not only_report:
+            with disk_errors():
+                share(benches)
+                if missing := _missing(benches):
+                    runs = _open_runs(missing, stack)
+                    parents = {file: tracker.run_id for file, tracker in runs.items()}
+                    compute(missing, parents, say, processes=jobs, threads=max(1, torch.get_num_threads() // jobs))
+                    share(benches)
+        for each in benches:
+            results = [read_cell(cell) for cell in each.cells if cell.path.exists()]
+            if not results:
+                say.say(f"{each.spec.title}: no results yet")
+                continue
+            tables.append(_write_table(each, results, runs.get(each.file)))
+            if each.file in runs:
+                _parent_note(each).unlink(missing_ok=True)
     return tables
+
+
+def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:
+    """The table and its picture beside the bench file, and in its MLflow run where there is one."""
+    table = bench_table(bench.spec.title, results, baseline=bench.spec.baseline)
+    picture, text = bench.file.with_suffix(".png"), bench.file.with_suffix(".md")
+    bench_figure(table, results, picture)
+    write_text(text, markdown(table))
+    if run is not None:
+        run.log_artifact(text)
+        run.log_artifact(picture)
+    return table
 
 
 def read_bench(file: Path) -> Bench:
@@ -283,47 +297,55 @@ def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:
     return list(wanted.values())
 
 
-def compute(cells: Sequence[tuple[Bench, Cell]], say: Reporter, *, processes: int, threads: int) -> None:
+def compute(
+    cells: Sequence[tuple[Bench, Cell]],
+    parents: Mapping[Path, str | None],
+    say: Reporter,
+    *,
+    processes: int,
+    threads: int,
+) -> None:
     """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
 
     Args:
         cells: what is missing, with the bench that each belongs to; at least one.
+        parents: MLflow run of each bench file; ``None`` where tracking is off.
         say: where progress goes.
         processes: how many cells are computed at the same time, >= 1.
         threads: torch threads of each process, where there are several.
+    """
+    queue = CellQueue(cells, parents, say)
+    work(queue, CellRunner, say, processes=min(processes, len(cells)), threads=threads)
+
+
+def _open_runs(cells: Sequence[tuple[Bench, Cell]], stack: ExitStack) -> dict[Path, Tracker]:
+    """One MLflow run per bench file that has something to compute, open until the stack is left.
+
+    A bench that was interrupted goes on in the run it had: a note says which.
 
     Raises:
         ConfigError: an agent's updates are too small for it, or there is no policy to start from.
     """
     for _, cell in cells:
         make_agent(cell.config)  # now, and not after the cells before it have been computed
-    with ExitStack() as stack:
-        parents: dict[Path, str | None] = {}
-        notes: list[Path] = []
-        for each, cell in cells:
-            if each.file not in parents:
-                tracking, note = cell.config.tracking, _parent_note(each, cell.config)
-                earlier = note.read_text(encoding="utf-8") if note.exists() else None
-                tracker = Tracker(
-                    Path(tracking.root), tracking.experiment, each.spec.title, tracking.enabled, resume=earlier
-                )
-                stack.enter_context(tracker).log_config(
-                    each.spec.model_dump(mode="json"), each.file.read_text(encoding="utf-8")
-                )
-                parents[each.file] = tracker.run_id
-                if tracker.run_id is not None:
-                    write_text(note, tracker.run_id)
-                    notes.append(note)
-        queue = CellQueue(cells, parents, say)
-        work(queue, CellRunner, say, processes=min(processes, len(cells)), threads=threads)
-        for note in notes:
-            note.unlink(missing_ok=True)
+    runs: dict[Path, Tracker] = {}
+    for each, _ in cells:
+        if each.file in runs:
+            continue
+        tracking, note = each.cells[0].config.tracking, _parent_note(each)
+        earlier = note.read_text(encoding="utf-8") if note.exists() else None
+        run = Tracker(Path(tracking.root), tracking.experiment, each.spec.title, tracking.enabled, resume=earlier)
+        stack.enter_context(run).log_config(each.spec.model_dump(mode="json"), each.file.read_text(encoding="utf-8"))
+        if run.run_id is not None:
+            write_text(note, run.run_id)
+        runs[each.file] = run
+    return runs
 
 
-def _parent_note(bench: Bench, config: RunConfig) -> Path:
+def _parent_note(bench: Bench) -> Path:
     """Where a bench that is under way notes its MLflow run, so that it goes on in the same one when interrupted."""
     name = hashlib.sha256(str(bench.file.resolve()).encode()).hexdigest()[:16]
-    return Path(config.tracking.root) / "bench" / f"{name}.run"
+    return Path(bench.cells[0].config.tracking.root) / "bench" / f"{name}.run"
 
 
 class CellQueue:

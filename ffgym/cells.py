@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig, digest, settings, to_toml
 from ffgym.output import disk_errors, write_text, writing
 from ffgym.plugins import manager
@@ -29,7 +30,7 @@ from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import CellResult
 from ffgym.report.progress import Reporter
 from ffgym.search import Found, by_standing, search, update_price
-from ffgym.tracking import Tracker, environment_tags
+from ffgym.tracking import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
 from ffgym.workspace import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
 
@@ -145,7 +146,8 @@ class CellRunner:
             if tracker.run_id is not None:
                 write_text(note, tracker.run_id)
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
-            tracker.set_tags(environment_tags(device=str(space.loaded.device), threads=threads, plugins={}))
+            tracker.set_tags(run_tags(space, agent))
+            log_splits(tracker, space.splits)
             with say.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
 
                 def on_episode(episode: Episode) -> None:
@@ -168,7 +170,10 @@ class CellRunner:
                 )
             result = self._result(cell, space, found, watch.noted, policy)
             tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
-        write_result(cell.path, result)
+            # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
+            tracker.log_metrics([("report/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
+            write_result(cell.path, result)
+            tracker.log_artifact(cell.path)
         for path in (log, note):
             path.unlink(missing_ok=True)
 

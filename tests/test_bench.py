@@ -158,6 +158,23 @@ def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
         assert run.data.metrics["report/perplexity"] > 1
     history = client(root).get_metric_history(children[0].info.run_id, "search/reward")
     assert [point.step for point in history] == list(range(EPISODES))
+    assert {entry.path for entry in client(root).list_artifacts(parent.info.run_id)} == {
+        "config.toml", "small.md", "small.png"
+    }  # fmt: skip
+
+
+def test_a_childs_run_holds_what_the_table_and_the_picture_are_made_of(finished: Any) -> None:
+    root, results = finished[0].parent / "mlruns", numbers(finished[0].parent / "small")
+    for run in runs(root)[1:]:
+        name, result = run.info.run_name, results[run.info.run_name]
+        assert f"{name}.json" in {entry.path for entry in client(root).list_artifacts(run.info.run_id)}
+        assert run.data.metrics["report/perplexity"] == pytest.approx(math.exp(result["final"]["loss"]))
+        assert run.data.tags[f"plugin.agent.{result['agent']}"].startswith("ffgym ")
+        assert {kind.value for data in run.inputs.dataset_inputs for kind in data.tags} == {
+            "calibration", "search", "report"
+        }  # fmt: skip
+        history = client(root).get_metric_history(run.info.run_id, "report/incumbent")
+        assert [point.step for point in history] == [mark["tokens"] for mark in result["marks"]]
 
 
 def test_progress_says_which_cell_and_how_long_is_left(finished: Any) -> None:

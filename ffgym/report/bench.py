@@ -28,6 +28,11 @@ class Mark(_Stored):
     tokens: int
     loss: float
 
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where it overflows."""
+        return _perplexity(self.loss)
+
 
 class Final(_Stored):
     """The chosen allocation: units kept per sublayer, report loss (nats per token), sparsity reached, origin.
