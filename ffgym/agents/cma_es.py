@@ -8,19 +8,27 @@ generation: the population is all the episodes of an update. Nothing is carried 
 updates. What is sampled outside [-1, 1] is measured at the edge and not drawn again: in 60 dimensions with a prior on
 the edge no sample would ever be inside. The update sees the sample as it was drawn; told of the clipped ones, the mean
 would leave the edge whatever the rewards say.
+
+The defaults are the textbook's. ``smooth`` and ``average`` give it the two things that ``reinforce`` has beside its
+gradient, so that a comparison can tell them apart: noise shared over depth, as the covariance to start from, and a
+recommendation averaged over the last means.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from cmaes import CMA, SepCMA
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ffgym.agents.averaging import tail_mean
+from ffgym.agents.exploration import depth_covariance
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
+
+SMALLEST_VARIANCE = 1e-6
 
 
 class CMAESConfig(PluginConfig):
@@ -29,10 +37,22 @@ class CMAESConfig(PluginConfig):
     Attributes:
         sigma: step size at the start, in importance units (2 spans all keep ratios).
         separable: adapt the variances only.
+        smooth: share of the starting covariance that is shared by neighbouring layers of one kind; not with separable.
+        length: over which share of the depth it is shared.
+        average: share of the last means that are averaged into the recommended one; 0 takes the last.
     """
 
     sigma: float = Field(0.15, gt=0)
     separable: bool = False
+    smooth: float = Field(0.0, ge=0, le=1)
+    length: float = Field(0.15, gt=0)
+    average: float = Field(0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_covariance(self) -> Self:
+        if self.separable and self.smooth:
+            raise ValueError(f"separable keeps variances only, which smooth = {self.smooth:g} cannot start from")
+        return self
 
 
 class CMAES(BatchAgent):
@@ -45,6 +65,7 @@ class CMAES(BatchAgent):
         super().__init__(config)
         self._optimizer: Any = None
         self._drawn: list[np.ndarray] = []
+        self._means: list[np.ndarray] = []
 
     def check_batch(self, batch: int) -> None:
         """Refuse updates of a single episode."""
@@ -58,7 +79,8 @@ class CMAES(BatchAgent):
         """Start from the prior, or from the mean of the state that was loaded, with the configured step size."""
         self.check_batch(batch)
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
-        mean = prior if self._optimizer is None else self._optimizer.mean
+        mean = prior if self._optimizer is None else self._settled()
+        self._means = []
         self._seed = seed
         self._batch = batch
         self._optimizer = self._made(mean, batch)
@@ -74,24 +96,26 @@ class CMAES(BatchAgent):
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Move mean, step size and covariance."""
         self._optimizer.tell([(drawn, -float(reward)) for drawn, reward in zip(self._drawn, rewards, strict=True)])
+        self._means.append(self._optimizer.mean.copy())
         return {
             "policy/mean": float(self._optimizer.mean.mean()),
             "policy/spread": float(actions.std(axis=0).mean()),
         }
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The mean."""
+        """The mean, or the mean of the last ones."""
         if self._optimizer is None:
             return []
-        return [np.clip(self._optimizer.mean, -1.0, 1.0).astype(np.float32)]
+        return [np.clip(self._settled(), -1.0, 1.0).astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
-        """The optimizer, to rounding, as the package's pickling hook gives it; a new search takes its mean."""
+        """The optimizer, to rounding, as the package pickles it, and the recommended mean, where a new search starts."""
         if self._optimizer is None:
             return {}
         # The package never writes all of its history of rewards, which only its stopping rules read: not ours.
         optimizer = {name: v for name, v in self._optimizer.__getstate__().items() if name != "_funhist_values"}
-        return {"seed": self._seed, "separable": self.config.separable, "optimizer": optimizer}
+        settled = self._settled().tolist()
+        return {"seed": self._seed, "separable": self.config.separable, "mean": settled, "optimizer": optimizer}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up an optimizer.
@@ -108,10 +132,21 @@ class CMAES(BatchAgent):
         self._seed, self._batch = int(state["seed"]), int(values["_popsize"])
         self._optimizer = self._made(values["_mean"], self._batch)
         self._optimizer.__setstate__(values)
+        self._means = [np.array(state["mean"])]
+
+    def _settled(self) -> np.ndarray:
+        """The recommended mean before it is clipped, shape (2L,), float64."""
+        return tail_mean(self._means, self.config.average) if self._means else np.asarray(self._optimizer.mean)
 
     def _made(self, mean: np.ndarray, batch: int) -> Any:
-        return (SepCMA if self.config.separable else CMA)(
-            mean=np.clip(mean, -1.0, 1.0).astype(np.float64),
-            sigma=self.config.sigma,
-            population_size=batch,
-        )
+        start = {
+            "mean": np.clip(mean, -1.0, 1.0).astype(np.float64),
+            "sigma": self.config.sigma,
+            "population_size": batch,
+        }
+        if self.config.separable:
+            return SepCMA(**start)
+        if self.config.smooth:
+            shared = depth_covariance(len(mean), smooth=self.config.smooth, length=self.config.length)
+            start["cov"] = shared + SMALLEST_VARIANCE * np.eye(len(mean))  # which has to have an inverse
+        return CMA(**start)

@@ -135,9 +135,10 @@ class Reinforce(BatchAgent):
         return {"weights": self._settled().tolist(), "log_spread": self._log_spread}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Start from a policy that ``state`` returned."""
+        """Start from the mean of a policy that ``state`` returned; from its spread too where the spread is learnt."""
         self._weights = np.array(state["weights"], dtype=np.float64)
-        self._log_spread = float(state["log_spread"])
+        if self.config.spread_rate:
+            self._log_spread = float(state["log_spread"])
 
     def _settled(self) -> np.ndarray:
         """Weights averaged over the last updates, shape (2, 2L)."""

@@ -145,6 +145,15 @@ def test_the_spread_follows_what_is_rewarded_where_it_is_learnt():
     assert spread_after(1.0, 0.0) == spread_after(-1.0, 0.0) == pytest.approx(0.15)
 
 
+def test_a_loaded_policy_brings_its_spread_only_where_the_spread_is_learnt():
+    for rate, expected in ((0.0, 0.15), (0.5, 0.3)):
+        agent = Reinforce(Reinforce.Config(spread_rate=rate))
+        agent.load_state({"weights": [[0.0] * 60] * 2, "log_spread": np.log(0.3)})
+        agent.begin(dimensions=60, batch=64, seed=0)
+        asked = agent.ask(np.tile(np.array([0.2, 1.0], dtype=np.float32), (64, 1)))
+        assert asked.std() == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize(("share", "averaged"), [(0.5, 2), (0.0, 1), (1.0, 4)])
 def test_the_policy_that_is_recommended_is_the_mean_over_the_last_updates(share, averaged):
     agent, observations = begun(average=share)

@@ -58,6 +58,11 @@ class TestEvoPress(AgentConformance):
         return EvoPress()
 
 
+class TestSmoothAveragedCMAES(AgentConformance):
+    def make(self):
+        return CMAES(CMAES.Config(smooth=0.95, average=0.5))
+
+
 class TestSensitivity(AgentConformance):
     def make(self):
         return Sensitivity()
@@ -290,6 +295,8 @@ class TestWhatIsTheirOwn:
             ("evolution", {"mutation": 0.8, "crossover": 0.4}, "mutation"),
             ("evolution", {"survivors": 1.0}, "survivors"),
             ("cma-es", {"sigma": 0.0}, "sigma"),
+            ("cma-es", {"separable": True, "smooth": 0.9}, "separable"),
+            ("random", {"spread": 0.0}, "spread"),
             ("bayesian", {"candidates": 1}, "candidates"),
             ("sensitivity", {"levels": []}, "levels"),
             ("sensitivity", {"check_share": 1.0}, "check_share"),
@@ -304,6 +311,37 @@ class TestWhatIsTheirOwn:
     def test_evopress_needs_room_for_parent_survivors_and_children(self):
         with pytest.raises(ConfigError, match="3 survivors"):
             learned(EvoPress, SeparableEnv, batch=4, config=EvoPress.Config(survivors=(3, 1)))
+
+    def test_cma_es_can_share_its_first_noise_over_depth(self):
+        for smooth, shared in ((0.0, False), (0.95, True)):
+            agent = CMAES(CMAES.Config(smooth=smooth))
+            agent.begin(dimensions=60, batch=200, seed=0)
+            noise = agent.ask(np.tile(OBSERVATION, (200, 1)))
+            assert noise.std() == pytest.approx(0.15, rel=0.1)
+            neighbours, kinds = (np.corrcoef(noise[:, 20], noise[:, other])[0, 1] for other in (22, 21))
+            assert (neighbours > 0.8) == shared, "layers 10 and 11 of one kind"
+            assert abs(kinds) < 0.5, "attention and MLP of one layer"
+
+    def test_cma_es_can_recommend_the_mean_of_its_last_means(self):
+        agents = [CMAES(CMAES.Config(average=average)) for average in (0.0, 0.5)]
+        means = []
+        for agent in agents:
+            agent.begin(dimensions=6, batch=8, seed=0)
+        for _ in range(4):
+            for agent in agents:
+                actions = agent.ask(np.tile(OBSERVATION, (8, 1)))
+                agent.tell(np.tile(OBSERVATION, (8, 1)), actions, -(actions.astype(np.float64) ** 2).sum(axis=1))
+            means.append(agents[0].recommend(OBSERVATION)[0])
+        np.testing.assert_allclose(agents[1].recommend(OBSERVATION)[0], np.mean(means[2:], axis=0), atol=1e-6)
+
+    def test_random_search_can_stay_near_the_prior(self):
+        _, _, asked = learned(
+            RandomSearch, QuadraticEnv, dimensions=60, prior=0.4, config=RandomSearch.Config(spread=0.1)
+        )
+        drawn = np.concatenate(asked)
+        assert drawn.mean() == pytest.approx(0.4, abs=0.01)
+        assert drawn.std() == pytest.approx(0.1, rel=0.1)
+        assert np.corrcoef(drawn[:, 20], drawn[:, 22])[0, 1] > 0.8, "noise is shared by neighbouring layers"
 
     def test_cma_es_refuses_a_state_of_the_other_kind(self):
         agent, _, _ = learned(CMAES, SeparableEnv, tokens=16)
