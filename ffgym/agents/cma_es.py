@@ -109,7 +109,7 @@ class CMAES(BatchAgent):
         return [np.clip(self._settled(), -1.0, 1.0).astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
-        """The optimizer, to rounding, as the package pickles it, and the recommended mean, where a new search starts."""
+        """The optimizer, to rounding, as the package pickles it, and the mean that a new search starts from."""
         if self._optimizer is None:
             return {}
         # The package never writes all of its history of rewards, which only its stopping rules read: not ours.
