@@ -115,7 +115,9 @@ class BenchRow:
         seconds: mean wall time of search and finals.
         tokens_to_baseline: tokens until the mean incumbent was as good as the baseline's final quality (interpolated
             between marks, in log tokens); ``None`` where it never was.
-        times_fewer: the baseline's own search tokens over that.
+        at_first_mark: it was so at the first mark already: it may have taken fewer.
+        times_fewer: the tokens that the baseline took to its final quality over those; its whole search, where none of
+            its incumbents was as good as what its finals chose.
     """
 
     label: str
@@ -125,6 +127,7 @@ class BenchRow:
     tokens: float
     seconds: float
     tokens_to_baseline: float | None
+    at_first_mark: bool
     times_fewer: float | None
 
 
@@ -151,6 +154,9 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
         groups[result.label].append(result)
     rivals = groups.get(baseline, [])
     goal = float(np.mean([cell.final.loss for cell in rivals])) if rivals else None
+    price = 0.0
+    if goal is not None:
+        price = tokens_until(rivals, goal) or float(np.mean([cell.search_tokens for cell in rivals]))
     rows = []
     for label, cells in groups.items():
         plain = [_perplexity(cell.final.plain_loss) for cell in cells if cell.final.plain_loss is not None]
@@ -164,7 +170,8 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
                 tokens=float(np.mean([cell.search_tokens + cell.final_tokens for cell in cells])),
                 seconds=float(np.mean([cell.seconds for cell in cells])),
                 tokens_to_baseline=reached,
-                times_fewer=float(np.mean([cell.search_tokens for cell in rivals])) / reached if reached else None,
+                at_first_mark=reached is not None and reached <= curves(cells)[0][0],
+                times_fewer=price / reached if reached else None,
             )
         )
     first = results[0]
@@ -238,13 +245,39 @@ def markdown(table: BenchTable) -> str:
     ]
     for row in table.rows:
         plain = f" {row.plain or '—'} |" if has_plain else ""
-        reached = "—" if row.tokens_to_baseline is None else f"{row.tokens_to_baseline:,.0f}"
-        times = "—" if row.times_fewer is None else f"{row.times_fewer:.1f}"
+        at_most, at_least = ("≤ ", "≥ ") if row.at_first_mark else ("", "")
+        reached = "—" if row.tokens_to_baseline is None else f"{at_most}{row.tokens_to_baseline:,.0f}"
+        times = "—" if row.times_fewer is None else f"{at_least}{row.times_fewer:.1f}"
         lines.append(
             f"| {row.label} | {row.perplexity} |{plain} {row.seeds} | {row.tokens:,.0f} | {row.seconds:.0f} "
             f"| {reached} | {times} |"
         )
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One search to draw: marks in tokens, shape (marks,), and perplexities, shape (seeds, marks), NaN in a gap."""
+
+    label: str
+    tokens: np.ndarray
+    values: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Over seeds, shape (marks,)."""
+        mean: np.ndarray = self.values.mean(axis=0)
+        return mean
+
+    @property
+    def lowest(self) -> float:
+        """Of the mean."""
+        return float(np.nanmin(self.mean))
+
+    @property
+    def highest(self) -> float:
+        """Of the mean."""
+        return float(np.nanmax(self.mean))
 
 
 def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
@@ -261,31 +294,29 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
 
     figure = new_figure(9.0, 5.0)
     axes: Any = figure.add_subplot()
-    axes.set_xscale("log")
-    rules: list[BenchRow] = []
-    highest: dict[str, float] = {}
+    axes.set_xscale("log", base=2)
     labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order: a colour an agent
-    for row in table.rows:
-        cells = [cell for cell in results if cell.label == row.label]
-        if min(len(cell.marks) for cell in cells) < 2:
-            rules += [row] if math.isfinite(row.perplexity.value) else []
-            continue
-        tokens, losses = curves(cells)
-        values = np.exp(np.where(losses < 700, losses, np.nan))  # what broke down leaves a gap
-        curve = values.mean(axis=0)
-        if not np.isfinite(curve).any():
-            continue
-        highest[row.label] = float(np.nanmax(curve))
-        color = f"C{labels.index(row.label) % 10}"
-        axes.plot(tokens, curve, marker="o", markersize=4, label=row.label, color=color)
-        axes.fill_between(tokens, values.min(axis=0), values.max(axis=0), alpha=0.15, color=color)
-        axes.set_xticks([mark.tokens for mark in cells[0].marks])
-    top = 1.25 * max(list(highest.values())[: -(-len(highest) // 2)], default=math.inf)  # rows come best first
-    _draw_rules(axes, [row for row in rules if row.perplexity.value <= top])
-    beyond = [f"{row.label} {row.perplexity.value:.2f}" for row in rules if row.perplexity.value > top]
-    if worse := [f"{label} up to {value:.2f}" for label, value in highest.items() if value > top]:
-        axes.set_ylim(top=top)
-        beyond = [*worse, *beyond]
+    searches, rules = _searches_and_rules(table, results)
+    top = 1.25 * max((curve.highest for curve in searches[: -(-len(searches) // 2)]), default=math.inf)  # best first
+    for curve in searches:
+        if curve.lowest <= top:
+            color = f"C{labels.index(curve.label) % 10}"
+            axes.plot(curve.tokens, curve.mean, marker="o", markersize=4, label=curve.label, color=color)
+            band = curve.values.min(axis=0), curve.values.max(axis=0)
+            axes.fill_between(curve.tokens, *band, alpha=0.15, color=color)
+    near = [row for row in rules if row.perplexity.value <= top]
+    shown = [curve.values[curve.values <= top] for curve in searches] + [np.array([r.perplexity.value for r in near])]
+    if len(values := np.concatenate(shown)):
+        margin = 0.05 * max(np.ptp(values), 0.01 * values.max())
+        axes.set_ylim(values.min() - margin, values.max() + margin)
+    _draw_rules(axes, near)
+    beyond = [
+        f"{curve.label} {'up to' if curve.lowest <= top else 'from'} "
+        f"{curve.highest if curve.lowest <= top else curve.lowest:.2f}"
+        for curve in searches
+        if curve.highest > top
+    ]
+    beyond += [f"{row.label} {row.perplexity.value:.2f}" for row in rules if row.perplexity.value > top]
     if beyond:
         said = f"above the scale: {', '.join(beyond)}"  # beneath the axes, where no legend and no curve covers it
         axes.text(0.0, -0.16, said, transform=axes.transAxes, fontsize=7, va="top", wrap=True)
@@ -298,6 +329,21 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     if axes.get_legend_handles_labels()[0]:
         axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)  # the rules' lines stay off its text
     save_figure(figure, path)
+
+
+def _searches_and_rules(table: BenchTable, results: Sequence[CellResult]) -> tuple[list[_Curve], list[BenchRow]]:
+    """What can be drawn as a curve and what as a line, best first; what came to no number is neither."""
+    searches, rules = [], []
+    for row in table.rows:
+        cells = [cell for cell in results if cell.label == row.label]
+        if min(len(cell.marks) for cell in cells) < 2:
+            rules += [row] if math.isfinite(row.perplexity.value) else []
+            continue
+        tokens, losses = curves(cells)
+        curve = _Curve(row.label, tokens, np.exp(np.where(losses < 700, losses, np.nan)))
+        if np.isfinite(curve.mean).any():
+            searches.append(curve)
+    return searches, rules
 
 
 def _draw_rules(axes: Any, rules: Sequence[BenchRow]) -> None:

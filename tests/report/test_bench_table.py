@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,29 @@ def test_tokens_are_counted_to_the_baselines_mean_final_quality() -> None:
     goal = (math.log(30) + math.log(32)) / 2
     assert evolution.tokens_to_baseline == pytest.approx(100 * 10 ** (4.0 - goal))
     assert uniform.tokens_to_baseline is None
-    assert reinforce.times_fewer == pytest.approx(1000 / 100)  # evolution's whole search over these tokens
+    assert evolution.times_fewer == 1.0
+    assert reinforce.times_fewer == pytest.approx(
+        10 ** (4.0 - goal)
+    )  # like for like: evolution's tokens to its quality
     assert uniform.times_fewer is None
+
+
+def test_what_is_reached_at_the_first_mark_may_have_been_reached_before() -> None:
+    reinforce, evolution, _ = bench_table("Bench", results(), baseline="evolution").rows
+    assert (reinforce.at_first_mark, evolution.at_first_mark) == (True, False)
+    assert re.search(
+        r"\| reinforce \|.*\| ≤ 100 \| ≥ \d+\.\d \|", markdown(bench_table("B", results(), baseline="evolution"))
+    )
+
+
+def test_a_baseline_whose_finals_alone_were_that_good_counts_its_whole_search() -> None:
+    cells = [
+        cell("evolution", 0, [(100, 4.0), (1000, 3.5)], final=3.0),
+        cell("reinforce", 0, [(100, 4.0), (400, 3.0), (1000, 2.0)], final=2.0),
+    ]
+    reinforce, evolution = bench_table("Bench", cells, baseline="evolution").rows
+    assert evolution.tokens_to_baseline is None
+    assert reinforce.times_fewer == pytest.approx(1000 / 400)
 
 
 def test_without_the_baseline_nothing_is_counted() -> None:
@@ -183,21 +205,25 @@ def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypa
     drawn: list[Any] = []
     monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
     far = cell("random", 0, [(100, math.log(300)), (1000, math.log(200))])
+    falling = cell("ppo", 0, [(100, math.log(250)), (1000, math.log(24))], final=math.log(40))
     best = max(math.exp(mark.loss) for each in results() if each.label == "reinforce" for mark in each.marks)
-    some = [*results(), far]
+    some = [*results(), far, falling]
     bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
     (axes,) = drawn
     assert best <= axes.get_ylim()[1] < 100
     (said,) = [text.get_text() for text in axes.texts if "above" in text.get_text()]
-    assert "random up to 300.00" in said
-    assert "random" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "random from 200.00" in said
+    assert "ppo up to 250.00" in said
+    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "ppo" in named
+    assert "random" not in named, "nothing of it can be seen"
 
 
 def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
     for good, bad in (("reinforce", "random"), ("random", "reinforce")):
-        losses = {good: 2.0, bad: 3.0}
+        losses = {good: 2.0, bad: 2.1}
         some = [cell(label, 0, [(100, losses[label]), (1000, losses[label])]) for label in ("reinforce", "random")]
         bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
     first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in drawn)
