@@ -60,8 +60,11 @@ def _option(flag: str, key: str, **options: Any) -> Any:
 
 
 def _number_or_range(text: str) -> float | str:
-    """``"0.2"`` or ``"0.1:0.5"``."""
-    return text if ":" in text else float(text)
+    """``"0.2"`` or ``"0.1:0.5"``; what is neither stays text, and the configuration says what it should be."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 AgentOption = Annotated[str | None, _option("--agent", "agent.name")]

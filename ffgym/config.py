@@ -334,6 +334,12 @@ class RunConfig(Table):
             )
         self._range_agrees()
         self._recovery_fits()
+        if self.search.stop_hopeless and self.search.episode_tokens <= self.data.window:
+            raise ConfigError(
+                f"search.stop_hopeless stops between the windows of an episode, and search.episode_tokens = "
+                f"{self.search.episode_tokens} is one window of {self.data.window}",
+                hint=f"Set search.episode_tokens = {2 * self.data.window} or more, or search.stop_hopeless = false.",
+            )
         return self
 
     @property
@@ -533,6 +539,9 @@ def _explain(
     known = list(owner.model_fields)
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if owner is RunConfig:  # a key whose table was left out?
+            tables = [name for name in known if name != "seed"]
+            near = [f"{name}.{key}" for name in tables if key in _table_model(name).model_fields] or near
         guess = f"Did you mean {near[0]!r}? " if near else ""
         kind_of_key = "key" if table else "table or key"
         return (

@@ -282,6 +282,20 @@ def test_what_does_not_go_with_a_range_is_refused(tables: dict[str, dict[str, ob
     assert caught.value.hint
 
 
+def test_there_is_nothing_to_stop_within_one_window() -> None:
+    search: dict[str, object] = {"stop_hopeless": True, "episode_tokens": 1024}
+    with pytest.raises(ConfigError, match="one window of 1024") as caught:
+        load_config(search=search, data={"window": 1024})
+    assert "search.episode_tokens = 2048" in str(caught.value.hint)
+    assert load_config(search=search, data={"window": 512}).search.stop_hopeless
+
+
+def test_a_key_without_its_table_is_guessed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(sparsity=0.3)
+    assert "Did you mean 'prune.sparsity'?" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("tables", "targets", "main"),
     [

@@ -111,6 +111,7 @@ class BenchRow:
         perplexity: over seeds, report split.
         plain: the same without any refit; ``None`` where no seed has it.
         seeds: how many.
+        dtypes: of its cells, e.g. ``float32``.
         tokens: mean tokens of search and finals.
         seconds: mean wall time of search and finals.
         tokens_to_baseline: tokens until the mean incumbent was as good as the baseline's final quality (interpolated
@@ -124,6 +125,7 @@ class BenchRow:
     perplexity: Mean
     plain: Mean | None
     seeds: int
+    dtypes: str
     tokens: float
     seconds: float
     tokens_to_baseline: float | None
@@ -167,6 +169,7 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
                 perplexity=mean_of([cell.final.perplexity for cell in cells]),
                 plain=mean_of(plain) if plain else None,
                 seeds=len(cells),
+                dtypes=_dtypes(cells),
                 tokens=float(np.mean([cell.search_tokens + cell.final_tokens for cell in cells])),
                 seconds=float(np.mean([cell.seconds for cell in cells])),
                 tokens_to_baseline=reached,
@@ -176,17 +179,30 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
         )
     first = results[0]
     targets = " and ".join(f"{target:.0%}" for target in sorted({result.target for result in results}))
-    dtypes = " and ".join(dict.fromkeys(result.dtype for result in results))
+    dtypes = _dtypes(results)
     # "none" is what the rewards saw; the report is measured after ridge all the same
     affine = {result.settings.get("prune", {}).get("calibration") == "affine" for result in results}
     refit = (
         "the same affine refit" if affine == {True} else "the same ridge" if affine == {False} else "ridge or affine"
     )
+    data = first.settings.get("data", {})
     header = (
-        f"Report split, {first.report_tokens:,} tokens, {dtypes}, after {refit}; dense perplexity "
-        f"{math.exp(first.dense_loss):.2f}; target sparsity {targets}; mean and standard error over seeds."
+        f"Report split of {data.get('report', 'the run')}, {first.report_tokens:,} tokens in windows of "
+        f"{data.get('window', 0):,}, {dtypes}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
+        f"target sparsity {targets}; mean and standard error over seeds."
     )
+    if rivals:
+        own = goal is not None and tokens_until(rivals, goal) is not None
+        header += f" Times fewer than the {price:,.0f} tokens " + (
+            f"that {baseline} took to that quality itself."
+            if own
+            else f"of {baseline}'s whole search: none of its incumbents was as good as what its finals chose."
+        )
     return BenchTable(title, tuple(sorted(rows, key=_standing)), header, baseline)
+
+
+def _dtypes(cells: Sequence[CellResult]) -> str:
+    return " and ".join(dict.fromkeys(cell.dtype for cell in cells))
 
 
 def _standing(row: BenchRow) -> tuple[bool, float]:
@@ -239,9 +255,9 @@ def markdown(table: BenchTable) -> str:
         "",
         table.header,
         "",
-        f"| agent | perplexity |{' without any refit |' if has_plain else ''} seeds | tokens | seconds "
+        f"| agent | perplexity |{' without any refit |' if has_plain else ''} seeds | dtype | tokens | seconds "
         f"| tokens to {table.baseline}'s final quality | times fewer |",
-        "|---|---:|" + ("---:|" if has_plain else "") + "---:|---:|---:|---:|---:|",
+        "|---|---:|" + ("---:|" if has_plain else "") + "---:|---|---:|---:|---:|---:|",
     ]
     for row in table.rows:
         plain = f" {row.plain or '—'} |" if has_plain else ""
@@ -249,8 +265,8 @@ def markdown(table: BenchTable) -> str:
         reached = "—" if row.tokens_to_baseline is None else f"{at_most}{row.tokens_to_baseline:,.0f}"
         times = "—" if row.times_fewer is None else f"{at_least}{row.times_fewer:.1f}"
         lines.append(
-            f"| {row.label} | {row.perplexity} |{plain} {row.seeds} | {row.tokens:,.0f} | {row.seconds:.0f} "
-            f"| {reached} | {times} |"
+            f"| {row.label} | {row.perplexity} |{plain} {row.seeds} | {row.dtypes} | {row.tokens:,.0f} "
+            f"| {row.seconds:.0f} | {reached} | {times} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -297,7 +313,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_xscale("log", base=2)
     labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order: a colour an agent
     searches, rules = _searches_and_rules(table, results)
-    top = 1.25 * max((curve.highest for curve in searches[: -(-len(searches) // 2)]), default=math.inf)  # best first
+    top = 1.15 * max((curve.highest for curve in searches[: -(-len(searches) // 2)]), default=math.inf)  # best first
     for curve in searches:
         if curve.lowest <= top:
             color = f"C{labels.index(curve.label) % 10}"

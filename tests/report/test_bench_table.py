@@ -21,7 +21,7 @@ def cell(
         "label": label,
         "agent": label,
         "seed": seed,
-        "settings": {},
+        "settings": {"data": {"report": "demo:wiki", "window": 1024}},
         "target": 0.2,
         "dense_loss": math.log(20),
         "report_tokens": 30_720,
@@ -163,6 +163,9 @@ def test_a_baseline_whose_finals_alone_were_that_good_counts_its_whole_search() 
     ]
     reinforce, evolution = bench_table("Bench", cells, baseline="evolution").rows
     assert evolution.tokens_to_baseline is None
+    assert "Times fewer than the 1,000 tokens of evolution's whole search" in markdown(
+        bench_table("Bench", cells, baseline="evolution")
+    )
     assert reinforce.times_fewer == pytest.approx(1000 / 400)
 
 
@@ -189,10 +192,16 @@ def test_all_dtypes_are_named() -> None:
 
 def test_markdown_says_how_it_was_measured() -> None:
     text = markdown(bench_table("Bench", results(), baseline="evolution"))
-    for part in ("# Bench", "30,720 tokens, float32", "dense perplexity 20.00", "target sparsity 20%"):
+    for part in (
+        "# Bench",
+        "Report split of demo:wiki, 30,720 tokens in windows of 1,024, float32",
+        "dense perplexity 20.00",
+        "target sparsity 20%",
+    ):
         assert part in text
-    assert "| evolution | 31.00 ± 1.00 | 2 | 1,100 | 60 |" in text
-    assert "| uniform | 54.00 | 1 | 110 | 60 | — |" in text
+    assert "| evolution | 31.00 ± 1.00 | 2 | float32 | 1,100 | 60 |" in text
+    assert "| uniform | 54.00 | 1 | float32 | 110 | 60 | — |" in text
+    assert re.search(r"Times fewer than the \d{3} tokens that evolution took to that quality itself", text)
 
 
 def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
