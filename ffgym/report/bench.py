@@ -317,7 +317,8 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     for curve in searches:
         if curve.lowest <= top:
             color = f"C{labels.index(curve.label) % 10}"
-            axes.plot(curve.tokens, curve.mean, marker="o", markersize=4, label=curve.label, color=color)
+            seeds = f"{curve.label} ({len(curve.values)})"
+            axes.plot(curve.tokens, curve.mean, marker="o", markersize=4, label=seeds, color=color)
             band = curve.values.min(axis=0), curve.values.max(axis=0)
             axes.fill_between(curve.tokens, *band, alpha=0.15, color=color)
     near = [row for row in rules if row.perplexity.value <= top]
@@ -343,7 +344,9 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
     tidy(axes)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(edgecolor="none", framealpha=0.9, fontsize=8)  # the rules' lines stay off its text
+        axes.legend(
+            title="agent (seeds)", edgecolor="none", framealpha=0.9, fontsize=8, title_fontsize=8
+        )  # the rules' lines stay off its text
     save_figure(figure, path)
 
 

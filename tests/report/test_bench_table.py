@@ -224,8 +224,8 @@ def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypa
     assert "random from 200.00" in said
     assert "ppo up to 250.00" in said
     named = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert "ppo" in named
-    assert "random" not in named, "nothing of it can be seen"
+    assert {"ppo (1)", "reinforce (2)"} <= set(named), "with how many seeds"
+    assert "random (1)" not in named, "nothing of it can be seen"
 
 
 def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
