@@ -139,7 +139,7 @@ def test_help_shows_defaults_and_choices() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["walk"], ["run", "--sparsty", "0.2"], ["run", "--sparsity", "lots"], ["ls", "models"], ["ls"]]
+    "arguments", [["walk"], ["run", "--sparsty", "0.2"], ["run", "--episodes", "lots"], ["ls", "models"], ["ls"]]
 )
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2
@@ -197,6 +197,8 @@ def test_json_leaves_stdout_pure(runner: list[RunConfig]) -> None:
     ("arguments", "complaint"),
     [
         (["--sparsity", "1.2"], "prune.sparsity = 1.2"),
+        (["--sparsity", "20%"], "prune.sparsity = '20%': should be a valid number, or two"),
+        (["--set", "sparsity=0.2"], "Did you mean 'prune.sparsity'?"),
         (["--set", "prune.sparcity=0.2"], "Did you mean 'sparsity'?"),
         (["--set", "nonsense"], "cannot read --set 'nonsense'"),
         (["--config", "nowhere.toml"], "no configuration file nowhere.toml"),
