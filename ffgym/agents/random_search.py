@@ -40,7 +40,9 @@ class RandomSearch(BatchAgent):
         """Seed the generator."""
         self._shape = (batch, dimensions)
         self._rng = np.random.default_rng(seed)
-        self._root = square_root(depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length))
+        if self.config.spread is not None:
+            covariance = depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
+            self._root = square_root(covariance)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """Draw a batch, shape (batch, 2L), float32."""

@@ -156,9 +156,8 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
         groups[result.label].append(result)
     rivals = groups.get(baseline, [])
     goal = float(np.mean([cell.final.loss for cell in rivals])) if rivals else None
-    price = 0.0
-    if goal is not None:
-        price = tokens_until(rivals, goal) or float(np.mean([cell.search_tokens for cell in rivals]))
+    own = None if goal is None else tokens_until(rivals, goal)
+    price = own or float(np.mean([cell.search_tokens for cell in rivals] or [0]))
     rows = []
     for label, cells in groups.items():
         plain = [_perplexity(cell.final.plain_loss) for cell in cells if cell.final.plain_loss is not None]
@@ -192,10 +191,9 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
         f"target sparsity {targets}; mean and standard error over seeds."
     )
     if rivals:
-        own = goal is not None and tokens_until(rivals, goal) is not None
         header += f" Times fewer than the {price:,.0f} tokens " + (
             f"that {baseline} took to that quality itself."
-            if own
+            if own is not None
             else f"of {baseline}'s whole search: none of its incumbents was as good as what its finals chose."
         )
     return BenchTable(title, tuple(sorted(rows, key=_standing)), header, baseline)
@@ -328,8 +326,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         axes.set_ylim(values.min() - margin, values.max() + margin)
     _draw_rules(axes, near)
     beyond = [
-        f"{curve.label} {'up to' if curve.lowest <= top else 'from'} "
-        f"{curve.highest if curve.lowest <= top else curve.lowest:.2f}"
+        f"{curve.label} from {curve.lowest:.2f}" if curve.lowest > top else f"{curve.label} up to {curve.highest:.2f}"
         for curve in searches
         if curve.highest > top
     ]
@@ -344,9 +341,8 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
     tidy(axes)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            title="agent (seeds)", edgecolor="none", framealpha=0.9, fontsize=8, title_fontsize=8
-        )  # the rules' lines stay off its text
+        # The rules' lines stay off its text.
+        axes.legend(title="agent (seeds)", edgecolor="none", framealpha=0.9, fontsize=8, title_fontsize=8)
     save_figure(figure, path)
 
 
