@@ -14,7 +14,7 @@ from ffgym.types import Allocation, Evaluation, LayerStats, Sublayer, SublayerVi
 from ffgym.version import __version__
 
 if TYPE_CHECKING:
-    from ffgym.config import RunConfig
+    from ffgym.config import RunConfig, load_config
     from ffgym.runner import run
 
 __all__ = [
@@ -34,10 +34,11 @@ __all__ = [
     "Update",
     "__version__",
     "hookimpl",
+    "load_config",
     "run",
 ]
 
-_LATE = {"RunConfig": "ffgym.config", "run": "ffgym.runner"}
+_LATE = {"RunConfig": "ffgym.config", "load_config": "ffgym.config", "run": "ffgym.runner"}
 
 
 def __getattr__(name: str) -> Any:

@@ -335,6 +335,31 @@ def test_readme_plugin_fits_ten_lines() -> None:
     assert sum(1 for line in block.splitlines() if line.strip()) <= 10
 
 
+def python_program(passage: str) -> str:
+    """All Python blocks of a passage as one program, on the model and text of ``tiny_run`` in place of the demo's."""
+    blocks = re.findall(r"^```python\n(.*?)^```", passage, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join(blocks).replace('prune={"sparsity": 0.3}', 'prune={"sparsity": 0.3}, **tiny_run')
+
+
+def test_python_examples_run(tiny_run, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
+    exec(compile(python_program(text("docs/python.md")), "docs/python.md", "exec"), namespace)
+    assert namespace["info"]["kept"].tolist() == namespace["kept"]
+    assert (tmp_path / "my-pruned-model" / "model.safetensors").is_file()
+    assert namespace["result"].saved.path.is_dir()
+    assert "reinforce" in capsys.readouterr().out
+
+
+def test_readme_python_examples_run(tiny_run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    passage = text("README.md").partition("From Python")[2].partition("\n## ")[0]
+    namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
+    exec(compile(python_program(passage), "README.md", "exec"), namespace)
+    assert namespace["result"].saved.path.is_dir()
+    assert namespace["info"]["sparsity"] >= 0.3
+
+
 @pytest.mark.parametrize("file", ["ffgym_magnitude_l2/__init__.py", "pyproject.toml"])
 def test_tutorial_is_the_real_package(file: str) -> None:
     assert text(f"plugins/ffgym-magnitude-l2/{file}").strip() in text("docs/plugins.md")

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from ffgym.config import RunConfig
+from ffgym.config import RunConfig, load_config
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
@@ -228,9 +228,12 @@ def make_pruning_env(config: RunConfig | dict[str, Any] | None = None, **tables:
     Args:
         config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
         tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``.
+
+    Raises:
+        FFGymError: an unknown table, key or plugin, an impossible value, a model or text that does not load.
     """
     if config is None or isinstance(config, dict):
-        config = RunConfig.model_validate({**(config or {}), **tables})
+        config = load_config(**{**(config or {}), **tables})
     make_reward(config)
     loaded, splits = load_parts(config)
     budget = make_budget(config, loaded.model)
