@@ -258,8 +258,12 @@ def recover(
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Option("--config", help="bench file (TOML); repeatable", show_default=False)],
-    more: Annotated[list[Path] | None, typer.Argument(help="further bench files", show_default=False)] = None,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILE]...", help="bench files (TOML)", show_default=False)
+    ] = None,
+    configs: Annotated[
+        list[Path] | None, typer.Option("--config", help="the same; repeatable", show_default=False)
+    ] = None,
     only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show what is there")] = False,
     jobs: Annotated[
         int, typer.Option(min=1, help="searches at the same time, each in a process with its share of the threads")
@@ -271,11 +275,12 @@ def bench(
     from ffgym.bench import bench as run_bench
     from ffgym.report.bench import markdown
 
+    files = [*(configs or []), *(more or [])]
+    if not files:
+        raise typer.BadParameter("name at least one bench file, e.g. experiments/bench/sparsity-20.toml")
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            tables = run_bench(
-                [*files, *(more or [])], progress=Console(stderr=True), only_report=only_report, jobs=jobs
-            )
+            tables = run_bench(files, progress=Console(stderr=True), only_report=only_report, jobs=jobs)
     except KeyboardInterrupt:
         typer.echo("finished episodes are kept: the same command goes on, --report shows what is there", err=True)
         raise
@@ -390,6 +395,7 @@ def print_config(
 ) -> None:
     """Print what `run` would do with the same options, as a TOML file that `run --config` reads."""
     config = manager.with_options(_config(ctx))
+    manager.check_follows_target(config)
     typer.echo(to_toml(config, manager.meanings(config)), nl=False)
 
 

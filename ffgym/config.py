@@ -559,6 +559,8 @@ def _explain(
         return f"{full_key} = {shown}: ", "should be a table", f"Write [{full_key}] and its keys below it."
     if kind == "too_short" and isinstance(value, list):
         return f"{full_key} = {shown}: ", "needs at least one entry", described
+    if kind == "string_pattern_mismatch":
+        return f"{full_key} = {shown}: ", "is none of the forms it can take", described
     expected = (
         message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
     )

@@ -24,7 +24,6 @@ from ffgym.artifacts import (
 )
 from ffgym.config import RunConfig, to_toml
 from ffgym.envs.building import make_reward
-from ffgym.errors import ConfigError
 from ffgym.evaluation.latency import to_json
 from ffgym.models.export import SavedModel, load_line
 from ffgym.output import (
@@ -131,8 +130,9 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
         KeyboardInterrupt: Ctrl-C; what was found so far is saved and printed, the MLflow run is marked KILLED.
     """
     say = Reporter(progress or Console(stderr=True))
+    config = manager.resolve_agent(config)
     check_plugins(config)
-    config = manager.with_options(manager.resolve_agent(config))
+    config = manager.with_options(config)
     agent = make_agent(config)
     folder = claim_folder(config) if resume is None else reopen_folder(resume, config)
     tracking = config.tracking
@@ -200,13 +200,7 @@ def check_plugins(config: RunConfig) -> None:
     Raises:
         ConfigError: a range of budgets with an agent that does not follow the target.
     """
-    agent = config.agent.name
-    if config.prune.is_range and not manager.get_class("agent", agent).budget_conditioned:
-        raise ConfigError(
-            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {agent!r} proposes the same "
-            "at every target",
-            hint="Use --agent reinforce, or run one target at a time, e.g. --sparsity 0.2.",
-        )
+    manager.check_follows_target(config)
     manager.create("criterion", config.criterion.name, config.criterion.options)
     make_reward(config)
     if config.prior.name != "none":

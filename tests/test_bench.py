@@ -547,6 +547,7 @@ def test_the_command_takes_many_files(finished: Any, tmp_path: Path) -> None:
     for arguments in (
         ["--config", str(finished[0]), str(other)],
         ["--config", str(finished[0]), "--config", str(other)],
+        [str(finished[0]), str(other)],
     ):
         done = CliRunner().invoke(app, ["bench", *arguments])
         assert done.exit_code == 0, done.stderr

@@ -139,7 +139,8 @@ def test_help_shows_defaults_and_choices() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["walk"], ["run", "--sparsty", "0.2"], ["run", "--episodes", "lots"], ["ls", "models"], ["ls"]]
+    "arguments",
+    [["walk"], ["run", "--sparsty", "0.2"], ["run", "--episodes", "lots"], ["ls", "models"], ["ls"], ["bench"]],
 )
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2

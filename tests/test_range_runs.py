@@ -274,7 +274,7 @@ def test_an_agent_that_does_not_follow_the_target_is_refused_by_name(tmp_path: P
 @pytest.mark.usefixtures("nothing_loads")
 def test_a_heuristic_is_refused_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="agent 'one-shot'"):
-        go(manager.resolve_agent(ranged(tmp_path, agent={"name": "uniform"})))
+        go(ranged(tmp_path, agent={"name": "uniform"}))
 
 
 def test_a_range_whose_upper_end_is_out_of_reach_is_refused_with_what_can_be_reached(tmp_path: Path) -> None:
@@ -309,8 +309,9 @@ def test_a_bench_is_of_one_target(tmp_path: Path) -> None:
         (["--save-all"], "output.save_all chooses among the points of a range"),
     ],
 )
-def test_the_command_says_what_is_wrong_and_what_to_do(arguments: list[str], complaint: str) -> None:
-    done = CliRunner().invoke(app, ["run", *arguments])
+@pytest.mark.parametrize("command", ["run", "config"])
+def test_the_command_says_what_is_wrong_and_what_to_do(command: str, arguments: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(app, [command, *arguments])
     assert (done.exit_code, done.stdout) == (1, "")
     assert complaint in done.stderr
     assert "hint: " in done.stderr

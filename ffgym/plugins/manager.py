@@ -22,7 +22,7 @@ import pluggy
 from pydantic import ValidationError
 
 from ffgym.config import RunConfig, changed_settings, config_error, settings
-from ffgym.errors import FFGymError, PluginError, UnknownNameError
+from ffgym.errors import ConfigError, FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import hookspecs
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.types import JSONDict, PluginRecord
@@ -288,6 +288,25 @@ def resolve_agent(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior, "search": once})
 
 
+def check_follows_target(config: RunConfig) -> None:
+    """Refuse a range of budgets with an agent that proposes the same at every target.
+
+    Args:
+        config: as `resolve_agent` returns it.
+
+    Raises:
+        ConfigError: names the range and the agent.
+        UnknownNameError: nobody provides the agent.
+    """
+    agent = config.agent.name
+    if config.prune.is_range and not get_class("agent", agent).budget_conditioned:
+        raise ConfigError(
+            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {agent!r} proposes the same "
+            "at every target",
+            hint="Use --agent reinforce, or run one target at a time, e.g. --sparsity 0.2.",
+        )
+
+
 def package_of(plugin: Plugin | type[Plugin]) -> Package:
     """The distribution that ships a plugin, for messages and tags; its top-level module where none is registered."""
     cls = plugin if isinstance(plugin, type) else type(plugin)
@@ -437,8 +456,9 @@ def _conflict(kind: PluginKind, name: str, owners: list[str]) -> str:
 
 
 def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
-    # A heuristic may stand where an agent is asked for, see `resolve_agent`.
-    known = [*names(kind), *(names("heuristic") if kind == "agent" else ())]
+    # A heuristic may stand where an agent is asked for, see `resolve_agent`; prior.name = none means no prior.
+    also = {"agent": names("heuristic"), "heuristic": ["none"]}
+    known = [*names(kind), *also.get(kind, ())]
     error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)
     broken = [row for row in _discovered().records if row.failure is not None and not row.provides]
     if broken:

@@ -296,6 +296,12 @@ def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
 # a heuristic in the agent's place
 
 
+def test_no_prior_is_among_the_names_that_a_prior_can_have() -> None:
+    with pytest.raises(UnknownNameError) as raised:
+        manager.with_options(RunConfig.model_validate({"prior": {"name": "kl"}}))
+    assert "mlp-first, none, owl" in str(raised.value.hint)
+
+
 def test_heuristic_named_as_agent_runs_one_shot_with_that_prior() -> None:
     config = manager.resolve_agent(load_config(None, ["agent.spare_first=2"], agent={"name": "mlp-first"}))
     assert (config.agent.name, config.agent.options) == ("one-shot", {})
