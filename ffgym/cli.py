@@ -259,7 +259,7 @@ def recover(
 @app.command()
 def bench(
     more: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILE]...", help="bench files (TOML)", show_default=False)
+        list[Path] | None, typer.Argument(metavar="FILE", help="bench files (TOML)", show_default=False)
     ] = None,
     configs: Annotated[
         list[Path] | None, typer.Option("--config", help="the same; repeatable", show_default=False)

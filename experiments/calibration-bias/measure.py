@@ -408,24 +408,33 @@ def verdicts(losses: Losses) -> list[str]:
 
 
 def draw(losses: Losses, title: str, path: Path) -> None:
-    """Loss above dense by recovery, a line an allocation, with the error of its difference from the first."""
+    """Loss above dense by recovery, a colour an allocation, with the error of its difference from the first."""
     figure = new_figure(8.5, 4.8)
     axes: Any = figure.subplots()
     for number, label in enumerate(losses.allocations):
         names = [name for name in losses.recoveries if (label, name) in losses]
-        places = [losses.recoveries.index(name) + 0.08 * (number - len(losses.allocations) / 2) for name in names]
+        places = [losses.recoveries.index(name) + 0.15 * (number - (len(losses.allocations) - 1) / 2) for name in names]
         means = [losses.above_dense(label, name).mean for name in names]
         errors = [
             losses.lead(label, name).error if number and (losses.allocations[0], name) in losses else 0.0
             for name in names
         ]
         colour = COLOURS[number % len(COLOURS)]
-        axes.errorbar(places, means, errors, marker="o", capsize=3, color=colour, linewidth=1, label=label)
+        axes.errorbar(places, means, errors, fmt="o", capsize=3, color=colour, label=label)
     axes.set_xticks(range(len(losses.recoveries)), losses.recoveries)
+    axes.set_xlabel("what the pruned model was given")
     axes.set_ylabel("report loss above dense (nats per token)")
     axes.set_title(title, loc="left", fontsize=11)
     tidy(axes)
-    axes.legend(frameon=False, title=f"bars: error of the difference from '{losses.allocations[0]}'", fontsize=8)
+    title = f"bars: error of the difference from '{losses.allocations[0]}'"
+    figure.legend(
+        loc="outside lower left",
+        ncols=len(losses.allocations),
+        frameon=False,
+        title=title,
+        fontsize=8,
+        alignment="left",
+    )
     save_figure(figure, path)
 
 

@@ -304,7 +304,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         results: the cells.
         path: PNG to write.
     """
-    from matplotlib.ticker import EngFormatter, NullLocator  # slow to import, and not every command draws
+    from matplotlib.ticker import NullLocator, StrMethodFormatter  # slow to import, and not every command draws
 
     figure = new_figure(9.0, 5.0)
     axes: Any = figure.add_subplot()
@@ -335,7 +335,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         said = f"above the scale: {', '.join(beyond)}"  # beneath the axes, where no legend and no curve covers it
         axes.text(0.0, -0.16, said, transform=axes.transAxes, fontsize=7, va="top", wrap=True)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("search tokens evaluated")
     axes.set_ylabel("report perplexity of the incumbent")
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
