@@ -211,6 +211,10 @@ class Losses:
         """Over seeds."""
         return mean_of([math.exp(self._of[group, target, seed]) for seed in self.seeds])
 
+    def above(self, group: str, target: float) -> Mean:
+        """By how much this group's loss is above the one policy's at a target, nats per token, seed by seed."""
+        return mean_of([self._of[group, target, seed] - self._of[ONE, target, seed] for seed in self.seeds])
+
     def behind(self, group: str) -> tuple[float, float | None]:
         """By how much this group's loss is above the one policy's, nats per token: mean over targets, and its error.
 
@@ -233,7 +237,7 @@ def markdown(spec: Experiment, results: Sequence[Result]) -> str:
         f"# {spec.title}: one policy for all, or a search for each",
         "",
         f"Report split, {first.report_tokens:,} tokens, {first.dtype}, after the same ridge; dense perplexity "
-        f"{dense:.2f}; mean and standard error over {len(losses.seeds)} seeds.",
+        f"{dense:.2f}; {over(losses)}.",
         "",
         "| target | " + " | ".join(losses.groups) + " |",
         "|---:|" + "---:|" * len(losses.groups),
@@ -248,6 +252,12 @@ def markdown(spec: Experiment, results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def over(losses: Losses) -> str:
+    """What the figures are means over."""
+    count = len(losses.seeds)
+    return f"mean and standard error over {count} seeds" if count > 1 else f"seed {losses.seeds[0]} alone"
+
+
 def verdicts(losses: Losses) -> list[str]:
     """How each group compares with the one policy in quality and in tokens; two standard errors count as clear."""
     sentences = []
@@ -255,40 +265,45 @@ def verdicts(losses: Losses) -> list[str]:
         if group == ONE:
             continue
         behind, error = losses.behind(group)
-        clear = error is not None and abs(behind) > 2 * error
+        clear = error is None or abs(behind) > 2 * error
         quality = ("worse" if behind > 0 else "better") if clear else "not clearly different"
-        spread = "" if error is None else f" ± {error:.4f}"
+        spread, caveat = (
+            ("", " (one seed, which says little about others)") if error is None else (f" ± {error:.4f}", "")
+        )
         ratio = losses.tokens(group) / losses.tokens(ONE)
         sentences.append(
             f"Searches of their own ({group}) take {ratio:.1f} times the tokens of one policy and end {quality}: "
-            f"{behind:+.4f}{spread} nats per token, mean over targets."
+            f"{behind:+.4f}{spread} nats per token, mean over targets{caveat}."
         )
     return sentences
 
 
 def draw(spec: Experiment, losses: Losses, path: Path) -> None:
-    """Perplexity over sparsity, a line a group."""
-    figure = new_figure(7.5, 4.5)
-    axes: Any = figure.subplots()
+    """Perplexity over sparsity, and how far each group's loss is above the one policy's: a line a group."""
+    figure = new_figure(10.5, 4.5)
+    fronts, differences = figure.subplots(1, 2)
     for colour, group in zip(COLOURS, losses.groups, strict=False):
-        means = [losses.perplexity(group, target) for target in losses.targets]
-        axes.errorbar(
-            losses.targets,
-            [mean.value for mean in means],
-            [mean.stderr or 0.0 for mean in means],
-            marker="o",
-            capsize=3,
-            linewidth=1,
-            color=colour,
-            label=f"{group}: {losses.tokens(group):,.0f} tokens",
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("sparsity")
-    axes.set_ylabel("report perplexity")
-    axes.set_title(spec.title, loc="left", fontsize=11)
-    tidy(axes)
-    axes.legend(frameon=False, fontsize=8)
+        label = f"{group}: {losses.tokens(group):,.0f} tokens"
+        _line(fronts, losses.targets, [losses.perplexity(group, t) for t in losses.targets], colour, label)
+        _line(differences, losses.targets, [losses.above(group, t) for t in losses.targets], colour, label)
+    fronts.set_yscale("log")
+    fronts.yaxis.set_major_formatter("{x:.0f}")
+    fronts.yaxis.set_minor_formatter("{x:.0f}")
+    fronts.set_ylabel("report perplexity (log scale)")
+    differences.set_ylabel(f"loss above {ONE}'s (nats per token)")
+    for axes in (fronts, differences):
+        axes.set_xticks(losses.targets, [f"{target:.0%}" for target in losses.targets])
+        axes.set_xlabel("sparsity")
+        tidy(axes)
+    fronts.set_title(f"{spec.title}: {over(losses)}", loc="left", fontsize=11)
+    handles, labels = fronts.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False, fontsize=8)
     save_figure(figure, path)
+
+
+def _line(axes: Any, targets: Sequence[float], means: Sequence[Mean], colour: str, label: str) -> None:
+    values, errors = [mean.value for mean in means], [mean.stderr or 0.0 for mean in means]
+    axes.errorbar(targets, values, errors, marker="o", capsize=3, linewidth=1, color=colour, label=label)
 
 
 def compare(file: Path, *, only_report: bool = False, say: Reporter | None = None) -> str:

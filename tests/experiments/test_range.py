@@ -118,6 +118,8 @@ def test_differences_are_paired_by_seed_and_averaged_over_targets(script: Module
     (sentence,) = script.verdicts(losses)
     assert "take 4.0 times the tokens" in sentence
     assert "worse: +0.1500 ± 0.0500" in sentence
+    (alone,) = script.verdicts(script.Losses([each for each in results if each.seed == 0]))
+    assert "worse: +0.2000 nats per token, mean over targets (one seed" in alone
 
 
 def test_wrong_files_are_refused_before_anything_is_loaded(
