@@ -258,9 +258,7 @@ def recover(
 
 @app.command()
 def bench(
-    more: Annotated[
-        list[Path] | None, typer.Argument(metavar="FILE", help="bench files (TOML)", show_default=False)
-    ] = None,
+    files: Annotated[list[Path] | None, typer.Argument(help="bench files (TOML)", show_default=False)] = None,
     configs: Annotated[
         list[Path] | None, typer.Option("--config", help="the same; repeatable", show_default=False)
     ] = None,
@@ -275,7 +273,7 @@ def bench(
     from ffgym.bench import bench as run_bench
     from ffgym.report.bench import markdown
 
-    files = [*(configs or []), *(more or [])]
+    files = [*(configs or []), *(files or [])]
     if not files:
         raise typer.BadParameter("name at least one bench file, e.g. experiments/bench/sparsity-20.toml")
     try:

@@ -426,12 +426,11 @@ def draw(losses: Losses, title: str, path: Path) -> None:
     axes.set_ylabel("report loss above dense (nats per token)")
     axes.set_title(title, loc="left", fontsize=11)
     tidy(axes)
-    title = f"bars: error of the difference from '{losses.allocations[0]}'"
     figure.legend(
         loc="outside lower left",
         ncols=len(losses.allocations),
         frameon=False,
-        title=title,
+        title=f"bars: error of the difference from '{losses.allocations[0]}'",
         fontsize=8,
         alignment="left",
     )

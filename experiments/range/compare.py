@@ -213,16 +213,19 @@ class Losses:
 
     def above(self, group: str, target: float) -> Mean:
         """By how much this group's loss is above the one policy's at a target, nats per token, seed by seed."""
-        return mean_of([self._of[group, target, seed] - self._of[ONE, target, seed] for seed in self.seeds])
+        return mean_of([self._gap(group, target, seed) for seed in self.seeds])
 
     def behind(self, group: str) -> tuple[float, float | None]:
         """By how much this group's loss is above the one policy's, nats per token: mean over targets, and its error.
 
         The standard error is over seeds, of the means over targets; ``None`` for one seed.
         """
-        means = [np.mean([self._of[group, t, s] - self._of[ONE, t, s] for t in self.targets]) for s in self.seeds]
+        means = [np.mean([self._gap(group, target, seed) for target in self.targets]) for seed in self.seeds]
         error = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
         return float(np.mean(means)), error
+
+    def _gap(self, group: str, target: float, seed: int) -> float:
+        return self._of[group, target, seed] - self._of[ONE, target, seed]
 
     def tokens(self, group: str) -> float:
         """Tokens of all searches of a group, finals included, a seed."""
@@ -267,9 +270,8 @@ def verdicts(losses: Losses) -> list[str]:
         behind, error = losses.behind(group)
         clear = error is None or abs(behind) > 2 * error
         quality = ("worse" if behind > 0 else "better") if clear else "not clearly different"
-        spread, caveat = (
-            ("", " (one seed, which says little about others)") if error is None else (f" ± {error:.4f}", "")
-        )
+        spread = "" if error is None else f" ± {error:.4f}"
+        caveat = " (one seed, which says little about others)" if error is None else ""
         ratio = losses.tokens(group) / losses.tokens(ONE)
         sentences.append(
             f"Searches of their own ({group}) take {ratio:.1f} times the tokens of one policy and end {quality}: "
