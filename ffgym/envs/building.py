@@ -227,13 +227,18 @@ def make_pruning_env(config: RunConfig | dict[str, Any] | None = None, **tables:
 
     Args:
         config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
-        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``.
+        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not beside a ``RunConfig``.
 
     Raises:
         FFGymError: an unknown table, key or plugin, an impossible value, a model or text that does not load.
     """
     if config is None or isinstance(config, dict):
         config = load_config(**{**(config or {}), **tables})
+    elif tables:
+        raise ConfigError(
+            f"config is a whole RunConfig already, and {', '.join(tables)} came beside it",
+            hint="Give load_config() all tables, or leave config out and give them here.",
+        )
     make_reward(config)
     loaded, splits = load_parts(config)
     budget = make_budget(config, loaded.model)

@@ -17,7 +17,7 @@ from ffgym.envs.building import (
     prepare_model,
     tokens_per_batch,
 )
-from ffgym.errors import BudgetError, FFGymError, ModelError, UnknownNameError
+from ffgym.errors import BudgetError, ConfigError, FFGymError, ModelError, UnknownNameError
 from ffgym.models.families import FAMILIES
 from ffgym.pruning.calibration import RIDGE_GRID
 from ffgym.testing.models import tiny_model
@@ -105,6 +105,11 @@ def test_plain_tables_do_as_well(tiny_run):
     assert env.sparsity == 0.35
     assert env.calibrated is True
     assert env.reward.name == "perplexity"
+
+
+def test_tables_beside_a_whole_configuration_are_refused(tiny_run):
+    with pytest.raises(ConfigError, match="RunConfig already, and prune, search came beside it"):
+        make_pruning_env(configured(tiny_run), prune={"sparsity": 0.35}, search={"episodes": 8})
 
 
 @pytest.mark.parametrize(("ridge", "allowed"), [("auto", set(RIDGE_GRID)), (0.7, {0.7})])
