@@ -92,7 +92,8 @@ ResumeOption = Annotated[
     typer.Option(
         "--resume",
         metavar="DIR",
-        help="folder of an interrupted run to go on with; its configuration is taken, options may only repeat it",
+        help="folder of an interrupted run to go on with; its configuration is taken, and options may only repeat "
+        "it, but for those of [output] and [tracking]",
         show_default="none",
     ),
 ]
@@ -391,9 +392,9 @@ def print_config(
     save_at: SaveAtOption = None,
     save_all: SaveAllOption = False,
 ) -> None:
-    """Print what `run` would do with the same options, as a TOML file that `run --config` reads."""
+    """Print the configuration that `run` would start with, as a TOML file that `run --config` reads."""
     config = manager.with_options(_config(ctx))
-    manager.check_follows_target(config)
+    manager.check_agent_fits(config)
     typer.echo(to_toml(config, manager.meanings(config)), nl=False)
 
 

@@ -198,9 +198,9 @@ def check_plugins(config: RunConfig) -> None:
     Recovery is no plugin, and checked alike.
 
     Raises:
-        ConfigError: a range of budgets with an agent that does not follow the target.
+        ConfigError: an agent that cannot do what the run asks of it, see :func:`manager.check_agent_fits`.
     """
-    manager.check_follows_target(config)
+    manager.check_agent_fits(config)
     manager.create("criterion", config.criterion.name, config.criterion.options)
     make_reward(config)
     if config.prior.name != "none":
@@ -297,5 +297,5 @@ def _recover(config: RunConfig, saved: SavedModel, material: Material, tracker: 
             material=material,
         )
     except KeyboardInterrupt:
-        say.say(f"the pruned model is in {saved.path}; go on with: ffgym recover {saved.path.parent}")
+        say.say(f"the pruned model is in {saved.path}; go on with: ffgym recover {saved.path}")
         raise

@@ -220,6 +220,14 @@ def test_bad_configuration_is_a_message_and_exit_1(
     assert not runner
 
 
+@pytest.mark.parametrize("command", ["run", "config"])
+def test_an_agent_that_follows_slopes_and_one_shape_for_all_layers_are_refused_at_once(command: str) -> None:
+    done = call(command, "--agent", "pathwise", "--uniform")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "agent 'pathwise' follows slopes" in done.stderr
+    assert "Leave --uniform out" in done.stderr
+
+
 def test_error_of_the_runner_is_a_message_a_hint_and_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(config: RunConfig, progress: Any, resume: Path | None) -> None:
         raise ModelError("no such folder", hint="Look again.")

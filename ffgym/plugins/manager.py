@@ -288,17 +288,23 @@ def resolve_agent(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior, "search": once})
 
 
-def check_follows_target(config: RunConfig) -> None:
-    """Refuse a range of budgets with an agent that proposes the same at every target.
+def check_agent_fits(config: RunConfig) -> None:
+    """Refuse what an agent cannot do: a range without following the target, one shape for all layers with slopes.
 
     Args:
         config: as `resolve_agent` returns it.
 
     Raises:
-        ConfigError: names the range and the agent.
+        ConfigError: names the setting and the agent.
         UnknownNameError: nobody provides the agent.
     """
     agent = config.agent.name
+    if config.prune.uniform and create("agent", agent, config.agent.options).slope_episodes:
+        raise ConfigError(
+            f"prune.uniform ties all layers to one shape, and agent {agent!r} follows slopes, which are of layers that "
+            "each have a size of their own",
+            hint="Leave --uniform out, or take an agent that needs no slopes, such as reinforce.",
+        )
     if config.prune.is_range and not get_class("agent", agent).budget_conditioned:
         raise ConfigError(
             f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {agent!r} proposes the same "
