@@ -22,8 +22,11 @@ WRITTEN = frozenset(
     | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
     | {"front.json", "front.md", "front.png", "latency.json", "model", "model-recovered", "model-recovered.unfinished"}
 )
-# Of every point of a front: allocation-0.20.json, model-0.20; and what is left of a model that was being written.
-WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+|\.model(-[\w.]+)?\.part-.*")
+# Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it; and what is left of a model
+# that was being written.
+WRITTEN_PER_POINT = re.compile(
+    r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?|\.model(-[\w.]+)?\.part-.*"
+)
 HUSK = frozenset({"config.toml", "run.json", "latency.json"})
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 

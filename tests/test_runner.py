@@ -534,6 +534,14 @@ def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
     check_reloaded(again)
 
 
+@pytest.mark.parametrize("name", ["model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished"])
+def test_models_of_single_points_are_cleared_too(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "config.toml").write_text("")
+    again = finish(glass_config(tmp_path, search={"random_baseline": False}, output={"overwrite": True}))
+    assert not (again.folder / name).exists()
+
+
 @pytest.mark.parametrize("names", [["thesis.tex"], ["config.toml", "thesis.tex"], ["config.toml", "model.py"]])
 def test_a_folder_with_foreign_files_is_never_cleared(tmp_path: Path, names: list[str]) -> None:
     out = tmp_path / "out"
