@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from ffgym.types import Evaluation, LayerStats, SublayerView, Update
 
@@ -24,9 +24,19 @@ OnUpdate = Callable[[Update], None]
 
 
 class PluginConfig(BaseModel):
-    """Base of every plugin's ``Config``: unknown keys are errors, values are frozen."""
+    """Base of every plugin's ``Config``: unknown keys are errors, values are frozen.
+
+    An empty string says "not given" where that is the default, since TOML has no null.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_given(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None, "of a field"
+        optional = cls.model_fields[info.field_name].default is None
+        return None if optional and isinstance(value, str) and not value else value
 
     @classmethod
     def meanings(cls) -> dict[str, str]:

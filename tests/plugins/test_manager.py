@@ -102,6 +102,19 @@ def test_every_hook_is_documented_and_has_a_kind() -> None:
     assert all(getattr(hookspecs, hook).__doc__ for hook in hooks)
 
 
+OPTIONAL = [("agent", "random", "spread"), ("heuristic", "flap", "reference")]
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), OPTIONAL)
+def test_an_empty_text_is_an_option_that_is_not_given(kind: manager.PluginKind, name: str, option: str) -> None:
+    assert getattr(manager.create(kind, name, {option: ""}).config, option) is None
+
+
+def test_an_empty_text_is_no_number() -> None:
+    with pytest.raises(ConfigError, match=r"agent\.spread = ''"):
+        manager.create("agent", "reinforce", {"spread": ""})
+
+
 # third parties
 
 
