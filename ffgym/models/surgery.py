@@ -116,6 +116,8 @@ class Half:
         """
         self.restore()
         if units == self.sublayer.units:
+            if calibrated and self.affine and self._consumer_bias is None:  # the path has one, and with it a derivative
+                self.set_consumer(self._consumer_weight, self._consumer_weight.new_zeros(self.consumer.out_features))
             return
         channels = units * self.sublayer.channels_per_unit
         path = self.path_for(calibrated=calibrated)
@@ -162,7 +164,7 @@ class Half:
         self._weights = [producer.weight for producer in self.producers]
         self._biases = [producer.bias for producer in self.producers]
         self._consumer_weight = self.consumer.weight
-        self._consumer_bias = self.consumer.bias
+        self._consumer_bias: torch.Tensor | None = self.consumer.bias
 
 
 class PrunableModel:
