@@ -172,9 +172,12 @@ def test_equal_rewards_move_nothing(kind, rewards):
     np.testing.assert_allclose(agent.recommend(OBSERVATION)[0], agent.prior_mean, atol=1e-6)
 
 
-def test_an_update_of_one_episode_moves_nothing():
-    for kind in ("standard", "rank", "leave-one-out"):
-        np.testing.assert_array_equal(advantage(np.array([0.4]), kind), [0.0])
+def test_updates_of_one_episode_are_refused():
+    """A single reward has nothing to be compared with: the search would end where it began."""
+    with pytest.raises(ConfigError, match=r"search\.episodes_per_update is 1"):
+        Reinforce().check_batch(1)
+    with pytest.raises(ConfigError, match=r"search\.episodes_per_update is 1"):
+        Reinforce().begin(dimensions=4, batch=1, seed=0)
 
 
 # the advantage
