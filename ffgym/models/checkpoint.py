@@ -76,9 +76,16 @@ class Checkpoint:
             )
         if self.exists:
             self._check(path, overwrite)
+        if self.exists:
+            return
+        unfinished = path.with_name(f".{IDENTITY}.part")
         with _writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
+            try:
+                unfinished.write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
 
     def _check(self, path: Path, overwrite: bool) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -66,6 +67,22 @@ def test_overwriting_keeps_what_belongs_to_this_training(tmp_path: Path) -> None
 def test_a_training_that_wrote_no_part_is_in_nobodys_way(tmp_path: Path) -> None:
     claimed(tmp_path / "c")
     assert not claimed(tmp_path / "c", rank=16).exists
+
+
+def full_disk(self: Path, *_: object, **__: object) -> None:
+    self.open("w").close()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_a_training_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed(tmp_path / "c").save("lora", TENSORS, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        assert claimed(tmp_path / "c").exists, "nothing has to be written"
+        with pytest.raises(OutputError):
+            claimed(tmp_path / "other")
+    assert not list((tmp_path / "other").iterdir())
+    assert claimed(tmp_path / "c").exists
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
