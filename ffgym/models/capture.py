@@ -67,12 +67,14 @@ def stream_statistics(
     for group in groups:
         parts = []
         for part in (fitted, apart):
-            sums = {i: Moments(consumers[i].in_features, needs, consumers[i].weight.device) for i in group}
+            sums = {}
             if len(part):
+                sums = {i: Moments(consumers[i].in_features, needs, consumers[i].weight.device) for i in group}
                 _pass(model, {i: consumers[i] for i in group}, sums, part, tokens_per_batch, advance)
             parts.append(sums)
         for index in group:
-            yield index, parts[0].pop(index).result(), parts[1].pop(index).result()
+            first, second = (part_sums.pop(index).result() if part_sums else LayerStats() for part_sums in parts)
+            yield index, first, second
 
 
 def _groups(consumers: Sequence[nn.Linear], needs: frozenset[str], memory: int, copies: int) -> Iterator[list[int]]:
