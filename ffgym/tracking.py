@@ -139,7 +139,8 @@ class Tracker:
         """Log parameters to compare runs by, nested tables as dotted keys; see `log_config`."""
         if self.run_id is None:
             return
-        flat = {key: value for key, value in flatten(values).items() if key not in self._params}
+        named = {_param_name(key): value for key, value in flatten(values).items()}
+        flat = {key: value for key, value in named.items() if key not in self._params}
         entities = _entities()
         params = [entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in flat.items()]
         for start in range(0, len(params), PARAMS_PER_BATCH):
@@ -379,6 +380,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = str(value)
     return flat
+
+
+def _param_name(key: str) -> str:
+    """With a ``_`` for what MLflow does not take in the name of a parameter, such as a bench's label may hold."""
+    return re.sub(r"[^\w\-.:/ ]", "_", key, flags=re.ASCII)
 
 
 def slug(label: str) -> str:

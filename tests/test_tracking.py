@@ -110,6 +110,15 @@ def test_parameters_are_flat_cut_and_keep_their_first_value(root):
     assert params["more.249"] == "249"
 
 
+def test_a_bench_may_call_its_variants_as_it_likes(root):
+    variants = {"random (wide)": 1, "50 % + 2, a=b": 2}
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_params({"variants": variants})
+        tracker.log_params({"variants": {"random (wide)": 3}})
+    params = run_of(root, tracker).data.params
+    assert params == {"variants.random _wide_": "1", "variants.50 _ _ 2_ a_b": "2"}
+
+
 def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root):
     """Two updates were logged, and a replay hands all of them over again."""
     with Tracker(root, "ffgym", "run") as first:
