@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import posixpath
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
-METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes
+METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
+METRIC_CHARACTERS = 200
+METRIC_HINT = (
+    "Use letters, digits, spaces, and any of _ - . : / after the first character, at most "
+    f"{METRIC_CHARACTERS} of them, and no empty part, . or .. between slashes."
+)
 
 
 def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, sublayer: Sublayer) -> torch.Tensor:
@@ -203,6 +209,8 @@ def check_objectives(
         numbers = {str(name): float(value) for name, value in answer.items()}
     except (AttributeError, TypeError, ValueError):
         raise PluginError(f"{described(reward)}: objectives returned {answer!r}, not numbers by name") from None
+    if wrong := [name for name in numbers if not _can_be_logged(name)]:
+        raise PluginError(f"{described(reward)}: an objective is called {wrong[0]!r}", hint=METRIC_HINT)
     if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise PluginError(f"{described(reward)}: objective {wrong[0]} is {numbers[wrong[0]]}, not finite")
     if names is not None and set(names) != set(numbers):
@@ -264,7 +272,7 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
             if array.shape != (sublayers,):
                 raise ValueError(f"an array of shape {array.shape}, not ({sublayers},)")
             actions.append(check_actions(array[None], (1, sublayers))[0])
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
             raise PluginError(f"{described(agent)}: recommend returned unusable importances: {error}") from None
     return actions
 
@@ -279,22 +287,27 @@ def check_update(agent: Agent, update: Update) -> None:
     if not isinstance(update, Update):
         raise PluginError(
             f"{where}: learn called on_update with {type(update).__name__}, not an Update",
-            hint="Call on_update(ffgym.Update(index=0, rewards=rewards, diagnostics={})) after every step.",
+            hint="Call on_update(ffgym.Update(index, rewards)) after every step, index from 0.",
         )
     if not isinstance(update.diagnostics, Mapping):
         raise PluginError(
             f"{where}: diagnostics are {type(update.diagnostics).__name__}, not a dict of numbers by name"
         )
+    value: Any
     for name, value in update.diagnostics.items():
-        if not (isinstance(name, str) and METRIC_NAME.fullmatch(name)):
-            raise PluginError(
-                f"{where}: a diagnostic is called {name!r}",
-                hint="Use letters, digits, spaces, and any of _ - . : / after the first character.",
-            )
+        if not (isinstance(name, str) and _can_be_logged(name)):
+            raise PluginError(f"{where}: a diagnostic is called {name!r}", hint=METRIC_HINT)
         try:
+            if isinstance(value, str):
+                raise TypeError
             float(value)
         except (TypeError, ValueError):
             raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number") from None
+
+
+def _can_be_logged(name: str) -> bool:
+    """Whether MLflow takes it as the name of a metric, also behind a prefix."""
+    return len(name) <= METRIC_CHARACTERS and bool(METRIC_NAME.fullmatch(name)) and posixpath.normpath(name) == name
 
 
 def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str | None = None) -> Result:

@@ -262,6 +262,13 @@ class Aims(Number):
         return result
 
 
+@pytest.mark.parametrize("name", ["ratio (%)", "", "a//b", "a/", "a/../b", "./a", "x" * 201])
+def test_an_objective_that_cannot_be_logged_is_refused_by_name(name: str) -> None:
+    with pytest.raises(PluginError, match="an objective is called") as raised:
+        check_objectives(Aims({name: 1.0}), PRUNED, DENSE)
+    assert "Use letters" in str(raised.value.hint)
+
+
 def test_objectives_come_back_as_python_floats() -> None:
     answer = check_objectives(Aims({"a": np.float32(0.5), "b": 1}), PRUNED, DENSE)
     assert answer == {"a": 0.5, "b": 1.0}
