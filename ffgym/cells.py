@@ -10,7 +10,6 @@ when it has ended; nothing selects on those figures.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig, digest, settings, to_toml
-from ffgym.output import disk_errors, write_text, writing
+from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_recommendations
@@ -234,10 +233,7 @@ def write_result(path: Path, result: CellResult) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        part.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+    write_text(path, result.model_dump_json(indent=1) + "\n")
 
 
 class _Incumbents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +23,10 @@ WRITTEN = frozenset(
     | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
     | {"front.json", "front.md", "front.png", "latency.json", "model", "model-recovered", "model-recovered.unfinished"}
 )
-# Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it; and what is left of a model
-# that was being written.
+# Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it; and what is left of a model or
+# a file that was being written.
 WRITTEN_PER_POINT = re.compile(
-    r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?|\.model(-[\w.]+)?\.part-.*"
+    r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?|\.model(-[\w.]+)?\.part-.*|\.[\w.-]+\.part"
 )
 HUSK = frozenset({"config.toml", "run.json", "latency.json"})
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
@@ -49,13 +50,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8), and the folder that it goes into.
+    """Write a text file (UTF-8), whole or not at all, and the folder that it goes into.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written; what was there before still is.
     """
     with writing(path):
-        path.write_text(text, encoding="utf-8")
+        place = path.resolve()
+        if place.exists() and not place.is_file():  # a device or a pipe, which nothing can take the place of
+            place.write_text(text, encoding="utf-8")
+            return
+        part = place.with_name(f".{place.name}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, place)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -78,6 +88,7 @@ def claim_folder(config: RunConfig) -> Path:
                     hint="Choose another one with --output DIR, replace its contents with --overwrite, or go on with "
                     "an interrupted run with --resume DIR.",
                 )
+            _keep_what_it_starts_from(config, folder)
             _clear(folder)
         _require_writable(folder)
     except OSError as error:
@@ -173,6 +184,18 @@ def note_mlflow_run(folder: Path, run_id: str | None) -> None:
     write_text(folder / "run.json", json.dumps({"mlflow_run": run_id}) + "\n")
 
 
+def _keep_what_it_starts_from(config: RunConfig, folder: Path) -> None:
+    """Refuse to clear the folder of the policy that the run starts from: resuming it would look for that again."""
+    if config.search.init_from is None:
+        return
+    source = Path(config.search.init_from).expanduser()  # or the id of an MLflow run, which is no path
+    if source.exists() and source.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(
+            f"--overwrite would delete {source}, and search.init_from starts from it",
+            hint="Choose another folder with --output DIR.",
+        )
+
+
 def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote; refuse where anything else is there, e.g. the folder of somebody's project."""
     entries = sorted(folder.iterdir())
@@ -211,7 +234,8 @@ def leaving_no_husk(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if {path.name for path in folder.iterdir()} <= HUSK:
+        # A log that was opened and holds no episode is empty.
+        if {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size} <= HUSK:
             shutil.rmtree(folder)
         raise
 
@@ -222,14 +246,17 @@ def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[No
     try:
         yield
     except KeyboardInterrupt:
-        path = folder / "allocation.json"
+        path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
             best = json.loads(path.read_text(encoding="utf-8"))
             say(
                 f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
                 f"{best['sparsity']:.4f}) is in {path}"
             )
-            say(f"go on where it stopped: ffgym run --resume {folder}")
+        elif log.exists() and log.stat().st_size:
+            say(f"interrupted; the episodes so far are in {log}")
         else:
             say("interrupted before the first episode had ended: there is nothing to keep")
+            raise
+        say(f"go on where it stopped: ffgym run --resume {folder}")
         raise

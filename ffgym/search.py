@@ -9,6 +9,7 @@ every point of the front: what the policy recommends there, and what stood out n
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -199,9 +200,13 @@ def search_front(
         log_name=str(log),
     )
 
+    told = 0
+
     def report(update: Update) -> None:
+        nonlocal told
+        new, told = vector.history[told:], len(vector.history)
         if on_update is not None:
-            on_update([e for e in vector.history if e.update == update.index], update)
+            on_update(new, update)
 
     def found(target: float, ranked: Sequence[Candidate], dense_loss: float | None, tokens: int) -> Found:
         return Found(
@@ -231,7 +236,7 @@ def search_front(
             if on_point is not None:
                 on_point(points[-1])
     except KeyboardInterrupt:
-        if not vector.history:
+        if not vector.history or len(vector.history) < len(earlier.episodes):  # an earlier session handed over more
             raise
         clock.count()
         best = finalists(env, agent, vector.history, 1, reach=_reach(targets))
@@ -275,7 +280,7 @@ def _learn(agent: Agent, vector: PruningVectorEnv, seed: int, on_update: Callabl
     if told == 0:
         raise PluginError(
             f"{described(agent)}: learn never called on_update, so nobody was told of its episodes",
-            hint="Call on_update(ffgym.Update(index=0, rewards=rewards)) after every step.",
+            hint="Call on_update(ffgym.Update(index, rewards)) after every step, index from 0.",
         )
 
 
@@ -495,13 +500,14 @@ def read_log(path: Path) -> Log:
     """
     episodes: list[Episode] = []
     seconds = 0.0
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)  # or the next line would be glued to it
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = content[:whole].decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no log: {error}", hint="Delete the file to search from the start.") from None
-    if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines[:-1]), encoding="utf-8")  # or the next line would be glued to it
-        lines.pop()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -563,6 +564,27 @@ class TestLog:
         assert replace(got, action=None, loss=0.0) == replace(sent, action=None, loss=0.0)
         assert isinstance(got.kept, tuple)
 
+    def test_a_torn_line_goes_without_the_others_being_written_again(self, whole, tmp_path, monkeypatch):
+        """What tears a line is a full disk, which would take them too."""
+        log = tmp_path / "torn.jsonl"
+        log.write_bytes(whole[1].encode() + '{"origin": "\u00fc'.encode()[:-1])
+        monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("the log was written again"))
+        assert len(read_episodes(log)) == len(whole[0].history)
+        assert log.read_text() == whole[1]
+
+    def test_ctrl_c_while_a_search_is_replayed_hands_over_nothing(self, whole, make_env, tmp_path):
+        log = tmp_path / "again.jsonl"
+        log.write_text(whole[1])
+
+        def stop(episode):
+            if episode.index == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as raised:
+            searched(make_env(sparsity=0.3), log=log, on_episode=stop)
+        assert not isinstance(raised.value, SearchInterrupted), "the earlier session handed over the best of more"
+        assert log.read_text() == whole[1]
+
     def test_an_empty_log_is_no_episodes(self, tmp_path):
         log = tmp_path / "episodes.jsonl"
         log.touch()
@@ -725,7 +747,12 @@ class Broken(RandomSearch):
     def tell(self, observations, actions, rewards):
         if self.how == "bug":
             return {"bug": 1 / 0}
-        answers = {"diagnostics": [0.2], "text": {"policy/spread": "wide"}, "name": {"what (%)": 1.0}}
+        answers = {
+            "diagnostics": [0.2],
+            "text": {"policy/spread": "wide"},
+            "digits": {"policy/spread": "0.5"},
+            "name": {"what (%)": 1.0},
+        }
         return answers.get(self.how) or super().tell(observations, actions, rewards)
 
     def learn(self, env, *, seed, on_update):
@@ -737,11 +764,16 @@ class Broken(RandomSearch):
             env.reset(seed=seed)
             for _ in range(100):
                 env.step(np.zeros((4, 6)))
-        tell = {"silent": lambda update: None, "none": lambda update: on_update(None)}.get(self.how, on_update)
+        tell = {
+            "silent": lambda update: None,
+            "none": lambda update: on_update(None),
+            "always the first": lambda update: on_update(replace(update, index=0)),
+            "from one": lambda update: on_update(replace(update, index=update.index + 1)),
+        }.get(self.how, on_update)
         super().learn(env, seed=seed, on_update=tell)
 
     def recommend(self, observation):
-        return {"shape": [np.zeros(5)], "flat": np.zeros(6), "number": 3}.get(self.how, [])
+        return {"shape": [np.zeros(5)], "flat": np.zeros(6), "number": 3, "words": [["a"] * 6]}.get(self.how, [])
 
 
 class TestBrokenAgents:
@@ -774,15 +806,23 @@ class TestBrokenAgents:
             ("none", "learn called on_update with NoneType, not an Update"),
             ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
             ("text", "diagnostic 'policy/spread' is str, not a number"),
+            ("digits", "diagnostic 'policy/spread' is str, not a number"),
             ("name", r"a diagnostic is called 'what \(%\)'"),
             ("shape", r"recommend returned unusable importances: an array of shape \(5,\), not \(6,\)"),
             ("flat", "recommend returned ndarray, not a list of arrays"),
             ("number", "recommend returned int, not a list of arrays"),
+            ("words", "recommend returned unusable importances"),
         ],
     )
     def test_what_they_return_or_leave_out_is_said(self, env, how, said):
         with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\): " + said):
             searched(env, Broken(how))
+
+    @pytest.mark.parametrize("how", ["always the first", "from one"])
+    def test_however_they_count_every_episode_is_told_once(self, env, how):
+        told = []
+        found = searched(env, Broken(how), on_update=lambda episodes, update: told.extend(e.index for e in episodes))
+        assert told == [e.index for e in found.history]
 
     def test_what_measuring_raises_is_not_put_down_to_them(self, env, monkeypatch):
         def fails(*args, **options):

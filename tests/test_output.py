@@ -1,0 +1,89 @@
+"""Files of a run are written whole or not at all, and no folder is cleared that something still needs."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from ffgym.config import RunConfig, load_config
+from ffgym.errors import OutputError
+from ffgym.output import claim_folder, leaving_no_husk, saying_what_is_kept, write_text
+
+
+def full_disk(self: Path, *_: object, **__: object) -> None:
+    self.open("w").close()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def overwriting(folder: Path, start: object = None) -> RunConfig:
+    return load_config(
+        output={"dir": str(folder), "overwrite": True}, search={"init_from": None if start is None else str(start)}
+    )
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.toml"
+    write_text(file, "seed = 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(OutputError, match="No space left on device"):
+            write_text(file, "seed = 2")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+    assert file.read_text() == "seed = 1"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "scores.json"
+    link.symlink_to(tmp_path / "there" / "scores.json")
+    write_text(link, "{}")
+    assert link.is_symlink()
+    assert (tmp_path / "there" / "scores.json").read_text() == "{}"
+
+
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    write_text(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_log_without_an_episode_is_no_reason_to_keep_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for log, stays in (("", False), ("{}\n", True)):
+        folder.mkdir()
+        (folder / "config.toml").write_text("seed = 1")
+        (folder / "episodes.jsonl").write_text(log)
+        with pytest.raises(RuntimeError), leaving_no_husk(folder):
+            raise RuntimeError
+        assert folder.exists() == stays
+
+
+def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
+    """Of a run that was killed before, so that nothing else was written."""
+    (tmp_path / "episodes.jsonl").write_text("{}\n")
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt), saying_what_is_kept(tmp_path, said.append):
+        raise KeyboardInterrupt
+    assert said == [
+        f"interrupted; the episodes so far are in {tmp_path / 'episodes.jsonl'}",
+        f"go on where it stopped: ffgym run --resume {tmp_path}",
+    ]
+
+
+@pytest.mark.parametrize("start", ["", "policy.json"])
+def test_the_policy_to_start_from_is_not_overwritten(tmp_path: Path, start: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.toml").write_text("")
+    (folder / "policy.json").write_text("{}")
+    with pytest.raises(OutputError, match="--overwrite would delete"):
+        claim_folder(overwriting(folder, folder / start))
+    assert (folder / "policy.json").exists()
+
+
+def test_an_mlflow_run_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    claim_folder(overwriting(tmp_path, "0123456789abcdef0123456789abcdef"))
+    assert not (tmp_path / "config.toml").exists()
