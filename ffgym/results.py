@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,8 @@ def finish(
     if config.output.sequential:
         with cut_to(space, kept, "sequential", say):
             sequential = measured_row(space, f"{name} + sequential ridge", say, is_found=True)
-            if finals_loss(space.env, config.search.final_tokens, config.seed) < ridge_loss:
+            sequential_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
+            if sequential_loss < ridge_loss or math.isnan(ridge_loss):
                 table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(space))
                 return table, _save(space, found, table, model)
         rows = [*rows, replace(ridge, note=SAVED_NOTE), sequential]
