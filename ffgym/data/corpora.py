@@ -23,9 +23,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from ffgym.data.assets import DEMO_TEXT, fetch
 from ffgym.errors import DataError, UnknownNameError
@@ -38,6 +39,7 @@ ENOUGH_CHARACTERS = 64_000_000
 DEMO_CORPORA = ("c4", "wiki", "code", "technical")
 SPEC = re.compile(r"(?P<path>[^@]+?)(?::(?P<subset>[^:@/\\]+))?(?:@(?P<split>\w[\w.-]*))?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FILE_SUFFIXES = {".txt", ".utf8", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip"}
 OFFLINE_HINT = (
     "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
     " Dataset.save_to_disk on a machine that has the network."
@@ -117,19 +119,24 @@ def load_text(spec: str, *, role: Role) -> Corpus:
         return _corpus(spec, path.name, _read_file(path))
     if spec in HUB_SOURCES:
         return _short_name(spec, role)
+    if spec and path.is_dir():  # also one with an @ or a : in its name, which a spec may hold too
+        return _folder(spec, path, None, None, role)
     return _dataset(spec, role)
 
 
 def _corpus(name: str, split: str, documents: Iterable[str]) -> Corpus:
-    """Collect documents up to ``ENOUGH_CHARACTERS``."""
+    """Collect documents up to ``ENOUGH_CHARACTERS``.
+
+    Half a surrogate pair, as cut web text has it, is no text that a tokenizer takes: it becomes a question mark.
+    """
     digest = hashlib.sha256()
     kept: list[str] = []
     characters = 0
     for document in documents:
-        data = document.encode("utf-8", errors="surrogatepass")
+        data = document[: ENOUGH_CHARACTERS - characters].encode("utf-8", errors="replace")
         digest.update(len(data).to_bytes(8, "little") + data)  # the length keeps ("ab", "c") apart from ("a", "bc")
-        kept.append(document)
-        characters += len(document)
+        kept.append(data.decode("utf-8"))
+        characters += len(kept[-1])
         if characters >= ENOUGH_CHARACTERS:
             break
     if not any(document.strip() for document in kept):
@@ -182,12 +189,15 @@ def _read_file(path: Path) -> Iterable[str]:
     return reader(path)
 
 
-def _read_text(path: Path) -> str:
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A file of text, without the mark that some editors begin UTF-8 with."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
     except UnicodeDecodeError as error:
         raise DataError(
-            f"corpus file {str(path)!r} is not UTF-8 text: byte {error.start} cannot be decoded",
+            f"corpus file {str(path)!r} is not UTF-8 text: {error.reason}",
             hint="Convert it to UTF-8.",
         ) from error
     except OSError as error:
@@ -196,20 +206,28 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
+def _read_text(path: Path) -> str:
+    with _opened(path) as file:
+        return file.read(ENOUGH_CHARACTERS)
+
+
 def _read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"line {number} of corpus file {str(path)!r} is not JSON: {error.msg}",
-                hint='Write one object a line, like {"text": "..."}.',
-            ) from error
-        if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
-            raise _no_column(f"line {number} of corpus file {str(path)!r}", row if isinstance(row, dict) else [])
-        yield row[COLUMN]
+    """A text a line; lines whose text is null are skipped, as missing values of a table are."""
+    with _opened(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"line {number} of corpus file {str(path)!r} is not JSON: {error.msg}",
+                    hint='Write one object a line, like {"text": "..."}.',
+                ) from error
+            if not isinstance(row, dict) or not isinstance(row.get(COLUMN, 0), str | None):
+                raise _no_column(f"line {number} of corpus file {str(path)!r}", row if isinstance(row, dict) else [])
+            if row[COLUMN] is not None:
+                yield row[COLUMN]
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -293,12 +311,19 @@ def _dataset(spec: str, role: Role) -> Corpus:
     name, subset, split = match["path"], match["subset"], match["split"]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        name = str(folder)
-        parts = _load_folder(folder, subset)
-    elif HUB_ID.fullmatch(name) and not folder.suffix and not name.startswith("."):
-        parts = _load_dataset(name, subset)
-    else:
+        return _folder(spec, folder, subset, split, role)
+    is_file = folder.suffix.lower() in FILE_SUFFIXES
+    if not HUB_ID.fullmatch(name) or is_file or name.startswith("."):
         raise DataError(f"corpus file or folder {name!r} does not exist", hint="Check the path, or name demo:c4.")
+    return _table(spec, _load_dataset(name, subset), subset, split, role)
+
+
+def _folder(spec: str, folder: Path, subset: str | None, split: str | None, role: Role) -> Corpus:
+    return _table(spec, _load_folder(folder, subset), subset, split, role)
+
+
+def _table(spec: str, parts: Any, subset: str | None, split: str | None, role: Role) -> Corpus:
+    """The texts of one split of a dataset."""
     chosen, rows = _choose_split(spec, parts, split, role)
     return _corpus(spec, ", ".join(part for part in (subset, chosen) if part) or "all", _column_texts(spec, rows))
 

@@ -2,8 +2,7 @@
 
 Two guards keep the splits apart. By place: where the corpus is the text of a split, that split's tokens are left out.
 By content: a window that repeats a run of ``REPEATED_TOKENS`` tokens of the search or the report split is left out too,
-and another text that holds such a run of the report split is refused. (Runs of 50 tokens are what Lee et al., arXiv
-2107.06499, call a duplicate.)
+and another text that holds such a run of the report split is refused.
 """
 
 from __future__ import annotations
@@ -15,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffgym.data.corpora import Corpus, Role, load_text
+from ffgym.data.repeats import REPEATED_TOKENS, repeats
 from ffgym.data.splits import ROLES, Split, Splits, first_tokens
 from ffgym.errors import DataError
 
 if TYPE_CHECKING:
     import torch
-
-REPEATED_TOKENS = 50
-HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is multiplied away
 
 
 @dataclass(frozen=True)
@@ -62,21 +59,27 @@ def training_text(
     calibration = splits.calibration.corpus
     corpus = calibration if spec in (None, calibration.name) else load_text(str(spec), role="calibration")
     taken = _places(corpus, splits)
-    count = -(-tokens // window) * window + max((end for _, end in taken.values()), default=0)
-    ids = np.array(first_tokens(corpus, count, tokenizer, splits.calibration.bos), dtype=np.int64)
-    windows = _windows(ids, [taken[role] for role in ("search", "report") if role in taken], window)
-    run = min(REPEATED_TOKENS, window)
-    repeats = {role: _repeats(windows, getattr(splits, role), run) for role in ("search", "report")}
-    if "report" not in taken and repeats["report"].any():
-        first = windows[int(np.argmax(repeats["report"]))]
-        raise DataError(
-            f"corpus {corpus.name!r} holds text of the report split ({splits.report.corpus.name}): "
-            f"{int(repeats['report'].sum())} of its windows repeat {run} tokens or more, the first one begins "
-            f"{tokenizer.decode(first[:12].tolist())!r}",
-            hint="Train on another corpus, or report on another: recover.corpus, data.report.",
-        )
-    repeated = repeats["search"] | repeats["report"]
-    free = windows[~repeated][: -(-tokens // window)]
+    begin = max((end for _, end in taken.values()), default=0)
+    wanted = -(-tokens // window)
+    read = wanted * window
+    while True:
+        ids = np.array(first_tokens(corpus, begin + read, tokenizer, splits.calibration.bos), dtype=np.int64)
+        windows = _windows(ids, [taken[role] for role in ("search", "report") if role in taken], window)
+        run = min(REPEATED_TOKENS, window)
+        found = {role: repeats(windows, getattr(splits, role).windows.numpy(), run) for role in ("search", "report")}
+        if "report" not in taken and found["report"].any():
+            first = windows[int(np.argmax(found["report"]))]
+            raise DataError(
+                f"corpus {corpus.name!r} holds text of the report split ({splits.report.corpus.name}): "
+                f"{int(found['report'].sum())} of its windows repeat {run} tokens or more, the first one begins "
+                f"{tokenizer.decode(first[:12].tolist())!r}",
+                hint="Train on another corpus, or report on another: recover.corpus, data.report.",
+            )
+        repeated = found["search"] | found["report"]
+        free = windows[~repeated][:wanted]
+        if len(free) == wanted or len(ids) < begin + read:  # or there is no more
+            break
+        read *= 2
     if free.size < at_least:
         raise DataError(
             f"corpus {corpus.name!r} ({corpus.split}) has {free.size:,} tokens to train on outside the search and "
@@ -113,29 +116,3 @@ def _windows(ids: np.ndarray, taken: list[tuple[int, int]], window: int) -> np.n
         pieces.append(piece[: len(piece) // window * window].reshape(-1, window))
         begin = max(begin, end)
     return np.concatenate(pieces)
-
-
-def _repeats(windows: np.ndarray, split: Split, run: int) -> np.ndarray:
-    """Which windows share a run of tokens with a split, shape (windows,), bool."""
-    forbidden = run_hashes(split.windows.numpy().reshape(1, -1), run)
-    return np.asarray(np.isin(run_hashes(windows, run), forbidden).any(axis=1))
-
-
-def run_hashes(ids: np.ndarray, run: int) -> np.ndarray:
-    """A 64-bit hash of every run of tokens: sum over j of (id_j + 1) * base^j.
-
-    Args:
-        ids: shape (rows, length), int64.
-        run: tokens in a run, >= 1.
-
-    Returns:
-        shape (rows, length - run + 1), uint64; no columns where a row is shorter than a run.
-    """
-    columns = max(0, ids.shape[1] - run + 1)
-    hashes = np.zeros((ids.shape[0], columns), dtype=np.uint64)
-    power = np.uint64(1)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        for offset in range(run):
-            hashes += (ids[:, offset : offset + columns].astype(np.uint64) + np.uint64(1)) * power
-            power = power * HASH_BASE
-    return hashes

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ffgym.data.corpora import Corpus, Role, load_text
+from ffgym.data.repeats import REPEATED_TOKENS, repeats
 from ffgym.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ SEPARATOR = "\n\n"
 SAFETY_TOKENS = 64
 # A little more text than English needs for one token, so that the first try is mostly enough.
 TYPICAL_CHARACTERS = 5
+MOST_REPEATED = 0.1
 
 
 class DataSettings(Protocol):
@@ -87,7 +89,7 @@ def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> 
 
     Raises:
         DataError: a window shorter than 2 tokens or longer than the context, fewer than 1 token asked for, a corpus
-            that is missing or too short.
+            that is missing or too short, or two that hold the same text.
     """
     _check_window(config.window, context_limit)
     wanted = {role: _windows_wanted(config, role) for role in ROLES}
@@ -104,7 +106,28 @@ def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> 
         corpus, windows = corpora[role], taken[role]
         return Split(f"{corpus.name}/{role}", role, corpus, windows, _digest(windows), bos)
 
-    return Splits(split("calibration"), split("search"), split("report"))
+    splits = Splits(split("calibration"), split("search"), split("report"))
+    for later, earlier in ((splits.search, splits.calibration), (splits.report, splits.calibration)):
+        _check_apart(later, earlier)
+    _check_apart(splits.report, splits.search)
+    return splits
+
+
+def _check_apart(split: Split, other: Split) -> None:
+    """Refuse two corpora that hold the same text, such as a copy in another format; one text is cut apart anyway.
+
+    Quotations and boilerplate that two real corpora share are no more than ``MOST_REPEATED`` of their windows.
+    """
+    if split.corpus.digest == other.corpus.digest or split.windows.shape[1] < REPEATED_TOKENS:
+        return
+    repeated = repeats(split.windows.numpy(), other.windows.numpy(), REPEATED_TOKENS)
+    if repeated.mean() > MOST_REPEATED:
+        raise DataError(
+            f"data.{split.role} = {split.corpus.name!r} and data.{other.role} = {other.corpus.name!r} hold the same "
+            f"text: {int(repeated.sum())} of {len(repeated)} windows of the {split.role} split repeat "
+            f"{REPEATED_TOKENS} tokens or more of the {other.role} split",
+            hint="Name one text once for both, which is then cut apart, or two different ones.",
+        )
 
 
 def _digest(windows: torch.Tensor) -> str:

@@ -134,6 +134,33 @@ def test_every_file_format_gives_the_same_documents(tmp_path, file, write):
     assert corpus.digest == corpora._corpus("x", "y", TEXTS).digest
 
 
+def test_half_a_surrogate_pair_is_no_reason_to_stop(tmp_path):
+    """Web text that was cut at a length has them, and JSON can write them down."""
+    file = tmp_path / "cut.jsonl"
+    file.write_text('{"text": "a rabbit \\ud83d ran"}\n')
+    assert load_text(str(file), role="search").documents == ("a rabbit ? ran",)
+
+
+def test_a_byte_order_mark_and_lines_without_text_are_skipped(tmp_path):
+    file = tmp_path / "notepad.jsonl"
+    file.write_text('{"text": "one"}\n{"id": 2, "text": null}\n{"text": "three"}\n', encoding="utf-8-sig")
+    assert load_text(str(file), role="search").documents == ("one", "three")
+
+
+@pytest.mark.parametrize("name", ["user@host", "a:b", "v1.0"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+    folder = tmp_path / name
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder))
+    assert load_text(str(folder), role="search").documents == tuple(TEXTS)
+
+
+def test_the_rest_of_a_long_document_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "ENOUGH_CHARACTERS", 100)
+    file = tmp_path / "long.txt"
+    file.write_text("word " * 1000)
+    assert sum(map(len, load_text(str(file), role="search").documents)) == 100
+
+
 def test_the_digest_tells_where_one_document_ends():
     assert corpora._corpus("x", "y", ["ab", "c"]).digest != corpora._corpus("x", "y", ["a", "bc"]).digest
 
@@ -217,13 +244,14 @@ def test_a_hub_that_cannot_be_reached_says_what_works_without_it(monkeypatch):
         assert "demo:c4" in caught.value.hint
 
 
-def test_a_hub_dataset_that_does_not_exist_is_named(monkeypatch):
+@pytest.mark.parametrize("name", ["someone/nothing", "someone/nothing-1.0"])
+def test_a_hub_dataset_that_does_not_exist_is_named(monkeypatch, name):
     def unknown(path, subset, **options):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unknown)
-    with pytest.raises(DataError, match="no dataset 'someone/nothing'"):
-        load_text("someone/nothing", role="search")
+    with pytest.raises(DataError, match=f"no dataset '{name}'"):
+        load_text(name, role="search")
 
 
 @pytest.mark.parametrize("spec", ["missing.txt", "folder/missing.jsonl", "/no/such/folder", "./nothing", "a.b/c/d"])

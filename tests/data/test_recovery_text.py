@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ffgym.data.recovery import REPEATED_TOKENS, TrainingText, run_hashes, training_text
+from ffgym.data.recovery import TrainingText, training_text
+from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.data.splits import Splits, make_splits
 from ffgym.errors import DataError
 
@@ -104,6 +105,18 @@ def test_another_window_length_changes_nothing_of_that(tokenizer: Any, c4: str) 
 def test_only_as_much_as_asked_for(tokenizer: Any, c4: str, wiki: str) -> None:
     splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
     assert len(train_on(tokenizer, splits, None, tokens=130).windows) == 3
+
+
+def test_windows_that_repeat_the_search_split_make_room_for_later_ones(
+    tmp_path: Path, tokenizer: Any, c4: str, wiki: str
+) -> None:
+    """A larger dump of the text that was searched on: its beginning is the search split."""
+    splits = cut(tokenizer, calibration=wiki, search=c4, report=write(tmp_path / "report.txt", text(1000, 2)))
+    dump = write(tmp_path / "dump.txt", text(1000, 0) + " " + text(2000, 3))
+    found = train_on(tokenizer, splits, dump, tokens=640, at_least=640)
+    assert found.windows.shape == (10, WINDOW)
+    assert found.left_out == 4
+    assert not tokens_of(found.windows) & tokens_of(splits.search.windows)
 
 
 def test_another_text_that_holds_report_text_is_refused(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:

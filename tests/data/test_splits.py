@@ -101,6 +101,24 @@ def test_one_text_under_two_names_is_still_one_text(corpora):
     assert not parts[0] & parts[2]
 
 
+@pytest.mark.parametrize("role", ["calibration", "search"])
+def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, role):
+    copy = tmp_path / "copy.md"
+    copy.write_text(words(0, 2000) + "\n")
+    names = {"calibration": corpora["b"], "search": corpora["b"], role: corpora["a"], "report": str(copy)}
+    asked = config(**names, window=60, calibration_tokens=600, search_tokens=300, report_tokens=300)
+    with pytest.raises(DataError, match=rf"hold the same text: 5 of 5 windows .* of the {role} split") as raised:
+        make_splits(asked, PLAIN, context_limit=64)
+    assert "Name one text once" in raised.value.hint
+
+
+def test_a_quotation_is_no_copy(corpora, tmp_path):
+    other = tmp_path / "other.md"
+    other.write_text(f"{words(2000, 620)} {words(0, 55)} {words(2700, 300)}")
+    asked = config(corpora["a"], corpora["a"], str(other), window=60, report_tokens=900)
+    assert len(make_splits(asked, PLAIN, context_limit=64).report.windows) == 15
+
+
 def test_bos_is_there_once_and_only_where_the_tokenizer_adds_it(corpora):
     made = make_splits(config(corpora["a"], corpora["a"], corpora["b"]), word_tokenizer(bos=True), context_limit=64)
     assert made.calibration.bos

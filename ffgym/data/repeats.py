@@ -1,0 +1,46 @@
+"""Text that occurs twice: runs of tokens that one set of windows shares with another.
+
+A run of 50 tokens is what Lee et al. (arXiv 2107.06499) call a duplicate.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+REPEATED_TOKENS = 50
+HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is multiplied away
+
+
+def repeats(windows: np.ndarray, others: np.ndarray, run: int) -> np.ndarray:
+    """Which windows share a run of tokens with others, whose windows follow one another in their text.
+
+    Args:
+        windows: token ids, shape (windows, length), int64.
+        others: token ids, shape (others, their length), int64.
+        run: tokens in a run, >= 1.
+
+    Returns:
+        shape (windows,), bool.
+    """
+    forbidden = run_hashes(others.reshape(1, -1), run)
+    return np.asarray(np.isin(run_hashes(windows, run), forbidden).any(axis=1))
+
+
+def run_hashes(ids: np.ndarray, run: int) -> np.ndarray:
+    """A 64-bit hash of every run of tokens: sum over j of (id_j + 1) * base^j.
+
+    Args:
+        ids: shape (rows, length), int64.
+        run: tokens in a run, >= 1.
+
+    Returns:
+        shape (rows, length - run + 1), uint64; no columns where a row is shorter than a run.
+    """
+    columns = max(0, ids.shape[1] - run + 1)
+    hashes = np.zeros((ids.shape[0], columns), dtype=np.uint64)
+    power = np.uint64(1)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        for offset in range(run):
+            hashes += (ids[:, offset : offset + columns].astype(np.uint64) + np.uint64(1)) * power
+            power = power * HASH_BASE
+    return hashes
