@@ -16,6 +16,7 @@ import io
 import logging
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -422,7 +423,7 @@ def _harness(model: LoadedModel, batch_size: int, on_progress: Callable[[int, in
 
     with _quiet():
         harness = Counting(pretrained=model.model, tokenizer=model.tokenizer, backend="causal", batch_size=batch_size)
-    harness.set_cache_hook(harness)
+    harness.set_cache_hook(weakref.proxy(harness))  # not itself: the cycle would keep the model after its last use
     return harness
 
 
@@ -516,6 +517,7 @@ def evaluate_models(
             scores = replace(scores, results=(*scores.results, result))
             done[-1] = scores
             yield list(done)
+        del model  # before the next one is loaded: two may not fit
 
 
 def check_models(names: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def terminal(table: TaskTable) -> RenderableType:
 
     # Two models fit into 80 columns.
     grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold")
-    grid.add_column("task", max_width=14)
+    grid.add_column("task", max_width=14, overflow="fold")
     grid.add_column("metric", max_width=10)
     grid.add_column("split", no_wrap=True)
     grid.add_column("examples", justify="right", no_wrap=True)
@@ -181,10 +180,7 @@ def write_file(path: Path, table: TaskTable) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
-    write_text(part, FILE_KINDS[path.suffix](table))
-    with writing(path):
-        os.replace(part, path)
+    write_text(path, FILE_KINDS[path.suffix](table))
 
 
 def as_dict(table: TaskTable) -> JSONDict:

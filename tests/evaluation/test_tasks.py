@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,28 @@ def test_several_models_are_measured_one_after_the_other(folder):
     first, second = steps[-1]
     assert first == second
     assert (first.name, first.description, first.dtype, first.device) == (str(folder), "folder model", "float32", "cpu")
+
+
+def test_a_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
+    import ffgym.models.loading
+
+    alive: list[weakref.ref[Any]] = []
+    load = ffgym.models.loading.load
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        assert not any(one() for one in alive), "two may not fit"
+        loaded = load(*args, **kwargs)
+        alive.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(ffgym.models.loading, "load", watched)
+    gc.disable()
+    try:
+        for _ in evaluate_models([str(folder)] * 2, load_tasks(["piqa"]), dtype="float32", device="cpu", stage=silent):
+            pass
+    finally:
+        gc.enable()
+    assert len(alive) == 2
 
 
 def test_dense_is_another_name_of_the_demo_model(monkeypatch):
