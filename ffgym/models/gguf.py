@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ffgym.errors import ModelError, OutputError
 from ffgym.models.gguf_architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
 from ffgym.models.gguf_vocabulary import Vocabulary, read_vocabulary
-from ffgym.models.loading import load_config, load_tokenizer
+from ffgym.models.loading import load_config, load_tokenizer, weight_files
 
 FILE_TYPES = gguf.LlamaFileType
 # GGUF's name of a dtype -> torch's, safetensors' name, what the tensors are marked with, and what the file is.
@@ -81,7 +81,7 @@ class Checkpoint:
         self.folder = folder
         self._files: dict[str, Any] = {}
         self._taken: set[str] = set()
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             try:
                 file: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:

@@ -222,6 +222,21 @@ def _only_cached(name: str, revision: str | None) -> bool:
     return False
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a folder, which may hold the weights in other layouts too.
+
+    That is ``model.safetensors``, or else what its index names; where neither is there, all of them.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    try:
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return sorted(folder.glob("*.safetensors"))
+    return [folder / name for name in sorted(parts)]
+
+
 def _check_folder(folder: Path) -> None:
     """Say what a folder lacks before transformers says it at length."""
     config = folder / "config.json"

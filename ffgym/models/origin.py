@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ffgym.config import read_toml
 from ffgym.errors import ConfigError, ModelError
-from ffgym.models.loading import DEMO_BASE
+from ffgym.models.loading import DEMO_BASE, weight_files
 
 # The names in a safetensors header of what torch calls otherwise.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -54,7 +54,8 @@ def model_folder(folder: Path) -> Path:
 def dense_model(folder: Path, given: str | None) -> DenseModel:
     """Which dense model a saved one is compared with: the one given, or the one that the folder's record names.
 
-    The record is ``config.toml`` in the folder of the run that saved it, or else ``base_model`` in its model card.
+    The record is ``config.toml`` in it, which training writes, or in the folder of the run that saved it, or else
+    ``base_model`` in its model card.
 
     Args:
         folder: of the saved model.
@@ -65,29 +66,29 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
     """
     if given is not None:
         return DenseModel(given, None, "--dense")
-    run = folder.resolve().parent / "config.toml"
-    if run.is_file():
-        table = read_toml(run).get("model", {})
-        # A run's file holds every key; one that somebody wrote may leave out what is the default.
-        return DenseModel(str(table.get("name", "demo")), table.get("revision") or None, str(run))
+    for run in (folder / "config.toml", folder.resolve().parent / "config.toml"):
+        if run.is_file():
+            table = read_toml(run).get("model", {})
+            # A run's file holds every key; one that somebody wrote may leave out what is the default.
+            return DenseModel(str(table.get("name", "demo")), table.get("revision") or None, str(run))
     card = folder / "README.md"
     base = _base_model(card)
     if base is not None:
         return DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
     raise ConfigError(
-        f"nothing says which dense model {str(folder)!r} was made from: there is no config.toml beside it, and no "
-        "base_model in its README.md",
+        f"nothing says which dense model {str(folder)!r} was made from: there is no config.toml in it or beside it, "
+        "and no base_model in its README.md",
         hint="Name it with --dense MODEL, e.g. --dense demo.",
     )
 
 
 def weights_on_disk(folder: Path) -> tuple[int, str]:
-    """Bytes of a checkpoint's safetensors files, and what dtype most of the numbers in them have.
+    """Bytes of a checkpoint's safetensors files, those that are loaded, and what dtype most numbers in them have.
 
     Raises:
         ModelError: there are none, or one is cut short.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise ModelError(f"{str(folder)!r} holds no .safetensors file", hint="Write or download the model again.")
     numbers: Counter[str] = Counter()
@@ -97,8 +98,10 @@ def weights_on_disk(folder: Path) -> tuple[int, str]:
                 for name in content.keys():  # noqa: SIM118 (not a dictionary)
                     tensor = content.get_slice(name)
                     numbers[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
-        except SafetensorError as error:
-            raise ModelError(f"{str(file)!r} is damaged: {error}", hint="Write or download the model again.") from error
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{str(file)!r} is damaged or missing: {error}", hint="Write or download the model again."
+            ) from error
     dtype = numbers.most_common(1)[0][0]
     return sum(file.stat().st_size for file in files), DTYPES.get(dtype, dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -50,6 +52,11 @@ class TestDense:
         assert (found.name, found.revision) == ("a/b", "v2")
         assert found.said_by.endswith("config.toml")
 
+    def test_a_trained_model_names_it_itself_wherever_it_lies(self, run):
+        (run / "config.toml").write_text("[model]\nname = 'somebody/else'\n")
+        (run / "model" / "config.toml").write_text("[model]\nname = 'a/b'\n")
+        assert dense_model(run / "model", None).name == "a/b"
+
     @pytest.mark.parametrize("text", ["", "seed = 1\n", '[model]\ndtype = "float32"\n'])
     def test_a_run_that_does_not_say_was_the_default(self, run, text):
         (run / "config.toml").write_text(text)
@@ -72,7 +79,7 @@ class TestDense:
         assert "--dense" in raised.value.hint
 
     def test_no_record_at_all(self, run):
-        with pytest.raises(ConfigError, match=r"no config\.toml beside it, and no base_model"):
+        with pytest.raises(ConfigError, match=r"no config\.toml in it or beside it, and no base_model"):
             dense_model(run / "model", None)
 
 
@@ -83,6 +90,22 @@ class TestWeights:
         (tmp_path / "other.bin").write_bytes(b"x" * 999)
         size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
         assert weights_on_disk(tmp_path) == (size, "bfloat16")
+
+    def test_files_that_are_not_loaded_do_not_count(self, tmp_path):
+        """Some hub models hold their weights once more, for other software."""
+        save_file({"a": torch.zeros(100)}, tmp_path / "model.safetensors")
+        save_file({"a": torch.zeros(100)}, tmp_path / "consolidated.safetensors")
+        assert weights_on_disk(tmp_path)[0] == (tmp_path / "model.safetensors").stat().st_size
+
+    def test_an_index_says_which_files_are_loaded(self, tmp_path):
+        for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors"):
+            save_file({"a": torch.zeros(100)}, tmp_path / name)
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert weights_on_disk(tmp_path)[0] == 2 * (tmp_path / "model-1.safetensors").stat().st_size
+        (tmp_path / "model-2.safetensors").unlink()
+        with pytest.raises(ModelError, match=r"model-2\.safetensors' is damaged or missing"):
+            weights_on_disk(tmp_path)
 
     def test_none_are_an_error(self, tmp_path):
         with pytest.raises(ModelError, match=r"no \.safetensors file"):
