@@ -5,7 +5,6 @@ model, splits -> training text that no split holds -> adapters or distillation -
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from rich.console import Console
 
 from ffgym.config import RecoverTable, RunConfig, to_toml
 from ffgym.data.recovery import TrainingText, training_text
-from ffgym.data.splits import Splits, make_splits
+from ffgym.data.splits import Splits, make_splits, windows_digest
 from ffgym.envs.building import tokens_per_batch
 from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.checkpoint import Checkpoint, weights_digest
+from ffgym.models.checkpoint import Checkpoint, held_back_interrupts, weights_digest
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
 from ffgym.models.export import SavedModel, is_stock, load_line, refuse_occupied, save_again
 from ffgym.models.families import dense_or_pruned_family_of
@@ -37,6 +36,7 @@ from ffgym.report.recovery import (
     recovered_card,
     terminal,
 )
+from ffgym.report.table import bos_text
 from ffgym.tracking import Tracker, environment_tags
 from ffgym.types import Evaluation, JSONDict
 
@@ -142,7 +142,7 @@ def recover(
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
     check_output(source, place, overwrite)
     tracking = config.tracking
-    with Tracker(Path(tracking.root), tracking.experiment, place.name, tracking.enabled) as tracker:
+    with Tracker(tracking.folder, tracking.experiment, place.name, tracking.enabled) as tracker:
         tracker.log_config(config.model_dump(mode="json"), to_toml(config))
         recovered = train_and_save(config, source, place, tracker, say, overwrite=overwrite, dense=dense)
         tracker.log_table(as_dicts(recovered.table))
@@ -294,7 +294,7 @@ def text_line(config: RunConfig, material: Material) -> str:
     left_out = f", {text.left_out} windows left out that repeat other splits" if text.left_out else ""
     return (
         f"training text: {text.corpus.name} ({text.corpus.split}), {available:,} tokens outside the search and report "
-        f"splits{left_out}; {tokens:,} to learn from, {tokens / available:.2g} epochs"
+        f"splits{left_out}; {tokens:,} to learn from, {tokens / available:,.1f} epochs"
     )
 
 
@@ -335,7 +335,7 @@ def _identity(config: RunConfig, source: Path, loaded: LoadedModel, material: Ma
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "weights": weights_digest(source),
         "training text": material.text.digest,
-        "held-out text": hashlib.sha256(material.held_out.numpy().tobytes()).hexdigest(),
+        "held-out text": windows_digest(material.held_out),
         **({"dense model": dense, "revision": config.model.revision} if table.method == "distil-mlp" else {}),
     }
 
@@ -508,24 +508,25 @@ class _Job:
             self.checkpoint.folder / PICTURE,
         ]
         card = self.source / "README.md"
-        saved = save_again(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            place,
-            card=recovered_card(
-                title=f"{place.name}: pruned, then {method}",
-                before=card.read_text(encoding="utf-8") if card.is_file() else None,
-                told=told,
-                table=table,
-                command=f"ffgym recover {self.source.name} --config config.toml",
-                stock=is_stock(self.loaded.model),
-            ),
-            files=files,
-            overwrite=overwrite,
-        )
+        with held_back_interrupts():  # between the two the same command would go on with what is done already
+            saved = save_again(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                place,
+                card=recovered_card(
+                    title=f"{place.name}: pruned, then {method}",
+                    before=card.read_text(encoding="utf-8") if card.is_file() else None,
+                    told=told,
+                    table=table,
+                    command=f"ffgym recover {self.source.name} --config config.toml",
+                    stock=is_stock(self.loaded.model),
+                ),
+                files=files,
+                overwrite=overwrite,
+            )
+            self.checkpoint.remove()
         for name in (CURVE, PICTURE):
             self.tracker.log_artifact(saved.path / name)
-        self.checkpoint.remove()
         return Recovered(saved, table, rows[-1].evaluation, tuple(told))
 
     def _dense_row(self, dense: str | None) -> list[Measured]:
@@ -557,7 +558,7 @@ class _Job:
         return (
             f"Perplexity on {report.corpus.name}, report split: {windows.shape[0] * (windows.shape[1] - 1):,} tokens "
             f"in windows of {windows.shape[1]:,}, {str(self.loaded.dtype).removeprefix('torch.')}, "
-            f"{'with' if report.bos else 'without'} BOS."
+            f"{bos_text(report.bos)}."
         )
 
 

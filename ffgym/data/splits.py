@@ -104,7 +104,7 @@ def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> 
 
     def split(role: Role) -> Split:
         corpus, windows = corpora[role], taken[role]
-        return Split(f"{corpus.name}/{role}", role, corpus, windows, _digest(windows), bos)
+        return Split(f"{corpus.name}/{role}", role, corpus, windows, windows_digest(windows), bos)
 
     splits = Splits(split("calibration"), split("search"), split("report"))
     for later, earlier in ((splits.search, splits.calibration), (splits.report, splits.calibration)):
@@ -130,7 +130,8 @@ def _check_apart(split: Split, other: Split) -> None:
         )
 
 
-def _digest(windows: torch.Tensor) -> str:
+def windows_digest(windows: torch.Tensor) -> str:
+    """SHA-256 of windows, shape (windows, window): their shape, then the ids row by row."""
     digest = hashlib.sha256(f"{windows.shape[0]} x {windows.shape[1]};".encode())
     digest.update(windows.numpy().astype("<i8").tobytes())
     return digest.hexdigest()

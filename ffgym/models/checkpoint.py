@@ -69,7 +69,7 @@ class Checkpoint:
             OutputError: the folder is something else, or cannot be written to.
         """
         path = self.folder / IDENTITY
-        if self.folder.exists() and not path.is_file():
+        if self.folder.exists() and not path.is_file() and self._holds_something():
             raise OutputError(
                 f"{self.folder} is in the way: it is no unfinished training",
                 hint="Move it, or choose another --output.",
@@ -86,6 +86,10 @@ class Checkpoint:
                 os.replace(unfinished, path)
             finally:
                 unfinished.unlink(missing_ok=True)
+
+    def _holds_something(self) -> bool:
+        """More than what a claim leaves that a full disk has ended."""
+        return not self.folder.is_dir() or any(path.suffix != ".part" for path in self.folder.iterdir())
 
     def _check(self, path: Path, overwrite: bool) -> None:
         try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ffgym.report.card import TAGS, loading
 from ffgym.report.figures import BLUE, GREEN, ORANGE, new_figure, save_figure, tidy
-from ffgym.report.table import humane
+from ffgym.report.table import finite, humane
 from ffgym.types import Evaluation, JSONDict
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def as_dicts(table: RecoveryTable) -> list[JSONDict]:
             "label": row.label,
             "perplexity": row.evaluation.perplexity if math.isfinite(row.evaluation.perplexity) else None,
             "loss": row.evaluation.loss if math.isfinite(row.evaluation.loss) else None,
-            "loss_stderr": loss_error(row.evaluation),
+            "loss_stderr": finite(loss_error(row.evaluation)),
             "parameters": row.parameters,
         }
         for row in table.rows

@@ -102,16 +102,21 @@ def measurement(
         tokens: predicted tokens.
         window: tokens in one window.
         dtype: of the weights and activations, e.g. ``"bfloat16"``.
-        bos: every window starts with the beginning-of-sequence token.
+        bos: the text starts with the beginning-of-sequence token, and so its first window does.
         calibration: corpus, split and tokens of the statistics and the refit.
         seed: the run's seed.
         context: tokens of context at which MACs per token are counted.
     """
     return (
         f"Model: {model}. Perplexity on {corpus}, {split} split: {tokens:,} tokens in windows of {window:,}, {dtype}, "
-        f"{'with' if bos else 'without'} BOS. Calibration: {calibration}. "
+        f"{bos_text(bos)}. Calibration: {calibration}. "
         f"MACs at {context:,} tokens of context. Seed {seed}."
     )
+
+
+def bos_text(bos: bool) -> str:
+    """Say whether a text that is cut into windows starts with BOS."""
+    return "BOS before the first window alone" if bos else "without BOS"
 
 
 def humane(value: float, unit: str = "") -> str:

@@ -82,6 +82,7 @@ def test_a_full_disk_leaves_a_training_that_goes_on(tmp_path: Path, monkeypatch:
         with pytest.raises(OutputError):
             claimed(tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
+    assert not claimed(tmp_path / "other").exists, "the empty folder is in nobody's way"
     assert claimed(tmp_path / "c").exists
 
 
