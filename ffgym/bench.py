@@ -334,7 +334,7 @@ def _open_runs(cells: Sequence[tuple[Bench, Cell]], stack: ExitStack) -> dict[Pa
             continue
         tracking, note = each.cells[0].config.tracking, _parent_note(each)
         earlier = note.read_text(encoding="utf-8") if note.exists() else None
-        run = Tracker(Path(tracking.root), tracking.experiment, each.spec.title, tracking.enabled, resume=earlier)
+        run = Tracker(tracking.folder, tracking.experiment, each.spec.title, tracking.enabled, resume=earlier)
         stack.enter_context(run).log_config(each.spec.model_dump(mode="json"), each.file.read_text(encoding="utf-8"))
         if run.run_id is not None:
             write_text(note, run.run_id)
@@ -345,7 +345,7 @@ def _open_runs(cells: Sequence[tuple[Bench, Cell]], stack: ExitStack) -> dict[Pa
 def _parent_note(bench: Bench) -> Path:
     """Where a bench that is under way notes its MLflow run, so that it goes on in the same one when interrupted."""
     name = hashlib.sha256(str(bench.file.resolve()).encode()).hexdigest()[:16]
-    return Path(bench.cells[0].config.tracking.root) / "bench" / f"{name}.run"
+    return bench.cells[0].config.tracking.folder / "bench" / f"{name}.run"
 
 
 class CellQueue:

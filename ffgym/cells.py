@@ -98,7 +98,7 @@ class CellRunner:
 
     def __call__(self, job: Job) -> None:
         """Compute one cell and write its file, unless another bench does or has done so since."""
-        cell, folder = job.cell, Path(job.cell.config.tracking.root) / "bench"
+        cell, folder = job.cell, job.cell.config.tracking.folder / "bench"
         lock = FileLock(folder / f"{cell.digest[:16]}.lock")
         with disk_errors():
             folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class CellRunner:
         note = log.with_suffix(".run")
         watch = _Incumbents(space, agent, cell.marks)
         with Tracker(
-            Path(config.tracking.root),
+            config.tracking.folder,
             config.tracking.experiment,
             cell.path.stem,
             config.tracking.enabled,

@@ -141,8 +141,8 @@ def _stored(resume: Path | None) -> Path | None:
         return None
     from ffgym.output import stored_config
 
-    stored_config(resume)
-    return resume / "config.toml"
+    stored_config(resume.expanduser())
+    return resume.expanduser() / "config.toml"
 
 
 @app.callback(invoke_without_command=True)
@@ -323,6 +323,7 @@ def measure(
     from ffgym.measure import measure as run_measure
     from ffgym.report.measurement import as_dict, terminal
 
+    output = None if output is None else output.expanduser()
     options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output)
     with contextlib.redirect_stdout(sys.stderr):
         found = run_measure(options, progress=Console(stderr=True))
@@ -358,6 +359,7 @@ def latency(
     from ffgym.measure import TableOptions, latency_table
     from ffgym.report.latency import terminal
 
+    output = None if output is None else output.expanduser()
     options = TableOptions(model, context, dtype, device, threads, repetitions, rebuild, output)
     with contextlib.redirect_stdout(sys.stderr):
         table, place = latency_table(options, progress=Console(stderr=True))
@@ -548,6 +550,7 @@ def evaluate(
     if not names:
         raise ConfigError("no model to measure", hint="Name one or more: ffgym eval demo runs/my-run/model")
     if output is not None:
+        output = output.expanduser()
         task_table.check_file(output, overwrite=overwrite)
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     reporter = Reporter(Console(stderr=True))
@@ -584,7 +587,7 @@ def ui(
     """Open the MLflow user interface on the runs that were tracked."""
     from ffgym.tracking import open_ui
 
-    open_ui(Path(root), port)
+    open_ui(Path(root).expanduser(), port)
 
 
 def _counts(option: str, text: str | None) -> tuple[int, ...] | None:

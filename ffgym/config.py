@@ -30,6 +30,7 @@ OptionalShare = Annotated[
 ]
 Count = Annotated[int, Field(ge=1)]
 Ramp = Literal["none", "cubic", "staircase"]
+CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
 RECOVERY_METHODS = ("none", "lora", "distil-mlp")
 
 
@@ -294,6 +295,11 @@ class TrackingTable(Table):
     experiment: Text = Field(default="ffgym", description="MLflow experiment")
     root: Text = Field(default="mlruns", description="folder of the store; MLFLOW_TRACKING_URI wins when set")
 
+    @property
+    def folder(self) -> Path:
+        """``root`` as a path, ``~`` spelled out."""
+        return Path(self.root).expanduser()
+
 
 class RunConfig(Table):
     """Everything that decides a run. ``RunConfig()`` is the demo."""
@@ -349,7 +355,10 @@ class RunConfig(Table):
             return (self.prune.target,)
         (low, high), steps = self.prune.ends, self.prune.front_points - 1
         grid = {low, *(round(low + (high - low) * step / steps, 6) for step in range(1, steps)), high}
-        return tuple(sorted(grid if self.output.save_at is None else grid | {self.output.save_at}))
+        save_at = self.output.save_at
+        if save_at is not None:  # takes the place of a point that no name could tell from it
+            grid = {point for point in grid if abs(point - save_at) > CLOSEST_TARGETS} | {save_at}
+        return tuple(sorted(grid))
 
     @property
     def main_target(self) -> float:
@@ -394,6 +403,12 @@ class RunConfig(Table):
         recover = self.recover
         if recover.method == "none":
             return
+        if self.model.dtype == "float16":
+            raise ConfigError(
+                f"recover.method = {recover.method!r} would train in model.dtype = 'float16', whose small gradients "
+                "vanish",
+                hint='Set model.dtype = "bfloat16" or "float32".',
+            )
         window, name = (
             (self.data.window, "data.window") if recover.window == "auto" else (recover.window, "recover.window")
         )
@@ -434,7 +449,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), **value
     for text in overrides:
         command_line = _merged(command_line, _parse_override(text))
     command_line = _merged(command_line, _given(values))
-    file = read_toml(path) if path is not None else {}
+    file = read_toml(path.expanduser()) if path is not None else {}
     for table in PLUGIN_TABLES:
         file = without_foreign_options(file, command_line, table)
     try:
@@ -455,11 +470,11 @@ def to_toml(config: RunConfig, meanings: Mapping[str, Mapping[str, str]] | None 
         if isinstance(table, dict):
             table.update({key: "" for key, value in table.items() if value is None})
     table_name, lines = "", []
-    for line in tomli_w.dumps(plain).splitlines():
+    for line in tomli_w.dumps(plain).rstrip("\n").split("\n"):  # and at nothing else that a value may hold
         if header := re.fullmatch(r"\[(.+)\]", line):
             table_name = header[1]
         option = (meanings or {}).get(table_name, {}).get(line.partition(" = ")[0])
-        lines.append(line + (f"  # {option}" if option else _comment(table_name, line)))
+        lines.append(line + (f"  # {' '.join(option.split())}" if option else _comment(table_name, line)))
     return "\n".join(lines) + "\n"
 
 

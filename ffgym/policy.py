@@ -49,7 +49,7 @@ def make_agent(config: RunConfig) -> Agent:
             )
         if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():
             with tempfile.TemporaryDirectory() as folder:
-                policy = fetch_artifact(Path(config.tracking.root), source, "policy.json", Path(folder))
+                policy = fetch_artifact(config.tracking.folder, source, "policy.json", Path(folder))
                 start = read_policy(policy, config)
         else:
             start = read_policy(Path(source).expanduser(), config)

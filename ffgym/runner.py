@@ -138,7 +138,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
     tracking = config.tracking
     with (
         Tracker(
-            Path(tracking.root), tracking.experiment, folder.name, tracking.enabled, resume=mlflow_run(folder)
+            tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=mlflow_run(folder)
         ) as tracker,
         disk_errors(),
         leaving_no_husk(folder) if resume is None else nullcontext(),

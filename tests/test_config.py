@@ -75,6 +75,14 @@ def test_toml_round_trips(tmp_path: Path) -> None:
         assert load_config(write(tmp_path, to_toml(each))) == each
 
 
+def test_toml_round_trips_what_looks_like_a_new_line(tmp_path: Path) -> None:
+    config = load_config(data={"report": "a\u2028b\x85c.txt"}, criterion={"name": "mine", "rate": 0.5})
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(config, {"criterion": {"rate": "How fast.\n\n    Larger is faster."}}), encoding="utf-8")
+    assert load_config(path) == config
+    assert "rate = 0.5  # How fast. Larger is faster.\n" in path.read_text(encoding="utf-8")
+
+
 def test_printed_toml_has_every_key_with_a_comment() -> None:
     text = to_toml(RunConfig())
     plain = tomllib.loads(text)
@@ -294,6 +302,19 @@ def test_a_key_without_its_table_is_guessed() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(sparsity=0.3)
     assert "Did you mean 'prune.sparsity'?" in str(caught.value.hint)
+
+
+def test_a_target_to_save_takes_the_place_of_a_point_beside_it() -> None:
+    """Files are named after targets."""
+    third = 0.1 + 0.7 / 3
+    config = load_config(prune={"sparsity": "0.1:0.8", "front_points": 4}, output={"save_at": third})
+    assert config.targets == (0.1, third, 0.566667, 0.8)
+
+
+@pytest.mark.parametrize("method", ["lora", "distil-mlp"])
+def test_float16_is_not_trained_in(method: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.dtype = 'float16'"):
+        load_config(model={"dtype": "float16"}, recover={"method": method})
 
 
 @pytest.mark.parametrize(

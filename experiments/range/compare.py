@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
         space = with_config(shared, config)
         agent = make_agent(config)
         give_prior(agent, space)
-        log = Path(config.tracking.root) / "range" / f"{digest(config)[:16]}.jsonl"
+        log = config.tracking.folder / "range" / f"{digest(config)[:16]}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
         with say.stage(search.path.stem, budget) as stage:
@@ -284,7 +285,7 @@ def draw(spec: Experiment, losses: Losses, path: Path) -> None:
     """Perplexity over sparsity, and how far each group's loss is above the one policy's: a line a group."""
     figure = new_figure(10.5, 4.5)
     fronts, differences = figure.subplots(1, 2)
-    for colour, group in zip(COLOURS, losses.groups, strict=False):
+    for colour, group in zip(cycle(COLOURS), losses.groups, strict=False):
         label = f"{group}: {losses.tokens(group):,.0f} tokens"
         _line(fronts, losses.targets, [losses.perplexity(group, t) for t in losses.targets], colour, label)
         _line(differences, losses.targets, [losses.above(group, t) for t in losses.targets], colour, label)
