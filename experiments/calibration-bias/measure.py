@@ -468,6 +468,7 @@ def measure(file: Path, *, only_report: bool = False, say: Reporter | None = Non
             cells = make_cells(spec, config, folder, {label: kept[label] for label in spec.allocations})
             compute([cell for cell in cells if read_cell(cell) is None], bed)
     found = [CellResult.model_validate_json(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = [result for result in found if result.seed in spec.seeds]
     results = [result for label in spec.allocations for result in found if result.allocation == label]
     if not results:
         raise DataError(f"no results in {folder} yet", hint="Run without --report.")

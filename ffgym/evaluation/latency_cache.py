@@ -48,7 +48,7 @@ def cached_table(
     if context > limit:
         raise BudgetError(
             f"latency is timed on windows of prune.context = {context} tokens, and this model takes at most {limit}",
-            hint=f"Use --set prune.context={limit}.",
+            hint=f"Take {limit}: --context {limit} of `ffgym latency`, or --set prune.context={limit} of a run.",
         )
     path = place_of(model, context=context)
     if path.exists() and not rebuild:

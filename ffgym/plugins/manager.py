@@ -360,7 +360,9 @@ def _discover(wanted: str | None) -> Discovery:
 
 def _load(entry: EntryPoint) -> tuple[list[Offer], PluginRecord]:
     """Import one plugin and ask its hooks; whatever goes wrong becomes the record's failure."""
-    package = Package(entry.dist.name, entry.dist.version) if entry.dist is not None else Package(entry.name, "")
+    package = Package(entry.name, "")
+    if entry.dist is not None:  # of a broken installation it knows neither
+        package = Package(entry.dist.name or entry.name, entry.dist.version or "")
     offers: list[Offer] = []
     failure = None
     try:

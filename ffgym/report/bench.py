@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ffgym.report.figures import new_figure, save_figure, tidy
+from ffgym.report.table import escape
 from ffgym.types import JSONDict
 
 
@@ -263,7 +264,7 @@ def markdown(table: BenchTable) -> str:
         reached = "—" if row.tokens_to_baseline is None else f"{at_most}{row.tokens_to_baseline:,.0f}"
         times = "—" if row.times_fewer is None else f"{at_least}{row.times_fewer:.1f}"
         lines.append(
-            f"| {row.label} | {row.perplexity} |{plain} {row.seeds} | {row.dtypes} | {row.tokens:,.0f} "
+            f"| {escape(row.label)} | {row.perplexity} |{plain} {row.seeds} | {row.dtypes} | {row.tokens:,.0f} "
             f"| {row.seconds:.0f} | {reached} | {times} |"
         )
     return "\n".join(lines) + "\n"

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
-from ffgym.plugins.manager import MEASUREMENTS, STATISTICS
+from ffgym.plugins.manager import MEASUREMENTS, NAME, STATISTICS
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Resource, Sublayer, Update
 
@@ -39,7 +39,7 @@ class PluginConformance(ABC):
         """The TOML and the command line call it by its name."""
         name = type(self.make()).name
         assert isinstance(name, str), "name is a string"
-        assert name, "name is not empty"
+        assert NAME.fullmatch(name), "name has lower-case letters, digits, - and _, and begins with a letter or digit"
 
     def test_config_refuses_unknown_keys(self) -> None:
         """A typing error in the TOML is an error, not a silent default."""

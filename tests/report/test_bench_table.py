@@ -204,6 +204,11 @@ def test_markdown_says_how_it_was_measured() -> None:
     assert re.search(r"Times fewer than the \d{3} tokens that evolution took to that quality itself", text)
 
 
+def test_a_label_is_no_markup() -> None:
+    text = markdown(bench_table("Bench", [cell("a|b", 0, [(100, 3.0)])], baseline="a|b"))
+    assert "| a\\|b |" in text
+
+
 def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
     table = bench_table("Bench", results(), baseline="evolution")
     bench_figure(table, results(), tmp_path / "bench.png")
