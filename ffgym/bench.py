@@ -127,6 +127,7 @@ def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | Non
 
 def read_bench(file: Path) -> Bench:
     """Read one bench file and expand its cells, every configuration validated."""
+    file = file.expanduser()
     try:
         spec = BenchFile.model_validate(read_toml(file))
     except ValidationError as error:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +24,9 @@ WRITTEN = frozenset(
     | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
     | {"front.json", "front.md", "front.png", "latency.json", "model", "model-recovered", "model-recovered.unfinished"}
 )
-# Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it; and what is left of a model or
-# a file that was being written.
-WRITTEN_PER_POINT = re.compile(
-    r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?|\.model(-[\w.]+)?\.part-.*|\.[\w.-]+\.part"
-)
+# Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
+WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
+LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
 HUSK = frozenset({"config.toml", "run.json", "latency.json"})
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -60,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
         if place.exists() and not place.is_file():  # a device or a pipe, which nothing can take the place of
             place.write_text(text, encoding="utf-8")
             return
-        part = place.with_name(f".{place.name}.part")
+        part = place.with_name(f".{place.name}.part-{secrets.token_hex(4)}")
         try:
             part.write_text(text, encoding="utf-8")
             os.replace(part, place)
@@ -88,7 +87,7 @@ def claim_folder(config: RunConfig) -> Path:
                     hint="Choose another one with --output DIR, replace its contents with --overwrite, or go on with "
                     "an interrupted run with --resume DIR.",
                 )
-            _keep_what_it_starts_from(config, folder)
+            _keep_what_it_reads(config, folder)
             _clear(folder)
         _require_writable(folder)
     except OSError as error:
@@ -184,22 +183,32 @@ def note_mlflow_run(folder: Path, run_id: str | None) -> None:
     write_text(folder / "run.json", json.dumps({"mlflow_run": run_id}) + "\n")
 
 
-def _keep_what_it_starts_from(config: RunConfig, folder: Path) -> None:
-    """Refuse to clear the folder of the policy that the run starts from: resuming it would look for that again."""
-    if config.search.init_from is None:
-        return
-    source = Path(config.search.init_from).expanduser()  # or the id of an MLflow run, which is no path
-    if source.exists() and source.resolve().is_relative_to(folder.resolve()):
-        raise OutputError(
-            f"--overwrite would delete {source}, and search.init_from starts from it",
-            hint="Choose another folder with --output DIR.",
-        )
+def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
+    """Refuse to clear what the run itself reads, now or when it is resumed."""
+    read = {
+        "model.name": config.model.name,
+        "search.init_from": config.search.init_from,
+        "prune.latency_table": config.prune.latency_table,
+        "data.calibration": config.data.calibration,
+        "data.search": config.data.search,
+        "data.report": config.data.report,
+        "recover.corpus": config.recover.corpus,
+    }
+    for key, name in read.items():
+        if name is None:
+            continue
+        source = Path(name).expanduser()  # or something that is no path, such as the id of an MLflow run
+        if source.exists() and source.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(
+                f"--overwrite would delete {source}, and {key} names it",
+                hint="Choose another folder with --output DIR.",
+            )
 
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run wrote; refuse where anything else is there, e.g. the folder of somebody's project."""
     entries = sorted(folder.iterdir())
-    names = [path.name for path in entries]
+    names = [LEFTOVER.sub(r"\1", path.name) for path in entries]
     foreign = [name for name in names if name not in WRITTEN and not WRITTEN_PER_POINT.fullmatch(name)]
     if foreign or not (folder / "config.toml").exists():
         what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"

@@ -47,7 +47,7 @@ def make_agent(config: RunConfig) -> Agent:
                 f"search.init_from = {source!r}: agent {config.agent.name!r} takes up no policy (it has no load_state)",
                 hint="Leave --init-from out.",
             )
-        if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).exists():
+        if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).expanduser().exists():
             with tempfile.TemporaryDirectory() as folder:
                 policy = fetch_artifact(config.tracking.folder, source, "policy.json", Path(folder))
                 start = read_policy(policy, config)

@@ -6,6 +6,7 @@ model, splits -> training text that no split holds -> adapters or distillation -
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -504,7 +505,7 @@ class _Job:
         content = json.dumps({**curve, "report": as_dicts(table)}, indent=1)
         files = [
             self.checkpoint.write(CURVE, content),
-            self.checkpoint.write("config.toml", to_toml(self.config)),
+            self.checkpoint.write("config.toml", _record(self.config, dense)),
             self.checkpoint.folder / PICTURE,
         ]
         card = self.source / "README.md"
@@ -560,6 +561,13 @@ class _Job:
             f"in windows of {windows.shape[1]:,}, {str(self.loaded.dtype).removeprefix('torch.')}, "
             f"{bos_text(report.bos)}."
         )
+
+
+def _record(config: RunConfig, dense: str | None) -> str:
+    """The configuration as TOML; it names a dense model only where one is known."""
+    if dense is not None:
+        return to_toml(config.model_copy(update={"model": config.model.model_copy(update={"name": dense})}))
+    return re.sub(r"(?m)^(\[model\].*\n)name = .*\n", r"\1", to_toml(config))
 
 
 def _lora_note(curve: LoraCurve) -> str:

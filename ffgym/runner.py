@@ -39,7 +39,7 @@ from ffgym.output import (
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent
-from ffgym.recovery import Material, Recovered, check_method, gather, output_folder, train_and_save
+from ffgym.recovery import Material, Recovered, check_method, gather, output_folder, train_and_save, unfinished_folder
 from ffgym.report.front import Front
 from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.front import terminal as front_terminal
@@ -286,16 +286,21 @@ def _has_random_baseline(config: RunConfig) -> bool:
 
 
 def _recover(config: RunConfig, saved: SavedModel, material: Material, tracker: Tracker, say: Reporter) -> Recovered:
+    place = output_folder(saved.path)
     try:
         return train_and_save(
             config,
             saved.path,
-            output_folder(saved.path),
+            place,
             tracker,
             say,
+            overwrite=True,  # what lies there is of an earlier session of this run, whose folder this is
             dense=config.model.name,
             material=material,
         )
     except KeyboardInterrupt:
-        say.say(f"the pruned model is in {saved.path}; go on with: ffgym recover {saved.path}")
+        if unfinished_folder(place).exists() or not place.exists():
+            say.say(f"the pruned model is in {saved.path}; go on with: ffgym recover {saved.path}")
+        else:
+            say.say(f"the pruned model is in {saved.path}, the trained one, complete, in {place}")
         raise

@@ -502,12 +502,12 @@ def read_log(path: Path) -> Log:
     seconds = 0.0
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)  # or the next line would be glued to it
     try:
         lines = content[:whole].decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no log: {error}", hint="Delete the file to search from the start.") from None
+    if whole < len(content):
+        os.truncate(path, whole)  # or the next line would be glued to it
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -34,6 +34,7 @@ PARENT_TAG = "mlflow.parentRunId"
 METRICS_PER_BATCH = 1000  # the limits of MLflow's log_batch
 PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
+PARAM_NAME_CHARACTERS = 240  # and room for more
 TAG_CHARACTERS = 5000
 DIGEST_CHARACTERS = 36
 RESERVE_BYTES = 256 * 1024
@@ -139,7 +140,12 @@ class Tracker:
         """Log parameters to compare runs by, nested tables as dotted keys; see `log_config`."""
         if self.run_id is None:
             return
-        named = {_param_name(key): value for key, value in flatten(values).items()}
+        named: dict[str, str] = {}
+        for key, value in flatten(values).items():
+            name = _param_name(key)
+            while name in named:  # labels that differ in nothing that MLflow takes
+                name += "_"
+            named[name] = value
         flat = {key: value for key, value in named.items() if key not in self._params}
         entities = _entities()
         params = [entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in flat.items()]
@@ -384,7 +390,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _param_name(key: str) -> str:
     """With a ``_`` for what MLflow does not take in the name of a parameter, such as a bench's label may hold."""
-    return re.sub(r"[^\w\-.:/ ]", "_", key, flags=re.ASCII)
+    return re.sub(r"[^\w\-.:/ ]", "_", key)[:PARAM_NAME_CHARACTERS]
 
 
 def slug(label: str) -> str:

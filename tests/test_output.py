@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,38 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
         f"interrupted; the episodes so far are in {tmp_path / 'episodes.jsonl'}",
         f"go on where it stopped: ffgym run --resume {tmp_path}",
     ]
+
+
+@pytest.mark.parametrize("name", [".config.toml.part-0123abcd", ".model-0.20-recovered.part-0123abcd"])
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / name).write_text("")
+    assert not list(claim_folder(overwriting(tmp_path)).iterdir())
+
+
+@pytest.mark.parametrize("name", [".download.part", ".thesis.tex.part-0123abcd", ".config.toml.part"])
+def test_what_somebody_else_left_is_not(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / name).write_text("")
+    with pytest.raises(OutputError, match="--overwrite will not clear it"):
+        claim_folder(overwriting(tmp_path))
+
+
+def test_several_may_write_the_same_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_text(tmp_path / "table.md", f"{number}" * 1000), range(10)))
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+    assert len((tmp_path / "table.md").read_text()) == 1000
+
+
+@pytest.mark.parametrize("key", ["model", "report"])
+def test_a_model_or_a_text_that_is_read_is_not_overwritten(tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "model").mkdir()
+    tables = {"model": {"name": str(tmp_path / "model")}} if key == "model" else {"data": {key: str(tmp_path)}}
+    with pytest.raises(OutputError, match=f"--overwrite would delete .* and .*{key}"):
+        claim_folder(load_config(output={"dir": str(tmp_path), "overwrite": True}, **tables))
+    assert (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("start", ["", "policy.json"])

@@ -410,6 +410,30 @@ def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C waits until it is saved; resuming the run then ends as it would have ended."""
+    config = glass_config(tmp_path, **changes(method="lora"))
+    console = Console(file=io.StringIO(), width=300)
+    save = recovery.save_again
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery, "save_again", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(config, progress=console)
+    trained = tmp_path / "out" / "model-recovered"
+    assert f"the trained one, complete, in {trained}" in console.file.getvalue()  # type: ignore[attr-defined]
+    first = (trained / "model.safetensors").read_bytes()
+    result = runner.run(config, progress=console, resume=tmp_path / "out")
+    assert result.recovered is not None
+    assert (trained / "model.safetensors").read_bytes() == first
+
+
 def test_ctrl_c_behind_the_saved_model_leaves_nothing_to_go_on_with(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

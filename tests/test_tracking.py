@@ -111,12 +111,13 @@ def test_parameters_are_flat_cut_and_keep_their_first_value(root):
 
 
 def test_a_bench_may_call_its_variants_as_it_likes(root):
-    variants = {"random (wide)": 1, "50 % + 2, a=b": 2}
+    variants = {"random (wide)": 1, "50 % + 2, a=b": 2, "größe": 3, "50%": 4, "50+": 5}
     with Tracker(root, "ffgym", "run") as tracker:
         tracker.log_params({"variants": variants})
         tracker.log_params({"variants": {"random (wide)": 3}})
     params = run_of(root, tracker).data.params
-    assert params == {"variants.random _wide_": "1", "variants.50 _ _ 2_ a_b": "2"}
+    wanted = {"random _wide_": "1", "50 _ _ 2_ a_b": "2", "größe": "3", "50_": "4", "50__": "5"}
+    assert params == {f"variants.{name}": value for name, value in wanted.items()}
 
 
 def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root):

@@ -39,7 +39,9 @@ ENOUGH_CHARACTERS = 64_000_000
 DEMO_CORPORA = ("c4", "wiki", "code", "technical")
 SPEC = re.compile(r"(?P<path>[^@]+?)(?::(?P<subset>[^:@/\\]+))?(?:@(?P<split>\w[\w.-]*))?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-FILE_SUFFIXES = {".txt", ".utf8", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".zip"}
+# What ends so is meant as a file, and no hub id such as org/text-1.0.
+FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
+FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
 OFFLINE_HINT = (
     "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
     " Dataset.save_to_disk on a machine that has the network."

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from ffgym.data.corpora import Corpus, Role, load_text
-from ffgym.data.repeats import REPEATED_TOKENS, repeats
+from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ class Split:
         corpus: where its text came from.
         windows: token ids, shape (windows, window), int64. Each window predicts ``window - 1`` tokens.
         digest: sha256 of the windows: their shape, then the ids row by row.
-        bos: the corpus's token stream begins with a BOS token.
+        bos: its first window begins with a BOS token; where splits share a text, only that of the first one does.
     """
 
     name: str
@@ -95,39 +98,50 @@ def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> 
     wanted = {role: _windows_wanted(config, role) for role in ROLES}
     corpora = _load_corpora(config)
     taken: dict[Role, torch.Tensor] = {}
-    bos = adds_bos(tokenizer)
+    bos, firsts = adds_bos(tokenizer), {}
     for digest in dict.fromkeys(corpus.digest for corpus in corpora.values()):
         roles = [role for role in ROLES if corpora[role].digest == digest]
+        firsts[digest] = roles[0]
         windows = _cut_windows(corpora[roles[0]], {role: wanted[role] for role in roles}, config.window, tokenizer, bos)
         for role in roles:
             taken[role], windows = windows[: wanted[role]], windows[wanted[role] :]
 
     def split(role: Role) -> Split:
         corpus, windows = corpora[role], taken[role]
-        return Split(f"{corpus.name}/{role}", role, corpus, windows, windows_digest(windows), bos)
+        return Split(
+            f"{corpus.name}/{role}",
+            role,
+            corpus,
+            windows,
+            windows_digest(windows),
+            bos and firsts[corpus.digest] == role,
+        )
 
     splits = Splits(split("calibration"), split("search"), split("report"))
-    for later, earlier in ((splits.search, splits.calibration), (splits.report, splits.calibration)):
-        _check_apart(later, earlier)
-    _check_apart(splits.report, splits.search)
+    for one, other in combinations((splits.calibration, splits.search, splits.report), 2):
+        _check_apart(one, other)
     return splits
 
 
-def _check_apart(split: Split, other: Split) -> None:
+def _check_apart(one: Split, other: Split) -> None:
     """Refuse two corpora that hold the same text, such as a copy in another format; one text is cut apart anyway.
 
-    Quotations and boilerplate that two real corpora share are no more than ``MOST_REPEATED`` of their windows.
+    Quotations and boilerplate that two real corpora share are far less than ``MOST_REPEATED`` of either.
     """
-    if split.corpus.digest == other.corpus.digest or split.windows.shape[1] < REPEATED_TOKENS:
+    if one.corpus.digest == other.corpus.digest:
         return
-    repeated = repeats(split.windows.numpy(), other.windows.numpy(), REPEATED_TOKENS)
-    if repeated.mean() > MOST_REPEATED:
-        raise DataError(
-            f"data.{split.role} = {split.corpus.name!r} and data.{other.role} = {other.corpus.name!r} hold the same "
-            f"text: {int(repeated.sum())} of {len(repeated)} windows of the {split.role} split repeat "
-            f"{REPEATED_TOKENS} tokens or more of the {other.role} split",
-            hint="Name one text once for both, which is then cut apart, or two different ones.",
-        )
+    runs_of_one, runs_of_other = (
+        run_hashes(split.windows.numpy().reshape(1, -1), REPEATED_TOKENS) for split in (one, other)
+    )
+    for split, its, others in ((one, runs_of_one, runs_of_other), (other, runs_of_other, runs_of_one)):
+        repeated = float(np.isin(its, others).mean()) if its.size else 0.0
+        if repeated > MOST_REPEATED:
+            raise DataError(
+                f"data.{one.role} = {one.corpus.name!r} and data.{other.role} = {other.corpus.name!r} hold the same "
+                f"text: {repeated:.0%} of the {split.role} split stands in the other one too, in runs of "
+                f"{REPEATED_TOKENS} tokens or more",
+                hint="Name one text once for both, which is then cut apart, or two different ones.",
+            )
 
 
 def windows_digest(windows: torch.Tensor) -> str:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ffgym.errors import OutputError, RecoveryError
+from ffgym.models.loading import weight_files
 from ffgym.types import JSONDict
 
 IDENTITY = "identity.json"
@@ -66,7 +67,7 @@ class Checkpoint:
 
         Raises:
             RecoveryError: they belong to another training.
-            OutputError: the folder is something else, or cannot be written to.
+            OutputError: the folder is something else, or cannot be made or written to.
         """
         path = self.folder / IDENTITY
         if self.folder.exists() and not path.is_file() and self._holds_something():
@@ -78,18 +79,13 @@ class Checkpoint:
             self._check(path, overwrite)
         if self.exists:
             return
-        unfinished = path.with_name(f".{IDENTITY}.part")
-        with _writing(path):
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                unfinished.write_text(json.dumps(self.identity, indent=2), encoding="utf-8")
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        self.write(IDENTITY, json.dumps(self.identity, indent=2))
 
     def _holds_something(self) -> bool:
         """More than what a claim leaves that a full disk has ended."""
-        return not self.folder.is_dir() or any(path.suffix != ".part" for path in self.folder.iterdir())
+        return not self.folder.is_dir() or any(path.name != f".{IDENTITY}.part" for path in self.folder.iterdir())
 
     def _check(self, path: Path, overwrite: bool) -> None:
         try:
@@ -128,10 +124,15 @@ class Checkpoint:
                 unfinished.unlink(missing_ok=True)
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file for people beside the parts; its path."""
+        """Write a text file beside the parts, whole or not at all; its path."""
         path = self.folder / name
+        unfinished = path.with_name(f".{name}.part")
         with _writing(path):
-            path.write_text(text, encoding="utf-8")
+            try:
+                unfinished.write_text(text, encoding="utf-8")
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
         return path
 
     def load(self, name: str) -> Part | None:
@@ -171,9 +172,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a model folder, in the order of their names."""
+    """SHA-256 over the safetensors files that are loaded of a model folder, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -66,11 +66,13 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
     """
     if given is not None:
         return DenseModel(given, None, "--dense")
-    for run in (folder / "config.toml", folder.resolve().parent / "config.toml"):
-        if run.is_file():
-            table = read_toml(run).get("model", {})
-            # A run's file holds every key; one that somebody wrote may leave out what is the default.
-            return DenseModel(str(table.get("name", "demo")), table.get("revision") or None, str(run))
+    own, run = folder / "config.toml", folder.resolve().parent / "config.toml"
+    for file in (own, run):
+        table = read_toml(file).get("model", {}) if file.is_file() else {}
+        # A run's file holds every key; one that somebody wrote may leave out what is the default. What training wrote
+        # leaves the name out where nobody knew it.
+        if "name" in table or (file == run and file.is_file()):
+            return DenseModel(str(table.get("name", "demo")), table.get("revision") or None, str(file))
     card = folder / "README.md"
     base = _base_model(card)
     if base is not None:

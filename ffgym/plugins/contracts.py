@@ -298,11 +298,11 @@ def check_update(agent: Agent, update: Update) -> None:
         if not (isinstance(name, str) and _can_be_logged(name)):
             raise PluginError(f"{where}: a diagnostic is called {name!r}", hint=METRIC_HINT)
         try:
-            if isinstance(value, str):
-                raise TypeError
-            float(value)
+            number = None if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError):
-            raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number") from None
+            number = None
+        if number is None:
+            raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number")
 
 
 def _can_be_logged(name: str) -> bool:

@@ -102,7 +102,7 @@ def measurement(
         tokens: predicted tokens.
         window: tokens in one window.
         dtype: of the weights and activations, e.g. ``"bfloat16"``.
-        bos: the text starts with the beginning-of-sequence token, and so its first window does.
+        bos: the first window starts with the beginning-of-sequence token.
         calibration: corpus, split and tokens of the statistics and the refit.
         seed: the run's seed.
         context: tokens of context at which MACs per token are counted.
@@ -115,7 +115,7 @@ def measurement(
 
 
 def bos_text(bos: bool) -> str:
-    """Say whether a text that is cut into windows starts with BOS."""
+    """Say which windows start with BOS, where the first one does or does not."""
     return "BOS before the first window alone" if bos else "without BOS"
 
 

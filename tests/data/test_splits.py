@@ -107,15 +107,31 @@ def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, role):
     copy.write_text(words(0, 2000) + "\n")
     names = {"calibration": corpora["b"], "search": corpora["b"], role: corpora["a"], "report": str(copy)}
     asked = config(**names, window=60, calibration_tokens=600, search_tokens=300, report_tokens=300)
-    with pytest.raises(DataError, match=rf"hold the same text: 5 of 5 windows .* of the {role} split") as raised:
+    with pytest.raises(DataError, match=rf"data\.{role} = .* hold the same text: \d+% of the") as raised:
         make_splits(asked, PLAIN, context_limit=64)
     assert "Name one text once" in raised.value.hint
 
 
+def test_a_small_part_of_a_large_split_is_refused_as_well(corpora, tmp_path):
+    """5 % of the report split, and all of the search split."""
+    part = tmp_path / "part.md"
+    part.write_text(words(900, 70))
+    asked = config(corpora["b"], str(part), corpora["a"], window=60, search_tokens=60, report_tokens=1200)
+    with pytest.raises(DataError, match="hold the same text: 100% of the search split"):
+        make_splits(asked, PLAIN, context_limit=64)
+
+
+def test_bos_is_said_of_the_split_that_has_it(corpora):
+    shared = make_splits(config(corpora["a"], corpora["b"], corpora["a"]), word_tokenizer(bos=True), context_limit=64)
+    assert [shared.calibration.bos, shared.search.bos, shared.report.bos] == [True, True, False]
+    assert shared.report.windows[0, 0] != 1
+
+
 def test_a_quotation_is_no_copy(corpora, tmp_path):
     other = tmp_path / "other.md"
-    other.write_text(f"{words(2000, 620)} {words(0, 55)} {words(2700, 300)}")
-    asked = config(corpora["a"], corpora["a"], str(other), window=60, report_tokens=900)
+    other.write_text(f"{words(2000, 300)} {words(0, 58)} {words(2400, 300)} {words(100, 58)} {words(2700, 300)}")
+    sizes = {"calibration_tokens": 600, "search_tokens": 600, "report_tokens": 900}
+    asked = config(corpora["a"], corpora["a"], str(other), window=60, **sizes)
     assert len(make_splits(asked, PLAIN, context_limit=64).report.windows) == 15
 
 

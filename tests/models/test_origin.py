@@ -56,6 +56,8 @@ class TestDense:
         (run / "config.toml").write_text("[model]\nname = 'somebody/else'\n")
         (run / "model" / "config.toml").write_text("[model]\nname = 'a/b'\n")
         assert dense_model(run / "model", None).name == "a/b"
+        (run / "model" / "config.toml").write_text("[model]\ndtype = 'float32'\n")
+        assert dense_model(run / "model", None).name == "somebody/else", "training was not told which one"
 
     @pytest.mark.parametrize("text", ["", "seed = 1\n", '[model]\ndtype = "float32"\n'])
     def test_a_run_that_does_not_say_was_the_default(self, run, text):
