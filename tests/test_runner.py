@@ -744,7 +744,7 @@ def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, monkeypatch: 
     write_text = Path.write_text
 
     def write(self: Path, *args: Any, **kwargs: Any) -> int:
-        return full_disk() if self.name == f"{where}.json" else write_text(self, *args, **kwargs)
+        return full_disk() if f"{where}.json" in self.name else write_text(self, *args, **kwargs)
 
     places: dict[str, tuple[Any, str, Any]] = {
         "episodes": (search, "episode_to_json", full_disk),
