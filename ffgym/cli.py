@@ -141,8 +141,9 @@ def _stored(resume: Path | None) -> Path | None:
         return None
     from ffgym.output import stored_config
 
-    stored_config(resume.expanduser())
-    return resume.expanduser() / "config.toml"
+    folder = resume.expanduser()
+    stored_config(folder)
+    return folder / "config.toml"
 
 
 @app.callback(invoke_without_command=True)

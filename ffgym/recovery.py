@@ -292,10 +292,11 @@ def text_line(config: RunConfig, material: Material) -> str:
     """What is trained on, how much of it there is, and how often it is seen."""
     text, tokens = material.text, config.recover.tokens
     available = text.windows.numel()
+    epochs = tokens / available
     left_out = f", {text.left_out} windows left out that repeat other splits" if text.left_out else ""
     return (
         f"training text: {text.corpus.name} ({text.corpus.split}), {available:,} tokens outside the search and report "
-        f"splits{left_out}; {tokens:,} to learn from, {tokens / available:,.1f} epochs"
+        f"splits{left_out}; {tokens:,} to learn from, {f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs"
     )
 
 

@@ -7,8 +7,9 @@ stream begins with BOS where the tokenizer adds one. It is cut into windows that
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -118,27 +119,25 @@ def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> 
         )
 
     splits = Splits(split("calibration"), split("search"), split("report"))
-    for one, other in combinations((splits.calibration, splits.search, splits.report), 2):
-        _check_apart(one, other)
+    _check_apart((splits.calibration, splits.search, splits.report))
     return splits
 
 
-def _check_apart(one: Split, other: Split) -> None:
+def _check_apart(splits: Sequence[Split]) -> None:
     """Refuse two corpora that hold the same text, such as a copy in another format; one text is cut apart anyway.
 
     Quotations and boilerplate that two real corpora share are far less than ``MOST_REPEATED`` of either.
     """
-    if one.corpus.digest == other.corpus.digest:
-        return
-    runs_of_one, runs_of_other = (
-        run_hashes(split.windows.numpy().reshape(1, -1), REPEATED_TOKENS) for split in (one, other)
-    )
-    for split, its, others in ((one, runs_of_one, runs_of_other), (other, runs_of_other, runs_of_one)):
-        repeated = float(np.isin(its, others).mean()) if its.size else 0.0
+    runs = {split.role: run_hashes(split.windows.numpy().reshape(1, -1), REPEATED_TOKENS) for split in splits}
+    for split, other in permutations(splits, 2):
+        its = runs[split.role]
+        if split.corpus.digest == other.corpus.digest or not its.size:
+            continue
+        repeated = float(np.isin(its, runs[other.role]).mean())
         if repeated > MOST_REPEATED:
             raise DataError(
-                f"data.{one.role} = {one.corpus.name!r} and data.{other.role} = {other.corpus.name!r} hold the same "
-                f"text: {repeated:.0%} of the {split.role} split stands in the other one too, in runs of "
+                f"data.{split.role} = {split.corpus.name!r} and data.{other.role} = {other.corpus.name!r} hold the "
+                f"same text: {repeated:.0%} of the {split.role} split stands in the other one too, in runs of "
                 f"{REPEATED_TOKENS} tokens or more",
                 hint="Name one text once for both, which is then cut apart, or two different ones.",
             )

@@ -114,25 +114,15 @@ class Checkpoint:
             OutputError: it cannot be written.
         """
         path = self.folder / f"{name}{SUFFIX}"
-        unfinished = path.with_name(f".{name}.part")
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        with _writing(path):
-            try:
-                save_file(plain, unfinished, {"facts": json.dumps(facts)})
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        with _replacing(path) as unfinished:
+            save_file(plain, unfinished, {"facts": json.dumps(facts)})
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file beside the parts, whole or not at all; its path."""
         path = self.folder / name
-        unfinished = path.with_name(f".{name}.part")
-        with _writing(path):
-            try:
-                unfinished.write_text(text, encoding="utf-8")
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+        with _replacing(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
         return path
 
     def load(self, name: str) -> Part | None:
@@ -169,6 +159,18 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} could not be written: {error}",
             hint="Make room on the disk, or choose another --output; an interrupted training goes on where it was.",
         ) from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which takes the file's own place in one move where the block ends well."""
+    unfinished = path.with_name(f".{path.name}.part")
+    with _writing(path):
+        try:
+            yield unfinished
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def weights_digest(folder: Path) -> str:

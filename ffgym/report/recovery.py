@@ -75,8 +75,8 @@ def as_dicts(table: RecoveryTable) -> list[JSONDict]:
     return [
         {
             "label": row.label,
-            "perplexity": row.evaluation.perplexity if math.isfinite(row.evaluation.perplexity) else None,
-            "loss": row.evaluation.loss if math.isfinite(row.evaluation.loss) else None,
+            "perplexity": finite(row.evaluation.perplexity),
+            "loss": finite(row.evaluation.loss),
             "loss_stderr": finite(loss_error(row.evaluation)),
             "parameters": row.parameters,
         }
