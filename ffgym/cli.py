@@ -16,13 +16,17 @@ import typer
 from typer.core import TyperGroup
 
 from ffgym.config import PruneTable, RunConfig, TrackingTable, load_config, to_toml
-from ffgym.errors import ConfigError, FFGymError
+from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
 from ffgym.plugins import manager
 from ffgym.version import __version__
 
+OUT_OF_MEMORY = (
+    "Set model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or take a smaller model."
+)
+
 
 class Guarded(TyperGroup):
-    """Turns errors that ffgym raises on purpose into a message and exit 1, and Ctrl-C into exit 130."""
+    """Turns errors raised on purpose, and too little memory, into a message and exit 1, and Ctrl-C into exit 130."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -32,6 +36,13 @@ class Guarded(TyperGroup):
             typer.secho(f"error: {error.message}", fg="red", err=True)
             if error.hint is not None:
                 typer.echo(f"hint: {error.hint}", err=True)
+            raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).strip().split("\n")[0]
+            typer.secho(f"error: memory is too small{': ' * bool(said)}{said}", fg="red", err=True)
+            typer.echo(f"hint: {OUT_OF_MEMORY}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

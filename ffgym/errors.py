@@ -30,6 +30,18 @@ class FFGymError(Exception):
         return _restored, (type(self), self.args, self.__dict__)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was too small, a device's or the machine's.
+
+    torch says so with an error of its own on CUDA, and with plain RuntimeErrors elsewhere: for mps, for cuBLAS, for a
+    CUDA context, and for the CPU.
+    """
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def _restored(cls: type[FFGymError], args: tuple[Any, ...], state: dict[str, Any]) -> FFGymError:
     error = cls.__new__(cls, *args)
     error.__dict__.update(state)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ffgym.errors import ConfigError, ModelError, OutputError
+from ffgym.errors import ConfigError, ModelError, OutputError, is_out_of_memory
 from ffgym.evaluation.latency import LatencyTable, to_json
 from ffgym.evaluation.latency_cache import cached_table, place_of
 from ffgym.evaluation.memory import Job, measure_memory
@@ -299,7 +299,9 @@ def _within_memory(workload: Workload) -> Iterator[None]:
     """Say which prompts a GPU's memory is too small for."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ModelError(
             f"prompts of {workload.batch} x {workload.length} tokens do not fit the device's memory beside both models",
             hint="Use smaller --batch-sizes or --prompt-lengths, or --device cpu.",

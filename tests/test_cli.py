@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ffgym
@@ -236,6 +237,37 @@ def test_error_of_the_runner_is_a_message_a_hint_and_exit_1(monkeypatch: pytest.
     done = call("run")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == "error: no such folder\nhint: Look again.\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_said_without_a_traceback(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise error
+
+    replace_module(monkeypatch, "ffgym.runner", run=full)
+    done = call("run")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: memory is too small")
+    assert str(error).split("\n")[0] in done.stderr
+    assert "More lines" not in done.stderr
+    assert "model.dtype=bfloat16" in done.stderr
+
+
+def test_another_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    replace_module(monkeypatch, "ffgym.runner", run=broken)
+    assert isinstance(call("run").exception, RuntimeError)
 
 
 def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,4 +37,4 @@ class Random(Criterion):
         columns = weight.detach().float().cpu().T.contiguous().numpy()
         digests = (hashlib.blake2b(column.tobytes(), key=key, digest_size=6).digest() for column in columns)
         numbers = [int.from_bytes(digest, "little") / 2**48 for digest in digests]
-        return torch.tensor(numbers, dtype=torch.float64, device=weight.device)
+        return torch.tensor(numbers, dtype=torch.float64)

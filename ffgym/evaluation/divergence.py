@@ -32,7 +32,7 @@ def remember(model: Any, window: torch.Tensor) -> tuple[float, torch.Tensor]:
         a bfloat16 model computes is kept bit for bit, and the dense model's divergence from itself is exactly 0.
     """
     hidden, targets = predicting(model, window[None])
-    loss = token_losses(model, hidden[0], targets[0]).double().mean()
+    loss = token_losses(model, hidden[0], targets[0]).cpu().double().mean()
     return float(loss), hidden[0].cpu()
 
 
@@ -63,7 +63,7 @@ def evaluate_against(
         hidden, targets = predicting(model, windows[start : start + size])
         dense = torch.stack(list(dense_hidden[start : start + size]))
         flat = token_divergences(model, hidden.flatten(0, 1), dense.flatten(0, 1), targets.flatten(), needs)
-        rows.append(flat.view(3, *targets.shape).double().mean(dim=2).cpu())
+        rows.append(flat.view(3, *targets.shape).cpu().double().mean(dim=2))
     losses, forward, backward = (tuple(column) for column in torch.cat(rows, dim=1).tolist())
     return Evaluation(
         losses,

@@ -105,7 +105,7 @@ def _run(job: Job) -> Memory | None:
 
     import ffgym.models  # noqa: F401 - what it imports belongs to what was there before
     from ffgym.evaluation.speed import Workload, generate, prompt
-    from ffgym.models.loading import load
+    from ffgym.models.loading import devices_of, load
 
     torch.set_num_threads(job.threads)
     before = _resident()
@@ -113,10 +113,14 @@ def _run(job: Job) -> Memory | None:
     generate(loaded.model, prompt(loaded.model, Workload(1, 1)))
     _release()
     if loaded.device.type == "cuda":
-        held = torch.cuda.memory_allocated(loaded.device)
-        torch.cuda.reset_peak_memory_stats(loaded.device)
+        devices = devices_of(loaded.model)
+        held = sum(torch.cuda.memory_allocated(device) for device in devices)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
-        return Memory("cuda", 0, held, torch.cuda.max_memory_allocated(loaded.device), False)
+        return Memory("cuda", 0, held, sum(torch.cuda.max_memory_allocated(device) for device in devices), False)
+    if loaded.device.type != "cpu":
+        return None  # what is resident is not what lies on such a device
     settled = _resident()
     with_loading = not _forget_peak()
     generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))

@@ -50,7 +50,7 @@ def window_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
     """Mean loss of each window in one forward pass; shape (windows,), float64, on the CPU."""
     hidden, targets = predicting(model, windows)
     flat = token_losses(model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
-    return flat.reshape(targets.shape).double().mean(dim=1).cpu()
+    return flat.reshape(targets.shape).cpu().double().mean(dim=1)
 
 
 def predicting(model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

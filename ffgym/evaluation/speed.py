@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ffgym.evaluation.size import SizeMeter
-from ffgym.evaluation.timing import Spread, devices_of, timed
+from ffgym.evaluation.timing import Spread, timed
+from ffgym.models.loading import devices_of
 
 DECODE_TOKENS = 16
 

@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from ffgym.evaluation.latency import Curve, LatencyTable, LayerShape, layer_shapes, model_shape
-from ffgym.evaluation.timing import Spread, devices_of, timed
+from ffgym.evaluation.timing import Spread, timed
 from ffgym.models.capture import OnProgress
 from ffgym.models.families import Family, family_of
+from ffgym.models.loading import devices_of
 from ffgym.models.surgery import Half
 from ffgym.pruning.latency import grid
 
@@ -183,11 +184,18 @@ def _probes(model: Any, ids: torch.Tensor) -> list[_Probe]:
         sublayer = sublayers[index]
         layer = layers[sublayer.layer]
         args, kwargs = _arguments(model, _entered(family, layer, shape), ids)
-        twin = copy.deepcopy(layer)
+        twin = _copied(layer)
         call = _attention(family, twin) if shape.kind == "attention" else _mlp(family, twin)
         half = Half(family, twin, sublayer)
         probes.append(_Probe(shape, half, _bound(call, args, kwargs), devices_of(twin)))
     return probes
+
+
+def _copied(layer: nn.Module) -> nn.Module:
+    """A copy of a decoder layer, without what accelerate's hooks share with the rest of the model: tied embeddings."""
+    hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
+    shared = (getattr(hook, "tied_params_map", None) for hook in hooks)
+    return copy.deepcopy(layer, {id(tied): tied for tied in shared if tied is not None})
 
 
 def _bound(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -22,10 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-
 from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset, task_splits
-from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, UnknownNameError
+from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, UnknownNameError, is_out_of_memory
 
 if TYPE_CHECKING:
     from ffgym.models.loading import LoadedModel
@@ -351,7 +349,9 @@ def evaluate_task(
                 limit=limit,
                 log_samples=False,
             )
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ModelError(
             f"not enough memory for task {task.name!r} at batch_size = {batch_size}", hint="Use a smaller --batch-size."
         ) from error

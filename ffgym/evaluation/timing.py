@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 Result = TypeVar("Result")
 
@@ -33,11 +32,6 @@ class Spread:
         """Median and quartiles of at least one value."""
         low, median, high = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75))
         return cls(float(median), float(low), float(high))
-
-
-def devices_of(model: nn.Module) -> set[torch.device]:
-    """Every device that a parameter lies on."""
-    return {parameter.device for parameter in model.parameters()}
 
 
 def timed(action: Callable[[], Result], devices: set[torch.device]) -> tuple[Result, float]:

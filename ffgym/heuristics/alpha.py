@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ffgym.heuristics.owl import spread
 from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.pruning.precision import in_float64
 from ffgym.types import SublayerView
 
 # Eigenvalues below this share of the largest are rounding, not spectrum.
@@ -50,7 +51,7 @@ def eigenvalues(weight: torch.Tensor) -> np.ndarray:
     Returns:
         shape (rank,), float64.
     """
-    W = weight.double()
+    W = in_float64(weight)
     values = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W)
     return np.asarray(values[values > SMALLEST_EIGENVALUE * values[-1]].cpu())
 

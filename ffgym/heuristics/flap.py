@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ffgym.heuristics.reference import reference_sparsity
 from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.pruning.precision import in_float64
 from ffgym.types import SublayerView
 
 
@@ -47,7 +48,7 @@ class Flap(Heuristic):
 
 def standardised_units(view: SublayerView) -> np.ndarray:
     """Z-scores of the units' fluctuation, shape (units,); 0 everywhere where all channels fluctuate alike."""
-    fluctuation = (view.stats.variance * view.weight.float().square().sum(dim=0)).double()
+    fluctuation = in_float64(view.stats.variance * view.weight.float().square().sum(dim=0))
     spread = fluctuation.std(correction=0)
     z = (fluctuation - fluctuation.mean()) / spread if spread > 0 else fluctuation * 0
     return z.reshape(view.sublayer.units, -1).mean(dim=1).cpu().numpy()

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ffgym.heuristics.owl import spread
 from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.pruning.precision import in_float64
 from ffgym.types import SublayerView
 
 
@@ -40,7 +41,7 @@ class GateScaling(Heuristic):
 def gate_sensitivity(view: SublayerView) -> float:
     """|dL/dg| of a factor g on the consumer's output, in nats per token."""
     assert view.stats.gradient is not None, "needs gradient"
-    return abs(float((view.weight.double() * view.stats.gradient.double()).sum()))
+    return abs(float((in_float64(view.weight) * in_float64(view.stats.gradient)).sum()))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.pruning.precision import in_float64
 from ffgym.types import SublayerView
 
 
@@ -38,7 +39,7 @@ def outlier_ratio(view: SublayerView, threshold: float) -> float:
     """Share of the elements |W_ij| * E[x_j^2]^(1/2) that exceed ``threshold`` times their mean, in [0, 1]."""
     assert view.stats.square is not None, "needs square"
     scores = view.weight.float().abs() * view.stats.square.float().sqrt()
-    return float((scores > threshold * scores.mean()).double().mean())
+    return float(in_float64(scores > threshold * scores.mean()).mean())
 
 
 def spread(values: Sequence[float] | np.ndarray, span: float) -> np.ndarray:

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,30 +182,38 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's random state on the CPU and, where the device is a GPU, there."""
+def random_state(devices: Collection[torch.device]) -> dict[str, torch.Tensor]:
+    """torch's random state on the CPU and on those of the devices that have one of their own."""
     state = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["random.cuda"] = torch.cuda.get_rng_state(device)
+    for device in devices:
+        if device.type == "cuda":
+            state[f"random.{device}"] = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            state[f"random.{device}"] = torch.mps.get_rng_state()
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, torch.Tensor], devices: Collection[torch.device]) -> None:
     """Undo what was drawn since ``random_state``."""
     torch.set_rng_state(state["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in state:
-        torch.cuda.set_rng_state(state["random.cuda"], device)
+    for device in devices:
+        if (saved := state.get(f"random.{device}")) is None:
+            continue
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved, device)
+        elif device.type == "mps":
+            torch.mps.set_rng_state(saved)
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+def own_randomness(seed: int, devices: Collection[torch.device]) -> Iterator[None]:
     """Seed torch for a block, and hand the caller's random state back after it."""
-    before = random_state(device)
+    before = random_state(devices)
     torch.manual_seed(seed)
     try:
         yield
     finally:
-        set_random_state(before, device)
+        set_random_state(before, devices)
 
 
 @contextmanager

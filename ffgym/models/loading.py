@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import nn
 
 from ffgym.data.assets import SMOLLM2, cache_dir, fetch, write_folder_once
-from ffgym.errors import ModelError
+from ffgym.errors import ModelError, is_out_of_memory
 
 logger = logging.getLogger("ffgym")
 
@@ -101,6 +102,12 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     model, tokenizer = _load_checkpoint(source, name, revision, chosen, options)
     if device != "balanced":
         model = _move(model, target)
+    elif any(place.type != "cuda" for place in devices_of(model)):  # "meta": on the disk, brought in for each call
+        raise ModelError(
+            f"model {name!r} does not fit the GPUs: part of it would stay on the CPU or the disk,"
+            " and cannot be cut there",
+            hint="Use more or larger GPUs, model.dtype bfloat16, or model.device cpu.",
+        )
     model.eval()
     model.requires_grad_(False)
     commit = getattr(model.config, "_commit_hash", None)
@@ -108,6 +115,11 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
         description = f"{description} at {commit[:12]}"
     first = next(model.parameters())
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Every device that a parameter lies on."""
+    return {parameter.device for parameter in model.parameters()}
 
 
 def check_source(name: str) -> None:
@@ -337,6 +349,11 @@ def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
 
 def _loading_error(error: Exception, source: str, name: str) -> ModelError:
     said = _said(error)
+    if is_out_of_memory(error):
+        return ModelError(
+            f"model {name!r} does not fit into memory: {said}",
+            hint="Use a smaller model, model.dtype bfloat16, model.device cpu, or balanced over several GPUs.",
+        )
     if "trust_remote_code" in str(error):
         return ModelError(
             f"model {name!r} needs code from its own checkpoint, which is never run",
@@ -477,7 +494,8 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     least 1.5 times as fast as float32's, else float32. Elsewhere: float32.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # the question is always about the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and cpu_bfloat16_speedup() >= WORTHWHILE_SPEEDUP:
         return torch.bfloat16
     return torch.float32
@@ -534,7 +552,7 @@ def _choose_device(device: str) -> torch.device:
 def _move(model: Any, device: torch.device) -> Any:
     try:
         return model.to(device)
-    except (RuntimeError, NotImplementedError) as error:  # out of memory, or a device this torch was not built for
+    except (RuntimeError, AssertionError) as error:  # out of memory, or a device this torch was not built for
         raise ModelError(
             f"the model cannot be moved to {device}: {str(error).splitlines()[0]}",
             hint="Use a smaller model, model.device cpu, or balanced over several GPUs.",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffgym.errors import RecoveryError
+from ffgym.errors import RecoveryError, is_out_of_memory
 from ffgym.models.checkpoint import (
     Checkpoint,
     held_back_interrupts,
@@ -27,6 +27,7 @@ from ffgym.models.checkpoint import (
     set_random_state,
 )
 from ffgym.models.families import Family
+from ffgym.models.loading import devices_of
 from ffgym.models.training import LARGEST_GRADIENT, batch_at, rate_at
 
 ADAPTER = "default"
@@ -133,8 +134,8 @@ def train_lora(
     """
     require_peft()
     saved = None if checkpoint is None else checkpoint.load(PART)
-    device = model.get_input_embeddings().weight.device
-    with own_randomness(settings.seed, device), _checkpointed_activations(model, settings.gradient_checkpointing):
+    devices = devices_of(model)
+    with own_randomness(settings.seed, devices), _checkpointed_activations(model, settings.gradient_checkpointing):
         adapted = _add_adapters(model, family, settings)
         training = _Training(model, windows, settings, held_out_loss, checkpoint, on_step)
         if saved is not None:
@@ -173,7 +174,8 @@ class _Training:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
-        self._random = random_state(self._device)
+        self._devices = devices_of(model)
+        self._random = random_state(self._devices)
 
     @property
     def step(self) -> int:
@@ -195,7 +197,9 @@ class _Training:
         except KeyboardInterrupt:
             self.save()
             raise
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise RecoveryError(
                 f"training ran out of memory on {self._device}",
                 hint="Set recover.gradient_checkpointing=true, a shorter recover.window, or model.device=cpu; "
@@ -231,7 +235,7 @@ class _Training:
                     moments = {k: tensors[f"{k}.{name}"].to(parameter) for k in ("exp_avg", "exp_avg_sq")}
                     self._optimiser.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         self._random = {name: state for name, state in tensors.items() if name.startswith("random.")}
-        set_random_state(self._random, self._device)
+        set_random_state(self._random, self._devices)
 
     def _is_due(self) -> bool:
         return self.step % self._settings.evaluate_every == 0 or self.step == self._settings.steps
@@ -264,7 +268,7 @@ class _Training:
                 group["lr"] = rate_at(step, settings.steps, settings.learning_rate)
             self._optimiser.step()
             self.curve.train.append(loss)
-            self._random = random_state(self._device)
+            self._random = random_state(self._devices)
         self._tell()
 
     def _gradient(self, batch: torch.Tensor) -> float:

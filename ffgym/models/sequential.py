@@ -16,6 +16,7 @@ from torch import nn
 from ffgym.models.capture import OnProgress
 from ffgym.models.surgery import Half, PrunableModel
 from ffgym.pruning.calibration import sequential_refit
+from ffgym.pruning.precision import in_float64, sum_in_float64
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -79,8 +80,8 @@ class _CrossMoments:
         self.tokens += len(x)
         self.cross = self.cross + x.T @ y
         self.moment = self.moment + y.T @ y
-        self.dense_sum = self.dense_sum + x.sum(dim=0, dtype=torch.float64)
-        self.pruned_sum = self.pruned_sum + y.sum(dim=0, dtype=torch.float64)
+        self.dense_sum = self.dense_sum + sum_in_float64(x)
+        self.pruned_sum = self.pruned_sum + sum_in_float64(y)
 
 
 def _refit(
@@ -94,22 +95,22 @@ def _refit(
     weight, bias = half.dense_consumer
     if units == 0:
         if half.affine:
-            mean = sum(target.flatten(0, -2).double().mean(dim=0) for target in targets) / len(targets)
-            half.set_bias((0 if bias is None else bias.double()) + weight.double() @ mean)
+            mean = sum(in_float64(target.flatten(0, -2)).mean(dim=0) for target in targets) / len(targets)
+            half.set_bias((0 if bias is None else in_float64(bias)) + in_float64(weight) @ mean)
         return
     sums = _CrossMoments()
     for target, states in zip(targets, hidden, strict=True):
         sums.update(target, linear_input(run, half.consumer, states))
     assert isinstance(sums.cross, torch.Tensor)
     assert isinstance(sums.moment, torch.Tensor)
-    cross, moment = sums.cross.double() / sums.tokens, sums.moment.double() / sums.tokens
+    cross, moment = in_float64(sums.cross) / sums.tokens, in_float64(sums.moment) / sums.tokens
     anchor = half.path.weight_at(moment.shape[0]) if half.path is not None else None
     if not half.affine:
         half.set_consumer(sequential_refit(weight, cross, moment, ridge, anchor), bias)
         return
     x, y = torch.as_tensor(sums.dense_sum) / sums.tokens, torch.as_tensor(sums.pruned_sum) / sums.tokens
     refit = sequential_refit(weight, cross - torch.outer(x, y), moment - torch.outer(y, y), ridge, anchor)
-    moved = (0 if bias is None else bias.double()) + weight.double() @ x - refit.double() @ y
+    moved = (0 if bias is None else in_float64(bias)) + in_float64(weight) @ x - in_float64(refit) @ y
     half.set_consumer(refit, moved)
 
 

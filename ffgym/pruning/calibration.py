@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 
 from ffgym.errors import CalibrationError
+from ffgym.pruning.precision import in_float64
 
 RIDGE_GRID = (1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_LEVELS = (0.9, 0.75, 0.5)
@@ -81,8 +82,8 @@ def scale(second_moment: torch.Tensor) -> torch.Tensor:
 
 def covariance(second_moment: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
     """G, or G - mu mu^T where a mean is given; shape (n, n), float64."""
-    moment = second_moment.double()
-    return moment if mean is None else moment - torch.outer(mean.double(), mean.double())
+    moment = in_float64(second_moment)
+    return moment if mean is None else moment - torch.outer(in_float64(mean), in_float64(mean))
 
 
 def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -142,10 +143,10 @@ class NestedRidge:
         bias: torch.Tensor | None = None,
     ) -> None:
         lower = cholesky(covariance(second_moment, mean), ridge)
-        projected = weight.double() @ lower
+        projected = in_float64(weight) @ lower
         self._weight = weight  # the model's own tensor: no copy
-        self._projected = projected.float()
-        self._inverse = inverse(lower).float()
+        self._projected = projected.float().to(weight.device)
+        self._inverse = inverse(lower).float().to(weight.device)
         self._mean = mean
         self._bias = None if bias is None else bias.float()
         self.removal_error = suffix_energy(projected.square().sum(dim=0))
@@ -172,7 +173,7 @@ class NestedRidge:
         Returns:
             shape (n + 1,), float64, nats per token.
         """
-        B, F = self._projected.double(), output_gradient.double()
+        B, F = in_float64(self._projected), in_float64(output_gradient)
         return suffix_energy(0.5 * ((F @ B) * B).sum(dim=0))
 
     def weight_at(self, channels: int) -> torch.Tensor:
@@ -231,11 +232,11 @@ def pick_ridge(
         the chosen lambda.
     """
     width = weight.shape[1]
-    W, target = weight.float(), held_out.float()
+    W, target = weight.to(fit.device).float(), held_out.to(fit.device).float()
     total = torch.zeros(len(grid), len(levels), dtype=torch.float64)
     for row, ridge in enumerate(grid):
         # Only the factorisation needs float64; for comparing errors its results may be rounded.
-        C = cholesky(fit.double(), ridge).float()
+        C = cholesky(in_float64(fit), ridge).float().to(fit.device)
         B, D = W @ C, inverse(C)
         for column, level in enumerate(levels):
             k = min(max(round(level * width), 1), width)
@@ -268,7 +269,7 @@ def sequential_refit(
         W', shape (m, k), float32.
     """
     k = moment.shape[0]
-    W = weight.double()
+    W = in_float64(weight)
     lower = cholesky(moment, ridge)
-    right = W @ cross + ridge * scale(moment) * (W[:, :k] if anchor is None else anchor.double())
+    right = W @ cross + ridge * scale(moment) * (W[:, :k] if anchor is None else in_float64(anchor))
     return torch.cholesky_solve(right.T, lower).T.float()

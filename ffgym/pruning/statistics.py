@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ffgym.pruning.precision import float64_device, sum_in_float64
 from ffgym.types import LayerStats
 
 INPUT_STATISTICS = frozenset({"mean", "square", "second_moment"})
@@ -21,13 +22,15 @@ class Moments:
 
     def __init__(self, channels: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self._mean = torch.zeros(channels, dtype=torch.float64, device=device) if "mean" in needs else None
+        self._device = torch.device(device)
+        wide = float64_device(self._device)
+        self._mean = torch.zeros(channels, dtype=torch.float64, device=wide) if "mean" in needs else None
         self._square = None
         self._second = None
         if "second_moment" in needs:
             self._second = torch.zeros(channels, channels, dtype=torch.float32, device=device)
         elif "square" in needs:
-            self._square = torch.zeros(channels, dtype=torch.float64, device=device)
+            self._square = torch.zeros(channels, dtype=torch.float64, device=wide)
         self._wants_square = "square" in needs
 
     def update(self, inputs: torch.Tensor) -> None:
@@ -39,9 +42,9 @@ class Moments:
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += x.shape[0]
         if self._mean is not None:
-            self._mean += x.sum(dim=0, dtype=torch.float64)
+            self._mean += sum_in_float64(x)
         if self._square is not None:
-            self._square += x.square().sum(dim=0, dtype=torch.float64)
+            self._square += sum_in_float64(x.square())
         if self._second is not None:
             self._second.addmm_(x.T, x)
 
@@ -49,12 +52,12 @@ class Moments:
         """Divide by the tokens seen."""
         count = max(self.tokens, 1)
         second = None if self._second is None else self._second / count
-        square = None if self._square is None else (self._square / count).float()
+        square = None if self._square is None else (self._square / count).float().to(self._device)
         if second is not None and self._wants_square:
             square = second.diagonal().clone()
         return LayerStats(
             tokens=self.tokens,
-            mean=None if self._mean is None else (self._mean / count).float(),
+            mean=None if self._mean is None else (self._mean / count).float().to(self._device),
             square=square,
             second_moment=second,
         )

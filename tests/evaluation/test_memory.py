@@ -86,11 +86,31 @@ def test_on_cuda_it_is_what_the_allocator_handed_out(job, monkeypatch):
     """A model that says it is on a GPU; the allocator's figures are made up."""
     real, events = loading.load, []
     monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
+    monkeypatch.setattr(loading, "devices_of", lambda model: {CUDA})
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: events.append(("held", device)) or 300)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(("reset", device)))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: events.append(("peak", device)) or 500)
     assert memory._run(job) == Memory("cuda", before=0, loaded=300, peak=500, with_loading=False)
     assert events == [("held", CUDA), ("reset", CUDA), ("peak", CUDA)]
+
+
+def test_on_several_gpus_it_is_their_sum(job, monkeypatch):
+    real, places = loading.load, (CUDA, torch.device("cuda", 1))
+    monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
+    monkeypatch.setattr(loading, "devices_of", lambda model: set(places))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", dict(zip(places, (300, 200), strict=True)).get)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", dict(zip(places, (500, 400), strict=True)).get)
+    assert memory._run(job) == Memory("cuda", before=0, loaded=500, peak=900, with_loading=False)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_of_other_accelerators_there_is_no_figure(job, monkeypatch, kind):
+    real = loading.load
+    monkeypatch.setattr(
+        loading, "load", lambda *args, **options: replace(real(*args, **options), device=torch.device(kind))
+    )
+    assert memory._run(job) is None
 
 
 class TestOffLinux:

@@ -121,15 +121,27 @@ def test_a_full_disk_leaves_the_part_before(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_random_states_come_back() -> None:
-    device = torch.device("cpu")
-    before = random_state(device)
+    devices = {torch.device("cpu")}
+    before = random_state(devices)
     first = torch.rand(3)
-    set_random_state(before, device)
-    with own_randomness(5, device):
+    set_random_state(before, devices)
+    with own_randomness(5, devices):
         inside = torch.rand(3)
     assert torch.equal(torch.rand(3), first)  # the block left the caller's randomness as it was
-    with own_randomness(5, device):
+    with own_randomness(5, devices):
         assert torch.equal(torch.rand(3), inside)
+
+
+def test_every_gpu_has_a_random_state_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs that are made up."""
+    devices = {torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)}
+    states = {device: torch.tensor([device.index]) for device in devices if device.type == "cuda"}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    before = random_state(devices)
+    states.update(dict.fromkeys(states, torch.tensor([7])))
+    set_random_state(before, devices)
+    assert {device.index: int(state) for device, state in states.items()} == {0: 0, 1: 1}
 
 
 def test_ctrl_c_waits_for_the_end_of_a_block() -> None:

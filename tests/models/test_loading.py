@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import shutil
@@ -98,8 +99,11 @@ def test_auto_takes_bfloat16_on_a_cpu_only_where_it_pays(saved, monkeypatch, cap
 
 @pytest.mark.parametrize(("supported", "chosen"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_auto_on_cuda_follows_the_gpu(monkeypatch, supported, chosen):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(asked.append(device)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    assert loading.choose_dtype(torch.device("cuda")) == chosen
+    assert loading.choose_dtype(torch.device("cuda:1")) == chosen
+    assert asked == [torch.device("cuda:1")]
 
 
 def test_the_probe_is_short_and_runs_once():
@@ -452,8 +456,42 @@ def test_balanced_hands_the_placement_to_the_library(saved, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
+    monkeypatch.setattr(loading, "devices_of", lambda model: {torch.device("cuda:0"), torch.device("cuda:1")})
     load(str(saved), dtype="float32", device="balanced")
     assert asked == {"device_map": "balanced"}
+
+
+@pytest.mark.parametrize("elsewhere", ["cpu", "meta"])
+def test_a_model_that_does_not_fit_the_gpus_is_an_error(saved, monkeypatch, elsewhere):
+    """accelerate then leaves layers on the CPU, or on the disk, whose parameters it says to be on meta."""
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+
+    def offload(source, device_map=None, **options):
+        model, report = from_pretrained(source, **options)
+        model.model.layers[1].to(elsewhere)
+        return model, report
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", offload)
+    with pytest.raises(ModelError, match="does not fit the GPUs") as caught:
+        load(str(saved), dtype="float32", device="balanced")
+    assert "cpu" in caught.value.hint
+
+
+@pytest.mark.skipif(torch.xpu.is_available(), reason="this torch was built for xpu")
+def test_a_device_that_torch_was_not_built_for_is_an_error(saved):
+    with pytest.raises(ModelError, match="cannot be moved to xpu"):
+        load(str(saved), dtype="float32", device="xpu")
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_called_damaged(saved, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(ModelError, match="does not fit into memory: CUDA out of memory") as caught:
+        load(str(saved), dtype="float32", device="cpu")
+    assert "balanced" in caught.value.hint
 
 
 # --- what ffgym saved -------------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""float64 is asked for where the device has it: everything else would fail on Apple's mps, which no test here has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffgym
+from ffgym.pruning.precision import float64_device, in_float64, sum_in_float64
+
+CPU, MPS, CUDA = torch.device("cpu"), torch.device("mps"), torch.device("cuda", 1)
+PACKAGE = Path(ffgym.__file__).parent
+ROOMS = ("models", "pruning", "criteria", "heuristics", "evaluation", "rewards")
+
+
+@pytest.mark.parametrize(("device", "wide"), [(CPU, CPU), (CUDA, CUDA), (MPS, CPU), (torch.device("mps", 0), CPU)])
+def test_only_mps_sends_float64_to_the_cpu(device: torch.device, wide: torch.device) -> None:
+    assert float64_device(device) == wide
+
+
+@pytest.mark.parametrize("without", [frozenset(), frozenset({"cpu"})], ids=["float64", "no float64"])
+def test_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch, without: frozenset[str]) -> None:
+    monkeypatch.setattr("ffgym.pruning.precision.WITHOUT_FLOAT64", without)
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    assert in_float64(x).dtype == torch.float64
+    assert torch.equal(in_float64(x), x.double())
+    assert sum_in_float64(x).dtype == torch.float64
+    torch.testing.assert_close(sum_in_float64(x), x.double().sum(dim=0), rtol=1e-6, atol=1e-5)
+
+
+def test_nobody_makes_a_tensor_wide_where_it_lies() -> None:
+    """A float64 tensor beside the model's: `in_float64(x)`, or `.cpu().double()` for results."""
+    direct = re.compile(r"(?<!\.cpu\(\))\.double\(\)|\.to\(torch\.(float64|double)\)")
+    files = [file for room in ROOMS for file in sorted((PACKAGE / room).glob("*.py")) if file.name != "precision.py"]
+    assert len(files) > 40
+    lines = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text("utf-8").splitlines()]
+    assert not [line for line in lines if direct.search(line)]
