@@ -29,7 +29,6 @@ from ffgym.plugins import manager
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.report.progress import Reporter, duration
-from ffgym.search import update_price
 from ffgym.tracking import Tracker
 from ffgym.types import JSONDict
 from ffgym.workers import work
@@ -185,7 +184,6 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 hint="Give one target, e.g. sparsity = 0.2; experiments/range compares fronts.",
             )
         runner.check_plugins(cell.config)
-        manager.create("agent", cell.config.agent.name, cell.config.agent.options)
         if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:
             raise ConfigError(
                 f"two benches would write {cell.path} for different configurations",
@@ -251,7 +249,7 @@ def _terms(config: RunConfig) -> JSONDict:
     if config.agent.name == "one-shot":
         return terms
     episode = -(-search.episode_tokens // data.window) * data.window
-    update = update_price(manager.create("agent", config.agent.name, config.agent.options), search)
+    update = manager.create("agent", config.agent.name, config.agent.options).update_cost(search.episodes_per_update)
     return {
         **terms,
         "the search's tokens (episodes in whole updates, of whole windows)": (

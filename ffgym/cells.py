@@ -28,7 +28,7 @@ from ffgym.plugins.contracts import check_recommendations
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import CellResult
 from ffgym.report.progress import Reporter
-from ffgym.search import Found, by_standing, search, update_price
+from ffgym.search import Found, by_standing, search
 from ffgym.tracking import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
 from ffgym.workspace import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
@@ -246,7 +246,7 @@ class _Incumbents:
         self._space, self._agent = space, agent
         self._history: list[Episode] = []
         self._spent = 0
-        update = update_price(agent, search) * env.episode_windows * env.window_tokens
+        update = agent.update_cost(search.episodes_per_update) * env.episode_windows * env.window_tokens
         self._marks = np.unique(np.geomspace(min(update, self.budget), self.budget, marks).astype(int)).tolist()
 
     def episode(self, episode: Episode) -> None:

@@ -328,9 +328,6 @@ class RunConfig(Table):
         _at_least("search.final_tokens", search.final_tokens, "one window: data.window", data.window)
         _at_least("data.search_tokens", data.search_tokens, "search.episode_tokens", search.episode_tokens)
         _at_least("data.search_tokens", data.search_tokens, "search.final_tokens", search.final_tokens)
-        _at_least(
-            "search.episodes", search.episodes, "one update: search.episodes_per_update", search.episodes_per_update
-        )
         if schedule.sparsity != "none" and not self.prune.is_range:
             _at_least("prune.sparsity", self.prune.target, "schedule.sparsity_start", schedule.sparsity_start)
         if self.prune.uniform and self.prune.min_units == 0:

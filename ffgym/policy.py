@@ -16,7 +16,6 @@ from ffgym.config import RunConfig
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import called
 from ffgym.tracking import fetch_artifact
 from ffgym.types import JSONDict, Sublayer
 
@@ -32,10 +31,9 @@ def make_agent(config: RunConfig) -> Agent:
     """The agent of a run, started from another run's policy where ``search.init_from`` names one.
 
     Raises:
-        ConfigError: no such agent, options or policy, or updates that are too small for it.
+        ConfigError: no such agent, options or policy, or no prior where it needs one.
     """
     agent = manager.create("agent", config.agent.name, config.agent.options)
-    called(agent, lambda: agent.check_batch(config.search.episodes_per_update), "checking the size of an update")
     if agent.needs_prior and config.prior.name == "none":
         raise ConfigError(
             f"agent {config.agent.name!r} needs a prior, and prior.name is 'none'", hint="Give --prior uniform."

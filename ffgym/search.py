@@ -25,7 +25,6 @@ from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.slopes import FORWARD_PASSES
 from ffgym.pareto import non_dominated, thinned
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import called, check_recommendations, check_update
@@ -88,15 +87,6 @@ class Found:
             return ()
         keep = non_dominated(np.array([list(c.objectives.values()) for c in measured]))
         return tuple(c for c, kept in zip(measured, keep, strict=True) if kept)
-
-
-def update_price(agent: Agent, settings: SearchTable) -> int:
-    """What an update costs, in episodes without slopes."""
-    return _update_episodes(agent, settings) + FORWARD_PASSES * agent.slope_episodes
-
-
-def _update_episodes(agent: Agent, settings: SearchTable) -> int:
-    return settings.episodes_per_update if agent.update_episodes is None else agent.update_episodes
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -191,7 +181,7 @@ def search_front(
     vector = PruningVectorEnv(
         env,
         schedule,
-        num_envs=_update_episodes(agent, settings),
+        num_envs=agent.update_size(settings.episodes_per_update),
         token_budget=settings.episodes * env.episode_windows * env.window_tokens,
         stop_margin=settings.stop_margin if settings.stop_hopeless else None,
         slope_episodes=agent.slope_episodes,

@@ -602,7 +602,7 @@ class TestRefusals:
             call(bench_file(tmp_path), bench_file(other, tables={"model": {"name": "other-model"}}))
 
     def test_fewer_episodes_than_one_update(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"search\.episodes = 3 is less than one update"):
+        with pytest.raises(ConfigError, match=r"search\.episodes = 3 is less than an update of agent"):
             call(bench_file(tmp_path, tables={"search": {"episodes": 3}}))
 
     def test_results_of_another_configuration(self, finished: Any, tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ def test_settings_stored_before_a_key_existed_count_as_its_default() -> None:
 def test_settings_that_this_version_cannot_read_say_so() -> None:
     unknown = {**settings(RunConfig()), "magic": {}}
     assert changed_settings(unknown, RunConfig()) == ["unknown table or key 'magic' in the configuration"]
-    impossible = {**settings(RunConfig()), "search": {"episodes": 3}}
-    assert "less than one update" in changed_settings(impossible, RunConfig())[0]
+    impossible = {**settings(RunConfig()), "search": {"final_tokens": 3}}
+    assert "less than one window" in changed_settings(impossible, RunConfig())[0]
 
 
 def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
@@ -157,10 +157,6 @@ def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
         ("prune.uniform=yes", ["prune.uniform = 'yes'", "valid boolean"]),
         ("search.episodes=many", ["search.episodes = 'many'", "valid integer"]),
         ("search.episodes=0", ["search.episodes = 0"]),
-        (
-            "search.episodes=4",
-            ["search.episodes = 4 is less than one update", "search.episodes_per_update = 8", "Raise"],
-        ),
         ("search.episodes=1.5", ["search.episodes = 1.5"]),
         ("output.overwrite=1", ["output.overwrite = 1", "valid boolean"]),
         ("model.device=gpu", ["model.device = 'gpu': is none of the forms it can take", "cuda:1"]),

@@ -11,21 +11,17 @@ import pytest
 
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config import RunConfig
-from ffgym.errors import ConfigError, PluginError
+from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent, read_policy
 
 
 class Picky(RandomSearch):
-    """Needs a prior, refuses small updates in its own way, and takes up a state that has a place in it."""
+    """Needs a prior, and takes up a state that has a place in it."""
 
     name = "picky"
     needs_prior = True
-
-    def check_batch(self, batch: int) -> None:
-        if batch < 4:
-            raise ValueError(f"{batch} is too few")
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         state["place"].upper()
@@ -63,11 +59,6 @@ def test_an_agent_that_needs_a_prior_is_not_made_without_one() -> None:
     assert make_agent(config("picky")).name == "picky"
     with pytest.raises(ConfigError, match=r"agent 'picky' needs a prior, and prior\.name is 'none'"):
         make_agent(config("picky", prior={"name": "none"}))
-
-
-def test_what_an_agent_raises_about_the_size_of_an_update_names_it() -> None:
-    with pytest.raises(PluginError, match=r"agent 'picky' .* checking the size of an update: .*2 is too few"):
-        make_agent(config("picky", search={"episodes_per_update": 2, "episodes": 8}))
 
 
 def test_a_policy_for_an_agent_that_takes_up_none_is_refused_and_not_forgotten(tmp_path: Path) -> None:

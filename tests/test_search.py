@@ -206,15 +206,12 @@ class TestSearch:
         with pytest.raises(ConfigError, match="none is named"):
             searched(env, OneShot())
 
-    def test_random_search_goes_on_from_its_state(self):
-        agent, fresh = RandomSearch(), RandomSearch()
-        for one in (agent, fresh):
-            one.begin(dimensions=6, batch=4, seed=0)
-        first = agent.ask(None)
-        assert first.dtype == np.float32
-        assert np.abs(first).max() <= 1
-        fresh.load_state(json.loads(json.dumps(agent.state())))
-        np.testing.assert_array_equal(fresh.ask(None), agent.ask(None))
+    def test_random_search_draws_importances_that_are_allowed(self):
+        agent = RandomSearch()
+        agent.begin(dimensions=6, batch=4, seed=0)
+        drawn = agent.ask(None)
+        assert drawn.dtype == np.float32
+        assert np.abs(drawn).max() <= 1
 
 
 class TestStanding:

@@ -19,7 +19,6 @@ import numpy as np
 from pydantic import Field
 
 from ffgym.agents.surrogate import Surrogate
-from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 
@@ -40,22 +39,14 @@ class Bayesian(BatchAgent):
 
     name = "bayesian"
     Config: ClassVar[type[PluginConfig]] = BayesianConfig
+    least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._incumbent: np.ndarray | None = None
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates without room for a new candidate."""
-        if batch < 2:
-            raise ConfigError(
-                f"bayesian measures its incumbent beside new candidates, and search.episodes_per_update is {batch}",
-                hint="Set search.episodes_per_update to 2 or more.",
-            )
-
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start around the prior (or 0), or around the incumbent of a state that was loaded."""
-        self.check_batch(batch)
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
         self._centre = self._incumbent = prior if self._incumbent is None else self._incumbent
         self._points, self._rewards = np.empty((0, dimensions)), np.empty((0, batch))
@@ -87,24 +78,12 @@ class Bayesian(BatchAgent):
         return [] if self._incumbent is None else [self._incumbent.astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
-        """All episodes and the generator; a new search takes the incumbent only."""
-        if self._incumbent is None:
-            return {}
-        return {
-            "points": self._points.tolist(),
-            "rewards": self._rewards.tolist(),
-            "centre": self._centre.tolist(),
-            "incumbent": self._incumbent.tolist(),
-            "rng": self._rng.bit_generator.state,
-        }
+        """The incumbent."""
+        return {} if self._incumbent is None else {"incumbent": self._incumbent.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up a state."""
-        self._points, self._rewards = np.array(state["points"]), np.array(state["rewards"])
-        self._centre, self._incumbent = np.array(state["centre"]), np.array(state["incumbent"])
-        self._surrogate = Surrogate(self._points, self._rewards) if len(self._points) else None
-        self._rng = np.random.default_rng()
-        self._rng.bit_generator.state = state["rng"]
+        """Take up an incumbent."""
+        self._incumbent = np.array(state["incumbent"])
 
     def _perturbed(self, centre: np.ndarray, count: int) -> np.ndarray:
         """Perturbations of all sizes up to ``spread``, half of them of all importances, half of about a fifth."""

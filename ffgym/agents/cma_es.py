@@ -25,7 +25,6 @@ from pydantic import Field, model_validator
 
 from ffgym.agents.averaging import tail_mean
 from ffgym.agents.exploration import depth_covariance
-from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 SMALLEST_VARIANCE = 1e-6
@@ -60,26 +59,19 @@ class CMAES(BatchAgent):
 
     name = "cma-es"
     Config: ClassVar[type[PluginConfig]] = CMAESConfig
+    least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
+        self._start: np.ndarray | None = None
         self._optimizer: Any = None
         self._drawn: list[np.ndarray] = []
         self._means: list[np.ndarray] = []
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates of a single episode."""
-        if batch < 2:
-            raise ConfigError(
-                f"cma-es compares the episodes of an update, and search.episodes_per_update is {batch}",
-                hint="Set search.episodes_per_update to 2 or more.",
-            )
-
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior, or from the mean of the state that was loaded, with the configured step size."""
-        self.check_batch(batch)
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
-        mean = prior if self._optimizer is None else self._settled()
+        mean = prior if self._start is None else self._start
         self._means = []
         self._seed = seed
         self._batch = batch
@@ -87,7 +79,7 @@ class CMAES(BatchAgent):
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """Sample a generation, shape (batch, 2L), float32."""
-        # The generator is seeded anew for every generation, so that the state needs no generator in it.
+        # Seeded anew for every generation, as it was when the committed results were drawn.
         generation = np.random.SeedSequence([self._seed, self._optimizer.generation])
         self._optimizer.reseed_rng(int(generation.generate_state(1)[0]))
         self._drawn = [self._optimizer.ask() for _ in range(self._batch)]
@@ -104,39 +96,19 @@ class CMAES(BatchAgent):
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The mean, or the mean of the last ones."""
-        if self._optimizer is None:
-            return []
-        return [np.clip(self._settled(), -1.0, 1.0).astype(np.float32)]
+        return [] if (mean := self._settled()) is None else [np.clip(mean, -1.0, 1.0).astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
-        """The optimizer, to rounding, as the package pickles it, and the mean that a new search starts from."""
-        if self._optimizer is None:
-            return {}
-        # The package never writes all of its history of rewards, which only its stopping rules read: not ours.
-        optimizer = {name: v for name, v in self._optimizer.__getstate__().items() if name != "_funhist_values"}
-        settled = self._settled().tolist()
-        return {"seed": self._seed, "separable": self.config.separable, "mean": settled, "optimizer": optimizer}
+        """The mean that a new search starts from."""
+        return {} if (mean := self._settled()) is None else {"mean": mean.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up an optimizer.
+        """Take up a mean."""
+        self._start = np.array(state["mean"], dtype=np.float64)
 
-        Raises:
-            ConfigError: it is of the other kind (separable or not).
-        """
-        if state["separable"] != self.config.separable:
-            raise ConfigError(
-                f"the loaded state has agent.separable = {state['separable']}, this run {self.config.separable}",
-                hint=f"Set agent.separable = {str(state['separable']).lower()}.",
-            )
-        values = {name: np.array(v) if isinstance(v, list) else v for name, v in state["optimizer"].items()}
-        self._seed, self._batch = int(state["seed"]), int(values["_popsize"])
-        self._optimizer = self._made(values["_mean"], self._batch)
-        self._optimizer.__setstate__(values)
-        self._means = [np.array(state["mean"])]
-
-    def _settled(self) -> np.ndarray:
-        """The recommended mean before it is clipped, shape (2L,), float64."""
-        return tail_mean(self._means, self.config.average) if self._means else np.asarray(self._optimizer.mean)
+    def _settled(self) -> np.ndarray | None:
+        """The recommended mean before it is clipped, shape (2L,), float64; ``None`` before there is any."""
+        return tail_mean(self._means, self.config.average) if self._means else self._start
 
     def _made(self, mean: np.ndarray, batch: int) -> Any:
         start = {

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
-from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 MOST_TRIES = 50  # for a child that is none of the others
@@ -62,22 +61,14 @@ class Evolution(BatchAgent):
 
     name = "evolution"
     Config: ClassVar[type[PluginConfig]] = EvolutionConfig
+    least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._parents: np.ndarray | None = None
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates without room for a child."""
-        if batch < 2:
-            raise ConfigError(
-                f"evolution measures survivors beside children, and search.episodes_per_update is {batch}",
-                hint="Set search.episodes_per_update to 2 or more.",
-            )
-
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Seed the generator; survivors of a state that was loaded are the first generation's parents."""
-        self.check_batch(batch)
         self._batch, self._dimensions = batch, dimensions
         self._survivors = min(batch - 1, max(1, round(self.config.survivors * batch)))
         self._rng = np.random.default_rng(seed)
@@ -104,16 +95,12 @@ class Evolution(BatchAgent):
         return [] if self._parents is None else list(self._parents.astype(np.float32))
 
     def state(self) -> dict[str, Any]:
-        """Survivors and generator; a new search takes the survivors only."""
-        if self._parents is None:
-            return {}
-        return {"parents": self._parents.tolist(), "rng": self._rng.bit_generator.state}
+        """The survivors, best first."""
+        return {} if self._parents is None else {"parents": self._parents.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up survivors and generator."""
+        """Take up survivors."""
         self._parents = np.array(state["parents"], dtype=np.float64)
-        self._rng = np.random.default_rng()
-        self._rng.bit_generator.state = state["rng"]
 
     @property
     def _uses_prior(self) -> bool:

@@ -26,7 +26,6 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator
 
-from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 
@@ -59,22 +58,12 @@ class EvoPress(BatchAgent):
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
+        self.least_episodes = 2 + sum(self.config.survivors[:-1])  # parent, survivors, a child
         self._actions: np.ndarray | None = None  # parent, then survivors, shape (1 + survivors, 2L)
         self._rewards: list[list[float]] = [[]]  # of each of them, over its latest steps
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates without room for parent, survivors and a child."""
-        carried = sum(self.config.survivors[:-1])
-        if batch < 2 + carried:
-            raise ConfigError(
-                f"evopress measures the parent, {carried} survivors and new children in every update, "
-                f"and search.episodes_per_update is {batch}",
-                hint=f"Set search.episodes_per_update to {2 + carried} or more, or lower agent.survivors.",
-            )
-
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or 0), or from the parent of a state that was loaded."""
-        self.check_batch(batch)
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
         parent = prior if self._actions is None else self._actions[0]
         self._actions, self._rewards = parent[None].astype(np.float32), [[]]
@@ -106,17 +95,12 @@ class EvoPress(BatchAgent):
         return [] if self._actions is None else [self._actions[0]]
 
     def state(self) -> dict[str, Any]:
-        """Parent, survivors, their rewards and the generator; a new search takes the parent only."""
-        if self._actions is None:
-            return {}
-        return {"actions": self._actions.tolist(), "rewards": self._rewards, "rng": self._rng.bit_generator.state}
+        """The parent."""
+        return {} if self._actions is None else {"parent": self._actions[0].tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up a state."""
-        self._actions = np.array(state["actions"], dtype=np.float32)
-        self._rewards = [list(past) for past in state["rewards"]]
-        self._rng = np.random.default_rng()
-        self._rng.bit_generator.state = state["rng"]
+        """Take up a parent."""
+        self._actions = np.array([state["parent"]], dtype=np.float32)
 
     def _best(self, seen: list[list[float]], *, age: int, parent: int, count: int) -> list[int]:
         """The best of those that were measured ``age`` times, neither the old parent nor the new."""

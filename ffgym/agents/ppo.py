@@ -23,7 +23,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from ffgym.envs.sb3 import SB3VecEnv
-from ffgym.errors import ConfigError
 from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
 from ffgym.types import Update
 
@@ -51,6 +50,7 @@ class PPO(Agent):
 
     name = "ppo"
     Config: ClassVar[type[PluginConfig]] = PPOConfig
+    least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
@@ -58,17 +58,9 @@ class PPO(Agent):
         self._vec: SB3VecEnv | None = None
         self._loaded: Mapping[str, Any] | None = None
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates of a single episode."""
-        if batch < 2:
-            raise ConfigError(
-                f"ppo standardises advantages within an update, and search.episodes_per_update is {batch}",
-                hint="Set search.episodes_per_update to 2 or more.",
-            )
-
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Collect one rollout, train on it, report, until no tokens are left."""
-        self.check_batch(env.num_envs)
+        self.check_updates(env.num_envs)
         centre = self.prior_mean if self._loaded is None else np.array(self._loaded["centre"], dtype=np.float32)
         self._vec = SB3VecEnv(env, centre)
         self._model = self._made(self._vec, seed)

@@ -6,8 +6,7 @@ By default it draws from all importances, the classical comparison. With ``sprea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -56,12 +55,3 @@ class RandomSearch(BatchAgent):
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Learn nothing."""
         return {}
-
-    def state(self) -> dict[str, Any]:
-        """The generator's state."""
-        return {"rng": self._rng.bit_generator.state}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up the generator's state."""
-        self._rng = np.random.default_rng()
-        self._rng.bit_generator.state = state["rng"]

@@ -66,6 +66,7 @@ class Reinforce(BatchAgent):
 
     name = "reinforce"
     Config: ClassVar[type[PluginConfig]] = ReinforceConfig
+    least_episodes = 2
     budget_conditioned: ClassVar[bool] = True
 
     def __init__(self, config: PluginConfig | None = None) -> None:
@@ -74,17 +75,8 @@ class Reinforce(BatchAgent):
         self._log_spread = float(np.log(self.config.spread))
         self._means: list[np.ndarray] = []
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates of a single episode."""
-        if batch < 2:
-            raise ConfigError(
-                f"reinforce compares the episodes of an update, and search.episodes_per_update is {batch}",
-                hint="Set search.episodes_per_update to 2 or more.",
-            )
-
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or zeros), unless a policy has been loaded."""
-        self.check_batch(batch)
         if self._weights is None:
             self._weights = self._prior(dimensions)
         elif self._weights.shape[1] != dimensions:

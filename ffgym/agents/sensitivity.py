@@ -26,7 +26,6 @@ import numpy as np
 from pydantic import Field
 
 from ffgym.agents.additive import one_at_a_time, solve
-from ffgym.errors import ConfigError
 from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
 from ffgym.types import Update
 
@@ -50,24 +49,16 @@ class Sensitivity(Agent):
 
     name = "sensitivity"
     Config: ClassVar[type[PluginConfig]] = SensitivityConfig
+    least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._solution: np.ndarray | None = None
         self._start: np.ndarray | None = None
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates of a single episode."""
-        if batch < 2:
-            raise ConfigError(
-                f"sensitivity measures the prior beside what differs from it, and search.episodes_per_update is "
-                f"{batch}",
-                hint="Set search.episodes_per_update to 2 or more.",
-            )
-
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Sweep, solve, check."""
-        self.check_batch(env.num_envs)
+        self.check_updates(env.num_envs)
         measure = _Measure(env, seed, on_update)
         start = self.prior_mean if self._start is None else self._start
         prior = np.zeros(env.single_action_space.shape[0]) if start is None else start

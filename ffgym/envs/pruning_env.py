@@ -21,9 +21,9 @@ from ffgym.errors import DataError
 from ffgym.evaluation.divergence import evaluate_against, remember
 from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.slopes import FORWARD_PASSES, unit_slopes
+from ffgym.models.slopes import unit_slopes
 from ffgym.models.surgery import PrunableModel
-from ffgym.plugins.bases import Reward
+from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
 from ffgym.pruning.budget import Budget
 from ffgym.types import Allocation, Evaluation
@@ -223,7 +223,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         }
         if self._slopes:
             info["slopes"] = self.slopes(action, allocation, self._subset[:windows])
-            info["slope_tokens"] = FORWARD_PASSES * windows * self.window_tokens
+            info["slope_tokens"] = SLOPE_PASSES * windows * self.window_tokens
             info["tokens"] += info["slope_tokens"]
         return self.observation(), judged.reward, True, False, info
 

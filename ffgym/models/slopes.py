@@ -13,10 +13,6 @@ import torch
 
 from ffgym.models.surgery import PrunableModel
 
-# Passes that one measurement of slopes takes, in forward passes of the same tokens: one forward, and a backward that is
-# customarily counted as two.
-FORWARD_PASSES = 3
-
 
 def unit_slopes(
     prunable: PrunableModel, windows: torch.Tensor, kept: Sequence[int], *, calibrated: bool = True

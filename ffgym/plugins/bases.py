@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from ffgym.errors import ConfigError
 from ffgym.types import Evaluation, LayerStats, SublayerView, Update
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 OnUpdate = Callable[[Update], None]
+
+# Passes that one measurement of slopes takes, in forward passes of the same tokens: one forward, and a backward that is
+# customarily counted as two.
+SLOPE_PASSES = 3
 
 
 class PluginConfig(BaseModel):
@@ -167,6 +172,7 @@ class Agent(Plugin, ABC):
     Attributes:
         slope_episodes: of how many episodes of every update, the first ones, it wants the slopes of the loss too, the
             derivative by each importance; such an episode costs four times the tokens.
+        least_episodes: how many episodes an update must have at least.
         update_episodes: how many episodes its updates have, whatever ``search.episodes_per_update`` says; ``None`` for
             an agent that takes any number.
         needs_prior: it cannot run without a prior.
@@ -180,6 +186,7 @@ class Agent(Plugin, ABC):
     """
 
     slope_episodes: int = 0
+    least_episodes: int = 1
     update_episodes: ClassVar[int | None] = None
     needs_prior: ClassVar[bool] = False
     searches: ClassVar[bool] = True
@@ -192,13 +199,26 @@ class Agent(Plugin, ABC):
         self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
         self.policy_sublayers: tuple[str, ...] | None = None
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse updates of ``batch`` episodes where they are too small for it; asked before anything is loaded.
+    def update_size(self, episodes_per_update: int) -> int:
+        """Episodes in an update, where ``search.episodes_per_update`` is this."""
+        return episodes_per_update if self.update_episodes is None else self.update_episodes
+
+    def update_cost(self, episodes_per_update: int) -> int:
+        """What an update costs, in episodes without slopes."""
+        return self.update_size(episodes_per_update) + SLOPE_PASSES * self.slope_episodes
+
+    def check_updates(self, episodes: int) -> None:
+        """Refuse updates of fewer than ``least_episodes`` episodes.
 
         Raises:
-            ConfigError: too small.
+            ConfigError: too few.
         """
-        return
+        if episodes < self.least_episodes:
+            raise ConfigError(
+                f"agent {self.name!r} needs updates of {self.least_episodes} episodes or more, and "
+                f"search.episodes_per_update is {episodes}",
+                hint=f"Set search.episodes_per_update to {self.least_episodes} or more.",
+            )
 
     @abstractmethod
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
@@ -254,6 +274,7 @@ class BatchAgent(Agent):
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Ask, step, tell, until the environment's token budget is spent."""
+        self.check_updates(env.num_envs)
         self.begin(dimensions=env.single_action_space.shape[0], batch=env.num_envs, seed=seed)
         observations, _ = env.reset(seed=seed)
         index = 0

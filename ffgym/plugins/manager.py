@@ -271,16 +271,10 @@ def resolve_agent(config: RunConfig) -> RunConfig:
     """Let a heuristic stand in for an agent: ``agent = flap`` means the one-shot agent with the prior ``flap``.
 
     The agent table's options become the prior's, and the search is a single episode: there is nothing to learn. A
-    configuration that names an agent comes back unchanged, but for the size of an update where the agent fixes it.
+    configuration that names an agent comes back unchanged.
     """
     name = config.agent.name
-    if _owners("agent", name):
-        cls = get_class("agent", name)
-        if cls.update_episodes is None:
-            return config
-        fixed = config.search.model_copy(update={"episodes_per_update": cls.update_episodes})
-        return config.model_copy(update={"search": fixed})
-    if not _owners("heuristic", name):
+    if _owners("agent", name) or not _owners("heuristic", name):
         return config
     inherited = config.prior.options if config.prior.name == name else {}
     prior = type(config.prior)(name=name, **{**inherited, **config.agent.options})
@@ -289,7 +283,7 @@ def resolve_agent(config: RunConfig) -> RunConfig:
 
 
 def check_agent_fits(config: RunConfig) -> None:
-    """Refuse what an agent cannot do: a range without following the target, one shape for all layers with slopes.
+    """Refuse what an agent cannot do: fewer episodes than it learns from, a range, one shape for all layers.
 
     Args:
         config: as `resolve_agent` returns it.
@@ -298,16 +292,25 @@ def check_agent_fits(config: RunConfig) -> None:
         ConfigError: names the setting and the agent.
         UnknownNameError: nobody provides the agent.
     """
-    agent = config.agent.name
-    if config.prune.uniform and create("agent", agent, config.agent.options).slope_episodes:
+    name, search = config.agent.name, config.search
+    agent = create("agent", name, config.agent.options)
+    agent.check_updates(agent.update_size(search.episodes_per_update))
+    if search.episodes < (cost := agent.update_cost(search.episodes_per_update)):
+        slopes = ", its slopes included" if agent.slope_episodes else ""
+        lower = " or lower search.episodes_per_update" if agent.update_episodes is None else ""
         raise ConfigError(
-            f"prune.uniform ties all layers to one shape, and agent {agent!r} follows slopes, which are of layers that "
+            f"search.episodes = {search.episodes} is less than an update of agent {name!r}, which costs {cost}{slopes}",
+            hint=f"Raise search.episodes{lower}.",
+        )
+    if config.prune.uniform and agent.slope_episodes:
+        raise ConfigError(
+            f"prune.uniform ties all layers to one shape, and agent {name!r} follows slopes, which are of layers that "
             "each have a size of their own",
             hint="Leave --uniform out, or take an agent that needs no slopes, such as reinforce.",
         )
-    if config.prune.is_range and not get_class("agent", agent).budget_conditioned:
+    if config.prune.is_range and not agent.budget_conditioned:
         raise ConfigError(
-            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {agent!r} proposes the same "
+            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {name!r} proposes the same "
             "at every target",
             hint="Use --agent reinforce, or run one target at a time, e.g. --sparsity 0.2.",
         )

@@ -7,7 +7,8 @@ import pytest
 
 from ffgym.agents.exploration import depth_covariance
 from ffgym.agents.pathwise import Pathwise
-from ffgym.config import RunConfig
+from ffgym.agents.reinforce import Reinforce
+from ffgym.config import load_config
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.testing.conformance import AgentConformance
@@ -124,7 +125,10 @@ def test_an_environment_without_slopes_is_refused():
 
 
 def test_its_updates_are_one_episode_whatever_the_settings_say():
-    config = RunConfig.model_validate({"agent": {"name": "pathwise"}, "search": {"episodes_per_update": 8}})
-    assert manager.resolve_agent(config).search.episodes_per_update == 1
-    other = RunConfig.model_validate({"agent": {"name": "reinforce"}})
-    assert manager.resolve_agent(other) == other
+    assert (Pathwise().update_size(8), Reinforce().update_size(8)) == (1, 8)
+    assert (Pathwise().update_cost(8), Reinforce().update_cost(8)) == (4, 8)
+    manager.check_agent_fits(load_config(None, ["search.episodes=4"], agent={"name": "pathwise"}))
+    with pytest.raises(
+        ConfigError, match=r"less than an update of agent 'pathwise', which costs 4, its slopes included"
+    ):
+        manager.check_agent_fits(load_config(None, ["search.episodes=3"], agent={"name": "pathwise"}))

@@ -175,9 +175,7 @@ def test_equal_rewards_move_nothing(kind, rewards):
 def test_updates_of_one_episode_are_refused():
     """A single reward has nothing to be compared with: the search would end where it began."""
     with pytest.raises(ConfigError, match=r"search\.episodes_per_update is 1"):
-        Reinforce().check_batch(1)
-    with pytest.raises(ConfigError, match=r"search\.episodes_per_update is 1"):
-        Reinforce().begin(dimensions=4, batch=1, seed=0)
+        Reinforce().learn(QuadraticEnv(num_envs=1, dimensions=6, tokens=60), seed=0, on_update=lambda update: None)
 
 
 # the advantage

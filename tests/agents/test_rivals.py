@@ -169,19 +169,11 @@ def test_a_search_starts_from_what_another_one_found(cls):
 
 
 @pytest.mark.parametrize("cls", BATCH_RIVALS)
-def test_state_survives_json(cls):
+def test_whoever_takes_up_a_state_recommends_the_same(cls):
     agent, _, _ = learned(cls, SeparableEnv, tokens=80)
     fresh = cls()
-    fresh.prior_mean = agent.prior_mean
-    fresh.begin(dimensions=6, batch=8, seed=99)
     fresh.load_state(json.loads(json.dumps(agent.state(), default=lambda value: value.tolist(), allow_nan=False)))
-    observations = np.tile(OBSERVATION, (8, 1))
-    for _ in range(3):
-        actions = agent.ask(observations)
-        np.testing.assert_array_equal(fresh.ask(observations), actions)
-        rewards = -(actions**2).mean(axis=1)
-        told = agent.tell(observations, actions, rewards)
-        assert fresh.tell(observations, actions, rewards) == pytest.approx(told, rel=1e-9)
+    np.testing.assert_array_equal(fresh.recommend(OBSERVATION)[0], agent.recommend(OBSERVATION)[0])
 
 
 @pytest.mark.parametrize("cls", RIVALS)
@@ -309,7 +301,7 @@ class TestWhatIsTheirOwn:
             manager.create("agent", name, options)
 
     def test_evopress_needs_room_for_parent_survivors_and_children(self):
-        with pytest.raises(ConfigError, match="3 survivors"):
+        with pytest.raises(ConfigError, match="needs updates of 5 episodes or more"):
             learned(EvoPress, SeparableEnv, batch=4, config=EvoPress.Config(survivors=(3, 1)))
 
     def test_cma_es_can_share_its_first_noise_over_depth(self):
@@ -342,11 +334,6 @@ class TestWhatIsTheirOwn:
         assert drawn.mean() == pytest.approx(0.4, abs=0.01)
         assert drawn.std() == pytest.approx(0.1, rel=0.1)
         assert np.corrcoef(drawn[:, 20], drawn[:, 22])[0, 1] > 0.8, "noise is shared by neighbouring layers"
-
-    def test_cma_es_refuses_a_state_of_the_other_kind(self):
-        agent, _, _ = learned(CMAES, SeparableEnv, tokens=16)
-        with pytest.raises(ConfigError, match=r"agent\.separable"):
-            CMAES(CMAES.Config(separable=True)).load_state(agent.state())
 
     def test_ppo_recommends_the_deterministic_action(self):
         agent, _, _ = learned(PPO, SeparableEnv, tokens=16)
