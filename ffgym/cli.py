@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ffgym.config import PruneTable, RunConfig, TrackingTable, load_config, to_toml
+from ffgym.config import PruneTable, RunConfig, TrackingTable, load_config, read_toml, to_toml
 from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
 from ffgym.plugins import manager
 from ffgym.version import __version__
@@ -258,7 +258,9 @@ def recover(
     )
     if known is None:
         typer.echo("no config.toml of the run beside the model: the splits are those of the options here", err=True)
-    dense = config.model.name if known is not None or model is not None else None
+    named = model is not None or any(text.startswith("model.name=") for text in overrides or [])
+    named = named or (file is not None and "name" in read_toml(file).get("model", {}))
+    dense = config.model.name if named else recovery.find_dense(folder)
     with contextlib.redirect_stdout(sys.stderr):
         result = recovery.recover(
             config, folder, output=output, overwrite=overwrite, dense=dense, progress=Console(stderr=True)

@@ -68,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def claim_folder(config: RunConfig) -> Path:
-    """Make the run's folder; refuse one that holds something unless it may be overwritten.
+    """Make the run's folder; refuse one that holds something unless it may be overwritten, see :func:`clear_folder`.
 
     Raises:
         OutputError: occupied, or it cannot be made or written.
@@ -88,7 +88,7 @@ def claim_folder(config: RunConfig) -> Path:
                     "an interrupted run with --resume DIR.",
                 )
             _keep_what_it_reads(config, folder)
-            _clear(folder)
+            _refuse_what_is_foreign(folder)
         _require_writable(folder)
     except OSError as error:
         raise OutputError(
@@ -119,10 +119,10 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
 
     Args:
         folder: where the run's episodes are.
-        config: how it is to go on; ``output`` and ``tracking`` may differ from what they were.
+        config: how it is to go on; ``output`` and ``tracking`` may differ from what they were, but for the folder.
 
     Raises:
-        OutputError: it is no run's folder, or cannot be written.
+        OutputError: it is no run's folder, cannot be written, or ``output.dir`` names another.
         ConfigError: the run there is of another configuration.
     """
     folder = folder.expanduser()
@@ -132,6 +132,12 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
         raise ConfigError(
             f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes are of no use here",
             hint=f"Give it {key} = {there!r}, or start in another folder with --output DIR.",
+        )
+    asked = config.output.dir
+    if asked not in (None, stored.output.dir) and Path(asked).expanduser().resolve() != folder.resolve():
+        raise OutputError(
+            f"a run is resumed in its own folder, {folder}, and output.dir = {asked!r} is another",
+            hint="Leave --output out, or start a new run there with --config and the config.toml of this one.",
         )
     try:
         _require_writable(folder)
@@ -205,10 +211,9 @@ def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
             )
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run wrote; refuse where anything else is there, e.g. the folder of somebody's project."""
-    entries = sorted(folder.iterdir())
-    names = [LEFTOVER.sub(r"\1", path.name) for path in entries]
+def _refuse_what_is_foreign(folder: Path) -> None:
+    """Refuse to clear a folder that holds what no run wrote, e.g. somebody's project."""
+    names = [LEFTOVER.sub(r"\1", path.name) for path in sorted(folder.iterdir())]
     foreign = [name for name in names if name not in WRITTEN and not WRITTEN_PER_POINT.fullmatch(name)]
     if foreign or not (folder / "config.toml").exists():
         what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
@@ -216,7 +221,18 @@ def _clear(folder: Path) -> None:
             f"{folder} is not empty and {what}, so --overwrite will not clear it",
             hint="Choose another folder with --output DIR.",
         )
-    for path in entries:
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier run wrote into a folder that was claimed.
+
+    Raises:
+        OutputError: something came into it since that no run writes.
+    """
+    if not any(folder.iterdir()):
+        return
+    _refuse_what_is_foreign(folder)
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

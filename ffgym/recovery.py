@@ -19,7 +19,7 @@ from ffgym.config import RecoverTable, RunConfig, to_toml
 from ffgym.data.recovery import TrainingText, training_text
 from ffgym.data.splits import Splits, make_splits, windows_digest
 from ffgym.envs.building import tokens_per_batch
-from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
+from ffgym.errors import ConfigError, FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.checkpoint import Checkpoint, held_back_interrupts, weights_digest
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
@@ -27,6 +27,7 @@ from ffgym.models.export import SavedModel, is_stock, load_line, refuse_occupied
 from ffgym.models.families import dense_or_pruned_family_of
 from ffgym.models.loading import DTYPES, LoadedModel, load
 from ffgym.models.lora import LoraCurve, LoraSettings, require_peft, train_lora
+from ffgym.models.origin import dense_model, model_folder
 from ffgym.report.progress import Reporter
 from ffgym.report.recovery import (
     Measured,
@@ -45,7 +46,7 @@ LEARNING_RATES = {"lora": 5e-4, "distil-mlp": 3e-4}
 CURVE, PICTURE = "recovery.json", "recovery.png"
 # What of [recover] decides the numbers, by method.
 DECIDES = ("tokens", "batch_tokens", "evaluate_every")
-DECIDES_LORA = ("rank", "alpha", "dropout", "gradient_checkpointing")
+DECIDES_LORA = ("rank", "alpha", "dropout")  # not gradient_checkpointing, which computes the same again
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def recover(
     """
     say = Reporter(progress or Console(stderr=True))
     check_method(config.recover, dense)
-    source = find_model(Path(folder))
+    source = model_folder(Path(folder)).resolve()
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
     check_output(source, place, overwrite)
     tracking = config.tracking
@@ -167,26 +168,18 @@ def check_method(table: RecoverTable, dense: str | None) -> None:
         )
 
 
-def find_model(folder: Path) -> Path:
-    """The folder of the model in a folder that may be a run's.
-
-    Raises:
-        ModelError: there is no such folder.
-    """
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise ModelError(
-            f"model folder {str(folder)!r} does not exist",
-            hint="Give the folder of a model that ffgym saved, or of the run that saved it.",
-        )
-    inner = folder / "model"
-    return (inner if (inner / "config.json").is_file() and not (folder / "config.json").is_file() else folder).resolve()
-
-
 def find_run_config(folder: Path) -> Path | None:
     """``config.toml`` of the run that saved the model of a folder, where it lies in its usual place."""
-    source = find_model(folder)
+    source = model_folder(folder).resolve()
     return next((path for path in (source / "config.toml", source.parent / "config.toml") if path.is_file()), None)
+
+
+def find_dense(folder: Path) -> str | None:
+    """The dense model that a saved one was made from, as its records say; ``None`` where nobody knows."""
+    try:
+        return dense_model(model_folder(folder).resolve(), None).name
+    except ConfigError:
+        return None
 
 
 def output_folder(source: Path) -> Path:

@@ -43,6 +43,11 @@ def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
     return UNIFORM_REFERENCES if config.prune.uniform else REFERENCES
 
 
+def refit_name(config: RunConfig) -> str:
+    """What the rows that are not plain call their refit: ``ridge``, or ``affine`` where biases are refitted too."""
+    return "affine" if config.prune.calibration == "affine" else "ridge"
+
+
 def reference_allocations(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
     """What the found allocation is compared with, all through the same projection and rounding."""
     rules = reference_rules(space.config)
@@ -64,15 +69,15 @@ def compared_rows(
 
     Args:
         space: of the run, at the target.
-        references: what the found allocation is compared with, by label; measured after the same ridge.
+        references: what the found allocation is compared with, by label; measured after the same refit.
         found: the search.
         say: where progress goes.
         dense: the dense model's row where it has been measured.
     """
-    agent, kept = found_name(space.config), found.best.allocation.kept
+    agent, refitted, kept = found_name(space.config), refit_name(space.config), found.best.allocation.kept
     rows = [measured_row(space, "dense", say) if dense is None else dense]
     wanted: list[tuple[str, Sequence[int], Refit, bool]] = [
-        *((f"{label} + ridge", allocation.kept, "ridge", False) for label, allocation in references.items()),
+        *((f"{label} + {refitted}", allocation.kept, "ridge", False) for label, allocation in references.items()),
         (f"{agent}, plain", kept, "none", True),
     ]
     for label, units, refit, is_found in wanted:
@@ -97,13 +102,13 @@ def finish(
         the whole table, and the checkpoint, or ``None`` where none is wanted.
     """
     config, kept = space.config, found.best.allocation.kept
-    name = found_name(config)
+    name, refitted = found_name(config), refit_name(config)
     with cut_to(space, kept, "ridge", say):
-        ridge = measured_row(space, f"{name} + ridge", say, is_found=True)
+        ridge = measured_row(space, f"{name} + {refitted}", say, is_found=True)
         ridge_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
     if config.output.sequential:
         with cut_to(space, kept, "sequential", say):
-            sequential = measured_row(space, f"{name} + sequential ridge", say, is_found=True)
+            sequential = measured_row(space, f"{name} + sequential {refitted}", say, is_found=True)
             sequential_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
             if sequential_loss < ridge_loss or math.isnan(ridge_loss):
                 table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(space))
@@ -126,7 +131,7 @@ def finish_front(space: Workspace, points: Sequence[Found], table: ReportTable, 
         folder: where models go.
         say: where progress goes.
     """
-    config, name = space.config, found_name(space.config)
+    config, name, refitted = space.config, found_name(space.config), refit_name(space.config)
     measured = []
     for found in points:
         rows = {row.label: row for row in table.rows}
@@ -141,12 +146,13 @@ def finish_front(space: Workspace, points: Sequence[Found], table: ReportTable, 
             else:
                 for label, allocation in {**references, name: found.best.allocation}.items():
                     with cut_to(point, allocation.kept, "ridge", say):
-                        rows[f"{label} + ridge"] = measured_row(point, f"{label} + ridge", say, is_found=label == name)
+                        row = measured_row(point, f"{label} + {refitted}", say, is_found=label == name)
+                        rows[row.label] = row
         measured.append(
             FrontPoint(
                 target=found.target,
-                found=rows[f"{name} + ridge"],
-                references={label: rows[f"{label} + ridge"] for label in references},
+                found=rows[f"{name} + {refitted}"],
+                references={label: rows[f"{label} + {refitted}"] for label in references},
                 allocation=found.best.allocation,
                 origin=found.best.origin,
                 finals_loss=found.best.loss,

@@ -28,6 +28,7 @@ from ffgym.evaluation.latency import to_json
 from ffgym.models.export import SavedModel, load_line
 from ffgym.output import (
     claim_folder,
+    clear_folder,
     disk_errors,
     leaving_no_husk,
     mlflow_run,
@@ -135,61 +136,71 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
     config = manager.with_options(config)
     agent = make_agent(config)
     folder = claim_folder(config) if resume is None else reopen_folder(resume, config)
+    earlier_run = None if resume is None else mlflow_run(folder)
     tracking = config.tracking
     with (
-        Tracker(
-            tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=mlflow_run(folder)
-        ) as tracker,
+        Tracker(tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=earlier_run) as tracker,
         disk_errors(),
         leaving_no_husk(folder) if resume is None else nullcontext(),
-        saying_what_is_kept(folder, say.say),
     ):
         text = to_toml(config, manager.meanings(config))
         tracker.log_config(config.model_dump(mode="json"), text)
-        write_text(folder / "config.toml", text)
-        note_mlflow_run(folder, tracker.run_id)
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         space = open_workspace(config, [*prior, *reference_rules(config).values()], say)
         material = None
         if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
             material = gather(config, space.loaded.tokenizer, space.loaded.context_limit, space.splits)
-        if config.prune.uniform and agent.searches:
-            _say_how_many_shapes(space, say)
-        give_prior(agent, space)
-        tracker.set_tags(run_tags(space, agent))
-        log_splits(tracker, space.splits)
-        if space.latency is not None:
-            write_text(folder / "latency.json", to_json(space.latency))
-            tracker.log_params({"latency": {"digest": space.latency.digest}})
-            tracker.log_artifact(folder / "latency.json")
-        points = _search(space, agent, tracker, folder, say)
-        main = next(found for found in points if found.target == config.main_target)
-        histories: dict[str, Sequence[Episode]] = {config.agent.name: main.history}
-        baseline = None
-        if agent.searches and _has_random_baseline(config):
-            baseline = _search_random(space, tracker, folder, say)
-            histories["random"] = baseline.history
-        at_main = at_target(space, config.main_target)
-        references = reference_allocations(at_main, baseline, say)
-        write_pictures(folder, space, {"found": main.best.allocation, **references}, histories)
-        if main.pareto:
-            write_pareto(folder, space, main, tracker, say)
-        rows = compared_rows(at_main, references, main, say)
-        table, saved = finish(at_main, rows, main, say, model_folder(config, folder, config.main_target))
-        front = finish_front(space, points, table, folder, say) if config.prune.is_range else None
-        write_table(folder, table)
-        recovered = None
-        if material is not None and saved is not None:
-            del space, at_main  # the dense model and its factors: training needs the room
-            recovered = _recover(config, saved, material, tracker, say)
-            table = with_recovered(table, recovered, config)
-            write_table(folder, table)
-        tracker.log_table(as_dicts(table))
-        for name in ("report.md", "units_kept.png", "reward.png"):
-            tracker.log_artifact(folder / name)
-        if front is not None:
-            write_front(tracker, front, folder)
-        return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
+        if resume is None:
+            clear_folder(folder)  # not before: what cannot be loaded must not cost an earlier run its results
+        write_text(folder / "config.toml", text)
+        note_mlflow_run(folder, tracker.run_id)
+        with saying_what_is_kept(folder, say.say):
+            table, main, saved, front = _find_and_save(space, agent, tracker, folder, say)
+            recovered = None
+            if material is not None and saved is not None:
+                del space, agent  # the dense model and its factors: training needs the room
+                recovered = _recover(config, saved, material, tracker, say)
+                table = with_recovered(table, recovered, config)
+                write_table(folder, table)
+            tracker.log_table(as_dicts(table))
+            for name in ("report.md", "units_kept.png", "reward.png"):
+                tracker.log_artifact(folder / name)
+            if front is not None:
+                write_front(tracker, front, folder)
+            return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
+
+
+def _find_and_save(
+    space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say: Reporter
+) -> tuple[ReportTable, Found, SavedModel | None, Front | None]:
+    """Search, compare on the report split, save: the table, what was found at the main target, its model, the front."""
+    config = space.config
+    if config.prune.uniform and agent.searches:
+        _say_how_many_shapes(space, say)
+    give_prior(agent, space)
+    tracker.set_tags(run_tags(space, agent))
+    log_splits(tracker, space.splits)
+    if space.latency is not None:
+        write_text(folder / "latency.json", to_json(space.latency))
+        tracker.log_params({"latency": {"digest": space.latency.digest}})
+        tracker.log_artifact(folder / "latency.json")
+    points = _search(space, agent, tracker, folder, say)
+    main = next(found for found in points if found.target == config.main_target)
+    histories: dict[str, Sequence[Episode]] = {config.agent.name: main.history}
+    baseline = None
+    if agent.searches and _has_random_baseline(config):
+        baseline = _search_random(space, tracker, folder, say)
+        histories["random"] = baseline.history
+    at_main = at_target(space, config.main_target)
+    references = reference_allocations(at_main, baseline, say)
+    write_pictures(folder, space, {"found": main.best.allocation, **references}, histories)
+    if main.pareto:
+        write_pareto(folder, space, main, tracker, say)
+    rows = compared_rows(at_main, references, main, say)
+    table, saved = finish(at_main, rows, main, say, model_folder(config, folder, config.main_target))
+    front = finish_front(space, points, table, folder, say) if config.prune.is_range else None
+    write_table(folder, table)
+    return table, main, saved, front
 
 
 def check_plugins(config: RunConfig) -> None:

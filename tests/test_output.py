@@ -10,7 +10,7 @@ import pytest
 
 from ffgym.config import RunConfig, load_config
 from ffgym.errors import OutputError
-from ffgym.output import claim_folder, leaving_no_husk, saying_what_is_kept, write_text
+from ffgym.output import claim_folder, clear_folder, leaving_no_husk, saying_what_is_kept, write_text
 
 
 def full_disk(self: Path, *_: object, **__: object) -> None:
@@ -76,7 +76,10 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.toml").write_text("")
     (tmp_path / name).write_text("")
-    assert not list(claim_folder(overwriting(tmp_path)).iterdir())
+    folder = claim_folder(overwriting(tmp_path))
+    assert (tmp_path / name).exists(), "not before the run could be loaded"
+    clear_folder(folder)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [".download.part", ".thesis.tex.part-0123abcd", ".config.toml.part"])
@@ -118,5 +121,12 @@ def test_the_policy_to_start_from_is_not_overwritten(tmp_path: Path, start: str)
 def test_an_mlflow_run_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.toml").write_text("")
-    claim_folder(overwriting(tmp_path, "0123456789abcdef0123456789abcdef"))
+    clear_folder(claim_folder(overwriting(tmp_path, "0123456789abcdef0123456789abcdef")))
     assert not (tmp_path / "config.toml").exists()
+
+
+def test_what_came_into_a_claimed_folder_since_is_not_cleared(tmp_path: Path) -> None:
+    folder = claim_folder(load_config(output={"dir": str(tmp_path)}))
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match=r"thesis\.tex, which ffgym did not write"):
+        clear_folder(folder)

@@ -647,6 +647,20 @@ def test_a_model_without_its_run_needs_the_options(folder: Path, tmp_path: Path)
     assert (tmp_path / "lonely" / "model-recovered" / "recovery.json").is_file()
 
 
+def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: Path) -> None:
+    """Neither from a file that leaves the model out, nor from what an earlier training wrote without knowing it."""
+    shutil.copytree(folder / "model", tmp_path / "lonely")
+    tables = glass_tables(tmp_path, **changes())
+    (tmp_path / "data.toml").write_text(tomli_w.dumps({key: tables[key] for key in ("data", "search", "tracking")}))
+    small = ("--method", "lora", "--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}")
+    once = call(str(tmp_path / "lonely"), "--config", str(tmp_path / "data.toml"), *small)
+    assert once.exit_code == 0, once.stderr
+    again = call(str(tmp_path / "lonely-recovered"), *small, "--method", "distil-mlp")
+    assert again.exit_code == 1
+    assert "needs the dense model" in again.stderr
+    assert recovery.find_dense(folder) == recovery.find_dense(folder / "model") == str(glass_home() / "glass")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

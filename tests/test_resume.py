@@ -172,8 +172,21 @@ def test_output_and_tracking_may_change(whole: Path, tmp_path: Path, steps: list
     with pytest.raises(KeyboardInterrupt):
         go(config(tmp_path, output={"save_model": False}))
     steps[0] = 10**6
+    with pytest.raises(OutputError, match=r"resumed in its own folder, .*, and output\.dir = '.*elsewhere' is another"):
+        go(config(tmp_path, output={"dir": str(tmp_path / "elsewhere")}), resume=tmp_path / "out")
     result, _ = go(config(tmp_path, output={"overwrite": True}), resume=tmp_path / "out")
     assert_same(result.folder, whole)
+
+
+def test_a_folder_that_was_moved_is_resumed_where_it_is(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    steps[0] = 10**6
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    result, _ = go(config(tmp_path), resume=moved)
+    assert result.folder == moved
+    assert_same(moved, whole)
 
 
 # MLflow

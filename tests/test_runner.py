@@ -33,6 +33,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import (
     BudgetError,
     ConfigError,
+    DataError,
     FFGymError,
     ModelError,
     OutputError,
@@ -385,7 +386,7 @@ def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(tmp_path: Pa
         one = finish(glass_config(tmp_path / name, prune=prune))
         assert one.result.saved is not None
         assert one.result.saved.parameters == results.saved_row(one.result.table).parameters
-        plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + ridge"]
+        plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + affine"]
         assert refitted.parameters > plain.parameters
         assert refitted.sparsity_prunable == plain.sparsity_prunable, "the budget does not count them"
 
@@ -532,6 +533,18 @@ def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
     again = finish(glass_config(tmp_path, **small, output={"overwrite": True}))
     assert {path.name for path in again.folder.iterdir()} == FILES - {"episodes-random.jsonl"}
     check_reloaded(again)
+
+
+def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(tmp_path: Path) -> None:
+    first = finish(glass_config(tmp_path, search={"random_baseline": False}))
+    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    for mistake in (
+        {"model": {"name": str(tmp_path / "nowhere")}},
+        {"data": {"report": str(tmp_path / "nothing.txt")}},
+    ):
+        with pytest.raises((ModelError, DataError)):
+            finish(glass_config(tmp_path, output={"overwrite": True}, **mistake))
+        assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished"])

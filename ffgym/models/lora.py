@@ -202,8 +202,8 @@ class _Training:
                 raise
             raise RecoveryError(
                 f"training ran out of memory on {self._device}",
-                hint="Set recover.gradient_checkpointing=true, a shorter recover.window, or model.device=cpu; "
-                "the same command goes on from the last checkpoint.",
+                hint="Set recover.gradient_checkpointing=true or model.device=cpu and go on from the last checkpoint, "
+                "or start anew with a shorter recover.window and --overwrite.",
             ) from error
 
     def take_best(self) -> None:

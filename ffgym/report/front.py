@@ -112,7 +112,7 @@ def _heads(front: Front) -> list[str]:
 
 def _notes(front: Front) -> list[str]:
     return [
-        "* lowest perplexity at that sparsity; all after the same ridge refit.",
+        "* lowest perplexity at that sparsity; all after the same refit.",
         cost_line(front),
         front.header,
     ]

@@ -25,7 +25,7 @@ class Row:
     """One model, measured on the report split.
 
     Attributes:
-        label: how the row is called, e.g. ``"uniform + ridge"``.
+        label: what the row is called, e.g. ``"uniform + ridge"``.
         perplexity: exp of the mean loss; infinite or NaN where the model broke.
         loss_stderr: standard error of the mean loss over the windows, in nats per token; ``None`` where unknown.
         sparsity_prunable: share of the budget's resource removed over the prunable sublayers, in [0, 1].
