@@ -70,7 +70,7 @@ class Bench:
 
 
 def bench(
-    files: Sequence[Path], *, progress: Console | None = None, only_report: bool = False, jobs: int = 1
+    files: Sequence[str | Path], *, progress: Console | None = None, only_report: bool = False, jobs: int = 1
 ) -> list[BenchTable]:
     """Run what is missing of every bench, then write the tables and figures beside the results.
 
@@ -85,7 +85,7 @@ def bench(
             configuration.
     """
     say = Reporter(progress or Console(stderr=True))
-    benches = [read_bench(file) for file in files]
+    benches = [read_bench(Path(file)) for file in files]
     check_benches(benches)
     for each in benches:
         if each.spec.baseline not in each.spec.agents:
@@ -311,7 +311,7 @@ def compute(
         parents: MLflow run of each bench file; ``None`` where tracking is off.
         say: where progress goes.
         processes: how many cells are computed at the same time, >= 1.
-        threads: torch threads of each process, where there are several.
+        threads: torch threads of each process.
     """
     queue = CellQueue(cells, parents, say)
     work(queue, CellRunner, say, processes=min(processes, len(cells)), threads=threads)

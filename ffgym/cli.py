@@ -127,9 +127,7 @@ def _config(ctx: typer.Context) -> RunConfig:
         given.get("overrides") or [],
         seed=given.get("seed"),
         model={"name": given.get("model")},
-        prune={
-            key: given.get(key) for key in ("sparsity", "calibration", "resource", "align", "uniform", "latency_table")
-        },
+        prune={key: given.get(key) for key in PRUNE_OPTIONS},
         criterion={"name": given.get("criterion")},
         reward={"name": given.get("reward")},
         agent={"name": given.get("agent")},
@@ -315,7 +313,7 @@ def measure(
         str | None,
         typer.Option(help="tokens of a prompt, separated by commas", show_default="128,512,1024, as far as they fit"),
     ] = None,
-    repetitions: Annotated[int, typer.Option(help="that the medians run over")] = 7,
+    repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 7,
     dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, _option("--device", "model.device")] = "auto",
     threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
@@ -354,7 +352,7 @@ def latency(
     dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, _option("--device", "model.device")] = "auto",
     threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
-    repetitions: Annotated[int, typer.Option(help="that the medians run over")] = 9,
+    repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 9,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="time again what the cache holds already")] = False,
     output: Annotated[
         Path | None,

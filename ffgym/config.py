@@ -429,7 +429,7 @@ def _at_least(key: str, value: float, bound_name: str, bound: float) -> None:
 PLUGIN_TABLES = ("criterion", "reward", "agent", "prior")
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
     """Resolve a run's configuration; later sources win: defaults, TOML file, ``overrides``, ``values``.
 
     Naming another plugin in ``overrides`` or ``values`` drops the options that the file gave to its own plugin.
@@ -446,7 +446,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = (), **value
     for text in overrides:
         command_line = _merged(command_line, _parse_override(text))
     command_line = _merged(command_line, _given(values))
-    file = read_toml(path.expanduser()) if path is not None else {}
+    file = read_toml(Path(path).expanduser()) if path is not None else {}
     for table in PLUGIN_TABLES:
         file = without_foreign_options(file, command_line, table)
     try:

@@ -45,7 +45,7 @@ class Options:
         batch_sizes: sequences at a time, each at least 1.
         prompt_lengths: tokens of a prompt, each at least 1; ``None`` takes 128, 512 and 1,024, as far as the models
             take them.
-        repetitions: that the medians run over, at least 1.
+        repetitions: of which the figures are medians, at least 1.
         dtype: of weights and activations, as `load` takes it.
         device: as `load` takes it.
         threads: of the CPU, at least 1; ``None`` leaves torch's choice.
@@ -110,7 +110,7 @@ class TableOptions:
         dtype: of weights and activations, as `load` takes it.
         device: as `load` takes it.
         threads: of the CPU, at least 1; ``None`` leaves torch's choice.
-        repetitions: that the medians run over, at least 1.
+        repetitions: of which the figures are medians, at least 1.
         rebuild: time again what the cache holds already.
         output: a ``.json`` file to write; ``None`` writes none.
 

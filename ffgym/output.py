@@ -27,7 +27,7 @@ WRITTEN = frozenset(
 # Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
 WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
-HUSK = frozenset({"config.toml", "run.json", "latency.json"})
+WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", "latency.json"})
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -254,13 +254,13 @@ def disk_errors() -> Iterator[None]:
 
 
 @contextmanager
-def leaving_no_husk(folder: Path) -> Iterator[None]:
+def removing_if_nothing_found(folder: Path) -> Iterator[None]:
     """Remove a folder in which a run that ended early found nothing: the corrected command needs it."""
     try:
         yield
     except BaseException:
         # A log that was opened and holds no episode is empty.
-        if {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size} <= HUSK:
+        if {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size} <= WITHOUT_FINDINGS:
             shutil.rmtree(folder)
         raise
 

@@ -213,6 +213,7 @@ def gather(config: RunConfig, tokenizer: Any, context_limit: int, splits: Splits
 
     Raises:
         DataError: a corpus that is missing, too short, or holds text of the report split.
+        RecoveryError: windows that are longer than the model's context.
     """
     table = config.recover
     window = training_window(config)

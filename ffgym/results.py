@@ -51,10 +51,10 @@ def refit_name(config: RunConfig) -> str:
 def reference_allocations(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
     """What the found allocation is compared with, all through the same projection and rounding."""
     rules = reference_rules(space.config)
-    allocations = {label: space.project(*rule)[1] for label, rule in rules.items()}
+    allocations = {label: space.project(*rule) for label, rule in rules.items()}
     prior = space.config.prior
     if prior.name not in ("none", *(name for name, _ in rules.values())):
-        allocations[f"{prior.name} (prior)"] = space.project(prior.name, prior.options)[1]
+        allocations[f"{prior.name} (prior)"] = space.project(prior.name, prior.options)
     if baseline is not None:
         tokens = baseline.search_tokens + baseline.final_tokens
         allocations[f"best of {len(baseline.history)} random"] = baseline.best.allocation

@@ -30,9 +30,9 @@ from ffgym.output import (
     claim_folder,
     clear_folder,
     disk_errors,
-    leaving_no_husk,
     mlflow_run,
     note_mlflow_run,
+    removing_if_nothing_found,
     reopen_folder,
     saying_what_is_kept,
     write_text,
@@ -117,7 +117,7 @@ class RunResult:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def run(config: RunConfig, *, progress: Console | None = None, resume: Path | None = None) -> RunResult:
+def run(config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None) -> RunResult:
     """Search, prune, calibrate, report and save, as the configuration says.
 
     Args:
@@ -135,13 +135,13 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: Path | No
     check_plugins(config)
     config = manager.with_options(config)
     agent = make_agent(config)
-    folder = claim_folder(config) if resume is None else reopen_folder(resume, config)
+    folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
     earlier_run = None if resume is None else mlflow_run(folder)
     tracking = config.tracking
     with (
         Tracker(tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=earlier_run) as tracker,
         disk_errors(),
-        leaving_no_husk(folder) if resume is None else nullcontext(),
+        removing_if_nothing_found(folder) if resume is None else nullcontext(),
     ):
         text = to_toml(config, manager.meanings(config))
         tracker.log_config(config.model_dump(mode="json"), text)

@@ -45,7 +45,7 @@ class Sublayer:
 
     @property
     def name(self) -> str:
-        """``"layer 3 mlp"``: how messages, tables and pictures call it."""
+        """``"layer 3 mlp"``: what messages, tables and pictures call it."""
         return f"layer {self.layer} {self.kind}"
 
     @property

@@ -68,13 +68,10 @@ class Workspace:
     sizes: SizeMeter
     latency: LatencyTable | None = None
 
-    def project(
-        self, heuristic: str, options: JSONDict, sparsity: float | None = None
-    ) -> tuple[np.ndarray, Allocation]:
-        """Importances of a heuristic, and the allocation they come to at a sparsity, by default the target."""
+    def project(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> Allocation:
+        """What a heuristic's importances come to at a sparsity, by default the target."""
         target = self.env.sparsity if sparsity is None else sparsity
-        importance = self.importance(heuristic, options, target)
-        return importance, self.env.budget.project(importance, target)
+        return self.env.budget.project(self.importance(heuristic, options, target), target)
 
     def prior(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> np.ndarray:
         """Where an agent starts: the importances, shape (2L,), that say exactly what the heuristic's allocation keeps.
@@ -82,7 +79,7 @@ class Workspace:
         Projecting them changes nothing. Unlike the heuristic's own, those of what is cut are not at the end of their
         range, where exploration would be clipped; those of what is kept whole are.
         """
-        return self.env.budget.importance(self.project(heuristic, options, sparsity)[1].kept)
+        return self.env.budget.importance(self.project(heuristic, options, sparsity).kept)
 
     def importance(self, heuristic: str, options: JSONDict, sparsity: float) -> np.ndarray:
         """Importances of a heuristic that are wanted for a sparsity, shape (2L,), float32."""

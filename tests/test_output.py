@@ -10,7 +10,7 @@ import pytest
 
 from ffgym.config import RunConfig, load_config
 from ffgym.errors import OutputError
-from ffgym.output import claim_folder, clear_folder, leaving_no_husk, saying_what_is_kept, write_text
+from ffgym.output import claim_folder, clear_folder, removing_if_nothing_found, saying_what_is_kept, write_text
 
 
 def full_disk(self: Path, *_: object, **__: object) -> None:
@@ -55,7 +55,7 @@ def test_a_log_without_an_episode_is_no_reason_to_keep_a_folder(tmp_path: Path) 
         folder.mkdir()
         (folder / "config.toml").write_text("seed = 1")
         (folder / "episodes.jsonl").write_text(log)
-        with pytest.raises(RuntimeError), leaving_no_husk(folder):
+        with pytest.raises(RuntimeError), removing_if_nothing_found(folder):
             raise RuntimeError
         assert folder.exists() == stays
 

@@ -110,7 +110,7 @@ def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any)
         assert allocation["origin"] == point["origin"]
         kept = space.env.budget.project(np.array(allocation["importance"], np.float32), point["target"]).kept
         assert list(kept) == point["kept"]
-        uniform = space.project("uniform", {}, point["target"])[1].kept
+        uniform = space.project("uniform", {}, point["target"]).kept
         for label, units in (("reinforce", point["kept"]), ("uniform", uniform)):
             with workspace.cut_to(space, units, "ridge", runner.Reporter(Console(quiet=True))):
                 assert evaluate(space.prepared.prunable.model, windows).perplexity == point["perplexity"][label]

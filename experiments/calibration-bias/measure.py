@@ -463,7 +463,7 @@ def measure(file: Path, *, only_report: bool = False, say: Reporter | None = Non
             bed = Bed(spec, config, Path(scratch), say)
             for label, name in spec.allocations.items():
                 if label not in kept:
-                    kept[label] = bed.space.project(name, {})[1].kept
+                    kept[label] = bed.space.project(name, {}).kept
                 check_kept(label, kept[label], bed.space.prepared.prunable.dense_units)
             cells = make_cells(spec, config, folder, {label: kept[label] for label in spec.allocations})
             compute([cell for cell in cells if read_cell(cell) is None], bed)

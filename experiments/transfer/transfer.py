@@ -274,7 +274,7 @@ def candidates(bench: Bench, folder: Path) -> list[Candidate]:
     settings, space = bench.settings, bench.space
     chosen = [Candidate("dense", "dense", space.env.prunable.dense_units)]
     for name in settings.heuristics:
-        chosen.append(Candidate(name, "heuristic", space.project(name, {})[1].kept))
+        chosen.append(Candidate(name, "heuristic", space.project(name, {}).kept))
     for reward in settings.rewards:
         for seed in settings.seeds:
             winner, history = run_search(bench, reward, seed, folder)

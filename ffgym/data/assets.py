@@ -47,7 +47,7 @@ class Asset:
     """Files inside one pinned, pure-Python wheel.
 
     Attributes:
-        name: how the cache folder and messages call it.
+        name: what the cache folder and messages call it.
         package: the distribution's name on the package index.
         version: its exact version.
         sha256: the wheel's hash, 64 hex digits.

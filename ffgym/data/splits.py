@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ffgym.config import DataTable
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.errors import DataError
@@ -29,25 +30,6 @@ SAFETY_TOKENS = 64
 # A little more text than English needs for one token, so that the first try is mostly enough.
 TYPICAL_CHARACTERS = 5
 MOST_REPEATED = 0.1
-
-
-class DataSettings(Protocol):
-    """What of a run's ``[data]`` table is read here; read only, because that table is frozen."""
-
-    @property
-    def calibration(self) -> str: ...  # noqa: D102
-    @property
-    def search(self) -> str: ...  # noqa: D102
-    @property
-    def report(self) -> str: ...  # noqa: D102
-    @property
-    def window(self) -> int: ...  # noqa: D102
-    @property
-    def calibration_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def search_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def report_tokens(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -80,7 +62,7 @@ class Splits:
     report: Split
 
 
-def make_splits(config: DataSettings, tokenizer: Any, *, context_limit: int) -> Splits:
+def make_splits(config: DataTable, tokenizer: Any, *, context_limit: int) -> Splits:
     """Load the corpora that a run names, tokenise no more than is needed, and cut the three splits.
 
     Roles that name the same text get consecutive windows of it, in the order calibration, search, report. Asked
@@ -151,11 +133,6 @@ def windows_digest(windows: torch.Tensor) -> str:
 
 
 def _check_window(window: int, context_limit: int) -> None:
-    if window < 2:
-        raise DataError(
-            f"data.window = {window}: a window needs at least 2 tokens, one to read and one to predict",
-            hint=f"Set data.window to a number from 2 to {context_limit}.",
-        )
     if window > context_limit:
         raise DataError(
             f"data.window = {window} is longer than the model's context of {context_limit} tokens",
@@ -163,16 +140,12 @@ def _check_window(window: int, context_limit: int) -> None:
         )
 
 
-def _windows_wanted(config: DataSettings, role: Role) -> int:
+def _windows_wanted(config: DataTable, role: Role) -> int:
     tokens: int = getattr(config, f"{role}_tokens")
-    if tokens < 1:
-        raise DataError(
-            f"data.{role}_tokens = {tokens}: at least 1 token is needed", hint="Ask for one window or more."
-        )
     return -(-tokens // config.window)
 
 
-def _load_corpora(config: DataSettings) -> dict[Role, Corpus]:
+def _load_corpora(config: DataTable) -> dict[Role, Corpus]:
     calibration = load_text(config.calibration, role="calibration")
     # One name means one text for both of these roles, so it is read once.
     same = config.search == config.calibration

@@ -1,4 +1,4 @@
-"""One decision, one episode: importances in, reward out (DESIGN 3.4, 3.5).
+"""One decision, one episode: importances in, reward out (docs/design.md, The environment).
 
 ``step`` projects the importances onto the budget, cuts the model, measures it on the subset that ``reset`` chose, puts
 the dense model back and ends the episode. Nothing in here changes over time: what is ramped or redrawn comes in

@@ -10,10 +10,11 @@ A range of budgets has no single target to rise to: every update is given a plac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-Ramp = Literal["none", "cubic", "staircase"]
+from ffgym.config import Ramp
+
 STAIRS = 4
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -75,7 +76,7 @@ class Schedule:
             spent: share of the token budget that is gone, in [0, 1].
             place: under a range, the update's place in it: 0 is the lower end, 1 the upper.
         """
-        t = min(1.0, spent / self.ramp_share) if self.ramp_share > 0 else 1.0
+        t = min(1.0, spent / self.ramp_share)
         start = min(self.start, self.target)
         sparsity = start + (self.target - start) * _rise(self.sparsity, t, lambda x: 1 - (1 - x) ** 3)
         if self.low is not None:
@@ -85,9 +86,9 @@ class Schedule:
         return Stage(sparsity=sparsity, windows=windows, fidelity=windows / self.windows)
 
 
-def _rise(ramp: Ramp, t: float, cubic: object) -> float:
+def _rise(ramp: Ramp, t: float, cubic: Callable[[float], float]) -> float:
     if ramp == "none" or t >= 1.0:
         return 1.0
     if ramp == "staircase":
         return math.floor(t * STAIRS) / STAIRS
-    return float(cubic(t))  # type: ignore[operator]
+    return cubic(t)

@@ -67,7 +67,7 @@ class Work:
     Attributes:
         weight_bytes: read in every step: all parameters but an input embedding that is not the output head too.
         kv_bytes: that one token of one sequence adds to the cache.
-        macs: multiply-accumulates per token at two context lengths, ``macs(context)``, output head left out.
+        macs: multiply-accumulates per token at a context length, ``macs(context)``, output head left out.
         head_macs: of the output head, for one token.
     """
 

@@ -1,4 +1,4 @@
-"""Which of llama.cpp's architectures can say a model.
+"""Which of llama.cpp's architectures can express a model.
 
 llama.cpp has one piece of code for each architecture, and most of them read one size for all layers. What stands here
 was read in its sources: the family's own architecture where the layers are alike, and where they differ one that reads

@@ -67,7 +67,7 @@ def prepare(
         keep: statistics to keep for heuristics beyond the preparation.
         tokens_per_batch: tokens of one forward pass.
         memory: bytes that the sums of one group of sublayers may take.
-        on_progress: called with (windows done, windows in all).
+        on_progress: called with (done, in all): windows, or passes where a criterion asks for gradients.
 
     Raises:
         PluginError: the criterion broke its contract.

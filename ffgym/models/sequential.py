@@ -1,4 +1,4 @@
-"""Calibrate a cut model layer by layer, on what the pruned layers before really pass on (DESIGN 3.2).
+"""Calibrate a cut model layer by layer, on what the pruned layers before really pass on (docs/design.md).
 
 Two streams of hidden states walk through one model: the dense one gives the targets, the pruned one the inputs. Each
 layer is called by itself, with the arguments that an ordinary call of the model passed to it.

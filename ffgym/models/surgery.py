@@ -1,4 +1,4 @@
-"""Cut a model to an allocation and put it back, by swapping parameters for prefixes of themselves (DESIGN 3.1).
+"""Cut a model to an allocation and put it back, by swapping parameters for prefixes of themselves (docs/design.md).
 
 Producers keep views of their first rows, so cutting copies nothing but the refitted consumers. Restoring hands the
 dense parameters back: the same tensors, bit for bit.

@@ -80,7 +80,7 @@ def _tensors(stats: LayerStats) -> dict[str, torch.Tensor]:
 
 
 def _missing(stats: LayerStats) -> str | None:
-    """The next step for a plugin that stumbled over a statistic that it had not asked for."""
+    """The next step for a plugin that failed on a statistic that it had not asked for."""
     absent = [name for name, value in vars(stats).items() if value is None]
     return f"Not collected, and so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 
@@ -317,7 +317,7 @@ def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str 
         plugin: whose code is called.
         call: the call.
         doing: for the message.
-        hint: the next step where the plugin stumbled over a ``None``.
+        hint: the next step where the plugin failed on a ``None``.
 
     Raises:
         PluginError: it raised, or left the process; what a built-in raises on purpose stays as it is.
@@ -329,10 +329,10 @@ def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str 
             raise
         raise PluginError(f"{described(plugin)}, {doing}: {error.message}", hint=error.hint) from error
     except (Exception, SystemExit) as error:
-        stumbled = hint is not None and "None" in str(error)
+        missing = hint is not None and "None" in str(error)
         raise PluginError(
             f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} ({_place(error, plugin)})",
-            hint=hint if stumbled else "The plugin broke, not ffgym: report it to the package's author.",
+            hint=hint if missing else "The plugin broke, not ffgym: report it to the package's author.",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""From importances to an exact budget (DESIGN 3.3), decoupled from whatever proposes the importances.
+"""From importances to an exact budget (docs/design.md, The budget), decoupled from whatever proposes the importances.
 
 Importance a maps to the wanted keep ratio r = (a + 1) / 2. As one shift nu rises, sublayer i reaches its level s as
 soon as r_i + nu is nearer to that level's keep ratio than to the one below, that is at time t_i(s) = (ratio_i(s) +
@@ -158,10 +158,10 @@ class Budget:
         return 0.0, 1.0 - self.least_cost / self.dense_cost
 
     def check(self, sparsity: float) -> None:
-        """Raise ``BudgetError`` where the sparsity lies outside (0, 1) or out of reach."""
+        """Raise ``BudgetError`` where the sparsity lies outside [0, 1) or out of reach."""
         most = self.reachable[1]
         if not 0.0 <= sparsity < 1.0:
-            raise BudgetError(f"sparsity {sparsity:g} is outside (0, 1)", hint="Give the share to remove, e.g. 0.2.")
+            raise BudgetError(f"sparsity {sparsity:g} is outside [0, 1)", hint="Give the share to remove, e.g. 0.2.")
         if sparsity > most + 1e-12:
             asked = math.floor(most * 1e4) / 1e4  # rounded up, it would be refused in its turn
             raise BudgetError(

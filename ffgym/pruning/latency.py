@@ -1,4 +1,4 @@
-"""From measured times to what a level costs (DESIGN 3.3): an isotonic fit, and straight lines between its points."""
+"""From measured times to what a level costs: an isotonic fit, and straight lines between its points."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Measurement:
         dtype: of weights and activations.
         torch: its version.
         transformers: its version.
-        repetitions: that the medians run over.
+        repetitions: of which the figures are medians.
     """
 
     dense: Footprint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ffgym.config import DataTable
 from ffgym.data.recovery import TrainingText, training_text
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.data.splits import Splits, make_splits
@@ -42,7 +42,7 @@ def write(path: Path, content: str) -> str:
 
 def cut(tokenizer: Any, *, calibration: str, search: str, report: str) -> Splits:
     sizes = {"window": WINDOW, "calibration_tokens": 128, "search_tokens": 256, "report_tokens": 192}
-    settings: Any = SimpleNamespace(calibration=calibration, search=search, report=report, **sizes)
+    settings = DataTable(calibration=calibration, search=search, report=report, **sizes)
     return make_splits(settings, tokenizer, context_limit=128)
 
 

@@ -66,7 +66,6 @@ def test_a_staircase_climbs_in_equal_steps():
 def test_without_ramps_it_is_the_full_task_from_the_start():
     assert Schedule(0.2, 4).stage(0.0) == Schedule(0.2, 4).stage(1.0)
     assert Schedule(0.2, 4).stage(0.0).windows == 4
-    assert Schedule(0.2, 4, sparsity="cubic", ramp_share=0.0).stage(0.0).sparsity == pytest.approx(0.2)
 
 
 def test_a_place_in_a_range_is_its_sparsity():

@@ -1,4 +1,4 @@
-"""The promises of the budget projection (DESIGN 3.3), against a slow reference and against numbers counted by hand."""
+"""The promises of the budget projection, against a slow reference and against numbers counted by hand."""
 
 from __future__ import annotations
 

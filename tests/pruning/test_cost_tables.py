@@ -1,4 +1,4 @@
-"""A budget whose costs are measured tables: the promises of DESIGN 3.3 hold with jumps and flat parts too."""
+"""A budget whose costs are measured tables: the promises of the projection hold with jumps and flat parts too."""
 
 from __future__ import annotations
 
