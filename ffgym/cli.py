@@ -108,6 +108,7 @@ ResumeOption = Annotated[
         show_default="none",
     ),
 ]
+OverwriteFileOption = Annotated[bool, typer.Option("--overwrite", help="replace FILE if it exists")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace what is in a folder that is not empty")]
 FileOption = Annotated[
     Path | None, typer.Option("--config", help="TOML file to start from; the options here win over it")
@@ -320,6 +321,7 @@ def measure(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="also write FILE.md or FILE.json", show_default=False)
     ] = None,
+    overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how much smaller and faster a saved model is than the dense one: size, speed, memory.
@@ -336,7 +338,7 @@ def measure(
     from ffgym.report.measurement import as_dict, terminal
 
     output = None if output is None else output.expanduser()
-    options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output)
+    options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output, overwrite)
     with contextlib.redirect_stdout(sys.stderr):
         found = run_measure(options, progress=Console(stderr=True))
     if as_json:
@@ -358,6 +360,7 @@ def latency(
         Path | None,
         typer.Option(metavar="FILE", help="also write FILE.json, for --latency-table of run", show_default=False),
     ] = None,
+    overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show how long each kind of sublayer takes at each size on this machine; what is not in the cache is timed.
@@ -372,7 +375,7 @@ def latency(
     from ffgym.report.latency import terminal
 
     output = None if output is None else output.expanduser()
-    options = TableOptions(model, context, dtype, device, threads, repetitions, rebuild, output)
+    options = TableOptions(model, context, dtype, device, threads, repetitions, rebuild, output, overwrite)
     with contextlib.redirect_stdout(sys.stderr):
         table, place = latency_table(options, progress=Console(stderr=True))
     if as_json:
@@ -421,7 +424,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="f32, f16 or bf16", show_default="what the weights are in")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace FILE if it exists")] = False,
+    overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a saved model as a GGUF file, which llama.cpp runs.
@@ -545,7 +548,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", help="also write the figures to this .json or .md file")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output file if it is there")] = False,
+    overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure models on zero-shot tasks, by lm-eval with its own task definitions, side by side.
@@ -555,6 +558,7 @@ def evaluate(
     from rich.console import Console
 
     from ffgym.evaluation.tasks import ModelScores, check_models, check_request, evaluate_models, load_tasks
+    from ffgym.output import check_file
     from ffgym.report import task_table
     from ffgym.report.progress import Reporter
 
@@ -563,7 +567,7 @@ def evaluate(
         raise ConfigError("no model to measure", hint="Name one or more: ffgym eval demo runs/my-run/model")
     if output is not None:
         output = output.expanduser()
-        task_table.check_file(output, overwrite=overwrite)
+        check_file(output, task_table.FILE_KINDS, overwrite=overwrite)
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     reporter = Reporter(Console(stderr=True))
     scores: list[ModelScores] = []

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ffgym.errors import ConfigError, ModelError, OutputError, is_out_of_memory
+from ffgym.errors import ConfigError, ModelError, is_out_of_memory
 from ffgym.evaluation.latency import LatencyTable, to_json
 from ffgym.evaluation.latency_cache import cached_table, place_of
 from ffgym.evaluation.memory import Job, measure_memory
@@ -29,6 +29,7 @@ from ffgym.models.loading import LoadedModel, checkpoint_folder, load
 from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
 from ffgym.models.pairs import units_kept
 from ffgym.models.surgery import PrunableModel
+from ffgym.output import check_file, write_text
 from ffgym.report.measurement import Footprint, Measurement, as_dict, counted, markdown
 from ffgym.report.progress import Reporter
 
@@ -50,6 +51,7 @@ class Options:
         device: as `load` takes it.
         threads: of the CPU, at least 1; ``None`` leaves torch's choice.
         output: a ``.md`` or ``.json`` file to write; ``None`` writes none.
+        overwrite: replace it where it is there.
 
     Raises:
         ConfigError: an empty list or a number below 1.
@@ -64,6 +66,7 @@ class Options:
     device: str = "auto"
     threads: int | None = None
     output: Path | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("--batch-sizes", self.batch_sizes)
@@ -82,10 +85,10 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
     Raises:
         ModelError: a folder that is no model, two models that do not belong together, or one that cannot be loaded.
         ConfigError: no record of the dense model, or prompts that are too long for the models.
-        OutputError: the output is neither ``.md`` nor ``.json``, or cannot be written.
+        OutputError: the output is neither ``.md`` nor ``.json``, is there already, or cannot be written.
     """
     if options.output is not None:
-        _check_output(options.output)
+        check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
     say = Reporter(progress or Console(stderr=True))
     folder = model_folder(options.folder)
     source = dense_model(folder, options.dense)
@@ -113,6 +116,7 @@ class TableOptions:
         repetitions: of which the figures are medians, at least 1.
         rebuild: time again what the cache holds already.
         output: a ``.json`` file to write; ``None`` writes none.
+        overwrite: replace it where it is there.
 
     Raises:
         ConfigError: a number below 1.
@@ -126,6 +130,7 @@ class TableOptions:
     repetitions: int = REPETITIONS
     rebuild: bool = False
     output: Path | None = None
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         _at_least_one("--context", [self.context])
@@ -143,10 +148,10 @@ def latency_table(options: TableOptions, *, progress: Console | None = None) -> 
     Raises:
         ModelError: a model that cannot be loaded, or that is pruned already.
         BudgetError: it takes fewer tokens than ``context``.
-        OutputError: the output is no ``.json``, or cannot be written.
+        OutputError: the output is no ``.json``, is there already, or cannot be written.
     """
     if options.output is not None:
-        _check_output(options.output, (".json",))
+        check_file(options.output, (".json",), overwrite=options.overwrite)
     say = Reporter(progress or Console(stderr=True))
     with _threads(options.threads):
         with say.stage("load the model", 1):
@@ -162,7 +167,7 @@ def latency_table(options: TableOptions, *, progress: Console | None = None) -> 
             )
         place = place_of(loaded.model, context=options.context)
     if options.output is not None:
-        _write(options.output, to_json(table))
+        write_text(options.output, to_json(table))
     return table, place
 
 
@@ -239,14 +244,7 @@ def write(found: Measurement, output: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    _write(output, markdown(found) if output.suffix == ".md" else json.dumps(as_dict(found), indent=2) + "\n")
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _not_written(output, error) from error
+    write_text(output, markdown(found) if output.suffix == ".md" else json.dumps(as_dict(found), indent=2) + "\n")
 
 
 def _load_dense(source: DenseModel, dtype: torch.dtype, device: str) -> LoadedModel:
@@ -324,29 +322,6 @@ def _at_least_one(option: str, values: Sequence[int]) -> None:
         raise ConfigError(f"{option} is empty", hint="Give at least one number.")
     if min(values) < 1:
         raise ConfigError(f"{option} has {min(values)}", hint="Every number must be at least 1.")
-
-
-def _check_output(output: Path, suffixes: tuple[str, ...] = (".md", ".json")) -> None:
-    """Find out before the measurement, not after it, that the file cannot be written."""
-    if output.suffix not in suffixes:
-        raise OutputError(
-            f"--output {str(output)!r} has no suffix that is known here",
-            hint=f"Use {' or '.join('FILE' + suffix for suffix in suffixes)}.",
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        there = output.exists()
-        output.open("a").close()
-        if not there:
-            output.unlink()
-    except OSError as error:
-        raise _not_written(output, error) from error
-
-
-def _not_written(output: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write {output}: {error.strerror or error}", hint="Choose another file with --output FILE."
-    )
 
 
 def _name(dtype: torch.dtype) -> str:

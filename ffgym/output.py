@@ -8,7 +8,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -46,6 +47,29 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {path}: {error.strerror or error}",
             hint="Make room on the disk, or choose another folder.",
         ) from error
+
+
+def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None:
+    """Refuse a file that could not be written later, before anything is measured for it.
+
+    Args:
+        path: the file.
+        endings: those that are known, such as ``.json``.
+        overwrite: it may be there already.
+
+    Raises:
+        OutputError: another ending, a folder, a file that is there already, or a place that cannot be written.
+    """
+    if path.suffix not in endings:
+        raise OutputError(
+            f"output file {str(path)!r} ends in {path.suffix!r}", hint=f"Let it end in {' or '.join(endings)}."
+        )
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", hint="Name a file.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists", hint="Choose another name, or pass --overwrite.")
+    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def write_text(path: Path, text: str) -> None:

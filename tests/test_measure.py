@@ -209,7 +209,7 @@ def test_a_record_that_leads_nowhere_is_named(run: Path, tmp_path: Path) -> None
     assert "--dense" in str(raised.value.hint)
 
 
-@pytest.mark.parametrize("name", ["measure.txt", "measure", "measure.md/x.md"])
+@pytest.mark.parametrize("name", ["measure.txt", "measure", "measure.md", "measure.md/x.md"])
 def test_an_output_that_cannot_be_written_is_refused_first(
     run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
@@ -303,9 +303,9 @@ def test_latency_of_what_cannot_be_timed(table_cache: list[int], run: Path, tmp_
         latency_table(TableOptions(str(run / "model"), 64), progress=quiet)
     with pytest.raises(BudgetError, match="at most 128"):
         latency_table(TableOptions(glass, 1024), progress=quiet)
-    with pytest.raises(OutputError, match="no suffix") as raised:
+    with pytest.raises(OutputError, match="ends in") as raised:
         latency_table(TableOptions(glass, 64, output=tmp_path / "table.md"), progress=quiet)
-    assert "FILE.json" in str(raised.value.hint)
+    assert ".json" in str(raised.value.hint)
     for wrong in ({"context": 0}, {"context": 64, "repetitions": 0}, {"context": 64, "threads": -1}):
         with pytest.raises(ConfigError, match=" has ") as raised_by_number:
             TableOptions(glass, **wrong)

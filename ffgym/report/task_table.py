@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffgym.errors import OutputError
 from ffgym.evaluation.tasks import Metric, ModelScores, TaskResult, TaskSet, paper_means
-from ffgym.output import write_text, writing
+from ffgym.output import write_text
 from ffgym.report.table import escape, finite, markdown_line
 from ffgym.types import JSONDict
 
@@ -154,24 +152,6 @@ def markdown(table: TaskTable) -> str:
     head, *body = (markdown_line([escape(cell) for cell in row]) for row in rows)
     rule = "|---|---|---|---:|" + "---:|" * len(table.models)
     return "\n".join([head, rule, *body, "", "<br>\n".join(map(escape, _notes(table)))]) + "\n"
-
-
-def check_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse a file that :func:`write_file` could not write, before anything is measured.
-
-    Raises:
-        OutputError: an ending that is unknown, a file that is there already, or a folder that cannot be written.
-    """
-    if path.suffix not in FILE_KINDS:
-        raise OutputError(
-            f"output file {str(path)!r} ends in {path.suffix!r}", hint=f"Let it end in {' or '.join(FILE_KINDS)}."
-        )
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", hint="Name a file.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists", hint="Choose another name, or pass --overwrite.")
-    with writing(path), tempfile.TemporaryFile(dir=path.parent):
-        pass
 
 
 def write_file(path: Path, table: TaskTable) -> None:

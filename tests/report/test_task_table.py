@@ -8,7 +8,8 @@ from rich.console import Console
 
 from ffgym.errors import OutputError
 from ffgym.evaluation.tasks import PAPER_TASKS, LoadedTask, Metric, ModelScores, TaskResult, TaskSet
-from ffgym.report.task_table import TaskTable, as_dict, check_file, markdown, terminal, write_file
+from ffgym.output import check_file
+from ffgym.report.task_table import FILE_KINDS, TaskTable, as_dict, markdown, terminal, write_file
 
 
 def result(task: str, acc: float = 0.5, norm: float | None = None, **facts: int) -> TaskResult:
@@ -115,7 +116,7 @@ def test_data_is_what_json_takes():
 
 def test_a_file_is_json_or_markdown_by_its_ending(tmp_path):
     for name in ("new/folder/scores.json", "scores.md"):
-        check_file(tmp_path / name, overwrite=False)
+        check_file(tmp_path / name, FILE_KINDS, overwrite=False)
         write_file(tmp_path / name, TWO)
     assert json.loads((tmp_path / "new/folder/scores.json").read_text()) == as_dict(TWO)
     assert (tmp_path / "scores.md").read_text() == markdown(TWO)
@@ -126,10 +127,10 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(tmp_path):
     path = tmp_path / "scores.json"
     path.write_text("mine")
     with pytest.raises(OutputError, match="exists") as caught:
-        check_file(path, overwrite=False)
+        check_file(path, FILE_KINDS, overwrite=False)
     assert "--overwrite" in caught.value.hint
     assert path.read_text() == "mine"
-    check_file(path, overwrite=True)
+    check_file(path, FILE_KINDS, overwrite=True)
     write_file(path, TWO)
     assert json.loads(path.read_text()) == as_dict(TWO)
 
@@ -138,7 +139,7 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(tmp_path):
 def test_a_file_that_cannot_be_written_is_refused_before(tmp_path, name):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(OutputError):
-        check_file(tmp_path / name, overwrite=True)
+        check_file(tmp_path / name, FILE_KINDS, overwrite=True)
 
 
 @pytest.mark.parametrize("under", ["a-file/scores.json", "/proc/nowhere/scores.json"])
@@ -147,4 +148,4 @@ def test_a_folder_that_cannot_be_written_is_refused_before(tmp_path, under):
         pytest.skip("no /proc here")
     (tmp_path / "a-file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
-        check_file(tmp_path / under, overwrite=False)
+        check_file(tmp_path / under, FILE_KINDS, overwrite=False)
