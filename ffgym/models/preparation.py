@@ -5,6 +5,7 @@ Sublayers stream through one at a time, and each one's moment is released as soo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ def prepare(
         keep: statistics to keep for heuristics beyond the preparation.
         tokens_per_batch: tokens of one forward pass.
         memory: bytes that the sums of one group of sublayers may take.
-        on_progress: called with (done, in all): windows, or passes where a criterion asks for gradients.
+        on_progress: called with (steps done, steps): backward passes, then windows, then sublayers.
 
     Raises:
         PluginError: the criterion broke its contract.
@@ -79,11 +80,20 @@ def prepare(
             "choosing the ridge needs at least 2 calibration windows",
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
         )
+    done, steps = Counter[str](), Counter[str](windows=len(windows), sublayers=len(prunable.halves))
+
+    def counted(kind: str) -> OnProgress:
+        def advance(so_far: int, in_all: int) -> None:
+            done[kind], steps[kind] = so_far, in_all
+            if on_progress is not None:
+                on_progress(done.total(), steps.total())
+
+        return advance
+
     held_out = 0 if ridge is not None else max(1, int(HELD_OUT_SHARE * len(windows)))
     needs = criterion.needs | keep
-    first_order = gradient_statistics(
-        model, prunable.consumers, windows[: max(1, int(GRADIENT_SHARE * len(windows)))], needs, on_progress=on_progress
-    )
+    sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
+    first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("passes"))
     affine = [calibration == "affine" or half.consumer.bias is not None for half in prunable.halves]
     needs = needs | {"second_moment"} | ({"mean"} if any(affine) else frozenset())
     stream = stream_statistics(
@@ -94,8 +104,9 @@ def prepare(
         held_out=held_out,
         memory=memory,
         tokens_per_batch=tokens_per_batch,
-        on_progress=on_progress,
+        on_progress=counted("windows"),
     )
+    ordered = counted("sublayers")
     views: list[SublayerView] = []
     ridges: list[float] = []
     for index, fit, apart in stream:
@@ -113,6 +124,7 @@ def prepare(
             half.affine = affine[index]
         ridges.append(chosen)
         views.append(_view(half, scores[order], stats, path, keep))
+        ordered(len(views), len(prunable.halves))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
 
 

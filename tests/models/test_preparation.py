@@ -10,6 +10,7 @@ import torch
 
 import ffgym
 from ffgym.criteria.magnitude import Magnitude
+from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import CalibrationError, PluginError
 from ffgym.evaluation.perplexity import evaluate
@@ -276,3 +277,14 @@ def test_reorder_moves_every_statistic():
     assert got.output_gradient is fisher
     assert got.tokens == 7
     assert reorder(LayerStats(), order) == LayerStats()
+
+
+@pytest.mark.parametrize("memory", [2**30, 1])
+def test_progress_counts_every_step_and_never_goes_back(windows, memory):
+    """In one group of sublayers, and in one group for each of them."""
+    told = []
+    prepare(tiny_model("llama"), Taylor(), windows, ridge=0.01, memory=memory, on_progress=lambda *at: told.append(at))
+    done, steps = zip(*told, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == steps[-1] == steps[len(steps) // 2]
+    assert all(one < all_of_them for one, all_of_them in told[:-1]), "full at the end only"
