@@ -23,15 +23,16 @@ from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 
 class BayesianConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        spread: largest standard deviation of perturbations, in importance units (2 spans all keep ratios).
-        candidates: how many candidates expected improvement chooses among.
-    """
-
-    spread: float = Field(0.2, gt=0)
-    candidates: int = Field(512, ge=16)
+    spread: float = Field(
+        0.2,
+        gt=0,
+        description="largest standard deviation of perturbations, in importance units (2 spans all keep ratios)",
+    )
+    candidates: int = Field(
+        512, ge=16, description="how many candidates expected improvement chooses among, at least 16"
+    )
 
 
 class Bayesian(BatchAgent):

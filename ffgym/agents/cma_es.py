@@ -31,21 +31,25 @@ SMALLEST_VARIANCE = 1e-6
 
 
 class CMAESConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        sigma: step size at the start, in importance units (2 spans all keep ratios).
-        separable: adapt the variances only.
-        smooth: share of the starting covariance that is shared by neighbouring layers of one kind; not with separable.
-        length: over which share of the depth it is shared.
-        average: share of the last means that are averaged into the recommended one; 0 takes the last.
-    """
-
-    sigma: float = Field(0.15, gt=0)
-    separable: bool = False
-    smooth: float = Field(0.0, ge=0, le=1)
-    length: float = Field(0.15, gt=0)
-    average: float = Field(0.0, ge=0, le=1)
+    sigma: float = Field(
+        0.15, gt=0, description="step size at the start, in importance units (2 spans all keep ratios)"
+    )
+    separable: bool = Field(False, description="adapt the variances only")
+    smooth: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the starting covariance shared by neighbouring layers of one kind; not with separable",
+    )
+    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
+    average: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the last means that are averaged into the recommended one; 0 takes the last",
+    )
 
     @model_validator(mode="after")
     def _one_covariance(self) -> Self:

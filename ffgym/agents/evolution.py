@@ -29,25 +29,30 @@ MOST_TRIES = 50  # for a child that is none of the others
 
 
 class EvolutionConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        survivors: share of an update's episodes that survive, are measured again and have children.
-        mutation: share of children by mutation.
-        crossover: share of children by crossover; what is left of 1 are random ones.
-        mutation_probability: probability that a mutation changes an importance.
-        mutation_spread: standard deviation of that change, in importance units (2 spans all keep ratios).
-        initial_spread: standard deviation of random ones around the prior.
-        use_prior: start around the prior; otherwise random ones are uniform in [-1, 1], as in the paper.
-    """
-
-    survivors: float = Field(0.25, gt=0, lt=1)
-    mutation: float = Field(0.7, ge=0, le=1)
-    crossover: float = Field(0.2, ge=0, le=1)
-    mutation_probability: float = Field(0.2, gt=0, le=1)
-    mutation_spread: float = Field(0.2, gt=0)
-    initial_spread: float = Field(0.3, gt=0)
-    use_prior: bool = True
+    survivors: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="share of an update's episodes that survive, are measured again and have children, in (0, 1)",
+    )
+    mutation: float = Field(0.7, ge=0, le=1, description="share of children by mutation")
+    crossover: float = Field(
+        0.2, ge=0, le=1, description="share of children by crossover; what is left of 1 are random ones"
+    )
+    mutation_probability: float = Field(
+        0.2, gt=0, le=1, description="probability that a mutation changes an importance, in (0, 1]"
+    )
+    mutation_spread: float = Field(
+        0.2, gt=0, description="standard deviation of that change, in importance units (2 spans all keep ratios)"
+    )
+    initial_spread: float = Field(
+        0.3, gt=0, description="standard deviation of random ones around the prior, in importance units"
+    )
+    use_prior: bool = Field(
+        True, description="start around the prior; otherwise random ones are uniform in [-1, 1], as in the paper"
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> EvolutionConfig:

@@ -30,17 +30,21 @@ from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 
 class EvoPressConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        step: how far a level switch moves, in importance units (2 spans all keep ratios).
-        switches: most level switches of a child; the number is the smaller of two uniform draws, as in the paper.
-        survivors: how many survive each round; the last round's one replaces the parent if it is better.
-    """
-
-    step: float = Field(0.2, gt=0)
-    switches: int = Field(3, ge=1)
-    survivors: tuple[PositiveInt, ...] = Field((2, 1), min_length=1)
+    step: float = Field(
+        0.2, gt=0, description="how far a level switch moves, in importance units (2 spans all keep ratios)"
+    )
+    switches: int = Field(
+        3,
+        ge=1,
+        description="most level switches of a child; the number is the smaller of two uniform draws, as in the paper",
+    )
+    survivors: tuple[PositiveInt, ...] = Field(
+        (2, 1),
+        min_length=1,
+        description="how many survive each round; the last round's one replaces the parent if it is better",
+    )
 
     @field_validator("survivors")
     @classmethod

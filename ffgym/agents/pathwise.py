@@ -32,20 +32,22 @@ from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 
 class PathwiseConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        step: how far a sublayer goes in the first update by its own slope, in importance units; what its neighbours
-            have in common with it comes on top.
-        smooth: share of a step that neighbouring layers of one kind have in common.
-        length: over which share of the depth they have it in common.
-        average: share of the last updates whose importances are averaged into the recommended ones; 0 takes the last.
-    """
-
-    step: float = Field(0.1, gt=0)
-    smooth: float = Field(0.5, ge=0, le=1)
-    length: float = Field(0.15, gt=0)
-    average: float = Field(0.5, ge=0, le=1)
+    # What a sublayer's neighbours have in common with it comes on top.
+    step: float = Field(
+        0.1, gt=0, description="how far a sublayer goes in the first update by its own slope, in importance units"
+    )
+    smooth: float = Field(
+        0.5, ge=0, le=1, description="share of a step that neighbouring layers of one kind have in common"
+    )
+    length: float = Field(0.15, gt=0, description="over which share of the depth they have it in common, above 0")
+    average: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the last updates whose importances are averaged for recommending; 0 takes the last",
+    )
 
 
 class Pathwise(BatchAgent):

@@ -28,21 +28,17 @@ from ffgym.types import Update
 
 
 class PPOConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        learning_rate: Adam's.
-        spread: standard deviation of the exploration at the start, in importance units (2 spans all keep ratios).
-        epochs: passes over each rollout.
-        clip_range: how far the probability ratio may leave 1.
-        entropy: weight of the entropy bonus.
-    """
-
-    learning_rate: float = Field(3e-3, gt=0)
-    spread: float = Field(0.15, gt=0)
-    epochs: int = Field(10, ge=1)
-    clip_range: float = Field(0.2, gt=0)
-    entropy: float = Field(0.0, ge=0)
+    learning_rate: float = Field(3e-3, gt=0, description="learning rate of Adam, above 0")
+    spread: float = Field(
+        0.15,
+        gt=0,
+        description="standard deviation of the exploration at the start, in importance units (2 spans all keep ratios)",
+    )
+    epochs: int = Field(10, ge=1, description="passes over each rollout, at least 1")
+    clip_range: float = Field(0.2, gt=0, description="how far the probability ratio may leave 1, above 0")
+    entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus, at least 0")
 
 
 class PPO(Agent):

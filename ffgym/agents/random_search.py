@@ -16,17 +16,17 @@ from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 
 class RandomSearchConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        spread: standard deviation around the prior (or 0), in importance units; left out, all of [-1, 1] is as likely.
-        smooth: share of that variance that is shared by neighbouring layers of one kind.
-        length: over which share of the depth it is shared.
-    """
-
-    spread: float | None = Field(None, gt=0)
-    smooth: float = Field(0.95, ge=0, le=1)
-    length: float = Field(0.15, gt=0)
+    spread: float | None = Field(
+        None,
+        gt=0,
+        description="standard deviation around the prior (or 0), in importance units; uniform in [-1, 1] if left out",
+    )
+    smooth: float = Field(
+        0.95, ge=0, le=1, description="share of that variance that is shared by neighbouring layers of one kind"
+    )
+    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
 
 
 class RandomSearch(BatchAgent):

@@ -37,28 +37,36 @@ SLOPE_UNIT = 0.2
 
 
 class ReinforceConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        learning_rate: step of the mean, in units of the policy's spread times the standardised advantage.
-        spread: standard deviation of the exploration at the start, in importance units (2 spans all keep ratios).
-        spread_rate: step of the log spread; 0 keeps it.
-        smooth: share of the exploration's variance that is shared by neighbouring layers of one kind.
-        length: over which share of the depth it is shared.
-        antithetic: explore in mirrored pairs.
-        advantage: ``standard`` subtracts the update's mean and divides by its standard deviation; ``rank`` uses
-            centred ranks; ``leave-one-out`` subtracts the mean of the others and does not divide.
-        average: share of the last updates whose means are averaged into the recommended policy; 0 takes the last.
-    """
-
-    learning_rate: float = Field(2.0, gt=0)
-    spread: float = Field(0.15, gt=0)
-    spread_rate: float = Field(0.0, ge=0)
-    smooth: float = Field(0.95, ge=0, le=1)
-    length: float = Field(0.15, gt=0)
-    antithetic: bool = True
-    advantage: Literal["standard", "rank", "leave-one-out"] = "standard"
-    average: float = Field(0.5, ge=0, le=1)
+    learning_rate: float = Field(
+        2.0, gt=0, description="step of the mean, in units of the policy's spread times the standardised advantage"
+    )
+    spread: float = Field(
+        0.15,
+        gt=0,
+        description="standard deviation of the exploration at the start, in importance units (2 spans all keep ratios)",
+    )
+    spread_rate: float = Field(0.0, ge=0, description="step of the log spread; 0 keeps it")
+    smooth: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="share of the exploration's variance that is shared by neighbouring layers of one kind",
+    )
+    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
+    antithetic: bool = Field(True, description="explore in mirrored pairs")
+    # R: the rewards of one update. Mean, standard deviation and ranks are its own; leave-one-out does not divide.
+    advantage: Literal["standard", "rank", "leave-one-out"] = Field(
+        "standard",
+        description="standard ((R - mean) / deviation) | rank (centred ranks) | leave-one-out (R - mean of the others)",
+    )
+    average: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the last updates whose means are averaged into the recommended policy; 0 takes the last",
+    )
 
 
 class Reinforce(BatchAgent):

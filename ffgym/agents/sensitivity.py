@@ -31,17 +31,19 @@ from ffgym.types import Update
 
 
 class SensitivityConfig(PluginConfig):
-    """Options of the agent.
+    """Options of the agent."""
 
-    Attributes:
-        levels: by how much a sublayer's importance is moved, in importance units (2 spans all keep ratios).
-        check_share: share of the tokens kept for checking the solution.
-        scale: largest t of the check.
-    """
-
-    levels: tuple[float, ...] = Field((-0.4, 0.4), min_length=1)
-    check_share: float = Field(0.2, gt=0, lt=1)
-    scale: float = Field(1.5, gt=0)
+    levels: tuple[float, ...] = Field(
+        (-0.4, 0.4),
+        min_length=1,
+        description="by how much a sublayer's importance is moved, in importance units (2 spans all keep ratios)",
+    )
+    check_share: float = Field(
+        0.2, gt=0, lt=1, description="share of the tokens kept for checking the solution, in (0, 1)"
+    )
+    scale: float = Field(
+        1.5, gt=0, description="largest t of the check, above 0; t = 0 is the prior, t = 1 the solution"
+    )
 
 
 class Sensitivity(Agent):

@@ -14,14 +14,13 @@ from ffgym.types import SublayerView
 
 
 class FisherConfig(PluginConfig):
-    """Options of the heuristic.
-
-    Attributes:
-        reference: share of the prunable parameters that the choice is solved for; the target where it is left out.
-    """
+    """Options of the heuristic."""
 
     reference: float | None = Field(
-        None, gt=0, lt=1, description="share of the parameters that the choice is solved for; the target if left out"
+        None,
+        gt=0,
+        lt=1,
+        description="share of the prunable parameters that the choice is solved for; the target if left out",
     )
 
 

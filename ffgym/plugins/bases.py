@@ -6,8 +6,6 @@ the same name in a run's TOML is validated by it, and the plugin finds the resul
 
 from __future__ import annotations
 
-import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,21 +43,8 @@ class PluginConfig(BaseModel):
 
     @classmethod
     def meanings(cls) -> dict[str, str]:
-        """What each option means: its field's description, or its entry under ``Attributes:`` in the docstring."""
-        found: dict[str, str] = {}
-        name = ""
-        for line in inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].splitlines():
-            if start := re.fullmatch(r"    (\w+): (.*)", line):
-                name, found[start[1]] = start[1], start[2].strip()
-            elif line.startswith("     ") and name:
-                found[name] += " " + line.strip()
-            else:
-                break
-        return {
-            key: field.description or found.get(key, "").rstrip(".")
-            for key, field in cls.model_fields.items()
-            if field.description or key in found
-        }
+        """What each option means: the description of its field."""
+        return {key: field.description for key, field in cls.model_fields.items() if field.description}
 
 
 class Plugin:
