@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ffgym.data.splits import Splits
+from ffgym.finals import finals_examples, finals_windows
 from ffgym.output import write_text
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
@@ -22,7 +23,7 @@ from ffgym.report.front import markdown as front_markdown
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, as_dicts, markdown
-from ffgym.search import Found, finals_examples, finals_windows
+from ffgym.search import Found
 from ffgym.tracking import Tracker, environment_tags, slug
 from ffgym.types import Allocation, Episode, JSONDict
 from ffgym.workspace import Workspace

@@ -21,14 +21,14 @@ from filelock import FileLock, Timeout
 
 from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig, digest, settings, to_toml
+from ffgym.finals import finalists
 from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import check_recommendations
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import CellResult
 from ffgym.report.progress import Reporter
-from ffgym.search import Found, by_standing, search
+from ffgym.search import Found, search
 from ffgym.tracking import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
 from ffgym.workspace import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
@@ -260,8 +260,5 @@ class _Incumbents:
         if not passed:
             return
         self._marks = [mark for mark in self._marks if mark > self._spent]
-        env = self._space.env
-        observation = np.array([env.sparsity, 1.0], dtype=np.float32)
-        recommended = check_recommendations(self._agent, observation, len(env.budget.sublayers))
-        action = recommended[0] if recommended else by_standing(self._history)[0].action
-        self.noted.append((self._spent, env.budget.project(action, env.sparsity)))
+        (incumbent,) = finalists(self._space.env, self._agent, self._history, 1)
+        self.noted.append((self._spent, incumbent.allocation))

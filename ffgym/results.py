@@ -13,6 +13,7 @@ from ffgym.config import RunConfig
 from ffgym.data.splits import Split
 from ffgym.envs.building import tokens_per_batch
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.finals import finals_loss
 from ffgym.models.export import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
 from ffgym.recovery import Recovered
@@ -21,7 +22,7 @@ from ffgym.report.front import Front, FrontPoint, point_names
 from ffgym.report.progress import Reporter
 from ffgym.report.recovery import loss_error
 from ffgym.report.table import ReportTable, Row, measurement
-from ffgym.search import Found, finals_loss
+from ffgym.search import Found
 from ffgym.types import Allocation, JSONDict
 from ffgym.workspace import Refit, Workspace, at_target, cut_to
 

@@ -24,6 +24,7 @@ from ffgym.artifacts import (
 )
 from ffgym.config import RunConfig, to_toml
 from ffgym.envs.building import make_reward
+from ffgym.episode_log import read_episodes
 from ffgym.evaluation.latency import to_json
 from ffgym.models.export import SavedModel, load_line
 from ffgym.output import (
@@ -55,7 +56,7 @@ from ffgym.results import (
     reference_rules,
     with_recovered,
 )
-from ffgym.search import Found, SearchInterrupted, read_episodes, search_front
+from ffgym.search import Found, SearchInterrupted, search_front
 from ffgym.tracking import Tracker
 from ffgym.types import Episode, JSONDict, Update
 from ffgym.workspace import Workspace, at_target, give_prior, make_schedule, open_workspace

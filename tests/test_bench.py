@@ -649,12 +649,12 @@ def test_results_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_in_the_middle_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ffgym import search
+    from ffgym import episode_log
 
     def full(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(search, "episode_to_json", full)
+    monkeypatch.setattr(episode_log, "episode_to_json", full)
     with pytest.raises(OutputError, match="No space left on device"):
         call(bench_file(tmp_path, agents=["random"], seeds=[0]))
 

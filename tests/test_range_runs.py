@@ -23,10 +23,10 @@ from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.envs.building import load_parts
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.episode_log import read_episodes
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins import manager
-from ffgym.search import read_episodes
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 NAMES = ("0.10", "0.20", "0.30", "0.40", "0.50")

@@ -26,10 +26,10 @@ from ffgym import results, runner, workspace
 from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.episode_log import read_log
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.output import first_difference, mlflow_run
 from ffgym.plugins import manager
-from ffgym.search import read_log
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}

@@ -25,11 +25,12 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym import results, runner, search, workspace
+from ffgym import episode_log, results, runner, workspace
 from ffgym.cli import app
 from ffgym.config import RunConfig, digest, load_config
 from ffgym.envs.building import load_parts
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.episode_log import read_episodes
 from ffgym.errors import (
     BudgetError,
     ConfigError,
@@ -46,7 +47,6 @@ from ffgym.output import claim_folder
 from ffgym.plugins import manager
 from ffgym.policy import read_policy
 from ffgym.report.table import Row
-from ffgym.search import read_episodes
 
 FILES = {
     *("config.toml", "run.json", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
@@ -760,7 +760,7 @@ def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, monkeypatch: 
         return full_disk() if f"{where}.json" in self.name else write_text(self, *args, **kwargs)
 
     places: dict[str, tuple[Any, str, Any]] = {
-        "episodes": (search, "episode_to_json", full_disk),
+        "episodes": (episode_log, "episode_to_json", full_disk),
         "picture": (Figure, "savefig", full_disk),
         "model": (PreTrainedModel, "save_pretrained", full_disk),
     }
@@ -772,7 +772,7 @@ def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, monkeypatch: 
 
 def test_the_command_says_so_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = new_store(tmp_path / "mlruns")
-    monkeypatch.setattr(search, "episode_to_json", full_disk)
+    monkeypatch.setattr(episode_log, "episode_to_json", full_disk)
     done = CliRunner().invoke(app, ["run", "--config", toml(tmp_path, tracking=TRACKED)])
     assert (done.exit_code, done.stdout) == (1, "")
     assert "error: cannot write results: No space left on device" in done.stderr
@@ -784,7 +784,7 @@ def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path: Path, monkeypatch
     def other(*args: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(search, "episode_to_json", other)
+    monkeypatch.setattr(episode_log, "episode_to_json", other)
     with pytest.raises(OSError, match="Input/output error"):
         finish(glass_config(tmp_path))
 

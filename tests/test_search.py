@@ -1,62 +1,31 @@
-"""A whole search on a tiny model: its log, its interruption, and the choice among finalists."""
+"""A whole search on a tiny model: what it spends and finds, its interruption, and going on from its log."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from made_up_episodes import Opinionated
 
 from ffgym.agents.one_shot import OneShot
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config import SearchTable
-from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
+from ffgym.episode_log import read_episodes, read_log
 from ffgym.errors import ConfigError, DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.finals import by_standing, finals_windows
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.pruning.budget import Budget
-from ffgym.rewards.perplexity import Perplexity
-from ffgym.search import (
-    Candidate,
-    SearchInterrupted,
-    by_standing,
-    episode_to_json,
-    finalists,
-    finals_windows,
-    near,
-    objective_standings,
-    read_episodes,
-    read_log,
-    run_finals,
-    search,
-    search_front,
-    with_every_shape,
-)
-from ffgym.types import Episode
+from ffgym.search import SearchInterrupted, search, search_front
 
 SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=160)
 RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
-
-
-class Opinionated(RandomSearch):
-    """Draws at random, and believes in what the test says."""
-
-    name = "opinionated"
-
-    def __init__(self, *believed):
-        super().__init__()
-        self.believed = believed
-
-    def recommend(self, observation):
-        self.asked = observation
-        return [np.asarray(action, np.float32) for action in self.believed]
 
 
 @pytest.fixture
@@ -79,30 +48,6 @@ def bits(found):
 def untimed(text):
     """A log without what no two searches share."""
     return re.sub(r', "seconds": [\d.]+', "", text)
-
-
-def episode(index, update, reward, *, sparsity=0.3, fidelity=1.0, action=None):
-    return Episode(
-        index=index,
-        update=update,
-        action=np.linspace(-1, 1, 6).astype(np.float32) if action is None else np.asarray(action, np.float32),
-        kept=(1,) * 6,
-        reward=reward,
-        loss=1.0,
-        dense_loss=0.5,
-        target_sparsity=sparsity,
-        sparsity=sparsity,
-        fidelity=fidelity,
-        tokens=64,
-    )
-
-
-@pytest.fixture
-def uniform_env(prepared_llama, random_windows):
-    """One shape for all layers: at sparsity 0.3 two of them use up the budget."""
-    prunable = prepared_llama.prunable
-    budget = Budget(prunable.sublayers, shapes=prunable.family.stock_shapes(prunable.model))
-    return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, sparsity=0.3)
 
 
 class TestUniform:
@@ -130,13 +75,6 @@ class TestUniform:
         assert len(measured) == len(set(measured)), "nothing is measured twice on the same tokens"
         assert len(measured) <= 3 * 2 + 2
 
-    def test_the_candidates_keep_their_place_and_what_is_added_says_so(self, uniform_env):
-        first, second = uniform_env.budget.shapes(0.3)
-        mine = Candidate(uniform_env.budget.importance(second.kept), second, "policy")
-        both = with_every_shape(uniform_env, [mine])
-        assert both[0] is mine
-        assert [(c.allocation, c.origin) for c in both[1:]] == [(first, "shape")]
-
     def test_a_rule_that_is_run_alone_stays_what_it_is(self, uniform_env):
         agent = OneShot()
         agent.prior_mean = uniform_env.budget.importance(uniform_env.budget.shapes(0.3)[0].kept)
@@ -151,10 +89,6 @@ class TestUniform:
         with pytest.raises(SearchInterrupted) as stopped:
             searched(uniform_env, schedule=Schedule(0.3, 2), on_episode=stop)
         assert len(stopped.value.found.finalists) == 1
-
-    def test_with_layers_of_their_own_nothing_is_added(self, env):
-        candidate = Candidate(np.zeros(6, np.float32), env.budget.project(np.zeros(6), 0.3), "policy")
-        assert with_every_shape(env, [candidate]) == [candidate]
 
 
 class TestSearch:
@@ -214,80 +148,6 @@ class TestSearch:
         assert np.abs(drawn).max() <= 1
 
 
-class TestStanding:
-    def test_compares_within_updates(self):
-        """0.9 is the worst of an easy subset, 0.4 the best of a hard one."""
-        history = [episode(0, 0, 0.95), episode(1, 0, 0.9), episode(2, 1, 0.4), episode(3, 1, 0.1)]
-        assert [e.index for e in by_standing(history)] == [2, 0, 1, 3]
-
-    def test_only_the_hardest_stage_counts(self):
-        history = [
-            episode(0, 0, 0.99, sparsity=0.1),
-            episode(1, 0, 0.10, sparsity=0.1),
-            episode(2, 1, 0.80, fidelity=0.5),
-            episode(3, 1, 0.20, fidelity=0.5),
-            episode(4, 2, 0.50),
-            episode(5, 2, 0.55),
-        ]
-        assert [e.index for e in by_standing(history)] == [5, 4]
-        assert [e.index for e in by_standing(history[:4])] == [2, 3]
-        assert [e.index for e in by_standing(history[:2])] == [0, 1]
-
-    def test_an_update_of_one_is_measured_by_all_of_its_stage(self):
-        history = [episode(0, 0, 0.5), episode(1, 1, 0.7), episode(2, 2, 0.6)]
-        assert [e.index for e in by_standing(history)] == [1, 2, 0]
-
-
-class TestFinalists:
-    def test_recommendations_come_first_and_allocations_are_distinct(self, env):
-        a, b = np.linspace(-1, 1, 6), np.linspace(1, -1, 6)
-        nearly_a = a + 1e-6
-        history = [episode(0, 0, 0.9, action=a), episode(1, 0, 0.5, action=b), episode(2, 0, 0.2, action=np.zeros(6))]
-        agent = Opinionated(nearly_a)
-        got = finalists(env, agent, history, 5)
-        assert [c.origin for c in got] == ["policy", "episode 1", "episode 2"]
-        np.testing.assert_allclose(agent.asked, [0.3, 1.0])
-        assert all(c.allocation == env.budget.project(c.importance, 0.3) for c in got)
-        assert all(c.loss is None for c in got)
-        assert [c.origin for c in finalists(env, RandomSearch(), history, 2)] == ["episode 0", "episode 1"]
-
-    def test_episodes_that_were_each_measured_on_other_text_do_not_compete(self, env):
-        alone = [episode(i, i, 0.1 * i, action=np.eye(6)[i]) for i in range(4)]
-        assert [c.origin for c in finalists(env, Opinionated(np.zeros(6)), alone, 4)] == ["policy"]
-        assert [c.origin for c in finalists(env, RandomSearch(), alone, 2)] == ["episode 3", "episode 2"]
-
-    def test_are_projected_at_the_target_whatever_stage_they_were_found_at(self, env):
-        got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3)
-        assert got[0].allocation.sparsity >= 0.3
-
-    def test_the_least_loss_wins_and_a_broken_one_comes_last(self, env, monkeypatch):
-        candidates = [
-            Candidate(np.zeros(6), env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3), f"episode {i}")
-            for i in range(4)
-        ]
-        losses = {c.allocation.kept: loss for c, loss in zip(candidates, [2.0, math.nan, 1.0, 3.0], strict=True)}
-        subsets = []
-
-        def measured(allocation, subset, examples):
-            subsets.append(tuple(subset))
-            from ffgym.types import Evaluation
-
-            return Evaluation((losses[allocation.kept],), 31)
-
-        monkeypatch.setattr(env, "measure", measured)
-        got, dense, tokens = run_finals(env, candidates, 170, seed=0)
-        assert [c.origin for c in got] == ["episode 2", "episode 0", "episode 3", "episode 1"]
-        assert len(set(subsets)) == 1, "all on the same windows"
-        assert len(subsets[0]) == 5
-        assert tokens == 4 * 5 * 32
-        assert dense == env.dense(subsets[0]).loss
-
-    def test_more_tokens_than_the_split_has_means_all_of_it(self, env):
-        candidates = finalists(env, RandomSearch(), [episode(i, 0, i / 3, action=np.eye(6)[i]) for i in range(3)], 3)
-        _, _, tokens = run_finals(env, candidates, 10**6, seed=0)
-        assert tokens == len(candidates) * 12 * 32
-
-
 class Traded(Reward):
     """Two aims that pull apart: what is lost, and attention that is kept."""
 
@@ -299,11 +159,6 @@ class Traded(Reward):
 
     def objectives(self, pruned, dense):
         return {"ratio": math.exp(dense.loss - pruned.loss), "kv_kept": pruned.costs["kv"] / dense.costs["kv"]}
-
-
-def aimed(index, update, objectives, kept, **options):
-    named = dict(zip("ab", objectives, strict=True))
-    return replace(episode(index, update, sum(objectives), **options), objectives=named, kept=kept)
 
 
 class TestPareto:
@@ -353,52 +208,11 @@ class TestPareto:
         settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
         assert len(searched(traded, settings=settings).finalists) == 2
 
-    def test_objectives_are_compared_within_updates(self):
-        """(0.9, 0.9) is the worst of an easy subset, (0.4, 0.4) the best of a hard one."""
-        history = [
-            aimed(0, 0, (1.0, 1.0), (1,)),
-            aimed(1, 0, (0.9, 0.9), (2,)),
-            aimed(2, 1, (0.4, 0.4), (3,)),
-            aimed(3, 1, (0.1, 0.1), (4,)),
-        ]
-        points = {e.kept: point.tolist() for e, point in objective_standings(history)}
-        assert points == {
-            (1,): pytest.approx([0.05, 0.05]),
-            (2,): pytest.approx([-0.05, -0.05]),
-            (3,): pytest.approx([0.15, 0.15]),
-            (4,): pytest.approx([-0.15, -0.15]),
-        }
-
-    def test_an_allocation_that_came_up_twice_counts_with_its_mean(self):
-        history = [
-            aimed(0, 0, (0.5, 0.1), (1,)),
-            aimed(1, 0, (0.3, 0.3), (2,)),
-            aimed(2, 1, (0.9, 0.3), (1,)),
-            aimed(3, 1, (0.3, 0.3), (3,)),
-        ]
-        standing = {e.kept: (e.index, point.tolist()) for e, point in objective_standings(history)}
-        assert standing[(1,)] == (0, pytest.approx([0.2, -0.05]))
-
-    def test_failed_episodes_and_easier_stages_stay_out(self):
-        history = [
-            aimed(0, 0, (0.5, 0.5), (1,), sparsity=0.1),
-            aimed(1, 1, (0.5, 0.1), (2,)),
-            replace(episode(2, 1, 0.0), kept=(3,), failed=True),
-        ]
-        assert [e.index for e, _ in objective_standings(history)] == [1]
-
     def test_objectives_survive_the_log(self, traded, tmp_path):
         log = tmp_path / "episodes.jsonl"
         found = searched(traded, log=log)
         assert [e.objectives for e in read_episodes(log)] == [e.objectives for e in found.history]
         assert all(set(e.objectives) == {"ratio", "kv_kept"} for e in found.history)
-
-    def test_a_log_from_before_objectives_is_read(self, tmp_path):
-        row = episode_to_json(episode(0, 0, 0.5))
-        del row["objectives"]
-        log = tmp_path / "old.jsonl"
-        log.write_text(json.dumps(row) + "\n")
-        assert read_episodes(log)[0].objectives == {}
 
 
 class Interrupting(RandomSearch):
@@ -540,35 +354,6 @@ class TestLog:
         with pytest.raises(DataError, match="is not what this search does"):
             searched(make_env(sparsity=0.4), schedule=Schedule(0.4, 2), log=log)
 
-    @pytest.mark.parametrize("line", ["{", "[1, 2]", '{"index": 0}', '{"action": 3, "kept": 4}', "null"])
-    def test_a_line_that_is_no_episode_is_refused_with_its_number(self, line, tmp_path):
-        log = tmp_path / "broken.jsonl"
-        good = json.dumps(episode_to_json(episode(0, 0, 0.5)))
-        log.write_text(f"{good}\n{line}\n{good}\n")
-        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is not an episode") as raised:
-            read_episodes(log)
-        assert "Delete the file" in raised.value.hint
-
-    def test_an_episode_survives_the_round_trip_bit_for_bit(self, tmp_path):
-        action = np.random.default_rng(0).uniform(-1, 1, 6)
-        sent = replace(episode(3, 1, 0.1 + 0.2, action=action), loss=math.nan, failed=True)
-        log = tmp_path / "episodes.jsonl"
-        log.write_text(json.dumps(episode_to_json(sent)) + "\n")
-        (got,) = read_episodes(log)
-        np.testing.assert_array_equal(got.action, sent.action)
-        assert got.action.dtype == np.float32
-        assert math.isnan(got.loss)
-        assert replace(got, action=None, loss=0.0) == replace(sent, action=None, loss=0.0)
-        assert isinstance(got.kept, tuple)
-
-    def test_a_torn_line_goes_without_the_others_being_written_again(self, whole, tmp_path, monkeypatch):
-        """What tears a line is a full disk, which would take them too."""
-        log = tmp_path / "torn.jsonl"
-        log.write_bytes(whole[1].encode() + '{"origin": "\u00fc'.encode()[:-1])
-        monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("the log was written again"))
-        assert len(read_episodes(log)) == len(whole[0].history)
-        assert log.read_text() == whole[1]
-
     def test_ctrl_c_while_a_search_is_replayed_hands_over_nothing(self, whole, make_env, tmp_path):
         log = tmp_path / "again.jsonl"
         log.write_text(whole[1])
@@ -582,11 +367,6 @@ class TestLog:
         assert not isinstance(raised.value, SearchInterrupted), "the earlier session handed over the best of more"
         assert log.read_text() == whole[1]
 
-    def test_an_empty_log_is_no_episodes(self, tmp_path):
-        log = tmp_path / "episodes.jsonl"
-        log.touch()
-        assert read_episodes(log) == []
-
 
 class TestSeconds:
     """The time of all sessions counts, that of a replay does not."""
@@ -595,7 +375,7 @@ class TestSeconds:
     def slow(self, make_env, monkeypatch):
         """Every measurement takes a second of a clock that stands still otherwise."""
         now = [1000.0]
-        monkeypatch.setattr("ffgym.search.time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+        monkeypatch.setattr("ffgym.episode_log.time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
 
         def make():
             env = make_env(sparsity=0.3)
@@ -718,12 +498,6 @@ class TestFront:
         found = raised.value.found
         assert found.target == 0.2
         assert found.best.allocation.sparsity == pytest.approx(0.2, abs=0.05)
-
-    def test_near_takes_what_is_in_reach_or_else_the_nearest_update(self):
-        history = [episode(i, i // 2, 0.5, sparsity=0.1 + 0.04 * (i // 2)) for i in range(10)]
-        assert [e.index for e in near(history, 0.2, 0.05)] == [4, 5, 6, 7]
-        assert {e.target_sparsity for e in near(history, 0.2, 0.05)} == {0.2}
-        assert [e.index for e in near(history, 0.5, 0.05)] == [8, 9]
 
 
 class Broken(RandomSearch):

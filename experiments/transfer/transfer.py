@@ -35,12 +35,13 @@ from ffgym.config import RunConfig, Table, config_error, read_toml
 from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.building import CHEAP, budget_in, make_reward, task_examples
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.episode_log import read_episodes
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
 from ffgym.plugins.bases import Reward
 from ffgym.policy import make_agent
 from ffgym.report.progress import Reporter
-from ffgym.search import read_episodes, search
+from ffgym.search import search
 from ffgym.types import Episode, Evaluation
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes

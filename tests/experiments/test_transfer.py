@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tomli_w
 from glass_runs import WINDOW, glass_tables
+from made_up_episodes import episode
 from rich.console import Console
 
 from ffgym.config import read_toml
@@ -212,8 +213,6 @@ class TestTheExperiment:
 
 class TestSpread:
     def test_from_worst_to_best_without_repeats(self, transfer: ModuleType) -> None:
-        from test_search import episode
-
         losses = [3.0, 1.0, 2.0, 5.0, 4.0, 1.0]
         history = [
             transfer.Episode(**{**vars(episode(i, 0, 0.5)), "loss": loss, "kept": (i % 5,)})
