@@ -127,7 +127,7 @@ class CellRunner:
         config, say = cell.config, self._say
         agent, policy = make_agent(config), policy_digest(config)
         give_prior(agent, space)
-        dtype = str(space.loaded.dtype).removeprefix("torch.")  # "auto" may mean another one in the next sitting
+        dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()
         parts = [cell.digest[:16], dtype, f"{threads}threads", *([policy] if policy else [])]
         parts += [f"{table}{edition}" for table, edition in manager.editions(config).items()]
@@ -202,7 +202,6 @@ class CellRunner:
             if self._dense_loss is None:
                 self._dense_loss = report_loss(space, space.prepared.prunable.dense_units, "none")
             stage.advance()
-        windows = space.splits.report.windows
         return CellResult.model_validate(
             {
                 "label": cell.label,
@@ -211,13 +210,13 @@ class CellRunner:
                 "settings": settings(cell.config),
                 "target": cell.config.prune.target,
                 "dense_loss": self._dense_loss,
-                "report_tokens": windows.shape[0] * (windows.shape[1] - 1),
+                "report_tokens": space.splits.report.predicted_tokens,
                 "search_tokens": found.search_tokens,
                 "final_tokens": found.final_tokens,
                 "episodes": len(found.history),
                 "seconds": round(found.seconds, 1),
                 "threads": torch.get_num_threads(),
-                "dtype": str(space.loaded.dtype).removeprefix("torch."),
+                "dtype": space.loaded.dtype_name,
                 "policy": policy,
                 "editions": manager.editions(cell.config),
                 "asked_marks": cell.marks,

@@ -328,7 +328,7 @@ def _identity(config: RunConfig, source: Path, loaded: LoadedModel, material: Ma
         "learning_rate": _learning_rate(table),
         "seed": _seed(config),
         "window": training_window(config),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dtype": loaded.dtype_name,
         "weights": weights_digest(source),
         "training text": material.text.digest,
         "held-out text": windows_digest(material.held_out),
@@ -550,10 +550,9 @@ class _Job:
 
     def _header(self) -> str:
         report = self.material.splits.report
-        windows = report.windows
         return (
-            f"Perplexity on {report.corpus.name}, report split: {windows.shape[0] * (windows.shape[1] - 1):,} tokens "
-            f"in windows of {windows.shape[1]:,}, {str(self.loaded.dtype).removeprefix('torch.')}, "
+            f"Perplexity on {report.corpus.name}, report split: {report.predicted_tokens:,} tokens "
+            f"in windows of {report.windows.shape[1]:,}, {self.loaded.dtype_name}, "
             f"{bos_text(report.bos)}."
         )
 

@@ -226,14 +226,13 @@ def measured_row(space: Workspace, label: str, say: Reporter, *, is_found: bool 
 def header(space: Workspace) -> str:
     """How the table's numbers were measured."""
     report, calibration = space.splits.report, space.splits.calibration
-    windows = report.windows
     text = measurement(
         model=space.loaded.description,
         corpus=report.corpus.name,
         split="report",
-        tokens=windows.shape[0] * (windows.shape[1] - 1),
-        window=windows.shape[1],
-        dtype=str(space.loaded.dtype).removeprefix("torch."),
+        tokens=report.predicted_tokens,
+        window=report.windows.shape[1],
+        dtype=space.loaded.dtype_name,
         bos=report.bos,
         calibration=_described(calibration),
         seed=space.config.seed,

@@ -203,7 +203,7 @@ class Bed:
             with workspace.cut_to(self.space, cell.kept, "none", self.say):
                 tokenizer = self.space.loaded.tokenizer
                 save_pruned(prunable.model, tokenizer, folder, kept=cell.kept, family=prunable.family)
-        dtype = str(self.space.loaded.dtype).removeprefix("torch.")
+        dtype = self.space.loaded.dtype_name
         return load(str(folder), dtype=dtype, device=str(self.space.loaded.device)).model
 
     def _held_out(self, table: RecoverTable) -> torch.Tensor:
@@ -257,7 +257,7 @@ def compute(cells: Sequence[Cell], bed: Bed) -> None:
             losses=losses,
             dense_losses=dense,
             tokens_per_window=bed.space.splits.report.windows.shape[1] - 1,
-            dtype=str(bed.space.loaded.dtype).removeprefix("torch."),
+            dtype=bed.space.loaded.dtype_name,
             threads=torch.get_num_threads(),
             seconds=round(time.monotonic() - start, 1),
         )

@@ -183,7 +183,7 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
             final_tokens=sum(each.final_tokens for each in found),
             seconds=round(found[-1].seconds, 1),
             report_tokens=windows.shape[0] * (windows.shape[1] - 1),
-            dtype=str(space.loaded.dtype).removeprefix("torch."),
+            dtype=space.loaded.dtype_name,
             threads=torch.get_num_threads(),
         )
         search.path.parent.mkdir(parents=True, exist_ok=True)

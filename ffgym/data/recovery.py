@@ -7,7 +7,6 @@ and another text that holds such a run of the report split is refused.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, repeats
-from ffgym.data.splits import ROLES, Split, Splits, first_tokens
+from ffgym.data.splits import ROLES, Split, Splits, first_tokens, windows_digest
 from ffgym.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +55,8 @@ def training_text(
     Raises:
         DataError: the corpus is missing, too short, or another text that holds text of the report split.
     """
+    import torch
+
     calibration = splits.calibration.corpus
     corpus = calibration if spec in (None, calibration.name) else load_text(str(spec), role="calibration")
     taken = _places(corpus, splits)
@@ -86,14 +87,8 @@ def training_text(
             f"report splits, in whole windows of {window:,}; one step needs {at_least:,}",
             hint="Name a longer corpus with --corpus, or lower recover.batch_tokens.",
         )
-    return _text(corpus, free, int(repeated.sum()))
-
-
-def _text(corpus: Corpus, windows: np.ndarray, left_out: int) -> TrainingText:
-    import torch
-
-    digest = hashlib.sha256(f"{windows.shape[0]} x {windows.shape[1]};".encode() + windows.astype("<i8").tobytes())
-    return TrainingText(corpus, torch.from_numpy(windows.copy()), left_out, digest.hexdigest())
+    chosen = torch.from_numpy(free.copy())
+    return TrainingText(corpus, chosen, int(repeated.sum()), windows_digest(chosen))
 
 
 def _places(corpus: Corpus, splits: Splits) -> dict[Role, tuple[int, int]]:

@@ -52,6 +52,11 @@ class Split:
     digest: str
     bos: bool
 
+    @property
+    def predicted_tokens(self) -> int:
+        """How many tokens are predicted: of every window all but the first."""
+        return self.windows.shape[0] * (self.windows.shape[1] - 1)
+
 
 @dataclass(frozen=True)
 class Splits:

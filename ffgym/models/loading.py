@@ -67,6 +67,11 @@ class LoadedModel:
     device: torch.device
 
     @property
+    def dtype_name(self) -> str:
+        """``"bfloat16"``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def context_limit(self) -> int:
         """The longest window that the model takes, in tokens."""
         return int(self.model.config.max_position_embeddings)
