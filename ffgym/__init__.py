@@ -14,7 +14,8 @@ from ffgym.types import Allocation, Evaluation, LayerStats, Sublayer, SublayerVi
 from ffgym.version import __version__
 
 if TYPE_CHECKING:
-    from ffgym.config import RunConfig, load_config
+    from ffgym.config import RunConfig
+    from ffgym.config_file import load_config
     from ffgym.runner import run
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
     "run",
 ]
 
-_LATE = {"RunConfig": "ffgym.config", "load_config": "ffgym.config", "run": "ffgym.runner"}
+_LATE = {"RunConfig": "ffgym.config", "load_config": "ffgym.config_file", "run": "ffgym.runner"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,9 @@ from rich.console import Console
 
 from ffgym import runner
 from ffgym.cells import Cell, CellRunner, Job, write_result
-from ffgym.config import PLUGIN_TABLES, RunConfig, Table, config_error, read_toml, without_foreign_options
+from ffgym.config import RunConfig, Table
+from ffgym.config_errors import config_error
+from ffgym.config_file import PLUGIN_TABLES, read_toml, without_foreign_options
 from ffgym.errors import ConfigError, DataError
 from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager

@@ -20,7 +20,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from ffgym.artifacts import log_splits, run_tags
-from ffgym.config import RunConfig, digest, settings, to_toml
+from ffgym.config import RunConfig
+from ffgym.config_file import digest, settings, to_toml
 from ffgym.finals import finalists
 from ffgym.output import disk_errors, write_text
 from ffgym.plugins import manager

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ffgym.config import PruneTable, RunConfig, TrackingTable, load_config, read_toml, to_toml
+from ffgym.config import PruneTable, RunConfig, TrackingTable
+from ffgym.config_file import load_config, read_toml, to_toml
 from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
 from ffgym.plugins import manager
 from ffgym.version import __version__

@@ -1,4 +1,4 @@
-"""RunConfig: everything that decides a run, one pydantic table per stage; TOML in, TOML out.
+"""RunConfig: everything that decides a run, one pydantic table per stage.
 
 The tables ``criterion``, ``reward``, ``agent`` and ``prior`` name a plugin and keep its options raw: the plugin's own
 ``Config`` validates them (`ffgym.plugins.manager.create`). All other tables refuse keys they do not know.
@@ -6,18 +6,12 @@ The tables ``criterion``, ``reward``, ``agent`` and ``prior`` name a plugin and 
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import math
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.types import Calibration, JSONDict, Resource
@@ -426,241 +420,9 @@ def _at_least(key: str, value: float, bound_name: str, bound: float) -> None:
         )
 
 
-PLUGIN_TABLES = ("criterion", "reward", "agent", "prior")
-
-
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
-    """Resolve a run's configuration; later sources win: defaults, TOML file, ``overrides``, ``values``.
-
-    Naming another plugin in ``overrides`` or ``values`` drops the options that the file gave to its own plugin.
-
-    Args:
-        path: a TOML file, or ``None``.
-        overrides: ``"table.key=value"`` strings; the value is a TOML literal, or else taken as a string.
-        **values: tables as dicts (``prune={"sparsity": 0.3}``) and ``seed``; ``None`` means not given.
-
-    Raises:
-        ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
-    """
-    command_line: JSONDict = {}
-    for text in overrides:
-        command_line = _merged(command_line, _parse_override(text))
-    command_line = _merged(command_line, _given(values))
-    file = read_toml(Path(path).expanduser()) if path is not None else {}
-    for table in PLUGIN_TABLES:
-        file = without_foreign_options(file, command_line, table)
-    try:
-        return RunConfig.model_validate(_merged(file, command_line))
-    except ValidationError as error:
-        raise config_error(error, RunConfig) from None
-
-
-def to_toml(config: RunConfig, meanings: Mapping[str, Mapping[str, str]] | None = None) -> str:
-    """Print the whole configuration, defaults included, as TOML with a comment on every key; `load_config` reads it.
-
-    Args:
-        config: to print.
-        meanings: of plugins' options, by table and option, which only the plugins know.
-    """
-    plain = config.model_dump()
-    for table in plain.values():
-        if isinstance(table, dict):
-            table.update({key: "" for key, value in table.items() if value is None})
-    table_name, lines = "", []
-    for line in tomli_w.dumps(plain).rstrip("\n").split("\n"):  # and at nothing else that a value may hold
-        if header := re.fullmatch(r"\[(.+)\]", line):
-            table_name = header[1]
-        option = (meanings or {}).get(table_name, {}).get(line.partition(" = ")[0])
-        lines.append(line + (f"  # {_one_line(option)}" if option else _comment(table_name, line)))
-    return "\n".join(lines) + "\n"
-
-
-def _one_line(text: str) -> str:
-    """What a comment in TOML may hold."""
-    return "".join(sign for sign in " ".join(text.split()) if sign.isprintable())
-
-
-def settings(config: RunConfig) -> JSONDict:
-    """What decides the numbers of a search, as plain JSON data.
-
-    That is every table but ``recover``, ``output`` and ``tracking``.
-    """
-    return config.model_dump(mode="json", exclude={"recover", "output", "tracking"})
-
-
-def digest(config: RunConfig) -> str:
-    """Identify what decides the numbers of a search: SHA-256 of its `settings` as canonical JSON."""
-    return hashlib.sha256(json.dumps(settings(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
-    """Say where a configuration differs from `settings` that were stored earlier, one line a key; none if it does not.
-
-    A key that did not exist when they were stored counts as its default: results stay valid when ffgym learns
-    something new, and do not when the default of a key that they hold is changed.
-    """
-    try:
-        then = _flat(settings(RunConfig.model_validate(stored)))
-    except ValidationError as error:
-        return config_error(error, RunConfig).message.splitlines()
-    except ConfigError as error:
-        return [error.message]
-    now = _flat(settings(config))
-    return [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r} now"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
-    ]
-
-
-def _flat(tables: JSONDict) -> JSONDict:
-    """``{"prune": {"sparsity": 0.2}}`` -> ``{"prune.sparsity": 0.2}``."""
-    keyed = {name: table if isinstance(table, dict) else {"": table} for name, table in tables.items()}
-    return {f"{name}.{key}".rstrip("."): value for name, table in keyed.items() for key, value in table.items()}
-
-
-def config_error(error: ValidationError, model: type[BaseModel], table: str = "") -> ConfigError:
-    """Say a pydantic error in the words of the TOML: table, key, value, and what was expected.
-
-    Args:
-        error: what ``model`` refused.
-        model: `RunConfig`, or a plugin's ``Config``.
-        table: the table that ``model`` validates; empty for `RunConfig`, which finds it itself.
-    """
-    problems: dict[str, list[str]] = {}
-    hints: list[str] = []
-    for item in error.errors():
-        owner, where, path = model, table, [str(part) for part in item["loc"]]
-        if model is RunConfig and len(path) > 1:
-            owner, where, path = _table_model(path[0]), path[0], path[1:]
-        key = path[0] if path else ""
-        problem, expected, hint = _explain(item["type"], item["msg"], item["input"], owner, where, key)
-        problems.setdefault(problem, []).extend([expected] if expected else [])
-        if hint is not None and hint not in hints:
-            hints.append(hint)
-    message = "\n".join(problem + _either(expected) for problem, expected in problems.items())
-    return ConfigError(message, hint=" ".join(hints) or None)
-
-
-def _either(expected: list[str]) -> str:
-    """``["should be 'auto'", "should be a valid number"]`` -> ``"should be 'auto' or a valid number"``."""
-    return " or ".join([*expected[:1], *(text.removeprefix("should be ") for text in expected[1:])])
-
-
-def _explain(
-    kind: str, message: str, value: Any, owner: type[BaseModel], table: str, key: str
-) -> tuple[str, str, str | None]:
-    """(problem, what was expected, hint) for one pydantic error."""
-    full_key = ".".join(part for part in (table, key) if part)
-    place = f"[{table}]" if table else "the configuration"
-    known = list(owner.model_fields)
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        if owner is RunConfig:  # a key whose table was left out?
-            tables = [name for name in known if name != "seed"]
-            near = [f"{name}.{key}" for name in tables if key in _table_model(name).model_fields] or near
-        guess = f"Did you mean {near[0]!r}? " if near else ""
-        kind_of_key = "key" if table else "table or key"
-        return (
-            f"unknown {kind_of_key} {key!r} in {place}",
-            "",
-            f"{guess}Known in {place}: {', '.join(known) or 'none'}.",
-        )
-    if kind == "missing":
-        hint = f"Write `{key} = ...` under {place}, or give a run --set {full_key}=VALUE." if table else None
-        return f"{place} needs a value for {key!r}", "", hint
-    field = owner.model_fields.get(key)
-    described = f"{full_key}: {field.description}." if field is not None and field.description else None
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    if kind in ("model_type", "dict_type"):
-        return f"{full_key} = {shown}: ", "should be a table", f"Write [{full_key}] and its keys below it."
-    if kind == "too_short" and isinstance(value, list):
-        return f"{full_key} = {shown}: ", "needs at least one entry", described
-    if kind == "string_pattern_mismatch":
-        return f"{full_key} = {shown}: ", "is none of the forms it can take", described
-    expected = (
-        message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
-    )
-    return f"{full_key} = {shown}: ", expected, described
-
-
-def _table_model(name: str) -> type[BaseModel]:
+def table_model(name: str) -> type[BaseModel]:
+    """The model of a table of :class:`RunConfig`."""
     model = RunConfig.model_fields[name].annotation
     assert isinstance(model, type)
     assert issubclass(model, BaseModel)
     return model
-
-
-def _comment(table: str, line: str) -> str:
-    key = line.partition(" = ")[0]
-    if table and table not in RunConfig.model_fields:  # a nested table of a plugin's options
-        return ""
-    owner = _table_model(table) if table else RunConfig
-    if line == f"[{table}]":
-        return f"  # {(owner.__doc__ or '').strip().splitlines()[0]}"
-    field = owner.model_fields.get(key)
-    return f"  # {field.description}" if field is not None and field.description else ""
-
-
-def read_toml(path: Path) -> JSONDict:
-    """Read a TOML file; raise ``ConfigError`` where it is missing, unreadable or malformed."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}", hint="Print one to start from: ffgym config") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}", hint="Compare with: ffgym config") from None
-    except IsADirectoryError:
-        raise ConfigError(f"the configuration file {path} is a folder", hint="Give a TOML file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}", hint="Give a TOML file.") from None
-
-
-def _parse_override(text: str) -> JSONDict:
-    """``"prune.sparsity=0.3"`` -> ``{"prune": {"sparsity": 0.3}}``."""
-    dotted, equals, literal = text.partition("=")
-    keys = [key.strip() for key in dotted.split(".")]
-    if not equals or not all(keys):
-        raise ConfigError(f"cannot read --set {text!r}", hint="Write table.key=value, e.g. --set prune.sparsity=0.3")
-    nested: Any = _parse_literal(literal.strip())
-    for key in reversed(keys):
-        nested = {key: nested}
-    return dict(nested)
-
-
-def _parse_literal(text: str) -> Any:
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text
-
-
-def _given(values: Mapping[str, Any]) -> JSONDict:
-    """Drop what is ``None`` at any depth: the caller did not give it."""
-    given = {key: _given(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    return {key: value for key, value in given.items() if value is not None and value != {}}
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
-    """``over`` on top of ``base``, table by table."""
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        result[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    return result
-
-
-def without_foreign_options(below: JSONDict, above: JSONDict, table: str) -> JSONDict:
-    """The tables ``below`` without the options of a plugin that ``above`` replaces by another one.
-
-    Args:
-        below: tables of a configuration, e.g. of its file.
-        above: tables that win over them, e.g. of the command line.
-        table: one of `PLUGIN_TABLES`.
-    """
-    replaced, given = below.get(table), above.get(table)
-    if not isinstance(replaced, dict) or not isinstance(given, dict) or "name" not in given:
-        return below
-    named = replaced.get("name", _table_model(table).model_fields["name"].default)
-    return below if given["name"] == named else {key: value for key, value in below.items() if key != table}

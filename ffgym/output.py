@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ffgym.config import RunConfig, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import load_config
 from ffgym.errors import ConfigError, OutputError
 from ffgym.plugins import manager
 

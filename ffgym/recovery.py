@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ffgym.config import RecoverTable, RunConfig, to_toml
+from ffgym.config import RecoverTable, RunConfig
+from ffgym.config_file import to_toml
 from ffgym.data.recovery import TrainingText, training_text
 from ffgym.data.splits import Splits, make_splits, windows_digest
 from ffgym.envs.building import tokens_per_batch

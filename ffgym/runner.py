@@ -22,7 +22,8 @@ from ffgym.artifacts import (
     write_pictures,
     write_table,
 )
-from ffgym.config import RunConfig, to_toml
+from ffgym.config import RunConfig
+from ffgym.config_file import to_toml
 from ffgym.envs.building import make_reward
 from ffgym.episode_log import read_episodes
 from ffgym.evaluation.latency import to_json

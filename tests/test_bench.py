@@ -28,7 +28,7 @@ from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.cells import Job
 from ffgym.cli import app
-from ffgym.config import changed_settings
+from ffgym.config_file import changed_settings
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
 from ffgym.plugins import manager

@@ -17,7 +17,7 @@ from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import bench, check_benches, read_bench
 from ffgym.cells import Cell, write_result
-from ffgym.config import settings
+from ffgym.config_file import settings
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.policy import policy_digest

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import ffgym
 from ffgym.cli import app
-from ffgym.config import RunConfig, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import load_config
 from ffgym.errors import ModelError
 from ffgym.plugins import manager
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from ffgym.config import RunConfig, changed_settings, digest, load_config, settings, to_toml
+from ffgym.config import RunConfig
+from ffgym.config_file import changed_settings, digest, load_config, settings, to_toml
 from ffgym.errors import ConfigError
 
 

@@ -14,7 +14,8 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 
 from ffgym import results, runner, workspace
-from ffgym.config import RunConfig, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import load_config
 from ffgym.envs import building
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.latency import LatencyTable, read_table, to_json

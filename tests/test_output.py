@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ffgym.config import RunConfig, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import load_config
 from ffgym.errors import OutputError
 from ffgym.output import claim_folder, clear_folder, removing_if_nothing_found, saying_what_is_kept, write_text
 

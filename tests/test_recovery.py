@@ -25,7 +25,8 @@ from typer.testing import CliRunner
 
 from ffgym import recovery, runner
 from ffgym.cli import app
-from ffgym.config import RunConfig, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import load_config
 from ffgym.envs.building import load_parts
 from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate

@@ -388,7 +388,7 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
         process.kill()
     done = len(read_log(log).episodes)
     assert PER_UPDATE < done < 120
-    from ffgym.config import load_config
+    from ffgym.config_file import load_config
 
     result, _ = go(load_config(Path(file)), resume=tmp_path / "out")
     assert len(result.found.history) == 120

@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 
 from ffgym import episode_log, results, runner, workspace
 from ffgym.cli import app
-from ffgym.config import RunConfig, digest, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import digest, load_config
 from ffgym.envs.building import load_parts
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.episode_log import read_episodes

@@ -35,7 +35,9 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from rich.console import Console
 
 from ffgym import workspace
-from ffgym.config import RecoverTable, RunConfig, Table, config_error, digest, read_toml
+from ffgym.config import RecoverTable, RunConfig, Table
+from ffgym.config_errors import config_error
+from ffgym.config_file import digest, read_toml
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.distillation import distil_mlps

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ffgym import workspace
-from ffgym.config import load_config
+from ffgym.config_file import load_config
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.sequential import calibrate_sequentially
 from ffgym.report.progress import Reporter

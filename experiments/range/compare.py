@@ -25,7 +25,9 @@ import torch
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym.config import RunConfig, Table, config_error, digest, read_toml, settings
+from ffgym.config import RunConfig, Table
+from ffgym.config_errors import config_error
+from ffgym.config_file import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.plugins import manager
 from ffgym.policy import make_agent

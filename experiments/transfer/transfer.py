@@ -31,7 +31,9 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 
 from ffgym import runner, workspace
-from ffgym.config import RunConfig, Table, config_error, read_toml
+from ffgym.config import RunConfig, Table
+from ffgym.config_errors import config_error
+from ffgym.config_file import read_toml
 from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.building import CHEAP, budget_in, make_reward, task_examples
 from ffgym.envs.pruning_env import PruningEnv

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import torch
 
-from ffgym.config import RunConfig, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import load_config
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv

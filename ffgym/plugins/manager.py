@@ -21,7 +21,9 @@ from typing import Any, Literal, NamedTuple, overload
 import pluggy
 from pydantic import ValidationError
 
-from ffgym.config import RunConfig, changed_settings, config_error, settings
+from ffgym.config import RunConfig
+from ffgym.config_errors import config_error
+from ffgym.config_file import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import hookspecs
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ffgym.config import RunConfig, load_config
+from ffgym.config import RunConfig
+from ffgym.config_file import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.plugins import hookspecs, manager
 from ffgym.plugins.bases import Plugin
