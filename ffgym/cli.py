@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ffgym.config import PruneTable, RunConfig, TrackingTable
-from ffgym.config_file import load_config, read_toml, to_toml
+from ffgym.config_file import load_config, to_toml
 from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
 from ffgym.plugins import manager
 from ffgym.version import __version__
@@ -247,6 +247,7 @@ def recover(
     from rich.console import Console
 
     from ffgym import recovery
+    from ffgym.models.origin import model_folder, recorded_dense_model
 
     known = file or recovery.find_run_config(folder)
     config = load_config(
@@ -258,9 +259,13 @@ def recover(
     )
     if known is None:
         typer.echo("no config.toml of the run beside the model: the splits are those of the options here", err=True)
-    named = model is not None or any(text.startswith("model.name=") for text in overrides or [])
-    named = named or (file is not None and "name" in read_toml(file).get("model", {}))
-    dense = config.model.name if named else recovery.find_dense(folder)
+    dense: str | None = config.model.name
+    if "name" not in load_config(file, overrides or [], model={"name": model}).model.model_fields_set:
+        record = recorded_dense_model(model_folder(folder).resolve())
+        dense = None if record is None else record.name
+        if record is not None:
+            source = config.model.model_copy(update={"name": record.name, "revision": record.revision})
+            config = config.model_copy(update={"model": source})
     with contextlib.redirect_stdout(sys.stderr):
         result = recovery.recover(
             config, folder, output=output, overwrite=overwrite, dense=dense, progress=Console(stderr=True)

@@ -63,13 +63,14 @@ def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None
     """
     if path.suffix not in endings:
         raise OutputError(
-            f"output file {str(path)!r} ends in {path.suffix!r}", hint=f"Let it end in {' or '.join(endings)}."
+            f"output file {str(path)!r} " + (f"ends in {path.suffix!r}" if path.suffix else "has no ending"),
+            hint=f"Let it end in {' or '.join(endings)}.",
         )
     if path.is_dir():
         raise OutputError(f"{path} is a folder", hint="Name a file.")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists", hint="Choose another name, or pass --overwrite.")
-    with writing(path), tempfile.TemporaryFile(dir=path.parent):
+    with writing(path), tempfile.TemporaryFile(dir=path.resolve().parent):
         pass
 
 
@@ -249,13 +250,11 @@ def _refuse_what_is_foreign(folder: Path) -> None:
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what an earlier run wrote into a folder that was claimed.
+    """Remove what an earlier run wrote into a folder that was claimed to be overwritten.
 
     Raises:
         OutputError: something came into it since that no run writes.
     """
-    if not any(folder.iterdir()):
-        return
     _refuse_what_is_foreign(folder)
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():

@@ -20,7 +20,7 @@ from ffgym.config_file import to_toml
 from ffgym.data.recovery import TrainingText, training_text
 from ffgym.data.splits import Splits, make_splits, windows_digest
 from ffgym.envs.building import tokens_per_batch
-from ffgym.errors import ConfigError, FFGymError, ModelError, OutputError, RecoveryError
+from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.checkpoint import Checkpoint, held_back_interrupts, weights_digest
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
@@ -28,7 +28,7 @@ from ffgym.models.export import SavedModel, is_stock, load_line, refuse_occupied
 from ffgym.models.families import dense_or_pruned_family_of
 from ffgym.models.loading import DTYPES, LoadedModel, load
 from ffgym.models.lora import LoraCurve, LoraSettings, require_peft, train_lora
-from ffgym.models.origin import dense_model, model_folder
+from ffgym.models.origin import model_folder
 from ffgym.report.progress import Reporter
 from ffgym.report.recovery import (
     Measured,
@@ -164,7 +164,7 @@ def check_method(table: RecoverTable, dense: str | None) -> None:
         require_peft()
     if table.method == "distil-mlp" and dense is None:
         raise RecoveryError(
-            "distil-mlp needs the dense model, and no config.toml of the run lies beside the model to name it",
+            "distil-mlp needs the dense model, and nothing beside the model says which that is",
             hint="Name it with --model, e.g. --model demo.",
         )
 
@@ -173,14 +173,6 @@ def find_run_config(folder: Path) -> Path | None:
     """``config.toml`` of the run that saved the model of a folder, where it lies in its usual place."""
     source = model_folder(folder).resolve()
     return next((path for path in (source / "config.toml", source.parent / "config.toml") if path.is_file()), None)
-
-
-def find_dense(folder: Path) -> str | None:
-    """The dense model that a saved one was made from, as its records say; ``None`` where nobody knows."""
-    try:
-        return dense_model(model_folder(folder).resolve(), None).name
-    except ConfigError:
-        return None
 
 
 def output_folder(source: Path) -> Path:

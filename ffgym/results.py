@@ -45,7 +45,7 @@ def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
 
 
 def refit_name(config: RunConfig) -> str:
-    """What the rows that are not plain call their refit: ``ridge``, or ``affine`` where biases are refitted too."""
+    """What the rows that are not plain call their refit: ``ridge``, or ``affine`` where all consumers get a bias."""
     return "affine" if config.prune.calibration == "affine" else "ridge"
 
 

@@ -6,8 +6,8 @@ model, data -> statistics -> order -> refits -> search -> final calibration -> r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -140,36 +140,45 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
     folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
     earlier_run = None if resume is None else mlflow_run(folder)
     tracking = config.tracking
+    overwriting = resume is None and any(folder.iterdir())
     with (
         Tracker(tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=earlier_run) as tracker,
         disk_errors(),
         removing_if_nothing_found(folder) if resume is None else nullcontext(),
+        ExitStack() as stack,
     ):
         text = to_toml(config, manager.meanings(config))
         tracker.log_config(config.model_dump(mode="json"), text)
+
+        def begin() -> None:
+            """From here on the folder is this run's."""
+            write_text(folder / "config.toml", text)
+            note_mlflow_run(folder, tracker.run_id)
+            stack.enter_context(saying_what_is_kept(folder, say.say))
+
+        if not overwriting:
+            begin()
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         space = open_workspace(config, [*prior, *reference_rules(config).values()], say)
         material = None
         if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
             material = gather(config, space.loaded.tokenizer, space.loaded.context_limit, space.splits)
-        if resume is None:
-            clear_folder(folder)  # not before: what cannot be loaded must not cost an earlier run its results
-        write_text(folder / "config.toml", text)
-        note_mlflow_run(folder, tracker.run_id)
-        with saying_what_is_kept(folder, say.say):
-            table, main, saved, front = _find_and_save(space, agent, tracker, folder, say)
-            recovered = None
-            if material is not None and saved is not None:
-                del space, agent  # the dense model and its factors: training needs the room
-                recovered = _recover(config, saved, material, tracker, say)
-                table = with_recovered(table, recovered, config)
-                write_table(folder, table)
-            tracker.log_table(as_dicts(table))
-            for name in ("report.md", "units_kept.png", "reward.png"):
-                tracker.log_artifact(folder / name)
-            if front is not None:
-                write_front(tracker, front, folder)
-            return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
+        if overwriting:  # not before: what cannot be loaded must not cost an earlier run its results
+            clear_folder(folder)
+            begin()
+        table, main, saved, front = _find_and_save(space, agent, tracker, folder, say)
+        recovered = None
+        if material is not None and saved is not None:
+            del space, agent  # the dense model and its factors: training needs the room
+            recovered = _recover(config, saved, material, tracker, say)
+            table = with_recovered(table, recovered, config)
+            write_table(folder, table)
+        tracker.log_table(as_dicts(table))
+        for name in ("report.md", "units_kept.png", "reward.png"):
+            tracker.log_artifact(folder / name)
+        if front is not None:
+            write_front(tracker, front, folder)
+        return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
 
 
 def _find_and_save(
@@ -237,6 +246,10 @@ def _search(space: Workspace, agent: Agent, tracker: Tracker, folder: Path, say:
 
 def _search_random(space: Workspace, tracker: Tracker, folder: Path, say: Reporter) -> Found:
     baseline, log = manager.create("agent", "random"), folder / "episodes-random.jsonl"
+    search = space.config.search  # an agent with updates of its own size may have fewer episodes than one of these has
+    size = min(search.episodes_per_update, search.episodes)
+    config = space.config.model_copy(update={"search": search.model_copy(update={"episodes_per_update": size})})
+    space = replace(space, config=config)
     (found,) = _run_search(space, baseline, tracker, log, say, "random", "random", space.config.targets)
     return found
 

@@ -98,7 +98,7 @@ def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]]
     """
     with say.stage("load model and text", 1):
         loaded, splits = load_parts(config)
-    say.say(f"{loaded.description}, {str(loaded.dtype).removeprefix('torch.')} on {loaded.device}")
+    say.say(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
     needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
     latency = _latency(config, loaded.model, say)
     budget = make_budget(config, loaded.model, latency)

@@ -127,7 +127,8 @@ def test_an_mlflow_run_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_came_into_a_claimed_folder_since_is_not_cleared(tmp_path: Path) -> None:
-    folder = claim_folder(load_config(output={"dir": str(tmp_path)}))
+    (tmp_path / "config.toml").write_text("")
+    folder = claim_folder(overwriting(tmp_path))
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(OutputError, match=r"thesis\.tex, which ffgym did not write"):
         clear_folder(folder)

@@ -659,7 +659,9 @@ def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: 
     again = call(str(tmp_path / "lonely-recovered"), *small, "--method", "distil-mlp")
     assert again.exit_code == 1
     assert "needs the dense model" in again.stderr
-    assert recovery.find_dense(folder) == recovery.find_dense(folder / "model") == str(glass_home() / "glass")
+    named = ("--method", "distil-mlp", "--set", 'model = {name = "nowhere"}')
+    said = call(str(tmp_path / "lonely-recovered"), *small, *named)
+    assert "'nowhere'" in said.stderr, "a name that is given is taken, however it is written"
 
 
 @pytest.mark.parametrize(

@@ -536,6 +536,29 @@ def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
     check_reloaded(again)
 
 
+def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is refused while the first still loads."""
+    load_parts, refused = workspace.load_parts, []
+
+    def meanwhile(config: RunConfig) -> Any:
+        if not refused:
+            refused.append(config)
+            with pytest.raises(OutputError, match="exists and is not empty"):
+                finish(glass_config(tmp_path))
+        return load_parts(config)
+
+    monkeypatch.setattr(workspace, "load_parts", meanwhile)
+    finish(glass_config(tmp_path, search={"random_baseline": False}))
+    assert refused
+
+
+def test_the_random_baseline_takes_no_more_tokens_than_a_short_search(tmp_path: Path) -> None:
+    """pathwise may have as few episodes as one with slopes costs, fewer than another update has."""
+    short = {"episodes": 4, "episodes_per_update": 8}
+    one = finish(glass_config(tmp_path, agent={"name": "pathwise"}, search=short, output={"save_model": False}))
+    assert "best of 4 random + ridge" in one.rows
+
+
 def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(tmp_path: Path) -> None:
     first = finish(glass_config(tmp_path, search={"random_baseline": False}))
     before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}

@@ -120,7 +120,9 @@ def _config(spec: Experiment, seed: int, sparsity: float | str, episodes: int) -
     tables = {**spec.run, "seed": seed}
     tables["prune"] = {**spec.run.get("prune", {}), "sparsity": sparsity}
     tables["search"] = {**spec.run.get("search", {}), "episodes": episodes}
-    return manager.with_options(RunConfig.model_validate(tables))
+    config = manager.with_options(RunConfig.model_validate(tables))
+    manager.check_agent_fits(config)
+    return config
 
 
 def read_result(search: Search) -> Result | None:
@@ -175,7 +177,6 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
             kept = each.best.allocation.kept
             loss = report_loss(space, kept, "ridge")
             points.append(Point(target=each.target, loss=loss, dense_loss=dense, kept=list(kept)))
-        windows = space.splits.report.windows
         result = Result(
             group=search.group,
             seed=config.seed,
@@ -184,7 +185,7 @@ def compute(searches: Sequence[Search], say: Reporter) -> None:
             search_tokens=found[0].search_tokens,
             final_tokens=sum(each.final_tokens for each in found),
             seconds=round(found[-1].seconds, 1),
-            report_tokens=windows.shape[0] * (windows.shape[1] - 1),
+            report_tokens=space.splits.report.predicted_tokens,
             dtype=space.loaded.dtype_name,
             threads=torch.get_num_threads(),
         )

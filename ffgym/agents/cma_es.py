@@ -75,7 +75,7 @@ class CMAES(BatchAgent):
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior, or from the mean of the state that was loaded, with the configured step size."""
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
-        mean = prior if self._start is None else self._start
+        self._start = mean = prior if self._start is None else self._start
         self._means = []
         self._seed = seed
         self._batch = batch

@@ -8,7 +8,7 @@ What differs from the paper's code, and why:
 
 * It draws architectures until one lies within a parameter range. Here the projection puts every child on the budget.
 * It keeps rewards for ever. Here every update has its own token subset, so the survivors are measured again with their
-  children, and those tokens count (DESIGN 3.4).
+  children, and those tokens count.
 * It evaluates 500 architectures a generation and keeps 300. The shares of mutation, crossover and random children (70,
   20 and 10 %) are the same here, the numbers shrink to the episodes of an update. A quarter of them survives: survivors
   are measured again, and what they take is not left for children.

@@ -3,7 +3,7 @@
 The problem: maximise E_{a ~ pi(. | o)}[R(a)] for a Gaussian policy whose mean is a small network of the observation
 (target sparsity, fidelity), with steps limited by the clipped probability ratio. An episode is one step, so one rollout
 is one update (``n_steps=1``, ``batch_size=num_envs``) and the discount never matters. At a few hundred episodes SB3's
-defaults barely move: a larger learning rate and a smaller initial spread do (DESIGN 3.5). The spread is that of
+defaults barely move: a larger learning rate and a smaller initial spread do. The spread is that of
 ``reinforce`` and ``cma-es``.
 
 Runs on the CPU. Seeding SB3 seeds the global generators of Python, NumPy and torch.

@@ -66,6 +66,18 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
     """
     if given is not None:
         return DenseModel(given, None, "--dense")
+    recorded = recorded_dense_model(folder)
+    if recorded is not None:
+        return recorded
+    raise ConfigError(
+        f"nothing says which dense model {str(folder)!r} was made from: there is no config.toml in it or beside it, "
+        "and no base_model in its README.md",
+        hint="Name it with --dense MODEL, e.g. --dense demo.",
+    )
+
+
+def recorded_dense_model(folder: Path) -> DenseModel | None:
+    """The dense model that the record of a saved one names; ``None`` where there is no record."""
     own, run = folder / "config.toml", folder.resolve().parent / "config.toml"
     for file in (own, run):
         table = read_toml(file).get("model", {}) if file.is_file() else {}
@@ -75,13 +87,7 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
             return DenseModel(str(table.get("name", "demo")), table.get("revision") or None, str(file))
     card = folder / "README.md"
     base = _base_model(card)
-    if base is not None:
-        return DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
-    raise ConfigError(
-        f"nothing says which dense model {str(folder)!r} was made from: there is no config.toml in it or beside it, "
-        "and no base_model in its README.md",
-        hint="Name it with --dense MODEL, e.g. --dense demo.",
-    )
+    return None if base is None else DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
 
 
 def weights_on_disk(folder: Path) -> tuple[int, str]:

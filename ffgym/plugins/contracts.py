@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ffgym.errors import FFGymError, PluginError
+from ffgym.errors import FFGymError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.manager import described
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
@@ -329,6 +329,8 @@ def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str 
             raise
         raise PluginError(f"{described(plugin)}, {doing}: {error.message}", hint=error.hint) from error
     except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):  # nobody's mistake
+            raise
         missing = hint is not None and "None" in str(error)
         raise PluginError(
             f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} ({_place(error, plugin)})",

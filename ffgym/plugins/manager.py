@@ -297,7 +297,8 @@ def check_agent_fits(config: RunConfig) -> None:
     name, search = config.agent.name, config.search
     agent = create("agent", name, config.agent.options)
     agent.check_updates(agent.update_size(search.episodes_per_update))
-    if search.episodes < (cost := agent.update_cost(search.episodes_per_update)):
+    cost = agent.update_cost(search.episodes_per_update)
+    if search.episodes < cost:
         slopes = ", its slopes included" if agent.slope_episodes else ""
         lower = " or lower search.episodes_per_update" if agent.update_episodes is None else ""
         raise ConfigError(

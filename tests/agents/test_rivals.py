@@ -168,6 +168,14 @@ def test_a_search_starts_from_what_another_one_found(cls):
     assert np.abs(asked[0].mean(axis=0) - agent.recommend(OBSERVATION)[0]).mean() < 0.2
 
 
+def test_cma_es_recommends_its_start_before_it_has_learned_anything():
+    agent = CMAES()
+    agent.prior_mean = np.full(6, 0.5, np.float32)
+    agent.begin(dimensions=6, batch=8, seed=0)
+    np.testing.assert_array_equal(agent.recommend(OBSERVATION)[0], agent.prior_mean)
+    assert agent.state() == {"mean": [0.5] * 6}
+
+
 @pytest.mark.parametrize("cls", BATCH_RIVALS)
 def test_whoever_takes_up_a_state_recommends_the_same(cls):
     agent, _, _ = learned(cls, SeparableEnv, tokens=80)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ffgym.evaluation.timing import Spread, devices_of, timed
-from ffgym.testing.models import tiny_model
+from ffgym.evaluation.timing import Spread, timed
 
 
 def test_spread_is_the_median_and_the_quartiles():
@@ -25,7 +24,3 @@ def test_accelerators_are_waited_for_before_and_after(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: events.append(str(device)))
     timed(lambda: events.append("work"), {torch.device("cuda:1"), torch.device("cpu")})
     assert events == ["cuda:1", "work", "cuda:1"]
-
-
-def test_devices_of_a_model():
-    assert devices_of(tiny_model("llama")) == {torch.device("cpu")}

@@ -14,7 +14,14 @@ import torch
 
 from ffgym.errors import DataError, PluginError
 from ffgym.plugins.bases import Criterion, Heuristic, Reward
-from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_wishes
+from ffgym.plugins.contracts import (
+    called,
+    check_importance,
+    check_objectives,
+    check_reward,
+    check_scores,
+    check_wishes,
+)
 from ffgym.testing.toys import toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView
 
@@ -300,3 +307,11 @@ def test_what_was_not_measured_says_what_to_ask_for() -> None:
 
     with pytest.raises(PluginError, match="needs kl"):
         check_reward(Forgetful(0), PRUNED, DENSE)
+
+
+def test_too_little_memory_is_not_the_plugins_mistake() -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        called(Number(0.0), full, "scoring")
