@@ -323,7 +323,7 @@ def measure(
     repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 7,
     dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, _option("--device", "model.device")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="what torch takes")] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="also write FILE.md or FILE.json", show_default=False)
     ] = None,
@@ -359,7 +359,7 @@ def latency(
     context: Annotated[int, _option("--context", "prune.context")] = PruneTable().context,
     dtype: Annotated[str, _option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, _option("--device", "model.device")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="of the CPU", show_default="what torch takes")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="what torch takes")] = None,
     repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 9,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="time again what the cache holds already")] = False,
     output: Annotated[

@@ -42,7 +42,7 @@ def make_agent(config: RunConfig) -> Agent:
     if source is not None:
         if type(agent).load_state is Agent.load_state:
             raise ConfigError(
-                f"search.init_from = {source!r}: agent {config.agent.name!r} takes up no policy (it has no load_state)",
+                f"search.init_from = {source!r}: agent {config.agent.name!r} cannot start from a policy",
                 hint="Leave --init-from out.",
             )
         if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).expanduser().exists():

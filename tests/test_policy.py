@@ -63,7 +63,7 @@ def test_an_agent_that_needs_a_prior_is_not_made_without_one() -> None:
 
 def test_a_policy_for_an_agent_that_takes_up_none_is_refused_and_not_forgotten(tmp_path: Path) -> None:
     source = policy(tmp_path, agent="forgetful")
-    with pytest.raises(ConfigError, match=r"agent 'forgetful' takes up no policy"):
+    with pytest.raises(ConfigError, match=r"agent 'forgetful' cannot start from a policy"):
         make_agent(config("forgetful", search={"init_from": source}))
 
 
