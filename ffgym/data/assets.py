@@ -21,7 +21,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
@@ -302,13 +302,14 @@ def _download_with_pip(asset: Asset, scratch: Path, by_hand: Path, report: Repor
 
 
 def _largest_wheel(folder: Path) -> int:
-    sizes = [0]
-    for path in folder.rglob("*.whl"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # pip moved it away between the listing and the look
-            continue
-    return max(sizes)
+    """Bytes of the largest wheel below a folder in which pip makes, moves and removes files and folders meanwhile."""
+    largest = 0
+    for place, _, names in os.walk(folder):  # which passes over folders that have gone
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(FileNotFoundError):
+                    largest = max(largest, os.path.getsize(os.path.join(place, name)))
+    return largest
 
 
 def _download_with_urllib(asset: Asset, scratch: Path, by_hand: Path, report: ReportBytes) -> None:
