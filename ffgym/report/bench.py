@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.table import escape
 from ffgym.types import JSONDict
+
+LINES = ("-", "--", ":")
 
 
 class _Stored(BaseModel):
@@ -310,6 +312,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     figure = new_figure(9.0, 5.0)
     axes: Any = figure.add_subplot()
     axes.set_xscale("log", base=2)
+    drawn: Counter[str] = Counter()
     labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order: a colour an agent
     searches, rules = _searches_and_rules(table, results)
     top = 1.15 * max((curve.highest for curve in searches[: -(-len(searches) // 2)]), default=math.inf)  # best first
@@ -317,7 +320,9 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         if curve.lowest <= top:
             color = f"C{labels.index(curve.label) % 10}"
             seeds = f"{curve.label} ({len(curve.values)})"
-            axes.plot(curve.tokens, curve.mean, marker="o", markersize=4, label=seeds, color=color)
+            look = {"color": color, "linestyle": LINES[drawn[color] % len(LINES)]}  # of one colour, each its own line
+            drawn[color] += 1
+            axes.plot(curve.tokens, curve.mean, marker="o", markersize=4, label=seeds, **look)
             band = curve.values.min(axis=0), curve.values.max(axis=0)
             axes.fill_between(curve.tokens, *band, alpha=0.15, color=color)
     near = [row for row in rules if row.perplexity.value <= top]
