@@ -215,6 +215,15 @@ def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_more_searches_than_colours_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    many = [cell(f"agent {i}", 0, [(100, 3.0 + i / 100), (1000, 2.9 + i / 100)]) for i in range(25)]
+    bench_figure(bench_table("Bench", many, baseline="agent 0"), many, tmp_path / "bench.png")
+    looks = [(line.get_color(), line.get_linestyle()) for line in drawn[0].get_lines()]
+    assert len(looks) == len(set(looks)) == 25
+
+
 def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
