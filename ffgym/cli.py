@@ -260,7 +260,7 @@ def recover(
     if known is None:
         typer.echo("no config.toml of the run beside the model: the splits are those of the options here", err=True)
     dense: str | None = config.model.name
-    if "name" not in load_config(file, overrides or [], model={"name": model}).model.model_fields_set:
+    if "name" not in config.model.model_fields_set:  # then it is the default, and nobody's word
         record = recorded_dense_model(model_folder(folder).resolve())
         dense = None if record is None else record.name
         if record is not None:

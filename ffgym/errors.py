@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -40,6 +41,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     signs = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+@contextmanager
+def raising_if_out_of_memory(told: FFGymError) -> Iterator[None]:
+    """Raise this error where memory is too small for the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise told from error
 
 
 def _restored(cls: type[FFGymError], args: tuple[Any, ...], state: dict[str, Any]) -> FFGymError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ffgym.errors import ConfigError, ModelError, is_out_of_memory
+from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
 from ffgym.evaluation.latency import LatencyTable, to_json
 from ffgym.evaluation.latency_cache import cached_table, place_of
 from ffgym.evaluation.memory import Job, measure_memory
@@ -292,18 +292,14 @@ def _footprint(loaded: LoadedModel, size: Size, folder: Path) -> Footprint:
     )
 
 
-@contextmanager
-def _within_memory(workload: Workload) -> Iterator[None]:
+def _within_memory(workload: Workload) -> AbstractContextManager[None]:
     """Say which prompts a GPU's memory is too small for."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError(
+    return raising_if_out_of_memory(
+        ModelError(
             f"prompts of {workload.batch} x {workload.length} tokens do not fit the device's memory beside both models",
             hint="Use smaller --batch-sizes or --prompt-lengths, or --device cpu.",
-        ) from error
+        )
+    )
 
 
 @contextmanager

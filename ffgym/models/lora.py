@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffgym.errors import RecoveryError, is_out_of_memory
+from ffgym.errors import RecoveryError, raising_if_out_of_memory
 from ffgym.models.checkpoint import (
     Checkpoint,
     held_back_interrupts,
@@ -184,27 +184,25 @@ class _Training:
 
     def run(self) -> None:
         """Go on to the last step; Ctrl-C writes a checkpoint first."""
+        short = RecoveryError(
+            f"training ran out of memory on {self._device}",
+            hint="Set recover.gradient_checkpointing=true or model.device=cpu and go on from the last checkpoint, "
+            "or start anew with a shorter recover.window and --overwrite.",
+        )
         try:
-            while True:
-                if self._is_due() and not any(step == self.step for step, _ in self.curve.held_out):
-                    self._evaluate()
-                if self.step == self._settings.steps:
-                    break
-                self._learn()
-                if self.step % self._settings.checkpoint_every == 0:
-                    self.save()
-            self.save()
+            with raising_if_out_of_memory(short):
+                while True:
+                    if self._is_due() and not any(step == self.step for step, _ in self.curve.held_out):
+                        self._evaluate()
+                    if self.step == self._settings.steps:
+                        break
+                    self._learn()
+                    if self.step % self._settings.checkpoint_every == 0:
+                        self.save()
+                self.save()
         except KeyboardInterrupt:
             self.save()
             raise
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RecoveryError(
-                f"training ran out of memory on {self._device}",
-                hint="Set recover.gradient_checkpointing=true or model.device=cpu and go on from the last checkpoint, "
-                "or start anew with a shorter recover.window and --overwrite.",
-            ) from error
 
     def take_best(self) -> None:
         """Put the adapters of the least held-out loss in."""
