@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from filelock import FileLock
+
 from ffgym.errors import TrackingError
 from ffgym.types import Episode, JSONDict
 
@@ -38,6 +40,7 @@ PARAM_NAME_CHARACTERS = 240  # and room for more
 TAG_CHARACTERS = 5000
 DIGEST_CHARACTERS = 36
 RESERVE_BYTES = 256 * 1024
+OPENING_SECONDS = 60  # to wait for another process that makes the same store; MLflow takes some 5
 VERSIONED = ("ffgym", "torch", "transformers")
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
@@ -87,11 +90,14 @@ class Tracker:
     def __enter__(self) -> Self:
         if not self._enabled:
             return self
-        with _translated(self._uri, "open the MLflow store"), contextlib.ExitStack() as on_failure:
+        translated = _translated(self._uri, "open the MLflow store")
+        with translated, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
             if self._uri == _own_uri(self._root):
                 _require_writable(self._root)
                 self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root))
                 _fill(self._reserve)
+                # Processes that make one database at once would each stumble over tables of the other.
+                opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
             self._client = _import_mlflow().MlflowClient(tracking_uri=self._uri)
             experiment = self._experiment_id()
             tags = {} if self._parent is None else {PARENT_TAG: self._parent}
@@ -210,8 +216,14 @@ class Tracker:
             source=json.dumps({"tags": {"corpus": corpus}}),
             profile=json.dumps({"tokens": tokens, "digest": digest}),
         )
-        tags = [entities.InputTag("mlflow.data.context", context)]
-        self._write("log_inputs", datasets=[entities.DatasetInput(dataset, tags)])
+        inputs = [entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", context)])]
+        try:
+            self._write("log_inputs", datasets=inputs)
+        except TrackingError as error:
+            if not re.search("unique|duplicate", str(error), re.IGNORECASE):
+                raise
+            # Another run logged the same text between MLflow's look for it and its write: now it is found.
+            self._write("log_inputs", datasets=inputs)
 
     def log_table(self, rows: Sequence[JSONDict]) -> None:
         """Log the report's rows as metrics, ``report/<column>/<slug of the label>``, and whole as ``report.json``.
@@ -278,11 +290,18 @@ class Tracker:
 
     def _experiment_id(self) -> str:
         """Find the experiment or make it."""
+        from mlflow.exceptions import MlflowException
+
         own = self._uri == _own_uri(self._root)
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
             location = str(_artifacts(self._root)) if own else None
-            return str(self._client.create_experiment(self._experiment, artifact_location=location))
+            try:
+                return str(self._client.create_experiment(self._experiment, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = self._client.get_experiment_by_name(self._experiment)  # another run has just made it on a server
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"the MLflow experiment {self._experiment!r} in {_shown(self._uri)} was deleted",
@@ -541,6 +560,7 @@ def _next_step(uri: str, reason: str) -> str:
         ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),
         ("not a database", "Move that file away,"),
         ("locked", "Let the program that holds it finish,"),
+        ("could not be acquired", "Let the program that holds it finish,"),
         ("full", "Free some space,"),
         ("No space", "Free some space,"),
     ):

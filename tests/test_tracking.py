@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -11,6 +12,8 @@ import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
+from mlflow import MlflowClient
 from mlflow_store import client, new_store
 
 from ffgym.errors import TrackingError
@@ -203,6 +206,52 @@ def test_splits_are_dataset_inputs(root):
     assert inputs["search"].name == "demo:c4"
     assert inputs["search"].digest == "d" * 36
     assert json.loads(inputs["search"].profile) == {"tokens": 131_072, "digest": "d" * 64}
+
+
+def test_runs_that_start_at_once_share_a_store_that_was_not_there(tmp_path):
+    context, root, together = multiprocessing.get_context("spawn"), tmp_path / "mlruns", 3
+    gate, failures = context.Barrier(together), context.Queue()
+    processes = [context.Process(target=log_the_same, args=(root, gate, failures)) for _ in range(together)]
+    for process in processes:
+        process.start()
+    assert [failures.get(timeout=300) for _ in processes] == [""] * together
+    for process in processes:
+        process.join()
+    runs = client(root).search_runs([client(root).get_experiment_by_name("ffgym").experiment_id])
+    assert [len(run.inputs.dataset_inputs) for run in runs] == [20] * together
+
+
+def test_an_experiment_that_another_run_has_just_made_is_taken(root, monkeypatch):
+    with Tracker(root, "ffgym", "first") as first:
+        pass
+    look, answers = MlflowClient.get_experiment_by_name, [None]
+    monkeypatch.setattr(
+        MlflowClient, "get_experiment_by_name", lambda self, name: answers.pop() if answers else look(self, name)
+    )
+    with Tracker(root, "ffgym", "second") as second:
+        pass
+    assert run_of(root, second).info.experiment_id == run_of(root, first).info.experiment_id
+
+
+def log_the_same(root, gate, failures):
+    """What each of the processes does; the first digests are those that another run is about to log as well."""
+    try:
+        gate.wait(timeout=200)
+        with Tracker(root, "ffgym", "one of several") as tracker:
+            gate.wait(timeout=200)
+            for number in range(20):
+                tracker.log_dataset(name="text", context="search", digest=str(number), corpus="demo", tokens=3)
+    except Exception as error:
+        failures.put(repr(error))
+    else:
+        failures.put("")
+
+
+def test_a_store_that_another_process_keeps_opening_is_refused_after_a_while(root, monkeypatch):
+    monkeypatch.setattr("ffgym.tracking.OPENING_SECONDS", 0.2)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / "mlflow.lock"), pytest.raises(TrackingError, match="Let the program that holds it finish"):
+        Tracker(root, "ffgym", "run").__enter__()
 
 
 def test_the_table_becomes_final_metrics(root):
