@@ -27,7 +27,7 @@ from ffgym.config_errors import config_error
 from ffgym.config_file import PLUGIN_TABLES, read_toml, without_foreign_options
 from ffgym.errors import ConfigError, DataError
 from ffgym.output import disk_errors, write_text
-from ffgym.plugins import manager
+from ffgym.plugins import configured, manager
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.report.progress import Reporter, duration
@@ -193,8 +193,8 @@ def check_benches(benches: Sequence[Bench]) -> None:
             )
         if cell.path.exists():
             stored = read_cell(cell)
-            changed = manager.changed_since(stored.settings, cell.config) + _unsaid(stored, cell)
-            changed += _outgrown(stored.editions, manager.editions(cell.config))
+            changed = configured.changed_since(stored.settings, cell.config) + _unsaid(stored, cell)
+            changed += _outgrown(stored.editions, configured.editions(cell.config))
             policy = policy_digest(cell.config)
             if None not in (policy, stored.policy) and policy != stored.policy:
                 changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
@@ -430,4 +430,4 @@ def _resolved(run: dict[str, Any], changes: dict[str, Any], seed: int) -> RunCon
         config = RunConfig.model_validate({**tables, "seed": seed})
     except ValidationError as error:
         raise config_error(error, RunConfig) from None
-    return manager.with_options(manager.resolve_agent(config))
+    return configured.with_options(configured.resolve_agent(config))

@@ -24,7 +24,7 @@ from ffgym.config import RunConfig
 from ffgym.config_file import digest, settings, to_toml
 from ffgym.finals import finalists
 from ffgym.output import disk_errors, write_text
-from ffgym.plugins import manager
+from ffgym.plugins import configured
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import CellResult
@@ -131,7 +131,7 @@ class CellRunner:
         dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()
         parts = [cell.digest[:16], dtype, f"{threads}threads", *([policy] if policy else [])]
-        parts += [f"{table}{edition}" for table, edition in manager.editions(config).items()]
+        parts += [f"{table}{edition}" for table, edition in configured.editions(config).items()]
         log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")
         watch = _Incumbents(space, agent, cell.marks)
@@ -219,7 +219,7 @@ class CellRunner:
                 "threads": torch.get_num_threads(),
                 "dtype": space.loaded.dtype_name,
                 "policy": policy,
-                "editions": manager.editions(cell.config),
+                "editions": configured.editions(cell.config),
                 "asked_marks": cell.marks,
                 "marks": marks,
                 "final": {**final, "origin": found.best.origin},

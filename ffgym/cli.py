@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from ffgym.config import PruneTable, RunConfig, TrackingTable
 from ffgym.config_file import load_config, to_toml
 from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
-from ffgym.plugins import manager
+from ffgym.plugins import built_ins, configured, manager
 from ffgym.version import __version__
 
 OUT_OF_MEMORY = (
@@ -143,7 +143,7 @@ def _config(ctx: typer.Context) -> RunConfig:
             "save_all": given.get("save_all") or None,
         },
     )
-    return manager.resolve_agent(config)
+    return configured.resolve_agent(config)
 
 
 def _stored(resume: Path | None) -> Path | None:
@@ -416,9 +416,9 @@ def print_config(
     save_all: SaveAllOption = False,
 ) -> None:
     """Print the configuration that `run` would start with, as a TOML file that `run --config` reads."""
-    config = manager.with_options(_config(ctx))
-    manager.check_agent_fits(config)
-    typer.echo(to_toml(config, manager.meanings(config)), nl=False)
+    config = configured.with_options(_config(ctx))
+    configured.check_agent_fits(config)
+    typer.echo(to_toml(config, configured.meanings(config)), nl=False)
 
 
 @app.command()
@@ -465,7 +465,7 @@ class Kinds(StrEnum):
     rewards = "rewards"
 
 
-_KINDS: dict[Kinds, manager.PluginKind] = {
+_KINDS: dict[Kinds, built_ins.PluginKind] = {
     Kinds.agents: "agent",
     Kinds.criteria: "criterion",
     Kinds.heuristics: "heuristic",

@@ -18,7 +18,7 @@ from typing import Any
 from ffgym.config import RunConfig
 from ffgym.config_file import load_config
 from ffgym.errors import ConfigError, OutputError
-from ffgym.plugins import manager
+from ffgym.plugins import configured
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
@@ -152,7 +152,7 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
         ConfigError: the run there is of another configuration.
     """
     folder = folder.expanduser()
-    stored = manager.with_options(stored_config(folder))
+    stored = configured.with_options(stored_config(folder))
     if difference := first_difference(stored, config):
         key, there, here = difference
         raise ConfigError(

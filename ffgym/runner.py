@@ -39,7 +39,7 @@ from ffgym.output import (
     saying_what_is_kept,
     write_text,
 )
-from ffgym.plugins import manager
+from ffgym.plugins import configured, manager
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent
 from ffgym.recovery import Material, Recovered, check_method, gather, output_folder, train_and_save, unfinished_folder
@@ -133,9 +133,9 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         KeyboardInterrupt: Ctrl-C; what was found so far is saved and printed, the MLflow run is marked KILLED.
     """
     say = Reporter(progress or Console(stderr=True))
-    config = manager.resolve_agent(config)
+    config = configured.resolve_agent(config)
     check_plugins(config)
-    config = manager.with_options(config)
+    config = configured.with_options(config)
     agent = make_agent(config)
     folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
     earlier_run = None if resume is None else mlflow_run(folder)
@@ -147,7 +147,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         removing_if_nothing_found(folder) if resume is None else nullcontext(),
         ExitStack() as stack,
     ):
-        text = to_toml(config, manager.meanings(config))
+        text = to_toml(config, configured.meanings(config))
         tracker.log_config(config.model_dump(mode="json"), text)
 
         def begin() -> None:
@@ -220,9 +220,9 @@ def check_plugins(config: RunConfig) -> None:
     Recovery is no plugin, and checked alike.
 
     Raises:
-        ConfigError: an agent that cannot do what the run asks of it, see :func:`manager.check_agent_fits`.
+        ConfigError: an agent that cannot do what the run asks of it, see :func:`configured.check_agent_fits`.
     """
-    manager.check_agent_fits(config)
+    configured.check_agent_fits(config)
     manager.create("criterion", config.criterion.name, config.criterion.options)
     make_reward(config)
     if config.prior.name != "none":

@@ -31,7 +31,7 @@ from ffgym.cli import app
 from ffgym.config_file import changed_settings
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
-from ffgym.plugins import manager
+from ffgym.plugins import configured, discovery
 from ffgym.report.bench import BenchTable
 from ffgym.report.progress import Reporter
 
@@ -41,7 +41,7 @@ CELLS = ["random-seed0", "random-seed1", "reinforce-seed0", "reinforce-seed1", "
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -82,7 +82,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, B
     """A bench that ran through, tracked: its file, table and progress."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         new_store(folder / "mlruns")
         file = bench_file(folder, tables={"tracking": {"enabled": True}})
@@ -668,6 +668,6 @@ def test_committed_results_belong_to_the_configuration_beside_them() -> None:
     """A key that is added later, or a default that moves, must not orphan what was measured."""
     for file in sorted((Path(__file__).parent.parent / "experiments" / "bench").glob("*.toml")):
         for cell in read_bench(file).cells:
-            assert not cell.path.exists() or manager.changed_since(read_cell(cell).settings, cell.config) == [], (
+            assert not cell.path.exists() or configured.changed_since(read_cell(cell).settings, cell.config) == [], (
                 cell.path
             )

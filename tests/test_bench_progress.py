@@ -17,13 +17,13 @@ from ffgym.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.cells import Job
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.models import loading
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 

@@ -19,14 +19,14 @@ from ffgym.bench import bench, check_benches, read_bench
 from ffgym.cells import Cell, write_result
 from ffgym.config_file import settings
 from ffgym.errors import ConfigError
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 from ffgym.policy import policy_digest
 from ffgym.report.bench import CellResult, Final, Mark
 
 
 @pytest.fixture(autouse=True)
 def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.setattr(bench_module, "work", lambda *args, **options: pytest.fail("something was computed"))
 
 

@@ -16,7 +16,7 @@ from glass_runs import glass_tables
 from rich.console import Console
 
 from ffgym.errors import ConfigError, DataError
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "calibration-bias" / "measure.py"
@@ -37,7 +37,7 @@ def script() -> Any:
 
 @pytest.fixture(autouse=True)
 def _only_builtins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
 
 
 @pytest.fixture

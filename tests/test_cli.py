@@ -21,7 +21,7 @@ from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.config_file import load_config
 from ffgym.errors import ModelError
-from ffgym.plugins import manager
+from ffgym.plugins import built_ins, configured, discovery, manager
 
 HEAVY = (
     "torch",
@@ -39,7 +39,7 @@ HEAVY = (
 
 @pytest.fixture(autouse=True)
 def _only_builtins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -290,7 +290,7 @@ def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Pa
     file.write_text(printed.stdout, "utf-8")
     assert call("run", "--config", str(file)).exit_code == 0
     wanted = load_config(prune={"sparsity": 0.3}, agent={"learning_rate": 0.01})
-    assert runner == [manager.with_options(wanted)]
+    assert runner == [configured.with_options(wanted)]
     assert "smooth = 0.95  # share of the exploration's variance" in printed.stdout, "options of plugins are there too"
 
 
@@ -298,7 +298,7 @@ def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Pa
     ("plural", "kind"),
     [("agents", "agent"), ("criteria", "criterion"), ("heuristics", "heuristic"), ("rewards", "reward")],
 )
-def test_ls_lists_names_and_descriptions(plural: str, kind: manager.PluginKind) -> None:
+def test_ls_lists_names_and_descriptions(plural: str, kind: built_ins.PluginKind) -> None:
     text = call("ls", plural).stdout
     rows = json.loads(call("ls", plural, "--json").stdout)
     assert {row["name"]: row["description"] for row in rows} == manager.names(kind)
@@ -306,7 +306,7 @@ def test_ls_lists_names_and_descriptions(plural: str, kind: manager.PluginKind) 
 
 
 def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "nobody")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "nobody")
     text = call("plugins").stdout
     assert "built-in" in text
     assert "FAILED not installed" in text

@@ -22,7 +22,7 @@ import ffgym
 from ffgym.cli import app
 from ffgym.config import RunConfig
 from ffgym.models.families import FAMILIES
-from ffgym.plugins import hookspecs, manager
+from ffgym.plugins import built_ins, discovery, hookspecs, manager
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
 from ffgym.testing import conformance
 from ffgym.testing.conformance import (
@@ -37,14 +37,14 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("plugins/*/README.md")])
 REFERENCE = DOCS / "configuration.md"
 BEGIN, END = "<!-- reference:begin -->\n", "<!-- reference:end -->\n"
-BASES: dict[manager.PluginKind, type[Plugin]] = {
+BASES: dict[built_ins.PluginKind, type[Plugin]] = {
     "agent": Agent,
     "criterion": Criterion,
     "heuristic": Heuristic,
     "reward": Reward,
 }
 PLURALS = {"agent": "agents", "criterion": "criteria", "heuristic": "heuristics", "reward": "rewards"}
-BUILTINS = [(kind, name) for kind, table in manager.BUILTINS.items() for name in table]
+BUILTINS = [(kind, name) for kind, table in built_ins.BUILTINS.items() for name in table]
 
 
 # --- the reference, written from the code -----------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def reference() -> str:
         if isinstance(model, type) and issubclass(model, BaseModel):
             parts += [f"### `[{table}]`", first_line(model), keys(model)]
     parts.append("## Every built-in plugin, and its options")
-    for kind, table in manager._TABLES.items():
+    for kind, table in manager.TABLES.items():
         parts += [f"### {PLURALS[kind].capitalize()}: options in `[{table}]`", options(kind)]
     return "\n\n".join(parts) + "\n"
 
@@ -73,9 +73,9 @@ def keys(model: type[BaseModel], only: list[str] | None = None) -> str:
     return "\n".join(rows)
 
 
-def options(kind: manager.PluginKind) -> str:
+def options(kind: built_ins.PluginKind) -> str:
     parts = []
-    for name, built_in in manager.BUILTINS[kind].items():
+    for name, built_in in built_ins.BUILTINS[kind].items():
         config = manager.get_class(kind, name).Config
         line = f"**`{name}`**: {built_in.description}."
         parts.append(f"{line}\n\n{keys(config)}" if config.model_fields else f"{line} No options.")
@@ -128,7 +128,7 @@ def test_flag_is_documented(flag: str) -> None:
     assert re.search(rf"`[^`\n]*{flag}\b", text("docs/configuration.md"))
 
 
-@pytest.mark.parametrize("hook", sorted(manager._HOOKS))
+@pytest.mark.parametrize("hook", sorted(discovery.HOOKS))
 def test_hook_is_documented(hook: str) -> None:
     assert hasattr(hookspecs, hook)
     assert f"`{hook}`" in text("docs/plugins.md")
@@ -140,12 +140,12 @@ def test_built_in_plugin_is_documented(kind: str, name: str) -> None:
     assert f"**`{name}`**" in section.partition("\n### ")[0]
 
 
-@pytest.mark.parametrize("statistic", sorted(manager.STATISTICS))
+@pytest.mark.parametrize("statistic", sorted(discovery.STATISTICS))
 def test_statistic_is_documented(statistic: str) -> None:
     assert f"`{statistic}`" in text("docs/plugins.md")
 
 
-@pytest.mark.parametrize("measurement", sorted(manager.MEASUREMENTS))
+@pytest.mark.parametrize("measurement", sorted(discovery.MEASUREMENTS))
 def test_measurement_is_documented(measurement: str) -> None:
     assert f"| `{measurement}` |" in text("docs/plugins.md")
 
@@ -290,7 +290,7 @@ def example(page: str, kind: str) -> type[Any]:
             namespace: dict[str, Any] = {"__name__": "documentation"}
             exec(compile(block, page, "exec"), namespace)
             (cls,) = namespace[f"ffgym_{PLURALS[kind]}"]()
-            manager._check_class(f"ffgym_{PLURALS[kind]}", kind, cls)  # type: ignore[arg-type]
+            discovery._check_class(f"ffgym_{PLURALS[kind]}", kind, cls)  # type: ignore[arg-type]
             assert issubclass(cls, base)
             return cls
     raise AssertionError(f"{page} has no example of a {kind}")

@@ -20,13 +20,13 @@ from ffgym.envs import building
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.latency import LatencyTable, read_table, to_json
 from ffgym.models.loading import load
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 from ffgym.testing.models import tiny_model
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 

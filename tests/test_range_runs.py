@@ -26,7 +26,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.episode_log import read_episodes
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.plugins import manager
+from ffgym.plugins import built_ins, discovery, manager
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 NAMES = ("0.10", "0.20", "0.30", "0.40", "0.50")
@@ -40,7 +40,7 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -62,7 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConf
     """The run that most tests look at, tracked."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         new_store(folder / "mlruns")
         config = ranged(folder, tracking={"enabled": True})
@@ -263,7 +263,7 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_loads")
-@pytest.mark.parametrize("agent", sorted(set(manager.BUILTINS["agent"]) - {"reinforce"}))
+@pytest.mark.parametrize("agent", sorted(set(built_ins.BUILTINS["agent"]) - {"reinforce"}))
 def test_an_agent_that_does_not_follow_the_target_is_refused_by_name(tmp_path: Path, agent: str) -> None:
     with pytest.raises(ConfigError, match=f"agent '{agent}' proposes the same at every target") as raised:
         go(ranged(tmp_path, agent={"name": agent}))

@@ -32,7 +32,7 @@ from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputE
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models import lora as lora_module
 from ffgym.models.loading import load
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 
 SHORT = {"tokens": 1024, "batch_tokens": 256, "evaluate_every": 2, "checkpoint_every": 2, "held_out_tokens": 256}
 STEPS = 4
@@ -41,7 +41,7 @@ BESIDE = {"config.toml", "recovery.json", "recovery.png", "README.md", "modeling
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -54,7 +54,7 @@ def changes(**recover: Any) -> dict[str, dict[str, Any]]:
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, not to be written to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         config = glass_config(tmp_path_factory.mktemp("pruned"), **changes())
         return runner.run(config, progress=Console(file=io.StringIO())).folder
 
@@ -96,7 +96,7 @@ def finished(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     home = tmp_path_factory.mktemp("finished")
     shutil.copytree(pruned, home / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         new_store(home / "mlruns")
         config = configured(home / "run")

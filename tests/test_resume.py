@@ -29,7 +29,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.episode_log import read_log
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.output import first_difference, mlflow_run
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}
@@ -39,7 +39,7 @@ LOGS = ("episodes.jsonl", "episodes-random.jsonl")
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -76,7 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a run that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield go(config(folder))[0].folder
 

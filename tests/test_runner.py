@@ -45,7 +45,7 @@ from ffgym.errors import (
 )
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.output import claim_folder
-from ffgym.plugins import manager
+from ffgym.plugins import built_ins, configured, discovery, manager
 from ffgym.policy import read_policy
 from ffgym.report.table import Row
 
@@ -58,7 +58,7 @@ TRACKED = {"enabled": True}
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -93,7 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     """The run that most tests look at, tracked."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         new_store(folder / "mlruns")
         yield finish(glass_config(folder, tracking=TRACKED))
@@ -127,7 +127,7 @@ def test_everything_is_written_and_nothing_else(finished: Finished) -> None:
 
 def test_the_written_configuration_is_the_run(finished: Finished) -> None:
     written = load_config(finished.folder / "config.toml")
-    assert written == manager.with_options(finished.config)
+    assert written == configured.with_options(finished.config)
     assert written.agent.options["smooth"] == 0.95, "a default that moves later is written down"
 
 
@@ -393,7 +393,7 @@ def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(tmp_path: Pa
 
 
 def test_a_rule_alone_takes_one_shape_too(tmp_path: Path) -> None:
-    config = manager.resolve_agent(glass_config(tmp_path, prune={"uniform": True}, agent={"name": "flap"}))
+    config = configured.resolve_agent(glass_config(tmp_path, prune={"uniform": True}, agent={"name": "flap"}))
     one = finish(config)
     assert len(set(one.result.found.best.allocation.kept[1::2])) == 1
     assert "shapes" not in one.said
@@ -415,7 +415,7 @@ def test_without_the_sequential_refit_the_nested_one_is_saved(tmp_path: Path) ->
     assert not (one.folder / "episodes-random.jsonl").exists()
 
 
-@pytest.mark.parametrize("agent", sorted(set(manager.BUILTINS["agent"]) - {"ppo", "one-shot"}))
+@pytest.mark.parametrize("agent", sorted(set(built_ins.BUILTINS["agent"]) - {"ppo", "one-shot"}))
 def test_every_agent_runs(tmp_path: Path, agent: str) -> None:
     one = finish(glass_config(tmp_path, agent={"name": agent}, output={"save_model": False}))
     assert one.rows[f"{agent} + sequential ridge"].is_found
@@ -427,7 +427,7 @@ def test_every_agent_runs(tmp_path: Path, agent: str) -> None:
 
 @pytest.mark.parametrize("heuristic", ["uniform", "mlp-first"])
 def test_a_heuristic_runs_in_one_episode(tmp_path: Path, heuristic: str) -> None:
-    config = manager.resolve_agent(glass_config(tmp_path, agent={"name": heuristic}))
+    config = configured.resolve_agent(glass_config(tmp_path, agent={"name": heuristic}))
     one = finish(config)
     assert len(one.result.found.history) == 1
     assert one.result.found.best.origin == "policy"
@@ -689,9 +689,9 @@ def install_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sick\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[ffgym]\nsick = sick\n")
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "sick")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "sick")
     monkeypatch.delitem(sys.modules, "sick", raising=False)
-    manager.forget()
+    discovery.forget()
 
 
 CRITERION = """
@@ -743,7 +743,7 @@ def test_a_plugin_that_breaks_its_contract_is_named_and_the_run_is_failed(
         with pytest.raises(PluginError) as raised:
             finish(glass_config(tmp_path, **{table: {"name": "sick"}}, tracking=TRACKED))
     finally:
-        manager.forget()
+        discovery.forget()
     assert f"{table} 'sick' (package sick 1.0)" in str(raised.value)
     assert complaint in str(raised.value)
     (run,) = runs(root)
@@ -906,4 +906,4 @@ def test_json_is_pure_data_on_stdout(tmp_path: Path) -> None:
 
 
 def test_the_written_configuration_reruns_to_the_same_digest(finished: Finished) -> None:
-    assert digest(load_config(finished.folder / "config.toml")) == digest(manager.with_options(finished.config))
+    assert digest(load_config(finished.folder / "config.toml")) == digest(configured.with_options(finished.config))

@@ -17,7 +17,7 @@ from rich.console import Console
 from ffgym import runner
 from ffgym.config import RunConfig
 from ffgym.output import WRITTEN
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 
 PLAIN = {
     *("config.toml", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
@@ -27,7 +27,7 @@ PLAIN = {
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -56,7 +56,7 @@ def finish(config: RunConfig) -> Finished:
 def traded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("traded")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         made_up_tasks.install(patch)
         new_store(folder / "mlruns")

@@ -29,7 +29,7 @@ from ffgym.config import RunConfig, Table
 from ffgym.config_errors import config_error
 from ffgym.config_file import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
-from ffgym.plugins import manager
+from ffgym.plugins import configured
 from ffgym.policy import make_agent
 from ffgym.report.bench import Mean, mean_of
 from ffgym.report.figures import new_figure, save_figure, tidy
@@ -120,8 +120,8 @@ def _config(spec: Experiment, seed: int, sparsity: float | str, episodes: int) -
     tables = {**spec.run, "seed": seed}
     tables["prune"] = {**spec.run.get("prune", {}), "sparsity": sparsity}
     tables["search"] = {**spec.run.get("search", {}), "episodes": episodes}
-    config = manager.with_options(RunConfig.model_validate(tables))
-    manager.check_agent_fits(config)
+    config = configured.with_options(RunConfig.model_validate(tables))
+    configured.check_agent_fits(config)
     return config
 
 
@@ -138,7 +138,7 @@ def read_result(search: Search) -> Result | None:
         result = Result.model_validate_json(search.path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise DataError(f"{search.path} is no result: {error}", hint="Delete it to compute it again.") from error
-    if changed := manager.changed_since(result.settings, search.config):
+    if changed := configured.changed_since(result.settings, search.config):
         raise ConfigError(
             f"{search.path} holds the result of another configuration: {'; '.join(changed)}",
             hint="Point `results` at another folder, or delete that file to compute it again.",

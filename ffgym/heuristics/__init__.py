@@ -1,1 +1,1 @@
-"""Heuristics, one file each: importances without any episode. `ffgym.plugins.manager.BUILTINS` lists them."""
+"""Heuristics, one file each: importances without any episode. `ffgym.plugins.built_ins.BUILTINS` lists them."""

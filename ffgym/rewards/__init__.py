@@ -1,1 +1,1 @@
-"""Rewards, one file each: one number for an episode. `ffgym.plugins.manager.BUILTINS` lists them."""
+"""Rewards, one file each: one number for an episode. `ffgym.plugins.built_ins.BUILTINS` lists them."""

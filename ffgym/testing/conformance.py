@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
-from ffgym.plugins.manager import MEASUREMENTS, NAME, STATISTICS
+from ffgym.plugins.discovery import MEASUREMENTS, NAME, STATISTICS
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Resource, Sublayer, Update
 

@@ -10,7 +10,7 @@ import pytest
 
 from ffgym.agents.reinforce import Reinforce
 from ffgym.errors import ConfigError
-from ffgym.plugins import manager
+from ffgym.plugins import built_ins, manager
 from ffgym.testing.toys import BudgetRangeEnv, QuadraticEnv
 
 BUDGETS = (0.1, 0.5)
@@ -187,7 +187,7 @@ def test_same_seed_same_search():
 
 
 def test_only_reinforce_says_that_it_follows_the_target():
-    conditioned = [name for name in manager.BUILTINS["agent"] if manager.get_class("agent", name).budget_conditioned]
+    conditioned = [name for name in built_ins.BUILTINS["agent"] if manager.get_class("agent", name).budget_conditioned]
     assert conditioned == ["reinforce"]
 
 

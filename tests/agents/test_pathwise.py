@@ -10,7 +10,7 @@ from ffgym.agents.pathwise import Pathwise
 from ffgym.agents.reinforce import Reinforce
 from ffgym.config_file import load_config
 from ffgym.errors import ConfigError
-from ffgym.plugins import manager
+from ffgym.plugins import configured
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import QuadraticEnv, SeparableEnv
 
@@ -127,8 +127,8 @@ def test_an_environment_without_slopes_is_refused():
 def test_its_updates_are_one_episode_whatever_the_settings_say():
     assert (Pathwise().update_size(8), Reinforce().update_size(8)) == (1, 8)
     assert (Pathwise().update_cost(8), Reinforce().update_cost(8)) == (4, 8)
-    manager.check_agent_fits(load_config(None, ["search.episodes=4"], agent={"name": "pathwise"}))
+    configured.check_agent_fits(load_config(None, ["search.episodes=4"], agent={"name": "pathwise"}))
     with pytest.raises(
         ConfigError, match=r"less than an update of agent 'pathwise', which costs 4, its slopes included"
     ):
-        manager.check_agent_fits(load_config(None, ["search.episodes=3"], agent={"name": "pathwise"}))
+        configured.check_agent_fits(load_config(None, ["search.episodes=3"], agent={"name": "pathwise"}))

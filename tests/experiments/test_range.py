@@ -18,7 +18,7 @@ from rich.console import Console
 from ffgym import workspace
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError
-from ffgym.plugins import manager
+from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "range"
@@ -27,7 +27,7 @@ TARGETS = (0.2, 0.3, 0.4)
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setenv(manager.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module("compare")
 

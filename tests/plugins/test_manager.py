@@ -13,7 +13,7 @@ import pytest
 from ffgym.config import RunConfig
 from ffgym.config_file import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
-from ffgym.plugins import hookspecs, manager
+from ffgym.plugins import built_ins, configured, discovery, hookspecs, manager
 from ffgym.plugins.bases import Plugin
 from ffgym.types import PluginRecord
 
@@ -46,7 +46,7 @@ Install = Callable[..., None]
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Install packages as pip would: a module and its dist-info on sys.path."""
-    monkeypatch.delenv(manager.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(discovery.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     modules: list[str] = []
 
@@ -59,11 +59,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
         (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
         importlib.invalidate_caches()
-        manager.forget()
+        discovery.forget()
 
-    manager.forget()
+    discovery.forget()
     yield add
-    manager.forget()
+    discovery.forget()
     for module in modules:
         sys.modules.pop(module, None)
 
@@ -75,18 +75,20 @@ def record(package: str) -> PluginRecord:
 # built-ins
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in manager.BUILTINS.items() for name in table])
-def test_builtin_table_names_its_class(kind: manager.PluginKind, name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, table in built_ins.BUILTINS.items() for name in table]
+)
+def test_builtin_table_names_its_class(kind: built_ins.PluginKind, name: str) -> None:
     cls = manager.get_class(kind, name)
     assert cls.name == name
-    assert issubclass(cls, manager._BASES[kind])
+    assert issubclass(cls, discovery.BASES[kind])
     assert manager.names(kind)[name]
 
 
 @pytest.mark.parametrize("room", ["agents", "criteria", "heuristics", "rewards"])
 def test_every_builtin_is_in_the_table(room: str) -> None:
     package = importlib.import_module(f"ffgym.{room}")
-    targets = {built_in.target for table in manager.BUILTINS.values() for built_in in table.values()}
+    targets = {built_in.target for table in built_ins.BUILTINS.values() for built_in in table.values()}
     for module_info in pkgutil.iter_modules(package.__path__, f"ffgym.{room}."):
         module = importlib.import_module(module_info.name)
         own = [
@@ -99,7 +101,7 @@ def test_every_builtin_is_in_the_table(room: str) -> None:
 
 def test_every_hook_is_documented_and_has_a_kind() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("ffgym_")]
-    assert set(hooks) == set(manager._HOOKS)
+    assert set(hooks) == set(discovery.HOOKS)
     assert all(getattr(hookspecs, hook).__doc__ for hook in hooks)
 
 
@@ -107,7 +109,7 @@ OPTIONAL = [("agent", "random", "spread"), ("heuristic", "flap", "reference")]
 
 
 @pytest.mark.parametrize(("kind", "name", "option"), OPTIONAL)
-def test_an_empty_text_is_an_option_that_is_not_given(kind: manager.PluginKind, name: str, option: str) -> None:
+def test_an_empty_text_is_an_option_that_is_not_given(kind: built_ins.PluginKind, name: str, option: str) -> None:
     assert getattr(manager.create(kind, name, {option: ""}).config, option) is None
 
 
@@ -242,7 +244,7 @@ def test_environment_variable_chooses_what_is_loaded(install: Install, monkeypat
     assert {row.name for row in manager.records()} == {"built-in", "acme-one-entry", "acme-two-entry"}
     monkeypatch.setenv("FFGYM_LOAD_PLUGINS", "")
     assert [row.name for row in manager.records()] == ["built-in"]
-    assert set(manager.names("criterion")) == set(manager.BUILTINS["criterion"])
+    assert set(manager.names("criterion")) == set(built_ins.BUILTINS["criterion"])
     assert "acme_broken" not in sys.modules
 
 
@@ -312,37 +314,37 @@ def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
 
 def test_no_prior_is_among_the_names_that_a_prior_can_have() -> None:
     with pytest.raises(UnknownNameError) as raised:
-        manager.with_options(RunConfig.model_validate({"prior": {"name": "kl"}}))
+        configured.with_options(RunConfig.model_validate({"prior": {"name": "kl"}}))
     assert "mlp-first, none, owl" in str(raised.value.hint)
 
 
 def test_heuristic_named_as_agent_runs_one_shot_with_that_prior() -> None:
-    config = manager.resolve_agent(load_config(None, ["agent.spare_first=2"], agent={"name": "mlp-first"}))
+    config = configured.resolve_agent(load_config(None, ["agent.spare_first=2"], agent={"name": "mlp-first"}))
     assert (config.agent.name, config.agent.options) == ("one-shot", {})
     assert (config.prior.name, config.prior.options) == ("mlp-first", {"spare_first": 2})
-    assert manager.resolve_agent(config) == config
+    assert configured.resolve_agent(config) == config
 
 
 def test_heuristic_named_as_agent_keeps_the_options_of_its_own_prior_table() -> None:
     values = {"agent": {"name": "mlp-first"}, "prior": {"name": "mlp-first", "spare_last": 2}}
-    assert manager.resolve_agent(load_config(**values)).prior.options == {"spare_last": 2}
+    assert configured.resolve_agent(load_config(**values)).prior.options == {"spare_last": 2}
 
 
 def test_agents_and_unknown_names_are_left_alone() -> None:
-    assert manager.resolve_agent(RunConfig()) == RunConfig()
+    assert configured.resolve_agent(RunConfig()) == RunConfig()
     unknown = load_config(agent={"name": "nobody"})
-    assert manager.resolve_agent(unknown) == unknown
+    assert configured.resolve_agent(unknown) == unknown
 
 
 def test_all_options_of_all_plugins_are_spelled_out() -> None:
     config = load_config(agent={"name": "reinforce", "smooth": 0.1}, criterion={"name": "obs"})
-    spelled = manager.with_options(config)
+    spelled = configured.with_options(config)
     assert spelled.agent.options == {**manager.create("agent", "reinforce").config.model_dump(), "smooth": 0.1}
     assert spelled.criterion.options == {"ridge": 0.01}
     assert spelled.prior.options == {"spare_first": 3, "spare_last": 1}
-    assert manager.with_options(spelled) == spelled
-    assert manager.with_options(load_config(prior={"name": "none"})).prior.options == {}
+    assert configured.with_options(spelled) == spelled
+    assert configured.with_options(load_config(prior={"name": "none"})).prior.options == {}
     with pytest.raises(ConfigError, match="unknown key 'lr' in"):
-        manager.with_options(load_config(agent={"lr": 1.0}))
+        configured.with_options(load_config(agent={"lr": 1.0}))
     with pytest.raises(UnknownNameError, match="nobody"):
-        manager.with_options(load_config(reward={"name": "nobody"}))
+        configured.with_options(load_config(reward={"name": "nobody"}))

@@ -1,0 +1,109 @@
+"""What a run's configuration means once its plugins are known: options spelled out, what an agent can and cannot do."""
+
+from __future__ import annotations
+
+import contextlib
+
+from pydantic import ValidationError
+
+from ffgym.config import RunConfig
+from ffgym.config_file import changed_settings, settings
+from ffgym.errors import ConfigError, FFGymError
+from ffgym.plugins.bases import Plugin
+from ffgym.plugins.built_ins import PluginKind
+from ffgym.plugins.discovery import owners
+from ffgym.plugins.manager import TABLES, create, get_class, validated
+from ffgym.types import JSONDict
+
+
+def with_options(config: RunConfig) -> RunConfig:
+    """The same configuration with all options of its plugins spelled out, so that it means the same tomorrow.
+
+    What is stored beside numbers must say what decided them, also after a plugin's default has moved. An option whose
+    value is ``None`` is left out: TOML has no null.
+
+    Raises:
+        ConfigError, PluginError, UnknownNameError: as `create`.
+    """
+    tables = {}
+    for key, (kind, cls) in _used(config).items():
+        table = getattr(config, key)
+        options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
+        tables[key] = type(table)(**{**options, "name": table.name})
+    return config.model_copy(update=tables)
+
+
+def meanings(config: RunConfig) -> dict[str, dict[str, str]]:
+    """What the options of a configuration's plugins mean, by table and option."""
+    return {key: cls.Config.meanings() for key, (_, cls) in _used(config).items()}
+
+
+def editions(config: RunConfig) -> dict[str, int]:
+    """The edition of the plugin that each table names, where it is not the first."""
+    return {key: cls.edition for key, (_, cls) in _used(config).items() if cls.edition != 1}
+
+
+def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
+    """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
+    named: list[tuple[PluginKind, str, str]] = [(kind, key, getattr(config, key).name) for kind, key in TABLES.items()]
+    return {key: (kind, get_class(kind, name)) for kind, key, name in named if (kind, name) != ("heuristic", "none")}
+
+
+def changed_since(stored: JSONDict, config: RunConfig) -> list[str]:
+    """Where a configuration that has all its options differs from `settings` that were stored earlier, one line a key.
+
+    As `changed_settings`: an option that a plugin has learnt since they were stored counts as its default.
+    """
+    with contextlib.suppress(ValidationError, FFGymError):  # the comparison says what is wrong with them
+        stored = settings(with_options(RunConfig.model_validate(stored)))
+    return changed_settings(stored, config)
+
+
+def resolve_agent(config: RunConfig) -> RunConfig:
+    """Let a heuristic stand in for an agent: ``agent = flap`` means the one-shot agent with the prior ``flap``.
+
+    The agent table's options become the prior's, and the search is a single episode: there is nothing to learn. A
+    configuration that names an agent comes back unchanged.
+    """
+    name = config.agent.name
+    if owners("agent", name) or not owners("heuristic", name):
+        return config
+    inherited = config.prior.options if config.prior.name == name else {}
+    prior = type(config.prior)(name=name, **{**inherited, **config.agent.options})
+    once = config.search.model_copy(update={"episodes": 1, "episodes_per_update": 1})
+    return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior, "search": once})
+
+
+def check_agent_fits(config: RunConfig) -> None:
+    """Refuse what an agent cannot do: fewer episodes than it learns from, a range, one shape for all layers.
+
+    Args:
+        config: as `resolve_agent` returns it.
+
+    Raises:
+        ConfigError: names the setting and the agent.
+        UnknownNameError: nobody provides the agent.
+    """
+    name, search = config.agent.name, config.search
+    agent = create("agent", name, config.agent.options)
+    agent.check_updates(agent.update_size(search.episodes_per_update))
+    cost = agent.update_cost(search.episodes_per_update)
+    if search.episodes < cost:
+        slopes = ", its slopes included" if agent.slope_episodes else ""
+        lower = " or lower search.episodes_per_update" if agent.update_episodes is None else ""
+        raise ConfigError(
+            f"search.episodes = {search.episodes} is less than an update of agent {name!r}, which costs {cost}{slopes}",
+            hint=f"Raise search.episodes{lower}.",
+        )
+    if config.prune.uniform and agent.slope_episodes:
+        raise ConfigError(
+            f"prune.uniform ties all layers to one shape, and agent {name!r} follows slopes, which are of layers that "
+            "each have a size of their own",
+            hint="Leave --uniform out, or take an agent that needs no slopes, such as reinforce.",
+        )
+    if config.prune.is_range and not agent.budget_conditioned:
+        raise ConfigError(
+            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {name!r} proposes the same "
+            "at every target",
+            hint="Use --agent reinforce, or run one target at a time, e.g. --sparsity 0.2.",
+        )
