@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from ffgym.report.figures import new_figure, save_figure, tidy
-from ffgym.report.table import escape
+from ffgym.report.layout import escape
 from ffgym.types import JSONDict
 
 LINES = ("-", "--", ":")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from ffgym.report.table import ReportTable, Row, humane, markdown, perplexity_text
+from ffgym.report.layout import humane, markdown_table
+from ffgym.report.table import ReportTable, Row, markdown, perplexity_text
 from ffgym.types import Allocation, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
@@ -131,7 +132,6 @@ def _kept(sublayers: Sequence[Sublayer], allocation: Allocation) -> str:
         (sublayer.layer, sublayer.kind): f"{count:,} of {sublayer.units:,}"
         for sublayer, count in zip(sublayers, allocation.kept, strict=True)
     }
-    lines = ["| layer | attention: KV groups | MLP: intermediate channels |", "|---:|---:|---:|"]
-    for layer in sorted({sublayer.layer for sublayer in sublayers}):
-        lines.append(f"| {layer} | {kept[layer, 'attention']} | {kept[layer, 'mlp']} |")
-    return "\n".join(lines)
+    layers = sorted({sublayer.layer for sublayer in sublayers})
+    rows = [(str(layer), kept[layer, "attention"], kept[layer, "mlp"]) for layer in layers]
+    return "\n".join(markdown_table(("layer", "attention: KV groups", "MLP: intermediate channels"), rows, left=0))

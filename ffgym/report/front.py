@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffgym.report.figures import BLUE, REFERENCE_LOOKS, new_figure, save_figure, tidy
-from ffgym.report.table import Row, humane, perplexity_text
+from ffgym.report.layout import escape, finite, humane, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.report.table import Row, perplexity_text
 from ffgym.types import Allocation, JSONDict
 
 if TYPE_CHECKING:
@@ -120,32 +121,20 @@ def _notes(front: Front) -> list[str]:
 
 def terminal(front: Front) -> RenderableType:
     """Lay the front out for a ``rich`` console."""
-    from rich import box
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold")
+    grid = new_grid()
     for column, head in enumerate(_heads(front)):
         grid.add_column(head, justify="right" if column else "left", overflow="fold")
     for cells in _cells(front):
         grid.add_row(*(Text(cell.replace(" *", "\N{NO-BREAK SPACE}*")) for cell in cells))
-    return Group(grid, *(Padding(Text(line, style="dim"), (0, 1)) for line in _notes(front)))
+    return on_console([grid], _notes(front))
 
 
 def markdown(front: Front) -> str:
     """The front as Markdown, the measurement under it."""
-    heads = _heads(front)
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    lines += ["| " + " | ".join(_escape(cell) for cell in cells) + " |" for cells in _cells(front)]
-    return "\n".join([*lines, "", "<br>\n".join(_escape(note) for note in _notes(front))]) + "\n"
-
-
-def _escape(text: str) -> str:
-    for sign in ("\\", "|", "*", "_", "<"):
-        text = text.replace(sign, "\\" + sign)
-    return text
+    lines = markdown_table(_heads(front), [[escape(cell) for cell in cells] for cells in _cells(front)])
+    return "\n".join([*lines, *markdown_notes(_notes(front))])
 
 
 def as_dict(front: Front) -> JSONDict:
@@ -153,7 +142,7 @@ def as_dict(front: Front) -> JSONDict:
     return {
         "measured": front.header,
         "label": front.label,
-        "dense_perplexity": _finite(front.dense.perplexity),
+        "dense_perplexity": finite(front.dense.perplexity),
         "search_tokens": front.search_tokens,
         "final_tokens": front.final_tokens,
         "seconds": round(front.seconds, 1),
@@ -168,7 +157,7 @@ def as_dict(front: Front) -> JSONDict:
                 "parameters": point.found.parameters,
                 "macs_per_token": point.found.macs_per_token,
                 "kv_bytes_per_token": point.found.kv_bytes_per_token,
-                "perplexity": {label: _finite(front.row(point, label).perplexity) for label in front.labels},
+                "perplexity": {label: finite(front.row(point, label).perplexity) for label in front.labels},
                 "loss_stderr": {label: front.row(point, label).loss_stderr for label in front.labels},
             }
             for point in front.points
@@ -214,10 +203,6 @@ def front_figure(front: Front, path: Path) -> None:
     axes.legend(frameon=False, fontsize=9)
     tidy(axes)
     save_figure(figure, path)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _gap(perplexity: float) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ffgym.evaluation.latency import LatencyTable
 from ffgym.pruning.latency import PICOSECONDS
+from ffgym.report.layout import new_grid, on_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -34,23 +35,19 @@ def terminal(table: LatencyTable, place: Path) -> RenderableType:
         table: what is shown.
         place: where it is kept.
     """
-    from rich import box
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    grid = new_grid(space=1)
     for index, column in enumerate(COLUMNS):
         grid.add_column(column, justify="right" if index else "left")
     for row in rows(table):
         grid.add_row(*(Text(cell) for cell in row))
-    lines = [
+    notes = [
         f"{table.measured}; medians of {table.repetitions} repetitions in turn. The whole dense model takes "
         f"{_milliseconds(table.whole_seconds)} ms. Cost: the isotonic fit that a latency budget counts.",
         f"Digest {table.digest[:12]}, kept in {place}",
     ]
-    return Group(grid, *(Padding(Text(line, style="dim"), (0, 1)) for line in lines))
+    return on_console([grid], notes)
 
 
 def _milliseconds(seconds: float) -> str:

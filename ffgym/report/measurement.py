@@ -6,14 +6,13 @@ One :class:`Measurement`, three renderers, as for a run's table: :func:`terminal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from ffgym.evaluation.memory import Memory
 from ffgym.evaluation.speed import DECODE_TOKENS, Speed
 from ffgym.evaluation.timing import Spread
-from ffgym.report.table import humane
+from ffgym.report.layout import escape, humane, markdown_notes, markdown_table, new_grid, on_console
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -151,29 +150,24 @@ def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
 
 def terminal(found: Measurement) -> RenderableType:
     """Lay both tables out for a ``rich`` console."""
-    from rich import box
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
     grids = []
     for columns, rows in ((SIZE_COLUMNS, size_rows(found)), (SPEED_COLUMNS, speed_rows(found))):
-        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        grid = new_grid(space=1)
         for index, column in enumerate(columns):
             grid.add_column(column.replace(", ", "\n"), justify="right" if index else "left")
         for row in rows:
             grid.add_row(*(Text(cell) for cell in row))
         grids.append(grid)
-    return Group(*grids, *(Padding(Text(line, style="dim"), (0, 1)) for line in footnotes(found)))
+    return on_console(grids, footnotes(found))
 
 
 def markdown(found: Measurement) -> str:
     """Write both tables as Markdown (GitHub's flavour), how they were measured under them."""
-    sizes = _markdown_table(SIZE_COLUMNS, size_rows(found))
-    speeds = _markdown_table(SPEED_COLUMNS, speed_rows(found))
-    notes = [line.replace("_", "\\_").replace("*", "\\*") for line in footnotes(found)]
-    return "\n".join([*sizes, "", *speeds, "", "<br>\n".join(notes)]) + "\n"
+    sizes = markdown_table(SIZE_COLUMNS, [[escape(cell) for cell in row] for row in size_rows(found)])
+    speeds = markdown_table(SPEED_COLUMNS, [[escape(cell) for cell in row] for row in speed_rows(found)])
+    return "\n".join([*sizes, "", *speeds, *markdown_notes(footnotes(found))])
 
 
 def counted(number: int, thing: str) -> str:
@@ -201,12 +195,3 @@ def _rate(spread: Spread) -> str:
 def _digits(value: float) -> str:
     places = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:,.{min(places, 2)}f}"
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [_line(columns), "|---|" + "---:|" * (len(columns) - 1)]
-    return [*lines, *(_line(row) for row in rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -12,7 +12,7 @@ import numpy as np
 
 from ffgym.report.card import TAGS, loading
 from ffgym.report.figures import BLUE, GREEN, ORANGE, new_figure, save_figure, tidy
-from ffgym.report.table import finite, humane
+from ffgym.report.layout import escape, finite, humane, markdown_notes, markdown_table, new_grid, on_console
 from ffgym.types import Evaluation, JSONDict
 
 if TYPE_CHECKING:
@@ -105,26 +105,21 @@ def _legend(table: RecoveryTable) -> list[str]:
 
 def terminal(table: RecoveryTable) -> RenderableType:
     """Lay the table out for a ``rich`` console."""
-    from rich import box
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    grid = new_grid(space=1)
     grid.add_column("model", overflow="fold")
     for column in COLUMNS:
         grid.add_column(column, justify="right")
     for cells in _cells(table):
         grid.add_row(*map(Text, cells))
-    return Group(grid, *(Padding(Text(line, style="dim"), (0, 1)) for line in _legend(table)))
+    return on_console([grid], _legend(table))
 
 
 def markdown(table: RecoveryTable) -> str:
     """The table as Markdown, the measurement under it."""
-    lines = [f"| {' | '.join(('model', *COLUMNS))} |", "|---|" + "---:|" * len(COLUMNS)]
-    lines += [f"| {' | '.join(cells)} |" for cells in _cells(table)]
-    return "\n".join([*lines, "", "<br>\n".join(line.replace("_", "\\_") for line in _legend(table))]) + "\n"
+    lines = markdown_table(("model", *COLUMNS), [[escape(cell) for cell in cells] for cells in _cells(table)])
+    return "\n".join([*lines, *markdown_notes(_legend(table))])
 
 
 def lora_figure(train: Sequence[float], held_out: Sequence[tuple[int, float]], chosen: int, path: Path) -> None:

@@ -7,10 +7,10 @@ One :class:`ReportTable`, three renderers: :func:`terminal` for people, :func:`m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ffgym.report.layout import escape, finite, humane, markdown_notes, markdown_table, new_grid, on_console
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -119,15 +119,6 @@ def bos_text(bos: bool) -> str:
     return "BOS before the first window alone" if bos else "without BOS"
 
 
-def humane(value: float, unit: str = "") -> str:
-    """Write a count with four digits at most and an SI prefix: ``134.5 M``, ``23.0 kB``."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # 999,950 would be rounded to "1000.0 k": it belongs to the next prefix already.
-        if abs(value) >= factor * 0.99995:
-            return f"{value / factor:.1f} {prefix}{unit}"
-    return f"{value:.0f} {unit}".rstrip()
-
-
 def perplexity_text(row: Row) -> str:
     """Write a perplexity with two decimals and, where it is known, its standard error."""
     if math.isnan(row.perplexity):
@@ -166,13 +157,9 @@ def _legend(table: ReportTable) -> list[str]:
 
 def terminal(table: ReportTable) -> RenderableType:
     """Lay the table out for a ``rich`` console; it stays readable down to 80 columns and without colours."""
-    from rich import box
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold")
+    grid = new_grid()
     grid.add_column("model", overflow="fold")
     for column in COLUMNS:
         grid.add_column(column.replace(" ", "\n").replace("/", "\n/"), justify="right", no_wrap=True)
@@ -182,32 +169,19 @@ def terminal(table: ReportTable) -> RenderableType:
         label = f"{row.label}\N{NO-BREAK SPACE}{BEST_MARK}" if row is best else row.label
         style = "bold green" if row is best else "bold" if row.is_found else ""
         grid.add_row(Text(label), *_cells(row), style=style, end_section=row.is_dense)
-    lines = [*_legend(table), table.header]
-    return Group(grid, *(Padding(Text(line, style="dim"), (0, 1)) for line in lines))
+    return on_console([grid], [*_legend(table), table.header])
 
 
 def markdown(table: ReportTable) -> str:
     """Write the table as Markdown (GitHub's flavour), the measurement under it."""
-    lines = [markdown_line(("model", *COLUMNS)), "|---|" + "---:|" * len(COLUMNS)]
+    lines = []
     for row in table.rows:
         label, perplexity, *sizes = (escape(row.label), *_cells(row))
         if row is table.best:
             label, perplexity = f"**{label}** {escape(BEST_MARK)}", f"**{perplexity}**"
-        lines.append(markdown_line((label, perplexity, *sizes)))
-    footnotes = [escape(line) for line in (*_legend(table), table.header)]
-    return "\n".join([*lines, "", "<br>\n".join(footnotes)]) + "\n"
-
-
-def markdown_line(cells: Sequence[str]) -> str:
-    """One row of a Markdown table, of cells that are escaped already."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def escape(text: str) -> str:
-    """Keep Markdown from reading pipes, stars and underscores of a label or a path as its own."""
-    for sign in ("\\", "|", "*", "_", "<"):
-        text = text.replace(sign, "\\" + sign)
-    return text
+        lines.append((label, perplexity, *sizes))
+    notes = markdown_notes([*_legend(table), table.header])
+    return "\n".join([*markdown_table(("model", *COLUMNS), lines), *notes])
 
 
 def as_dicts(table: ReportTable) -> list[JSONDict]:
@@ -229,8 +203,3 @@ def as_dicts(table: ReportTable) -> list[JSONDict]:
         }
         for row in table.rows
     ]
-
-
-def finite(value: float | None) -> float | None:
-    """``None`` for what JSON has no number for."""
-    return value if value is not None and math.isfinite(value) else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffgym.evaluation.tasks import Metric, ModelScores, TaskResult, TaskSet, paper_means
 from ffgym.output import write_text
-from ffgym.report.table import escape, finite, markdown_line
+from ffgym.report.layout import escape, finite, markdown_notes, markdown_table, new_grid, on_console
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -116,14 +116,10 @@ def _notes(table: TaskTable) -> list[str]:
 
 def terminal(table: TaskTable) -> RenderableType:
     """Lay the table out for a ``rich`` console."""
-    from rich import box
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
     # Two models fit into 80 columns.
-    grid = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, header_style="bold")
+    grid = new_grid()
     grid.add_column("task", max_width=14, overflow="fold")
     grid.add_column("metric", max_width=10)
     grid.add_column("split", no_wrap=True)
@@ -137,21 +133,17 @@ def terminal(table: TaskTable) -> RenderableType:
         style = "bold" if line.task == MEAN_LABEL else ""
         grid.add_row(*map(Text, names), *(Text(figure_text(figure)) for figure in line.figures), style=style)
         before = line.task
-    return Group(grid, *(Padding(Text(note, style="dim"), (0, 1)) for note in _notes(table)))
+    return on_console([grid], _notes(table))
 
 
 def markdown(table: TaskTable) -> str:
     """Write the table as Markdown (GitHub's flavour), the notes under it."""
+    head = ("task", "metric", "split", "examples", *(escape(model.name) for model in table.models))
     rows = [
-        ("task", "metric", "split", "examples", *(model.name for model in table.models)),
-        *(
-            (line.task, line.metric, line.split, line.examples, *map(figure_text, line.figures))
-            for line in _lines(table)
-        ),
+        [escape(cell) for cell in (line.task, line.metric, line.split, line.examples, *map(figure_text, line.figures))]
+        for line in _lines(table)
     ]
-    head, *body = (markdown_line([escape(cell) for cell in row]) for row in rows)
-    rule = "|---|---|---|---:|" + "---:|" * len(table.models)
-    return "\n".join([head, rule, *body, "", "<br>\n".join(map(escape, _notes(table)))]) + "\n"
+    return "\n".join([*markdown_table(head, rows, left=3), *markdown_notes(_notes(table))])
 
 
 def write_file(path: Path, table: TaskTable) -> None:

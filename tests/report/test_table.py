@@ -5,7 +5,8 @@ import math
 import pytest
 from rich.console import Console
 
-from ffgym.report.table import ReportTable, Row, as_dicts, humane, markdown, measurement, terminal
+from ffgym.report.layout import humane
+from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
 
 HEADER = measurement(
     model="tiny (random weights)",
