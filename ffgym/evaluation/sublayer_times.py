@@ -23,7 +23,7 @@ from torch import nn
 
 from ffgym.evaluation.latency import Curve, LatencyTable, LayerShape, layer_shapes, model_shape
 from ffgym.evaluation.timing import Spread, timed
-from ffgym.models.capture import OnProgress
+from ffgym.models.capture import OnProgress, arguments_of
 from ffgym.models.families import Family, family_of
 from ffgym.models.loading import devices_of
 from ffgym.models.surgery import Half
@@ -36,10 +36,6 @@ LEAST_SECONDS = 5e-3
 MOST_CALLS = 100
 
 Call = Callable[[], object]
-
-
-class _Seen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Raised by a hook that has seen what it was waiting for."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,8 @@ def _probes(model: Any, ids: torch.Tensor) -> list[_Probe]:
     for shape, index in first.items():
         sublayer = sublayers[index]
         layer = layers[sublayer.layer]
-        args, kwargs = _arguments(model, _entered(family, layer, shape), ids)
+        entered = _entered(family, layer, shape)
+        args, kwargs = arguments_of(entered, lambda: model.base_model(input_ids=ids, use_cache=False))
         twin = _copied(layer)
         call = _attention(family, twin) if shape.kind == "attention" else _mlp(family, twin)
         half = Half(family, twin, sublayer)
@@ -207,24 +204,6 @@ def _entered(family: Family, layer: nn.Module, shape: LayerShape) -> nn.Module:
     if shape.kind == "attention":
         return layer.get_submodule(family.attention_consumer.rpartition(".")[0])
     return family.producers(layer, "mlp")[0]
-
-
-def _arguments(model: Any, module: nn.Module, ids: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What an ordinary call of the model on these token ids, shape (1, context), passes to one of its modules."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Seen
-
-    handle = module.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        model.base_model(input_ids=ids, use_cache=False)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def _attention(family: Family, layer: nn.Module) -> Callable[..., object]:

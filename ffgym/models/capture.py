@@ -8,6 +8,7 @@ model is one group: one pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,30 @@ from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, Mome
 from ffgym.types import LayerStats
 
 OnProgress = Callable[[int, int], None]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with: by position, by name."""
 
 
-class _BehindLastConsumer(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Raised by the last hook of a group: what lies deeper is not needed."""
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    """Raised by a hook that has seen what it was waiting for."""
+
+
+def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
+    """What ``run`` passes to a module that it calls; what comes from there on is not run."""
+    found: list[Arguments] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def stream_statistics(
@@ -99,23 +120,18 @@ def _pass(
     advance: Callable[[int], None],
 ) -> None:
     last = max(consumers)
-
-    def hook(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def record(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            sums[index].update(inputs[0])
-            if index == last:
-                raise _BehindLastConsumer
-
-        return record
-
-    handles = [consumer.register_forward_pre_hook(hook(index)) for index, consumer in consumers.items()]
+    handles = [
+        consumer.register_forward_pre_hook(lambda _, inputs, index=index: sums[index].update(inputs[0]))
+        for index, consumer in consumers.items()
+        if index != last
+    ]
     try:
         with torch.inference_mode():
             for batch in torch.split(windows, max(1, tokens_per_batch // windows.shape[1])):
-                try:
-                    model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
-                except _BehindLastConsumer:
-                    advance(len(batch))
+                ids = batch.to(model.get_input_embeddings().weight.device)
+                (states, *_), _ = arguments_of(consumers[last], partial(model, input_ids=ids, use_cache=False))
+                sums[last].update(states)
+                advance(len(batch))
     finally:
         for handle in handles:
             handle.remove()

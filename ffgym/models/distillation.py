@@ -22,9 +22,10 @@ from torch import nn
 from torch.func import functional_call
 
 from ffgym.errors import ModelError, RecoveryError
+from ffgym.models.capture import Arguments
 from ffgym.models.checkpoint import Checkpoint
 from ffgym.models.families import Family, dense_or_pruned_family_of
-from ffgym.models.sequential import Call, equal_batch, first_input, layer_calls, layer_runner, linear_input
+from ffgym.models.sequential import equal_batch, first_input, layer_calls, layer_runner, linear_input
 from ffgym.models.training import LARGEST_GRADIENT, batch_at, rate_at
 from ffgym.types import JSONDict
 
@@ -162,7 +163,7 @@ class _Stream:
         self._family = family
         batches = torch.split(windows, equal_batch(len(windows), tokens_per_batch // windows.shape[1]))
         self._layers = {"dense": family.layers(dense), "pruned": family.layers(pruned)}
-        self._calls: dict[str, list[Call]] = {}
+        self._calls: dict[str, list[Arguments]] = {}
         self._hidden: dict[str, list[torch.Tensor]] = {}
         with torch.no_grad():
             for name, model in (("dense", dense), ("pruned", pruned)):

@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffgym.models.capture import OnProgress
+from ffgym.models.capture import Arguments, OnProgress, arguments_of
 from ffgym.models.surgery import Half, PrunableModel
 from ffgym.pruning.calibration import sequential_refit
 from ffgym.pruning.precision import in_float64, sum_in_float64
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Raised by a hook that has seen what it was waiting for."""
 
 
 @torch.no_grad()
@@ -133,25 +127,14 @@ def _dense_pass(
 
 def linear_input(run: Callable[[torch.Tensor], torch.Tensor], linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     """What a linear of the layer is given, for hidden states that enter the layer; what comes after is not run."""
-    found: list[torch.Tensor] = []
-
-    def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        found.append(inputs[0])
-        raise _Reached
-
-    handle = linear.register_forward_pre_hook(stop)
-    try:
-        run(hidden)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    args, _ = arguments_of(linear, lambda: run(hidden))
+    states: torch.Tensor = args[0]
+    return states
 
 
-def layer_calls(model: Any, layers: Sequence[nn.Module], batch: torch.Tensor) -> list[Call]:
+def layer_calls(model: Any, layers: Sequence[nn.Module], batch: torch.Tensor) -> list[Arguments]:
     """The arguments (beside the hidden states) that an ordinary call passes to each layer."""
-    calls: list[Call] = []
+    calls: list[Arguments] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
@@ -168,23 +151,13 @@ def layer_calls(model: Any, layers: Sequence[nn.Module], batch: torch.Tensor) ->
 
 def first_input(model: Any, first: nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """The hidden states that enter the first layer, shape (windows, length, d)."""
-    found: list[torch.Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
-
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model.base_model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    ids = batch.to(model.get_input_embeddings().weight.device)
+    args, kwargs = arguments_of(first, lambda: model.base_model(input_ids=ids, use_cache=False))
+    states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return states
 
 
-def layer_runner(layer: nn.Module, call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
+def layer_runner(layer: nn.Module, call: Arguments) -> Callable[[torch.Tensor], torch.Tensor]:
     """The layer as a function of its hidden states alone, shape (windows, length, d) to the same."""
     args, kwargs = call
 
