@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ffgym.data.splits import Splits
+from ffgym.files import write_text
 from ffgym.finals import finals_examples, finals_windows
-from ffgym.output import write_text
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import called, check_objectives

@@ -26,7 +26,7 @@ from ffgym.config import RunConfig, Table
 from ffgym.config_errors import config_error
 from ffgym.config_file import PLUGIN_TABLES, read_toml, without_foreign_options
 from ffgym.errors import ConfigError, DataError
-from ffgym.output import disk_errors, write_text
+from ffgym.files import disk_errors, write_text
 from ffgym.plugins import configured, manager
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown

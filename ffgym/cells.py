@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig
 from ffgym.config_file import digest, settings, to_toml
+from ffgym.files import disk_errors, write_text
 from ffgym.finals import finalists
-from ffgym.output import disk_errors, write_text
 from ffgym.plugins import configured
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent, policy_digest

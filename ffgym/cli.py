@@ -150,7 +150,7 @@ def _stored(resume: Path | None) -> Path | None:
     """The configuration file of the run that is to go on, if there is one."""
     if resume is None:
         return None
-    from ffgym.output import stored_config
+    from ffgym.run_folder import stored_config
 
     folder = resume.expanduser()
     stored_config(folder)
@@ -564,7 +564,7 @@ def evaluate(
     from rich.console import Console
 
     from ffgym.evaluation.tasks import ModelScores, check_models, check_request, evaluate_models, load_tasks
-    from ffgym.output import check_file
+    from ffgym.files import check_file
     from ffgym.report import task_table
     from ffgym.report.progress import Reporter
 

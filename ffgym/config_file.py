@@ -92,12 +92,12 @@ def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
     something new, and do not when the default of a key that they hold is changed.
     """
     try:
-        then = _flat(settings(RunConfig.model_validate(stored)))
+        then = flatten(settings(RunConfig.model_validate(stored)))
     except ValidationError as error:
         return config_error(error, RunConfig).message.splitlines()
     except ConfigError as error:
         return [error.message]
-    now = _flat(settings(config))
+    now = flatten(settings(config))
     return [
         f"{key} was {then.get(key)!r} and is {now.get(key)!r} now"
         for key in sorted({*then, *now})
@@ -105,10 +105,22 @@ def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
     ]
 
 
-def _flat(tables: JSONDict) -> JSONDict:
-    """``{"prune": {"sparsity": 0.2}}`` -> ``{"prune.sparsity": 0.2}``."""
-    keyed = {name: table if isinstance(table, dict) else {"": table} for name, table in tables.items()}
-    return {f"{name}.{key}".rstrip("."): value for name, table in keyed.items() for key, value in table.items()}
+def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
+    """Where two configurations first differ in what decides a run: (key, value in one, in the other)."""
+    left, right = (flatten(config.model_dump(exclude={"output", "tracking"})) for config in (one, other))
+    for key in [*left, *right]:
+        if left.get(key) != right.get(key):
+            return key, left.get(key), right.get(key)
+    return None
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> JSONDict:
+    """``{"prune": {"sparsity": 0.2}}`` -> ``{"prune.sparsity": 0.2}``; an empty table stays one."""
+    flat: JSONDict = {}
+    for key, value in tables.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def _comment(table: str, line: str) -> str:

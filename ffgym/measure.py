@@ -25,11 +25,11 @@ from ffgym.evaluation.memory import Job, measure_memory
 from ffgym.evaluation.size import Size, SizeMeter
 from ffgym.evaluation.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
 from ffgym.evaluation.sublayer_times import REPETITIONS, processor, threads_of
+from ffgym.files import check_file, write_text
 from ffgym.models.loading import LoadedModel, checkpoint_folder, load
 from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
 from ffgym.models.pairs import units_kept
 from ffgym.models.surgery import PrunableModel
-from ffgym.output import check_file, write_text
 from ffgym.report.measurement import Footprint, Measurement, as_dict, counted, markdown
 from ffgym.report.progress import Reporter
 

@@ -27,18 +27,8 @@ from ffgym.config_file import to_toml
 from ffgym.envs.building import make_reward
 from ffgym.episode_log import read_episodes
 from ffgym.evaluation.latency import to_json
+from ffgym.files import disk_errors, write_text
 from ffgym.models.export import SavedModel, load_line
-from ffgym.output import (
-    claim_folder,
-    clear_folder,
-    disk_errors,
-    mlflow_run,
-    note_mlflow_run,
-    removing_if_nothing_found,
-    reopen_folder,
-    saying_what_is_kept,
-    write_text,
-)
 from ffgym.plugins import configured, manager
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent
@@ -56,6 +46,15 @@ from ffgym.results import (
     reference_allocations,
     reference_rules,
     with_recovered,
+)
+from ffgym.run_folder import (
+    claim_folder,
+    clear_folder,
+    mlflow_run,
+    note_mlflow_run,
+    removing_if_nothing_found,
+    reopen_folder,
+    saying_what_is_kept,
 )
 from ffgym.search import Found, SearchInterrupted, search_front
 from ffgym.tracking import Tracker

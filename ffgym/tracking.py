@@ -28,6 +28,7 @@ from typing import IO, Any, Self
 
 from filelock import FileLock
 
+from ffgym.config_file import flatten
 from ffgym.errors import TrackingError
 from ffgym.types import Episode, JSONDict
 
@@ -151,7 +152,7 @@ class Tracker:
             name = _param_name(key)
             while name in named:  # labels that differ in nothing that MLflow takes
                 name += "_"
-            named[name] = value
+            named[name] = str(value)
         flat = {key: value for key, value in named.items() if key not in self._params}
         entities = _entities()
         params = [entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in flat.items()]
@@ -394,17 +395,6 @@ def environment_tags(*, device: str, threads: int, plugins: Mapping[str, str]) -
     tags = {f"version.{package}": _version(package) for package in VERSIONED}
     tags |= {f"plugin.{name}": distribution for name, distribution in plugins.items()}
     return tags | {"device": device, "threads": str(threads)}
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turn nested tables into one level of dotted keys and text."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def _param_name(key: str) -> str:

@@ -216,7 +216,7 @@ def test_room_of_the_house_is_documented(room: str) -> None:
 
 
 def test_what_a_run_writes_is_documented() -> None:
-    from ffgym.output import WRITTEN
+    from ffgym.run_folder import WRITTEN
 
     missing = [name for name in WRITTEN if not re.search(rf"`{re.escape(name)}/?`", text("README.md"))]
     assert not missing

@@ -25,11 +25,12 @@ from typer.testing import CliRunner
 from ffgym import results, runner, workspace
 from ffgym.cli import app
 from ffgym.config import RunConfig
+from ffgym.config_file import first_difference
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.episode_log import read_log
 from ffgym.errors import ConfigError, DataError, OutputError
-from ffgym.output import first_difference, mlflow_run
 from ffgym.plugins import discovery
+from ffgym.run_folder import mlflow_run
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}

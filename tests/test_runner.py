@@ -44,10 +44,10 @@ from ffgym.errors import (
     UnknownNameError,
 )
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.output import claim_folder
 from ffgym.plugins import built_ins, configured, discovery, manager
 from ffgym.policy import read_policy
 from ffgym.report.table import Row
+from ffgym.run_folder import claim_folder
 
 FILES = {
     *("config.toml", "run.json", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),

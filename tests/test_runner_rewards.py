@@ -16,8 +16,8 @@ from rich.console import Console
 
 from ffgym import runner
 from ffgym.config import RunConfig
-from ffgym.output import WRITTEN
 from ffgym.plugins import discovery
+from ffgym.run_folder import WRITTEN
 
 PLAIN = {
     *("config.toml", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),

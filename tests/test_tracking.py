@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow_store import client, new_store
 
 from ffgym.errors import TrackingError
-from ffgym.tracking import Tracker, environment_tags, flatten, open_ui, slug, tracking_uri
+from ffgym.tracking import Tracker, environment_tags, open_ui, slug, tracking_uri
 from ffgym.types import Episode
 
 
@@ -67,7 +67,7 @@ def test_a_new_store_is_made_without_a_word(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "new"], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["artifacts", "mlflow.db"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["artifacts", "mlflow.db", "mlflow.lock"]
 
 
 def test_an_exception_marks_the_run_failed_with_its_reason_and_goes_on(root):
@@ -484,6 +484,5 @@ def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch):
     assert Server.waits == 2
 
 
-def test_flatten_and_slug():
-    assert flatten({"a": {"b": {"c": 1}}, "d": [1, 2]}) == {"a.b.c": "1", "d": "[1, 2]"}
+def test_slug():
     assert slug("MLPs only, ends spared + ridge") == "mlps-only-ends-spared-ridge"

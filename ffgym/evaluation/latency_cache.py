@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,10 @@ from typing import Any
 import torch
 
 from ffgym.data.assets import cache_dir
-from ffgym.errors import BudgetError, ConfigError
+from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.evaluation.latency import LatencyTable, key_of, layer_shapes, model_shape, read_table, to_json
 from ffgym.evaluation.sublayer_times import REPETITIONS, processor, threads_of, time_model
+from ffgym.files import write_text
 from ffgym.models.capture import OnProgress
 from ffgym.models.loading import devices_of
 
@@ -98,11 +97,7 @@ def _read(path: Path, model: Any, context: int, say: Say | None) -> LatencyTable
 def _write(path: Path, table: LatencyTable, say: Say | None) -> None:
     """Put a table there, whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as scratch:
-            part = Path(scratch) / path.name
-            part.write_text(to_json(table), encoding="utf-8")
-            os.replace(part, path)
-    except OSError as error:
+        write_text(path, to_json(table))
+    except OutputError as error:
         if say is not None:
-            say(f"the latency table could not be kept in {path.parent}: {error.strerror or error}")
+            say(f"the latency table could not be kept: {error.message}")

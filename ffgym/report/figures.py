@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ffgym.output import writing
+from ffgym.files import writing
 from ffgym.types import Allocation, Episode, Kind, Sublayer
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffgym.evaluation.tasks import Metric, ModelScores, TaskResult, TaskSet, paper_means
-from ffgym.output import write_text
+from ffgym.files import write_text
 from ffgym.report.layout import escape, finite, markdown_notes, markdown_table, new_grid, on_console
 from ffgym.types import JSONDict
 

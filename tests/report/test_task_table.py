@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ffgym.errors import OutputError
 from ffgym.evaluation.tasks import PAPER_TASKS, LoadedTask, Metric, ModelScores, TaskResult, TaskSet
-from ffgym.output import check_file
+from ffgym.files import check_file
 from ffgym.report.task_table import FILE_KINDS, TaskTable, as_dict, markdown, terminal, write_file
 
 

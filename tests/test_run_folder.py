@@ -11,7 +11,8 @@ import pytest
 from ffgym.config import RunConfig
 from ffgym.config_file import load_config
 from ffgym.errors import OutputError
-from ffgym.output import claim_folder, clear_folder, removing_if_nothing_found, saying_what_is_kept, write_text
+from ffgym.files import write_text
+from ffgym.run_folder import claim_folder, clear_folder, removing_if_nothing_found, saying_what_is_kept
 
 
 def full_disk(self: Path, *_: object, **__: object) -> None:

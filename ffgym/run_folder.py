@@ -1,23 +1,19 @@
-"""The folder that a run writes into: claiming it, writing files, and what is left there when a run ends early."""
+"""The folder that a run writes into: claiming it, taking it up again, and what is left there when a run ends early."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from ffgym.config import RunConfig
-from ffgym.config_file import load_config
+from ffgym.config_file import first_difference, load_config
 from ffgym.errors import ConfigError, OutputError
+from ffgym.files import write_text
 from ffgym.plugins import configured
 
 # What a run writes: --overwrite clears these and nothing else.
@@ -30,67 +26,6 @@ WRITTEN = frozenset(
 WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
 WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", "latency.json"})
-NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Make the folder that ``path`` goes into; an ``OSError`` in the block becomes an ``OutputError`` with a next step.
-
-    Args:
-        path: the file that the block writes.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}",
-            hint="Make room on the disk, or choose another folder.",
-        ) from error
-
-
-def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None:
-    """Refuse a file that could not be written later, before anything is measured for it.
-
-    Args:
-        path: the file.
-        endings: those that are known, such as ``.json``.
-        overwrite: it may be there already.
-
-    Raises:
-        OutputError: another ending, a folder, a file that is there already, or a place that cannot be written.
-    """
-    if path.suffix not in endings:
-        raise OutputError(
-            f"output file {str(path)!r} " + (f"ends in {path.suffix!r}" if path.suffix else "has no ending"),
-            hint=f"Let it end in {' or '.join(endings)}.",
-        )
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", hint="Name a file.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists", hint="Choose another name, or pass --overwrite.")
-    with writing(path), tempfile.TemporaryFile(dir=path.resolve().parent):
-        pass
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8), whole or not at all, and the folder that it goes into.
-
-    Raises:
-        OutputError: it cannot be written; what was there before still is.
-    """
-    with writing(path):
-        place = path.resolve()
-        if place.exists() and not place.is_file():  # a device or a pipe, which nothing can take the place of
-            place.write_text(text, encoding="utf-8")
-            return
-        part = place.with_name(f".{place.name}.part-{secrets.token_hex(4)}")
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, place)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -176,24 +111,6 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
     return folder.resolve()
 
 
-def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
-    """Where two configurations first differ in what decides the numbers: (key, value in one, in the other)."""
-    one_flat, other_flat = (_flat(c.model_dump(exclude={"output", "tracking"})) for c in (one, other))
-    for key in [*one_flat, *other_flat]:
-        values = one_flat.get(key), other_flat.get(key)
-        if values[0] != values[1]:
-            return key, *values
-    return None
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _require_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
@@ -261,20 +178,6 @@ def clear_folder(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn a full or read-only disk, wherever in a run it shows, into an error with a next step."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NOT_WRITABLE:
-            raise
-        raise OutputError(
-            f"cannot write {error.filename or 'results'}: {error.strerror}",
-            hint="Make room on the disk, or choose another folder with --output DIR.",
-        ) from error
 
 
 @contextmanager
