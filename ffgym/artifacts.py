@@ -24,7 +24,7 @@ from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, as_dicts, markdown
 from ffgym.search import Found
-from ffgym.tracking import Tracker, environment_tags, slug
+from ffgym.tracking.tracker import Tracker, environment_tags, slug
 from ffgym.types import Allocation, Episode, JSONDict
 from ffgym.workspace import Workspace
 

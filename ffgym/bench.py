@@ -31,7 +31,7 @@ from ffgym.plugins import configured, manager
 from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.report.progress import Reporter, duration
-from ffgym.tracking import Tracker
+from ffgym.tracking.tracker import Tracker
 from ffgym.types import JSONDict
 from ffgym.workers import work
 

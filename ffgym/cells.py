@@ -30,7 +30,7 @@ from ffgym.policy import make_agent, policy_digest
 from ffgym.report.bench import CellResult
 from ffgym.report.progress import Reporter
 from ffgym.search import Found, search
-from ffgym.tracking import Tracker
+from ffgym.tracking.tracker import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
 from ffgym.workspace import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
 

@@ -607,7 +607,7 @@ def ui(
     port: Annotated[int, typer.Option(help="port on this machine", min=1, max=65535)] = 5000,
 ) -> None:
     """Open the MLflow user interface on the runs that were tracked."""
-    from ffgym.tracking import open_ui
+    from ffgym.tracking.ui import open_ui
 
     open_ui(Path(root).expanduser(), port)
 

@@ -16,7 +16,7 @@ from ffgym.config import RunConfig
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.tracking import fetch_artifact
+from ffgym.tracking.store import fetch_artifact
 from ffgym.types import JSONDict, Sublayer
 
 

@@ -40,7 +40,7 @@ from ffgym.report.recovery import (
     terminal,
 )
 from ffgym.report.table import bos_text
-from ffgym.tracking import Tracker, environment_tags
+from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Evaluation, JSONDict
 
 LEARNING_RATES = {"lora": 5e-4, "distil-mlp": 3e-4}

@@ -57,7 +57,7 @@ from ffgym.run_folder import (
     saying_what_is_kept,
 )
 from ffgym.search import Found, SearchInterrupted, search_front
-from ffgym.tracking import Tracker
+from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, JSONDict, Update
 from ffgym.workspace import Workspace, at_target, give_prior, make_schedule, open_workspace
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ffgym.tracking import Tracker, tracking_uri
+from ffgym.tracking.store import tracking_uri
+from ffgym.tracking.tracker import Tracker
 
 
 def new_store(root: Path) -> Path:

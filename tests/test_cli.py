@@ -338,7 +338,7 @@ def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaint
 
 def test_ui_opens_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[Path, int]] = []
-    replace_module(monkeypatch, "ffgym.tracking", open_ui=lambda root, port: opened.append((root, port)))
+    replace_module(monkeypatch, "ffgym.tracking.ui", open_ui=lambda root, port: opened.append((root, port)))
     assert call("ui").exit_code == 0
     assert call("ui", "--root", "elsewhere", "--port", "6001").exit_code == 0
     assert opened == [(Path("mlruns"), 5000), (Path("elsewhere"), 6001)]

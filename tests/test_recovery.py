@@ -439,7 +439,7 @@ def test_ctrl_c_behind_the_saved_model_leaves_nothing_to_go_on_with(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the same command would find its own model in the way."""
-    from ffgym.tracking import Tracker
+    from ffgym.tracking.tracker import Tracker
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -17,7 +17,9 @@ from mlflow import MlflowClient
 from mlflow_store import client, new_store
 
 from ffgym.errors import TrackingError
-from ffgym.tracking import Tracker, environment_tags, open_ui, slug, tracking_uri
+from ffgym.tracking.store import tracking_uri
+from ffgym.tracking.tracker import Tracker, environment_tags, slug
+from ffgym.tracking.ui import open_ui
 from ffgym.types import Episode
 
 
@@ -60,7 +62,7 @@ def test_a_run_that_ends_is_finished_and_its_artifacts_lie_under_the_root(root):
 def test_a_new_store_is_made_without_a_word(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     code = (
-        "import sys; from pathlib import Path; from ffgym.tracking import Tracker\n"
+        "import sys; from pathlib import Path; from ffgym.tracking.tracker import Tracker\n"
         "assert not {'mlflow', 'torch'} & sys.modules.keys()\n"
         "with Tracker(Path(sys.argv[1]), 'ffgym', 'run') as tracker: tracker.set_tags({'a': 'b'})"
     )
@@ -248,7 +250,7 @@ def log_the_same(root, gate, failures):
 
 
 def test_a_store_that_another_process_keeps_opening_is_refused_after_a_while(root, monkeypatch):
-    monkeypatch.setattr("ffgym.tracking.OPENING_SECONDS", 0.2)
+    monkeypatch.setattr("ffgym.tracking.tracker.OPENING_SECONDS", 0.2)
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / "mlflow.lock"), pytest.raises(TrackingError, match="Let the program that holds it finish"):
         Tracker(root, "ffgym", "run").__enter__()

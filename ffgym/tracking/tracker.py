@@ -1,26 +1,15 @@
-"""The only file that knows MLflow: one run of ffgym is one MLflow run.
-
-The store is ``<root>/mlflow.db`` (SQLite) with the artifacts in ``<root>/artifacts``; the environment variable
-``MLFLOW_TRACKING_URI`` wins where it is set. MLflow takes two seconds to import, so that waits until a run starts; its
-log lines are kept off the terminal, and its usage telemetry is off unless ``MLFLOW_DISABLE_TELEMETRY`` says otherwise.
-"""
+"""Writes a run into the MLflow store: its configuration, episodes, splits, table and files, and how it ended."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import logging
 import math
 import os
 import re
-import socket
-import sqlite3
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +19,16 @@ from filelock import FileLock
 
 from ffgym.config_file import flatten
 from ffgym.errors import TrackingError
+from ffgym.tracking.store import (
+    INSTEAD,
+    artifacts,
+    import_mlflow,
+    own_uri,
+    require_writable,
+    shown,
+    tracking_uri,
+    translated,
+)
 from ffgym.types import Episode, JSONDict
 
 FAILURE_TAG = "ffgym.failure"
@@ -43,7 +42,6 @@ DIGEST_CHARACTERS = 36
 RESERVE_BYTES = 256 * 1024
 OPENING_SECONDS = 60  # to wait for another process that makes the same store; MLflow takes some 5
 VERSIONED = ("ffgym", "torch", "transformers")
-INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
 
 class Tracker:
@@ -91,15 +89,15 @@ class Tracker:
     def __enter__(self) -> Self:
         if not self._enabled:
             return self
-        translated = _translated(self._uri, "open the MLflow store")
-        with translated, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
-            if self._uri == _own_uri(self._root):
-                _require_writable(self._root)
+        told = translated(self._uri, "open the MLflow store")
+        with told, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
+            if self._uri == own_uri(self._root):
+                require_writable(self._root)
                 self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root))
                 _fill(self._reserve)
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
-            self._client = _import_mlflow().MlflowClient(tracking_uri=self._uri)
+            self._client = import_mlflow().MlflowClient(tracking_uri=self._uri)
             experiment = self._experiment_id()
             tags = {} if self._parent is None else {PARENT_TAG: self._parent}
             run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
@@ -284,7 +282,7 @@ class Tracker:
         if self._logged is None or self.run_id is None:
             return episodes
         if metric not in self._logged:
-            with _translated(self._uri, "read the MLflow store"):
+            with translated(self._uri, "read the MLflow store"):
                 history = self._client.get_metric_history(self.run_id, metric)
             self._logged[metric] = max((point.step for point in history), default=-1)
         return [episode for episode in episodes if episode.index > self._logged[metric]]
@@ -293,10 +291,10 @@ class Tracker:
         """Find the experiment or make it."""
         from mlflow.exceptions import MlflowException
 
-        own = self._uri == _own_uri(self._root)
+        own = self._uri == own_uri(self._root)
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
-            location = str(_artifacts(self._root)) if own else None
+            location = str(artifacts(self._root)) if own else None
             try:
                 return str(self._client.create_experiment(self._experiment, artifact_location=location))
             except MlflowException as error:
@@ -305,7 +303,7 @@ class Tracker:
             found = self._client.get_experiment_by_name(self._experiment)  # another run has just made it on a server
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
-                f"the MLflow experiment {self._experiment!r} in {_shown(self._uri)} was deleted",
+                f"the MLflow experiment {self._experiment!r} in {shown(self._uri)} was deleted",
                 hint="Restore it, or take another name with --set tracking.experiment=NAME.",
             )
         if own and not Path(found.artifact_location).is_dir():
@@ -322,66 +320,8 @@ class Tracker:
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
         """Call a method of MLflow's client on this run."""
-        with _translated(self._uri, "write to the MLflow store"):
+        with translated(self._uri, "write to the MLflow store"):
             getattr(self._client, method)(self.run_id, *args, **kwargs)
-
-
-def tracking_uri(root: Path) -> str:
-    """Say which MLflow store is meant: ``MLFLOW_TRACKING_URI`` where it is set, else the SQLite file under root."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _own_uri(root)
-
-
-def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
-    """Copy one artifact of an earlier run out of the store.
-
-    Args:
-        root: folder of the store.
-        run_id: MLflow's id of the run.
-        name: e.g. ``"policy.json"``.
-        folder: where the copy goes.
-
-    Raises:
-        TrackingError: no such run or artifact, or the store cannot be read.
-    """
-    uri = tracking_uri(root)
-    if uri == _own_uri(root) and not _database(root).exists():
-        raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
-    with _translated(uri, f"read {name} of run {run_id!r}"):
-        client = _import_mlflow().MlflowClient(tracking_uri=uri)
-        return Path(client.download_artifacts(run_id, name, str(folder)))
-
-
-def open_ui(root: Path, port: int = 5000) -> None:
-    """Serve the MLflow UI on this machine until Ctrl-C, from the store that :class:`Tracker` writes.
-
-    Args:
-        root: folder of the store.
-        port: TCP port on 127.0.0.1.
-
-    Raises:
-        TrackingError: there is no store yet, the port is taken, the store is a server that has a UI of its own, or
-            MLflow's server gave up.
-    """
-    uri = tracking_uri(root)
-    if uri.startswith(("http://", "https://")):
-        raise TrackingError(f"MLFLOW_TRACKING_URI is a server: {_shown(uri)}", hint="Open that address in a browser.")
-    if uri == _own_uri(root) and not _database(root).is_file():
-        raise TrackingError(
-            f"no MLflow store in {root.resolve()} yet",
-            hint="Make one with `ffgym run`, or name another folder.",
-        )
-    _require_free(port)
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--default-artifact-root", str(_artifacts(root))]
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-    server = subprocess.Popen(command, env=quiet | os.environ)
-    try:
-        code = server.wait()
-    except KeyboardInterrupt:  # the way to stop it; the server got the same signal
-        server.wait()
-        return
-    if code != 0:
-        raise TrackingError(f"the MLflow UI on port {port} ended with exit code {code}", hint="Its output is above.")
 
 
 def environment_tags(*, device: str, threads: int, plugins: Mapping[str, str]) -> dict[str, str]:
@@ -427,27 +367,6 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.nan
 
 
-def _own_uri(root: Path) -> str:
-    return f"sqlite:///{_database(root)}"
-
-
-def _database(root: Path) -> Path:
-    return root.resolve() / "mlflow.db"
-
-
-def _artifacts(root: Path) -> Path:
-    return root.resolve() / "artifacts"
-
-
-def _shown(uri: str) -> str:
-    """Name a store in a message: a path where it is a file, and never a password."""
-    return _without_password(uri).removeprefix("sqlite:///")
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -459,101 +378,13 @@ def _cut(value: str, limit: int) -> str:
     return value if len(value) <= limit else value[: limit - 1] + "…"
 
 
-def _import_mlflow() -> Any:
-    """Import MLflow with its telemetry and its printed links off."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # With a tracking server it would print links to stdout, which --json keeps for data.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    import mlflow
-
-    return mlflow
-
-
 def _entities() -> Any:
     from mlflow import entities
 
     return entities
 
 
-def _require_writable(root: Path) -> None:
-    """Try the store before MLflow does, which would retry for a minute and talk about it."""
-    if unfit := set("?%") & set(str(root.resolve())):
-        # A URI's own signs: MLflow would open another file.
-        raise TrackingError(
-            f"MLflow cannot keep its store in {root.resolve()}: the path holds {' and '.join(sorted(unfit))}",
-            hint="Choose another folder with --set tracking.root=DIR.",
-        )
-    _artifacts(root).mkdir(parents=True, exist_ok=True)
-    if not os.access(_artifacts(root), os.W_OK):
-        raise PermissionError(errno.EACCES, "the artifacts folder is not writable")
-    with contextlib.closing(sqlite3.connect(_database(root), timeout=10)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
-
-
 def _fill(reserve: IO[bytes]) -> None:
     """Hold a little disk space in a nameless file: on a full disk, closing it makes room to say how the run ended."""
     reserve.write(os.urandom(RESERVE_BYTES))
     reserve.flush()
-
-
-def _require_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
-            raise TrackingError(
-                f"cannot serve the MLflow UI on port {port}: {error}",
-                hint="Choose another with --port (1024 to 65535).",
-            ) from error
-
-
-@contextlib.contextmanager
-def _translated(uri: str, action: str) -> Iterator[None]:
-    """Keep MLflow's log lines off the terminal, and turn its errors into a ``TrackingError`` with a next step."""
-    _import_mlflow()  # sets log levels itself, so it comes first
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    except _store_errors() as error:
-        reason = _reason(error)
-        raise TrackingError(f"cannot {action} {_shown(uri)}: {reason}", hint=_next_step(uri, reason)) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _store_errors() -> tuple[type[Exception], ...]:
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
-
-
-def _reason(error: Exception) -> str:
-    """Take the one line that says what is wrong out of SQLAlchemy's paragraph of SQL."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error)
-    database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
-    return _without_password(database[1] if database else text.partition("\n")[0])
-
-
-def _next_step(uri: str, reason: str) -> str:
-    if uri.startswith(("http://", "https://")):
-        return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
-    for sign, step in (
-        ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),
-        ("not a database", "Move that file away,"),
-        ("locked", "Let the program that holds it finish,"),
-        ("could not be acquired", "Let the program that holds it finish,"),
-        ("full", "Free some space,"),
-        ("No space", "Free some space,"),
-    ):
-        if sign in reason:
-            return f"{step} {INSTEAD}"
-    return f"Make it writable, {INSTEAD}"

@@ -1,0 +1,1 @@
+"""The only rooms that know MLflow: a run of ffgym is one MLflow run."""

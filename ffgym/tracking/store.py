@@ -1,0 +1,147 @@
+"""Where MLflow keeps runs, and what goes wrong there as a `TrackingError` with a next step.
+
+The store is ``<root>/mlflow.db`` (SQLite) with the artifacts in ``<root>/artifacts``; the environment variable
+``MLFLOW_TRACKING_URI`` wins where it is set. MLflow takes two seconds to import, so that waits until a run starts; its
+log lines are kept off the terminal, and its usage telemetry is off unless ``MLFLOW_DISABLE_TELEMETRY`` says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ffgym.errors import TrackingError
+
+INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
+
+
+def tracking_uri(root: Path) -> str:
+    """Say which MLflow store is meant: ``MLFLOW_TRACKING_URI`` where it is set, else the SQLite file under root."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_uri(root)
+
+
+def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
+    """Copy one artifact of an earlier run out of the store.
+
+    Args:
+        root: folder of the store.
+        run_id: MLflow's id of the run.
+        name: e.g. ``"policy.json"``.
+        folder: where the copy goes.
+
+    Raises:
+        TrackingError: no such run or artifact, or the store cannot be read.
+    """
+    uri = tracking_uri(root)
+    if uri == own_uri(root) and not database(root).exists():
+        raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+    with translated(uri, f"read {name} of run {run_id!r}"):
+        client = import_mlflow().MlflowClient(tracking_uri=uri)
+        return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
+def own_uri(root: Path) -> str:
+    """The SQLite file under root, as MLflow names a store."""
+    return f"sqlite:///{database(root)}"
+
+
+def database(root: Path) -> Path:
+    """The SQLite file under root."""
+    return root.resolve() / "mlflow.db"
+
+
+def artifacts(root: Path) -> Path:
+    """The folder that runs keep their files in."""
+    return root.resolve() / "artifacts"
+
+
+def shown(uri: str) -> str:
+    """Name a store in a message: a path where it is a file, and never a password."""
+    return _without_password(uri).removeprefix("sqlite:///")
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//***@", text)
+
+
+def import_mlflow() -> Any:
+    """Import MLflow with its telemetry and its printed links off."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # With a tracking server it would print links to stdout, which --json keeps for data.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow
+
+    return mlflow
+
+
+def require_writable(root: Path) -> None:
+    """Try the store before MLflow does, which would retry for a minute and talk about it."""
+    if unfit := set("?%") & set(str(root.resolve())):
+        # A URI's own signs: MLflow would open another file.
+        raise TrackingError(
+            f"MLflow cannot keep its store in {root.resolve()}: the path holds {' and '.join(sorted(unfit))}",
+            hint="Choose another folder with --set tracking.root=DIR.",
+        )
+    artifacts(root).mkdir(parents=True, exist_ok=True)
+    if not os.access(artifacts(root), os.W_OK):
+        raise PermissionError(errno.EACCES, "the artifacts folder is not writable")
+    with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def translated(uri: str, action: str) -> Iterator[None]:
+    """Keep MLflow's log lines off the terminal, and turn its errors into a ``TrackingError`` with a next step."""
+    import_mlflow()  # sets log levels itself, so it comes first
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    except _store_errors() as error:
+        reason = _reason(error)
+        raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason)) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
+
+
+def _reason(error: Exception) -> str:
+    """Take the one line that says what is wrong out of SQLAlchemy's paragraph of SQL."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
+    return _without_password(database[1] if database else text.partition("\n")[0])
+
+
+def _next_step(uri: str, reason: str) -> str:
+    if uri.startswith(("http://", "https://")):
+        return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
+    for sign, step in (
+        ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),
+        ("not a database", "Move that file away,"),
+        ("locked", "Let the program that holds it finish,"),
+        ("could not be acquired", "Let the program that holds it finish,"),
+        ("full", "Free some space,"),
+        ("No space", "Free some space,"),
+    ):
+        if sign in reason:
+            return f"{step} {INSTEAD}"
+    return f"Make it writable, {INSTEAD}"

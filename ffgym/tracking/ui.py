@@ -1,0 +1,57 @@
+"""The MLflow UI on this machine, from the store that a `Tracker` writes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from ffgym.errors import TrackingError
+from ffgym.tracking.store import artifacts, database, own_uri, shown, tracking_uri
+
+
+def open_ui(root: Path, port: int = 5000) -> None:
+    """Serve the MLflow UI on this machine until Ctrl-C, from the store that :class:`Tracker` writes.
+
+    Args:
+        root: folder of the store.
+        port: TCP port on 127.0.0.1.
+
+    Raises:
+        TrackingError: there is no store yet, the port is taken, the store is a server that has a UI of its own, or
+            MLflow's server gave up.
+    """
+    uri = tracking_uri(root)
+    if uri.startswith(("http://", "https://")):
+        raise TrackingError(f"MLFLOW_TRACKING_URI is a server: {shown(uri)}", hint="Open that address in a browser.")
+    if uri == own_uri(root) and not database(root).is_file():
+        raise TrackingError(
+            f"no MLflow store in {root.resolve()} yet",
+            hint="Make one with `ffgym run`, or name another folder.",
+        )
+    _require_free(port)
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", uri, "--default-artifact-root", str(artifacts(root))]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    server = subprocess.Popen(command, env=quiet | os.environ)
+    try:
+        code = server.wait()
+    except KeyboardInterrupt:  # the way to stop it; the server got the same signal
+        server.wait()
+        return
+    if code != 0:
+        raise TrackingError(f"the MLflow UI on port {port} ended with exit code {code}", hint="Its output is above.")
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            raise TrackingError(
+                f"cannot serve the MLflow UI on port {port}: {error}",
+                hint="Choose another with --port (1024 to 65535).",
+            ) from error
