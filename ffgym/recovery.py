@@ -26,9 +26,10 @@ from ffgym.models.checkpoint import Checkpoint, held_back_interrupts, weights_di
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
 from ffgym.models.export import SavedModel, is_stock, load_line, refuse_occupied, save_again
 from ffgym.models.families import dense_or_pruned_family_of
-from ffgym.models.loading import DTYPES, LoadedModel, load
+from ffgym.models.loading import LoadedModel, load
 from ffgym.models.lora import LoraCurve, LoraSettings, require_peft, train_lora
 from ffgym.models.origin import model_folder
+from ffgym.models.placement import DTYPES
 from ffgym.report.progress import Reporter
 from ffgym.report.recovery import (
     Measured,

@@ -16,7 +16,7 @@ from ffgym import bench as bench_module
 from ffgym.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.cells import Job
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.models import loading
+from ffgym.models import placement
 from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
@@ -117,10 +117,10 @@ def test_a_search_is_never_made_of_two_dtypes(tmp_path: Path, monkeypatch: pytes
         return step(self, action)
 
     monkeypatch.setattr(PruningEnv, "step", interrupted)
-    monkeypatch.setattr(loading, "cpu_bfloat16_speedup", lambda: 2.0)
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
     with pytest.raises(KeyboardInterrupt):
         bench([file], progress=Console(quiet=True))
-    monkeypatch.setattr(loading, "cpu_bfloat16_speedup", lambda: 1.0)
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 1.0)
     measured[0] = 1000
     bench([file], progress=Console(quiet=True))
     assert measured[0] == 1000 + EPISODES, "nothing is taken from the bfloat16 search"

@@ -14,7 +14,7 @@ from ffgym.evaluation.latency import LatencyTable, key_of, layer_shapes, model_s
 from ffgym.evaluation.sublayer_times import REPETITIONS, processor, threads_of, time_model
 from ffgym.files import write_text
 from ffgym.models.capture import OnProgress
-from ffgym.models.loading import devices_of
+from ffgym.models.placement import devices_of
 
 Say = Callable[[str], None]
 # Quartiles further apart than this share of the median: the machine was doing something else.

@@ -105,7 +105,8 @@ def _run(job: Job) -> Memory | None:
 
     import ffgym.models  # noqa: F401 - what it imports belongs to what was there before
     from ffgym.evaluation.speed import Workload, generate, prompt
-    from ffgym.models.loading import devices_of, load
+    from ffgym.models.loading import load
+    from ffgym.models.placement import devices_of
 
     torch.set_num_threads(job.threads)
     before = _resident()

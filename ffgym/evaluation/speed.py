@@ -19,7 +19,7 @@ import torch
 
 from ffgym.evaluation.size import SizeMeter
 from ffgym.evaluation.timing import Spread, timed
-from ffgym.models.loading import devices_of
+from ffgym.models.placement import devices_of
 
 DECODE_TOKENS = 16
 

@@ -25,7 +25,7 @@ from ffgym.evaluation.latency import Curve, LatencyTable, LayerShape, layer_shap
 from ffgym.evaluation.timing import Spread, timed
 from ffgym.models.capture import OnProgress, arguments_of
 from ffgym.models.families import Family, family_of
-from ffgym.models.loading import devices_of
+from ffgym.models.placement import devices_of
 from ffgym.models.surgery import Half
 from ffgym.pruning.latency import grid
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import io
 import json
 import logging
 import re
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +22,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import nn
 
 from ffgym.data.assets import SMOLLM2, cache_dir, fetch, write_folder_once
 from ffgym.errors import ModelError, is_out_of_memory
+from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
 
 logger = logging.getLogger("ffgym")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
 # moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
 GGUF_DTYPE = torch.float16
@@ -42,8 +39,6 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PICKLED = ("*.bin", "*.pt", "*.pth")
-# How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
-WORTHWHILE_SPEEDUP = 1.5
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     Args:
         name: ``"demo"``, a ``.gguf`` file, a folder, or a hub id.
         revision: branch, tag or commit of a hub model.
-        dtype: ``"auto"`` (see :func:`choose_dtype`), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        dtype: ``"auto"`` (see :mod:`ffgym.models.placement`), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"auto"`` (cuda where there is one, else cpu), a torch device, or ``"balanced"`` to spread the layers
             over all GPUs.
 
@@ -92,8 +87,8 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
             cannot be reached, an unknown dtype or device. The hint says what to do.
         AssetError: the embedded default could not be fetched, or the cache cannot be written.
     """
-    target = _choose_device(device)
-    chosen = choose_dtype(target) if dtype == "auto" else _named_dtype(dtype)
+    target = choose_device(device)
+    chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
     source, description = _locate(name)
     if revision is not None and not description.startswith("hub model"):
@@ -106,7 +101,7 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
         options["local_files_only"] = _only_cached(name, revision)
     model, tokenizer = _load_checkpoint(source, name, revision, chosen, options)
     if device != "balanced":
-        model = _move(model, target)
+        model = move(model, target)
     elif any(place.type != "cuda" for place in devices_of(model)):  # "meta": on the disk, brought in for each call
         raise ModelError(
             f"model {name!r} does not fit the GPUs: part of it would stay on the CPU or the disk,"
@@ -120,11 +115,6 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
         description = f"{description} at {commit[:12]}"
     first = next(model.parameters())
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
-
-
-def devices_of(model: nn.Module) -> set[torch.device]:
-    """Every device that a parameter lies on."""
-    return {parameter.device for parameter in model.parameters()}
 
 
 def check_source(name: str) -> None:
@@ -405,9 +395,6 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-# --- GGUF -------------------------------------------------------------------------------------------------------------
-
-
 def _dequantised(gguf: Path, content: str) -> Path:
     """The folder of a GGUF's safetensors copy, made on the first call.
 
@@ -487,78 +474,3 @@ def _refuse_uneven(path: Path) -> None:
                 " that way, and transformers cannot read it",
                 hint="Name the folder that it was exported from, or start from the dense model.",
             )
-
-
-# --- dtype and device -------------------------------------------------------------------------------------------------
-
-
-def choose_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that ``"auto"`` means on a device.
-
-    CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 where a short probe finds its matrix products at
-    least 1.5 times as fast as float32's, else float32. Elsewhere: float32.
-    """
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # the question is always about the current one
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and cpu_bfloat16_speedup() >= WORTHWHILE_SPEEDUP:
-        return torch.bfloat16
-    return torch.float32
-
-
-@functools.cache
-def cpu_bfloat16_speedup() -> float:
-    """How many times faster than float32 this CPU multiplies bfloat16 matrices; probed once a process (30 ms or so)."""
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    # Taking turns: whatever else the machine does then slows both down, and the best of each is free of it.
-    for attempt in range(12):
-        for dtype in best:
-            seconds = _matmul_seconds(dtype)
-            if attempt > 0:
-                best[dtype] = min(best[dtype], seconds)
-    return best[torch.float32] / best[torch.bfloat16]
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """One product of a 256 x 576 and a 576 x 1536 matrix."""
-    left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    start = time.perf_counter()
-    torch.mm(left, right)
-    return time.perf_counter() - start
-
-
-def _named_dtype(dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ModelError(f"model.dtype = {dtype!r} is unknown", hint=f"Use one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
-def _choose_device(device: str) -> torch.device:
-    cuda = torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    if device == "balanced":
-        if not cuda:
-            raise ModelError("model.device = 'balanced' needs GPUs, and torch sees none", hint="Use model.device auto.")
-        return torch.device("cuda")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(
-            f"model.device = {device!r} is no device", hint="Use auto, cpu, cuda, cuda:1 or balanced."
-        ) from error
-    if chosen.type == "cuda" and (not cuda or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise ModelError(
-            f"model.device = {device!r}, but torch sees {torch.cuda.device_count()} GPUs", hint="Use auto or cpu."
-        )
-    return chosen
-
-
-def _move(model: Any, device: torch.device) -> Any:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # out of memory, or a device this torch was not built for
-        raise ModelError(
-            f"the model cannot be moved to {device}: {str(error).splitlines()[0]}",
-            hint="Use a smaller model, model.device cpu, or balanced over several GPUs.",
-        ) from error

@@ -27,7 +27,7 @@ from ffgym.models.checkpoint import (
     set_random_state,
 )
 from ffgym.models.families import Family
-from ffgym.models.loading import devices_of
+from ffgym.models.placement import devices_of
 from ffgym.models.training import LARGEST_GRADIENT, batch_at, rate_at
 
 ADAPTER = "default"

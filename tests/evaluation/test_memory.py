@@ -11,10 +11,11 @@ import pytest
 import torch
 from glass_runs import glass_home
 
+import ffgym.evaluation.speed  # noqa: F401 - it keeps what it imports, and must not keep what a test puts there
 from ffgym.errors import ModelError
 from ffgym.evaluation import memory
 from ffgym.evaluation.memory import Job, Memory, measure_memory
-from ffgym.models import loading
+from ffgym.models import loading, placement
 from ffgym.models.export import save_pruned
 from ffgym.models.surgery import PrunableModel
 
@@ -86,7 +87,7 @@ def test_on_cuda_it_is_what_the_allocator_handed_out(job, monkeypatch):
     """A model that says it is on a GPU; the allocator's figures are made up."""
     real, events = loading.load, []
     monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
-    monkeypatch.setattr(loading, "devices_of", lambda model: {CUDA})
+    monkeypatch.setattr(placement, "devices_of", lambda model: {CUDA})
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: events.append(("held", device)) or 300)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(("reset", device)))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: events.append(("peak", device)) or 500)
@@ -97,7 +98,7 @@ def test_on_cuda_it_is_what_the_allocator_handed_out(job, monkeypatch):
 def test_on_several_gpus_it_is_their_sum(job, monkeypatch):
     real, places = loading.load, (CUDA, torch.device("cuda", 1))
     monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
-    monkeypatch.setattr(loading, "devices_of", lambda model: set(places))
+    monkeypatch.setattr(placement, "devices_of", lambda model: set(places))
     monkeypatch.setattr(torch.cuda, "memory_allocated", dict(zip(places, (300, 200), strict=True)).get)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", dict(zip(places, (500, 400), strict=True)).get)

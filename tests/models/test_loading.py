@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ffgym.errors import ModelError
-from ffgym.models import loading
+from ffgym.models import loading, placement
 from ffgym.models.export import save_pruned
 from ffgym.models.families import family_of
 from ffgym.models.loading import load
@@ -90,7 +90,7 @@ def test_the_dtype_is_what_was_asked(saved, dtype):
 
 @pytest.mark.parametrize(("speedup", "chosen"), [(5.0, torch.bfloat16), (1.5, torch.bfloat16), (1.2, torch.float32)])
 def test_auto_takes_bfloat16_on_a_cpu_only_where_it_pays(saved, monkeypatch, caplog, speedup, chosen):
-    monkeypatch.setattr(loading, "cpu_bfloat16_speedup", lambda: speedup)
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: speedup)
     with caplog.at_level(logging.INFO, logger="ffgym"):
         loaded = load(str(saved), device="cpu")
     assert loaded.dtype == chosen
@@ -102,15 +102,15 @@ def test_auto_on_cuda_follows_the_gpu(monkeypatch, supported, chosen):
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(asked.append(device)))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    assert loading.choose_dtype(torch.device("cuda:1")) == chosen
+    assert placement.choose_dtype(torch.device("cuda:1")) == chosen
     assert asked == [torch.device("cuda:1")]
 
 
 def test_the_probe_is_short_and_runs_once():
-    loading.cpu_bfloat16_speedup.cache_clear()
-    assert loading.cpu_bfloat16_speedup() > 0
-    loading.cpu_bfloat16_speedup()
-    assert loading.cpu_bfloat16_speedup.cache_info().misses == 1
+    placement.cpu_bfloat16_speedup.cache_clear()
+    assert placement.cpu_bfloat16_speedup() > 0
+    placement.cpu_bfloat16_speedup()
+    assert placement.cpu_bfloat16_speedup.cache_info().misses == 1
 
 
 def test_nothing_is_printed(saved, capfd):

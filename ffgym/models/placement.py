@@ -1,0 +1,108 @@
+"""Where a model lies and in which numbers: devices and dtypes."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffgym.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
+WORTHWHILE_SPEEDUP = 1.5
+
+
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Every device that a parameter lies on."""
+    return {parameter.device for parameter in model.parameters()}
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that ``"auto"`` means on a device.
+
+    CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 where a short probe finds its matrix products at
+    least 1.5 times as fast as float32's, else float32. Elsewhere: float32.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # the question is always about the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and cpu_bfloat16_speedup() >= WORTHWHILE_SPEEDUP:
+        return torch.bfloat16
+    return torch.float32
+
+
+@functools.cache
+def cpu_bfloat16_speedup() -> float:
+    """How many times faster than float32 this CPU multiplies bfloat16 matrices; probed once a process (30 ms or so)."""
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    # Taking turns: whatever else the machine does then slows both down, and the best of each is free of it.
+    for attempt in range(12):
+        for dtype in best:
+            seconds = _matmul_seconds(dtype)
+            if attempt > 0:
+                best[dtype] = min(best[dtype], seconds)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """One product of a 256 x 576 and a 576 x 1536 matrix."""
+    left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+    start = time.perf_counter()
+    torch.mm(left, right)
+    return time.perf_counter() - start
+
+
+def named_dtype(dtype: str) -> torch.dtype:
+    """The dtype of a name in ``DTYPES``.
+
+    Raises:
+        ModelError: it is not there.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype = {dtype!r} is unknown", hint=f"Use one of auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a configuration means: of ``"balanced"``, the kind of device that layers are spread over.
+
+    Raises:
+        ModelError: no such device here.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    if device == "balanced":
+        if not cuda:
+            raise ModelError("model.device = 'balanced' needs GPUs, and torch sees none", hint="Use model.device auto.")
+        return torch.device("cuda")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(
+            f"model.device = {device!r} is no device", hint="Use auto, cpu, cuda, cuda:1 or balanced."
+        ) from error
+    if chosen.type == "cuda" and (not cuda or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise ModelError(
+            f"model.device = {device!r}, but torch sees {torch.cuda.device_count()} GPUs", hint="Use auto or cpu."
+        )
+    return chosen
+
+
+def move(model: Any, device: torch.device) -> Any:
+    """The model on a device.
+
+    Raises:
+        ModelError: the device has too little memory, or this torch was not built for it.
+    """
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # out of memory, or a device this torch was not built for
+        raise ModelError(
+            f"the model cannot be moved to {device}: {str(error).splitlines()[0]}",
+            hint="Use a smaller model, model.device cpu, or balanced over several GPUs.",
+        ) from error
