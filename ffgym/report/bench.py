@@ -309,7 +309,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     """
     from matplotlib.ticker import NullLocator, StrMethodFormatter  # slow to import, and not every command draws
 
-    figure = new_figure(9.0, 5.0)
+    figure = new_figure(10.0, 5.0)
     axes: Any = figure.add_subplot()
     axes.set_xscale("log", base=2)
     drawn: Counter[str] = Counter()
@@ -324,7 +324,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
             drawn[color] += 1
             axes.plot(curve.tokens, curve.mean, marker="o", markersize=4, label=seeds, **look)
             band = curve.values.min(axis=0), curve.values.max(axis=0)
-            axes.fill_between(curve.tokens, *band, alpha=0.15, color=color)
+            axes.fill_between(curve.tokens, *band, alpha=min(0.15, 0.8 / len(searches)), color=color)
     near = [row for row in rules if row.perplexity.value <= top]
     shown = [curve.values[curve.values <= top] for curve in searches] + [np.array([r.perplexity.value for r in near])]
     if len(values := np.concatenate(shown)):
@@ -346,9 +346,8 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_ylabel("report perplexity of the incumbent")
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
     tidy(axes)
-    if axes.get_legend_handles_labels()[0]:
-        # The rules' lines stay off its text.
-        axes.legend(title="agent (seeds)", edgecolor="none", framealpha=0.9, fontsize=8, title_fontsize=8)
+    if axes.get_legend_handles_labels()[0]:  # beside the axes, where it covers no curve
+        figure.legend(title="agent (seeds)", loc="outside right upper", frameon=False, fontsize=8, title_fontsize=8)
     save_figure(figure, path)
 
 

@@ -237,7 +237,7 @@ def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypa
     (said,) = [text.get_text() for text in axes.texts if "above" in text.get_text()]
     assert "random from 200.00" in said
     assert "ppo up to 250.00" in said
-    named = [text.get_text() for text in axes.get_legend().get_texts()]
+    named = [text.get_text() for text in axes.figure.legends[0].get_texts()]
     assert {"ppo (1)", "reinforce (2)"} <= set(named), "with how many seeds"
     assert "random (1)" not in named, "nothing of it can be seen"
 
