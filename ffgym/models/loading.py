@@ -32,6 +32,7 @@ logger = logging.getLogger("ffgym")
 # float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
 # moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
 GGUF_DTYPE = torch.float16
+USE_THE_SOURCE = "Name the folder that it was made from, in safetensors, or start from the dense model."
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
 HUB_SECONDS = 5.0
@@ -421,7 +422,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _refuse_uneven(gguf)
+    numbers = _refuse_what_would_be_lost(gguf)
     # Newer versions keep the blocks packed where they find a kernel for them, unless told not to.
     dense = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
@@ -441,6 +442,7 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             " or use the model's safetensors.",
         ) from error
     _check_complete(gguf.name, model, report)
+    _refuse_lost_weights(gguf, numbers, model)
     # The weights are plain tensors now; without these marks save_pretrained takes them for quantised and refuses.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -457,20 +459,49 @@ def _alone(gguf: Path) -> Iterator[str]:
         yield folder
 
 
-def _refuse_uneven(path: Path) -> None:
-    """transformers takes a size per layer for a size, and fails far from the reason."""
+def _refuse_what_would_be_lost(path: Path) -> int:
+    """Refuse what transformers' reader leaves out without a word, or takes for something else.
+
+    Returns:
+        how many numbers the tensors of the file hold; 0 where it is damaged, of which what reads it next says more.
+    """
     import gguf
 
     try:
-        fields = gguf.GGUFReader(path).fields
+        reader = gguf.GGUFReader(path)
+        fields, tensors = reader.fields, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
         architecture = fields["general.architecture"].contents()
-    except Exception:  # damaged: what reads it next says so
-        return
+        stretched = [
+            fields[key].name
+            for key in (f"{architecture}.rope.scaling.type", f"{architecture}.rope.scale_linear")
+            if key in fields and fields[key].contents() not in ("none", 1.0)
+        ]
+    except Exception:
+        return 0
     for size in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
         field = fields.get(f"{architecture}.{size}")
         if field is not None and field.types[0] == gguf.GGUFValueType.ARRAY:
+            # It takes a size per layer for a size, and fails far from the reason.
             raise ModelError(
                 f"the layers in {str(path)!r} differ in size ({field.name} is a list): it has been pruned, or was made"
                 " that way, and transformers cannot read it",
-                hint="Name the folder that it was exported from, or start from the dense model.",
+                hint=USE_THE_SOURCE,
             )
+    stretched += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
+    if stretched:
+        raise ModelError(
+            f"the rotary positions in {str(path)!r} are scaled ({stretched[0]}), and transformers would leave that out",
+            hint=USE_THE_SOURCE,
+        )
+    return sum(tensors.values())
+
+
+def _refuse_lost_weights(path: Path, numbers: int, model: Any) -> None:
+    """Refuse a model that has not all the numbers of its file: transformers drops what its config has no place for."""
+    lost = numbers - sum(parameter.numel() for parameter in model.parameters())
+    if numbers and lost:
+        raise ModelError(
+            f"{str(path)!r} holds {numbers:,} numbers, and transformers would take {numbers - lost:,} of them, without"
+            " the biases of linears, for one",
+            hint=USE_THE_SOURCE,
+        )

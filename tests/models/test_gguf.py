@@ -355,6 +355,37 @@ def test_a_file_of_uneven_layers_is_refused_by_name(name: str, tmp_path: Path) -
     assert "dense model" in raised.value.hint
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-even", "qwen2-mlps"])
+def test_a_file_is_loaded_as_what_it_is(name: str, tmp_path: Path) -> None:
+    case = WRITTEN[name][0]()
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    loaded = load(str(written.path), dtype="float32", device="cpu")
+    with torch.no_grad():  # a GGUF is dequantised to float16, whose rounding is within 0.03 here
+        torch.testing.assert_close(loaded.model(IDS[None]).logits[0], expected(case), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRITTEN) - {"llama", "llama-even", "qwen2-mlps"}))
+def test_a_file_that_would_be_another_model_is_refused(name: str, tmp_path: Path) -> None:
+    written = export_gguf(save(WRITTEN[name][0](), tmp_path / "m"), tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"m\.gguf"):
+        load(str(written.path), device="cpu")
+
+
+LOST = {
+    r"scaled \(llama\.rope\.scaling\.type\)": WRITTEN["llama-linear-rope"][0],
+    r"scaled \(rope_freqs\.weight\)": lambda: with_rope(pruned("llama", EVEN), **LLAMA_3_ROPE),
+    r"holds [\d,]+ numbers, and transformers would take [\d,]+ of them": WRITTEN["llama-affine-even"][0],
+}
+
+
+@pytest.mark.parametrize(("reason", "make"), LOST.items(), ids=["linear", "llama-3", "biases"])
+def test_what_transformers_would_leave_out_of_a_file_is_refused(reason: str, make: Any, tmp_path: Path) -> None:
+    written = export_gguf(save(make(), tmp_path / "m"), tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=reason) as raised:
+        load(str(written.path), device="cpu")
+    assert "safetensors" in raised.value.hint
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
