@@ -20,7 +20,7 @@ from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
 from ffgym.pruning.calibration import NestedRidge, covariance, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
-from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, merge
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, merge, require_finite
 from ffgym.types import Calibration, LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
@@ -72,7 +72,8 @@ def prepare(
 
     Raises:
         PluginError: the criterion broke its contract.
-        CalibrationError: a moment that cannot be factorised, or too few windows to hold some out.
+        CalibrationError: statistics that are not finite, a moment that cannot be factorised, or too few windows to hold
+            some out.
     """
     prunable = PrunableModel(model)
     if ridge is None and len(windows) < 2:
@@ -111,6 +112,8 @@ def prepare(
     ridges: list[float] = []
     for index, fit, apart in stream:
         half = prunable.halves[index]
+        with _naming(half):
+            require_finite(fit, apart, first_order[index])
         scores = _score(criterion, half, _with_gradients(merge(fit, apart), first_order[index]))
         order = unit_order(scores)
         columns = expand_order(order, half.sublayer.channels_per_unit)

@@ -92,10 +92,10 @@ def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    if tensor.dim() != 2:
-        return tensor.clone()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(integers[tensor.element_size()])
+    bits = tensor.detach().view(integers[tensor.element_size()])  # a NaN is not equal to itself; its bits are
+    if tensor.dim() != 2:
+        return bits.clone()
     return torch.cat([bits.sum(dim=0), bits.sum(dim=1)])
 
 

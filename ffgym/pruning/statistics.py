@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ffgym.errors import CalibrationError
 from ffgym.pruning.precision import float64_device, sum_in_float64
 from ffgym.types import LayerStats
 
 INPUT_STATISTICS = frozenset({"mean", "square", "second_moment"})
 GRADIENT_STATISTICS = frozenset({"gradient", "output_gradient"})
+OVERFLOW_HINT = "The model overflows there: use --set model.dtype=float32 or bfloat16."
 
 
 class Moments:
@@ -80,3 +82,17 @@ def merge(first: LayerStats, second: LayerStats) -> LayerStats:
         square=pooled(first.square, second.square),
         second_moment=pooled(first.second_moment, second.second_moment),
     )
+
+
+def require_finite(*parts: LayerStats) -> None:
+    """Refuse statistics of a model that overflows, before a criterion or a factorisation trips over them.
+
+    Raises:
+        CalibrationError: names the first statistic that holds NaN or infinity.
+    """
+    for stats in parts:
+        for name, value in vars(stats).items():
+            if torch.is_tensor(value) and not torch.isfinite(value).all():
+                raise CalibrationError(
+                    f"the {name.replace('_', ' ')} on the calibration text holds NaN or infinity", hint=OVERFLOW_HINT
+                )

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import ffgym
+from ffgym.criteria.flap import Flap
 from ffgym.criteria.magnitude import Magnitude
+from ffgym.criteria.obs import Obs
 from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import CalibrationError, PluginError
@@ -256,12 +258,15 @@ class TestBrokenCriteria:
             )
 
 
-def test_moments_that_overflow_name_the_sublayer(windows):
+@pytest.mark.parametrize("criterion", [Magnitude, Wanda, Flap, Obs, Taylor])
+def test_a_model_that_overflows_is_no_fault_of_the_criterion(criterion, windows):
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
-    with pytest.raises(CalibrationError, match=r"layer 1 mlp: .*NaN or infinity"):
-        prepare(model, Magnitude(), windows, ridge=0.01)
+    where = "layer 0 attention: the gradient" if criterion is Taylor else "layer 1 mlp: the (mean|square|second moment)"
+    with pytest.raises(CalibrationError, match=f"{where} on the calibration text holds NaN or infinity") as raised:
+        prepare(model, criterion(), windows, ridge=0.01)
+    assert "model.dtype" in raised.value.hint
 
 
 def test_reorder_moves_every_statistic():

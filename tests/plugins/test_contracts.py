@@ -118,6 +118,11 @@ def test_bad_scores_name_plugin_package_and_sublayer(answer: Callable[[torch.Ten
     assert "layer 3 mlp" in str(caught.value)
 
 
+def test_a_nan_that_was_there_before_is_no_change() -> None:
+    stats = LayerStats(mean=torch.full((5,), torch.nan))
+    assert check_scores(Scores(torch.abs), torch.ones(4, 5), stats, SUBLAYER).shape == (4, 5)
+
+
 @pytest.mark.parametrize("statistic", ["second_moment", "gradient"])
 def test_a_criterion_that_changes_its_statistics_is_found_out(statistic: str) -> None:
     class Damps(Criterion):
