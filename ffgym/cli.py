@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import sys
@@ -24,27 +25,42 @@ from ffgym.version import __version__
 OUT_OF_MEMORY = (
     "Set model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or take a smaller model."
 )
+# A folder that may not be entered, a name that is too long, links in a circle, a file where a folder should be.
+REFUSED_PATH = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR})
+
+
+def _ended(message: str, hint: str | None) -> typer.Exit:
+    """Say what went wrong and what to do about it; exit 1."""
+    typer.secho(f"error: {message}", fg="red", err=True)
+    if hint is not None:
+        typer.echo(f"hint: {hint}", err=True)
+    return typer.Exit(1)
 
 
 class Guarded(TyperGroup):
-    """Turns errors raised on purpose, and too little memory, into a message and exit 1, and Ctrl-C into exit 130."""
+    """Turns errors raised on purpose, paths that the system refuses and too little memory into a message and exit 1.
+
+    And Ctrl-C into exit 130.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except FFGymError as error:
-            typer.secho(f"error: {error.message}", fg="red", err=True)
-            if error.hint is not None:
-                typer.echo(f"hint: {error.hint}", err=True)
-            raise typer.Exit(1) from None
+            raise _ended(error.message, error.hint) from None
+        except OSError as error:
+            if error.filename is None or error.errno not in REFUSED_PATH:
+                raise
+            raise _ended(f"{error.filename}: {error.strerror}", "Check the path, and that you may use it.") from None
         except (RuntimeError, MemoryError) as error:
+            if "determine home directory" in str(error):  # of a path that begins with ~NAME
+                unknown = "a path begins with ~ and the name of a user whom this machine does not know"
+                raise _ended(unknown, "Write ./~NAME for a file that is called so.") from None
             if not is_out_of_memory(error):
                 raise
             said = str(error).strip().split("\n")[0]
-            typer.secho(f"error: memory is too small{': ' * bool(said)}{said}", fg="red", err=True)
-            typer.echo(f"hint: {OUT_OF_MEMORY}", err=True)
-            raise typer.Exit(1) from None
+            raise _ended(f"memory is too small{': ' * bool(said)}{said}", OUT_OF_MEMORY) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None

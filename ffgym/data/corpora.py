@@ -221,9 +221,9 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads, too
                 raise DataError(
-                    f"line {number} of corpus file {str(path)!r} is not JSON: {error.msg}",
+                    f"line {number} of corpus file {str(path)!r} is not JSON: {getattr(error, 'msg', error)}",
                     hint='Write one object a line, like {"text": "..."}.',
                 ) from error
             if not isinstance(row, dict) or not isinstance(row.get(COLUMN, 0), str | None):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from ffgym.errors import BudgetError
 from ffgym.evaluation.latency import LatencyTable, layer_shapes
 from ffgym.models.surgery import PrunableModel
@@ -19,7 +21,8 @@ class Size:
     Attributes:
         parameters: all parameters, tied ones once.
         macs: multiply-accumulates to produce one token that attends to ``context`` tokens: linear layers, attention
-            scores and output head (norms, activations and rotary embeddings are left out).
+            scores over all of the context, also where a window slides over it, and output head (norms, activations and
+            rotary embeddings are left out).
         kv_bytes: bytes that one token adds to the KV cache.
         latency: picoseconds of one forward pass, as a latency table has it; ``None`` where there is no table.
     """
@@ -60,6 +63,7 @@ class SizeMeter:
         self._context = context
         self._dense_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.head_macs = float(head.numel())
+        self._between_macs = float(sum(linear.weight.numel() for linear in _linears_between(prunable)))
         shapes = layer_shapes(model) if latency is not None else []
         self._latencies = None if latency is None else latency.cost_tables(shapes)
         self._latency_rest = 0.0 if latency is None else latency.rest(shapes)
@@ -76,7 +80,7 @@ class SizeMeter:
         removed += sum(extra for extra, k in zip(self._unit_free, kept, strict=True) if k == 0)
         return Size(
             parameters=self._dense_parameters - removed + new_biases,
-            macs=self.head_macs + self._total("macs", kept),
+            macs=self.head_macs + self._between_macs + self._total("macs", kept),
             kv_bytes=self._total("kv", kept),
             latency=self._latency(kept),
         )
@@ -91,3 +95,11 @@ class SizeMeter:
             k * unit_cost(s, resource, context=self._context, kv_bytes=self.kv_bytes)
             for s, k in zip(self._sublayers, kept, strict=True)
         )
+
+
+def _linears_between(prunable: PrunableModel) -> list[nn.Linear]:
+    """The linears of neither a decoder layer nor the head: where OPT's embeddings are narrower than its layers."""
+    model = prunable.model
+    inside = {module for layer in prunable.family.layers(model) for module in layer.modules()}
+    inside.add(model.get_output_embeddings())
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]

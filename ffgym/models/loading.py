@@ -38,7 +38,7 @@ DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
 HUB_SECONDS = 5.0
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
 
@@ -300,12 +300,15 @@ def _load_checkpoint(
                 **options,
                 **origin,
             )
+            _check_complete(name, model, report)
+            if Path(source).is_dir():
+                return model, load_tokenizer(Path(source))
             local = options.get("local_files_only", False)
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, **origin)
+            return model, AutoTokenizer.from_pretrained(source, local_files_only=local, **origin)
+    except ModelError:
+        raise
     except Exception as error:  # damaged files fail in as many ways as there are parsers
         raise _loading_error(error, source, name) from error
-    _check_complete(name, model, report)
-    return model, tokenizer
 
 
 def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:

@@ -141,6 +141,14 @@ def test_half_a_surrogate_pair_is_no_reason_to_stop(tmp_path):
     assert load_text(str(file), role="search").documents == ("a rabbit ? ran",)
 
 
+@pytest.mark.parametrize("line", ['{"text": "a", "id": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_a_line_beyond_what_python_reads_is_named(tmp_path, line):
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"text": "one"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"line 2 of corpus file .* is not JSON"):
+        load_text(str(file), role="search")
+
+
 def test_a_byte_order_mark_and_lines_without_text_are_skipped(tmp_path):
     file = tmp_path / "notepad.jsonl"
     file.write_text('{"text": "one"}\n{"id": 2, "text": null}\n{"text": "three"}\n', encoding="utf-8-sig")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import OPTForCausalLM
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.evaluation.size import SizeMeter
@@ -40,6 +41,16 @@ def test_what_is_saved_is_what_the_budget_says(prunable, resource):
     kept = (1, 20, 2, 30, 1, 9)
     saved = meter(prunable.dense_units).of(resource) - meter(kept).of(resource)
     assert saved == budget.dense_cost - budget.allocation(kept).cost
+
+
+def test_projections_of_narrow_embeddings_are_counted():
+    """OPT-350m: embeddings of 16 numbers, layers of 32."""
+    config = tiny_model("opt").config
+    plain = SizeMeter(PrunableModel(OPTForCausalLM(config)), context=64)
+    config.word_embed_proj_dim = 16
+    narrow = SizeMeter(PrunableModel(OPTForCausalLM(config)), context=64)
+    kept = PrunableModel(tiny_model("opt")).dense_units
+    assert narrow(kept).macs - narrow.head_macs == plain(kept).macs - plain.head_macs + 2 * 16 * 32
 
 
 @pytest.mark.parametrize("refit", ["nested", "sequential"])
