@@ -185,6 +185,11 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 f"a bench compares at one target, and {cell.label} has prune.sparsity = {cell.config.prune.sparsity!r}",
                 hint="Give one target, e.g. sparsity = 0.2; experiments/range compares fronts.",
             )
+        if cell.config.recover.method != "none":
+            raise ConfigError(
+                f"a bench compares searches, and {cell.label} has recover.method = {cell.config.recover.method!r}",
+                hint="Leave [recover] out, and recover a saved model with `ffgym recover`.",
+            )
         runner.check_plugins(cell.config)
         if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:
             raise ConfigError(

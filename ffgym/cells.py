@@ -9,6 +9,7 @@ when it has ended; nothing selects on those figures.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ class Cell:
         return digest(self.config)
 
     @property
+    def key(self) -> str:
+        """Names its lock and its log: what it computes, and the file that waits for it.
+
+        Two benches that need the same for files of their own compute it each, or one file would never be written.
+        """
+        return f"{self.digest[:16]}-{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:8]}"
+
+    @property
     def preparation(self) -> str:
         """Cells in which this is equal can share a prepared model."""
         config = self.config
@@ -100,7 +109,7 @@ class CellRunner:
     def __call__(self, job: Job) -> None:
         """Compute one cell and write its file, unless another bench does or has done so since."""
         cell, folder = job.cell, job.cell.config.tracking.folder / "bench"
-        lock = FileLock(folder / f"{cell.digest[:16]}.lock")
+        lock = FileLock(folder / f"{cell.key}.lock")
         with disk_errors():
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -130,7 +139,7 @@ class CellRunner:
         give_prior(agent, space)
         dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()
-        parts = [cell.digest[:16], dtype, f"{threads}threads", *([policy] if policy else [])]
+        parts = [cell.key, dtype, f"{threads}threads", *([policy] if policy else [])]
         parts += [f"{table}{edition}" for table, edition in configured.editions(config).items()]
         log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")

@@ -406,12 +406,24 @@ def test_a_bench_that_is_killed_loses_the_episodes_in_flight_only(
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "again")
 
 
+def test_a_cell_that_another_bench_computes_for_another_file_is_computed(tmp_path: Path, steps: list[int]) -> None:
+    mine, theirs = (bench_file(tmp_path, stem=stem, agents=["uniform"]) for stem in ("mine", "theirs"))
+    folder = tmp_path / "mlruns" / "bench"
+    folder.mkdir(parents=True)
+    (other,) = read_bench(theirs).cells
+    with FileLock(folder / f"{other.key}.lock"):
+        call(mine)
+    (cell,) = read_bench(mine).cells
+    assert cell.digest == other.digest
+    assert cell.path.exists()
+
+
 def test_a_cell_that_another_bench_computes_is_left_to_it(tmp_path: Path, steps: list[int]) -> None:
     file = bench_file(tmp_path, agents=["uniform", "mlp-first"])
     other = read_bench(file).cells[0]
     folder = tmp_path / "mlruns" / "bench"
     folder.mkdir(parents=True)
-    with FileLock(folder / f"{other.digest[:16]}.lock"):
+    with FileLock(folder / f"{other.key}.lock"):
         (table,), said = call(file)
     assert "uniform, seed 0: left to another bench that is computing it" in said
     assert [row.label for row in table.rows] == ["mlp-first"]

@@ -161,6 +161,11 @@ def test_two_revisions_of_a_model(tmp_path: Path) -> None:
     refused(tmp_path, r"on one model, these name .*glass, .*glass at v1", **variant(model={"revision": "v1"}))
 
 
+def test_a_recovery_that_a_bench_would_not_measure(tmp_path: Path) -> None:
+    hint = refused(tmp_path, "recover.method = 'lora'", **variant(recover={"method": "lora"}))
+    assert "ffgym recover" in hint
+
+
 @pytest.mark.parametrize("label", ["a/b", "../other", "/other"])
 def test_a_name_that_is_no_file_name(tmp_path: Path, label: str) -> None:
     refused(tmp_path, "cannot name a file", agents=[label], variants={label: {"agent": {"name": "random"}}})
