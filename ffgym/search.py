@@ -159,12 +159,15 @@ def search_front(
                 points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.clock.total))
                 if on_point is not None:
                     on_point(points[-1])
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             earlier = len(recorder.earlier.episodes)
             if not vector.history or len(vector.history) < earlier:  # an earlier session handed over more
                 raise
             recorder.clock.count()
-            best = finalists(env, agent, vector.history, 1, reach=reach)
+            try:
+                best = finalists(env, agent, vector.history, 1, reach=reach)
+            except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
+                raise stop from None
             raise SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.clock.total)) from None
     return points
 

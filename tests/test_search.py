@@ -253,6 +253,15 @@ class TestInterruption:
             searched(env, Torn(1))
         assert raised.value.found.best.origin == "policy"
 
+    def test_an_agent_that_has_nothing_to_recommend_yet_is_not_called_broken(self, env):
+        class Late(Interrupting):
+            def recommend(self, observation):
+                raise AttributeError("nothing was told yet")
+
+        with pytest.raises(KeyboardInterrupt) as raised:
+            searched(env, Late(0))
+        assert type(raised.value) is KeyboardInterrupt
+
     def test_within_an_update_keeps_its_episodes(self, env, tmp_path):
         log = tmp_path / "episodes.jsonl"
 

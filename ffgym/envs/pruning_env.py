@@ -7,6 +7,7 @@ through ``reset(options=...)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from gymnasium import spaces
 
 from ffgym.data.examples import EncodedExample
-from ffgym.errors import DataError
+from ffgym.errors import DataError, ModelError
 from ffgym.evaluation.divergence import evaluate_against, remember
 from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
 from ffgym.evaluation.perplexity import evaluate
@@ -319,6 +320,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         else:
             found = evaluate(self.prunable.model, self.windows[missing], tokens_per_batch=self.window_tokens)
             self._dense.update(zip(missing, found.losses, strict=True))
+        if broken := [i for i in missing if not math.isfinite(self._dense[i])]:
+            raise ModelError(
+                f"the loss of the dense model is not finite on {len(broken)} of {len(missing)} search windows",
+                hint="It overflows, for which --set model.dtype=float32 or bfloat16 helps, or its weights are damaged.",
+            )
 
     def _answer_dense(self, examples: Sequence[int]) -> None:
         self.prunable.restore()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ffgym.errors import FFGymError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
+from ffgym.plugins.discovery import check_needs
 from ffgym.plugins.manager import described
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
 
@@ -178,8 +179,10 @@ def check_wishes(reward: Reward) -> None:
     """Hold what a reward asks to be measured to its types; loads nothing.
 
     Raises:
-        PluginError: names that are no tuple of strings, or a count that is none.
+        PluginError: names that are no tuple of strings, a count that is none, or ``needs`` and ``worst`` that an
+            instance has set to what no class may have.
     """
+    check_needs("reward", reward.name, reward)
     for attribute in ("tasks", "resources"):
         value = getattr(reward, attribute)
         if not isinstance(value, (tuple, list)) or not all(isinstance(name, str) for name in value):

@@ -177,12 +177,21 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
     if "name" in cls.Config.model_fields:
         raise PluginError(f"{kind} {name!r}: its Config has an option 'name', and a table's `name` says which plugin")
-    needs: Any = getattr(cls, "needs", frozenset())
-    if not isinstance(needs, (set, frozenset)):
-        raise PluginError(f"{kind} {name!r}: needs is {needs!r}, not a frozenset of names")
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
-    worst: Any = getattr(cls, "worst", 0.0)
+    check_needs(kind, name, cls)
+
+
+def check_needs(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
+    """Hold ``needs``, and a reward's ``worst``, to their types: of a class, or of an instance that has set them itself.
+
+    Raises:
+        PluginError: names that are no set, or that nobody measures; a worst reward that is no finite number.
+    """
+    needs: Any = getattr(plugin, "needs", frozenset())
+    if not isinstance(needs, (set, frozenset)):
+        raise PluginError(f"{kind} {name!r}: needs is {needs!r}, not a frozenset of names")
+    worst: Any = getattr(plugin, "worst", 0.0)
     if kind == "reward" and not (isinstance(worst, (int, float)) and math.isfinite(worst)):
         raise PluginError(f"reward {name!r}: worst is {worst!r}, not a finite number")
     known, called = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")

@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 
 import ffgym
-from ffgym.errors import BudgetError, DataError, PluginError
+from ffgym.errors import BudgetError, DataError, ModelError, PluginError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.surgery import PrunableModel
 from ffgym.pruning.calibration import PlainPath
@@ -224,6 +224,17 @@ class TestFailures:
         assert not math.isfinite(info["loss"])
         assert math.isfinite(info["dense_loss"])
         assert env.prunable.kept == env.prunable.dense_units
+
+    @pytest.mark.parametrize("loss", [math.nan, math.inf])
+    def test_a_dense_model_whose_loss_is_no_number_is_refused(self, env, loss):
+        with torch.no_grad():
+            env.prunable.model.get_output_embeddings().weight[0] = loss
+        env.reset(seed=0)
+        with pytest.raises(
+            ModelError, match="loss of the dense model is not finite on 2 of 2 search windows"
+        ) as raised:
+            env.step(ACTION)
+        assert "model.dtype" in raised.value.hint
 
     def test_a_reward_may_have_another_worst(self, env):
         class Logarithmic(ffgym.Reward):

@@ -214,13 +214,17 @@ def test_objectives_keep_their_names_and_their_order() -> None:
         ("resources", (1,), r"resources is \(1,\), not a tuple of names"),
         ("examples", 0, "examples is 0, not a whole number of at least 1"),
         ("pareto", "8", "pareto is '8', not a whole number of at least 0"),
+        ("needs", ["kl"], r"needs is \['kl'\], not a frozenset of names"),
+        ("needs", frozenset({"KL"}), r"needs unknown measurements \['KL'\]"),
+        ("worst", None, "worst is None, not a finite number"),
+        ("worst", -math.inf, "worst is -inf, not a finite number"),
     ],
 )
 def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, said: str) -> None:
     reward = Number(1.0)
     check_wishes(reward)
     setattr(reward, attribute, value)
-    with pytest.raises(PluginError, match=f"reward 'number' .*{said}"):
+    with pytest.raises(PluginError, match=f"reward 'number'.*{said}"):
         check_wishes(reward)
 
 
