@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ffgym.config import RunConfig
 from ffgym.config_file import first_difference, load_config
@@ -25,7 +30,8 @@ WRITTEN = frozenset(
 # Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
 WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
-WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", "latency.json"})
+LOCK = ".lock"  # of the run that writes into a folder
+WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", "latency.json", LOCK})
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -35,13 +41,11 @@ def claim_folder(config: RunConfig) -> Path:
         OutputError: occupied, or it cannot be made or written.
     """
     out = config.output
-    if out.dir is None:
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = Path("runs") / f"{stamp}-{config.agent.name}-{config.criterion.name}"
-    else:
-        folder = Path(out.dir).expanduser()
+    folder = Path("runs" if out.dir is None else out.dir).expanduser()
     try:
-        if folder.is_dir() and any(folder.iterdir()):
+        if out.dir is None:
+            folder = _new_folder(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{config.agent.name}-{config.criterion.name}")
+        if folder.is_dir() and contents(folder):
             if not out.overwrite:
                 raise OutputError(
                     f"the output folder {folder} exists and is not empty",
@@ -57,6 +61,44 @@ def claim_folder(config: RunConfig) -> Path:
             hint="Choose a folder on a disk that is writable and has room, with --output DIR.",
         ) from error
     return folder.resolve()
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make a folder of that name, or with a number behind it where another run has just made one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, by name; not the lock of a run that is writing, or was killed while it wrote."""
+    return sorted(path for path in folder.iterdir() if path.name != LOCK)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while this one writes into it; a run that was killed keeps nobody out.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OutputError(
+            f"another run is writing into {folder}",
+            hint="Let it end or stop it, or choose another folder with --output DIR.",
+        ) from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def stored_config(folder: Path) -> RunConfig:
@@ -118,18 +160,32 @@ def _require_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def mlflow_run(folder: Path) -> str | None:
-    """The MLflow run that the sessions of this folder's run write to; ``None`` where there is none."""
+@dataclass(frozen=True)
+class Session:
+    """What a later session of a run must know of the earlier ones: the file ``run.json``.
+
+    Attributes:
+        mlflow_run: the MLflow run that they write to; ``None`` where there is none.
+        dtype: what ``model.dtype = "auto"`` came to; ``None`` where the model has not been loaded.
+    """
+
+    mlflow_run: str | None = None
+    dtype: str | None = None
+
+
+def last_session(folder: Path) -> Session:
+    """What the sessions of this folder's run have noted."""
     try:
-        run_id = json.loads((folder / "run.json").read_text(encoding="utf-8"))["mlflow_run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return run_id if isinstance(run_id, str) else None
+        noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        known = {key: noted.get(key) for key in ("mlflow_run", "dtype")}
+    except (OSError, ValueError, AttributeError):
+        return Session()
+    return Session(**{key: value for key, value in known.items() if isinstance(value, str)})
 
 
-def note_mlflow_run(folder: Path, run_id: str | None) -> None:
+def note_session(folder: Path, session: Session) -> None:
     """Remember it for later sessions."""
-    write_text(folder / "run.json", json.dumps({"mlflow_run": run_id}) + "\n")
+    write_text(folder / "run.json", json.dumps(asdict(session)) + "\n")
 
 
 def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
@@ -156,7 +212,7 @@ def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
 
 def _refuse_what_is_foreign(folder: Path) -> None:
     """Refuse to clear a folder that holds what no run wrote, e.g. somebody's project."""
-    names = [LEFTOVER.sub(r"\1", path.name) for path in sorted(folder.iterdir())]
+    names = [LEFTOVER.sub(r"\1", path.name) for path in contents(folder)]
     foreign = [name for name in names if name not in WRITTEN and not WRITTEN_PER_POINT.fullmatch(name)]
     if foreign or not (folder / "config.toml").exists():
         what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
@@ -173,7 +229,7 @@ def clear_folder(folder: Path) -> None:
         OutputError: something came into it since that no run writes.
     """
     _refuse_what_is_foreign(folder)
-    for path in folder.iterdir():
+    for path in contents(folder):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -186,9 +242,11 @@ def removing_if_nothing_found(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        # A log that was opened and holds no episode is empty.
-        if {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size} <= WITHOUT_FINDINGS:
-            shutil.rmtree(folder)
+        if folder.is_dir():  # nobody has deleted it meanwhile
+            # A log that was opened and holds no episode is empty.
+            found = {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size}
+            if found <= WITHOUT_FINDINGS:
+                shutil.rmtree(folder)
         raise
 
 

@@ -6,7 +6,7 @@ model, data -> statistics -> order -> refits -> search -> final calibration -> r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,10 +48,13 @@ from ffgym.results import (
     with_recovered,
 )
 from ffgym.run_folder import (
+    Session,
     claim_folder,
     clear_folder,
-    mlflow_run,
-    note_mlflow_run,
+    contents,
+    held,
+    last_session,
+    note_session,
     removing_if_nothing_found,
     reopen_folder,
     saying_what_is_kept,
@@ -137,34 +140,39 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
     config = configured.with_options(config)
     agent = make_agent(config)
     folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
-    earlier_run = None if resume is None else mlflow_run(folder)
+    earlier = Session() if resume is None else last_session(folder)
     tracking = config.tracking
-    overwriting = resume is None and any(folder.iterdir())
+    overwriting = resume is None and bool(contents(folder))
     with (
-        Tracker(tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=earlier_run) as tracker,
+        held(folder),
+        Tracker(
+            tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=earlier.mlflow_run
+        ) as tracker,
         disk_errors(),
-        removing_if_nothing_found(folder) if resume is None else nullcontext(),
         ExitStack() as stack,
     ):
+        if resume is None and not overwriting:
+            stack.enter_context(removing_if_nothing_found(folder))
         text = to_toml(config, configured.meanings(config))
         tracker.log_config(config.model_dump(mode="json"), text)
 
         def begin() -> None:
             """From here on the folder is this run's."""
             write_text(folder / "config.toml", text)
-            note_mlflow_run(folder, tracker.run_id)
+            note_session(folder, replace(earlier, mlflow_run=tracker.run_id or earlier.mlflow_run))
             stack.enter_context(saying_what_is_kept(folder, say.say))
 
         if not overwriting:
             begin()
-        prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
-        space = open_workspace(config, [*prior, *reference_rules(config).values()], say)
+        space = _open(config, earlier.dtype, say)
         material = None
         if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
             material = gather(config, space.loaded.tokenizer, space.loaded.context_limit, space.splits)
         if overwriting:  # not before: what cannot be loaded must not cost an earlier run its results
             clear_folder(folder)
+            stack.enter_context(removing_if_nothing_found(folder))
             begin()
+        note_session(folder, Session(tracker.run_id or earlier.mlflow_run, space.loaded.dtype_name))
         table, main, saved, front = _find_and_save(space, agent, tracker, folder, say)
         recovered = None
         if material is not None and saved is not None:
@@ -178,6 +186,15 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         if front is not None:
             write_front(tracker, front, folder)
         return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
+
+
+def _open(config: RunConfig, dtype: str | None, say: Reporter) -> Workspace:
+    """The run's workspace, in the dtype that ``auto`` came to in an earlier session: now it may come to another."""
+    prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
+    settled = config
+    if dtype is not None and config.model.dtype == "auto":
+        settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    return replace(open_workspace(settled, [*prior, *reference_rules(config).values()], say), config=config)
 
 
 def _find_and_save(

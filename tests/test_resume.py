@@ -29,8 +29,9 @@ from ffgym.config_file import first_difference
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.episode_log import read_log
 from ffgym.errors import ConfigError, DataError, OutputError
+from ffgym.models import placement
 from ffgym.plugins import discovery
-from ffgym.run_folder import mlflow_run
+from ffgym.run_folder import held, last_session
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}
@@ -201,7 +202,7 @@ def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps
         go(config(tmp_path, tracking=TRACKED))
     (killed,) = runs(root)
     assert killed.info.status == "KILLED"
-    assert mlflow_run(tmp_path / "out") == killed.info.run_id
+    assert last_session(tmp_path / "out").mlflow_run == killed.info.run_id
     steps[0] = 10**6
     result, _ = go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
@@ -240,7 +241,7 @@ def test_without_its_mlflow_run_a_new_one_gets_everything(tmp_path: Path, steps:
     steps[0] = 6
     with pytest.raises(KeyboardInterrupt):
         go(config(tmp_path, tracking=TRACKED))
-    old = mlflow_run(tmp_path / "out")
+    old = last_session(tmp_path / "out").mlflow_run
     if lost == "deleted":
         client(root).delete_run(old)
     elif lost == "another store":
@@ -251,8 +252,47 @@ def test_without_its_mlflow_run_a_new_one_gets_everything(tmp_path: Path, steps:
     tracked = {**TRACKED, "root": str(root)}
     result, _ = go(config(tmp_path, tracking=tracked), resume=tmp_path / "out")
     assert result.mlflow_run not in (None, old)
-    assert mlflow_run(tmp_path / "out") == result.mlflow_run
+    assert last_session(tmp_path / "out").mlflow_run == result.mlflow_run
     assert len(client(root).get_metric_history(result.mlflow_run, "search/reward")) == EPISODES
+
+
+def test_a_session_without_tracking_does_not_lose_the_mlflow_run(tmp_path: Path, steps: list[int]) -> None:
+    root = new_store(tmp_path / "mlruns")
+    for enabled, resumed in ((True, None), (False, tmp_path / "out")):
+        steps[0] = len(steps) + 2
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, tracking={"enabled": enabled}), resume=resumed)
+    steps[0] = 10**6
+    result, _ = go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
+    (run,) = runs(root)
+    assert result.mlflow_run == run.info.run_id
+    assert len(client(root).get_metric_history(result.mlflow_run, "search/reward")) == EPISODES
+
+
+def test_a_run_is_never_made_of_two_dtypes(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` is a probe, and a busy machine may answer otherwise in the next session."""
+    auto = {**glass_tables(tmp_path)["model"], "dtype": "auto"}
+    whole, _ = go(config(tmp_path / "whole", model={**auto, "dtype": "float32"}))
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 1.0)
+    steps[0] = len(steps) + 4
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path, model=auto))
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
+    steps[0] = 10**6
+    result, said = go(config(tmp_path, model=auto), resume=tmp_path / "out")
+    assert "float32 on cpu" in said
+    assert [e.loss for e in result.found.history] == [e.loss for e in whole.found.history]
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    steps[0] = 10**6
+    with held(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing into"):
+        go(config(tmp_path), resume=tmp_path / "out")
+    go(config(tmp_path), resume=tmp_path / "out")
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 # what cannot go on

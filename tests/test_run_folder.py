@@ -12,7 +12,14 @@ from ffgym.config import RunConfig
 from ffgym.config_file import load_config
 from ffgym.errors import OutputError
 from ffgym.files import write_text
-from ffgym.run_folder import claim_folder, clear_folder, removing_if_nothing_found, saying_what_is_kept
+from ffgym.run_folder import (
+    LOCK,
+    claim_folder,
+    clear_folder,
+    held,
+    removing_if_nothing_found,
+    saying_what_is_kept,
+)
 
 
 def full_disk(self: Path, *_: object, **__: object) -> None:
@@ -133,3 +140,25 @@ def test_what_came_into_a_claimed_folder_since_is_not_cleared(tmp_path: Path) ->
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(OutputError, match=r"thesis\.tex, which ffgym did not write"):
         clear_folder(folder)
+
+
+def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: claim_folder(load_config()), range(8)))
+    assert len(set(folders)) == 8
+    assert all(folder.parent == tmp_path / "runs" for folder in folders)
+
+
+def test_a_folder_is_held_by_one_run_and_not_by_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()  # what a kill leaves
+    assert claim_folder(load_config(output={"dir": str(tmp_path)})) == tmp_path, "nothing is in it"
+    with held(tmp_path), pytest.raises(OutputError, match="another run is writing into"), held(tmp_path):
+        raise AssertionError("held twice")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_deleted_meanwhile_hides_no_error(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), removing_if_nothing_found(folder):
+        raise KeyboardInterrupt

@@ -536,6 +536,16 @@ def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
     check_reloaded(again)
 
 
+def test_what_cannot_be_loaded_costs_nobody_a_config_of_their_own(tmp_path: Path) -> None:
+    config = glass_config(tmp_path, output={"overwrite": True})
+    folder = Path(str(config.output.dir))
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("# written by hand\n")
+    with pytest.raises(ModelError):
+        finish(config.model_copy(update={"model": config.model.model_copy(update={"name": str(tmp_path / "nothing")})}))
+    assert (folder / "config.toml").read_text() == "# written by hand\n"
+
+
 def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one is refused while the first still loads."""
     load_parts, refused = workspace.load_parts, []
