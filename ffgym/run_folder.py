@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -268,5 +269,5 @@ def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[No
         else:
             say("interrupted before the first episode had ended: there is nothing to keep")
             raise
-        say(f"go on where it stopped: ffgym run --resume {folder}")
+        say(f"go on where it stopped: ffgym run --resume {shlex.quote(str(folder))}")
         raise
