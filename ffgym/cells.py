@@ -12,18 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig
 from ffgym.config_file import digest, settings, to_toml
-from ffgym.files import disk_errors, write_text
+from ffgym.files import alone, disk_errors, write_text
 from ffgym.finals import finalists
 from ffgym.plugins import configured
 from ffgym.plugins.bases import Agent
@@ -109,20 +109,14 @@ class CellRunner:
     def __call__(self, job: Job) -> None:
         """Compute one cell and write its file, unless another bench does or has done so since."""
         cell, folder = job.cell, job.cell.config.tracking.folder / "bench"
-        lock = FileLock(folder / f"{cell.key}.lock")
-        with disk_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
+        with ExitStack() as stack:
+            with disk_errors():
+                folder.mkdir(parents=True, exist_ok=True)
+                mine = stack.enter_context(alone(folder / f"{cell.key}.lock"))
+            if not mine:
                 self._say.say(f"{cell.label}, seed {cell.seed}: left to another bench that is computing it")
-                return
-        try:
-            if not cell.path.exists():
+            elif not cell.path.exists():
                 self._prepare_and_compute(job, folder)
-            Path(lock.lock_file).unlink(missing_ok=True)  # who has it open already finds the result
-        finally:
-            lock.release()
 
     def _prepare_and_compute(self, job: Job, folder: Path) -> None:
         cell = job.cell

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +98,21 @@ def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
     except ConfigError as error:
         return [error.message]
     now = flatten(settings(config))
-    return [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r} now"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key)
-    ]
+    changes = sorted(_differences(then, now), key=lambda change: change[0])
+    return [f"{key} was {before!r} and is {after!r} now" for key, before, after in changes]
 
 
 def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
     """Where two configurations first differ in what decides a run: (key, value in one, in the other)."""
     left, right = (flatten(config.model_dump(exclude={"output", "tracking"})) for config in (one, other))
-    for key in [*left, *right]:
-        if left.get(key) != right.get(key):
-            return key, left.get(key), right.get(key)
-    return None
+    return next(_differences(left, right), None)
+
+
+def _differences(one: JSONDict, other: JSONDict) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in one, in the other) wherever two flat tables differ, in the order of their keys."""
+    for key in dict.fromkeys([*one, *other]):
+        if one.get(key) != other.get(key):
+            yield key, one.get(key), other.get(key)
 
 
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> JSONDict:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ffgym.errors import OutputError
 
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
@@ -87,3 +89,26 @@ def disk_errors() -> Iterator[None]:
             f"cannot write {error.filename or 'results'}: {error.strerror}",
             hint="Make room on the disk, or choose another folder with --output DIR.",
         ) from error
+
+
+@contextmanager
+def alone(lock_file: Path) -> Iterator[bool]:
+    """Hold a lock for the block, or learn at once that another process does; a process that is killed holds none.
+
+    Args:
+        lock_file: made for the block, gone afterwards; its folder must be there.
+
+    Yields:
+        whether the lock is held.
+    """
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock_file.unlink(missing_ok=True)
+        lock.release()

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from ffgym.config import RunConfig
 from ffgym.config_file import first_difference, load_config
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import write_text
+from ffgym.files import alone, write_text
 from ffgym.plugins import configured
 
 # What a run writes: --overwrite clears these and nothing else.
@@ -69,7 +66,7 @@ def _new_folder(parent: Path, name: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             folder.mkdir()
             break
     return folder
@@ -87,19 +84,19 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another run holds it.
     """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise OutputError(
-            f"another run is writing into {folder}",
-            hint="Let it end or stop it, or choose another folder with --output DIR.",
-        ) from None
-    try:
+    with alone(folder / LOCK) as mine:
+        if not mine:
+            raise OutputError(
+                f"another run is writing into {folder}",
+                hint="Let it end or stop it, or choose another folder with --output DIR.",
+            )
         yield
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove models that were being written when the run was killed; the folder must be held, or one may be alive."""
+    for path in folder.glob(".model*.part-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def stored_config(folder: Path) -> RunConfig:
@@ -149,8 +146,6 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
         raise OutputError(
             f"cannot write to {folder}: {error.strerror or error}", hint="Make the folder writable."
         ) from error
-    for path in folder.glob(".model*.part-*"):  # a model that was being written when the run was killed
-        shutil.rmtree(path, ignore_errors=True)
     return folder.resolve()
 
 

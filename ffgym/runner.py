@@ -55,6 +55,7 @@ from ffgym.run_folder import (
     held,
     last_session,
     note_session,
+    remove_half_written,
     removing_if_nothing_found,
     reopen_folder,
     saying_what_is_kept,
@@ -151,15 +152,18 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         disk_errors(),
         ExitStack() as stack,
     ):
-        if resume is None and not overwriting:
+        if resume is not None:
+            remove_half_written(folder)
+        elif not overwriting:
             stack.enter_context(removing_if_nothing_found(folder))
+        session = Session(tracker.run_id or earlier.mlflow_run, earlier.dtype)
         text = to_toml(config, configured.meanings(config))
         tracker.log_config(config.model_dump(mode="json"), text)
 
         def begin() -> None:
             """From here on the folder is this run's."""
             write_text(folder / "config.toml", text)
-            note_session(folder, replace(earlier, mlflow_run=tracker.run_id or earlier.mlflow_run))
+            note_session(folder, session)
             stack.enter_context(saying_what_is_kept(folder, say.say))
 
         if not overwriting:
@@ -172,7 +176,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
             clear_folder(folder)
             stack.enter_context(removing_if_nothing_found(folder))
             begin()
-        note_session(folder, Session(tracker.run_id or earlier.mlflow_run, space.loaded.dtype_name))
+        note_session(folder, replace(session, dtype=space.loaded.dtype_name))
         table, main, saved, front = _find_and_save(space, agent, tracker, folder, say)
         recovered = None
         if material is not None and saved is not None:

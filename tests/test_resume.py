@@ -289,9 +289,13 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, steps: list[int])
     with pytest.raises(KeyboardInterrupt):
         go(config(tmp_path))
     steps[0] = 10**6
+    half = tmp_path / "out" / ".model.part-0123abcd"
+    half.mkdir()
     with held(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing into"):
         go(config(tmp_path), resume=tmp_path / "out")
+    assert half.exists(), "the run that is alive goes on writing it"
     go(config(tmp_path), resume=tmp_path / "out")
+    assert not half.exists(), "nobody goes on writing it"
     assert not (tmp_path / "out" / ".lock").exists()
 
 

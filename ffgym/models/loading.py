@@ -170,18 +170,12 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"folder {str(folder)!r} holds no tokenizer",
             hint="Copy tokenizer.json and tokenizer_config.json of the dense model into it.",
         )
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # damaged files fail in as many ways as there are parsers
-        raise _loading_error(error, str(folder), str(folder)) from error
+    return _tokenizer(str(folder), str(folder), trust_remote_code=False)
 
 
 def _locate(name: str) -> tuple[str, str]:
@@ -285,7 +279,7 @@ def _pickled(name: str, target: Path) -> ModelError:
 def _load_checkpoint(
     source: str, name: str, revision: str | None, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     origin = {"revision": revision or "main", "trust_remote_code": False}
     try:
@@ -300,13 +294,20 @@ def _load_checkpoint(
                 **options,
                 **origin,
             )
-            _check_complete(name, model, report)
-            if Path(source).is_dir():
-                return model, load_tokenizer(Path(source))
-            local = options.get("local_files_only", False)
-            return model, AutoTokenizer.from_pretrained(source, local_files_only=local, **origin)
-    except ModelError:
-        raise
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        raise _loading_error(error, source, name) from error
+    _check_complete(name, model, report)
+    if Path(source).is_dir():
+        return model, load_tokenizer(Path(source))
+    return model, _tokenizer(source, name, local_files_only=options.get("local_files_only", False), **origin)
+
+
+def _tokenizer(source: str, name: str, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # damaged files fail in as many ways as there are parsers
         raise _loading_error(error, source, name) from error
 

@@ -24,6 +24,7 @@ import torch
 
 from ffgym.errors import CalibrationError
 from ffgym.pruning.precision import in_float64
+from ffgym.pruning.statistics import OVERFLOW_HINT
 
 RIDGE_GRID = (1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_LEVELS = (0.9, 0.75, 0.5)
@@ -100,10 +101,7 @@ def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
         CalibrationError: not positive definite even so, or not finite.
     """
     if not torch.isfinite(moment).all():
-        raise CalibrationError(
-            "the inputs' second moment holds NaN or infinity",
-            hint="The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16.",
-        )
+        raise CalibrationError("the inputs' second moment holds NaN or infinity", hint=OVERFLOW_HINT)
     regularised = moment.clone()
     regularised.diagonal().add_(ridge * scale(moment))
     lower: torch.Tensor

@@ -10,7 +10,7 @@ from ffgym.types import LayerStats
 
 INPUT_STATISTICS = frozenset({"mean", "square", "second_moment"})
 GRADIENT_STATISTICS = frozenset({"gradient", "output_gradient"})
-OVERFLOW_HINT = "The model overflows there: use --set model.dtype=float32 or bfloat16."
+OVERFLOW_HINT = "The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16."
 
 
 class Moments:
