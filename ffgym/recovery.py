@@ -22,7 +22,8 @@ from ffgym.data.splits import Splits, make_splits, windows_digest
 from ffgym.envs.building import tokens_per_batch
 from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.checkpoint import Checkpoint, held_back_interrupts, weights_digest
+from ffgym.interrupts import held_back_interrupts
+from ffgym.models.checkpoint import Checkpoint, weights_digest
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
 from ffgym.models.export import SavedModel, is_stock, load_line, refuse_occupied, save_again
 from ffgym.models.families import dense_or_pruned_family_of

@@ -15,6 +15,8 @@ import pytest
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow_store import client, new_store
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from ffgym.errors import TrackingError
 from ffgym.tracking.store import tracking_uri
@@ -101,6 +103,45 @@ def test_ctrl_c_while_the_run_is_being_finished_marks_it_killed(root, monkeypatc
     monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", interrupted_once)
     with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
         pass
+    assert run_of(root, tracker).info.status == "KILLED"
+
+
+@pytest.fixture
+def ctrl_c_after():
+    """Makes Ctrl-C come once, right after a statement of SQL that begins with given words has been executed."""
+    due = []
+
+    def executed(connection, cursor, statement, *_):
+        if due and statement.startswith(due[0]):
+            due.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    event.listen(Engine, "after_cursor_execute", executed)
+    yield due.append
+    event.remove(Engine, "after_cursor_execute", executed)
+    assert not due, "that was never executed"
+
+
+def test_ctrl_c_in_the_middle_of_a_write_does_not_leave_the_store_locked(root, ctrl_c_after):
+    ctrl_c_after("INSERT INTO metrics")
+    with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_episodes([episode(0)])
+    run = run_of(root, tracker)
+    assert run.info.status == "KILLED"
+    assert run.data.metrics["search/reward"] == 0.5
+    with Tracker(root, "ffgym", "next"):
+        pass
+
+
+@pytest.mark.parametrize("words", ["INSERT INTO runs", "UPDATE runs"], ids=["new", "resumed"])
+def test_ctrl_c_while_a_run_is_opened_marks_it_killed(root, ctrl_c_after, words):
+    with Tracker(root, "ffgym", "run") as first:
+        pass
+    tracker = Tracker(root, "ffgym", "run", resume=first.run_id if words.startswith("UPDATE") else None)
+    ctrl_c_after(words)
+    with pytest.raises(KeyboardInterrupt), tracker:
+        raise AssertionError("interrupted before")
+    assert (tracker.run_id == first.run_id) == words.startswith("UPDATE")
     assert run_of(root, tracker).info.status == "KILLED"
 
 

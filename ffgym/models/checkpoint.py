@@ -6,14 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -215,19 +211,3 @@ def own_randomness(seed: int, devices: Collection[torch.device]) -> Iterator[Non
         yield
     finally:
         set_random_state(before, devices)
-
-
-@contextmanager
-def held_back_interrupts() -> Iterator[None]:
-    """Let Ctrl-C wait until a block that must not be left half done has ended."""
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield
-        return
-    seen: list[tuple[int, FrameType | None]] = []
-    before: Any = signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if seen and callable(before):
-        before(*seen[-1])

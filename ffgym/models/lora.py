@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from ffgym.errors import RecoveryError, raising_if_out_of_memory
+from ffgym.interrupts import held_back_interrupts
 from ffgym.models.checkpoint import (
     Checkpoint,
-    held_back_interrupts,
     own_randomness,
     random_state,
     set_random_state,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.errors import TrackingError
+from ffgym.interrupts import held_back_interrupts
 
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
@@ -67,6 +68,10 @@ def shown(uri: str) -> str:
     return _without_password(uri).removeprefix("sqlite:///")
 
 
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
 def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//***@", text)
 
@@ -95,6 +100,14 @@ def require_writable(root: Path) -> None:
     with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
+
+
+def whole(uri: str) -> contextlib.AbstractContextManager[None]:
+    """Let Ctrl-C wait until the block is done with a database: broken off half way, a transaction keeps it locked.
+
+    A second Ctrl-C does not wait, and a server's answer, which may take minutes, is not waited for at all.
+    """
+    return contextlib.nullcontext() if _is_server(uri) else held_back_interrupts(first_only=True)
 
 
 @contextlib.contextmanager
@@ -132,7 +145,7 @@ def _reason(error: Exception) -> str:
 
 
 def _next_step(uri: str, reason: str) -> str:
-    if uri.startswith(("http://", "https://")):
+    if _is_server(uri):
         return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
     for sign, step in (
         ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),

@@ -28,6 +28,7 @@ from ffgym.tracking.store import (
     shown,
     tracking_uri,
     translated,
+    whole,
 )
 from ffgym.types import Episode, JSONDict
 
@@ -97,11 +98,18 @@ class Tracker:
                 _fill(self._reserve)
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
-            self._client = import_mlflow().MlflowClient(tracking_uri=self._uri)
-            experiment = self._experiment_id()
-            tags = {} if self._parent is None else {PARENT_TAG: self._parent}
-            run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
-            self.run_id = run.info.run_id
+            mlflow = import_mlflow()
+            try:
+                with whole(self._uri):
+                    self._client = mlflow.MlflowClient(tracking_uri=self._uri)
+                    experiment = self._experiment_id()
+                    tags = {} if self._parent is None else {PARENT_TAG: self._parent}
+                    run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
+                    self.run_id = run.info.run_id
+            except KeyboardInterrupt:
+                if self.run_id is not None:
+                    self._terminate("KILLED")
+                raise
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
         return self
 
@@ -282,7 +290,7 @@ class Tracker:
         if self._logged is None or self.run_id is None:
             return episodes
         if metric not in self._logged:
-            with translated(self._uri, "read the MLflow store"):
+            with whole(self._uri), translated(self._uri, "read the MLflow store"):
                 history = self._client.get_metric_history(self.run_id, metric)
             self._logged[metric] = max((point.step for point in history), default=-1)
         return [episode for episode in episodes if episode.index > self._logged[metric]]
@@ -320,7 +328,7 @@ class Tracker:
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
         """Call a method of MLflow's client on this run."""
-        with translated(self._uri, "write to the MLflow store"):
+        with whole(self._uri), translated(self._uri, "write to the MLflow store"):
             getattr(self._client, method)(self.run_id, *args, **kwargs)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from ffgym.errors import OutputError, RecoveryError
 from ffgym.models import checkpoint as module
 from ffgym.models.checkpoint import (
     Checkpoint,
-    held_back_interrupts,
     own_randomness,
     random_state,
     set_random_state,
@@ -142,17 +139,6 @@ def test_every_gpu_has_a_random_state_of_its_own(monkeypatch: pytest.MonkeyPatch
     states.update(dict.fromkeys(states, torch.tensor([7])))
     set_random_state(before, devices)
     assert {device.index: int(state) for device, state in states.items()} == {0: 0, 1: 1}
-
-
-def test_ctrl_c_waits_for_the_end_of_a_block() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the block is what is tested)
-        with held_back_interrupts():
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("block")
-        done.append("after")
-    assert done == ["block"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_digest_follows_the_weights(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Ctrl-C waits for the end of a block that must not be left half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def held_back_interrupts(*, first_only: bool = False) -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended.
+
+    Args:
+        first_only: a second Ctrl-C does not wait, for a block that may hang.
+    """
+    before: Any = signal.getsignal(signal.SIGINT)
+    # Signals reach the main thread alone. None: a handler that Python did not set, and could not set again.
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    held = 0
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal held
+        held += 1
+        if first_only and held > 1 and callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from ffgym.interrupts import held_back_interrupts
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_block() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the block is what is tested)
+        with held_back_interrupts():
+            interrupt()
+            interrupt()
+            done.append("block")
+        done.append("after")
+    assert done == ["block"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_need_not_wait() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_back_interrupts(first_only=True):  # noqa: PT012
+        interrupt()
+        done.append("first")
+        interrupt()
+        done.append("second")
+    assert done == ["first"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_block_without_ctrl_c_and_one_in_another_thread_change_nothing() -> None:
+    done = []
+
+    def block() -> None:
+        with held_back_interrupts():
+            done.append(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+
+    block()
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    assert done == [False, True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held_back_interrupts(first_only=True):
+            interrupt()
+            interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
