@@ -1,13 +1,17 @@
-"""Ctrl-C waits for the end of a block that must not be left half done."""
+"""Ctrl-C: it waits for the end of what must not be left half done, and it is never lost."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+AGAIN_SECONDS = 0.05  # until what the first one came in the middle of has long ended
 
 
 @contextmanager
@@ -37,3 +41,23 @@ def held_back_interrupts(*, first_only: bool = False) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if held:
         signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def lost_interrupts_sent_again() -> Iterator[None]:
+    """Send Ctrl-C again where Python drops it: in callbacks of weak references, of which torch runs many."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+            again.daemon = True
+            again.start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

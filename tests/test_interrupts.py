@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+import weakref
 
 import pytest
 
-from ffgym.interrupts import held_back_interrupts
+from ffgym.interrupts import held_back_interrupts, lost_interrupts_sent_again
 
 
 def interrupt() -> None:
@@ -60,3 +64,27 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Referred:
+    """What a weak reference can point at."""
+
+
+def test_ctrl_c_in_the_callback_of_a_weak_reference_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = Referred()
+    reference = weakref.ref(kept, lambda _: interrupt())
+    with pytest.raises(KeyboardInterrupt), lost_interrupts_sent_again():  # noqa: PT012 (the block is what is tested)
+        del kept
+        assert reference() is None
+        time.sleep(10)
+    assert capsys.readouterr().err == ""
+
+
+def test_another_exception_there_is_told_as_before() -> None:
+    code = (
+        "import weakref\nfrom ffgym.interrupts import lost_interrupts_sent_again\nclass Referred: pass\n"
+        "kept = Referred()\nreference = weakref.ref(kept, lambda _: 1 / 0)\n"
+        "with lost_interrupts_sent_again():\n    del kept"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "ZeroDivisionError" in done.stderr) == (0, True)
