@@ -39,18 +39,29 @@ def held_back_interrupts(*, first_only: bool = False) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if held:
-        signal.raise_signal(signal.SIGINT)
+    if held and callable(before):
+        before(signal.SIGINT, None)
+
+
+def as_interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle another signal as if it were Ctrl-C."""
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(number, frame)
 
 
 @contextmanager
-def lost_interrupts_sent_again() -> Iterator[None]:
-    """Send Ctrl-C again where Python drops it: in callbacks of weak references, of which torch runs many."""
+def lost_interrupts_sent_again(number: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """Send Ctrl-C again where Python drops it: in callbacks of weak references, of which torch runs many.
+
+    Args:
+        number: the signal that Ctrl-C comes as.
+    """
     before = sys.unraisablehook
 
     def hook(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
+            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
             again.daemon = True
             again.start()
         else:

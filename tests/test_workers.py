@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from ffgym.errors import OutputError, UnknownNameError, WorkerError
+from ffgym.interrupts import held_back_interrupts
 from ffgym.report.progress import Reporter
-from ffgym.workers import work
+from ffgym.workers import SECONDS_TO_END, work
 
 Job = tuple[str, Path]
 
@@ -70,6 +71,13 @@ class Doer:
             with path.open("a") as file:
                 file.write(" interrupted")
             raise
+
+    def _hold(self, path: Path) -> None:
+        with held_back_interrupts():
+            path.write_text(str(os.getpid()))
+            time.sleep(0.5)
+            path.write_text(f"{os.getpid()} whole")
+        time.sleep(60)
 
     def _fail(self, path: Path) -> None:
         _until(path.with_name("waiting").exists)
@@ -150,6 +158,16 @@ def test_a_failure_arrives_as_it_was_and_interrupts_the_others(tmp_path: Path) -
     assert interrupted == "interrupted"
     assert _gone(int(process))
     assert not (tmp_path / "never").exists()
+
+
+def test_what_must_not_be_left_half_done_is_done_whole(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(OutputError, match="no room"):
+        run(("hold", tmp_path / "waiting"), ("fail", tmp_path / "x"))
+    process, whole = (tmp_path / "waiting").read_text().split()
+    assert whole == "whole"
+    assert _gone(int(process))
+    assert time.monotonic() - began < SECONDS_TO_END
 
 
 @pytest.mark.parametrize(

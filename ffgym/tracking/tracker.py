@@ -88,29 +88,13 @@ class Tracker:
         self._reserve: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        if not self._enabled:
-            return self
-        told = translated(self._uri, "open the MLflow store")
-        with told, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
-            if self._uri == own_uri(self._root):
-                require_writable(self._root)
-                self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root))
-                _fill(self._reserve)
-                # Processes that make one database at once would each stumble over tables of the other.
-                opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
-            mlflow = import_mlflow()
+        if self._enabled:
             try:
-                with whole(self._uri):
-                    self._client = mlflow.MlflowClient(tracking_uri=self._uri)
-                    experiment = self._experiment_id()
-                    tags = {} if self._parent is None else {PARENT_TAG: self._parent}
-                    run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
-                    self.run_id = run.info.run_id
+                self._open()
             except KeyboardInterrupt:
                 if self.run_id is not None:
                     self._terminate("KILLED")
                 raise
-            on_failure.pop_all()  # from here on, leaving the block closes the reserve
         return self
 
     def __exit__(
@@ -263,6 +247,25 @@ class Tracker:
         batch = [entities.RunTag(key, _cut(value, TAG_CHARACTERS)) for key, value in tags.items()]
         for start in range(0, len(batch), PARAMS_PER_BATCH):
             self._write("log_batch", tags=batch[start : start + PARAMS_PER_BATCH])
+
+    def _open(self) -> None:
+        """Open the store and begin the run."""
+        told = translated(self._uri, "open the MLflow store")
+        with told, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
+            if self._uri == own_uri(self._root):
+                require_writable(self._root)
+                self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root))
+                _fill(self._reserve)
+                # Processes that make one database at once would each stumble over tables of the other.
+                opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
+            mlflow = import_mlflow()
+            with whole(self._uri):
+                self._client = mlflow.MlflowClient(tracking_uri=self._uri)
+                experiment = self._experiment_id()
+                tags = {} if self._parent is None else {PARENT_TAG: self._parent}
+                run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
+                self.run_id = run.info.run_id
+            on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
     def _taken_up(self) -> Any:
         """The run of an earlier session, running again; ``None`` where there is none."""
