@@ -98,8 +98,9 @@ def bench(
         if not only_report:
             with disk_errors():
                 share(benches)
-                if missing := _missing(benches):
-                    runs = _open_runs(missing, stack)
+                missing = _missing(benches)
+                runs = _open_runs(benches, missing, stack)
+                if missing:
                     parents = {file: tracker.run_id for file, tracker in runs.items()}
                     compute(missing, parents, say, processes=jobs, threads=max(1, torch.get_num_threads() // jobs))
                     share(benches)
@@ -324,22 +325,25 @@ def compute(
     work(queue, CellRunner, say, processes=min(processes, len(cells)), threads=threads)
 
 
-def _open_runs(cells: Sequence[tuple[Bench, Cell]], stack: ExitStack) -> dict[Path, Tracker]:
+def _open_runs(
+    benches: Sequence[Bench], missing: Sequence[tuple[Bench, Cell]], stack: ExitStack
+) -> dict[Path, Tracker]:
     """One MLflow run per bench file that has something to compute, open until the stack is left.
 
-    A bench that was interrupted goes on in the run it had: a note says which.
+    A bench that was interrupted goes on in the run it had, even if only its table is left to write: a note says which.
 
     Raises:
         ConfigError: an agent's updates are too small for it, or there is no policy to start from.
     """
-    for _, cell in cells:
+    for _, cell in missing:
         make_agent(cell.config)  # now, and not after the cells before it have been computed
     runs: dict[Path, Tracker] = {}
-    for each, _ in cells:
-        if each.file in runs:
-            continue
+    computing = {owner.file for owner, _ in missing}
+    for each in benches:
         tracking, note = each.cells[0].config.tracking, _parent_note(each)
         earlier = note.read_text(encoding="utf-8") if note.exists() else None
+        if each.file in runs or (each.file not in computing and earlier is None):
+            continue
         run = Tracker(tracking.folder, tracking.experiment, each.spec.title, tracking.enabled, resume=earlier)
         stack.enter_context(run).log_config(each.spec.model_dump(mode="json"), each.file.read_text(encoding="utf-8"))
         if run.run_id is not None:

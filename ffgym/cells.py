@@ -25,6 +25,7 @@ from ffgym.config import RunConfig
 from ffgym.config_file import digest, settings, to_toml
 from ffgym.files import alone, disk_errors, write_text
 from ffgym.finals import finalists
+from ffgym.interrupts import held_back_interrupts
 from ffgym.plugins import configured
 from ffgym.plugins.bases import Agent
 from ffgym.policy import make_agent, policy_digest
@@ -138,14 +139,15 @@ class CellRunner:
         log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")
         watch = _Incumbents(space, agent, cell.marks)
-        with Tracker(
+        tracked = Tracker(
             config.tracking.folder,
             config.tracking.experiment,
             cell.path.stem,
             config.tracking.enabled,
             parent=parent,
             resume=note.read_text(encoding="utf-8") if note.exists() else None,
-        ) as tracker:
+        )
+        with ExitStack() as ending, tracked as tracker:
             if tracker.run_id is not None:
                 write_text(note, tracker.run_id)
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
@@ -175,10 +177,12 @@ class CellRunner:
             tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
             # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
             tracker.log_metrics([("report/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
+            # Once its file is there, nobody comes back to a cell to end its run.
+            ending.enter_context(held_back_interrupts(first_only=True))
             write_result(cell.path, result)
             tracker.log_artifact(cell.path)
-        for path in (log, note):
-            path.unlink(missing_ok=True)
+            for path in (log, note):
+                path.unlink(missing_ok=True)
 
     def _result(
         self,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -476,6 +478,35 @@ def test_ctrl_c_while_the_report_is_measured_costs_no_episode(
     assert numbers(tmp_path / "small") == {
         "reinforce-seed1": numbers(finished[0].parent / "small")["reinforce-seed1"],
     }
+
+
+def test_ctrl_c_while_a_finished_cell_is_written_leaves_nothing_open(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1], tables={"tracking": {"enabled": True}})
+    write = cells.write_result
+
+    def interrupted(path: Path, result: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write(path, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "write_result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(file)
+    assert {run.info.run_name: run.info.status for run in runs(root)} == {
+        "Small": "KILLED",
+        "reinforce-seed1": "FINISHED",
+    }
+    assert not file.with_suffix(".md").exists()
+    (again,), _ = call(file)  # only the table is left to write
+    assert [row.label for row in again.rows] == ["reinforce"]
+    parent = next(run for run in runs(root) if run.info.run_name == "Small")
+    assert (len(runs(root)), parent.info.status) == (2, "FINISHED")
+    assert "small.md" in {item.path for item in client(root).list_artifacts(parent.info.run_id)}
+    assert list((root / "bench").iterdir()) == []
+    assert numbers(tmp_path / "small")["reinforce-seed1"] == numbers(finished[0].parent / "small")["reinforce-seed1"]
 
 
 def test_a_line_cut_off_by_a_crash_is_measured_again(finished: Any, tmp_path: Path, steps: list[int]) -> None:
