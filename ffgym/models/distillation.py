@@ -97,6 +97,7 @@ def mlp_of(layer: nn.Module, family: Family) -> nn.Module | None:
     return layer.get_submodule(holder) if holder else TwoLinears(layer)
 
 
+@torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
 def distil_mlps(
     pruned: Any,
     dense: Any,

@@ -105,6 +105,7 @@ def _has_weights(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) and module.weight.numel() > 0
 
 
+@torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
 def train_lora(
     model: Any,
     family: Family,

@@ -202,6 +202,12 @@ def test_going_on_after_ctrl_c_ends_with_the_same_bits(pair: Any, texts: Any, tm
         assert torch.equal(ours, theirs)
 
 
+@torch.no_grad()  # as Ctrl-C may have left a notebook
+def test_it_trains_where_gradients_are_off(pair: Any, texts: Any) -> None:
+    models = pair()
+    assert any(fit.after < fit.before for fit in distil(models, texts, settings()))
+
+
 def test_the_seed_orders_the_tokens(pair: Any, texts: Any) -> None:
     first, same, other = pair(), pair(), pair()
     for one, seed in ((first, 0), (same, 0), (other, 1)):
