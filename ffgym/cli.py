@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from ffgym.config import PruneTable, RunConfig, TrackingTable
 from ffgym.config_file import load_config, to_toml
 from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
-from ffgym.interrupts import lost_interrupts_sent_again
+from ffgym.interrupts import interruptible
 from ffgym.plugins import built_ins, configured, manager
 from ffgym.version import __version__
 
@@ -661,5 +661,5 @@ def _strict(data: Any) -> Any:
 
 def main() -> None:
     """Be the console script ``ffgym``."""
-    with lost_interrupts_sent_again():
+    with interruptible():
         app(prog_name="ffgym")

@@ -22,8 +22,8 @@ def held_back_interrupts(*, first_only: bool = False) -> Iterator[None]:
         first_only: a second Ctrl-C does not wait, for a block that may hang.
     """
     before: Any = signal.getsignal(signal.SIGINT)
-    # Signals reach the main thread alone. None: a handler that Python did not set, and could not set again.
-    if threading.current_thread() is not threading.main_thread() or before is None:
+    # Signals reach the main thread alone; where Ctrl-C is ignored, or not Python's, there is nothing to hold back.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
     held = 0
@@ -31,7 +31,7 @@ def held_back_interrupts(*, first_only: bool = False) -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:
         nonlocal held
         held += 1
-        if first_only and held > 1 and callable(before):
+        if first_only and held > 1:
             before(number, frame)
 
     signal.signal(signal.SIGINT, hold)
@@ -39,36 +39,39 @@ def held_back_interrupts(*, first_only: bool = False) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if held and callable(before):
+    if held:
         before(signal.SIGINT, None)
 
 
-def as_interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle another signal as if it were Ctrl-C."""
-    handler = signal.getsignal(signal.SIGINT)
-    if callable(handler):
-        handler(number, frame)
-
-
 @contextmanager
-def lost_interrupts_sent_again(number: signal.Signals = signal.SIGINT) -> Iterator[None]:
-    """Send Ctrl-C again where Python drops it: in callbacks of weak references, of which torch runs many.
+def interruptible() -> Iterator[None]:
+    """What a program runs in: SIGTERM, which a cluster sends before it takes a machine away, is Ctrl-C; none is lost.
 
-    Args:
-        number: the signal that Ctrl-C comes as.
+    Python drops a Ctrl-C that comes in the callback of a weak reference, of which torch runs many: it is sent again.
     """
-    before = sys.unraisablehook
+    again: list[threading.Timer] = []
+    said, ended = sys.unraisablehook, signal.signal(signal.SIGTERM, _as_ctrl_c)
 
     def hook(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
+            again.append(threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)))
+            again[-1].start()
         else:
-            before(dropped)
+            said(dropped)
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        for timer in again:
+            timer.cancel()
+        sys.unraisablehook = said
+        signal.signal(signal.SIGTERM, ended)
+
+
+def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Also where Ctrl-C itself is ignored, as in the background of a script."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(number, frame)

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 from ffgym.errors import FFGymError, WorkerError
-from ffgym.interrupts import as_interrupt, lost_interrupts_sent_again
+from ffgym.interrupts import interruptible
 from ffgym.report.progress import Reporter
 
 J = TypeVar("J")
@@ -174,13 +174,11 @@ def _inherited(threads: int) -> Iterator[None]:
 
 def _serve(make: Make[Any], pipe: connection.Connection) -> None:
     """Be a process: do the jobs that come through the pipe, until it is closed or the starter is gone."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, as_interrupt)
     threading.Thread(target=_end_with_starter, daemon=True).start()
     os.dup2(sys.stderr.fileno(), 1)  # stdout is for results, and those are the starter's
     file = cast("TextIO", _Lines(lambda line: pipe.send(("line", line))))
     # KeyboardInterrupt: told to end. EOFError, OSError: dismissed, the other end of the pipe is closed.
-    with contextlib.suppress(KeyboardInterrupt, EOFError, OSError), lost_interrupts_sent_again(signal.SIGTERM):
+    with contextlib.suppress(KeyboardInterrupt, EOFError, OSError), interruptible():
         do = make(Reporter(Console(file=file, force_terminal=False)))
         while True:
             job = pipe.recv()

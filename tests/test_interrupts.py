@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 import weakref
+from typing import Any
 
 import pytest
 
-from ffgym.interrupts import held_back_interrupts, lost_interrupts_sent_again
+from ffgym.interrupts import held_back_interrupts, interruptible
 
 
 def interrupt() -> None:
@@ -70,10 +71,34 @@ class Referred:
     """What a weak reference can point at."""
 
 
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["usual", "ignored"])
+def test_sigterm_is_ctrl_c(ctrl_c: Any) -> None:
+    done = []
+    interrupts, terminations = signal.signal(signal.SIGINT, ctrl_c), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012 (the block is what is tested)
+            with held_back_interrupts():
+                done.append("before")
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("after")
+    finally:
+        signal.signal(signal.SIGINT, interrupts)
+    assert done == ["before"]
+    assert signal.getsignal(signal.SIGTERM) is terminations
+
+
+def test_sigterm_waits_as_ctrl_c_does() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), interruptible(), held_back_interrupts():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("held back")
+    assert done == ["held back"]
+
+
 def test_ctrl_c_in_the_callback_of_a_weak_reference_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
     kept = Referred()
     reference = weakref.ref(kept, lambda _: interrupt())
-    with pytest.raises(KeyboardInterrupt), lost_interrupts_sent_again():  # noqa: PT012 (the block is what is tested)
+    with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012 (the block is what is tested)
         del kept
         assert reference() is None
         time.sleep(10)
@@ -82,9 +107,9 @@ def test_ctrl_c_in_the_callback_of_a_weak_reference_is_not_lost(capsys: pytest.C
 
 def test_another_exception_there_is_told_as_before() -> None:
     code = (
-        "import weakref\nfrom ffgym.interrupts import lost_interrupts_sent_again\nclass Referred: pass\n"
+        "import weakref\nfrom ffgym.interrupts import interruptible\nclass Referred: pass\n"
         "kept = Referred()\nreference = weakref.ref(kept, lambda _: 1 / 0)\n"
-        "with lost_interrupts_sent_again():\n    del kept"
+        "with interruptible():\n    del kept"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, "ZeroDivisionError" in done.stderr) == (0, True)

@@ -871,7 +871,8 @@ def test_ctrl_c_during_the_report_says_where_the_found_allocation_is(
     assert (tmp_path / "out" / "policy.json").exists()
 
 
-def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path, number: int) -> None:
     root = new_store(tmp_path / "mlruns")
     file = toml(tmp_path, tracking=TRACKED, search={"random_baseline": False})
     command = [sys.executable, "-m", "ffgym", "run", "--config", file, "--episodes", "1000000", "--json"]
@@ -882,7 +883,7 @@ def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path
         while not (log.exists() and log.read_text().count("\n") > PER_UPDATE) and time.monotonic() < deadline:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -510,21 +510,28 @@ def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
         open_ui(root, 0)
 
 
-def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch):
+@pytest.mark.parametrize("told", [True, False], ids=["terminal", "SIGTERM"])
+def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch, told):
     class Server:
-        waits = 0
+        waits, terminated = [], False
 
         def __init__(self, command, env): ...
 
-        def wait(self):
-            Server.waits += 1
-            if Server.waits == 1:
+        def wait(self, timeout=None):
+            Server.waits.append(timeout)
+            if len(Server.waits) == 1:
                 raise KeyboardInterrupt
+            if not told and not Server.terminated:
+                raise subprocess.TimeoutExpired("mlflow", timeout)
             return 1
+
+        def terminate(self):
+            Server.terminated = True
 
     monkeypatch.setattr(subprocess, "Popen", Server)
     open_ui(root, 0)
-    assert Server.waits == 2
+    assert Server.terminated != told
+    assert Server.waits == ([None, 5.0] if told else [None, 5.0, None])
 
 
 def test_slug():

@@ -11,6 +11,8 @@ from pathlib import Path
 from ffgym.errors import TrackingError
 from ffgym.tracking.store import artifacts, database, own_uri, shown, tracking_uri
 
+SECONDS_TO_END = 5.0
+
 
 def open_ui(root: Path, port: int = 5000) -> None:
     """Serve the MLflow UI on this machine until Ctrl-C, from the store that :class:`Tracker` writes.
@@ -38,8 +40,12 @@ def open_ui(root: Path, port: int = 5000) -> None:
     server = subprocess.Popen(command, env=quiet | os.environ)
     try:
         code = server.wait()
-    except KeyboardInterrupt:  # the way to stop it; the server got the same signal
-        server.wait()
+    except KeyboardInterrupt:  # the way to stop it
+        try:
+            server.wait(SECONDS_TO_END)  # a terminal sends Ctrl-C to the server as well
+        except subprocess.TimeoutExpired:
+            server.terminate()
+            server.wait()
         return
     if code != 0:
         raise TrackingError(f"the MLflow UI on port {port} ended with exit code {code}", hint="Its output is above.")
