@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -510,28 +511,31 @@ def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
         open_ui(root, 0)
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["terminal", "SIGTERM"])
-def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch, told):
+@pytest.mark.parametrize("ends_after", ["Ctrl-C", "terminate", "kill"])
+def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch, ends_after):
     class Server:
-        waits, terminated = [], False
+        told: ClassVar = []
 
         def __init__(self, command, env): ...
 
         def wait(self, timeout=None):
-            Server.waits.append(timeout)
-            if len(Server.waits) == 1:
+            if not Server.told:
+                Server.told.append("Ctrl-C")
                 raise KeyboardInterrupt
-            if not told and not Server.terminated:
+            if ends_after not in Server.told:
                 raise subprocess.TimeoutExpired("mlflow", timeout)
             return 1
 
         def terminate(self):
-            Server.terminated = True
+            Server.told.append("terminate")
+
+        def kill(self):
+            Server.told.append("kill")
 
     monkeypatch.setattr(subprocess, "Popen", Server)
     open_ui(root, 0)
-    assert Server.terminated != told
-    assert Server.waits == ([None, 5.0] if told else [None, 5.0, None])
+    assert Server.told[-1] == ends_after
+    assert len(Server.told) == 1 + ["Ctrl-C", "terminate", "kill"].index(ends_after)
 
 
 def test_slug():

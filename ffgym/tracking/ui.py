@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from ffgym.errors import TrackingError
 from ffgym.tracking.store import artifacts, database, own_uri, shown, tracking_uri
 
-SECONDS_TO_END = 5.0
+SECONDS_TO_END = 3.0
 
 
 def open_ui(root: Path, port: int = 5000) -> None:
@@ -41,14 +42,20 @@ def open_ui(root: Path, port: int = 5000) -> None:
     try:
         code = server.wait()
     except KeyboardInterrupt:  # the way to stop it
-        try:
-            server.wait(SECONDS_TO_END)  # a terminal sends Ctrl-C to the server as well
-        except subprocess.TimeoutExpired:
-            server.terminate()
-            server.wait()
+        _end(server)
         return
     if code != 0:
         raise TrackingError(f"the MLflow UI on port {port} ended with exit code {code}", hint="Its output is above.")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """Wait for a server that a terminal has sent Ctrl-C as well; one that was sent nothing is told."""
+    for tell in (server.terminate, server.kill):  # MLflow lingers for some 20 seconds after it has stopped serving
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(SECONDS_TO_END)
+            return
+        tell()
+    server.wait()
 
 
 def _require_free(port: int) -> None:
