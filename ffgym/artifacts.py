@@ -20,6 +20,7 @@ from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_names
 from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.front import markdown as front_markdown
+from ffgym.report.layout import finite
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, as_dicts, markdown
@@ -62,8 +63,8 @@ def allocation_json(found: Found) -> JSONDict:
         "resource": best.allocation.resource,
         "sparsity": best.allocation.sparsity,
         "origin": best.origin,
-        "finals_loss": best.loss,
-        "finals_dense_loss": found.dense_loss,
+        "finals_loss": finite(best.loss),
+        "finals_dense_loss": finite(found.dense_loss),
         "episodes": len(found.history),
     }
 

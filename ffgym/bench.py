@@ -25,6 +25,7 @@ from ffgym.cells import Cell, CellRunner, Job, write_result
 from ffgym.config import RunConfig, Table
 from ffgym.config_errors import config_error
 from ffgym.config_file import PLUGIN_TABLES, read_toml, without_foreign_options
+from ffgym.envs.building import counts_latency, latency_digest
 from ffgym.errors import ConfigError, DataError
 from ffgym.files import disk_errors, write_text
 from ffgym.plugins import configured, manager
@@ -192,6 +193,12 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 hint="Leave [recover] out, and recover a saved model with `ffgym recover`.",
             )
         runner.check_plugins(cell.config)
+        if counts_latency(cell.config) and cell.config.prune.latency_table is None:
+            raise ConfigError(
+                f"cells of one table count the same times, and {cell.label} names none: two sittings, or two processes "
+                "that time the model at once, would each count their own",
+                hint="Make a table with `ffgym latency MODEL --output FILE`, and name it as prune.latency_table.",
+            )
         if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:
             raise ConfigError(
                 f"two benches would write {cell.path} for different configurations",
@@ -204,6 +211,8 @@ def check_benches(benches: Sequence[Bench]) -> None:
             policy = policy_digest(cell.config)
             if None not in (policy, stored.policy) and policy != stored.policy:
                 changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
+            if stored.latency != latency_digest(cell.config):
+                changed.append(f"prune.latency_table = {cell.config.prune.latency_table!r} holds other times now")
             if changed:
                 raise ConfigError(
                     f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
@@ -252,7 +261,7 @@ def _check_equal_terms(bench: Bench) -> None:
 def _terms(config: RunConfig) -> JSONDict:
     """What has to be the same in all cells of one table; a rule searches nothing, so its search may differ."""
     search, data = config.search, config.data
-    terms = {"prune.resource": config.prune.resource}
+    terms = {"prune.resource": config.prune.resource, "prune.latency_table": config.prune.latency_table}
     terms |= {f"data.{key}": value for key, value in data.model_dump(mode="json").items()}
     if config.agent.name == "one-shot":
         return terms

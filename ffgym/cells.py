@@ -23,6 +23,7 @@ import torch
 from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig
 from ffgym.config_file import digest, settings, to_toml
+from ffgym.envs.building import latency_digest
 from ffgym.files import alone, disk_errors, write_text
 from ffgym.finals import finalists
 from ffgym.interrupts import held_back_interrupts
@@ -130,11 +131,11 @@ class CellRunner:
 
     def _compute(self, cell: Cell, space: Workspace, parent: str | None, folder: Path) -> None:
         config, say = cell.config, self._say
-        agent, policy = make_agent(config), policy_digest(config)
+        agent, policy, latency = make_agent(config), policy_digest(config), latency_digest(config)
         give_prior(agent, space)
         dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()
-        parts = [cell.key, dtype, f"{threads}threads", *([policy] if policy else [])]
+        parts = [cell.key, dtype, f"{threads}threads", *filter(None, [policy, latency])]
         parts += [f"{table}{edition}" for table, edition in configured.editions(config).items()]
         log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")
@@ -173,7 +174,8 @@ class CellRunner:
                     on_episode=on_episode,
                     on_update=on_update,
                 )
-            result = self._result(cell, space, found, watch.noted, policy)
+            watch.end()
+            result = self._result(cell, space, found, watch.noted, policy=policy, latency=latency)
             tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
             # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
             tracker.log_metrics([("report/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
@@ -190,7 +192,9 @@ class CellRunner:
         space: Workspace,
         found: Found,
         noted: Sequence[tuple[int, Allocation]],
+        *,
         policy: str | None,
+        latency: str | None,
     ) -> CellResult:
         known: dict[tuple[int, ...], float] = {}
         with self._say.stage("report split", len(noted) + 2 + cell.plain) as stage:
@@ -226,6 +230,7 @@ class CellRunner:
                 "threads": torch.get_num_threads(),
                 "dtype": space.loaded.dtype_name,
                 "policy": policy,
+                "latency": latency,
                 "editions": configured.editions(cell.config),
                 "asked_marks": cell.marks,
                 "marks": marks,
@@ -263,9 +268,15 @@ class _Incumbents:
 
     def update(self) -> None:
         """Note the incumbent where a mark has been passed; the agent's own recommendation goes first."""
-        passed = [mark for mark in self._marks if mark <= self._spent]
-        if not passed:
-            return
-        self._marks = [mark for mark in self._marks if mark > self._spent]
+        if any(mark <= self._spent for mark in self._marks):
+            self._marks = [mark for mark in self._marks if mark > self._spent]
+            self._note()
+
+    def end(self) -> None:
+        """Note whom the search handed over where it ended before the first mark: a rule's one episode may be short."""
+        if not self.noted:
+            self._note()
+
+    def _note(self) -> None:
         (incumbent,) = finalists(self._space.env, self._agent, self._history, 1)
         self.noted.append((self._spent, incumbent.allocation))

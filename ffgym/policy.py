@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ffgym.config import RunConfig
-from ffgym.errors import ConfigError
+from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.tracking.store import fetch_artifact
@@ -54,7 +54,11 @@ def make_agent(config: RunConfig) -> Agent:
         agent.policy_sublayers = start.sublayers
         try:
             agent.load_state(start.state)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except FFGymError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
                 hint="Start from another run, or leave --init-from out.",

@@ -168,7 +168,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
 
         if not overwriting:
             begin()
-        space = _open(config, earlier.dtype, say)
+        space = _open(config, earlier.dtype, folder / "latency.json" if resume is not None else None, say)
         material = None
         if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
             material = gather(config, space.loaded.tokenizer, space.loaded.context_limit, space.splits)
@@ -192,12 +192,21 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
 
 
-def _open(config: RunConfig, dtype: str | None, say: Reporter) -> Workspace:
-    """The run's workspace, in the dtype that ``auto`` came to in an earlier session: now it may come to another."""
+def _open(config: RunConfig, dtype: str | None, timed: Path | None, say: Reporter) -> Workspace:
+    """The run's workspace, as an earlier session had it.
+
+    Args:
+        config: the run.
+        dtype: what ``auto`` came to then: now it may come to another.
+        timed: file of the latency table that it counted, if it did: now the model may be timed anew.
+        say: where progress goes.
+    """
     prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
     settled = config
     if dtype is not None and config.model.dtype == "auto":
         settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    if timed is not None and timed.is_file():
+        settled = settled.model_copy(update={"prune": config.prune.model_copy(update={"latency_table": str(timed)})})
     return replace(open_workspace(settled, [*prior, *reference_rules(config).values()], say), config=config)
 
 

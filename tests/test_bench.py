@@ -443,6 +443,16 @@ def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(
     assert cell.path.read_text() == "done"
 
 
+def test_a_rule_whose_one_episode_is_short_has_its_row(tmp_path: Path) -> None:
+    file = bench_file(tmp_path, agents=["random", "uniform"], seeds=[0], tables={"schedule": {"fidelity": "cubic"}})
+    (table,), _ = call(file)
+    assert [row.label for row in table.rows if row.seeds == 1] == [row.label for row in table.rows]
+    (mark,) = numbers(tmp_path / "small")["uniform-seed0"]["marks"]
+    assert mark["tokens"] == WINDOW  # the ramp begins with one window of two
+    (again,), _ = call(file, only_report=True)
+    assert again == table
+
+
 # interrupted and started again
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import tomli_w
-from glass_runs import glass_tables
+from glass_runs import glass_home, glass_tables
+from latency_tables import made_up_table
 from rich.console import Console
 
 from ffgym import bench as bench_module
@@ -18,7 +19,10 @@ from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import bench, check_benches, read_bench
 from ffgym.cells import Cell, write_result
 from ffgym.config_file import settings
+from ffgym.envs.building import latency_digest
 from ffgym.errors import ConfigError
+from ffgym.evaluation.latency import to_json
+from ffgym.models.loading import load
 from ffgym.plugins import discovery
 from ffgym.policy import policy_digest
 from ffgym.report.bench import CellResult, Final, Mark
@@ -215,6 +219,25 @@ def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
         check_benches([read_bench(path)])
     policy.unlink()
     check_benches([read_bench(path)])  # what was measured stays valid
+
+
+def test_times_that_the_next_sitting_would_measure_anew(tmp_path: Path) -> None:
+    hint = refused(tmp_path, "random names none", run={"prune": {"resource": "latency", "context": 64}})
+    assert hint is not None
+    assert "ffgym latency MODEL --output FILE" in hint
+
+
+def test_other_times_in_the_same_place(tmp_path: Path) -> None:
+    model = load(str(glass_home() / "glass"), dtype="float32").model
+    times = made_up_table(model, context=64)
+    table = tmp_path / "times.json"
+    table.write_text(to_json(times))
+    run = {"prune": {"resource": "latency", "context": 64, "latency_table": str(table)}}
+    (cell,) = read_bench(bench_file(tmp_path, run=run)).cells
+    write_result(cell.path, a_result(cell).model_copy(update={"latency": latency_digest(cell.config)}))
+    bench([bench_file(tmp_path, run=run)], progress=Console(quiet=True), only_report=True)
+    table.write_text(to_json(times.model_copy(update={"repetitions": 2})))
+    refused(tmp_path, f"prune.latency_table = '{table}' holds other times now", run=run)
 
 
 def test_a_result_of_an_earlier_edition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ffgym import results, runner, workspace
 from ffgym.config import RunConfig
 from ffgym.config_file import load_config
 from ffgym.envs import building
+from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.latency import LatencyTable, read_table, to_json
 from ffgym.models.loading import load
@@ -103,6 +105,36 @@ def test_without_a_file_the_cache_is_asked_once(
     result, _ = finish(timed(tmp_path, None, output={"save_model": False}))
     assert asked == [WINDOW]
     assert read_table(result.folder / "latency.json") == table
+
+
+def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
+    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(building, "cached_table", lambda *_, **__: table)
+    whole, _ = finish(timed(tmp_path / "whole", None))
+    step, count = PruningEnv.step, itertools.count()
+
+    def interrupted(self: PruningEnv, action: Any) -> Any:
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    config = timed(tmp_path / "parts", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningEnv, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(config)
+    # Timed anew since, on a busier machine.
+    other = made_up_table(load(str(glass_home() / "glass"), dtype="float32").model, context=WINDOW, mlp=16e-3)
+    assert other.digest != table.digest
+    monkeypatch.setattr(building, "cached_table", lambda *_, **__: other)
+    folder = tmp_path / "parts" / "out"
+    parts = runner.run(config, progress=Console(quiet=True), resume=folder)
+    assert read_table(folder / "latency.json") == table
+    for name in ("allocation.json", "latency.json", "report.md"):
+        assert (parts.folder / name).read_text() == (whole.folder / name).read_text()
 
 
 def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config import RunConfig
@@ -24,7 +25,8 @@ class Picky(RandomSearch):
     needs_prior = True
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        state["place"].upper()
+        if state["place"].upper() == "TORCH":
+            torch.nn.Linear(2, 1).load_state_dict({"weight": torch.ones(1, 3), "bias": torch.ones(1)})
 
 
 class Forgetful(Picky):
@@ -67,7 +69,9 @@ def test_a_policy_for_an_agent_that_takes_up_none_is_refused_and_not_forgotten(t
         make_agent(config("forgetful", search={"init_from": source}))
 
 
-@pytest.mark.parametrize("state", [{}, {"place": 3}, {"place": None}], ids=["missing", "number", "nothing"])
+@pytest.mark.parametrize(
+    "state", [{}, {"place": 3}, {"place": None}, {"place": "torch"}], ids=["missing", "number", "nothing", "shape"]
+)
 def test_a_state_of_another_form_is_said_to_be_one(tmp_path: Path, state: dict[str, Any]) -> None:
     source = policy(tmp_path, state=state)
     with pytest.raises(ConfigError, match="its policy is not what agent 'picky' writes"):

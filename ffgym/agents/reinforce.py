@@ -195,9 +195,9 @@ def advantage(rewards: np.ndarray, kind: str) -> np.ndarray:
         shape (batch,), float64, sums to 0; all 0 where the rewards do not differ.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
+    if np.ptp(rewards) == 0:  # the mean of equal numbers may be another one in the last bit
+        return np.zeros_like(rewards)
     centred: np.ndarray = rewards - rewards.mean()
-    if not centred.any():
-        return centred
     if kind == "rank":
         ordered = np.sort(rewards)  # equal rewards share the mean of their ranks
         first, behind = (np.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))

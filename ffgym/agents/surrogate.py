@@ -39,7 +39,9 @@ class Surrogate:
     """
 
     def __init__(self, points: np.ndarray, rewards: np.ndarray) -> None:
-        scale = float((rewards - rewards.mean(axis=1, keepdims=True)).std()) or 1.0
+        within = rewards - rewards.mean(axis=1, keepdims=True)
+        within[np.ptp(rewards, axis=1) == 0] = 0  # the mean of equal numbers may be another one in the last bit
+        scale = float(within.std()) or 1.0
         target = ((rewards - rewards.mean()) / scale).ravel()
         self._updates = len(rewards)
         updates = np.repeat(np.eye(self._updates), rewards.shape[1], axis=0)

@@ -94,6 +94,16 @@ def make_latency(
     return table
 
 
+def latency_digest(config: RunConfig) -> str | None:
+    """Digest of the latency table that ``prune.latency_table`` names; ``None`` where it names none.
+
+    Raises:
+        ConfigError: the named file is no latency table.
+    """
+    named = config.prune.latency_table
+    return None if named is None else read_table(Path(named).expanduser()).digest[:16]
+
+
 def make_budget(config: RunConfig, model: Any, latency: LatencyTable | None = None) -> Budget:
     """The budget of a run on a dense model.
 

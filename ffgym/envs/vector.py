@@ -11,9 +11,10 @@ update, not several: the advantage is taken among episodes of equal target, and 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -101,8 +102,12 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, Infos]:
-        """Begin an update: draw its subset. The seed fixes every subset that follows, and every target of a range."""
-        super().reset(seed=seed if isinstance(seed, int) else None)
+        """Begin an update: draw its subset. The seed fixes every subset that follows, and every target of a range.
+
+        Of a list of seeds the first one counts: all actions of an update are measured on one subset.
+        """
+        first = seed if seed is None or isinstance(seed, SupportsIndex) else seed[0]
+        super().reset(seed=None if first is None else operator.index(first))
         if self.schedule.low is not None:
             self._first_place = float(self.np_random.random())
         return self._begin(), {}

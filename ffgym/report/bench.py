@@ -58,9 +58,10 @@ class Final(_Stored):
 class CellResult(_Stored):
     """One agent with one seed: what a committed result file holds.
 
-    Beside ``settings``, its numbers were decided by the policy that it started from, where there was one: ``policy`` is
-    that file's digest. ``editions`` are those of its plugins, by table, where they are not the first. ``asked_marks``
-    is how many token marks were asked for; where few updates pass many, fewer came.
+    Beside ``settings``, its numbers were decided by the policy that it started from, where there was one, and by the
+    times that its budget or its reward counts: ``policy`` and ``latency`` are the digests of those files. ``editions``
+    are those of its plugins, by table, where they are not the first. ``asked_marks`` is how many token marks were asked
+    for; where few updates pass many, fewer came.
     """
 
     label: str
@@ -77,6 +78,7 @@ class CellResult(_Stored):
     threads: int
     dtype: str
     policy: str | None = None
+    latency: str | None = None
     editions: dict[str, int] = {}
     asked_marks: int
     marks: list[Mark]

@@ -95,16 +95,13 @@ def _cells(front: Front) -> list[list[str]]:
     rows = [["dense", perplexity_text(front.dense), *("" for _ in front.labels[1:]), humane(front.dense.parameters)]]
     for point in front.points:
         row = [f"{point.target:.1%}"]
-        best = min((front.row(point, label).perplexity for label in front.labels), key=_worst_last)
+        perplexities = (front.row(point, label).perplexity for label in front.labels)
+        best = min(filter(math.isfinite, perplexities), default=None)
         for label in front.labels:
             one = front.row(point, label)
             row.append(perplexity_text(one) + (" *" if one.perplexity == best else ""))
         rows.append([*row, humane(point.found.parameters)])
     return rows
-
-
-def _worst_last(perplexity: float) -> float:
-    return perplexity if math.isfinite(perplexity) else math.inf
 
 
 def _heads(front: Front) -> list[str]:
@@ -153,12 +150,12 @@ def as_dict(front: Front) -> JSONDict:
                 "resource": point.allocation.resource,
                 "kept": list(point.allocation.kept),
                 "origin": point.origin,
-                "finals_loss": point.finals_loss,
+                "finals_loss": finite(point.finals_loss),
                 "parameters": point.found.parameters,
                 "macs_per_token": point.found.macs_per_token,
                 "kv_bytes_per_token": point.found.kv_bytes_per_token,
                 "perplexity": {label: finite(front.row(point, label).perplexity) for label in front.labels},
-                "loss_stderr": {label: front.row(point, label).loss_stderr for label in front.labels},
+                "loss_stderr": {label: finite(front.row(point, label).loss_stderr) for label in front.labels},
             }
             for point in front.points
         ],

@@ -118,6 +118,12 @@ def test_episodes_come_in_mirrored_pairs_around_the_prior(batch):
         np.testing.assert_allclose((one + other) / 2, agent.prior_mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["standard", "rank", "leave-one-out"])
+def test_equal_rewards_teach_nothing(kind):
+    for count in range(2, 20):  # the mean of 3, 6 or 7 times 0.7 is another number in the last bit
+        assert not advantage(np.full(count, 0.7), kind).any()
+
+
 def test_what_is_even_in_the_noise_cancels_within_a_pair():
     agent, observations = begun(advantage="leave-one-out")
     asked = agent.ask(observations)

@@ -253,6 +253,11 @@ class TestWhatIsTheirOwn:
         surrogate = Surrogate(points.reshape(48, 3), worth + rng.normal(0, 100, (6, 1)))
         assert np.corrcoef(surrogate.means, worth.ravel())[0, 1] > 0.98
 
+    def test_surrogate_of_equal_rewards_is_flat(self):
+        points = np.random.default_rng(0).uniform(-1, 1, (18, 3))
+        surrogate = Surrogate(points, np.repeat([[0.7], [0.1], [0.3]], 6, axis=1))
+        assert np.abs(surrogate.means).max() < 1.0
+
     def test_expected_improvement_is_an_expectation(self):
         gain, deviation = np.array([-1.0, 0.0, 0.5]), np.array([0.5, 1.0, 0.1])
         draws = np.random.default_rng(0).normal(gain, deviation, (400_000, 3))

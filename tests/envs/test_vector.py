@@ -31,10 +31,10 @@ def vector_of(env, schedule=None, *, num_envs=3, episodes=9, **options):
     )
 
 
-def played(vector, seed=0):
-    """Random actions until the budget is spent."""
+def played(vector, seed=0, *, said=None):
+    """Random actions until the budget is spent; ``said`` is the seed in another form."""
     rng = np.random.default_rng(seed)
-    vector.reset(seed=seed)
+    vector.reset(seed=seed if said is None else said)
     rewards = []
     while vector.tokens_left:
         actions = rng.uniform(-1, 1, vector.action_space.shape).astype(np.float32)
@@ -130,6 +130,13 @@ def test_the_seed_decides_all_subsets(env):
     assert np.array_equal(rewards[0], rewards[1])
     assert all(same_episode(a, b) for a, b in zip(runs[0].history, runs[1].history, strict=True))
     assert not np.array_equal([e.dense_loss for e in runs[0].history], [e.dense_loss for e in runs[2].history])
+
+
+@pytest.mark.parametrize("seed", [np.int64(1), [1, 2], (1,)], ids=["numpy", "list", "tuple"])
+def test_a_seed_of_any_form_decides_them(env, seed):
+    one, other = vector_of(env), vector_of(env)
+    assert np.array_equal(played(one, 1), played(other, 1, said=seed))
+    assert [e.dense_loss for e in one.history] == [e.dense_loss for e in other.history]
 
 
 def test_tokens_are_counted_and_end_the_search(env):

@@ -50,6 +50,17 @@ def test_markdown_has_every_point_the_best_starred_and_what_it_took(front: Front
     assert r"a\|b, report split" in text
 
 
+def test_where_everything_broke_down_nothing_is_best_and_the_data_are_json(front: Front) -> None:
+    broken = point(0.5, math.inf, math.nan)
+    rows = replace(broken.found, loss_stderr=math.nan), replace(broken.references["uniform"], loss_stderr=math.nan)
+    broken = replace(broken, found=rows[0], references={"uniform": rows[1]}, finals_loss=math.inf)
+    front = replace(front, points=(*front.points[:2], broken))
+    assert "*" not in markdown(front).splitlines()[5]
+    data = json.loads(json.dumps(as_dict(front), allow_nan=False))["points"][2]
+    assert data["perplexity"] == data["loss_stderr"] == {"reinforce": None, "uniform": None}
+    assert data["finals_loss"] is None
+
+
 def test_terminal_shows_the_same_numbers(front: Front) -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(terminal(front))
