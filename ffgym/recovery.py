@@ -261,6 +261,7 @@ def train_and_save(
     with say.stage("load model and text", 1):
         loaded = _load(source, config)
         material = material or gather(config, loaded.tokenizer, loaded.context_limit)
+    loaded.check_ids(material.text.windows, "the training text")
     say.say(text_line(config, material))
     checkpoint = Checkpoint(unfinished_folder(place), _identity(config, source, loaded, material, dense))
     checkpoint.claim(overwrite=overwrite)

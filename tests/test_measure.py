@@ -273,7 +273,7 @@ def table_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
     def time_model(model: Any, *, context: int, repetitions: int, on_progress: Any = None) -> Any:
         asked.append(repetitions)
-        facts = {"device": latency_cache.processor(torch.device("cpu")), "threads": torch.get_num_threads()}
+        facts = {"device": latency_cache.processors(model), "threads": torch.get_num_threads()}
         table = made_up_table(model, context=context)
         return table.model_copy(update=facts | {"torch": torch.__version__})
 

@@ -226,8 +226,14 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                     f"line {number} of corpus file {str(path)!r} is not JSON: {getattr(error, 'msg', error)}",
                     hint='Write one object a line, like {"text": "..."}.',
                 ) from error
-            if not isinstance(row, dict) or not isinstance(row.get(COLUMN, 0), str | None):
+            if not isinstance(row, dict) or COLUMN not in row:
                 raise _no_column(f"line {number} of corpus file {str(path)!r}", row if isinstance(row, dict) else [])
+            if not isinstance(row[COLUMN], str | None):
+                found = type(row[COLUMN]).__name__
+                raise DataError(
+                    f"line {number} of corpus file {str(path)!r}: {COLUMN!r} is a {found}, not text",
+                    hint='Write one object a line, like {"text": "..."}.',
+                )
             if row[COLUMN] is not None:
                 yield row[COLUMN]
 

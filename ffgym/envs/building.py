@@ -35,7 +35,10 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
     loaded = load(
         config.model.name, revision=config.model.revision, dtype=config.model.dtype, device=config.model.device
     )
-    return loaded, make_splits(config.data, loaded.tokenizer, context_limit=loaded.context_limit)
+    splits = make_splits(config.data, loaded.tokenizer, context_limit=loaded.context_limit)
+    for split in (splits.calibration, splits.search, splits.report):
+        loaded.check_ids(split.windows, split.name)
+    return loaded, splits
 
 
 def tokens_per_batch(device: torch.device | str) -> int:

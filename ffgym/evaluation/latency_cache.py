@@ -11,10 +11,9 @@ import torch
 from ffgym.data.assets import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.evaluation.latency import LatencyTable, key_of, layer_shapes, model_shape, read_table, to_json
-from ffgym.evaluation.sublayer_times import REPETITIONS, processor, threads_of, time_model
+from ffgym.evaluation.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.files import write_text
 from ffgym.models.capture import OnProgress
-from ffgym.models.placement import devices_of
 
 Say = Callable[[str], None]
 # Quartiles further apart than this share of the median: the machine was doing something else.
@@ -71,7 +70,7 @@ def place_of(model: Any, *, context: int) -> Path:
     key = key_of(
         model_shape(model),
         layer_shapes(model),
-        device=processor(head.device) + (f" x {count}" if (count := len(devices_of(model))) > 1 else ""),
+        device=processors(model),
         threads=threads_of(head.device),
         torch=torch.__version__,
         dtype=str(head.dtype).removeprefix("torch."),

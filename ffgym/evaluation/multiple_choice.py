@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ffgym.data.examples import EncodedExample
+from ffgym.errors import ModelError
 from ffgym.evaluation.perplexity import token_losses
 
 
@@ -54,9 +55,19 @@ def log_likelihoods(model: Any, examples: Sequence[EncodedExample]) -> list[list
 
     Returns:
         for each example a number per answer.
+
+    Raises:
+        ModelError: an example is longer than the model's sliding window, and its mask would be another one.
     """
     device = model.get_input_embeddings().weight.device
     length = max(example.tokens for example in examples)
+    window = getattr(model.config, "sliding_window", None)
+    longest = max(len(example.context) + max(map(len, example.answers)) for example in examples)
+    if window is not None and longest > window:
+        raise ModelError(
+            f"an example of {longest} tokens is longer than the model's sliding window of {window}",
+            hint="Take tasks with shorter examples, or another reward.",
+        )
     ids, positions, branches = torch.zeros(3, len(examples), length, dtype=torch.int64)
     branches -= 1  # padding is a branch of its own
     sources: list[int] = []

@@ -97,7 +97,7 @@ def time_model(
         on_progress(rounds, rounds)
     first = model.get_output_embeddings().weight
     return LatencyTable(
-        device=processor(first.device),
+        device=processors(model),
         threads=threads_of(first.device),
         torch=torch.__version__,
         dtype=str(first.dtype).removeprefix("torch."),
@@ -121,6 +121,12 @@ def processor(device: torch.device) -> str:
     name = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), flags=re.MULTILINE)
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{name[1].strip() if name else platform.processor() or platform.machine()} ({capability})"
+
+
+def processors(model: Any) -> str:
+    """What computes a model, e.g. ``"NVIDIA H100 80GB HBM3 x 2"``: the kind of its last device, and how many."""
+    count = len(devices_of(model))
+    return processor(model.get_output_embeddings().weight.device) + (f" x {count}" if count > 1 else "")
 
 
 def threads_of(device: torch.device) -> int:

@@ -167,7 +167,7 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
         ModelError: ``kept`` is not what the model was cut to.
     """
     config_class, model_class = CLASSES[family.name]
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in ABOUT_THE_SOURCE}
+    settings = _settings(model)
     sizes = _sizes_per_layer(model.config, kept, family)
     weights = _checkpoint_weights(model, kept, family)
     try:
@@ -203,7 +203,7 @@ def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
         ModelError: the layers differ, the stock classes do not take this shape, or ``kept`` is not what the model was
             cut to.
     """
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in ABOUT_THE_SOURCE}
+    settings = _settings(model)
     settings |= _shared_sizes(model, kept, family)
     weights: dict[str, torch.Tensor] = dict(model.state_dict())
     config_class, model_class = type(model.config), type(model)
@@ -223,6 +223,18 @@ def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """The model's own settings; whether its output matrix is the embedding is seen from the weights.
+
+    A checkpoint that holds both keeps both, whatever its config says.
+    """
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in ABOUT_THE_SOURCE}
+    if model.config.tie_word_embeddings:
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        settings["tie_word_embeddings"] = head is embedding or torch.equal(head.to(embedding.device), embedding)
+    return settings
 
 
 def _shared_sizes(model: Any, kept: Sequence[int], family: Family) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def dense_or_pruned_family_of(model: nn.Module) -> Family:
 
 def _linear(layer: nn.Module, name: str) -> nn.Linear:
     module = layer.get_submodule(name)
-    if not isinstance(module, nn.Linear):
+    if type(module) is not nn.Linear:  # one of a quantised model may be made from it, and holds codes
         raise ModelError(
             f"{name} is a {type(module).__name__}, not a plain linear layer",
             hint="Load the model without quantisation or adapters.",

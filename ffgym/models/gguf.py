@@ -29,7 +29,7 @@ DTYPES: dict[str, tuple[torch.dtype, str, Any, Any]] = {
     "f16": (torch.float16, "F16", gguf.GGMLQuantizationType.F16, FILE_TYPES.MOSTLY_F16),
     "bf16": (torch.bfloat16, "BF16", gguf.GGMLQuantizationType.BF16, FILE_TYPES.MOSTLY_BF16),
 }
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,12 @@ class Checkpoint:
         self._taken.add(name)
         return lambda: torch.as_tensor(self._files[name].get_tensor(name))
 
+    def differ(self, one: str, other: str) -> bool:
+        """Whether both are there, and not the same numbers."""
+        if one not in self or other not in self:
+            return False
+        return not torch.equal(*(torch.as_tensor(self._files[name].get_tensor(name)) for name in (one, other)))
+
     def drop(self, name: str) -> None:
         """Leave a tensor out on purpose."""
         self._taken.add(name)
@@ -167,6 +173,8 @@ def export_gguf(
     _refuse_occupied(place, overwrite)
     config = load_config(source)
     checkpoint = Checkpoint(source)
+    if config.tie_word_embeddings and checkpoint.differ(EMBEDDING, OUTPUT):  # then transformers uses both
+        config.tie_word_embeddings = False
     contents = read_contents(config, checkpoint)
     architecture = choose_architecture(contents)
     tensors = list(_tensors(architecture, contents, checkpoint))
@@ -224,9 +232,9 @@ def _tensors(architecture: Architecture, contents: Contents, checkpoint: Checkpo
     hidden, rows = contents.config.hidden_size, contents.config.vocab_size
     yield _tensor(MODEL_TENSOR.TOKEN_EMBD, (rows, hidden), checkpoint.take(EMBEDDING, (rows, hidden)))
     if contents.config.tie_word_embeddings:
-        checkpoint.drop("lm_head.weight")
+        checkpoint.drop(OUTPUT)
     else:
-        yield _tensor(MODEL_TENSOR.OUTPUT, (rows, hidden), checkpoint.take("lm_head.weight", (rows, hidden)))
+        yield _tensor(MODEL_TENSOR.OUTPUT, (rows, hidden), checkpoint.take(OUTPUT, (rows, hidden)))
     yield _norm(MODEL_TENSOR.OUTPUT_NORM, "model.norm", hidden, architecture, checkpoint)
     if contents.rope["rope_type"] == "llama3":
         yield _tensor(MODEL_TENSOR.ROPE_FREQS, (contents.head_dim // 2,), lambda: _rope_factors(contents))

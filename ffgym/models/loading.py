@@ -72,6 +72,23 @@ class LoadedModel:
         """The longest window that the model takes, in tokens."""
         return int(self.model.config.max_position_embeddings)
 
+    def check_ids(self, ids: torch.Tensor, what: str) -> None:
+        """Refuse token ids that the embedding has no row for; a GPU could not be used any more after one.
+
+        Args:
+            ids: integers, of any shape, not empty.
+            what: the text that they are of.
+
+        Raises:
+            ModelError: the tokenizer is not the model's.
+        """
+        rows = self.model.get_input_embeddings().num_embeddings
+        if (largest := int(ids.max())) >= rows:
+            raise ModelError(
+                f"token {largest} of {what}: the embedding of model {self.name!r} has {rows} rows, its tokenizer more",
+                hint="Put the tokenizer that the model was trained with into its folder.",
+            )
+
 
 def load(name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Load a causal LM and its tokenizer.
@@ -111,9 +128,8 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
         )
     model.eval()
     model.requires_grad_(False)
-    commit = getattr(model.config, "_commit_hash", None)
-    if commit is not None and description.startswith("hub model"):
-        description = f"{description} at {commit[:12]}"
+    if description.startswith("hub model"):
+        description = f"{description} at {checkpoint_folder(name, revision=revision).name[:12]}"  # a snapshot's commit
     first = next(model.parameters())
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
 
@@ -291,10 +307,16 @@ def _load_checkpoint(
                 attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                return_dict=True,  # whatever config.json says: results are read by name
+                output_attentions=False,
                 **options,
                 **origin,
             )
     except Exception as error:  # damaged files fail in as many ways as there are parsers
+        if options.get("local_files_only") and "safetensors" in str(error):
+            raise _not_from_hub(
+                name, "its weights are not in the hub's cache, and the hub cannot be reached"
+            ) from error
         raise _loading_error(error, source, name) from error
     _check_complete(name, model, report)
     if Path(source).is_dir():

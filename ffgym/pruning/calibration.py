@@ -17,6 +17,7 @@ bias compensation of FLAP, arXiv 2312.11983).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -228,13 +229,22 @@ def pick_ridge(
 
     Returns:
         the chosen lambda.
+
+    Raises:
+        CalibrationError: with none of the grid is the moment positive definite.
     """
     width = weight.shape[1]
     W, target = weight.to(fit.device).float(), held_out.to(fit.device).float()
     total = torch.zeros(len(grid), len(levels), dtype=torch.float64)
     for row, ridge in enumerate(grid):
         # Only the factorisation needs float64; for comparing errors its results may be rounded.
-        C = cholesky(in_float64(fit), ridge).float().to(fit.device)
+        try:
+            C = cholesky(in_float64(fit), ridge).float().to(fit.device)
+        except CalibrationError:  # sums in float32 left it indefinite; a larger one may do
+            if ridge == max(grid):
+                raise
+            total[row] = math.inf
+            continue
         B, D = W @ C, inverse(C)
         for column, level in enumerate(levels):
             k = min(max(round(level * width), 1), width)

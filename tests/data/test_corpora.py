@@ -283,6 +283,13 @@ def test_a_missing_text_column_lists_the_columns(tmp_path):
             load_text(str(tmp_path / name), role="search")
 
 
+@pytest.mark.parametrize(("value", "found"), [("5", "int"), ('["x"]', "list")])
+def test_a_text_that_is_none_is_said_to_be_something_else(tmp_path, value, found):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {value}}}\n')
+    with pytest.raises(DataError, match=f"line 1 .*: 'text' is a {found}, not text"):
+        load_text(str(tmp_path / "a.jsonl"), role="search")
+
+
 def test_an_empty_corpus_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text(" \n\n")
     (tmp_path / "a.jsonl").write_text("\n")

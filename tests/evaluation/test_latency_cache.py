@@ -7,10 +7,10 @@ import torch
 from latency_tables import made_up_table
 
 from ffgym.errors import BudgetError, ModelError
-from ffgym.evaluation import latency_cache
+from ffgym.evaluation import latency_cache, sublayer_times
 from ffgym.evaluation.latency import to_json
 from ffgym.evaluation.latency_cache import cached_table, place_of
-from ffgym.evaluation.sublayer_times import processor
+from ffgym.evaluation.sublayer_times import processors
 from ffgym.testing.models import tiny_model
 
 
@@ -26,7 +26,7 @@ def timed(monkeypatch, tmp_path):
 
     def time_model(model, *, context, repetitions, on_progress=None):
         contexts.append(context)
-        facts = {"device": processor(torch.device("cpu")), "threads": torch.get_num_threads()}
+        facts = {"device": processors(model), "threads": torch.get_num_threads()}
         table = made_up_table(model, context=context)
         return table.model_copy(update=facts | {"torch": torch.__version__, "repetitions": repetitions})
 
@@ -40,6 +40,14 @@ def test_is_timed_once(model, timed):
     assert cached_table(model, context=64) == first
     assert timed == [64]
     assert [path.name for path in place_of(model, context=64).parent.iterdir()] == [place_of(model, context=64).name]
+
+
+def test_a_model_spread_over_devices_is_timed_once(model, timed, monkeypatch):
+    monkeypatch.setattr(sublayer_times, "devices_of", lambda _: {torch.device("cuda", i) for i in range(2)})
+    said = []
+    assert cached_table(model, context=64, say=said.append).device.endswith(" x 2")
+    cached_table(model, context=64, say=said.append)
+    assert (timed, said) == ([64], [])
 
 
 def test_rebuild_times_again(model, timed):
@@ -64,7 +72,7 @@ def test_another_context_dtype_thread_count_or_model_is_another_table(model):
 
 def test_another_machine_is_another_table(model, monkeypatch):
     here = place_of(model, context=64)
-    monkeypatch.setattr(latency_cache, "processor", lambda device: "abacus")
+    monkeypatch.setattr(latency_cache, "processors", lambda model: "abacus")
     assert place_of(model, context=64) != here
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ffgym.data.examples import EncodedExample
+from ffgym.errors import ModelError
 from ffgym.evaluation.multiple_choice import answered_right, log_likelihoods, task_accuracy
 from ffgym.models.surgery import PrunableModel
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
@@ -50,6 +51,14 @@ def test_also_where_layers_were_cut_and_an_attention_is_gone():
     prunable.cut((1, 20, 0, 48, 2, 0))
     for example, likelihoods in zip(examples, log_likelihoods(prunable.model, examples), strict=True):
         assert likelihoods == pytest.approx(plain(prunable.model, example), rel=1e-5, abs=1e-5)
+
+
+def test_examples_longer_than_a_sliding_window_are_refused():
+    model = tiny_model("mistral")
+    model.config.sliding_window = 6
+    assert log_likelihoods(model, [EncodedExample("a", (5, 6, 7), ((8, 9), (9, 8, 7)), 0)])
+    with pytest.raises(ModelError, match="an example of 7 tokens is longer than the model's sliding window of 6"):
+        log_likelihoods(model, [EncodedExample("a", (5, 6, 7, 8), ((8, 9), (9, 8, 7)), 0)])
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 60, 10_000])

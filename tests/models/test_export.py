@@ -348,6 +348,20 @@ class TestOnDisk:
             names = load_file(saved.root / "models" / f"{family}-gqa-uneven" / "model.safetensors").keys()
             assert ("lm_head.weight" in names) is not tied
 
+    @pytest.mark.parametrize("stock", [False, True])
+    def test_an_output_matrix_that_only_the_config_calls_tied_is_kept(self, tmp_path, stock):
+        """transformers uses both matrices where a checkpoint holds both and they differ."""
+        tiny_model("llama").save_pretrained(tmp_path / "dense")
+        config = json.loads((tmp_path / "dense" / "config.json").read_text())
+        (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        prunable = PrunableModel(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+        kept = (2, 20) * 3
+        prunable.cut(kept)
+        save_pruned(prunable.model, None, tmp_path / "m", kept=kept, family=prunable.family, stock=stock)
+        with torch.no_grad():
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+            assert torch.equal(loaded(IDS).logits, prunable.model(IDS).logits)
+
     @pytest.mark.parametrize("family", TINY_FAMILIES)
     def test_large_models_are_written_in_shards(self, tmp_path, family):
         model = pruned(family, EMPTIED)

@@ -49,6 +49,16 @@ def test_units_counted_by_hand(family, grouped, attention_bias, mlp, mlp_bias):
         assert (attention.channels, half.channels) == (32, 48)
 
 
+def test_a_linear_of_codes_is_refused_though_its_class_is_made_from_a_plain_one():
+    class FP8Linear(nn.Linear):
+        """Its weight times block scales is what it computes with."""
+
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj = FP8Linear(48, 32, bias=False)
+    with pytest.raises(ModelError, match=r"down_proj is a FP8Linear, not a plain linear layer"):
+        family_of(model).consumer(model.model.layers[1], "mlp")
+
+
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_consumers_and_producers_fit_the_sublayers(family):
     model = tiny_model(family)

@@ -442,6 +442,13 @@ def test_weights_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
     assert "--dtype bf16" in str(error.hint)
 
 
+def test_an_output_matrix_that_only_the_config_calls_tied_is_written(tmp_path: Path) -> None:
+    source = save(pruned("llama", None), tmp_path / "m")
+    edit(source / "config.json", tie_word_embeddings=True)
+    written = export_gguf(source, tmp_path / "m.gguf")
+    assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(written.path).tensors}
+
+
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
     error = refused(pruned("llama", UNEVEN), tmp_path, dtype="q4_0")
     assert "'q4_0'" in error.message

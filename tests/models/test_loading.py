@@ -1,7 +1,10 @@
 import contextlib
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -413,6 +416,47 @@ def test_a_cached_hub_model_loads_while_the_hub_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
     with pytest.raises(ModelError, match="enough seen"):
         load("someone/some-model", device="cpu")
+
+
+def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack(saved, tmp_path):
+    """In a process of its own: the cache's place is read when the hub's library is imported."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    for name, weights in (("whole", True), ("empty", False)):
+        folder = tmp_path / "hub" / f"models--a--{name}"
+        shutil.copytree(saved, folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        if not weights:
+            (folder / "snapshots" / commit / "model.safetensors").unlink()
+    code = (
+        "from ffgym.models.loading import load\nfrom ffgym.errors import ModelError\n"
+        "print(load('a/whole', device='cpu').description)\n"
+        "try: load('a/empty', device='cpu')\nexcept ModelError as error: print(error.message)"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    first, second = done.stdout.splitlines()
+    assert first == "hub model a/whole at 0123456789ab"
+    assert "its weights are not in the hub's cache" in second
+
+
+def test_what_config_json_says_about_results_does_not_matter(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    changed = config | {"return_dict": False, "output_attentions": True}
+    (checkpoint / "config.json").write_text(json.dumps(changed))
+    model = load(str(checkpoint), dtype="float32", device="cpu").model
+    with torch.no_grad():
+        output = model(torch.tensor([[5, 6]]))
+    assert output.logits.shape[:2] == (1, 2)
+    assert output.attentions is None
+
+
+def test_ids_without_a_row_in_the_embedding_are_refused(saved):
+    loaded = load(str(saved), dtype="float32", device="cpu")
+    rows = loaded.model.config.vocab_size
+    loaded.check_ids(torch.tensor([[0, rows - 1]]), "a split")
+    with pytest.raises(ModelError, match=f"token {rows} of a split: the embedding of model .* has {rows} rows"):
+        loaded.check_ids(torch.tensor([[0, rows]]), "a split")
 
 
 def test_a_hub_model_with_pickled_weights_only_is_refused(monkeypatch):

@@ -261,6 +261,13 @@ class TestPickRidge:
         mix = torch.randn(12, 12, generator=generator)
         assert pick_ridge(W, mix.T @ mix, mix.T @ mix) == min(RIDGE_GRID)
 
+    def test_a_ridge_that_leaves_the_moment_indefinite_is_passed_over(self):
+        weight, held_out = torch.ones(1, 4), torch.eye(4)
+        moment = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.002]))  # as centring in float32 may leave it
+        with pytest.raises(CalibrationError):
+            pick_ridge(weight, moment, held_out, grid=(1e-3,))
+        assert pick_ridge(weight, moment, held_out, grid=(1e-3, 1e-2, 1e-1)) >= 1e-2
+
     def test_own_grid_and_levels(self):
         moment = torch.eye(4) + 0.5
         assert pick_ridge(torch.ones(1, 4), moment, moment, grid=(0.3,), levels=(0.5,)) == 0.3
