@@ -146,7 +146,7 @@ def log_splits(tracker: Tracker, splits: Splits) -> None:
 
 
 def run_tags(space: Workspace, agent: Agent) -> dict[str, str]:
-    """MLflow tags: versions, device, threads, and which package each plugin is from."""
+    """MLflow tags: versions, device, dtype, threads, and which package each plugin is from."""
     config = space.config
     used: dict[str, Any] = {
         f"agent.{config.agent.name}": agent,
@@ -156,4 +156,5 @@ def run_tags(space: Workspace, agent: Agent) -> dict[str, str]:
     if config.prior.name != "none":
         used[f"heuristic.{config.prior.name}"] = manager.get_class("heuristic", config.prior.name)
     plugins = {name: str(manager.package_of(plugin)) for name, plugin in used.items()}
-    return environment_tags(device=str(space.loaded.device), threads=torch.get_num_threads(), plugins=plugins)
+    loaded, threads = space.loaded, torch.get_num_threads()
+    return environment_tags(device=str(loaded.device), dtype=loaded.dtype_name, threads=threads, plugins=plugins)

@@ -202,7 +202,7 @@ class SearchTable(Table):
     finalists: Count = Field(default=4, description="allocations that are measured again before one is chosen")
     final_tokens: Count = Field(default=8192, description="search tokens that finalists are measured on")
     init_from: OptionalText = Field(
-        default=None, description="run folder or MLflow run id whose policy to start from; or empty"
+        default=None, description="run folder, policy.json or MLflow run id whose policy to start from; or empty"
     )
     random_baseline: bool = Field(
         default=True, description="also measure random allocations, for as many tokens; not under a range of budgets"

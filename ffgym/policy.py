@@ -89,7 +89,7 @@ def read_policy(source: Path, config: RunConfig) -> Policy:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
-            hint="Give the folder of an earlier run, e.g. one under runs/, or its MLflow run id.",
+            hint="Give the folder of an earlier run, e.g. one under runs/, its policy.json, or its MLflow run id.",
         ) from error
     if owner != config.agent.name:
         raise ConfigError(

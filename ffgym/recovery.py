@@ -369,7 +369,8 @@ def _seed(config: RunConfig) -> int:
 
 
 def _log_start(config: RunConfig, loaded: LoadedModel, material: Material, tracker: Tracker) -> None:
-    tags = environment_tags(device=str(loaded.device), threads=torch.get_num_threads(), plugins={})
+    threads = torch.get_num_threads()
+    tags = environment_tags(device=str(loaded.device), dtype=loaded.dtype_name, threads=threads, plugins={})
     tracker.set_tags({**tags, "recovery": config.recover.method})
     text = material.text
     tracker.log_dataset(

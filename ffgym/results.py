@@ -256,7 +256,7 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
         saved=saved_row(table),
         sublayers=prunable.sublayers,
         allocation=allocation,
-        command="ffgym run --config config.toml",
+        command="ffgym run --config config.toml --output NEW_FOLDER",
         seed=config.seed,
         splits={s.role: _described(s) for s in (space.splits.calibration, space.splits.search, space.splits.report)},
         caveats=[DEMO_CAVEAT] if is_demo else [],
@@ -269,6 +269,7 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
         kept=prunable.kept,
         family=prunable.family,
         card=card,
+        files=[folder.parent / "config.toml"],  # what the command in the card reads
         stock=config.prune.uniform,
         overwrite=True,  # of a resumed run that had saved it: a folder of anything else is never replaced
     )

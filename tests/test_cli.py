@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -132,6 +133,11 @@ def test_every_command_has_help(command: str) -> None:
     done = call(command, "--help")
     assert done.exit_code == 0
     assert command in call("--help").stdout
+
+
+def test_help_keeps_the_names_of_tables() -> None:
+    said = " ".join(re.sub("[│╭╰─╮╯]", " ", call("run", "--help").stdout).split())
+    assert "options may only repeat it, but for those of [output] and [tracking]" in said
 
 
 def test_help_shows_defaults_and_choices() -> None:

@@ -297,13 +297,19 @@ def test_config_allocation_policy_report_and_pictures_are_artifacts(finished: Fi
     }
 
 
+def test_the_model_has_the_configuration_beside_it_that_its_card_reruns(finished: Finished) -> None:
+    model = finished.folder / "model"
+    assert "ffgym run --config config.toml --output NEW_FOLDER" in (model / "README.md").read_text()
+    assert (model / "config.toml").read_bytes() == (finished.folder / "config.toml").read_bytes()
+
+
 def test_versions_and_plugins_are_tags(tracked: Any) -> None:
     tags = tracked.data.tags
     for package in ("ffgym", "torch", "transformers"):
         assert tags[f"version.{package}"]
     for plugin in ("agent.reinforce", "criterion.wanda", "reward.perplexity", "heuristic.mlp-first"):
         assert tags[f"plugin.{plugin}"].startswith("ffgym ")
-    assert (tags["device"], int(tags["threads"])) == ("cpu", torch.get_num_threads())
+    assert (tags["device"], tags["dtype"], int(tags["threads"])) == ("cpu", "float32", torch.get_num_threads())
 
 
 # the same again, and other settings

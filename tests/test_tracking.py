@@ -324,7 +324,7 @@ def test_a_missing_artifact_is_a_tracking_error(root, tmp_path):
 
 
 def test_tags_name_what_a_result_depends_on(root):
-    tags = environment_tags(device="cpu", threads=2, plugins={"criterion.wanda": "ffgym 0.1.0"})
+    tags = environment_tags(device="cpu", dtype="bfloat16", threads=2, plugins={"criterion.wanda": "ffgym 0.1.0"})
     assert tags.keys() >= {"version.ffgym", "version.torch", "version.transformers", "device", "threads"}
     assert tags["plugin.criterion.wanda"] == "ffgym 0.1.0"
     with Tracker(root, "ffgym", "run") as tracker:

@@ -15,7 +15,7 @@ from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.evaluation.latency import LatencyTable, layer_shapes, read_table
-from ffgym.evaluation.latency_cache import Say, cached_table
+from ffgym.evaluation.latency_cache import Say, cached_table, say_if_busy
 from ffgym.models.capture import OnProgress
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
@@ -94,6 +94,7 @@ def make_latency(
         return cached_table(model, context=prune.context, on_progress=on_progress, say=say)
     table = read_table(Path(prune.latency_table).expanduser())
     table.check_fits(model, context=prune.context, source=prune.latency_table)
+    say_if_busy(table, say)
     return table
 
 

@@ -53,15 +53,21 @@ def cached_table(
     if path.exists() and not rebuild:
         table = _read(path, model, context, say)
         if table is not None:
+            say_if_busy(table, say)
             return table
     table = time_model(model, context=context, repetitions=repetitions, on_progress=on_progress)
+    say_if_busy(table, say)
+    _write(path, table, say)
+    return table
+
+
+def say_if_busy(table: LatencyTable, say: Say | None) -> None:
+    """A word where a table's times were disturbed, whenever it was timed."""
     if table.noise > BUSY and say is not None:
         say(
             f"the times differ by {table.noise:.0%} from quartile to quartile: the machine was busy. Time again when it"
             " is quiet: ffgym latency MODEL --rebuild"
         )
-    _write(path, table, say)
-    return table
 
 
 def place_of(model: Any, *, context: int) -> Path:

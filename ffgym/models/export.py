@@ -54,6 +54,7 @@ def save_pruned(
     kept: Sequence[int],
     family: Family,
     card: str | None = None,
+    files: Sequence[Path] = (),
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     stock: bool = False,
@@ -68,6 +69,7 @@ def save_pruned(
         kept: units per sublayer, length 2L: layer 0 attention, layer 0 mlp, layer 1 attention, ...
         family: the model's family.
         card: text of the model card, Markdown.
+        files: copied beside the weights.
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
         max_shard_size: weights beyond it are written as several files, e.g. ``"5GB"``.
         stock: write a stock checkpoint of the family; all layers must have kept the same shape.
@@ -79,7 +81,7 @@ def save_pruned(
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
     pruned = (stock_model if stock else uneven_model)(model, kept=kept, family=family)
-    return _write(pruned, tokenizer, place, card, (), max_shard_size, stock=stock)
+    return _write(pruned, tokenizer, place, card, files, max_shard_size, stock=stock)
 
 
 def save_again(

@@ -38,7 +38,9 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     "heuristic": {
         "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),
         "fisher": BuiltIn("ffgym.heuristics.fisher:Fisher", "least loss by second-order estimates after calibration"),
-        "mlp-first": BuiltIn("ffgym.heuristics.mlp_first:MlpFirst", "MLPs go first, those at both ends are spared"),
+        "mlp-first": BuiltIn(
+            "ffgym.heuristics.mlp_first:MlpFirst", "MLPs go first; those at both ends are spared, at most half of all"
+        ),
         "skip-ends": BuiltIn("ffgym.heuristics.skip_ends:SkipEnds", "both ends stay whole, the rest is cut alike"),
         "flap": BuiltIn("ffgym.heuristics.flap:Flap", "one global cut through standardised fluctuation scores"),
         "owl": BuiltIn("ffgym.heuristics.owl:Owl", "more outliers among |W| times the inputs' norm, less cut"),

@@ -23,8 +23,13 @@ def with_options(config: RunConfig) -> RunConfig:
     value is ``None`` is left out: TOML has no null.
 
     Raises:
-        ConfigError, PluginError, UnknownNameError: as `create`.
+        ConfigError, PluginError, UnknownNameError: as `create`; options of a prior that is none.
     """
+    if config.prior.name == "none" and (unread := sorted(config.prior.options)):
+        raise ConfigError(
+            f"prior.{unread[0]} is an option of a prior, and prior.name is 'none'",
+            hint="Leave it out, or name the prior that it belongs to.",
+        )
     tables = {}
     for key, (kind, cls) in _used(config).items():
         table = getattr(config, key)

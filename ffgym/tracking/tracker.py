@@ -335,17 +335,18 @@ class Tracker:
             getattr(self._client, method)(self.run_id, *args, **kwargs)
 
 
-def environment_tags(*, device: str, threads: int, plugins: Mapping[str, str]) -> dict[str, str]:
+def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[str, str]) -> dict[str, str]:
     """Name the versions and the hardware settings that a result depends on.
 
     Args:
         device: e.g. ``"cpu"``.
+        dtype: of weights and activations, e.g. ``"bfloat16"``: what ``auto`` came to.
         threads: what ``torch.get_num_threads()`` says; sums, and so rewards, depend on it in the last bits.
         plugins: the plugins used, e.g. ``{"criterion.wanda": "ffgym 0.1.0"}``.
     """
     tags = {f"version.{package}": _version(package) for package in VERSIONED}
     tags |= {f"plugin.{name}": distribution for name, distribution in plugins.items()}
-    return tags | {"device": device, "threads": str(threads)}
+    return tags | {"device": device, "dtype": dtype, "threads": str(threads)}
 
 
 def _param_name(key: str) -> str:

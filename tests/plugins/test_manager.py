@@ -344,6 +344,8 @@ def test_all_options_of_all_plugins_are_spelled_out() -> None:
     assert spelled.prior.options == {"spare_first": 3, "spare_last": 1}
     assert configured.with_options(spelled) == spelled
     assert configured.with_options(load_config(prior={"name": "none"})).prior.options == {}
+    with pytest.raises(ConfigError, match=r"prior\.typo is an option of a prior, and prior\.name is 'none'"):
+        configured.with_options(load_config(None, ["prior.typo=2"], prior={"name": "none"}))
     with pytest.raises(ConfigError, match="unknown key 'lr' in"):
         configured.with_options(load_config(agent={"lr": 1.0}))
     with pytest.raises(UnknownNameError, match="nobody"):
