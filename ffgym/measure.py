@@ -165,6 +165,8 @@ def latency_table(options: TableOptions, *, progress: Console | None = None) -> 
                 on_progress=stage,
                 say=say.say,
             )
+        if table.repetitions != options.repetitions:
+            say.say(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
         place = place_of(loaded.model, context=options.context)
     if options.output is not None:
         write_text(options.output, to_json(table))

@@ -153,6 +153,8 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         ExitStack() as stack,
     ):
         if resume is not None:
+            if (folder / "report.json").is_file():
+                say.say("the search of this run has ended; what comes after it is done again")
             remove_half_written(folder)
         elif not overwriting:
             stack.enter_context(removing_if_nothing_found(folder))

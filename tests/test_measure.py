@@ -275,7 +275,7 @@ def table_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
         asked.append(repetitions)
         facts = {"device": latency_cache.processors(model), "threads": torch.get_num_threads()}
         table = made_up_table(model, context=context)
-        return table.model_copy(update=facts | {"torch": torch.__version__})
+        return table.model_copy(update=facts | {"torch": torch.__version__, "repetitions": repetitions})
 
     monkeypatch.setattr(latency_cache, "time_model", time_model)
     monkeypatch.setattr(latency_cache, "cache_dir", lambda: tmp_path / "cache")
@@ -292,6 +292,9 @@ def test_latency_is_timed_once_shown_and_written(table_cache: list[int], tmp_pat
             assert json.loads(done.stdout)["context"] == 64
         else:
             assert "attention" in done.stdout
+        assert "from the cache" not in done.stderr
+    again = call(*arguments[:-1], "5")
+    assert "from the cache, where each was timed 2 times; --rebuild times again" in again.stderr
     assert table_cache == [2, 2]
     written = read_table(tmp_path / "table.json")
     written.check_fits(load(glass, dtype="float32").model, context=64, source="")

@@ -151,7 +151,8 @@ def test_a_finished_run_comes_out_the_same_without_an_episode(whole: Path, tmp_p
     result, _ = go(config(tmp_path))
     del steps[1:]
     (result.folder / ".model.part-0123").mkdir()
-    again, _ = go(config(tmp_path), resume=result.folder)
+    again, said = go(config(tmp_path), resume=result.folder)
+    assert "the search of this run has ended; what comes after it is done again" in said
     assert len(steps) == 1
     assert_same(again.folder, whole)
     assert not list(again.folder.glob(".model*"))
