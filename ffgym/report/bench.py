@@ -315,11 +315,12 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes: Any = figure.add_subplot()
     axes.set_xscale("log", base=2)
     drawn: Counter[str] = Counter()
-    labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order: a colour an agent
     searches, rules = _searches_and_rules(table, results)
     top = 1.15 * max((curve.highest for curve in searches[: -(-len(searches) // 2)]), default=math.inf)  # best first
+    within = {curve.label for curve in searches if curve.lowest <= top}
+    labels = list(dict.fromkeys(cell.label for cell in results if cell.label in within))  # the bench file's order
     for curve in searches:
-        if curve.lowest <= top:
+        if curve.label in within:
             color = f"C{labels.index(curve.label) % 10}"
             seeds = f"{curve.label} ({len(curve.values)})"
             look = {"color": color, "linestyle": LINES[drawn[color] % len(LINES)]}  # of one colour, each its own line
@@ -349,7 +350,8 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.set_title(f"{table.title}: quality against search cost", loc="left")
     tidy(axes)
     if axes.get_legend_handles_labels()[0]:  # beside the axes, where it covers no curve
-        figure.legend(title="agent (seeds)", loc="outside right upper", frameon=False, fontsize=8, title_fontsize=8)
+        title = "agent (seeds):\nmean and range of seeds"
+        figure.legend(title=title, loc="outside right upper", frameon=False, fontsize=8, title_fontsize=8)
     save_figure(figure, path)
 
 
