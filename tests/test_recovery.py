@@ -631,8 +631,16 @@ def test_the_command_does_all_of_it(folder: Path, tmp_path: Path) -> None:
     assert "mine.txt" in done.stderr
 
 
+def test_a_model_that_was_copied_away_from_its_run_has_what_it_needs(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "elsewhere")
+    small = ("--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}")
+    done = call(str(tmp_path / "elsewhere"), "--method", "distil-mlp", *small)
+    assert done.exit_code == 0, done.stderr
+    assert "dense" in done.stdout
+
+
 def test_a_model_without_its_run_needs_the_options(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "model", tmp_path / "lonely" / "model")
+    shutil.copytree(folder / "model", tmp_path / "lonely" / "model", ignore=shutil.ignore_patterns("config.toml"))
     tables = glass_tables(tmp_path, **changes())
     (tmp_path / "data.toml").write_text(tomli_w.dumps({key: tables[key] for key in ("data", "search", "tracking")}))
     done = call(str(tmp_path / "lonely" / "model"), "--method", "distil-mlp")
@@ -650,7 +658,7 @@ def test_a_model_without_its_run_needs_the_options(folder: Path, tmp_path: Path)
 
 def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: Path) -> None:
     """Neither from a file that leaves the model out, nor from what an earlier training wrote without knowing it."""
-    shutil.copytree(folder / "model", tmp_path / "lonely")
+    shutil.copytree(folder / "model", tmp_path / "lonely", ignore=shutil.ignore_patterns("config.toml"))
     tables = glass_tables(tmp_path, **changes())
     (tmp_path / "data.toml").write_text(tomli_w.dumps({key: tables[key] for key in ("data", "search", "tracking")}))
     small = ("--method", "lora", "--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}")

@@ -54,8 +54,8 @@ def model_folder(folder: Path) -> Path:
 def dense_model(folder: Path, given: str | None) -> DenseModel:
     """Which dense model a saved one is compared with: the one given, or the one that the folder's record names.
 
-    The record is ``config.toml`` in it, which training writes, or in the folder of the run that saved it, or else
-    ``base_model`` in its model card.
+    The record is ``config.toml`` in it, which runs and trainings write, or in the folder of the run that saved it, or
+    else ``base_model`` in its model card.
 
     Args:
         folder: of the saved model.
