@@ -23,7 +23,6 @@ import torch
 from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig
 from ffgym.config_file import digest, settings, to_toml
-from ffgym.envs.building import latency_digest
 from ffgym.files import alone, disk_errors, write_text
 from ffgym.finals import finalists
 from ffgym.interrupts import held_back_interrupts
@@ -131,11 +130,18 @@ class CellRunner:
 
     def _compute(self, cell: Cell, space: Workspace, parent: str | None, folder: Path) -> None:
         config, say = cell.config, self._say
-        agent, policy, latency = make_agent(config), policy_digest(config), latency_digest(config)
+        agent, policy = make_agent(config), policy_digest(config)
+        latency = None if space.latency is None else space.latency.digest
         give_prior(agent, space)
         dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()
-        parts = [cell.key, dtype, f"{threads}threads", *filter(None, [policy, latency])]
+        parts = [
+            cell.key,
+            dtype,
+            f"{threads}threads",
+            *([policy] if policy else []),
+            *([latency[:16]] if latency else []),
+        ]
         parts += [f"{table}{edition}" for table, edition in configured.editions(config).items()]
         log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")

@@ -18,8 +18,8 @@ from rich.console import Console
 from ffgym.config import RecoverTable, RunConfig
 from ffgym.config_file import to_toml
 from ffgym.data.recovery import TrainingText, training_text
-from ffgym.data.splits import Splits, make_splits, windows_digest
-from ffgym.envs.building import tokens_per_batch
+from ffgym.data.splits import Splits, windows_digest
+from ffgym.envs.building import cut_splits, tokens_per_batch
 from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.interrupts import held_back_interrupts
@@ -197,35 +197,36 @@ def check_output(source: Path, place: Path, overwrite: bool) -> None:
     refuse_occupied(place, overwrite)
 
 
-def gather(config: RunConfig, tokenizer: Any, context_limit: int, splits: Splits | None = None) -> Material:
+def gather(config: RunConfig, loaded: LoadedModel, splits: Splits | None = None) -> Material:
     """Cut the splits, and find text to train on that none of them reports or chooses on.
 
     Args:
         config: the run, with ``[recover]`` set.
-        tokenizer: of the model.
-        context_limit: the longest window that the model takes, in tokens.
+        loaded: the model that is trained, or the dense one that it is made from: their tokens are the same.
         splits: of the run where they are there already.
 
     Raises:
         DataError: a corpus that is missing, too short, or holds text of the report split.
+        ModelError: a tokenizer that is not the model's.
         RecoveryError: windows that are longer than the model's context.
     """
     table = config.recover
     window = training_window(config)
-    if window > context_limit:
+    if window > loaded.context_limit:
         raise RecoveryError(
-            f"recover.window = {window} is longer than the model's context of {context_limit} tokens",
-            hint=f"Set recover.window to at most {context_limit}.",
+            f"recover.window = {window} is longer than the model's context of {loaded.context_limit} tokens",
+            hint=f"Set recover.window to at most {loaded.context_limit}.",
         )
-    splits = splits or make_splits(config.data, tokenizer, context_limit=context_limit)
+    splits = splits or cut_splits(config, loaded)
     text = training_text(
         table.corpus,
         splits,
-        tokenizer,
+        loaded.tokenizer,
         window=window,
         tokens=table.tokens,
         at_least=table.batch_tokens // window * window,
     )
+    loaded.check_ids(text.windows, "the training text")
     search = splits.search.windows
     return Material(splits, text, search[-max(1, table.held_out_tokens // search.shape[1]) :])
 
@@ -260,8 +261,7 @@ def train_and_save(
     """
     with say.stage("load model and text", 1):
         loaded = _load(source, config)
-        material = material or gather(config, loaded.tokenizer, loaded.context_limit)
-    loaded.check_ids(material.text.windows, "the training text")
+        material = material or gather(config, loaded)
     say.say(text_line(config, material))
     checkpoint = Checkpoint(unfinished_folder(place), _identity(config, source, loaded, material, dense))
     checkpoint.claim(overwrite=overwrite)

@@ -173,7 +173,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         space = _open(config, earlier.dtype, folder / "latency.json" if resume is not None else None, say)
         material = None
         if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
-            material = gather(config, space.loaded.tokenizer, space.loaded.context_limit, space.splits)
+            material = gather(config, space.loaded, space.splits)
         if overwriting:  # not before: what cannot be loaded must not cost an earlier run its results
             clear_folder(folder)
             stack.enter_context(removing_if_nothing_found(folder))

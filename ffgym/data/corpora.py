@@ -219,19 +219,18 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"line {number} of corpus file {str(path)!r}"
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads, too
                 raise DataError(
-                    f"line {number} of corpus file {str(path)!r} is not JSON: {getattr(error, 'msg', error)}",
+                    f"{where} is not JSON: {getattr(error, 'msg', error)}",
                     hint='Write one object a line, like {"text": "..."}.',
                 ) from error
-            if not isinstance(row, dict) or COLUMN not in row:
-                raise _no_column(f"line {number} of corpus file {str(path)!r}", row if isinstance(row, dict) else [])
+            _check_column(where, row if isinstance(row, dict) else [])
             if not isinstance(row[COLUMN], str | None):
-                found = type(row[COLUMN]).__name__
                 raise DataError(
-                    f"line {number} of corpus file {str(path)!r}: {COLUMN!r} is a {found}, not text",
+                    f"{where}: {COLUMN!r} is a {type(row[COLUMN]).__name__}, not text",
                     hint='Write one object a line, like {"text": "..."}.',
                 )
             if row[COLUMN] is not None:
@@ -277,14 +276,10 @@ def _texts(values: Iterable[Any]) -> Iterator[str]:
 
 def _check_column(where: str, columns: Iterable[str]) -> None:
     if COLUMN not in columns:
-        raise _no_column(where, columns)
-
-
-def _no_column(where: str, columns: Iterable[str]) -> DataError:
-    return DataError(
-        f"{where} has no text column {COLUMN!r}; its columns: {', '.join(columns) or 'none'}",
-        hint=f"Rename the column that holds the text to {COLUMN!r}.",
-    )
+        raise DataError(
+            f"{where} has no text column {COLUMN!r}; its columns: {', '.join(columns) or 'none'}",
+            hint=f"Rename the column that holds the text to {COLUMN!r}.",
+        )
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

@@ -35,10 +35,20 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
     loaded = load(
         config.model.name, revision=config.model.revision, dtype=config.model.dtype, device=config.model.device
     )
+    return loaded, cut_splits(config, loaded)
+
+
+def cut_splits(config: RunConfig, loaded: LoadedModel) -> Splits:
+    """The three splits in the model's tokens.
+
+    Raises:
+        DataError: a corpus that is missing or too short, or splits that overlap.
+        ModelError: a tokenizer that is not the model's.
+    """
     splits = make_splits(config.data, loaded.tokenizer, context_limit=loaded.context_limit)
     for split in (splits.calibration, splits.search, splits.report):
         loaded.check_ids(split.windows, split.name)
-    return loaded, splits
+    return splits
 
 
 def tokens_per_batch(device: torch.device | str) -> int:
@@ -105,7 +115,7 @@ def latency_digest(config: RunConfig) -> str | None:
         ConfigError: the named file is no latency table.
     """
     named = config.prune.latency_table
-    return None if named is None else read_table(Path(named).expanduser()).digest[:16]
+    return None if named is None else read_table(Path(named).expanduser()).digest
 
 
 def make_budget(config: RunConfig, model: Any, latency: LatencyTable | None = None) -> Budget:

@@ -313,11 +313,7 @@ def _load_checkpoint(
                 **origin,
             )
     except Exception as error:  # damaged files fail in as many ways as there are parsers
-        if options.get("local_files_only") and "safetensors" in str(error):
-            raise _not_from_hub(
-                name, "its weights are not in the hub's cache, and the hub cannot be reached"
-            ) from error
-        raise _loading_error(error, source, name) from error
+        raise _loading_error(error, source, name, only_cached=options.get("local_files_only", False)) from error
     _check_complete(name, model, report)
     if Path(source).is_dir():
         return model, load_tokenizer(Path(source))
@@ -369,7 +365,7 @@ def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
     return sorted(key for key in weights if (match := NUMBERED_BLOCK.match(key)) and match[0] in blocks)
 
 
-def _loading_error(error: Exception, source: str, name: str) -> ModelError:
+def _loading_error(error: Exception, source: str, name: str, *, only_cached: bool = False) -> ModelError:
     said = _said(error)
     if is_out_of_memory(error):
         return ModelError(
@@ -386,6 +382,8 @@ def _loading_error(error: Exception, source: str, name: str) -> ModelError:
             f"model {name!r} cannot be loaded, its files are damaged or incomplete: {said}",
             hint="Write or download the model again.",
         )
+    if only_cached and "safetensors" in str(error):
+        return _not_from_hub(name, "its weights are not in the hub's cache, and the hub cannot be reached")
     if "safetensors" in str(error):  # the repository was reached, and holds other weights
         return _pickled(name, Path(f"{name.split('/')[-1]}-safetensors"))
     return _not_from_hub(name, said)

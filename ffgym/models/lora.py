@@ -20,12 +20,7 @@ from torch import nn
 
 from ffgym.errors import RecoveryError, raising_if_out_of_memory
 from ffgym.interrupts import held_back_interrupts
-from ffgym.models.checkpoint import (
-    Checkpoint,
-    own_randomness,
-    random_state,
-    set_random_state,
-)
+from ffgym.models.checkpoint import Checkpoint, own_randomness, random_state, set_random_state
 from ffgym.models.families import Family
 from ffgym.models.placement import devices_of
 from ffgym.models.training import LARGEST_GRADIENT, batch_at, rate_at

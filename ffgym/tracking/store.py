@@ -68,7 +68,8 @@ def shown(uri: str) -> str:
     return _without_password(uri).removeprefix("sqlite:///")
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
+    """Whether a store is behind HTTP, and no database that this process opens."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -107,7 +108,7 @@ def whole(uri: str) -> contextlib.AbstractContextManager[None]:
 
     A second Ctrl-C does not wait, and a server's answer, which may take minutes, is not waited for at all.
     """
-    return contextlib.nullcontext() if _is_server(uri) else held_back_interrupts(first_only=True)
+    return contextlib.nullcontext() if is_server(uri) else held_back_interrupts(first_only=True)
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def _reason(error: Exception) -> str:
 
 
 def _next_step(uri: str, reason: str) -> str:
-    if _is_server(uri):
+    if is_server(uri):
         return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
     for sign, step in (
         ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),

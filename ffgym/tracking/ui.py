@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from ffgym.errors import TrackingError
-from ffgym.tracking.store import artifacts, database, own_uri, shown, tracking_uri
+from ffgym.tracking.store import artifacts, database, is_server, own_uri, shown, tracking_uri
 
 SECONDS_TO_END = 3.0
 
@@ -27,7 +27,7 @@ def open_ui(root: Path, port: int = 5000) -> None:
             MLflow's server gave up.
     """
     uri = tracking_uri(root)
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         raise TrackingError(f"MLFLOW_TRACKING_URI is a server: {shown(uri)}", hint="Open that address in a browser.")
     if uri == own_uri(root) and not database(root).is_file():
         raise TrackingError(

@@ -10,13 +10,7 @@ import torch
 
 from ffgym.errors import OutputError, RecoveryError
 from ffgym.models import checkpoint as module
-from ffgym.models.checkpoint import (
-    Checkpoint,
-    own_randomness,
-    random_state,
-    set_random_state,
-    weights_digest,
-)
+from ffgym.models.checkpoint import Checkpoint, own_randomness, random_state, set_random_state, weights_digest
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1.5], dtype=torch.bfloat16), "r": torch.ones(0)}
 
