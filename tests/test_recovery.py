@@ -631,6 +631,14 @@ def test_the_command_does_all_of_it(folder: Path, tmp_path: Path) -> None:
     assert "mine.txt" in done.stderr
 
 
+def test_training_text_of_foreign_tokens_is_refused_when_it_is_gathered(folder: Path) -> None:
+    """That is before a run's search."""
+    loaded, splits = load_parts(configured(folder))
+    loaded.model.resize_token_embeddings(10)
+    with pytest.raises(ModelError, match=r"token \d+ of the training text: the embedding of model .* has 10 rows"):
+        recovery.gather(configured(folder), loaded, splits)
+
+
 def test_a_model_that_was_copied_away_from_its_run_has_what_it_needs(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "elsewhere")
     small = ("--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}")
