@@ -14,9 +14,9 @@ from ffgym.types import Allocation, Evaluation, LayerStats, Sublayer, SublayerVi
 from ffgym.version import __version__
 
 if TYPE_CHECKING:
-    from ffgym.config import RunConfig
-    from ffgym.config_file import load_config
-    from ffgym.runner import run
+    from ffgym.config.tables import RunConfig
+    from ffgym.config.toml import load_config
+    from ffgym.pipeline.pipeline import run
 
 __all__ = [
     "Agent",
@@ -39,7 +39,7 @@ __all__ = [
     "run",
 ]
 
-_LATE = {"RunConfig": "ffgym.config", "load_config": "ffgym.config_file", "run": "ffgym.runner"}
+_LATE = {"RunConfig": "ffgym.config.tables", "load_config": "ffgym.config.toml", "run": "ffgym.pipeline.pipeline"}
 
 
 def __getattr__(name: str) -> Any:

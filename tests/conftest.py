@@ -14,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-    from ffgym.models.preparation import Prepared
+    from ffgym.prepare.paths import Prepared
 
 # Before torch is imported: on models this small, threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,7 +42,7 @@ def random_windows_fixture() -> Callable[..., torch.Tensor]:
 def prepared_llama() -> Prepared:
     """A tiny random llama (3 layers, 2 KV groups, 48 channels) with its paths; fresh for every test."""
     from ffgym.criteria.wanda import Wanda
-    from ffgym.models.preparation import prepare
+    from ffgym.prepare.paths import prepare
     from ffgym.testing.models import tiny_model
 
     return prepare(tiny_model("llama"), Wanda(), random_windows(8), ridge=0.01)

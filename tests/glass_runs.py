@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ffgym.config import RunConfig
+from ffgym.config.tables import RunConfig
 
 EPISODES, PER_UPDATE, WINDOW = 8, 4, 64
 

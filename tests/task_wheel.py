@@ -172,7 +172,7 @@ def lm_eval_command(model: Path, tasks: Mapping[str, str], scratch: Path, *optio
 
 def write_definition(folder: Path, task: str, split: str) -> None:
     """A task ``TASK_here`` for lm-eval itself: its own definition, on the same examples as a local JSON data set."""
-    from ffgym.evaluation.tasks import _definition_file
+    from ffgym.measure.tasks import _definition_file
 
     data = folder / f"{task}.json"
     task_data.task_dataset(task, progress=False)[split].to_json(data)
@@ -206,9 +206,9 @@ def save_pruned_model(dense: Path, folder: Path) -> Path:
     """The tiny llama with layers of different sizes, saved as ``ffgym run`` saves what it found."""
     from transformers import AutoTokenizer
 
-    from ffgym.models.export import save_pruned
+    from ffgym.export.checkpoint import save_pruned
+    from ffgym.models.cut import PrunableModel
     from ffgym.models.families import FAMILIES
-    from ffgym.models.surgery import PrunableModel
     from ffgym.testing.models import tiny_model
 
     kept = (1, 17, 2, 48, 1, 5)  # of 2 KV groups and 48 channels a layer

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,8 +20,8 @@ import typer
 from pydantic import BaseModel
 
 import ffgym
-from ffgym.cli import app
-from ffgym.config import RunConfig
+from ffgym.cli.app import app
+from ffgym.config.tables import RunConfig
 from ffgym.models.families import FAMILIES
 from ffgym.plugins import built_ins, discovery, hookspecs, manager
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
@@ -196,8 +197,8 @@ def test_zero_shot_tasks_are_documented() -> None:
 
 
 def test_results_and_bench_files_are_documented() -> None:
-    from ffgym.bench import BenchFile
-    from ffgym.report.bench import CellResult, Final, Mark
+    from ffgym.bench.bench import BenchFile
+    from ffgym.bench.table import CellResult, Final, Mark
 
     for model in (BenchFile, CellResult, Final, Mark):
         missing = [key for key in model.model_fields if f"`{key}`" not in text("docs/experiments.md")]
@@ -209,14 +210,21 @@ def test_experiment_is_documented(folder: str) -> None:
     assert f"`experiments/{folder}/`" in text("docs/experiments.md")
 
 
-@pytest.mark.parametrize("room", sorted(p.name for p in (ROOT / "ffgym").iterdir() if p.name[0] not in "_."))
-def test_room_of_the_house_is_documented(room: str) -> None:
-    if room != "py.typed":
-        assert re.search(rf"^  {re.escape(room)}\b", text("docs/design.md"), flags=re.MULTILINE)
+def test_the_house_is_drawn_as_the_imports_are_held() -> None:
+    """The rows of the drawing in docs/design.md are the layers that import-linter checks, and all rooms are there."""
+    house = (DOCS / "design.md").read_text().partition("## The house")[2]
+    drawing = re.search(r"```\n(.*?)```", house, re.DOTALL)
+    assert drawing is not None
+    drawn = [re.split(r"\s+", re.split(r"\s{3,}", line.strip())[0]) for line in drawing[1].splitlines()]
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert [set(row) for row in drawn] == [set(re.split(r" [:|] ", layer)) for layer in layers]
+    rooms = {path.parent.name for path in (ROOT / "ffgym").glob("*/__init__.py")}
+    beside = {path.stem for path in (ROOT / "ffgym").glob("*.py")} - {"__init__", "__main__", "version"}
+    assert {name for row in drawn for name in row} == rooms | beside
 
 
 def test_what_a_run_writes_is_documented() -> None:
-    from ffgym.run_folder import WRITTEN
+    from ffgym.pipeline.folder import WRITTEN
 
     missing = [name for name in WRITTEN if not re.search(rf"`{re.escape(name)}/?`", text("README.md"))]
     assert not missing
@@ -368,7 +376,7 @@ def test_tutorial_is_the_real_package(file: str) -> None:
 def test_toml_examples_are_configurations(page: str) -> None:
     import tomllib
 
-    from ffgym.bench import BenchFile
+    from ffgym.bench.bench import BenchFile
 
     for block in re.findall(r"^```toml\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
         content = tomllib.loads(block)

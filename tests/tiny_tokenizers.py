@@ -7,7 +7,7 @@ import string
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ffgym.models.gguf_vocabulary import BYTES, LLAMA_3, QWEN_2, TEKKEN
+from ffgym.export.gguf.vocabulary import BYTES, LLAMA_3, QWEN_2, TEKKEN
 
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 MERGES = (

@@ -34,17 +34,17 @@ import torch
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from rich.console import Console
 
-from ffgym import workspace
-from ffgym.config import RecoverTable, RunConfig, Table
-from ffgym.config_errors import config_error
-from ffgym.config_file import digest, read_toml
+from ffgym.config.refusals import config_error
+from ffgym.config.tables import RecoverTable, RunConfig, Table
+from ffgym.config.toml import digest, read_toml
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.distillation import distil_mlps
-from ffgym.models.export import save_pruned
+from ffgym.export.checkpoint import save_pruned
 from ffgym.models.loading import load
-from ffgym.models.lora import require_peft, train_lora
-from ffgym.recovery import distillation_settings, lora_settings
+from ffgym.pipeline import task
+from ffgym.recover.distill import distil_mlps
+from ffgym.recover.lora import require_peft, train_lora
+from ffgym.recover.recover import distillation_settings, lora_settings
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
 
@@ -175,7 +175,7 @@ class Bed:
 
     def __init__(self, spec: Experiment, config: RunConfig, scratch: Path, say: Reporter) -> None:
         heuristics = [(name, {}) for name in spec.allocations.values() if not name.endswith(".json")]
-        self.space = workspace.open_workspace(config, heuristics, say)
+        self.space = task.open_workspace(config, heuristics, say)
         self.spec, self.say, self._scratch = spec, say, scratch
         self._dense: list[float] = []
 
@@ -192,7 +192,7 @@ class Bed:
 
     def recovered_losses(self, cell: Cell) -> list[float]:
         if cell.recovery in LINEAR:
-            with workspace.cut_to(self.space, cell.kept, cell.recovery, self.say):  # type: ignore[arg-type]
+            with task.cut_to(self.space, cell.kept, cell.recovery, self.say):  # type: ignore[arg-type]
                 return self.losses(self.space.prepared.prunable.model)
         model = self._plainly_pruned(cell)
         (self._distil if cell.recovery == "distil-mlp" else self._lora)(model, cell.seed)
@@ -202,7 +202,7 @@ class Bed:
         folder = self._scratch / hashlib.sha256(str(cell.kept).encode()).hexdigest()[:16]
         prunable = self.space.prepared.prunable
         if not folder.exists():
-            with workspace.cut_to(self.space, cell.kept, "none", self.say):
+            with task.cut_to(self.space, cell.kept, "none", self.say):
                 tokenizer = self.space.loaded.tokenizer
                 save_pruned(prunable.model, tokenizer, folder, kept=cell.kept, family=prunable.family)
         dtype = self.space.loaded.dtype_name

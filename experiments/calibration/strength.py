@@ -14,10 +14,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ffgym import workspace
-from ffgym.config_file import load_config
+from ffgym.config.toml import load_config
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.sequential import calibrate_sequentially
+from ffgym.pipeline import task
+from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.report.progress import Reporter
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
@@ -27,7 +27,7 @@ WINDOWS = 16
 def main(folder: Path) -> None:
     """Measure nested ridge, then every strength."""
     config = load_config(folder / "config.toml", ["tracking.enabled=false"])
-    space = workspace.open_workspace(config, [], Reporter(Console(stderr=True)))
+    space = task.open_workspace(config, [], Reporter(Console(stderr=True)))
     prunable = space.prepared.prunable
     kept = json.loads((folder / "allocation.json").read_text())["kept"]
     texts = {"report": space.splits.report.windows[:WINDOWS], "search": space.splits.search.windows[-WINDOWS:]}

@@ -25,18 +25,18 @@ import torch
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym.config import RunConfig, Table
-from ffgym.config_errors import config_error
-from ffgym.config_file import digest, read_toml, settings
+from ffgym.bench.table import Mean, mean_of
+from ffgym.config.refusals import config_error
+from ffgym.config.tables import RunConfig, Table
+from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
+from ffgym.pipeline.task import give_prior, make_schedule, open_workspace, report_loss, with_config
 from ffgym.plugins import configured
-from ffgym.policy import make_agent
-from ffgym.report.bench import Mean, mean_of
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
-from ffgym.search import search_front
+from ffgym.search.loop import search_front
+from ffgym.search.policy import make_agent
 from ffgym.types import JSONDict
-from ffgym.workspace import give_prior, make_schedule, open_workspace, report_loss, with_config
 
 ONE = "one policy"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from ffgym.config import RunConfig
-from ffgym.envs.building import build_env, load_parts, make_budget, prepare_model
+from ffgym.config.tables import RunConfig
 from ffgym.evaluation.perplexity import evaluate, predicting, token_losses
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import check_importance
+from ffgym.prepare.parts import build_env, load_parts, make_budget, prepare_model
 
 TOKENS = 4096
 REPETITIONS = 9

@@ -30,20 +30,20 @@ from analysis import Analysis, analyse, figure, markdown
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym import runner, workspace
-from ffgym.config import RunConfig, Table
-from ffgym.config_errors import config_error
-from ffgym.config_file import read_toml
+from ffgym.config.refusals import config_error
+from ffgym.config.tables import RunConfig, Table
+from ffgym.config.toml import read_toml
 from ffgym.data.examples import EncodedExample, encode, reported_examples
-from ffgym.envs.building import CHEAP, budget_in, make_reward, task_examples
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.episode_log import read_episodes
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
+from ffgym.pipeline import pipeline, task
 from ffgym.plugins.bases import Reward
-from ffgym.policy import make_agent
+from ffgym.prepare.parts import CHEAP, budget_in, make_reward, task_examples
 from ffgym.report.progress import Reporter
-from ffgym.search import search
+from ffgym.search.log import read_episodes
+from ffgym.search.loop import search
+from ffgym.search.policy import make_agent
 from ffgym.types import Episode, Evaluation
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
@@ -144,7 +144,7 @@ class Bench:
         config = settings.config(next(iter(settings.rewards)), settings.seeds[0])
         rules = [(name, {}) for name in settings.heuristics]
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
-        self.space = workspace.open_workspace(config, [*rules, *prior], say)
+        self.space = task.open_workspace(config, [*rules, *prior], say)
         self.rewards = {
             label: make_reward(settings.config(label, 0)) for label in (*settings.rewards, *settings.judges)
         }
@@ -206,10 +206,10 @@ class Bench:
         dense = self.env.dense(self.text, self.examples)
         pruned = self.env.measure(allocation, self.text, self.examples)
         right = {}
-        with workspace.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.say):
-            for task, questions in self.questions.items():
+        with task.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.say):
+            for name, questions in self.questions.items():
                 answers = answered_right(prunable.model, questions, tokens_per_batch=batch)
-                right[task] = "".join("1" if answer else "0" for answer in answers)
+                right[name] = "".join("1" if answer else "0" for answer in answers)
         return {
             "label": candidate.label,
             "source": candidate.source,
@@ -237,16 +237,16 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
     digest = bench.settings.digest
     if not done.exists():
         config = bench.settings.config(reward, seed)
-        space = workspace.with_config(bench.space, config)
+        space = task.with_config(bench.space, config)
         agent = make_agent(config)
-        workspace.give_prior(agent, space)
+        task.give_prior(agent, space)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
         with bench.say.stage(f"search: {name}", budget) as stage:
             found = search(
                 space.env,
                 agent,
                 config.search,
-                workspace.make_schedule(config, space.env),
+                task.make_schedule(config, space.env),
                 seed=seed,
                 log=log,
                 on_episode=lambda e: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),
@@ -320,7 +320,7 @@ def read_settings(file: Path) -> Settings:
     try:
         settings = Settings.model_validate(read_toml(file))
         for label in (*settings.rewards, *settings.judges):
-            runner.check_plugins(settings.config(label, settings.seeds[0]))
+            pipeline.check_plugins(settings.config(label, settings.seeds[0]))
     except ValidationError as error:
         model = RunConfig if error.title == "RunConfig" else Settings
         raise config_error(error, model) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ffgym.config import DataTable
+from ffgym.config.tables import DataTable
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.errors import DataError

@@ -14,4 +14,4 @@ __all__ = ["PruningEnv", "PruningVectorEnv", "Schedule", "Stage"]
 ENV_ID = "ffgym/Pruning-v0"
 
 if ENV_ID not in registry:
-    register(id=ENV_ID, entry_point="ffgym.envs.building:make_pruning_env", order_enforce=True)
+    register(id=ENV_ID, entry_point="ffgym.prepare.parts:make_pruning_env", order_enforce=True)

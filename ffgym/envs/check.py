@@ -1,9 +1,4 @@
-"""Gymnasium's and Stable-Baselines3's environment checkers on the pruning environment; a warning is a complaint.
-
-The checkers look at the interface, not at the numbers, so the environment is built small whatever the configuration
-asks for: windows of at most 128 tokens, two of them for statistics and two to search on, one per episode. An automatic
-ridge strength, whose search takes most of the time, is a number instead.
-"""
+"""Gymnasium's and Stable-Baselines3's environment checkers on an environment; a warning is a complaint."""
 
 from __future__ import annotations
 
@@ -16,36 +11,7 @@ import gymnasium
 from gymnasium.utils.env_checker import check_env as check_with_gymnasium
 from stable_baselines3.common.env_checker import check_env as check_with_sb3
 
-from ffgym.config import RunConfig
-from ffgym.envs.building import make_pruning_env
-
-WINDOW = 128
-RIDGE = 0.01
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def check_environment(config: RunConfig) -> list[str]:
-    """Build the environment of a run, small, and let both checkers try it.
-
-    Args:
-        config: the run; its model, plugins and budget are taken as they are.
-
-    Returns:
-        one complaint per failure or warning, in the order of the checkers; empty = both pass without a warning.
-    """
-    return complaints(make_pruning_env(small(config)))
-
-
-def small(config: RunConfig) -> RunConfig:
-    """The same run on a handful of short windows."""
-    plain = config.model_dump()
-    window = min(config.data.window, WINDOW)
-    plain["data"] |= {"window": window, "report_tokens": window}
-    plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
-    plain["search"] |= {"episode_tokens": window, "final_tokens": window, "stop_hopeless": False}
-    if config.prune.ridge == "auto":
-        plain["prune"] |= {"ridge": RIDGE}
-    return RunConfig.model_validate(plain)
 
 
 def complaints(env: gymnasium.Env[Any, Any]) -> list[str]:

@@ -22,8 +22,8 @@ from ffgym.errors import DataError, ModelError
 from ffgym.evaluation.divergence import evaluate_against, remember
 from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.slopes import unit_slopes
-from ffgym.models.surgery import PrunableModel
+from ffgym.evaluation.slopes import unit_slopes
+from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
 from ffgym.pruning.budget import Budget

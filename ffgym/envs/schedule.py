@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ffgym.config import Ramp
+from ffgym.config.tables import Ramp
 
 STAIRS = 4
 GOLDEN = (math.sqrt(5) - 1) / 2

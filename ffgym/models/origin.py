@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ffgym.config_file import read_toml
+from ffgym.config.toml import read_toml
 from ffgym.errors import ConfigError, ModelError
 from ffgym.models.loading import DEMO_BASE, weight_files
 

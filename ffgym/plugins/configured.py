@@ -6,8 +6,8 @@ import contextlib
 
 from pydantic import ValidationError
 
-from ffgym.config import RunConfig
-from ffgym.config_file import changed_settings, settings
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import PluginKind

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from pydantic import ValidationError
 
-from ffgym.config_errors import config_error
+from ffgym.config.refusals import config_error
 from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS, PluginKind

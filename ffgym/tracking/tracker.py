@@ -17,7 +17,7 @@ from typing import IO, Any, Self
 
 from filelock import FileLock
 
-from ffgym.config_file import flatten
+from ffgym.config.toml import flatten
 from ffgym.errors import TrackingError
 from ffgym.tracking.store import (
     INSTEAD,

@@ -8,7 +8,7 @@ import pytest
 from ffgym.agents.exploration import depth_covariance
 from ffgym.agents.pathwise import Pathwise
 from ffgym.agents.reinforce import Reinforce
-from ffgym.config_file import load_config
+from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError
 from ffgym.plugins import configured
 from ffgym.testing.conformance import AgentConformance

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ffgym.config import SearchTable
+from ffgym.config.tables import SearchTable
 from ffgym.criteria.wanda import Wanda
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
-from ffgym.models.preparation import prepare
 from ffgym.plugins import manager
+from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
-from ffgym.search import search
+from ffgym.search.loop import search
 from ffgym.testing.models import tiny_model
 
 SETTINGS = SearchTable(episodes=24, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=128)

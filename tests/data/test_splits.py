@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ffgym.config import DataTable
+from ffgym.config.tables import DataTable
 from ffgym.data import splits
 from ffgym.data.corpora import _corpus
 from ffgym.data.splits import make_splits

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import ffgym.envs
-from ffgym.config import RunConfig
+from ffgym.config.tables import RunConfig
 from ffgym.criteria.wanda import Wanda
-from ffgym.envs.check import check_environment, complaints, small
+from ffgym.envs.check import complaints
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.models.preparation import prepare
+from ffgym.prepare.parts import make_pruning_env, shrunk
+from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
@@ -24,21 +25,25 @@ def tiny_env(family):
     return PruningEnv(prepared.prunable, Perplexity(), windows, Budget(prepared.prunable.sublayers))
 
 
+def checked(config):
+    return complaints(make_pruning_env(shrunk(config)))
+
+
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_both_checkers_pass_without_a_warning(family):
     assert complaints(tiny_env(family)) == []
 
 
 def test_a_configured_run_is_checked(tiny_run):
-    assert check_environment(RunConfig.model_validate(tiny_run)) == []
+    assert checked(RunConfig.model_validate(tiny_run)) == []
 
 
 def test_one_shape_for_all_layers_is_checked_too(tiny_run):
-    assert check_environment(RunConfig.model_validate({**tiny_run, "prune": {"uniform": True, "align": 16}})) == []
+    assert checked(RunConfig.model_validate({**tiny_run, "prune": {"uniform": True, "align": 16}})) == []
 
 
 def test_it_is_checked_small_whatever_is_asked_for():
-    checked = small(RunConfig())
+    checked = shrunk(RunConfig())
     assert checked.data.window <= 128
     assert checked.data.calibration_tokens + checked.data.search_tokens <= 512
     assert checked.search.episode_tokens == checked.data.window
@@ -50,7 +55,7 @@ def test_early_stopping_is_left_out(tiny_run):
     """It wants episodes of two windows, and is no part of the environment."""
     search = {**tiny_run["search"], "stop_hopeless": True, "episode_tokens": 64}
     config = RunConfig.model_validate({**tiny_run, "search": search})
-    assert small(config).search.stop_hopeless is False
+    assert shrunk(config).search.stop_hopeless is False
 
 
 def test_warnings_and_failures_become_complaints():

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import ffgym
-from ffgym.config import RunConfig
+from ffgym.config.tables import RunConfig
+from ffgym.costs.size import SizeMeter
 from ffgym.data.examples import EncodedExample
-from ffgym.envs.building import make_pruning_env, make_reward
 from ffgym.envs.check import complaints
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
@@ -22,8 +22,8 @@ from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 from ffgym.evaluation.divergence import evaluate_against, remember
 from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
-from ffgym.evaluation.size import SizeMeter
 from ffgym.plugins import manager
+from ffgym.prepare.parts import make_pruning_env, make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import PlainPath
 from ffgym.types import Evaluation

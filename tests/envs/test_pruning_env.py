@@ -12,7 +12,7 @@ from gymnasium import spaces
 import ffgym
 from ffgym.errors import BudgetError, DataError, ModelError, PluginError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.surgery import PrunableModel
+from ffgym.models.cut import PrunableModel
 from ffgym.pruning.calibration import PlainPath
 from ffgym.testing.models import tiny_model
 

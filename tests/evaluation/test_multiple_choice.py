@@ -9,7 +9,7 @@ import torch
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
 from ffgym.evaluation.multiple_choice import answered_right, log_likelihoods, task_accuracy
-from ffgym.models.surgery import PrunableModel
+from ffgym.models.cut import PrunableModel
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 

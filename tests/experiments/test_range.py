@@ -15,9 +15,9 @@ import tomli_w
 from glass_runs import PER_UPDATE, glass_tables
 from rich.console import Console
 
-from ffgym import workspace
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError
+from ffgym.pipeline import task
 from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
@@ -96,7 +96,7 @@ def test_it_goes_on_where_it_stopped_and_says_how_many_tokens(
     assert all(f"| {target:.0%} |" in text for target in TARGETS)
     assert (tmp_path / "small.md").read_text() == text
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
     assert script.compare(file, only_report=True) == text
 
 
@@ -125,7 +125,7 @@ def test_differences_are_paired_by_seed_and_averaged_over_targets(script: Module
 def test_wrong_files_are_refused_before_anything_is_loaded(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
     with pytest.raises(ConfigError, match=r"'0\.3': should be .* a range of budgets"):
         script.compare(write(tmp_path, range="0.3"))
     with pytest.raises(ConfigError, match="unknown table or key 'seed'"):

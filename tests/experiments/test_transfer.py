@@ -19,7 +19,7 @@ from glass_runs import WINDOW, glass_tables
 from made_up_episodes import episode
 from rich.console import Console
 
-from ffgym.config_file import read_toml
+from ffgym.config.toml import read_toml
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 
 QUESTIONS = {"arc_easy": 20, "piqa": 12, "sciq": 10}

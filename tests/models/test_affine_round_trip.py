@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from ffgym.criteria.wanda import Wanda
-from ffgym.models.export import save_pruned
-from ffgym.models.preparation import prepare
-from ffgym.models.sequential import calibrate_sequentially
+from ffgym.export.checkpoint import save_pruned
+from ffgym.prepare.paths import prepare
+from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))

@@ -16,11 +16,11 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ffgym.errors import ModelError
+from ffgym.export.checkpoint import save_pruned
 from ffgym.models import loading, placement
-from ffgym.models.export import save_pruned
+from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.loading import load
-from ffgym.models.surgery import PrunableModel
 from ffgym.testing.models import TINY_FAMILIES
 from ffgym.testing.models import tiny_model as random_model
 

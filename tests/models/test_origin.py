@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ffgym.config import RunConfig
-from ffgym.config_file import to_toml
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import to_toml
 from ffgym.errors import ConfigError, ModelError
 from ffgym.models.loading import DEMO_BASE
 from ffgym.models.origin import dense_model, model_folder, weights_on_disk

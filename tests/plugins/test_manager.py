@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ffgym.config import RunConfig
-from ffgym.config_file import load_config
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.plugins import built_ins, configured, discovery, hookspecs, manager
 from ffgym.plugins.bases import Plugin

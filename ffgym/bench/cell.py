@@ -1,0 +1,288 @@
+"""One cell of a bench: one agent with one seed in one configuration, searched and then measured on the report split.
+
+A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the episode
+in flight is lost, and in its MLflow run. Each dtype, number of threads, starting policy and edition of a plugin has a
+log of its own, so that no search is made of two, and a lock lets several benches work through the same cells without
+doing one twice. Incumbents are noted at log-spaced token marks while the search runs and measured on the report split
+when it has ended; nothing selects on those figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ffgym.bench.table import CellResult
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import digest, settings, to_toml
+from ffgym.files import alone, disk_errors, write_text
+from ffgym.interrupts import held_back_interrupts
+from ffgym.pipeline.artifacts import log_splits, run_tags
+from ffgym.pipeline.task import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
+from ffgym.plugins import configured
+from ffgym.plugins.bases import Agent
+from ffgym.report.progress import Reporter
+from ffgym.search.finals import finalists
+from ffgym.search.loop import Found, search
+from ffgym.search.policy import make_agent, policy_digest
+from ffgym.tracking.tracker import Tracker
+from ffgym.types import Allocation, Episode, JSONDict, Update
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One agent, one seed, one configuration.
+
+    Attributes:
+        label: what its row is called.
+        seed: of everything random.
+        config: the whole run, with that seed.
+        path: the result file.
+        marks: at how many token marks the incumbent is measured, >= 2.
+        plain: what was found is also measured without any refit.
+    """
+
+    label: str
+    seed: int
+    config: RunConfig
+    path: Path
+    marks: int
+    plain: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that decides the cell's numbers."""
+        return digest(self.config)
+
+    @property
+    def key(self) -> str:
+        """Names its lock and its log: what it computes, and the file that waits for it.
+
+        Two benches that need the same for files of their own compute it each, or one file would never be written.
+        """
+        return f"{self.digest[:16]}-{hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:8]}"
+
+    @property
+    def preparation(self) -> str:
+        """Cells in which this is equal can share a prepared model."""
+        config = self.config
+        prune = config.prune.model_dump(exclude={"sparsity"})
+        parts = [config.model, config.data, config.criterion]
+        return json.dumps([*(part.model_dump() for part in parts), prune], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to compute.
+
+    Attributes:
+        cell: which.
+        heuristics: (name, options) of every heuristic that cells on the same prepared model ask for.
+        parent: MLflow run that the cell's is a child of; ``None`` where tracking is off.
+    """
+
+    cell: Cell
+    heuristics: tuple[tuple[str, JSONDict], ...]
+    parent: str | None
+
+
+class CellRunner:
+    """Computes cells one after another and keeps the prepared model for as long as the next cell can use it.
+
+    Args:
+        say: where progress goes.
+    """
+
+    def __init__(self, say: Reporter) -> None:
+        self._say = say
+        self._space: Workspace | None = None
+        self._preparation = ""
+        self._dense_loss: float | None = None
+
+    def __call__(self, job: Job) -> None:
+        """Compute one cell and write its file, unless another bench does or has done so since."""
+        cell, folder = job.cell, job.cell.config.tracking.folder / "bench"
+        with ExitStack() as stack:
+            with disk_errors():
+                folder.mkdir(parents=True, exist_ok=True)
+                mine = stack.enter_context(alone(folder / f"{cell.key}.lock"))
+            if not mine:
+                self._say.say(f"{cell.label}, seed {cell.seed}: left to another bench that is computing it")
+            elif not cell.path.exists():
+                self._prepare_and_compute(job, folder)
+
+    def _prepare_and_compute(self, job: Job, folder: Path) -> None:
+        cell = job.cell
+        if self._space is None or self._preparation != cell.preparation:
+            self._space = self._dense_loss = None  # two models at once may not fit
+            self._preparation = cell.preparation
+            self._space = open_workspace(cell.config, job.heuristics, self._say)
+        with disk_errors():
+            self._compute(cell, with_config(self._space, cell.config), job.parent, folder)
+
+    def _compute(self, cell: Cell, space: Workspace, parent: str | None, folder: Path) -> None:
+        config, say = cell.config, self._say
+        agent, policy = make_agent(config), policy_digest(config)
+        latency = None if space.latency is None else space.latency.digest
+        give_prior(agent, space)
+        dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
+        threads = torch.get_num_threads()
+        parts = [
+            cell.key,
+            dtype,
+            f"{threads}threads",
+            *([policy] if policy else []),
+            *([latency[:16]] if latency else []),
+        ]
+        parts += [f"{table}{edition}" for table, edition in configured.editions(config).items()]
+        log = folder / f"{'-'.join(parts)}.jsonl"
+        note = log.with_suffix(".run")
+        watch = _Incumbents(space, agent, cell.marks)
+        tracked = Tracker(
+            config.tracking.folder,
+            config.tracking.experiment,
+            cell.path.stem,
+            config.tracking.enabled,
+            parent=parent,
+            resume=note.read_text(encoding="utf-8") if note.exists() else None,
+        )
+        with ExitStack() as ending, tracked as tracker:
+            if tracker.run_id is not None:
+                write_text(note, tracker.run_id)
+            tracker.log_config(config.model_dump(mode="json"), to_toml(config))
+            tracker.set_tags(run_tags(space, agent))
+            log_splits(tracker, space.splits)
+            with say.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
+
+                def on_episode(episode: Episode) -> None:
+                    watch.episode(episode)
+                    stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+
+                def on_update(episodes: Sequence[Episode], update: Update) -> None:
+                    watch.update()
+                    tracker.log_episodes(episodes, update.diagnostics)
+
+                found = search(
+                    space.env,
+                    agent,
+                    config.search,
+                    make_schedule(config, space.env),
+                    seed=cell.seed,
+                    log=log,
+                    on_episode=on_episode,
+                    on_update=on_update,
+                )
+            watch.end()
+            result = self._result(cell, space, found, watch.noted, policy=policy, latency=latency)
+            tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
+            # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
+            tracker.log_metrics([("report/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
+            # Once its file is there, nobody comes back to a cell to end its run.
+            ending.enter_context(held_back_interrupts(first_only=True))
+            write_result(cell.path, result)
+            tracker.log_artifact(cell.path)
+            for path in (log, note):
+                path.unlink(missing_ok=True)
+
+    def _result(
+        self,
+        cell: Cell,
+        space: Workspace,
+        found: Found,
+        noted: Sequence[tuple[int, Allocation]],
+        *,
+        policy: str | None,
+        latency: str | None,
+    ) -> CellResult:
+        known: dict[tuple[int, ...], float] = {}
+        with self._say.stage("report split", len(noted) + 2 + cell.plain) as stage:
+
+            def loss(kept: tuple[int, ...]) -> float:
+                if kept not in known:
+                    known[kept] = report_loss(space, kept, "ridge")
+                stage.advance()
+                return known[kept]
+
+            marks = [{"tokens": tokens, "loss": loss(allocation.kept)} for tokens, allocation in noted]
+            best = found.best.allocation
+            final = {"kept": list(best.kept), "loss": loss(best.kept), "sparsity": best.sparsity}
+            if cell.plain:
+                final["plain_loss"] = report_loss(space, best.kept, "none")
+                stage.advance()
+            if self._dense_loss is None:
+                self._dense_loss = report_loss(space, space.prepared.prunable.dense_units, "none")
+            stage.advance()
+        return CellResult.model_validate(
+            {
+                "label": cell.label,
+                "agent": cell.config.agent.name,
+                "seed": cell.seed,
+                "settings": settings(cell.config),
+                "target": cell.config.prune.target,
+                "dense_loss": self._dense_loss,
+                "report_tokens": space.splits.report.predicted_tokens,
+                "search_tokens": found.search_tokens,
+                "final_tokens": found.final_tokens,
+                "episodes": len(found.history),
+                "seconds": round(found.seconds, 1),
+                "threads": torch.get_num_threads(),
+                "dtype": space.loaded.dtype_name,
+                "policy": policy,
+                "latency": latency,
+                "editions": configured.editions(cell.config),
+                "asked_marks": cell.marks,
+                "marks": marks,
+                "final": {**final, "origin": found.best.origin},
+            }
+        )
+
+
+def write_result(path: Path, result: CellResult) -> None:
+    """Write a result file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_text(path, result.model_dump_json(indent=1) + "\n")
+
+
+class _Incumbents:
+    """Notes whom the search would have handed over at each of the token marks."""
+
+    def __init__(self, space: Workspace, agent: Agent, marks: int) -> None:
+        search, env = space.config.search, space.env
+        self.budget = search.episodes * env.episode_windows * env.window_tokens
+        self.noted: list[tuple[int, Allocation]] = []
+        self._space, self._agent = space, agent
+        self._history: list[Episode] = []
+        self._spent = 0
+        update = agent.update_cost(search.episodes_per_update) * env.episode_windows * env.window_tokens
+        self._marks = np.unique(np.geomspace(min(update, self.budget), self.budget, marks).astype(int)).tolist()
+
+    def episode(self, episode: Episode) -> None:
+        """Take note of one episode."""
+        self._history.append(episode)
+        self._spent += episode.tokens
+
+    def update(self) -> None:
+        """Note the incumbent where a mark has been passed; the agent's own recommendation goes first."""
+        if any(mark <= self._spent for mark in self._marks):
+            self._marks = [mark for mark in self._marks if mark > self._spent]
+            self._note()
+
+    def end(self) -> None:
+        """Note whom the search handed over where it ended before the first mark: a rule's one episode may be short."""
+        if not self.noted:
+            self._note()
+
+    def _note(self) -> None:
+        (incumbent,) = finalists(self._space.env, self._agent, self._history, 1)
+        self.noted.append((self._spent, incumbent.allocation))

@@ -1,0 +1,76 @@
+"""A refused configuration in the words of its TOML: table, key, value, what was expected, the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ffgym.config.tables import RunConfig, table_model
+from ffgym.errors import ConfigError
+
+
+def config_error(error: ValidationError, model: type[BaseModel], table: str = "") -> ConfigError:
+    """Say a pydantic error in the words of the TOML: table, key, value, and what was expected.
+
+    Args:
+        error: what ``model`` refused.
+        model: `RunConfig`, or a plugin's ``Config``.
+        table: the table that ``model`` validates; empty for `RunConfig`, which finds it itself.
+    """
+    problems: dict[str, list[str]] = {}
+    hints: list[str] = []
+    for item in error.errors():
+        owner, where, path = model, table, [str(part) for part in item["loc"]]
+        if model is RunConfig and len(path) > 1:
+            owner, where, path = table_model(path[0]), path[0], path[1:]
+        key = path[0] if path else ""
+        problem, expected, hint = _explain(item["type"], item["msg"], item["input"], owner, where, key)
+        problems.setdefault(problem, []).extend([expected] if expected else [])
+        if hint is not None and hint not in hints:
+            hints.append(hint)
+    message = "\n".join(problem + _either(expected) for problem, expected in problems.items())
+    return ConfigError(message, hint=" ".join(hints) or None)
+
+
+def _either(expected: list[str]) -> str:
+    """``["should be 'auto'", "should be a valid number"]`` -> ``"should be 'auto' or a valid number"``."""
+    return " or ".join([*expected[:1], *(text.removeprefix("should be ") for text in expected[1:])])
+
+
+def _explain(
+    kind: str, message: str, value: Any, owner: type[BaseModel], table: str, key: str
+) -> tuple[str, str, str | None]:
+    """(problem, what was expected, hint) for one pydantic error."""
+    full_key = ".".join(part for part in (table, key) if part)
+    place = f"[{table}]" if table else "the configuration"
+    known = list(owner.model_fields)
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if owner is RunConfig:  # a key whose table was left out?
+            tables = [name for name in known if name != "seed"]
+            near = [f"{name}.{key}" for name in tables if key in table_model(name).model_fields] or near
+        guess = f"Did you mean {near[0]!r}? " if near else ""
+        kind_of_key = "key" if table else "table or key"
+        return (
+            f"unknown {kind_of_key} {key!r} in {place}",
+            "",
+            f"{guess}Known in {place}: {', '.join(known) or 'none'}.",
+        )
+    if kind == "missing":
+        hint = f"Write `{key} = ...` under {place}, or give a run --set {full_key}=VALUE." if table else None
+        return f"{place} needs a value for {key!r}", "", hint
+    field = owner.model_fields.get(key)
+    described = f"{full_key}: {field.description}." if field is not None and field.description else None
+    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+    if kind in ("model_type", "dict_type"):
+        return f"{full_key} = {shown}: ", "should be a table", f"Write [{full_key}] and its keys below it."
+    if kind == "too_short" and isinstance(value, list):
+        return f"{full_key} = {shown}: ", "needs at least one entry", described
+    if kind == "string_pattern_mismatch":
+        return f"{full_key} = {shown}: ", "is none of the forms it can take", described
+    expected = (
+        message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+    )
+    return f"{full_key} = {shown}: ", expected, described

@@ -1,0 +1,199 @@
+"""Configurations as text and back: TOML files, overrides on the command line, and what is stored beside results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from ffgym.config.refusals import config_error
+from ffgym.config.tables import RunConfig, table_model
+from ffgym.errors import ConfigError
+from ffgym.types import JSONDict
+
+PLUGIN_TABLES = ("criterion", "reward", "agent", "prior")
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
+    """Resolve a run's configuration; later sources win: defaults, TOML file, ``overrides``, ``values``.
+
+    Naming another plugin in ``overrides`` or ``values`` drops the options that the file gave to its own plugin.
+
+    Args:
+        path: a TOML file, or ``None``.
+        overrides: ``"table.key=value"`` strings; the value is a TOML literal, or else taken as a string.
+        **values: tables as dicts (``prune={"sparsity": 0.3}``) and ``seed``; ``None`` means not given.
+
+    Raises:
+        ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
+    """
+    command_line: JSONDict = {}
+    for text in overrides:
+        command_line = _merged(command_line, _parse_override(text))
+    command_line = _merged(command_line, _given(values))
+    file = read_toml(Path(path).expanduser()) if path is not None else {}
+    for table in PLUGIN_TABLES:
+        file = without_foreign_options(file, command_line, table)
+    try:
+        return RunConfig.model_validate(_merged(file, command_line))
+    except ValidationError as error:
+        raise config_error(error, RunConfig) from None
+
+
+def to_toml(config: RunConfig, meanings: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """Print the whole configuration, defaults included, as TOML with a comment on every key; `load_config` reads it.
+
+    Args:
+        config: to print.
+        meanings: of plugins' options, by table and option, which only the plugins know.
+    """
+    plain = config.model_dump()
+    for table in plain.values():
+        if isinstance(table, dict):
+            table.update({key: "" for key, value in table.items() if value is None})
+    table_name, lines = "", []
+    for line in tomli_w.dumps(plain).rstrip("\n").split("\n"):  # and at nothing else that a value may hold
+        if header := re.fullmatch(r"\[(.+)\]", line):
+            table_name = header[1]
+        option = (meanings or {}).get(table_name, {}).get(line.partition(" = ")[0])
+        lines.append(line + (f"  # {_one_line(option)}" if option else _comment(table_name, line)))
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """What a comment in TOML may hold."""
+    return "".join(sign for sign in " ".join(text.split()) if sign.isprintable())
+
+
+def settings(config: RunConfig) -> JSONDict:
+    """What decides the numbers of a search, as plain JSON data.
+
+    That is every table but ``recover``, ``output`` and ``tracking``.
+    """
+    return config.model_dump(mode="json", exclude={"recover", "output", "tracking"})
+
+
+def digest(config: RunConfig) -> str:
+    """Identify what decides the numbers of a search: SHA-256 of its `settings` as canonical JSON."""
+    return hashlib.sha256(json.dumps(settings(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
+    """Say where a configuration differs from `settings` that were stored earlier, one line a key; none if it does not.
+
+    A key that did not exist when they were stored counts as its default: results stay valid when ffgym learns
+    something new, and do not when the default of a key that they hold is changed.
+    """
+    try:
+        then = flatten(settings(RunConfig.model_validate(stored)))
+    except ValidationError as error:
+        return config_error(error, RunConfig).message.splitlines()
+    except ConfigError as error:
+        return [error.message]
+    now = flatten(settings(config))
+    changes = sorted(_differences(then, now), key=lambda change: change[0])
+    return [f"{key} was {before!r} and is {after!r} now" for key, before, after in changes]
+
+
+def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
+    """Where two configurations first differ in what decides a run: (key, value in one, in the other)."""
+    left, right = (flatten(config.model_dump(exclude={"output", "tracking"})) for config in (one, other))
+    return next(_differences(left, right), None)
+
+
+def _differences(one: JSONDict, other: JSONDict) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in one, in the other) wherever two flat tables differ, in the order of their keys."""
+    for key in dict.fromkeys([*one, *other]):
+        if one.get(key) != other.get(key):
+            yield key, one.get(key), other.get(key)
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> JSONDict:
+    """``{"prune": {"sparsity": 0.2}}`` -> ``{"prune.sparsity": 0.2}``; an empty table stays one."""
+    flat: JSONDict = {}
+    for key, value in tables.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _comment(table: str, line: str) -> str:
+    key = line.partition(" = ")[0]
+    if table and table not in RunConfig.model_fields:  # a nested table of a plugin's options
+        return ""
+    owner = table_model(table) if table else RunConfig
+    if line == f"[{table}]":
+        return f"  # {(owner.__doc__ or '').strip().splitlines()[0]}"
+    field = owner.model_fields.get(key)
+    return f"  # {field.description}" if field is not None and field.description else ""
+
+
+def read_toml(path: Path) -> JSONDict:
+    """Read a TOML file; raise ``ConfigError`` where it is missing, unreadable or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}", hint="Print one to start from: ffgym config") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint="Compare with: ffgym config") from None
+    except IsADirectoryError:
+        raise ConfigError(f"the configuration file {path} is a folder", hint="Give a TOML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}", hint="Give a TOML file.") from None
+
+
+def _parse_override(text: str) -> JSONDict:
+    """``"prune.sparsity=0.3"`` -> ``{"prune": {"sparsity": 0.3}}``."""
+    dotted, equals, literal = text.partition("=")
+    keys = [key.strip() for key in dotted.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"cannot read --set {text!r}", hint="Write table.key=value, e.g. --set prune.sparsity=0.3")
+    nested: Any = _parse_literal(literal.strip())
+    for key in reversed(keys):
+        nested = {key: nested}
+    return dict(nested)
+
+
+def _parse_literal(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _given(values: Mapping[str, Any]) -> JSONDict:
+    """Drop what is ``None`` at any depth: the caller did not give it."""
+    given = {key: _given(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {key: value for key, value in given.items() if value is not None and value != {}}
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
+    """``over`` on top of ``base``, table by table."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def without_foreign_options(below: JSONDict, above: JSONDict, table: str) -> JSONDict:
+    """The tables ``below`` without the options of a plugin that ``above`` replaces by another one.
+
+    Args:
+        below: tables of a configuration, e.g. of its file.
+        above: tables that win over them, e.g. of the command line.
+        table: one of `PLUGIN_TABLES`.
+    """
+    replaced, given = below.get(table), above.get(table)
+    if not isinstance(replaced, dict) or not isinstance(given, dict) or "name" not in given:
+        return below
+    named = replaced.get("name", table_model(table).model_fields["name"].default)
+    return below if given["name"] == named else {key: value for key, value in below.items() if key != table}

@@ -1,0 +1,1 @@
+"""What an allocation may cost: one file a resource, and the size and time of a model."""

@@ -1,0 +1,108 @@
+"""Latency tables are timed once a machine and kept in the user's cache folder, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffgym.costs.latency import LatencyTable, key_of, layer_shapes, model_shape, read_table, to_json
+from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
+from ffgym.data.assets import cache_dir
+from ffgym.errors import BudgetError, ConfigError, OutputError
+from ffgym.files import write_text
+from ffgym.prepare.statistics import OnProgress
+
+Say = Callable[[str], None]
+# Quartiles further apart than this share of the median: the machine was doing something else.
+BUSY = 0.25
+
+
+def cached_table(
+    model: Any,
+    *,
+    context: int,
+    rebuild: bool = False,
+    repetitions: int = REPETITIONS,
+    on_progress: OnProgress | None = None,
+    say: Say | None = None,
+) -> LatencyTable:
+    """The table of a model on this machine: from the cache, or timed now and put there.
+
+    Args:
+        model: dense causal LM in eval mode.
+        context: tokens in the window that is timed.
+        rebuild: time again even where the cache has a table.
+        repetitions: see `time_model`.
+        on_progress: called with (rounds done, rounds) while it is timed.
+        say: hears about a cache that is damaged or cannot be written; neither stops anything.
+
+    Raises:
+        BudgetError: the model takes fewer than ``context`` tokens.
+        ModelError: an unsupported architecture.
+    """
+    limit = int(model.config.max_position_embeddings)
+    if context > limit:
+        raise BudgetError(
+            f"latency is timed on windows of prune.context = {context} tokens, and this model takes at most {limit}",
+            hint=f"Take {limit}: --context {limit} of `ffgym latency`, or --set prune.context={limit} of a run.",
+        )
+    path = place_of(model, context=context)
+    if path.exists() and not rebuild:
+        table = _read(path, model, context, say)
+        if table is not None:
+            say_if_busy(table, say)
+            return table
+    table = time_model(model, context=context, repetitions=repetitions, on_progress=on_progress)
+    say_if_busy(table, say)
+    _write(path, table, say)
+    return table
+
+
+def say_if_busy(table: LatencyTable, say: Say | None) -> None:
+    """A word where a table's times were disturbed, whenever it was timed."""
+    if table.noise > BUSY and say is not None:
+        say(
+            f"the times differ by {table.noise:.0%} from quartile to quartile: the machine was busy. Time again when it"
+            " is quiet: ffgym latency MODEL --rebuild"
+        )
+
+
+def place_of(model: Any, *, context: int) -> Path:
+    """Where the cache keeps the table of this model on this machine, whether it is there yet or not."""
+    head = model.get_output_embeddings().weight
+    key = key_of(
+        model_shape(model),
+        layer_shapes(model),
+        device=processors(model),
+        threads=threads_of(head.device),
+        torch=torch.__version__,
+        dtype=str(head.dtype).removeprefix("torch."),
+        context=context,
+    )
+    return cache_dir() / "latency" / f"{model.config.model_type}-{key[:16]}.json"
+
+
+def _read(path: Path, model: Any, context: int, say: Say | None) -> LatencyTable | None:
+    """The table at this place; ``None``, and a word about it, where what lies there is not that table."""
+    try:
+        table = read_table(path)
+        if path.name != f"{table.model.family}-{table.key[:16]}.json":
+            raise ConfigError(f"{path} holds the table of another machine or model")
+        table.check_fits(model, context=context, source=str(path))
+    except (ConfigError, BudgetError) as error:
+        if say is not None:
+            say(f"{error.message}; timing again")
+        return None
+    return table
+
+
+def _write(path: Path, table: LatencyTable, say: Say | None) -> None:
+    """Put a table there, whole or not at all."""
+    try:
+        write_text(path, to_json(table))
+    except OutputError as error:
+        if say is not None:
+            say(f"the latency table could not be kept: {error.message}")

@@ -1,0 +1,1 @@
+"""Where evaluations and whole cells run: this process, or several."""

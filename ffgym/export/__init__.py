@@ -1,0 +1,1 @@
+"""How a pruned model is saved: one file a target format."""

@@ -1,0 +1,426 @@
+"""Write a model as one GGUF file, the format that llama.cpp runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import MODEL_TENSOR
+from safetensors import SafetensorError, safe_open
+
+from ffgym.errors import ModelError, OutputError
+from ffgym.export.gguf.architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
+from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from ffgym.models.loading import load_config, load_tokenizer, weight_files
+
+FILE_TYPES = gguf.LlamaFileType
+# GGUF's name of a dtype -> torch's, safetensors' name, what the tensors are marked with, and what the file is.
+DTYPES: dict[str, tuple[torch.dtype, str, Any, Any]] = {
+    "f32": (torch.float32, "F32", gguf.GGMLQuantizationType.F32, FILE_TYPES.ALL_F32),
+    "f16": (torch.float16, "F16", gguf.GGMLQuantizationType.F16, FILE_TYPES.MOSTLY_F16),
+    "bf16": (torch.bfloat16, "BF16", gguf.GGMLQuantizationType.BF16, FILE_TYPES.MOSTLY_BF16),
+}
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file: its name, its shape as torch has it, and how to get it, float32 or as it was saved."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Norms and biases stay float32, whatever the file's dtype: llama.cpp adds and multiplies in it."""
+        return len(self.shape) > 1
+
+
+@dataclass(frozen=True)
+class WrittenGguf:
+    """What lies on the disk now.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        parameters: numbers in its tensors.
+        architecture: llama.cpp's name for what it is.
+        dtype: of its matrices: ``"f32"``, ``"f16"`` or ``"bf16"``.
+        notes: what differs from the folder, in whole sentences.
+    """
+
+    path: Path
+    bytes: int
+    parameters: int
+    architecture: str
+    dtype: str
+    notes: tuple[str, ...]
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, read one at a time.
+
+    Args:
+        folder: where they lie.
+
+    Raises:
+        ModelError: a file is truncated or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self._taken: set[str] = set()
+        for path in weight_files(folder):
+            try:
+                file: Any = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"{str(path)!r} is damaged or incomplete: {error}", hint="Write or download the model again."
+                ) from error
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors calls it, e.g. ``"BF16"``."""
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+        """A tensor, to be read when the returned function is called.
+
+        Raises:
+            ModelError: it is missing, has another shape than the config says, or is quantised.
+        """
+        if name not in self._files:
+            raise ModelError(
+                f"model {str(self.folder)!r} is incomplete: {name} is missing",
+                hint="Write or download the model again.",
+            )
+        found = tuple(self._files[name].get_slice(name).get_shape())
+        if found != shape:
+            raise ModelError(
+                f"{name} has shape {found}, and config.json says {shape}", hint="Write or download the model again."
+            )
+        if self.dtype(name) not in {names[1] for names in DTYPES.values()}:
+            raise ModelError(
+                f"{name} is {self.dtype(name)}; only float32, float16 and bfloat16 weights are written as GGUF",
+                hint="Export the model as it was before it was quantised.",
+            )
+        self._taken.add(name)
+        return lambda: torch.as_tensor(self._files[name].get_tensor(name))
+
+    def differ(self, one: str, other: str) -> bool:
+        """Whether both are there, and not the same numbers."""
+        if one not in self or other not in self:
+            return False
+        return not torch.equal(*(torch.as_tensor(self._files[name].get_tensor(name)) for name in (one, other)))
+
+    def drop(self, name: str) -> None:
+        """Leave a tensor out on purpose."""
+        self._taken.add(name)
+
+    @property
+    def left(self) -> list[str]:
+        """Tensors that were neither taken nor left out."""
+        return sorted(self._files.keys() - self._taken)
+
+
+def run_line(path: Path) -> str:
+    """The command that generates from a file, where llama-cpp-python is installed."""
+    model = f"Llama({json.dumps(str(path))}, verbose=False)"
+    code = f'from llama_cpp import Llama; print({model}("Once upon a time", max_tokens=32)["choices"][0]["text"])'
+    return f"python -c {shlex.quote(code)}"
+
+
+def export_gguf(
+    folder: str | Path,
+    file: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> WrittenGguf:
+    """Write the model in a folder as one GGUF file, whole or not at all. One tensor at a time is in memory.
+
+    Args:
+        folder: what ffgym saved, or a stock folder; Llama, Mistral, Qwen2, Qwen3 or Gemma.
+        file: ends in ``.gguf``; its parents are created.
+        dtype: of the matrices: ``"f32"``, ``"f16"``, ``"bf16"``; ``None`` for the weights' own. Norms and biases are
+            float32 always.
+        overwrite: replace a file that is there.
+        progress: called with (tensors written, tensors in all).
+
+    Raises:
+        ModelError: the folder holds no model, a damaged one, or one that llama.cpp cannot run; an unknown dtype; a
+            weight that float16 cannot hold.
+        OutputError: the file is there already, cannot be written, or the disk is full.
+    """
+    source, place = Path(folder).expanduser(), Path(file).expanduser().resolve()
+    if dtype is not None and dtype not in DTYPES:
+        raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
+    _refuse_occupied(place, overwrite)
+    config = load_config(source)
+    checkpoint = Checkpoint(source)
+    if config.tie_word_embeddings and checkpoint.differ(EMBEDDING, OUTPUT):  # then transformers uses both
+        config.tie_word_embeddings = False
+    contents = read_contents(config, checkpoint)
+    architecture = choose_architecture(contents)
+    tensors = list(_tensors(architecture, contents, checkpoint))
+    if left := [name for name in checkpoint.left if not name.endswith("rotary_emb.inv_freq")]:
+        raise ModelError(
+            f"a GGUF file of architecture {architecture.name} has no place for {left[0]}"
+            + (f" and {len(left) - 1} more tensors" if len(left) > 1 else ""),
+            hint=OTHERWISE,
+        )
+    vocabulary = read_vocabulary(load_tokenizer(source), config.vocab_size, _ends(source))
+    chosen = dtype or next(name for name, names in DTYPES.items() if names[1] == checkpoint.dtype(EMBEDDING))
+    with _whole_or_nothing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
+        _add_metadata(writer, contents, vocabulary, name=place.stem, dtype=chosen)
+        _write(writer, tensors, chosen, progress or (lambda done, total: None))
+    return WrittenGguf(
+        path=place,
+        bytes=place.stat().st_size,
+        parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
+        architecture=architecture.name,
+        dtype=chosen,
+        notes=tuple(_notes(contents)),
+    )
+
+
+def _ends(folder: Path) -> list[int]:
+    """Ids that end a text, as the generation config lists them."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    try:
+        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except ValueError as error:
+        raise ModelError(f"{str(file)!r} is not JSON: {error}", hint="Write or download the model again.") from error
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _notes(contents: Contents) -> Iterator[str]:
+    if empty := [str(index) for index, layer in enumerate(contents.layers) if not layer.channels]:
+        yield (
+            f"The MLPs that have nothing left (layers {', '.join(empty)}) stand as one channel of zeros:"
+            " llama.cpp would drop the whole layer."
+        )
+    if contents.context_length < contents.config.max_position_embeddings:
+        yield (
+            f"The context is limited to {contents.context_length:,} tokens, the model's sliding window:"
+            " llama.cpp's code for it attends to everything."
+        )
+
+
+# --- the tensors ------------------------------------------------------------------------------------------------------
+
+
+def _tensors(architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """Every tensor of the file, in the order of the layers."""
+    hidden, rows = contents.config.hidden_size, contents.config.vocab_size
+    yield _tensor(MODEL_TENSOR.TOKEN_EMBD, (rows, hidden), checkpoint.take(EMBEDDING, (rows, hidden)))
+    if contents.config.tie_word_embeddings:
+        checkpoint.drop(OUTPUT)
+    else:
+        yield _tensor(MODEL_TENSOR.OUTPUT, (rows, hidden), checkpoint.take(OUTPUT, (rows, hidden)))
+    yield _norm(MODEL_TENSOR.OUTPUT_NORM, "model.norm", hidden, architecture, checkpoint)
+    if contents.rope["rope_type"] == "llama3":
+        yield _tensor(MODEL_TENSOR.ROPE_FREQS, (contents.head_dim // 2,), lambda: _rope_factors(contents))
+    for index in range(len(contents.layers)):
+        yield from _attention(index, architecture, contents, checkpoint)
+        yield from _mlp(index, architecture, contents, checkpoint)
+
+
+def _tensor(
+    kind: MODEL_TENSOR, shape: tuple[int, ...], read: Callable[[], torch.Tensor], *, layer: int = 0, bias: bool = False
+) -> Tensor:
+    name = gguf.TENSOR_NAMES[kind].format(bid=layer)
+    return Tensor(f"{name}.{'bias' if bias else 'weight'}", shape, read)
+
+
+def _norm(
+    kind: MODEL_TENSOR, name: str, size: int, architecture: Architecture, checkpoint: Checkpoint, layer: int = 0
+) -> Tensor:
+    read = checkpoint.take(f"{name}.weight", (size,))
+    shift = architecture.norm_shift
+    return _tensor(kind, (size,), (lambda: read().float() + shift) if shift else read, layer=layer)
+
+
+def _attention(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    where, layer = f"model.layers.{index}", contents.layers[index]
+    if not layer.heads:  # what is left of it is with the MLP before
+        checkpoint.drop(f"{where}.input_layernorm.weight")
+        checkpoint.drop(f"{where}.self_attn.bias")
+        return
+    hidden, head_dim = contents.config.hidden_size, contents.head_dim
+    yield _norm(MODEL_TENSOR.ATTN_NORM, f"{where}.input_layernorm", hidden, architecture, checkpoint, index)
+    heads = {"q_proj": layer.heads, "k_proj": layer.kv_heads, "v_proj": layer.kv_heads}
+    kinds = {"q_proj": MODEL_TENSOR.ATTN_Q, "k_proj": MODEL_TENSOR.ATTN_K, "v_proj": MODEL_TENSOR.ATTN_V}
+    weights = []
+    for name, kind in kinds.items():
+        rotated = architecture.neighbours_rotate and name != "v_proj"
+        rows = heads[name] * head_dim
+        for part, shape in (("weight", (rows, hidden)), ("bias", (rows,))):
+            full_name = f"{where}.self_attn.{name}.{part}"
+            if part == "weight" or full_name in checkpoint:
+                read = checkpoint.take(full_name, shape)
+                read = _neighbours(read, heads[name]) if rotated else read
+                weights.append(_tensor(kind, shape, read, layer=index, bias=part == "bias"))
+    yield from [_stacked(weights, index)] if architecture.fused else weights
+    for name, kind in (("q_norm", MODEL_TENSOR.ATTN_Q_NORM), ("k_norm", MODEL_TENSOR.ATTN_K_NORM)):
+        if f"{where}.self_attn.{name}.weight" in checkpoint:
+            yield _norm(kind, f"{where}.self_attn.{name}", head_dim, architecture, checkpoint, index)
+    consumer, shape = f"{where}.self_attn.o_proj", (hidden, layer.heads * head_dim)
+    yield _tensor(MODEL_TENSOR.ATTN_OUT, shape, checkpoint.take(f"{consumer}.weight", shape), layer=index)
+    if f"{consumer}.bias" in checkpoint:
+        read = checkpoint.take(f"{consumer}.bias", (hidden,))
+        yield _tensor(MODEL_TENSOR.ATTN_OUT, (hidden,), read, layer=index, bias=True)
+
+
+def _stacked(weights: Sequence[Tensor], layer: int) -> Tensor:
+    """Query, key and value as one matrix."""
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    return _tensor(MODEL_TENSOR.ATTN_QKV, shape, lambda: torch.cat([weight.read() for weight in weights]), layer=layer)
+
+
+def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+    where, layer, hidden = f"model.layers.{index}", contents.layers[index], contents.config.hidden_size
+    yield _norm(MODEL_TENSOR.FFN_NORM, f"{where}.post_attention_layernorm", hidden, architecture, checkpoint, index)
+    channels = layer.written_channels
+    linears = {
+        "gate_proj": (MODEL_TENSOR.FFN_GATE, (channels, hidden)),
+        "up_proj": (MODEL_TENSOR.FFN_UP, (channels, hidden)),
+        "down_proj": (MODEL_TENSOR.FFN_DOWN, (hidden, channels)),
+    }
+    for name, (kind, shape) in linears.items():
+        linear = f"{where}.mlp.{name}"
+        weight = checkpoint.take(f"{linear}.weight", shape) if layer.channels else _zeros(shape)
+        yield _tensor(kind, shape, weight, layer=index)
+        if name != "down_proj" and layer.channels and f"{linear}.bias" in checkpoint:
+            read = checkpoint.take(f"{linear}.bias", (channels,))
+            yield _tensor(kind, (channels,), read, layer=index, bias=True)
+    if names := contents.shifts(index):
+        reads = [checkpoint.take(name, (hidden,)) for name in names]
+        yield _tensor(MODEL_TENSOR.FFN_DOWN, (hidden,), lambda: _sum(reads), layer=index, bias=True)
+
+
+def _zeros(shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    return lambda: torch.zeros(shape)
+
+
+def _sum(reads: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
+    return torch.stack([read().float() for read in reads]).sum(0)
+
+
+def _neighbours(read: Callable[[], torch.Tensor], heads: int) -> Callable[[], torch.Tensor]:
+    """Rows of each head from (0, 1, ..., d/2, d/2 + 1, ...) to (0, d/2, 1, d/2 + 1, ...), of a matrix or a bias."""
+
+    def reordered() -> torch.Tensor:
+        rows = read()
+        halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+        return halves.transpose(1, 2).reshape(rows.shape)
+
+    return reordered
+
+
+def _rope_factors(contents: Contents) -> torch.Tensor:
+    """What llama.cpp divides the rotary frequencies by, shape (head_dim / 2,)."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](contents.config, torch.device("cpu"))
+    dim = contents.head_dim
+    plain = 1.0 / float(contents.rope["rope_theta"]) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return torch.div(plain, scaled)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _add_metadata(writer: Any, contents: Contents, vocabulary: Vocabulary, *, name: str, dtype: str) -> None:
+    config, layers = contents.config, contents.layers
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(int(DTYPES[dtype][3]))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(contents.context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    writer.add_feed_forward_length(_one_or_all([layer.written_channels for layer in layers]))
+    writer.add_head_count(_one_or_all([layer.heads for layer in layers]))
+    writer.add_head_count_kv(_one_or_all([layer.kv_heads for layer in layers]))
+    writer.add_key_length(contents.head_dim)
+    writer.add_value_length(contents.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(contents.head_dim)
+    writer.add_rope_freq_base(float(contents.rope["rope_theta"]))
+    if contents.rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(contents.rope["factor"]))
+    vocabulary.add_to(writer)
+
+
+def _one_or_all(sizes: list[int]) -> int | list[int]:
+    """One number where all layers are alike, which is what most architectures read."""
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: Callable[[int, int], None]) -> None:
+    wanted = [DTYPES[dtype if tensor.is_matrix else "f32"] for tensor in tensors]
+    sizes = [torch.Size(t.shape).numel() * w[0].itemsize for t, w in zip(tensors, wanted, strict=True)]
+    for tensor, (_, _, kind, _), size in zip(tensors, wanted, sizes, strict=True):
+        writer.add_tensor_info(tensor.name, tensor.shape, None, size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, (tensor, (torch_dtype, *_)) in enumerate(zip(tensors, wanted, strict=True), start=1):
+        converted = _converted(tensor, torch_dtype)
+        numpy_knows = converted.view(torch.int16) if torch_dtype == torch.bfloat16 else converted
+        writer.write_tensor_data(numpy_knows.numpy())
+        progress(done, len(tensors))
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
+    read = tensor.read()
+    converted = read.to(dtype).contiguous()
+    if dtype == torch.float16 and not torch.equal(converted.isfinite(), read.isfinite()):
+        raise ModelError(f"{tensor.name} has weights that float16 cannot hold", hint="Use --dtype bf16.")
+    return converted
+
+
+def _refuse_occupied(place: Path, overwrite: bool) -> None:
+    if place.suffix.lower() != ".gguf":
+        raise OutputError(f"{place} does not end in .gguf", hint="Name a file that does.")
+    if place.is_dir():
+        raise OutputError(f"{place} is a folder", hint="Name a file.")
+    if place.exists() and not overwrite:
+        raise OutputError(f"{place} exists", hint="Choose another name, or pass --overwrite.")
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(place: Path) -> Iterator[Path]:
+    """Give a hidden file beside ``place`` to write; rename it when all went well, else leave nothing behind."""
+    part = place.with_name(f".{place.name}.part-{secrets.token_hex(4)}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, place)
+    except OSError as error:
+        raise OutputError(
+            f"{place} could not be written: {error}",
+            hint="Free some space, or choose a place that you may write to. What was there before is untouched.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()

@@ -1,0 +1,326 @@
+"""``measure(options)``: how much smaller and faster a saved model is than the dense one it was made from.
+
+which models -> load both -> do they belong together -> sizes -> speed, in turn -> memory, each alone
+
+``latency_table(options)``: how long the sublayers of a dense model take on this machine, for a latency budget.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ffgym.costs.latency import LatencyTable, to_json
+from ffgym.costs.latency_cache import cached_table, place_of
+from ffgym.costs.size import Size, SizeMeter
+from ffgym.costs.sublayer_times import REPETITIONS, processor, threads_of
+from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
+from ffgym.files import check_file, write_text
+from ffgym.measure.memory import Job, measure_memory
+from ffgym.measure.pairs import units_kept
+from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
+from ffgym.measure.table import Footprint, Measurement, as_dict, counted, markdown
+from ffgym.models.cut import PrunableModel
+from ffgym.models.loading import LoadedModel, checkpoint_folder, load
+from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
+from ffgym.report.progress import Reporter
+
+LENGTHS = (128, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how.
+
+    Attributes:
+        folder: the saved model, or the folder of the run that saved it.
+        dense: the dense model, as `load` takes it; ``None`` takes what the folder's own record names.
+        batch_sizes: sequences at a time, each at least 1.
+        prompt_lengths: tokens of a prompt, each at least 1; ``None`` takes 128, 512 and 1,024, as far as the models
+            take them.
+        repetitions: of which the figures are medians, at least 1.
+        dtype: of weights and activations, as `load` takes it.
+        device: as `load` takes it.
+        threads: of the CPU, at least 1; ``None`` leaves torch's choice.
+        output: a ``.md`` or ``.json`` file to write; ``None`` writes none.
+        overwrite: replace it where it is there.
+
+    Raises:
+        ConfigError: an empty list or a number below 1.
+    """
+
+    folder: Path
+    dense: str | None = None
+    batch_sizes: Sequence[int] = (1, 4)
+    prompt_lengths: Sequence[int] | None = None
+    repetitions: int = 7
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    output: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least_one("--batch-sizes", self.batch_sizes)
+        _at_least_one("--prompt-lengths", LENGTHS if self.prompt_lengths is None else self.prompt_lengths)
+        _at_least_one("--repetitions", [self.repetitions])
+        _at_least_one("--threads", [1 if self.threads is None else self.threads])
+
+
+def measure(options: Options, *, progress: Console | None = None) -> Measurement:
+    """Measure a saved model beside the dense one.
+
+    Args:
+        options: what is measured, and how.
+        progress: where progress goes; stderr where left out.
+
+    Raises:
+        ModelError: a folder that is no model, two models that do not belong together, or one that cannot be loaded.
+        ConfigError: no record of the dense model, or prompts that are too long for the models.
+        OutputError: the output is neither ``.md`` nor ``.json``, is there already, or cannot be written.
+    """
+    if options.output is not None:
+        check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
+    say = Reporter(progress or Console(stderr=True))
+    folder = model_folder(options.folder)
+    source = dense_model(folder, options.dense)
+    with _threads(options.threads):
+        found = _side_by_side(options, folder, source, say)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        found = _with_memory(found, options, folder, source, say)
+    if options.output is not None:
+        write(found, options.output)
+    return found
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What is timed for a latency table, and how.
+
+    Attributes:
+        model: the dense model, as `load` takes it.
+        context: tokens in the window, at least 1.
+        dtype: of weights and activations, as `load` takes it.
+        device: as `load` takes it.
+        threads: of the CPU, at least 1; ``None`` leaves torch's choice.
+        repetitions: of which the figures are medians, at least 1.
+        rebuild: time again what the cache holds already.
+        output: a ``.json`` file to write; ``None`` writes none.
+        overwrite: replace it where it is there.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+
+    model: str
+    context: int
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    repetitions: int = REPETITIONS
+    rebuild: bool = False
+    output: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least_one("--context", [self.context])
+        _at_least_one("--repetitions", [self.repetitions])
+        _at_least_one("--threads", [1 if self.threads is None else self.threads])
+
+
+def latency_table(options: TableOptions, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
+    """The latency table of a model on this machine, and where the cache keeps it.
+
+    Args:
+        options: what is timed, and how.
+        progress: where progress goes; stderr where left out.
+
+    Raises:
+        ModelError: a model that cannot be loaded, or that is pruned already.
+        BudgetError: it takes fewer tokens than ``context``.
+        OutputError: the output is no ``.json``, is there already, or cannot be written.
+    """
+    if options.output is not None:
+        check_file(options.output, (".json",), overwrite=options.overwrite)
+    say = Reporter(progress or Console(stderr=True))
+    with _threads(options.threads):
+        with say.stage("load the model", 1):
+            loaded = load(options.model, dtype=options.dtype, device=options.device)
+        with say.stage("time the sublayers", options.repetitions + 1) as stage:
+            table = cached_table(
+                loaded.model,
+                context=options.context,
+                rebuild=options.rebuild,
+                repetitions=options.repetitions,
+                on_progress=stage,
+                say=say.say,
+            )
+        if table.repetitions != options.repetitions:
+            say.say(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
+        place = place_of(loaded.model, context=options.context)
+    if options.output is not None:
+        write_text(options.output, to_json(table))
+    return table, place
+
+
+def _side_by_side(options: Options, folder: Path, source: DenseModel, say: Reporter) -> Measurement:
+    """Everything that is measured with both models in this process; they are gone when it returns."""
+    with say.stage("load both models", 2) as stage:
+        pruned = load(str(folder), dtype=options.dtype, device=options.device)
+        stage.advance()
+        dense = _load_dense(source, pruned.dtype, options.device)
+        kept = units_kept(pruned.model, dense.model)
+    say.say(f"dense: {dense.description}, named by {source.said_by}; pruned: {folder}")
+    say.say(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {_name(dense.dtype)}")
+    workloads = _workloads(options, min(dense.context_limit, pruned.context_limit))
+    prunable = PrunableModel(dense.model)
+
+    def meter(context: int) -> SizeMeter:
+        return SizeMeter(prunable, context=context)
+
+    context = max(workload.length for workload in workloads)
+    sizes, dense_folder = meter(context), checkpoint_folder(source.name, revision=source.revision)
+    footprints = (
+        _footprint(dense, sizes(prunable.dense_units), dense_folder),
+        _footprint(pruned, sizes(kept), folder),
+    )
+    work = (work_of(dense.model, prunable.dense_units, meter), work_of(pruned.model, kept, meter))
+    speeds: list[Speed] = []
+    with say.stage("speed, in turn", 2 * (options.repetitions + 1) * len(workloads)) as stage:
+        for workload in workloads:
+            with _within_memory(workload):
+                speeds += time_in_turn(
+                    dense.model,
+                    pruned.model,
+                    workload,
+                    work,
+                    repetitions=options.repetitions,
+                    on_turn=stage.advance,
+                )
+    largest = max(workloads, key=lambda workload: (workload.batch * workload.length, workload.length))
+    return Measurement(
+        dense=footprints[0],
+        pruned=footprints[1],
+        speeds=tuple(speeds),
+        context=context,
+        memory_work=(largest.batch, largest.length),
+        device=processor(dense.device),
+        threads=threads_of(dense.device),
+        dtype=_name(dense.dtype),
+        torch=torch.__version__,
+        transformers=version("transformers"),
+        repetitions=options.repetitions,
+    )
+
+
+def _with_memory(found: Measurement, options: Options, folder: Path, source: DenseModel, say: Reporter) -> Measurement:
+    """Add the peak memory of both, each in a fresh process."""
+    batch, length = found.memory_work
+    models = {"dense": (source.name, source.revision), "pruned": (str(folder), None)}
+    measured = {}
+    with say.stage("peak memory, each alone", len(models)) as stage:
+        for role, (name, revision) in models.items():
+            job = Job(name, revision, found.dtype, options.device, torch.get_num_threads(), batch, length)
+            measured[role] = measure_memory(job)
+            stage.advance()
+    return replace(
+        found,
+        dense=replace(found.dense, memory=measured["dense"]),
+        pruned=replace(found.pruned, memory=measured["pruned"]),
+    )
+
+
+def write(found: Measurement, output: Path) -> None:
+    """Write a measurement as Markdown or JSON, as the suffix says.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_text(output, markdown(found) if output.suffix == ".md" else json.dumps(as_dict(found), indent=2) + "\n")
+
+
+def _load_dense(source: DenseModel, dtype: torch.dtype, device: str) -> LoadedModel:
+    try:
+        return load(source.name, revision=source.revision, dtype=_name(dtype), device=device)
+    except ModelError as error:
+        if source.said_by == "--dense":
+            raise
+        raise ModelError(
+            f"{source.said_by} names {source.name!r} as the dense model: {error.message}",
+            hint="Name it with --dense MODEL, as it is called from here.",
+        ) from error
+
+
+def _workloads(options: Options, limit: int) -> list[Workload]:
+    """Every batch size with every prompt length.
+
+    Raises:
+        ConfigError: a prompt and what is decoded behind it are more than the models take.
+    """
+    room = limit - DECODE_TOKENS
+    lengths = options.prompt_lengths
+    if lengths is None:
+        lengths = [length for length in LENGTHS if length <= room] or [max(1, room)]
+    if max(lengths) > room:
+        raise ConfigError(
+            f"--prompt-lengths {max(lengths)}: the models take at most {limit} tokens, and {DECODE_TOKENS} of them are "
+            "decoded behind the prompt",
+            hint=f"Use at most {room}.",
+        )
+    return [Workload(batch, length) for batch in options.batch_sizes for length in lengths]
+
+
+def _footprint(loaded: LoadedModel, size: Size, folder: Path) -> Footprint:
+    disk_bytes, disk_dtype = weights_on_disk(folder)
+    return Footprint(
+        model=loaded.description,
+        parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        weight_bytes=parameter_bytes(loaded.model),
+        disk_bytes=disk_bytes,
+        disk_dtype=disk_dtype,
+        macs=size.macs,
+        kv_bytes=size.kv_bytes,
+        memory=None,
+    )
+
+
+def _within_memory(workload: Workload) -> AbstractContextManager[None]:
+    """Say which prompts a GPU's memory is too small for."""
+    return raising_if_out_of_memory(
+        ModelError(
+            f"prompts of {workload.batch} x {workload.length} tokens do not fit the device's memory beside both models",
+            hint="Use smaller --batch-sizes or --prompt-lengths, or --device cpu.",
+        )
+    )
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[None]:
+    """Let torch compute with that many threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _at_least_one(option: str, values: Sequence[int]) -> None:
+    if not values:
+        raise ConfigError(f"{option} is empty", hint="Give at least one number.")
+    if min(values) < 1:
+        raise ConfigError(f"{option} has {min(values)}", hint="Every number must be at least 1.")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,180 @@
+"""Peak memory of a model at work, measured in a fresh process of its own.
+
+In a process that has held other models before, an allocator keeps what it has once been given, and the figure says
+more about the past than about the model. ``python -m ffgym.measure.memory JOB`` is that process: it takes a job as
+JSON and prints what it measured as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ffgym.errors import FFGymError, ModelError
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process does: load a model, prefill prompts, decode a few tokens.
+
+    Attributes:
+        name: as `ffgym.models.loading.load` takes it.
+        revision: of a hub model.
+        dtype: of weights and activations.
+        device: where it runs.
+        threads: of the CPU.
+        batch: sequences at a time.
+        length: tokens of each prompt.
+    """
+
+    name: str
+    revision: str | None
+    dtype: str
+    device: str
+    threads: int
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a process needed.
+
+    Attributes:
+        kind: ``"resident"`` (the process's resident set: weights, activations, cache, and what the allocator holds)
+            or ``"cuda"`` (what torch's allocator had handed out).
+        before: bytes before the model was loaded: Python and the libraries; 0 on CUDA.
+        loaded: bytes once the model was loaded and had run on one token.
+        peak: most bytes at any moment while it ran; of loading too where ``with_loading``.
+        with_loading: the system cannot forget the peak of loading, which may be higher than what running needs.
+    """
+
+    kind: str
+    before: int
+    loaded: int
+    peak: int
+    with_loading: bool
+
+    @property
+    def net_loaded(self) -> int:
+        """Bytes that came with loading the model."""
+        return self.loaded - self.before
+
+    @property
+    def net_peak(self) -> int:
+        """Bytes that the model and its work needed at the peak."""
+        return self.peak - self.before
+
+
+def measure_memory(job: Job) -> Memory | None:
+    """Run a job in a fresh process.
+
+    Returns:
+        ``None`` on systems that do not say what a process needs.
+
+    Raises:
+        ModelError: the process died, e.g. because memory ran out.
+    """
+    command = [sys.executable, "-m", "ffgym.measure.memory", json.dumps(asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        said = done.stderr.strip().splitlines()
+        reason = said[-1] if said else f"it ended with exit status {done.returncode}"
+        raise ModelError(
+            f"the process that measures the memory of {job.name!r} failed: {reason}",
+            hint="It may have run out of memory: use smaller --batch-sizes or --prompt-lengths.",
+        )
+    measured = json.loads(lines[-1])
+    return None if measured is None else Memory(**measured)
+
+
+def _run(job: Job) -> Memory | None:
+    """Do the job in this process, which has done nothing else."""
+    import torch
+
+    import ffgym.models  # noqa: F401 - what it imports belongs to what was there before
+    from ffgym.measure.speed import Workload, generate, prompt
+    from ffgym.models.loading import load
+    from ffgym.models.placement import devices_of
+
+    torch.set_num_threads(job.threads)
+    before = _resident()
+    loaded = load(job.name, revision=job.revision, dtype=job.dtype, device=job.device)
+    generate(loaded.model, prompt(loaded.model, Workload(1, 1)))
+    _release()
+    if loaded.device.type == "cuda":
+        devices = devices_of(loaded.model)
+        held = sum(torch.cuda.memory_allocated(device) for device in devices)
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
+        return Memory("cuda", 0, held, sum(torch.cuda.max_memory_allocated(device) for device in devices), False)
+    if loaded.device.type != "cpu":
+        return None  # what is resident is not what lies on such a device
+    settled = _resident()
+    with_loading = not _forget_peak()
+    generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
+    peak = _peak()
+    return None if peak is None else Memory("resident", before or 0, settled or peak, peak, with_loading)
+
+
+def _release() -> None:
+    """Give back what is free, so that loading leaves no trace; glibc keeps it otherwise."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident() -> int | None:
+    """Bytes of this process that are in memory now; ``None`` off Linux."""
+    return _status("VmRSS")
+
+
+def _peak() -> int | None:
+    """Most bytes of this process that were in memory; ``None`` where the system does not say."""
+    # Not ru_maxrss where it can be helped: on Linux a process inherits it from the one that started it.
+    known = _status("VmHWM")
+    if known is not None:
+        return known
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _forget_peak() -> bool:
+    """Start the peak anew from what is in memory now (proc_pid_clear_refs(5)); whether the system could."""
+    try:
+        CLEAR.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return _status("VmHWM") is not None
+
+
+def _status(field: str) -> int | None:
+    try:
+        found = re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(encoding="ascii"), flags=re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+if __name__ == "__main__":
+    try:
+        outcome = _run(Job(**json.loads(sys.argv[1])))
+    except FFGymError as failed:
+        sys.exit(failed.message)  # on one line, which is what is read of it
+    print(json.dumps(None if outcome is None else asdict(outcome)))

@@ -1,0 +1,191 @@
+"""Prefill and decode of two models in turn: tokens per second, and how many times as fast the second one is.
+
+Prefill: one forward pass of whole prompts into an empty KV cache, logits of the last position only, as generation does.
+Decode: greedy steps of one token a sequence, on the cache that the prefill has filled.
+
+Both models are in memory and take turns, repetition by repetition, so that whatever slows the machine down slows both.
+The ratio is taken within a repetition, and its median over them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ffgym.costs.size import SizeMeter
+from ffgym.costs.timing import Spread, timed
+from ffgym.models.placement import devices_of
+
+DECODE_TOKENS = 16
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is asked to do.
+
+    Attributes:
+        batch: sequences at a time.
+        length: tokens of each prompt, and so of the KV cache that decoding starts with.
+    """
+
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One phase of one workload, dense beside pruned.
+
+    Attributes:
+        phase: prefill or decode.
+        workload: batch and length.
+        dense: tokens per second, over the batch.
+        pruned: the same of the pruned model.
+        ratio: dense seconds over pruned seconds of the same repetition: how many times as fast the pruned model is.
+        ceiling: the ratio that the work itself allows: of multiply-accumulates for prefill, of bytes read for decode.
+    """
+
+    phase: Phase
+    workload: Workload
+    dense: Spread
+    pruned: Spread
+    ratio: Spread
+    ceiling: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the phases of one model have to do at least.
+
+    Attributes:
+        weight_bytes: read in every step: all parameters but an input embedding that is not the output head too.
+        kv_bytes: that one token of one sequence adds to the cache.
+        macs: multiply-accumulates per token at a context length, ``macs(context)``, output head left out.
+        head_macs: of the output head, for one token.
+    """
+
+    weight_bytes: int
+    kv_bytes: float
+    macs: Callable[[int], float]
+    head_macs: float
+
+    def prefill(self, workload: Workload) -> float:
+        """Multiply-accumulates of one sequence: a token attends to half the prompt on average, one is projected."""
+        return workload.length * self.macs((workload.length + 1) // 2) + self.head_macs
+
+    def decode(self, workload: Workload) -> float:
+        """Bytes read in an average step: the weights once, the cache of every sequence."""
+        return self.weight_bytes + workload.batch * (workload.length + DECODE_TOKENS / 2) * self.kv_bytes
+
+
+def work_of(model: Any, kept: Sequence[int], meter: Callable[[int], SizeMeter]) -> Work:
+    """The work of a model, dense or pruned.
+
+    Args:
+        model: the model itself: its parameters are counted as they are.
+        kept: units per sublayer, length 2L.
+        meter: sizes of allocations of the dense model at a context.
+    """
+    first = meter(1)
+
+    def macs(context: int) -> float:
+        return meter(context)(kept).macs - first.head_macs
+
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    unread = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
+    return Work(parameter_bytes(model) - unread, first(kept).kv_bytes, macs, first.head_macs)
+
+
+def parameter_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters, tied ones once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def time_in_turn(
+    dense: Any,
+    pruned: Any,
+    workload: Workload,
+    work: tuple[Work, Work],
+    *,
+    repetitions: int,
+    on_turn: Callable[[], None] | None = None,
+) -> list[Speed]:
+    """Prefill and decode of both models on one workload.
+
+    Args:
+        dense: causal LM in eval mode.
+        pruned: another one.
+        workload: batch and length; the models must take 16 tokens more.
+        work: of both, for the ceilings.
+        repetitions: that count; one more, which warms up, does not.
+        on_turn: called after every turn of a model, 2 * (repetitions + 1) times.
+    """
+    ids = prompt(dense, workload)
+    seconds = np.empty((repetitions + 1, 2, 2))  # repetition, model, phase
+    for repetition in range(repetitions + 1):
+        for index, model in enumerate((dense, pruned)):
+            seconds[repetition, index] = generate(model, ids)
+            if on_turn is not None:
+                on_turn()
+    seconds = seconds[1:]
+    tokens = workload.batch * np.array([workload.length, DECODE_TOKENS])
+    rates = tokens / seconds
+    ratios = seconds[:, 0] / seconds[:, 1]
+    before, after = work
+    bounds = (before.prefill(workload) / after.prefill(workload), before.decode(workload) / after.decode(workload))
+    phases: tuple[Phase, Phase] = ("prefill", "decode")
+    return [
+        Speed(phase, workload, Spread.of(rates[:, 0, i]), Spread.of(rates[:, 1, i]), Spread.of(ratios[:, i]), bounds[i])
+        for i, phase in enumerate(phases)
+    ]
+
+
+def prompt(model: Any, workload: Workload) -> torch.Tensor:
+    """Token ids, shape (batch, length), int64: always the same ones."""
+    embedding = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding.num_embeddings, (workload.batch, workload.length), generator=generator)
+    return ids.to(embedding.weight.device)
+
+
+@torch.inference_mode()
+def generate(model: Any, ids: torch.Tensor) -> tuple[float, float]:
+    """Fill a cache with prompts, then decode 16 tokens greedily.
+
+    Args:
+        model: causal LM in eval mode.
+        ids: prompts, shape (batch, length), int64.
+
+    Returns:
+        seconds of the prefill and of all decoding steps.
+    """
+    from transformers import DynamicCache
+
+    devices = devices_of(model)
+    cache = {_cache_argument(model): DynamicCache(config=model.config)}
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        hidden = model.base_model(input_ids=tokens, use_cache=True, **cache).last_hidden_state[:, -1:]
+        following: torch.Tensor = model.get_output_embeddings()(hidden).argmax(dim=-1).to(ids.device)
+        return following
+
+    def decode() -> None:
+        tokens = following
+        for _ in range(DECODE_TOKENS):
+            tokens = step(tokens)
+
+    following, prefill_seconds = timed(lambda: step(ids), devices)
+    return prefill_seconds, timed(decode, devices)[1]
+
+
+def _cache_argument(model: Any) -> str:
+    """What this version of transformers calls the KV cache in a model's arguments."""
+    names = inspect.signature(model.base_model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"

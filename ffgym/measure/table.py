@@ -1,0 +1,197 @@
+"""What `ffgym measure` found: how large and how fast a dense model and a pruned one are, side by side.
+
+One :class:`Measurement`, three renderers, as for a run's table: :func:`terminal`, :func:`markdown`, :func:`as_dict`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from ffgym.costs.timing import Spread
+from ffgym.measure.memory import Memory
+from ffgym.measure.speed import DECODE_TOKENS, Speed
+from ffgym.report.layout import escape, humane, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.types import JSONDict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SIZE_COLUMNS = ("", "dense", "pruned", "dense / pruned")
+SPEED_COLUMNS = ("", "batch", "tokens", "dense, tokens/s", "pruned, tokens/s", "times as fast", "ceiling")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """How large one of the two models is.
+
+    Attributes:
+        model: what it is, e.g. ``"SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"``.
+        parameters: tied ones once.
+        weight_bytes: of the parameters, in the dtype that was measured.
+        disk_bytes: of its safetensors files.
+        disk_dtype: what most of the numbers in them are, e.g. ``"float16"``.
+        macs: multiply-accumulates per token at ``Measurement.context``.
+        kv_bytes: that one more token adds to the KV cache.
+        memory: peak memory in a process of its own; ``None`` where the system does not say.
+    """
+
+    model: str
+    parameters: int
+    weight_bytes: int
+    disk_bytes: int
+    disk_dtype: str
+    macs: float
+    kv_bytes: float
+    memory: Memory | None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Everything that was measured, and how.
+
+    Attributes:
+        dense: the dense model.
+        pruned: the pruned one.
+        speeds: prefill and decode of every workload.
+        context: tokens of context at which MACs are counted.
+        memory_work: batch and prompt length of the work that peak memory was measured at.
+        device: name of the processor or GPU.
+        threads: of the CPU; 0 for an accelerator.
+        dtype: of weights and activations.
+        torch: its version.
+        transformers: its version.
+        repetitions: of which the figures are medians.
+    """
+
+    dense: Footprint
+    pruned: Footprint
+    speeds: tuple[Speed, ...]
+    context: int
+    memory_work: tuple[int, int]
+    device: str
+    threads: int
+    dtype: str
+    torch: str
+    transformers: str
+    repetitions: int
+
+
+def size_rows(found: Measurement) -> list[tuple[str, str, str, str]]:
+    """The rows of the size table: what, dense, pruned, ratio."""
+    dense, pruned = found.dense, found.pruned
+    rows = [
+        _size("parameters", dense.parameters, pruned.parameters),
+        _size("bytes on disk", dense.disk_bytes, pruned.disk_bytes, "B", notes=(dense.disk_dtype, pruned.disk_dtype)),
+        _size("MACs/token", dense.macs, pruned.macs),
+        _size("KV/token", dense.kv_bytes, pruned.kv_bytes, "B"),
+        _size(f"weights in {found.dtype}", dense.weight_bytes, pruned.weight_bytes, "B"),
+    ]
+    if dense.memory is not None and pruned.memory is not None:
+        rows += [
+            _size("memory once loaded", dense.memory.net_loaded, pruned.memory.net_loaded, "B"),
+            _size("peak memory", dense.memory.net_peak, pruned.memory.net_peak, "B"),
+        ]
+    return rows
+
+
+def speed_rows(found: Measurement) -> list[tuple[str, ...]]:
+    """The rows of the speed table, in the order of ``SPEED_COLUMNS``."""
+    return [
+        (
+            speed.phase,
+            str(speed.workload.batch),
+            f"{speed.workload.length:,}",
+            _rate(speed.dense),
+            _rate(speed.pruned),
+            f"{speed.ratio.median:.2f} ({speed.ratio.low:.2f}-{speed.ratio.high:.2f})",
+            f"{speed.ceiling:.2f}",
+        )
+        for speed in found.speeds
+    ]
+
+
+def footnotes(found: Measurement) -> list[str]:
+    """How it was measured, and what the columns mean."""
+    threads = f", {counted(found.threads, 'thread')}" if found.threads else ""
+    lines = [
+        f"Dense: {found.dense.model}. Pruned: {found.pruned.model}. {found.device}{threads}, {found.dtype}, "
+        f"torch {found.torch}, transformers {found.transformers}. MACs at {found.context:,} tokens of context.",
+        f"Speed: medians of {found.repetitions} repetitions in which the models take turns, quartiles in brackets. "
+        "Prefill: prompts of that many tokens into an empty cache, logits of the last one. Decode: "
+        f"{DECODE_TOKENS} greedy steps on a cache of that many tokens. Times as fast: dense over pruned time of the "
+        "same repetition. Ceiling: the ratio of multiply-accumulates (prefill), of bytes of weights and cache that a "
+        "step reads (decode).",
+    ]
+    if found.dense.memory is not None and found.pruned.memory is not None:
+        lines.append(_memory_note(found, found.dense.memory, found.pruned.memory))
+    return lines
+
+
+def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
+    """Say what was saved beside what the parameters say."""
+    batch, length = found.memory_work
+    what = {
+        "resident": "resident memory of a fresh process",
+        "cuda": "memory that torch's CUDA allocator handed out in a fresh process",
+    }[dense.kind]
+    loading = ", loading included" if dense.with_loading or pruned.with_loading else ""
+    libraries = f", beyond the {humane(dense.before, 'B')} of Python and the libraries" if dense.before else ""
+    loaded, peak = dense.net_loaded - pruned.net_loaded, dense.net_peak - pruned.net_peak
+    weights = found.dense.weight_bytes - found.pruned.weight_bytes
+    cache = batch * length * (found.dense.kv_bytes - found.pruned.kv_bytes)
+    more = f", and the cache at the peak {humane(cache, 'B')}" if cache else ""
+    return (
+        f"Memory: {what}{libraries}; peak at {batch} x {length:,} tokens{loading}. Smaller by {humane(loaded, 'B')} "
+        f"once loaded and {humane(peak, 'B')} at the peak; the parameters say {humane(weights, 'B')}{more}."
+    )
+
+
+def terminal(found: Measurement) -> RenderableType:
+    """Lay both tables out for a ``rich`` console."""
+    from rich.text import Text
+
+    grids = []
+    for columns, rows in ((SIZE_COLUMNS, size_rows(found)), (SPEED_COLUMNS, speed_rows(found))):
+        grid = new_grid(space=1)
+        for index, column in enumerate(columns):
+            grid.add_column(column.replace(", ", "\n"), justify="right" if index else "left")
+        for row in rows:
+            grid.add_row(*(Text(cell) for cell in row))
+        grids.append(grid)
+    return on_console(grids, footnotes(found))
+
+
+def markdown(found: Measurement) -> str:
+    """Write both tables as Markdown (GitHub's flavour), how they were measured under them."""
+    sizes = markdown_table(SIZE_COLUMNS, [[escape(cell) for cell in row] for row in size_rows(found)])
+    speeds = markdown_table(SPEED_COLUMNS, [[escape(cell) for cell in row] for row in speed_rows(found)])
+    return "\n".join([*sizes, "", *speeds, *markdown_notes(footnotes(found))])
+
+
+def counted(number: int, thing: str) -> str:
+    """``"1 thread"``, ``"2 threads"``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def as_dict(found: Measurement) -> JSONDict:
+    """All numbers as plain data: bytes, tokens per second, ratios."""
+    return asdict(found)
+
+
+def _size(
+    name: str, dense: float, pruned: float, unit: str = "", notes: tuple[str, str] = ("", "")
+) -> tuple[str, str, str, str]:
+    left, right = (f"{humane(value, unit)} {note}".rstrip() for value, note in zip((dense, pruned), notes, strict=True))
+    return name, left, right, f"{dense / pruned:.2f}" if pruned > 0 else "-"
+
+
+def _rate(spread: Spread) -> str:
+    """Three significant digits: repetitions seldom agree on more."""
+    return f"{_digits(spread.median)} ({_digits(spread.low)}-{_digits(spread.high)})"
+
+
+def _digits(value: float) -> str:
+    places = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{min(places, 2)}f}"

@@ -1,0 +1,207 @@
+"""The table of ``ffgym eval``: tasks down, models across, every figure with its standard error.
+
+One :class:`TaskTable`, three renderers: :func:`terminal` for people, :func:`markdown` for model cards, :func:`as_dict`
+for ``--json`` and files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffgym.files import write_text
+from ffgym.measure.tasks import Metric, ModelScores, TaskResult, TaskSet, paper_means
+from ffgym.report.layout import escape, finite, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.types import JSONDict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+MEAN_LABEL = "mean of the paper's seven"
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Models measured alike on the same examples, and how.
+
+    Attributes:
+        models: at least one, in the order asked for.
+        tasks: what was asked for, and where the data came from.
+        limit: examples a task; ``None`` where all were measured.
+        complete: nothing is missing; ``False`` after an interruption.
+    """
+
+    models: tuple[ModelScores, ...]
+    tasks: TaskSet
+    limit: int | None
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row: a figure of a task, one cell a model."""
+
+    task: str
+    metric: str
+    split: str
+    examples: str
+    figures: tuple[Metric | None, ...]
+
+
+def _lines(table: TaskTable) -> list[Line]:
+    """All rows; a task that no model has finished is left out."""
+    lines: list[Line] = []
+    for task in table.tasks.tasks:
+        results = [_result(model, task.name) for model in table.models]
+        known = next((result for result in results if result is not None), None)
+        if known is None:
+            continue
+        for metric in known.metrics:
+            figures = tuple(result.metric(metric.name) if result is not None else None for result in results)
+            lines.append(Line(task.name, metric.name, known.split, f"{known.examples:,}", figures))
+    means = [{mean.name: mean for mean in paper_means(model.results)} for model in table.models]
+    labels = dict.fromkeys(label for mean in means for label in mean)
+    lines.extend(Line(MEAN_LABEL, label, "", "", tuple(mean.get(label) for mean in means)) for label in labels)
+    return lines
+
+
+def _result(model: ModelScores, task: str) -> TaskResult | None:
+    return next((result for result in model.results if result.task == task), None)
+
+
+def figure_text(metric: Metric | None) -> str:
+    """Four decimals, as lm-eval prints them, and the standard error where there is one."""
+    if metric is None:
+        return "-"
+    if not math.isfinite(metric.value):
+        return "NaN" if math.isnan(metric.value) else "inf"
+    return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
+
+
+def _notes(table: TaskTable) -> list[str]:
+    """Say how it was measured, and what a reader must know about single figures."""
+    notes = [
+        f"Zero-shot, lm-eval {table.tasks.harness} with its own task definitions. ± one standard error over examples.",
+        f"Data: {table.tasks.origin}.",
+    ]
+    if table.limit is not None:
+        notes.append(f"Only the first {table.limit:,} examples of each task: for a quick look, not for comparison.")
+    if not table.complete:
+        notes.append("Interrupted: some figures are missing.")
+    for task in table.tasks.tasks:
+        if task.split != task.own_split:
+            notes.append(
+                f"{task.name}: measured on {task.split}, while lm-eval's own figure is of {task.own_split},"
+                " which the wheel lacks."
+            )
+    for model in table.models:
+        notes.append(f"{model.name}: {model.description}, {model.dtype} on {model.device}.")
+        for result in model.results:
+            if result.not_finite:
+                notes.append(
+                    f"{model.name}, {result.task}: {result.not_finite:,} log-likelihoods are not finite; the model is"
+                    " broken, and the figures mean nothing."
+                )
+            if result.truncated:
+                notes.append(
+                    f"{model.name}, {result.task}: {result.truncated:,} requests were longer than the model's context"
+                    " and lost their beginning."
+                )
+    return list(dict.fromkeys(notes))
+
+
+def terminal(table: TaskTable) -> RenderableType:
+    """Lay the table out for a ``rich`` console."""
+    from rich.text import Text
+
+    # Two models fit into 80 columns.
+    grid = new_grid()
+    grid.add_column("task", max_width=14, overflow="fold")
+    grid.add_column("metric", max_width=10)
+    grid.add_column("split", no_wrap=True)
+    grid.add_column("examples", justify="right", no_wrap=True)
+    for model in table.models:
+        grid.add_column(Text(model.name, overflow="fold"), justify="right", no_wrap=True)
+    lines, before = _lines(table), ""
+    for line in lines:
+        repeated = line.task == before
+        names = ("", line.metric, "", "") if repeated else (line.task, line.metric, line.split, line.examples)
+        style = "bold" if line.task == MEAN_LABEL else ""
+        grid.add_row(*map(Text, names), *(Text(figure_text(figure)) for figure in line.figures), style=style)
+        before = line.task
+    return on_console([grid], _notes(table))
+
+
+def markdown(table: TaskTable) -> str:
+    """Write the table as Markdown (GitHub's flavour), the notes under it."""
+    head = ("task", "metric", "split", "examples", *(escape(model.name) for model in table.models))
+    rows = [
+        [escape(cell) for cell in (line.task, line.metric, line.split, line.examples, *map(figure_text, line.figures))]
+        for line in _lines(table)
+    ]
+    return "\n".join([*markdown_table(head, rows, left=3), *markdown_notes(_notes(table))])
+
+
+def write_file(path: Path, table: TaskTable) -> None:
+    """Write the table to a ``.json`` or ``.md`` file, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_text(path, FILE_KINDS[path.suffix](table))
+
+
+def as_dict(table: TaskTable) -> JSONDict:
+    """Turn the table into plain data; a figure that is not finite becomes ``None`` (JSON knows none)."""
+    return {
+        "lm_eval": table.tasks.harness,
+        "num_fewshot": 0,
+        "data": table.tasks.source,
+        "data_origin": table.tasks.origin,
+        "limit": table.limit,
+        "complete": table.complete,
+        "models": [_model_dict(model, table.tasks) for model in table.models],
+    }
+
+
+def _model_dict(model: ModelScores, tasks: TaskSet) -> JSONDict:
+    own_splits = {task.name: task.own_split for task in tasks.tasks}
+    return {
+        "name": model.name,
+        "description": model.description,
+        "dtype": model.dtype,
+        "device": model.device,
+        "tasks": {
+            result.task: {
+                "version": result.version,
+                "split": result.split,
+                "lm_eval_split": own_splits[result.task],
+                "examples": result.examples,
+                "available": result.available,
+                "truncated": result.truncated,
+                "not_finite": result.not_finite,
+                "metrics": {metric.name: _metric_dict(metric) for metric in result.metrics},
+            }
+            for result in model.results
+        },
+        "paper_means": {mean.name: _metric_dict(mean) for mean in paper_means(model.results)},
+    }
+
+
+def _metric_dict(metric: Metric) -> dict[str, Any]:
+    return {
+        "value": finite(metric.value),
+        "stderr": finite(metric.stderr),
+        "higher_is_better": metric.higher_is_better,
+    }
+
+
+def _json(table: TaskTable) -> str:
+    return json.dumps(as_dict(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+FILE_KINDS: dict[str, Callable[[TaskTable], str]] = {".json": _json, ".md": markdown}

@@ -1,0 +1,1 @@
+"""What ``ffgym run`` does, stage by stage."""

@@ -1,0 +1,160 @@
+"""What a run writes down: files in its folder, and their copies in MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffgym.data.splits import Splits
+from ffgym.files import write_text
+from ffgym.pipeline.task import Workspace
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
+from ffgym.plugins.contracts import called, check_objectives
+from ffgym.report.figures import reward_figure, units_kept_figure
+from ffgym.report.front import Front, front_figure, point_names
+from ffgym.report.front import as_dict as front_as_dict
+from ffgym.report.front import markdown as front_markdown
+from ffgym.report.layout import finite
+from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
+from ffgym.report.progress import Reporter
+from ffgym.report.table import ReportTable, as_dicts, markdown
+from ffgym.search.finals import finals_examples, finals_windows
+from ffgym.search.loop import Found
+from ffgym.search.policy import policy_text
+from ffgym.tracking.tracker import Tracker, environment_tags, slug
+from ffgym.types import Allocation, Episode, JSONDict
+
+
+def write_table(folder: Path, table: ReportTable) -> None:
+    """``report.md`` and ``report.json``."""
+    write_text(folder / "report.md", markdown(table))
+    write_text(folder / "report.json", json.dumps(as_dicts(table), indent=2))
+
+
+def write_found(folder: Path, points: Sequence[Found], agent: Agent, space: Workspace, tracker: Tracker) -> None:
+    """Allocations and policy; ``allocation.json`` is that of the main target, or of what there is."""
+    main = next((found for found in points if found.target == space.config.main_target), points[0])
+    files = {"allocation.json": main}
+    if len(points) > 1:
+        names = point_names([found.target for found in points])
+        files |= {f"allocation-{name}.json": found for name, found in zip(names, points, strict=True)}
+    for file, found in files.items():
+        write_text(folder / file, json.dumps(allocation_json(found), indent=2))
+        tracker.log_artifact(folder / file)
+    state = called(agent, agent.state, "giving its state")
+    if state:
+        sublayers = space.prepared.prunable.sublayers
+        text = called(agent, lambda: policy_text(space.config, sublayers, state), "giving its state")
+        write_text(folder / "policy.json", text)
+        tracker.log_artifact(folder / "policy.json")
+
+
+def allocation_json(found: Found) -> JSONDict:
+    """What ``allocation.json`` holds: units kept per sublayer, and how the search came to them."""
+    best = found.best
+    return {
+        "kept": list(best.allocation.kept),
+        "importance": [round(float(a), 6) for a in best.importance],
+        "resource": best.allocation.resource,
+        "sparsity": best.allocation.sparsity,
+        "origin": best.origin,
+        "finals_loss": finite(best.loss),
+        "finals_dense_loss": finite(found.dense_loss),
+        "episodes": len(found.history),
+    }
+
+
+def write_pareto(folder: Path, space: Workspace, found: Found, tracker: Tracker, say: Reporter) -> None:
+    """``pareto.json`` and ``pareto.png``: the finalists by their objectives, where the reward weighs several."""
+    env, tokens, seed = space.env, space.config.search.final_tokens, space.config.seed
+    subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    dense = env.dense(subset, examples)
+    goals = check_objectives(env.reward, dense, dense)
+    winners = {candidate.allocation.kept for candidate in found.pareto}
+    points = [
+        ParetoPoint(
+            candidate.allocation,
+            candidate.origin,
+            loss=candidate.loss,
+            reward=candidate.reward,
+            objectives=candidate.objectives,
+            dominated=candidate.allocation.kept not in winners,
+            chosen=candidate is found.best,
+        )
+        for candidate in found.finalists
+        if candidate.objectives and candidate.loss is not None and candidate.reward is not None
+    ]
+    measured = len(subset) * env.window_tokens
+    note = f"measured again on {measured:,} search tokens" + (f" and {len(examples)} examples" if examples else "")
+    data = pareto_json(points, goals, tokens=measured, examples=len(examples))
+    write_text(folder / "pareto.json", json.dumps(data, indent=2))
+    pareto_figure(points, goals, folder / "pareto.png", note=note)
+    for name in ("pareto.json", "pareto.png"):
+        tracker.log_artifact(folder / name)
+    say.say(f"Pareto set: {len(winners)} of {len(points)} allocations that were {note}, in {folder / 'pareto.json'}")
+
+
+def write_pictures(
+    folder: Path,
+    space: Workspace,
+    allocations: Mapping[str, Allocation],
+    histories: Mapping[str, Sequence[Episode]],
+) -> None:
+    """``units_kept.png`` and ``reward.png``.
+
+    Args:
+        folder: of the run.
+        space: names the sublayers.
+        allocations: to draw over depth, by label.
+        histories: episodes of every search, by agent.
+    """
+    units_kept_figure(space.prepared.prunable.sublayers, allocations, folder / "units_kept.png")
+    reward_figure(histories, folder / "reward.png")
+
+
+def write_front(tracker: Tracker, front: Front, folder: Path) -> None:
+    """Write a front down; in MLflow the target in percent is the step."""
+    write_text(folder / "front.json", json.dumps(front_as_dict(front), indent=2))
+    write_text(folder / "front.md", front_markdown(front))
+    front_figure(front, folder / "front.png")
+    tracker.log_metrics(
+        [
+            (f"front/perplexity/{slug(label)}", front.row(point, label).perplexity, round(100 * point.target))
+            for label in front.labels
+            for point in front.points
+        ]
+    )
+    for name in ("front.json", "front.md", "front.png"):
+        tracker.log_artifact(folder / name)
+
+
+def log_splits(tracker: Tracker, splits: Splits) -> None:
+    """The three splits as MLflow datasets, with their digests."""
+    for split in (splits.calibration, splits.search, splits.report):
+        tracker.log_dataset(
+            name=split.name,
+            context=split.role,
+            digest=split.digest,
+            corpus=split.corpus.name,
+            tokens=split.windows.numel(),
+        )
+
+
+def run_tags(space: Workspace, agent: Agent) -> dict[str, str]:
+    """MLflow tags: versions, device, dtype, threads, and which package each plugin is from."""
+    config = space.config
+    used: dict[str, Any] = {
+        f"agent.{config.agent.name}": agent,
+        f"criterion.{config.criterion.name}": manager.get_class("criterion", config.criterion.name),
+        f"reward.{config.reward.name}": space.env.reward,
+    }
+    if config.prior.name != "none":
+        used[f"heuristic.{config.prior.name}"] = manager.get_class("heuristic", config.prior.name)
+    plugins = {name: str(manager.package_of(plugin)) for name, plugin in used.items()}
+    loaded, threads = space.loaded, torch.get_num_threads()
+    return environment_tags(device=str(loaded.device), dtype=loaded.dtype_name, threads=threads, plugins=plugins)

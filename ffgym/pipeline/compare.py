@@ -1,0 +1,280 @@
+"""What a search found, beside its references on the report split; refitted, and saved with its card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ffgym.config.tables import RunConfig
+from ffgym.data.splits import Split
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.export.checkpoint import SavedModel, save_pruned
+from ffgym.models.loading import DEMO_BASE
+from ffgym.pipeline.task import Refit, Workspace, at_target, cut_to
+from ffgym.prepare.parts import tokens_per_batch
+from ffgym.recover.recover import Recovered
+from ffgym.recover.table import loss_error
+from ffgym.report.card import model_card
+from ffgym.report.front import Front, FrontPoint, point_names
+from ffgym.report.progress import Reporter
+from ffgym.report.table import ReportTable, Row, measurement
+from ffgym.search.finals import finals_loss
+from ffgym.search.loop import Found
+from ffgym.types import Allocation, JSONDict
+
+REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
+    "uniform": ("uniform", {}),
+    "MLPs only, ends spared": ("mlp-first", {"spare_first": 3, "spare_last": 1}),
+}
+UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
+    "uniform": ("uniform", {}),
+    "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
+}
+DEMO_LICENSE = "apache-2.0"
+DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
+SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
+
+
+def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
+    """The rules that a run is compared with, (heuristic, options) by label; one shape for all layers spares no ends."""
+    return UNIFORM_REFERENCES if config.prune.uniform else REFERENCES
+
+
+def refit_name(config: RunConfig) -> str:
+    """What the rows that are not plain call their refit: ``ridge``, or ``affine`` where all consumers get a bias."""
+    return "affine" if config.prune.calibration == "affine" else "ridge"
+
+
+def reference_allocations(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
+    """What the found allocation is compared with, all through the same projection and rounding."""
+    rules = reference_rules(space.config)
+    allocations = {label: space.project(*rule) for label, rule in rules.items()}
+    prior = space.config.prior
+    if prior.name not in ("none", *(name for name, _ in rules.values())):
+        allocations[f"{prior.name} (prior)"] = space.project(prior.name, prior.options)
+    if baseline is not None:
+        tokens = baseline.search_tokens + baseline.final_tokens
+        allocations[f"best of {len(baseline.history)} random"] = baseline.best.allocation
+        say.say(f"random search took {tokens:,} tokens, finals included")
+    return allocations
+
+
+def compared_rows(
+    space: Workspace, references: Mapping[str, Allocation], found: Found, say: Reporter, dense: Row | None = None
+) -> list[Row]:
+    """The rows that come before the final refits: the dense model, every reference, the found allocation cut plainly.
+
+    Args:
+        space: of the run, at the target.
+        references: what the found allocation is compared with, by label; measured after the same refit.
+        found: the search.
+        say: where progress goes.
+        dense: the dense model's row where it has been measured.
+    """
+    agent, refitted, kept = found_name(space.config), refit_name(space.config), found.best.allocation.kept
+    rows = [measured_row(space, "dense", say) if dense is None else dense]
+    wanted: list[tuple[str, Sequence[int], Refit, bool]] = [
+        *((f"{label} + {refitted}", allocation.kept, "ridge", False) for label, allocation in references.items()),
+        (f"{agent}, plain", kept, "none", True),
+    ]
+    for label, units, refit, is_found in wanted:
+        with cut_to(space, units, refit, say):
+            rows.append(measured_row(space, label, say, is_found=is_found))
+    return rows
+
+
+def finish(
+    space: Workspace, rows: list[Row], found: Found, say: Reporter, model: Path
+) -> tuple[ReportTable, SavedModel | None]:
+    """The found allocation with each final refit; the one with the lower loss on the search split is saved.
+
+    Args:
+        space: of the run, at the target.
+        rows: what comes before in the table.
+        found: the search.
+        say: where progress goes.
+        model: folder of the checkpoint.
+
+    Returns:
+        the whole table, and the checkpoint, or ``None`` where none is wanted.
+    """
+    config, kept = space.config, found.best.allocation.kept
+    name, refitted = found_name(config), refit_name(config)
+    with cut_to(space, kept, "ridge", say):
+        ridge = measured_row(space, f"{name} + {refitted}", say, is_found=True)
+        ridge_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
+    if config.output.sequential:
+        with cut_to(space, kept, "sequential", say):
+            sequential = measured_row(space, f"{name} + sequential {refitted}", say, is_found=True)
+            sequential_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
+            if sequential_loss < ridge_loss or math.isnan(ridge_loss):
+                table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(space))
+                return table, _save(space, found, table, model)
+        rows = [*rows, replace(ridge, note=SAVED_NOTE), sequential]
+    else:
+        rows = [*rows, ridge]
+    with cut_to(space, kept, "ridge", say):
+        table = ReportTable(tuple(rows), header(space))
+        return table, _save(space, found, table, model)
+
+
+def finish_front(space: Workspace, points: Sequence[Found], table: ReportTable, folder: Path, say: Reporter) -> Front:
+    """Measure every point of a front on the report split, the rules beside it; save the models that are wanted.
+
+    Args:
+        space: of the run over the range.
+        points: what was found at every target.
+        table: of the main target, which is not measured again.
+        folder: where models go.
+        say: where progress goes.
+    """
+    config, name, refitted = space.config, found_name(space.config), refit_name(space.config)
+    measured = []
+    for found in points:
+        rows = {row.label: row for row in table.rows}
+        point = at_target(space, found.target)
+        references = reference_allocations(point, None, say)
+        if found.target != config.main_target:
+            say.say(f"target {found.target:.1%}")
+            if config.output.save_all:
+                own = compared_rows(point, references, found, say, rows["dense"])
+                full, _ = finish(point, own, found, say, model_folder(config, folder, found.target))
+                rows = {row.label: row for row in full.rows}
+            else:
+                for label, allocation in {**references, name: found.best.allocation}.items():
+                    with cut_to(point, allocation.kept, "ridge", say):
+                        row = measured_row(point, f"{label} + {refitted}", say, is_found=label == name)
+                        rows[row.label] = row
+        measured.append(
+            FrontPoint(
+                target=found.target,
+                found=rows[f"{name} + {refitted}"],
+                references={label: rows[f"{label} + {refitted}"] for label in references},
+                allocation=found.best.allocation,
+                origin=found.best.origin,
+                finals_loss=found.best.loss,
+            )
+        )
+    return Front(
+        label=name,
+        points=tuple(measured),
+        dense=next(row for row in table.rows if row.is_dense),
+        header=table.header,
+        search_tokens=points[0].search_tokens,
+        final_tokens=sum(found.final_tokens for found in points),
+        seconds=points[-1].seconds,
+    )
+
+
+def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
+    """``model``, or ``model-0.20`` where the model of every point is saved."""
+    if not config.output.save_all:
+        return folder / "model"
+    return folder / f"model-{dict(zip(config.targets, point_names(config.targets), strict=True))[target]}"
+
+
+def with_recovered(table: ReportTable, recovered: Recovered, config: RunConfig) -> ReportTable:
+    """The table with one more row: the saved refit after training."""
+    before = saved_row(table)
+    row = replace(
+        before,
+        label=f"{before.label} + {config.recover.method}",
+        perplexity=recovered.after.perplexity,
+        loss_stderr=loss_error(recovered.after),
+        note=f"trained after the final calibration, saved in {recovered.saved.path.name}/",
+    )
+    return ReportTable((*table.rows, row), table.header)
+
+
+def saved_row(table: ReportTable) -> Row:
+    """The row whose model is saved: the noted one of two final refits, or the last row where there is only one."""
+    return next((row for row in table.rows if row.note == SAVED_NOTE), table.rows[-1])
+
+
+def found_name(config: RunConfig) -> str:
+    """What the rows of the found allocation are called: the agent, or the heuristic that it ran."""
+    return f"{config.prior.name} (one-shot)" if config.agent.name == "one-shot" else config.agent.name
+
+
+def measured_row(space: Workspace, label: str, say: Reporter, *, is_found: bool = False) -> Row:
+    """One row: the model as it is cut now, on the report split."""
+    prunable, windows = space.prepared.prunable, space.splits.report.windows
+    with say.stage(f"report: {label}", len(windows)) as stage:
+        batch = tokens_per_batch(prunable.model.device)
+        result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
+    new_biases = prunable.new_bias_params(stock=space.config.prune.uniform)
+    size, dense = space.sizes(prunable.kept, new_biases=new_biases), space.sizes(prunable.dense_units)
+    resource = space.config.prune.resource
+    losses = np.array(result.losses)
+    return Row(
+        label=label,
+        perplexity=result.perplexity,
+        loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
+        sparsity_prunable=max(0.0, space.env.budget.allocation(prunable.kept).sparsity),
+        sparsity_model=1 - size.of(resource) / dense.of(resource),
+        parameters=size.parameters,
+        macs_per_token=size.macs,
+        kv_bytes_per_token=size.kv_bytes,
+        is_found=is_found,
+    )
+
+
+def header(space: Workspace) -> str:
+    """How the table's numbers were measured."""
+    report, calibration = space.splits.report, space.splits.calibration
+    text = measurement(
+        model=space.loaded.description,
+        corpus=report.corpus.name,
+        split="report",
+        tokens=report.predicted_tokens,
+        window=report.windows.shape[1],
+        dtype=space.loaded.dtype_name,
+        bos=report.bos,
+        calibration=_described(calibration),
+        seed=space.config.seed,
+        context=space.config.prune.context,
+    )
+    return text if space.latency is None else f"{text} Latency: {space.latency.measured}."
+
+
+def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel | None:
+    """Save the model as it is cut now, with its card, where one is wanted."""
+    config, prunable = space.config, space.prepared.prunable
+    if not config.output.save_model:
+        return None
+    is_demo = config.model.name == "demo"
+    name, allocation = Path(config.model.name).name, found.best.allocation
+    card = model_card(
+        title=f"{name}, {allocation.sparsity:.0%} of {config.prune.resource} pruned",
+        base_model=DEMO_BASE if is_demo else None,
+        license=DEMO_LICENSE if is_demo else None,
+        table=table,
+        saved=saved_row(table),
+        sublayers=prunable.sublayers,
+        allocation=allocation,
+        command="ffgym run --config config.toml --output NEW_FOLDER",
+        seed=config.seed,
+        splits={s.role: _described(s) for s in (space.splits.calibration, space.splits.search, space.splits.report)},
+        caveats=[DEMO_CAVEAT] if is_demo else [],
+        stock=config.prune.uniform,
+    )
+    return save_pruned(
+        prunable.model,
+        space.loaded.tokenizer,
+        folder,
+        kept=prunable.kept,
+        family=prunable.family,
+        card=card,
+        files=[folder.parent / "config.toml"],  # what the command in the card reads
+        stock=config.prune.uniform,
+        overwrite=True,  # of a resumed run that had saved it: a folder of anything else is never replaced
+    )
+
+
+def _described(split: Split) -> str:
+    windows = split.windows
+    return f"{split.corpus.name}, {windows.numel():,} tokens in windows of {windows.shape[1]:,}"

@@ -1,0 +1,268 @@
+"""The folder that a run writes into: claiming it, taking it up again, and what is left there when a run ends early."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import first_difference, load_config
+from ffgym.errors import ConfigError, OutputError
+from ffgym.files import alone, write_text
+from ffgym.plugins import configured
+
+# What a run writes: --overwrite clears these and nothing else.
+WRITTEN = frozenset(
+    {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
+    | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
+    | {"front.json", "front.md", "front.png", "latency.json", "model", "model-recovered", "model-recovered.unfinished"}
+)
+# Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
+WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
+LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
+LOCK = ".lock"  # of the run that writes into a folder
+WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", "latency.json", LOCK})
+
+
+def claim_folder(config: RunConfig) -> Path:
+    """Make the run's folder; refuse one that holds something unless it may be overwritten, see :func:`clear_folder`.
+
+    Raises:
+        OutputError: occupied, or it cannot be made or written.
+    """
+    out = config.output
+    folder = Path("runs" if out.dir is None else out.dir).expanduser()
+    try:
+        if out.dir is None:
+            folder = _new_folder(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{config.agent.name}-{config.criterion.name}")
+        if folder.is_dir() and contents(folder):
+            if not out.overwrite:
+                raise OutputError(
+                    f"the output folder {folder} exists and is not empty",
+                    hint="Choose another one with --output DIR, replace its contents with --overwrite, or go on with "
+                    "an interrupted run with --resume DIR.",
+                )
+            _keep_what_it_reads(config, folder)
+            _refuse_what_is_foreign(folder)
+        _require_writable(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the output folder {folder}: {error.strerror or error}",
+            hint="Choose a folder on a disk that is writable and has room, with --output DIR.",
+        ) from error
+    return folder.resolve()
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make a folder of that name, or with a number behind it where another run has just made one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, by name; not the lock of a run that is writing, or was killed while it wrote."""
+    return sorted(path for path in folder.iterdir() if path.name != LOCK)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while this one writes into it; a run that was killed keeps nobody out.
+
+    Raises:
+        OutputError: another run holds it.
+    """
+    with alone(folder / LOCK) as mine:
+        if not mine:
+            raise OutputError(
+                f"another run is writing into {folder}",
+                hint="Let it end or stop it, or choose another folder with --output DIR.",
+            )
+        yield
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove models that were being written when the run was killed; the folder must be held, or one may be alive."""
+    for path in folder.glob(".model*.part-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The configuration of the run that wrote into a folder.
+
+    Raises:
+        OutputError: it is no run's folder.
+        ConfigError: its ``config.toml`` is damaged, or holds what this version does not know.
+    """
+    if not (folder / "config.toml").is_file():
+        what = "holds no config.toml" if folder.is_dir() else "is not there"
+        raise OutputError(
+            f"there is no run to resume in {folder}: it {what}",
+            hint="Give the folder of a run that was interrupted, or leave --resume out.",
+        )
+    return load_config(folder / "config.toml")
+
+
+def reopen_folder(folder: Path, config: RunConfig) -> Path:
+    """Take up the folder of a run that was interrupted.
+
+    Args:
+        folder: where the run's episodes are.
+        config: how it is to go on; ``output`` and ``tracking`` may differ from what they were, but for the folder.
+
+    Raises:
+        OutputError: it is no run's folder, cannot be written, or ``output.dir`` names another.
+        ConfigError: the run there is of another configuration.
+    """
+    folder = folder.expanduser()
+    stored = configured.with_options(stored_config(folder))
+    if difference := first_difference(stored, config):
+        key, there, here = difference
+        raise ConfigError(
+            f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes are of no use here",
+            hint=f"Give it {key} = {there!r}, or start in another folder with --output DIR.",
+        )
+    asked = config.output.dir
+    if asked not in (None, stored.output.dir) and Path(asked).expanduser().resolve() != folder.resolve():
+        raise OutputError(
+            f"a run is resumed in its own folder, {folder}, and output.dir = {asked!r} is another",
+            hint="Leave --output out, or start a new run there with --config and the config.toml of this one.",
+        )
+    try:
+        _require_writable(folder)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}", hint="Make the folder writable."
+        ) from error
+    return folder.resolve()
+
+
+def _require_writable(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.touch()
+    probe.unlink()
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a later session of a run must know of the earlier ones: the file ``run.json``.
+
+    Attributes:
+        mlflow_run: the MLflow run that they write to; ``None`` where there is none.
+        dtype: what ``model.dtype = "auto"`` came to; ``None`` where the model has not been loaded.
+    """
+
+    mlflow_run: str | None = None
+    dtype: str | None = None
+
+
+def last_session(folder: Path) -> Session:
+    """What the sessions of this folder's run have noted."""
+    try:
+        noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        known = {key: noted.get(key) for key in ("mlflow_run", "dtype")}
+    except (OSError, ValueError, AttributeError):
+        return Session()
+    return Session(**{key: value for key, value in known.items() if isinstance(value, str)})
+
+
+def note_session(folder: Path, session: Session) -> None:
+    """Remember it for later sessions."""
+    write_text(folder / "run.json", json.dumps(asdict(session)) + "\n")
+
+
+def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
+    """Refuse to clear what the run itself reads, now or when it is resumed."""
+    read = {
+        "model.name": config.model.name,
+        "search.init_from": config.search.init_from,
+        "prune.latency_table": config.prune.latency_table,
+        "data.calibration": config.data.calibration,
+        "data.search": config.data.search,
+        "data.report": config.data.report,
+        "recover.corpus": config.recover.corpus,
+    }
+    for key, name in read.items():
+        if name is None:
+            continue
+        source = Path(name).expanduser()  # or something that is no path, such as the id of an MLflow run
+        if source.exists() and source.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(
+                f"--overwrite would delete {source}, and {key} names it",
+                hint="Choose another folder with --output DIR.",
+            )
+
+
+def _refuse_what_is_foreign(folder: Path) -> None:
+    """Refuse to clear a folder that holds what no run wrote, e.g. somebody's project."""
+    names = [LEFTOVER.sub(r"\1", path.name) for path in contents(folder)]
+    foreign = [name for name in names if name not in WRITTEN and not WRITTEN_PER_POINT.fullmatch(name)]
+    if foreign or not (folder / "config.toml").exists():
+        what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
+        raise OutputError(
+            f"{folder} is not empty and {what}, so --overwrite will not clear it",
+            hint="Choose another folder with --output DIR.",
+        )
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier run wrote into a folder that was claimed to be overwritten.
+
+    Raises:
+        OutputError: something came into it since that no run writes.
+    """
+    _refuse_what_is_foreign(folder)
+    for path in contents(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def removing_if_nothing_found(folder: Path) -> Iterator[None]:
+    """Remove a folder in which a run that ended early found nothing: the corrected command needs it."""
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir():  # nobody has deleted it meanwhile
+            # A log that was opened and holds no episode is empty.
+            found = {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size}
+            if found <= WITHOUT_FINDINGS:
+                shutil.rmtree(folder)
+        raise
+
+
+@contextmanager
+def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """After Ctrl-C, say what the run has found and where that is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        path, log = folder / "allocation.json", folder / "episodes.jsonl"
+        if path.exists():
+            best = json.loads(path.read_text(encoding="utf-8"))
+            say(
+                f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
+                f"{best['sparsity']:.4f}) is in {path}"
+            )
+        elif log.exists() and log.stat().st_size:
+            say(f"interrupted; the episodes so far are in {log}")
+        else:
+            say("interrupted before the first episode had ended: there is nothing to keep")
+            raise
+        say(f"go on where it stopped: ffgym run --resume {shlex.quote(str(folder))}")
+        raise

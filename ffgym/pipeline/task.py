@@ -1,0 +1,211 @@
+"""What all searches of one configuration share, and what is done with it outside a search.
+
+A run, a cell of a bench and the experiments open a workspace, search in it, and cut its model to what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from ffgym.config.tables import RunConfig
+from ffgym.costs.latency import LatencyTable
+from ffgym.costs.size import SizeMeter
+from ffgym.data.splits import Splits
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.schedule import Schedule
+from ffgym.errors import ConfigError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.models.loading import LoadedModel
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
+from ffgym.plugins.contracts import check_importance
+from ffgym.prepare.parts import (
+    build_env,
+    counts_latency,
+    load_parts,
+    make_budget,
+    make_latency,
+    prepare_model,
+    tokens_per_batch,
+)
+from ffgym.prepare.paths import Prepared
+from ffgym.prepare.sequential import calibrate_sequentially
+from ffgym.report.progress import Reporter
+from ffgym.types import Allocation, JSONDict
+
+# Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
+# demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
+SEQUENTIAL_STRENGTH = 100.0
+
+Refit = Literal["none", "ridge", "sequential"]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What all searches of one configuration share: the model with its paths, the splits, the environment.
+
+    Attributes:
+        config: the run.
+        loaded: model and tokenizer.
+        splits: calibration, search, report.
+        prepared: pruning paths.
+        env: the stationary environment.
+        sizes: size of any allocation.
+        latency: the times that the budget counts, where it counts latency.
+    """
+
+    config: RunConfig
+    loaded: LoadedModel
+    splits: Splits
+    prepared: Prepared
+    env: PruningEnv
+    sizes: SizeMeter
+    latency: LatencyTable | None = None
+
+    def project(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> Allocation:
+        """What a heuristic's importances come to at a sparsity, by default the target."""
+        target = self.env.sparsity if sparsity is None else sparsity
+        return self.env.budget.project(self.importance(heuristic, options, target), target)
+
+    def prior(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> np.ndarray:
+        """Where an agent starts: the importances, shape (2L,), that say exactly what the heuristic's allocation keeps.
+
+        Projecting them changes nothing. Unlike the heuristic's own, those of what is cut are not at the end of their
+        range, where exploration would be clipped; those of what is kept whole are.
+        """
+        return self.env.budget.importance(self.project(heuristic, options, sparsity).kept)
+
+    def importance(self, heuristic: str, options: JSONDict, sparsity: float) -> np.ndarray:
+        """Importances of a heuristic that are wanted for a sparsity, shape (2L,), float32."""
+        rule = manager.create("heuristic", heuristic, options)
+        rule.target = sparsity
+        return check_importance(rule, self.prepared.views)
+
+
+def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:
+    """Load, split, prepare.
+
+    Args:
+        config: the run.
+        heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
+        say: where progress goes.
+    """
+    with say.stage("load model and text", 1):
+        loaded, splits = load_parts(config)
+    say.say(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
+    needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
+    latency = _latency(config, loaded.model, say)
+    budget = make_budget(config, loaded.model, latency)
+    windows = splits.calibration.windows
+    with say.stage("collect statistics, order and factorise", len(windows)) as stage:
+        prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
+    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, latency=latency)
+    sizes = SizeMeter(prepared.prunable, context=config.prune.context, latency=latency)
+    return Workspace(config, loaded, splits, prepared, env, sizes, latency)
+
+
+def _latency(config: RunConfig, model: Any, say: Reporter) -> LatencyTable | None:
+    """The latency table of a run, with a word about where its times are from; ``None`` where none is counted."""
+    if not counts_latency(config):
+        return None
+    with say.stage("latency table", 1) as stage:
+        table = make_latency(config, model, on_progress=stage, say=say.say)
+    assert table is not None
+    say.say(f"latency: {table.measured}; table {table.digest[:12]}")
+    return table
+
+
+def at_target(space: Workspace, target: float) -> Workspace:
+    """The same at one sparsity: a point of a front as a run at a single target would see it."""
+    if not space.config.prune.is_range:
+        return space
+    config = space.config
+    prune = config.prune.model_copy(update={"sparsity": target})
+    output = config.output.model_copy(update={"save_at": None, "save_all": False})
+    return with_config(space, config.model_copy(update={"prune": prune, "output": output}))
+
+
+def with_config(space: Workspace, config: RunConfig) -> Workspace:
+    """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
+    budget = make_budget(config, space.loaded.model, space.latency)
+    env = build_env(
+        config, space.prepared, space.splits.search.windows, budget, loaded=space.loaded, latency=space.latency
+    )
+    return replace(space, config=config, env=env)
+
+
+def give_prior(agent: Agent, space: Workspace) -> None:
+    """Tell an agent where to start, and under a range of budgets between which ends.
+
+    Raises:
+        ConfigError: it was started from a policy for other sublayers than the model has.
+    """
+    prune, prior = space.config.prune, space.config.prior
+    names = tuple(sublayer.name for sublayer in space.prepared.prunable.sublayers)
+    if agent.policy_sublayers not in (None, names):
+        raise ConfigError(
+            f"search.init_from = {space.config.search.init_from!r} holds a policy for {len(agent.policy_sublayers)} "
+            f"sublayers, {agent.policy_sublayers[0]} to {agent.policy_sublayers[-1]}; {space.config.model.name} has "
+            f"{len(names)}, {names[0]} to {names[-1]}",
+            hint="Start from a run on a model of the same depth, or leave --init-from out.",
+        )
+    if prune.is_range:
+        agent.budgets = prune.ends
+    if prior.name != "none":
+        agent.prior_mean = space.prior(prior.name, prior.options)
+        if prune.is_range:
+            low, high = prune.ends
+            agent.prior_ends = (
+                space.prior(prior.name, prior.options, low),
+                space.prior(prior.name, prior.options, high),
+            )
+
+
+def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
+    """The ramps of a run."""
+    table = config.schedule
+    low, high = config.prune.ends
+    return Schedule(
+        target=high,
+        windows=env.episode_windows,
+        start=table.sparsity_start,
+        sparsity=table.sparsity,
+        fidelity=table.fidelity,
+        ramp_share=table.ramp_share,
+        low=low if config.prune.is_range else None,
+    )
+
+
+@contextmanager
+def cut_to(space: Workspace, kept: Sequence[int], refit: Refit, say: Reporter) -> Iterator[None]:
+    """The model cut to ``kept`` units per sublayer, and put back afterwards."""
+    prepared = space.prepared
+    try:
+        if refit == "sequential":
+            with say.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
+                calibrate_sequentially(
+                    prepared.prunable,
+                    kept,
+                    space.splits.calibration.windows,
+                    [SEQUENTIAL_STRENGTH * ridge for ridge in prepared.ridges],
+                    tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
+                    on_progress=stage,
+                )
+        else:
+            prepared.prunable.cut(kept, calibrated=refit == "ridge")
+        yield
+    finally:
+        prepared.prunable.restore()
+
+
+def report_loss(space: Workspace, kept: Sequence[int], refit: Refit) -> float:
+    """Loss on the report split of the model cut to ``kept`` units per sublayer, nats per token."""
+    with cut_to(space, kept, refit, Reporter(Console(quiet=True))):
+        windows = space.splits.report.windows
+        return evaluate(space.prepared.prunable.model, windows, tokens_per_batch=space.env.tokens_per_batch).loss

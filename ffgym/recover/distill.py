@@ -1,0 +1,294 @@
+"""Recovery that is not linear: each MLP learns, by gradient descent, what the dense MLP in its place put out.
+
+Layers are taken first to last. With x the dense model's input to an MLP, x~ what the pruned model gives to its own (the
+layers before it are finished by then), and all weights of the pruned MLP as the unknowns theta:
+
+    minimise  E || MLP_theta(x~) - MLP_dense(x) ||^2
+
+Inputs and targets are those of sequential calibration (`ffgym.prepare.sequential`). That one changes the consumer alone
+and is linear; this one moves gate, up and down (fc1 and fc2) together, through the activation. Adam starts at the
+weights as they are. Each layer keeps the weights that fitted held-out text best, the ones it began with among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ffgym.errors import ModelError, RecoveryError
+from ffgym.models.families import Family, dense_or_pruned_family_of
+from ffgym.prepare.sequential import equal_batch, first_input, layer_calls, layer_runner, linear_input
+from ffgym.prepare.statistics import Arguments
+from ffgym.recover.checkpoint import Checkpoint
+from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.types import JSONDict
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How each MLP is trained.
+
+    Attributes:
+        learning_rate: the highest of the schedule.
+        steps: optimiser steps a layer.
+        batch_tokens: tokens of one step, drawn from all windows.
+        seed: of the order of the tokens.
+        evaluate_every: steps between measurements on held-out text; the first and the last are always measured.
+    """
+
+    learning_rate: float
+    steps: int
+    batch_tokens: int
+    seed: int
+    evaluate_every: int
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What training one MLP brought.
+
+    Attributes:
+        layer: from 0.
+        before: E||MLP(x~) - y||^2 / E||y||^2 on held-out text, y the dense MLP's output.
+        after: the same with the weights that were kept.
+        step: the number of steps done by those.
+    """
+
+    layer: int
+    before: float
+    after: float
+    step: int
+
+    def to_json(self) -> JSONDict:
+        """Plain numbers."""
+        return asdict(self)
+
+
+class TwoLinears(nn.Module):
+    """OPT's MLP, whose parts live in the decoder layer itself."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.fc1, self.activation, self.fc2 = layer.fc1, layer.activation_fn, layer.fc2
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """From the layer's normed states to what is added to them, shape (..., d)."""
+        output: torch.Tensor = self.fc2(self.activation(self.fc1(inputs)))
+        return output
+
+
+def mlp_of(layer: nn.Module, family: Family) -> nn.Module | None:
+    """A decoder layer's MLP as a module of its inputs; ``None`` where nothing of it is left."""
+    holder = family.mlp_consumer.rpartition(".")[0]
+    try:
+        consumer = layer.get_submodule(family.mlp_consumer)
+    except AttributeError:  # the whole MLP was replaced by ``Skipped``
+        return None
+    if not isinstance(consumer, nn.Linear) or consumer.in_features == 0:
+        return None
+    return layer.get_submodule(holder) if holder else TwoLinears(layer)
+
+
+@torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
+def distil_mlps(
+    pruned: Any,
+    dense: Any,
+    family: Family,
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+    settings: DistillationSettings,
+    *,
+    tokens_per_batch: int = 4096,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_layer: Callable[[LayerFit], None] | None = None,
+) -> list[LayerFit]:
+    """Train every MLP of the pruned model, in place, layer by layer.
+
+    A finished layer is a part of the checkpoint, so that Ctrl-C costs one layer at most, and the same call goes on; the
+    result has then, on a CPU with the same number of threads, the same bits.
+
+    Args:
+        pruned: causal LM of the family, float32 or bfloat16, in eval mode.
+        dense: the model that it was pruned from; the order of its units does not matter.
+        family: names of their parts.
+        windows: training token ids, shape (windows, length), int64. The hidden states of all of them are held for both
+            models, and one MLP's inputs and targets beside them.
+        held_out: token ids that decide which weights a layer keeps, shape (windows, length), int64.
+        settings: see there.
+        tokens_per_batch: tokens of one forward pass.
+        checkpoint: where to go on from and to write to.
+        on_step: called with (layer, steps done, relative error of the batch) after every step.
+        on_layer: called after every layer that was trained, also one that was read from the checkpoint.
+
+    Raises:
+        ModelError: the two models do not fit.
+        RecoveryError: an error that is not finite.
+    """
+    _check_pair(pruned, dense, family)
+    streams = [_Stream(dense, pruned, family, ids, tokens_per_batch) for ids in (windows, held_out)]
+    fits: list[LayerFit] = []
+    for index, layer in enumerate(family.layers(pruned)):
+        mlp = mlp_of(layer, family)
+        saved = None if checkpoint is None else checkpoint.load(_part(index))
+        pairs = [stream.dense_step(index, wanted=saved is None and mlp is not None) for stream in streams]
+        if mlp is not None:
+            if saved is not None:
+                _put(mlp, saved.tensors)
+                fit = LayerFit(**saved.facts)
+            else:
+                best, fit = _train(mlp, index, pairs[0], pairs[1], settings, on_step)
+                _put(mlp, best)
+                if checkpoint is not None:
+                    checkpoint.save(_part(index), best, fit.to_json())
+            fits.append(fit)
+            if on_layer is not None:
+                on_layer(fit)
+        for stream in streams:
+            stream.pruned_step(index)
+    return fits
+
+
+class _Stream:
+    """The hidden states of some windows on their way through both models."""
+
+    def __init__(self, dense: Any, pruned: Any, family: Family, windows: torch.Tensor, tokens_per_batch: int) -> None:
+        self._family = family
+        batches = torch.split(windows, equal_batch(len(windows), tokens_per_batch // windows.shape[1]))
+        self._layers = {"dense": family.layers(dense), "pruned": family.layers(pruned)}
+        self._calls: dict[str, list[Arguments]] = {}
+        self._hidden: dict[str, list[torch.Tensor]] = {}
+        with torch.no_grad():
+            for name, model in (("dense", dense), ("pruned", pruned)):
+                self._calls[name] = layer_calls(model, self._layers[name], batches[0])
+                self._hidden[name] = [first_input(model, self._layers[name][0], batch) for batch in batches]
+
+    @torch.no_grad()
+    def dense_step(self, index: int, *, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move the dense states behind a layer.
+
+        Args:
+            index: the layer.
+            wanted: whether to collect what is returned.
+
+        Returns:
+            x~ and y of the layer's MLP, each of shape (tokens, d), the models' dtype.
+        """
+        layer = self._layers["dense"][index]
+        run = layer_runner(layer, self._calls["dense"][index])
+        outputs: list[torch.Tensor] = []
+        consumer = self._family.consumer(layer, "mlp")
+        handle = consumer.register_forward_hook(lambda _, __, output: outputs.append(output.flatten(0, -2)))
+        try:
+            self._hidden["dense"] = [run(states) for states in self._hidden["dense"]]
+        finally:
+            handle.remove()
+        if not wanted:
+            return torch.empty(0), torch.empty(0)
+        layer = self._layers["pruned"][index]
+        run = layer_runner(layer, self._calls["pruned"][index])
+        producer = self._family.producers(layer, "mlp")[0]
+        inputs = [linear_input(run, producer, states).flatten(0, -2) for states in self._hidden["pruned"]]
+        found = torch.cat(inputs)
+        return found, torch.cat(outputs).to(found.device)
+
+    @torch.no_grad()
+    def pruned_step(self, index: int) -> None:
+        """Move the pruned states behind a layer, whose MLP is finished."""
+        run = layer_runner(self._layers["pruned"][index], self._calls["pruned"][index])
+        self._hidden["pruned"] = [run(states) for states in self._hidden["pruned"]]
+
+
+def _train(
+    mlp: nn.Module,
+    layer: int,
+    fitted: tuple[torch.Tensor, torch.Tensor],
+    held_out: tuple[torch.Tensor, torch.Tensor],
+    settings: DistillationSettings,
+    on_step: Callable[[int, int, float], None] | None,
+) -> tuple[Weights, LayerFit]:
+    """The weights, in float32, that fitted the held-out pairs best."""
+    inputs, targets = fitted
+    scale = float(targets.float().square().mean()) or 1.0
+    weights = {name: p.detach().float().clone().requires_grad_() for name, p in mlp.named_parameters()}
+    optimiser = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
+    before = least = _error(mlp, weights, *held_out)
+    best, chosen = _copy(weights), 0
+    size = min(settings.batch_tokens, len(inputs))
+    for step in range(settings.steps if before != 0 else 0):
+        indices = torch.from_numpy(batch_at(step, size, len(inputs), [settings.seed, layer])).to(inputs.device)
+        loss = (_output(mlp, weights, inputs[indices]) - targets[indices].float()).square().mean() / scale
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise RecoveryError(
+                f"training diverged: the error of layer {layer}'s MLP is {value} at step {step + 1}",
+                hint=f"Lower recover.learning_rate, now {settings.learning_rate:g}, and start anew with --overwrite.",
+            )
+        for group in optimiser.param_groups:
+            group["lr"] = rate_at(step, settings.steps, settings.learning_rate)
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(weights.values(), LARGEST_GRADIENT)
+        optimiser.step()
+        if on_step is not None:
+            on_step(layer, step + 1, value)
+        if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
+            error = _error(mlp, weights, *held_out)
+            if error < least:
+                least, best, chosen = error, _copy(weights), step + 1
+    return best, LayerFit(layer, before, least, chosen)
+
+
+@torch.no_grad()
+def _error(mlp: nn.Module, weights: Weights, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """E||MLP(x) - y||^2 / E||y||^2, from float32 sums."""
+    missed = total = 0.0
+    for x, y in zip(torch.split(inputs, 4096), torch.split(targets, 4096), strict=True):
+        missed += float((_output(mlp, weights, x) - y.float()).square().sum())
+        total += float(y.float().square().sum())
+    return missed / total if total else missed
+
+
+def _output(mlp: nn.Module, weights: Weights, inputs: torch.Tensor) -> torch.Tensor:
+    """The MLP with float32 weights that are rounded to the inputs' dtype for the products; float32."""
+    rounded = {name: weight.to(inputs.dtype) for name, weight in weights.items()}
+    output: torch.Tensor = functional_call(mlp, rounded, (inputs,))
+    return output.float()
+
+
+def _copy(weights: Weights) -> Weights:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+@torch.no_grad()
+def _put(mlp: nn.Module, weights: Weights) -> None:
+    """Give the MLP its new weights, rounded once to its dtype."""
+    for name, parameter in mlp.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def _part(layer: int) -> str:
+    return f"layer-{layer:03}"
+
+
+def _check_pair(pruned: Any, dense: Any, family: Family) -> None:
+    hint = "Name the model that was pruned, with --model."
+    other = dense_or_pruned_family_of(dense)
+    if other.name != family.name:
+        raise ModelError(f"the pruned model is of family {family.name!r}, the dense one of {other.name!r}", hint=hint)
+
+    def facts(model: Any) -> Iterable[object]:
+        return (model.config.hidden_size, len(family.layers(model)), model.config.vocab_size, family.head_dim(model))
+
+    names = ("hidden channels", "layers", "tokens in the vocabulary", "channels a head")
+    for name, ours, theirs in zip(names, facts(pruned), facts(dense), strict=True):
+        if ours != theirs:
+            raise ModelError(f"the pruned model has {ours} {name}, the dense one {theirs}", hint=hint)

@@ -1,0 +1,327 @@
+"""Recovery by low-rank adapters (LoRA, arXiv 2106.09685): PEFT puts them in, they are trained, merged and taken out.
+
+Every linear W of attention and MLP becomes W + (alpha / rank) B A, with W frozen in the model's dtype, A and B in
+float32. B starts as zeros, so training starts at the model itself. What is merged are the adapters that had the least
+loss on held-out text, the untrained ones among them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffgym.errors import RecoveryError, raising_if_out_of_memory
+from ffgym.interrupts import held_back_interrupts
+from ffgym.models.families import Family
+from ffgym.models.placement import devices_of
+from ffgym.recover.checkpoint import Checkpoint, own_randomness, random_state, set_random_state
+from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+
+ADAPTER = "default"
+PART = "lora"
+TOKENS_PER_PASS = 2048  # the logits of one pass, and their gradient, are held in float32
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How adapters are trained.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: adapters count alpha / rank.
+        dropout: before the adapters.
+        learning_rate: the highest of the schedule.
+        steps: optimiser steps.
+        batch_windows: windows of one step.
+        seed: of the adapters, their dropout and the order of the windows.
+        evaluate_every: steps between measurements on held-out text; the first and the last are always measured.
+        checkpoint_every: steps between checkpoints.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    learning_rate: float
+    steps: int
+    batch_windows: int
+    seed: int
+    evaluate_every: int
+    checkpoint_every: int
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class LoraCurve:
+    """How training went.
+
+    Attributes:
+        train: loss of each step's windows before that step, nats per token.
+        held_out: (steps done, loss on the held-out windows), the first at 0.
+        chosen: the number of steps done by the adapters that were merged.
+    """
+
+    train: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    chosen: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return asdict(self)
+
+
+def require_peft() -> None:
+    """Raise ``RecoveryError`` where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise RecoveryError(
+            "recovery by LoRA needs the package peft, which is not installed",
+            hint="Install it: pip install 'ffgym[recover]'  (or: pip install 'peft>=0.17,<1')",
+        )
+
+
+def target_modules(model: nn.Module, family: Family) -> list[str]:
+    """Dotted names of the linears that get adapters: all of attention and MLP that have something left."""
+    parts = [family.query, family.key, family.value, family.attention_consumer]
+    parts += [*family.mlp_producers, family.mlp_consumer]
+    modules = dict(model.named_modules())
+    names = [f"{family.decoder}.layers.{layer}.{part}" for layer in range(len(family.layers(model))) for part in parts]
+    return [name for name in names if _has_weights(modules.get(name))]
+
+
+def _has_weights(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Linear) and module.weight.numel() > 0
+
+
+@torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
+def train_lora(
+    model: Any,
+    family: Family,
+    windows: torch.Tensor,
+    settings: LoraSettings,
+    *,
+    held_out_loss: Callable[[], float],
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[LoraCurve], None] | None = None,
+) -> LoraCurve:
+    """Train adapters and merge them; the model, in place, is then an ordinary one again, in eval mode and frozen.
+
+    Ctrl-C at any moment leaves a checkpoint of the last whole step, if there is one to write to, and the same call goes
+    on from there; on a CPU, with the same number of threads, the result has the same bits as without the interruption.
+
+    Args:
+        model: causal LM, float32 or bfloat16, whole layers or pruned.
+        family: names of its parts.
+        windows: training token ids, shape (windows, length), int64.
+        settings: see there.
+        held_out_loss: measures the model as it is then; called in eval mode.
+        checkpoint: where to go on from and to write to.
+        on_step: called after every step, and after every measurement.
+
+    Raises:
+        RecoveryError: PEFT is missing, the loss is not finite, or the memory of the device is exhausted.
+    """
+    require_peft()
+    saved = None if checkpoint is None else checkpoint.load(PART)
+    devices = devices_of(model)
+    with own_randomness(settings.seed, devices), _checkpointed_activations(model, settings.gradient_checkpointing):
+        adapted = _add_adapters(model, family, settings)
+        training = _Training(model, windows, settings, held_out_loss, checkpoint, on_step)
+        if saved is not None:
+            training.restore(saved.tensors, saved.facts)
+        try:
+            training.run()
+        finally:
+            model.eval()
+        training.take_best()
+        merge(model)
+        adapted.unload()
+    model.requires_grad_(False)
+    return training.curve
+
+
+class _Training:
+    """Adapters on their way: parameters, optimiser, curve, and the best so far."""
+
+    def __init__(
+        self,
+        model: Any,
+        windows: torch.Tensor,
+        settings: LoraSettings,
+        held_out_loss: Callable[[], float],
+        checkpoint: Checkpoint | None,
+        on_step: Callable[[LoraCurve], None] | None,
+    ) -> None:
+        self.curve = LoraCurve()
+        self._model = model
+        self._windows = windows
+        self._settings = settings
+        self._held_out_loss = held_out_loss
+        self._checkpoint = checkpoint
+        self._on_step = on_step
+        self._device = model.get_input_embeddings().weight.device
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+        self._devices = devices_of(model)
+        self._random = random_state(self._devices)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.curve.train)
+
+    def run(self) -> None:
+        """Go on to the last step; Ctrl-C writes a checkpoint first."""
+        short = RecoveryError(
+            f"training ran out of memory on {self._device}",
+            hint="Set recover.gradient_checkpointing=true or model.device=cpu and go on from the last checkpoint, "
+            "or start anew with a shorter recover.window and --overwrite.",
+        )
+        try:
+            with raising_if_out_of_memory(short):
+                while True:
+                    if self._is_due() and not any(step == self.step for step, _ in self.curve.held_out):
+                        self._evaluate()
+                    if self.step == self._settings.steps:
+                        break
+                    self._learn()
+                    if self.step % self._settings.checkpoint_every == 0:
+                        self.save()
+                self.save()
+        except KeyboardInterrupt:
+            self.save()
+            raise
+
+    def take_best(self) -> None:
+        """Put the adapters of the least held-out loss in."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._best[name])
+
+    def save(self) -> None:
+        """Write everything that the next step depends on; valid between steps and within one that has not ended."""
+        if self._checkpoint is None:
+            return
+        tensors = {f"adapter.{name}": p for name, p in self._parameters.items()} | self._random
+        tensors |= {f"best.{name}": best for name, best in self._best.items()}
+        for name, parameter in self._parameters.items():
+            state = self._optimiser.state.get(parameter, {})
+            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
+        self._checkpoint.save(PART, tensors, self.curve.to_json())
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Go back to where ``save`` was."""
+        held_out = [(int(step), float(loss)) for step, loss in facts["held_out"]]
+        self.curve = LoraCurve(facts["train"], held_out, facts["chosen"])
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"adapter.{name}"])
+                self._best[name].copy_(tensors[f"best.{name}"])
+                if f"exp_avg.{name}" in tensors:
+                    moments = {k: tensors[f"{k}.{name}"].to(parameter) for k in ("exp_avg", "exp_avg_sq")}
+                    self._optimiser.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        self._random = {name: state for name, state in tensors.items() if name.startswith("random.")}
+        set_random_state(self._random, self._devices)
+
+    def _is_due(self) -> bool:
+        return self.step % self._settings.evaluate_every == 0 or self.step == self._settings.steps
+
+    def _evaluate(self) -> None:
+        self._model.eval()
+        loss = self._held_out_loss()
+        with held_back_interrupts():
+            least = dict(self.curve.held_out).get(self.curve.chosen, math.inf)
+            self.curve.held_out.append((self.step, loss))
+            if loss < least:
+                self.curve.chosen = self.step
+                self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
+        self._tell()
+
+    def _learn(self) -> None:
+        settings, step = self._settings, self.step
+        self._model.train()
+        indices = batch_at(step, settings.batch_windows, len(self._windows), [settings.seed])
+        self._optimiser.zero_grad()
+        loss = self._gradient(self._windows[torch.from_numpy(indices)])
+        if not math.isfinite(loss):
+            raise RecoveryError(
+                f"training diverged: the loss of step {step + 1} is {loss}",
+                hint=f"Lower recover.learning_rate, now {settings.learning_rate:g}, and start anew with --overwrite.",
+            )
+        nn.utils.clip_grad_norm_(self._parameters.values(), LARGEST_GRADIENT)
+        with held_back_interrupts():
+            for group in self._optimiser.param_groups:
+                group["lr"] = rate_at(step, settings.steps, settings.learning_rate)
+            self._optimiser.step()
+            self.curve.train.append(loss)
+            self._random = random_state(self._devices)
+        self._tell()
+
+    def _gradient(self, batch: torch.Tensor) -> float:
+        """Add the gradient of the batch's mean loss, a few windows at a time; the loss in nats per token."""
+        mean = 0.0
+        for part in torch.split(batch, max(1, TOKENS_PER_PASS // batch.shape[1])):
+            ids = part.to(self._device)
+            loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss * (len(part) / len(batch))
+            loss.backward()
+            mean += float(loss.detach())
+        return mean
+
+    def _tell(self) -> None:
+        if self._on_step is not None:
+            self._on_step(self.curve)
+
+
+def _add_adapters(model: Any, family: Family, settings: LoraSettings) -> Any:
+    """PEFT's model around this one, whose linears now hold adapters in float32."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=target_modules(model, family),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+        return peft.get_peft_model(model, config)
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add (alpha / rank) B A to every adapted weight: in float32, rounded once to the weight's dtype.
+
+    Args:
+        model: with PEFT's LoRA layers in it; the adapters stay where they are.
+    """
+    from peft.tuners.lora import Linear
+
+    for module in model.modules():
+        if isinstance(module, Linear):
+            weight = module.get_base_layer().weight
+            down, up = (matrix[ADAPTER].weight.float() for matrix in (module.lora_A, module.lora_B))
+            weight.copy_(torch.addmm(weight.float(), up, down, alpha=module.scaling[ADAPTER]))
+
+
+@contextmanager
+def _checkpointed_activations(model: Any, wanted: bool) -> Iterator[None]:
+    """Recompute activations in backward passes for a while. transformers renames the method in version 5."""
+    if not wanted:
+        yield
+        return
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(name for name in names if hasattr(model, f"{name}_enable"))
+    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_disable")()

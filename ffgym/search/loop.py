@@ -1,0 +1,241 @@
+"""One agent on one environment: it spends its tokens, and what comes of that is chosen among finalists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ffgym.config.tables import SearchTable
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.schedule import Schedule
+from ffgym.envs.vector import PruningVectorEnv
+from ffgym.errors import PluginError
+from ffgym.plugins.bases import Agent
+from ffgym.plugins.contracts import called, check_update
+from ffgym.plugins.manager import described
+from ffgym.search.finals import Candidate, contenders, finalists, run_finals
+from ffgym.search.log import Recorder
+from ffgym.search.pareto import non_dominated
+from ffgym.types import Episode, Update
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        best: the chosen candidate.
+        finalists: all that were measured again, best first.
+        dense_loss: dense loss on the finals' windows; ``None`` where they were not run.
+        history: every episode.
+        search_tokens: tokens that the agent's episodes took.
+        final_tokens: tokens that the finals took.
+        seconds: wall time of search and finals, that of earlier sessions of a search that was interrupted included.
+        target: the sparsity that it was searched at, or that this point of a front is for.
+    """
+
+    best: Candidate
+    finalists: tuple[Candidate, ...]
+    dense_loss: float | None
+    history: tuple[Episode, ...]
+    search_tokens: int
+    final_tokens: int
+    seconds: float
+    target: float
+
+    @property
+    def pareto(self) -> tuple[Candidate, ...]:
+        """Finalists that no other one beats in every objective; empty where the reward has less than two."""
+        measured = [c for c in self.finalists if len(c.objectives) > 1]
+        if not measured:
+            return ()
+        keep = non_dominated(np.array([list(c.objectives.values()) for c in measured]))
+        return tuple(c for c, kept in zip(measured, keep, strict=True) if kept)
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a search that has finished at least one episode.
+
+    Attributes:
+        found: the best so far: what the agent recommends, or else the episode that stood out most in its own update;
+            no finals were run. Under a range, at the environment's own target.
+    """
+
+    def __init__(self, found: Found) -> None:
+        super().__init__()
+        self.found = found
+
+
+def search(
+    env: PruningEnv,
+    agent: Agent,
+    settings: SearchTable,
+    schedule: Schedule,
+    *,
+    seed: int,
+    log: Path | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    on_update: Callable[[Sequence[Episode], Update], None] | None = None,
+) -> Found:
+    """Let the agent spend its tokens, then choose: :func:`search_front` for the environment's own target alone."""
+    (found,) = search_front(
+        env,
+        agent,
+        settings,
+        schedule,
+        [env.sparsity],
+        seed=seed,
+        log=log,
+        on_episode=on_episode,
+        on_update=on_update,
+    )
+    return found
+
+
+def search_front(
+    env: PruningEnv,
+    agent: Agent,
+    settings: SearchTable,
+    schedule: Schedule,
+    targets: Sequence[float],
+    *,
+    seed: int,
+    log: Path | None = None,
+    on_episode: Callable[[Episode], None] | None = None,
+    on_update: Callable[[Sequence[Episode], Update], None] | None = None,
+    on_point: Callable[[Found], None] | None = None,
+) -> list[Found]:
+    """Let the agent spend its tokens, then choose at every target.
+
+    Args:
+        env: the stationary task.
+        agent: who searches.
+        settings: episodes, finalists and their tokens.
+        schedule: ramps, or the range that the updates' targets are drawn from.
+        targets: the points of the front, rising; one for a search at a single target.
+        seed: of the agent and of the subsets: same seed, same search, bit for bit at equal thread count.
+        log: JSONL file of episodes. What it holds already is replayed instead of measured, so that an interrupted
+            search goes on where it stopped.
+        on_episode: called after each episode.
+        on_update: called after each update with its episodes and what the agent said.
+        on_point: called after the finals of each target.
+
+    Returns:
+        one for every target; they share the history, and each has its own finals.
+
+    Raises:
+        SearchInterrupted: Ctrl-C after at least one episode.
+        DataError: the log belongs to another search.
+    """
+    reach = _reach(targets)
+    points: list[Found] = []
+    with Recorder(log) as recorder:
+
+        def record(episode: Episode) -> None:
+            recorder.record(episode)
+            if on_episode is not None:
+                on_episode(episode)
+
+        vector = PruningVectorEnv(
+            env,
+            schedule,
+            num_envs=agent.update_size(settings.episodes_per_update),
+            token_budget=settings.episodes * env.episode_windows * env.window_tokens,
+            stop_margin=settings.stop_margin if settings.stop_hopeless else None,
+            slope_episodes=agent.slope_episodes,
+            on_episode=record,
+            replay=recorder.earlier.episodes,
+            log_name=str(log),
+        )
+        try:
+            _learn(agent, vector, seed, on_update)
+            for target in targets:
+                candidates = contenders(env, agent, vector.history, settings.finalists, target, reach)
+                ranked, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed)
+                recorder.clock.count()
+                points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.clock.total))
+                if on_point is not None:
+                    on_point(points[-1])
+        except KeyboardInterrupt as stop:
+            earlier = len(recorder.earlier.episodes)
+            if not vector.history or len(vector.history) < earlier:  # an earlier session handed over more
+                raise
+            recorder.clock.count()
+            try:
+                best = finalists(env, agent, vector.history, 1, reach=reach)
+            except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
+                raise stop from None
+            raise SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.clock.total)) from None
+    return points
+
+
+def _found(
+    vector: PruningVectorEnv,
+    target: float,
+    ranked: Sequence[Candidate],
+    dense_loss: float | None,
+    final_tokens: int,
+    seconds: float,
+) -> Found:
+    return Found(
+        best=ranked[0],
+        finalists=tuple(ranked),
+        dense_loss=dense_loss,
+        history=tuple(vector.history),
+        search_tokens=vector.tokens_spent,
+        final_tokens=final_tokens,
+        seconds=seconds,
+        target=target,
+    )
+
+
+def _learn(
+    agent: Agent,
+    vector: PruningVectorEnv,
+    seed: int,
+    on_update: Callable[[Sequence[Episode], Update], None] | None,
+) -> None:
+    """Let the agent search; what it raises by itself is a `PluginError`, what measuring or telling raises stays.
+
+    Raises:
+        PluginError: it broke, took no step, or did not tell of its updates.
+    """
+    telling, updates, told = False, 0, 0
+    foreign: list[Exception] = []
+
+    def tell(update: Update) -> None:
+        nonlocal telling, updates, told
+        check_update(agent, update)
+        telling = True
+        new, told = vector.history[told:], len(vector.history)
+        if on_update is not None:
+            on_update(new, update)
+        telling = False
+        updates += 1
+
+    def learn() -> None:
+        try:
+            agent.learn(vector, seed=seed, on_update=tell)
+        except Exception as error:
+            if not (vector.measuring or telling):
+                raise
+            foreign.append(error)
+
+    called(agent, learn, "searching")
+    if foreign:
+        raise foreign[0]
+    if not vector.history:
+        raise PluginError(f"{described(agent)}: learn came back without a step", hint="Call env.step in learn.")
+    if updates == 0:
+        raise PluginError(
+            f"{described(agent)}: learn never called on_update, so nobody was told of its episodes",
+            hint="Call on_update(ffgym.Update(index, rewards)) after every step, index from 0.",
+        )
+
+
+def _reach(targets: Sequence[float]) -> float | None:
+    """How far from its target an episode may stand for a point of a front: half the way to the next point."""
+    return None if len(targets) == 1 else float(np.diff(targets).max()) / 2

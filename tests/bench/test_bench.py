@@ -1,0 +1,727 @@
+"""The bench on a small trained model: equal terms, nothing twice, interruptions without a trace, clear refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from filelock import FileLock
+from glass_runs import EPISODES, PER_UPDATE, WINDOW, glass_tables
+from mlflow_store import client, new_store, runs
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.agents.reinforce import Reinforce
+from ffgym.bench import cell as cell_module
+from ffgym.bench.bench import CellQueue, bench, read_bench, read_cell
+from ffgym.bench.cell import Job
+from ffgym.bench.table import BenchTable
+from ffgym.cli.app import app
+from ffgym.config.toml import changed_settings
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
+from ffgym.pipeline import task
+from ffgym.plugins import configured, discovery
+from ffgym.report.progress import Reporter
+
+AGENTS, SEEDS = ["random", "reinforce", "uniform"], [0, 1]
+CELLS = ["random-seed0", "random-seed1", "reinforce-seed0", "reinforce-seed1", "uniform-seed0"]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def bench_file(folder: Path, *, stem: str = "small", tables: dict[str, Any] | None = None, **spec: Any) -> Path:
+    """Write a bench of the small model; ``tables`` change the shared run, ``spec`` the rest."""
+    run = glass_tables(folder, **(tables or {}))
+    del run["output"]
+    content = {"title": "Small", "agents": AGENTS, "seeds": SEEDS, "results": stem, "baseline": "random", "run": run}
+    path = folder / f"{stem}.toml"
+    path.write_text(tomli_w.dumps({**content, **spec}), encoding="utf-8")
+    return path
+
+
+def call(*files: Path, **options: Any) -> tuple[list[BenchTable], str]:
+    console = Console(file=io.StringIO(), width=200)
+    tables = bench(list(files), progress=console, **options)
+    return tables, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every episode that is measured; with a limit in front, Ctrl-C comes there: ``steps[0] = n``."""
+    seen = [10**6]
+    step = PruningEnv.step
+
+    def counted(self: PruningEnv, action: np.ndarray) -> Any:
+        if len(seen) > seen[0]:
+            raise KeyboardInterrupt
+        seen.append(len(seen))
+        return step(self, action)
+
+    monkeypatch.setattr(PruningEnv, "step", counted)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, BenchTable, str]]:
+    """A bench that ran through, tracked: its file, table and progress."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        new_store(folder / "mlruns")
+        file = bench_file(folder, tables={"tracking": {"enabled": True}})
+        (table,), said = call(file)
+        yield file, table, said
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """What the result files say, without what no two runs share."""
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    for result in results.values():
+        del result["seconds"]
+    return results
+
+
+# what comes out
+
+
+def test_one_small_file_per_agent_and_seed_and_heuristics_run_once(finished: Any) -> None:
+    file = finished[0]
+    results = numbers(file.parent / "small")
+    assert list(results) == CELLS
+    for name, result in results.items():
+        assert f"{result['label']}-seed{result['seed']}" == name
+        assert result["report_tokens"] == 1008
+        assert result["episodes"] == (1 if result["agent"] == "one-shot" else EPISODES)
+        assert result["search_tokens"] == result["episodes"] * 2 * WINDOW
+        assert result["dense_loss"] == results["uniform-seed0"]["dense_loss"]
+        assert 0.2 <= result["final"]["sparsity"] < 0.21
+        assert result["settings"]["agent"]["name"] == result["agent"]
+
+
+def test_incumbents_stand_at_growing_token_marks(finished: Any) -> None:
+    for result in numbers(finished[0].parent / "small").values():
+        tokens = [mark["tokens"] for mark in result["marks"]]
+        assert tokens == sorted(set(tokens))
+        assert 1 <= len(tokens) <= 6
+        assert tokens[-1] == result["search_tokens"]
+        if result["agent"] != "one-shot":
+            assert tokens[0] == PER_UPDATE * 2 * WINDOW
+        else:
+            assert result["marks"][0]["loss"] == result["final"]["loss"]
+
+
+def test_table_and_figure_lie_beside_the_file(finished: Any) -> None:
+    file, table, _ = finished
+    assert {row.label: row.seeds for row in table.rows} == {"random": 2, "reinforce": 2, "uniform": 1}
+    text = file.with_suffix(".md").read_text()
+    assert all(f"| {row.label} | {row.perplexity} |" in text for row in table.rows)
+    assert "1,008 tokens in windows of" in text
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_final_quality_is_the_one_a_run_reports(finished: Any, tmp_path: Path) -> None:
+    from ffgym.config.tables import RunConfig
+    from ffgym.pipeline import pipeline
+
+    result = numbers(finished[0].parent / "small")["reinforce-seed1"]
+    config = RunConfig.model_validate({**glass_tables(tmp_path, output={"save_model": False}), "seed": 1})
+    rows = pipeline.run(config, progress=Console(quiet=True)).table.rows
+    assert math.exp(result["final"]["loss"]) == next(r.perplexity for r in rows if r.label == "reinforce + ridge")
+    assert math.exp(result["dense_loss"]) == rows[0].perplexity
+
+
+def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
+    root = finished[0].parent / "mlruns"
+    parent, *children = runs(root)
+    assert parent.info.run_name == "Small"
+    assert {run.info.run_name for run in children} == set(CELLS)
+    for run in children:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.metrics["report/perplexity"] > 1
+    history = client(root).get_metric_history(children[0].info.run_id, "search/reward")
+    assert [point.step for point in history] == list(range(EPISODES))
+    assert {entry.path for entry in client(root).list_artifacts(parent.info.run_id)} == {
+        "config.toml", "small.md", "small.png"
+    }  # fmt: skip
+
+
+def test_a_childs_run_holds_what_the_table_and_the_picture_are_made_of(finished: Any) -> None:
+    root, results = finished[0].parent / "mlruns", numbers(finished[0].parent / "small")
+    for run in runs(root)[1:]:
+        name, result = run.info.run_name, results[run.info.run_name]
+        assert f"{name}.json" in {entry.path for entry in client(root).list_artifacts(run.info.run_id)}
+        assert run.data.metrics["report/perplexity"] == pytest.approx(math.exp(result["final"]["loss"]))
+        assert run.data.tags[f"plugin.agent.{result['agent']}"].startswith("ffgym ")
+        assert {kind.value for data in run.inputs.dataset_inputs for kind in data.tags} == {
+            "calibration", "search", "report"
+        }  # fmt: skip
+        history = client(root).get_metric_history(run.info.run_id, "report/incumbent")
+        assert [point.step for point in history] == [mark["tokens"] for mark in result["marks"]]
+
+
+def test_progress_says_which_cell_and_how_long_is_left(finished: Any) -> None:
+    said = finished[2]
+    assert "cell 1 of 5: random, seed 0\n" in said
+    assert re.search(r"cell 4 of 5: random, seed 1, about \d+ s left\n", said)
+
+
+def test_no_log_is_left_behind(finished: Any) -> None:
+    assert list((finished[0].parent / "mlruns" / "bench").iterdir()) == []
+
+
+def test_fewer_marks_keep_the_first_and_the_last(tmp_path: Path) -> None:
+    glass = glass_tables(tmp_path)
+    longer = {"search": {**glass["search"], "episodes": 8 * PER_UPDATE}}
+    update = PER_UPDATE * 2 * WINDOW
+    noted = {}
+    for marks in (2, 3, 8):
+        call(bench_file(tmp_path, stem=f"marks-{marks}", agents=["random"], seeds=[0], marks=marks, tables=longer))
+        result = numbers(tmp_path / f"marks-{marks}")["random-seed0"]
+        noted[marks] = {mark["tokens"]: mark["loss"] for mark in result["marks"]}
+    assert list(noted[2]) == [update, 8 * update]
+    assert list(noted[3]) == [update, 3 * update, 8 * update]  # the first update past the geometric mean, 2.8
+    assert list(noted[8]) == [update, 2 * update, 3 * update, 4 * update, 5 * update, 6 * update, 8 * update]
+    assert noted[2].items() <= noted[3].items() <= noted[8].items()
+
+
+def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[int, ...]] = []
+    report_loss = cell_module.report_loss
+
+    def counted(space: Any, kept: tuple[int, ...], refit: Any) -> float:
+        measured.append(kept)
+        return report_loss(space, kept, refit)
+
+    monkeypatch.setattr(cell_module, "report_loss", counted)
+    variants = {"other": {"agent": {"name": "uniform"}, "criterion": {"name": "magnitude"}}}
+    call(bench_file(tmp_path, agents=["uniform", "mlp-first", "other"], seeds=[0], variants=variants))
+    dense = max(measured, key=sum)
+    assert measured.count(dense) == 2
+
+
+# nothing twice
+
+
+def test_what_is_there_is_not_computed_again(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, table, _ = finished
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
+    assert call(file)[0] == [table]
+    assert call(file, only_report=True)[0] == [table]
+
+
+def test_a_missing_cell_alone_is_computed(finished: Any, tmp_path: Path, steps: list[int]) -> None:
+    file = bench_file(tmp_path)
+    results = tmp_path / "small"
+    results.mkdir()
+    for name in CELLS:
+        if name != "reinforce-seed1":
+            (results / f"{name}.json").write_bytes((finished[0].parent / "small" / f"{name}.json").read_bytes())
+    call(file)
+    assert len(steps) - 1 == EPISODES
+    assert numbers(results) == numbers(finished[0].parent / "small")
+
+
+def test_only_report_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
+    tables, said = call(bench_file(tmp_path), only_report=True)
+    assert tables == []
+    assert "Small: no results yet" in said
+
+
+def test_the_same_work_under_two_labels_or_in_two_files_is_done_once(tmp_path: Path, steps: list[int]) -> None:
+    searched, harder = {"searched": {"agent": {"name": "reinforce"}}}, {"harder": {"prune": {"sparsity": 0.3}}}
+    first = bench_file(tmp_path, agents=["reinforce", "searched"], seeds=[0], variants=searched)
+    second = bench_file(tmp_path, stem="more", agents=["harder", "reinforce"], seeds=[0, 1], variants=harder, marks=2)
+    call(first, second)
+    assert len(steps) - 1 == 4 * EPISODES
+    one, same = numbers(tmp_path / "small").values()
+    assert (one.pop("label"), same.pop("label")) == ("reinforce", "searched")
+    assert one == same
+    elsewhere = numbers(tmp_path / "more")["reinforce-seed0"]
+    assert elsewhere.pop("label") == "reinforce"
+    assert elsewhere == one
+
+
+def test_marks_that_another_file_lacks_are_computed(tmp_path: Path, steps: list[int]) -> None:
+    call(bench_file(tmp_path, agents=["random"], seeds=[0], marks=2))
+    call(
+        bench_file(tmp_path, agents=["random"], seeds=[0], marks=2), bench_file(tmp_path, stem="b", marks=6, seeds=[0])
+    )
+    assert len(steps) - 1 == 3 * EPISODES + 1
+
+
+def test_what_was_found_is_measured_without_a_refit_where_a_file_asks_for_it(tmp_path: Path, steps: list[int]) -> None:
+    without = bench_file(tmp_path, agents=["reinforce"], seeds=[0], marks=2)
+    with_it = bench_file(tmp_path, stem="plain", agents=["reinforce"], seeds=[0], marks=2, plain=True)
+    (_, table), _ = call(without, with_it)
+    assert len(steps) - 1 == EPISODES, "one cell says all that both ask for"
+    (one,), (other,) = numbers(tmp_path / "small").values(), numbers(tmp_path / "plain").values()
+    assert one == other
+    assert one["final"]["plain_loss"] != one["final"]["loss"]
+    assert table.rows[0].plain.value == pytest.approx(np.exp(one["final"]["plain_loss"]))
+
+
+@pytest.mark.parametrize("results", ["small", "plain"])
+def test_files_that_each_ask_for_more_than_the_other_share_one_cell(
+    tmp_path: Path, steps: list[int], results: str
+) -> None:
+    more_marks = bench_file(tmp_path, agents=["reinforce"], seeds=[0], marks=6)
+    plain = bench_file(tmp_path, stem="plain", agents=["reinforce"], seeds=[0], marks=2, plain=True, results=results)
+    call(more_marks, plain)
+    assert len(steps) - 1 == EPISODES
+    for result in (*numbers(tmp_path / "small").values(), *numbers(tmp_path / results).values()):
+        assert result["asked_marks"] == 6
+        assert result["final"]["plain_loss"] is not None
+    call(more_marks, plain)
+    assert len(steps) - 1 == EPISODES
+
+
+def test_a_single_cell_left_of_several_jobs_keeps_their_number_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        call(bench_file(tmp_path, agents=["uniform"]), jobs=2)
+        assert numbers(tmp_path / "small")["uniform-seed0"]["threads"] == 2
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_setting_that_is_new_does_not_outdate_results(finished: Any, tmp_path: Path) -> None:
+    file = bench_file(tmp_path, agents=["uniform"])
+    call(file)
+    path = tmp_path / "small" / "uniform-seed0.json"
+    result = json.loads(path.read_text())
+    del result["settings"]["search"]["finalists"], result["settings"]["schedule"]
+    result["settings"]["search"]["finalists"] = 2  # not the default: it has to be there
+    path.write_text(json.dumps(result))
+    call(file)
+    del result["settings"]["search"]["finalists"]
+    path.write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match=r"another configuration: search\.finalists was 4 and is 2 now"):
+        call(file)
+
+
+# who comes next
+
+
+def order(*benches: Any, workers: tuple[int, ...] = (0,)) -> list[str]:
+    """What free workers are handed, taking turns, and each done before its next."""
+    pairs = [(each, cell) for each in benches for cell in each.cells]
+    queue = CellQueue(pairs, {each.file: None for each in benches}, Reporter(Console(quiet=True)))
+    handed: list[str] = []
+    while len(handed) < len(pairs):
+        for worker in workers:
+            job = queue.take(worker)
+            assert isinstance(job, Job)
+            handed.append(f"{job.cell.label}{job.cell.seed}")
+            queue.done(worker)
+            if len(handed) == len(pairs):
+                break
+    assert queue.take(0) is None
+    return handed
+
+
+def test_the_first_seed_of_everything_comes_first_and_prepared_models_are_kept(tmp_path: Path) -> None:
+    variants = {
+        "a": {"agent": {"name": "random"}},
+        "b": {"agent": {"name": "random"}, "criterion": {"name": "magnitude"}},
+        "c": {"agent": {"name": "evolution"}},
+    }
+    one = read_bench(bench_file(tmp_path, agents=["a", "b", "c"], seeds=[5, 1], variants=variants))
+    two = read_bench(bench_file(tmp_path, stem="two", agents=["ppo", "uniform"], seeds=[7, 8]))
+    first = ["a5", "c5", "ppo7", "uniform7", "b5"]
+    assert order(one, two) == [*first, "b1", "a1", "c1", "ppo8"]
+    # The second worker takes what the first has not prepared.
+    assert order(one, two, workers=(0, 1)) == ["a5", "b5", "c5", "ppo7", "uniform7", "a1", "c1", "ppo8", "b1"]
+
+
+# several at a time
+
+
+def test_cells_computed_side_by_side_are_the_same(finished: Any, tmp_path: Path, steps: list[int]) -> None:
+    new_store(tmp_path / "mlruns")
+    file = bench_file(tmp_path, tables={"tracking": {"enabled": True}})
+    (table,), said = call(file, jobs=2)
+    assert len(steps) == 1  # nothing in this process
+    assert numbers(tmp_path / "small") == numbers(finished[0].parent / "small")
+    assert [(row.label, row.perplexity) for row in table.rows] == [(r.label, r.perplexity) for r in finished[1].rows]
+    for number in (1, 2):
+        assert f"[{number}] collect statistics, order and factorise: done in" in said
+    parent, *children = runs(tmp_path / "mlruns")
+    assert {run.info.run_name for run in children} == set(CELLS)
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+
+
+def test_an_error_in_a_process_is_the_benchs(tmp_path: Path) -> None:
+    (tmp_path / "small").write_text("a file in the folder's place")
+    with pytest.raises(OutputError, match="cannot write"):
+        call(bench_file(tmp_path, agents=["uniform", "mlp-first"]), jobs=2)
+
+
+def test_a_bench_that_is_killed_loses_the_episodes_in_flight_only(
+    finished: Any, tmp_path: Path, steps: list[int]
+) -> None:
+    episodes = 400  # long enough to be killed on the way
+    file = bench_file(tmp_path, agents=["random"], tables={"search": {"episodes": episodes}}, marks=2)
+    process = subprocess.Popen([sys.executable, "-m", "ffgym", "bench", "--config", str(file), "--jobs", "2"])
+    logs = tmp_path / "mlruns" / "bench"
+    end = time.monotonic() + 120
+    while len(written := list(logs.glob("*.jsonl"))) < 2 or any(len(p.read_text()) < 1000 for p in written):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    lines = [path.read_text().splitlines(keepends=True) for path in logs.iterdir()]
+    kept = sum(line.endswith("\n") for file_ in lines for line in file_)
+    assert not list((tmp_path / "small").glob("*.json"))
+    call(file)
+    assert len(steps) - 1 == 2 * episodes - kept
+    again = bench_file(tmp_path, stem="again", agents=["random"], tables={"search": {"episodes": episodes}}, marks=2)
+    (tmp_path / "small").rename(tmp_path / "killed")
+    call(again)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "again")
+
+
+def test_a_cell_that_another_bench_computes_for_another_file_is_computed(tmp_path: Path, steps: list[int]) -> None:
+    mine, theirs = (bench_file(tmp_path, stem=stem, agents=["uniform"]) for stem in ("mine", "theirs"))
+    folder = tmp_path / "mlruns" / "bench"
+    folder.mkdir(parents=True)
+    (other,) = read_bench(theirs).cells
+    with FileLock(folder / f"{other.key}.lock"):
+        call(mine)
+    (cell,) = read_bench(mine).cells
+    assert cell.digest == other.digest
+    assert cell.path.exists()
+
+
+def test_a_cell_that_another_bench_computes_is_left_to_it(tmp_path: Path, steps: list[int]) -> None:
+    file = bench_file(tmp_path, agents=["uniform", "mlp-first"])
+    other = read_bench(file).cells[0]
+    folder = tmp_path / "mlruns" / "bench"
+    folder.mkdir(parents=True)
+    with FileLock(folder / f"{other.key}.lock"):
+        (table,), said = call(file)
+    assert "uniform, seed 0: left to another bench that is computing it" in said
+    assert [row.label for row in table.rows] == ["mlp-first"]
+    call(file)
+    assert sorted(path.stem for path in (tmp_path / "small").iterdir()) == ["mlp-first-seed0", "uniform-seed0"]
+    assert len(steps) - 1 == 2
+
+
+def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(finished: Any, tmp_path: Path) -> None:
+    (cell,) = read_bench(bench_file(tmp_path, agents=["uniform"], seeds=[0])).cells
+    runner = cell_module.CellRunner(Reporter(Console(quiet=True)))
+    cell.path.parent.mkdir()
+    cell.path.write_text("done")
+    runner(Job(cell, (), None))
+    assert cell.path.read_text() == "done"
+
+
+def test_a_rule_whose_one_episode_is_short_has_its_row(tmp_path: Path) -> None:
+    file = bench_file(tmp_path, agents=["random", "uniform"], seeds=[0], tables={"schedule": {"fidelity": "cubic"}})
+    (table,), _ = call(file)
+    assert [row.label for row in table.rows if row.seeds == 1] == [row.label for row in table.rows]
+    (mark,) = numbers(tmp_path / "small")["uniform-seed0"]["marks"]
+    assert mark["tokens"] == WINDOW  # the ramp begins with one window of two
+    (again,), _ = call(file, only_report=True)
+    assert again == table
+
+
+# interrupted and started again
+
+
+@pytest.mark.parametrize("after", [0, 3, EPISODES, EPISODES + PER_UPDATE + 1, 4 * EPISODES])
+def test_an_interrupted_bench_ends_with_the_same_numbers_and_measures_nothing_twice(
+    finished: Any, tmp_path: Path, steps: list[int], after: int
+) -> None:
+    file = bench_file(tmp_path)
+    steps[0] = after
+    with pytest.raises(KeyboardInterrupt):
+        call(file)
+    assert len(numbers(tmp_path / "small")) == after // EPISODES
+    steps[0] = 10**6
+    call(file)
+    assert len(steps) - 1 == 4 * EPISODES + 1
+    assert numbers(tmp_path / "small") == numbers(finished[0].parent / "small")
+
+
+def test_ctrl_c_while_the_report_is_measured_costs_no_episode(
+    finished: Any, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell_module, "report_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(file)
+    call(file)
+    assert len(steps) - 1 == EPISODES
+    assert numbers(tmp_path / "small") == {
+        "reinforce-seed1": numbers(finished[0].parent / "small")["reinforce-seed1"],
+    }
+
+
+def test_ctrl_c_while_a_finished_cell_is_written_leaves_nothing_open(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1], tables={"tracking": {"enabled": True}})
+    write = cell_module.write_result
+
+    def interrupted(path: Path, result: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write(path, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cell_module, "write_result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(file)
+    assert {run.info.run_name: run.info.status for run in runs(root)} == {
+        "Small": "KILLED",
+        "reinforce-seed1": "FINISHED",
+    }
+    assert not file.with_suffix(".md").exists()
+    (again,), _ = call(file)  # only the table is left to write
+    assert [row.label for row in again.rows] == ["reinforce"]
+    parent = next(run for run in runs(root) if run.info.run_name == "Small")
+    assert (len(runs(root)), parent.info.status) == (2, "FINISHED")
+    assert "small.md" in {item.path for item in client(root).list_artifacts(parent.info.run_id)}
+    assert list((root / "bench").iterdir()) == []
+    assert numbers(tmp_path / "small")["reinforce-seed1"] == numbers(finished[0].parent / "small")["reinforce-seed1"]
+
+
+def test_a_line_cut_off_by_a_crash_is_measured_again(finished: Any, tmp_path: Path, steps: list[int]) -> None:
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        call(file)
+    steps[0] = 10**6
+    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
+    log.write_text(log.read_text()[:-20])
+    call(file)
+    assert len(steps) - 1 == EPISODES + 1
+    assert numbers(tmp_path / "small")["reinforce-seed1"] == numbers(finished[0].parent / "small")["reinforce-seed1"]
+
+
+def test_seconds_of_all_sittings_are_added_up(tmp_path: Path, steps: list[int]) -> None:
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        call(file)
+    steps[0] = 10**6
+    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({**row, "seconds": 100.0}) + "\n" for row in rows))
+    call(file)
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
+    assert 500 < result["seconds"] < 600
+
+
+def test_a_cell_whose_agent_has_a_new_edition_starts_anew(
+    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        call(file)
+    monkeypatch.setattr(Reinforce, "edition", 2)
+    steps[:] = [10**6]
+    call(file)
+    assert len(steps) - 1 == EPISODES
+    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
+    assert result["editions"] == {"agent": 2}
+
+
+def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) -> None:
+    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+    steps[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        call(file)
+    steps[0] = 10**6
+    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
+    first, second = log.read_text().splitlines()
+    row = json.loads(second)
+    row["action"][0] += 0.1
+    log.write_text(f"{first}\n{json.dumps(row)}\n")
+    with pytest.raises(DataError, match=r"episode 1 of .*\.jsonl is not what this search does") as raised:
+        call(file)
+    assert raised.value.hint
+
+
+# variants, many files
+
+
+def test_variants_change_the_shared_run(tmp_path: Path) -> None:
+    variants = {
+        "plain": {"agent": {"name": "reinforce"}, "prune": {"calibration": "none"}},
+        "flat": {"agent": {"name": "reinforce"}, "prior": {"name": "none"}},
+    }
+    file = bench_file(tmp_path, agents=["plain", "flat"], seeds=[3], variants=variants)
+    plain, flat = read_bench(file).cells
+    assert (plain.config.prune.calibration, plain.config.prior.name) == ("none", "mlp-first")
+    assert (flat.config.prune.calibration, flat.config.prior.name) == ("ridge", "none")
+    assert plain.config.prune.ridge == 0.1  # keys that a variant does not name stay
+    assert {plain.config.seed, flat.config.seed} == {3}
+    (table,), _ = call(file)
+    assert {row.label for row in table.rows} == {"plain", "flat"}
+
+
+def test_the_command_takes_many_files(finished: Any, tmp_path: Path) -> None:
+    other = bench_file(tmp_path, stem="other", title="Other", agents=["uniform"])
+    for arguments in (
+        ["--config", str(finished[0]), str(other)],
+        ["--config", str(finished[0]), "--config", str(other)],
+        [str(finished[0]), str(other)],
+    ):
+        done = CliRunner().invoke(app, ["bench", *arguments])
+        assert done.exit_code == 0, done.stderr
+        assert "# Small" in done.stdout
+        assert "# Other" in done.stdout
+        assert "cell" not in done.stdout
+
+
+# bad input: refused before anything is computed
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+class TestRefusals:
+    @pytest.mark.parametrize("key", ["agents", "seeds"])
+    def test_nothing_to_run(self, tmp_path: Path, key: str) -> None:
+        with pytest.raises(ConfigError, match=f"{key} = "):
+            call(bench_file(tmp_path, **{key: []}))
+
+    @pytest.mark.parametrize(("key", "values"), [("agents", ["random", "random"]), ("seeds", [1, 1])])
+    def test_the_same_twice(self, tmp_path: Path, key: str, values: list[Any]) -> None:
+        with pytest.raises(ConfigError, match=f"{key} = .* twice"):
+            call(bench_file(tmp_path, **{key: values}))
+
+    def test_unknown_agent(self, tmp_path: Path) -> None:
+        with pytest.raises(UnknownNameError, match="'reinforc'") as raised:
+            call(bench_file(tmp_path, agents=["random", "reinforc"]))
+        assert "Did you mean 'reinforce'?" in str(raised.value.hint)
+
+    def test_unknown_option_of_an_agent(self, tmp_path: Path) -> None:
+        variants = {"fast": {"agent": {"name": "reinforce", "speed": 9}}}
+        with pytest.raises(ConfigError, match=r"'speed' in \[agent\]"):
+            call(bench_file(tmp_path, agents=["random", "fast"], variants=variants))
+
+    def test_unknown_key(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="'sedes'") as raised:
+            call(bench_file(tmp_path, sedes=[1]))
+        assert "'seeds'" in str(raised.value.hint)
+
+    def test_unknown_key_of_the_run(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"'sparsty' in \[prune\]"):
+            call(bench_file(tmp_path, tables={"prune": {"sparsty": 0.2}}))
+
+    def test_mixed_models(self, tmp_path: Path) -> None:
+        other = tmp_path / "other"
+        other.mkdir()
+        with pytest.raises(ConfigError, match=r"compares on one model, these name .*glass, other-model"):
+            call(bench_file(tmp_path), bench_file(other, tables={"model": {"name": "other-model"}}))
+
+    def test_fewer_episodes_than_one_update(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"search\.episodes = 3 is less than an update of agent"):
+            call(bench_file(tmp_path, tables={"search": {"episodes": 3}}))
+
+    def test_results_of_another_configuration(self, finished: Any, tmp_path: Path) -> None:
+        results = str(finished[0].parent / "small")
+        with pytest.raises(ConfigError, match=r"another configuration: prune\.sparsity was 0\.2 and is 0\.3") as raised:
+            call(bench_file(tmp_path, results=results, tables={"prune": {"sparsity": 0.3}}))
+        assert "another folder" in str(raised.value.hint)
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
+    def test_a_damaged_result(self, tmp_path: Path, text: str) -> None:
+        file = bench_file(tmp_path)
+        (tmp_path / "small").mkdir()
+        (tmp_path / "small" / "random-seed0.json").write_text(text)
+        with pytest.raises(DataError, match=r"random-seed0\.json is not a bench result") as raised:
+            call(file)
+        assert "Delete it" in str(raised.value.hint)
+
+    def test_two_benches_that_would_write_one_file(self, tmp_path: Path) -> None:
+        first = bench_file(tmp_path, agents=["random"], results="shared")
+        second = bench_file(
+            tmp_path, stem="more", agents=["random"], results="shared", tables={"prune": {"sparsity": 0.3}}
+        )
+        with pytest.raises(ConfigError, match="two benches would write"):
+            call(first, second)
+
+    def test_no_such_file_and_no_toml(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"no configuration file .*nowhere\.toml"):
+            call(tmp_path / "nowhere.toml")
+        (tmp_path / "broken.toml").write_text("title =")
+        with pytest.raises(ConfigError, match="not valid TOML"):
+            call(tmp_path / "broken.toml")
+
+    def test_the_command_says_so_and_exits_1(self, tmp_path: Path) -> None:
+        done = CliRunner().invoke(app, ["bench", "--config", str(bench_file(tmp_path, agents=[]))])
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert "small.toml: agents = []: needs at least one entry" in done.stderr
+        assert "ffgym ls agents" in done.stderr
+
+
+def test_results_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "small").write_text("a file in the folder's place")
+    with pytest.raises(OutputError, match="cannot write"):
+        call(bench_file(tmp_path, agents=["uniform"]))
+
+
+def test_a_full_disk_in_the_middle_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ffgym.search import log
+
+    def full(*args: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "episode_to_json", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        call(bench_file(tmp_path, agents=["random"], seeds=[0]))
+
+
+def test_a_cell_can_be_read_back(finished: Any) -> None:
+    for cell in read_bench(finished[0]).cells:
+        assert changed_settings(read_cell(cell).settings, cell.config) == []
+
+
+def test_committed_results_belong_to_the_configuration_beside_them() -> None:
+    """A key that is added later, or a default that moves, must not orphan what was measured."""
+    for file in sorted((Path(__file__).parent.parent / "experiments" / "bench").glob("*.toml")):
+        for cell in read_bench(file).cells:
+            assert not cell.path.exists() or configured.changed_since(read_cell(cell).settings, cell.config) == [], (
+                cell.path
+            )

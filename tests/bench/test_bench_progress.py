@@ -1,0 +1,127 @@
+"""How far a bench is: the time that is left by tokens, and one MLflow run however often it is interrupted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from glass_runs import EPISODES, PER_UPDATE, glass_tables
+from mlflow_store import client, new_store, runs
+from rich.console import Console
+
+from ffgym.bench import bench as bench_module
+from ffgym.bench.bench import CellQueue, bench, read_bench, read_cell
+from ffgym.bench.cell import Job
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.models import placement
+from ffgym.plugins import discovery
+from ffgym.report.progress import Reporter
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def bench_file(folder: Path, agents: list[str], **tables: dict[str, Any]) -> Path:
+    path = folder / "small.toml"
+    content = {"title": "Small", "agents": agents, "seeds": [0], "results": "small"}
+    path.write_text(tomli_w.dumps({**content, "run": glass_tables(folder, **tables)}), encoding="utf-8")
+    return path
+
+
+def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 2 x 512 + 6 x 1,024: seven times as many."""
+    each = read_bench(bench_file(tmp_path, ["uniform", "random", "evolution"]))
+    now = [0.0]
+    monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=200)
+    queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
+    for _ in each.cells:
+        now[0] += written(queue.take(0), tokens_a_second=100)
+        queue.done(0)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "left" not in lines[0]
+    assert lines[1].endswith("random, seed 0, about 3 min left")  # 16,384 tokens at 100 a second
+    assert lines[2].endswith("evolution, seed 0, about 82 s left")
+
+
+def written(job: Job | None, tokens_a_second: float) -> float:
+    """Write a cell's file as if it had been computed; how long that took, in seconds."""
+    assert job is not None
+    job.cell.path.parent.mkdir(exist_ok=True)
+    job.cell.path.touch()
+    return (1152 if job.cell.label == "uniform" else 8192) / tokens_a_second
+
+
+def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = read_bench(bench_file(tmp_path, ["random", "evolution", "cma-es", "bayesian"]))
+    now = [0.0]
+    monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=200)
+    queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
+    queue.take(0)
+    queue.done(0)  # random: another bench has its lock, and no file is there yet
+    now[0] += written(queue.take(0), tokens_a_second=100)
+    queue.done(0)
+    each.cells[2].path.touch()  # cma-es: written by the other bench
+    queue.take(0)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[1].endswith("evolution, seed 0"), "nothing has been computed that could tell how long it takes"
+    assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, about 82 s left")
+
+
+def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_store(tmp_path / "mlruns")
+    file = bench_file(tmp_path, ["uniform", "random"], tracking={"enabled": True})
+    step, steps = PruningEnv.step, []
+
+    def interrupted(self: PruningEnv, action: Any) -> Any:
+        steps.append(action)
+        if len(steps) == 1 + PER_UPDATE + 2:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench([file], progress=Console(quiet=True))
+    (parent,) = [run for run in runs(tmp_path / "mlruns") if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.status == "KILLED"
+    bench([file], progress=Console(quiet=True))
+    (again,) = [run for run in runs(tmp_path / "mlruns") if "mlflow.parentRunId" not in run.data.tags]
+    assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
+    children = [run for run in runs(tmp_path / "mlruns") if run.info.run_id != parent.info.run_id]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert sorted(run.info.run_name for run in children) == ["random-seed0", "uniform-seed0"], "one for each cell"
+    assert {run.info.status for run in children} == {"FINISHED"}
+    searched = next(run for run in children if run.info.run_name == "random-seed0")
+    history = client(tmp_path / "mlruns").get_metric_history(searched.info.run_id, "search/reward")
+    assert [point.step for point in history] == list(range(EPISODES)), "no episode is logged twice"
+    assert list((tmp_path / "mlruns" / "bench").iterdir()) == []
+
+
+def test_a_search_is_never_made_of_two_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` is a probe, and a busy machine may answer otherwise in the next sitting."""
+    tables = glass_tables(tmp_path)["model"]
+    file = bench_file(tmp_path, ["random"], model={**tables, "dtype": "auto"})
+    step, measured = PruningEnv.step, [0]
+
+    def interrupted(self: PruningEnv, action: Any) -> Any:
+        measured[0] += 1
+        if measured[0] == PER_UPDATE + 2:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
+    with pytest.raises(KeyboardInterrupt):
+        bench([file], progress=Console(quiet=True))
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 1.0)
+    measured[0] = 1000
+    bench([file], progress=Console(quiet=True))
+    assert measured[0] == 1000 + EPISODES, "nothing is taken from the bfloat16 search"
+    assert read_cell(read_bench(file).cells[0]).dtype == "float32"

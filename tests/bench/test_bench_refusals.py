@@ -1,0 +1,267 @@
+"""What a bench refuses before anything is loaded, beyond what test_bench.py has: unequal terms, mistyped files."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from glass_runs import glass_home, glass_tables
+from latency_tables import made_up_table
+from rich.console import Console
+
+from ffgym.agents.random_search import RandomSearch
+from ffgym.agents.reinforce import Reinforce
+from ffgym.bench import bench as bench_module
+from ffgym.bench.bench import bench, check_benches, read_bench
+from ffgym.bench.cell import Cell, write_result
+from ffgym.bench.table import CellResult, Final, Mark
+from ffgym.config.toml import settings
+from ffgym.costs.latency import to_json
+from ffgym.errors import ConfigError
+from ffgym.models.loading import load
+from ffgym.plugins import discovery
+from ffgym.prepare.parts import latency_digest
+from ffgym.search.policy import policy_digest
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setattr(bench_module, "work", lambda *args, **options: pytest.fail("something was computed"))
+
+
+def bench_file(folder: Path, *, run: dict[str, Any] | None = None, **spec: Any) -> Path:
+    """Write a bench of the small model; ``run`` changes its shared tables, ``spec`` the rest."""
+    tables = {**glass_tables(folder), **(run or {})}
+    path = folder / "small.toml"
+    content = {"title": "Small", "agents": ["random"], "seeds": [0], "results": "small", "run": tables}
+    path.write_text(tomli_w.dumps({**content, **spec}), encoding="utf-8")
+    return path
+
+
+def refused(folder: Path, said: str, **spec: Any) -> str | None:
+    """The hint of the error that a bench file earns, whose message has ``said`` in it."""
+    with pytest.raises(ConfigError, match=said) as raised:
+        bench([bench_file(folder, **spec)], progress=Console(quiet=True))
+    return raised.value.hint
+
+
+def a_result(cell: Cell) -> CellResult:
+    """What a cell of the small model might have come to."""
+    return CellResult(
+        label="random",
+        agent=cell.config.agent.name,
+        seed=0,
+        settings=settings(cell.config),
+        target=0.2,
+        dense_loss=3.0,
+        report_tokens=1008,
+        search_tokens=1024,
+        final_tokens=1024,
+        episodes=8,
+        seconds=1.0,
+        threads=1,
+        dtype="float32",
+        asked_marks=6,
+        marks=[Mark(tokens=1024, loss=4.0)],
+        final=Final(kept=[1], loss=4.0, sparsity=0.2, origin="policy"),
+    )
+
+
+def variant(**tables: Any) -> dict[str, Any]:
+    """A bench of ``random`` and of a variant of it."""
+    return {"agents": ["random", "other"], "variants": {"other": {"agent": {"name": "random"}, **tables}}}
+
+
+@pytest.mark.parametrize("agent", ["ppo", "evolution", "cma-es", "bayesian", "evopress", "sensitivity"])
+def test_updates_that_are_too_small_for_one_of_the_agents(tmp_path: Path, agent: str) -> None:
+    small = {"search": {**glass_tables(tmp_path)["search"], "episodes_per_update": 1}}
+    hint = refused(tmp_path, r"search\.episodes_per_update is 1", run=small, agents=["random", agent])
+    assert "Set search.episodes_per_update to" in str(hint)
+
+
+def test_a_variant_that_no_agent_names(tmp_path: Path) -> None:
+    hint = refused(tmp_path, "variants has 'rnadom', which agents", variants={"rnadom": {"agent": {"name": "random"}}})
+    assert hint == "Named in agents: random."
+
+
+def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
+    refused(tmp_path, r"search\.init_from = 'nowhere'", **variant(search={"init_from": "nowhere"}))
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"data": {"report_tokens": 512}}, r"data\.report_tokens is 1024 for random and 512 for other"),
+        ({"search": {"episodes": 16}}, r"1024 for random and 2048 for other"),
+        ({"search": {"episode_tokens": 64}}, r"1024 for random and 512 for other"),
+        ({"search": {"episodes": 9}}, r"whole updates.* is 1024 for random and 1536 for other"),
+        ({"search": {"finalists": 9}}, r"search\.finalists x search\.final_tokens is \d+ for random and \d+ for other"),
+        ({"prune": {"resource": "kv"}}, r"prune\.resource is 'params' for random and 'kv' for other"),
+    ],
+)
+def test_unequal_terms(tmp_path: Path, tables: dict[str, Any], said: str) -> None:
+    refused(tmp_path, said, **variant(**tables))
+
+
+def test_slopes_count_in_the_tokens_of_an_update(tmp_path: Path) -> None:
+    """An episode with slopes costs what 4 others do: 16 episodes' tokens are 4 of those, or 2 updates of 8."""
+    tables = {"search": {**glass_tables(tmp_path)["search"], "episodes": 16, "episodes_per_update": 8}}
+    bench([bench_file(tmp_path, run=tables, agents=["pathwise", "random"])], only_report=True)
+    tables["search"]["episodes"] = 17
+    refused(tmp_path, r"whole updates.* is \d+ for pathwise", run=tables, agents=["pathwise", "random"])
+
+
+def test_episodes_of_a_part_of_a_window_cost_the_whole(tmp_path: Path) -> None:
+    tokens = glass_tables(tmp_path)["search"]["episode_tokens"]
+    bench([bench_file(tmp_path, **variant(search={"episode_tokens": tokens - 1}))], only_report=True)
+
+
+def test_a_variants_plugin_takes_no_options_of_the_one_it_replaces(tmp_path: Path) -> None:
+    file = bench_file(
+        tmp_path,
+        run={"agent": {"name": "reinforce", "learning_rate": 1.0}, "prior": {"name": "alpha", "span": 0.3}},
+        agents=["reinforce", "ppo", "owl-prior"],
+        variants={"owl-prior": {"agent": {"name": "reinforce", "smooth": 0.5}, "prior": {"name": "owl"}}},
+    )
+    plain, ppo, owl = (cell.config for cell in read_bench(file).cells)
+    assert (plain.agent.options["learning_rate"], plain.prior.options["span"]) == (1.0, 0.3)
+    assert ppo.agent.options["learning_rate"] == 0.003
+    assert (owl.agent.options["learning_rate"], owl.agent.options["smooth"]) == (1.0, 0.5)
+    assert owl.prior.options["span"] == 0.08
+
+
+def test_a_wrong_option_says_in_which_row(tmp_path: Path) -> None:
+    refused(tmp_path, r"small\.toml, other: unknown key 'lr'", **variant(agent={"name": "reinforce", "lr": 1.0}))
+
+
+def test_a_plugins_default_that_has_moved_outdates_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench_file(tmp_path, agents=["reinforce"])
+    (cell,) = read_bench(path).cells
+    write_result(cell.path, a_result(cell))
+    monkeypatch.setattr(Reinforce.Config.model_fields["smooth"], "default", 0.1)
+    Reinforce.Config.model_rebuild(force=True)
+    try:
+        refused(tmp_path, r"another configuration: agent\.smooth was 0\.95 and is 0\.1 now", agents=["reinforce"])
+    finally:
+        monkeypatch.undo()
+        Reinforce.Config.model_rebuild(force=True)
+
+
+def test_an_option_that_a_plugin_has_learnt_since_outdates_no_results(tmp_path: Path) -> None:
+    path = bench_file(tmp_path, agents=["reinforce"])
+    (cell,) = read_bench(path).cells
+    result = a_result(cell)
+    del result.settings["agent"]["smooth"]
+    write_result(cell.path, result)
+    assert bench([path], progress=Console(quiet=True), only_report=True)
+
+
+def test_two_revisions_of_a_model(tmp_path: Path) -> None:
+    refused(tmp_path, r"on one model, these name .*glass, .*glass at v1", **variant(model={"revision": "v1"}))
+
+
+def test_a_recovery_that_a_bench_would_not_measure(tmp_path: Path) -> None:
+    hint = refused(tmp_path, "recover.method = 'lora'", **variant(recover={"method": "lora"}))
+    assert "ffgym recover" in hint
+
+
+@pytest.mark.parametrize("label", ["a/b", "../other", "/other"])
+def test_a_name_that_is_no_file_name(tmp_path: Path, label: str) -> None:
+    refused(tmp_path, "cannot name a file", agents=[label], variants={label: {"agent": {"name": "random"}}})
+
+
+def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
+    assert refused(tmp_path, "sets `seed`", run={"seed": 3}) == "Use `seeds`."
+    refused(tmp_path, "sets `seed`", **variant(seed=3))
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"seeds": ["a"]}, "seeds = 'a': should be a valid integer"),
+        ({"agents": [3]}, "agents = 3: should be a valid string"),
+        ({"variants": {"other": 3}}, "variants = 3: should be a table"),
+        (variant(prune=3), "prune = 3: should be a table"),
+        ({"run": {"prune": 3}}, "prune = 3: should be a table"),
+        ({"agents": ["other"], "variants": {"other": {"agent": "random"}}}, "agent = 'random': should be a table"),
+    ],
+)
+def test_mistyped_files_are_errors_and_no_tracebacks(tmp_path: Path, spec: dict[str, Any], said: str) -> None:
+    refused(tmp_path, said, **spec)
+
+
+def test_a_result_without_the_loss_that_is_asked_for_now(tmp_path: Path) -> None:
+    path = bench_file(tmp_path)
+    (cell,) = read_bench(path).cells
+    write_result(cell.path, a_result(cell))
+    bench([path], progress=Console(quiet=True))
+    refused(tmp_path, "another configuration: plain was false and is true now", plain=True)
+    bench([bench_file(tmp_path, marks=2)], progress=Console(quiet=True), only_report=True)
+    refused(tmp_path, "another configuration: marks was 6 and is 7 now", marks=7)
+
+
+def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    run = {"search": {**glass_tables(tmp_path)["search"], "init_from": str(policy)}}
+    policy.write_text(json.dumps({"agent": "reinforce", "state": {"weights": [[0.0], [0.0]], "log_spread": 0.0}}))
+    path = bench_file(tmp_path, agents=["reinforce"], run=run)
+    (cell,) = read_bench(path).cells
+    stored = a_result(cell).model_copy(update={"policy": policy_digest(cell.config)})
+    write_result(cell.path, stored)
+    check_benches([read_bench(path)])
+    policy.write_text(policy.read_text() + "\n")
+    with pytest.raises(ConfigError, match=r"search\.init_from = '.*policy\.json' holds another policy now"):
+        check_benches([read_bench(path)])
+    policy.unlink()
+    check_benches([read_bench(path)])  # what was measured stays valid
+
+
+def test_times_that_the_next_sitting_would_measure_anew(tmp_path: Path) -> None:
+    hint = refused(tmp_path, "random names none", run={"prune": {"resource": "latency", "context": 64}})
+    assert hint is not None
+    assert "ffgym latency MODEL --output FILE" in hint
+
+
+def test_other_times_in_the_same_place(tmp_path: Path) -> None:
+    model = load(str(glass_home() / "glass"), dtype="float32").model
+    times = made_up_table(model, context=64)
+    table = tmp_path / "times.json"
+    table.write_text(to_json(times))
+    run = {"prune": {"resource": "latency", "context": 64, "latency_table": str(table)}}
+    (cell,) = read_bench(bench_file(tmp_path, run=run)).cells
+    write_result(cell.path, a_result(cell).model_copy(update={"latency": latency_digest(cell.config)}))
+    bench([bench_file(tmp_path, run=run)], progress=Console(quiet=True), only_report=True)
+    table.write_text(to_json(times.model_copy(update={"repetitions": 2})))
+    refused(tmp_path, f"prune.latency_table = '{table}' holds other times now", run=run)
+
+
+def test_a_result_of_an_earlier_edition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench_file(tmp_path)
+    (cell,) = read_bench(path).cells
+    write_result(cell.path, a_result(cell))
+    monkeypatch.setattr(RandomSearch, "edition", 2)
+    refused(tmp_path, r"another configuration: the plugin of \[agent\] was of edition 1 and is of edition 2 now")
+    write_result(cell.path, a_result(cell).model_copy(update={"editions": {"agent": 2}}))
+    check_benches([read_bench(path)])
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"\[agent\] was of edition 2 and is of edition 1 now"):
+        check_benches([read_bench(path)])
+
+
+def test_a_baseline_that_nobody_runs_is_said_and_a_misspelled_one_refused(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    bench([bench_file(tmp_path, baseline="evolutoin")], progress=console, only_report=True)
+    assert "baseline 'evolutoin' is none of its agents" in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"small\.toml: baseline 'evolutoin' is none of its agents") as caught:
+        read_bench(bench_file(tmp_path, agents=["random", "evolution"], baseline="evolutoin"))
+    assert "Did you mean 'evolution'?" in str(caught.value.hint)
+
+
+def test_what_is_wrong_with_a_bench_file_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"small\.toml: unknown .* 'mark'"):
+        read_bench(bench_file(tmp_path, mark=3))

@@ -1,0 +1,285 @@
+"""The bench's table: means, spreads, and tokens until a goal, on marks made by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffgym.bench import table as bench_module
+from ffgym.bench.table import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
+
+
+def cell(
+    label: str, seed: int, marks: list[tuple[int, float]], *, final: float | None = None, **changes: Any
+) -> CellResult:
+    """A result whose final loss is its last mark's where none is given."""
+    values: dict[str, Any] = {
+        "label": label,
+        "agent": label,
+        "seed": seed,
+        "settings": {"data": {"report": "demo:wiki", "window": 1024}},
+        "target": 0.2,
+        "dense_loss": math.log(20),
+        "report_tokens": 30_720,
+        "search_tokens": marks[-1][0],
+        "final_tokens": 100,
+        "episodes": 8,
+        "seconds": 60.0,
+        "threads": 1,
+        "dtype": "float32",
+        "asked_marks": len(marks),
+        "marks": [Mark(tokens=tokens, loss=loss) for tokens, loss in marks],
+        "final": Final(kept=[1, 2], loss=marks[-1][1] if final is None else final, sparsity=0.2, origin="policy"),
+    }
+    return CellResult(**{**values, **changes})
+
+
+# tokens until a goal
+
+
+@pytest.mark.parametrize(
+    ("goal", "tokens"),
+    [
+        (5.0, 100),  # the first mark is good enough already
+        (4.0, 100),
+        (3.5, math.sqrt(100 * 1000)),  # half the way down is half the way in log tokens
+        (3.0, 1000),
+        (2.75, 1000 * 10**0.25),
+        (2.0, 10_000),
+        (1.9, None),
+    ],
+)
+def test_tokens_until_a_goal_are_interpolated_in_log_tokens(goal: float, tokens: float | None) -> None:
+    found = tokens_until([cell("a", 0, [(100, 4.0), (1000, 3.0), (10_000, 2.0)])], goal)
+    assert found is None if tokens is None else found == pytest.approx(tokens)
+
+
+def test_tokens_until_a_goal_follow_the_mean_over_seeds() -> None:
+    cells = [cell("a", 0, [(100, 5.0), (1000, 3.0)]), cell("a", 1, [(100, 3.0), (1000, 1.0)])]
+    assert tokens_until(cells, 3.0) == pytest.approx(math.sqrt(100 * 1000))
+    assert tokens_until(cells, 2.0) == pytest.approx(1000)
+
+
+def test_a_curve_that_rises_again_counts_where_it_first_came_down() -> None:
+    assert tokens_until([cell("a", 0, [(10, 4.0), (100, 2.0), (1000, 5.0), (10_000, 1.0)])], 2.0) == pytest.approx(100)
+
+
+def test_only_marks_that_all_seeds_have_are_averaged() -> None:
+    cells = [cell("a", 0, [(100, 4.0), (1000, 3.0), (2000, 0.0)]), cell("a", 1, [(100, 4.0), (1000, 3.0)])]
+    assert tokens_until(cells, 2.0) is None
+
+
+def test_seeds_are_averaged_at_the_same_tokens_also_where_one_lacks_a_mark() -> None:
+    all_marks = [(100, 4.0), (200, 3.0), (400, 2.0), (800, 1.0)]
+    full, gap = cell("a", 0, all_marks), cell("a", 1, [all_marks[0], *all_marks[2:]])
+    assert tokens_until([full, gap], 1.0) == pytest.approx(800)
+    assert tokens_until([full, gap], 3.0) == pytest.approx(200)  # half the way from 100 to 400, in log tokens
+
+
+def test_curves_run_from_the_last_beginning_to_the_first_end() -> None:
+    tokens, losses = curves([cell("a", 0, [(100, 3.0), (900, 1.0)]), cell("a", 1, [(300, 2.0), (600, math.inf)])])
+    assert tokens.tolist() == [300, 600]
+    assert losses[0] == pytest.approx([2.0, 3.0 - 2.0 * math.log(6) / math.log(9)])
+    assert losses[1].tolist() == [2.0, math.inf]
+
+
+def test_an_incumbent_that_broke_down_is_worse_than_any_goal() -> None:
+    marks = [(100, math.inf), (1000, 2.0)]
+    assert tokens_until([cell("a", 0, marks)], 3.0) == pytest.approx(1000)
+    assert tokens_until([cell("a", 0, [(100, math.nan), (1000, 2.0)])], 3.0) == pytest.approx(1000)
+
+
+# the table
+
+
+def test_what_came_to_no_number_stands_last() -> None:
+    finals = {"good": 2.3, "none": math.nan, "bad": 3.0, "broken": math.inf}
+    cells = [cell(label, 0, [(100, 4.0)], final=final) for label, final in finals.items()]
+    rows = bench_table("Bench", cells, baseline="good").rows
+    assert [row.label for row in rows] == ["good", "bad", "broken", "none"]
+
+
+@pytest.mark.parametrize(
+    ("calibrations", "said"),
+    [
+        (["ridge", "none"], "after the same ridge"),
+        (["affine"], "after the same affine refit"),
+        (["ridge", "affine"], "after ridge or affine"),
+    ],
+)
+def test_the_header_names_the_refit(calibrations: list[str], said: str) -> None:
+    cells = [cell(name, 0, [(100, 4.0)], settings={"prune": {"calibration": name}}) for name in calibrations]
+    assert said in bench_table("Bench", cells, baseline=calibrations[0]).header
+
+
+def results() -> list[CellResult]:
+    return [
+        *(cell("evolution", s, [(100, 4.0), (1000, 3.0)], final=math.log(30 + s)) for s in (0, 2)),
+        *(cell("reinforce", s, [(100, 3.0), (1000, 2.5)], final=math.log(25)) for s in (0, 1)),
+        cell("uniform", 0, [(10, 4.5)], final=math.log(54)),
+    ]
+
+
+def test_rows_are_means_with_standard_errors_best_first() -> None:
+    table = bench_table("Bench", results(), baseline="evolution")
+    assert [row.label for row in table.rows] == ["reinforce", "evolution", "uniform"]
+    reinforce, evolution, uniform = table.rows
+    assert (evolution.perplexity.value, evolution.seeds) == (pytest.approx(31), 2)
+    assert evolution.perplexity.stderr == pytest.approx(1.0)  # 30 and 32: deviation sqrt(2), over sqrt(2)
+    assert reinforce.perplexity.stderr == pytest.approx(0)
+    assert uniform.perplexity.stderr is None
+    assert (reinforce.tokens, reinforce.seconds) == (1100, 60)
+
+
+def test_tokens_are_counted_to_the_baselines_mean_final_quality() -> None:
+    reinforce, evolution, uniform = bench_table("Bench", results(), baseline="evolution").rows
+    assert reinforce.tokens_to_baseline == pytest.approx(100)
+    goal = (math.log(30) + math.log(32)) / 2
+    assert evolution.tokens_to_baseline == pytest.approx(100 * 10 ** (4.0 - goal))
+    assert uniform.tokens_to_baseline is None
+    assert evolution.times_fewer == 1.0
+    assert reinforce.times_fewer == pytest.approx(
+        10 ** (4.0 - goal)
+    )  # like for like: evolution's tokens to its quality
+    assert uniform.times_fewer is None
+
+
+def test_what_is_reached_at_the_first_mark_may_have_been_reached_before() -> None:
+    reinforce, evolution, _ = bench_table("Bench", results(), baseline="evolution").rows
+    assert (reinforce.at_first_mark, evolution.at_first_mark) == (True, False)
+    assert re.search(
+        r"\| reinforce \|.*\| ≤ 100 \| ≥ \d+\.\d \|", markdown(bench_table("B", results(), baseline="evolution"))
+    )
+
+
+def test_a_baseline_whose_finals_alone_were_that_good_counts_its_whole_search() -> None:
+    cells = [
+        cell("evolution", 0, [(100, 4.0), (1000, 3.5)], final=3.0),
+        cell("reinforce", 0, [(100, 4.0), (400, 3.0), (1000, 2.0)], final=2.0),
+    ]
+    reinforce, evolution = bench_table("Bench", cells, baseline="evolution").rows
+    assert evolution.tokens_to_baseline is None
+    assert "Times fewer than the 1,000 tokens of evolution's whole search" in markdown(
+        bench_table("Bench", cells, baseline="evolution")
+    )
+    assert reinforce.times_fewer == pytest.approx(1000 / 400)
+
+
+def test_without_the_baseline_nothing_is_counted() -> None:
+    rows = bench_table("Bench", results(), baseline="nobody").rows
+    assert {row.tokens_to_baseline for row in rows} == {row.times_fewer for row in rows} == {None}
+
+
+def test_a_column_without_any_refit_is_there_where_it_was_measured() -> None:
+    assert "without any refit" not in markdown(bench_table("Bench", results(), baseline="evolution"))
+    plain = [each.model_copy(update={"final": each.final.model_copy(deep=True)}) for each in results()]
+    plain[0].final.plain_loss, plain[1].final.plain_loss = math.log(40), math.log(44)
+    text = markdown(bench_table("Bench", plain, baseline="evolution"))
+    assert "| agent | perplexity | without any refit | seeds |" in text
+    assert "| evolution | 31.00 ± 1.00 | 42.00 ± 2.00 | 2 |" in text
+    assert "| uniform | 54.00 | — | 1 |" in text
+
+
+def test_all_dtypes_are_named() -> None:
+    other = results()[0].model_copy(update={"dtype": "bfloat16"})
+    header = bench_table("Bench", [*results()[1:], other], baseline="evolution").header
+    assert "float32 and bfloat16" in header
+
+
+def test_markdown_says_how_it_was_measured() -> None:
+    text = markdown(bench_table("Bench", results(), baseline="evolution"))
+    for part in (
+        "# Bench",
+        "Report split of demo:wiki, 30,720 tokens in windows of 1,024, float32",
+        "dense perplexity 20.00",
+        "target sparsity 20%",
+    ):
+        assert part in text
+    assert "| evolution | 31.00 ± 1.00 | 2 | float32 | 1,100 | 60 |" in text
+    assert "| uniform | 54.00 | 1 | float32 | 110 | 60 | — |" in text
+    assert re.search(r"Times fewer than the \d{3} tokens that evolution took to that quality itself", text)
+
+
+def test_a_label_is_no_markup() -> None:
+    text = markdown(bench_table("Bench", [cell("a|b", 0, [(100, 3.0)])], baseline="a|b"))
+    assert "| a\\|b |" in text
+
+
+def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
+    table = bench_table("Bench", results(), baseline="evolution")
+    bench_figure(table, results(), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_searches_than_colours_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    many = [cell(f"agent {i}", 0, [(100, 3.0 + i / 100), (1000, 2.9 + i / 100)]) for i in range(25)]
+    bench_figure(bench_table("Bench", many, baseline="agent 0"), many, tmp_path / "bench.png")
+    looks = [(line.get_color(), line.get_linestyle()) for line in drawn[0].get_lines()]
+    assert len(looks) == len(set(looks)) == 25
+
+
+def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    far = cell("random", 0, [(100, math.log(300)), (1000, math.log(200))])
+    falling = cell("ppo", 0, [(100, math.log(250)), (1000, math.log(24))], final=math.log(40))
+    best = max(math.exp(mark.loss) for each in results() if each.label == "reinforce" for mark in each.marks)
+    some = [*results(), far, falling]
+    bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
+    (axes,) = drawn
+    assert best <= axes.get_ylim()[1] < 100
+    (said,) = [text.get_text() for text in axes.texts if "above" in text.get_text()]
+    assert "random from 200.00" in said
+    assert "ppo up to 250.00" in said
+    named = [text.get_text() for text in axes.figure.legends[0].get_texts()]
+    assert {"ppo (1)", "reinforce (2)"} <= set(named), "with how many seeds"
+    assert "random (1)" not in named, "nothing of it can be seen"
+
+
+def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    for good, bad in (("reinforce", "random"), ("random", "reinforce")):
+        losses = {good: 2.0, bad: 2.1}
+        some = [cell(label, 0, [(100, losses[label]), (1000, losses[label])]) for label in ("reinforce", "random")]
+        bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
+    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in drawn)
+    assert first == second
+    assert len(set(first.values())) == 2
+
+
+@pytest.mark.parametrize(
+    "some",
+    [
+        [cell("uniform", 0, [(10, 4.5)])],
+        [cell("uniform", 0, [(10, math.inf)]), cell("random", 0, [(100, math.nan), (1000, 2.0)])],
+        [cell("random", 0, [(100, math.inf), (1000, 800.0)]), cell("random", 1, [(100, 4.0), (1000, math.inf)])],
+    ],
+    ids=["heuristics alone", "a heuristic that broke down", "a search that broke down"],
+)
+def test_odd_benches_are_drawn_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, some: list[CellResult]
+) -> None:
+    bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").exists()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_survives_the_file(loss: float) -> None:
+    broken = cell("random", 0, [(100, loss), (1000, 2.0)])
+    again = CellResult.model_validate_json(broken.model_dump_json())
+    assert again.marks[0].loss == loss or (math.isnan(loss) and math.isnan(again.marks[0].loss))
+
+
+def test_a_final_loss_beyond_all_bounds_is_an_infinite_perplexity() -> None:
+    assert Final(kept=[], loss=800.0, sparsity=0.2, origin="policy").perplexity == math.inf
+    table = bench_table("Bench", [cell("random", 0, [(100, 800.0)]), *results()], baseline="evolution")
+    assert table.rows[-1].label == "random"
+    assert "| random | inf |" in markdown(table)

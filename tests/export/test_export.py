@@ -1,0 +1,532 @@
+"""A saved model is the model: same bits in another process, right with a KV cache, and never half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    StaticCache,
+    pipeline,
+)
+
+import ffgym.models
+from ffgym.errors import ModelError, OutputError
+from ffgym.export.checkpoint import SavedModel, load_line, save_pruned, uneven_model
+from ffgym.models.cut import PrunableModel
+from ffgym.models.families import family_of
+from ffgym.models.modeling_ffgym import CLASSES, FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
+from ffgym.testing.models import TINY_FAMILIES, glass_model, tiny_model
+
+IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
+VARIANTS = [(family, grouped) for family in TINY_FAMILIES for grouped in (True, False) if grouped or family != "opt"]
+# Units kept by the six sublayers of three layers; a model has 2 or 4 KV groups a layer and 48 channels.
+UNEVEN = (1, 17, 2, 48, 1, 5)
+EMPTIED = (1, 17, 0, 48, 2, 0)
+SEVERAL = (1, 17, 0, 0, 0, 5)  # attention gone from all layers but the first, and the MLP between
+
+# Runs in a fresh process: loads every saved model of a folder and says whether it is what was in memory.
+CHECK = """
+import json, pathlib, sys
+root, way = pathlib.Path(sys.argv[1]), sys.argv[2]
+if way == "remote":
+    sys.modules["ffgym"] = None  # as if it were not installed
+else:
+    import ffgym.models
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+found = {}
+for folder in sorted(root.iterdir()):
+    expected = load_file(root.parent / f"{folder.name}.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, **({"trust_remote_code": True} if way == "remote" else {}))
+    with torch.no_grad():
+        logits = model(expected["ids"]).logits
+        tokens = model.generate(expected["ids"], max_new_tokens=4, do_sample=False)
+    found[folder.name] = {
+        "module": type(model).__module__.split(".")[0],
+        "bit_equal": torch.equal(logits, expected["logits"]),
+        "same_tokens": torch.equal(tokens, expected["tokens"]),
+        "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    }
+print(json.dumps(found))
+"""
+
+
+def pruned(family, kept, *, grouped_query=True, biases=False):
+    """A tiny model cut to an allocation; with new biases in some of its consumers if asked for."""
+    prunable = PrunableModel(tiny_model(family, grouped_query=grouped_query))
+    prunable.cut(kept)
+    if biases:  # as affine calibration leaves them: in the sublayers that were cut, and in no other
+        for half, units, dense in zip(prunable.halves, kept, prunable.dense_units, strict=True):
+            if 0 < units < dense:
+                half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, 32))
+    return prunable.model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every family, multi-head and grouped, uneven and with emptied sublayers: in memory and on the disk."""
+    root = tmp_path_factory.mktemp("saved")
+    models = {}
+    for family, grouped in VARIANTS:
+        for name, kept in (("uneven", UNEVEN), ("emptied", EMPTIED)):
+            models[f"{family}-{'gqa' if grouped else 'mha'}-{name}"] = pruned(family, kept, grouped_query=grouped), kept
+    for family in TINY_FAMILIES:
+        models[f"{family}-gqa-several"] = pruned(family, SEVERAL), SEVERAL
+    models["llama-affine"] = pruned("llama", UNEVEN, biases=True), UNEVEN
+    models["qwen3-affine-emptied"] = pruned("qwen3", EMPTIED, biases=True), EMPTIED
+    for name, (model, kept) in models.items():
+        family = ffgym.models.families.FAMILIES[name.split("-")[0]]
+        save_pruned(model, None, root / "models" / name, kept=kept, family=family)
+        with torch.no_grad():
+            content = {
+                "ids": IDS,
+                "logits": model(IDS).logits,
+                "tokens": model.generate(IDS, max_new_tokens=4, do_sample=False),
+            }
+        save_file(content, root / f"{name}.safetensors")
+    return SimpleNamespace(root=root, names=list(models), models={name: model for name, (model, _) in models.items()})
+
+
+def load(saved, name, **options):
+    return AutoModelForCausalLM.from_pretrained(saved.root / "models" / name, **options)
+
+
+def pytest_generate_tests(metafunc):
+    if "variant" in metafunc.fixturenames:
+        names = [f"{f}-{'gqa' if g else 'mha'}-{k}" for f, g in VARIANTS for k in ("uneven", "emptied")]
+        names += [f"{family}-gqa-several" for family in TINY_FAMILIES]
+        metafunc.parametrize("variant", [*names, "llama-affine", "qwen3-affine-emptied"])
+
+
+class TestFreshProcess:
+    @pytest.mark.parametrize("way", ["remote", "registered"])
+    def test_every_saved_model_is_bit_equal_and_generates_the_same(self, saved, way):
+        environment = {**os.environ, "HF_HOME": str(saved.root / f"hub-{way}"), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", CHECK, str(saved.root / "models"), way]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert sorted(found) == sorted(saved.names)
+        for name, result in found.items():
+            assert result == {
+                "module": "ffgym" if way == "registered" else "transformers_modules",
+                "bit_equal": True,
+                "same_tokens": True,
+                "tied": name.startswith(("gemma", "opt")),
+            }, name
+
+    def test_the_load_line_is_python_that_loads_it(self, saved):
+        scope = {}
+        exec(load_line(saved.root / "models" / "llama-gqa-uneven"), scope)
+        with torch.no_grad():
+            assert torch.equal(scope["model"](IDS).logits, saved.models["llama-gqa-uneven"](IDS).logits)
+
+
+class TestGeneration:
+    def test_logits_agree_at_every_step_with_and_without_a_cache(self, saved, variant):
+        model = load(saved, variant)
+        with torch.no_grad():
+            whole = model(IDS).logits
+            cache = DynamicCache(config=model.config)
+            steps = [model(IDS[:, :4], cache=cache).logits]
+            steps += [model(IDS[:, i : i + 1], cache=cache).logits for i in range(4, IDS.shape[1])]
+        assert cache.get_seq_length() == IDS.shape[1]
+        torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
+
+    def test_left_padding_changes_nothing(self, saved, variant):
+        model = load(saved, variant)
+        short = IDS[:1, :5]
+        batch = torch.cat([torch.cat([torch.zeros(1, 7, dtype=torch.long), short], 1), IDS[1:]])
+        mask = (batch != 0).long()
+        tokens = model.generate(batch, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        alone = model.generate(short, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert torch.equal(tokens[0, -4:], alone[0, -4:])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_on_either_side_moves_no_logit(self, saved, variant, side):
+        model = load(saved, variant)
+        short, pad = IDS[:1, :5], torch.zeros(1, 7, dtype=torch.long)
+        row = torch.cat([pad, short] if side == "left" else [short, pad], 1)
+        mask = torch.cat([row != 0, torch.ones(1, 12, dtype=torch.bool)]).long()
+        with torch.no_grad():
+            padded = model(torch.cat([row, IDS[1:]]), attention_mask=mask).logits
+            torch.testing.assert_close(padded[0][mask[0] == 1], model(short).logits[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(padded[1], model(IDS[1:]).logits[0], atol=1e-5, rtol=0)
+
+    def test_a_static_cache_and_beams_work(self, saved, variant):
+        model = load(saved, variant)
+        options = {"max_new_tokens": 4, "do_sample": False}
+        dynamic = model.generate(IDS, **options)
+        assert torch.equal(model.generate(IDS, cache_implementation="static", **options), dynamic)
+        assert model.generate(IDS, num_beams=3, **options).shape[0] == 2
+        assert all(layer.is_initialized for layer in self._static_cache(model).layers)
+
+    @staticmethod
+    def _static_cache(model):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            model(IDS, cache=cache)
+        return cache
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            FFGymQwen2Config(use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=4,
+                             hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+                             vocab_size=128, per_layer_config={1: {"skip": ["attention"]}}),
+            FFGymMistralConfig(sliding_window=4, num_hidden_layers=4, hidden_size=32, num_attention_heads=4,
+                               num_key_value_heads=2, intermediate_size=48, vocab_size=128,
+                               per_layer_config={1: {"skip": ["attention"]}}),
+        ],
+        ids=lambda config: config.model_type,
+    )  # fmt: skip
+    def test_sliding_windows_survive_a_skipped_attention(self, config):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            whole = model(IDS).logits
+            cache = DynamicCache(config=model.config)
+            steps = [model(IDS[:, i : i + 1], cache=cache).logits for i in range(IDS.shape[1])]
+        torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
+
+    def test_attention_implementations_can_be_chosen(self, saved):
+        eager = load(saved, "qwen3-gqa-emptied", attn_implementation="eager")
+        assert eager.model.layers[0].self_attn.config._attn_implementation == "eager"
+        with torch.no_grad():
+            output = eager(IDS, output_attentions=True)
+            sdpa = load(saved, "qwen3-gqa-emptied")(IDS).logits
+        assert output.attentions[0].shape == (2, 2, 12, 12)
+        torch.testing.assert_close(output.logits, sdpa, atol=1e-4, rtol=0)
+
+    def test_rotary_embeddings_that_depend_on_the_head_count_work(self):
+        rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+        config = FFGymLlamaConfig(
+            vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=8, rope_parameters=rope, per_layer_config={1: {"num_attention_heads": 2,
+            "num_key_value_heads": 2}},
+        )  # fmt: skip
+        assert AutoModelForCausalLM.from_config(config)(IDS).logits.isfinite().all()
+
+
+class TestUse:
+    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # its new name is too new
+    def test_gradient_checkpointing_gives_the_same_gradients(self, saved, variant):
+        def gradients(checkpointing):
+            model = load(saved, variant).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            model(IDS, labels=IDS, use_cache=False).loss.backward()
+            return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.numel()}
+
+        plain, checkpointed = gradients(False), gradients(True)
+        assert plain.keys() == checkpointed.keys()
+        assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_training_lowers_the_loss(self, saved, family):
+        model = load(saved, f"{family}-gqa-emptied").train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        for _ in range(4):
+            loss = model(IDS, labels=IDS).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3), (torch.float16, 0.3)]
+    )
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_every_precision_and_a_device_map(self, saved, family, dtype, tolerance):
+        name = f"{family}-gqa-emptied"
+        model = load(saved, name, dtype=dtype, device_map="auto")
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        with torch.no_grad():
+            logits = model(IDS.to(model.device)).logits.float().cpu()
+        assert (logits - saved.models[name](IDS).logits).abs().max() < tolerance
+        assert model.generate(IDS.to(model.device), max_new_tokens=2).shape == (2, 14)
+
+    def test_a_model_saved_in_bfloat16_is_loaded_in_it_bit_by_bit(self, tmp_path):
+        prunable = PrunableModel(tiny_model("llama", dtype=torch.bfloat16))
+        prunable.cut(EMPTIED)
+        save_pruned(prunable.model, None, tmp_path / "m", kept=EMPTIED, family=prunable.family)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+        assert loaded.dtype == torch.bfloat16
+        with torch.no_grad():
+            assert torch.equal(loaded(IDS).logits, prunable.model(IDS).logits)
+
+    def test_saving_it_again_ships_the_class_again(self, saved, tmp_path):
+        load(saved, "opt-gqa-emptied").save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "modeling_ffgym.py").is_file()
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+        with torch.no_grad():
+            assert torch.equal(again(IDS).logits, saved.models["opt-gqa-emptied"](IDS).logits)
+
+    def test_a_real_tokenizer_card_and_pipeline(self, tmp_path):
+        model, tokenizer = glass_model()
+        prunable = PrunableModel(model)
+        kept = (2, 300, 1, 200, 0, 341, 2, 100)
+        prunable.cut(kept)
+        save_pruned(model, tokenizer, tmp_path / "m", kept=kept, family=prunable.family, card="# Pruned\n")
+        assert (tmp_path / "m" / "README.md").read_text() == "# Pruned\n"
+        prompt = "Alice was beginning to"
+        loaded = AutoTokenizer.from_pretrained(tmp_path / "m")
+        assert isinstance(loaded, PreTrainedTokenizerFast)
+        assert loaded(prompt).input_ids == tokenizer(prompt).input_ids
+        write = pipeline("text-generation", model=str(tmp_path / "m"))
+        text = write(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert text == tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0])
+
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_a_pipeline_writes_what_the_model_writes_one_by_one_and_in_batches(self, tmp_path, family, word_tokenizer):
+        model = pruned(family, EMPTIED)
+        save_pruned(model, word_tokenizer, tmp_path / "m", kept=EMPTIED, family=family_of(model))
+        write = pipeline("text-generation", model=str(tmp_path / "m"), device="cpu")
+        prompts = ["w1 w2 w3 w4 w5", "w7 w8"]
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        expected = []
+        for prompt in prompts:
+            ids = word_tokenizer(prompt, return_tensors="pt").input_ids
+            new = model.generate(ids, **options)[0, ids.shape[1] :]
+            expected.append(prompt + word_tokenizer.decode(new, skip_special_tokens=True))
+        assert [write(prompt, **options)[0]["generated_text"] for prompt in prompts] == expected
+        assert [row[0]["generated_text"] for row in write(prompts, batch_size=2, **options)] == expected
+
+
+class TestOnDisk:
+    def test_it_is_smaller_by_what_the_parameters_say(self, tmp_path):
+        for family, dtype in (("llama", torch.float32), ("opt", torch.bfloat16)):
+            dense = tiny_model(family, dtype=dtype)
+            dense.save_pretrained(tmp_path / family / "dense")
+            dense_bytes = (tmp_path / family / "dense" / "model.safetensors").stat().st_size
+            dense_parameters = dense.num_parameters()
+            prunable = PrunableModel(dense)
+            prunable.cut(UNEVEN)
+            written = save_pruned(dense, None, tmp_path / family / "p", kept=UNEVEN, family=prunable.family)
+            removed = sum(s.unit_params * (s.units - k) for s, k in zip(prunable.sublayers, UNEVEN, strict=True))
+            assert isinstance(written, SavedModel)
+            assert written.parameters == dense_parameters - removed
+            assert written.bytes == (written.path / "model.safetensors").stat().st_size
+            header = 64  # the headers list the same tensors, with shorter numbers
+            assert abs(dense_bytes - written.bytes - removed * dtype.itemsize) <= header
+
+    def test_a_view_is_written_without_what_lies_behind_it(self, tmp_path):
+        model = pruned("llama", UNEVEN)
+        arena = torch.zeros(1_000_000)
+        start = 0
+        for parameter in model.parameters():  # every weight a window of one storage
+            window = arena[start : start + parameter.numel()].view(parameter.shape)
+            window.copy_(parameter.detach())
+            parameter.data = window
+            start += parameter.numel()
+        written = save_pruned(model, None, tmp_path / "m", kept=UNEVEN, family=family_of(model))
+        assert written.bytes < 4 * written.parameters + 4096
+        with torch.no_grad():
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+            assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+    def test_tied_embeddings_are_written_once(self, saved):
+        for family, tied in (("gemma", True), ("opt", True), ("llama", False)):
+            names = load_file(saved.root / "models" / f"{family}-gqa-uneven" / "model.safetensors").keys()
+            assert ("lm_head.weight" in names) is not tied
+
+    @pytest.mark.parametrize("stock", [False, True])
+    def test_an_output_matrix_that_only_the_config_calls_tied_is_kept(self, tmp_path, stock):
+        """transformers uses both matrices where a checkpoint holds both and they differ."""
+        tiny_model("llama").save_pretrained(tmp_path / "dense")
+        config = json.loads((tmp_path / "dense" / "config.json").read_text())
+        (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        prunable = PrunableModel(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+        kept = (2, 20) * 3
+        prunable.cut(kept)
+        save_pruned(prunable.model, None, tmp_path / "m", kept=kept, family=prunable.family, stock=stock)
+        with torch.no_grad():
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+            assert torch.equal(loaded(IDS).logits, prunable.model(IDS).logits)
+
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_large_models_are_written_in_shards(self, tmp_path, family):
+        model = pruned(family, EMPTIED)
+        written = save_pruned(model, None, tmp_path / "m", kept=EMPTIED, family=family_of(model), max_shard_size=30_000)
+        shards = sorted(written.path.glob("*.safetensors"))
+        assert len(shards) > 2
+        assert (written.path / "model.safetensors.index.json").is_file()
+        assert written.bytes == sum(shard.stat().st_size for shard in shards)
+        with torch.no_grad():
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(written.path)(IDS).logits, model(IDS).logits)
+
+    def test_the_config_says_what_each_layer_is(self, saved):
+        config = json.loads((saved.root / "models" / "llama-gqa-emptied" / "config.json").read_text())
+        assert config["model_type"] == "ffgym_llama"
+        assert config["head_dim"] == 8
+        several = json.loads((saved.root / "models" / "llama-gqa-several" / "config.json").read_text())
+        assert several["per_layer_config"]["1"] == {"skip": ["attention", "mlp"]}
+        assert config["per_layer_config"] == {
+            "0": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 17},
+            "1": {"skip": ["attention"]},
+            "2": {"skip": ["mlp"]},
+        }
+        for name in ("qwen2-gqa-uneven", "opt-gqa-uneven"):
+            assert AutoConfig.from_pretrained(saved.root / "models" / name).head_dim == 8
+
+    def test_exporting_leaves_the_model_as_it_was(self):
+        model = pruned("llama", EMPTIED)
+        before = model(IDS).logits
+        uneven_model(model, kept=EMPTIED, family=family_of(model))
+        assert torch.equal(model(IDS).logits, before)
+        assert type(model.config) is LlamaConfig
+
+
+class TestRefusals:
+    @pytest.fixture
+    def model(self):
+        return pruned("llama", UNEVEN)
+
+    def save(self, model, folder, **options):
+        return save_pruned(model, None, folder, kept=UNEVEN, family=family_of(model), **options)
+
+    def test_an_occupied_folder_is_refused_and_untouched(self, model, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(OutputError, match="not empty") as raised:
+            self.save(model, tmp_path)
+        assert "--overwrite" in raised.value.hint
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+    def test_overwrite_replaces_a_checkpoint_whole(self, model, tmp_path):
+        self.save(model, tmp_path / "m")
+        (tmp_path / "m" / "model-00001-of-00002.safetensors").write_text("stale")
+        self.save(model, tmp_path / "m", overwrite=True, card="new")
+        assert (tmp_path / "m" / "README.md").read_text() == "new"
+        assert not (tmp_path / "m" / "model-00001-of-00002.safetensors").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+    def test_overwrite_never_deletes_what_is_no_checkpoint(self, model, tmp_path):
+        (tmp_path / "thesis.tex").write_text("years")
+        with pytest.raises(OutputError, match="holds no model"):
+            self.save(model, tmp_path, overwrite=True)
+        assert (tmp_path / "thesis.tex").read_text() == "years"
+
+    def test_an_empty_folder_and_missing_parents_are_fine(self, model, tmp_path):
+        (tmp_path / "empty").mkdir()
+        assert self.save(model, tmp_path / "empty").path == tmp_path / "empty"
+        assert self.save(model, tmp_path / "a" / "b").path.is_dir()
+
+    def test_a_file_in_the_way_is_refused(self, model, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OutputError, match="is a file"):
+            self.save(model, tmp_path / "file")
+        with pytest.raises(OutputError, match="could not be written"):
+            self.save(model, tmp_path / "file" / "m")
+
+    def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(self, model, tmp_path):
+        resource = pytest.importorskip("resource")
+        self.save(model, tmp_path / "m", card="old")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # no file may grow beyond it: the weights do not fit
+        try:
+            with pytest.raises(OutputError, match="could not be written") as raised:
+                self.save(model, tmp_path / "m", overwrite=True, card="new")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "untouched" in raised.value.hint
+        assert (tmp_path / "m" / "README.md").read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+    def test_a_read_only_place_is_refused(self, model, tmp_path, monkeypatch):
+        def refuse(self, *args, **kwargs):
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+        with pytest.raises(OutputError, match="Permission denied"):
+            self.save(model, tmp_path / "m")
+
+    def test_an_interruption_leaves_nothing_behind(self, model, tmp_path):
+        class Interrupting:
+            def save_pretrained(self, folder):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            save_pruned(model, Interrupting(), tmp_path / "m", kept=UNEVEN, family=family_of(model))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "kept",
+        [UNEVEN[:4], (*UNEVEN[:5], 6), (1, 17, 3, 48, 1, 5), (1, 17, 2, -1, 1, 5), (1, 17, 2, 48, 0, 5)],
+        ids=["too short", "other size", "too many", "negative", "emptied"],
+    )
+    def test_an_allocation_that_the_model_was_not_cut_to_is_refused(self, model, tmp_path, kept):
+        with pytest.raises(ModelError, match="fit"):
+            save_pruned(model, None, tmp_path / "m", kept=kept, family=family_of(model))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_attention_of_layer_0_cannot_be_skipped(self, tmp_path):
+        kept = (0, *UNEVEN[1:])
+        model = pruned("llama", kept)
+        with pytest.raises(ModelError, match="layer 0"):
+            save_pruned(model, None, tmp_path / "m", kept=kept, family=family_of(model))
+
+
+class TestClasses:
+    def test_registering_twice_is_fine(self):
+        ffgym.models.register()
+        ffgym.models.register()
+        assert type(AutoConfig.for_model("ffgym_opt")) is CLASSES["opt"][0]
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ({"num_attention_heads": 3, "num_key_value_heads": 2}, "layer 1: 3 query heads cannot share 2"),
+            ({"num_attention_heads": 0}, "layer 1: 0 query heads"),
+            ({"skip": ["everything"]}, "layer 1: unknown sublayer"),
+            ({"consumer_bias": ["norm"]}, "layer 1: unknown sublayer"),
+        ],
+    )
+    def test_sizes_that_do_not_fit_together_are_refused(self, sizes, message):
+        dense = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        with pytest.raises(ValueError, match=message):
+            FFGymLlamaConfig(**dense, vocab_size=128, per_layer_config={1: sizes})
+
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_without_per_layer_config_it_is_the_stock_model(self, family):
+        stock = tiny_model(family)
+        config_class, model_class = CLASSES[family]
+        settings = {k: v for k, v in stock.config.to_dict().items() if k != "model_type"}
+        model = model_class(config_class(**settings)).eval()
+        model.load_state_dict(stock.state_dict())
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, stock(IDS).logits)
+
+    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    def test_no_stock_forward_is_overridden(self, family):
+        model_class = CLASSES[family][1]
+        assert "forward" not in vars(model_class)
+        assert model_class.forward is model_class.__mro__[2].forward
+
+    def test_skipped_gives_zeros_or_the_bias(self):
+        hidden = torch.ones(2, 5, 8, dtype=torch.bfloat16)
+        output, weights = Skipped(attention=True)(hidden_states=hidden, attention_mask=None, cache=None)
+        assert weights is None
+        assert torch.equal(output, torch.zeros_like(hidden))
+        bias = torch.arange(8.0)
+        output = Skipped(bias, attention=False)(hidden)
+        assert output.dtype == torch.bfloat16
+        assert torch.equal(output, bias.bfloat16().expand(2, 5, 8))
+        assert Qwen2Config().to_dict().get("head_dim") is None  # the reason why ours stores it

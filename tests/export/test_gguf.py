@@ -1,0 +1,630 @@
+"""A GGUF file is the model in the folder: llama.cpp computes the same from it, or it is refused and not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_tokenizers import PRE_TOKENIZERS, byte_level, sentencepiece
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+from ffgym.errors import ModelError, OutputError
+from ffgym.export.checkpoint import save_pruned
+from ffgym.export.gguf.architectures import CANDIDATES, Architecture
+from ffgym.export.gguf.gguf import WrittenGguf, export_gguf, run_line
+from ffgym.models.cut import PrunableModel
+from ffgym.models.loading import load
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+IDS = torch.randint(3, 128, (100,), generator=torch.Generator().manual_seed(7))
+# Units kept by the six sublayers of three layers; a model has 2 KV groups a layer (4 without grouping), 48 channels.
+UNEVEN = (1, 17, 2, 48, 1, 5)
+EVEN = (1, 30, 1, 30, 1, 30)
+EMPTIED = (1, 17, 0, 48, 2, 0)
+# float32 throughout: what two orders of summing the same float32 numbers may differ by, on logits of about 6.
+LOGITS, LOSS = 1e-4, 1e-6
+
+
+@pytest.fixture(autouse=True)
+def _nothing_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def pruned(family: str, kept: Sequence[int] | None, *, biases: bool = False, tied: bool = False, **options: Any) -> Any:
+    """A tiny model cut to an allocation (``None``: not at all), as affine calibration leaves it if asked for."""
+    model: Any = tiny_model(family, **options)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    prunable = PrunableModel(model)
+    if kept is not None:
+        prunable.cut(kept)
+    for half, units, dense in zip(prunable.halves, prunable.kept, prunable.dense_units, strict=True):
+        bias = torch.linspace(-1, 1, 32)
+        if biases and 0 < units < dense:
+            half.set_consumer(half.consumer.weight, bias)
+        elif biases and units == 0:
+            half.set_bias(bias)
+    return SimpleNamespace(model=model, kept=kept, family=prunable.family)
+
+
+def save(case: Any, folder: Path, tokenizer: Any = None) -> Path:
+    tokenizer = tokenizer or byte_level()
+    if case.kept is None:
+        case.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    else:
+        save_pruned(case.model, tokenizer, folder, kept=case.kept, family=case.family)
+    return folder
+
+
+def with_rope(case: Any, **rope: Any) -> Any:
+    """The model with another rotary embedding, which its config alone decides."""
+    case.model.config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    case.model.model.rotary_emb = type(case.model.model.rotary_emb)(case.model.config)
+    return case
+
+
+def biased_everywhere() -> Any:
+    """A Llama whose config asks for a bias in every linear."""
+    config = tiny_model("llama").config
+    config.attention_bias = config.mlp_bias = True
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(0.25 * torch.randn_like(parameter))
+    prunable = PrunableModel(model)
+    prunable.cut(UNEVEN)
+    return SimpleNamespace(model=model, kept=UNEVEN, family=prunable.family)
+
+
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# What is written -> llama.cpp's architecture for it.
+WRITTEN: dict[str, tuple[Callable[[], Any], str]] = {
+    "llama": (lambda: pruned("llama", None), "llama"),
+    "llama-uneven": (lambda: pruned("llama", UNEVEN), "deci"),
+    "llama-multi-head": (lambda: pruned("llama", (1, 17, 3, 48, 4, 5), grouped_query=False), "deci"),
+    "llama-even": (lambda: pruned("llama", EVEN), "llama"),
+    "llama-emptied": (lambda: pruned("llama", EMPTIED), "deci"),
+    "llama-affine": (lambda: pruned("llama", UNEVEN, biases=True), "deci"),
+    "llama-affine-even": (lambda: pruned("llama", EVEN, biases=True), "llama"),
+    "llama-affine-emptied": (lambda: pruned("llama", EMPTIED, biases=True), "deci"),
+    "llama-affine-empty-layer": (lambda: pruned("llama", (1, 9, 0, 0, 0, 0), biases=True), "deci"),
+    "llama-biases": (biased_everywhere, "deci"),
+    "llama-tied": (lambda: pruned("llama", UNEVEN, tied=True), "deci"),
+    "llama-3-rope": (lambda: with_rope(pruned("llama", UNEVEN), **LLAMA_3_ROPE), "deci"),
+    "llama-linear-rope": (lambda: with_rope(pruned("llama", EVEN), rope_type="linear", factor=2.0), "llama"),
+    "mistral-uneven": (lambda: pruned("mistral", UNEVEN), "deci"),
+    "qwen2-uneven": (lambda: pruned("qwen2", UNEVEN), "deci"),
+    "qwen2-even": (lambda: pruned("qwen2", EVEN), "deci"),
+    "qwen2-mlps": (lambda: pruned("qwen2", (2, 30) * 3), "qwen2"),
+    "qwen2-affine-emptied": (lambda: pruned("qwen2", EMPTIED, biases=True), "deci"),
+    "qwen3": (lambda: pruned("qwen3", None), "qwen3"),
+    "qwen3-even": (lambda: pruned("qwen3", EVEN), "qwen3"),
+    "qwen3-tied-uneven": (lambda: pruned("qwen3", UNEVEN, tied=True), "openelm"),
+    "qwen3-tied-no-mlp": (lambda: pruned("qwen3", (1, 17, 2, 0, 1, 5), tied=True), "openelm"),
+}
+GEMMAS = {"gemma": (lambda: pruned("gemma", None), "gemma"), "gemma-even": (lambda: pruned("gemma", EVEN), "gemma")}
+
+
+# --- what llama.cpp computes ------------------------------------------------------------------------------------------
+
+
+def runtime(path: Path, **options: Any) -> Any:
+    """The file in llama.cpp, on one thread; by default everything is float32, the cache too."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="llama-cpp-python is not installed: pip install 'ffgym[llama-cpp]'"
+    )
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    sizes = {"n_ctx": 128, "n_batch": 128, "n_threads": 1, "n_threads_batch": 1}
+    return llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **(exact | options))
+
+
+def logits_of(llama: Any, ids: torch.Tensor) -> torch.Tensor:
+    llama.reset()
+    llama.eval(ids.tolist())
+    return torch.from_numpy(llama.scores[: len(ids)].copy())
+
+
+def loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    return torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:]).item()
+
+
+def expected(case: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = case.model.float()(IDS[None]).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    make, architecture = WRITTEN[name]
+    case = make()
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    assert (written.architecture, written.dtype) == (architecture, "f32")
+    ours, theirs = expected(case), logits_of(runtime(written.path), IDS)
+    assert (theirs - ours).abs().max() < LOGITS
+    assert loss(theirs, IDS) == pytest.approx(loss(ours, IDS), abs=LOSS)
+
+
+@pytest.mark.parametrize("name", GEMMAS)
+def test_gemma_agrees_up_to_llama_cpps_table_of_gelu(name: str, tmp_path: Path) -> None:
+    # ggml looks GELU up in a table of float16: 11 significant bits in the middle of every MLP.
+    make, architecture = GEMMAS[name]
+    case = make()
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    assert written.architecture == architecture
+    ours, theirs = expected(case), logits_of(runtime(written.path), IDS)
+    assert (theirs - ours).abs().max() < 2e-2
+    assert loss(theirs, IDS) == pytest.approx(loss(ours, IDS), abs=2e-4)
+
+
+@pytest.mark.parametrize("options", [{"flash_attn": False}, {"flash_attn": True}], ids=["plain", "flash"])
+def test_a_cache_in_float16_costs_its_rounding_and_no_more(options: dict[str, bool], tmp_path: Path) -> None:
+    case = pruned("llama", UNEVEN)
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    theirs = logits_of(runtime(written.path, type_k=None, type_v=None, **options), IDS)
+    assert loss(theirs, IDS) == pytest.approx(loss(expected(case), IDS), abs=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 1e-3), ("bf16", 5e-3)])
+def test_half_precision_costs_its_rounding_and_no_more(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    case = pruned("llama", UNEVEN)
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf", dtype=dtype)
+    assert written.dtype == dtype
+    assert loss(logits_of(runtime(written.path), IDS), IDS) == pytest.approx(loss(expected(case), IDS), abs=tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama-uneven", "llama-affine-emptied", "qwen2-uneven", "qwen3-tied-uneven"])
+def test_generation_picks_the_same_tokens(name: str, tmp_path: Path) -> None:
+    case = WRITTEN[name][0]()
+    llama = runtime(export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf").path)
+    prompt = IDS[:8]
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    ours = case.model.generate(prompt[None], attention_mask=torch.ones(1, 8, dtype=torch.long), **options)
+    theirs = llama.generate(prompt.tolist(), temp=0.0)
+    assert [next(theirs) for _ in range(12)] == ours[0, 8:].tolist()
+
+
+TEXTS = [
+    "The thing and the other, 1234 and 12 in 2024's winds.\n\n  Then   three spaces\tand a tab ... it's DON'T",
+    "  leading and trailing  ",
+    "a<tool>b <tool> <eos> the<bos>and",
+    "1    2  the \n the\n\n\nthe",
+    "",
+]
+WITHOUT_ODD_SPACES = [
+    "The thing and  the other, 1234 and 12 in 2024's winds.\n\nThen",
+    "a<tool>b<tool><eos>the<bos>and",
+    "é and ü: 中文 the 😀",
+]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_byte_level_text_is_split_the_same(pre: str, add_bos: bool, tmp_path: Path) -> None:
+    tokenizer = byte_level(pre, add_bos=add_bos)
+    llama = runtime(export_gguf(save(pruned("llama", UNEVEN), tmp_path / "m", tokenizer), tmp_path / "m.gguf").path)
+    for text in TEXTS:
+        assert llama.tokenize(text.encode(), add_bos=add_bos, special=True) == tokenizer(text).input_ids, text
+    assert bool(llama._model.add_bos_token()) is add_bos
+
+
+@pytest.mark.parametrize("options", [{}, {"legacy": True}, {"space_prefix": False}], ids=str)
+def test_sentencepiece_text_is_split_the_same(options: dict[str, bool], tmp_path: Path) -> None:
+    tokenizer = sentencepiece(**options)
+    config = LlamaConfig(vocab_size=len(tokenizer) + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=128)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    llama = runtime(export_gguf(tmp_path / "m", tmp_path / "m.gguf").path)
+    # Metaspace puts no space before a space; SentencePiece and llama.cpp do.
+    for text in [*WITHOUT_ODD_SPACES, *(TEXTS if options else [])]:
+        assert llama.tokenize(text.encode(), special=True) == tokenizer(text).input_ids, text
+
+
+def test_the_printed_command_runs(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    written = export_gguf(save(pruned("llama", UNEVEN), tmp_path / "m"), tmp_path / "it's a model.gguf")
+    command = shlex.split(run_line(written.path))
+    assert command[0] == "python"
+    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+# --- what the file says -----------------------------------------------------------------------------------------------
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_sizes_are_lists_where_layers_differ_and_numbers_where_not(tmp_path: Path) -> None:
+    uneven = fields(export_gguf(save(pruned("llama", EMPTIED), tmp_path / "u"), tmp_path / "u.gguf").path)
+    assert uneven["general.architecture"] == "deci"
+    assert uneven["deci.attention.head_count"] == [2, 0, 4]
+    assert uneven["deci.attention.head_count_kv"] == [1, 0, 2]
+    assert uneven["deci.feed_forward_length"] == [17, 48, 1]
+    assert (uneven["deci.attention.key_length"], uneven["deci.rope.dimension_count"]) == (8, 8)
+    even = fields(export_gguf(save(pruned("llama", EVEN), tmp_path / "e"), tmp_path / "e.gguf").path)
+    assert (even["llama.attention.head_count"], even["llama.attention.head_count_kv"]) == (2, 1)
+    assert even["llama.feed_forward_length"] == 30
+    assert (even["llama.block_count"], even["llama.context_length"], even["general.name"]) == (3, 128, "e")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "kinds", "file_type"),
+    [
+        (torch.float32, None, {"F32"}, 0),
+        (torch.bfloat16, None, {"F32", "BF16"}, 32),
+        (torch.float16, None, {"F32", "F16"}, 1),
+        (torch.bfloat16, "f16", {"F32", "F16"}, 1),
+        (torch.bfloat16, "f32", {"F32"}, 0),
+    ],
+)
+def test_matrices_have_the_dtype_and_vectors_stay_float32(
+    dtype: torch.dtype, given: str | None, kinds: set[str], file_type: int, tmp_path: Path
+) -> None:
+    written = export_gguf(save(pruned("llama", UNEVEN, dtype=dtype), tmp_path / "m"), tmp_path / "m.gguf", dtype=given)
+    reader = gguf.GGUFReader(written.path)
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == kinds
+    assert all(tensor.tensor_type.name == "F32" for tensor in reader.tensors if len(tensor.shape) == 1)
+    assert reader.fields["general.file_type"].contents() == file_type
+    assert written.bytes == written.path.stat().st_size
+    assert written.parameters == sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+def test_bfloat16_weights_are_written_bit_by_bit(tmp_path: Path) -> None:
+    case = pruned("llama", UNEVEN, dtype=torch.bfloat16)
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written.path).tensors}
+    stored = torch.from_numpy(tensors["blk.1.ffn_down.weight"].data.copy()).view(torch.bfloat16)
+    assert torch.equal(stored, case.model.model.layers[1].mlp.down_proj.weight)
+
+
+def test_the_file_is_smaller_by_what_was_pruned(tmp_path: Path) -> None:
+    dense = export_gguf(save(pruned("llama", None), tmp_path / "d"), tmp_path / "d.gguf")
+    small = export_gguf(save(pruned("llama", UNEVEN), tmp_path / "s"), tmp_path / "s.gguf")
+    assert dense.bytes - small.bytes == pytest.approx(4 * (dense.parameters - small.parameters), abs=1024)
+
+
+def test_notes_say_what_differs(tmp_path: Path) -> None:
+    assert export_gguf(save(pruned("llama", UNEVEN), tmp_path / "a"), tmp_path / "a.gguf").notes == ()
+    (note,) = export_gguf(save(pruned("llama", EMPTIED), tmp_path / "b"), tmp_path / "b.gguf").notes
+    assert "layers 2" in note
+    assert "one channel of zeros" in note
+    case = pruned("mistral", UNEVEN)
+    case.model.config.sliding_window = 64
+    written = export_gguf(save(case, tmp_path / "c"), tmp_path / "c.gguf")
+    assert "64 tokens, the model's sliding window" in written.notes[0]
+    assert fields(written.path)["deci.context_length"] == 64
+
+
+def test_shards_are_read(tmp_path: Path) -> None:
+    case = pruned("llama", UNEVEN)
+    whole = export_gguf(save(case, tmp_path / "m"), tmp_path / "whole.gguf")
+    folder = tmp_path / "shards"
+    save_pruned(case.model, byte_level(), folder, kept=UNEVEN, family=case.family, max_shard_size=30_000)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    name = tmp_path / "again" / "whole.gguf"  # the file's name is in it
+    assert export_gguf(folder, name).path.read_bytes() == whole.path.read_bytes()
+
+
+# --- back into ffgym --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [None, EVEN], ids=["dense", "even"])
+def test_a_file_of_alike_layers_is_loaded_again(kept: Sequence[int] | None, tmp_path: Path) -> None:
+    case = pruned("llama", kept, dtype=torch.float16)
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    loaded = load(str(written.path), dtype="float32", device="cpu")
+    assert type(loaded.model) is LlamaForCausalLM
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(IDS[None]).logits[0], expected(case), atol=1e-5, rtol=0)
+    assert loaded.tokenizer("the winds").input_ids == byte_level()("the winds").input_ids
+
+
+@pytest.mark.parametrize("name", ["llama-uneven", "qwen3-tied-uneven"])
+def test_a_file_of_uneven_layers_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    written = export_gguf(save(WRITTEN[name][0](), tmp_path / "m"), tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"m\.gguf' differ in size .*feed_forward_length is a list") as raised:
+        load(str(written.path), device="cpu")
+    assert "dense model" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-even", "qwen2-mlps"])
+def test_a_file_is_loaded_as_what_it_is(name: str, tmp_path: Path) -> None:
+    case = WRITTEN[name][0]()
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    loaded = load(str(written.path), dtype="float32", device="cpu")
+    with torch.no_grad():  # a GGUF is dequantised to float16, whose rounding is within 0.03 here
+        torch.testing.assert_close(loaded.model(IDS[None]).logits[0], expected(case), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRITTEN) - {"llama", "llama-even", "qwen2-mlps"}))
+def test_a_file_that_would_be_another_model_is_refused(name: str, tmp_path: Path) -> None:
+    written = export_gguf(save(WRITTEN[name][0](), tmp_path / "m"), tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=r"m\.gguf"):
+        load(str(written.path), device="cpu")
+
+
+LOST = {
+    r"scaled \(llama\.rope\.scaling\.type\)": WRITTEN["llama-linear-rope"][0],
+    r"scaled \(rope_freqs\.weight\)": lambda: with_rope(pruned("llama", EVEN), **LLAMA_3_ROPE),
+    r"holds [\d,]+ numbers, and transformers would take [\d,]+ of them": WRITTEN["llama-affine-even"][0],
+}
+
+
+@pytest.mark.parametrize(("reason", "make"), LOST.items(), ids=["linear", "llama-3", "biases"])
+def test_what_transformers_would_leave_out_of_a_file_is_refused(reason: str, make: Any, tmp_path: Path) -> None:
+    written = export_gguf(save(make(), tmp_path / "m"), tmp_path / "m.gguf")
+    with pytest.raises(ModelError, match=reason) as raised:
+        load(str(written.path), device="cpu")
+    assert "safetensors" in raised.value.hint
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refused(case: Any, tmp_path: Path, **options: Any) -> ModelError:
+    with pytest.raises(ModelError) as raised:
+        export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf", **options)
+    assert raised.value.hint
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["m"]
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("make", "message", "hint"),
+    [
+        (lambda: pruned("opt", (4, 17, 4, 48, 4, 5)), "'opt'.*llama.cpp has no code for it", "gemma, llama"),
+        (lambda: pruned("gemma", UNEVEN), "gemma reads one size for all layers", "transformers"),
+        (lambda: pruned("qwen3", UNEVEN), "qwen3 reads one size.*; .*openelm has no output matrix of its own", "docs"),
+        (lambda: pruned("qwen3", EMPTIED, tied=True), r"needs attention in every layer \(layer 1", "min_units=1"),
+        (lambda: pruned("qwen3", EVEN, biases=True), r"qwen3 reads no bias of o_proj \(layer 0", "--calibration ridge"),
+        (lambda: pruned("gemma", EVEN, biases=True), "gemma reads no bias of o_proj", "--calibration ridge"),
+        (lambda: with_rope(pruned("llama", UNEVEN), rope_type="yarn", factor=2.0), "'yarn'", "default, linear"),
+        (lambda: with_rope(pruned("qwen3", EVEN), **LLAMA_3_ROPE), "qwen3 reads no factors for rotary", "transformers"),
+    ],
+    ids=lambda value: None if callable(value) else value[:24],
+)  # fmt: skip
+def test_what_llama_cpp_cannot_say_is_refused_by_name(
+    make: Callable[[], Any], message: str, hint: str, tmp_path: Path
+) -> None:
+    error = refused(make(), tmp_path)
+    assert re.search(message, error.message)
+    assert hint in str(error.hint)
+
+
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    case = pruned("llama", UNEVEN)
+    case.model.config.hidden_act = "relu"
+    assert "computes silu, not relu" in refused(case, tmp_path).message
+
+
+def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
+    folder = save(pruned("llama", None), tmp_path / "m")
+    weights = load_file(folder / "model.safetensors") | {"model.layers.0.extra.weight": torch.ones(2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no place for model\.layers\.0\.extra\.weight"):
+        export_gguf(folder, tmp_path / "m.gguf")
+
+
+def test_weights_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    case = pruned("llama", UNEVEN)
+    with torch.no_grad():
+        case.model.lm_head.weight[3, 4] = 1e6
+    error = refused(case, tmp_path, dtype="f16")
+    assert "output.weight has weights that float16 cannot hold" in error.message
+    assert "--dtype bf16" in str(error.hint)
+
+
+def test_an_output_matrix_that_only_the_config_calls_tied_is_written(tmp_path: Path) -> None:
+    source = save(pruned("llama", None), tmp_path / "m")
+    edit(source / "config.json", tie_word_embeddings=True)
+    written = export_gguf(source, tmp_path / "m.gguf")
+    assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(written.path).tensors}
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    error = refused(pruned("llama", UNEVEN), tmp_path, dtype="q4_0")
+    assert "'q4_0'" in error.message
+    assert "f32, f16, bf16" in str(error.hint)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def truncate(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def lose(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantise(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def forget_the_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "damaged or incomplete"),
+        (lose, r"layers\.1\.mlp\.down_proj\.weight is missing"),
+        (quantise, "lm_head.weight is I8"),
+        (forget_the_tokenizer, "no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "damaged or incomplete"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+        (lambda folder: edit(folder / "config.json", vocab_size=100), r"has shape \(128, 32\), and config.json says"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+            "'gpt2'.*ffgym does not know it",
+        ),
+        (
+            lambda folder: edit(folder / "config.json", quantization_config={"quant_method": "gptq"}),
+            "a quantised model",
+        ),
+    ],
+    ids=lambda value: None if callable(value) else value[:24],
+)
+def test_a_damaged_folder_is_refused_and_nothing_is_left(
+    damage: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    folder = save(pruned("llama", None), tmp_path / "m")
+    damage(folder)
+    with pytest.raises(ModelError, match=message) as raised:
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert raised.value.hint
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_missing_folder_and_the_folder_of_a_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        export_gguf(tmp_path / "nowhere", tmp_path / "m.gguf")
+    save(pruned("llama", UNEVEN), tmp_path / "run" / "model")
+    with pytest.raises(ModelError, match="folder of a run") as raised:
+        export_gguf(tmp_path / "run", tmp_path / "m.gguf")
+    assert str(tmp_path / "run" / "model") in str(raised.value.hint)
+
+
+# --- whole or not at all ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save(pruned("llama", UNEVEN), tmp_path / "m")
+
+
+def test_a_file_that_is_there_is_replaced_only_when_told(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "m.gguf"
+    place.write_text("mine")
+    with pytest.raises(OutputError, match="exists") as raised:
+        export_gguf(folder, place)
+    assert "--overwrite" in str(raised.value.hint)
+    assert place.read_text() == "mine"
+    assert export_gguf(folder, place, overwrite=True).path.read_bytes()[:4] == b"GGUF"
+
+
+def test_other_names_and_places_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="does not end in"):
+        export_gguf(folder, folder / "config.json", overwrite=True)
+    (tmp_path / "d.gguf").mkdir()
+    with pytest.raises(OutputError, match="is a folder"):
+        export_gguf(folder, tmp_path / "d.gguf", overwrite=True)
+    with pytest.raises(OutputError, match="could not be written"):
+        export_gguf(folder, folder / "config.json" / "m.gguf")
+    assert export_gguf(folder, tmp_path / "a" / "b" / "m.gguf").path.is_file()
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    place = tmp_path / "out" / "m.gguf"
+    place.parent.mkdir()
+    place.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # no file may grow beyond it: the weights do not fit
+    try:
+        with pytest.raises(OutputError, match="could not be written") as raised:
+            export_gguf(folder, place, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "untouched" in str(raised.value.hint)
+    assert place.read_text() == "old"
+    assert [path.name for path in place.parent.iterdir()] == ["m.gguf"]
+
+
+def test_an_interruption_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(folder, tmp_path / "out" / "m.gguf", progress=interrupt)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_progress_reaches_the_end(folder: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    export_gguf(folder, tmp_path / "m.gguf", progress=lambda done, total: seen.append((done, total)))
+    total = len(gguf.GGUFReader(tmp_path / "m.gguf").tensors)
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["export", *arguments])
+
+
+def test_the_command_says_what_it_wrote_and_how_to_run_it(folder: Path, tmp_path: Path) -> None:
+    done = call(str(folder), "--gguf", str(tmp_path / "m.gguf"), "--dtype", "bf16")
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path / 'm.gguf'}: 0.0 MB, 0.0 M parameters in bf16, architecture deci" in done.stdout
+    assert run_line(tmp_path / "m.gguf") in done.stdout
+    assert "write m.gguf: done" in done.stderr
+
+
+def test_json_is_all_there_is_on_stdout(folder: Path, tmp_path: Path) -> None:
+    done = call(str(folder), "--gguf", str(tmp_path / "m.gguf"), "--json")
+    data = json.loads(done.stdout)
+    assert data.pop("run") == run_line(tmp_path / "m.gguf")
+    assert data.keys() == {field.name for field in dataclasses.fields(WrittenGguf)}
+    assert (data["path"], data["architecture"], data["notes"]) == (str(tmp_path / "m.gguf"), "deci", [])
+
+
+def test_an_error_is_a_message_a_hint_and_exit_1(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text("mine")
+    done = call(str(folder), "--gguf", str(tmp_path / "m.gguf"))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert call(str(folder)).exit_code == 2
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_is_written_or_refused_on_purpose() -> None:
+    assert CANDIDATES.keys() | {"opt"} == set(TINY_FAMILIES)
+    for candidates in CANDIDATES.values():
+        assert all(isinstance(architecture, Architecture) for architecture in candidates)
+        assert {a.name for a in candidates} <= set(gguf.MODEL_ARCH_NAMES.values())

@@ -1,0 +1,315 @@
+"""`ffgym measure` and `ffgym latency` on small models: what is found, written and refused. No speed is tested."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glass_runs import glass_home
+from latency_tables import made_up_table
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+from ffgym.costs import latency_cache
+from ffgym.costs.latency import read_table
+from ffgym.errors import BudgetError, ConfigError, ModelError, OutputError
+from ffgym.export.checkpoint import save_pruned
+from ffgym.measure import measure as measure_module
+from ffgym.measure.measure import Options, TableOptions, latency_table, measure
+from ffgym.measure.memory import Memory
+from ffgym.measure.table import Measurement
+from ffgym.models.cut import PrunableModel
+from ffgym.models.loading import load
+from ffgym.testing.models import tiny_model
+
+KEPT = (2, 200, 1, 300, 2, 256, 1, 128)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on the trained tiny Llama: a saved model, and the configuration that names the dense one."""
+    folder = tmp_path_factory.mktemp("run")
+    loaded = load(str(glass_home() / "glass"), dtype="float32", device="cpu")
+    prunable = PrunableModel(loaded.model)
+    kept = [min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)]
+    prunable.cut(kept)
+    save_pruned(loaded.model, loaded.tokenizer, folder / "model", kept=kept, family=prunable.family)
+    (folder / "config.toml").write_text(f"[model]\nname = {json.dumps(str(glass_home() / 'glass'))}\n")
+    return folder
+
+
+@pytest.fixture
+def no_children(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Memory is made up instead of measured in processes of their own; the jobs."""
+    jobs: list[Any] = []
+
+    def measured(job: Any) -> Memory:
+        jobs.append(job)
+        return Memory("resident", 1000, 5000 - 1000 * len(jobs), 9000 - 1000 * len(jobs), False)
+
+    monkeypatch.setattr(measure_module, "measure_memory", measured)
+    return jobs
+
+
+def small(folder: Path, **changes: Any) -> Options:
+    quick: dict[str, Any] = {"batch_sizes": (1,), "prompt_lengths": (16,), "repetitions": 1}
+    return Options(folder, **(quick | {"dtype": "float32", "device": "cpu"} | changes))
+
+
+def silently(options: Options) -> Measurement:
+    return measure(options, progress=Console(file=io.StringIO()))
+
+
+# what is found
+
+
+@pytest.fixture(scope="module")
+def found(run: Path) -> Measurement:
+    """One whole measurement, child processes included."""
+    return silently(small(run / "model", batch_sizes=(1, 2), prompt_lengths=(8, 16), repetitions=2))
+
+
+def test_every_workload_is_measured_in_both_phases(found: Measurement) -> None:
+    assert [(each.phase, each.workload.batch, each.workload.length) for each in found.speeds] == [
+        (phase, batch, length) for batch in (1, 2) for length in (8, 16) for phase in ("prefill", "decode")
+    ]
+    for each in found.speeds:
+        assert 0 < each.ratio.low <= each.ratio.median <= each.ratio.high
+        assert each.ceiling > 1
+
+
+def test_sizes_are_those_of_the_models(found: Measurement, run: Path) -> None:
+    dense, pruned = load(str(glass_home() / "glass"), dtype="float32"), load(str(run / "model"), dtype="float32")
+    for footprint, loaded in ((found.dense, dense), (found.pruned, pruned)):
+        parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        assert (footprint.parameters, footprint.weight_bytes) == (parameters, 4 * parameters)
+    assert found.dense.parameters == 852_608
+    assert found.pruned.parameters < found.dense.parameters
+    assert found.pruned.macs < found.dense.macs
+    assert found.pruned.kv_bytes == found.dense.kv_bytes * sum(KEPT[::2]) / (4 * 2)
+    assert found.pruned.disk_bytes == (run / "model" / "model.safetensors").stat().st_size
+    assert (found.dense.disk_dtype, found.context, found.memory_work) == ("float32", 16, (2, 16))
+
+
+def test_memory_is_that_of_processes_of_their_own(found: Measurement) -> None:
+    assert found.dense.memory is not None
+    assert found.pruned.memory is not None
+    assert found.dense.memory.net_loaded > found.dense.weight_bytes / 2
+    assert found.dense.memory.peak >= found.dense.memory.loaded > found.dense.memory.before >= 0
+
+
+def test_how_it_was_measured_is_recorded(found: Measurement) -> None:
+    assert (found.dtype, found.threads, found.repetitions) == ("float32", torch.get_num_threads(), 2)
+    assert found.torch == torch.__version__
+    assert found.device
+
+
+def test_the_run_folder_will_do_and_threads_are_put_back(run: Path, no_children: list[Any]) -> None:
+    before = torch.get_num_threads()
+    result = silently(small(run, threads=before + 1))
+    assert result.threads == before + 1
+    assert torch.get_num_threads() == before
+    assert [(job.name, job.threads, job.batch, job.length) for job in no_children] == [
+        (str(glass_home() / "glass"), before + 1, 1, 16),
+        (str(run / "model"), before + 1, 1, 16),
+    ]
+
+
+def test_the_dense_model_can_be_named(run: Path, no_children: list[Any], tmp_path: Path) -> None:
+    alone = shutil.copytree(run / "model", tmp_path / "alone")
+    with pytest.raises(ConfigError, match="nothing says which dense model"):
+        silently(small(alone))
+    result = silently(small(alone, dense=str(glass_home() / "glass")))
+    assert result.dense.parameters == 852_608
+
+
+def test_a_model_beside_itself_is_no_smaller(no_children: list[Any]) -> None:
+    glass = glass_home() / "glass"
+    result = silently(small(glass, dense=str(glass)))
+    assert {each.ceiling for each in result.speeds} == {1.0}
+    assert result.dense.macs == result.pruned.macs
+
+
+def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: list[Any]) -> None:
+    result = silently(small(run, prompt_lengths=None))
+    assert {each.workload.length for each in result.speeds} == {112}  # 128 positions, 16 of them to decode
+
+
+@pytest.mark.parametrize("suffix", [".md", ".json"])
+def test_the_output_is_what_its_suffix_says(run: Path, no_children: list[Any], tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "new" / f"measure{suffix}"
+    silently(small(run, output=path))
+    text = path.read_text()
+    if suffix == ".md":
+        assert text.startswith("|  | dense | pruned |")
+    else:
+        assert json.loads(text)["dense"]["parameters"] == 852_608
+
+
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"batch_sizes": ()}, "--batch-sizes is empty"),
+        ({"prompt_lengths": ()}, "--prompt-lengths is empty"),
+        ({"batch_sizes": (1, 0)}, "--batch-sizes has 0"),
+        ({"prompt_lengths": (-5,)}, "--prompt-lengths has -5"),
+        ({"repetitions": 0}, "--repetitions has 0"),
+        ({"threads": 0}, "--threads has 0"),
+    ],
+)
+def test_options_that_mean_nothing(run: Path, changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        small(run, **changes)
+    assert raised.value.hint
+
+
+def test_prompts_that_are_too_long(run: Path) -> None:
+    with pytest.raises(ConfigError, match="--prompt-lengths 120: the models take at most 128 tokens") as raised:
+        silently(small(run, prompt_lengths=(16, 120)))
+    assert "at most 112" in str(raised.value.hint)
+
+
+def test_prompts_that_do_not_fit_the_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(measure_module, "time_in_turn", full)
+    with pytest.raises(ModelError, match="1 x 16 tokens do not fit") as raised:
+        silently(small(run))
+    assert "--batch-sizes" in str(raised.value.hint)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds no model"):
+        silently(small(tmp_path))
+
+
+def test_a_dense_model_of_another_family(run: Path, tmp_path: Path) -> None:
+    tiny_model("opt").save_pretrained(tmp_path / "opt")
+    for file in (glass_home() / "glass").glob("*token*"):
+        shutil.copy(file, tmp_path / "opt")
+    with pytest.raises(ModelError, match="pruned model is of family 'llama', the dense one of 'opt'"):
+        silently(small(run, dense=str(tmp_path / "opt")))
+
+
+def test_a_record_that_leads_nowhere_is_named(run: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(run, tmp_path / "moved")
+    (moved / "config.toml").write_text('[model]\nname = "no/such/folder/here"\n')
+    with pytest.raises(ModelError, match=r"config\.toml names 'no/such/folder/here' as the dense model") as raised:
+        silently(small(moved))
+    assert "--dense" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("name", ["measure.txt", "measure", "measure.md", "measure.md/x.md"])
+def test_an_output_that_cannot_be_written_is_refused_first(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setattr(measure_module, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "measure.md").write_text("mine")
+    with pytest.raises(OutputError) as raised:
+        silently(small(run, output=tmp_path / name))
+    assert raised.value.hint
+    assert (tmp_path / "measure.md").read_text() == "mine"
+
+
+# the commands
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_prints_the_tables(run: Path, no_children: list[Any]) -> None:
+    done = call("measure", str(run), "--batch-sizes", "1,2", "--prompt-lengths", "8", "--repetitions", "1")
+    assert done.exit_code == 0, done.stderr
+    for part in ("parameters", "852.6 k", "prefill", "decode", "peak memory", "times as fast"):
+        assert part in done.stdout
+    assert "speed, in turn: done" in done.stderr
+
+
+def test_json_is_pure_data_on_stdout(run: Path, no_children: list[Any]) -> None:
+    done = call("measure", str(run), "--batch-sizes", "1", "--prompt-lengths", "8", "--repetitions", "1", "--json")
+    assert json.loads(done.stdout)["pruned"]["model"] == "folder model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["--repetitions", "0"], 1, "--repetitions has 0"),
+        (["--batch-sizes", ""], 1, "--batch-sizes is empty"),
+        (["--batch-sizes", ","], 1, "--batch-sizes is empty"),
+        (["--prompt-lengths", "16,many"], 2, "is no list of numbers"),
+        (["--repetitions", "few"], 2, "Invalid value for '--repetitions'"),
+    ],
+)
+def test_bad_options_are_a_message(run: Path, arguments: list[str], code: int, complaint: str) -> None:
+    done = call("measure", str(run), *arguments)
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# latency tables
+
+
+@pytest.fixture
+def table_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """A cache folder of its own, and times that are made up; the repetitions of every table that was asked for."""
+    asked: list[int] = []
+
+    def time_model(model: Any, *, context: int, repetitions: int, on_progress: Any = None) -> Any:
+        asked.append(repetitions)
+        facts = {"device": latency_cache.processors(model), "threads": torch.get_num_threads()}
+        table = made_up_table(model, context=context)
+        return table.model_copy(update=facts | {"torch": torch.__version__, "repetitions": repetitions})
+
+    monkeypatch.setattr(latency_cache, "time_model", time_model)
+    monkeypatch.setattr(latency_cache, "cache_dir", lambda: tmp_path / "cache")
+    return asked
+
+
+def test_latency_is_timed_once_shown_and_written(table_cache: list[int], tmp_path: Path) -> None:
+    glass = str(glass_home() / "glass")
+    arguments = ["latency", glass, "--context", "64", "--dtype", "float32", "--repetitions", "2"]
+    for options in ([], ["--json"], ["--rebuild", "--output", str(tmp_path / "table.json")]):
+        done = call(*arguments, *options)
+        assert done.exit_code == 0, done.stderr
+        if options == ["--json"]:
+            assert json.loads(done.stdout)["context"] == 64
+        else:
+            assert "attention" in done.stdout
+        assert "from the cache" not in done.stderr
+    again = call(*arguments[:-1], "5")
+    assert "from the cache, where each was timed 2 times; --rebuild times again" in again.stderr
+    assert table_cache == [2, 2]
+    written = read_table(tmp_path / "table.json")
+    written.check_fits(load(glass, dtype="float32").model, context=64, source="")
+
+
+def test_latency_of_what_cannot_be_timed(table_cache: list[int], run: Path, tmp_path: Path) -> None:
+    glass, quiet = str(glass_home() / "glass"), Console(file=io.StringIO())
+    with pytest.raises(ModelError, match="pruned by ffgym already"):
+        latency_table(TableOptions(str(run / "model"), 64), progress=quiet)
+    with pytest.raises(BudgetError, match="at most 128"):
+        latency_table(TableOptions(glass, 1024), progress=quiet)
+    with pytest.raises(OutputError, match="ends in") as raised:
+        latency_table(TableOptions(glass, 64, output=tmp_path / "table.md"), progress=quiet)
+    assert ".json" in str(raised.value.hint)
+    for wrong in ({"context": 0}, {"context": 64, "repetitions": 0}, {"context": 64, "threads": -1}):
+        with pytest.raises(ConfigError, match=" has ") as raised_by_number:
+            TableOptions(glass, **wrong)
+        assert "at least 1" in str(raised_by_number.value.hint)

@@ -1,0 +1,134 @@
+"""Memory is that of a process that has done nothing else; a process that dies is an error."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from glass_runs import glass_home
+
+import ffgym.measure.speed  # noqa: F401 - it keeps what it imports, and must not keep what a test puts there
+from ffgym.errors import ModelError
+from ffgym.export.checkpoint import save_pruned
+from ffgym.measure import memory
+from ffgym.measure.memory import Job, Memory, measure_memory
+from ffgym.models import loading, placement
+from ffgym.models.cut import PrunableModel
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def job():
+    return Job(str(glass_home() / "glass"), None, "float32", "cpu", threads=1, batch=2, length=32)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is resident")
+def test_a_fresh_process_measures_itself(job):
+    hoard = bytearray(2**30)  # a peak of this process that its children must not inherit
+    hoard[:: 2**12] = b"x" * len(range(0, 2**30, 2**12))
+    found = measure_memory(job)
+    assert found is not None
+    assert found.kind == "resident"
+    assert 0 < found.before < found.loaded <= found.peak < len(hoard)
+    assert found.net_loaded == found.loaded - found.before > 4 * 800_000  # the weights, float32
+    assert found.net_peak >= found.net_loaded
+    del hoard
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is resident")
+def test_a_pruned_model_takes_less_memory_by_what_its_parameters_say(job, tmp_path, word_tokenizer):
+    """Large enough (50 MB of MLPs, an eighth of which stays) for the system's pages not to matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    prunable = PrunableModel(LlamaForCausalLM(LlamaConfig(vocab_size=128, max_position_embeddings=128, **sizes)))
+    kept = {"dense": (8, 2048) * 4, "pruned": (8, 256) * 4}
+    found, parameters = {}, {}
+    for name, units in kept.items():
+        prunable.cut(units)
+        folder = tmp_path / name
+        saved = save_pruned(prunable.model, word_tokenizer, folder, kept=units, family=prunable.family)
+        parameters[name] = saved.parameters
+        found[name] = measure_memory(replace(job, name=str(folder)))
+        shutil.rmtree(folder)
+    said = 4 * (parameters["dense"] - parameters["pruned"])
+    assert said == 4 * 4 * 3 * 512 * (2048 - 256)
+    print(said, found)  # shown where the test fails
+    assert found["dense"].net_loaded - found["pruned"].net_loaded == pytest.approx(said, rel=0.15)
+    assert found["dense"].net_peak - found["pruned"].net_peak == pytest.approx(said, rel=0.15)
+
+
+def test_a_process_that_fails_is_an_error(job):
+    with pytest.raises(ModelError, match=r"memory of 'no/such/folder' failed: .*no/such/folder") as raised:
+        measure_memory(replace(job, name="no/such/folder"))
+    assert "Check the path" not in raised.value.message, "the reason, not its hint"
+    assert "--batch-sizes" in raised.value.hint
+
+
+def test_a_process_that_is_killed_is_an_error(job, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
+    with pytest.raises(ModelError, match="ended with exit status -9"):
+        measure_memory(job)
+
+
+def test_a_system_that_does_not_say_is_no_figure(job, monkeypatch):
+    silent = subprocess.CompletedProcess([], 0, "a library talks\nnull\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: silent)
+    assert measure_memory(job) is None
+
+
+def test_on_cuda_it_is_what_the_allocator_handed_out(job, monkeypatch):
+    """A model that says it is on a GPU; the allocator's figures are made up."""
+    real, events = loading.load, []
+    monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
+    monkeypatch.setattr(placement, "devices_of", lambda model: {CUDA})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: events.append(("held", device)) or 300)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(("reset", device)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: events.append(("peak", device)) or 500)
+    assert memory._run(job) == Memory("cuda", before=0, loaded=300, peak=500, with_loading=False)
+    assert events == [("held", CUDA), ("reset", CUDA), ("peak", CUDA)]
+
+
+def test_on_several_gpus_it_is_their_sum(job, monkeypatch):
+    real, places = loading.load, (CUDA, torch.device("cuda", 1))
+    monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
+    monkeypatch.setattr(placement, "devices_of", lambda model: set(places))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", dict(zip(places, (300, 200), strict=True)).get)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", dict(zip(places, (500, 400), strict=True)).get)
+    assert memory._run(job) == Memory("cuda", before=0, loaded=500, peak=900, with_loading=False)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_of_other_accelerators_there_is_no_figure(job, monkeypatch, kind):
+    real = loading.load
+    monkeypatch.setattr(
+        loading, "load", lambda *args, **options: replace(real(*args, **options), device=torch.device(kind))
+    )
+    assert memory._run(job) is None
+
+
+class TestOffLinux:
+    """No /proc: what getrusage says, loading included."""
+
+    @pytest.fixture(autouse=True)
+    def _no_proc(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(memory, "STATUS", tmp_path / "nothing" / "status")
+        monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing" / "clear_refs")
+
+    def test_the_peak_is_that_of_the_whole_process(self, job):
+        found = memory._run(job)
+        assert isinstance(found, Memory)
+        assert found.with_loading
+        assert (found.before, found.loaded) == (0, found.peak)
+        assert found.peak > 2**24
+
+    def test_without_getrusage_there_is_none(self, job, monkeypatch):
+        monkeypatch.setitem(sys.modules, "resource", None)
+        assert memory._run(job) is None

@@ -1,0 +1,229 @@
+"""Cutting is exactly zero-masking, restoring is bit-exact, and nothing is copied that need not be."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ffgym.models.cut import PrunableModel
+from ffgym.pruning.calibration import NestedRidge
+from ffgym.pruning.ordering import expand_order
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+VARIANTS = [
+    (family, grouped) for family in TINY_FAMILIES for grouped in (True, False) if family != "opt" or not grouped
+]
+every_family = pytest.mark.parametrize(("family", "grouped"), VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def ids(random_windows):
+    return random_windows(3, 20)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-4)
+
+
+def snapshot(model):
+    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+def parameters_of(model):
+    return {name: id(parameter) for name, parameter in model.named_parameters()}
+
+
+def random_orders(prunable, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(s.units, generator=generator) for s in prunable.sublayers]
+
+
+def random_kept(prunable, seed=0, least=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [int(torch.randint(least, s.units + 1, (), generator=generator)) for s in prunable.sublayers]
+
+
+def masked(model, prunable, orders, kept):
+    """The dense, unpermuted model with the consumer columns of the dropped units set to 0."""
+    reference = PrunableModel(copy.deepcopy(model))
+    for half, order, k in zip(reference.halves, orders, kept, strict=True):
+        columns = expand_order(order[k:], half.sublayer.channels_per_unit)
+        with torch.no_grad():
+            half.consumer.weight[:, columns] = 0
+    return reference.model
+
+
+@every_family
+def test_permuting_units_leaves_the_logits_unchanged(family, grouped, ids):
+    model = tiny_model(family, grouped_query=grouped)
+    before = logits(model, ids)
+    prunable = PrunableModel(model)
+    for half, order in zip(prunable.halves, random_orders(prunable), strict=True):
+        columns = half.consumer.weight[:, expand_order(order, half.sublayer.channels_per_unit)]
+        half.permute(order)
+        assert torch.equal(half.consumer.weight, columns)
+    close(logits(model, ids), before)
+
+
+@every_family
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pruning_equals_zero_masking(family, grouped, seed, ids):
+    """Any allocation, also one that empties sublayers; units in any order."""
+    model = tiny_model(family, grouped_query=grouped)
+    dense = copy.deepcopy(model)
+    prunable = PrunableModel(model)
+    orders, kept = random_orders(prunable, seed), random_kept(prunable, seed)
+    for half, order in zip(prunable.halves, orders, strict=True):
+        half.permute(order)
+    prunable.cut(kept)
+    assert prunable.kept == tuple(kept)
+    close(logits(model, ids), logits(masked(dense, prunable, orders, kept), ids))
+
+
+@every_family
+def test_everything_may_vanish_but_the_first_attention(family, grouped, ids):
+    model = tiny_model(family, grouped_query=grouped)
+    dense = copy.deepcopy(model)
+    prunable = PrunableModel(model)
+    kept = [1, 0, 0, 0, 0, 0]
+    prunable.cut(kept)
+    orders = [torch.arange(s.units) for s in prunable.sublayers]
+    close(logits(model, ids), logits(masked(dense, prunable, orders, kept), ids))
+    assert all(p.numel() == 0 for half in prunable.halves[1:] for p in (half.consumer.weight, half.producers[0].weight))
+
+
+@every_family
+def test_restoring_is_bit_exact(family, grouped, ids):
+    model = tiny_model(family, grouped_query=grouped)
+    before, weights, objects = logits(model, ids), snapshot(model), parameters_of(model)
+    prunable = PrunableModel(model)
+    for seed in (0, 1):
+        prunable.cut(random_kept(prunable, seed))
+        logits(model, ids)
+    prunable.restore()
+    assert prunable.kept == prunable.dense_units
+    after = snapshot(model)
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    assert parameters_of(model) == objects, "the same tensors, not copies"
+    assert torch.equal(logits(model, ids), before)
+
+
+@every_family
+def test_cutting_one_way_then_another_leaves_no_trace(family, grouped, ids):
+    prunable = PrunableModel(tiny_model(family, grouped_query=grouped))
+    first, second = random_kept(prunable, 0), random_kept(prunable, 1)
+    prunable.cut(second)
+    wanted = logits(prunable.model, ids)
+    prunable.cut(first)
+    prunable.cut(second)
+    assert torch.equal(logits(prunable.model, ids), wanted)
+
+
+@every_family
+def test_producers_stay_views(family, grouped):
+    prunable = PrunableModel(tiny_model(family, grouped_query=grouped))
+    before = [[p.weight.data_ptr() for p in half.producers] for half in prunable.halves]
+    prunable.cut([1] * 6)
+    for half, addresses in zip(prunable.halves, before, strict=True):
+        assert [p.weight.data_ptr() for p in half.producers] == addresses
+        for producer in half.producers:
+            assert producer.out_features == producer.weight.shape[0]
+            assert producer.bias is None or len(producer.bias) == producer.out_features
+        assert half.consumer.in_features == half.consumer.weight.shape[1] == half.sublayer.channels_per_unit
+
+
+@every_family
+def test_the_refitted_consumer_and_its_bias_go_in(family, grouped, ids):
+    """The affine path, on families with biases and without; what is cut is also what is put back."""
+    model = tiny_model(family, grouped_query=grouped)
+    prunable = PrunableModel(model)
+    biases = [half.consumer.bias for half in prunable.halves]
+    before = logits(model, ids)
+    for half in prunable.halves:
+        weight, bias = half.dense_consumer
+        x = torch.randn(200, half.sublayer.channels, generator=torch.Generator().manual_seed(1)) + 0.5
+        half.path = NestedRidge(weight.detach(), x.T @ x / 200, 0.1, x.mean(0), bias)
+        half.affine = True
+    kept = random_kept(prunable, least=1)
+    kept[1] = prunable.sublayers[1].units
+    prunable.cut(kept)
+    for half, k in zip(prunable.halves, kept, strict=True):
+        channels = k * half.sublayer.channels_per_unit
+        if k == half.sublayer.units:
+            assert half.consumer.weight is half.dense_consumer[0]
+            assert half.consumer.bias is half.dense_consumer[1]
+        else:
+            torch.testing.assert_close(half.consumer.weight, half.path.weight_at(channels), rtol=0, atol=0)
+            torch.testing.assert_close(half.consumer.bias, half.path.bias_at(channels), rtol=0, atol=0)
+            assert half.consumer.weight.is_contiguous()
+    refitted = logits(model, ids)
+    prunable.cut(kept, calibrated=False)
+    assert [half.consumer.bias is None for half in prunable.halves] == [bias is None for bias in biases]
+    assert not torch.allclose(logits(model, ids), refitted)
+    prunable.restore()
+    assert all(half.consumer.bias is bias for half, bias in zip(prunable.halves, biases, strict=True))
+    assert torch.equal(logits(model, ids), before)
+
+
+@every_family
+def test_an_empty_sublayer_leaves_its_constant(family, grouped, ids):
+    """The affine path at level 0: attention of layer 1 and the MLP of layer 2 become E[W x + b]."""
+    model = tiny_model(family, grouped_query=grouped)
+    reference = PrunableModel(copy.deepcopy(model))
+    prunable = PrunableModel(model)
+    kept = list(prunable.dense_units)
+    for index in (2, 5):
+        half, twin = prunable.halves[index], reference.halves[index]
+        weight, bias = half.dense_consumer
+        x = torch.randn(200, half.sublayer.channels, generator=torch.Generator().manual_seed(1)) + 0.5
+        half.path = NestedRidge(weight.detach(), x.T @ x / 200, 0.1, x.mean(0), bias)
+        kept[index] = 0
+        constant = weight @ x.mean(0) + (0 if bias is None else bias)
+        twin.set_consumer(torch.zeros_like(weight), constant.detach())
+    prunable.cut(kept)
+    close(logits(model, ids), logits(reference.model, ids))
+
+
+@every_family
+def test_generates_with_a_cache_as_without(family, grouped, ids):
+    """Also where attention is gone from all layers but the first, whose cache says how long the text is."""
+    prunable = PrunableModel(tiny_model(family, grouped_query=grouped))
+    prunable.cut([1, 20, 0, 10, 0, 0])
+    with torch.no_grad():
+        cached, fresh = (
+            prunable.model.generate(
+                ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=8, do_sample=False, use_cache=use
+            )
+            for use in (True, False)
+        )
+    assert cached.shape[1] == 28 or cached[0, -1] == prunable.model.config.eos_token_id
+    assert torch.equal(cached, fresh)
+
+
+def test_weights_take_the_models_dtype():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    half = PrunableModel(model).halves[1]
+    half.set_consumer(torch.randn(32, 5), torch.randn(32))
+    assert half.consumer.weight.dtype == half.consumer.bias.dtype == torch.bfloat16
+
+
+def test_names_facts_and_consumers_agree():
+    prunable = PrunableModel(tiny_model("llama"))
+    assert [s.name for s in prunable.sublayers][:3] == ["layer 0 attention", "layer 0 mlp", "layer 1 attention"]
+    assert prunable.dense_units == prunable.kept == (2, 48, 2, 48, 2, 48)
+    layer = prunable.model.model.layers[1]
+    assert prunable.consumers[2] is layer.self_attn.o_proj
+    assert prunable.consumers[3] is layer.mlp.down_proj
+
+
+def test_an_allocation_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="zip"):
+        PrunableModel(tiny_model("llama")).cut([1, 2, 3])

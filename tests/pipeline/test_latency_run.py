@@ -1,0 +1,222 @@
+"""A whole run whose budget is measured latency: the same table, the same allocation, on record."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glass_runs import WINDOW, glass_config, glass_home
+from latency_tables import made_up_table
+from mlflow_store import client, new_store, runs
+from rich.console import Console
+
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
+from ffgym.costs.latency import LatencyTable, read_table, to_json
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.errors import BudgetError, ConfigError
+from ffgym.models.loading import load
+from ffgym.pipeline import compare, pipeline, task
+from ffgym.plugins import discovery
+from ffgym.prepare import parts as parts_module
+from ffgym.testing.models import tiny_model
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def table() -> LatencyTable:
+    """Made-up times of the trained tiny Llama: channels of its MLPs come in jumps."""
+    return made_up_table(load(str(glass_home() / "glass"), dtype="float32").model, context=WINDOW)
+
+
+def timed(folder: Path, table: LatencyTable | None, **changes: Any) -> RunConfig:
+    """A run with a latency budget; the table is written to a file and named, or left to the cache."""
+    prune: dict[str, Any] = {"resource": "latency", "ridge": 0.1, "context": WINDOW}
+    if table is not None:
+        path = folder / "given.json"
+        path.write_text(to_json(table))
+        prune["latency_table"] = str(path)
+    return glass_config(folder, **({"prune": prune, "search": {"random_baseline": False}} | changes))
+
+
+def finish(config: RunConfig) -> tuple[pipeline.RunResult, str]:
+    console = Console(file=io.StringIO(), width=200)
+    result = pipeline.run(config, progress=console)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_counts_records_and_repeats_its_latency(tmp_path: Path, table: LatencyTable) -> None:
+    root = new_store(tmp_path / "mlruns")
+    result, said = finish(timed(tmp_path, table, tracking={"enabled": True}))
+    allocation = json.loads((result.folder / "allocation.json").read_text())
+    assert allocation["resource"] == "latency"
+    assert 0.2 <= allocation["sparsity"] < 0.3
+    assert f"latency: {table.measured}; table {table.digest[:12]}" in said
+    # The record: the folder, MLflow, the table's header, the card.
+    assert read_table(result.folder / "latency.json").digest == table.digest
+    (run,) = runs(root)
+    assert run.data.params["latency.digest"] == table.digest
+    assert "latency.json" in {item.path for item in client(root).list_artifacts(run.info.run_id)}
+    assert result.table.header.endswith(f"Latency: {table.measured}.")
+    assert "of the measured latency of its attention" in (result.folder / "model" / "README.md").read_text()
+    # The rows: shares of the same resource.
+    saved = compare.saved_row(result.table)
+    assert saved.sparsity_prunable == pytest.approx(allocation["sparsity"])
+    costs = {curve.shape.kind: curve.costs for curve in table.curves}
+    tables = [costs[kind] for _ in range(4) for kind in ("attention", "mlp")]
+    cut = sum(float(t[-1] - t[k]) for t, k in zip(tables, allocation["kept"], strict=True))
+    assert saved.sparsity_model == pytest.approx(cut / max(50e9, sum(float(t[-1]) for t in tables)))
+    # The table that the run has recorded gives the same allocation again.
+    again = timed(
+        tmp_path,
+        None,
+        prune={
+            "resource": "latency",
+            "ridge": 0.1,
+            "context": WINDOW,
+            "latency_table": str(result.folder / "latency.json"),
+        },
+        output={"dir": str(tmp_path / "again")},
+    )
+    repeated, _ = finish(again)
+    assert json.loads((repeated.folder / "allocation.json").read_text()) == allocation
+
+
+def test_without_a_file_the_cache_is_asked_once(
+    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def cached(model: Any, *, context: int, on_progress: Any = None, say: Any = None) -> LatencyTable:
+        asked.append(context)
+        on_progress(1, 1)
+        return table
+
+    monkeypatch.setattr(parts_module, "cached_table", cached)
+    result, _ = finish(timed(tmp_path, None, output={"save_model": False}))
+    assert asked == [WINDOW]
+    assert read_table(result.folder / "latency.json") == table
+
+
+def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
+    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(parts_module, "cached_table", lambda *_, **__: table)
+    whole, _ = finish(timed(tmp_path / "whole", None))
+    step, count = PruningEnv.step, itertools.count()
+
+    def interrupted(self: PruningEnv, action: Any) -> Any:
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    config = timed(tmp_path / "parts", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(PruningEnv, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finish(config)
+    # Timed anew since, on a busier machine.
+    other = made_up_table(load(str(glass_home() / "glass"), dtype="float32").model, context=WINDOW, mlp=16e-3)
+    assert other.digest != table.digest
+    monkeypatch.setattr(parts_module, "cached_table", lambda *_, **__: other)
+    folder = tmp_path / "parts" / "out"
+    parts = pipeline.run(config, progress=Console(quiet=True), resume=folder)
+    assert read_table(folder / "latency.json") == table
+    for name in ("allocation.json", "latency.json", "report.md"):
+        assert (parts.folder / name).read_text() == (whole.folder / name).read_text()
+
+
+def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = timed(tmp_path, table)
+    space = task.open_workspace(config, [], pipeline.Reporter(Console(file=io.StringIO())))
+    monkeypatch.setattr(parts_module, "read_table", lambda path: pytest.fail("the table was read again"))
+    other = task.with_config(space, config.model_copy(update={"seed": 1}))
+    assert other.latency is space.latency
+    assert other.env.budget.dense_cost == space.env.budget.dense_cost
+
+
+def test_the_table_of_another_model_is_refused_before_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
+    config = timed(tmp_path, made_up_table(tiny_model("llama"), context=WINDOW))
+    with pytest.raises(BudgetError, match=r"given\.json was timed on another model: hidden 32, here"):
+        finish(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_weighs_latency_reads_and_records_the_table(tmp_path: Path, table: LatencyTable) -> None:
+    reward = {"name": "multi-objective", "accuracy": 0, "resource": "latency"}
+    prune = {"ridge": 0.1, "context": WINDOW, "latency_table": str(tmp_path / "given.json")}
+    result, said = finish(timed(tmp_path, table, prune=prune, reward=reward))
+    assert json.loads((result.folder / "allocation.json").read_text())["resource"] == "params"
+    assert f"table {table.digest[:12]}" in said
+    assert read_table(result.folder / "latency.json").digest == table.digest
+    # The objective is the share of the table's time that the allocation saves.
+    costs = {curve.shape.kind: curve.costs for curve in table.curves}
+    tables = [costs[kind] for _ in range(4) for kind in ("attention", "mlp")]
+    data = json.loads((result.folder / "pareto.json").read_text())
+    assert data["objectives"] == ["perplexity_ratio", "latency_saved"]
+    for row in data["pareto_set"] + data["dominated"]:
+        time = sum(float(t[k]) for t, k in zip(tables, row["kept"], strict=True))
+        saved = 1 - time / sum(float(t[-1]) for t in tables)
+        assert row["objectives"]["latency_saved"] == pytest.approx(saved)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"format": "ffgym latency table 1", "device": "x'])
+def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: LatencyTable, content: str | None) -> None:
+    config = timed(tmp_path, table)
+    path = Path(str(config.prune.latency_table))
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"given\.json"):
+        finish(config)
+
+
+def test_a_run_that_ends_before_its_search_leaves_no_table(
+    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish(timed(tmp_path, table))
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_reach_names_the_range(tmp_path: Path, table: LatencyTable) -> None:
+    prune = {"sparsity": 0.95, "resource": "latency", "context": WINDOW}
+    path = tmp_path / "given.json"
+    path.write_text(to_json(table))
+    with pytest.raises(BudgetError, match=r"0\.95 of latency is out of reach"):
+        finish(glass_config(tmp_path, prune=prune | {"latency_table": str(path)}))
+
+
+@pytest.mark.parametrize(
+    "reward", [{}, {"name": "multi-objective", "resource": "latency", "cost": 0}, {"name": "multi-objective"}]
+)
+def test_a_table_that_nobody_would_read_is_refused(reward: dict[str, Any]) -> None:
+    config = load_config(prune={"latency_table": "here.json"}, reward=reward)
+    with pytest.raises(ConfigError, match=r"prune\.latency_table is given, but prune\.resource is 'params'") as raised:
+        parts_module.make_reward(config)
+    assert "--resource latency" in str(raised.value.hint)
+    assert load_config(prune={"latency_table": "", "resource": "macs"}).prune.latency_table is None
+
+
+def test_the_environment_takes_it_too(tmp_path: Path, table: LatencyTable) -> None:
+    env = parts_module.make_pruning_env(timed(tmp_path, table))
+    assert env.budget.resource == "latency"
+    assert env.budget.dense_cost == sum(float(curve.costs[-1]) * 4 for curve in table.curves)

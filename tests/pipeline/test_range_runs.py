@@ -1,0 +1,328 @@
+"""A run over a range of budgets: one policy, the whole front, a model at a chosen point; and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from glass_runs import PER_UPDATE, glass_config, glass_tables
+from mlflow_store import client, new_store
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.bench.bench import check_benches, read_bench
+from ffgym.cli.app import app
+from ffgym.config.tables import RunConfig
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.errors import BudgetError, ConfigError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.pipeline import compare, pipeline, task
+from ffgym.plugins import built_ins, discovery, manager
+from ffgym.prepare.parts import load_parts
+from ffgym.search.log import read_episodes
+
+TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
+NAMES = ("0.10", "0.20", "0.30", "0.40", "0.50")
+EPISODES = 5 * PER_UPDATE
+FILES = {
+    *("config.toml", "run.json", "episodes.jsonl", "policy.json", "allocation.json"),
+    *(f"allocation-{name}.json" for name in NAMES),
+    *("front.json", "front.md", "front.png", "report.md", "report.json", "units_kept.png", "reward.png", "model"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def ranged(folder: Path, **changes: dict[str, Any]) -> RunConfig:
+    prune = {"sparsity": "0.1:0.5", **changes.pop("prune", {})}
+    search = {"episodes": EPISODES, **changes.pop("search", {})}
+    return glass_config(folder, prune=prune, search=search, **changes)
+
+
+def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
+    console = Console(file=io.StringIO(), width=200)
+    result = pipeline.run(config, progress=console, resume=resume)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConfig, pipeline.RunResult]]:
+    """The run that most tests look at, tracked."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        new_store(folder / "mlruns")
+        config = ranged(folder, tracking={"enabled": True})
+        yield config, go(config)[0]
+
+
+def front_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "front.json").read_text()))
+
+
+# what comes out
+
+
+def test_everything_is_written_and_nothing_else(finished: Any) -> None:
+    folder = finished[1].folder
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: Any) -> None:
+    result = finished[1]
+    front = front_of(result.folder)
+    assert [point["target"] for point in front["points"]] == list(TARGETS)
+    for point in front["points"]:
+        assert point["target"] - 1e-9 <= point["sparsity"] < point["target"] + 0.02
+        assert set(point["perplexity"]) == {"reinforce", "uniform", "MLPs only, ends spared"}
+        assert all(math.isfinite(value) for value in point["perplexity"].values())
+    parameters = [point["parameters"] for point in front["points"]]
+    assert parameters == sorted(parameters, reverse=True)
+    text = (result.folder / "front.md").read_text()
+    for point in front["points"]:
+        assert f"{point['target']:.1%}" in text
+        assert f"{point['perplexity']['reinforce']:.2f}" in text
+    assert "report split" in text
+    assert f"{front['search_tokens']:,} tokens of search" in text
+
+
+def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
+    config, result = finished
+    space = task.open_workspace(config, list(compare.REFERENCES.values()), pipeline.Reporter(Console(quiet=True)))
+    windows = space.splits.report.windows
+    for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
+        allocation = json.loads((result.folder / f"allocation-{name}.json").read_text())
+        assert allocation["kept"] == point["kept"]
+        assert allocation["origin"] == point["origin"]
+        kept = space.env.budget.project(np.array(allocation["importance"], np.float32), point["target"]).kept
+        assert list(kept) == point["kept"]
+        uniform = space.project("uniform", {}, point["target"]).kept
+        for label, units in (("reinforce", point["kept"]), ("uniform", uniform)):
+            with task.cut_to(space, units, "ridge", pipeline.Reporter(Console(quiet=True))):
+                assert evaluate(space.prepared.prunable.model, windows).perplexity == point["perplexity"][label]
+
+
+def test_candidates_are_the_policys_mean_and_episodes_near_the_target(finished: Any) -> None:
+    folder = finished[1].folder
+    episodes = read_episodes(folder / "episodes.jsonl")
+    for point in front_of(folder)["points"]:
+        if point["origin"] != "policy":
+            target = episodes[int(point["origin"].removeprefix("episode "))].target_sparsity
+            nearest = min(abs(e.target_sparsity - point["target"]) for e in episodes)
+            assert abs(target - point["target"]) <= max(0.05, nearest) + 1e-9
+
+
+def test_every_update_has_a_target_of_its_own(finished: Any) -> None:
+    episodes = read_episodes(finished[1].folder / "episodes.jsonl")
+    targets = [e.target_sparsity for e in episodes]
+    assert len(episodes) == EPISODES
+    assert len(set(targets)) == EPISODES // PER_UPDATE
+    assert all(len({e.target_sparsity for e in episodes if e.update == u}) == 1 for u in range(5))
+
+
+def test_the_point_in_the_middle_gets_the_table_and_the_model_of_a_run_at_that_target(finished: Any) -> None:
+    import ffgym.models  # noqa: F401 (registers the classes)
+
+    config, result = finished
+    labels = [row.label for row in result.table.rows]
+    assert labels[0] == "dense"
+    assert labels[-3:] == ["reinforce, plain", "reinforce + ridge", "reinforce + sequential ridge"]
+    assert not any(label.startswith("best of") for label in labels), "random allocations have no target to learn"
+    for row in result.table.rows[1:]:
+        assert 0.3 - 1e-9 <= row.sparsity_prunable < 0.32
+    main = json.loads((result.folder / "allocation.json").read_text())
+    assert main == json.loads((result.folder / "allocation-0.30.json").read_text())
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(result.folder / "model", dtype="auto").eval()
+    _, splits = load_parts(config)
+    assert evaluate(model, splits.report.windows).perplexity == compare.saved_row(result.table).perplexity
+
+
+def test_it_is_printed_with_every_point(finished: Any) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    finished[1].print(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in (*(f"{target:.1%}" for target in TARGETS), "One policy for all points", "reinforce + ridge"):
+        assert part in text
+    data = finished[1].to_json()
+    assert [point["target"] for point in data["front"]["points"]] == list(TARGETS)
+
+
+def test_mlflow_has_it_all(finished: Any) -> None:
+    config, result = finished
+    store = client(Path(config.tracking.root))
+    history = store.get_metric_history(result.mlflow_run, "front/perplexity/reinforce")
+    logged = {point.step: point.value for point in history}
+    points = front_of(result.folder)["points"]
+    assert logged == {round(100 * p["target"]): p["perplexity"]["reinforce"] for p in points}
+    names = {item.path for item in store.list_artifacts(result.mlflow_run)}
+    assert FILES - {"run.json", "episodes.jsonl", "model"} <= names
+    assert store.get_run(result.mlflow_run).data.params["prune.sparsity"] == "0.1:0.5"
+
+
+def test_another_run_starts_from_its_policy_at_one_target_or_over_another_range(finished: Any, tmp_path: Path) -> None:
+    folder = finished[1].folder
+    policy = manager.create("agent", "reinforce")
+    policy.load_state(json.loads((folder / "policy.json").read_text())["state"])
+    quick = {"init_from": str(folder), "random_baseline": False}
+    single = glass_config(tmp_path / "one", prune={"sparsity": 0.35}, search=quick, output={"save_model": False})
+    for config, name in (
+        (single, "one"),
+        (ranged(tmp_path / "two", search=quick, prune={"sparsity": "0.2:0.4"}), "two"),
+    ):
+        output = config.output.model_copy(update={"dir": str(tmp_path / name)})
+        result, _ = go(config.model_copy(update={"output": output}))
+        first = result.found.history[0]
+        mean = policy.recommend(np.array([first.target_sparsity, 1.0], np.float32))[-1]
+        mirrored = result.found.history[PER_UPDATE // 2]
+        pair = np.stack([first.action, mirrored.action])
+        inside = (np.abs(pair) < 1).all(axis=0)
+        assert inside.sum() >= 3
+        np.testing.assert_allclose(pair.mean(axis=0)[inside], mean[inside], atol=1e-6)
+
+
+# which model is saved
+
+
+def test_save_at_adds_its_point_and_saves_that_model(tmp_path: Path) -> None:
+    result, _ = go(ranged(tmp_path, prune={"front_points": 2}, output={"save_at": 0.25, "sequential": False}))
+    assert [point["target"] for point in front_of(result.folder)["points"]] == [0.1, 0.25, 0.5]
+    assert 0.25 <= compare.saved_row(result.table).sparsity_prunable < 0.27
+    assert result.saved is not None
+    assert result.saved.path == result.folder / "model"
+
+
+def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
+    result, _ = go(ranged(tmp_path, prune={"front_points": 3}, output={"save_all": True}))
+    sizes = []
+    for name, point in zip(("0.10", "0.30", "0.50"), front_of(result.folder)["points"], strict=True):
+        card = (result.folder / f"model-{name}" / "README.md").read_text()
+        assert f"{100 * point['sparsity']:.1f}%" in card
+        sizes.append((result.folder / f"model-{name}" / "model.safetensors").stat().st_size)
+    assert sizes == sorted(sizes, reverse=True)
+    assert not (result.folder / "model").exists()
+    again, _ = go(
+        ranged(
+            tmp_path, prune={"front_points": 2}, output={"save_model": False, "sequential": False, "overwrite": True}
+        )
+    )
+    assert not list(again.folder.glob("model*")), "--overwrite cleared what the first run wrote, and nothing was saved"
+    assert not (again.folder / "allocation-0.30.json").exists()
+
+
+# interrupted
+
+
+@pytest.mark.parametrize("after", [3, 2 * PER_UPDATE, EPISODES - 1])
+def test_interrupted_and_resumed_it_is_the_same_front(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    step, count = PruningEnv.step, iter(range(10**6))
+
+    def interrupted(self: PruningEnv, action: np.ndarray) -> Any:
+        if next(count) == after:
+            raise KeyboardInterrupt
+        return step(self, action)
+
+    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(ranged(tmp_path))
+    found = json.loads((tmp_path / "out" / "allocation.json").read_text())
+    assert found["episodes"] == after
+    assert 0.3 <= found["sparsity"] < 0.32
+    result, _ = go(ranged(tmp_path), resume=tmp_path / "out")
+    whole = finished[1].folder
+    assert next(count) == EPISODES + 1, "nothing was measured twice"
+    for name in (*(f"allocation-{name}.json" for name in NAMES), "allocation.json", "policy.json", "report.json"):
+        assert (result.folder / name).read_text() == (whole / name).read_text(), name
+    one, other = front_of(result.folder), front_of(whole)
+    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+
+
+# refused
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("agent", sorted(set(built_ins.BUILTINS["agent"]) - {"reinforce"}))
+def test_an_agent_that_does_not_follow_the_target_is_refused_by_name(tmp_path: Path, agent: str) -> None:
+    with pytest.raises(ConfigError, match=f"agent '{agent}' proposes the same at every target") as raised:
+        go(ranged(tmp_path, agent={"name": agent}))
+    assert "--agent reinforce" in str(raised.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_heuristic_is_refused_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="agent 'one-shot'"):
+        go(ranged(tmp_path, agent={"name": "uniform"}))
+
+
+def test_a_range_whose_upper_end_is_out_of_reach_is_refused_with_what_can_be_reached(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"sparsity 0\.95 of params is out of reach") as raised:
+        go(ranged(tmp_path, prune={"sparsity": "0.1:0.95", "min_units": 8}))
+    assert "Ask for at most" in str(raised.value.hint)
+    assert not (tmp_path / "out").exists(), "the corrected command can have the folder"
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_bench_is_of_one_target(tmp_path: Path) -> None:
+    run = glass_tables(tmp_path, prune={"sparsity": "0.1:0.5"})
+    del run["output"]
+    file = tmp_path / "bench.toml"
+    file.write_text(
+        tomli_w.dumps({"title": "B", "agents": ["reinforce"], "seeds": [0], "results": "r", "run": run}), "utf-8"
+    )
+    with pytest.raises(ConfigError, match=r"a bench compares at one target, and reinforce has .*'0\.1:0\.5'"):
+        check_benches([read_bench(file)])
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sparsity", "0.5:0.1"], "should rise: write '0.1:0.5'"),
+        (["--sparsity", "0.1:1"], "should be less than 1"),
+        (["--sparsity", "0.2:0.2"], "a single target is written 0.2"),
+        (["--sparsity", "0.1:0.5", "--agent", "cma-es"], "agent 'cma-es' proposes the same at every target"),
+        (["--sparsity", "0.1:0.5", "--save-at", "0.7"], "output.save_at = 0.7 is outside the range 0.1:0.5"),
+        (["--save-at", "0.2"], "output.save_at chooses among the points of a range"),
+        (["--save-all"], "output.save_all chooses among the points of a range"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "config"])
+def test_the_command_says_what_is_wrong_and_what_to_do(command: str, arguments: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(app, [command, *arguments])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert complaint in done.stderr
+    assert "hint: " in done.stderr
+
+
+def test_the_command_runs_a_range(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(glass_tables(tmp_path, output={"sequential": False})), "utf-8")
+    arguments = ["--sparsity", "0.1:0.4", "--save-at", "0.2", "--set", "prune.front_points=2", "--json"]
+    done = CliRunner().invoke(app, ["run", "--config", str(file), *arguments])
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert [point["target"] for point in data["front"]["points"]] == [0.1, 0.2, 0.4]
+    assert data["allocation"]["sparsity"] == pytest.approx(0.2, abs=0.02)

@@ -1,0 +1,442 @@
+"""``ffgym run --resume``: an interrupted run goes on and ends as if nothing had happened, in the same MLflow run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from glass_runs import EPISODES, PER_UPDATE, glass_config, glass_tables
+from mlflow_store import client, new_store, runs
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import first_difference
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.errors import ConfigError, DataError, OutputError
+from ffgym.models import placement
+from ffgym.pipeline import compare, pipeline, task
+from ffgym.pipeline.folder import held, last_session
+from ffgym.plugins import discovery
+from ffgym.search.log import read_log
+
+TRACKED = {"enabled": True}
+SMALL = {"output": {"sequential": False}}
+SAME = ("allocation.json", "policy.json", "report.json", "report.md")
+LOGS = ("episodes.jsonl", "episodes-random.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def config(folder: Path, **changes: dict[str, Any]) -> RunConfig:
+    output = {**SMALL["output"], **changes.pop("output", {})}
+    return glass_config(folder, output={"dir": str(folder / "out"), **output}, **changes)
+
+
+def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
+    console = Console(file=io.StringIO(), width=200)
+    result = pipeline.run(config, progress=console, resume=resume)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every episode that is measured; Ctrl-C comes when its length passes ``steps[0]``."""
+    seen = [10**6]
+    step = PruningEnv.step
+
+    def counted(self: PruningEnv, action: np.ndarray) -> Any:
+        if len(seen) > seen[0]:
+            raise KeyboardInterrupt
+        seen.append(len(seen))
+        return step(self, action)
+
+    monkeypatch.setattr(PruningEnv, "step", counted)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield go(config(folder))[0].folder
+
+
+def episodes(folder: Path, name: str) -> str:
+    """A log's episodes, bit for bit; repr shows every bit of a float."""
+    return repr([(e.action.tolist(), {**vars(e), "action": None}) for e in read_log(folder / name).episodes])
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for name in SAME:
+        assert (one / name).read_text() == (other / name).read_text(), name
+    for name in LOGS:
+        assert episodes(one, name) == episodes(other, name), name
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (one, other)]
+    assert weights[0] == weights[1]
+
+
+# it goes on
+
+
+@pytest.mark.parametrize(
+    "after",
+    [1, PER_UPDATE, EPISODES - 1, EPISODES + 2],
+    ids=["in the first update", "between updates", "in the last update", "in the random baseline"],
+)
+def test_it_ends_with_the_numbers_of_an_uninterrupted_run_and_measures_nothing_twice(
+    whole: Path, tmp_path: Path, steps: list[int], after: int
+) -> None:
+    steps[0] = after
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    steps[0] = 10**6
+    result, said = go(config(tmp_path), resume=tmp_path / "out")
+    assert len(steps) - 1 == 2 * EPISODES
+    assert_same(result.folder, whole)
+    assert f"{min(after, EPISODES)} episodes of earlier sessions are taken from episodes.jsonl" in said
+
+
+def test_interrupted_again_and_again(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    for after in (2, 5, 9, 13):
+        steps[0] = after
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path), resume=tmp_path / "out" if after > 2 else None)
+    steps[0] = 10**6
+    result, _ = go(config(tmp_path), resume=tmp_path / "out")
+    assert len(steps) - 1 == 2 * EPISODES
+    assert_same(result.folder, whole)
+
+
+@pytest.mark.parametrize(
+    ("module", "place"), [(compare, "measured_row"), (compare, "save_pruned"), (task, "calibrate_sequentially")]
+)
+def test_ctrl_c_after_the_search_costs_no_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], module: ModuleType, place: str
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, output={"sequential": True}))
+    result, _ = go(config(tmp_path, output={"sequential": True}), resume=tmp_path / "out")
+    assert len(steps) - 1 == 2 * EPISODES
+    assert result.saved is not None
+
+
+def test_a_finished_run_comes_out_the_same_without_an_episode(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    result, _ = go(config(tmp_path))
+    del steps[1:]
+    (result.folder / ".model.part-0123").mkdir()
+    again, said = go(config(tmp_path), resume=result.folder)
+    assert "the search of this run has ended; what comes after it is done again" in said
+    assert len(steps) == 1
+    assert_same(again.folder, whole)
+    assert not list(again.folder.glob(".model*"))
+
+
+def test_seconds_of_all_sessions_are_added_up(tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    log = tmp_path / "out" / "episodes.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps({**row, "seconds": 100.0}) + "\n" for row in rows))
+    steps[0] = 10**6
+    result, _ = go(config(tmp_path), resume=tmp_path / "out")
+    assert 500 < result.found.seconds < 600
+
+
+def test_output_and_tracking_may_change(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path, output={"save_model": False}))
+    steps[0] = 10**6
+    with pytest.raises(OutputError, match=r"resumed in its own folder, .*, and output\.dir = '.*elsewhere' is another"):
+        go(config(tmp_path, output={"dir": str(tmp_path / "elsewhere")}), resume=tmp_path / "out")
+    result, _ = go(config(tmp_path, output={"overwrite": True}), resume=tmp_path / "out")
+    assert_same(result.folder, whole)
+
+
+def test_a_folder_that_was_moved_is_resumed_where_it_is(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    steps[0] = 10**6
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    result, _ = go(config(tmp_path), resume=moved)
+    assert result.folder == moved
+    assert_same(moved, whole)
+
+
+# MLflow
+
+
+@pytest.mark.parametrize("after", [6, EPISODES + 5], ids=["within an update", "in the random baseline"])
+def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps: list[int], after: int) -> None:
+    root = new_store(tmp_path / "mlruns")
+    steps[0] = after
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path, tracking=TRACKED))
+    (killed,) = runs(root)
+    assert killed.info.status == "KILLED"
+    assert last_session(tmp_path / "out").mlflow_run == killed.info.run_id
+    steps[0] = 10**6
+    result, _ = go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
+    (run,) = runs(root)
+    assert result.mlflow_run == run.info.run_id == killed.info.run_id
+    assert run.info.status == "FINISHED"
+    for prefix, name in (("search", "episodes.jsonl"), ("random", "episodes-random.jsonl")):
+        history = client(root).get_metric_history(run.info.run_id, f"{prefix}/reward")
+        logged = {point.step: point.value for point in history}
+        assert len(history) == EPISODES, "none twice, none left out"
+        assert logged == {e.index: e.reward for e in read_log(result.folder / name).episodes}
+    spread = client(root).get_metric_history(run.info.run_id, "policy/spread")
+    assert [point.step for point in spread] == list(range(PER_UPDATE - 1, EPISODES, PER_UPDATE))
+    assert len(run.inputs.dataset_inputs) == 3
+
+
+def test_a_failure_that_was_overcome_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = new_store(tmp_path / "mlruns")
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise DataError("the disk ate it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "measured_row", broken)
+        with pytest.raises(DataError):
+            go(config(tmp_path, tracking=TRACKED))
+    assert runs(root)[0].data.tags["ffgym.failure"] == "DataError: the disk ate it"
+    go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
+    (run,) = runs(root)
+    assert run.info.status == "FINISHED"
+    assert "ffgym.failure" not in run.data.tags
+
+
+@pytest.mark.parametrize("lost", ["deleted", "another store", "the note"])
+def test_without_its_mlflow_run_a_new_one_gets_everything(tmp_path: Path, steps: list[int], lost: str) -> None:
+    root = new_store(tmp_path / "mlruns")
+    steps[0] = 6
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path, tracking=TRACKED))
+    old = last_session(tmp_path / "out").mlflow_run
+    if lost == "deleted":
+        client(root).delete_run(old)
+    elif lost == "another store":
+        root = new_store(tmp_path / "others")
+    else:
+        (tmp_path / "out" / "run.json").write_text("{")
+    steps[0] = 10**6
+    tracked = {**TRACKED, "root": str(root)}
+    result, _ = go(config(tmp_path, tracking=tracked), resume=tmp_path / "out")
+    assert result.mlflow_run not in (None, old)
+    assert last_session(tmp_path / "out").mlflow_run == result.mlflow_run
+    assert len(client(root).get_metric_history(result.mlflow_run, "search/reward")) == EPISODES
+
+
+def test_a_session_without_tracking_does_not_lose_the_mlflow_run(tmp_path: Path, steps: list[int]) -> None:
+    root = new_store(tmp_path / "mlruns")
+    for enabled, resumed in ((True, None), (False, tmp_path / "out")):
+        steps[0] = len(steps) + 2
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, tracking={"enabled": enabled}), resume=resumed)
+    steps[0] = 10**6
+    result, _ = go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
+    (run,) = runs(root)
+    assert result.mlflow_run == run.info.run_id
+    assert len(client(root).get_metric_history(result.mlflow_run, "search/reward")) == EPISODES
+
+
+def test_a_run_is_never_made_of_two_dtypes(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` is a probe, and a busy machine may answer otherwise in the next session."""
+    auto = {**glass_tables(tmp_path)["model"], "dtype": "auto"}
+    whole, _ = go(config(tmp_path / "whole", model={**auto, "dtype": "float32"}))
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 1.0)
+    steps[0] = len(steps) + 4
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path, model=auto))
+    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
+    steps[0] = 10**6
+    result, said = go(config(tmp_path, model=auto), resume=tmp_path / "out")
+    assert "float32 on cpu" in said
+    assert [e.loss for e in result.found.history] == [e.loss for e in whole.found.history]
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 3
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    steps[0] = 10**6
+    half = tmp_path / "out" / ".model.part-0123abcd"
+    half.mkdir()
+    with held(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing into"):
+        go(config(tmp_path), resume=tmp_path / "out")
+    assert half.exists(), "the run that is alive goes on writing it"
+    go(config(tmp_path), resume=tmp_path / "out")
+    assert not half.exists(), "nobody goes on writing it"
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+# what cannot go on
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
+
+
+@pytest.mark.usefixtures("nothing_loads")
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("changes", "complaint"),
+        [
+            ({"prune": {"sparsity": 0.3}}, "has prune.sparsity = 0.2, this one 0.3"),
+            ({"search": {"episodes": 80}}, "has search.episodes = 8, this one 80"),
+            ({"agent": {"name": "reinforce", "spread": 0.3}}, "has agent.spread = 0.15, this one 0.3"),
+            ({"data": {"window": 32}, "prune": {"ridge": 0.2}}, "has data.window = 64, this one 32"),
+        ],
+    )
+    def test_another_configuration_names_the_first_difference(
+        self, whole: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+    ) -> None:
+        with pytest.raises(ConfigError) as raised:
+            go(config(tmp_path, **changes), resume=whole)
+        assert complaint in raised.value.message
+        assert str(whole) in raised.value.message
+        assert "--output DIR" in str(raised.value.hint)
+
+    def test_another_seed(self, whole: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="has seed = 0, this one 1"):
+            go(config(tmp_path).model_copy(update={"seed": 1}), resume=whole)
+
+    @pytest.mark.parametrize(("name", "what"), [("nowhere", "is not there"), ("empty", r"holds no config\.toml")])
+    def test_no_runs_folder(self, tmp_path: Path, name: str, what: str) -> None:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(OutputError, match=what) as raised:
+            go(config(tmp_path), resume=tmp_path / name)
+        assert "leave --resume out" in str(raised.value.hint)
+        assert not (tmp_path / "nowhere").exists()
+
+    def test_a_damaged_configuration(self, tmp_path: Path) -> None:
+        (tmp_path / "config.toml").write_text("seed = ")
+        with pytest.raises(ConfigError, match=r"config\.toml is not valid TOML"):
+            go(config(tmp_path), resume=tmp_path)
+
+
+def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    steps[0] = 10**6
+    log = tmp_path / "out" / "episodes.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows[1]["action"][0] += 0.1
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = log.read_text()
+    with pytest.raises(DataError, match=r"episode 1 of .*episodes\.jsonl is not what this search does"):
+        go(config(tmp_path), resume=tmp_path / "out")
+    assert log.read_text() == before
+    assert (tmp_path / "out" / "config.toml").exists()
+
+
+def test_the_first_difference_is_in_the_order_of_the_configuration(tmp_path: Path) -> None:
+    one = config(tmp_path)
+    assert first_difference(one, config(tmp_path, tracking=TRACKED, output={"dir": "elsewhere"})) is None
+    other = config(tmp_path, search={"episodes": 16}, data={"window": 32})
+    assert first_difference(one, other) == ("data.window", 64, 32)
+    options = config(tmp_path, criterion={"name": "random", "seed": 3})
+    assert first_difference(one, options) == ("criterion.name", "wanda", "random")
+
+
+# the command
+
+
+def toml(folder: Path, **changes: dict[str, Any]) -> str:
+    path = folder / "run.toml"
+    output = {"dir": str(folder / "out"), **SMALL["output"]}
+    path.write_text(tomli_w.dumps(glass_tables(folder, output=output, **changes)), encoding="utf-8")
+    return str(path)
+
+
+def test_the_folder_alone_or_the_same_command_with_it(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    file = toml(tmp_path)
+    for after, arguments in ((3, []), (6, ["--resume", str(tmp_path / "out")])):
+        steps[0] = after
+        done = CliRunner().invoke(app, ["run", "--config", file, *arguments])
+        assert done.exit_code == 130, done.stderr
+        assert f"go on where it stopped: ffgym run --resume {tmp_path / 'out'}" in done.stderr
+    steps[0] = 10**6
+    done = CliRunner().invoke(app, ["run", "--resume", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["folder"] == str(tmp_path / "out")
+    assert len(steps) - 1 == 2 * EPISODES
+    assert_same(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--resume", "{whole}", "--sparsity", "0.3"], "has prune.sparsity = 0.2, this one 0.3"),
+        (["--resume", "{whole}", "--agent", "random"], "has agent.name = 'reinforce', this one 'random'"),
+        (["--resume", "{tmp}/nowhere"], "there is no run to resume in"),
+        (["--output", "{whole}"], "exists and is not empty"),
+    ],
+)
+def test_what_cannot_go_on_is_a_message_and_a_hint(
+    whole: Path, tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    filled = [text.format(whole=whole, tmp=tmp_path) for text in arguments]
+    done = CliRunner().invoke(app, ["run", *filled])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert complaint in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+    """SIGKILL leaves nothing but what was written: the log of episodes and the configuration."""
+    new_store(tmp_path / "mlruns")
+    file = toml(tmp_path, tracking=TRACKED, search={"random_baseline": False, "episodes": 120})
+    command = [sys.executable, "-m", "ffgym", "run", "--config", file]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
+    log = tmp_path / "out" / "episodes.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") > PER_UPDATE + 1) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    done = len(read_log(log).episodes)
+    assert PER_UPDATE < done < 120
+    from ffgym.config.toml import load_config
+
+    result, _ = go(load_config(Path(file)), resume=tmp_path / "out")
+    assert len(result.found.history) == 120
+    history = client(tmp_path / "mlruns").get_metric_history(result.mlflow_run, "search/reward")
+    assert sorted(point.step for point in history) == list(range(120))

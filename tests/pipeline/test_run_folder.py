@@ -1,0 +1,164 @@
+"""Files of a run are written whole or not at all, and no folder is cleared that something still needs."""
+
+from __future__ import annotations
+
+import errno
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
+from ffgym.errors import OutputError
+from ffgym.files import write_text
+from ffgym.pipeline.folder import (
+    LOCK,
+    claim_folder,
+    clear_folder,
+    held,
+    removing_if_nothing_found,
+    saying_what_is_kept,
+)
+
+
+def full_disk(self: Path, *_: object, **__: object) -> None:
+    self.open("w").close()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def overwriting(folder: Path, start: object = None) -> RunConfig:
+    return load_config(
+        output={"dir": str(folder), "overwrite": True}, search={"init_from": None if start is None else str(start)}
+    )
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "config.toml"
+    write_text(file, "seed = 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(OutputError, match="No space left on device"):
+            write_text(file, "seed = 2")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+    assert file.read_text() == "seed = 1"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "scores.json"
+    link.symlink_to(tmp_path / "there" / "scores.json")
+    write_text(link, "{}")
+    assert link.is_symlink()
+    assert (tmp_path / "there" / "scores.json").read_text() == "{}"
+
+
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    write_text(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_log_without_an_episode_is_no_reason_to_keep_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for log, stays in (("", False), ("{}\n", True)):
+        folder.mkdir()
+        (folder / "config.toml").write_text("seed = 1")
+        (folder / "episodes.jsonl").write_text(log)
+        with pytest.raises(RuntimeError), removing_if_nothing_found(folder):
+            raise RuntimeError
+        assert folder.exists() == stays
+
+
+def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
+    """Of a run that was killed before, so that nothing else was written."""
+    (tmp_path / "episodes.jsonl").write_text("{}\n")
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt), saying_what_is_kept(tmp_path, said.append):
+        raise KeyboardInterrupt
+    assert said == [
+        f"interrupted; the episodes so far are in {tmp_path / 'episodes.jsonl'}",
+        f"go on where it stopped: ffgym run --resume {tmp_path}",
+    ]
+
+
+@pytest.mark.parametrize("name", [".config.toml.part-0123abcd", ".model-0.20-recovered.part-0123abcd"])
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / name).write_text("")
+    folder = claim_folder(overwriting(tmp_path))
+    assert (tmp_path / name).exists(), "not before the run could be loaded"
+    clear_folder(folder)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [".download.part", ".thesis.tex.part-0123abcd", ".config.toml.part"])
+def test_what_somebody_else_left_is_not(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / name).write_text("")
+    with pytest.raises(OutputError, match="--overwrite will not clear it"):
+        claim_folder(overwriting(tmp_path))
+
+
+def test_several_may_write_the_same_file(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_text(tmp_path / "table.md", f"{number}" * 1000), range(10)))
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+    assert len((tmp_path / "table.md").read_text()) == 1000
+
+
+@pytest.mark.parametrize("key", ["model", "report"])
+def test_a_model_or_a_text_that_is_read_is_not_overwritten(tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "model").mkdir()
+    tables = {"model": {"name": str(tmp_path / "model")}} if key == "model" else {"data": {key: str(tmp_path)}}
+    with pytest.raises(OutputError, match=f"--overwrite would delete .* and .*{key}"):
+        claim_folder(load_config(output={"dir": str(tmp_path), "overwrite": True}, **tables))
+    assert (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("start", ["", "policy.json"])
+def test_the_policy_to_start_from_is_not_overwritten(tmp_path: Path, start: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.toml").write_text("")
+    (folder / "policy.json").write_text("{}")
+    with pytest.raises(OutputError, match="--overwrite would delete"):
+        claim_folder(overwriting(folder, folder / start))
+    assert (folder / "policy.json").exists()
+
+
+def test_an_mlflow_run_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    clear_folder(claim_folder(overwriting(tmp_path, "0123456789abcdef0123456789abcdef")))
+    assert not (tmp_path / "config.toml").exists()
+
+
+def test_what_came_into_a_claimed_folder_since_is_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("")
+    folder = claim_folder(overwriting(tmp_path))
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match=r"thesis\.tex, which ffgym did not write"):
+        clear_folder(folder)
+
+
+def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: claim_folder(load_config()), range(8)))
+    assert len(set(folders)) == 8
+    assert all(folder.parent == tmp_path / "runs" for folder in folders)
+
+
+def test_a_folder_is_held_by_one_run_and_not_by_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()  # what a kill leaves
+    assert claim_folder(load_config(output={"dir": str(tmp_path)})) == tmp_path, "nothing is in it"
+    with held(tmp_path), pytest.raises(OutputError, match="another run is writing into"), held(tmp_path):
+        raise AssertionError("held twice")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_deleted_meanwhile_hides_no_error(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), removing_if_nothing_found(folder):
+        raise KeyboardInterrupt

@@ -1,0 +1,927 @@
+"""A whole run on a small trained model: what it writes, measures and tracks, that it repeats, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from glass_runs import EPISODES, PER_UPDATE, WINDOW, glass_config, glass_home, glass_tables, untimed
+from mlflow_store import client, new_store, runs
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import digest, load_config
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.errors import (
+    BudgetError,
+    ConfigError,
+    DataError,
+    FFGymError,
+    ModelError,
+    OutputError,
+    PluginError,
+    TrackingError,
+    UnknownNameError,
+)
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.pipeline import compare, pipeline, task
+from ffgym.pipeline.folder import claim_folder
+from ffgym.plugins import built_ins, configured, discovery, manager
+from ffgym.prepare.parts import load_parts
+from ffgym.report.table import Row
+from ffgym.search import log
+from ffgym.search.log import read_episodes
+from ffgym.search.policy import read_policy
+
+FILES = {
+    *("config.toml", "run.json", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
+    *("report.md", "report.json", "units_kept.png", "reward.png", "model"),
+}
+TRACKED = {"enabled": True}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@dataclass
+class Finished:
+    config: RunConfig
+    result: pipeline.RunResult
+    said: str
+
+    @property
+    def folder(self) -> Path:
+        return self.result.folder
+
+    @property
+    def root(self) -> Path:
+        return Path(self.config.tracking.root)
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        return {row.label: row for row in self.result.table.rows}
+
+
+def finish(config: RunConfig) -> Finished:
+    console = Console(file=io.StringIO(), width=200)
+    result = pipeline.run(config, progress=console)
+    return Finished(config, result, console.file.getvalue())  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """The run that most tests look at, tracked."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        new_store(folder / "mlruns")
+        yield finish(glass_config(folder, tracking=TRACKED))
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``stop_at(n)``: Ctrl-C while episode n (from 0, over all searches) is measured."""
+
+    def arm(number: int) -> None:
+        step, count = PruningEnv.step, iter(range(10**6))
+
+        def interrupted(self: PruningEnv, action: np.ndarray) -> Any:
+            if next(count) == number:
+                raise KeyboardInterrupt
+            return step(self, action)
+
+        monkeypatch.setattr(PruningEnv, "step", interrupted)
+
+    return arm
+
+
+# what a run writes
+
+
+def test_everything_is_written_and_nothing_else(finished: Finished) -> None:
+    assert {path.name for path in finished.folder.iterdir()} == FILES
+    for name in ("units_kept.png", "reward.png"):
+        assert (finished.folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_written_configuration_is_the_run(finished: Finished) -> None:
+    written = load_config(finished.folder / "config.toml")
+    assert written == configured.with_options(finished.config)
+    assert written.agent.options["smooth"] == 0.95, "a default that moves later is written down"
+
+
+def test_the_table_has_its_rows(finished: Finished) -> None:
+    assert list(finished.rows) == [
+        "dense",
+        "uniform + ridge",
+        "MLPs only, ends spared + ridge",
+        f"best of {EPISODES} random + ridge",
+        "reinforce, plain",
+        "reinforce + ridge",
+        "reinforce + sequential ridge",
+    ]
+    assert [row.is_found for row in finished.result.table.rows] == [False] * 4 + [True] * 3
+    assert all(math.isfinite(row.perplexity) for row in finished.result.table.rows)
+    report = json.loads((finished.folder / "report.json").read_text())
+    assert [row["perplexity"] for row in report] == [row.perplexity for row in finished.result.table.rows]
+    text = (finished.folder / "report.md").read_text()
+    assert all(label in text for label in finished.rows)
+
+
+def test_the_header_says_how_it_was_measured(finished: Finished) -> None:
+    header = finished.result.table.header
+    for part in ("wiki.txt, report split", "1,008 tokens in windows of 64", "float32, without BOS", "Seed 0"):
+        assert part in header
+
+
+def test_every_row_is_within_the_budget_and_close_to_it(finished: Finished) -> None:
+    dense, *pruned = finished.result.table.rows
+    model, _ = load_parts(finished.config)
+    smallest = min(s.unit_params for s in task.make_budget(finished.config, model.model).sublayers)
+    prunable = (dense.parameters - pruned[0].parameters) / pruned[0].sparsity_prunable
+    assert (dense.sparsity_prunable, dense.sparsity_model) == (0.0, 0.0)
+    for row in pruned:
+        assert 0.2 <= row.sparsity_prunable < 0.2 + smallest / prunable
+        assert row.sparsity_model == pytest.approx(1 - row.parameters / dense.parameters)
+        assert row.macs_per_token < dense.macs_per_token
+        assert row.kv_bytes_per_token <= dense.kv_bytes_per_token
+
+
+def test_the_allocation_is_what_the_table_shows(finished: Finished) -> None:
+    allocation = json.loads((finished.folder / "allocation.json").read_text())
+    assert tuple(allocation["kept"]) == finished.result.found.best.allocation.kept
+    assert allocation["sparsity"] == pytest.approx(finished.rows["reinforce + ridge"].sparsity_prunable)
+    assert (allocation["resource"], allocation["episodes"]) == ("params", EPISODES)
+    assert len(allocation["importance"]) == len(allocation["kept"]) == 8
+
+
+def test_episodes_are_logged_with_their_tokens(finished: Finished) -> None:
+    for name in ("episodes.jsonl", "episodes-random.jsonl"):
+        episodes = read_episodes(finished.folder / name)
+        assert [episode.index for episode in episodes] == list(range(EPISODES))
+        assert {episode.tokens for episode in episodes} == {2 * WINDOW}
+    assert finished.result.found.search_tokens == EPISODES * 2 * WINDOW
+
+
+def test_the_result_is_printed_with_the_line_that_loads_the_model(finished: Finished) -> None:
+    console = Console(file=io.StringIO(), width=300)
+    finished.result.print(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "uniform + ridge" in text
+    assert f"from_pretrained('{finished.folder / 'model'}', trust_remote_code=True)" in text
+    assert str(finished.result.mlflow_run) in text
+
+
+def test_progress_names_every_stage(finished: Finished) -> None:
+    for part in ("load model and text", "collect statistics", "search: reinforce", "search: random", "report: dense"):
+        assert part in finished.said
+
+
+# the saved model
+
+
+def reloaded(one: Finished) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    import ffgym.models  # noqa: F401 (registers the classes)
+
+    return AutoModelForCausalLM.from_pretrained(one.folder / "model", dtype="auto").eval()
+
+
+def check_reloaded(one: Finished) -> None:
+    """The saved checkpoint measures, bit for bit, what the table says of the saved refit."""
+    _, splits = load_parts(one.config)
+    assert evaluate(reloaded(one), splits.report.windows).perplexity == compare.saved_row(one.result.table).perplexity
+
+
+def test_the_saved_model_is_the_one_that_was_measured(finished: Finished) -> None:
+    check_reloaded(finished)
+    last = compare.saved_row(finished.result.table)
+    assert finished.result.saved is not None
+    assert finished.result.saved.parameters == last.parameters
+    assert last.label in (finished.folder / "model" / "README.md").read_text()
+
+
+def test_it_is_smaller_on_disk_by_what_the_parameters_say(finished: Finished) -> None:
+    dense, last = finished.result.table.rows[0], compare.saved_row(finished.result.table)
+    saved = (finished.folder / "model" / "model.safetensors").stat().st_size
+    removed = (glass_home() / "glass" / "model.safetensors").stat().st_size - saved
+    assert removed == pytest.approx(4 * (dense.parameters - last.parameters), abs=2048)  # the header differs
+
+
+def test_it_generates_with_its_tokenizer(finished: Finished) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "model")
+    ids = tokenizer("Alice was", return_tensors="pt").input_ids
+    out = reloaded(finished).generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, use_cache=True)
+    assert out.shape[1] == ids.shape[1] + 5
+
+
+# MLflow
+
+
+@pytest.fixture(scope="module")
+def tracked(finished: Finished) -> Any:
+    return client(finished.root).get_run(finished.result.mlflow_run)
+
+
+def test_the_run_is_finished_and_has_its_parameters(finished: Finished, tracked: Any) -> None:
+    assert tracked.info.status == "FINISHED"
+    assert tracked.info.run_name == "out"
+    for key, value in (("seed", "0"), ("agent.name", "reinforce"), ("prune.sparsity", "0.2"), ("data.window", "64")):
+        assert tracked.data.params[key] == value
+    assert len(runs(finished.root)) == 1
+
+
+@pytest.mark.parametrize(
+    "metric", ["reward", "perplexity", "dense_perplexity", "sparsity", "target_sparsity", "fidelity", "tokens"]
+)
+def test_episodes_are_metrics_by_step(finished: Finished, metric: str) -> None:
+    run_id = finished.result.mlflow_run
+    for prefix in ("search", "random"):
+        history = client(finished.root).get_metric_history(run_id, f"{prefix}/{metric}")
+        assert [point.step for point in history] == list(range(EPISODES))
+    if metric == "reward":
+        history = client(finished.root).get_metric_history(run_id, "search/reward")
+        assert [point.value for point in history] == [e.reward for e in finished.result.found.history]
+
+
+@pytest.mark.parametrize("metric", ["policy/mean", "policy/spread"])
+def test_the_policys_mean_and_spread_are_metrics_by_update(finished: Finished, metric: str) -> None:
+    history = client(finished.root).get_metric_history(finished.result.mlflow_run, metric)
+    assert [point.step for point in history] == list(range(PER_UPDATE - 1, EPISODES, PER_UPDATE))
+
+
+def test_the_report_is_metrics(finished: Finished, tracked: Any) -> None:
+    for label, row in (("dense", "dense"), ("uniform-ridge", "uniform + ridge")):
+        assert tracked.data.metrics[f"report/perplexity/{label}"] == finished.rows[row].perplexity
+
+
+def test_the_splits_are_dataset_inputs_with_digests(finished: Finished, tracked: Any) -> None:
+    _, splits = load_parts(finished.config)
+    inputs = {item.tags[0].value: item.dataset for item in tracked.inputs.dataset_inputs}
+    assert set(inputs) == {"calibration", "search", "report"}
+    for role, dataset in inputs.items():
+        split = getattr(splits, role)
+        assert json.loads(dataset.profile)["digest"] == split.digest
+        assert split.digest.startswith(dataset.digest)
+
+
+def test_config_allocation_policy_report_and_pictures_are_artifacts(finished: Finished, tracked: Any) -> None:
+    names = {item.path for item in client(finished.root).list_artifacts(tracked.info.run_id)}
+    assert names == {
+        *("config.toml", "allocation.json", "policy.json", "report.json", "report.md"),
+        *("units_kept.png", "reward.png"),
+    }
+
+
+def test_the_model_has_the_configuration_beside_it_that_its_card_reruns(finished: Finished) -> None:
+    model = finished.folder / "model"
+    assert "ffgym run --config config.toml --output NEW_FOLDER" in (model / "README.md").read_text()
+    assert (model / "config.toml").read_bytes() == (finished.folder / "config.toml").read_bytes()
+
+
+def test_versions_and_plugins_are_tags(tracked: Any) -> None:
+    tags = tracked.data.tags
+    for package in ("ffgym", "torch", "transformers"):
+        assert tags[f"version.{package}"]
+    for plugin in ("agent.reinforce", "criterion.wanda", "reward.perplexity", "heuristic.mlp-first"):
+        assert tags[f"plugin.{plugin}"].startswith("ffgym ")
+    assert (tags["device"], tags["dtype"], int(tags["threads"])) == ("cpu", "float32", torch.get_num_threads())
+
+
+# the same again, and other settings
+
+
+def test_the_same_seed_is_the_same_run_bit_for_bit(finished: Finished, tmp_path: Path) -> None:
+    again = finish(glass_config(tmp_path))
+    for name in ("allocation.json", "policy.json", "report.json"):
+        assert (again.folder / name).read_text() == (finished.folder / name).read_text(), name
+    for name in ("episodes.jsonl", "episodes-random.jsonl"):
+        assert untimed(again.folder / name) == untimed(finished.folder / name), name
+    assert again.result.mlflow_run is None
+
+
+def test_another_seed_is_another_search(finished: Finished, tmp_path: Path) -> None:
+    other = finish(glass_config(tmp_path, seed=1))
+    rewards = [episode.reward for episode in other.result.found.history]
+    assert rewards != [episode.reward for episode in finished.result.found.history]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prune": {"calibration": "none"}},
+        {"prune": {"calibration": "affine"}},
+        {"prune": {"ridge": "auto"}},
+        {"prune": {"resource": "macs"}},
+        {"prune": {"resource": "kv", "sparsity": 0.25}},
+        {"prune": {"min_units": 0, "sparsity": 0.5}},
+        {"prune": {"align": 32}},
+        {"prune": {"uniform": True}},
+        {"prune": {"uniform": True, "calibration": "affine"}},
+        {"prune": {"uniform": True, "resource": "macs", "align": 8}},
+        {"output": {"sequential": False}},
+        {"criterion": {"name": "random"}, "prior": {"name": "none"}},
+        {"schedule": {"sparsity": "cubic", "fidelity": "cubic"}},
+    ],
+    ids=lambda changes: " ".join(f"{k}={v}" for table in changes.values() for k, v in table.items()),
+)
+def test_every_setting_ends_in_a_model_within_its_budget_that_loads(
+    tmp_path: Path, changes: dict[str, dict[str, Any]]
+) -> None:
+    one = finish(glass_config(tmp_path, **changes))
+    check_reloaded(one)
+    target = one.config.prune.sparsity
+    assert one.result.saved is not None
+    assert one.result.saved.parameters == compare.saved_row(one.result.table).parameters  # new biases and all
+    for row in one.result.table.rows[1:]:
+        assert target - 1e-9 <= row.sparsity_prunable < target + 0.1
+    rewards = [episode.reward for episode in one.result.found.history]
+    assert len(rewards) >= EPISODES
+    assert all(math.isfinite(reward) for reward in rewards)
+
+
+def test_a_uniform_run_ends_in_a_stock_checkpoint(tmp_path: Path) -> None:
+    one = finish(glass_config(tmp_path, prune={"uniform": True}))
+    assert list(one.rows) == [
+        "dense",
+        "uniform + ridge",
+        "MLPs only + ridge",
+        "reinforce, plain",
+        "reinforce + ridge",
+        "reinforce + sequential ridge",
+    ]
+    assert not (one.folder / "episodes-random.jsonl").exists()
+    shapes = [c.allocation.kept for c in one.result.found.finalists]
+    assert f"uniform: {len(shapes)} shapes use up the budget" in one.said
+    assert all(len(set(zip(kept[::2], kept[1::2], strict=True))) == 1 for kept in shapes)
+    config = json.loads((one.folder / "model" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert "auto_map" not in config
+    assert not list((one.folder / "model").glob("*.py"))
+    console = Console(file=io.StringIO(), width=300)
+    one.result.print(console)
+    assert f"from_pretrained('{one.folder / 'model'}')" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "trust_remote_code" not in (one.folder / "model" / "README.md").read_text()
+
+
+def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(tmp_path: Path) -> None:
+    for name, prune in (("uneven", {"calibration": "affine"}), ("stock", {"calibration": "affine", "uniform": True})):
+        one = finish(glass_config(tmp_path / name, prune=prune))
+        assert one.result.saved is not None
+        assert one.result.saved.parameters == compare.saved_row(one.result.table).parameters
+        plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + affine"]
+        assert refitted.parameters > plain.parameters
+        assert refitted.sparsity_prunable == plain.sparsity_prunable, "the budget does not count them"
+
+
+def test_a_rule_alone_takes_one_shape_too(tmp_path: Path) -> None:
+    config = configured.resolve_agent(glass_config(tmp_path, prune={"uniform": True}, agent={"name": "flap"}))
+    one = finish(config)
+    assert len(set(one.result.found.best.allocation.kept[1::2])) == 1
+    assert "shapes" not in one.said
+
+
+def test_a_kv_budget_leaves_the_mlps_whole(tmp_path: Path) -> None:
+    one = finish(glass_config(tmp_path, prune={"resource": "kv", "sparsity": 0.25}, output={"save_model": False}))
+    dense, *pruned = one.result.table.rows
+    assert one.result.saved is None
+    assert not (one.folder / "model").exists()
+    assert len(set(one.result.found.best.allocation.kept[1::2])) == 1
+    assert all(row.kv_bytes_per_token == 0.75 * dense.kv_bytes_per_token for row in pruned)
+
+
+def test_without_the_sequential_refit_the_nested_one_is_saved(tmp_path: Path) -> None:
+    one = finish(glass_config(tmp_path, output={"sequential": False}, search={"random_baseline": False}))
+    assert list(one.rows)[-3:] == ["MLPs only, ends spared + ridge", "reinforce, plain", "reinforce + ridge"]
+    assert len(one.rows) == 5
+    assert not (one.folder / "episodes-random.jsonl").exists()
+
+
+@pytest.mark.parametrize("agent", sorted(set(built_ins.BUILTINS["agent"]) - {"ppo", "one-shot"}))
+def test_every_agent_runs(tmp_path: Path, agent: str) -> None:
+    one = finish(glass_config(tmp_path, agent={"name": agent}, output={"save_model": False}))
+    assert one.rows[f"{agent} + sequential ridge"].is_found
+    assert any(label.startswith("best of") for label in one.rows) == (agent != "random")
+    # The update that crosses the budget is the last: nobody gets more than one update beyond it.
+    spent, budget = one.result.found.search_tokens, EPISODES * 2 * WINDOW
+    assert spent < budget + PER_UPDATE * 2 * WINDOW
+
+
+@pytest.mark.parametrize("heuristic", ["uniform", "mlp-first"])
+def test_a_heuristic_runs_in_one_episode(tmp_path: Path, heuristic: str) -> None:
+    config = configured.resolve_agent(glass_config(tmp_path, agent={"name": heuristic}))
+    one = finish(config)
+    assert len(one.result.found.history) == 1
+    assert one.result.found.best.origin == "policy"
+    if heuristic == "uniform":
+        assert one.rows["uniform (one-shot) + ridge"].perplexity == one.rows["uniform + ridge"].perplexity
+
+
+# starting from another run
+
+
+def test_init_from_a_folder_or_an_mlflow_run_starts_from_its_policy(finished: Finished, tmp_path: Path) -> None:
+    kept = {"root": str(finished.root)}
+    sources = {"folder": str(finished.folder), "run": str(finished.result.mlflow_run)}
+    logs = []
+    for name, source in sources.items():
+        changes = {"prune": {"sparsity": 0.3}, "search": {"init_from": source, "random_baseline": False}}
+        one = finish(
+            glass_config(
+                tmp_path / name, **changes, tracking=kept, output={"save_model": False, "dir": str(tmp_path / name)}
+            )
+        )
+        logs.append(untimed(one.folder / "episodes.jsonl"))
+    assert logs[0] == logs[1]
+
+    agent = manager.create("agent", "reinforce")
+    agent.load_state(json.loads((finished.folder / "policy.json").read_text())["state"])
+    mean = agent.recommend(np.array([0.3, 1.0], np.float32))[-1]
+    first = read_episodes(tmp_path / "folder" / "episodes.jsonl")
+    pair = np.stack([first[0].action, first[PER_UPDATE // 2].action])  # mirrored around the mean
+    inside = (np.abs(pair) < 1).all(axis=0)
+    assert inside.sum() >= 4
+    np.testing.assert_allclose(pair.mean(axis=0)[inside], mean[inside], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "no policy could be read"),
+        ("{", "no policy could be read"),
+        ("[1]", "no policy could be read"),
+        ('{"agent": "random", "state": {}}', "holds a policy of agent 'random', this run is 'reinforce'"),
+        ('{"agent": "reinforce", "state": null}', "no policy could be read"),
+        ('{"agent": "reinforce", "state": [1]}', "no policy could be read"),
+        ('{"agent": "reinforce", "state": {}, "sublayers": 3}', "no policy could be read"),
+        ('{"agent": "reinforce", "state": {}}', "its policy is not what agent 'reinforce' writes"),
+        ('{"agent": "reinforce", "state": {"weights": "x", "log_spread": 0}}', "its policy is not what agent"),
+    ],
+)
+def test_a_policy_that_cannot_be_taken_up_is_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, complaint: str
+) -> None:
+    nothing_is_loaded(monkeypatch)
+    source = tmp_path / "earlier"
+    if text is not None:
+        source.mkdir()
+        (source / "policy.json").write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        finish(glass_config(tmp_path, search={"init_from": str(source)}))
+    assert raised.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_mlflow_run_that_does_not_exist_is_named(finished: Finished, tmp_path: Path) -> None:
+    search = {"init_from": "0" * 32}
+    with pytest.raises(TrackingError, match="0" * 32):
+        finish(glass_config(tmp_path, search=search, tracking={"root": str(finished.root)}))
+
+
+def test_a_policy_of_another_model_is_refused(finished: Finished, tmp_path: Path) -> None:
+    policy = json.loads((finished.folder / "policy.json").read_text())
+    policy["state"]["weights"] = [row[:6] for row in policy["state"]["weights"]]
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    with pytest.raises(ConfigError, match="for 6 sublayers, this model has 8"):
+        finish(glass_config(tmp_path, search={"init_from": str(tmp_path / "policy.json")}))
+
+
+@pytest.mark.parametrize("agent", ["reinforce", "evolution", "ppo"])
+def test_a_policy_for_other_sublayers_is_refused_whatever_the_agent(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: str
+) -> None:
+    policy = json.loads((finished.folder / "policy.json").read_text())
+    policy |= {"agent": agent, "sublayers": policy["sublayers"][:6]}
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    monkeypatch.setattr(manager.get_class("agent", agent), "load_state", lambda self, state: None)
+    with pytest.raises(ConfigError, match=r"a policy for 6 sublayers, .*; .*glass has 8, ") as raised:
+        finish(glass_config(tmp_path, agent={"name": agent}, search={"init_from": str(tmp_path / "policy.json")}))
+    assert "same depth" in str(raised.value.hint)
+
+
+# the output folder
+
+
+def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"search": {"random_baseline": False}}
+    first = finish(glass_config(tmp_path, **small))
+    (first.folder / "episodes-random.jsonl").write_text("of an earlier run\n")
+    with monkeypatch.context() as patch:
+        nothing_is_loaded(patch)
+        with pytest.raises(OutputError, match="exists and is not empty") as raised:
+            finish(glass_config(tmp_path, **small))
+    assert "--overwrite" in str(raised.value.hint)
+    again = finish(glass_config(tmp_path, **small, output={"overwrite": True}))
+    assert {path.name for path in again.folder.iterdir()} == FILES - {"episodes-random.jsonl"}
+    check_reloaded(again)
+
+
+def test_what_cannot_be_loaded_costs_nobody_a_config_of_their_own(tmp_path: Path) -> None:
+    config = glass_config(tmp_path, output={"overwrite": True})
+    folder = Path(str(config.output.dir))
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("# written by hand\n")
+    with pytest.raises(ModelError):
+        finish(config.model_copy(update={"model": config.model.model_copy(update={"name": str(tmp_path / "nothing")})}))
+    assert (folder / "config.toml").read_text() == "# written by hand\n"
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is refused while the first still loads."""
+    load_parts, refused = task.load_parts, []
+
+    def meanwhile(config: RunConfig) -> Any:
+        if not refused:
+            refused.append(config)
+            with pytest.raises(OutputError, match="exists and is not empty"):
+                finish(glass_config(tmp_path))
+        return load_parts(config)
+
+    monkeypatch.setattr(task, "load_parts", meanwhile)
+    finish(glass_config(tmp_path, search={"random_baseline": False}))
+    assert refused
+
+
+def test_the_random_baseline_takes_no_more_tokens_than_a_short_search(tmp_path: Path) -> None:
+    """pathwise may have as few episodes as one with slopes costs, fewer than another update has."""
+    short = {"episodes": 4, "episodes_per_update": 8}
+    one = finish(glass_config(tmp_path, agent={"name": "pathwise"}, search=short, output={"save_model": False}))
+    assert "best of 4 random + ridge" in one.rows
+
+
+def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(tmp_path: Path) -> None:
+    first = finish(glass_config(tmp_path, search={"random_baseline": False}))
+    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    for mistake in (
+        {"model": {"name": str(tmp_path / "nowhere")}},
+        {"data": {"report": str(tmp_path / "nothing.txt")}},
+    ):
+        with pytest.raises((ModelError, DataError)):
+            finish(glass_config(tmp_path, output={"overwrite": True}, **mistake))
+        assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished"])
+def test_models_of_single_points_are_cleared_too(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "config.toml").write_text("")
+    again = finish(glass_config(tmp_path, search={"random_baseline": False}, output={"overwrite": True}))
+    assert not (again.folder / name).exists()
+
+
+@pytest.mark.parametrize("names", [["thesis.tex"], ["config.toml", "thesis.tex"], ["config.toml", "model.py"]])
+def test_a_folder_with_foreign_files_is_never_cleared(tmp_path: Path, names: list[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in names:
+        (out / name).write_text("mine")
+    with pytest.raises(OutputError, match="--overwrite will not clear it"):
+        finish(glass_config(tmp_path, output={"overwrite": True}))
+    assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(names, "mine")
+
+
+@pytest.mark.parametrize("place", ["out", "out/below"])
+def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OutputError, match="cannot write to the output folder") as raised:
+        finish(glass_config(tmp_path, output={"dir": str(tmp_path / place)}))
+    assert "--output" in str(raised.value.hint)
+
+
+def test_without_a_name_the_folder_is_a_new_one_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = claim_folder(glass_config(tmp_path, output={"dir": None}))
+    assert folder.parent == tmp_path / "runs"
+    assert folder.name.endswith("-reinforce-wanda")
+
+
+# bad input: before anything is loaded or measured
+
+
+def nothing_is_loaded(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(task, "load_parts", lambda config: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("table", "value", "near"),
+    [
+        ("agent", "reinforc", "reinforce"),
+        ("criterion", "wnda", "wanda"),
+        ("reward", "perplexty", "perplexity"),
+        ("prior", "mlp-frst", "mlp-first"),
+    ],
+)
+def test_unknown_names_fail_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, value: str, near: str
+) -> None:
+    nothing_is_loaded(monkeypatch)
+    with pytest.raises(UnknownNameError, match=f"'{value}'") as raised:
+        finish(glass_config(tmp_path, **{table: {"name": value}}))
+    assert f"Did you mean '{near}'?" in str(raised.value.hint)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("table", ["agent", "criterion", "reward", "prior"])
+def test_unknown_plugin_options_fail_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    nothing_is_loaded(monkeypatch)
+    with pytest.raises(ConfigError, match=rf"'colour' in \[{table}\]"):
+        finish(glass_config(tmp_path, **{table: {"colour": 1}}))
+
+
+@pytest.mark.parametrize("prune", [{"resource": "kv", "sparsity": 0.9}, {"sparsity": 0.999}])
+def test_a_sparsity_out_of_reach_names_the_range_before_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(task, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
+    with pytest.raises(BudgetError) as raised:
+        finish(glass_config(tmp_path, prune=prune))
+    assert str(prune["sparsity"]) in str(raised.value)
+    assert "0.5" in str(raised.value) if "resource" in prune else "reach" in str(raised.value)
+
+
+def test_a_run_that_fails_at_once_leaves_its_folder_free(tmp_path: Path) -> None:
+    config = glass_config(tmp_path, model={"name": "no/such/folder"})
+    for _ in range(2):  # the second would be refused if the first had left something
+        with pytest.raises(ModelError):
+            finish(config)
+    assert not Path(str(config.output.dir)).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"data": {"window": 256}}, "256"),
+        ({"data": {"report": "nowhere.txt"}}, "nowhere.txt"),
+        ({"data": {"search_tokens": 10**6}}, "data.search_tokens"),
+        ({"model": {"name": "no/such/folder"}}, "no/such/folder"),
+    ],
+)
+def test_what_cannot_be_loaded_is_an_error_with_a_next_step(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    changes.setdefault("search", {})
+    if "window" in changes.get("data", {}):
+        changes["search"] = {"episode_tokens": 256}
+    with pytest.raises(FFGymError) as raised:
+        finish(glass_config(tmp_path, **changes))
+    assert part in str(raised.value)
+    assert raised.value.hint
+
+
+# failures during the run
+
+
+def install_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """Install a package ``sick`` as pip would: a module and its dist-info on sys.path."""
+    (folder / "sick.py").write_text(source)
+    info = folder / "sick-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sick\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[ffgym]\nsick = sick\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "sick")
+    monkeypatch.delitem(sys.modules, "sick", raising=False)
+    discovery.forget()
+
+
+CRITERION = """
+import ffgym
+
+class Sick(ffgym.Criterion):
+    "Scores that are wrong."
+    name = "sick"
+
+    def score(self, weight, stats):
+        return {score}
+
+@ffgym.hookimpl
+def ffgym_criteria():
+    return [Sick]
+"""
+REWARD = """
+import ffgym
+
+class Sick(ffgym.Reward):
+    "A reward that is wrong."
+    name = "sick"
+
+    def __call__(self, pruned, dense):
+        return {value}
+
+@ffgym.hookimpl
+def ffgym_rewards():
+    return [Sick]
+"""
+
+
+@pytest.mark.parametrize(
+    ("table", "source", "complaint"),
+    [
+        ("criterion", CRITERION.format(score="weight * float('nan')"), "scores are NaN or infinite"),
+        ("criterion", CRITERION.format(score="weight[:2]"), "score returned shape (2, "),
+        ("criterion", CRITERION.format(score="1 / 0"), "ZeroDivisionError"),
+        ("reward", REWARD.format(value="float('nan')"), "returned nan"),
+        ("reward", REWARD.format(value="[][0]"), "IndexError"),
+    ],
+)
+def test_a_plugin_that_breaks_its_contract_is_named_and_the_run_is_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, source: str, complaint: str
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    try:
+        install_plugin(tmp_path, monkeypatch, source)
+        with pytest.raises(PluginError) as raised:
+            finish(glass_config(tmp_path, **{table: {"name": "sick"}}, tracking=TRACKED))
+    finally:
+        discovery.forget()
+    assert f"{table} 'sick' (package sick 1.0)" in str(raised.value)
+    assert complaint in str(raised.value)
+    (run,) = runs(root)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["ffgym.failure"].startswith(f"PluginError: {table} 'sick' (package sick 1.0)")
+
+
+def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, count = PruningEnv.measure, iter(range(10**6))
+
+    def broken(self: PruningEnv, *args: Any) -> Any:
+        evaluation = measure(self, *args)
+        lost = (math.nan,) * len(evaluation.losses)
+        return type(evaluation)(lost, evaluation.tokens_per_window) if next(count) in (1, 4) else evaluation
+
+    monkeypatch.setattr(PruningEnv, "measure", broken)
+    one = finish(glass_config(tmp_path, search={"random_baseline": False}))
+    failed = [episode for episode in one.result.found.history if episode.failed]
+    assert [episode.index for episode in failed] == [1, 4]
+    assert {episode.reward for episode in failed} == {0.0}
+    check_reloaded(one)
+
+
+def full_disk(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["episodes", "allocation", "picture", "model", "report"])
+def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
+
+    write_text = Path.write_text
+
+    def write(self: Path, *args: Any, **kwargs: Any) -> int:
+        return full_disk() if f"{where}.json" in self.name else write_text(self, *args, **kwargs)
+
+    places: dict[str, tuple[Any, str, Any]] = {
+        "episodes": (log, "episode_to_json", full_disk),
+        "picture": (Figure, "savefig", full_disk),
+        "model": (PreTrainedModel, "save_pretrained", full_disk),
+    }
+    monkeypatch.setattr(*places.get(where, (Path, "write_text", write)))
+    with pytest.raises(OutputError, match="No space left on device") as raised:
+        finish(glass_config(tmp_path, search={"random_baseline": False}))
+    assert raised.value.hint
+
+
+def test_the_command_says_so_without_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = new_store(tmp_path / "mlruns")
+    monkeypatch.setattr(log, "episode_to_json", full_disk)
+    done = CliRunner().invoke(app, ["run", "--config", toml(tmp_path, tracking=TRACKED)])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "error: cannot write results: No space left on device" in done.stderr
+    assert "hint: Make room" in done.stderr
+    assert runs(root)[0].data.tags["ffgym.failure"].startswith("OutputError: ")
+
+
+def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*args: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(log, "episode_to_json", other)
+    with pytest.raises(OSError, match="Input/output error"):
+        finish(glass_config(tmp_path))
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("episode", "saved"),
+    [(0, 0), (1, 1), (5, 5), (EPISODES + 3, EPISODES)],
+    ids=["before the first episode", "in the first update", "in the second update", "in the random baseline"],
+)
+def test_ctrl_c_saves_what_was_found_and_marks_the_run_killed(
+    tmp_path: Path, stop_at: Callable[[int], None], episode: int, saved: int
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    stop_at(episode)
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(glass_config(tmp_path, tracking=TRACKED), progress=console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    (run,) = runs(root)
+    assert run.info.status == "KILLED"
+    artifacts = {item.path for item in client(root).list_artifacts(run.info.run_id)}
+    out = tmp_path / "out"
+    if not saved:
+        assert "interrupted before the first episode had ended" in said
+        assert not (out / "allocation.json").exists()
+        return
+    assert {"allocation.json", "policy.json"} <= artifacts
+    allocation = json.loads((out / "allocation.json").read_text())
+    assert allocation["episodes"] == len(read_episodes(out / "episodes.jsonl")) == saved
+    assert 0.2 <= allocation["sparsity"] < 0.21
+    assert f"interrupted after {saved} episodes" in said
+    assert str(out / "allocation.json") in said
+    # Another run can start from it.
+    manager.create("agent", "reinforce").load_state(read_policy(out, glass_config(tmp_path)).state)
+
+
+def test_ctrl_c_during_the_report_says_where_the_found_allocation_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "measured_row", interrupted)
+    done = CliRunner().invoke(app, ["run", "--config", toml(tmp_path)])
+    assert done.exit_code == 130
+    assert f"interrupted after {EPISODES} episodes" in done.stderr
+    assert (tmp_path / "out" / "policy.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path, number: int) -> None:
+    root = new_store(tmp_path / "mlruns")
+    file = toml(tmp_path, tracking=TRACKED, search={"random_baseline": False})
+    command = [sys.executable, "-m", "ffgym", "run", "--config", file, "--episodes", "1000000", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    log = tmp_path / "out" / "episodes.jsonl"
+    try:
+        deadline = time.monotonic() + 300
+        while not (log.exists() and log.read_text().count("\n") > PER_UPDATE) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (130, ""), err
+    assert "Traceback" not in err
+    assert "best so far" in err
+    allocation = json.loads((tmp_path / "out" / "allocation.json").read_text())
+    assert allocation["episodes"] == len(read_episodes(log))
+    assert (tmp_path / "out" / "policy.json").exists()
+    assert runs(root)[0].info.status == "KILLED"
+
+
+# the command
+
+
+def toml(folder: Path, **changes: dict[str, Any]) -> str:
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(glass_tables(folder, **changes)), encoding="utf-8")
+    return str(path)
+
+
+def test_json_is_pure_data_on_stdout(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["run", "--config", toml(tmp_path), "--json"])
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["table"][0]["label"] == "dense"
+    assert data["allocation"] == json.loads((tmp_path / "out" / "allocation.json").read_text())
+    assert data["model"] == str(tmp_path / "out" / "model")
+    assert (data["search_tokens"], data["mlflow_run"]) == (EPISODES * 2 * WINDOW, None)
+    assert "search: reinforce: done" in done.stderr
+
+
+def test_the_written_configuration_reruns_to_the_same_digest(finished: Finished) -> None:
+    assert digest(load_config(finished.folder / "config.toml")) == digest(configured.with_options(finished.config))

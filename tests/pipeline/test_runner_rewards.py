@@ -1,0 +1,117 @@
+"""Whole runs on rewards beyond perplexity: what they write, track and repeat."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import made_up_tasks
+import pytest
+from glass_runs import WINDOW, glass_config, untimed
+from mlflow_store import client, new_store, runs
+from rich.console import Console
+
+from ffgym.config.tables import RunConfig
+from ffgym.pipeline import pipeline
+from ffgym.pipeline.folder import WRITTEN
+from ffgym.plugins import discovery
+
+PLAIN = {
+    *("config.toml", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
+    *("report.md", "report.json", "units_kept.png", "reward.png", "model", "run.json"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@dataclass
+class Finished:
+    config: RunConfig
+    result: pipeline.RunResult
+    said: str
+
+    @property
+    def folder(self) -> Path:
+        return self.result.folder
+
+    @property
+    def root(self) -> Path:
+        return Path(self.config.tracking.root)
+
+
+def finish(config: RunConfig) -> Finished:
+    said = io.StringIO()
+    result = pipeline.run(config, progress=Console(file=said, width=200))
+    return Finished(config, result, said.getvalue())
+
+
+@pytest.fixture(scope="module")
+def traded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    folder = tmp_path_factory.mktemp("traded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        made_up_tasks.install(patch)
+        new_store(folder / "mlruns")
+        reward = {"name": "multi-objective", "examples": 8, "resource": "kv"}
+        yield finish(glass_config(folder, tracking={"enabled": True}, reward=reward, search={"episodes": 24}))
+
+
+def test_a_reward_with_several_aims_leaves_its_pareto_set(traded: Finished) -> None:
+    assert {path.name for path in traded.folder.iterdir()} == PLAIN | {"pareto.json", "pareto.png"} <= WRITTEN
+    assert (traded.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((traded.folder / "pareto.json").read_text())
+    assert data["objectives"] == ["perplexity_ratio", "accuracy", "kv_saved"]
+    assert data["measured_on"] == {"tokens": 512, "examples": 32}
+    assert data["dense"]["perplexity_ratio"] == 1.0
+    assert data["dense"]["kv_saved"] == 0.0
+    rows = data["pareto_set"] + data["dominated"]
+    assert len(rows) == len(traded.result.found.finalists)
+    (chosen,) = [row for row in rows if row["chosen"]]
+    allocation = json.loads((traded.folder / "allocation.json").read_text())
+    assert chosen["kept"] == allocation["kept"]
+    assert chosen["reward"] == max(row["reward"] for row in rows)
+    assert chosen in data["pareto_set"]
+    assert f"{len(data['pareto_set'])} of {len(rows)} allocations" in traded.said
+
+
+def test_every_episode_is_logged_with_its_objectives(traded: Finished) -> None:
+    (run,) = runs(traded.root)
+    for name in ("perplexity_ratio", "accuracy", "kv_saved"):
+        history = client(traded.root).get_metric_history(run.info.run_id, f"search/objective/{name}")
+        assert [point.value for point in history] == [e.objectives[name] for e in traded.result.found.history]
+    artifacts = {file.path for file in client(traded.root).list_artifacts(run.info.run_id)}
+    assert {"pareto.json", "pareto.png"} <= artifacts
+
+
+def test_task_examples_count_as_tokens(traded: Finished) -> None:
+    history = traded.result.found.history
+    assert all(episode.tokens > 2 * WINDOW for episode in history)
+    assert len(history) < 24, "the budget is in tokens"
+
+
+def test_it_repeats_bit_for_bit_and_can_be_overwritten(
+    traded: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up_tasks.install(monkeypatch)
+    tables = traded.config.model_dump()
+    tables["output"] |= {"dir": str(tmp_path / "out"), "overwrite": True}
+    tables["tracking"] |= {"enabled": False}
+    again = finish(RunConfig.model_validate(tables))
+    assert untimed(again.folder / "episodes.jsonl") == untimed(traded.folder / "episodes.jsonl")
+    assert (again.folder / "pareto.json").read_text() == (traded.folder / "pareto.json").read_text()
+    finish(RunConfig.model_validate(tables))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_divergence_is_searched_on_and_leaves_no_pareto_set(tmp_path: Path, direction: str) -> None:
+    done = finish(glass_config(tmp_path, reward={"name": "kl", "direction": direction}))
+    assert all(0 < episode.reward < 1 for episode in done.result.found.history)
+    assert not (done.folder / "pareto.json").exists()

@@ -1,0 +1,167 @@
+"""From plain data to an environment, as a run's configuration says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ffgym.config.tables import RunConfig
+from ffgym.errors import BudgetError, ConfigError, FFGymError, ModelError, UnknownNameError
+from ffgym.models.families import FAMILIES
+from ffgym.prepare.parts import (
+    build_env,
+    load_parts,
+    make_budget,
+    make_pruning_env,
+    prepare_model,
+    tokens_per_batch,
+)
+from ffgym.pruning.calibration import RIDGE_GRID
+from ffgym.testing.models import tiny_model
+
+
+def configured(tiny_run, **tables):
+    merged = {**tiny_run, **{name: {**tiny_run.get(name, {}), **table} for name, table in tables.items()}}
+    return RunConfig.model_validate(merged)
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_run):
+    return load_parts(RunConfig.model_validate(tiny_run))
+
+
+def test_parts_are_the_model_and_splits_that_do_not_touch(parts):
+    loaded, splits = parts
+    assert loaded.model.config.model_type == "llama"
+    assert splits.calibration.windows.shape == (8, 32)
+    assert splits.search.windows.shape == (8, 32)
+    assert splits.report.windows.shape == (2, 32)
+    rows = [tuple(row) for split in (splits.calibration, splits.search) for row in split.windows.tolist()]
+    assert len(set(rows)) == 16
+
+
+def test_the_environment_follows_the_configuration(tiny_run):
+    env = make_pruning_env(
+        configured(
+            tiny_run,
+            prune={"sparsity": 0.4, "resource": "macs", "context": 1, "calibration": "none", "min_units": 10},
+            search={"episode_tokens": 100, "final_tokens": 64},
+        )
+    )
+    assert (env.sparsity, env.budget.resource, env.calibrated) == (0.4, "macs", False)
+    assert env.episode_windows == 4, "whole windows, rounded up"
+    assert env.windows.shape == (8, 32)
+    env.reset(seed=0)
+    info = env.step(np.linspace(-1, 1, 6).astype(np.float32))[4]
+    assert info["kept"][::2].tolist() == [2, 2, 2], "fewer than 10, so they stay whole"
+    assert info["kept"][1] == 10
+    assert info["sparsity"] >= 0.4
+
+
+def test_aligned_channels(tiny_run):
+    env = make_pruning_env(configured(tiny_run, prune={"align": 16, "sparsity": 0.4}))
+    env.reset(seed=0)
+    kept = env.step(np.linspace(-1, 1, 6).astype(np.float32))[4]["kept"]
+    assert all(k % 16 == 0 for k in kept[1::2])
+
+
+def test_one_shape_for_all_layers(tiny_run):
+    env = make_pruning_env(configured(tiny_run, prune={"uniform": True, "sparsity": 0.4}))
+    assert env.action_space.shape == (6,), "the action is still one importance a sublayer"
+    env.reset(seed=0)
+    info = env.step(np.linspace(-1, 1, 6).astype(np.float32))[4]
+    assert len({tuple(layer) for layer in info["kept"].reshape(3, 2)}) == 1
+    assert info["sparsity"] >= 0.4
+
+
+def test_one_shape_is_one_that_the_family_takes():
+    """Four heads of which Llama may keep 1, 2 or 4."""
+    model = tiny_model("llama", grouped_query=False)
+    config = RunConfig.model_validate({"prune": {"uniform": True, "resource": "kv", "sparsity": 0.2}})
+    assert [shape.kept[:2] for shape in make_budget(config, model).shapes(0.2)] == [(2, 48)]
+    any_heads = tiny_model("mistral", grouped_query=False)
+    assert [shape.kept[:2] for shape in make_budget(config, any_heads).shapes(0.2)] == [(3, 48)]
+
+
+def test_what_a_stock_checkpoint_cannot_say_is_refused_before_anything_is_prepared(monkeypatch):
+    config = RunConfig.model_validate({"prune": {"uniform": True, "calibration": "affine"}})
+    with pytest.raises(ModelError, match="stock mistral checkpoint has no bias"):
+        make_budget(config, tiny_model("mistral"))
+    make_budget(config, tiny_model("llama"))
+    monkeypatch.setitem(FAMILIES, "qwen3", replace(FAMILIES["qwen3"], stock=None))
+    config = RunConfig.model_validate({"prune": {"uniform": True}})
+    with pytest.raises(ModelError, match="stock qwen3 checkpoint can have is not known"):
+        make_budget(config, tiny_model("qwen3"))
+    config = RunConfig.model_validate({"prune": {"uniform": True, "resource": "kv"}})
+    with pytest.raises(BudgetError, match=r"reachable range is 0 to 0\.0000"):
+        make_budget(config, tiny_model("opt"))
+
+
+def test_plain_tables_do_as_well(tiny_run):
+    env = make_pruning_env(tiny_run, prune={"sparsity": 0.35})
+    assert env.sparsity == 0.35
+    assert env.calibrated is True
+    assert env.reward.name == "perplexity"
+
+
+def test_tables_beside_a_whole_configuration_are_refused(tiny_run):
+    with pytest.raises(ConfigError, match="RunConfig already, and prune, search came beside it"):
+        make_pruning_env(configured(tiny_run), prune={"sparsity": 0.35}, search={"episodes": 8})
+
+
+@pytest.mark.parametrize(("ridge", "allowed"), [("auto", set(RIDGE_GRID)), (0.7, {0.7})])
+def test_ridge_auto_or_fixed(tiny_run, ridge, allowed):
+    config = configured(tiny_run, prune={"ridge": ridge})
+    loaded, splits = load_parts(config)
+    assert set(prepare_model(config, loaded, splits.calibration.windows).ridges) <= allowed
+
+
+def test_the_budget_counts_bytes_of_the_models_dtype(tiny_run, parts):
+    budget = make_budget(configured(tiny_run, prune={"resource": "kv"}), parts[0].model)
+    assert budget.dense_cost == 3 * 2 * 2 * 8 * 4
+    assert budget.project(np.zeros(6), 0.2).resource == "kv"
+
+
+def test_a_sparsity_out_of_reach_is_refused_before_anything_is_prepared(tiny_run):
+    config = configured(tiny_run, prune={"sparsity": 0.5, "min_units": 40})
+    with pytest.raises(BudgetError, match="out of reach"):
+        make_pruning_env(config)
+
+
+def test_unknown_names_are_answered_with_the_near_match(tiny_run):
+    with pytest.raises(UnknownNameError, match="'wandaa'") as raised:
+        make_pruning_env(configured(tiny_run, criterion={"name": "wandaa"}))
+    assert "Did you mean 'wanda'?" in raised.value.hint
+    with pytest.raises(UnknownNameError, match="'perplexityy'"):
+        make_pruning_env(configured(tiny_run, reward={"name": "perplexityy"}))
+
+
+def test_a_criterions_options_are_validated(tiny_run):
+    with pytest.raises(FFGymError, match="rigde"):
+        make_pruning_env(configured(tiny_run, criterion={"name": "obs", "rigde": 0.1}))
+
+
+def test_two_environments_from_one_configuration_agree_bit_for_bit(tiny_run):
+    rewards = []
+    for _ in range(2):
+        env = make_pruning_env(tiny_run)
+        env.reset(seed=3)
+        rewards.append(env.step(np.linspace(-1, 1, 6).astype(np.float32))[1])
+    assert rewards[0] == rewards[1]
+
+
+def test_build_env_takes_the_parts_it_is_given(tiny_run, parts):
+    config = RunConfig.model_validate(tiny_run)
+    loaded, splits = load_parts(config)
+    prepared = prepare_model(config, loaded, splits.calibration.windows)
+    env = build_env(config, prepared, splits.search.windows[:3], make_budget(config, loaded.model))
+    assert env.prunable is prepared.prunable
+    assert len(env.windows) == 3
+
+
+def test_batches_are_larger_on_an_accelerator():
+    assert tokens_per_batch("cpu") == tokens_per_batch(torch.device("cpu")) == 4096
+    assert tokens_per_batch("cuda:1") == 16384

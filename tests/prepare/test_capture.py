@@ -1,0 +1,198 @@
+"""Statistics are those of inputs and gradients that really occur, in one pass or many, and no hook is left behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ffgym.models.cut import PrunableModel
+from ffgym.prepare.statistics import gradient_statistics, stream_statistics
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.types import LayerStats
+
+ALL = frozenset({"mean", "square", "second_moment"})
+FIRST_ORDER = frozenset({"gradient", "output_gradient"})
+
+
+@pytest.fixture(params=TINY_FAMILIES)
+def prunable(request):
+    return PrunableModel(tiny_model(request.param))
+
+
+@pytest.fixture
+def llama():
+    return PrunableModel(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def windows(random_windows):
+    return random_windows(6, 16)
+
+
+def recorded(prunable, windows):
+    """Inputs of every consumer over all windows, shape (tokens, n) each, one window at a time."""
+    inputs = [[] for _ in prunable.consumers]
+    handles = [
+        consumer.register_forward_pre_hook(lambda _, args, to=to: to.append(args[0].reshape(-1, args[0].shape[-1])))
+        for consumer, to in zip(prunable.consumers, inputs, strict=True)
+    ]
+    with torch.no_grad():
+        for window in windows:
+            prunable.model(input_ids=window[None])
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(parts) for parts in inputs]
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def collected(prunable, windows, needs=ALL, **options):
+    return list(stream_statistics(prunable.model, prunable.consumers, windows, needs, **options))
+
+
+def same(got, x):
+    assert got.tokens == len(x)
+    torch.testing.assert_close(got.mean, x.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.square, x.square().mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.second_moment, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_are_those_of_the_recorded_inputs(prunable, windows):
+    inputs = recorded(prunable, windows)
+    got = collected(prunable, windows)
+    assert [index for index, _, _ in got] == list(range(6))
+    for (_, stats, held_out), x in zip(got, inputs, strict=True):
+        same(stats, x)
+        assert held_out == LayerStats(), "no room is taken for what is not measured"
+
+
+def test_held_out_windows_are_the_last_and_kept_apart(llama, windows):
+    fitted, apart = recorded(llama, windows[:4]), recorded(llama, windows[4:])
+    for (_, stats, held_out), x, y in zip(collected(llama, windows, held_out=2), fitted, apart, strict=True):
+        same(stats, x)
+        same(held_out, y)
+
+
+@pytest.mark.parametrize("memory", [1, 20_000])
+def test_groups_under_a_small_memory_limit_equal_one_pass(prunable, windows, memory):
+    progress = []
+    whole = collected(prunable, windows, held_out=1)
+    grouped = collected(
+        prunable, windows, held_out=1, memory=memory, tokens_per_batch=32, on_progress=lambda *at: progress.append(at)
+    )
+    for (index, a, b), (again, c, d) in zip(whole, grouped, strict=True):
+        assert index == again
+        for one, two in ((a, c), (b, d)):
+            assert one.tokens == two.tokens
+            for name in ALL:
+                torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-5)
+    done, total = zip(*progress, strict=True)
+    assert len(set(total)) == 1
+    assert total[0] % 6 == 0
+    assert total[0] > 6, "more than one pass"
+    assert list(done) == sorted(done)
+    assert done[-1] == total[0]
+
+
+def test_only_what_is_needed_is_collected(llama, windows):
+    stats = collected(llama, windows, frozenset({"square"}))[0][1]
+    assert stats.square is not None
+    assert stats.mean is None
+    assert stats.second_moment is None
+
+
+def test_where_nothing_is_needed_nothing_runs(llama, windows):
+    llama.model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    got = collected(llama, windows, frozenset({"gradient"}))
+    assert got == [(i, LayerStats(), LayerStats()) for i in range(6)]
+    assert gradient_statistics(llama.model, llama.consumers, windows, ALL) == [LayerStats()] * 6
+
+
+def reference_gradients(prunable, pieces):
+    """Float64 autograd: dL/dW of the mean token loss, and E[g g^T] of the summed loss's gradient at the outputs."""
+    twin = PrunableModel(copy.deepcopy(prunable.model).double())
+    outputs = {}
+    for index, consumer in enumerate(twin.consumers):
+        consumer.weight.requires_grad_(True)
+        consumer.register_forward_hook(
+            lambda _, __, output, i=index: (output.retain_grad(), outputs.__setitem__(i, output))[0]
+        )
+    tokens = len(pieces) * (pieces.shape[1] - 1)
+    fishers = [0] * 6
+    for piece in pieces:
+        logits = twin.model(input_ids=piece[None]).logits
+        torch.nn.functional.cross_entropy(logits[0, :-1], piece[1:], reduction="sum").backward()
+        for index, output in outputs.items():
+            g = output.grad.reshape(-1, output.shape[-1])
+            fishers[index] = fishers[index] + g.T @ g / tokens
+    return [consumer.weight.grad / tokens for consumer in twin.consumers], fishers
+
+
+@pytest.mark.parametrize("tokens_per_pass", [512, 8])
+def test_gradients_equal_float64_autograd(prunable, windows, tokens_per_pass):
+    pieces = windows if tokens_per_pass > 16 else windows.reshape(-1, 8)
+    gradients, fishers = reference_gradients(prunable, pieces)
+    progress = []
+    got = gradient_statistics(
+        prunable.model,
+        prunable.consumers,
+        windows,
+        FIRST_ORDER,
+        tokens_per_pass=tokens_per_pass,
+        on_progress=lambda *at: progress.append(at),
+    )
+    for stats, gradient, fisher in zip(got, gradients, fishers, strict=True):
+        assert stats.tokens == len(pieces) * (pieces.shape[1] - 1)
+        assert stats.gradient.dtype == stats.output_gradient.dtype == torch.float32
+        torch.testing.assert_close(
+            stats.gradient.double(), gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())
+        )
+        torch.testing.assert_close(
+            stats.output_gradient.double(), fisher, rtol=1e-3, atol=1e-4 * float(fisher.abs().max())
+        )
+    assert progress[-1] == (len(pieces), len(pieces))
+
+
+def test_gradients_are_the_same_where_parameters_are_frozen(llama, windows):
+    wanted = gradient_statistics(llama.model, llama.consumers, windows, FIRST_ORDER)
+    llama.model.requires_grad_(False)
+    got = gradient_statistics(llama.model, llama.consumers, windows, FIRST_ORDER)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.gradient, b.gradient)
+        assert a.output_gradient is not None
+    assert all(parameter.grad is None for parameter in llama.model.parameters())
+
+
+def test_only_the_gradients_that_are_needed(llama, windows):
+    got = gradient_statistics(llama.model, llama.consumers, windows, frozenset({"gradient"}))[0]
+    assert got.gradient is not None
+    assert got.output_gradient is None
+
+
+@pytest.mark.parametrize("collect", [collected, lambda p, w: gradient_statistics(p.model, p.consumers, w, FIRST_ORDER)])
+def test_no_hook_is_left_behind(llama, windows, collect):
+    before = hooks(llama.model)
+    collect(llama, windows)
+    assert hooks(llama.model) == before
+
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    llama.model.model.layers[1].register_forward_pre_hook(broken)
+    before = hooks(llama.model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        collect(llama, windows)
+    assert hooks(llama.model) == before
+
+
+def test_the_model_is_left_as_it_was(llama, windows):
+    with torch.no_grad():
+        before = llama.model(input_ids=windows).logits
+    collected(llama, windows)
+    gradient_statistics(llama.model, llama.consumers, windows, FIRST_ORDER)
+    with torch.no_grad():
+        assert torch.equal(llama.model(input_ids=windows).logits, before)

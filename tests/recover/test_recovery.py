@@ -1,0 +1,698 @@
+"""Training after pruning, from the command to the saved model: what it writes, that it goes on, and how it fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from glass_runs import WINDOW, glass_config, glass_home, glass_tables
+from mlflow_store import client, new_store, runs
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
+from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.models.loading import load
+from ffgym.pipeline import pipeline
+from ffgym.plugins import discovery
+from ffgym.prepare.parts import load_parts
+from ffgym.recover import lora as lora_module
+from ffgym.recover import recover
+
+SHORT = {"tokens": 1024, "batch_tokens": 256, "evaluate_every": 2, "checkpoint_every": 2, "held_out_tokens": 256}
+STEPS = 4
+BESIDE = {"config.toml", "recovery.json", "recovery.png", "README.md", "modeling_ffgym.py", "model.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def changes(**recover: Any) -> dict[str, dict[str, Any]]:
+    return {"search": {"random_baseline": False}, "prune": {"sparsity": 0.4}, "recover": {**SHORT, **recover}}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, not to be written to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        config = glass_config(tmp_path_factory.mktemp("pruned"), **changes())
+        return pipeline.run(config, progress=Console(file=io.StringIO())).folder
+
+
+@pytest.fixture
+def folder(pruned: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(pruned, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def configured(folder: Path, method: str = "lora", **recover: Any) -> RunConfig:
+    overrides = [f"recover.{key}={json.dumps(value)}" for key, value in {"method": method, **recover}.items()]
+    return load_config(folder / "config.toml", overrides)
+
+
+def recovered(folder: Path, method: str = "lora", **options: Any) -> recover.RecoveryResult:
+    recover = options.pop("recover", {})
+    config = options.pop("config", None) or configured(folder, method, **recover)
+    options = {"dense": config.model.name, "progress": Console(file=io.StringIO(), width=200), **options}
+    return recover.recover(config, folder, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    ours, theirs = weights(left), weights(right)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# LoRA
+
+
+@pytest.fixture(scope="module")
+def finished(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, recover.RecoveryResult]]:
+    """LoRA on that run, tracked."""
+    home = tmp_path_factory.mktemp("finished")
+    shutil.copytree(pruned, home / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        new_store(home / "mlruns")
+        config = configured(home / "run")
+        tracking = config.tracking.model_copy(update={"enabled": True, "root": str(home / "mlruns")})
+        result = recovered(home / "run", config=config.model_copy(update={"tracking": tracking}))
+        yield home, result
+
+
+def test_the_model_is_saved_beside_the_old_one(finished: tuple[Path, recover.RecoveryResult]) -> None:
+    home, result = finished
+    place = home / "run" / "model-recovered"
+    assert result.recovered.saved.path == place
+    assert {path.name for path in place.iterdir()} >= BESIDE
+    assert (place / "recovery.png").read_bytes().startswith(b"\x89PNG")
+    assert not recover.unfinished_folder(place).exists()
+    assert not same_weights(place, home / "run" / "model")
+
+
+def test_the_saved_model_is_the_one_that_was_measured(finished: tuple[Path, recover.RecoveryResult]) -> None:
+    home, result = finished
+    _, splits = load_parts(configured(home / "run"))
+    for row, name in zip(
+        result.recovered.table.rows,
+        (str(glass_home() / "glass"), str(home / "run" / "model"), str(result.recovered.saved.path)),
+        strict=True,
+    ):
+        model = load(name, dtype="float32", device="cpu").model
+        assert evaluate(model, splits.report.windows).losses == row.evaluation.losses
+        assert sum(p.numel() for p in model.parameters()) == row.parameters
+    assert [row.label for row in result.recovered.table.rows] == ["dense", "before", "lora"]
+    _, before, after = result.recovered.table.rows
+    assert after.evaluation.loss < before.evaluation.loss
+
+
+def test_it_loads_in_a_process_that_does_not_have_ffgym(
+    finished: tuple[Path, recover.RecoveryResult], tmp_path: Path
+) -> None:
+    code = (
+        "import sys; sys.modules['ffgym'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(finished[1].recovered.saved.path)!r}, "
+        "trust_remote_code=True)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(finished[1].recovered.saved.path)!r}, "
+        "trust_remote_code=True)\n"
+        "print(len(model.generate(**tokenizer('Alice was', return_tensors='pt'), max_new_tokens=3, min_new_tokens=3)))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_the_card_says_what_was_done_and_keeps_the_old_one(finished: tuple[Path, recover.RecoveryResult]) -> None:
+    card = (finished[1].recovered.saved.path / "README.md").read_text()
+    for part in (
+        "LoRA of rank 16 (alpha 32) on all linears",
+        f"{STEPS} steps of 256 tokens at up to 0.0005, seed 0",
+        "before, ",
+        "Training text: ",
+        "| lora |",
+        "#### What was kept",
+    ):
+        assert part in card
+    assert card.startswith("---\nlibrary_name: transformers")
+
+
+def test_the_curve_is_in_mlflow_in_json_and_in_the_result(finished: tuple[Path, recover.RecoveryResult]) -> None:
+    home, result = finished
+    curve = json.loads((result.recovered.saved.path / "recovery.json").read_text())
+    assert len(curve["train"]) == STEPS
+    assert [step for step, _ in curve["held_out"]] == [0, 2, STEPS]
+    assert curve["chosen"] == STEPS
+    store = client(home / "mlruns")
+    train = store.get_metric_history(result.mlflow_run, "recover/train_loss")
+    assert [(point.step, point.value) for point in train] == list(enumerate(curve["train"]))
+    held_out = store.get_metric_history(result.mlflow_run, "recover/held_out_loss")
+    assert [[point.step, point.value] for point in held_out] == curve["held_out"]
+    run = store.get_run(result.mlflow_run)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["recover.rank"] == "16"
+    assert run.data.tags["recovery"] == "lora"
+    assert run.data.metrics["report/loss/lora"] == result.recovered.after.loss
+    assert {item.tags[0].value for item in run.inputs.dataset_inputs} == {"recovery"}
+    assert {item.path for item in store.list_artifacts(result.mlflow_run)} >= {"recovery.json", "recovery.png"}
+
+
+def test_the_result_is_printed_and_plain_data(finished: tuple[Path, recover.RecoveryResult]) -> None:
+    console = Console(file=io.StringIO(), width=300)
+    finished[1].print(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("before", "lora", "±", "nats per token", "trust_remote_code=True", str(finished[1].mlflow_run)):
+        assert part in text
+    data = json.loads(json.dumps(finished[1].to_json()))
+    assert [row["label"] for row in data["table"]] == ["dense", "before", "lora"]
+
+
+def test_another_round_on_a_recovered_model_needs_no_options(finished: tuple[Path, recover.RecoveryResult]) -> None:
+    place = finished[1].recovered.saved.path
+    assert recover.find_run_config(place) == place / "config.toml"
+    assert load_config(place / "config.toml").recover.method == "lora"
+
+
+def test_a_stock_model_stays_one_that_needs_no_trust(tmp_path: Path) -> None:
+    tables = changes()
+    tables["prune"] |= {"uniform": True}
+    run = pipeline.run(glass_config(tmp_path, **tables), progress=Console(file=io.StringIO())).folder
+    result = recovered(run)
+    place = result.recovered.saved.path
+    assert result.recovered.saved.stock
+    assert json.loads((place / "config.json").read_text())["model_type"] == "llama"
+    assert not (place / "modeling_ffgym.py").exists()
+    console = Console(file=io.StringIO(), width=300)
+    result.print(console)
+    for text in (console.file.getvalue(), (place / "README.md").read_text()):  # type: ignore[attr-defined]
+        assert "from_pretrained" in text
+        assert "trust_remote_code" not in text
+
+
+def test_the_training_text_is_said_with_its_size(folder: Path) -> None:
+    console = Console(file=io.StringIO(), width=300)
+    recovered(folder, recover={"tokens": 20_000, "batch_tokens": 10_000}, progress=console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "tokens outside the search and report splits" in text
+    assert "20,000 to learn from, 1.2 epochs" in text  # more than there are
+
+
+def test_what_does_not_help_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(recover._Job, "held_out_loss", lambda self: next(losses))
+    result = recovered(folder)
+    assert "nothing was kept" in " ".join(result.recovered.told)
+    assert same_weights(result.recovered.saved.path, folder / "model")
+
+
+# distillation
+
+
+def test_distillation_writes_the_same_things(folder: Path) -> None:
+    result = recovered(folder, "distil-mlp", recover={"learning_rate": 1e-3})
+    place = result.recovered.saved.path
+    assert {path.name for path in place.iterdir()} >= BESIDE
+    curve = json.loads((place / "recovery.json").read_text())
+    assert [layer["layer"] for layer in curve["layers"]] == [0, 1, 2, 3]
+    assert all(layer["after"] <= layer["before"] for layer in curve["layers"])
+    # The glass model does not know web text: coming closer to it is no help there, and the search split says so.
+    before, after = curve["held_out"]
+    assert same_weights(place, folder / "model") == (after >= before)
+    assert "Every MLP was trained by Adam" in (place / "README.md").read_text()
+    assert [row.label for row in result.recovered.table.rows] == ["dense", "before", "distil-mlp"]
+
+
+def test_distillation_that_helps_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([2.0, 1.0])
+    monkeypatch.setattr(recover._Job, "held_out_loss", lambda self: next(losses))
+    result = recovered(folder, "distil-mlp")
+    changed = {
+        name
+        for name, tensor in weights(result.recovered.saved.path).items()
+        if not torch.equal(tensor, weights(folder / "model")[name])
+    }
+    assert changed
+    assert all(".mlp." in name for name in changed)
+
+
+# going on after Ctrl-C
+
+
+def stop(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> Callable[[], None]:
+    """Ctrl-C in the ``call``-th call of a function; what it gives back takes that away again."""
+    whole, count = getattr(module, name), iter(range(10**6))
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(count) == call:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(module, name, interrupted)
+    return lambda: monkeypatch.setattr(module, name, whole)
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "name", "call"),
+    [
+        ("lora", lora_module, "rate_at", 3),  # in a step
+        ("lora", recover, "save_again", 0),  # when all is trained
+        ("distil-mlp", recover, "distillation_figure", 0),
+    ],
+)
+def test_the_same_command_goes_on_and_ends_with_the_same_bits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, module: Any, name: str, call: int
+) -> None:
+    monkeypatch.setattr(recover, "_told", lambda *_: "")
+    expected = recovered(folder, method, output=tmp_path / "whole")
+    console = Console(file=io.StringIO(), width=300)
+    undo = stop(monkeypatch, module, name, call)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(folder, method, output=tmp_path / "parts", progress=console)
+    assert "the same command goes on from there" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert not (tmp_path / "parts").exists()
+    assert not [path for path in (tmp_path / "parts.unfinished").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
+    undo()
+    result = recovered(folder, method, output=tmp_path / "parts")
+    assert same_weights(tmp_path / "parts", tmp_path / "whole")
+    assert result.recovered.after == expected.recovered.after
+    for name in ("recovery.json", "recovery.png"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "parts.unfinished").exists()
+
+
+def test_ctrl_c_in_the_terminal_saves_and_exits_130(folder: Path, tmp_path: Path) -> None:
+    options = ["--method", "lora", "--set", "recover.checkpoint_every=1", "--tokens", "200k"]
+    command = [sys.executable, "-m", "ffgym", "recover", str(folder), *options, "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    part = tmp_path / "out.unfinished" / "lora.safetensors"
+    deadline = time.monotonic() + 120
+    while not part.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, ""), err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert part.exists()
+
+
+def test_an_interrupted_training_is_killed_in_mlflow(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_store(tmp_path / "mlruns")
+    config = load_config(
+        folder / "config.toml",
+        ["recover.method=lora", "tracking.enabled=true", f"tracking.root={tmp_path / 'mlruns'}"],
+    )
+    undo = stop(monkeypatch, lora_module, "rate_at", 3)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(folder, config=config)
+    undo()
+    result = recovered(folder, config=config)
+    assert [run.info.status for run in runs(tmp_path / "mlruns")] == ["KILLED", "FINISHED"]
+    # The second run has the whole curve.
+    points = client(tmp_path / "mlruns").get_metric_history(result.mlflow_run, "recover/train_loss")
+    assert [point.step for point in points] == list(range(STEPS))
+
+
+# within a run
+
+
+def test_a_run_recovers_after_its_final_calibration(pruned: Path, tmp_path: Path) -> None:
+    config = glass_config(tmp_path, **changes(method="lora"))
+    console = Console(file=io.StringIO(), width=200)
+    result = pipeline.run(config, progress=console)
+    assert result.recovered is not None
+    assert same_weights(result.folder / "model", pruned / "model")
+    last = result.table.rows[-1]
+    assert last.label.endswith("ridge + lora")
+    assert "model-recovered" in last.note
+    assert last.perplexity == result.recovered.after.perplexity
+    assert last.label in (result.folder / "report.md").read_text()
+    assert result.to_json()["recovered_model"] == str(result.folder / "model-recovered")
+    alone = recovered(pruned, output=tmp_path / "alone")
+    assert same_weights(result.folder / "model-recovered", tmp_path / "alone")
+    assert alone.recovered.after == result.recovered.after
+    result.print(console)
+    assert "LoRA of rank 16" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_that_was_interrupted_while_training_goes_on_with_the_command(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = glass_config(tmp_path, **changes(method="lora"))
+    console = Console(file=io.StringIO(), width=300)
+    undo = stop(monkeypatch, lora_module, "rate_at", 3)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(config, progress=console)
+    undo()
+    folder = tmp_path / "out"
+    assert f"go on with: ffgym recover {folder}" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (folder / "report.md").exists()
+    done = CliRunner().invoke(app, ["recover", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "going on with the training" in done.stderr
+    recovered(pruned, output=tmp_path / "alone")
+    assert same_weights(folder / "model-recovered", tmp_path / "alone")
+
+
+def test_a_run_with_recovery_can_be_overwritten(tmp_path: Path) -> None:
+    first = pipeline.run(glass_config(tmp_path, **changes(method="lora")), progress=Console(file=io.StringIO()))
+    tables = changes()
+    again = glass_config(tmp_path, **tables, output={"overwrite": True, "dir": str(first.folder)})
+    pipeline.run(again, progress=Console(file=io.StringIO()))
+    assert not (first.folder / "model-recovered").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "complaint"),
+    [
+        ({"corpus": "nowhere.txt"}, DataError, "nowhere.txt"),
+        ({"window": 256, "batch_tokens": 256}, RecoveryError, "longer than the model's context of 128"),
+    ],
+)
+def test_a_run_says_before_its_search_what_its_recovery_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], error: type[FFGymError], complaint: str
+) -> None:
+    monkeypatch.setattr(pipeline, "search_front", lambda *_, **__: pytest.fail("searched"))
+    with pytest.raises(error, match=complaint):
+        pipeline.run(glass_config(tmp_path, **changes(method="lora", **table)), progress=Console(file=io.StringIO()))
+
+
+def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecoveryError, match="needs the package peft"):
+        pipeline.run(glass_config(tmp_path, **changes(method="lora")), progress=Console(file=io.StringIO()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C waits until it is saved; resuming the run then ends as it would have ended."""
+    config = glass_config(tmp_path, **changes(method="lora"))
+    console = Console(file=io.StringIO(), width=300)
+    save = recover.save_again
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "save_again", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(config, progress=console)
+    trained = tmp_path / "out" / "model-recovered"
+    assert f"the trained one, complete, in {trained}" in console.file.getvalue()  # type: ignore[attr-defined]
+    first = (trained / "model.safetensors").read_bytes()
+    result = pipeline.run(config, progress=console, resume=tmp_path / "out")
+    assert result.recovered is not None
+    assert (trained / "model.safetensors").read_bytes() == first
+
+
+def test_ctrl_c_behind_the_saved_model_leaves_nothing_to_go_on_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the same command would find its own model in the way."""
+    from ffgym.tracking.tracker import Tracker
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tracker, "log_artifact", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(folder)
+    assert (folder / "model-recovered" / "config.json").is_file()
+    assert not (folder / "model-recovered.unfinished").exists()
+
+
+# bad input
+
+
+def fails(folder: Path, error: type[FFGymError], complaint: str, **options: Any) -> FFGymError:
+    with pytest.raises(error, match=complaint) as raised:
+        recovered(folder, **options)
+    assert raised.value.hint
+    return raised.value
+
+
+def test_a_folder_that_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = configured(folder)
+    fails(tmp_path / "nowhere", ModelError, "does not exist", config=config)
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", ModelError, r"holds no model: config\.json is missing", config=config)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_weights_are_refused(folder: Path, share: float) -> None:
+    path = folder / "model" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    fails(folder, ModelError, "damaged or incomplete")
+    assert not (folder / "model-recovered").exists()
+
+
+def test_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=1100, n_embd=8, n_layer=1, n_head=2, n_positions=128))
+    shutil.copytree(folder / "model", tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    model.save_pretrained(tmp_path / "gpt2")
+    fails(tmp_path / "gpt2", ModelError, "architecture 'gpt2'", config=configured(folder))
+
+
+def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = recovered(folder).recovered.saved.path
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "load", lambda *_, **__: pytest.fail("loaded"))
+        error = fails(folder, OutputError, "exists and is not empty")
+    assert "--overwrite" in str(error.hint)
+    before = weights(place)
+    recovered(folder, recover={"seed": 1}, overwrite=True)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(place).items())
+
+
+@pytest.mark.parametrize("place", ["model", ".", "model/inside"])
+def test_output_in_the_models_own_folder_is_refused(folder: Path, place: str) -> None:
+    fails(folder, OutputError, "share files", output=folder / place, overwrite=True)
+
+
+def test_a_training_with_another_configuration_is_not_gone_on_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undo = stop(monkeypatch, lora_module, "rate_at", 3)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(folder)
+    undo()
+    error = fails(folder, RecoveryError, r"rank = 16; this one has rank = 8", recover={"rank": 8})
+    assert "--overwrite" in str(error.hint)
+    fails(folder, RecoveryError, "method = 'lora'", method="distil-mlp")
+    fails(folder, RecoveryError, "training text", recover={"tokens": 512})
+    assert recovered(folder, recover={"rank": 8}, overwrite=True).recovered.saved
+
+
+def test_a_model_that_has_changed_meanwhile_is_not_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    undo = stop(monkeypatch, lora_module, "rate_at", 3)
+    with pytest.raises(KeyboardInterrupt):
+        recovered(folder)
+    undo()
+    content = weights(folder / "model")
+    content["model.norm.weight"] = content["model.norm.weight"] * 2
+    save_file(content, folder / "model" / "model.safetensors", {"format": "pt"})
+    fails(folder, RecoveryError, "weights = ")
+
+
+def test_a_corpus_that_is_missing_or_too_short_is_named(folder: Path, tmp_path: Path) -> None:
+    fails(folder, DataError, r"nowhere\.txt", recover={"corpus": "nowhere.txt"})
+    (tmp_path / "short.txt").write_text("Alice was beginning to get very tired of sitting by her sister.")
+    fails(folder, DataError, "one step needs 256", recover={"corpus": str(tmp_path / "short.txt")})
+
+
+def test_a_corpus_with_text_of_the_report_split_is_refused(folder: Path, tmp_path: Path) -> None:
+    report = (glass_home() / "wiki.txt").read_text()
+    mine = report[1000:2000] + (glass_home() / "c4.txt").read_text()[20_000:]
+    (tmp_path / "mine.txt").write_text(mine)
+    fails(folder, DataError, "holds text of the report split", recover={"corpus": str(tmp_path / "mine.txt")})
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("recover.tokens=0", "recover.tokens = 0"),
+        ("recover.tokens=-5", "recover.tokens = -5"),
+        ("recover.tokens=many", "recover.tokens = 'many'"),
+        ("recover.tokens=100", "recover.tokens = 100 is less than one step: recover.batch_tokens = 256"),
+        ("recover.batch_tokens=10", "recover.batch_tokens = 10 is less than one window: data.window = 64"),
+        ("recover.rank=0", "recover.rank = 0"),
+        ("recover.rank=5000", "recover.rank = 5000"),
+        ("recover.learning_rate=0", "recover.learning_rate = 0"),
+        ("recover.learning_rate=3", "recover.learning_rate = 3"),
+        ("recover.learning_rate=nan", "recover.learning_rate = nan"),
+        ("recover.alpha=0", "recover.alpha = 0"),
+        ("recover.dropout=1.0", "recover.dropout = 1.0"),
+        ("recover.window=1", "recover.window = 1"),
+        ("output.save_model=false", "output.save_model = false saves none"),
+        ("recover.ranks=4", "Did you mean 'rank'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(folder: Path, override: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(folder / "config.toml", ["recover.method=lora", override])
+    assert complaint in str(raised.value)
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("1M", 1_000_000), ("1.5k", 1500), ("300000", 300_000)])
+def test_tokens_can_be_written_short(text: str, tokens: int) -> None:
+    table = {"method": "lora", "tokens": text, "batch_tokens": "1k"}
+    assert load_config(recover=table, data={"window": 512}).recover.tokens == tokens
+
+
+def test_without_a_method_or_a_dense_model_nothing_starts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover, "load", lambda *_, **__: pytest.fail("loaded"))
+    error = fails(folder, RecoveryError, "recover.method is none", method="none")
+    assert "--method lora" in str(error.hint)
+    error = fails(folder, RecoveryError, "needs the dense model", method="distil-mlp", dense=None)
+    assert "--model" in str(error.hint)
+    monkeypatch.setattr(lora_module.importlib.util, "find_spec", lambda name: None)
+    error = fails(folder, RecoveryError, "peft")
+    assert "pip install" in str(error.hint)
+
+
+def test_training_in_float16_is_refused(folder: Path) -> None:
+    config = configured(folder)
+    model = config.model.model_copy(update={"dtype": "float16"})
+    fails(folder, RecoveryError, "float16", config=config.model_copy(update={"model": model}))
+
+
+def test_the_dtype_is_that_of_the_saved_model_unless_said(folder: Path) -> None:
+    config = configured(folder)
+    auto = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "auto"})})
+    assert recover._load(folder / "model", auto).dtype == torch.float32
+    half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    result = recovered(folder, config=half)
+    assert {tensor.dtype for tensor in weights(result.recovered.saved.path).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dense", [None, "no-such-folder/at/all"])
+def test_without_a_dense_model_the_table_has_two_rows(folder: Path, dense: str | None) -> None:
+    result = recovered(folder, dense=dense)
+    assert [row.label for row in result.recovered.table.rows] == ["before", "lora"]
+
+
+# the command
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["recover", *arguments])
+
+
+def test_the_command_does_all_of_it(folder: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "mine.txt"
+    corpus.write_text("\n".join(f"Line {i} says that {i * 7919 % 1000} is no prime." for i in range(400)))
+    out = tmp_path / "deep" / "out"
+    options = ["--method", "lora", "--corpus", str(corpus), "--tokens", "1k", "--rank", "2", "--seed", "3"]
+    done = call(str(folder), *options, "--output", str(out), "--json")
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["model"] == str(out)
+    assert [row["label"] for row in data["table"]] == ["dense", "before", "lora"]
+    used = load_config(out / "config.toml")
+    assert (used.recover.corpus, used.recover.tokens, used.recover.rank, used.seed) == (str(corpus), 1000, 2, 3)
+    assert "mine.txt" in done.stderr
+
+
+def test_training_text_of_foreign_tokens_is_refused_when_it_is_gathered(folder: Path) -> None:
+    """That is before a run's search."""
+    loaded, splits = load_parts(configured(folder))
+    loaded.model.resize_token_embeddings(10)
+    with pytest.raises(ModelError, match=r"token \d+ of the training text: the embedding of model .* has 10 rows"):
+        recover.gather(configured(folder), loaded, splits)
+
+
+def test_a_model_that_was_copied_away_from_its_run_has_what_it_needs(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "elsewhere")
+    small = ("--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}")
+    done = call(str(tmp_path / "elsewhere"), "--method", "distil-mlp", *small)
+    assert done.exit_code == 0, done.stderr
+    assert "dense" in done.stdout
+
+
+def test_a_model_without_its_run_needs_the_options(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "lonely" / "model", ignore=shutil.ignore_patterns("config.toml"))
+    tables = glass_tables(tmp_path, **changes())
+    (tmp_path / "data.toml").write_text(tomli_w.dumps({key: tables[key] for key in ("data", "search", "tracking")}))
+    done = call(str(tmp_path / "lonely" / "model"), "--method", "distil-mlp")
+    assert done.exit_code == 1
+    assert "no config.toml of the run" in done.stderr
+    assert "needs the dense model" in done.stderr
+    done = call(
+        str(tmp_path / "lonely" / "model"),
+        *("--config", str(tmp_path / "data.toml"), "--method", "lora", "--model", str(glass_home() / "glass")),
+        *("--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert (tmp_path / "lonely" / "model-recovered" / "recovery.json").is_file()
+
+
+def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: Path) -> None:
+    """Neither from a file that leaves the model out, nor from what an earlier training wrote without knowing it."""
+    shutil.copytree(folder / "model", tmp_path / "lonely", ignore=shutil.ignore_patterns("config.toml"))
+    tables = glass_tables(tmp_path, **changes())
+    (tmp_path / "data.toml").write_text(tomli_w.dumps({key: tables[key] for key in ("data", "search", "tracking")}))
+    small = ("--method", "lora", "--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}")
+    once = call(str(tmp_path / "lonely"), "--config", str(tmp_path / "data.toml"), *small)
+    assert once.exit_code == 0, once.stderr
+    again = call(str(tmp_path / "lonely-recovered"), *small, "--method", "distil-mlp")
+    assert again.exit_code == 1
+    assert "needs the dense model" in again.stderr
+    named = ("--method", "distil-mlp", "--set", 'model = {name = "nowhere"}')
+    said = call(str(tmp_path / "lonely-recovered"), *small, *named)
+    assert "'nowhere'" in said.stderr, "a name that is given is taken, however it is written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--method", "lorra"], "Did you mean 'lora'?"),
+        (["--method", "lora", "--tokens", "lots"], "recover.tokens = 'lots'"),
+        (["--method", "lora", "--rank", "0"], "recover.rank = 0"),
+        ([], "recover.method is none"),
+    ],
+)
+def test_errors_are_a_message_a_hint_and_exit_1(pruned: Path, arguments: list[str], complaint: str) -> None:
+    done = call(str(pruned), *arguments)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert complaint in done.stderr
+    assert "hint: " in done.stderr
+    assert "Traceback" not in done.stderr

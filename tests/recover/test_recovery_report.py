@@ -1,0 +1,107 @@
+"""The table, the pictures and the card of a recovery."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ffgym.recover.table import (
+    Measured,
+    RecoveryTable,
+    as_dicts,
+    distillation_figure,
+    lora_figure,
+    markdown,
+    paired_difference,
+    recovered_card,
+    terminal,
+)
+from ffgym.types import Evaluation
+
+BEFORE, AFTER, DENSE = (2.0, 3.0, 4.0), (1.9, 2.9, 3.6), (1.0, 2.0, 3.0)
+CARD = """---
+library_name: transformers
+base_model: "a/b"
+---
+
+# Pruned
+
+Some words.
+
+```console
+# no heading
+```
+
+## Limits
+"""
+
+
+def table(*, dense: bool = True) -> RecoveryTable:
+    rows = [
+        Measured("before", Evaluation(BEFORE, 7), 1000),
+        Measured("lora", Evaluation(AFTER, 7), 1000),
+    ]
+    if dense:
+        rows.insert(0, Measured("dense", Evaluation(DENSE, 7), 2000))
+    return RecoveryTable(tuple(rows), "Perplexity on a_b, report split.")
+
+
+def test_differences_are_paired() -> None:
+    mean, error = paired_difference(AFTER, BEFORE)
+    differences = np.subtract(AFTER, BEFORE)
+    assert mean == pytest.approx(-0.2)
+    assert error == pytest.approx(differences.std(ddof=1) / math.sqrt(3))
+    assert paired_difference([1.0], [2.0]) == (-1.0, None)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_table_compares_with_before(dense: bool) -> None:
+    text = markdown(table(dense=dense))
+    assert "| lora | 16.44 ± 8.11 | -0.2000 ± 0.1000 | 1.0 k |" in text
+    assert "| before | 20.09 ± 11.60 |  | 1.0 k |" in text
+    assert ("| dense | 7.39 ± 4.27 | -1.0000 ± 0.0000 | 2.0 k |" in text) == dense
+    assert "a\\_b" in text
+    console = Console(file=io.StringIO(), width=120)
+    console.print(terminal(table(dense=dense)))
+    assert "-0.2000 ± 0.1000" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_plain_data_has_no_infinity() -> None:
+    broken = RecoveryTable(
+        (Measured("before", Evaluation((1000.0,), 7), 1), Measured("lora", Evaluation((math.nan,), 7), 1)), ""
+    )
+    rows = as_dicts(broken)
+    assert [row["perplexity"] for row in rows] == [None, None]
+    assert [row["loss"] for row in rows] == [1000.0, None]
+    assert "inf" in markdown(broken)
+
+
+@pytest.mark.parametrize("steps", [2, 40])
+def test_pictures_are_drawn(tmp_path: Path, steps: int) -> None:
+    lora_figure([3.0] * steps, [(0, 3.0), (steps, 2.5)], steps, tmp_path / "lora.png")
+    distillation_figure({0: 0.2, 3: 0.1}, {0: 0.1, 3: 0.1}, tmp_path / "distil.png")
+    for name in ("lora.png", "distil.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_keeps_front_matter_and_demotes_the_old_headings() -> None:
+    card = recovered_card(title="Recovered", before=CARD, told=["Told."], table=table(), command="ffgym recover x")
+    assert card.startswith('---\nlibrary_name: transformers\nbase_model: "a/b"\n---\n\n# Recovered')
+    assert card.count("\n# ") == 2  # the title, and what is code
+    assert "\n### Pruned\n" in card
+    assert "\n#### Limits" in card
+    assert "\n# no heading\n" in card
+    assert "Told." in card
+    assert "$ ffgym recover x" in card
+
+
+@pytest.mark.parametrize("before", [None, "no front matter", "---\nunclosed"])
+def test_a_card_without_front_matter_gets_one(before: str | None) -> None:
+    card = recovered_card(title="Recovered", before=before, told=[], table=table(), command="c")
+    assert card.startswith("---\nlibrary_name: transformers\ntags:\n- ffgym")
+    assert ("## The model before that" in card) == (before is not None)

@@ -1,0 +1,94 @@
+"""An agent is made from its configuration, and from another run's policy where one is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ffgym.agents.random_search import RandomSearch
+from ffgym.config.tables import RunConfig
+from ffgym.errors import ConfigError
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
+from ffgym.search.policy import make_agent, read_policy
+
+
+class Picky(RandomSearch):
+    """Needs a prior, and takes up a state that has a place in it."""
+
+    name = "picky"
+    needs_prior = True
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        if state["place"].upper() == "TORCH":
+            torch.nn.Linear(2, 1).load_state_dict({"weight": torch.ones(1, 3), "bias": torch.ones(1)})
+
+
+class Forgetful(Picky):
+    """Takes up nothing."""
+
+    name = "forgetful"
+    load_state = Agent.load_state  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def _picky(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = manager.create
+
+    def made(kind: Any, name: str, options: Any = None) -> Any:
+        own = {"picky": Picky, "forgetful": Forgetful}
+        return own[name]() if name in own else create(kind, name, options)
+
+    monkeypatch.setattr(manager, "create", made)
+
+
+def config(agent: str, **tables: Any) -> RunConfig:
+    return RunConfig.model_validate({"agent": {"name": agent}, **tables})
+
+
+def policy(folder: Path, **changes: Any) -> str:
+    path = folder / "policy.json"
+    path.write_text(json.dumps({"agent": "picky", "state": {"place": "here"}, **changes}))
+    return str(path)
+
+
+def test_an_agent_that_needs_a_prior_is_not_made_without_one() -> None:
+    assert make_agent(config("picky")).name == "picky"
+    with pytest.raises(ConfigError, match=r"agent 'picky' needs a prior, and prior\.name is 'none'"):
+        make_agent(config("picky", prior={"name": "none"}))
+
+
+def test_a_policy_for_an_agent_that_takes_up_none_is_refused_and_not_forgotten(tmp_path: Path) -> None:
+    source = policy(tmp_path, agent="forgetful")
+    with pytest.raises(ConfigError, match=r"agent 'forgetful' cannot start from a policy"):
+        make_agent(config("forgetful", search={"init_from": source}))
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"place": 3}, {"place": None}, {"place": "torch"}], ids=["missing", "number", "nothing", "shape"]
+)
+def test_a_state_of_another_form_is_said_to_be_one(tmp_path: Path, state: dict[str, Any]) -> None:
+    source = policy(tmp_path, state=state)
+    with pytest.raises(ConfigError, match="its policy is not what agent 'picky' writes"):
+        make_agent(config("picky", search={"init_from": source}))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[1, 2]", "it has no 'agent' that is a str"),
+        ('{"agent": "picky"}', "it has no 'state' that is a dict"),
+        ('{"agent": "picky", "state": null}', "it has no 'state' that is a dict"),
+        ('{"agent": "picky", "state": {}, "sublayers": 3}', "its 'sublayers' is 3, not a list of names"),
+    ],
+)
+def test_a_file_that_is_no_policy_says_what_it_lacks(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"no policy could be read from .*{said}"):
+        read_policy(path, config("picky"))

@@ -1,0 +1,613 @@
+"""A whole search on a tiny model: what it spends and finds, its interruption, and going on from its log."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from made_up_episodes import Opinionated
+
+from ffgym.agents.one_shot import OneShot
+from ffgym.agents.random_search import RandomSearch
+from ffgym.config.tables import SearchTable
+from ffgym.envs.schedule import Schedule
+from ffgym.errors import ConfigError, DataError, PluginError
+from ffgym.evaluation.perplexity import evaluate
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Reward
+from ffgym.pruning.budget import Budget
+from ffgym.search.finals import by_standing, finals_windows
+from ffgym.search.log import read_episodes, read_log
+from ffgym.search.loop import SearchInterrupted, search, search_front
+
+SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=160)
+RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
+
+
+@pytest.fixture
+def env(make_env):
+    return make_env(sparsity=0.3)
+
+
+def searched(env, agent=None, *, seed=3, schedule=RAMPS, settings=SETTINGS, **options):
+    return search(env, agent or RandomSearch(), settings, schedule, seed=seed, **options)
+
+
+def bits(found):
+    """Everything about it but the time it took; repr shows every bit of a float, and NaN equals NaN."""
+    return repr([replace(e, action=e.action.tolist()) for e in found.history]) + repr(
+        [(c.importance.tolist(), c.allocation, c.origin, c.loss) for c in [found.best, *found.finalists]]
+        + [found.dense_loss, found.search_tokens, found.final_tokens]
+    )
+
+
+def untimed(text):
+    """A log without what no two searches share."""
+    return re.sub(r', "seconds": [\d.]+', "", text)
+
+
+class TestUniform:
+    def test_finals_measure_every_shape_whatever_the_agent_has_seen(self, uniform_env):
+        """The agent sees and believes in one shape only; the best of all is found, by the finals' losses."""
+        shapes = uniform_env.budget.shapes(0.3)
+        assert len(shapes) == 2
+        for shape in shapes:
+            believed = uniform_env.budget.importance(shape.kept)
+            found = searched(uniform_env, Opinionated(believed), schedule=Schedule(0.3, 2))
+            assert {c.allocation.kept for c in found.finalists} == {s.kept for s in shapes}
+            assert found.final_tokens == 2 * 160
+            losses = [c.loss for c in found.finalists]
+            assert found.best.loss == min(losses)
+            assert found.best.allocation.kept == found.finalists[0].allocation.kept
+
+    def test_fewer_shapes_than_episodes_are_measured_once_an_update(self, uniform_env, monkeypatch):
+        measured = []
+        measure = uniform_env.measure
+        monkeypatch.setattr(
+            uniform_env, "measure", lambda a, subset, *_: measured.append((a.kept, tuple(subset))) or measure(a, subset)
+        )
+        found = searched(uniform_env, schedule=Schedule(0.3, 2))
+        assert len(found.history) == 12
+        assert len(measured) == len(set(measured)), "nothing is measured twice on the same tokens"
+        assert len(measured) <= 3 * 2 + 2
+
+    def test_a_rule_that_is_run_alone_stays_what_it_is(self, uniform_env):
+        agent = OneShot()
+        agent.prior_mean = uniform_env.budget.importance(uniform_env.budget.shapes(0.3)[0].kept)
+        found = searched(uniform_env, agent, schedule=Schedule(0.3, 2))
+        assert [c.origin for c in found.finalists] == ["policy"]
+
+    def test_an_interrupted_search_hands_over_one_shape(self, uniform_env):
+        def stop(episode):
+            if episode.index == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as stopped:
+            searched(uniform_env, schedule=Schedule(0.3, 2), on_episode=stop)
+        assert len(stopped.value.found.finalists) == 1
+
+
+class TestSearch:
+    def test_spends_its_tokens_and_chooses_among_finalists(self, env):
+        found = searched(env)
+        assert found.search_tokens == sum(e.tokens for e in found.history) >= 12 * 64
+        assert len(found.finalists) == 3
+        assert len({c.allocation.kept for c in found.finalists}) == 3
+        assert found.best is found.finalists[0]
+        assert found.final_tokens == 3 * 160
+        losses = [c.loss for c in found.finalists]
+        assert losses == sorted(losses)
+        assert math.isfinite(found.dense_loss)
+        assert all(c.allocation.sparsity >= 0.3 for c in found.finalists)
+        assert found.seconds > 0
+
+    def test_the_chosen_loss_is_that_of_the_cut_model(self, env):
+        settings = SETTINGS.model_copy(update={"final_tokens": 12 * 32})
+        found = searched(env, settings=settings)
+        env.prunable.cut(found.best.allocation.kept)
+        assert found.best.loss == pytest.approx(evaluate(env.prunable.model, env.windows).loss, rel=1e-6)
+
+    def test_the_same_seed_is_the_same_search_and_another_seed_another(self, make_env):
+        first, again, other = (searched(make_env(sparsity=0.3), seed=seed) for seed in (3, 3, 4))
+        assert bits(first) == bits(again) != bits(other)
+
+    def test_hears_of_every_episode_and_update(self, env):
+        episodes, updates = [], []
+        found = searched(
+            env, on_episode=episodes.append, on_update=lambda own, update: updates.append((list(own), update))
+        )
+        assert episodes == list(found.history)
+        assert [update.index for _, update in updates] == list(range(len(updates)))
+        assert [e for own, _ in updates for e in own] == episodes
+        for own, update in updates:
+            assert [e.reward for e in own] == update.rewards.tolist()
+            assert {e.update for e in own} == {update.index}
+
+    def test_one_shot_measures_its_heuristic_once_and_needs_no_finals(self, env):
+        agent = OneShot()
+        agent.prior_mean = np.linspace(-1, 1, 6)
+        found = searched(env, agent, schedule=Schedule(0.3, 2))
+        assert len(found.history) == 4
+        assert found.best.allocation.kept == env.budget.project(agent.prior_mean, 0.3).kept
+        assert found.best.origin == "policy"
+        assert (found.final_tokens, found.dense_loss, found.best.loss) == (0, None, None)
+
+    def test_one_shot_without_a_heuristic_is_refused(self, env):
+        with pytest.raises(ConfigError, match="none is named"):
+            searched(env, OneShot())
+
+    def test_random_search_draws_importances_that_are_allowed(self):
+        agent = RandomSearch()
+        agent.begin(dimensions=6, batch=4, seed=0)
+        drawn = agent.ask(None)
+        assert drawn.dtype == np.float32
+        assert np.abs(drawn).max() <= 1
+
+
+class Traded(Reward):
+    """Two aims that pull apart: what is lost, and attention that is kept."""
+
+    name = "traded"
+    needs = frozenset({"cost"})
+
+    def __call__(self, pruned, dense):
+        return sum(self.objectives(pruned, dense).values())
+
+    def objectives(self, pruned, dense):
+        return {"ratio": math.exp(dense.loss - pruned.loss), "kv_kept": pruned.costs["kv"] / dense.costs["kv"]}
+
+
+class TestPareto:
+    @pytest.fixture
+    def traded(self, make_env):
+        env = make_env(sparsity=0.3)
+        env.reward = Traded()
+        env.prices = {"kv": Budget(env.prunable.sublayers, resource="kv")}
+        return env
+
+    def test_what_no_other_beats_is_measured_again_beside_the_finalists(self, traded):
+        settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
+        found = searched(traded, settings=settings, schedule=Schedule(0.3, 2))
+        assert 2 < len(found.finalists) <= 2 + traded.reward.pareto
+        assert len({c.allocation.kept for c in found.finalists}) == len(found.finalists)
+        assert found.final_tokens == len(found.finalists) * 160
+        subset = finals_windows(traded, 160, 3)
+        for candidate in found.finalists:
+            judged = traded.judge(candidate.allocation, subset)
+            assert (candidate.loss, candidate.reward) == (judged.pruned.loss, judged.reward)
+            assert candidate.objectives == judged.objectives
+
+    def test_the_best_reward_is_chosen_and_is_not_dominated(self, traded):
+        found = searched(traded, settings=SETTINGS.model_copy(update={"episodes": 40}), schedule=Schedule(0.3, 2))
+        rewards = [c.reward for c in found.finalists]
+        assert rewards == sorted(rewards, reverse=True)
+        assert found.best is found.finalists[0]
+        winners = {c.origin for c in found.pareto}
+        assert found.best.origin in winners
+        vectors = {c.origin: tuple(c.objectives.values()) for c in found.finalists}
+        for candidate in found.finalists:
+            beaten = any(
+                all(x >= y for x, y in zip(vectors[o.origin], vectors[candidate.origin], strict=True))
+                and vectors[o.origin] != vectors[candidate.origin]
+                for o in found.finalists
+            )
+            assert beaten != (candidate.origin in winners)
+
+    def test_a_reward_with_one_aim_has_none_and_measures_nothing_more(self, env):
+        found = searched(env)
+        assert found.pareto == ()
+        assert len(found.finalists) == 3
+        assert [c.objectives for c in found.finalists] == [{}] * 3
+
+    def test_at_most_as_many_as_the_reward_says(self, traded):
+        traded.reward.pareto = 0
+        settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
+        assert len(searched(traded, settings=settings).finalists) == 2
+
+    def test_objectives_survive_the_log(self, traded, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        found = searched(traded, log=log)
+        assert [e.objectives for e in read_episodes(log)] == [e.objectives for e in found.history]
+        assert all(set(e.objectives) == {"ratio", "kv_kept"} for e in found.history)
+
+
+class Interrupting(RandomSearch):
+    """Presses Ctrl-C when it is told the rewards of an update."""
+
+    name = "interrupting"
+
+    def __init__(self, update):
+        super().__init__()
+        self.left = update
+
+    def tell(self, observations, actions, rewards):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return {}
+
+
+class TestInterruption:
+    def test_says_the_best_so_far(self, env):
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env, Interrupting(1), schedule=Schedule(0.3, 2))
+        found = raised.value.found
+        assert isinstance(raised.value, KeyboardInterrupt)
+        assert len(found.history) == 8
+        assert found.best.origin == f"episode {by_standing(found.history)[0].index}"
+        assert found.finalists == (found.best,)
+        assert (found.dense_loss, found.final_tokens) == (None, 0)
+        assert found.search_tokens == 8 * 64
+        assert env.prunable.kept == env.prunable.dense_units
+
+    def test_says_what_the_agent_believes_in_where_it_believes_in_something(self, env):
+        class Torn(Interrupting):
+            def recommend(self, observation):
+                return [np.linspace(1, -1, 6)]
+
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env, Torn(1))
+        assert raised.value.found.best.origin == "policy"
+
+    def test_an_agent_that_has_nothing_to_recommend_yet_is_not_called_broken(self, env):
+        class Late(Interrupting):
+            def recommend(self, observation):
+                raise AttributeError("nothing was told yet")
+
+        with pytest.raises(KeyboardInterrupt) as raised:
+            searched(env, Late(0))
+        assert type(raised.value) is KeyboardInterrupt
+
+    def test_within_an_update_keeps_its_episodes(self, env, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+
+        def stop(episode):
+            if episode.index == 5:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env, log=log, on_episode=stop)
+        assert len(raised.value.found.history) == 6
+        assert len(read_episodes(log)) == 6
+
+    def test_in_the_finals_loses_nothing(self, env, monkeypatch):
+        monkeypatch.setattr("ffgym.search.loop.run_finals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env)
+        assert raised.value.found.search_tokens >= 12 * 64
+
+    def test_before_the_first_episode_is_plain_ctrl_c(self, env):
+        env.prunable.model.base_model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt) as raised:
+            searched(env)
+        assert not isinstance(raised.value, SearchInterrupted)
+
+    def test_other_errors_pass_through_and_the_log_is_closed(self, env, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+
+        def broken(*_):
+            raise RuntimeError("tracker is down")
+
+        with pytest.raises(RuntimeError, match="tracker"):
+            searched(env, log=log, on_update=broken)
+        assert len(read_episodes(log)) == 4
+
+
+class TestLog:
+    @pytest.fixture
+    def whole(self, make_env, tmp_path):
+        log = tmp_path / "whole.jsonl"
+        return searched(make_env(sparsity=0.3), log=log), log.read_text()
+
+    @pytest.mark.parametrize("lines", [0, 1, 4, 7, 12, None])
+    @pytest.mark.parametrize("torn", ["", "all but the newline", "half a line"])
+    def test_a_resumed_search_is_the_uninterrupted_one_bit_for_bit(self, whole, make_env, tmp_path, lines, torn):
+        """Killed at any episode, also while it wrote a line; on a new environment, as in a new process."""
+        found, text = whole
+        rows = text.splitlines(keepends=True)
+        kept = rows[:lines]
+        following = rows[len(kept)] if len(kept) < len(rows) else rows[0]
+        kept.append({"": "", "all but the newline": following.rstrip("\n"), "half a line": following[:90]}[torn])
+        log = tmp_path / "resumed.jsonl"
+        log.write_text("".join(kept))
+        again = searched(make_env(sparsity=0.3), log=log)
+        assert bits(again) == bits(found)
+        assert untimed(log.read_text()) == untimed(text)
+
+    def test_resuming_every_agent_after_ctrl_c(self, make_env, tmp_path):
+        for name in ("random", "reinforce"):
+            log, uninterrupted = tmp_path / f"{name}.jsonl", tmp_path / f"{name}-whole.jsonl"
+
+            def agent(name=name):
+                one = manager.create("agent", name)
+                one.prior_mean = np.linspace(-0.5, 0.5, 6)
+                return one
+
+            def stop(episode):
+                if episode.index == 5:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(SearchInterrupted):
+                searched(make_env(sparsity=0.3), agent(), log=log, on_episode=stop)
+            resumed = searched(make_env(sparsity=0.3), agent(), log=log)
+            whole = searched(make_env(sparsity=0.3), agent(), log=uninterrupted)
+            assert bits(resumed) == bits(whole)
+            assert untimed(log.read_text()) == untimed(uninterrupted.read_text())
+
+    def test_a_finished_log_is_replayed_without_measuring_an_episode(self, whole, make_env, tmp_path):
+        log = tmp_path / "done.jsonl"
+        log.write_text(whole[1])
+        env = make_env(sparsity=0.3)
+        env.step = lambda _: pytest.fail("an episode was measured again")
+        assert bits(searched(env, log=log)) == bits(whole[0])
+
+    @pytest.mark.parametrize("changed", ["seed", "schedule", "agent"])
+    def test_of_another_search_is_refused(self, whole, make_env, tmp_path, changed):
+        log = tmp_path / "other.jsonl"
+        log.write_text(whole[1])
+        agent = OneShot()
+        agent.prior_mean = np.zeros(6)
+        other = {"seed": 4, "schedule": Schedule(0.3, 2), "agent": agent}[changed]
+        with pytest.raises(DataError, match="is not what this search does"):
+            searched(make_env(sparsity=0.3), log=log, **{changed: other})
+        assert log.read_text() == whole[1], "nothing is lost"
+
+    def test_of_another_target_is_refused(self, make_env, tmp_path):
+        """Random search draws the same importances whatever the sparsity."""
+        log = tmp_path / "other.jsonl"
+        searched(make_env(sparsity=0.3), schedule=Schedule(0.3, 2), log=log)
+        with pytest.raises(DataError, match="is not what this search does"):
+            searched(make_env(sparsity=0.4), schedule=Schedule(0.4, 2), log=log)
+
+    def test_ctrl_c_while_a_search_is_replayed_hands_over_nothing(self, whole, make_env, tmp_path):
+        log = tmp_path / "again.jsonl"
+        log.write_text(whole[1])
+
+        def stop(episode):
+            if episode.index == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as raised:
+            searched(make_env(sparsity=0.3), log=log, on_episode=stop)
+        assert not isinstance(raised.value, SearchInterrupted), "the earlier session handed over the best of more"
+        assert log.read_text() == whole[1]
+
+
+class TestSeconds:
+    """The time of all sessions counts, that of a replay does not."""
+
+    @pytest.fixture
+    def slow(self, make_env, monkeypatch):
+        """Every measurement takes a second of a clock that stands still otherwise."""
+        now = [1000.0]
+        monkeypatch.setattr("ffgym.search.log.time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+
+        def make():
+            env = make_env(sparsity=0.3)
+            measure = env.measure
+
+            def measured(allocation, subset, *examples):
+                now[0] += 1.0
+                return measure(allocation, subset, *examples)
+
+            env.measure = measured
+            return env
+
+        return make
+
+    def test_every_line_of_the_log_says_its_own(self, slow, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        found = searched(slow(), log=log)
+        assert read_log(log).seconds == len(found.history)
+        assert found.seconds == len(found.history) + len(found.finalists)
+
+    @pytest.mark.parametrize("stop", [0, 5, 11])
+    def test_of_earlier_sessions_are_added_up(self, slow, tmp_path, stop):
+        log = tmp_path / "episodes.jsonl"
+
+        def interrupt(episode):
+            if episode.index == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(slow(), log=log, on_episode=interrupt)
+        assert raised.value.found.seconds == stop + 1
+        found = searched(slow(), log=log)
+        assert found.seconds == len(found.history) + len(found.finalists)
+        assert searched(slow(), log=log).seconds == found.seconds, "a replay takes no time"
+
+    def test_a_log_that_does_not_say_is_read(self, slow, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        found = searched(slow(), log=log)
+        log.write_text(untimed(log.read_text()))
+        assert searched(slow(), log=log).seconds == len(found.finalists)
+
+    def test_are_real(self, env):
+        begun = time.monotonic()
+        found = searched(env)
+        assert 0 < found.seconds <= time.monotonic() - begun
+
+
+class TestFront:
+    """A range of budgets: one history, and at every target finals of its own."""
+
+    TARGETS = (0.1, 0.2, 0.3)
+    RANGE = Schedule(0.3, 2, low=0.1)
+
+    @pytest.fixture
+    def env(self, make_env):
+        return make_env(sparsity=0.2)
+
+    def fronted(self, env, agent=None, **options):
+        return search_front(
+            env, agent or RandomSearch(), SETTINGS, options.pop("schedule", self.RANGE), self.TARGETS, seed=3, **options
+        )
+
+    def test_every_point_is_chosen_at_its_own_target(self, env):
+        points = []
+        found = self.fronted(env, on_point=points.append)
+        assert points == found
+        assert [one.target for one in found] == list(self.TARGETS)
+        for one in found:
+            assert one.history == found[0].history
+            assert one.search_tokens == found[0].search_tokens
+            assert one.best is one.finalists[0]
+            assert len(one.finalists) == 3
+            assert one.final_tokens == 3 * 160
+            for candidate in one.finalists:
+                assert candidate.allocation == env.budget.project(candidate.importance, one.target)
+                assert candidate.allocation.sparsity >= one.target - 1e-9
+        assert all(0.1 <= e.target_sparsity <= 0.3 for e in found[0].history)
+
+    def test_what_the_agent_recommends_is_asked_for_at_every_target(self, env):
+        asked = []
+
+        class Told(RandomSearch):
+            def recommend(self, observation):
+                asked.append(float(observation[0]))
+                return []
+
+        self.fronted(env, Told())
+        np.testing.assert_allclose(asked, self.TARGETS, rtol=1e-6)
+
+    def test_candidates_stood_out_near_the_target(self, env):
+        found = self.fronted(env)
+        for one in found:
+            nearest = min(abs(e.target_sparsity - one.target) for e in one.history)
+            for candidate in one.finalists:
+                number = int(candidate.origin.removeprefix("episode "))
+                assert abs(one.history[number].target_sparsity - one.target) <= max(0.05, nearest) + 1e-9
+
+    @pytest.mark.parametrize("lines", [0, 5, 12])
+    def test_a_resumed_front_is_the_uninterrupted_one_bit_for_bit(self, make_env, tmp_path, lines):
+        log = tmp_path / "whole.jsonl"
+        whole = self.fronted(make_env(sparsity=0.2), log=log)
+        resumed = tmp_path / "resumed.jsonl"
+        resumed.write_text("".join(log.read_text().splitlines(keepends=True)[:lines]))
+        again = self.fronted(make_env(sparsity=0.2), log=resumed)
+        assert [bits(one) for one in again] == [bits(one) for one in whole]
+
+    def test_a_log_of_a_single_target_is_refused(self, make_env, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        self.fronted(make_env(sparsity=0.2), log=log)
+        with pytest.raises(DataError, match="is not what this search does"):
+            searched(make_env(sparsity=0.2), schedule=Schedule(0.2, 2), log=log)
+
+    def test_ctrl_c_says_the_best_at_the_environments_own_target(self, env):
+        def stop(episode):
+            if episode.index == 9:
+                raise KeyboardInterrupt
+
+        with pytest.raises(SearchInterrupted) as raised:
+            self.fronted(env, on_episode=stop)
+        found = raised.value.found
+        assert found.target == 0.2
+        assert found.best.allocation.sparsity == pytest.approx(0.2, abs=0.05)
+
+
+class Broken(RandomSearch):
+    """Breaks the agent's contract in one way."""
+
+    name = "broken"
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def ask(self, observations):
+        actions = super().ask(observations)
+        return {"rows": actions[:2], "range": actions * 7, "nan": actions * np.nan, "nothing": None}.get(
+            self.how, actions
+        )
+
+    def tell(self, observations, actions, rewards):
+        if self.how == "bug":
+            return {"bug": 1 / 0}
+        answers = {
+            "diagnostics": [0.2],
+            "text": {"policy/spread": "wide"},
+            "digits": {"policy/spread": "0.5"},
+            "name": {"what (%)": 1.0},
+        }
+        return answers.get(self.how) or super().tell(observations, actions, rewards)
+
+    def learn(self, env, *, seed, on_update):
+        if self.how == "idle":
+            return
+        if self.how == "no reset":
+            env.step(np.zeros((4, 6)))
+        if self.how == "greedy":
+            env.reset(seed=seed)
+            for _ in range(100):
+                env.step(np.zeros((4, 6)))
+        tell = {
+            "silent": lambda update: None,
+            "none": lambda update: on_update(None),
+            "always the first": lambda update: on_update(replace(update, index=0)),
+            "from one": lambda update: on_update(replace(update, index=update.index + 1)),
+        }.get(self.how, on_update)
+        super().learn(env, seed=seed, on_update=tell)
+
+    def recommend(self, observation):
+        return {"shape": [np.zeros(5)], "flat": np.zeros(6), "number": 3, "words": [["a"] * 6]}.get(self.how, [])
+
+
+class TestBrokenAgents:
+    """Whatever an agent does wrong is an error that names it, before anything is measured on its word."""
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ("rows", r"searching: ValueError: actions have shape \(2, 6\), not \(4, 6\)"),
+            ("range", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is"),
+            ("nan", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is nan"),
+            ("nothing", r"searching: ValueError: actions have shape \(\)"),
+            ("bug", "searching: ZeroDivisionError"),
+            ("no reset", r"searching: RuntimeError: step before reset: call env\.reset\(seed=seed\) first"),
+            (
+                "greedy",
+                r"searching: RuntimeError: step after all 768 tokens were spent: stop when env\.tokens_left is 0",
+            ),
+        ],
+    )
+    def test_are_named(self, env, how, said):
+        with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\) failed while " + said):
+            searched(env, Broken(how))
+
+    @pytest.mark.parametrize(
+        ("how", "said"),
+        [
+            ("idle", "learn came back without a step"),
+            ("silent", "learn never called on_update"),
+            ("none", "learn called on_update with NoneType, not an Update"),
+            ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
+            ("text", "diagnostic 'policy/spread' is str, not a number"),
+            ("digits", "diagnostic 'policy/spread' is str, not a number"),
+            ("name", r"a diagnostic is called 'what \(%\)'"),
+            ("shape", r"recommend returned unusable importances: an array of shape \(5,\), not \(6,\)"),
+            ("flat", "recommend returned ndarray, not a list of arrays"),
+            ("number", "recommend returned int, not a list of arrays"),
+            ("words", "recommend returned unusable importances"),
+        ],
+    )
+    def test_what_they_return_or_leave_out_is_said(self, env, how, said):
+        with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\): " + said):
+            searched(env, Broken(how))
+
+    @pytest.mark.parametrize("how", ["always the first", "from one"])
+    def test_however_they_count_every_episode_is_told_once(self, env, how):
+        told = []
+        found = searched(env, Broken(how), on_update=lambda episodes, update: told.extend(e.index for e in episodes))
+        assert told == [e.index for e in found.history]
+
+    def test_what_measuring_raises_is_not_put_down_to_them(self, env, monkeypatch):
+        def fails(*args, **options):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(env, "measure", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            searched(env)
