@@ -23,8 +23,9 @@ import ffgym
 from ffgym.cli.app import app
 from ffgym.config.tables import RunConfig
 from ffgym.models.families import FAMILIES
-from ffgym.plugins import built_ins, discovery, hookspecs, manager
+from ffgym.plugins import built_ins, discovery, hookspecs, kinds, manager
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
+from ffgym.plugins.kinds import KINDS
 from ffgym.testing import conformance
 from ffgym.testing.conformance import (
     AgentConformance,
@@ -38,13 +39,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("plugins/*/README.md")])
 REFERENCE = DOCS / "configuration.md"
 BEGIN, END = "<!-- reference:begin -->\n", "<!-- reference:end -->\n"
-BASES: dict[built_ins.PluginKind, type[Plugin]] = {
-    "agent": Agent,
-    "criterion": Criterion,
-    "heuristic": Heuristic,
-    "reward": Reward,
-}
-PLURALS = {"agent": "agents", "criterion": "criteria", "heuristic": "heuristics", "reward": "rewards"}
+BASES = {name: kinds.imported(kind.base) for name, kind in KINDS.items()}
+PLURALS = {name: kind.plural for name, kind in KINDS.items()}
 BUILTINS = [(kind, name) for kind, table in built_ins.BUILTINS.items() for name in table]
 
 
@@ -60,8 +56,8 @@ def reference() -> str:
         if isinstance(model, type) and issubclass(model, BaseModel):
             parts += [f"### `[{table}]`", first_line(model), keys(model)]
     parts.append("## Every built-in plugin, and its options")
-    for kind, table in manager.TABLES.items():
-        parts += [f"### {PLURALS[kind].capitalize()}: options in `[{table}]`", options(kind)]
+    for kind, (plural, _, table) in KINDS.items():
+        parts += [f"### {plural.capitalize()}: options in `[{table}]`", options(kind)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,7 +70,7 @@ def keys(model: type[BaseModel], only: list[str] | None = None) -> str:
     return "\n".join(rows)
 
 
-def options(kind: built_ins.PluginKind) -> str:
+def options(kind: kinds.PluginKind) -> str:
     parts = []
     for name, built_in in built_ins.BUILTINS[kind].items():
         config = manager.get_class(kind, name).Config
@@ -129,7 +125,7 @@ def test_flag_is_documented(flag: str) -> None:
     assert re.search(rf"`[^`\n]*{flag}\b", text("docs/configuration.md"))
 
 
-@pytest.mark.parametrize("hook", sorted(discovery.HOOKS))
+@pytest.mark.parametrize("hook", sorted(kinds.HOOKS))
 def test_hook_is_documented(hook: str) -> None:
     assert hasattr(hookspecs, hook)
     assert f"`{hook}`" in text("docs/plugins.md")

@@ -20,7 +20,8 @@ from ffgym.config.tables import PruneTable, RunConfig, TrackingTable
 from ffgym.config.toml import load_config, to_toml
 from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
 from ffgym.interrupts import interruptible
-from ffgym.plugins import built_ins, configured, manager
+from ffgym.plugins import configured, manager
+from ffgym.plugins.kinds import KINDS
 from ffgym.version import __version__
 
 OUT_OF_MEMORY = (
@@ -473,21 +474,8 @@ def export(
     typer.echo(f"run it (needs pip install 'ffgym[llama-cpp]', or llama.cpp itself):\n  {run_line(written.path)}")
 
 
-class Kinds(StrEnum):
-    """What `ls` lists."""
-
-    agents = "agents"
-    criteria = "criteria"
-    heuristics = "heuristics"
-    rewards = "rewards"
-
-
-_KINDS: dict[Kinds, built_ins.PluginKind] = {
-    Kinds.agents: "agent",
-    Kinds.criteria: "criterion",
-    Kinds.heuristics: "heuristic",
-    Kinds.rewards: "reward",
-}
+_PLURALS = {kind.plural: name for name, kind in KINDS.items()}
+Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
 
 
 @app.command("ls")
@@ -495,7 +483,7 @@ def list_names(
     kind: Annotated[Kinds, typer.Argument(help="what to list", show_default=False)], as_json: JsonOption = False
 ) -> None:
     """List the names that `run` takes for --agent, --criterion, --prior (heuristics) or --reward."""
-    found = manager.names(_KINDS[kind])
+    found = manager.names(_PLURALS[kind])
     if as_json:
         _print_json([{"name": name, "description": line} for name, line in found.items()])
     else:

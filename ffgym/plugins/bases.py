@@ -54,10 +54,12 @@ class Plugin:
         config: an instance of the class's own ``Config``; its defaults when left out.
 
     Attributes:
+        kind: ``"agent"``, ``"criterion"``, ..., set by the base class of the kind.
         edition: raised by its author when the same options come to give other numbers. A bench then refuses results of
             an earlier edition instead of comparing them with new ones.
     """
 
+    kind: ClassVar[str]
     name: ClassVar[str]
     edition: ClassVar[int] = 1
     Config: ClassVar[type[PluginConfig]] = PluginConfig
@@ -73,6 +75,7 @@ class Criterion(Plugin, ABC):
         needs: statistics to collect, any of ``{"mean", "square", "second_moment", "gradient", "output_gradient"}``.
     """
 
+    kind = "criterion"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -96,6 +99,7 @@ class Heuristic(Plugin, ABC):
         target: sparsity that the importances are wanted for, set by the runner; ``None`` where nobody says.
     """
 
+    kind = "heuristic"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: PluginConfig | None = None) -> None:
@@ -128,6 +132,7 @@ class Reward(Plugin, ABC):
         pareto: how many non-dominated allocations are measured again beside the finalists, where there are objectives.
     """
 
+    kind = "reward"
     worst: ClassVar[float] = 0.0
     needs: frozenset[str] = frozenset()
     tasks: tuple[str, ...] = ()
@@ -170,6 +175,7 @@ class Agent(Plugin, ABC):
         policy_sublayers: names of the sublayers that the policy it was started from is for; ``None`` for no policy.
     """
 
+    kind = "agent"
     slope_episodes: int = 0
     least_episodes: int = 1
     update_episodes: ClassVar[int | None] = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-PluginKind = Literal["agent", "criterion", "heuristic", "reward"]
+from ffgym.plugins.kinds import PluginKind
 
 
 class BuiltIn(NamedTuple):

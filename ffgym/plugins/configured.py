@@ -10,9 +10,9 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins.bases import Plugin
-from ffgym.plugins.built_ins import PluginKind
 from ffgym.plugins.discovery import owners
-from ffgym.plugins.manager import TABLES, create, get_class, validated
+from ffgym.plugins.kinds import KINDS, PluginKind
+from ffgym.plugins.manager import create, get_class, validated
 from ffgym.types import JSONDict
 
 
@@ -50,8 +50,8 @@ def editions(config: RunConfig) -> dict[str, int]:
 
 def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
     """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
-    named: list[tuple[PluginKind, str, str]] = [(kind, key, getattr(config, key).name) for kind, key in TABLES.items()]
-    return {key: (kind, get_class(kind, name)) for kind, key, name in named if (kind, name) != ("heuristic", "none")}
+    named = [(kind, table, getattr(config, table).name) for kind, (_, _, table) in KINDS.items()]
+    return {table: (kind, get_class(kind, name)) for kind, table, name in named if name != "none"}
 
 
 def changed_since(stored: JSONDict, config: RunConfig) -> list[str]:

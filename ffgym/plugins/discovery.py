@@ -20,8 +20,9 @@ import pluggy
 
 from ffgym.errors import PluginError
 from ffgym.plugins import hookspecs
-from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
-from ffgym.plugins.built_ins import BUILTINS, PluginKind
+from ffgym.plugins.bases import Plugin, PluginConfig
+from ffgym.plugins.built_ins import BUILTINS
+from ffgym.plugins.kinds import HOOKS, KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
 from ffgym.version import __version__
 
@@ -36,19 +37,6 @@ MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
 
 NAME = re.compile("[a-z0-9][a-z0-9_-]*")
 """What a plugin may be called: names become folders, keys and file names."""
-
-BASES: dict[PluginKind, type[Plugin]] = {
-    "agent": Agent,
-    "criterion": Criterion,
-    "heuristic": Heuristic,
-    "reward": Reward,
-}
-HOOKS: dict[str, PluginKind] = {
-    "ffgym_agents": "agent",
-    "ffgym_criteria": "criterion",
-    "ffgym_heuristics": "heuristic",
-    "ffgym_rewards": "reward",
-}
 
 
 class Package(NamedTuple):
@@ -161,7 +149,7 @@ def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
 
 def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
     """Refuse what is not a complete plugin class, before anybody depends on it."""
-    base = BASES[kind]
+    base: type[Plugin] = imported(KINDS[kind].base)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"{hook} returned {cls!r}, which is not a subclass of ffgym.{base.__name__}")
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):

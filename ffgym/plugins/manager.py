@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
@@ -11,11 +10,10 @@ from pydantic import ValidationError
 from ffgym.config.refusals import config_error
 from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
-from ffgym.plugins.built_ins import BUILTINS, PluginKind
-from ffgym.plugins.discovery import BASES, ENVIRONMENT_VARIABLE, Package, built_in_package, conflict, discovered, owners
+from ffgym.plugins.built_ins import BUILTINS
+from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, Package, built_in_package, conflict, discovered, owners
+from ffgym.plugins.kinds import KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
-
-TABLES: dict[PluginKind, str] = {"agent": "agent", "criterion": "criterion", "heuristic": "prior", "reward": "reward"}
 
 
 def names(kind: PluginKind) -> dict[str, str]:
@@ -61,8 +59,7 @@ def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     if not packages:
         raise _unknown(kind, name)
     if name in BUILTINS[kind]:
-        module, _, attribute = BUILTINS[kind][name].target.partition(":")
-        cls: type[Plugin] = getattr(importlib.import_module(module), attribute)
+        cls: type[Plugin] = imported(BUILTINS[kind][name].target)
         return cls
     return next(offer.cls for offer in discovered().offers if (offer.kind, offer.cls.name) == (kind, name))
 
@@ -103,7 +100,7 @@ def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -
     try:
         return cls.Config.model_validate(dict(options))
     except ValidationError as error:
-        raise config_error(error, cls.Config, TABLES[kind]) from None
+        raise config_error(error, cls.Config, KINDS[kind].table) from None
     except FFGymError:
         raise
     except Exception as error:
@@ -122,8 +119,7 @@ def package_of(plugin: Plugin | type[Plugin]) -> Package:
 def described(plugin: Plugin | type[Plugin]) -> str:
     """``"criterion 'magnitude-l2' (package ffgym-magnitude-l2 0.1.0)"``: how messages name a plugin."""
     cls = plugin if isinstance(plugin, type) else type(plugin)
-    kind = next((kind for kind, base in BASES.items() if issubclass(cls, base)), "plugin")
-    return f"{kind} {getattr(cls, 'name', cls.__qualname__)!r} (package {package_of(cls)})"
+    return f"{getattr(cls, 'kind', 'plugin')} {getattr(cls, 'name', cls.__qualname__)!r} (package {package_of(cls)})"
 
 
 def _unknown(kind: PluginKind, name: str) -> UnknownNameError:

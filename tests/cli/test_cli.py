@@ -22,7 +22,7 @@ from ffgym.cli.app import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ModelError
-from ffgym.plugins import built_ins, configured, discovery, manager
+from ffgym.plugins import configured, discovery, kinds, manager
 
 HEAVY = (
     "torch",
@@ -320,7 +320,7 @@ def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Pa
     ("plural", "kind"),
     [("agents", "agent"), ("criteria", "criterion"), ("heuristics", "heuristic"), ("rewards", "reward")],
 )
-def test_ls_lists_names_and_descriptions(plural: str, kind: built_ins.PluginKind) -> None:
+def test_ls_lists_names_and_descriptions(plural: str, kind: kinds.PluginKind) -> None:
     text = call("ls", plural).stdout
     rows = json.loads(call("ls", plural, "--json").stdout)
     assert {row["name"]: row["description"] for row in rows} == manager.names(kind)

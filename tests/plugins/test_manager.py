@@ -13,7 +13,7 @@ import pytest
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
-from ffgym.plugins import built_ins, configured, discovery, hookspecs, manager
+from ffgym.plugins import built_ins, configured, discovery, hookspecs, kinds, manager
 from ffgym.plugins.bases import Plugin
 from ffgym.types import PluginRecord
 
@@ -78,10 +78,10 @@ def record(package: str) -> PluginRecord:
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, table in built_ins.BUILTINS.items() for name in table]
 )
-def test_builtin_table_names_its_class(kind: built_ins.PluginKind, name: str) -> None:
+def test_builtin_table_names_its_class(kind: kinds.PluginKind, name: str) -> None:
     cls = manager.get_class(kind, name)
     assert cls.name == name
-    assert issubclass(cls, discovery.BASES[kind])
+    assert issubclass(cls, kinds.imported(kinds.KINDS[kind].base))
     assert manager.names(kind)[name]
 
 
@@ -101,7 +101,7 @@ def test_every_builtin_is_in_the_table(room: str) -> None:
 
 def test_every_hook_is_documented_and_has_a_kind() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("ffgym_")]
-    assert set(hooks) == set(discovery.HOOKS)
+    assert set(hooks) == set(kinds.HOOKS)
     assert all(getattr(hookspecs, hook).__doc__ for hook in hooks)
 
 
@@ -109,7 +109,7 @@ OPTIONAL = [("agent", "random", "spread"), ("heuristic", "flap", "reference")]
 
 
 @pytest.mark.parametrize(("kind", "name", "option"), OPTIONAL)
-def test_an_empty_text_is_an_option_that_is_not_given(kind: built_ins.PluginKind, name: str, option: str) -> None:
+def test_an_empty_text_is_an_option_that_is_not_given(kind: kinds.PluginKind, name: str, option: str) -> None:
     assert getattr(manager.create(kind, name, {option: ""}).config, option) is None
 
 

@@ -1,0 +1,45 @@
+"""The kinds of plugins: what each kind's hook and base class are, and which table of a configuration names one.
+
+Base classes are given as ``"module:Class"``, because listing plugins must import neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Literal, NamedTuple
+
+PluginKind = Literal["agent", "criterion", "heuristic", "reward"]
+
+
+class Kind(NamedTuple):
+    """What the plugin manager knows of a kind.
+
+    Attributes:
+        plural: ``ffgym ls`` takes it, and the hook is ``ffgym_`` and it.
+        base: the class that plugins of the kind subclass, as ``"module:Class"``.
+        table: the configuration's table that names one and holds its options.
+    """
+
+    plural: str
+    base: str
+    table: str
+
+    @property
+    def hook(self) -> str:
+        """Name of the hook that returns a list of classes."""
+        return f"ffgym_{self.plural}"
+
+
+KINDS: dict[PluginKind, Kind] = {
+    "agent": Kind("agents", "ffgym.plugins.bases:Agent", "agent"),
+    "criterion": Kind("criteria", "ffgym.plugins.bases:Criterion", "criterion"),
+    "heuristic": Kind("heuristics", "ffgym.plugins.bases:Heuristic", "prior"),
+    "reward": Kind("rewards", "ffgym.plugins.bases:Reward", "reward"),
+}
+HOOKS: dict[str, PluginKind] = {kind.hook: name for name, kind in KINDS.items()}
+
+
+def imported(target: str) -> Any:
+    """The object that ``"module:attribute"`` names."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
