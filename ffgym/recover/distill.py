@@ -13,7 +13,7 @@ weights as they are. Each layer keeps the weights that fitted held-out text best
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ffgym.errors import ModelError, RecoveryError
-from ffgym.models.families import Family, dense_or_pruned_family_of
+from ffgym.errors import RecoveryError
+from ffgym.models.families import Family, family_of_pair
 from ffgym.prepare.sequential import equal_batch, first_input, layer_calls, layer_runner, linear_input
 from ffgym.prepare.statistics import Arguments
 from ffgym.recover.checkpoint import Checkpoint
@@ -133,7 +133,7 @@ def distil_mlps(
         ModelError: the two models do not fit.
         RecoveryError: an error that is not finite.
     """
-    _check_pair(pruned, dense, family)
+    family_of_pair(pruned, dense, hint="Name the model that was pruned, with --model.")
     streams = [_Stream(dense, pruned, family, ids, tokens_per_batch) for ids in (windows, held_out)]
     fits: list[LayerFit] = []
     for index, layer in enumerate(family.layers(pruned)):
@@ -277,18 +277,3 @@ def _put(mlp: nn.Module, weights: Weights) -> None:
 
 def _part(layer: int) -> str:
     return f"layer-{layer:03}"
-
-
-def _check_pair(pruned: Any, dense: Any, family: Family) -> None:
-    hint = "Name the model that was pruned, with --model."
-    other = dense_or_pruned_family_of(dense)
-    if other.name != family.name:
-        raise ModelError(f"the pruned model is of family {family.name!r}, the dense one of {other.name!r}", hint=hint)
-
-    def facts(model: Any) -> Iterable[object]:
-        return (model.config.hidden_size, len(family.layers(model)), model.config.vocab_size, family.head_dim(model))
-
-    names = ("hidden channels", "layers", "tokens in the vocabulary", "channels a head")
-    for name, ours, theirs in zip(names, facts(pruned), facts(dense), strict=True):
-        if ours != theirs:
-            raise ModelError(f"the pruned model has {ours} {name}, the dense one {theirs}", hint=hint)
