@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ffgym.config.tables import RunConfig
     from ffgym.config.toml import load_config
     from ffgym.pipeline.pipeline import run
+    from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 
 __all__ = [
     "Agent",
@@ -28,10 +29,13 @@ __all__ = [
     "Heuristic",
     "LayerStats",
     "PluginConfig",
+    "Recovery",
     "Reward",
     "RunConfig",
     "Sublayer",
     "SublayerView",
+    "TrainingOutcome",
+    "TrainingSetup",
     "Update",
     "__version__",
     "hookimpl",
@@ -39,7 +43,12 @@ __all__ = [
     "run",
 ]
 
-_LATE = {"RunConfig": "ffgym.config.tables", "load_config": "ffgym.config.toml", "run": "ffgym.pipeline.pipeline"}
+_LATE = {
+    "RunConfig": "ffgym.config.tables",
+    "load_config": "ffgym.config.toml",
+    "run": "ffgym.pipeline.pipeline",
+    **dict.fromkeys(("Recovery", "TrainingOutcome", "TrainingSetup"), "ffgym.recover.method"),
+}
 
 
 def __getattr__(name: str) -> Any:

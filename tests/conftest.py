@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,3 +137,30 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Any) -> d
         },
         "search": {"episode_tokens": 64, "final_tokens": 64},
     }
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``install(package, source)``: install a plugin as pip would, a module and its dist-info on sys.path."""
+    from ffgym.plugins import discovery
+
+    monkeypatch.delenv(discovery.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules: list[str] = []
+
+    def add(package: str, source: str, *, version: str = "1.0") -> None:
+        module = package.replace("-", "_")
+        modules.append(module)
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        info = tmp_path / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
+        (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
+        importlib.invalidate_caches()
+        discovery.forget()
+
+    discovery.forget()
+    yield add
+    discovery.forget()
+    for module in modules:
+        sys.modules.pop(module, None)

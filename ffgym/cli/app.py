@@ -236,7 +236,7 @@ def recover(
     method: Annotated[str | None, _option("--method", "recover.method")] = None,
     corpus: Annotated[str | None, _option("--corpus", "recover.corpus")] = None,
     tokens: Annotated[str | None, _option("--tokens", "recover.tokens")] = None,
-    rank: Annotated[int | None, _option("--rank", "recover.rank")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="lora: recover.rank, rank of the adapters")] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="the dense model, as for `run`", show_default="what the run's config.toml says"),
@@ -266,8 +266,9 @@ def recover(
 
     from ffgym.models.origin import model_folder, recorded_dense_model
     from ffgym.recover import recover
+    from ffgym.recover.folders import find_run_config
 
-    known = file or recover.find_run_config(folder)
+    known = file or find_run_config(folder)
     config = load_config(
         known,
         overrides or [],
@@ -482,7 +483,7 @@ Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
 def list_names(
     kind: Annotated[Kinds, typer.Argument(help="what to list", show_default=False)], as_json: JsonOption = False
 ) -> None:
-    """List the names that `run` takes for --agent, --criterion, --prior (heuristics) or --reward."""
+    """List the names that `run` takes for --agent, --criterion, --prior (heuristics), --reward or --recover."""
     found = manager.names(_PLURALS[kind])
     if as_json:
         _print_json([{"name": name, "description": line} for name, line in found.items()])

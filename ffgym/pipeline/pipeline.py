@@ -53,15 +53,10 @@ from ffgym.pipeline.task import Workspace, at_target, give_prior, make_schedule,
 from ffgym.plugins import configured, manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_reward
-from ffgym.recover.recover import (
-    Material,
-    Recovered,
-    check_method,
-    gather,
-    output_folder,
-    train_and_save,
-    unfinished_folder,
-)
+from ffgym.recover.folders import output_folder, unfinished_folder
+from ffgym.recover.recover import check_method, train_and_save
+from ffgym.recover.result import RecoveredModel
+from ffgym.recover.text import RecoveryTexts, gather
 from ffgym.report.front import Front
 from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.front import terminal as front_terminal
@@ -94,7 +89,7 @@ class RunResult:
     saved: SavedModel | None
     mlflow_run: str | None
     front: Front | None = None
-    recovered: Recovered | None = None
+    recovered: RecoveredModel | None = None
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
@@ -125,7 +120,7 @@ class RunResult:
             lines += ["Load the pruned model with", f"  {line}"]
         if self.recovered is not None:
             again = load_line(self.recovered.saved.path, stock=self.recovered.saved.stock)
-            lines += [*self.recovered.told, "Load it with", f"  {again}"]
+            lines += [*self.recovered.summary, "Load it with", f"  {again}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -179,9 +174,9 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         if not overwriting:
             begin()
         space = _open(config, earlier.dtype, folder / "latency.json" if resume is not None else None, say)
-        material = None
+        texts = None
         if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
-            material = gather(config, space.loaded, space.splits)
+            texts = gather(config, space.loaded, space.splits)
         if overwriting:  # not before: what cannot be loaded must not cost an earlier run its results
             clear_folder(folder)
             stack.enter_context(removing_if_nothing_found(folder))
@@ -189,9 +184,9 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         note_session(folder, replace(session, dtype=space.loaded.dtype_name))
         table, main, saved, front = _find_and_save(space, agent, tracker, folder, say)
         recovered = None
-        if material is not None and saved is not None:
+        if texts is not None and saved is not None:
             del space, agent  # the dense model and its factors: training needs the room
-            recovered = _recover(config, saved, material, tracker, say)
+            recovered = _recover(config, saved, texts, tracker, say)
             table = with_recovered(table, recovered, config)
             write_table(folder, table)
         tracker.log_table(as_dicts(table))
@@ -255,8 +250,6 @@ def _find_and_save(
 
 def check_plugins(config: RunConfig) -> None:
     """Create every plugin that the run names once, so that a wrong name or option fails before anything is loaded.
-
-    Recovery is no plugin, and checked alike.
 
     Raises:
         ConfigError: an agent that cannot do what the run asks of it, see :func:`configured.check_agent_fits`.
@@ -350,7 +343,9 @@ def _has_random_baseline(config: RunConfig) -> bool:
     return wanted and not config.prune.is_range and not config.prune.uniform
 
 
-def _recover(config: RunConfig, saved: SavedModel, material: Material, tracker: Tracker, say: Reporter) -> Recovered:
+def _recover(
+    config: RunConfig, saved: SavedModel, texts: RecoveryTexts, tracker: Tracker, say: Reporter
+) -> RecoveredModel:
     place = output_folder(saved.path)
     try:
         return train_and_save(
@@ -361,7 +356,7 @@ def _recover(config: RunConfig, saved: SavedModel, material: Material, tracker: 
             say,
             overwrite=True,  # what lies there is of an earlier session of this run, whose folder this is
             dense=config.model.name,
-            material=material,
+            texts=texts,
         )
     except KeyboardInterrupt:
         if unfinished_folder(place).exists() or not place.exists():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pluggy
 
-from ffgym.plugins.bases import Agent, Criterion, Heuristic, Reward
+from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 
 GROUP = "ffgym"
 """The entry point group that plugins are found in, and the name of the pluggy project."""
@@ -42,4 +42,10 @@ def ffgym_heuristics() -> list[type[Heuristic]]:
 @hookspec
 def ffgym_rewards() -> list[type[Reward]]:
     """Classes that turn a measurement into one number."""
+    return []
+
+
+@hookspec
+def ffgym_recoveries() -> list[type[Plugin]]:
+    """Classes that train a pruned model, each a ``ffgym.Recovery``."""
     return []

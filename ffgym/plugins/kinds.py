@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-PluginKind = Literal["agent", "criterion", "heuristic", "reward"]
+PluginKind = Literal["agent", "criterion", "heuristic", "reward", "recovery"]
 
 
 class Kind(NamedTuple):
@@ -35,6 +35,7 @@ KINDS: dict[PluginKind, Kind] = {
     "criterion": Kind("criteria", "ffgym.plugins.bases:Criterion", "criterion"),
     "heuristic": Kind("heuristics", "ffgym.plugins.bases:Heuristic", "prior"),
     "reward": Kind("rewards", "ffgym.plugins.bases:Reward", "reward"),
+    "recovery": Kind("recoveries", "ffgym.recover.method:Recovery", "recover"),
 }
 HOOKS: dict[str, PluginKind] = {kind.hook: name for name, kind in KINDS.items()}
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
-from ffgym.plugins import built_ins, configured, discovery, hookspecs, kinds, manager
+from ffgym.plugins import built_ins, configured, hookspecs, kinds, manager
 from ffgym.plugins.bases import Plugin
 from ffgym.types import PluginRecord
 
@@ -43,31 +42,6 @@ HOOK = "import ffgym\n@ffgym.hookimpl\ndef ffgym_criteria():\n    return "
 Install = Callable[..., None]
 
 
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Install packages as pip would: a module and its dist-info on sys.path."""
-    monkeypatch.delenv(discovery.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    modules: list[str] = []
-
-    def add(package: str, source: str, *, version: str = "1.0") -> None:
-        module = package.replace("-", "_")
-        modules.append(module)
-        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
-        info = tmp_path / f"{module}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
-        (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
-        importlib.invalidate_caches()
-        discovery.forget()
-
-    discovery.forget()
-    yield add
-    discovery.forget()
-    for module in modules:
-        sys.modules.pop(module, None)
-
-
 def record(package: str) -> PluginRecord:
     return next(row for row in manager.records() if row.package == package)
 
@@ -85,7 +59,7 @@ def test_builtin_table_names_its_class(kind: kinds.PluginKind, name: str) -> Non
     assert manager.names(kind)[name]
 
 
-@pytest.mark.parametrize("room", ["agents", "criteria", "heuristics", "rewards"])
+@pytest.mark.parametrize("room", ["agents", "criteria", "heuristics", "rewards", "recover"])
 def test_every_builtin_is_in_the_table(room: str) -> None:
     package = importlib.import_module(f"ffgym.{room}")
     targets = {built_in.target for table in built_ins.BUILTINS.values() for built_in in table.values()}
@@ -344,7 +318,7 @@ def test_all_options_of_all_plugins_are_spelled_out() -> None:
     assert spelled.prior.options == {"spare_first": 3, "spare_last": 1}
     assert configured.with_options(spelled) == spelled
     assert configured.with_options(load_config(prior={"name": "none"})).prior.options == {}
-    with pytest.raises(ConfigError, match=r"prior\.typo is an option of a prior, and prior\.name is 'none'"):
+    with pytest.raises(ConfigError, match=r"prior\.typo is an option of a plugin, and prior\.name is 'none'"):
         configured.with_options(load_config(None, ["prior.typo=2"], prior={"name": "none"}))
     with pytest.raises(ConfigError, match="unknown key 'lr' in"):
         configured.with_options(load_config(agent={"lr": 1.0}))
