@@ -498,6 +498,9 @@ def test_a_training_with_another_configuration_is_not_gone_on_with(
     with pytest.raises(KeyboardInterrupt):
         recovered(folder)
     undo()
+    noted = json.loads((folder / "model-recovered.unfinished" / "identity.json").read_text())
+    assert (noted["method"], noted["rank"], noted["alpha"], noted["learning_rate"]) == ("lora", 16, 32.0, 5e-4)
+    assert "checkpoint_every" not in noted
     error = fails(folder, RecoveryError, r"rank = 16; this one has rank = 8", recover={"rank": 8})
     assert "--overwrite" in str(error.hint)
     fails(folder, RecoveryError, "method = 'lora'", method="distil-mlp")
