@@ -20,7 +20,7 @@ import typer
 from pydantic import BaseModel
 
 import ffgym
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.models.families import FAMILIES
 from ffgym.plugins import built_ins, discovery, hookspecs, kinds, manager

@@ -30,7 +30,7 @@ from ffgym.bench import cell as cell_module
 from ffgym.bench.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.bench.cell import Job
 from ffgym.bench.table import BenchTable
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.toml import changed_settings
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
@@ -720,7 +720,7 @@ def test_a_cell_can_be_read_back(finished: Any) -> None:
 
 def test_committed_results_belong_to_the_configuration_beside_them() -> None:
     """A key that is added later, or a default that moves, must not orphan what was measured."""
-    for file in sorted((Path(__file__).parent.parent / "experiments" / "bench").glob("*.toml")):
+    for file in sorted((Path(__file__).parents[2] / "experiments" / "bench").glob("*.toml")):
         for cell in read_bench(file).cells:
             assert not cell.path.exists() or configured.changed_since(read_cell(cell).settings, cell.config) == [], (
                 cell.path

@@ -22,7 +22,7 @@ from tiny_tokenizers import PRE_TOKENIZERS, byte_level, sentencepiece
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.errors import ModelError, OutputError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.gguf.architectures import CANDIDATES, Architecture

@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.bench.bench import check_benches, read_bench
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import BudgetError, ConfigError

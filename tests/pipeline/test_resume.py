@@ -22,7 +22,7 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference
 from ffgym.envs.pruning_env import PruningEnv

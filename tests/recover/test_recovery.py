@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
