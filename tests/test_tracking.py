@@ -2,6 +2,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -361,11 +362,42 @@ def test_the_environment_variable_wins(root, tmp_path, monkeypatch):
 
 
 def test_a_server_that_does_not_answer_is_an_error_without_its_password(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:sec@ret@127.0.0.1:9?token=secret")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI") as caught, Tracker(tmp_path, "ffgym", "run"):
         pass
+    assert not re.search("sec|ret@", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("uri", "package"),
+    [
+        ("postgresql+psycopg2://me:sec/r@et@127.0.0.1/db", "psycopg2-binary"),
+        ("mysql://me:sec/r@et@127.0.0.1/db", "mysqlclient"),
+        ("mssql+pyodbc://me:sec/r@et@127.0.0.1/db?token=sec", "pyodbc"),
+    ],
+)
+@pytest.mark.parametrize("opens", [lambda root: Tracker(root, "ffgym", "run").__enter__(), open_ui])
+def test_a_database_without_its_driver_says_what_to_install(tmp_path, monkeypatch, uri, package, opens):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(TrackingError, match=f"pip install {package}") as caught:
+        opens(tmp_path)
+    assert "127.0.0.1/db" in str(caught.value)
+    assert "sec" not in str(caught.value)
+
+
+def test_an_address_that_is_none_is_refused_without_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host:port/db")
+    with pytest.raises(TrackingError, match="no address of a database") as caught, Tracker(tmp_path, "ffgym", "run"):
+        pass
     assert "secret" not in str(caught.value)
+
+
+def test_the_reason_of_a_failure_is_stored_without_the_password(root, monkeypatch):
+    uri = "postgresql://me:se@cr/et@host/db"
+    with pytest.raises(ValueError, match="lost"), Tracker(root, "ffgym", "run") as tracker:
+        raise ValueError(f"lost {uri}")
+    assert run_of(root, tracker).data.tags["ffgym.failure"] == "ValueError: lost postgresql://***@host/db"
 
 
 def refused(root) -> str:
@@ -494,11 +526,12 @@ def test_ui_of_a_server_is_the_servers(tmp_path, monkeypatch):
 
 
 def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
-    commands = []
+    commands, environments = [], []
 
     class Server:
         def __init__(self, command, env):
             commands.append(command)
+            environments.append(env)
 
         def wait(self):
             return len(commands) - 1
@@ -506,7 +539,8 @@ def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Server)
     open_ui(root, 0)
     assert commands[0][:4] == [sys.executable, "-m", "mlflow", "ui"]
-    assert tracking_uri(root) in commands[0]
+    assert environments[0]["MLFLOW_BACKEND_STORE_URI"] == tracking_uri(root)
+    assert not [word for word in commands[0] if "mlflow.db" in word], "everybody sees a command line"
     with pytest.raises(TrackingError, match="exit code 1"):
         open_ui(root, 0)
 

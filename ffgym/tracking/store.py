@@ -19,8 +19,13 @@ from typing import Any
 
 from ffgym.errors import TrackingError
 from ffgym.interrupts import held_back_interrupts
+from ffgym.tracking.masking import masked, shown
 
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
+
+DATABASES = ("postgresql", "mysql", "mssql", "sqlite+")
+# That bring a database driver, where they are not called like it.
+PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
 
 
 def tracking_uri(root: Path) -> str:
@@ -43,6 +48,7 @@ def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
     uri = tracking_uri(root)
     if uri == own_uri(root) and not database(root).exists():
         raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+    check_driver(uri)
     with translated(uri, f"read {name} of run {run_id!r}"):
         client = import_mlflow().MlflowClient(tracking_uri=uri)
         return Path(client.download_artifacts(run_id, name, str(folder)))
@@ -63,18 +69,38 @@ def artifacts(root: Path) -> Path:
     return root.resolve() / "artifacts"
 
 
-def shown(uri: str) -> str:
-    """Name a store in a message: a path where it is a file, and never a password."""
-    return _without_password(uri).removeprefix("sqlite:///")
-
-
 def is_server(uri: str) -> bool:
     """Whether a store is behind HTTP, and no database that this process opens."""
     return uri.startswith(("http://", "https://"))
 
 
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+def check_driver(uri: str) -> None:
+    """Refuse a database that no installed package can open, which MLflow ends in a traceback for.
+
+    Raises:
+        TrackingError: the driver is missing, or the address is none.
+    """
+    if not uri.startswith(DATABASES):
+        return
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    driver = ""
+    try:
+        address = make_url(uri)
+        driver = address.get_driver_name()
+        address.get_dialect().import_dbapi()
+    except ImportError as error:
+        raise TrackingError(
+            f"the MLflow store {shown(uri)} needs the database driver {driver}: {error}",
+            hint=f"Run: pip install {PACKAGES.get(driver, driver)}",
+        ) from None
+    except (SQLAlchemyError, ValueError):
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI is no address of a database: {shown(uri)}",
+            hint="Write it like postgresql://USER:PASSWORD@HOST/NAME, with @ / : ? # in the password as %40 %2F %3A "
+            "%3F %23.",
+        ) from None
 
 
 def import_mlflow() -> Any:
@@ -122,7 +148,7 @@ def translated(uri: str, action: str) -> Iterator[None]:
             logger.setLevel(logging.CRITICAL)
         yield
     except _store_errors() as error:
-        reason = _reason(error)
+        reason = _reason(error, uri)
         raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason)) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -136,20 +162,21 @@ def _store_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, uri: str) -> str:
     """Take the one line that says what is wrong out of SQLAlchemy's paragraph of SQL."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
     database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
-    return _without_password(database[1] if database else text.partition("\n")[0])
+    return masked(database[1] if database else text.partition("\n")[0], uri)
 
 
 def _next_step(uri: str, reason: str) -> str:
     if is_server(uri):
         return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
+    named = uri if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'
     for sign, step in (
-        ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),
+        ("out-of-date database schema", f"Copy the database and run `mlflow db upgrade {named}`,"),
         ("not a database", "Move that file away,"),
         ("locked", "Let the program that holds it finish,"),
         ("could not be acquired", "Let the program that holds it finish,"),

@@ -19,13 +19,14 @@ from filelock import FileLock
 
 from ffgym.config_file import flatten
 from ffgym.errors import TrackingError
+from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.store import (
     INSTEAD,
     artifacts,
+    check_driver,
     import_mlflow,
     own_uri,
     require_writable,
-    shown,
     tracking_uri,
     translated,
     whole,
@@ -117,7 +118,7 @@ class Tracker:
                 self._terminate("KILLED")
             else:
                 try:
-                    self.set_tags({FAILURE_TAG: f"{type(error).__name__}: {error}"})
+                    self.set_tags({FAILURE_TAG: masked(f"{type(error).__name__}: {error}", self._uri)})
                 finally:
                     self._terminate("FAILED")
 
@@ -250,6 +251,7 @@ class Tracker:
 
     def _open(self) -> None:
         """Open the store and begin the run."""
+        check_driver(self._uri)
         told = translated(self._uri, "open the MLflow store")
         with told, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
             if self._uri == own_uri(self._root):

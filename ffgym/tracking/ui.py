@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from ffgym.errors import TrackingError
-from ffgym.tracking.store import artifacts, database, is_server, own_uri, shown, tracking_uri
+from ffgym.tracking.masking import shown
+from ffgym.tracking.store import artifacts, check_driver, database, is_server, own_uri, tracking_uri
 
 SECONDS_TO_END = 3.0
 
@@ -34,11 +35,14 @@ def open_ui(root: Path, port: int = 5000) -> None:
             f"no MLflow store in {root.resolve()} yet",
             hint="Make one with `ffgym run`, or name another folder.",
         )
+    check_driver(uri)
     _require_free(port)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--default-artifact-root", str(artifacts(root))]
+    command += ["--default-artifact-root", str(artifacts(root))]
+    # Everybody on this machine sees a command line, and the address of a database may hold its password.
+    store = {"MLFLOW_BACKEND_STORE_URI": uri}
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-    server = subprocess.Popen(command, env=quiet | os.environ)
+    server = subprocess.Popen(command, env=quiet | os.environ | store)
     try:
         code = server.wait()
     except KeyboardInterrupt:  # the way to stop it
