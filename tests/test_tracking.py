@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -21,7 +22,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from ffgym.errors import TrackingError
-from ffgym.tracking.store import tracking_uri
+from ffgym.tracking.store import fetch_artifact, tracking_uri
 from ffgym.tracking.tracker import Tracker, environment_tags, slug
 from ffgym.tracking.ui import open_ui
 from ffgym.types import Episode
@@ -456,13 +457,62 @@ def test_an_old_schema_says_how_to_upgrade(root):
     assert "mlflow db upgrade" in refused(root)
 
 
-def test_artifacts_that_moved_away_are_refused(root):
-    with Tracker(root, "ffgym", "run"):
+def files(folder):
+    """Every file of a folder but MLflow's database, with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix == ".txt"}
+
+
+@pytest.mark.parametrize("how", ["copied", "moved", "copied, and the original changes its name"])
+def test_a_store_that_was_copied_or_moved_keeps_its_artifacts_beside_it(root, tmp_path, how):
+    (tmp_path / "note.txt").write_text("first")
+    with Tracker(root, "ffgym", "run") as first:
+        first.log_artifact(tmp_path / "note.txt")
+    with Tracker(root, "another", "to be resumed") as stopped:
         pass
-    moved = root.rename(root.with_name("moved"))
-    message = refused(moved)
-    assert str(root / "artifacts") in message
-    assert not root.exists()
+    here = tmp_path / "else where" / "store"
+    here.parent.mkdir()
+    shutil.move(root, here) if how == "moved" else shutil.copytree(root, here)
+    if how.endswith("name"):
+        root = root.rename(tmp_path / "renamed")
+    original = files(root)
+
+    assert fetch_artifact(here, first.run_id, "note.txt", tmp_path / "fetched").read_text() == "first"
+    (tmp_path / "note.txt").write_text("second")
+    for experiment, resume in (("ffgym", None), ("new", None), ("another", stopped.run_id)):
+        with Tracker(here, experiment, "run", resume=resume) as second:
+            second.log_artifact(tmp_path / "note.txt")
+        assert fetch_artifact(here, second.run_id, "note.txt", tmp_path / "fetched").read_text() == "second"
+        assert str(here / "artifacts" / second.run_id) in run_of(here, second).info.artifact_uri
+    assert files(root) == original, "nothing is written into the original"
+    assert len(files(here)) == 4
+    if how == "copied":
+        assert str(root) in run_of(root, first).info.artifact_uri, "the original is as it was"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
+def test_a_copy_that_may_only_be_read_is_read(root, tmp_path):
+    (tmp_path / "note.txt").write_text("first")
+    with Tracker(root, "ffgym", "run") as first:
+        first.log_artifact(tmp_path / "note.txt")
+    copy = shutil.copytree(root, tmp_path / "copy")
+    (copy / "mlflow.db").chmod(0o400)
+    assert fetch_artifact(copy, first.run_id, "note.txt", tmp_path / "fetched").read_text() == "first"
+
+
+def test_artifacts_that_were_put_elsewhere_on_purpose_stay_there(root, tmp_path):
+    place = tmp_path / "large disk" / "artifacts"
+    place.mkdir(parents=True)
+    client(root).create_experiment("large", artifact_location=str(place))
+    (tmp_path / "note.txt").write_text("first")
+    with Tracker(root, "large", "run") as tracker:
+        tracker.log_artifact(tmp_path / "note.txt")
+    assert (place / tracker.run_id / "artifacts" / "note.txt").read_text() == "first"
+
+
+def test_a_folder_of_artifacts_that_is_gone_is_not_made_again(root, tmp_path):
+    client(root).create_experiment("ffgym", artifact_location=str(tmp_path / "unmounted"))
+    assert str(tmp_path / "unmounted") in refused(root)
+    assert not (tmp_path / "unmounted").exists()
 
 
 def test_a_deleted_experiment_is_refused(root):

@@ -27,6 +27,15 @@ DATABASES = ("postgresql", "mysql", "mssql", "sqlite+")
 # That bring a database driver, where they are not called like it.
 PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
 
+MOVE_EXPERIMENTS = """
+    UPDATE experiments SET artifact_location = :here || substr(artifact_location, :length + 1)
+    WHERE artifact_location = :old OR substr(artifact_location, 1, :length + 1) = :old || '/'
+"""
+MOVE_RUNS = """
+    UPDATE runs SET artifact_uri = :here || substr(artifact_uri, :length + 1)
+    WHERE substr(artifact_uri, 1, :length + 1) = :old || '/'
+"""
+
 
 def tracking_uri(root: Path) -> str:
     """Say which MLflow store is meant: ``MLFLOW_TRACKING_URI`` where it is set, else the SQLite file under root."""
@@ -46,8 +55,11 @@ def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
         TrackingError: no such run or artifact, or the store cannot be read.
     """
     uri = tracking_uri(root)
-    if uri == own_uri(root) and not database(root).exists():
-        raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+    if uri == own_uri(root):
+        if not database(root).exists():
+            raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+        with contextlib.suppress(sqlite3.Error):  # a store that is only read may be read-only
+            adopt(root)
     check_driver(uri)
     with translated(uri, f"read {name} of run {run_id!r}"):
         client = import_mlflow().MlflowClient(tracking_uri=uri)
@@ -67,6 +79,34 @@ def database(root: Path) -> Path:
 def artifacts(root: Path) -> Path:
     """The folder that runs keep their files in."""
     return root.resolve() / "artifacts"
+
+
+def adopt(root: Path) -> None:
+    """Let a store that was copied or moved use the artifacts beside it: MLflow notes absolute paths.
+
+    Experiments whose artifacts lie in another store's folder, or in one that is gone, get this store's own, and so do
+    their runs: the files that came along are found, and nothing more is written into the other store.
+
+    Raises:
+        sqlite3.Error: the database cannot be read or written.
+    """
+    here = str(artifacts(root))
+    with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection, connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+            return
+        locations = [row[0] for row in connection.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        for old in filter(_is_another_stores, set(locations) - {here}):
+            values = {"here": here, "length": len(old), "old": old}
+            connection.execute(MOVE_EXPERIMENTS, values)
+            connection.execute(MOVE_RUNS, values)
+
+
+def _is_another_stores(location: str) -> bool:
+    """Whether a folder is that which another store keeps its artifacts in, or kept before it was moved."""
+    path = Path(location)
+    if not path.is_absolute() or path != artifacts(path.parent):
+        return False
+    return not path.is_dir() or database(path.parent).exists()
 
 
 def is_server(uri: str) -> bool:

@@ -22,6 +22,7 @@ from ffgym.errors import TrackingError
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.store import (
     INSTEAD,
+    adopt,
     artifacts,
     check_driver,
     import_mlflow,
@@ -260,6 +261,7 @@ class Tracker:
                 _fill(self._reserve)
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
+                adopt(self._root)
             mlflow = import_mlflow()
             with whole(self._uri):
                 self._client = mlflow.MlflowClient(tracking_uri=self._uri)
@@ -320,7 +322,7 @@ class Tracker:
                 hint="Restore it, or take another name with --set tracking.experiment=NAME.",
             )
         if own and not Path(found.artifact_location).is_dir():
-            # MLflow stores absolute paths: after a move it would silently write where the folder used to be.
+            # MLflow would silently make the folder again.
             raise TrackingError(
                 f"the MLflow experiment {self._experiment!r} keeps its artifacts in {found.artifact_location}, "
                 "which is not there (was the folder moved?)",
