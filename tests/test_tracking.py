@@ -189,6 +189,33 @@ def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root):
         assert [point.step for point in client(root).get_metric_history(run.info.run_id, metric)] == steps
 
 
+def test_a_run_that_is_resumed_again_and_again_logs_every_figure_once(root):
+    """It was killed after its table had been logged, and each session comes to that table again."""
+    rows = [{"label": "dense", "perplexity": 20.0}, {"label": "found", "perplexity": math.nan}]
+    front = [("front/perplexity/found", 30.0, 20), ("front/perplexity/found", 40.0, 30)]
+    run_id = None
+    for session in range(3):
+        with Tracker(root, "ffgym", "run", resume=run_id) as tracker:
+            tracker.log_table(rows)
+            tracker.log_metrics(front[: session + 1])
+        run_id = tracker.run_id
+    history = {
+        name: [(point.step, point.value) for point in client(root).get_metric_history(run_id, name)]
+        for name in run_of(root, tracker).data.metrics
+    }
+    assert history["report/perplexity/dense"] == [(0, 20.0)]
+    assert len(history["report/perplexity/found"]) == 1
+    assert history["front/perplexity/found"] == [(20, 30.0), (30, 40.0)]
+
+
+def test_a_figure_that_came_out_otherwise_in_a_later_session_is_logged(root):
+    with Tracker(root, "ffgym", "run") as first:
+        first.log_table([{"label": "dense", "perplexity": 20.0}])
+    with Tracker(root, "ffgym", "run", resume=first.run_id) as second:
+        second.log_table([{"label": "dense", "perplexity": 20.5}])
+    assert run_of(root, second).data.metrics["report/perplexity/dense"] == 20.5
+
+
 def test_a_failure_is_forgotten_when_the_run_goes_on(root):
     with pytest.raises(ValueError, match="NaN"), Tracker(root, "ffgym", "run") as first:
         raise ValueError("NaN")
