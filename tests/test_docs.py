@@ -233,6 +233,11 @@ def test_make_targets_are_documented() -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("command", ["make run", "make test"])
+def test_the_first_page_names_the_commands_that_a_newcomer_needs(command: str) -> None:
+    assert command in text("README.md").partition("## Your model")[0]
+
+
 # --- links ------------------------------------------------------------------------------------------------------------
 
 

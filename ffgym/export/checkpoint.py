@@ -385,6 +385,7 @@ def _whole_or_nothing(place: Path) -> Iterator[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
+        _give_ordinary_modes(staging)
         _move_into_place(staging, place)
     except (OSError, SafetensorError) as error:
         raise OutputError(
@@ -393,6 +394,17 @@ def _whole_or_nothing(place: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _give_ordinary_modes(folder: Path) -> None:
+    """Let others read the weights where they may read the rest: safetensors keeps its files to their owner.
+
+    The folder was made with all that the umask allows, so its mode says what that is.
+    """
+    allowed = folder.stat().st_mode & 0o666
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(allowed)
 
 
 def _move_into_place(staging: Path, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -118,11 +119,13 @@ def read_log(path: Path) -> Log:
         try:
             row = json.loads(line)
             seconds += float(row.pop("seconds", 0.0))
+            if not math.isfinite(row["reward"]):
+                raise ValueError(f"its reward is {row['reward']}")
             row["action"] = np.array(row["action"], dtype=np.float32)
             row["kept"] = tuple(row["kept"])
             row["slopes"] = tuple(row.get("slopes", ()))
             episodes.append(Episode(**row))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{path}, line {number} is not an episode: {error}", hint="Delete the file to search from the start."
             ) from error
