@@ -1,25 +1,22 @@
-"""Statistics of the consumers' inputs, from forward hooks on an ordinary call of the dense model.
+"""Statistics of the consumers' inputs and outputs, on a walk through the dense model.
 
-All moments of a large model do not fit beside it, so sublayers are taken in groups, in order of depth, as many as the
-memory limit admits; each group is one pass over the calibration windows that stops behind its last consumer. A small
-model is one group: one pass.
+Layer by layer: hidden states of all windows are carried on, and the moments of one layer are held at a time. So one
+pass serves a model of any size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ffgym.models.walk import Arguments, Stream, Walk, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, Moments
 from ffgym.types import LayerStats
 
 OnProgress = Callable[[int, int], None]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a module is called with: by position, by name."""
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
@@ -44,6 +41,13 @@ def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
     return found[0]
 
 
+def linear_input(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
+    """What a linear is given in a run; what comes after it is not run."""
+    args, _ = arguments_of(linear, run)
+    states: torch.Tensor = args[0]
+    return states
+
+
 def stream_statistics(
     model: nn.Module,
     consumers: Sequence[nn.Linear],
@@ -51,21 +55,19 @@ def stream_statistics(
     needs: frozenset[str],
     *,
     held_out: int = 0,
-    memory: int = 4 * 2**30,
     tokens_per_batch: int = 4096,
-    on_progress: OnProgress | None = None,
 ) -> Iterator[tuple[int, LayerStats, LayerStats]]:
     """Yield each consumer's statistics, first to last; what was yielded is no longer held here.
+
+    Units may be permuted once the statistics of their consumer were yielded: no layer is run again.
 
     Args:
         model: dense causal LM in eval mode.
         consumers: its 2L consumers, in order of depth.
-        windows: calibration token ids, shape (windows, length), int64.
+        windows: calibration token ids, shape (windows, length), int64. The hidden states of all are held.
         needs: any of ``mean``, ``square``, ``second_moment``.
         held_out: how many of the last windows to keep apart (for choosing the ridge).
-        memory: bytes that the sums of one group may take.
         tokens_per_batch: tokens of one forward pass.
-        on_progress: called with (windows done, windows in all passes).
 
     Yields:
         (index, statistics of the first windows, statistics of the held-out windows).
@@ -75,66 +77,34 @@ def stream_statistics(
         for index in range(len(consumers)):
             yield index, LayerStats(), LayerStats()
         return
-    groups = list(_groups(consumers, needs, memory, 2 if held_out else 1))
+    walk, size = Walk(model), max(1, tokens_per_batch // windows.shape[1])
     fitted, apart = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
-    done, total = 0, len(groups) * len(windows)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_progress is not None:
-            on_progress(done, total)
-
-    for group in groups:
-        parts = []
-        for part in (fitted, apart):
-            sums = {}
-            if len(part):
-                sums = {i: Moments(consumers[i].in_features, needs, consumers[i].weight.device) for i in group}
-                _pass(model, {i: consumers[i] for i in group}, sums, part, tokens_per_batch, advance)
-            parts.append(sums)
-        for index in group:
-            first, second = (part_sums.pop(index).result() if part_sums else LayerStats() for part_sums in parts)
+    with torch.inference_mode():
+        streams = [Stream(walk, torch.split(part, size) if len(part) else ()) for part in (fitted, apart)]
+    for layer in range(len(walk.layers)):
+        indices = (2 * layer, 2 * layer + 1)
+        moments = [_step(stream, layer, [consumers[index] for index in indices], needs) for stream in streams]
+        for index in indices:
+            first, second = (part.pop(0).result() if part else LayerStats() for part in moments)
             yield index, first, second
 
 
-def _groups(consumers: Sequence[nn.Linear], needs: frozenset[str], memory: int, copies: int) -> Iterator[list[int]]:
-    group: list[int] = []
-    held = 0
-    for index, consumer in enumerate(consumers):
-        size = copies * 4 * consumer.in_features * (consumer.in_features if "second_moment" in needs else 4)
-        if group and held + size > memory:
-            yield group
-            group, held = [], 0
-        group.append(index)
-        held += size
-    yield group
-
-
-def _pass(
-    model: Any,
-    consumers: dict[int, nn.Linear],
-    sums: dict[int, Moments],
-    windows: torch.Tensor,
-    tokens_per_batch: int,
-    advance: Callable[[int], None],
-) -> None:
-    last = max(consumers)
+def _step(stream: Stream, layer: int, consumers: Sequence[nn.Linear], needs: frozenset[str]) -> list[Moments]:
+    """Move the states behind a layer, and sum up what its consumers are given; nothing where there are no states."""
+    if not stream.hidden:
+        return []
+    sums = [Moments(consumer.in_features, needs, consumer.weight.device) for consumer in consumers]
     handles = [
-        consumer.register_forward_pre_hook(lambda _, inputs, index=index: sums[index].update(inputs[0]))
-        for index, consumer in consumers.items()
-        if index != last
+        consumer.register_forward_pre_hook(lambda _, inputs, to=to: to.update(inputs[0]))
+        for consumer, to in zip(consumers, sums, strict=True)
     ]
     try:
         with torch.inference_mode():
-            for batch in torch.split(windows, max(1, tokens_per_batch // windows.shape[1])):
-                ids = batch.to(model.get_input_embeddings().weight.device)
-                (states, *_), _ = arguments_of(consumers[last], partial(model, input_ids=ids, use_cache=False))
-                sums[last].update(states)
-                advance(len(batch))
+            stream.step(layer)
     finally:
         for handle in handles:
             handle.remove()
+    return sums
 
 
 def gradient_statistics(
@@ -146,15 +116,15 @@ def gradient_statistics(
     tokens_per_pass: int = 512,
     on_progress: OnProgress | None = None,
 ) -> list[LayerStats]:
-    """First-order statistics of every consumer, from one backward pass a window.
+    """First-order statistics of every consumer, from one walk backwards.
 
     Args:
         model: dense causal LM in eval mode, its parameters frozen.
-        consumers: the linears whose statistics are wanted.
+        consumers: its 2L consumers, in order of depth.
         windows: token ids, shape (windows, length), int64.
         needs: any of ``gradient``, ``output_gradient``.
-        tokens_per_pass: longer windows are cut into pieces of this length, to bound the activations held.
-        on_progress: called with (passes done, passes).
+        tokens_per_pass: longer windows are cut into pieces of this length, to bound the graph of a layer.
+        on_progress: called with (layers done, layers).
 
     Returns:
         one ``LayerStats`` per consumer, float32 whatever the model's dtype; empty ones where nothing is needed.
@@ -177,26 +147,22 @@ def gradient_statistics(
 
         return record
 
-    def start_graph(_: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output.requires_grad_(True)
+    def outputs_in(layer: int) -> list[torch.Tensor]:
+        return [outputs.pop(index) for index in (2 * layer, 2 * layer + 1)]
 
     handles = [consumer.register_forward_hook(keep(index)) for index, consumer in enumerate(consumers)]
-    handles.append(model.get_input_embeddings().register_forward_hook(start_graph))
     try:
-        with torch.enable_grad():
-            for done, piece in enumerate(pieces, start=1):
-                ids = piece[None].to(model.get_input_embeddings().weight.device)
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss * (length - 1)
-                gradients = torch.autograd.grad(loss, [outputs[index] for index in range(len(consumers))])
-                for index, gradient in enumerate(gradients):
-                    g = gradient.flatten(0, -2).float()
-                    weight, fisher = weights[index], fishers[index]
-                    if weight is not None:
-                        weight.addmm_(g.T, inputs[index].flatten(0, -2).float())
-                    if fisher is not None:
-                        fisher.addmm_(g.T, g)
-                if on_progress is not None:
-                    on_progress(done, len(pieces))
+        walked = walk_back(Walk(model), torch.split(pieces, 1), outputs_in, scale=length - 1)
+        for done, (layer, gradients) in enumerate(walked, start=1):
+            for index, gradient in zip((2 * layer, 2 * layer + 1), gradients, strict=True):
+                g = gradient.flatten(0, -2).float()
+                weight, fisher = weights[index], fishers[index]
+                if weight is not None:
+                    weight.addmm_(g.T, inputs.pop(index).flatten(0, -2).float())
+                if fisher is not None:
+                    fisher.addmm_(g.T, g)
+            if on_progress is not None and done % len(pieces) == 0:
+                on_progress(done // len(pieces), len(consumers) // 2)
     finally:
         for handle in handles:
             handle.remove()

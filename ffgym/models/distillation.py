@@ -22,11 +22,11 @@ from torch import nn
 from torch.func import functional_call
 
 from ffgym.errors import ModelError, RecoveryError
-from ffgym.models.capture import Arguments
 from ffgym.models.checkpoint import Checkpoint
 from ffgym.models.families import Family, dense_or_pruned_family_of
 from ffgym.models.sequential import equal_batch, first_input, layer_calls, layer_runner, linear_input
 from ffgym.models.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.models.walk import Arguments
 from ffgym.types import JSONDict
 
 Weights = dict[str, torch.Tensor]

@@ -53,7 +53,6 @@ def prepare(
     ridge: float | None = None,
     keep: frozenset[str] = frozenset(),
     tokens_per_batch: int = 4096,
-    memory: int = 4 * 2**30,
     on_progress: OnProgress | None = None,
 ) -> Prepared:
     """Collect statistics, score, order, permute and factorise.
@@ -67,8 +66,7 @@ def prepare(
         ridge: lambda; ``None`` picks it per sublayer on held-out calibration windows.
         keep: statistics to keep for heuristics beyond the preparation.
         tokens_per_batch: tokens of one forward pass.
-        memory: bytes that the sums of one group of sublayers may take.
-        on_progress: called with (steps done, steps): backward passes, then windows, then sublayers.
+        on_progress: called with (steps done, steps): layers of a walk backwards where there is one, then sublayers.
 
     Raises:
         PluginError: the criterion broke its contract.
@@ -81,7 +79,7 @@ def prepare(
             "choosing the ridge needs at least 2 calibration windows",
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
         )
-    done, steps = Counter[str](), Counter[str](windows=len(windows), sublayers=len(prunable.halves))
+    done, steps = Counter[str](), Counter[str](sublayers=len(prunable.halves))
 
     def counted(kind: str) -> OnProgress:
         def advance(so_far: int, in_all: int) -> None:
@@ -94,7 +92,7 @@ def prepare(
     held_out = 0 if ridge is not None else max(1, int(HELD_OUT_SHARE * len(windows)))
     needs = criterion.needs | keep
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
-    first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("passes"))
+    first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("layers"))
     affine = [calibration == "affine" or half.consumer.bias is not None for half in prunable.halves]
     needs = needs | {"second_moment"} | ({"mean"} if any(affine) else frozenset())
     stream = stream_statistics(
@@ -103,9 +101,7 @@ def prepare(
         windows,
         needs,
         held_out=held_out,
-        memory=memory,
         tokens_per_batch=tokens_per_batch,
-        on_progress=counted("windows"),
     )
     ordered = counted("sublayers")
     views: list[SublayerView] = []

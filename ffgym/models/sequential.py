@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffgym.models.capture import Arguments, OnProgress, arguments_of
+from ffgym.models.capture import OnProgress, arguments_of
 from ffgym.models.surgery import Half, PrunableModel
+from ffgym.models.walk import Arguments
 from ffgym.pruning.calibration import sequential_refit
 from ffgym.pruning.precision import in_float64, sum_in_float64
 
