@@ -7,6 +7,7 @@ pass serves a model of any size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,45 +134,54 @@ def gradient_statistics(
         return [LayerStats() for _ in consumers]
     length = min(tokens_per_pass, windows.shape[1])
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    weights = [torch.zeros_like(c.weight, dtype=torch.float32) if "gradient" in needs else None for c in consumers]
-    fishers = [
-        c.weight.new_zeros(c.out_features, c.out_features, dtype=torch.float32) if "output_gradient" in needs else None
-        for c in consumers
-    ]
-    inputs: dict[int, torch.Tensor] = {}
-    outputs: dict[int, torch.Tensor] = {}
+    sums = [_FirstOrder(consumer, needs) for consumer in consumers]
 
-    def keep(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-        def record(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            inputs[index], outputs[index] = args[0].detach(), output
+    def of(layer: int) -> list[_FirstOrder]:
+        return sums[2 * layer : 2 * layer + 2]
 
-        return record
-
-    def outputs_in(layer: int) -> list[torch.Tensor]:
-        return [outputs.pop(index) for index in (2 * layer, 2 * layer + 1)]
-
-    handles = [consumer.register_forward_hook(keep(index)) for index, consumer in enumerate(consumers)]
+    handles = [consumer.register_forward_hook(to.record) for consumer, to in zip(consumers, sums, strict=True)]
     try:
-        walked = walk_back(Walk(model), torch.split(pieces, 1), outputs_in, scale=length - 1)
+        walked = walk_back(
+            Walk(model), torch.split(pieces, 1), lambda layer: [to.output for to in of(layer)], scale=length - 1
+        )
         for done, (layer, gradients) in enumerate(walked, start=1):
-            for index, gradient in zip((2 * layer, 2 * layer + 1), gradients, strict=True):
-                g = gradient.flatten(0, -2).float()
-                weight, fisher = weights[index], fishers[index]
-                if weight is not None:
-                    weight.addmm_(g.T, inputs.pop(index).flatten(0, -2).float())
-                if fisher is not None:
-                    fisher.addmm_(g.T, g)
+            for to, gradient in zip(of(layer), gradients, strict=True):
+                to.update(gradient)
             if on_progress is not None and done % len(pieces) == 0:
                 on_progress(done // len(pieces), len(consumers) // 2)
     finally:
         for handle in handles:
             handle.remove()
-    tokens = pieces.shape[0] * (length - 1)
-    return [
-        LayerStats(
+    return [to.result(pieces.shape[0] * (length - 1)) for to in sums]
+
+
+class _FirstOrder:
+    """Sums of g x^T and g g^T over tokens: x is what a consumer is given, g the loss's gradient at its output."""
+
+    def __init__(self, consumer: nn.Linear, needs: frozenset[str]) -> None:
+        outputs, inputs = consumer.weight.shape
+        zeros = partial(consumer.weight.new_zeros, dtype=torch.float32)
+        self._weight = zeros((outputs, inputs)) if "gradient" in needs else None
+        self._fisher = zeros((outputs, outputs)) if "output_gradient" in needs else None
+        self._inputs = self.output = torch.empty(0)
+
+    def record(self, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """A forward hook."""
+        self._inputs, self.output = args[0].detach(), output
+
+    def update(self, gradient: torch.Tensor) -> None:
+        """Add the tokens that were recorded last."""
+        g = gradient.flatten(0, -2).float()
+        if self._weight is not None:
+            self._weight.addmm_(g.T, self._inputs.flatten(0, -2).float())
+        if self._fisher is not None:
+            self._fisher.addmm_(g.T, g)
+        self._inputs = self.output = torch.empty(0)  # the graph of the layer goes
+
+    def result(self, tokens: int) -> LayerStats:
+        """Averages."""
+        return LayerStats(
             tokens=tokens,
-            gradient=None if weight is None else weight / tokens,
-            output_gradient=None if fisher is None else fisher / tokens,
+            gradient=None if self._weight is None else self._weight / tokens,
+            output_gradient=None if self._fisher is None else self._fisher / tokens,
         )
-        for weight, fisher in zip(weights, fishers, strict=True)
-    ]

@@ -30,34 +30,39 @@ def unit_slopes(
         for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Of units
         that are kept it is what dropping them would undo.
     """
-    halves = prunable.halves
     try:
-        for half, units in zip(halves, kept, strict=True):
+        for half, units in zip(prunable.halves, kept, strict=True):
             half.pad(units, calibrated=calibrated)
-        consumers = prunable.consumers
-        wanted = [
-            [parameter for consumer in consumers[index : index + 2] for parameter in consumer.parameters()]
-            for index in range(0, len(consumers), 2)
-        ]
-        totals: dict[torch.Tensor, torch.Tensor] = {
-            parameter: torch.zeros_like(parameter, dtype=torch.float32) for layer in wanted for parameter in layer
-        }
-        frozen = [parameter for parameter in totals if not parameter.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            # One window at a time, to bound the graph of a layer.
-            for layer, gradients in walk_back(Walk(prunable.model), torch.split(windows, 1), wanted.__getitem__):
-                for parameter, gradient in zip(wanted[layer], gradients, strict=True):
-                    totals[parameter] += gradient.float() / len(windows)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-        found = []
-        for half in halves:
-            gradient, of_bias = totals[half.consumer.weight], totals.get(half.consumer.bias)
-            channels = half.path_for(calibrated=calibrated).slopes(gradient, of_bias)
-            found.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
-        return found
+        gradients = _consumer_gradients(prunable, windows)
+        slopes = []
+        for half in prunable.halves:
+            of_weight, of_bias = gradients[half.consumer.weight], gradients.get(half.consumer.bias)
+            channels = half.path_for(calibrated=calibrated).slopes(of_weight, of_bias)
+            slopes.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
+        return slopes
     finally:
         prunable.restore()
+
+
+def _consumer_gradients(prunable: PrunableModel, windows: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
+    """Of the mean loss, with respect to the weights and biases of all consumers; float32."""
+    consumers = prunable.consumers
+    wanted = [
+        [*first.parameters(), *second.parameters()]
+        for first, second in zip(consumers[::2], consumers[1::2], strict=True)
+    ]
+    totals: dict[torch.Tensor, torch.Tensor] = {
+        parameter: torch.zeros_like(parameter, dtype=torch.float32) for layer in wanted for parameter in layer
+    }
+    frozen = [parameter for parameter in totals if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        # One window at a time, to bound the graph of a layer.
+        for layer, gradients in walk_back(Walk(prunable.model), torch.split(windows, 1), wanted.__getitem__):
+            for parameter, gradient in zip(wanted[layer], gradients, strict=True):
+                totals[parameter] += gradient.float() / len(windows)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return totals

@@ -56,13 +56,13 @@ class Walk:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._modules: Any = model.get_submodule(dense_or_pruned_family_of(model).decoder).get_submodule("layers")
+        self._decoder: Any = model.get_submodule(dense_or_pruned_family_of(model).decoder)
         self._shared: dict[torch.Size, Sequence[Arguments]] = {}
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers as they are now, first to last."""
-        return list(self._modules)
+        return list(self._decoder.layers)
 
     def enter(
         self,
@@ -94,15 +94,14 @@ class Walk:
     def layer(self, index: int, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
         """Hidden states behind a layer, for those before it; shape (windows, length, d)."""
         args, kwargs = entry.calls[index]
-        output: torch.Tensor = self._modules[index](hidden, *args, **kwargs)
+        output: torch.Tensor = self._decoder.layers[index](hidden, *args, **kwargs)
         return output
 
     def leave(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
         """The base model's ``last_hidden_state``, for hidden states behind the last layer."""
         with self._stubs(hidden):
-            last: torch.Tensor = self._model.base_model(
-                **_inputs(entry.ids, entry.mask, entry.positions)
-            ).last_hidden_state
+            output = self._model.base_model(**_inputs(entry.ids, entry.mask, entry.positions))
+        last: torch.Tensor = output.last_hidden_state
         return last
 
     def loss(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
@@ -114,14 +113,12 @@ class Walk:
     @contextmanager
     def _stubs(self, hidden: torch.Tensor | None = None) -> Iterator[list[Arguments]]:
         """Stubs stand in the layers' places meanwhile; the list grows by what each is called with."""
-        layers, calls = self.layers, list[Arguments]()
+        layers, calls = self._decoder.layers, list[Arguments]()
         try:
-            for index in range(len(layers)):
-                self._modules[index] = _Stub(calls, hidden)
+            self._decoder.layers = nn.ModuleList(_Stub(calls, hidden) for _ in layers)
             yield calls
         finally:
-            for index, layer in enumerate(layers):
-                self._modules[index] = layer
+            self._decoder.layers = layers
 
 
 class Stream:
