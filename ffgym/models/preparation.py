@@ -15,7 +15,7 @@ import torch
 
 from ffgym.errors import CalibrationError
 from ffgym.models.capture import OnProgress, gradient_statistics, stream_statistics
-from ffgym.models.surgery import Half, PrunableModel
+from ffgym.models.surgery import PrunableModel, PrunableSublayer
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
 from ffgym.pruning.calibration import NestedRidge, covariance, pick_ridge
@@ -144,13 +144,13 @@ def reorder(stats: LayerStats, columns: torch.Tensor) -> LayerStats:
     )
 
 
-def _score(criterion: Criterion, half: Half, stats: LayerStats) -> torch.Tensor:
+def _score(criterion: Criterion, half: PrunableSublayer, stats: LayerStats) -> torch.Tensor:
     weight = half.consumer.weight.detach().float()
     scores = check_scores(criterion, weight, _only(stats, criterion.needs), half.sublayer)
     return unit_scores(channel_scores(scores), half.sublayer.channels_per_unit)
 
 
-def _pick(half: Half, fit: LayerStats, apart: LayerStats, affine: bool) -> float:
+def _pick(half: PrunableSublayer, fit: LayerStats, apart: LayerStats, affine: bool) -> float:
     assert fit.second_moment is not None, "collected above"
     assert apart.second_moment is not None, "collected above"
     return pick_ridge(
@@ -160,7 +160,7 @@ def _pick(half: Half, fit: LayerStats, apart: LayerStats, affine: bool) -> float
     )
 
 
-def _refit(half: Half, stats: LayerStats, ridge: float, affine: bool) -> NestedRidge:
+def _refit(half: PrunableSublayer, stats: LayerStats, ridge: float, affine: bool) -> NestedRidge:
     assert stats.second_moment is not None, "collected above"
     consumer = half.consumer
     return NestedRidge(
@@ -168,7 +168,9 @@ def _refit(half: Half, stats: LayerStats, ridge: float, affine: bool) -> NestedR
     )
 
 
-def _view(half: Half, scores: torch.Tensor, stats: LayerStats, path: NestedRidge, keep: frozenset[str]) -> SublayerView:
+def _view(
+    half: PrunableSublayer, scores: torch.Tensor, stats: LayerStats, path: NestedRidge, keep: frozenset[str]
+) -> SublayerView:
     weight = half.consumer.weight.detach()
     assert stats.second_moment is not None, "collected above"
     W = weight.float()
@@ -195,7 +197,7 @@ def _only(stats: LayerStats, names: frozenset[str]) -> LayerStats:
 
 
 @contextmanager
-def _naming(half: Half) -> Iterator[None]:
+def _naming(half: PrunableSublayer) -> Iterator[None]:
     """Add the sublayer's name to errors from the mathematics, which knows none."""
     try:
         yield

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ffgym.models.capture import OnProgress, linear_input
-from ffgym.models.surgery import Half, PrunableModel
+from ffgym.models.surgery import PrunableModel, PrunableSublayer
 from ffgym.models.walk import Stream, Walk
 from ffgym.pruning.calibration import sequential_refit
 from ffgym.pruning.precision import in_float64, sum_in_float64
@@ -75,7 +75,7 @@ class _CrossMoments:
 
 
 def _refit(
-    half: Half, targets: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor], units: int, ridge: float
+    half: PrunableSublayer, targets: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor], units: int, ridge: float
 ) -> None:
     weight, bias = half.dense_consumer
     if units == 0:
@@ -102,7 +102,7 @@ def _refit(
     half.set_consumer(refit, moved)
 
 
-def _consumer_inputs(stream: Stream, index: int, halves: Sequence[Half]) -> list[list[torch.Tensor]]:
+def _consumer_inputs(stream: Stream, index: int, halves: Sequence[PrunableSublayer]) -> list[list[torch.Tensor]]:
     """Move the states behind a layer; what its consumers were given meanwhile, for every batch."""
     seen: list[list[torch.Tensor]] = [[] for _ in halves]
     handles = [
