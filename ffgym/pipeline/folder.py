@@ -9,7 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -28,6 +28,7 @@ WRITTEN = frozenset(
 # Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
 WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
+TABLE = "report.json"
 LOCK = ".lock"  # of the run that writes into a folder
 WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", "latency.json", LOCK})
 
@@ -163,10 +164,13 @@ class Session:
     Attributes:
         mlflow_run: the MLflow run that they write to; ``None`` where there is none.
         dtype: what ``model.dtype = "auto"`` came to; ``None`` where the model has not been loaded.
+        results: names of the table and the models that the finished run left; empty before that, and ``None`` in the
+            file of a version that did not note it.
     """
 
     mlflow_run: str | None = None
     dtype: str | None = None
+    results: tuple[str, ...] | None = None
 
 
 def last_session(folder: Path) -> Session:
@@ -174,14 +178,54 @@ def last_session(folder: Path) -> Session:
     try:
         noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         known = {key: noted.get(key) for key in ("mlflow_run", "dtype")}
+        results = noted.get("results")
     except (OSError, ValueError, AttributeError):
         return Session()
-    return Session(**{key: value for key, value in known.items() if isinstance(value, str)})
+    return Session(
+        **{key: value for key, value in known.items() if isinstance(value, str)},
+        results=tuple(str(name) for name in results) if isinstance(results, list) else None,
+    )
 
 
 def note_session(folder: Path, session: Session) -> None:
     """Remember it for later sessions."""
     write_text(folder / "run.json", json.dumps(asdict(session)) + "\n")
+
+
+@contextmanager
+def noting_results(folder: Path) -> Iterator[None]:
+    """Note, once the block has ended well, that the run is finished, and what it left."""
+    yield
+    left = [path.name for path in contents(folder) if path.name == TABLE or path.name.startswith("model")]
+    note_session(folder, replace(last_session(folder), results=tuple(left)))
+
+
+def is_finished(folder: Path, config: RunConfig) -> bool:
+    """Whether the run in a folder has come to its end, and its results are still there.
+
+    Args:
+        folder: of the run.
+        config: how it is to go on: a run that left no model is not finished where one is wanted now.
+    """
+    stored = stored_config(folder)
+    if stored.output.model_dump(exclude={"dir", "overwrite"}) != config.output.model_dump(exclude={"dir", "overwrite"}):
+        return False
+    if config.tracking.enabled and config.tracking != stored.tracking:
+        return False
+    results = last_session(folder).results
+    if results is None:  # of a version that did not note them
+        return _seems_finished(folder, config)
+    return bool(results) and all((folder / name).exists() for name in results)
+
+
+def _seems_finished(folder: Path, config: RunConfig) -> bool:
+    """Whether the table and the models that a run makes last are there."""
+    wanted = [TABLE]
+    if config.output.save_model:
+        wanted.append("model-0.*/config.json" if config.output.save_all else "model/config.json")
+        if config.recover.method != "none":
+            wanted.append("model*-recovered/config.json")
+    return all(any(folder.glob(pattern)) for pattern in wanted) and not any(folder.glob("*.unfinished"))
 
 
 def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:

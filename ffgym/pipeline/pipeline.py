@@ -5,10 +5,12 @@ model, data -> statistics -> order -> refits -> search -> final calibration -> r
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, overload
 
 from rich.console import Console
 
@@ -42,8 +44,10 @@ from ffgym.pipeline.folder import (
     clear_folder,
     contents,
     held,
+    is_finished,
     last_session,
     note_session,
+    noting_results,
     remove_half_written,
     removing_if_nothing_found,
     reopen_folder,
@@ -130,7 +134,60 @@ class RunResult:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def run(config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None) -> RunResult:
+@dataclass(frozen=True)
+class FinishedRun:
+    """What is handed back where a run that is to be resumed has ended already: where its results are.
+
+    Attributes:
+        folder: where everything was written.
+        model: the checkpoint, or ``None`` where there is none.
+        recovered_model: the one that was trained afterwards, or ``None``.
+        stock: transformers' own classes load the checkpoints.
+        mlflow_run: MLflow's run id, or ``None`` where tracking was off.
+    """
+
+    folder: Path
+    model: Path | None
+    recovered_model: Path | None
+    stock: bool
+    mlflow_run: str | None
+
+    def to_json(self) -> JSONDict:
+        """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""
+        front = self.folder / "front.json"
+        return {
+            "table": _read_json(self.folder / "report.json"),
+            "allocation": _read_json(self.folder / "allocation.json"),
+            "front": _read_json(front) if front.is_file() else None,
+            "folder": str(self.folder),
+            "model": None if self.model is None else str(self.model),
+            "recovered_model": None if self.recovered_model is None else str(self.recovered_model),
+            "mlflow_run": self.mlflow_run,
+        }
+
+    def print(self, console: Console) -> None:
+        """The table as Markdown, where things are, and how to load the model."""
+        lines = [(self.folder / "report.md").read_text(encoding="utf-8"), f"Results and pictures: {self.folder}"]
+        if self.mlflow_run is not None:
+            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        for model in (self.model, self.recovered_model):
+            if model is not None:
+                lines += [f"Load {model.name} with", f"  {load_line(model, stock=self.stock)}"]
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+@overload
+def run(config: RunConfig, *, progress: Console | None = None, resume: None = None) -> RunResult: ...
+
+
+@overload
+def run(config: RunConfig, *, progress: Console | None = None, resume: str | Path) -> RunResult | FinishedRun: ...
+
+
+def run(
+    config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None
+) -> RunResult | FinishedRun:
     """Search, prune, calibrate, report and save, as the configuration says.
 
     Args:
@@ -138,6 +195,9 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         progress: where progress goes; stderr where left out.
         resume: folder of an interrupted run of this configuration to go on with, in the same MLflow run; it ends with
             the numbers that it would have ended with uninterrupted.
+
+    Returns:
+        what the run came to; of a resumed run that was finished already, where that lies: nothing is done again.
 
     Raises:
         FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
@@ -147,13 +207,18 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
     config = configured.resolve_agent(config)
     check_plugins(config)
     config = configured.with_options(config)
+    reopened = None if resume is None else reopen_folder(Path(resume), config)
+    if reopened is not None and (finished := _finished_run(reopened, config)):
+        say.say(f"the run in {finished.folder} is finished: nothing is left to do")
+        return finished
     agent = make_agent(config)
-    folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
+    folder = reopened or claim_folder(config)
     earlier = Session() if resume is None else last_session(folder)
     tracking = config.tracking
     overwriting = resume is None and bool(contents(folder))
     with (
         held(folder),
+        noting_results(folder),  # when MLflow knows it too
         Tracker(
             tracking.folder, tracking.experiment, folder.name, tracking.enabled, resume=earlier.mlflow_run
         ) as tracker,
@@ -166,7 +231,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
             remove_half_written(folder)
         elif not overwriting:
             stack.enter_context(removing_if_nothing_found(folder))
-        session = Session(tracker.run_id or earlier.mlflow_run, earlier.dtype)
+        session = Session(tracker.run_id or earlier.mlflow_run, earlier.dtype, results=())
         text = to_toml(config, configured.meanings(config))
         tracker.log_config(config.model_dump(mode="json"), text)
 
@@ -200,6 +265,25 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         if front is not None:
             write_front(tracker, front, folder)
         return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
+
+
+def _finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
+    """What the run in a folder left; ``None`` where it has not come to its end."""
+    if not is_finished(folder, config):
+        return None
+    model = model_folder(config, folder, config.main_target)
+    recovered = output_folder(model)
+    return FinishedRun(
+        folder,
+        model if model.is_dir() else None,
+        recovered if recovered.is_dir() else None,
+        config.prune.uniform,
+        last_session(folder).mlflow_run,
+    )
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _open(config: RunConfig, dtype: str | None, timed: Path | None, say: Reporter) -> Workspace:

@@ -54,6 +54,7 @@ def ranged(folder: Path, **changes: dict[str, Any]) -> RunConfig:
 def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
     console = Console(file=io.StringIO(), width=200)
     result = pipeline.run(config, progress=console, resume=resume)
+    assert isinstance(result, pipeline.RunResult)
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -208,13 +209,17 @@ def test_save_at_adds_its_point_and_saves_that_model(tmp_path: Path) -> None:
 
 
 def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
-    result, _ = go(ranged(tmp_path, prune={"front_points": 3}, output={"save_all": True}))
+    config = ranged(tmp_path, prune={"front_points": 3}, output={"save_all": True})
+    result, _ = go(config)
     sizes = []
     for name, point in zip(("0.10", "0.30", "0.50"), front_of(result.folder)["points"], strict=True):
         card = (result.folder / f"model-{name}" / "README.md").read_text()
         assert f"{100 * point['sparsity']:.1f}%" in card
         sizes.append((result.folder / f"model-{name}" / "model.safetensors").stat().st_size)
     assert sizes == sorted(sizes, reverse=True)
+    finished = pipeline.run(config, progress=Console(quiet=True), resume=result.folder)
+    now, then = finished.to_json(), result.to_json()
+    assert now == {key: then[key] for key in now}
     assert not (result.folder / "model").exists()
     again, _ = go(
         ranged(

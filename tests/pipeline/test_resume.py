@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def config(folder: Path, **changes: dict[str, Any]) -> RunConfig:
 def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
     console = Console(file=io.StringIO(), width=200)
     result = pipeline.run(config, progress=console, resume=resume)
+    assert isinstance(result, pipeline.RunResult)
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -147,15 +149,99 @@ def test_ctrl_c_after_the_search_costs_no_episode(
     assert result.saved is not None
 
 
-def test_a_finished_run_comes_out_the_same_without_an_episode(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+# it is finished
+
+
+def finished(config: RunConfig, folder: Path) -> tuple[pipeline.FinishedRun, str]:
+    console = Console(file=io.StringIO(), width=200)
+    result = pipeline.run(config, progress=console, resume=folder)
+    assert isinstance(result, pipeline.FinishedRun)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "by a version that did not note it"])
+def test_a_finished_run_says_so_and_nothing_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    whole, _ = go(config(tmp_path, tracking=TRACKED))
+    if not noted:
+        note = whole.folder / "run.json"
+        note.write_text(json.dumps({**json.loads(note.read_text()), "results": None}))
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
+    result, said = finished(config(tmp_path, tracking=TRACKED), whole.folder)
+    assert f"the run in {whole.folder} is finished: nothing is left to do" in said
+    assert snapshot(tmp_path) == before
+    assert runs(root)[0].info.status == "FINISHED"
+    now, then = result.to_json(), whole.to_json()
+    assert now == {key: then[key] for key in now}
+    assert now.keys() >= {"table", "allocation", "folder", "model", "mlflow_run"}
+
+
+def test_the_command_prints_what_a_finished_run_came_to(whole: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["run", "--resume", str(whole)])
+    assert done.exit_code == 0, done.stderr
+    assert "is finished" in done.stderr
+    assert (whole / "report.md").read_text() in done.stdout
+    assert f"Results and pictures: {whole}" in done.stdout
+    assert f"from_pretrained('{whole / 'model'}'" in done.stdout
+    done = CliRunner().invoke(app, ["run", "--resume", str(whole), "--json"])
+    assert json.loads(done.stdout)["model"] == str(whole / "model")
+
+
+@pytest.mark.parametrize("lost", ["the model", "the table", "the model, noted by nobody"])
+def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
+    whole: Path, tmp_path: Path, steps: list[int], lost: str
+) -> None:
     result, _ = go(config(tmp_path))
+    if "model" in lost:
+        shutil.rmtree(result.folder / "model")
+    else:
+        (result.folder / "report.json").unlink()
+    if "nobody" in lost:
+        (result.folder / "run.json").write_text("{}")
     del steps[1:]
     (result.folder / ".model.part-0123").mkdir()
     again, said = go(config(tmp_path), resume=result.folder)
-    assert "the search of this run has ended; what comes after it is done again" in said
+    assert ("the search of this run has ended; what comes after it is done again" in said) == ("model" in lost)
     assert len(steps) == 1
     assert_same(again.folder, whole)
     assert not list(again.folder.glob(".model*"))
+
+
+def test_a_model_that_was_not_wanted_may_be_wanted_later(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    result, _ = go(config(tmp_path, output={"save_model": False}))
+    finished(config(tmp_path, output={"save_model": False}), result.folder)
+    del steps[1:]
+    go(config(tmp_path), resume=result.folder)
+    assert len(steps) == 1
+    assert_same(result.folder, whole)
+    finished(config(tmp_path), result.folder)
+
+
+def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = new_store(tmp_path / "mlruns")
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Tracker, "log_table", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, tracking=TRACKED))
+    go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
+    (run,) = runs(root)
+    assert run.info.status == "FINISHED"
+    assert "report/perplexity/dense" in run.data.metrics
+    finished(config(tmp_path, tracking=TRACKED), tmp_path / "out")
+
+
+# it goes on, whatever changed
 
 
 def test_seconds_of_all_sessions_are_added_up(tmp_path: Path, steps: list[int]) -> None:

@@ -359,6 +359,9 @@ def test_a_run_recovers_after_its_final_calibration(pruned: Path, tmp_path: Path
     alone = recovered(pruned, output=tmp_path / "alone")
     assert same_weights(result.folder / "model-recovered", tmp_path / "alone")
     assert alone.recovered.after == result.recovered.after
+    again = pipeline.run(config, progress=console, resume=result.folder)
+    assert isinstance(again, pipeline.FinishedRun)
+    assert again.to_json()["recovered_model"] == str(result.folder / "model-recovered")
     result.print(console)
     assert "LoRA of rank 16" in console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -432,6 +435,7 @@ def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
     assert f"the trained one, complete, in {trained}" in console.file.getvalue()  # type: ignore[attr-defined]
     first = (trained / "model.safetensors").read_bytes()
     result = pipeline.run(config, progress=console, resume=tmp_path / "out")
+    assert isinstance(result, pipeline.RunResult)
     assert result.recovered is not None
     assert (trained / "model.safetensors").read_bytes() == first
 
