@@ -28,7 +28,7 @@ from ffgym.config.toml import PLUGIN_TABLES, read_toml, without_foreign_options
 from ffgym.errors import ConfigError, DataError
 from ffgym.execute.workers import work
 from ffgym.files import disk_errors, write_text
-from ffgym.pipeline import pipeline
+from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins import configured, manager
 from ffgym.prepare.parts import counts_latency, latency_digest
 from ffgym.report.progress import Reporter, duration
@@ -192,7 +192,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 f"a bench compares searches, and {cell.label} has recover.method = {cell.config.recover.method!r}",
                 hint="Leave [recover] out, and recover a saved model with `ffgym recover`.",
             )
-        pipeline.check_plugins(cell.config)
+        check_plugins(cell.config)
         if counts_latency(cell.config) and cell.config.prune.latency_table is None:
             raise ConfigError(
                 f"cells of one table count the same times, and {cell.label} names none: two sittings, or two processes "

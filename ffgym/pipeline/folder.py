@@ -158,7 +158,7 @@ def _require_writable(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Session:
+class RunRecord:
     """What a later session of a run must know of the earlier ones: the file ``run.json``.
 
     Attributes:
@@ -173,23 +173,23 @@ class Session:
     results: tuple[str, ...] | None = None
 
 
-def last_session(folder: Path) -> Session:
+def read_record(folder: Path) -> RunRecord:
     """What the sessions of this folder's run have noted."""
     try:
         noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         known = {key: noted.get(key) for key in ("mlflow_run", "dtype")}
         results = noted.get("results")
     except (OSError, ValueError, AttributeError):
-        return Session()
-    return Session(
+        return RunRecord()
+    return RunRecord(
         **{key: value for key, value in known.items() if isinstance(value, str)},
         results=tuple(str(name) for name in results) if isinstance(results, list) else None,
     )
 
 
-def note_session(folder: Path, session: Session) -> None:
+def write_record(folder: Path, record: RunRecord) -> None:
     """Remember it for later sessions."""
-    write_text(folder / "run.json", json.dumps(asdict(session)) + "\n")
+    write_text(folder / "run.json", json.dumps(asdict(record)) + "\n")
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def noting_results(folder: Path) -> Iterator[None]:
     """Note, once the block has ended well, that the run is finished, and what it left."""
     yield
     left = [path.name for path in contents(folder) if path.name == TABLE or path.name.startswith("model")]
-    note_session(folder, replace(last_session(folder), results=tuple(left)))
+    write_record(folder, replace(read_record(folder), results=tuple(left)))
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
@@ -212,7 +212,7 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
         return False
     if config.tracking.enabled and config.tracking != stored.tracking:
         return False
-    results = last_session(folder).results
+    results = read_record(folder).results
     if results is None:  # of a version that did not note them
         return _seems_finished(folder, config)
     return bool(results) and all((folder / name).exists() for name in results)

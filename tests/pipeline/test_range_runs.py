@@ -103,7 +103,7 @@ def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: An
 
 def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
     config, result = finished
-    space = task.open_workspace(config, list(compare.REFERENCES.values()), pipeline.Reporter(Console(quiet=True)))
+    space = task.open_workspace(config, list(compare.REFERENCES.values()), Reporter(Console(quiet=True)))
     windows = space.splits.report.windows
     for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
         allocation = json.loads((result.folder / f"allocation-{name}.json").read_text())
@@ -113,7 +113,7 @@ def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any)
         assert list(kept) == point["kept"]
         uniform = space.project("uniform", {}, point["target"]).kept
         for label, units in (("reinforce", point["kept"]), ("uniform", uniform)):
-            with task.cut_to(space, units, "ridge", pipeline.Reporter(Console(quiet=True))):
+            with task.cut_to(space, units, "ridge", Reporter(Console(quiet=True))):
                 assert evaluate(space.prepared.prunable.model, windows).perplexity == point["perplexity"][label]
 
 

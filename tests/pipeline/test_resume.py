@@ -30,7 +30,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
-from ffgym.pipeline.folder import held, last_session
+from ffgym.pipeline.folder import held, read_record
 from ffgym.plugins import discovery
 from ffgym.search.log import read_log
 
@@ -173,7 +173,7 @@ def test_a_finished_run_says_so_and_nothing_is_done(
         note = whole.folder / "run.json"
         note.write_text(json.dumps({**json.loads(note.read_text()), "results": None}))
     before = snapshot(tmp_path)
-    monkeypatch.setattr(workspace, "load_parts", lambda config: pytest.fail("something was loaded"))
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
     result, said = finished(config(tmp_path, tracking=TRACKED), whole.folder)
     assert f"the run in {whole.folder} is finished: nothing is left to do" in said
     assert snapshot(tmp_path) == before
@@ -231,7 +231,7 @@ def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Tracker, "log_table", interrupted)
+        patch.setattr(Tracker, "log_table", interrupted)
         with pytest.raises(KeyboardInterrupt):
             go(config(tmp_path, tracking=TRACKED))
     go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
@@ -289,7 +289,7 @@ def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps
         go(config(tmp_path, tracking=TRACKED))
     (killed,) = runs(root)
     assert killed.info.status == "KILLED"
-    assert last_session(tmp_path / "out").mlflow_run == killed.info.run_id
+    assert read_record(tmp_path / "out").mlflow_run == killed.info.run_id
     steps[0] = 10**6
     result, _ = go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
@@ -328,7 +328,7 @@ def test_without_its_mlflow_run_a_new_one_gets_everything(tmp_path: Path, steps:
     steps[0] = 6
     with pytest.raises(KeyboardInterrupt):
         go(config(tmp_path, tracking=TRACKED))
-    old = last_session(tmp_path / "out").mlflow_run
+    old = read_record(tmp_path / "out").mlflow_run
     if lost == "deleted":
         client(root).delete_run(old)
     elif lost == "another store":
@@ -339,7 +339,7 @@ def test_without_its_mlflow_run_a_new_one_gets_everything(tmp_path: Path, steps:
     tracked = {**TRACKED, "root": str(root)}
     result, _ = go(config(tmp_path, tracking=tracked), resume=tmp_path / "out")
     assert result.mlflow_run not in (None, old)
-    assert last_session(tmp_path / "out").mlflow_run == result.mlflow_run
+    assert read_record(tmp_path / "out").mlflow_run == result.mlflow_run
     assert len(client(root).get_metric_history(result.mlflow_run, "search/reward")) == EPISODES
 
 

@@ -403,7 +403,7 @@ def test_a_run_with_recovery_can_be_overwritten(tmp_path: Path) -> None:
 def test_a_run_says_before_its_search_what_its_recovery_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], error: type[FFGymError], complaint: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "search_front", lambda *_, **__: pytest.fail("searched"))
+    monkeypatch.setattr("ffgym.pipeline.search.search_front", lambda *_, **__: pytest.fail("searched"))
     with pytest.raises(error, match=complaint):
         pipeline.run(glass_config(tmp_path, **changes(method="lora", **table)), progress=Console(file=io.StringIO()))
 
