@@ -38,6 +38,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
 from ffgym.pipeline import task
+from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
 from ffgym.prepare.parts import CHEAP, budget_in, make_reward, task_examples
 from ffgym.report.progress import Reporter

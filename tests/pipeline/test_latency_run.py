@@ -23,6 +23,7 @@ from ffgym.models.loading import load
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.plugins import discovery
 from ffgym.prepare import parts as parts_module
+from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
 
 

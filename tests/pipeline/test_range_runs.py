@@ -26,6 +26,7 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.plugins import built_ins, discovery, manager
 from ffgym.prepare.parts import load_parts
+from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5)

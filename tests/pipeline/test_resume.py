@@ -33,6 +33,7 @@ from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.folder import held, read_record
 from ffgym.plugins import discovery
 from ffgym.search.log import read_log
+from ffgym.tracking.tracker import Tracker
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}
