@@ -23,7 +23,8 @@ import torch
 from ffgym.artifacts import log_splits, run_tags
 from ffgym.config import RunConfig
 from ffgym.config_file import digest, settings, to_toml
-from ffgym.files import alone, disk_errors, write_text
+from ffgym.errors import DataError
+from ffgym.files import FileFormat, alone, disk_errors, write_text
 from ffgym.finals import finalists
 from ffgym.interrupts import held_back_interrupts
 from ffgym.plugins import configured
@@ -35,6 +36,10 @@ from ffgym.search import Found, search
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
 from ffgym.workspace import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
+
+DELETE_IT = "Delete it to compute it again."
+CELL_RESULT = FileFormat("bench result", CellResult, DataError, DELETE_IT)
+MLFLOW_NOTE = FileFormat("note of an MLflow run", str, DataError, DELETE_IT)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class CellRunner:
             cell.path.stem,
             config.tracking.enabled,
             parent=parent,
-            resume=note.read_text(encoding="utf-8") if note.exists() else None,
+            resume=MLFLOW_NOTE.text(note) if note.exists() else None,
         )
         with ExitStack() as ending, tracked as tracker:
             if tracker.run_id is not None:

@@ -27,9 +27,9 @@ from ffgym.models.checkpoint import Checkpoint, weights_digest
 from ffgym.models.distillation import DistillationSettings, LayerFit, distil_mlps
 from ffgym.models.export import SavedModel, is_stock, load_line, refuse_occupied, save_again
 from ffgym.models.families import dense_or_pruned_family_of
-from ffgym.models.loading import LoadedModel, load
+from ffgym.models.loading import MODEL_CONFIG, LoadedModel, load
 from ffgym.models.lora import LoraCurve, LoraSettings, require_peft, train_lora
-from ffgym.models.origin import model_folder
+from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
 from ffgym.report.progress import Reporter
 from ffgym.report.recovery import (
@@ -306,10 +306,7 @@ def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedMod
 
 def _stored_dtype(source: Path) -> str:
     """The dtype that a folder's config states, by the name that ``load`` takes."""
-    try:
-        stated = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "auto"  # loading says what is wrong
+    stated = MODEL_CONFIG.read(source / "config.json")
     dtype = str(stated.get("dtype") or stated.get("torch_dtype")).removeprefix("torch.")
     return dtype if dtype in DTYPES else "auto"
 
@@ -508,7 +505,7 @@ class _Job:
                 place,
                 card=recovered_card(
                     title=f"{place.name}: pruned, then {method}",
-                    before=card.read_text(encoding="utf-8") if card.is_file() else None,
+                    before=CARD.text(card) if card.is_file() else None,
                     told=told,
                     table=table,
                     command=f"ffgym recover {self.source.name} --config config.toml",

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from pydantic import BaseModel, FiniteFloat
+
 from ffgym.config import RunConfig
 from ffgym.config_file import first_difference, load_config
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import alone, write_text
+from ffgym.files import FileFormat, alone, write_text
 from ffgym.plugins import configured
 
 # What a run writes: --overwrite clears these and nothing else.
@@ -169,14 +171,22 @@ class Session:
     dtype: str | None = None
 
 
+SESSION = FileFormat(
+    "record of a run's sessions",
+    Session,
+    OutputError,
+    "Delete it: the run then goes on in a new MLflow run, in the dtype that its config.toml names.",
+)
+
+
 def last_session(folder: Path) -> Session:
-    """What the sessions of this folder's run have noted."""
-    try:
-        noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        known = {key: noted.get(key) for key in ("mlflow_run", "dtype")}
-    except (OSError, ValueError, AttributeError):
-        return Session()
-    return Session(**{key: value for key, value in known.items() if isinstance(value, str)})
+    """What the sessions of this folder's run have noted.
+
+    Raises:
+        OutputError: the note is damaged.
+    """
+    path = folder / "run.json"
+    return SESSION.read(path) if path.exists() else Session()
 
 
 def note_session(folder: Path, session: Session) -> None:
@@ -246,6 +256,17 @@ def removing_if_nothing_found(folder: Path) -> Iterator[None]:
         raise
 
 
+class BestSoFar(BaseModel):
+    """What is said of an ``allocation.json`` when a run ends early."""
+
+    episodes: int
+    origin: str
+    sparsity: FiniteFloat
+
+
+BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again with --overwrite.")
+
+
 @contextmanager
 def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """After Ctrl-C, say what the run has found and where that is."""
@@ -254,10 +275,10 @@ def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[No
     except KeyboardInterrupt:
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
-            best = json.loads(path.read_text(encoding="utf-8"))
+            best = BEST_SO_FAR.read(path)
             say(
-                f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
-                f"{best['sparsity']:.4f}) is in {path}"
+                f"interrupted after {best.episodes} episodes of the search; best so far ({best.origin}, sparsity "
+                f"{best.sparsity:.4f}) is in {path}"
             )
         elif log.exists() and log.stat().st_size:
             say(f"interrupted; the episodes so far are in {log}")

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import logging
 import re
 import tempfile
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from rich.console import Console
 from safetensors import SafetensorError
 
 from ffgym.data.assets import SMOLLM2, cache_dir, fetch, write_folder_once
 from ffgym.errors import ModelError, is_out_of_memory
+from ffgym.files import FileFormat
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
 
 logger = logging.getLogger("ffgym")
@@ -40,6 +41,17 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PICKLED = ("*.bin", "*.pt", "*.pth")
+AGAIN = "Write or download the model again."
+
+
+class _WeightIndex(BaseModel):
+    """Which file holds each weight."""
+
+    weight_map: dict[str, str]
+
+
+MODEL_CONFIG = FileFormat("model configuration", dict[str, Any], ModelError, AGAIN)
+WEIGHT_INDEX = FileFormat("index of weights", _WeightIndex, ModelError, AGAIN)
 
 
 @dataclass(frozen=True)
@@ -248,11 +260,9 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
-    try:
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
-    return [folder / name for name in sorted(parts)]
+    return [folder / name for name in sorted(set(WEIGHT_INDEX.read(index).weight_map.values()))]
 
 
 def _check_folder(folder: Path) -> None:
@@ -265,17 +275,14 @@ def _check_folder(folder: Path) -> None:
             f"folder {str(folder)!r} holds no model: config.json is missing",
             hint="Name a folder that save_pretrained wrote.",
         )
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{str(config)!r} is not JSON: {error}", hint="Write or download the model again.") from error
+    MODEL_CONFIG.read(config)
     if any(folder.glob("*.safetensors")):
         return
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
         raise _pickled(str(folder), Path(f"{folder.resolve()}-safetensors"))
     raise ModelError(
         f"folder {str(folder)!r} holds no weights: there is no .safetensors file",
-        hint="Write or download the model again.",
+        hint=AGAIN,
     )
 
 
@@ -351,7 +358,7 @@ def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
     if missing:
         raise ModelError(
             f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first",
-            hint="Write or download the model again.",
+            hint=AGAIN,
         )
 
 
@@ -380,7 +387,7 @@ def _loading_error(error: Exception, source: str, name: str, *, only_cached: boo
     if Path(source).is_dir():
         return ModelError(
             f"model {name!r} cannot be loaded, its files are damaged or incomplete: {said}",
-            hint="Write or download the model again.",
+            hint=AGAIN,
         )
     if only_cached and "safetensors" in str(error):
         return _not_from_hub(name, "its weights are not in the hub's cache, and the hub cannot be reached")

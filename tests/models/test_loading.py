@@ -354,7 +354,7 @@ def test_an_adapter_is_never_unpickled(checkpoint):
 
 def test_a_config_that_is_not_json_is_an_error(checkpoint):
     (checkpoint / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="is not JSON"):
+    with pytest.raises(ModelError, match="is no model configuration, or a damaged one"):
         load(str(checkpoint), device="cpu")
 
 
