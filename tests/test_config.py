@@ -281,6 +281,7 @@ RANGE = {"sparsity": "0.1:0.5"}
         ({"prune": RANGE, "output": {"save_at": 0.6}}, "output.save_at = 0.6 is outside the range 0.1:0.5"),
         ({"prune": RANGE, "output": {"save_at": 0.2, "save_all": True}}, "output.save_all every point's"),
         ({"prune": {**RANGE, "front_points": 1}}, "prune.front_points = 1"),
+        ({"prune": {**RANGE, "front_points": 100_000_000}}, "prune.front_points = 100000000"),
         ({"output": {"save_at": 0.2}}, "output.save_at chooses among the points of a range"),
         ({"output": {"save_all": True}}, "output.save_all chooses among the points of a range"),
     ],
