@@ -200,6 +200,18 @@ def test_a_gguf_is_converted_once(gguf_file, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_converted_gguf_that_is_damaged_is_converted_again(gguf_file, monkeypatch, capfd):
+    folder = loading.checkpoint_folder(str(gguf_file))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setattr("ffgym.data.assets._verified", {})
+    capfd.readouterr()
+    load(str(gguf_file), dtype="float32", device="cpu")
+    assert weights.read_bytes() == whole
+    assert "is damaged: making it again" in capfd.readouterr().err
+
+
 def test_a_changed_gguf_is_converted_again(gguf_file, tmp_path):
     copy = shutil.copy(gguf_file, tmp_path / "tiny.gguf")
     load(str(copy), dtype="float32", device="cpu")
