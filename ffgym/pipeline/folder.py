@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from pydantic import BaseModel, FiniteFloat
+
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference, load_config
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import alone, write_text
+from ffgym.files import FileFormat, alone, write_text
 from ffgym.plugins import configured
 
 # What a run writes: --overwrite clears these and nothing else.
@@ -173,18 +175,22 @@ class RunRecord:
     results: tuple[str, ...] | None = None
 
 
+RECORD = FileFormat(
+    "record of a run's sessions",
+    RunRecord,
+    OutputError,
+    "Delete it: the run then goes on in a new MLflow run, in the dtype that its config.toml names.",
+)
+
+
 def read_record(folder: Path) -> RunRecord:
-    """What the sessions of this folder's run have noted."""
-    try:
-        noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        known = {key: noted.get(key) for key in ("mlflow_run", "dtype")}
-        results = noted.get("results")
-    except (OSError, ValueError, AttributeError):
-        return RunRecord()
-    return RunRecord(
-        **{key: value for key, value in known.items() if isinstance(value, str)},
-        results=tuple(str(name) for name in results) if isinstance(results, list) else None,
-    )
+    """What the sessions of this folder's run have noted.
+
+    Raises:
+        OutputError: the note is damaged.
+    """
+    path = folder / "run.json"
+    return RECORD.read(path) if path.exists() else RunRecord()
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
@@ -290,6 +296,17 @@ def removing_if_nothing_found(folder: Path) -> Iterator[None]:
         raise
 
 
+class BestSoFar(BaseModel):
+    """What is said of an ``allocation.json`` when a run ends early."""
+
+    episodes: int
+    origin: str
+    sparsity: FiniteFloat
+
+
+BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again with --overwrite.")
+
+
 @contextmanager
 def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """After Ctrl-C, say what the run has found and where that is."""
@@ -298,10 +315,10 @@ def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[No
     except KeyboardInterrupt:
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
-            best = json.loads(path.read_text(encoding="utf-8"))
+            best = BEST_SO_FAR.read(path)
             say(
-                f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
-                f"{best['sparsity']:.4f}) is in {path}"
+                f"interrupted after {best.episodes} episodes of the search; best so far ({best.origin}, sparsity "
+                f"{best.sparsity:.4f}) is in {path}"
             )
         elif log.exists() and log.stat().st_size:
             say(f"interrupted; the episodes so far are in {log}")

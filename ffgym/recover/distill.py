@@ -139,12 +139,13 @@ def distil_mlps(
     fits: list[LayerFit] = []
     for index, layer in enumerate(walks[1].layers):
         mlp = mlp_of(layer, family)
-        saved = None if checkpoint is None else checkpoint.load(_part(index))
+        saved = None if checkpoint is None else checkpoint.load(_part(index), LayerFit)
         pairs = [stream.dense_step(index, wanted=saved is None and mlp is not None) for stream in streams]
         if mlp is not None:
-            if saved is not None:
-                _put(mlp, saved.tensors)
-                fit = LayerFit(**saved.facts)
+            if checkpoint is not None and saved is not None:
+                with checkpoint.taking_up(_part(index)):
+                    _put(mlp, saved.tensors)
+                fit = saved.facts
             else:
                 best, fit = _train(mlp, index, pairs[0], pairs[1], settings, on_step)
                 _put(mlp, best)

@@ -670,7 +670,7 @@ class TestRefusals:
         file = bench_file(tmp_path)
         (tmp_path / "small").mkdir()
         (tmp_path / "small" / "random-seed0.json").write_text(text)
-        with pytest.raises(DataError, match=r"random-seed0\.json is not a bench result") as raised:
+        with pytest.raises(DataError, match=r"random-seed0\.json is no bench result") as raised:
             call(file)
         assert "Delete it" in str(raised.value.hint)
 
@@ -683,7 +683,7 @@ class TestRefusals:
             call(first, second)
 
     def test_no_such_file_and_no_toml(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"no configuration file .*nowhere\.toml"):
+        with pytest.raises(ConfigError, match=r"configuration .*nowhere\.toml' cannot be read"):
             call(tmp_path / "nowhere.toml")
         (tmp_path / "broken.toml").write_text("title =")
         with pytest.raises(ConfigError, match="not valid TOML"):

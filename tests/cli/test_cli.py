@@ -210,7 +210,7 @@ def test_json_leaves_stdout_pure(runner: list[RunConfig]) -> None:
         (["--set", "sparsity=0.2"], "Did you mean 'prune.sparsity'?"),
         (["--set", "prune.sparcity=0.2"], "Did you mean 'sparsity'?"),
         (["--set", "nonsense"], "cannot read --set 'nonsense'"),
-        (["--config", "nowhere.toml"], "no configuration file nowhere.toml"),
+        (["--config", "nowhere.toml"], "configuration 'nowhere.toml' cannot be read"),
         (["--calibration", "lasso"], "prune.calibration = 'lasso'"),
         (["--align", "0"], "prune.align = 0"),
         (["--uniform", "--set", "prune.min_units=0"], "prune.uniform = true with prune.min_units = 0"),
