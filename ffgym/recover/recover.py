@@ -24,8 +24,8 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_pair
-from ffgym.models.loading import LoadedModel, load
-from ffgym.models.origin import model_folder
+from ffgym.models.loading import MODEL_CONFIG, LoadedModel, load
+from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
 from ffgym.plugins import configured, manager
 from ffgym.plugins.contracts import called
@@ -167,10 +167,7 @@ def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedMod
 
 def _stored_dtype(source: Path) -> str:
     """The dtype that a folder's config states, by the name that ``load`` takes."""
-    try:
-        stated = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "auto"  # loading says what is wrong
+    stated = MODEL_CONFIG.read(source / "config.json")
     dtype = str(stated.get("dtype") or stated.get("torch_dtype")).removeprefix("torch.")
     return dtype if dtype in DTYPES else "auto"
 
@@ -316,7 +313,7 @@ class _Recovery:
         old_card = self.source / "README.md"
         card = recovered_card(
             title=f"{place.name}: pruned, then {method}",
-            before=old_card.read_text(encoding="utf-8") if old_card.is_file() else None,
+            before=CARD.text(old_card) if old_card.is_file() else None,
             summary=summary,
             table=table,
             command=f"ffgym recover {self.source.name} --config config.toml",

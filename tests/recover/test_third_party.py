@@ -34,9 +34,8 @@ class Shrink(ffgym.Recovery):
         colour: str = Field(default="red", description="of the picture")
 
     def train(self, setup):
-        from ffgym.recover.checkpoint import Part
-
-        part = setup.checkpoint.load("shrink") or Part({}, {"done": 0})
+        part = setup.checkpoint.load("shrink", dict)
+        earlier = part.facts["done"] if part else 0
         rates = [setup.learning_rate] * self.config.steps
         with setup.progress(len(rates)) as stage:
             for step, rate in enumerate(rates):
@@ -49,7 +48,7 @@ class Shrink(ffgym.Recovery):
         return ffgym.TrainingOutcome(
             before=2.0,
             after=self.config.after,
-            summary=f"Shrunk {len(rates)} times, {len(setup.windows)} windows, after {part.facts['done']} earlier.",
+            summary=f"Shrunk {len(rates)} times, {len(setup.windows)} windows, after {earlier} earlier.",
             kept="all of it was kept",
             curve={"rates": rates},
         )
