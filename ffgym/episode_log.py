@@ -118,6 +118,7 @@ def read_log(path: Path) -> Log:
         try:
             row = json.loads(line)
             seconds += float(row.pop("seconds", 0.0))
+            row.pop("stopped_early", None)  # older logs have it
             row["action"] = np.array(row["action"], dtype=np.float32)
             row["kept"] = tuple(row["kept"])
             row["slopes"] = tuple(row.get("slopes", ()))

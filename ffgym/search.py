@@ -144,7 +144,6 @@ def search_front(
             schedule,
             num_envs=agent.update_size(settings.episodes_per_update),
             token_budget=settings.episodes * env.episode_windows * env.window_tokens,
-            stop_margin=settings.stop_margin if settings.stop_hopeless else None,
             slope_episodes=agent.slope_episodes,
             on_episode=record,
             replay=recorder.earlier.episodes,

@@ -51,6 +51,11 @@ class TestReading:
         log.touch()
         assert read_episodes(log) == []
 
+    def test_a_log_from_when_episodes_could_be_stopped_early_is_read(self, tmp_path):
+        log = tmp_path / "old.jsonl"
+        log.write_text(json.dumps({**episode_to_json(episode(0, 0, 0.5)), "stopped_early": False}) + "\n")
+        assert read_episodes(log)[0].reward == 0.5
+
     def test_a_log_from_before_objectives_is_read(self, tmp_path):
         row = episode_to_json(episode(0, 0, 0.5))
         del row["objectives"]

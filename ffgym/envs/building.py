@@ -171,12 +171,6 @@ def make_reward(config: RunConfig) -> Reward:
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
     check_wishes(reward)
-    if reward.needs and config.search.stop_hopeless:
-        raise ConfigError(
-            f"reward {config.reward.name!r} needs {', '.join(sorted(reward.needs))}, and search.stop_hopeless can stop "
-            "an episode that is judged by its losses alone",
-            hint="Set search.stop_hopeless = false, or reward.name = 'perplexity'.",
-        )
     if "accuracy" in reward.needs:
         if not reward.tasks:
             raise ConfigError(

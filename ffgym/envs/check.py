@@ -42,7 +42,7 @@ def small(config: RunConfig) -> RunConfig:
     window = min(config.data.window, WINDOW)
     plain["data"] |= {"window": window, "report_tokens": window}
     plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
-    plain["search"] |= {"episode_tokens": window, "final_tokens": window, "stop_hopeless": False}
+    plain["search"] |= {"episode_tokens": window, "final_tokens": window}
     if config.prune.ridge == "auto":
         plain["prune"] |= {"ridge": RIDGE}
     return RunConfig.model_validate(plain)

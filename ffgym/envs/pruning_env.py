@@ -63,15 +63,12 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ``reset(options={"sparsity": p, "subset": indices, "examples": indices})`` sets the task: target sparsity, and the
     search windows and task examples that the episode is measured on. Without options the sparsity is the constructor's
     and the subsets are drawn.
-    With ``"hopeless": x`` the windows are measured one by one, and no more of them once the mean loss so far lies more
-    than x nats per token above the dense model's on the same windows; the reward is that of the windows measured.
-    Only a reward of losses can be stopped like that.
     With ``"slopes": True`` the step's info also holds ``slopes`` (float64, (2L,)), the derivative of the loss by
     importance on the windows that were measured, and their passes count in ``tokens``: ``slope_tokens`` of them.
 
     The step's info holds ``kept`` (int64, (2L,)), ``sparsity``, ``loss`` and ``dense_loss`` (nats per token),
-    ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite), ``stopped_early`` (0 or 1) and,
-    where the reward weighs objectives and the episode did not fail, ``objective/NAME`` for each.
+    ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite) and, where the reward weighs
+    objectives and the episode did not fail, ``objective/NAME`` for each.
 
     Args:
         prunable: the prepared model.
@@ -128,7 +125,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
-        self._hopeless: float | None = None
         self._slopes = False
         self._objectives: tuple[str, ...] | None = None
 
@@ -175,7 +171,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             if examples is None
             else self._checked_examples(examples)
         )
-        self._hopeless = options.get("hopeless")
         self._slopes = bool(options.get("slopes", False))
         return self.observation(), {}
 
@@ -207,24 +202,19 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Info]:
         """Prune as the action says, measure, put the dense model back."""
         allocation = self.budget.project(action, self._target)
-        if self._hopeless is None:
-            judged = self.judge(allocation, self._subset, self._examples)
-        else:
-            judged = self._judge_while_hopeful(allocation, self._hopeless)
-        windows = len(judged.pruned.losses)
+        judged = self.judge(allocation, self._subset, self._examples)
         info: Info = {
             "kept": np.array(allocation.kept, dtype=np.int64),
             "sparsity": allocation.sparsity,
             "loss": judged.pruned.loss,
             "dense_loss": judged.dense.loss,
-            "tokens": self.tokens(self._subset[:windows], self._examples),
+            "tokens": self.tokens(self._subset, self._examples),
             "failed": int(judged.failed),
-            "stopped_early": int(windows < len(self._subset)),
             **{OBJECTIVE + name: value for name, value in judged.objectives.items()},
         }
         if self._slopes:
-            info["slopes"] = self.slopes(action, allocation, self._subset[:windows])
-            info["slope_tokens"] = SLOPE_PASSES * windows * self.window_tokens
+            info["slopes"] = self.slopes(action, allocation, self._subset)
+            info["slope_tokens"] = SLOPE_PASSES * len(self._subset) * self.window_tokens
             info["tokens"] += info["slope_tokens"]
         return self.observation(), judged.reward, True, False, info
 
@@ -271,23 +261,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         finally:
             self.prunable.restore()
         return replace(result, costs=self._costs(allocation.kept))
-
-    def _judge_while_hopeful(self, allocation: Allocation, hopeless: float) -> Judgement:
-        """Reward on the subset's windows one by one, until their losses lie too far above the dense model's."""
-        dense = self.dense(self._subset)
-        losses: list[float] = []
-        try:
-            self.prunable.cut(allocation.kept, calibrated=self.calibrated)
-            for window in self._subset:
-                one = evaluate(self.prunable.model, self.windows[[window]], tokens_per_batch=self.window_tokens)
-                losses.extend(one.losses)
-                above = np.mean(losses) - np.mean(dense.losses[: len(losses)])
-                if not above <= hopeless:  # a loss that is not a number is hopeless too
-                    break
-        finally:
-            self.prunable.restore()
-        tokens = dense.tokens_per_window
-        return self._judged(Evaluation(tuple(losses), tokens), Evaluation(dense.losses[: len(losses)], tokens))
 
     def dense(self, subset: Sequence[int], examples: Sequence[int] = ()) -> Evaluation:
         """The dense model on these search windows and examples; each is evaluated once in the env's life."""

@@ -27,7 +27,7 @@ from ffgym.plugins.contracts import check_actions
 from ffgym.types import Episode
 
 Infos = dict[str, Any]
-FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed", "stopped_early")
+FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed")
 
 
 class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
@@ -38,8 +38,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         schedule: sparsity and fidelity over the token budget.
         num_envs: episodes per update.
         token_budget: tokens that the search may evaluate; the update that crosses it is the last.
-        stop_margin: an episode is hopeless, and cut short, when its loss above dense is this many standard deviations
-            above the mean of the last update at the same target and fidelity; ``None`` cuts none short.
         on_episode: called after every episode.
         slope_episodes: of how many episodes of every update, the first ones, slopes are measured too; ``final_info``
             then holds ``slopes``, shape (num_envs, 2L), 0 for the others.
@@ -59,7 +57,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         *,
         num_envs: int,
         token_budget: int,
-        stop_margin: float | None = None,
         slope_episodes: int = 0,
         on_episode: Callable[[Episode], None] | None = None,
         replay: Sequence[Episode] = (),
@@ -69,7 +66,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.schedule = schedule
         self.num_envs = num_envs
         self.token_budget = token_budget
-        self.stop_margin = stop_margin
         self.slope_episodes = slope_episodes
         self.history: list[Episode] = []
         self.tokens_spent = 0
@@ -87,7 +83,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._stage = schedule.stage(0.0)
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
-        self._hopeless: float | None = None
 
     @property
     def tokens_left(self) -> int:
@@ -150,7 +145,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._stage = self.schedule.stage(self.tokens_spent / self.token_budget, place)
         self._subset = self.env.draw(self.np_random, self._stage.windows)
         self._examples = self.env.draw_examples(self.np_random, self._stage.windows)
-        self._hopeless = self._threshold()
         observation, _ = self.env.reset(options=self._task())
         return np.tile(observation, (self.num_envs, 1))
 
@@ -160,20 +154,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "sparsity": self._stage.sparsity,
             "subset": self._subset,
             "examples": self._examples,
-            "hopeless": self._hopeless,
         }
-
-    def _threshold(self) -> float | None:
-        """Loss above dense (nats per token) from which on an episode of this update is hopeless.
-
-        Fixed before the update begins, so that within it the same action earns the same reward.
-        """
-        stage = (self._stage.sparsity, self._stage.fidelity)
-        last = [e for e in self.history[-self.num_envs :] if (e.target_sparsity, e.fidelity) == stage and not e.failed]
-        if self.stop_margin is None or len(last) < 2:
-            return None
-        above = np.array([episode.loss - episode.dense_loss for episode in last])
-        return float(above.mean() + self.stop_margin * above.std())
 
     def _episode(self, action: np.ndarray, *, slopes: bool) -> Episode:
         index = len(self.history)
@@ -229,7 +210,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             objectives={
                 key.removeprefix(OBJECTIVE): float(value) for key, value in info.items() if key.startswith(OBJECTIVE)
             },
-            stopped_early=bool(info["stopped_early"]),
             slopes=tuple(float(x) for x in info.get("slopes", ())),
             slope_tokens=int(info.get("slope_tokens", 0)),
         )

@@ -193,7 +193,7 @@ class TestOldContract:
             plain.reset(seed=seed)
             assert (env._subset, env._examples) == (plain._subset, ())
             info, expected = env.step(ACTION)[4], plain.step(ACTION)[4]
-            assert set(info) == {"kept", "sparsity", "loss", "dense_loss", "tokens", "failed", "stopped_early"}
+            assert set(info) == {"kept", "sparsity", "loss", "dense_loss", "tokens", "failed"}
             assert (info["loss"], info["tokens"]) == (expected["loss"], expected["tokens"])
 
     def test_an_instance_may_ask_for_less(self, measuring):
