@@ -14,6 +14,7 @@ from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.episode_log import Recorder
 from ffgym.errors import PluginError
+from ffgym.evaluation.evaluator import OnProgress
 from ffgym.finals import Candidate, contenders, finalists, run_finals
 from ffgym.pareto import non_dominated
 from ffgym.plugins.bases import Agent
@@ -107,6 +108,7 @@ def search_front(
     on_episode: Callable[[Episode], None] | None = None,
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
     on_point: Callable[[Found], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Found]:
     """Let the agent spend its tokens, then choose at every target.
 
@@ -122,6 +124,7 @@ def search_front(
         on_episode: called after each episode.
         on_update: called after each update with its episodes and what the agent said.
         on_point: called after the finals of each target.
+        on_progress: called with the share of an update that has been measured, from 0 to 1.
 
     Returns:
         one for every target; they share the history, and each has its own finals.
@@ -146,6 +149,7 @@ def search_front(
             token_budget=settings.episodes * env.episode_windows * env.window_tokens,
             slope_episodes=agent.slope_episodes,
             on_episode=record,
+            on_progress=on_progress,
             replay=recorder.earlier.episodes,
             log_name=str(log),
         )

@@ -151,6 +151,8 @@ class Evaluation:
         accuracy: ``accuracy``: share of the update's task examples that are answered right, mean over tasks, in [0, 1].
         costs: ``cost``: what the prunable sublayers cost, by resource, in the resource's unit: ``params``, ``macs`` per
             token at the run's context, ``kv`` in bytes per token.
+        slopes: ``slopes``, which agents ask for: first-order change of the mean loss as each unit joins, in nats per
+            token, shape (units,), float32, for every sublayer.
     """
 
     losses: tuple[float, ...]
@@ -159,6 +161,7 @@ class Evaluation:
     reverse_kls: tuple[float, ...] | None = None
     accuracy: float | None = None
     costs: Mapping[str, float] | None = None
+    slopes: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:

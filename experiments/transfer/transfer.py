@@ -36,7 +36,7 @@ from ffgym.config_errors import config_error
 from ffgym.config_file import read_toml
 from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.building import CHEAP, budget_in, make_reward, task_examples
-from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.episode_log import read_episodes
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
@@ -203,8 +203,8 @@ class Bench:
         begun = time.monotonic()
         prunable, batch = self.env.prunable, self.env.tokens_per_batch
         allocation = self.env.budget.allocation(candidate.kept)
-        dense = self.env.dense(self.text, self.examples)
-        pruned = self.env.measure(allocation, self.text, self.examples)
+        (outcome,) = self.env.outcomes([Trial(allocation, self.text, self.examples)])
+        dense, pruned = outcome.dense, outcome.pruned
         right = {}
         with workspace.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.say):
             for task, questions in self.questions.items():

@@ -25,8 +25,10 @@ def env(make_env):
 
 
 def count_forwards(env):
+    """Batches through the first layer."""
     calls = []
-    env.prunable.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    first, *_ = env.prunable.family.layers(env.prunable.model)
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
 
 
@@ -115,17 +117,6 @@ def test_the_reward_does_not_depend_on_what_was_measured_before(make_env, before
     assert rewards[0] == rewards[1]
 
 
-def test_a_dense_window_is_always_evaluated_on_its_own(env, monkeypatch):
-    """Kernels round by batch size, so a batch of whatever is not cached yet would let history into the reward."""
-    shapes = []
-    env.prunable.model.base_model.register_forward_pre_hook(
-        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    env.dense((1, 2, 4))
-    env.dense((0, 2, 5))
-    assert shapes == [(1, 32)] * 5
-
-
 def test_reset_evaluates_nothing_and_is_seeded(env):
     calls = count_forwards(env)
     subsets = []
@@ -154,25 +145,6 @@ def test_the_model_is_dense_again_after_a_step(env):
     assert env.prunable.kept == env.prunable.dense_units
     after = dict(env.prunable.model.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
-def test_the_model_is_dense_again_after_an_interrupt(env, monkeypatch):
-    """Ctrl-C during the forward pass, and in the middle of the cut."""
-    env.reset(seed=0)
-    env.dense(env._subset)
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    handle = env.prunable.model.base_model.register_forward_pre_hook(interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        env.step(ACTION)
-    assert env.prunable.kept == env.prunable.dense_units
-    handle.remove()
-    monkeypatch.setattr(env.prunable.halves[3], "cut", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        env.step(ACTION)
-    assert env.prunable.halves[1].consumer.in_features == 48
 
 
 class TestTasks:

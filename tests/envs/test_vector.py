@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from measured_alone import Recording
 
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError
+from ffgym.plugins.bases import BatchAgent
+from ffgym.testing.toys import SeparableEnv
 
 RAMPS = Schedule(0.4, 4, start=0.1, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
 
@@ -82,13 +85,12 @@ def test_a_step_says_what_came_of_it_in_final_info(env):
     assert final["failed"].tolist() == [0] * 3
 
 
-def test_the_subset_is_redrawn_every_update_and_common_to_its_episodes(env, monkeypatch):
-    subsets = []
-    measure = env.measure
-    monkeypatch.setattr(env, "measure", lambda a, subset, *_: subsets.append(tuple(subset)) or measure(a, subset))
+def test_an_update_is_one_call_and_its_subset_is_redrawn_and_common_to_its_episodes(env):
+    env.executor = recording = Recording(env.executor)
     vector = vector_of(env, episodes=12)
     played(vector)
-    updates = [subsets[i : i + 3] for i in range(0, 12, 3)]
+    updates = [[request.windows for request in call] for call in recording.calls]
+    assert [len(update) for update in updates] == [1 + 3] * 4, "the dense model, and every episode"
     assert all(len(set(update)) == 1 for update in updates)
     assert len({update[0] for update in updates}) > 1
     losses = {e.update: set() for e in vector.history}
@@ -104,10 +106,8 @@ def test_equal_actions_in_one_update_earn_bit_equal_rewards(env):
     assert len(set(rewards.tolist())) == 1
 
 
-def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(env, monkeypatch):
-    measured = []
-    measure = env.measure
-    monkeypatch.setattr(env, "measure", lambda a, subset, *_: measured.append(a.kept) or measure(a, subset))
+def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(env):
+    env.executor = recording = Recording(env.executor)
     vector = vector_of(env, num_envs=4, episodes=8)
     vector.reset(seed=0)
     first, second = np.linspace(-1, 1, 6), np.linspace(1, -1, 6)
@@ -115,13 +115,13 @@ def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(en
     actions = np.stack([first, second, near, second]).astype(np.float32)
     a, b = (env.budget.project(action, 0.4).kept for action in (first, second))
     rewards = vector.step(actions)[1]
-    assert measured == [a, b]
+    assert [[request.kept for request in call] for call in recording.calls] == [[env.dense_units, a, b]]
     assert rewards[0] == rewards[2] != rewards[1] == rewards[3]
     assert [e.index for e in vector.history] == [0, 1, 2, 3]
     np.testing.assert_array_equal([e.action for e in vector.history], actions)
     assert vector.tokens_spent == 4 * 4 * 32
     vector.step(actions)
-    assert measured == [a, b, a, b], "the next update measures on other tokens"
+    assert len(recording.calls[1]) == 3, "the next update measures on other tokens"
 
 
 def test_the_seed_decides_all_subsets(env):
@@ -250,13 +250,12 @@ class TestReplay:
     def test_gives_the_same_history_without_a_forward_pass(self, env):
         first = vector_of(env, RAMPS)
         rewards = played(first)
-        calls = []
-        env.prunable.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+        env.executor = recording = Recording(env.executor)
         seen = []
         again = vector_of(env, RAMPS, replay=first.history, on_episode=seen.append)
         for one, two in zip(rewards, played(again), strict=True):
             np.testing.assert_array_equal(one, two)
-        assert calls == []
+        assert recording.calls == []
         assert all(same_episode(a, b) for a, b in zip(again.history, first.history, strict=True))
         assert len(seen) == len(first.history)
         assert again.tokens_spent == first.tokens_spent
@@ -370,3 +369,39 @@ class TestSlopes:
         played(plain)
         with pytest.raises(DataError, match="episode 0 of"):
             played(vector_of(env, episodes=12, slope_episodes=1, replay=plain.history))
+
+
+class TestTelling:
+    """A `BatchAgent` may ask to be told what its actions came to; one that does not works as it did."""
+
+    class Plain(BatchAgent):
+        name = "plain"
+
+        def begin(self, *, dimensions, batch, seed):
+            self.shape, self.rng = (batch, dimensions), np.random.default_rng(seed)
+
+        def ask(self, observations):
+            return self.rng.uniform(-1, 1, self.shape).astype(np.float32)
+
+        def tell(self, observations, actions, rewards):
+            return {}
+
+    class Curious(Plain):
+        name = "curious"
+
+        def tell(self, observations, actions, rewards, kept=None):
+            self.kept = kept
+            return {}
+
+    def test_what_was_kept(self, env):
+        plain, curious = self.Plain(), self.Curious()
+        vectors = [vector_of(env, episodes=6) for _ in range(2)]
+        for agent, vector in zip((plain, curious), vectors, strict=True):
+            agent.learn(vector, seed=0, on_update=lambda update: None)
+        assert all(same_episode(a, b) for a, b in zip(*(vector.history for vector in vectors), strict=True))
+        np.testing.assert_array_equal(curious.kept, [episode.kept for episode in vectors[1].history[-3:]])
+
+    def test_nothing_where_the_environment_does_not_say(self):
+        curious = self.Curious()
+        curious.learn(SeparableEnv(2, 4, tokens=4), seed=0, on_update=lambda update: None)
+        assert curious.kept is None
