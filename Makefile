@@ -27,6 +27,7 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python experiments/speed/episode.py
+	$(BIN)/python experiments/speed/update.py
 
 ui: $(VENV)/.installed
 	$(BIN)/ffgym ui
