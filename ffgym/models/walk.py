@@ -7,9 +7,10 @@ here, and neither end needs the weights of a layer. The results have the bits of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,13 +56,13 @@ class Walk:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._modules: Any = model.get_submodule(dense_or_pruned_family_of(model).decoder).get_submodule("layers")
+        self._decoder: Any = model.get_submodule(dense_or_pruned_family_of(model).decoder)
         self._shared: dict[torch.Size, Sequence[Arguments]] = {}
 
     @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers as they are now, first to last."""
-        return list(self._modules)
+        return list(self._decoder.layers)
 
     def enter(
         self,
@@ -81,8 +82,8 @@ class Walk:
         mask, positions = (None if given is None else given.to(device) for given in (attention_mask, position_ids))
         gradients = torch.is_grad_enabled()
         # What is recorded may be used again where gradients are wanted, and there no inference tensor may be saved.
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            calls, _ = self._call_with_stubs(ids, mask, positions)
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), self._stubs() as calls:
+            self._model.base_model(**_inputs(ids, mask, positions))
         args, kwargs = calls[0]
         hidden = args[0] if args else kwargs["hidden_states"]
         others: Sequence[Arguments] = [_without_hidden(call) for call in calls]
@@ -93,40 +94,100 @@ class Walk:
     def layer(self, index: int, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
         """Hidden states behind a layer, for those before it; shape (windows, length, d)."""
         args, kwargs = entry.calls[index]
-        output: torch.Tensor = self._modules[index](hidden, *args, **kwargs)
+        output: torch.Tensor = self._decoder.layers[index](hidden, *args, **kwargs)
         return output
 
     def leave(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
         """The base model's ``last_hidden_state``, for hidden states behind the last layer."""
-        _, last = self._call_with_stubs(entry.ids, entry.mask, entry.positions, hidden)
+        with self._stubs(hidden):
+            output = self._model.base_model(**_inputs(entry.ids, entry.mask, entry.positions))
+        last: torch.Tensor = output.last_hidden_state
         return last
 
-    def _call_with_stubs(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        hidden: torch.Tensor | None = None,
-    ) -> tuple[list[Arguments], torch.Tensor]:
-        """What an ordinary call passes to each layer, and what it returns if the layers return ``hidden``."""
-        given = {"attention_mask": mask, "position_ids": positions}
-        with self._stubs(hidden) as calls:
-            output = self._model.base_model(
-                input_ids=ids, use_cache=False, **{name: value for name, value in given.items() if value is not None}
-            )
-        return calls, output.last_hidden_state
+    def loss(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
+        """The model's own mean loss of the next token, over a batch without a mask; a scalar, in nats."""
+        with self._stubs(hidden):
+            loss: torch.Tensor = self._model(**_inputs(entry.ids), labels=entry.ids).loss
+        return loss
 
     @contextmanager
-    def _stubs(self, hidden: torch.Tensor | None) -> Iterator[list[Arguments]]:
-        """Every layer is replaced meanwhile; the list grows by what each is called with."""
-        layers, calls = self.layers, list[Arguments]()
+    def _stubs(self, hidden: torch.Tensor | None = None) -> Iterator[list[Arguments]]:
+        """Stubs stand in the layers' places meanwhile; the list grows by what each is called with."""
+        layers, calls = self._decoder.layers, list[Arguments]()
         try:
-            for index in range(len(layers)):
-                self._modules[index] = _Stub(calls, hidden)
+            self._decoder.layers = nn.ModuleList(_Stub(calls, hidden) for _ in layers)
             yield calls
         finally:
-            for index, layer in enumerate(layers):
-                self._modules[index] = layer
+            self._decoder.layers = layers
+
+
+class Stream:
+    """The hidden states of several batches on their way through the layers.
+
+    Attributes:
+        hidden: those that enter the next layer, one tensor a batch, shape (windows, length, d).
+
+    Args:
+        walk: through the model.
+        batches: token ids, each of shape (windows, length), int64.
+    """
+
+    def __init__(self, walk: Walk, batches: Iterable[torch.Tensor]) -> None:
+        self.walk = walk
+        self.hidden: list[torch.Tensor] = []
+        self.entries: list[Entry] = []
+        for batch in batches:
+            entry = walk.enter(batch)
+            self.hidden.append(entry.hidden)
+            # These states move on: nothing else shall hold on to the first ones.
+            self.entries.append(replace(entry, hidden=entry.hidden.new_empty(0)))
+
+    def runs(self, index: int) -> Iterator[Callable[[], torch.Tensor]]:
+        """The layer's call on each batch, to be made or not; the states stay what they are."""
+        for hidden, entry in zip(self.hidden, self.entries, strict=True):
+            yield partial(self.walk.layer, index, hidden, entry)
+
+    def step(self, index: int) -> None:
+        """Move all states behind a layer, batch by batch."""
+        for batch, run in enumerate(self.runs(index)):
+            self.hidden[batch] = run()
+
+
+def walk_back(
+    walk: Walk,
+    batches: Iterable[torch.Tensor],
+    wanted: Callable[[int], Sequence[torch.Tensor]],
+    *,
+    scale: float = 1.0,
+) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
+    """Gradients of the loss, layer by layer from the last to the first, and batch by batch within each.
+
+    Memory is the input of every layer for every batch and the graph of one layer for one batch: each layer is run again
+    from its input, as gradient checkpointing does. The gradients have the bits of a backward pass through the model.
+
+    Args:
+        walk: through a model in eval mode.
+        batches: token ids, each of shape (windows, length), int64.
+        wanted: for a layer that has just been run, tensors of its graph.
+        scale: factor of each batch's mean loss.
+
+    Yields:
+        (layer, gradients of one batch's loss with respect to what is wanted).
+    """
+    with torch.no_grad():
+        stream = Stream(walk, batches)
+        inputs: list[list[torch.Tensor]] = []
+        for index in range(len(walk.layers)):
+            inputs.append(list(stream.hidden))
+            stream.step(index)
+    gradients: list[torch.Tensor] = []
+    for hidden, entry in zip(stream.hidden, stream.entries, strict=True):
+        gradients += _pull_back(partial(_scaled_loss, walk, entry, scale), hidden)
+    for index in reversed(range(len(inputs))):
+        for batch, hidden in enumerate(inputs.pop()):
+            run = partial(walk.layer, index, entry=stream.entries[batch])
+            gradients[batch], *found = _pull_back(run, hidden, gradients[batch], partial(wanted, index))
+            yield index, found
 
 
 class _Stub(nn.Module):
@@ -140,6 +201,30 @@ class _Stub(nn.Module):
         self._calls.append((args, kwargs))
         given: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         return given if self._hidden is None else self._hidden
+
+
+@torch.enable_grad()
+def _pull_back(
+    run: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    wanted: Callable[[], Sequence[torch.Tensor]] = tuple,
+) -> tuple[torch.Tensor, ...]:
+    """From a gradient behind a function to those before it: of the hidden states, then of what is wanted."""
+    hidden.requires_grad_(True)
+    output = run(hidden)
+    return torch.autograd.grad(output, [hidden, *wanted()], gradient)
+
+
+def _scaled_loss(walk: Walk, entry: Entry, scale: float, hidden: torch.Tensor) -> torch.Tensor:
+    return scale * walk.loss(hidden, entry)
+
+
+def _inputs(
+    ids: torch.Tensor, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None
+) -> dict[str, Any]:
+    given = {"attention_mask": mask, "position_ids": positions}
+    return {"input_ids": ids, "use_cache": False} | {name: value for name, value in given.items() if value is not None}
 
 
 def _without_hidden(call: Arguments) -> Arguments:
