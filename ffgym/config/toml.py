@@ -34,10 +34,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
     """
-    command_line: JSONDict = {}
-    for text in overrides:
-        command_line = _merged(command_line, _parse_override(text))
-    command_line = _merged(command_line, _given(values))
+    command_line = _merged(parsed_overrides(overrides), _given(values))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
     for table in PLUGIN_TABLES:
         file = without_foreign_options(file, command_line, table)
@@ -147,6 +144,18 @@ def read_toml(path: Path) -> JSONDict:
         raise ConfigError(f"the configuration file {path} is a folder", hint="Give a TOML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}", hint="Give a TOML file.") from None
+
+
+def parsed_overrides(overrides: Sequence[str]) -> JSONDict:
+    """``["prune.sparsity=0.3"]`` -> ``{"prune": {"sparsity": 0.3}}``; the last word on a key wins.
+
+    Raises:
+        ConfigError: one that is no ``key=value``.
+    """
+    nested: JSONDict = {}
+    for text in overrides:
+        nested = _merged(nested, _parse_override(text))
+    return nested
 
 
 def _parse_override(text: str) -> JSONDict:

@@ -25,7 +25,9 @@ from safetensors import SafetensorError
 
 from ffgym.data.assets import SMOLLM2, cache_dir, fetch, write_folder_once
 from ffgym.errors import ModelError, is_out_of_memory
+from ffgym.models.families import family_of_type, register
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
+from ffgym.plugins import manager
 
 logger = logging.getLogger("ffgym")
 
@@ -173,6 +175,7 @@ def load_config(folder: Path) -> Any:
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
     _check_folder(folder)
+    register(map(family_of_type, manager.names("family")))
     try:
         with _quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -298,6 +301,7 @@ def _load_checkpoint(
     from transformers import AutoModelForCausalLM
 
     origin = {"revision": revision or "main", "trust_remote_code": False}
+    register(map(family_of_type, manager.names("family")))
     try:
         with _quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
