@@ -255,6 +255,13 @@ class OPT(Family):
     tiny: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
 
+# What makes architectures that people ask for more than an entry above.
+OTHER_LAYERS = {
+    "gemma2": "its attention scores are soft-capped, which scaled dot product attention cannot do, and what attention "
+    "and MLP add passes through norms of its own (sandwich norms), which the refit of a linear leaves out",
+}
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a loaded causal LM.
 
@@ -283,14 +290,16 @@ def family_of_type(model_type: str) -> Family:
     """The family of a config's ``model_type``, of a dense checkpoint or of one that ffgym saved.
 
     Raises:
-        ModelError: the architecture is not supported; names the nearest one that is, and all of them.
+        ModelError: the architecture is not supported; says why where that is known, names the nearest one that is,
+            and all of them.
     """
     try:
         family: Family = manager.create("family", model_type.removeprefix(PREFIX))
     except UnknownNameError as error:
+        why = OTHER_LAYERS.get(model_type)
         raise ModelError(
-            f"architecture {model_type!r} is not supported",
-            hint=f"{error.hint} docs/models.md says how to add a family.",
+            f"architecture {model_type!r} is not supported{f': {why}' if why else ''}",
+            hint=error.hint if why else f"{error.hint} docs/models.md says how to add a family.",
         ) from None
     return family
 

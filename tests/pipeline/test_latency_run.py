@@ -23,6 +23,7 @@ from ffgym.models.loading import load
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.plugins import discovery
 from ffgym.prepare import parts as parts_module
+from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
 
 
@@ -139,7 +140,7 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
 
 def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = timed(tmp_path, table)
-    space = task.open_workspace(config, [], pipeline.Reporter(Console(file=io.StringIO())))
+    space = task.open_workspace(config, [], Reporter(Console(file=io.StringIO())))
     monkeypatch.setattr(parts_module, "read_table", lambda path: pytest.fail("the table was read again"))
     other = task.with_config(space, config.model_copy(update={"seed": 1}))
     assert other.latency is space.latency
@@ -191,7 +192,7 @@ def test_a_run_that_ends_before_its_search_leaves_no_table(
     def interrupted(*args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_search", interrupted)
+    monkeypatch.setattr("ffgym.pipeline.search.search_front", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finish(timed(tmp_path, table))
     assert not (tmp_path / "out").exists()

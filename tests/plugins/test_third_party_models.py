@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ffgym
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.errors import PluginError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.gguf.gguf import export_gguf

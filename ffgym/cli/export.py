@@ -1,0 +1,64 @@
+"""``ffgym export``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ffgym.cli.app import app
+from ffgym.cli.options import JsonOption, OverwriteFileOption
+from ffgym.cli.printing import print_json
+from ffgym.config.toml import parsed_overrides
+
+
+@app.command()
+def export(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="folder of the model, e.g. runs/mine/model", show_default=False)
+    ],
+    name: Annotated[str, typer.Option("--format", help="what to write, one of `ffgym ls exports`")] = "gguf",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="file or folder to write", show_default=False)
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", metavar="FILE", help="as --format gguf --output FILE", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="f32, f16 or bf16, as --set dtype=...", show_default="the weights'"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the format; repeatable")
+    ] = None,
+    overwrite: OverwriteFileOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a saved model for another program, e.g. as a GGUF file, which llama.cpp runs.
+
+    Example: ffgym export runs/mine/model --gguf mine.gguf --dtype f16
+    """
+    from rich.console import Console
+
+    from ffgym.export.format import export as write
+    from ffgym.report.progress import Reporter
+
+    target = output or gguf
+    if target is None or (output and gguf) or (gguf and name != "gguf"):
+        raise typer.BadParameter("one of them says what to write", param_hint="--output PATH or --gguf FILE")
+    options = parsed_overrides(overrides or []) | ({} if dtype is None else {"dtype": dtype})
+    with Reporter(Console(stderr=True)).stage(f"write {target.name}", 1) as stage:
+        written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)
+    if as_json:
+        print_json({**asdict(written), "path": str(written.path)})
+        return
+    typer.echo(
+        f"{written.path}: {written.bytes / 1e6:.1f} MB, {written.parameters / 1e6:.1f} M parameters in {written.dtype},"
+        f" architecture {written.architecture}"
+    )
+    for note in written.notes:
+        typer.echo(f"note: {note}")
+    if written.run:
+        typer.echo(f"run it (needs {written.needs}):\n  {written.run}")
