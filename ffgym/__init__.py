@@ -16,6 +16,8 @@ from ffgym.version import __version__
 if TYPE_CHECKING:
     from ffgym.config.tables import RunConfig
     from ffgym.config.toml import load_config
+    from ffgym.export.format import Exported, ExportFormat
+    from ffgym.models.families import Family, Stock
     from ffgym.pipeline.pipeline import run
 
 __all__ = [
@@ -24,12 +26,16 @@ __all__ = [
     "BatchAgent",
     "Criterion",
     "Evaluation",
+    "ExportFormat",
+    "Exported",
     "FFGymError",
+    "Family",
     "Heuristic",
     "LayerStats",
     "PluginConfig",
     "Reward",
     "RunConfig",
+    "Stock",
     "Sublayer",
     "SublayerView",
     "Update",
@@ -39,7 +45,15 @@ __all__ = [
     "run",
 ]
 
-_LATE = {"RunConfig": "ffgym.config.tables", "load_config": "ffgym.config.toml", "run": "ffgym.pipeline.pipeline"}
+_LATE = {
+    "ExportFormat": "ffgym.export.format",
+    "Exported": "ffgym.export.format",
+    "Family": "ffgym.models.families",
+    "RunConfig": "ffgym.config.tables",
+    "Stock": "ffgym.models.families",
+    "load_config": "ffgym.config.toml",
+    "run": "ffgym.pipeline.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

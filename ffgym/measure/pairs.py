@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ffgym.errors import ModelError
-from ffgym.models.families import FAMILIES, Family, family_of
+from ffgym.models.families import Family, dense_or_pruned_family_of, family_of
 from ffgym.models.modeling_ffgym import Skipped
 from ffgym.types import Kind, Sublayer
 
@@ -24,14 +24,9 @@ def units_kept(pruned: Any, dense: Any) -> tuple[int, ...]:
     Raises:
         ModelError: an unsupported family, or two models that do not belong together; names what differs.
     """
-    family = family_of(dense)
-    kind = str(pruned.config.model_type).removeprefix("ffgym_")
-    if kind not in FAMILIES:
-        raise ModelError(
-            f"architecture {kind!r} is not supported", hint=f"Supported families: {', '.join(sorted(FAMILIES))}."
-        )
-    if kind != family.name:
-        raise ModelError(f"the pruned model is of family {kind!r}, the dense one of {family.name!r}", hint=HINT)
+    family, other = family_of(dense), dense_or_pruned_family_of(pruned)
+    if other.name != family.name:
+        raise ModelError(f"the pruned model is of family {other.name!r}, the dense one of {family.name!r}", hint=HINT)
     layers, sublayers = family.layers(pruned), family.sublayers(dense)
     facts = {
         "decoder layers": (len(layers), len(sublayers) // 2),

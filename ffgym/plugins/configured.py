@@ -50,7 +50,7 @@ def editions(config: RunConfig) -> dict[str, int]:
 
 def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
     """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
-    named = [(kind, table, getattr(config, table).name) for kind, (_, _, table) in KINDS.items()]
+    named = [(kind, table, getattr(config, table).name) for kind, (_, _, table) in KINDS.items() if table]
     return {table: (kind, get_class(kind, name)) for kind, table, name in named if name != "none"}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pluggy
 
-from ffgym.plugins.bases import Agent, Criterion, Heuristic, Reward
+from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 
 GROUP = "ffgym"
 """The entry point group that plugins are found in, and the name of the pluggy project."""
@@ -30,6 +30,18 @@ def ffgym_agents() -> list[type[Agent]]:
 @hookspec
 def ffgym_criteria() -> list[type[Criterion]]:
     """Classes that score channels."""
+    return []
+
+
+@hookspec
+def ffgym_exports() -> list[type[Plugin]]:
+    """Classes that write a saved model for another program, children of ``ffgym.ExportFormat``."""
+    return []
+
+
+@hookspec
+def ffgym_families() -> list[type[Plugin]]:
+    """Classes that say what an architecture calls its parts, children of ``ffgym.Family``."""
     return []
 
 

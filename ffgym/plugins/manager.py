@@ -43,6 +43,8 @@ def get_class(kind: Literal["criterion"], name: str) -> type[Criterion]: ...
 def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
 @overload
 def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
+@overload
+def get_class(kind: Literal["export", "family"], name: str) -> Any: ...
 def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     """Find the class behind a name.
 
@@ -72,11 +74,13 @@ def create(kind: Literal["criterion"], name: str, options: Mapping[str, Any] | N
 def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | None = None) -> Heuristic: ...
 @overload
 def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
+@overload
+def create(kind: Literal["export", "family"], name: str, options: Mapping[str, Any] | None = None) -> Any: ...
 def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
     """Make an instance with validated options.
 
     Args:
-        kind: agent, criterion, heuristic or reward.
+        kind: of the plugin.
         name: a registered name.
         options: the keys of its TOML table beside ``name``, e.g. ``config.criterion.options``.
 
@@ -100,7 +104,7 @@ def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -
     try:
         return cls.Config.model_validate(dict(options))
     except ValidationError as error:
-        raise config_error(error, cls.Config, KINDS[kind].table) from None
+        raise config_error(error, cls.Config, KINDS[kind].table or kind) from None
     except FFGymError:
         raise
     except Exception as error:
