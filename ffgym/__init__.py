@@ -16,6 +16,7 @@ from ffgym.version import __version__
 if TYPE_CHECKING:
     from ffgym.config.tables import RunConfig
     from ffgym.config.toml import load_config
+    from ffgym.costs.resource import Resource
     from ffgym.pipeline.pipeline import run
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Heuristic",
     "LayerStats",
     "PluginConfig",
+    "Resource",
     "Reward",
     "RunConfig",
     "Sublayer",
@@ -39,7 +41,12 @@ __all__ = [
     "run",
 ]
 
-_LATE = {"RunConfig": "ffgym.config.tables", "load_config": "ffgym.config.toml", "run": "ffgym.pipeline.pipeline"}
+_LATE = {
+    "Resource": "ffgym.costs.resource",
+    "RunConfig": "ffgym.config.tables",
+    "load_config": "ffgym.config.toml",
+    "run": "ffgym.pipeline.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -482,7 +482,7 @@ Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
 def list_names(
     kind: Annotated[Kinds, typer.Argument(help="what to list", show_default=False)], as_json: JsonOption = False
 ) -> None:
-    """List the names that `run` takes for --agent, --criterion, --prior (heuristics) or --reward."""
+    """List the names that `run` takes for --agent, --criterion, --prior (heuristics), --resource or --reward."""
     found = manager.names(_PLURALS[kind])
     if as_json:
         _print_json([{"name": name, "description": line} for name, line in found.items()])

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
-from ffgym.costs.latency import to_json
 from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.files import disk_errors, write_text
 from ffgym.pipeline.artifacts import (
@@ -178,7 +177,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
 
         if not overwriting:
             begin()
-        space = _open(config, earlier.dtype, folder / "latency.json" if resume is not None else None, say)
+        space = _open(config, earlier.dtype, folder if resume is not None else None, say)
         material = None
         if config.recover.method != "none":  # now, so that a corpus that will not do is known before the search
             material = gather(config, space.loaded, space.splits)
@@ -202,22 +201,21 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
         return RunResult(table, main, folder, saved, tracker.run_id, front, recovered)
 
 
-def _open(config: RunConfig, dtype: str | None, timed: Path | None, say: Reporter) -> Workspace:
+def _open(config: RunConfig, dtype: str | None, recorded: Path | None, say: Reporter) -> Workspace:
     """The run's workspace, as an earlier session had it.
 
     Args:
         config: the run.
         dtype: what ``auto`` came to then: now it may come to another.
-        timed: file of the latency table that it counted, if it did: now the model may be timed anew.
+        recorded: folder with what it measured: measured anew, the model may cost something else.
         say: where progress goes.
     """
     prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
     settled = config
     if dtype is not None and config.model.dtype == "auto":
         settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    if timed is not None and timed.is_file():
-        settled = settled.model_copy(update={"prune": config.prune.model_copy(update={"latency_table": str(timed)})})
-    return replace(open_workspace(settled, [*prior, *reference_rules(config).values()], say), config=config)
+    rules = [*prior, *reference_rules(config).values()]
+    return replace(open_workspace(settled, rules, say, recorded=recorded), config=config)
 
 
 def _find_and_save(
@@ -230,10 +228,10 @@ def _find_and_save(
     give_prior(agent, space)
     tracker.set_tags(run_tags(space, agent))
     log_splits(tracker, space.splits)
-    if space.latency is not None:
-        write_text(folder / "latency.json", to_json(space.latency))
-        tracker.log_params({"latency": {"digest": space.latency.digest}})
-        tracker.log_artifact(folder / "latency.json")
+    for resource, measurement in space.measurements.items():
+        write_text(folder / f"{resource}.json", measurement.text)
+        tracker.log_params({resource: {"digest": measurement.digest}})
+        tracker.log_artifact(folder / f"{resource}.json")
     points = _search(space, agent, tracker, folder, say)
     main = next(found for found in points if found.target == config.main_target)
     histories: dict[str, Sequence[Episode]] = {config.agent.name: main.history}

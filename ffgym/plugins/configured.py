@@ -32,6 +32,8 @@ def with_options(config: RunConfig) -> RunConfig:
         )
     tables = {}
     for key, (kind, cls) in _used(config).items():
+        if KINDS[kind].key != "name":
+            continue
         table = getattr(config, key)
         options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
         tables[key] = type(table)(**{**options, "name": table.name})
@@ -50,7 +52,7 @@ def editions(config: RunConfig) -> dict[str, int]:
 
 def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
     """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
-    named = [(kind, table, getattr(config, table).name) for kind, (_, _, table) in KINDS.items()]
+    named = [(kind, row.table, getattr(getattr(config, row.table), row.key)) for kind, row in KINDS.items()]
     return {table: (kind, get_class(kind, name)) for kind, table, name in named if name != "none"}
 
 

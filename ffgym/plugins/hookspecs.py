@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pluggy
 
-from ffgym.plugins.bases import Agent, Criterion, Heuristic, Reward
+from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 
 GROUP = "ffgym"
 """The entry point group that plugins are found in, and the name of the pluggy project."""
@@ -36,6 +36,12 @@ def ffgym_criteria() -> list[type[Criterion]]:
 @hookspec
 def ffgym_heuristics() -> list[type[Heuristic]]:
     """Classes that give importances without any episode."""
+    return []
+
+
+@hookspec
+def ffgym_resources() -> list[type[Plugin]]:
+    """Subclasses of `ffgym.Resource`: what a budget counts."""
     return []
 
 

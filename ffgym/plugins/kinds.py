@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-PluginKind = Literal["agent", "criterion", "heuristic", "reward"]
+PluginKind = Literal["agent", "criterion", "heuristic", "resource", "reward"]
 
 
 class Kind(NamedTuple):
@@ -17,12 +17,14 @@ class Kind(NamedTuple):
     Attributes:
         plural: ``ffgym ls`` takes it, and the hook is ``ffgym_`` and it.
         base: the class that plugins of the kind subclass, as ``"module:Class"``.
-        table: the configuration's table that names one and holds its options.
+        table: the configuration's table that names one.
+        key: the key there that does; a table whose key is ``name`` holds the options too, others have none.
     """
 
     plural: str
     base: str
     table: str
+    key: str = "name"
 
     @property
     def hook(self) -> str:
@@ -34,6 +36,7 @@ KINDS: dict[PluginKind, Kind] = {
     "agent": Kind("agents", "ffgym.plugins.bases:Agent", "agent"),
     "criterion": Kind("criteria", "ffgym.plugins.bases:Criterion", "criterion"),
     "heuristic": Kind("heuristics", "ffgym.plugins.bases:Heuristic", "prior"),
+    "resource": Kind("resources", "ffgym.costs.resource:Resource", "prune", "resource"),
     "reward": Kind("rewards", "ffgym.plugins.bases:Reward", "reward"),
 }
 HOOKS: dict[str, PluginKind] = {kind.hook: name for name, kind in KINDS.items()}

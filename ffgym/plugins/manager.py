@@ -43,6 +43,8 @@ def get_class(kind: Literal["criterion"], name: str) -> type[Criterion]: ...
 def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
 @overload
 def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
+@overload
+def get_class(kind: PluginKind, name: str) -> type[Plugin]: ...
 def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     """Find the class behind a name.
 
@@ -72,11 +74,13 @@ def create(kind: Literal["criterion"], name: str, options: Mapping[str, Any] | N
 def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | None = None) -> Heuristic: ...
 @overload
 def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
+@overload
+def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin: ...
 def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
     """Make an instance with validated options.
 
     Args:
-        kind: agent, criterion, heuristic or reward.
+        kind: one of `KINDS`.
         name: a registered name.
         options: the keys of its TOML table beside ``name``, e.g. ``config.criterion.options``.
 
@@ -85,7 +89,7 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
         PluginError: two packages provide the name, or the constructor failed.
         UnknownNameError: nobody provides the name.
     """
-    cls: type[Plugin] = get_class(kind, name)
+    cls = get_class(kind, name)
     config = validated(kind, cls, options or {})
     try:
         return cls(config)

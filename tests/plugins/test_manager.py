@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
-from ffgym.plugins import built_ins, configured, discovery, hookspecs, kinds, manager
+from ffgym.plugins import built_ins, configured, hookspecs, kinds, manager
 from ffgym.plugins.bases import Plugin
 from ffgym.types import PluginRecord
 
@@ -41,31 +40,6 @@ def ffgym_criteria():
 HOOK = "import ffgym\n@ffgym.hookimpl\ndef ffgym_criteria():\n    return "
 
 Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Install packages as pip would: a module and its dist-info on sys.path."""
-    monkeypatch.delenv(discovery.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    modules: list[str] = []
-
-    def add(package: str, source: str, *, version: str = "1.0") -> None:
-        module = package.replace("-", "_")
-        modules.append(module)
-        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
-        info = tmp_path / f"{module}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
-        (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
-        importlib.invalidate_caches()
-        discovery.forget()
-
-    discovery.forget()
-    yield add
-    discovery.forget()
-    for module in modules:
-        sys.modules.pop(module, None)
 
 
 def record(package: str) -> PluginRecord:
