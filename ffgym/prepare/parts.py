@@ -96,8 +96,7 @@ def counted_resources(config: RunConfig) -> dict[str, Resource]:
 
 def named_table(config: RunConfig, resource: str) -> Path | None:
     """The file that the configuration names for the measurement of a resource; ``None`` where it names none."""
-    key = resource_class(resource).table_key
-    named = getattr(config.prune, key) if key else None
+    named = getattr(config.prune, resource_class(resource).table_key, None)
     return None if named is None else Path(named)
 
 

@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from glass_runs import WINDOW, glass_config
+import tomli_w
+from glass_runs import WINDOW, glass_config, glass_tables
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ffgym.bench.bench import check_benches, read_bench
 from ffgym.cli.app import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
 from ffgym.costs.resource import Resource, Setting, costs_of, resource_named
-from ffgym.errors import PluginError, UnknownNameError
+from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline
@@ -182,6 +184,22 @@ class TestThirdParty:
         assert again.table == result.table
         overwriting = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
         assert "heat: thermometer at 2" in finish(overwriting)[1]
+
+    def test_a_bench_would_measure_it_in_every_cell(self, install: Any, tmp_path: Path) -> None:
+        install("ffgym-heat", HEAT)
+        run = glass_tables(tmp_path, prune={"resource": "heat"})
+        path = tmp_path / "small.toml"
+        path.write_text(tomli_w.dumps({"title": "S", "agents": ["random"], "seeds": [0], "results": "s", "run": run}))
+        with pytest.raises(
+            ConfigError, match="cells of one table count the same heat, and random names none"
+        ) as raised:
+            check_benches([read_bench(path)])
+        assert "price per unit" in str(raised.value.hint)
+
+    def test_its_edition_counts(self, install: Any) -> None:
+        install("ffgym-energy", ENERGY.replace('name = "energy"', 'name = "energy"\n    edition = 2'))
+        assert configured.editions(load_config(prune={"resource": "energy"})) == {"prune": 2}
+        assert configured.editions(load_config()) == {}
 
     def test_it_is_listed(self, install: Any) -> None:
         install("ffgym-energy", ENERGY)
