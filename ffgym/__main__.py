@@ -1,5 +1,5 @@
 """``python -m ffgym`` is the command ``ffgym``."""
 
-from ffgym.cli.app import main
+from ffgym.cli import main
 
 main()

@@ -1,25 +1,166 @@
-"""Writing a file: whole or not at all, and what cannot be written is an error that says what to do."""
+"""Files that ffgym writes and reads again: written whole or not at all, read within limits and checked before use.
+
+What cannot be written, or does not fit what is expected of it, is an error that names the file and says what to do.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import reprlib
 import secrets
+import shutil
+import stat
 import tempfile
+import tomllib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
-from ffgym.errors import OutputError
+from ffgym.errors import FFGymError, OutputError
 
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+MOST_BYTES = 64 << 20  # of a JSON file, or of a line; pydantic's parser nests at most 200 deep
+MOST_TOML_BYTES = 256 << 10  # tomllib takes quadratic time and memory where keys are long
+MOST_DOTS = 500  # in a line of TOML: a dotted key nests as deep as it has dots
+DEEPEST = 100
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileFormat(Generic[T]):
+    """One kind of file (or line) on disk: how it is called, what it must hold, and what to do where it does not.
+
+    Attributes:
+        what: as messages call it, e.g. ``"policy"``.
+        form: a pydantic model, a dataclass, or a type such as ``dict[str, Any]``.
+        error: what is raised.
+        hint: the next step.
+    """
+
+    what: str
+    form: type[T]
+    error: type[FFGymError]
+    hint: str
+
+    def read(self, path: Path) -> T:
+        """Read and validate a JSON file, or a TOML file where the name ends in ``.toml``.
+
+        Raises:
+            FFGymError: of the class ``error``: it is missing, no regular file, too large, too deeply nested, malformed,
+                or holds something else.
+        """
+        if path.suffix != ".toml":
+            return self.parse(self._bytes(path, MOST_BYTES), str(path))
+        try:
+            return self._adapter.validate_python(parse_toml(self.text(path, MOST_TOML_BYTES)))
+        except ValidationError as error:
+            raise self.refused(str(path), _first_problem(error)) from None
+        except ValueError as error:
+            raise self.refused(str(path), f"not valid TOML: {error}") from None
+
+    def parse(self, content: str | bytes, source: str) -> T:
+        """Validate JSON; ``source`` says in messages where it stands, e.g. ``"episodes.jsonl, line 3"``."""
+        try:
+            return self._adapter.validate_json(content)
+        except ValidationError as error:
+            raise self.refused(source, _first_problem(error)) from None
+
+    def text(self, path: Path, most: int = MOST_BYTES) -> str:
+        """The text (UTF-8) of a file."""
+        try:
+            return self._bytes(path, most).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.refused(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+    def lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
+        """Each line of a file with its end, and where it stands."""
+        with self._opened(path) as file:
+            number = 0
+            while line := file.readline(MOST_BYTES + 1):
+                number += 1
+                if len(line) > MOST_BYTES:
+                    raise self.refused(f"{path}, line {number}", f"longer than {MOST_BYTES:,} bytes")
+                yield f"{path}, line {number}", line
+
+    def refused(self, source: str, reason: str) -> FFGymError:
+        """The error for a file that holds something else."""
+        return self.error(f"{source} is no {self.what}, or a damaged one: {reason}", hint=self.hint)
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[T]:
+        return TypeAdapter(self.form)
+
+    def _bytes(self, path: Path, most: int) -> bytes:
+        with self._opened(path) as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise self.refused(str(path), f"larger than {most:,} bytes")
+        return content
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BinaryIO]:
+        try:
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):  # reading a device or a pipe may never end
+                what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+                raise self.error(f"{self.what} {str(path)!r} is {what}", hint=self.hint)
+            with path.open("rb") as file:
+                yield file
+        except (OSError, ValueError) as error:  # a name that holds a null character is a ValueError
+            said = getattr(error, "strerror", None) or str(error)
+            raise self.error(f"{self.what} {str(path)!r} cannot be read: {said}", hint=self.hint) from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML within limits.
+
+    Raises:
+        tomllib.TOMLDecodeError: it is malformed.
+        ValueError: it is nested deeper than `DEEPEST`, or holds an integer beyond 64 bits or a null character.
+    """
+    if any(line.count(".") > MOST_DOTS for line in text.split("\n")):
+        raise ValueError(f"a line with more than {MOST_DOTS} dots")
+    try:
+        parsed = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    pending: list[tuple[str, Any, int]] = [("", parsed, 0)]
+    while pending:
+        key, value, depth = pending.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        if isinstance(value, dict):
+            pending += [(f"{key}.{name}".lstrip("."), below, depth + 1) for name, below in value.items()]
+        elif isinstance(value, list):
+            pending += [(key, below, depth + 1) for below in value]
+        elif isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{key} holds a null character")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{key} is an integer beyond 64 bits")
+    return parsed
+
+
+def _first_problem(error: ValidationError) -> str:
+    """``"final.loss: Input should be a valid number, not 'x'"``."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    value = first["input"]
+    shown = f", not {reprlib.repr(value)}" if place and isinstance(value, str | int | float | None) else ""
+    return f"{place}: {first['msg']}{shown}" if place else first["msg"]
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make the folder that ``path`` goes into; an ``OSError`` in the block becomes an ``OutputError`` with a next step.
+    """Make the folder that ``path`` goes into; what the disk refuses becomes an ``OutputError`` with a next step.
 
     Args:
         path: the file that the block writes.
@@ -27,11 +168,50 @@ def writing(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # which says what the disk did
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}",
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
             hint="Make room on the disk, or choose another folder.",
         ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the block a hidden place beside ``path`` to write a file or a folder to.
+
+    It takes the place of ``path`` where the block ends well; else what was there before still is.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with writing(path):
+        part = path.with_name(f".{path.name}.part-{secrets.token_hex(4)}")
+        try:
+            yield part
+            if part.is_dir() and path.exists():  # a folder that holds something cannot be replaced in one move
+                _swap(part, path)
+            else:
+                os.replace(part, path)
+        finally:
+            _remove(part)
+
+
+def _swap(part: Path, path: Path) -> None:
+    old = part.with_name(f"{part.name}.old")
+    os.replace(path, old)
+    try:
+        os.replace(part, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None:
@@ -64,17 +244,13 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written; what was there before still is.
     """
-    with writing(path):
-        place = path.resolve()
-        if place.exists() and not place.is_file():  # a device or a pipe, which nothing can take the place of
+    place = path.resolve()
+    if place.exists() and not place.is_file():  # a device or a pipe, which nothing can take the place of
+        with writing(path):
             place.write_text(text, encoding="utf-8")
-            return
-        part = place.with_name(f".{place.name}.part-{secrets.token_hex(4)}")
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, place)
-        finally:
-            part.unlink(missing_ok=True)
+        return
+    with replacing(place) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextmanager

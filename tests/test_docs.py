@@ -20,7 +20,7 @@ import typer
 from pydantic import BaseModel
 
 import ffgym
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.models.families import FAMILIES
 from ffgym.plugins import built_ins, discovery, hookspecs, kinds, manager
@@ -232,6 +232,11 @@ def test_make_targets_are_documented() -> None:
     assert targets is not None
     missing = [target for target in targets[1].split() if f"`make {target}`" not in text("CONTRIBUTING.md")]
     assert not missing
+
+
+@pytest.mark.parametrize("command", ["make run", "make test"])
+def test_the_first_page_names_the_commands_that_a_newcomer_needs(command: str) -> None:
+    assert command in text("README.md").partition("## Your model")[0]
 
 
 # --- links ------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
-from ffgym.pipeline import pipeline, task
+from ffgym.pipeline import task
+from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
 from ffgym.prepare.parts import CHEAP, budget_in, make_reward, task_examples
 from ffgym.report.progress import Reporter
@@ -320,7 +321,7 @@ def read_settings(file: Path) -> Settings:
     try:
         settings = Settings.model_validate(read_toml(file))
         for label in (*settings.rewards, *settings.judges):
-            pipeline.check_plugins(settings.config(label, settings.seeds[0]))
+            check_plugins(settings.config(label, settings.seeds[0]))
     except ValidationError as error:
         model = RunConfig if error.title == "RunConfig" else Settings
         raise config_error(error, model) from None

@@ -82,6 +82,7 @@ class Reinforce(BatchAgent):
         self._weights: np.ndarray | None = None  # (2, 2L): mean = features(sparsity) @ weights
         self._log_spread = float(np.log(self.config.spread))
         self._means: list[np.ndarray] = []
+        self._measured_at: float | None = None  # the sparsity of the last update
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or zeros), unless a policy has been loaded."""
@@ -92,6 +93,8 @@ class Reinforce(BatchAgent):
                 f"the loaded policy is for {self._weights.shape[1]} sublayers, this model has {dimensions}",
                 hint="Start from a run of the same model, or leave --init-from out.",
             )
+        self._start_slope = self._weights[1]
+        self._measured_at = None
         self._means = []
         self._batch = batch
         self._rng = np.random.default_rng(seed)
@@ -124,6 +127,7 @@ class Reinforce(BatchAgent):
         back = np.clip(mean, -1.0, 1.0) - mean
         self._weights = self._weights + np.outer([1.0, 0.0] if self.budgets is None else self._shares(sparsity), back)
         self._means.append(self._weights.copy())
+        self._measured_at = sparsity
         return {
             "policy/mean": float(self._mean(sparsity).mean()),
             "policy/spread": float(np.exp(self._log_spread)),
@@ -138,10 +142,17 @@ class Reinforce(BatchAgent):
         return [mean.astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
-        """Mean and spread of the policy (averaged as recommended, so that a run that starts from it starts well)."""
+        """Mean and spread of the policy (averaged as recommended, so that a run that starts from it starts well).
+
+        A search at one sparsity learns nothing of the slope: all sparsities get what was learnt there.
+        """
         if self._weights is None:
             return {}
-        return {"weights": self._settled().tolist(), "log_spread": self._log_spread}
+        weights = self._settled()
+        if self.budgets is None and self._measured_at is not None:
+            features, slope = _features(self._measured_at), self._start_slope
+            weights = np.stack([features @ weights - features[1] * slope, slope])
+        return {"weights": weights.tolist(), "log_spread": self._log_spread}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Start from the mean of a policy that ``state`` returned; from its spread too where the spread is learnt."""

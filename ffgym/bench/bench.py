@@ -20,15 +20,15 @@ import torch
 from pydantic import Field, ValidationError
 from rich.console import Console
 
-from ffgym.bench.cell import Cell, CellRunner, Job, write_result
+from ffgym.bench.cell import CELL_RESULT, MLFLOW_NOTE, Cell, CellRunner, Job, write_result
 from ffgym.bench.table import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, Table
-from ffgym.config.toml import PLUGIN_TABLES, read_toml, without_foreign_options
-from ffgym.errors import ConfigError, DataError
+from ffgym.config.toml import CONFIGURATION, PLUGIN_TABLES, read_toml, without_foreign_options
+from ffgym.errors import ConfigError
 from ffgym.execute.workers import work
 from ffgym.files import disk_errors, write_text
-from ffgym.pipeline import pipeline
+from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins import configured, manager
 from ffgym.prepare.parts import counted_resources, named_table, table_digest
 from ffgym.report.progress import Reporter, duration
@@ -192,7 +192,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 f"a bench compares searches, and {cell.label} has recover.method = {cell.config.recover.method!r}",
                 hint="Leave [recover] out, and recover a saved model with `ffgym recover`.",
             )
-        pipeline.check_plugins(cell.config)
+        check_plugins(cell.config)
         _check_measurements(cell)
         if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:
             raise ConfigError(
@@ -297,16 +297,12 @@ def share(benches: Sequence[Bench]) -> None:
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """The result file of a cell."""
-    try:
-        return CellResult.model_validate_json(cell.path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        reason = f"{place}: {first['msg']}" if place else first["msg"]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = str(error)
-    raise DataError(f"{cell.path} is not a bench result: {reason}", hint="Delete it to compute it again.")
+    """The result file of a cell.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return CELL_RESULT.read(cell.path)
 
 
 def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:
@@ -358,11 +354,11 @@ def _open_runs(
     computing = {owner.file for owner, _ in missing}
     for each in benches:
         tracking, note = each.cells[0].config.tracking, _parent_note(each)
-        earlier = note.read_text(encoding="utf-8") if note.exists() else None
+        earlier = MLFLOW_NOTE.text(note) if note.exists() else None
         if each.file in runs or (each.file not in computing and earlier is None):
             continue
         run = Tracker(tracking.folder, tracking.experiment, each.spec.title, tracking.enabled, resume=earlier)
-        stack.enter_context(run).log_config(each.spec.model_dump(mode="json"), each.file.read_text(encoding="utf-8"))
+        stack.enter_context(run).log_config(each.spec.model_dump(mode="json"), CONFIGURATION.text(each.file))
         if run.run_id is not None:
             write_text(note, run.run_id)
         runs[each.file] = run

@@ -23,7 +23,8 @@ import torch
 from ffgym.bench.table import CellResult
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, settings, to_toml
-from ffgym.files import alone, disk_errors, write_text
+from ffgym.errors import DataError
+from ffgym.files import FileFormat, alone, disk_errors, write_text
 from ffgym.interrupts import held_back_interrupts
 from ffgym.pipeline.artifacts import log_splits, run_tags
 from ffgym.pipeline.task import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
@@ -35,6 +36,10 @@ from ffgym.search.loop import Found, search
 from ffgym.search.policy import make_agent, policy_digest
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
+
+DELETE_IT = "Delete it to compute it again."
+CELL_RESULT = FileFormat("bench result", CellResult, DataError, DELETE_IT)
+MLFLOW_NOTE = FileFormat("note of an MLflow run", str, DataError, DELETE_IT)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class CellRunner:
             cell.path.stem,
             config.tracking.enabled,
             parent=parent,
-            resume=note.read_text(encoding="utf-8") if note.exists() else None,
+            resume=MLFLOW_NOTE.text(note) if note.exists() else None,
         )
         with ExitStack() as ending, tracked as tracker:
             if tracker.run_id is not None:

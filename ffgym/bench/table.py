@@ -7,16 +7,17 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.layout import escape
 from ffgym.types import JSONDict
 
 LINES = ("-", "--", ":")
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class _Stored(BaseModel):
@@ -28,7 +29,7 @@ class _Stored(BaseModel):
 class Mark(_Stored):
     """An incumbent: tokens spent when it was noted, and its loss on the report split (nats per token)."""
 
-    tokens: int
+    tokens: Count
     loss: float
 
     @property
@@ -43,7 +44,7 @@ class Final(_Stored):
     ``plain_loss`` is the report loss without any refit; ``None`` where it was not asked for.
     """
 
-    kept: list[int]
+    kept: list[Count]
     loss: float
     sparsity: float
     origin: str
@@ -70,17 +71,17 @@ class CellResult(_Stored):
     settings: JSONDict
     target: float
     dense_loss: float
-    report_tokens: int
-    search_tokens: int
-    final_tokens: int
-    episodes: int
+    report_tokens: Count
+    search_tokens: Count
+    final_tokens: Count
+    episodes: Count
     seconds: float
-    threads: int
+    threads: Count
     dtype: str
     policy: str | None = None
     latency: str | None = None
     editions: dict[str, int] = {}
-    asked_marks: int
+    asked_marks: Count
     marks: list[Mark]
     final: Final
 

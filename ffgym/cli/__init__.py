@@ -1,1 +1,9 @@
-"""The command line: one file a group of commands."""
+"""The command line: one file a group of commands, which register with the app as they are imported.
+
+Everything heavy is imported inside the command that needs it.
+"""
+
+from ffgym.cli import bench, export, measure, plugins, recover, run, ui
+from ffgym.cli.app import app, main
+
+__all__ = ["app", "bench", "export", "main", "measure", "plugins", "recover", "run", "ui"]

@@ -125,7 +125,9 @@ class PruneTable(Table):
         default=0.2,
         description="share of the resource to remove, between 0 and 1, exclusive; or a range of them, e.g. '0.1:0.5'",
     )
-    front_points: int = Field(default=5, ge=2, description="under a range: at how many targets the front is measured")
+    front_points: int = Field(
+        default=5, ge=2, le=100, description="under a range: at how many targets the front is measured, at most 100"
+    )
     resource: Text = Field(default="params", description="what the budget counts; see: ffgym ls resources")
     calibration: Calibration = Field(
         default="ridge", description="ridge | affine | none: the refit that the reward sees"

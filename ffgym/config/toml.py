@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from pydantic import ValidationError
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, table_model
 from ffgym.errors import ConfigError
+from ffgym.files import FileFormat, parse_toml
 from ffgym.types import JSONDict
 
 PLUGIN_TABLES = ("criterion", "reward", "agent", "prior")
+CONFIGURATION = FileFormat("configuration", dict[str, Any], ConfigError, "Print one to start from: ffgym config")
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
@@ -137,16 +140,7 @@ def _comment(table: str, line: str) -> str:
 
 def read_toml(path: Path) -> JSONDict:
     """Read a TOML file; raise ``ConfigError`` where it is missing, unreadable or malformed."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}", hint="Print one to start from: ffgym config") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}", hint="Compare with: ffgym config") from None
-    except IsADirectoryError:
-        raise ConfigError(f"the configuration file {path} is a folder", hint="Give a TOML file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}", hint="Give a TOML file.") from None
+    return CONFIGURATION.read(path)
 
 
 def _parse_override(text: str) -> JSONDict:
@@ -163,9 +157,11 @@ def _parse_override(text: str) -> JSONDict:
 
 def _parse_literal(text: str) -> Any:
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = parse_toml(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    except ValueError as error:
+        raise ConfigError(f"cannot read --set {reprlib.repr(text)}: {error}", hint="Give it another value.") from None
     return parsed["value"] if len(parsed) == 1 else text
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from ffgym.config.tables import Table
 from ffgym.costs.latency_fit import PICOSECONDS, cost_table
 from ffgym.errors import BudgetError, ConfigError
+from ffgym.files import FileFormat
 from ffgym.models.families import family_of
 from ffgym.types import JSONDict, Kind, Sublayer
 
@@ -260,23 +261,21 @@ def key_of(
     return _digest(plain)
 
 
+LATENCY_TABLE = FileFormat(
+    "latency table",
+    LatencyTable,
+    ConfigError,
+    "Make one with: ffgym latency MODEL --output FILE, or take latency.json from the folder of a run.",
+)
+
+
 def read_table(path: Path) -> LatencyTable:
     """Read a table that `ffgym latency --output`, a run or the cache wrote.
 
     Raises:
         ConfigError: nothing there, cut short, or something else.
     """
-    hint = "Make one with: ffgym latency MODEL --output FILE, or take latency.json from the folder of a run."
-    try:
-        return LatencyTable.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"latency table {str(path)!r} cannot be read: {said}", hint=hint) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        problem = f"{where}: {first['msg']}" if where else first["msg"]
-        raise ConfigError(f"{str(path)!r} is no latency table, or a damaged one: {problem}", hint=hint) from error
+    return LATENCY_TABLE.read(path)
 
 
 def to_json(table: LatencyTable) -> str:

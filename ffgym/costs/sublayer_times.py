@@ -24,7 +24,7 @@ from torch import nn
 from ffgym.costs.latency_fit import grid
 from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, layer_shapes, model_shape
 from ffgym.costs.timing import Spread, timed
-from ffgym.models.cut import Half
+from ffgym.models.cut import PrunableSublayer
 from ffgym.models.families import Family, family_of
 from ffgym.models.placement import devices_of
 from ffgym.prepare.statistics import OnProgress, arguments_of
@@ -43,7 +43,7 @@ class _Probe:
     """One shape of sublayer, ready to be called at any size."""
 
     shape: LayerShape
-    half: Half
+    half: PrunableSublayer
     call: Call
     devices: set[torch.device]
 
@@ -189,7 +189,7 @@ def _probes(model: Any, ids: torch.Tensor) -> list[_Probe]:
         args, kwargs = arguments_of(entered, lambda: model.base_model(input_ids=ids, use_cache=False))
         twin = _copied(layer)
         call = _attention(family, twin) if shape.kind == "attention" else _mlp(family, twin)
-        half = Half(family, twin, sublayer)
+        half = PrunableSublayer(family, twin, sublayer)
         probes.append(_Probe(shape, half, _bound(call, args, kwargs), devices_of(twin)))
     return probes
 

@@ -27,6 +27,7 @@ from ffgym.plugins.contracts import check_actions
 from ffgym.types import Episode
 
 Infos = dict[str, Any]
+Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]
 FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed", "stopped_early")
 
 
@@ -49,7 +50,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     Attributes:
         history: every episode so far, also those of an update that was interrupted.
         tokens_spent: tokens evaluated so far.
-        measuring: an update is being measured: what is raised now is not the agent's doing.
     """
 
     def __init__(
@@ -73,7 +73,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.slope_episodes = slope_episodes
         self.history: list[Episode] = []
         self.tokens_spent = 0
-        self.measuring = False
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
         self.single_action_space = env.action_space
         self.single_observation_space = env.observation_space
@@ -112,7 +111,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._first_place = float(self.np_random.random())
         return self._begin(), {}
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]:
+    def step(self, actions: np.ndarray) -> Step:
         """Measure one update and begin the next.
 
         Raises:
@@ -126,12 +125,14 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"step after all {self.token_budget:,} tokens were spent: stop when env.tokens_left is 0"
             )
         actions = check_actions(actions, (self.num_envs, len(self.env.budget.sublayers)))
-        self.measuring = True
+        return self.measure(actions)
+
+    def measure(self, actions: np.ndarray) -> Step:
+        """Do what :meth:`step` does once it has checked: what is raised here is not the agent's doing."""
         last = np.tile(self.env.observation(), (self.num_envs, 1))
         episodes = [self._episode(action, slopes=i < self.slope_episodes) for i, action in enumerate(actions)]
         self._update += 1
         following = self._begin()
-        self.measuring = False
         done = np.ones(self.num_envs, dtype=bool)
         infos: Infos = {
             "final_obs": last,

@@ -1,4 +1,4 @@
-"""How the loss would change with one unit more or less in every sublayer, from one backward pass of the cut model.
+"""How the loss would change with one unit more or less in every sublayer, from a walk backwards through the cut model.
 
 The cut model is computed at full width, with zeros for the consumer columns that went: the same function, but with a
 derivative with respect to them. A pruning path says how the refitted consumer moves as a unit joins, so the derivative
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ffgym.models.cut import PrunableModel
+from ffgym.models.walk import Walk, walk_back
 
 
 def unit_slopes(
@@ -29,33 +30,39 @@ def unit_slopes(
         for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Of units
         that are kept it is what dropping them would undo.
     """
-    halves, model = prunable.halves, prunable.model
     try:
-        for half, units in zip(halves, kept, strict=True):
+        for half, units in zip(prunable.halves, kept, strict=True):
             half.pad(units, calibrated=calibrated)
-        weights = [half.consumer.weight for half in halves]
-        biases = [half.consumer.bias for half in halves]
-        wanted = [*weights, *(bias for bias in biases if bias is not None)]
-        totals = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in wanted]
-        frozen = [parameter for parameter in wanted if not parameter.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            with torch.enable_grad():
-                for window in windows:  # one at a time, to bound the activations held
-                    ids = window[None].to(model.get_input_embeddings().weight.device)
-                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-                    for total, gradient in zip(totals, torch.autograd.grad(loss, wanted), strict=True):
-                        total += gradient.float() / len(windows)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-        of_biases = iter(totals[len(halves) :])
-        found = []
-        for half, bias, gradient in zip(halves, biases, totals[: len(halves)], strict=True):
-            bias_gradient = None if bias is None else next(of_biases)
-            channels = half.path_for(calibrated=calibrated).slopes(gradient, bias_gradient)
-            found.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
-        return found
+        gradients = _consumer_gradients(prunable, windows)
+        slopes = []
+        for half in prunable.halves:
+            of_weight, of_bias = gradients[half.consumer.weight], gradients.get(half.consumer.bias)
+            channels = half.path_for(calibrated=calibrated).slopes(of_weight, of_bias)
+            slopes.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
+        return slopes
     finally:
         prunable.restore()
+
+
+def _consumer_gradients(prunable: PrunableModel, windows: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
+    """Of the mean loss, with respect to the weights and biases of all consumers; float32."""
+    consumers = prunable.consumers
+    wanted = [
+        [*first.parameters(), *second.parameters()]
+        for first, second in zip(consumers[::2], consumers[1::2], strict=True)
+    ]
+    totals: dict[torch.Tensor, torch.Tensor] = {
+        parameter: torch.zeros_like(parameter, dtype=torch.float32) for layer in wanted for parameter in layer
+    }
+    frozen = [parameter for parameter in totals if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        # One window at a time, to bound the graph of a layer.
+        for layer, gradients in walk_back(Walk(prunable.model), torch.split(windows, 1), wanted.__getitem__):
+            for parameter, gradient in zip(wanted[layer], gradients, strict=True):
+                totals[parameter] += gradient.float() / len(windows)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return totals

@@ -6,8 +6,6 @@ Where all layers have the same shape, the checkpoint can also be a stock one, wh
 from __future__ import annotations
 
 import copy
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +15,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ffgym.errors import ModelError, OutputError
+from ffgym.files import replacing
 from ffgym.models.families import Family
 from ffgym.models.modeling_ffgym import CLASSES
 from ffgym.types import Kind
@@ -128,7 +127,8 @@ def _write(
     *,
     stock: bool,
 ) -> SavedModel:
-    with _whole_or_nothing(place) as folder:
+    with replacing(place) as folder:
+        folder.mkdir()
         with _no_progress_bar():
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
@@ -137,12 +137,24 @@ def _write(
             (folder / "README.md").write_text(card, encoding="utf-8")
         for file in files:
             shutil.copyfile(file, folder / file.name)
+        _give_ordinary_modes(folder)
         written = _count_written(folder)
         expected = sum(parameter.numel() for parameter in model.parameters())
         if written != expected:
             raise OutputError(f"{place}: {written} of {expected} parameters were written", hint="Please report this.")
     weights = place.glob("*.safetensors")
     return SavedModel(place, sum(file.stat().st_size for file in weights), parameters=expected, stock=stock)
+
+
+def _give_ordinary_modes(folder: Path) -> None:
+    """Let others read the weights where they may read the rest: safetensors keeps its files to their owner.
+
+    The folder was made with all that the umask allows, so its mode says what that is.
+    """
+    allowed = folder.stat().st_mode & 0o666
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(allowed)
 
 
 def load_line(directory: str | Path, *, stock: bool = False) -> str:
@@ -375,38 +387,6 @@ def refuse_occupied(place: Path, overwrite: bool) -> None:
             f"{place} is not empty and holds no model: replacing it would delete other files",
             hint="Choose another folder, or empty this one yourself.",
         )
-
-
-@contextmanager
-def _whole_or_nothing(place: Path) -> Iterator[Path]:
-    """Give a hidden folder beside ``place`` to write into; rename it when all went well, else leave nothing behind."""
-    staging = place.with_name(f".{place.name}.part-{secrets.token_hex(4)}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-        _move_into_place(staging, place)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{place} could not be written: {error}",
-            hint="Free some space, or choose a folder that you may write to. What was there before is untouched.",
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _move_into_place(staging: Path, place: Path) -> None:
-    if not place.exists():
-        os.replace(staging, place)
-        return
-    old = staging.with_name(f"{staging.name}.old")
-    os.replace(place, old)
-    try:
-        os.replace(staging, place)
-    except BaseException:
-        os.replace(old, place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -503,7 +503,7 @@ def evaluate_models(
 
     done: list[ModelScores] = []
     for name in names:
-        model = load(_own_name(name), dtype=dtype, device=device)
+        model = load(_own_name(name), dtype=dtype, device=device, any_family=True)
         kind = str(model.dtype).removeprefix("torch.")
         scores = ModelScores(name, model.description, kind, str(model.device))
         done.append(scores)

@@ -19,7 +19,7 @@ from ffgym.pruning.ordering import expand_order
 from ffgym.types import Sublayer
 
 
-class Half:
+class PrunableSublayer:
     """One sublayer's modules, their dense parameters, and the path that its consumer is cut along.
 
     Attributes:
@@ -182,7 +182,7 @@ class PrunableModel:
         self.family = family_of(model)
         self.sublayers = tuple(self.family.sublayers(model))
         layers = self.family.layers(model)
-        self.halves = tuple(Half(self.family, layers[s.layer], s) for s in self.sublayers)
+        self.halves = tuple(PrunableSublayer(self.family, layers[s.layer], s) for s in self.sublayers)
         self.kept = self.dense_units
 
     @property
@@ -196,7 +196,7 @@ class PrunableModel:
         return [half.consumer for half in self.halves]
 
     def new_bias_params(self, *, stock: bool = False) -> int:
-        """Parameters of all biases that calibration has added, as the model is cut now; see :class:`Half`."""
+        """Parameters of all biases that calibration has added, as the model is cut now (of each sublayer, summed)."""
         return sum(half.new_bias_params(stock=stock) for half in self.halves)
 
     def cut(self, kept: Sequence[int], *, calibrated: bool = True) -> None:

@@ -184,6 +184,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 PRUNED = "ffgym_"  # what the model_type of a checkpoint that ffgym pruned begins with
+# What makes architectures that people ask for more than an entry above.
+OTHER_LAYERS = {
+    "gemma2": "its attention scores are soft-capped, which scaled dot product attention cannot do, and what attention "
+    "and MLP add passes through norms of its own (sandwich norms), which the refit of a linear leaves out",
+}
 
 
 def family_of(model: nn.Module) -> Family:
@@ -209,13 +214,23 @@ def dense_or_pruned_family_of(model: nn.Module) -> Family:
         ModelError: the architecture is not supported; names it and lists those that are.
     """
     config: Any = model.config
-    kind = str(config.model_type)
-    family = FAMILIES.get(kind.removeprefix(PRUNED))
+    return family_of_type(str(config.model_type))
+
+
+def family_of_type(model_type: str) -> Family:
+    """The family that a config names, before any weight is loaded.
+
+    Raises:
+        ModelError: the architecture is not supported; says why where that is known, and lists those that are.
+    """
+    family = FAMILIES.get(model_type.removeprefix(PRUNED))
     if family is None:
+        known = f"Supported families: {', '.join(sorted(FAMILIES))}."
+        if why := OTHER_LAYERS.get(model_type):
+            raise ModelError(f"architecture {model_type!r} is not supported: {why}", hint=known)
         raise ModelError(
-            f"architecture {kind!r} ({type(model).__name__}) is not supported",
-            hint=f"Supported families: {', '.join(sorted(FAMILIES))}. "
-            "A family is one entry in ffgym/models/families.py.",
+            f"architecture {model_type!r} is not supported",
+            hint=f"{known} A family is one entry in ffgym/models/families.py.",
         )
     return family
 

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import logging
 import re
 import tempfile
@@ -20,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from rich.console import Console
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from ffgym.data.assets import SMOLLM2, cache_dir, fetch, write_folder_once
 from ffgym.errors import ModelError, is_out_of_memory
+from ffgym.files import FileFormat
+from ffgym.models.families import OTHER_LAYERS, family_of_type
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
 
 logger = logging.getLogger("ffgym")
@@ -37,9 +39,25 @@ DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
 HUB_SECONDS = 5.0
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
+BLOCK = re.compile(r"blk\.(\d+)\.")
+MOST_LAYERS = 10_000  # where no weights are there to count them
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 PICKLED = ("*.bin", "*.pt", "*.pth")
+AGAIN = "Write or download the model again."
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class _WeightIndex(BaseModel):
+    """Which file holds each weight."""
+
+    weight_map: dict[str, str]
+
+
+MODEL_CONFIG = FileFormat("model configuration", dict[str, Any], ModelError, AGAIN)
+WEIGHT_INDEX = FileFormat("index of weights", _WeightIndex, ModelError, AGAIN)
 
 
 @dataclass(frozen=True)
@@ -90,7 +108,9 @@ class LoadedModel:
             )
 
 
-def load(name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load(
+    name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto", any_family: bool = False
+) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
     Args:
@@ -99,16 +119,17 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
         dtype: ``"auto"`` (see :mod:`ffgym.models.placement`), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: ``"auto"`` (cuda where there is one, else cpu), a torch device, or ``"balanced"`` to spread the layers
             over all GPUs.
+        any_family: also load architectures that cannot be pruned, as long as they are measured right.
 
     Raises:
-        ModelError: a checkpoint that is missing, damaged, incomplete, pickled or needs code of its own, a hub that
-            cannot be reached, an unknown dtype or device. The hint says what to do.
+        ModelError: a checkpoint that is missing, damaged, incomplete, pickled, of another family or needs code of its
+            own, a hub that cannot be reached, an unknown dtype or device. The hint says what to do.
         AssetError: the embedded default could not be fetched, or the cache cannot be written.
     """
     target = choose_device(device)
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
-    source, description = _locate(name)
+    source, description = _locate(name, any_family=any_family)
     if revision is not None and not description.startswith("hub model"):
         raise ModelError(
             f"model.revision = {revision!r} means something for hub models only, and {name!r} is none",
@@ -117,6 +138,9 @@ def load(name: str, *, revision: str | None = None, dtype: str = "auto", device:
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
     if description.startswith("hub model"):
         options["local_files_only"] = _only_cached(name, revision)
+        _check_hub_config(name, revision, any_family=any_family, local_files_only=options["local_files_only"])
+    else:
+        _check_sizes(name, Path(source), any_family=any_family)
     model, tokenizer = _load_checkpoint(source, name, revision, chosen, options)
     if device != "balanced":
         model = move(model, target)
@@ -194,7 +218,7 @@ def load_tokenizer(folder: Path) -> Any:
     return _tokenizer(str(folder), str(folder), trust_remote_code=False)
 
 
-def _locate(name: str) -> tuple[str, str]:
+def _locate(name: str, *, any_family: bool = True) -> tuple[str, str]:
     """Where to load from (a folder, or a hub id), and how to describe it."""
     if name == "demo":
         folder = fetch(SMOLLM2)
@@ -205,7 +229,7 @@ def _locate(name: str) -> tuple[str, str]:
             raise ModelError(f"model file {name!r} does not exist", hint="Check the path.")
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        return str(_dequantised(path, content)), f"{path.name}, dequantised from GGUF"
+        return str(_dequantised(path, content, any_family=any_family)), f"{path.name}, dequantised from GGUF"
     if path.is_dir():
         _check_folder(path)
         return str(path), f"folder {path.resolve().name}"
@@ -248,11 +272,9 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]
-    try:
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
-    return [folder / name for name in sorted(parts)]
+    return [folder / name for name in sorted(set(WEIGHT_INDEX.read(index).weight_map.values()))]
 
 
 def _check_folder(folder: Path) -> None:
@@ -265,18 +287,76 @@ def _check_folder(folder: Path) -> None:
             f"folder {str(folder)!r} holds no model: config.json is missing",
             hint="Name a folder that save_pretrained wrote.",
         )
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{str(config)!r} is not JSON: {error}", hint="Write or download the model again.") from error
+    MODEL_CONFIG.read(config)
     if any(folder.glob("*.safetensors")):
         return
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
         raise _pickled(str(folder), Path(f"{folder.resolve()}-safetensors"))
     raise ModelError(
         f"folder {str(folder)!r} holds no weights: there is no .safetensors file",
-        hint="Write or download the model again.",
+        hint=AGAIN,
     )
+
+
+def check_model_type(model_type: str, *, any_family: bool = False) -> None:
+    """Refuse an architecture that cannot be pruned or, with ``any_family``, not even be measured right."""
+    if not any_family or model_type in OTHER_LAYERS:
+        family_of_type(model_type)
+
+
+def _check_hub_config(name: str, revision: str | None, *, any_family: bool, local_files_only: bool) -> None:
+    """Refuse what a hub model's config says before its weights are downloaded."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(name, "config.json", revision=revision or "main", local_files_only=local_files_only)
+    except OSError:  # loading says what is wrong
+        return
+    _check_config(name, MODEL_CONFIG.read(Path(file)), any_family=any_family, depth=MOST_LAYERS)
+
+
+def _check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
+    if isinstance(kind := config.get("model_type"), str) and "auto_map" not in config:
+        check_model_type(kind, any_family=any_family)
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and not 0 < layers <= depth:
+        raise _misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")
+
+
+def _check_sizes(name: str, folder: Path, *, any_family: bool) -> None:
+    """Hold a folder's config against the shapes in its weight files, before anything of the config's sizes is made."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = MODEL_CONFIG.read(folder / "config.json")
+    try:
+        shapes = _shapes(folder)
+    except (SafetensorError, OSError) as error:
+        raise _loading_error(error, str(folder), name) from error
+    _check_config(name, config, any_family=any_family, depth=_depth(LAYER, shapes) or MOST_LAYERS)
+    if any_family or "quantization_config" in config:  # names and shapes in the files may be others than the model's
+        return
+    try:
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # wrong values fail in as many ways as there are layers
+        raise _loading_error(error, str(folder), name) from error
+    for key, tensor in sorted(model.state_dict().items()):
+        if (in_file := shapes.get(key, tuple(tensor.shape))) != tuple(tensor.shape):
+            raise _misfit(name, f"{key} is {in_file} in the checkpoint and {tuple(tensor.shape)} by the config")
+
+
+def _shapes(folder: Path) -> Shapes:
+    """The shape of every tensor in a folder's weight files, from their headers."""
+    shapes: Shapes = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _depth(numbered: re.Pattern[str], names: Iterable[str]) -> int:
+    """How many decoder layers there are by the names of their tensors."""
+    return max((int(match[1]) + 1 for name in names if (match := numbered.match(name))), default=0)
 
 
 def _pickled(name: str, target: Path) -> ModelError:
@@ -336,23 +416,22 @@ def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
     A model like that would be measured in vain.
     """
     for key, in_file, by_config in sorted(report["mismatched_keys"]):
-        raise ModelError(
-            f"model {name!r} does not fit its config.json: {key} is {tuple(in_file)} in the checkpoint and"
-            f" {tuple(by_config)} by the config",
-            hint="Write or download the model again, config.json and weights together.",
-        )
+        raise _misfit(name, f"{key} is {tuple(in_file)} in the checkpoint and {tuple(by_config)} by the config")
     if surplus := _surplus_in_layers(model, report["unexpected_keys"]):
-        raise ModelError(
-            f"model {name!r} does not fit its config.json, which has no place for {len(surplus)} weights of the"
-            f" checkpoint, {surplus[0]} first",
-            hint="Write or download the model again, config.json and weights together.",
-        )
+        raise _misfit(name, f"it has no place for {len(surplus)} weights of the checkpoint, {surplus[0]} first")
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
             f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first",
-            hint="Write or download the model again.",
+            hint=AGAIN,
         )
+
+
+def _misfit(name: str, what: str) -> ModelError:
+    return ModelError(
+        f"model {name!r} does not fit its config.json: {what}",
+        hint="Write or download the model again, config.json and weights together.",
+    )
 
 
 def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
@@ -380,7 +459,7 @@ def _loading_error(error: Exception, source: str, name: str, *, only_cached: boo
     if Path(source).is_dir():
         return ModelError(
             f"model {name!r} cannot be loaded, its files are damaged or incomplete: {said}",
-            hint="Write or download the model again.",
+            hint=AGAIN,
         )
     if only_cached and "safetensors" in str(error):
         return _not_from_hub(name, "its weights are not in the hub's cache, and the hub cannot be reached")
@@ -420,17 +499,18 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _dequantised(gguf: Path, content: str) -> Path:
+def _dequantised(gguf: Path, content: str, *, any_family: bool = False) -> Path:
     """The folder of a GGUF's safetensors copy, made on the first call.
 
     Args:
         gguf: the file.
         content: a hash that names its content.
+        any_family: see :func:`load`.
     """
 
     def convert(folder: Path) -> None:
         Console(stderr=True).print(f"Converting {gguf.name} to safetensors, once", soft_wrap=True, highlight=False)
-        model, tokenizer = _read_gguf(gguf)
+        model, tokenizer = _read_gguf(gguf, any_family=any_family)
         try:
             with _quiet():
                 model.save_pretrained(folder)
@@ -442,11 +522,11 @@ def _dequantised(gguf: Path, content: str) -> Path:
     return write_folder_once(cache_dir() / "models" / f"{gguf.stem}-{content[:12]}-float16", convert)
 
 
-def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    numbers = _refuse_what_would_be_lost(gguf)
+    numbers = _refuse_what_would_be_lost(gguf, any_family=any_family)
     # Newer versions keep the blocks packed where they find a kernel for them, unless told not to.
     dense = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
@@ -475,6 +555,22 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _check_gguf_sizes(path: Path, fields: dict[str, Any], architecture: str, shapes: Shapes) -> None:
+    """Hold the sizes that a file states against its tensors, before anything of these sizes is made."""
+    rows = shapes.get("blk.0.attn_q.weight", (0,))[0]
+    in_tensors = {
+        "block_count": [_depth(BLOCK, shapes)],
+        "embedding_length": shapes.get("token_embd.weight", ())[1:],
+        "feed_forward_length": shapes.get("blk.0.ffn_up.weight", ())[:1],
+        "attention.head_count": range(1, rows + 1),
+        "attention.head_count_kv": range(1, rows + 1),
+    }
+    for size, possible in in_tensors.items():
+        key = f"{architecture}.{size}"
+        if possible and key in fields and fields[key] not in possible:
+            raise ModelError(f"{str(path)!r}: {key} = {fields[key]} does not fit its tensors", hint=AGAIN)
+
+
 @contextlib.contextmanager
 def _alone(gguf: Path) -> Iterator[str]:
     """A folder that holds the file alone: transformers also reads adapters and configs that lie beside it."""
@@ -483,7 +579,7 @@ def _alone(gguf: Path) -> Iterator[str]:
         yield folder
 
 
-def _refuse_what_would_be_lost(path: Path) -> int:
+def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
     """Refuse what transformers' reader leaves out without a word, or takes for something else.
 
     Returns:
@@ -494,6 +590,7 @@ def _refuse_what_would_be_lost(path: Path) -> int:
     try:
         reader = gguf.GGUFReader(path)
         fields, tensors = reader.fields, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
         architecture = fields["general.architecture"].contents()
         stretched = [
             fields[key].name
@@ -511,6 +608,8 @@ def _refuse_what_would_be_lost(path: Path) -> int:
                 " that way, and transformers cannot read it",
                 hint=USE_THE_SOURCE,
             )
+    check_model_type(architecture, any_family=any_family)
+    _check_gguf_sizes(path, {key: field.contents() for key, field in fields.items()}, architecture, shapes)
     stretched += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
     if stretched:
         raise ModelError(

@@ -8,14 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
-from ffgym.config.toml import read_toml
 from ffgym.errors import ConfigError, ModelError
+from ffgym.files import FileFormat
 from ffgym.models.loading import DEMO_BASE, weight_files
 
 # The names in a safetensors header of what torch calls otherwise.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+class _RecordedModel(BaseModel):
+    name: str | None = None
+    revision: str | None = None
+
+
+class _Record(BaseModel):
+    model: _RecordedModel = _RecordedModel()
+
+
+RECORD = FileFormat("record of a dense model", _Record, ConfigError, "Name the dense model with --dense MODEL.")
+CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
 
 
 @dataclass(frozen=True)
@@ -80,11 +94,11 @@ def recorded_dense_model(folder: Path) -> DenseModel | None:
     """The dense model that the record of a saved one names; ``None`` where there is no record."""
     own, run = folder / "config.toml", folder.resolve().parent / "config.toml"
     for file in (own, run):
-        table = read_toml(file).get("model", {}) if file.is_file() else {}
+        model = RECORD.read(file).model if file.is_file() else _RecordedModel()
         # A run's file holds every key; one that somebody wrote may leave out what is the default. What training wrote
         # leaves the name out where nobody knew it.
-        if "name" in table or (file == run and file.is_file()):
-            return DenseModel(str(table.get("name", "demo")), table.get("revision") or None, str(file))
+        if model.name is not None or (file == run and file.is_file()):
+            return DenseModel(model.name or "demo", model.revision or None, str(file))
     card = folder / "README.md"
     base = _base_model(card)
     return None if base is None else DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
@@ -118,7 +132,7 @@ def _base_model(card: Path) -> str | None:
     """What the front matter of a model card calls the base model."""
     if not card.is_file():
         return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+    front = re.match(r"---\n(.*?)\n---", CARD.text(card), flags=re.DOTALL)
     found = (
         re.search(r"^base_model:[ \t]*[\"']?([^\"'\n]+?)[\"']?[ \t]*$", front[1], flags=re.MULTILINE) if front else None
     )

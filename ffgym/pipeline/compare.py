@@ -15,12 +15,12 @@ from ffgym.data.splits import Split
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
-from ffgym.pipeline.task import Refit, Workspace, at_target, cut_to
+from ffgym.pipeline.task import Refit, Workspace, cut_to
 from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.recover import Recovered
 from ffgym.recover.table import loss_error
 from ffgym.report.card import model_card
-from ffgym.report.front import Front, FrontPoint, point_names
+from ffgym.report.front import point_names
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, measurement
 from ffgym.search.finals import finals_loss
@@ -88,7 +88,7 @@ def compared_rows(
     return rows
 
 
-def finish(
+def final_refits(
     space: Workspace, rows: list[Row], found: Found, say: Reporter, model: Path
 ) -> tuple[ReportTable, SavedModel | None]:
     """The found allocation with each final refit; the one with the lower loss on the search split is saved.
@@ -121,54 +121,6 @@ def finish(
     with cut_to(space, kept, "ridge", say):
         table = ReportTable(tuple(rows), header(space))
         return table, _save(space, found, table, model)
-
-
-def finish_front(space: Workspace, points: Sequence[Found], table: ReportTable, folder: Path, say: Reporter) -> Front:
-    """Measure every point of a front on the report split, the rules beside it; save the models that are wanted.
-
-    Args:
-        space: of the run over the range.
-        points: what was found at every target.
-        table: of the main target, which is not measured again.
-        folder: where models go.
-        say: where progress goes.
-    """
-    config, name, refitted = space.config, found_name(space.config), refit_name(space.config)
-    measured = []
-    for found in points:
-        rows = {row.label: row for row in table.rows}
-        point = at_target(space, found.target)
-        references = reference_allocations(point, None, say)
-        if found.target != config.main_target:
-            say.say(f"target {found.target:.1%}")
-            if config.output.save_all:
-                own = compared_rows(point, references, found, say, rows["dense"])
-                full, _ = finish(point, own, found, say, model_folder(config, folder, found.target))
-                rows = {row.label: row for row in full.rows}
-            else:
-                for label, allocation in {**references, name: found.best.allocation}.items():
-                    with cut_to(point, allocation.kept, "ridge", say):
-                        row = measured_row(point, f"{label} + {refitted}", say, is_found=label == name)
-                        rows[row.label] = row
-        measured.append(
-            FrontPoint(
-                target=found.target,
-                found=rows[f"{name} + {refitted}"],
-                references={label: rows[f"{label} + {refitted}"] for label in references},
-                allocation=found.best.allocation,
-                origin=found.best.origin,
-                finals_loss=found.best.loss,
-            )
-        )
-    return Front(
-        label=name,
-        points=tuple(measured),
-        dense=next(row for row in table.rows if row.is_dense),
-        header=table.header,
-        search_tokens=points[0].search_tokens,
-        final_tokens=sum(found.final_tokens for found in points),
-        seconds=points[-1].seconds,
-    )
 
 
 def model_folder(config: RunConfig, folder: Path, target: float) -> Path:

@@ -9,15 +9,17 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+
+from pydantic import BaseModel, FiniteFloat
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import alone, write_text
+from ffgym.files import FileFormat, alone, write_text
 from ffgym.plugins import configured
 
 # What a run writes: --overwrite clears these and nothing else.
@@ -29,6 +31,7 @@ WRITTEN = frozenset(
 # Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
 WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
+TABLE = "report.json"
 LOCK = ".lock"  # of the run that writes into a folder
 WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", LOCK})
 
@@ -158,31 +161,78 @@ def _require_writable(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Session:
+class RunRecord:
     """What a later session of a run must know of the earlier ones: the file ``run.json``.
 
     Attributes:
         mlflow_run: the MLflow run that they write to; ``None`` where there is none.
         dtype: what ``model.dtype = "auto"`` came to; ``None`` where the model has not been loaded.
+        results: names of the table and the models that the finished run left; empty before that, and ``None`` in the
+            file of a version that did not note it.
     """
 
     mlflow_run: str | None = None
     dtype: str | None = None
+    results: tuple[str, ...] | None = None
 
 
-def last_session(folder: Path) -> Session:
-    """What the sessions of this folder's run have noted."""
-    try:
-        noted = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        known = {key: noted.get(key) for key in ("mlflow_run", "dtype")}
-    except (OSError, ValueError, AttributeError):
-        return Session()
-    return Session(**{key: value for key, value in known.items() if isinstance(value, str)})
+RECORD = FileFormat(
+    "record of a run's sessions",
+    RunRecord,
+    OutputError,
+    "Delete it: the run then goes on in a new MLflow run, in the dtype that its config.toml names.",
+)
 
 
-def note_session(folder: Path, session: Session) -> None:
+def read_record(folder: Path) -> RunRecord:
+    """What the sessions of this folder's run have noted.
+
+    Raises:
+        OutputError: the note is damaged.
+    """
+    path = folder / "run.json"
+    return RECORD.read(path) if path.exists() else RunRecord()
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
     """Remember it for later sessions."""
-    write_text(folder / "run.json", json.dumps(asdict(session)) + "\n")
+    write_text(folder / "run.json", json.dumps(asdict(record)) + "\n")
+
+
+@contextmanager
+def noting_results(folder: Path) -> Iterator[None]:
+    """Note, once the block has ended well, that the run is finished, and what it left."""
+    yield
+    left = [path.name for path in contents(folder) if path.name == TABLE or path.name.startswith("model")]
+    write_record(folder, replace(read_record(folder), results=tuple(left)))
+
+
+def is_finished(folder: Path, config: RunConfig) -> bool:
+    """Whether the run in a folder has come to its end, and its results are still there.
+
+    Args:
+        folder: of the run.
+        config: how it is to go on: a run that left no model is not finished where one is wanted now.
+    """
+    stored = stored_config(folder)
+    if stored.output.model_dump(exclude={"dir", "overwrite"}) != config.output.model_dump(exclude={"dir", "overwrite"}):
+        return False
+    if config.tracking.enabled and config.tracking != stored.tracking:
+        return False
+    results = read_record(folder).results
+    if results is None:  # of a version that did not note them
+        return _seems_finished(folder, config)
+    return bool(results) and all((folder / name).exists() for name in results)
+
+
+def _seems_finished(folder: Path, config: RunConfig) -> bool:
+    """Whether the table and the models that a run makes last are there."""
+    wanted = [TABLE]
+    if config.output.save_model:
+        wanted.append("model-0.*/config.json" if config.output.save_all else "model/config.json")
+        if config.recover.method != "none":
+            wanted.append("model*-recovered/config.json")
+    return all(any(folder.glob(pattern)) for pattern in wanted) and not any(folder.glob("*.unfinished"))
 
 
 def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
@@ -253,6 +303,17 @@ def removing_if_nothing_found(folder: Path) -> Iterator[None]:
         raise
 
 
+class BestSoFar(BaseModel):
+    """What is said of an ``allocation.json`` when a run ends early."""
+
+    episodes: int
+    origin: str
+    sparsity: FiniteFloat
+
+
+BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again with --overwrite.")
+
+
 @contextmanager
 def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """After Ctrl-C, say what the run has found and where that is."""
@@ -261,10 +322,10 @@ def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[No
     except KeyboardInterrupt:
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
-            best = json.loads(path.read_text(encoding="utf-8"))
+            best = BEST_SO_FAR.read(path)
             say(
-                f"interrupted after {best['episodes']} episodes of the search; best so far ({best['origin']}, sparsity "
-                f"{best['sparsity']:.4f}) is in {path}"
+                f"interrupted after {best.episodes} episodes of the search; best so far ({best.origin}, sparsity "
+                f"{best.sparsity:.4f}) is in {path}"
             )
         elif log.exists() and log.stat().st_size:
             say(f"interrupted; the episodes so far are in {log}")

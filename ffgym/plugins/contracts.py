@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ffgym.errors import FFGymError, PluginError, is_out_of_memory
+from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.discovery import check_needs
 from ffgym.plugins.manager import described
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
+OUR_DEFECT = "This should not happen: please report it to ffgym, with the command and its output."
+THEIR_DEFECT = "The plugin broke, not ffgym: report it to the package's author."
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
 METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
 METRIC_CHARACTERS = 200
@@ -155,8 +157,9 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
 
     Raises:
         PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
+        ModelError: the losses are so far apart that a built-in reward overflows.
     """
-    value = called(reward, lambda: reward(pruned, dense), "computing a reward")
+    value = called(reward, _explained(reward, lambda: reward(pruned, dense), pruned, dense), "computing a reward")
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -206,8 +209,10 @@ def check_objectives(
 
     Raises:
         PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
+        ModelError: the losses are so far apart that a built-in reward overflows.
     """
-    answer = called(reward, lambda: reward.objectives(pruned, dense), "naming its objectives")
+    call = _explained(reward, lambda: reward.objectives(pruned, dense), pruned, dense)
+    answer = called(reward, call, "naming its objectives")
     try:
         numbers = {str(name): float(value) for name, value in answer.items()}
     except (AttributeError, TypeError, ValueError):
@@ -223,6 +228,26 @@ def check_objectives(
             hint="Return the same names every time.",
         )
     return numbers if names is None else {name: numbers[name] for name in names}
+
+
+def _explained(
+    reward: Reward, call: Callable[[], Result], pruned: Evaluation, dense: Evaluation
+) -> Callable[[], Result]:
+    """The call, which says what is wrong with the models where a built-in reward overflows: its formula is right."""
+
+    def explained() -> Result:
+        try:
+            return call()
+        except OverflowError as error:
+            if not _is_built_in(reward):
+                raise
+            raise ModelError(
+                f"reward {reward.name!r} overflows: the pruned loss is {pruned.loss:.4g} and the dense loss "
+                f"{dense.loss:.4g} nats per token",
+                hint="Check the model's weights and the text: no working language model has such losses.",
+            ) from error
+
+    return explained
 
 
 def check_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -328,7 +353,7 @@ def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str 
     try:
         return call()
     except FFGymError as error:
-        if isinstance(error, PluginError) or type(plugin).__module__.partition(".")[0] == "ffgym":
+        if isinstance(error, PluginError) or _is_built_in(plugin):
             raise
         raise PluginError(f"{described(plugin)}, {doing}: {error.message}", hint=error.hint) from error
     except (Exception, SystemExit) as error:
@@ -337,8 +362,12 @@ def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str 
         missing = hint is not None and "None" in str(error)
         raise PluginError(
             f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} ({_place(error, plugin)})",
-            hint=hint if missing else "The plugin broke, not ffgym: report it to the package's author.",
+            hint=hint if missing else (OUR_DEFECT if _is_built_in(plugin) else THEIR_DEFECT),
         ) from error
+
+
+def _is_built_in(plugin: Plugin) -> bool:
+    return type(plugin).__module__.partition(".")[0] == "ffgym"
 
 
 def _place(error: BaseException, plugin: Plugin) -> str:

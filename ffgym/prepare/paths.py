@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.models.cut import Half, PrunableModel
+from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
 from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_statistics
@@ -53,7 +53,6 @@ def prepare(
     ridge: float | None = None,
     keep: frozenset[str] = frozenset(),
     tokens_per_batch: int = 4096,
-    memory: int = 4 * 2**30,
     on_progress: OnProgress | None = None,
 ) -> Prepared:
     """Collect statistics, score, order, permute and factorise.
@@ -67,8 +66,7 @@ def prepare(
         ridge: lambda; ``None`` picks it per sublayer on held-out calibration windows.
         keep: statistics to keep for heuristics beyond the preparation.
         tokens_per_batch: tokens of one forward pass.
-        memory: bytes that the sums of one group of sublayers may take.
-        on_progress: called with (steps done, steps): backward passes, then windows, then sublayers.
+        on_progress: called with (steps done, steps): layers of a walk backwards where there is one, then sublayers.
 
     Raises:
         PluginError: the criterion broke its contract.
@@ -81,7 +79,7 @@ def prepare(
             "choosing the ridge needs at least 2 calibration windows",
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
         )
-    done, steps = Counter[str](), Counter[str](windows=len(windows), sublayers=len(prunable.halves))
+    done, steps = Counter[str](), Counter[str](sublayers=len(prunable.halves))
 
     def counted(kind: str) -> OnProgress:
         def advance(so_far: int, in_all: int) -> None:
@@ -94,7 +92,7 @@ def prepare(
     held_out = 0 if ridge is not None else max(1, int(HELD_OUT_SHARE * len(windows)))
     needs = criterion.needs | keep
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
-    first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("passes"))
+    first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("layers"))
     affine = [calibration == "affine" or half.consumer.bias is not None for half in prunable.halves]
     needs = needs | {"second_moment"} | ({"mean"} if any(affine) else frozenset())
     stream = stream_statistics(
@@ -103,9 +101,7 @@ def prepare(
         windows,
         needs,
         held_out=held_out,
-        memory=memory,
         tokens_per_batch=tokens_per_batch,
-        on_progress=counted("windows"),
     )
     ordered = counted("sublayers")
     views: list[SublayerView] = []
@@ -148,13 +144,13 @@ def reorder(stats: LayerStats, columns: torch.Tensor) -> LayerStats:
     )
 
 
-def _score(criterion: Criterion, half: Half, stats: LayerStats) -> torch.Tensor:
+def _score(criterion: Criterion, half: PrunableSublayer, stats: LayerStats) -> torch.Tensor:
     weight = half.consumer.weight.detach().float()
     scores = check_scores(criterion, weight, _only(stats, criterion.needs), half.sublayer)
     return unit_scores(channel_scores(scores), half.sublayer.channels_per_unit)
 
 
-def _pick(half: Half, fit: LayerStats, apart: LayerStats, affine: bool) -> float:
+def _pick(half: PrunableSublayer, fit: LayerStats, apart: LayerStats, affine: bool) -> float:
     assert fit.second_moment is not None, "collected above"
     assert apart.second_moment is not None, "collected above"
     return pick_ridge(
@@ -164,7 +160,7 @@ def _pick(half: Half, fit: LayerStats, apart: LayerStats, affine: bool) -> float
     )
 
 
-def _refit(half: Half, stats: LayerStats, ridge: float, affine: bool) -> NestedRidge:
+def _refit(half: PrunableSublayer, stats: LayerStats, ridge: float, affine: bool) -> NestedRidge:
     assert stats.second_moment is not None, "collected above"
     consumer = half.consumer
     return NestedRidge(
@@ -172,7 +168,9 @@ def _refit(half: Half, stats: LayerStats, ridge: float, affine: bool) -> NestedR
     )
 
 
-def _view(half: Half, scores: torch.Tensor, stats: LayerStats, path: NestedRidge, keep: frozenset[str]) -> SublayerView:
+def _view(
+    half: PrunableSublayer, scores: torch.Tensor, stats: LayerStats, path: NestedRidge, keep: frozenset[str]
+) -> SublayerView:
     weight = half.consumer.weight.detach()
     assert stats.second_moment is not None, "collected above"
     W = weight.float()
@@ -199,7 +197,7 @@ def _only(stats: LayerStats, names: frozenset[str]) -> LayerStats:
 
 
 @contextmanager
-def _naming(half: Half) -> Iterator[None]:
+def _naming(half: PrunableSublayer) -> Iterator[None]:
     """Add the sublayer's name to errors from the mathematics, which knows none."""
     try:
         yield

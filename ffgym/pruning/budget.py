@@ -3,10 +3,9 @@
 Importance a maps to the wanted keep ratio r = (a + 1) / 2. As one shift nu rises, sublayer i reaches its level s as
 soon as r_i + nu is nearer to that level's keep ratio than to the one below, that is at time t_i(s) = (ratio_i(s) +
 ratio_i(s - 1)) / 2 - r_i. Levels are granted in the order of these times while the budget lasts; a level that does not
-fit closes its sublayer, and the others go on. This is the bisection for nu, the rounding and the handing out of the
-rest in one sweep, and it is what makes the promises hold exactly: feasible, nothing left that fits, monotone in a
-sublayer's own importance, a fixed point of itself. They hold for any levels: single units, multiples of ``align``
-channels, or levels that all layers share.
+fit closes its sublayer, and the others go on (``sweep.py``). That is what makes the promises hold exactly: feasible,
+nothing left that fits, monotone in a sublayer's own importance, a fixed point of itself. They hold for any levels:
+single units, multiples of ``align`` channels, or levels that all layers share.
 
 Rounding is to the nearest level, not down: an attention of 3 KV groups would lose one to the smallest doubt, while an
 MLP of 1,536 channels feels every change as it is meant.
@@ -16,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ffgym.errors import BudgetError
+from ffgym.pruning.sweep import Ladder, Sweep
 from ffgym.types import Allocation, Kind, Sublayer
 
 REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged
@@ -54,21 +53,6 @@ def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, ali
     step = align // math.gcd(align, sublayer.channels_per_unit)
     fitting = {k for k in levels if least <= k < sublayer.units and k % step == 0}
     return np.array([*sorted(fitting), sublayer.units], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """The levels that some sublayers keep together, lowest first, and what each costs.
-
-    Attributes:
-        members: indices of the sublayers, which all have as many units; one, unless layers are tied.
-        units: units that each of them keeps at each level, shape (levels,), strictly increasing, last = all.
-        cost: cost of all of them at each level, shape (levels,), non-decreasing.
-    """
-
-    members: tuple[int, ...]
-    units: np.ndarray
-    cost: np.ndarray
 
 
 class Budget:
@@ -117,13 +101,8 @@ class Budget:
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
         self.dense_cost = float(sum(ladder.cost[-1] for ladder in self._ladders))
         self.least_cost = float(sum(ladder.cost[0] for ladder in self._ladders))
-        # One flat table of all levels above each ladder's lowest: owner, keep ratio from which it is the nearest level,
-        # increment, tie-break.
-        first = [self.sublayers[ladder.members[0]] for ladder in self._ladders]
-        self._owner = np.concatenate([np.full(len(x.units) - 1, i) for i, x in enumerate(self._ladders)])
-        self._threshold = np.concatenate([(x.units[1:] + x.units[:-1]) / (2 * x.units[-1]) for x in self._ladders])
-        self._increment = np.concatenate([np.diff(x.cost) for x in self._ladders])
-        self._tie = np.array([rank[s.layer] * 2 + (s.kind == "mlp") for s in first])[self._owner]
+        ties = [rank[s.layer] * 2 + (s.kind == "mlp") for s in (self.sublayers[x.members[0]] for x in self._ladders)]
+        self._sweep = Sweep(self._ladders, np.array(ties))
 
     @property
     def reachable(self) -> tuple[float, float]:
@@ -198,14 +177,9 @@ class Budget:
                 hint="One number per sublayer: layer 0 attention, layer 0 mlp, layer 1 attention, ...",
             )
         clipped = np.clip(wanted, -1.0, 1.0)
-        ratio = (np.array([clipped[list(ladder.members)].mean() for ladder in self._ladders]) + 1.0) / 2.0
-        # Rounding keeps ties ties, and so served over depth, where floats differ in the last place.
-        times = np.round(self._threshold - ratio[self._owner], 9)
-        order = np.lexsort((self._tie, times))
-        room = self._limit(sparsity) - self.least_cost
-        return self.allocation(
-            self._spread(_grant(self._owner[order], self._increment[order], room, len(self._ladders)))
-        )
+        if self.tied:
+            clipped = np.array([clipped[list(ladder.members)].mean() for ladder in self._ladders])
+        return self.allocation(self._spread(self._sweep.levels((clipped + 1.0) / 2.0, self._limit(sparsity))))
 
     def importance_slopes(
         self, importance: np.ndarray, kept: Sequence[int], unit_slopes: Sequence[np.ndarray]
@@ -315,23 +289,3 @@ def _kinds(sublayers: Sequence[Sublayer]) -> list[tuple[int, ...]]:
     """Indices of all attention sublayers, then of all MLPs."""
     kinds: tuple[Kind, Kind] = ("attention", "mlp")
     return [tuple(i for i, s in enumerate(sublayers) if s.kind == kind) for kind in kinds]
-
-
-def _grant(owner: np.ndarray, increment: np.ndarray, room: float, ladders: int) -> np.ndarray:
-    """Levels granted to each ladder, in the given order, while they fit; shape (ladders,), int64."""
-    spent = np.cumsum(increment)
-    first = int(np.searchsorted(spent, room, side="right"))
-    granted = np.bincount(owner[:first], minlength=ladders)
-    room -= float(spent[first - 1]) if first else 0.0
-    closed = np.zeros(ladders, dtype=bool)
-    for i, cost in zip(owner[first:].tolist(), increment[first:].tolist(), strict=True):
-        if closed[i]:
-            continue
-        if cost <= room:
-            granted[i] += 1
-            room -= cost
-        else:
-            closed[i] = True
-            if closed.all():
-                break
-    return granted

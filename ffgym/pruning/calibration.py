@@ -11,8 +11,9 @@ With A = C C^T (C lower), B = W C and D = C^-1 (lower) that is, for every k at o
 
 and ||B[:, k:]||^2, the squared norm of the columns that are left out, is the value of the minimum plus l ||W_P||^2: the
 same objective with W' padded by zeros, so that the penalty counts the dropped weights too.
-The affine form does the same on centred inputs and moves what the means carry into the bias (its case W' = W_K is the
-bias compensation of FLAP, arXiv 2312.11983).
+The affine form does the same on centred inputs and moves what the means carry into the bias,
+b' = b + W mu - W'_K mu_K = b + B[:, k:] (D mu)[k:] (its case W' = W_K is the bias compensation of FLAP, arXiv
+2312.11983).
 """
 
 from __future__ import annotations
@@ -142,12 +143,15 @@ class NestedRidge:
         bias: torch.Tensor | None = None,
     ) -> None:
         lower = cholesky(covariance(second_moment, mean), ridge)
-        projected = in_float64(weight) @ lower
+        projected, D = in_float64(weight) @ lower, inverse(lower)
         self._weight = weight  # the model's own tensor: no copy
         self._projected = projected.float().to(weight.device)
-        self._inverse = inverse(lower).float().to(weight.device)
-        self._mean = mean
+        self._inverse = D.float().to(weight.device)
         self._bias = None if bias is None else bias.float()
+        self._mean = None  # D mu: W mu = B D mu, and the first k channels carry B[:, :k] (D mu)[:k] of it
+        if mean is not None:
+            self._mean = (D @ in_float64(mean)).float().to(weight.device)
+            self._bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else self._bias
         self.removal_error = suffix_energy(projected.square().sum(dim=0))
 
     @property
@@ -183,19 +187,17 @@ class NestedRidge:
         return self._weight[:, :k].float() - self._projected[:, k:] @ self._inverse[k:, :k]
 
     def bias_at(self, channels: int) -> torch.Tensor | None:
-        """b' = b + W mu - W'_K mu_K, shape (m,), float32; without a mean, the dense bias."""
-        if self._mean is None:
+        """b' = b + W mu - W'_K mu_K = b + B[:, k:] (D mu)[k:], shape (m,), float32; without a mean, the dense bias."""
+        if self._mean is None or self._bias is None:
             return self._bias
-        base = torch.zeros(self._weight.shape[0], device=self._weight.device) if self._bias is None else self._bias
-        mean = self._mean.float()
-        return base + self._weight.float() @ mean - self.weight_at(channels) @ mean[:channels]
+        return self._bias + self._projected[:, channels:] @ self._mean[channels:]
 
     def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
         """Channel k joins with a change B[:, k] D[k, :] of the whole weight, and takes its mean off the bias."""
         weights = ((self._projected.T @ weight_gradient) * self._inverse).sum(dim=1)
         if self._mean is None or bias_gradient is None:
             return weights
-        return weights - (self._projected.T @ bias_gradient) * (self._inverse @ self._mean.float())
+        return weights - (self._projected.T @ bias_gradient) * self._mean
 
 
 def suffix_energy(columns: torch.Tensor) -> torch.Tensor:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ffgym.errors import OutputError, RecoveryError
+from ffgym.files import FileFormat, replacing, write_text
 from ffgym.models.loading import weight_files
 from ffgym.types import JSONDict
 
 IDENTITY = "identity.json"
 SUFFIX = ".safetensors"
+START_ANEW = "Delete it, or start anew with --overwrite."
+
+T = TypeVar("T")
+_IDENTITY = FileFormat("identity of a training", JSONDict, RecoveryError, START_ANEW)
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Generic[T]):
     """One part of a checkpoint.
 
     Attributes:
@@ -33,7 +38,7 @@ class Part:
     """
 
     tensors: dict[str, torch.Tensor]
-    facts: JSONDict
+    facts: T
 
 
 class Checkpoint:
@@ -62,7 +67,7 @@ class Checkpoint:
             overwrite: delete them where they do not.
 
         Raises:
-            RecoveryError: they belong to another training.
+            RecoveryError: they belong to another training, or the identity is damaged.
             OutputError: the folder is something else, or cannot be made or written to.
         """
         path = self.folder / IDENTITY
@@ -75,18 +80,20 @@ class Checkpoint:
             self._check(path, overwrite)
         if self.exists:
             return
-        with _writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         self.write(IDENTITY, json.dumps(self.identity, indent=2))
 
     def _holds_something(self) -> bool:
         """More than what a claim leaves that a full disk has ended."""
-        return not self.folder.is_dir() or any(path.name != f".{IDENTITY}.part" for path in self.folder.iterdir())
+        return not self.folder.is_dir() or any(
+            not path.name.startswith(f".{IDENTITY}.part") for path in self.folder.iterdir()
+        )
 
     def _check(self, path: Path, overwrite: bool) -> None:
         try:
-            other = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            other = _IDENTITY.read(path)
+        except RecoveryError:
+            if not overwrite:
+                raise
             other = {}
         # What an earlier version noted beside these decides nothing any more.
         names = [name for name in self.identity if other.get(name) != self.identity[name]]
@@ -112,18 +119,21 @@ class Checkpoint:
         """
         path = self.folder / f"{name}{SUFFIX}"
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        with _replacing(path) as unfinished:
+        with replacing(path) as unfinished:
             save_file(plain, unfinished, {"facts": json.dumps(facts)})
 
     def write(self, name: str, text: str) -> Path:
         """Write a text file beside the parts, whole or not at all; its path."""
         path = self.folder / name
-        with _replacing(path) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+        write_text(path, text)
         return path
 
-    def load(self, name: str) -> Part | None:
+    def load(self, name: str, facts: type[T]) -> Part[T] | None:
         """One part, or ``None`` where there is none.
+
+        Args:
+            name: file name without its ending.
+            facts: what the facts must be: a dataclass or another type that pydantic knows.
 
         Raises:
             RecoveryError: it is damaged.
@@ -133,41 +143,24 @@ class Checkpoint:
             return None
         try:
             with safe_open(path, framework="pt") as content:
-                facts = json.loads(content.metadata()["facts"])
+                stored = content.metadata()["facts"]
                 tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (not a dictionary)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RecoveryError(
-                f"the checkpoint {path} is damaged: {error}", hint=f"Delete {self.folder} and start anew."
-            ) from error
-        return Part(tensors, facts)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise RecoveryError(f"the checkpoint {path} is damaged: {error}", hint=START_ANEW) from error
+        return Part(tensors, FileFormat("checkpoint", facts, RecoveryError, START_ANEW).parse(stored, str(path)))
+
+    @contextmanager
+    def taking_up(self, name: str) -> Iterator[None]:
+        """Say that a part is damaged where the block cannot use what ``load`` gave."""
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            path = self.folder / f"{name}{SUFFIX}"
+            raise RecoveryError(f"the checkpoint {path} is damaged: {error}", hint=START_ANEW) from error
 
     def remove(self) -> None:
         """Delete the folder and what is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say what could not be written, and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{path} could not be written: {error}",
-            hint="Make room on the disk, or choose another --output; an interrupted training goes on where it was.",
-        ) from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A place to write a file to, which takes the file's own place in one move where the block ends well."""
-    unfinished = path.with_name(f".{path.name}.part")
-    with _writing(path):
-        try:
-            yield unfinished
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
 
 def weights_digest(folder: Path) -> str:

@@ -23,8 +23,8 @@ from torch.func import functional_call
 
 from ffgym.errors import ModelError, RecoveryError
 from ffgym.models.families import Family, dense_or_pruned_family_of
-from ffgym.prepare.sequential import equal_batch, first_input, layer_calls, layer_runner, linear_input
-from ffgym.prepare.statistics import Arguments
+from ffgym.models.walk import Stream, Walk
+from ffgym.prepare.statistics import linear_input
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
 from ffgym.types import JSONDict
@@ -134,16 +134,18 @@ def distil_mlps(
         RecoveryError: an error that is not finite.
     """
     _check_pair(pruned, dense, family)
-    streams = [_Stream(dense, pruned, family, ids, tokens_per_batch) for ids in (windows, held_out)]
+    walks = Walk(dense), Walk(pruned)
+    streams = [_Streams(*walks, family, ids, tokens_per_batch) for ids in (windows, held_out)]
     fits: list[LayerFit] = []
-    for index, layer in enumerate(family.layers(pruned)):
+    for index, layer in enumerate(walks[1].layers):
         mlp = mlp_of(layer, family)
-        saved = None if checkpoint is None else checkpoint.load(_part(index))
+        saved = None if checkpoint is None else checkpoint.load(_part(index), LayerFit)
         pairs = [stream.dense_step(index, wanted=saved is None and mlp is not None) for stream in streams]
         if mlp is not None:
-            if saved is not None:
-                _put(mlp, saved.tensors)
-                fit = LayerFit(**saved.facts)
+            if checkpoint is not None and saved is not None:
+                with checkpoint.taking_up(_part(index)):
+                    _put(mlp, saved.tensors)
+                fit = saved.facts
             else:
                 best, fit = _train(mlp, index, pairs[0], pairs[1], settings, on_step)
                 _put(mlp, best)
@@ -157,19 +159,14 @@ def distil_mlps(
     return fits
 
 
-class _Stream:
+class _Streams:
     """The hidden states of some windows on their way through both models."""
 
-    def __init__(self, dense: Any, pruned: Any, family: Family, windows: torch.Tensor, tokens_per_batch: int) -> None:
+    @torch.no_grad()
+    def __init__(self, dense: Walk, pruned: Walk, family: Family, windows: torch.Tensor, tokens_per_batch: int) -> None:
         self._family = family
-        batches = torch.split(windows, equal_batch(len(windows), tokens_per_batch // windows.shape[1]))
-        self._layers = {"dense": family.layers(dense), "pruned": family.layers(pruned)}
-        self._calls: dict[str, list[Arguments]] = {}
-        self._hidden: dict[str, list[torch.Tensor]] = {}
-        with torch.no_grad():
-            for name, model in (("dense", dense), ("pruned", pruned)):
-                self._calls[name] = layer_calls(model, self._layers[name], batches[0])
-                self._hidden[name] = [first_input(model, self._layers[name][0], batch) for batch in batches]
+        batches = torch.split(windows, max(1, tokens_per_batch // windows.shape[1]))
+        self._dense, self._pruned = Stream(dense, batches), Stream(pruned, batches)
 
     @torch.no_grad()
     def dense_step(self, index: int, *, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,29 +179,23 @@ class _Stream:
         Returns:
             x~ and y of the layer's MLP, each of shape (tokens, d), the models' dtype.
         """
-        layer = self._layers["dense"][index]
-        run = layer_runner(layer, self._calls["dense"][index])
         outputs: list[torch.Tensor] = []
-        consumer = self._family.consumer(layer, "mlp")
+        consumer = self._family.consumer(self._dense.walk.layers[index], "mlp")
         handle = consumer.register_forward_hook(lambda _, __, output: outputs.append(output.flatten(0, -2)))
         try:
-            self._hidden["dense"] = [run(states) for states in self._hidden["dense"]]
+            self._dense.step(index)
         finally:
             handle.remove()
         if not wanted:
             return torch.empty(0), torch.empty(0)
-        layer = self._layers["pruned"][index]
-        run = layer_runner(layer, self._calls["pruned"][index])
-        producer = self._family.producers(layer, "mlp")[0]
-        inputs = [linear_input(run, producer, states).flatten(0, -2) for states in self._hidden["pruned"]]
-        found = torch.cat(inputs)
-        return found, torch.cat(outputs).to(found.device)
+        producer = self._family.producers(self._pruned.walk.layers[index], "mlp")[0]
+        inputs = torch.cat([linear_input(producer, run).flatten(0, -2) for run in self._pruned.runs(index)])
+        return inputs, torch.cat(outputs).to(inputs.device)
 
     @torch.no_grad()
     def pruned_step(self, index: int) -> None:
         """Move the pruned states behind a layer, whose MLP is finished."""
-        run = layer_runner(self._layers["pruned"][index], self._calls["pruned"][index])
-        self._hidden["pruned"] = [run(states) for states in self._hidden["pruned"]]
+        self._pruned.step(index)
 
 
 def _train(

@@ -129,13 +129,14 @@ def train_lora(
         RecoveryError: PEFT is missing, the loss is not finite, or the memory of the device is exhausted.
     """
     require_peft()
-    saved = None if checkpoint is None else checkpoint.load(PART)
+    saved = None if checkpoint is None else checkpoint.load(PART, LoraCurve)
     devices = devices_of(model)
     with own_randomness(settings.seed, devices), _checkpointed_activations(model, settings.gradient_checkpointing):
         adapted = _add_adapters(model, family, settings)
         training = _Training(model, windows, settings, held_out_loss, checkpoint, on_step)
-        if saved is not None:
-            training.restore(saved.tensors, saved.facts)
+        if checkpoint is not None and saved is not None:
+            with checkpoint.taking_up(PART):
+                training.restore(saved.tensors, saved.facts)
         try:
             training.run()
         finally:
@@ -217,10 +218,11 @@ class _Training:
             tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
         self._checkpoint.save(PART, tensors, self.curve.to_json())
 
-    def restore(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    def restore(self, tensors: dict[str, torch.Tensor], curve: LoraCurve) -> None:
         """Go back to where ``save`` was."""
-        held_out = [(int(step), float(loss)) for step, loss in facts["held_out"]]
-        self.curve = LoraCurve(facts["train"], held_out, facts["chosen"])
+        if curve.held_out and curve.chosen not in dict(curve.held_out):
+            raise ValueError(f"step {curve.chosen} was chosen and never measured")
+        self.curve = curve
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"adapter.{name}"])

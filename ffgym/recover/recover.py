@@ -23,8 +23,8 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, is_stock, load_line, refuse_occupied, save_again
 from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import dense_or_pruned_family_of
-from ffgym.models.loading import LoadedModel, load
-from ffgym.models.origin import model_folder
+from ffgym.models.loading import MODEL_CONFIG, LoadedModel, load
+from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
 from ffgym.prepare.parts import cut_splits, tokens_per_batch
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
@@ -306,10 +306,7 @@ def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedMod
 
 def _stored_dtype(source: Path) -> str:
     """The dtype that a folder's config states, by the name that ``load`` takes."""
-    try:
-        stated = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "auto"  # loading says what is wrong
+    stated = MODEL_CONFIG.read(source / "config.json")
     dtype = str(stated.get("dtype") or stated.get("torch_dtype")).removeprefix("torch.")
     return dtype if dtype in DTYPES else "auto"
 
@@ -508,7 +505,7 @@ class _Job:
                 place,
                 card=recovered_card(
                     title=f"{place.name}: pruned, then {method}",
-                    before=card.read_text(encoding="utf-8") if card.is_file() else None,
+                    before=CARD.text(card) if card.is_file() else None,
                     told=told,
                     table=table,
                     command=f"ffgym recover {self.source.name} --config config.toml",

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from ffgym.errors import DataError
+from ffgym.files import FileFormat
 from ffgym.types import Episode
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+SIGNATURE = re.compile(rb'(, "seconds": [-+.e\d]+)?, "digest": "[0-9a-f]{16}"}\n$')
 
 
 @dataclass(frozen=True)
@@ -23,10 +30,46 @@ class Log:
     Attributes:
         episodes: in order.
         seconds: wall time that they took, over all sessions.
+        digest: SHA-256 of its episodes, which goes on with the next.
     """
 
-    episodes: tuple[Episode, ...]
-    seconds: float
+    episodes: tuple[Episode, ...] = ()
+    seconds: float = 0.0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+
+class Line(BaseModel):
+    """One line of a log: an `Episode`, the seconds that it took, and the digest of all episodes so far."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    index: Count
+    update: Count
+    action: tuple[FiniteFloat, ...]
+    kept: tuple[Count, ...]
+    reward: float
+    loss: float
+    dense_loss: float
+    target_sparsity: FiniteFloat
+    sparsity: FiniteFloat
+    fidelity: FiniteFloat
+    tokens: Count
+    failed: bool = False
+    objectives: dict[str, float] = {}
+    stopped_early: bool = False
+    slopes: tuple[float, ...] = ()
+    slope_tokens: Count = 0
+    seconds: FiniteFloat = 0.0
+    digest: str = ""
+
+    def episode(self) -> Episode:
+        """What it says; float32 importances survive the round trip bit for bit."""
+        fields = dict(self)
+        del fields["seconds"], fields["digest"]
+        return Episode(**{**fields, "action": np.array(self.action, dtype=np.float32)})
+
+
+LINE = FileFormat("episode", Line, DataError, "Delete the file to search from the start.")
 
 
 class Clock:
@@ -64,9 +107,10 @@ class Recorder:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.earlier = read_log(path) if path is not None and path.exists() else Log((), 0.0)
+        self.earlier = read_log(path) if path is not None and path.exists() else Log()
         self.clock = Clock(self.earlier.seconds)
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
+        self._file = path.open("ab") if path is not None else None
+        self._digest = self.earlier.digest
 
     def __enter__(self) -> Recorder:
         return self
@@ -84,7 +128,10 @@ class Recorder:
             return
         seconds = self.clock.count()
         if self._file is not None:
-            self._file.write(json.dumps({**episode_to_json(episode), "seconds": round(seconds, 3)}) + "\n")
+            body = json.dumps(episode_to_json(episode)).encode()[:-1]
+            self._digest.update(body)
+            end = f', "seconds": {round(seconds, 3)}, "digest": "{_short(self._digest)}"}}\n'
+            self._file.write(body + end.encode())
             self._file.flush()
 
 
@@ -101,29 +148,30 @@ def read_episodes(path: Path) -> list[Episode]:
 def read_log(path: Path) -> Log:
     """Read a log; a last line that was cut off by a crash is left out.
 
+    Each line holds a digest of its episode and all before it, so that a change by hand or by the disk is found.
+
     Raises:
-        DataError: any other line that is not an episode, or a file that is not UTF-8.
+        DataError: any other line that is not an episode, is not the next one, or was changed.
     """
     episodes: list[Episode] = []
-    seconds = 0.0
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    try:
-        lines = content[:whole].decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no log: {error}", hint="Delete the file to search from the start.") from None
-    if whole < len(content):
-        os.truncate(path, whole)  # or the next line would be glued to it
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            seconds += float(row.pop("seconds", 0.0))
-            row["action"] = np.array(row["action"], dtype=np.float32)
-            row["kept"] = tuple(row["kept"])
-            row["slopes"] = tuple(row.get("slopes", ()))
-            episodes.append(Episode(**row))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {number} is not an episode: {error}", hint="Delete the file to search from the start."
-            ) from error
-    return Log(tuple(episodes), seconds)
+    seconds, digest, is_signed, end = 0.0, hashlib.sha256(), False, 0
+    for source, line in LINE.lines(path):
+        if not line.endswith(b"\n"):
+            os.truncate(path, end)  # or the next line would be glued to it
+            break
+        end += len(line)
+        row = LINE.parse(line, source)
+        signature = SIGNATURE.search(line)
+        digest.update(line[: signature.start()] if signature else line)
+        if (row.digest or is_signed) and row.digest != _short(digest):
+            raise LINE.refused(source, "it or a line before it was changed after it was written")
+        is_signed = bool(row.digest)
+        if row.index != len(episodes):
+            raise LINE.refused(source, f"index: {row.index}, not {len(episodes)}")
+        seconds += row.seconds
+        episodes.append(row.episode())
+    return Log(tuple(episodes), seconds, digest)
+
+
+def _short(digest: hashlib._Hash) -> str:
+    return digest.hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 from ffgym.config.tables import SearchTable
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
-from ffgym.envs.vector import PruningVectorEnv
+from ffgym.envs.vector import PruningVectorEnv, Step
 from ffgym.errors import PluginError
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import called, check_update
@@ -139,7 +140,7 @@ def search_front(
             if on_episode is not None:
                 on_episode(episode)
 
-        vector = PruningVectorEnv(
+        vector = _SearchEnv(
             env,
             schedule,
             num_envs=agent.update_size(settings.episodes_per_update),
@@ -192,6 +193,34 @@ def _found(
     )
 
 
+class _NotTheAgents(BaseException):
+    """An error of measuring or of a callback on its way through the agent's code, which shall not catch it.
+
+    Attributes:
+        error: what it was.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+@contextmanager
+def _not_the_agents() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _NotTheAgents(error) from None
+
+
+class _SearchEnv(PruningVectorEnv):
+    """The vector environment that the agent of a search sees."""
+
+    def measure(self, actions: np.ndarray) -> Step:
+        with _not_the_agents():
+            return super().measure(actions)
+
+
 def _learn(
     agent: Agent,
     vector: PruningVectorEnv,
@@ -203,30 +232,24 @@ def _learn(
     Raises:
         PluginError: it broke, took no step, or did not tell of its updates.
     """
-    telling, updates, told = False, 0, 0
-    foreign: list[Exception] = []
+    updates, told = 0, 0
 
     def tell(update: Update) -> None:
-        nonlocal telling, updates, told
+        nonlocal updates, told
         check_update(agent, update)
-        telling = True
         new, told = vector.history[told:], len(vector.history)
         if on_update is not None:
-            on_update(new, update)
-        telling = False
+            with _not_the_agents():
+                on_update(new, update)
         updates += 1
 
-    def learn() -> None:
-        try:
-            agent.learn(vector, seed=seed, on_update=tell)
-        except Exception as error:
-            if not (vector.measuring or telling):
-                raise
-            foreign.append(error)
-
-    called(agent, learn, "searching")
-    if foreign:
-        raise foreign[0]
+    stopped: Exception | None = None
+    try:
+        called(agent, lambda: agent.learn(vector, seed=seed, on_update=tell), "searching")
+    except _NotTheAgents as carrier:
+        stopped = carrier.error
+    if stopped is not None:
+        raise stopped
     if not vector.history:
         raise PluginError(f"{described(agent)}: learn came back without a step", hint="Call env.step in learn.")
     if updates == 0:

@@ -8,23 +8,36 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
+from ffgym.files import FileFormat
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.tracking.store import fetch_artifact
 from ffgym.types import JSONDict, Sublayer
 
 
-class Policy(NamedTuple):
-    """What a ``policy.json`` says: an agent's state, and which sublayers it is for (``None`` where it does not say)."""
+class Policy(BaseModel):
+    """What a ``policy.json`` says: an agent, its state, and for which sublayers (``None`` where it does not say)."""
 
+    model_config = ConfigDict(strict=True)
+
+    agent: str
     state: JSONDict
-    sublayers: tuple[str, ...] | None
+    sublayers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+
+POLICY = FileFormat(
+    "policy",
+    Policy,
+    ConfigError,
+    "Give search.init_from the folder of an earlier run, e.g. one under runs/, its policy.json, or its MLflow run id.",
+)
 
 
 def make_agent(config: RunConfig) -> Agent:
@@ -76,27 +89,14 @@ def read_policy(source: Path, config: RunConfig) -> Policy:
     Raises:
         ConfigError: nothing there, damaged, or of another agent.
     """
-    path = source / "policy.json" if source.is_dir() else source
-    try:
-        policy = json.loads(path.read_text(encoding="utf-8"))
-        for key, form in (("agent", str), ("state", dict)):
-            if not isinstance(policy, dict) or not isinstance(policy.get(key), form):
-                raise ValueError(f"it has no {key!r} that is a {form.__name__}")
-        owner, state, names = policy["agent"], policy["state"], policy.get("sublayers")
-        if not isinstance(names, list | None):
-            raise ValueError(f"its 'sublayers' is {names!r}, not a list of names")
-        sublayers = None if names is None else tuple(str(name) for name in names)
-    except (OSError, ValueError) as error:
+    policy = POLICY.read(source / "policy.json" if source.is_dir() else source)
+    if policy.agent != config.agent.name:
         raise ConfigError(
-            f"search.init_from = {str(source)!r}: no policy could be read from {path} ({error})",
-            hint="Give the folder of an earlier run, e.g. one under runs/, its policy.json, or its MLflow run id.",
-        ) from error
-    if owner != config.agent.name:
-        raise ConfigError(
-            f"search.init_from = {str(source)!r} holds a policy of agent {owner!r}, this run is {config.agent.name!r}",
-            hint=f"Use --agent {owner}, or start from a run of {config.agent.name!r}.",
+            f"search.init_from = {str(source)!r} holds a policy of agent {policy.agent!r}, this run is "
+            f"{config.agent.name!r}",
+            hint=f"Use --agent {policy.agent}, or start from a run of {config.agent.name!r}.",
         )
-    return Policy(state, sublayers)
+    return policy
 
 
 def policy_digest(config: RunConfig) -> str | None:

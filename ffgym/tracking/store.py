@@ -19,8 +19,22 @@ from typing import Any
 
 from ffgym.errors import TrackingError
 from ffgym.interrupts import held_back_interrupts
+from ffgym.tracking.masking import masked, shown
 
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
+
+DATABASES = ("postgresql", "mysql", "mssql", "sqlite+")
+# That bring a database driver, where they are not called like it.
+PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
+
+MOVE_EXPERIMENTS = """
+    UPDATE experiments SET artifact_location = :here || substr(artifact_location, :length + 1)
+    WHERE artifact_location = :old OR substr(artifact_location, 1, :length + 1) = :old || '/'
+"""
+MOVE_RUNS = """
+    UPDATE runs SET artifact_uri = :here || substr(artifact_uri, :length + 1)
+    WHERE substr(artifact_uri, 1, :length + 1) = :old || '/'
+"""
 
 
 def tracking_uri(root: Path) -> str:
@@ -41,8 +55,12 @@ def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
         TrackingError: no such run or artifact, or the store cannot be read.
     """
     uri = tracking_uri(root)
-    if uri == own_uri(root) and not database(root).exists():
-        raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+    if uri == own_uri(root):
+        if not database(root).exists():
+            raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+        with contextlib.suppress(sqlite3.Error):  # a store that is only read may be read-only
+            adopt(root)
+    check_driver(uri)
     with translated(uri, f"read {name} of run {run_id!r}"):
         client = import_mlflow().MlflowClient(tracking_uri=uri)
         return Path(client.download_artifacts(run_id, name, str(folder)))
@@ -63,9 +81,32 @@ def artifacts(root: Path) -> Path:
     return root.resolve() / "artifacts"
 
 
-def shown(uri: str) -> str:
-    """Name a store in a message: a path where it is a file, and never a password."""
-    return _without_password(uri).removeprefix("sqlite:///")
+def adopt(root: Path) -> None:
+    """Let a store that was copied or moved use the artifacts beside it: MLflow notes absolute paths.
+
+    Experiments whose artifacts lie in another store's folder, or in one that is gone, get this store's own, and so do
+    their runs: the files that came along are found, and nothing more is written into the other store.
+
+    Raises:
+        sqlite3.Error: the database cannot be read or written.
+    """
+    here = str(artifacts(root))
+    with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection, connection:
+        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
+            return
+        locations = [row[0] for row in connection.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        for old in filter(_is_another_stores, set(locations) - {here}):
+            values = {"here": here, "length": len(old), "old": old}
+            connection.execute(MOVE_EXPERIMENTS, values)
+            connection.execute(MOVE_RUNS, values)
+
+
+def _is_another_stores(location: str) -> bool:
+    """Whether a folder is that which another store keeps its artifacts in, or kept before it was moved."""
+    path = Path(location)
+    if not path.is_absolute() or path != artifacts(path.parent):
+        return False
+    return not path.is_dir() or database(path.parent).exists()
 
 
 def is_server(uri: str) -> bool:
@@ -73,8 +114,33 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
+def check_driver(uri: str) -> None:
+    """Refuse a database that no installed package can open, which MLflow ends in a traceback for.
+
+    Raises:
+        TrackingError: the driver is missing, or the address is none.
+    """
+    if not uri.startswith(DATABASES):
+        return
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    driver = ""
+    try:
+        address = make_url(uri)
+        driver = address.get_driver_name()
+        address.get_dialect().import_dbapi()
+    except ImportError as error:
+        raise TrackingError(
+            f"the MLflow store {shown(uri)} needs the database driver {driver}: {error}",
+            hint=f"Run: pip install {PACKAGES.get(driver, driver)}",
+        ) from None
+    except (SQLAlchemyError, ValueError):
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI is no address of a database: {shown(uri)}",
+            hint="Write it like postgresql://USER:PASSWORD@HOST/NAME, with @ / : ? # in the password as %40 %2F %3A "
+            "%3F %23.",
+        ) from None
 
 
 def import_mlflow() -> Any:
@@ -122,7 +188,7 @@ def translated(uri: str, action: str) -> Iterator[None]:
             logger.setLevel(logging.CRITICAL)
         yield
     except _store_errors() as error:
-        reason = _reason(error)
+        reason = _reason(error, uri)
         raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason)) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -136,20 +202,21 @@ def _store_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, uri: str) -> str:
     """Take the one line that says what is wrong out of SQLAlchemy's paragraph of SQL."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
     database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
-    return _without_password(database[1] if database else text.partition("\n")[0])
+    return masked(database[1] if database else text.partition("\n")[0], uri)
 
 
 def _next_step(uri: str, reason: str) -> str:
     if is_server(uri):
         return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
+    named = uri if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'
     for sign, step in (
-        ("out-of-date database schema", f"Copy the file and run `mlflow db upgrade {uri}`,"),
+        ("out-of-date database schema", f"Copy the database and run `mlflow db upgrade {named}`,"),
         ("not a database", "Move that file away,"),
         ("locked", "Let the program that holds it finish,"),
         ("could not be acquired", "Let the program that holds it finish,"),

@@ -19,13 +19,15 @@ from filelock import FileLock
 
 from ffgym.config.toml import flatten
 from ffgym.errors import TrackingError
+from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.store import (
     INSTEAD,
+    adopt,
     artifacts,
+    check_driver,
     import_mlflow,
     own_uri,
     require_writable,
-    shown,
     tracking_uri,
     translated,
     whole,
@@ -57,8 +59,8 @@ class Tracker:
         run_name: what the run is called in the UI.
         enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
         parent: ``run_id`` of the run that this one is a child of.
-        resume: ``run_id`` of an earlier session of the same run. It is gone on with: what it has already logged of the
-            episodes is not logged again. Where the store does not have it (any more), a new run is made.
+        resume: ``run_id`` of an earlier session of the same run, which goes on: what that has logged is not logged
+            again. Where the store does not have it (any more), a new run is made.
 
     Raises:
         TrackingError: from the ``with`` statement and from every method, where the store cannot be opened or written.
@@ -81,7 +83,8 @@ class Tracker:
         self._enabled = enabled
         self._parent = parent
         self._resume = resume
-        self._logged: dict[str, int] | None = None  # last step of a search that earlier sessions logged; None: no such
+        self._earlier: set[str] = set()  # names of the metrics that earlier sessions logged
+        self._histories: dict[str, dict[int, float]] = {}  # of those that were asked for: values by step
         self._uri = tracking_uri(root)
         self._client: Any = None
         self._params: set[str] = set()
@@ -117,7 +120,7 @@ class Tracker:
                 self._terminate("KILLED")
             else:
                 try:
-                    self.set_tags({FAILURE_TAG: f"{type(error).__name__}: {error}"})
+                    self.set_tags({FAILURE_TAG: masked(f"{type(error).__name__}: {error}", self._uri)})
                 finally:
                     self._terminate("FAILED")
 
@@ -163,7 +166,6 @@ class Tracker:
             policy: numbers about the policy after this update, e.g. ``{"policy/spread": 0.2}``, at the last step.
             search: prefix of the metrics, to keep the random baseline beside the agent.
         """
-        episodes = self._not_yet_logged(episodes, f"{search}/reward")
         if not episodes:
             return
         metrics = [
@@ -175,7 +177,7 @@ class Tracker:
         self.log_metrics(metrics)
 
     def log_metrics(self, metrics: Sequence[tuple[str, float, int]]) -> None:
-        """Log (name, value, step) triples in as few writes as MLflow allows."""
+        """Log (name, value, step) triples that no earlier session logged, in as few writes as MLflow allows."""
         if self.run_id is None:
             return
         now = int(time.time() * 1000)
@@ -183,6 +185,7 @@ class Tracker:
         batch = [
             entities.Metric(name, float(value) if math.isfinite(value) else math.nan, now, step)
             for name, value, step in metrics
+            if not self._was_logged(name, value, step)
         ]
         for start in range(0, len(batch), METRICS_PER_BATCH):
             self._write("log_batch", metrics=batch[start : start + METRICS_PER_BATCH])
@@ -250,6 +253,7 @@ class Tracker:
 
     def _open(self) -> None:
         """Open the store and begin the run."""
+        check_driver(self._uri)
         told = translated(self._uri, "open the MLflow store")
         with told, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
             if self._uri == own_uri(self._root):
@@ -258,6 +262,7 @@ class Tracker:
                 _fill(self._reserve)
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
+                adopt(self._root)
             mlflow = import_mlflow()
             with whole(self._uri):
                 self._client = mlflow.MlflowClient(tracking_uri=self._uri)
@@ -285,18 +290,21 @@ class Tracker:
         if FAILURE_TAG in run.data.tags:
             self._client.delete_tag(self._resume, FAILURE_TAG)
         self._params = set(run.data.params)
-        self._logged = {}
+        self._earlier = set(run.data.metrics)
         return run
 
-    def _not_yet_logged(self, episodes: Sequence[Episode], metric: str) -> Sequence[Episode]:
-        """Those that no earlier session logged: MLflow would show them twice."""
-        if self._logged is None or self.run_id is None:
-            return episodes
-        if metric not in self._logged:
+    def _was_logged(self, name: str, value: float, step: int) -> bool:
+        """Whether an earlier session logged the same: MLflow would show it twice."""
+        if name not in self._earlier:
+            return False
+        if name not in self._histories:
             with whole(self._uri), translated(self._uri, "read the MLflow store"):
-                history = self._client.get_metric_history(self.run_id, metric)
-            self._logged[metric] = max((point.step for point in history), default=-1)
-        return [episode for episode in episodes if episode.index > self._logged[metric]]
+                history = self._client.get_metric_history(self.run_id, name)
+            self._histories[name] = {point.step: point.value for point in history}
+        before = self._histories[name].get(step)
+        if before is None:
+            return False
+        return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
 
     def _experiment_id(self) -> str:
         """Find the experiment or make it."""
@@ -318,7 +326,7 @@ class Tracker:
                 hint="Restore it, or take another name with --set tracking.experiment=NAME.",
             )
         if own and not Path(found.artifact_location).is_dir():
-            # MLflow stores absolute paths: after a move it would silently write where the folder used to be.
+            # MLflow would silently make the folder again.
             raise TrackingError(
                 f"the MLflow experiment {self._experiment!r} keeps its artifacts in {found.artifact_location}, "
                 "which is not there (was the folder moved?)",

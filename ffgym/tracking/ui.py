@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 from ffgym.errors import TrackingError
-from ffgym.tracking.store import artifacts, database, is_server, own_uri, shown, tracking_uri
+from ffgym.tracking.masking import shown
+from ffgym.tracking.store import adopt, artifacts, check_driver, database, is_server, own_uri, tracking_uri
 
 SECONDS_TO_END = 3.0
 
@@ -29,16 +31,22 @@ def open_ui(root: Path, port: int = 5000) -> None:
     uri = tracking_uri(root)
     if is_server(uri):
         raise TrackingError(f"MLFLOW_TRACKING_URI is a server: {shown(uri)}", hint="Open that address in a browser.")
-    if uri == own_uri(root) and not database(root).is_file():
-        raise TrackingError(
-            f"no MLflow store in {root.resolve()} yet",
-            hint="Make one with `ffgym run`, or name another folder.",
-        )
+    if uri == own_uri(root):
+        if not database(root).is_file():
+            raise TrackingError(
+                f"no MLflow store in {root.resolve()} yet",
+                hint="Make one with `ffgym run`, or name another folder.",
+            )
+        with contextlib.suppress(sqlite3.Error):  # MLflow says what is wrong with it
+            adopt(root)
+    check_driver(uri)
     _require_free(port)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", uri, "--default-artifact-root", str(artifacts(root))]
+    command += ["--default-artifact-root", str(artifacts(root))]
+    # Everybody on this machine sees a command line, and the address of a database may hold its password.
+    store = {"MLFLOW_BACKEND_STORE_URI": uri}
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-    server = subprocess.Popen(command, env=quiet | os.environ)
+    server = subprocess.Popen(command, env=quiet | os.environ | store)
     try:
         code = server.wait()
     except KeyboardInterrupt:  # the way to stop it

@@ -177,6 +177,43 @@ def test_its_policy_serves_any_run_that_starts_from_it():
         fresh.begin(dimensions=8, batch=8, seed=1)
 
 
+def searched_at(sparsity, state=None):
+    """A single-target search, and the observation that it was measured at."""
+    env = BudgetRangeEnv(8, 6, 80)
+    env._drawn = lambda: sparsity
+    agent = policy(None)
+    if state is not None:
+        agent.load_state(state)
+    agent.learn(env, seed=0, on_update=lambda update: None)
+    return agent
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.3, 0.4, 0.6])
+def test_the_state_of_a_single_target_has_no_slope(sparsity):
+    """One sparsity tells nothing of the others: they start where this one ended, however far away they are."""
+    agent = searched_at(sparsity)
+    fresh = policy(None)
+    fresh.load_state(json.loads(json.dumps(agent.state())))
+    fresh.begin(dimensions=6, batch=8, seed=1)
+    for other in (sparsity, 0.1, 0.5, 0.8):
+        np.testing.assert_array_equal(recommended(fresh, other)[0], recommended(agent, np.float32(sparsity))[0])
+
+
+def test_a_single_target_keeps_the_slope_that_it_started_from():
+    start = {"weights": [[0.1] * 6, [-0.05] * 6], "log_spread": -2.0}
+    agent = searched_at(0.4, start)
+    level, slope = np.array(agent.state()["weights"])
+    np.testing.assert_array_equal(slope, -0.05)
+    np.testing.assert_allclose(level + slope, recommended(agent, np.float32(0.4))[0], atol=1e-6)
+
+
+def test_a_policy_that_was_loaded_and_never_moved_is_saved_as_it_was():
+    agent, state = policy(None), {"weights": [[0.1] * 6, [0.3] * 6], "log_spread": -2.0}
+    agent.load_state(state)
+    agent.begin(dimensions=6, batch=8, seed=0)
+    assert agent.state()["weights"] == state["weights"]
+
+
 def test_same_seed_same_search():
     rewards = []
     for _ in range(2):

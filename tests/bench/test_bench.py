@@ -30,7 +30,7 @@ from ffgym.bench import cell as cell_module
 from ffgym.bench.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.bench.cell import Job
 from ffgym.bench.table import BenchTable
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.toml import changed_settings
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
@@ -670,7 +670,7 @@ class TestRefusals:
         file = bench_file(tmp_path)
         (tmp_path / "small").mkdir()
         (tmp_path / "small" / "random-seed0.json").write_text(text)
-        with pytest.raises(DataError, match=r"random-seed0\.json is not a bench result") as raised:
+        with pytest.raises(DataError, match=r"random-seed0\.json is no bench result") as raised:
             call(file)
         assert "Delete it" in str(raised.value.hint)
 
@@ -683,7 +683,7 @@ class TestRefusals:
             call(first, second)
 
     def test_no_such_file_and_no_toml(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"no configuration file .*nowhere\.toml"):
+        with pytest.raises(ConfigError, match=r"configuration .*nowhere\.toml' cannot be read"):
             call(tmp_path / "nowhere.toml")
         (tmp_path / "broken.toml").write_text("title =")
         with pytest.raises(ConfigError, match="not valid TOML"):
@@ -720,7 +720,7 @@ def test_a_cell_can_be_read_back(finished: Any) -> None:
 
 def test_committed_results_belong_to_the_configuration_beside_them() -> None:
     """A key that is added later, or a default that moves, must not orphan what was measured."""
-    for file in sorted((Path(__file__).parent.parent / "experiments" / "bench").glob("*.toml")):
+    for file in sorted((Path(__file__).parents[2] / "experiments" / "bench").glob("*.toml")):
         for cell in read_bench(file).cells:
             assert not cell.path.exists() or configured.changed_since(read_cell(cell).settings, cell.config) == [], (
                 cell.path

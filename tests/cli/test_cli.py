@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import ffgym
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ModelError
@@ -88,16 +88,16 @@ def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Call
     "code",
     [
         "import ffgym; ffgym.RunConfig",
-        "from ffgym.cli.app import app; app(['--help'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['run', '--help'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['eval', '--help'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['measure', '--help'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['export', '--help'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['recover', '--help'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['ls', 'criteria'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['ls', 'agents'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['plugins'], standalone_mode=False)",
-        "from ffgym.cli.app import app; app(['config', '--agent', 'uniform'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['run', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['eval', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['measure', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['export', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['recover', '--help'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['ls', 'criteria'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['ls', 'agents'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['plugins'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['config', '--agent', 'uniform'], standalone_mode=False)",
     ],
 )
 def test_quick_commands_import_nothing_heavy(code: str) -> None:
@@ -112,7 +112,7 @@ def test_module_is_the_command() -> None:
 
 
 def test_version_is_the_projects() -> None:
-    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
     assert tomllib.loads(pyproject.read_text("utf-8"))["project"]["version"] == ffgym.__version__
 
 
@@ -210,7 +210,7 @@ def test_json_leaves_stdout_pure(runner: list[RunConfig]) -> None:
         (["--set", "sparsity=0.2"], "Did you mean 'prune.sparsity'?"),
         (["--set", "prune.sparcity=0.2"], "Did you mean 'sparsity'?"),
         (["--set", "nonsense"], "cannot read --set 'nonsense'"),
-        (["--config", "nowhere.toml"], "no configuration file nowhere.toml"),
+        (["--config", "nowhere.toml"], "configuration 'nowhere.toml' cannot be read"),
         (["--calibration", "lasso"], "prune.calibration = 'lasso'"),
         (["--align", "0"], "prune.align = 0"),
         (["--uniform", "--set", "prune.min_units=0"], "prune.uniform = true with prune.min_units = 0"),

@@ -12,7 +12,8 @@ import pytest
 import task_wheel
 from typer.testing import CliRunner
 
-from ffgym.cli.app import DataSources, app, evaluate
+from ffgym.cli import app
+from ffgym.cli.measure import DataSources, evaluate
 from ffgym.measure import tasks
 
 pytest.importorskip("lm_eval")

@@ -61,13 +61,13 @@ def test_what_is_timed_is_the_sublayer_as_the_model_runs_it(family):
 
 def test_every_size_is_timed_once_a_round_and_the_whole_model_too(monkeypatch):
     cut = []
-    original = sublayer_times.Half.cut
+    original = sublayer_times.PrunableSublayer.cut
 
     def counted(self, units, **options):
         cut.append((self.sublayer.kind, units))
         original(self, units, **options)
 
-    monkeypatch.setattr(sublayer_times.Half, "cut", counted)
+    monkeypatch.setattr(sublayer_times.PrunableSublayer, "cut", counted)
     model = tiny_model("llama", layers=1)
     forwards = []
     model.get_output_embeddings().register_forward_hook(lambda *_: forwards.append(1))

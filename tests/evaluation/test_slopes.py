@@ -73,6 +73,23 @@ def test_slopes_equal_differences_of_losses(family, calibration, whole, random_w
             assert float(found[index][unit]) == pytest.approx(difference, rel=0.02, abs=4e-6), (index, unit)
 
 
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_slopes_have_the_bits_of_a_backward_pass_through_the_model(family, random_windows):
+    prunable = prepare(tiny_model(family), Wanda(), random_windows(8), ridge=0.01).prunable
+    windows, kept = random_windows(3, seed=1), [max(1, s.units // 2) for s in prunable.sublayers]
+    found = unit_slopes(prunable, windows, kept)
+    pad(prunable, kept)
+    parameters = [parameter.requires_grad_() for c in prunable.consumers for parameter in c.parameters()]
+    totals = {parameter: torch.zeros_like(parameter.data) for parameter in parameters}
+    for window in windows.split(1):
+        loss = prunable.model(input_ids=window, labels=window, use_cache=False).loss
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            totals[parameter] += gradient / 3
+    for half, slopes in zip(prunable.halves, found, strict=True):
+        channels = half.path.slopes(totals[half.consumer.weight], totals.get(half.consumer.bias))
+        assert torch.equal(slopes, channels.view(half.sublayer.units, -1).sum(dim=1))
+
+
 def test_plain_removal_has_slopes_of_its_own(random_windows):
     prunable, kept = prepared("llama", random_windows(8))
     windows = random_windows(3, seed=1)

@@ -19,7 +19,7 @@ from ffgym.errors import ConfigError, DataError
 from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "calibration-bias" / "measure.py"
+SCRIPT = Path(__file__).parents[2] / "experiments" / "calibration-bias" / "measure.py"
 TRAINING = {"tokens": 128, "batch_tokens": 64, "held_out_tokens": 64}
 FOUND, BLIND = [2, 200] * 4, [1, 256] * 4
 

@@ -22,7 +22,7 @@ from tiny_tokenizers import PRE_TOKENIZERS, byte_level, sentencepiece
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.errors import ModelError, OutputError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.gguf.architectures import CANDIDATES, Architecture
@@ -490,8 +490,8 @@ def forget_the_tokenizer(folder: Path) -> None:
         (forget_the_tokenizer, "no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "damaged or incomplete"),
         (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "generation_config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is no model configuration"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "is no generation configuration"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
         (lambda folder: edit(folder / "config.json", vocab_size=100), r"has shape \(128, 32\), and config.json says"),
         (
@@ -549,7 +549,7 @@ def test_other_names_and_places_are_refused(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "d.gguf").mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         export_gguf(folder, tmp_path / "d.gguf", overwrite=True)
-    with pytest.raises(OutputError, match="could not be written"):
+    with pytest.raises(OutputError, match="cannot write"):
         export_gguf(folder, folder / "config.json" / "m.gguf")
     assert export_gguf(folder, tmp_path / "a" / "b" / "m.gguf").path.is_file()
 
@@ -562,11 +562,10 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, tmp_path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # no file may grow beyond it: the weights do not fit
     try:
-        with pytest.raises(OutputError, match="could not be written") as raised:
+        with pytest.raises(OutputError, match="cannot write"):
             export_gguf(folder, place, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "untouched" in str(raised.value.hint)
     assert place.read_text() == "old"
     assert [path.name for path in place.parent.iterdir()] == ["m.gguf"]
 

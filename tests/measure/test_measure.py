@@ -15,7 +15,7 @@ from latency_tables import made_up_table
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.costs import latency_cache
 from ffgym.costs.latency_table import read_table
 from ffgym.errors import BudgetError, ConfigError, ModelError, OutputError

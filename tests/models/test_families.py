@@ -77,7 +77,7 @@ def test_consumers_and_producers_fit_the_sublayers(family):
 def test_an_unsupported_architecture_is_refused_by_name():
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with pytest.raises(ModelError, match=r"'gpt2' \(GPT2LMHeadModel\) is not supported") as raised:
+    with pytest.raises(ModelError, match="'gpt2' is not supported") as raised:
         family_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)))
     assert all(name in raised.value.hint for name in FAMILIES)
 

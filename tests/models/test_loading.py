@@ -200,6 +200,18 @@ def test_a_gguf_is_converted_once(gguf_file, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_converted_gguf_that_is_damaged_is_converted_again(gguf_file, monkeypatch, capfd):
+    folder = loading.checkpoint_folder(str(gguf_file))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setattr("ffgym.data.assets._verified", {})
+    capfd.readouterr()
+    load(str(gguf_file), dtype="float32", device="cpu")
+    assert weights.read_bytes() == whole
+    assert "is damaged: making it again" in capfd.readouterr().err
+
+
 def test_a_changed_gguf_is_converted_again(gguf_file, tmp_path):
     copy = shutil.copy(gguf_file, tmp_path / "tiny.gguf")
     load(str(copy), dtype="float32", device="cpu")
@@ -354,7 +366,7 @@ def test_an_adapter_is_never_unpickled(checkpoint):
 
 def test_a_config_that_is_not_json_is_an_error(checkpoint):
     (checkpoint / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="is not JSON"):
+    with pytest.raises(ModelError, match="is no model configuration, or a damaged one"):
         load(str(checkpoint), device="cpu")
 
 
@@ -367,8 +379,58 @@ def test_a_config_with_a_value_of_the_wrong_type_names_key_and_value(checkpoint)
 
 def test_an_architecture_that_is_no_causal_lm_is_an_error(checkpoint):
     (checkpoint / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="'vit' is not supported"):
         load(str(checkpoint), device="cpu")
+
+
+def test_gemma_2_is_refused_for_what_it_does_before_its_weights_are_read(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
+    for any_family in (False, True):
+        with pytest.raises(ModelError, match=r"soft-capped.*sandwich norms"):
+            load(str(checkpoint), device="cpu", any_family=any_family)
+
+
+def test_an_architecture_that_cannot_be_pruned_is_loaded_where_any_will_do(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=400)).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'gpt2' is not supported"):
+        load(str(tmp_path), device="cpu")
+    assert load(str(tmp_path), device="cpu", any_family=True).model.config.model_type == "gpt2"
+
+
+@pytest.mark.parametrize("layers", [10**12, 100_000, 3, 0, -1])
+def test_a_config_with_other_layers_than_the_weights_is_refused_before_any_is_built(checkpoint, layers):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    with pytest.raises(ModelError, match=f"num_hidden_layers = {layers}, and the checkpoint has 2 layers"):
+        load(str(checkpoint), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("value", [10**30, 10**9, 0, -1])
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
+)
+def test_a_config_with_other_sizes_than_the_weights_is_refused_before_any_is_built(checkpoint, key, value, monkeypatch):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {key: value}))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(ModelError, match=r"does not fit its config\.json|cannot be loaded"):
+        load(str(checkpoint), dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("size", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
+@pytest.mark.parametrize("value", [2**31, 0])
+def test_a_gguf_with_other_sizes_than_its_tensors_is_refused_before_any_is_built(gguf_file, tmp_path, size, value):
+    import gguf
+
+    copy = shutil.copy(gguf_file, tmp_path / "changed.gguf")
+    field = gguf.GGUFReader(copy, "r+").fields[f"llama.{size}"]
+    field.parts[field.data[0]][0] = value
+    with pytest.raises(ModelError, match=rf"llama\.{size} = {value} does not fit its tensors"):
+        load(str(copy), dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "a/b/c"])
@@ -428,16 +490,22 @@ def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack
         (folder / "refs" / "main").write_text(commit)
         if not weights:
             (folder / "snapshots" / commit / "model.safetensors").unlink()
+    gemma = tmp_path / "hub" / "models--a--gemma" / "snapshots" / commit
+    gemma.mkdir(parents=True)
+    shutil.copytree(gemma.parents[2] / "models--a--whole" / "refs", gemma.parents[1] / "refs")
+    (gemma / "config.json").write_text('{"model_type": "gemma2"}')
     code = (
         "from ffgym.models.loading import load\nfrom ffgym.errors import ModelError\n"
         "print(load('a/whole', device='cpu').description)\n"
-        "try: load('a/empty', device='cpu')\nexcept ModelError as error: print(error.message)"
+        "for name in ('a/empty', 'a/gemma'):\n"
+        "    try: load(name, device='cpu')\n    except ModelError as error: print(error.message)"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    first, second = done.stdout.splitlines()
+    first, second, third = done.stdout.splitlines()
     assert first == "hub model a/whole at 0123456789ab"
     assert "its weights are not in the hub's cache" in second
+    assert "'gemma2' is not supported" in third, "said before its weights are looked for"
 
 
 def test_what_config_json_says_about_results_does_not_matter(checkpoint):

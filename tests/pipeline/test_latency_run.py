@@ -24,6 +24,7 @@ from ffgym.models.loading import load
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.plugins import discovery
 from ffgym.prepare import parts as parts_module
+from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
 
 
@@ -140,7 +141,7 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
 
 def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = timed(tmp_path, table)
-    space = task.open_workspace(config, [], pipeline.Reporter(Console(file=io.StringIO())))
+    space = task.open_workspace(config, [], Reporter(Console(file=io.StringIO())))
     monkeypatch.setattr(latency_table, "read_table", lambda path: pytest.fail("the table was read again"))
     other = task.with_config(space, config.model_copy(update={"seed": 1}))
     assert other.costs is space.costs
@@ -189,10 +190,10 @@ def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: Latenc
 def test_a_run_that_ends_before_its_search_leaves_no_table(
     tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_search", interrupted)
+    monkeypatch.setattr("ffgym.pipeline.search.search_front", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finish(timed(tmp_path, table))
     assert not (tmp_path / "out").exists()

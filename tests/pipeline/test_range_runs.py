@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.bench.bench import check_benches, read_bench
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import BudgetError, ConfigError
@@ -26,6 +26,7 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.plugins import built_ins, discovery, manager
 from ffgym.prepare.parts import load_parts
+from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -54,6 +55,7 @@ def ranged(folder: Path, **changes: dict[str, Any]) -> RunConfig:
 def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
     console = Console(file=io.StringIO(), width=200)
     result = pipeline.run(config, progress=console, resume=resume)
+    assert isinstance(result, pipeline.RunResult)
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -102,7 +104,7 @@ def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: An
 
 def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
     config, result = finished
-    space = task.open_workspace(config, list(compare.REFERENCES.values()), pipeline.Reporter(Console(quiet=True)))
+    space = task.open_workspace(config, list(compare.REFERENCES.values()), Reporter(Console(quiet=True)))
     windows = space.splits.report.windows
     for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
         allocation = json.loads((result.folder / f"allocation-{name}.json").read_text())
@@ -112,7 +114,7 @@ def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any)
         assert list(kept) == point["kept"]
         uniform = space.project("uniform", {}, point["target"]).kept
         for label, units in (("reinforce", point["kept"]), ("uniform", uniform)):
-            with task.cut_to(space, units, "ridge", pipeline.Reporter(Console(quiet=True))):
+            with task.cut_to(space, units, "ridge", Reporter(Console(quiet=True))):
                 assert evaluate(space.prepared.prunable.model, windows).perplexity == point["perplexity"][label]
 
 
@@ -208,13 +210,17 @@ def test_save_at_adds_its_point_and_saves_that_model(tmp_path: Path) -> None:
 
 
 def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
-    result, _ = go(ranged(tmp_path, prune={"front_points": 3}, output={"save_all": True}))
+    config = ranged(tmp_path, prune={"front_points": 3}, output={"save_all": True})
+    result, _ = go(config)
     sizes = []
     for name, point in zip(("0.10", "0.30", "0.50"), front_of(result.folder)["points"], strict=True):
         card = (result.folder / f"model-{name}" / "README.md").read_text()
         assert f"{100 * point['sparsity']:.1f}%" in card
         sizes.append((result.folder / f"model-{name}" / "model.safetensors").stat().st_size)
     assert sizes == sorted(sizes, reverse=True)
+    finished = pipeline.run(config, progress=Console(quiet=True), resume=result.folder)
+    now, then = finished.to_json(), result.to_json()
+    assert now == {key: then[key] for key in now}
     assert not (result.folder / "model").exists()
     again, _ = go(
         ranged(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,16 +23,17 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
-from ffgym.pipeline.folder import held, last_session
+from ffgym.pipeline.folder import held, read_record
 from ffgym.plugins import discovery
 from ffgym.search.log import read_log
+from ffgym.tracking.tracker import Tracker
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}
@@ -54,6 +56,7 @@ def config(folder: Path, **changes: dict[str, Any]) -> RunConfig:
 def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
     console = Console(file=io.StringIO(), width=200)
     result = pipeline.run(config, progress=console, resume=resume)
+    assert isinstance(result, pipeline.RunResult)
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -147,15 +150,99 @@ def test_ctrl_c_after_the_search_costs_no_episode(
     assert result.saved is not None
 
 
-def test_a_finished_run_comes_out_the_same_without_an_episode(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+# it is finished
+
+
+def finished(config: RunConfig, folder: Path) -> tuple[pipeline.FinishedRun, str]:
+    console = Console(file=io.StringIO(), width=200)
+    result = pipeline.run(config, progress=console, resume=folder)
+    assert isinstance(result, pipeline.FinishedRun)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "by a version that did not note it"])
+def test_a_finished_run_says_so_and_nothing_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    whole, _ = go(config(tmp_path, tracking=TRACKED))
+    if not noted:
+        note = whole.folder / "run.json"
+        note.write_text(json.dumps({**json.loads(note.read_text()), "results": None}))
+    before = snapshot(tmp_path)
+    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
+    result, said = finished(config(tmp_path, tracking=TRACKED), whole.folder)
+    assert f"the run in {whole.folder} is finished: nothing is left to do" in said
+    assert snapshot(tmp_path) == before
+    assert runs(root)[0].info.status == "FINISHED"
+    now, then = result.to_json(), whole.to_json()
+    assert now == {key: then[key] for key in now}
+    assert now.keys() >= {"table", "allocation", "folder", "model", "mlflow_run"}
+
+
+def test_the_command_prints_what_a_finished_run_came_to(whole: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["run", "--resume", str(whole)])
+    assert done.exit_code == 0, done.stderr
+    assert "is finished" in done.stderr
+    assert (whole / "report.md").read_text() in done.stdout
+    assert f"Results and pictures: {whole}" in done.stdout
+    assert f"from_pretrained('{whole / 'model'}'" in done.stdout
+    done = CliRunner().invoke(app, ["run", "--resume", str(whole), "--json"])
+    assert json.loads(done.stdout)["model"] == str(whole / "model")
+
+
+@pytest.mark.parametrize("lost", ["the model", "the table", "the model, noted by nobody"])
+def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
+    whole: Path, tmp_path: Path, steps: list[int], lost: str
+) -> None:
     result, _ = go(config(tmp_path))
+    if "model" in lost:
+        shutil.rmtree(result.folder / "model")
+    else:
+        (result.folder / "report.json").unlink()
+    if "nobody" in lost:
+        (result.folder / "run.json").write_text("{}")
     del steps[1:]
     (result.folder / ".model.part-0123").mkdir()
     again, said = go(config(tmp_path), resume=result.folder)
-    assert "the search of this run has ended; what comes after it is done again" in said
+    assert ("the search of this run has ended; what comes after it is done again" in said) == ("model" in lost)
     assert len(steps) == 1
     assert_same(again.folder, whole)
     assert not list(again.folder.glob(".model*"))
+
+
+def test_a_model_that_was_not_wanted_may_be_wanted_later(whole: Path, tmp_path: Path, steps: list[int]) -> None:
+    result, _ = go(config(tmp_path, output={"save_model": False}))
+    finished(config(tmp_path, output={"save_model": False}), result.folder)
+    del steps[1:]
+    go(config(tmp_path), resume=result.folder)
+    assert len(steps) == 1
+    assert_same(result.folder, whole)
+    finished(config(tmp_path), result.folder)
+
+
+def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = new_store(tmp_path / "mlruns")
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log_table", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, tracking=TRACKED))
+    go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
+    (run,) = runs(root)
+    assert run.info.status == "FINISHED"
+    assert "report/perplexity/dense" in run.data.metrics
+    finished(config(tmp_path, tracking=TRACKED), tmp_path / "out")
+
+
+# it goes on, whatever changed
 
 
 def test_seconds_of_all_sessions_are_added_up(tmp_path: Path, steps: list[int]) -> None:
@@ -203,7 +290,7 @@ def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps
         go(config(tmp_path, tracking=TRACKED))
     (killed,) = runs(root)
     assert killed.info.status == "KILLED"
-    assert last_session(tmp_path / "out").mlflow_run == killed.info.run_id
+    assert read_record(tmp_path / "out").mlflow_run == killed.info.run_id
     steps[0] = 10**6
     result, _ = go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
@@ -242,18 +329,18 @@ def test_without_its_mlflow_run_a_new_one_gets_everything(tmp_path: Path, steps:
     steps[0] = 6
     with pytest.raises(KeyboardInterrupt):
         go(config(tmp_path, tracking=TRACKED))
-    old = last_session(tmp_path / "out").mlflow_run
+    old = read_record(tmp_path / "out").mlflow_run
     if lost == "deleted":
         client(root).delete_run(old)
     elif lost == "another store":
         root = new_store(tmp_path / "others")
     else:
-        (tmp_path / "out" / "run.json").write_text("{")
+        (tmp_path / "out" / "run.json").unlink()
     steps[0] = 10**6
     tracked = {**TRACKED, "root": str(root)}
     result, _ = go(config(tmp_path, tracking=tracked), resume=tmp_path / "out")
     assert result.mlflow_run not in (None, old)
-    assert last_session(tmp_path / "out").mlflow_run == result.mlflow_run
+    assert read_record(tmp_path / "out").mlflow_run == result.mlflow_run
     assert len(client(root).get_metric_history(result.mlflow_run, "search/reward")) == EPISODES
 
 
@@ -342,7 +429,7 @@ class TestRefusals:
 
     def test_a_damaged_configuration(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text("seed = ")
-        with pytest.raises(ConfigError, match=r"config\.toml is not valid TOML"):
+        with pytest.raises(ConfigError, match=r"config\.toml is no configuration, or a damaged one: not valid TOML"):
             go(config(tmp_path), resume=tmp_path)
 
 
@@ -353,6 +440,7 @@ def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list
     steps[0] = 10**6
     log = tmp_path / "out" / "episodes.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [{key: value for key, value in row.items() if key != "digest"} for row in rows]
     rows[1]["action"][0] += 0.1
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = log.read_text()

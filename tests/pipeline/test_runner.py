@@ -25,7 +25,7 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, load_config
 from ffgym.envs.pruning_env import PruningEnv
@@ -472,13 +472,13 @@ def test_init_from_a_folder_or_an_mlflow_run_starts_from_its_policy(finished: Fi
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (None, "no policy could be read"),
-        ("{", "no policy could be read"),
-        ("[1]", "no policy could be read"),
+        (None, "policy .* cannot be read: No such file"),
+        ("{", "is no policy, or a damaged one"),
+        ("[1]", "is no policy, or a damaged one"),
         ('{"agent": "random", "state": {}}', "holds a policy of agent 'random', this run is 'reinforce'"),
-        ('{"agent": "reinforce", "state": null}', "no policy could be read"),
-        ('{"agent": "reinforce", "state": [1]}', "no policy could be read"),
-        ('{"agent": "reinforce", "state": {}, "sublayers": 3}', "no policy could be read"),
+        ('{"agent": "reinforce", "state": null}', "is no policy, or a damaged one"),
+        ('{"agent": "reinforce", "state": [1]}', "is no policy, or a damaged one"),
+        ('{"agent": "reinforce", "state": {}, "sublayers": 3}', "is no policy, or a damaged one"),
         ('{"agent": "reinforce", "state": {}}', "its policy is not what agent 'reinforce' writes"),
         ('{"agent": "reinforce", "state": {"weights": "x", "log_spread": 0}}', "its policy is not what agent"),
     ],

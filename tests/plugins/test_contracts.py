@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ffgym.errors import DataError, PluginError
+from ffgym.errors import DataError, ModelError, PluginError
+from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion, Heuristic, Reward
 from ffgym.plugins.contracts import (
     called,
@@ -226,6 +227,37 @@ def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, sai
     setattr(reward, attribute, value)
     with pytest.raises(PluginError, match=f"reward 'number'.*{said}"):
         check_wishes(reward)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "check"),
+    [
+        ("perplexity", {}, check_reward),
+        ("multi-objective", {"accuracy": 0, "cost": 0}, check_reward),
+        ("multi-objective", {"accuracy": 0, "cost": 0}, check_objectives),
+    ],
+)
+def test_a_built_in_reward_that_overflows_says_what_is_wrong_with_the_losses(
+    name: str, options: dict[str, Any], check: Callable[..., Any]
+) -> None:
+    """Norm weights of 1e38 make a dense model with finite losses of thousands of nats."""
+    reward = manager.create("reward", name, options)
+    with pytest.raises(ModelError, match=f"reward '{name}' overflows: the pruned loss is 3.5 and the dense loss 5000"):
+        check(reward, PRUNED, Evaluation((5000.0, 5000.0), 8))
+
+
+def test_somebodys_reward_that_overflows_is_theirs() -> None:
+    with pytest.raises(PluginError, match="failed while computing a reward: OverflowError") as caught:
+        check_reward(Number(lambda: math.exp(5000)), PRUNED, DENSE)
+    assert "the package's author" in str(caught.value.hint)
+
+
+def test_a_built_in_that_breaks_is_not_blamed_as_somebodys_plugin() -> None:
+    reward = manager.create("reward", "perplexity", {})
+    with pytest.raises(PluginError, match="failed while computing a reward") as caught:
+        check_reward(reward, PRUNED, None)  # type: ignore[arg-type]
+    assert "report it to ffgym" in str(caught.value.hint)
+    assert "The plugin broke" not in str(caught.value.hint)
 
 
 def test_importance_comes_back_as_float32() -> None:

@@ -1,14 +1,16 @@
-"""Statistics are those of inputs and gradients that really occur, in one pass or many, and no hook is left behind."""
+"""Statistics are those of inputs and gradients that really occur, from one walk, and no hook is left behind."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 
 from ffgym.models.cut import PrunableModel
 from ffgym.prepare.statistics import gradient_statistics, stream_statistics
+from ffgym.pruning.statistics import Moments
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 from ffgym.types import LayerStats
 
@@ -77,25 +79,42 @@ def test_held_out_windows_are_the_last_and_kept_apart(llama, windows):
         same(held_out, y)
 
 
-@pytest.mark.parametrize("memory", [1, 20_000])
-def test_groups_under_a_small_memory_limit_equal_one_pass(prunable, windows, memory):
-    progress = []
-    whole = collected(prunable, windows, held_out=1)
-    grouped = collected(
-        prunable, windows, held_out=1, memory=memory, tokens_per_batch=32, on_progress=lambda *at: progress.append(at)
-    )
-    for (index, a, b), (again, c, d) in zip(whole, grouped, strict=True):
-        assert index == again
-        for one, two in ((a, c), (b, d)):
-            assert one.tokens == two.tokens
-            for name in ALL:
-                torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-5)
-    done, total = zip(*progress, strict=True)
-    assert len(set(total)) == 1
-    assert total[0] % 6 == 0
-    assert total[0] > 6, "more than one pass"
-    assert list(done) == sorted(done)
-    assert done[-1] == total[0]
+def test_have_the_bits_of_ordinary_calls(prunable, windows):
+    sums = [Moments(consumer.in_features, ALL) for consumer in prunable.consumers]
+    handles = [
+        consumer.register_forward_pre_hook(lambda _, args, to=to: to.update(args[0]))
+        for consumer, to in zip(prunable.consumers, sums, strict=True)
+    ]
+    with torch.no_grad():
+        for batch in windows.split(2):
+            prunable.model(input_ids=batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for (_, stats, _), wanted in zip(collected(prunable, windows, tokens_per_batch=32), sums, strict=True):
+        equal(stats, wanted.result())
+
+
+def equal(got, wanted):
+    for name, value in vars(wanted).items():
+        assert torch.equal(getattr(got, name), value) if torch.is_tensor(value) else getattr(got, name) == value
+
+
+def test_units_may_be_permuted_as_soon_as_their_statistics_are_there(prunable, windows):
+    wanted = collected(prunable, windows, held_out=2)
+    stream = stream_statistics(prunable.model, prunable.consumers, windows, ALL, held_out=2)
+    for (index, fitted, apart), (_, first, second) in zip(stream, wanted, strict=True):
+        equal(fitted, first)
+        equal(apart, second)
+        half = prunable.halves[index]
+        half.permute(torch.arange(half.sublayer.units).flip(0))
+
+
+def test_every_layer_is_run_once_a_batch(llama, windows):
+    calls = Counter()
+    for index, layer in enumerate(llama.model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: calls.update([index]))
+    collected(llama, windows, held_out=2, tokens_per_batch=32)
+    assert calls == {0: 3, 1: 3, 2: 3}
 
 
 def test_only_what_is_needed_is_collected(llama, windows):
@@ -106,7 +125,7 @@ def test_only_what_is_needed_is_collected(llama, windows):
 
 
 def test_where_nothing_is_needed_nothing_runs(llama, windows):
-    llama.model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    llama.model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
     got = collected(llama, windows, frozenset({"gradient"}))
     assert got == [(i, LayerStats(), LayerStats()) for i in range(6)]
     assert gradient_statistics(llama.model, llama.consumers, windows, ALL) == [LayerStats()] * 6
@@ -154,7 +173,25 @@ def test_gradients_equal_float64_autograd(prunable, windows, tokens_per_pass):
         torch.testing.assert_close(
             stats.output_gradient.double(), fisher, rtol=1e-3, atol=1e-4 * float(fisher.abs().max())
         )
-    assert progress[-1] == (len(pieces), len(pieces))
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_gradients_have_the_bits_of_a_backward_pass_through_the_model(prunable, windows):
+    seen = {}
+    for index, consumer in enumerate(prunable.consumers):
+        consumer.register_forward_hook(lambda _, args, output, index=index: seen.update({index: (args[0], output)}))
+    sums = [[torch.zeros_like(c.weight), torch.zeros(c.out_features, c.out_features)] for c in prunable.consumers]
+    for window in windows.split(1):
+        loss = prunable.model(input_ids=window, labels=window, use_cache=False).loss * 15
+        gradients = torch.autograd.grad(loss, [seen[index][1] for index in range(6)])
+        for index, gradient in enumerate(gradients):
+            g = gradient.flatten(0, -2)
+            sums[index][0].data.addmm_(g.T, seen[index][0].detach().flatten(0, -2))
+            sums[index][1].addmm_(g.T, g)
+    got = gradient_statistics(prunable.model, prunable.consumers, windows, FIRST_ORDER)
+    for stats, (weight, fisher) in zip(got, sums, strict=True):
+        assert torch.equal(stats.gradient, weight / 90)
+        assert torch.equal(stats.output_gradient, fisher / 90)
 
 
 def test_gradients_are_the_same_where_parameters_are_frozen(llama, windows):

@@ -137,7 +137,7 @@ class TestNestedRidge:
         path = problem.path()
         assert torch.equal(path.weight_at(problem.n), problem.W.float())
         if problem.affine:
-            torch.testing.assert_close(path.bias_at(problem.n), problem.bias, rtol=1e-5, atol=1e-5)
+            assert torch.equal(path.bias_at(problem.n), problem.bias)
 
     @given(problems)
     def test_a_large_lambda_tends_to_plain_removal(self, problem):
@@ -164,6 +164,18 @@ class TestNestedRidge:
         for k in range(9):
             mean = path.weight_at(k).double() @ problem.mean[:k] + path.bias_at(k).double()
             problem.close(mean, problem.W @ problem.mean + problem.bias.double())
+
+    @pytest.mark.parametrize("shift", [0.0, 1e3])
+    def test_the_bias_is_the_direct_formula_however_large_the_mean(self, shift):
+        """b' = b + W mu - W'_K mu_K in float64: in float32 its two products would cancel."""
+        problem = Problem(12, 3, 0.1, seed=3, affine=True)
+        mean = problem.mean + shift
+        G = problem.moment + torch.outer(mean, mean)
+        path = NestedRidge(problem.W.float(), G, problem.ridge, mean, problem.bias)
+        for k in range(13):
+            wanted = problem.bias + problem.W @ mean - problem.solved(k) @ mean[:k]
+            atol = 1e-6 * float(wanted.norm() + 1)
+            torch.testing.assert_close(path.bias_at(k).double(), wanted, rtol=1e-6, atol=atol)
 
     def test_without_a_mean_the_bias_stays(self):
         problem = Problem(8, 3, 0.1, seed=1, affine=False)

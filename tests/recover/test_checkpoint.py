@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ def claimed(folder: Path, *, overwrite: bool = False, **identity: object) -> Che
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     checkpoint = claimed(tmp_path / "c")
-    assert (checkpoint.exists, checkpoint.load("lora")) == (False, None)
+    assert (checkpoint.exists, checkpoint.load("lora", dict[str, Any])) == (False, None)
     checkpoint.save("lora", TENSORS, {"step": 3, "losses": [0.1, 0.2]})
     again = claimed(tmp_path / "c")
-    part = again.load("lora")
+    part = again.load("lora", dict[str, Any])
     assert again.exists
     assert part is not None
     assert part.facts == {"step": 3, "losses": [0.1, 0.2]}
@@ -46,7 +47,7 @@ def test_another_configuration_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(RecoveryError, match=r"unfinished training with rank = 8; this one has rank = 16") as raised:
         claimed(tmp_path / "c", rank=16)
     assert "--overwrite" in str(raised.value.hint)
-    assert Checkpoint(tmp_path / "c", {}).load("lora") is not None  # nothing was deleted
+    assert Checkpoint(tmp_path / "c", {}).load("lora", dict[str, Any]) is not None  # nothing was deleted
     assert not claimed(tmp_path / "c", rank=16, overwrite=True).exists
 
 
@@ -91,7 +92,7 @@ def test_a_damaged_part_is_said_to_be(tmp_path: Path, content: bytes) -> None:
     checkpoint.save("lora", TENSORS, {})
     (tmp_path / "c" / "lora.safetensors").write_bytes(content)
     with pytest.raises(RecoveryError, match="damaged"):
-        checkpoint.load("lora")
+        checkpoint.load("lora", dict[str, Any])
 
 
 def test_a_full_disk_leaves_the_part_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +106,7 @@ def test_a_full_disk_leaves_the_part_before(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         checkpoint.save("lora", TENSORS, {"step": 2})
-    part = checkpoint.load("lora")
+    part = checkpoint.load("lora", dict[str, Any])
     assert part is not None
     assert part.facts == {"step": 1}
     assert not list((tmp_path / "c").glob(".*"))

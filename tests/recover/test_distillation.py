@@ -163,7 +163,7 @@ def test_bfloat16_weights_are_trained_in_float32_and_rounded_once(pair: Any, tex
     checkpoint = checkpoint_in(tmp_path / "c")
     fits = distil((pruned, dense), (texts[0], texts[0]), settings(steps=20), checkpoint=checkpoint)
     assert all(fit.after < fit.before for fit in fits)
-    part = checkpoint.load("layer-001")
+    part = checkpoint.load("layer-001", LayerFit)
     assert part is not None
     for name, master in part.tensors.items():
         assert master.dtype == torch.float32

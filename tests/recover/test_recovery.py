@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from ffgym.cli.app import app
+from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
@@ -359,6 +359,9 @@ def test_a_run_recovers_after_its_final_calibration(pruned: Path, tmp_path: Path
     alone = recovered(pruned, output=tmp_path / "alone")
     assert same_weights(result.folder / "model-recovered", tmp_path / "alone")
     assert alone.recovered.after == result.recovered.after
+    again = pipeline.run(config, progress=console, resume=result.folder)
+    assert isinstance(again, pipeline.FinishedRun)
+    assert again.to_json()["recovered_model"] == str(result.folder / "model-recovered")
     result.print(console)
     assert "LoRA of rank 16" in console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -400,7 +403,7 @@ def test_a_run_with_recovery_can_be_overwritten(tmp_path: Path) -> None:
 def test_a_run_says_before_its_search_what_its_recovery_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, Any], error: type[FFGymError], complaint: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "search_front", lambda *_, **__: pytest.fail("searched"))
+    monkeypatch.setattr("ffgym.pipeline.search.search_front", lambda *_, **__: pytest.fail("searched"))
     with pytest.raises(error, match=complaint):
         pipeline.run(glass_config(tmp_path, **changes(method="lora", **table)), progress=Console(file=io.StringIO()))
 
@@ -432,6 +435,7 @@ def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
     assert f"the trained one, complete, in {trained}" in console.file.getvalue()  # type: ignore[attr-defined]
     first = (trained / "model.safetensors").read_bytes()
     result = pipeline.run(config, progress=console, resume=tmp_path / "out")
+    assert isinstance(result, pipeline.RunResult)
     assert result.recovered is not None
     assert (trained / "model.safetensors").read_bytes() == first
 

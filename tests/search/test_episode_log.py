@@ -21,13 +21,21 @@ class TestReading:
         log = tmp_path / "broken.jsonl"
         good = json.dumps(episode_to_json(episode(0, 0, 0.5)))
         log.write_text(f"{good}\n{line}\n{good}\n")
-        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is not an episode") as raised:
+        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is no episode, or a damaged one: ") as raised:
             read_episodes(log)
         assert "Delete the file" in raised.value.hint
 
+    @pytest.mark.parametrize("reward", ["NaN", "-Infinity", "1" + "0" * 400])
+    def test_a_reward_that_is_no_finite_number_is_refused(self, reward, tmp_path):
+        log = tmp_path / "broken.jsonl"
+        good = json.dumps(episode_to_json(episode(0, 0, 0.5)))
+        log.write_text(good + "\n" + good.replace('"reward": 0.5', f'"reward": {reward}') + "\n")
+        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is not an episode"):
+            read_episodes(log)
+
     def test_an_episode_survives_the_round_trip_bit_for_bit(self, tmp_path):
         action = np.random.default_rng(0).uniform(-1, 1, 6)
-        sent = replace(episode(3, 1, 0.1 + 0.2, action=action), loss=math.nan, failed=True)
+        sent = replace(episode(0, 1, 0.1 + 0.2, action=action), loss=math.nan, failed=True)
         log = tmp_path / "episodes.jsonl"
         log.write_text(json.dumps(episode_to_json(sent)) + "\n")
         (got,) = read_episodes(log)

@@ -81,14 +81,15 @@ def test_a_state_of_another_form_is_said_to_be_one(tmp_path: Path, state: dict[s
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[1, 2]", "it has no 'agent' that is a str"),
-        ('{"agent": "picky"}', "it has no 'state' that is a dict"),
-        ('{"agent": "picky", "state": null}', "it has no 'state' that is a dict"),
-        ('{"agent": "picky", "state": {}, "sublayers": 3}', "its 'sublayers' is 3, not a list of names"),
+        ("[1, 2]", "Input should be an object"),
+        ('{"agent": "picky"}', "state: Field required"),
+        ('{"agent": "picky", "state": null}', "state: Input should be an object, not None"),
+        ('{"agent": "picky", "state": {}, "sublayers": 3}', "sublayers: Input should be a valid array, not 3"),
+        ('{"agent": "picky", "state": {}, "sublayers": []}', "sublayers: Tuple should have at least 1 item"),
     ],
 )
 def test_a_file_that_is_no_policy_says_what_it_lacks(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "policy.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"no policy could be read from .*{said}"):
+    with pytest.raises(ConfigError, match=f"policy.json is no policy, or a damaged one: .*{said}"):
         read_policy(path, config("picky"))

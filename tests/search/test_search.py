@@ -613,3 +613,33 @@ class TestBrokenAgents:
         monkeypatch.setattr(env, "measure", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             searched(env)
+
+    @pytest.mark.parametrize("where", ["measuring", "on_episode", "on_update"])
+    @pytest.mark.parametrize("reaction", ["swallows it", "raises its own", "breaks later"])
+    def test_nor_can_they_swallow_or_rename_it(self, env, monkeypatch, where, reaction):
+        def fails(*args, **options):
+            raise RuntimeError("the disk is gone")
+
+        class Hasty(RandomSearch):
+            def learn(self, env, *, seed, on_update):
+                try:
+                    super().learn(env, seed=seed, on_update=on_update)
+                except Exception:
+                    if reaction == "raises its own":
+                        raise ValueError("something went wrong") from None
+                if reaction == "breaks later":
+                    raise KeyError("lost")
+
+        options = {where: fails} if where != "measuring" else {}
+        if where == "measuring":
+            monkeypatch.setattr(env, "measure", fails)
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            searched(env, Hasty(), **options)
+
+    def test_what_they_raise_after_a_measurement_is_theirs(self, env):
+        class Late(RandomSearch):
+            def tell(self, observations, actions, rewards):
+                raise RuntimeError("my own mistake")
+
+        with pytest.raises(PluginError, match="failed while searching: RuntimeError: my own mistake"):
+            searched(env, Late())

@@ -2,7 +2,9 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -20,7 +22,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from ffgym.errors import TrackingError
-from ffgym.tracking.store import tracking_uri
+from ffgym.tracking.store import fetch_artifact, tracking_uri
 from ffgym.tracking.tracker import Tracker, environment_tags, slug
 from ffgym.tracking.ui import open_ui
 from ffgym.types import Episode
@@ -185,6 +187,33 @@ def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root):
     assert (run.data.params["seed"], run.data.params["more"]) == ("0", "2")
     for metric, steps in (("search/reward", list(range(12))), ("policy/spread", [3, 7, 11]), ("random/reward", [0])):
         assert [point.step for point in client(root).get_metric_history(run.info.run_id, metric)] == steps
+
+
+def test_a_run_that_is_resumed_again_and_again_logs_every_figure_once(root):
+    """It was killed after its table had been logged, and each session comes to that table again."""
+    rows = [{"label": "dense", "perplexity": 20.0}, {"label": "found", "perplexity": math.nan}]
+    front = [("front/perplexity/found", 30.0, 20), ("front/perplexity/found", 40.0, 30)]
+    run_id = None
+    for session in range(3):
+        with Tracker(root, "ffgym", "run", resume=run_id) as tracker:
+            tracker.log_table(rows)
+            tracker.log_metrics(front[: session + 1])
+        run_id = tracker.run_id
+    history = {
+        name: [(point.step, point.value) for point in client(root).get_metric_history(run_id, name)]
+        for name in run_of(root, tracker).data.metrics
+    }
+    assert history["report/perplexity/dense"] == [(0, 20.0)]
+    assert len(history["report/perplexity/found"]) == 1
+    assert history["front/perplexity/found"] == [(20, 30.0), (30, 40.0)]
+
+
+def test_a_figure_that_came_out_otherwise_in_a_later_session_is_logged(root):
+    with Tracker(root, "ffgym", "run") as first:
+        first.log_table([{"label": "dense", "perplexity": 20.0}])
+    with Tracker(root, "ffgym", "run", resume=first.run_id) as second:
+        second.log_table([{"label": "dense", "perplexity": 20.5}])
+    assert run_of(root, second).data.metrics["report/perplexity/dense"] == 20.5
 
 
 def test_a_failure_is_forgotten_when_the_run_goes_on(root):
@@ -361,11 +390,42 @@ def test_the_environment_variable_wins(root, tmp_path, monkeypatch):
 
 
 def test_a_server_that_does_not_answer_is_an_error_without_its_password(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:sec@ret@127.0.0.1:9?token=secret")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI") as caught, Tracker(tmp_path, "ffgym", "run"):
         pass
+    assert not re.search("sec|ret@", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("uri", "package"),
+    [
+        ("postgresql+psycopg2://me:sec/r@et@127.0.0.1/db", "psycopg2-binary"),
+        ("mysql://me:sec/r@et@127.0.0.1/db", "mysqlclient"),
+        ("mssql+pyodbc://me:sec/r@et@127.0.0.1/db?token=sec", "pyodbc"),
+    ],
+)
+@pytest.mark.parametrize("opens", [lambda root: Tracker(root, "ffgym", "run").__enter__(), open_ui])
+def test_a_database_without_its_driver_says_what_to_install(tmp_path, monkeypatch, uri, package, opens):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(TrackingError, match=f"pip install {package}") as caught:
+        opens(tmp_path)
+    assert "127.0.0.1/db" in str(caught.value)
+    assert "sec" not in str(caught.value)
+
+
+def test_an_address_that_is_none_is_refused_without_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host:port/db")
+    with pytest.raises(TrackingError, match="no address of a database") as caught, Tracker(tmp_path, "ffgym", "run"):
+        pass
     assert "secret" not in str(caught.value)
+
+
+def test_the_reason_of_a_failure_is_stored_without_the_password(root, monkeypatch):
+    uri = "postgresql://me:se@cr/et@host/db"
+    with pytest.raises(ValueError, match="lost"), Tracker(root, "ffgym", "run") as tracker:
+        raise ValueError(f"lost {uri}")
+    assert run_of(root, tracker).data.tags["ffgym.failure"] == "ValueError: lost postgresql://***@host/db"
 
 
 def refused(root) -> str:
@@ -424,13 +484,62 @@ def test_an_old_schema_says_how_to_upgrade(root):
     assert "mlflow db upgrade" in refused(root)
 
 
-def test_artifacts_that_moved_away_are_refused(root):
-    with Tracker(root, "ffgym", "run"):
+def files(folder):
+    """Every file of a folder but MLflow's database, with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix == ".txt"}
+
+
+@pytest.mark.parametrize("how", ["copied", "moved", "copied, and the original changes its name"])
+def test_a_store_that_was_copied_or_moved_keeps_its_artifacts_beside_it(root, tmp_path, how):
+    (tmp_path / "note.txt").write_text("first")
+    with Tracker(root, "ffgym", "run") as first:
+        first.log_artifact(tmp_path / "note.txt")
+    with Tracker(root, "another", "to be resumed") as stopped:
         pass
-    moved = root.rename(root.with_name("moved"))
-    message = refused(moved)
-    assert str(root / "artifacts") in message
-    assert not root.exists()
+    here = tmp_path / "else where" / "store"
+    here.parent.mkdir()
+    shutil.move(root, here) if how == "moved" else shutil.copytree(root, here)
+    if how.endswith("name"):
+        root = root.rename(tmp_path / "renamed")
+    original = files(root)
+
+    assert fetch_artifact(here, first.run_id, "note.txt", tmp_path / "fetched").read_text() == "first"
+    (tmp_path / "note.txt").write_text("second")
+    for experiment, resume in (("ffgym", None), ("new", None), ("another", stopped.run_id)):
+        with Tracker(here, experiment, "run", resume=resume) as second:
+            second.log_artifact(tmp_path / "note.txt")
+        assert fetch_artifact(here, second.run_id, "note.txt", tmp_path / "fetched").read_text() == "second"
+        assert str(here / "artifacts" / second.run_id) in run_of(here, second).info.artifact_uri
+    assert files(root) == original, "nothing is written into the original"
+    assert len(files(here)) == 4
+    if how == "copied":
+        assert str(root) in run_of(root, first).info.artifact_uri, "the original is as it was"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
+def test_a_copy_that_may_only_be_read_is_read(root, tmp_path):
+    (tmp_path / "note.txt").write_text("first")
+    with Tracker(root, "ffgym", "run") as first:
+        first.log_artifact(tmp_path / "note.txt")
+    copy = shutil.copytree(root, tmp_path / "copy")
+    (copy / "mlflow.db").chmod(0o400)
+    assert fetch_artifact(copy, first.run_id, "note.txt", tmp_path / "fetched").read_text() == "first"
+
+
+def test_artifacts_that_were_put_elsewhere_on_purpose_stay_there(root, tmp_path):
+    place = tmp_path / "large disk" / "artifacts"
+    place.mkdir(parents=True)
+    client(root).create_experiment("large", artifact_location=str(place))
+    (tmp_path / "note.txt").write_text("first")
+    with Tracker(root, "large", "run") as tracker:
+        tracker.log_artifact(tmp_path / "note.txt")
+    assert (place / tracker.run_id / "artifacts" / "note.txt").read_text() == "first"
+
+
+def test_a_folder_of_artifacts_that_is_gone_is_not_made_again(root, tmp_path):
+    client(root).create_experiment("ffgym", artifact_location=str(tmp_path / "unmounted"))
+    assert str(tmp_path / "unmounted") in refused(root)
+    assert not (tmp_path / "unmounted").exists()
 
 
 def test_a_deleted_experiment_is_refused(root):
@@ -494,11 +603,12 @@ def test_ui_of_a_server_is_the_servers(tmp_path, monkeypatch):
 
 
 def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
-    commands = []
+    commands, environments = [], []
 
     class Server:
         def __init__(self, command, env):
             commands.append(command)
+            environments.append(env)
 
         def wait(self):
             return len(commands) - 1
@@ -506,7 +616,8 @@ def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Server)
     open_ui(root, 0)
     assert commands[0][:4] == [sys.executable, "-m", "mlflow", "ui"]
-    assert tracking_uri(root) in commands[0]
+    assert environments[0]["MLFLOW_BACKEND_STORE_URI"] == tracking_uri(root)
+    assert not [word for word in commands[0] if "mlflow.db" in word], "everybody sees a command line"
     with pytest.raises(TrackingError, match="exit code 1"):
         open_ui(root, 0)
 

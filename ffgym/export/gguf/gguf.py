@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +13,14 @@ from typing import Any
 import gguf
 import torch
 from gguf import MODEL_TENSOR
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError, OutputError
 from ffgym.export.gguf.architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from ffgym.models.loading import load_config, load_tokenizer, weight_files
+from ffgym.files import FileFormat, replacing
+from ffgym.models.loading import AGAIN, load_config, load_tokenizer, weight_files
 
 FILE_TYPES = gguf.LlamaFileType
 # GGUF's name of a dtype -> torch's, safetensors' name, what the tensors are marked with, and what the file is.
@@ -30,6 +30,13 @@ DTYPES: dict[str, tuple[torch.dtype, str, Any, Any]] = {
     "bf16": (torch.bfloat16, "BF16", gguf.GGMLQuantizationType.BF16, FILE_TYPES.MOSTLY_BF16),
 }
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class _GenerationConfig(BaseModel):
+    eos_token_id: int | list[int] | None = None
+
+
+GENERATION_CONFIG = FileFormat("generation configuration", _GenerationConfig, ModelError, AGAIN)
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def export_gguf(
         )
     vocabulary = read_vocabulary(load_tokenizer(source), config.vocab_size, _ends(source))
     chosen = dtype or next(name for name, names in DTYPES.items() if names[1] == checkpoint.dtype(EMBEDDING))
-    with _whole_or_nothing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
+    with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
         _add_metadata(writer, contents, vocabulary, name=place.stem, dtype=chosen)
         _write(writer, tensors, chosen, progress or (lambda done, total: None))
     return WrittenGguf(
@@ -204,11 +211,8 @@ def _ends(folder: Path) -> list[int]:
     file = folder / "generation_config.json"
     if not file.is_file():
         return []
-    try:
-        ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except ValueError as error:
-        raise ModelError(f"{str(file)!r} is not JSON: {error}", hint="Write or download the model again.") from error
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = GENERATION_CONFIG.read(file).eos_token_id
+    return [ends] if isinstance(ends, int) else ends or []
 
 
 def _notes(contents: Contents) -> Iterator[str]:
@@ -406,21 +410,3 @@ def _refuse_occupied(place: Path, overwrite: bool) -> None:
         raise OutputError(f"{place} is a folder", hint="Name a file.")
     if place.exists() and not overwrite:
         raise OutputError(f"{place} exists", hint="Choose another name, or pass --overwrite.")
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(place: Path) -> Iterator[Path]:
-    """Give a hidden file beside ``place`` to write; rename it when all went well, else leave nothing behind."""
-    part = place.with_name(f".{place.name}.part-{secrets.token_hex(4)}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, place)
-    except OSError as error:
-        raise OutputError(
-            f"{place} could not be written: {error}",
-            hint="Free some space, or choose a place that you may write to. What was there before is untouched.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()

@@ -1,0 +1,42 @@
+"""``ffgym bench``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ffgym.cli.app import app
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path] | None, typer.Argument(help="bench files (TOML)", show_default=False)] = None,
+    configs: Annotated[
+        list[Path] | None, typer.Option("--config", help="the same; repeatable", show_default=False)
+    ] = None,
+    only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show what is there")] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="searches at the same time, each in a process with its share of the threads")
+    ] = 1,
+) -> None:
+    """Run many searches on equal terms and compare them; what was computed before is kept."""
+    from rich.console import Console
+
+    from ffgym.bench.bench import bench as run_bench
+    from ffgym.bench.table import markdown
+
+    files = [*(configs or []), *(files or [])]
+    if not files:
+        raise typer.BadParameter("name at least one bench file, e.g. experiments/bench/sparsity-20.toml")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            tables = run_bench(files, progress=Console(stderr=True), only_report=only_report, jobs=jobs)
+    except KeyboardInterrupt:
+        typer.echo("finished episodes are kept: the same command goes on, --report shows what is there", err=True)
+        raise
+    for table in tables:
+        typer.echo(markdown(table))

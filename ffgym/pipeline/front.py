@@ -1,0 +1,69 @@
+"""The front of a run over a range of budgets: every point on the report split, the rules beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ffgym.pipeline.compare import (
+    compared_rows,
+    final_refits,
+    found_name,
+    measured_row,
+    model_folder,
+    reference_allocations,
+    refit_name,
+)
+from ffgym.pipeline.task import Workspace, at_target, cut_to
+from ffgym.report.front import Front, FrontPoint
+from ffgym.report.progress import Reporter
+from ffgym.report.table import ReportTable
+from ffgym.search.loop import Found
+
+
+def finish_front(space: Workspace, points: Sequence[Found], table: ReportTable, folder: Path, say: Reporter) -> Front:
+    """Measure every point of a front on the report split, the rules beside it; save the models that are wanted.
+
+    Args:
+        space: of the run over the range.
+        points: what was found at every target.
+        table: of the main target, which is not measured again.
+        folder: where models go.
+        say: where progress goes.
+    """
+    config, name, refitted = space.config, found_name(space.config), refit_name(space.config)
+    measured = []
+    for found in points:
+        rows = {row.label: row for row in table.rows}
+        point = at_target(space, found.target)
+        references = reference_allocations(point, None, say)
+        if found.target != config.main_target:
+            say.say(f"target {found.target:.1%}")
+            if config.output.save_all:
+                own = compared_rows(point, references, found, say, rows["dense"])
+                full, _ = final_refits(point, own, found, say, model_folder(config, folder, found.target))
+                rows = {row.label: row for row in full.rows}
+            else:
+                for label, allocation in {**references, name: found.best.allocation}.items():
+                    with cut_to(point, allocation.kept, "ridge", say):
+                        row = measured_row(point, f"{label} + {refitted}", say, is_found=label == name)
+                        rows[row.label] = row
+        measured.append(
+            FrontPoint(
+                target=found.target,
+                found=rows[f"{name} + {refitted}"],
+                references={label: rows[f"{label} + {refitted}"] for label in references},
+                allocation=found.best.allocation,
+                origin=found.best.origin,
+                finals_loss=found.best.loss,
+            )
+        )
+    return Front(
+        label=name,
+        points=tuple(measured),
+        dense=next(row for row in table.rows if row.is_dense),
+        header=table.header,
+        search_tokens=points[0].search_tokens,
+        final_tokens=sum(found.final_tokens for found in points),
+        seconds=points[-1].seconds,
+    )

@@ -1,0 +1,141 @@
+"""What a run hands back: its table, where everything lies, and how to load the smaller model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ffgym.config.tables import RunConfig
+from ffgym.export.checkpoint import SavedModel, load_line
+from ffgym.pipeline.artifacts import allocation_json
+from ffgym.pipeline.compare import model_folder
+from ffgym.pipeline.folder import is_finished, read_record
+from ffgym.recover.recover import Recovered, output_folder
+from ffgym.report.front import Front
+from ffgym.report.front import as_dict as front_as_dict
+from ffgym.report.front import terminal as front_terminal
+from ffgym.report.table import ReportTable, as_dicts, terminal
+from ffgym.search.loop import Found
+from ffgym.types import JSONDict
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run hands back.
+
+    Attributes:
+        table: report-split figures, dense first.
+        found: the search.
+        folder: where everything was written.
+        saved: the checkpoint, or ``None`` where none was wanted.
+        recovered: what training after the final calibration brought, or ``None`` where none was wanted.
+        mlflow_run: MLflow's run id, or ``None`` where tracking is off.
+        front: under a range of budgets its points; ``table``, ``found`` and ``saved`` are those of the main target.
+    """
+
+    table: ReportTable
+    found: Found
+    folder: Path
+    saved: SavedModel | None
+    mlflow_run: str | None
+    front: Front | None = None
+    recovered: Recovered | None = None
+
+    def to_json(self) -> JSONDict:
+        """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
+        return {
+            "table": as_dicts(self.table),
+            "measured": self.table.header,
+            "allocation": allocation_json(self.found),
+            "search_tokens": self.found.search_tokens,
+            "final_tokens": self.found.final_tokens,
+            "search_seconds": round(self.found.seconds, 1),
+            "front": None if self.front is None else front_as_dict(self.front),
+            "folder": str(self.folder),
+            "model": None if self.saved is None else str(self.saved.path),
+            "recovered_model": None if self.recovered is None else str(self.recovered.saved.path),
+            "mlflow_run": self.mlflow_run,
+        }
+
+    def print(self, console: Console) -> None:
+        """The table, where things are, and how to load the model."""
+        if self.front is not None:
+            console.print(front_terminal(self.front))
+        console.print(terminal(self.table))
+        lines = [f"Results and pictures: {self.folder}"]
+        if self.mlflow_run is not None:
+            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        if self.saved is not None:
+            line = load_line(self.saved.path, stock=self.saved.stock)
+            lines += ["Load the pruned model with", f"  {line}"]
+        if self.recovered is not None:
+            again = load_line(self.recovered.saved.path, stock=self.recovered.saved.stock)
+            lines += [*self.recovered.told, "Load it with", f"  {again}"]
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What is handed back where a run that is to be resumed has ended already: where its results are.
+
+    Attributes:
+        folder: where everything was written.
+        model: the checkpoint, or ``None`` where there is none.
+        recovered_model: the one that was trained afterwards, or ``None``.
+        stock: transformers' own classes load the checkpoints.
+        mlflow_run: MLflow's run id, or ``None`` where tracking was off.
+    """
+
+    folder: Path
+    model: Path | None
+    recovered_model: Path | None
+    stock: bool
+    mlflow_run: str | None
+
+    def to_json(self) -> JSONDict:
+        """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""
+        front = self.folder / "front.json"
+        return {
+            "table": _read_json(self.folder / "report.json"),
+            "allocation": _read_json(self.folder / "allocation.json"),
+            "front": _read_json(front) if front.is_file() else None,
+            "folder": str(self.folder),
+            "model": None if self.model is None else str(self.model),
+            "recovered_model": None if self.recovered_model is None else str(self.recovered_model),
+            "mlflow_run": self.mlflow_run,
+        }
+
+    def print(self, console: Console) -> None:
+        """The table as Markdown, where things are, and how to load the model."""
+        lines = [(self.folder / "report.md").read_text(encoding="utf-8"), f"Results and pictures: {self.folder}"]
+        if self.mlflow_run is not None:
+            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        for model in (self.model, self.recovered_model):
+            if model is not None:
+                lines += [f"Load {model.name} with", f"  {load_line(model, stock=self.stock)}"]
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
+    """What the run in a folder left; ``None`` where it has not come to its end."""
+    if not is_finished(folder, config):
+        return None
+    model = model_folder(config, folder, config.main_target)
+    recovered = output_folder(model)
+    return FinishedRun(
+        folder,
+        model if model.is_dir() else None,
+        recovered if recovered.is_dir() else None,
+        config.prune.uniform,
+        read_record(folder).mlflow_run,
+    )
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))

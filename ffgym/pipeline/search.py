@@ -1,0 +1,120 @@
+"""The search stage of a run: the agent's search, and random allocations for as many tokens to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ffgym.config.tables import RunConfig
+from ffgym.files import write_text
+from ffgym.pipeline.artifacts import log_splits, run_tags, write_found
+from ffgym.pipeline.session import Session
+from ffgym.pipeline.task import Workspace, give_prior, make_schedule
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
+from ffgym.search.log import read_episodes
+from ffgym.search.loop import Found, SearchInterrupted, search_front
+from ffgym.types import Episode, Update
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the searches of a run came to.
+
+    Attributes:
+        points: the agent's, one at every target, rising.
+        main: the one at the main target.
+        baseline: the best of random allocations; ``None`` where none were measured.
+    """
+
+    points: tuple[Found, ...]
+    main: Found
+    baseline: Found | None
+
+
+def search(task: Workspace, agent: Agent, session: Session) -> Searched:
+    """Let the agent search, then measure random allocations for as many tokens, where the run compares with them.
+
+    Raises:
+        SearchInterrupted: Ctrl-C; what was found so far is written.
+    """
+    config, tracker, folder = task.config, session.tracker, session.folder
+    if config.prune.uniform and agent.searches:
+        _say_how_many_shapes(task, session)
+    give_prior(agent, task)
+    tracker.set_tags(run_tags(task, agent))
+    log_splits(tracker, task.splits)
+    for resource, measurement in task.measurements.items():
+        write_text(folder / f"{resource}.json", measurement.text)
+        tracker.log_params({resource: {"digest": measurement.digest}})
+        tracker.log_artifact(folder / f"{resource}.json")
+    try:
+        points = _run(task, agent, session, config.agent.name, "search", folder / "episodes.jsonl", config.targets)
+    except SearchInterrupted as stop:
+        write_found(folder, [stop.found], agent, task, tracker)
+        raise
+    write_found(folder, points, agent, task, tracker)
+    main = next(found for found in points if found.target == config.main_target)
+    baseline = _random_baseline(task, session) if agent.searches and _compares_with_random(config) else None
+    return Searched(tuple(points), main, baseline)
+
+
+def _random_baseline(task: Workspace, session: Session) -> Found:
+    search = task.config.search  # an agent with updates of its own size may have fewer episodes than one of these has
+    size = min(search.episodes_per_update, search.episodes)
+    config = task.config.model_copy(update={"search": search.model_copy(update={"episodes_per_update": size})})
+    agent, log = manager.create("agent", "random"), session.folder / "episodes-random.jsonl"
+    (found,) = _run(replace(task, config=config), agent, session, "random", "random", log, config.targets)
+    return found
+
+
+def _run(
+    task: Workspace, agent: Agent, session: Session, label: str, prefix: str, log: Path, targets: Sequence[float]
+) -> list[Found]:
+    """One search with its progress, its log and its metrics, which MLflow keeps under ``prefix``."""
+    config, progress = task.config, session.progress
+    budget = config.search.episodes * task.env.episode_windows * task.env.window_tokens
+    if log.exists() and (earlier := len(read_episodes(log))):
+        progress.say(f"search: {label}: {earlier} episodes of earlier sessions are taken from {log.name}")
+    with progress.stage(f"search: {label}", budget) as stage:
+
+        def on_episode(episode: Episode) -> None:
+            stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+
+        def on_update(episodes: Sequence[Episode], update: Update) -> None:
+            session.tracker.log_episodes(episodes, update.diagnostics, search=prefix)
+
+        def on_point(found: Found) -> None:
+            stage.advance(0, f"tokens, finals at {found.target:.0%} done")
+
+        return search_front(
+            task.env,
+            agent,
+            config.search,
+            make_schedule(config, task.env),
+            targets,
+            seed=config.seed,
+            log=log,
+            on_episode=on_episode,
+            on_update=on_update,
+            on_point=on_point,
+        )
+
+
+def _say_how_many_shapes(task: Workspace, session: Session) -> None:
+    for target in task.config.targets:
+        count = len(task.env.budget.shapes(target))
+        many = f"{count} shapes use up the budget, and the finals measure them all"
+        one = "one shape uses up the budget, so there is nothing to choose"
+        where = f" at {target:.1%}" if task.config.prune.is_range else ""
+        session.progress.say(f"uniform{where}: {many if count > 1 else one}")
+
+
+def _compares_with_random(config: RunConfig) -> bool:
+    """Whether random allocations are compared with, which follow no target of their own.
+
+    Under one shape for all layers they could find nothing that the finals do not measure anyway.
+    """
+    wanted = config.search.random_baseline and config.agent.name != "random"
+    return wanted and not config.prune.is_range and not config.prune.uniform

@@ -1,0 +1,128 @@
+"""One sitting of a run: its folder, its MLflow run, its progress, and what happens where it ends early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import to_toml
+from ffgym.files import disk_errors, write_text
+from ffgym.pipeline.folder import (
+    RunRecord,
+    claim_folder,
+    clear_folder,
+    contents,
+    held,
+    noting_results,
+    read_record,
+    remove_half_written,
+    removing_if_nothing_found,
+    reopen_folder,
+    saying_what_is_kept,
+    write_record,
+)
+from ffgym.plugins.configured import meanings
+from ffgym.report.progress import Reporter
+from ffgym.tracking.tracker import Tracker
+
+
+@dataclass
+class Session:
+    """A run from the moment that its folder is locked until it is finished, interrupted or failed.
+
+    Attributes:
+        config: everything that decides the run.
+        folder: where the run writes; no other run may meanwhile.
+        tracker: its MLflow run.
+        progress: what it says while it works.
+        resumed: whether an earlier session of the run is gone on with.
+        record: what later sessions have to know.
+    """
+
+    config: RunConfig
+    folder: Path
+    tracker: Tracker
+    progress: Reporter
+    resumed: bool
+    record: RunRecord
+    _ending: ExitStack
+    _overwrites: bool
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: RunConfig, progress: Reporter, resume: str | Path | None) -> Iterator[Session]:
+        """Lock the run's folder and start, or go on with, its MLflow run.
+
+        Args:
+            config: with all options of its plugins.
+            progress: where the run says what it does.
+            resume: folder of an earlier session; ``None`` for a new run.
+
+        Raises:
+            OutputError: a folder that is occupied, locked or not writable; nothing in it has changed.
+            ConfigError: the run in the folder is of another configuration.
+        """
+        resumed = resume is not None
+        folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
+        earlier = read_record(folder) if resumed else RunRecord()
+        table = config.tracking
+        with (
+            held(folder),
+            noting_results(folder),  # when MLflow knows it too
+            Tracker(table.folder, table.experiment, folder.name, table.enabled, resume=earlier.mlflow_run) as tracker,
+            disk_errors(),
+            ExitStack() as ending,
+        ):
+            record = RunRecord(tracker.run_id or earlier.mlflow_run, earlier.dtype, results=())
+            overwrites = not resumed and bool(contents(folder))
+            session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites)
+            session._start()
+            yield session
+
+    @property
+    def measured(self) -> Path | None:
+        """Where an earlier session has kept what it measured of resources; ``None`` where there was none."""
+        return self.folder if self.resumed else None
+
+    def begin_search(self, dtype: str) -> None:
+        """Take the folder over, now that model and text are known to be there, and note what ``auto`` came to.
+
+        An earlier run's results are cleared here and not before: what cannot be loaded must not cost them.
+        """
+        if self._overwrites:
+            clear_folder(self.folder)
+            self._ending.enter_context(removing_if_nothing_found(self.folder))
+            self._write_config()
+        self.record = replace(self.record, dtype=dtype)
+        write_record(self.folder, self.record)
+
+    def _start(self) -> None:
+        if self.resumed:
+            if (self.folder / "report.json").is_file():
+                self.progress.say("the search of this run has ended; what comes after it is done again")
+            remove_half_written(self.folder)
+        elif not self._overwrites:
+            self._ending.enter_context(removing_if_nothing_found(self.folder))
+        self.tracker.log_config(self.config.model_dump(mode="json"), self._toml)
+        if not self._overwrites:
+            self._write_config()
+
+    def _write_config(self) -> None:
+        """From here on the folder is this run's."""
+        write_text(self.folder / "config.toml", self._toml)
+        write_record(self.folder, self.record)
+        self._ending.enter_context(saying_what_is_kept(self.folder, self.progress.say))
+
+    @property
+    def _toml(self) -> str:
+        return to_toml(self.config, meanings(self.config))
+
+
+def on_console(console: Console | None) -> Reporter:
+    """Progress on a console; on stderr where none is given."""
+    return Reporter(console or Console(stderr=True))

@@ -1,0 +1,53 @@
+"""Training after the final calibration, as a stage of a run, and what the run logs at its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ffgym.export.checkpoint import SavedModel
+from ffgym.pipeline.artifacts import write_table
+from ffgym.pipeline.compare import with_recovered
+from ffgym.pipeline.result import RunResult
+from ffgym.pipeline.session import Session
+from ffgym.pipeline.task import Workspace
+from ffgym.recover.recover import Material, Recovered, gather, output_folder, train_and_save, unfinished_folder
+from ffgym.report.table import as_dicts
+
+
+def gather_text(task: Workspace) -> Material | None:
+    """The text that the smaller model is trained on; ``None`` where the run trains none."""
+    return None if task.config.recover.method == "none" else gather(task.config, task.loaded, task.splits)
+
+
+def train(result: RunResult, text: Material | None, session: Session) -> RunResult:
+    """Train the saved model where the run asks for it, add its row to the table, and log the table."""
+    if text is not None and result.saved is not None:
+        recovered = _recover(result.saved, text, session)
+        result = replace(result, recovered=recovered, table=with_recovered(result.table, recovered, session.config))
+        write_table(session.folder, result.table)
+    session.tracker.log_table(as_dicts(result.table))
+    for name in ("report.md", "units_kept.png", "reward.png"):
+        session.tracker.log_artifact(session.folder / name)
+    return result
+
+
+def _recover(saved: SavedModel, text: Material, session: Session) -> Recovered:
+    place = output_folder(saved.path)
+    try:
+        return train_and_save(
+            session.config,
+            saved.path,
+            place,
+            session.tracker,
+            session.progress,
+            overwrite=True,  # what lies there is of an earlier session of this run, whose folder this is
+            dense=session.config.model.name,
+            material=text,
+        )
+    except KeyboardInterrupt:
+        where = f"the pruned model is in {saved.path}"
+        if unfinished_folder(place).exists() or not place.exists():
+            session.progress.say(f"{where}; go on with: ffgym recover {saved.path}")
+        else:
+            session.progress.say(f"{where}, the trained one, complete, in {place}")
+        raise

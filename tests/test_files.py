@@ -1,0 +1,294 @@
+"""What ffgym reads again from disk: a file that is damaged gives one error with a next step, and nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latency_tables import made_up_table
+from made_up_episodes import episode
+
+from ffgym.bench.cell import CELL_RESULT
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config, to_toml
+from ffgym.costs.latency_table import read_table, to_json
+from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
+from ffgym.files import FileFormat, replacing
+from ffgym.models.loading import MODEL_CONFIG, weight_files
+from ffgym.pipeline.folder import BEST_SO_FAR, Session, last_session, note_session
+from ffgym.recover.checkpoint import Checkpoint
+from ffgym.recover.lora import LoraCurve
+from ffgym.search.log import Recorder, read_log
+from ffgym.search.policy import read_policy
+from ffgym.testing.models import tiny_model
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+PLAIN = FileFormat("thing", dict[str, Any], DataError, "Make another one.")
+CONFIG = RunConfig.model_validate({"agent": {"name": "reinforce"}})
+FACTS = {"train": [2.5, 2.25], "held_out": [[0, 2.5], [2, 2.25]], "chosen": 2}
+
+
+class TestFormats:
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("", r"thing\.json is no thing, or a damaged one: Invalid JSON"),
+            ("[1]", "Input should be a"),
+            ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", "recursion limit"),
+            ('{"a": 1' + "0" * 5000 + "}", "number out of range"),
+            ('{"a": "\\ud800"}', "Invalid JSON"),
+        ],
+    )
+    def test_what_does_not_fit_names_file_and_reason(self, text: str, said: str, tmp_path: Path) -> None:
+        (tmp_path / "thing.json").write_text(text)
+        with pytest.raises(DataError, match=said) as raised:
+            PLAIN.read(tmp_path / "thing.json")
+        assert raised.value.hint == "Make another one."
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("a = " + "1" * 5000, "not valid TOML"),
+            ("a = 0x" + "f" * 5000, "a is an integer beyond 64 bits"),
+            ("a = " + "[" * 3000, "nested more than 100 deep"),
+            ("a = " + "[" * 150 + "]" * 150, "nested more than 100 deep"),
+            ("a." * 200 + "a = 1", "nested more than 100 deep"),
+            ("a." * 50_000 + "a = 1", "more than 500 dots"),  # which would take all memory
+            ('[data]\nsearch = "a\\u0000b"', r"data\.search holds a null character"),
+            ("a = 1\n" * 100_000, "larger than"),
+        ],
+    )
+    def test_toml_has_limits(self, text: str, said: str, tmp_path: Path) -> None:
+        (tmp_path / "run.toml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"run\.toml is no configuration, or a damaged one: .*{said}"):
+            load_config(tmp_path / "run.toml")
+
+    @pytest.mark.parametrize("value", ["1" * 5000, "[" * 3000, "a." * 50_000, '"a\\u0000b"'])
+    def test_an_override_has_the_same_limits(self, value: str) -> None:
+        with pytest.raises(ConfigError):
+            load_config(None, [f"data.search={value}"])
+
+    def test_a_large_file_is_not_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "thing.json").open("wb") as file:
+            file.truncate(1 << 40)  # sparse: takes no room
+        with pytest.raises(DataError, match="larger than"):
+            PLAIN.read(tmp_path / "thing.json")
+        with pytest.raises(DataError, match=r"line 1 .*longer than"):
+            list(PLAIN.lines(tmp_path / "thing.json"))
+
+    @pytest.mark.parametrize("place", ["/dev/zero", "pipe", "folder"])
+    def test_what_is_no_regular_file_is_refused(self, place: str, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(DataError, match=r"no regular file|is a folder"):
+            PLAIN.read(tmp_path / place)
+        if place != "folder":
+            with pytest.raises(ConfigError, match="no regular file"):
+                read_policy(tmp_path / place, CONFIG)
+
+    def test_a_name_that_no_file_can_have_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="cannot be read"):
+            PLAIN.read(tmp_path / "a\0b")
+
+
+def test_what_is_written_in_the_place_of_a_folder_or_a_file_is_whole(tmp_path: Path) -> None:
+    for _ in range(2):
+        with replacing(tmp_path / "folder") as part:
+            part.mkdir()
+            (part / "content").write_text("new")
+        with replacing(tmp_path / "file") as part:
+            part.write_text("new")
+    assert (tmp_path / "folder" / "content").read_text() == (tmp_path / "file").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "content").write_text("old")
+    with pytest.raises(OutputError, match="cannot write"), replacing(tmp_path / "folder") as part:
+        _fill_the_disk(part)
+    assert (tmp_path / "folder" / "content").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def _fill_the_disk(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "content").write_text("new")
+    raise OSError(28, "No space left on device")
+
+
+# --- damage of every kind, to every kind of file ----------------------------------------------------------------------
+
+
+def _episodes(folder: Path) -> Path:
+    with Recorder(folder / "episodes.jsonl") as recorder:
+        for index in range(3):
+            recorder.record(episode(index, 0, 0.5, action=np.linspace(-1, 1, 6) / (index + 1)))
+    return folder / "episodes.jsonl"
+
+
+def _policy(folder: Path) -> Path:
+    state = {"weights": [[0.5, -0.25]], "log_spread": -1.5}
+    (folder / "policy.json").write_text(
+        json.dumps({"agent": "reinforce", "state": state, "sublayers": ["layer 0 mlp"]})
+    )
+    return folder / "policy.json"
+
+
+def _session(folder: Path) -> Path:
+    note_session(folder, Session("0" * 32, "float32"))
+    return folder / "run.json"
+
+
+def _allocation(folder: Path) -> Path:
+    (folder / "allocation.json").write_text('{"kept": [1, 2], "sparsity": 0.25, "origin": "episode 3", "episodes": 4}')
+    return folder / "allocation.json"
+
+
+def _cell(folder: Path) -> Path:
+    (folder / "cell.json").write_bytes(min(EXPERIMENTS.glob("bench/results/**/*.json")).read_bytes())
+    return folder / "cell.json"
+
+
+def _latency(folder: Path) -> Path:
+    (folder / "latency.json").write_text(to_json(made_up_table(tiny_model("llama"))))
+    return folder / "latency.json"
+
+
+def _part(folder: Path) -> Path:
+    checkpoint = Checkpoint(folder / "c", {"rank": 8})
+    checkpoint.claim()
+    checkpoint.save("lora", {"a": torch.arange(4.0)}, FACTS)
+    return folder / "c" / "lora.safetensors"
+
+
+def _identity(folder: Path) -> Path:
+    return _part(folder).with_name("identity.json")
+
+
+def _config(folder: Path) -> Path:
+    (folder / "config.toml").write_text(to_toml(CONFIG))
+    return folder / "config.toml"
+
+
+def _model(folder: Path) -> Path:
+    tiny_model("llama").config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+def _index(folder: Path) -> Path:
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}')
+    return folder / "model.safetensors.index.json"
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
+    "episodes": (_episodes, read_log),
+    "policy": (_policy, lambda path: read_policy(path, CONFIG)),
+    "session": (_session, lambda path: last_session(path.parent)),
+    "allocation": (_allocation, BEST_SO_FAR.read),
+    "bench cell": (_cell, CELL_RESULT.read),
+    "latency table": (_latency, read_table),
+    "checkpoint": (_part, lambda path: Checkpoint(path.parent, {}).load("lora", LoraCurve)),
+    "identity": (_identity, lambda path: Checkpoint(path.parent, {"rank": 8}).claim()),
+    "configuration": (_config, load_config),
+    "model": (_model, MODEL_CONFIG.read),
+    "index": (_index, lambda path: weight_files(path.parent)),
+}
+FOREIGN = [
+    b"null",
+    b'"x"',
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"[]",
+    b"{}",
+    b"true",
+    b"1" + b"0" * 400,
+    b"[" * 3000 + b"]" * 3000,
+]
+VALUE = re.compile(rb'-?\d+(?:\.\d+)?|"[^"\n]*"')
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Cut short, one bit flipped, or something else in the place of a value (or of a key)."""
+    kind = draw(st.sampled_from(["cut", "flip", "value"]))
+    where = draw(st.floats(0, 1, exclude_max=True))
+    bit, foreign = draw(st.integers(0, 7)), draw(st.sampled_from(FOREIGN))
+
+    def damage(content: bytes) -> bytes:
+        at = int(where * len(content))
+        if kind == "cut":
+            return content[:at]
+        if kind == "flip":
+            return content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :]
+        values = list(VALUE.finditer(content))
+        value = values[int(where * len(values))]
+        return content[: value.start()] + foreign + content[value.end() :]
+
+    return damage
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_an_error_or_still_valid(kind: str, tmp_path: Path) -> None:
+    make, read = KINDS[kind]
+    path = make(tmp_path)
+    whole = path.read_bytes()
+    read(path)
+
+    @settings(max_examples=80)
+    @given(damages())
+    def check(damage: Callable[[bytes], bytes]) -> None:
+        path.write_bytes(damage(whole))
+        with suppress(FFGymError):
+            read(path)
+
+    check()
+
+
+def test_losses_of_a_log_that_were_altered_are_found(tmp_path: Path) -> None:
+    path = _episodes(tmp_path)
+    whole = path.read_bytes()
+    for line, losses in enumerate(re.finditer(rb'"loss": 1\.0', whole), start=1):
+        path.write_bytes(whole[: losses.start()] + b'"loss": 1.5' + whole[losses.end() :])
+        with pytest.raises(DataError, match=f"line {line} is no episode, .*changed after it was written"):
+            read_log(path)
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[2])
+    with pytest.raises(DataError, match="line 2 "):
+        read_log(path)
+
+
+def test_a_log_from_before_digests_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    path = _episodes(tmp_path)
+    old = re.sub(rb', "digest": "\w+"', b"", path.read_bytes())
+    path.write_bytes(old)
+    with Recorder(path) as recorder:
+        assert len(recorder.earlier.episodes) == 3
+        recorder.record(episode(3, 1, 0.5))
+    assert path.read_bytes().startswith(old)
+    assert len(read_log(path).episodes) == 4
+    path.write_bytes(path.read_bytes().replace(b'"loss": 1.0', b'"loss": 1.5', 1))
+    with pytest.raises(DataError, match="line 4 is no episode"):
+        read_log(path)
+
+
+@pytest.mark.parametrize("facts", [{}, {**FACTS, "train": "x"}, {**FACTS, "held_out": [[0]]}, []])
+def test_a_checkpoint_with_other_facts_is_damaged(facts: Any, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.save("lora", {}, facts)
+    if facts == {}:
+        assert checkpoint.load("lora", LoraCurve) is not None  # all have defaults
+        return
+    with pytest.raises(RecoveryError, match=r"lora\.safetensors is no checkpoint, or a damaged one"):
+        checkpoint.load("lora", LoraCurve)
