@@ -16,6 +16,7 @@ from ffgym.version import __version__
 if TYPE_CHECKING:
     from ffgym.config.tables import RunConfig
     from ffgym.config.toml import load_config
+    from ffgym.costs.resource import Resource
     from ffgym.export.format import Exported, ExportFormat
     from ffgym.models.families import Family, Stock
     from ffgym.pipeline.pipeline import run
@@ -33,6 +34,7 @@ __all__ = [
     "Heuristic",
     "LayerStats",
     "PluginConfig",
+    "Resource",
     "Reward",
     "RunConfig",
     "Stock",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _LATE = {
+    "Resource": "ffgym.costs.resource",
     "ExportFormat": "ffgym.export.format",
     "Exported": "ffgym.export.format",
     "Family": "ffgym.models.families",

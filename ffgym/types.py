@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["attention", "mlp"]
-Resource = Literal["params", "macs", "kv", "latency"]
 Calibration = Literal["ridge", "affine", "none"]
 
 
@@ -149,8 +148,7 @@ class Evaluation:
         kls: ``kl``: mean KL(P || Q) of each window in nats per token, shape (windows,).
         reverse_kls: ``reverse_kl``: mean KL(Q || P) of each window in nats per token, shape (windows,).
         accuracy: ``accuracy``: share of the update's task examples that are answered right, mean over tasks, in [0, 1].
-        costs: ``cost``: what the prunable sublayers cost, by resource, in the resource's unit: ``params``, ``macs`` per
-            token at the run's context, ``kv`` in bytes per token.
+        costs: ``cost``: what the prunable sublayers cost, by resource, in the resource's unit.
         slopes: ``slopes``, which agents ask for: first-order change of the mean loss as each unit joins, in nats per
             token, shape (units,), float32, for every sublayer.
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +114,33 @@ def before_episodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], o
         monkeypatch.setattr(PruningVectorEnv, "_measured", hooked)
 
     return arm
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``install(package, source)``: install plugins as pip would, as a module and its dist-info on sys.path."""
+    from ffgym.plugins import discovery
+
+    monkeypatch.delenv(discovery.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules: list[str] = []
+
+    def add(package: str, source: str, *, version: str = "1.0") -> None:
+        module = package.replace("-", "_")
+        modules.append(module)
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        info = tmp_path / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
+        (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
+        importlib.invalidate_caches()
+        discovery.forget()
+
+    discovery.forget()
+    yield add
+    discovery.forget()
+    for module in modules:
+        sys.modules.pop(module, None)
 
 
 WORDS = [f"w{i}" for i in range(120)]

@@ -55,9 +55,9 @@ def reference() -> str:
         if isinstance(model, type) and issubclass(model, BaseModel):
             parts += [f"### `[{table}]`", first_line(model), keys(model)]
     parts.append("## Every built-in plugin, and its options")
-    for kind, (plural, _, table) in KINDS.items():
-        where = f": options in `[{table}]`" if table else ""
-        parts += [f"### {plural.capitalize()}{where}", options(kind, quiet=not table)]
+    for kind, row in KINDS.items():
+        where = f": options in `[{row.table}]`" if row.key == "name" else f": named by `{row.table}.{row.key}`"
+        parts += [f"### {row.plural.capitalize()}{where if row.table else ''}", options(kind, quiet=not row.table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -164,7 +164,7 @@ def test_tasks_that_a_reward_may_name_are_documented() -> None:
 def test_contract_is_documented(base: type[Plugin]) -> None:
     page = text("docs/plugins.md")
     assert f"`ffgym.{base.__name__}`" in page
-    for method in getattr(base, "__abstractmethods__", ()):
+    for method in getattr(base, "__abstractmethods__", ()) or ("unit_price", "measure") * (base.kind == "resource"):
         assert re.search(rf"\b{method}\(|def {method}\b", page), f"{base.__name__}.{method} is not in docs/plugins.md"
 
 

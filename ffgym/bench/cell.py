@@ -136,7 +136,7 @@ class CellRunner:
     def _compute(self, cell: Cell, space: Workspace, parent: str | None, folder: Path) -> None:
         config, say = cell.config, self._say
         agent, policy = make_agent(config), policy_digest(config)
-        latency = None if space.latency is None else space.latency.digest
+        latency = next((measurement.digest for measurement in space.measurements.values()), None)
         give_prior(agent, space)
         dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ffgym.errors import ConfigError, UnknownNameError
-from ffgym.types import Calibration, JSONDict, Resource
+from ffgym.types import Calibration, JSONDict
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -129,7 +129,7 @@ class PruneTable(Table):
     front_points: int = Field(
         default=5, ge=2, le=100, description="under a range: at how many targets the front is measured, at most 100"
     )
-    resource: Resource = Field(default="params", description="params | macs | kv | latency: what the budget counts")
+    resource: Text = Field(default="params", description="what the budget counts; see: ffgym ls resources")
     calibration: Calibration = Field(
         default="ridge", description="ridge | affine | none: the refit that the reward sees"
     )

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ffgym.config.tables import RunConfig
-from ffgym.costs.latency import to_json
 from ffgym.files import write_text
 from ffgym.pipeline.artifacts import log_splits, run_tags, write_found
 from ffgym.pipeline.session import Session
@@ -46,10 +45,10 @@ def search(task: Workspace, agent: Agent, session: Session) -> Searched:
     give_prior(agent, task)
     tracker.set_tags(run_tags(task, agent))
     log_splits(tracker, task.splits)
-    if task.latency is not None:
-        write_text(folder / "latency.json", to_json(task.latency))
-        tracker.log_params({"latency": {"digest": task.latency.digest}})
-        tracker.log_artifact(folder / "latency.json")
+    for resource, measurement in task.measurements.items():
+        write_text(folder / f"{resource}.json", measurement.text)
+        tracker.log_params({resource: {"digest": measurement.digest}})
+        tracker.log_artifact(folder / f"{resource}.json")
     try:
         points = _run(task, agent, session, config.agent.name, "search", folder / "episodes.jsonl", config.targets)
     except SearchInterrupted as stop:

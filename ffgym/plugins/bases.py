@@ -1,4 +1,4 @@
-"""The base classes that third parties subclass: criteria, heuristics, rewards and agents.
+"""The base classes that third parties subclass: criteria, heuristics, rewards and agents; resources are in ``costs``.
 
 A plugin is a class with a ``name``. It may carry its own pydantic ``Config`` (extra fields are refused); the table of
 the same name in a run's TOML is validated by it, and the plugin finds the result in ``self.config``.
@@ -129,7 +129,8 @@ class Reward(Plugin, ABC):
         needs: what to measure beside the losses, any of ``{"kl", "reverse_kl", "accuracy", "cost"}``.
         tasks: names of the multiple-choice tasks that ``accuracy`` is measured on.
         examples: how many of their examples one episode at full fidelity is measured on, as many of every task.
-        resources: names of the resources that ``cost`` is measured in, e.g. ``("macs",)``; empty for all but latency.
+        resources: names of the resources that ``cost`` is measured in, e.g. ``("macs",)``; empty for all built-ins
+            that need no measurement.
         pareto: how many non-dominated allocations are measured again beside the finalists, where there are objectives.
     """
 

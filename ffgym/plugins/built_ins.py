@@ -58,6 +58,12 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "alpha": BuiltIn("ffgym.heuristics.alpha:Alpha", "heavier-tailed spectrum of the weight, less cut"),
         "gate-scaling": BuiltIn("ffgym.heuristics.gate_scaling:GateScaling", "loss leans more on the output, less cut"),
     },
+    "resource": {
+        "params": BuiltIn("ffgym.costs.params:Params", "parameters"),
+        "macs": BuiltIn("ffgym.costs.macs:Macs", "multiply-accumulates of one token at a context length"),
+        "kv": BuiltIn("ffgym.costs.kv:KV", "bytes that one token adds to the KV cache"),
+        "latency": BuiltIn("ffgym.costs.latency:Latency", "time of a forward pass, measured on one machine"),
+    },
     "reward": {
         "perplexity": BuiltIn("ffgym.rewards.perplexity:Perplexity", "dense perplexity over pruned perplexity"),
         "kl": BuiltIn("ffgym.rewards.kl:KL", "exp(-KL): how far the next-token distribution moves from the dense one"),

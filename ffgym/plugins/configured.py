@@ -6,7 +6,7 @@ import contextlib
 
 from pydantic import ValidationError
 
-from ffgym.config.tables import RunConfig
+from ffgym.config.tables import PluginTable, RunConfig
 from ffgym.config.toml import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins.bases import Plugin
@@ -33,6 +33,8 @@ def with_options(config: RunConfig) -> RunConfig:
     tables = {}
     for key, (kind, cls) in _used(config).items():
         table = getattr(config, key)
+        if not isinstance(table, PluginTable):
+            continue
         options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
         tables[key] = type(table)(**{**options, "name": table.name})
     return config.model_copy(update=tables)
@@ -50,7 +52,9 @@ def editions(config: RunConfig) -> dict[str, int]:
 
 def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
     """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
-    named = [(kind, table, getattr(config, table).name) for kind, (_, _, table) in KINDS.items() if table]
+    named = [
+        (kind, row.table, getattr(getattr(config, row.table), row.key)) for kind, row in KINDS.items() if row.table
+    ]
     return {table: (kind, get_class(kind, name)) for kind, table, name in named if name != "none"}
 
 

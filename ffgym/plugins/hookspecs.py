@@ -52,6 +52,12 @@ def ffgym_heuristics() -> list[type[Heuristic]]:
 
 
 @hookspec
+def ffgym_resources() -> list[type[Plugin]]:
+    """Subclasses of `ffgym.Resource`: what a budget counts."""
+    return []
+
+
+@hookspec
 def ffgym_rewards() -> list[type[Reward]]:
     """Classes that turn a measurement into one number."""
     return []

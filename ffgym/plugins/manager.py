@@ -44,7 +44,7 @@ def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
 @overload
 def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
 @overload
-def get_class(kind: Literal["export", "family"], name: str) -> Any: ...
+def get_class(kind: Literal["export", "family", "resource"], name: str) -> Any: ...
 def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     """Find the class behind a name.
 
@@ -75,12 +75,14 @@ def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | N
 @overload
 def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
 @overload
-def create(kind: Literal["export", "family"], name: str, options: Mapping[str, Any] | None = None) -> Any: ...
+def create(
+    kind: Literal["export", "family", "resource"], name: str, options: Mapping[str, Any] | None = None
+) -> Any: ...
 def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
     """Make an instance with validated options.
 
     Args:
-        kind: of the plugin.
+        kind: one of `KINDS`.
         name: a registered name.
         options: the keys of its TOML table beside ``name``, e.g. ``config.criterion.options``.
 
@@ -89,7 +91,7 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
         PluginError: two packages provide the name, or the constructor failed.
         UnknownNameError: nobody provides the name.
     """
-    cls: type[Plugin] = get_class(kind, name)
+    cls = get_class(kind, name)
     config = validated(kind, cls, options or {})
     try:
         return cls(config)

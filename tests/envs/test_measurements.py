@@ -14,6 +14,7 @@ from measured_alone import Recording, compared, final_hidden
 
 import ffgym
 from ffgym.config.tables import RunConfig
+from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.data.examples import EncodedExample
 from ffgym.envs.check import complaints
@@ -69,7 +70,8 @@ def measuring(prepared_llama, random_windows):
     def make(reward: ffgym.Reward | None = None, **options: Any) -> PruningEnv:
         prunable = prepared_llama.prunable
         options = {"examples": EXAMPLES, "sparsity": 0.3, "episode_windows": 4, **options}
-        prices = {name: Budget(prunable.sublayers, resource=name) for name in ("macs", "kv")}
+        costs = standard_costs(prunable.model, context=1024)
+        prices = {name: Budget(prunable.sublayers, costs[name].tables) for name in ("macs", "kv")}
         budget = Budget(prunable.sublayers)
         return PruningEnv(
             prunable, reward or Everything(), random_windows(12, seed=1), budget, prices=prices, **options
@@ -109,10 +111,10 @@ class TestOneEpisode:
         info = env.step(ACTION)[4]
         pruned, dense = env.reward.seen
         assert set(pruned.costs) == {"macs", "kv"}
-        assert dense.costs["kv"] == 3 * 2 * 2 * 8 * 2
-        sizes = SizeMeter(env.prunable, context=1024)
+        assert dense.costs["kv"] == 3 * 2 * 2 * 8 * 4
+        sizes = SizeMeter(env.prunable, standard_costs(env.prunable.model, context=1024))
         kept = tuple(info["kept"])
-        saved = sizes(env.prunable.dense_units).macs - sizes(kept).macs
+        saved = sizes(env.prunable.dense_units)["macs"] - sizes(kept)["macs"]
         assert dense.costs["macs"] - pruned.costs["macs"] == pytest.approx(saved)
 
     def test_info_holds_numbers_and_arrays_only(self, measuring):

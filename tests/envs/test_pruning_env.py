@@ -240,14 +240,14 @@ class TestFailures:
 
 
 def test_half_a_budget_of_kv_cuts_attention_only(prepared_llama, random_windows):
+    from ffgym.costs.resource import standard_costs
     from ffgym.envs.pruning_env import PruningEnv
     from ffgym.pruning.budget import Budget
     from ffgym.rewards.perplexity import Perplexity
 
     prunable = prepared_llama.prunable
-    env = PruningEnv(
-        prunable, Perplexity(), random_windows(4), Budget(prunable.sublayers, resource="kv", kv_bytes=4), sparsity=0.5
-    )
+    costs = standard_costs(prunable.model, context=1024)["kv"]
+    env = PruningEnv(prunable, Perplexity(), random_windows(4), Budget(prunable.sublayers, costs.tables), sparsity=0.5)
     env.reset(seed=0)
     assert env.step(ACTION)[4]["kept"].tolist() == [1, 48, 1, 48, 1, 48]
 

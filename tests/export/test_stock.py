@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import ModelError
@@ -167,11 +168,12 @@ class TestOnDisk:
     @pytest.mark.parametrize("name", ["llama-gqa", "llama-affine", "opt-mha"])
     def test_the_size_report_counts_what_is_written(self, tmp_path, name):
         family, shape, grouped = VARIANTS[name]
-        meter = SizeMeter(PrunableModel(tiny_model(family, grouped_query=grouped)), context=64)
+        dense = PrunableModel(tiny_model(family, grouped_query=grouped))
+        meter = SizeMeter(dense, standard_costs(dense.model, context=64))
         prunable = cut(family, shape, grouped_query=grouped, biases=name.endswith("affine"))
         written = save(prunable, tmp_path / "m")
         assert written.stock
-        assert written.parameters == meter(shape * 3, new_biases=prunable.new_bias_params(stock=True)).parameters
+        assert written.parameters == meter(shape * 3, new_biases=prunable.new_bias_params(stock=True))["params"]
 
     def test_shards_and_half_precision(self, tmp_path):
         prunable = PrunableModel(tiny_model("qwen2", dtype=torch.bfloat16))

@@ -15,6 +15,7 @@ from measured_alone import Recording
 from ffgym.agents.one_shot import OneShot
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config.tables import SearchTable
+from ffgym.costs.resource import standard_costs
 from ffgym.envs.pruning_env import Trial
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, DataError, PluginError
@@ -165,7 +166,8 @@ class TestPareto:
     def traded(self, make_env):
         env = make_env(sparsity=0.3)
         env.reward = Traded()
-        env.prices = {"kv": Budget(env.prunable.sublayers, resource="kv")}
+        kv = standard_costs(env.prunable.model, context=1024)["kv"]
+        env.prices = {"kv": Budget(env.prunable.sublayers, kv.tables)}
         return env
 
     def test_what_no_other_beats_is_measured_again_beside_the_finalists(self, traded):
