@@ -16,6 +16,9 @@ from ffgym.version import __version__
 if TYPE_CHECKING:
     from ffgym.config.tables import RunConfig
     from ffgym.config.toml import load_config
+    from ffgym.costs.resource import Resource
+    from ffgym.export.format import Exported, ExportFormat
+    from ffgym.models.families import Family, Stock
     from ffgym.pipeline.pipeline import run
     from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 
@@ -25,13 +28,18 @@ __all__ = [
     "BatchAgent",
     "Criterion",
     "Evaluation",
+    "ExportFormat",
+    "Exported",
     "FFGymError",
+    "Family",
     "Heuristic",
     "LayerStats",
     "PluginConfig",
     "Recovery",
+    "Resource",
     "Reward",
     "RunConfig",
+    "Stock",
     "Sublayer",
     "SublayerView",
     "TrainingOutcome",
@@ -44,7 +52,12 @@ __all__ = [
 ]
 
 _LATE = {
+    "Resource": "ffgym.costs.resource",
+    "ExportFormat": "ffgym.export.format",
+    "Exported": "ffgym.export.format",
+    "Family": "ffgym.models.families",
     "RunConfig": "ffgym.config.tables",
+    "Stock": "ffgym.models.families",
     "load_config": "ffgym.config.toml",
     "run": "ffgym.pipeline.pipeline",
     **dict.fromkeys(("Recovery", "TrainingOutcome", "TrainingSetup"), "ffgym.recover.method"),

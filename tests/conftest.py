@@ -96,6 +96,53 @@ def uniform_env(prepared_llama: Prepared) -> Any:
     return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, sparsity=0.3)
 
 
+@pytest.fixture
+def before_episodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """``before_episodes(hook)``: the hook is called before each episode that was measured, not replayed, is recorded.
+
+    It may raise, as Ctrl-C between two episodes would.
+    """
+    from ffgym.envs.vector import PruningVectorEnv
+
+    measured = PruningVectorEnv._measured
+
+    def arm(hook: Callable[[], object]) -> None:
+        def hooked(self: PruningVectorEnv, *args: Any) -> Any:
+            hook()
+            return measured(self, *args)
+
+        monkeypatch.setattr(PruningVectorEnv, "_measured", hooked)
+
+    return arm
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """``install(package, source)``: install plugins as pip would, as a module and its dist-info on sys.path."""
+    from ffgym.plugins import discovery
+
+    monkeypatch.delenv(discovery.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules: list[str] = []
+
+    def add(package: str, source: str, *, version: str = "1.0") -> None:
+        module = package.replace("-", "_")
+        modules.append(module)
+        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+        info = tmp_path / f"{module}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
+        (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
+        importlib.invalidate_caches()
+        discovery.forget()
+
+    discovery.forget()
+    yield add
+    discovery.forget()
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
 WORDS = [f"w{i}" for i in range(120)]
 
 
@@ -137,30 +184,3 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Any) -> d
         },
         "search": {"episode_tokens": 64, "final_tokens": 64},
     }
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """``install(package, source)``: install a plugin as pip would, a module and its dist-info on sys.path."""
-    from ffgym.plugins import discovery
-
-    monkeypatch.delenv(discovery.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    modules: list[str] = []
-
-    def add(package: str, source: str, *, version: str = "1.0") -> None:
-        module = package.replace("-", "_")
-        modules.append(module)
-        (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
-        info = tmp_path / f"{module}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", "utf-8")
-        (info / "entry_points.txt").write_text(f"[ffgym]\n{package}-entry = {module}\n", "utf-8")
-        importlib.invalidate_caches()
-        discovery.forget()
-
-    discovery.forget()
-    yield add
-    discovery.forget()
-    for module in modules:
-        sys.modules.pop(module, None)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ffgym.costs.latency import Curve, LatencyTable, layer_shapes, model_shape
-from ffgym.costs.latency_grid import grid
+from ffgym.costs.latency_fit import grid
+from ffgym.costs.latency_table import Curve, LatencyTable, layer_shapes, model_shape
 
 
 def made_up_table(model: Any, *, context: int = 64, attention: float = 1e-3, mlp: float = 8e-3) -> LatencyTable:

@@ -21,7 +21,7 @@ from made_up_episodes import episode
 from ffgym.bench.cell import CELL_RESULT
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
-from ffgym.costs.latency import read_table, to_json
+from ffgym.costs.latency_table import read_table, to_json
 from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
 from ffgym.files import FileFormat, replacing
 from ffgym.models.loading import MODEL_CONFIG, weight_files

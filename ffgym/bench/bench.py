@@ -30,7 +30,7 @@ from ffgym.execute.workers import work
 from ffgym.files import disk_errors, write_text
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins import configured, manager
-from ffgym.prepare.parts import counts_latency, latency_digest
+from ffgym.prepare.parts import counted_resources, named_table, table_digest
 from ffgym.report.progress import Reporter, duration
 from ffgym.search.policy import make_agent, policy_digest
 from ffgym.tracking.tracker import Tracker
@@ -193,12 +193,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 hint="Leave [recover] out, and recover a saved model with `ffgym recover`.",
             )
         check_plugins(cell.config)
-        if counts_latency(cell.config) and cell.config.prune.latency_table is None:
-            raise ConfigError(
-                f"cells of one table count the same times, and {cell.label} names none: two sittings, or two processes "
-                "that time the model at once, would each count their own",
-                hint="Make a table with `ffgym latency MODEL --output FILE`, and name it as prune.latency_table.",
-            )
+        _check_measurements(cell)
         if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:
             raise ConfigError(
                 f"two benches would write {cell.path} for different configurations",
@@ -211,13 +206,26 @@ def check_benches(benches: Sequence[Bench]) -> None:
             policy = policy_digest(cell.config)
             if None not in (policy, stored.policy) and policy != stored.policy:
                 changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
-            if stored.latency != latency_digest(cell.config):
+            if stored.latency != table_digest(cell.config):
                 changed.append(f"prune.latency_table = {cell.config.prune.latency_table!r} holds other times now")
             if changed:
                 raise ConfigError(
                     f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
                     hint="Point `results` at another folder, or delete that file to compute it again.",
                 )
+
+
+def _check_measurements(cell: Cell) -> None:
+    """Refuse a cell that would measure what its resources cost."""
+    for name, resource in counted_resources(cell.config).items():
+        if resource.is_measured() and named_table(cell.config, name) is None:
+            key = resource.table_key
+            hint = f"Make a table with `ffgym {name} MODEL --output FILE`, and name it as prune.{key}."
+            raise ConfigError(
+                f"cells of one table count the same {name}, and {cell.label} names none: two sittings, or two "
+                "processes that measure the model at once, would each count their own",
+                hint=hint if key else "Take a resource that has a price per unit.",
+            )
 
 
 def _outgrown(stored: Mapping[str, int], now: Mapping[str, int]) -> list[str]:

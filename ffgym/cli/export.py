@@ -11,6 +11,7 @@ import typer
 from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption, OverwriteFileOption
 from ffgym.cli.printing import print_json
+from ffgym.config.toml import parsed_overrides
 
 
 @app.command()
@@ -18,26 +19,40 @@ def export(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="folder of the model, e.g. runs/mine/model", show_default=False)
     ],
-    file: Annotated[Path, typer.Option("--gguf", metavar="FILE", help="GGUF file to write", show_default=False)],
+    name: Annotated[str, typer.Option("--format", help="what to write, one of `ffgym ls exports`")] = "gguf",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="PATH", help="file or folder to write", show_default=False)
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", metavar="FILE", help="as --format gguf --output FILE", show_default=False)
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="f32, f16 or bf16", show_default="what the weights are in")
+        str | None,
+        typer.Option("--dtype", help="f32, f16 or bf16, as --set dtype=...", show_default="the weights'"),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the format; repeatable")
     ] = None,
     overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a saved model as a GGUF file, which llama.cpp runs.
+    """Write a saved model for another program, e.g. as a GGUF file, which llama.cpp runs.
 
     Example: ffgym export runs/mine/model --gguf mine.gguf --dtype f16
     """
     from rich.console import Console
 
-    from ffgym.export.gguf.gguf import export_gguf, run_line
+    from ffgym.export.format import export as write
     from ffgym.report.progress import Reporter
 
-    with Reporter(Console(stderr=True)).stage(f"write {file.name}", 1) as stage:
-        written = export_gguf(folder, file, dtype=dtype, overwrite=overwrite, progress=stage)
+    target = output or gguf
+    if target is None or (output and gguf) or (gguf and name != "gguf"):
+        raise typer.BadParameter("one of them says what to write", param_hint="--output PATH or --gguf FILE")
+    options = parsed_overrides(overrides or []) | ({} if dtype is None else {"dtype": dtype})
+    with Reporter(Console(stderr=True)).stage(f"write {target.name}", 1) as stage:
+        written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)
     if as_json:
-        print_json({**asdict(written), "path": str(written.path), "run": run_line(written.path)})
+        print_json({**asdict(written), "path": str(written.path)})
         return
     typer.echo(
         f"{written.path}: {written.bytes / 1e6:.1f} MB, {written.parameters / 1e6:.1f} M parameters in {written.dtype},"
@@ -45,4 +60,5 @@ def export(
     )
     for note in written.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"run it (needs pip install 'ffgym[llama-cpp]', or llama.cpp itself):\n  {run_line(written.path)}")
+    if written.run:
+        typer.echo(f"run it (needs {written.needs}):\n  {written.run}")

@@ -22,7 +22,7 @@ Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
 def list_names(
     kind: Annotated[Kinds, typer.Argument(help="what to list", show_default=False)], as_json: JsonOption = False
 ) -> None:
-    """List the names that `run` takes for --agent, --criterion, --prior (heuristics), --reward or --recover."""
+    """List the names of a kind of plugin, built-in and installed, each with what it is."""
     found = manager.names(_PLURALS[kind])
     if as_json:
         print_json([{"name": name, "description": line} for name, line in found.items()])

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ffgym.errors import ConfigError
-from ffgym.types import Calibration, JSONDict, Resource
+from ffgym.types import Calibration, JSONDict
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -25,6 +25,7 @@ OptionalShare = Annotated[
 Count = Annotated[int, Field(ge=1)]
 Ramp = Literal["none", "cubic", "staircase"]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
+STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
 # Configurations of earlier versions list them under these methods too, where they mean nothing.
 LORA_OPTIONS = frozenset({"rank", "alpha", "dropout", "checkpoint_every", "gradient_checkpointing"})
 METHODS_WITH_LORA_OPTIONS = ("none", "distil-mlp")
@@ -46,7 +47,7 @@ class PluginTable(BaseModel):
     """A table that names a plugin; every key that is no field is an option that the plugin's ``Config`` validates.
 
     Attributes:
-        named_by: the key that names the plugin. The name is also ``name``, whatever the key.
+        named_by: the key that names the plugin.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
@@ -128,7 +129,7 @@ class PruneTable(Table):
     front_points: int = Field(
         default=5, ge=2, le=100, description="under a range: at how many targets the front is measured, at most 100"
     )
-    resource: Resource = Field(default="params", description="params | macs | kv | latency: what the budget counts")
+    resource: Text = Field(default="params", description="what the budget counts; see: ffgym ls resources")
     calibration: Calibration = Field(
         default="ridge", description="ridge | affine | none: the refit that the reward sees"
     )
@@ -209,12 +210,21 @@ class SearchTable(Table):
     random_baseline: bool = Field(
         default=True, description="also measure random allocations, for as many tokens; not under a range of budgets"
     )
-    stop_hopeless: bool = Field(
-        default=False, description="cut an episode short whose first windows lose far more than the last update did"
-    )
-    stop_margin: float = Field(
-        default=1.0, ge=0, description="how far above the last update's mean loss that is, in its standard deviations"
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_stopping(cls, table: Any) -> Any:
+        """Results from before hold the keys that went at their defaults; whoever sets them is told."""
+        if not isinstance(table, dict):
+            return table
+        for key, default in STOPPING.items():
+            if table.get(key, default) != default:
+                raise ConfigError(
+                    f"search.{key} = {table[key]!r}: episodes are no longer stopped early; it compared losses on one "
+                    "text with those on another, and the ablation showed no gain",
+                    hint=f"Leave search.{key} out.",
+                )
+        return {key: value for key, value in table.items() if key not in STOPPING}
 
 
 class ScheduleTable(Table):
@@ -260,11 +270,6 @@ class RecoverTable(PluginTable):
     seed: Literal["auto"] | Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default="auto", description="auto (the run's seed) or a seed for the training and the order of the text"
     )
-
-    @property
-    def name(self) -> str:
-        """The method."""
-        return self.method
 
     @model_validator(mode="before")
     @classmethod
@@ -338,12 +343,6 @@ class RunConfig(Table):
             )
         self._range_agrees()
         self._recovery_fits()
-        if self.search.stop_hopeless and self.search.episode_tokens <= self.data.window:
-            raise ConfigError(
-                f"search.stop_hopeless stops between the windows of an episode, and search.episode_tokens = "
-                f"{self.search.episode_tokens} is one window of {self.data.window}",
-                hint=f"Set search.episode_tokens = {2 * self.data.window} or more, or search.stop_hopeless = false.",
-            )
         return self
 
     @property
@@ -380,11 +379,6 @@ class RunConfig(Table):
             raise ConfigError(
                 f"{where}, so schedule.sparsity = {self.schedule.sparsity!r} has none to rise to",
                 hint='Set schedule.sparsity = "none", or search at one target.',
-            )
-        if self.search.stop_hopeless:
-            raise ConfigError(
-                f"{where}, so search.stop_hopeless has no earlier losses at that target to compare with",
-                hint="Set search.stop_hopeless = false, or search at one target.",
             )
         if save_at is not None and not low <= save_at <= high:
             raise ConfigError(

@@ -37,10 +37,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
     """
-    command_line: JSONDict = {}
-    for text in overrides:
-        command_line = _merged(command_line, _parse_override(text))
-    command_line = _merged(command_line, _given(values))
+    command_line = _merged(parsed_overrides(overrides), _given(values))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
     for table in PLUGIN_TABLES:
         file = without_foreign_options(file, command_line, table)
@@ -141,6 +138,18 @@ def _comment(table: str, line: str) -> str:
 def read_toml(path: Path) -> JSONDict:
     """Read a TOML file; raise ``ConfigError`` where it is missing, unreadable or malformed."""
     return CONFIGURATION.read(path)
+
+
+def parsed_overrides(overrides: Sequence[str]) -> JSONDict:
+    """``["prune.sparsity=0.3"]`` -> ``{"prune": {"sparsity": 0.3}}``; the last word on a key wins.
+
+    Raises:
+        ConfigError: one that is no ``key=value``.
+    """
+    nested: JSONDict = {}
+    for text in overrides:
+        nested = _merged(nested, _parse_override(text))
+    return nested
 
 
 def _parse_override(text: str) -> JSONDict:

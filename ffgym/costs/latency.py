@@ -1,293 +1,49 @@
-"""The latency table: how long each kind of sublayer takes at each size, on one machine, and what that makes it cost.
-
-The table is data: timed once (`ffgym.costs.sublayer_times`), kept as JSON, recorded with every run that used it.
-The same table gives the same costs, and so the same allocations, on any machine.
-"""
+"""Latency: how long a forward pass takes on one machine, from times of its sublayers."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import numpy as np
-from pydantic import Field, model_validator
-
-from ffgym.config.tables import Table
-from ffgym.costs.latency_grid import PICOSECONDS, cost_table
-from ffgym.errors import BudgetError, ConfigError
-from ffgym.files import FileFormat
-from ffgym.models.families import family_of
-from ffgym.types import JSONDict, Kind, Sublayer
-
-FORMAT: Literal["ffgym latency table 1"] = "ffgym latency table 1"
-Count = Annotated[int, Field(ge=1)]
-Size = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
+from ffgym.costs.resource import Costs, Measurement, OnProgress, Resource, Say, Setting
 
 
-class ModelShape(Table):
-    """What decides how long the rest of a forward pass takes: all that is no attention and no MLP.
+class Latency(Resource):
+    """Picoseconds of one forward pass of one window of ``context`` tokens, measured sublayer by sublayer.
 
-    Attributes:
-        family: e.g. ``"llama"``.
-        hidden: channels of the residual stream.
-        layers: decoder layers.
-        vocabulary: rows of the output head.
+    The times are those of a named file, or else this machine's own from the cache, timed now if they are missing.
     """
 
-    family: str
-    hidden: Count
-    layers: Count
-    vocabulary: Count
+    name = "latency"
+    quantity = "measured latency"
+    unit = "ps"
+    table_key = "latency_table"
 
+    def measure(
+        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, say: Say | None
+    ) -> Costs:
+        """Costs by a latency table.
 
-class LayerShape(Table):
-    """What decides how long a sublayer takes at each size: all sublayers of one shape share a curve.
+        Raises:
+            ConfigError: the named file is no latency table.
+            BudgetError: it is of another model or context, or the model takes fewer than ``context`` tokens.
+        """
+        from ffgym.costs.latency_cache import cached_table, say_if_busy
+        from ffgym.costs.latency_table import layer_shapes, read_table, to_json
 
-    Attributes:
-        kind: attention or MLP.
-        units: of the dense sublayer.
-        channels_per_unit: input columns of the consumer that a unit owns.
-        unit_params: parameters that go with a unit, biases included.
-        query_heads_per_unit: query heads in a KV group; 0 for an MLP.
-        head_dim: channels of a head; 0 for an MLP.
-        attends: what the config calls this layer's attention, e.g. ``"sliding_attention"``; empty for an MLP, and
-            where all layers attend to everything.
-    """
-
-    kind: Kind
-    units: Count
-    channels_per_unit: Count
-    unit_params: Count
-    query_heads_per_unit: Size
-    head_dim: Size
-    attends: str
-
-
-class Curve(Table):
-    """Times of one shape of sublayer.
-
-    Attributes:
-        shape: whose.
-        sizes: units kept, strictly increasing from 1 to all of them.
-        seconds: median time of one forward pass at each size.
-        low: first quartiles.
-        high: third quartiles.
-    """
-
-    shape: LayerShape
-    sizes: tuple[Count, ...]
-    seconds: tuple[Seconds, ...]
-    low: tuple[Seconds, ...]
-    high: tuple[Seconds, ...]
-
-    @model_validator(mode="after")
-    def _is_a_curve(self) -> Curve:
-        sizes, units = self.sizes, self.shape.units
-        rises = all(a < b for a, b in itertools.pairwise(sizes))
-        if not sizes or not rises or (sizes[0], sizes[-1]) != (1, units):
-            raise ValueError(f"sizes must rise from 1 to {units}")
-        if {len(self.seconds), len(self.low), len(self.high)} != {len(sizes)}:
-            raise ValueError("one time and two quartiles belong to every size")
-        return self
-
-    @property
-    def costs(self) -> np.ndarray:
-        """Cost of keeping 0 .. units units, shape (units + 1,), whole picoseconds (`ffgym.costs.latency_grid`)."""
-        return cost_table(self.sizes, self.seconds)
-
-
-class LatencyTable(Table):
-    """Times of a model's sublayers, one forward pass of one window of ``context`` tokens each, and how they were taken.
-
-    Attributes:
-        format: names this kind of file.
-        device: the processor's or the GPU's name.
-        threads: threads of a CPU; 0 for an accelerator.
-        torch: its version.
-        dtype: of weights and activations.
-        context: tokens in the window.
-        model: what was timed.
-        curves: one for each shape of sublayer.
-        whole_seconds: median time of the dense model's forward pass, logits of the last token only.
-        repetitions: how many times each was timed; the first, which warms up, aside.
-    """
-
-    format: Literal["ffgym latency table 1"] = FORMAT
-    device: str
-    threads: Size
-    torch: str
-    dtype: str
-    context: Count
-    model: ModelShape
-    curves: tuple[Curve, ...] = Field(min_length=1)
-    whole_seconds: Seconds
-    repetitions: Count
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of everything in it: equal digests, equal allocations."""
-        return _digest(self.model_dump(mode="json"))
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of what was timed and how, without the times that came out: see `key_of`."""
-        return key_of(
-            self.model,
-            [curve.shape for curve in self.curves],
-            device=self.device,
-            threads=self.threads,
-            torch=self.torch,
-            dtype=self.dtype,
-            context=self.context,
+        if file is None:
+            table = cached_table(model, context=setting.context, on_progress=on_progress, say=say)
+        else:
+            table = read_table(file.expanduser())
+            table.check_fits(model, context=setting.context, source=str(file))
+            say_if_busy(table, say)
+        shapes = layer_shapes(model)
+        return Costs(
+            table.cost_tables(shapes), table.rest(shapes), Measurement(table.measured, table.digest, to_json(table))
         )
 
-    @property
-    def measured(self) -> str:
-        """How the times were taken, in one line."""
-        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
-        return f"{self.device}{threads}, {self.dtype}, torch {self.torch}, one window of {self.context:,} tokens"
+    def digest_of(self, file: Path) -> str:
+        """Digest of a table's file; raises ``ConfigError`` where it is none."""
+        from ffgym.costs.latency_table import read_table
 
-    @property
-    def noise(self) -> float:
-        """How far apart the quartiles of a time lie, as a share of it: the median over all that was timed."""
-        times = [(c.high[i] - c.low[i]) / c.seconds[i] for c in self.curves for i in range(len(c.sizes))]
-        return float(np.median(times))
-
-    def cost_tables(self, shapes: Sequence[LayerShape]) -> list[np.ndarray]:
-        """What keeping 0 .. units units of each sublayer costs, in whole picoseconds; sublayers of a shape share one.
-
-        Args:
-            shapes: of the 2L sublayers, see `layer_shapes`; each must have a curve, see `check_fits`.
-        """
-        costs = {curve.shape: curve.costs for curve in self.curves}
-        return [costs[shape] for shape in shapes]
-
-    def rest(self, shapes: Sequence[LayerShape]) -> float:
-        """Picoseconds of the dense forward pass that no prunable sublayer takes: embedding, norms, output head."""
-        prunable = sum(float(table[-1]) for table in self.cost_tables(shapes))
-        return max(0.0, self.whole_seconds * PICOSECONDS - prunable)
-
-    def check_fits(self, model: Any, *, context: int, source: str) -> None:
-        """Raise ``BudgetError``, naming what differs, where the table is of another model or context.
-
-        Args:
-            model: dense causal LM of a supported family.
-            context: ``prune.context``.
-            source: how messages call the table.
-        """
-        differences = _differences(self.model, model_shape(model))
-        known = [curve.shape for curve in self.curves]
-        for wanted in dict.fromkeys(layer_shapes(model)):
-            same_kind = [shape for shape in known if shape.kind == wanted.kind]
-            if wanted not in known:
-                nearest = min((_differences(shape, wanted) for shape in same_kind), key=len, default=["no times"])
-                differences += [f"{wanted.kind}: {difference}" for difference in nearest]
-        if differences:
-            raise BudgetError(
-                f"latency table {source} was timed on another model: {'; '.join(differences)}",
-                hint="Leave prune.latency_table out to time this model, or make a table of it with: ffgym latency"
-                " MODEL --output FILE",
-            )
-        if self.context != context:
-            raise BudgetError(
-                f"latency table {source} was timed on {self.context} tokens, prune.context is {context}",
-                hint=f"Use --set prune.context={self.context}, or a table of {context} tokens.",
-            )
-
-
-def model_shape(model: Any) -> ModelShape:
-    """The shape of a dense causal LM; raises ``ModelError`` where its family is not supported."""
-    family = family_of(model)
-    vocabulary, hidden = model.get_output_embeddings().weight.shape
-    return ModelShape(
-        family=family.name, hidden=int(hidden), layers=len(family.layers(model)), vocabulary=int(vocabulary)
-    )
-
-
-def layer_shapes(model: Any) -> list[LayerShape]:
-    """The shapes of the 2L sublayers of a dense causal LM, in order of depth."""
-    types = getattr(model.config, "layer_types", None)
-    return [_layer_shape(s, str(types[s.layer]) if types else "") for s in family_of(model).sublayers(model)]
-
-
-def _layer_shape(sublayer: Sublayer, layer_type: str) -> LayerShape:
-    return LayerShape(
-        kind=sublayer.kind,
-        units=sublayer.units,
-        channels_per_unit=sublayer.channels_per_unit,
-        unit_params=sublayer.unit_params,
-        query_heads_per_unit=sublayer.query_heads_per_unit,
-        head_dim=sublayer.head_dim,
-        attends=layer_type if sublayer.kind == "attention" and layer_type != "full_attention" else "",
-    )
-
-
-def key_of(
-    model: ModelShape,
-    shapes: Iterable[LayerShape],
-    *,
-    device: str,
-    threads: int,
-    torch: str,
-    dtype: str,
-    context: int,
-) -> str:
-    """SHA-256 of what times depend on: the cache finds a table by it.
-
-    Args:
-        model: the shape of the model.
-        shapes: of its sublayers; order and repetition do not matter.
-        device: see `LatencyTable`, as for the rest.
-        threads: of the CPU.
-        torch: its version.
-        dtype: of weights and activations.
-        context: tokens in the window.
-    """
-    plain: JSONDict = {
-        "format": FORMAT,
-        "model": model.model_dump(),
-        "shapes": sorted({shape.model_dump_json() for shape in shapes}),
-        "device": device,
-        "threads": threads,
-        "torch": torch,
-        "dtype": dtype,
-        "context": context,
-    }
-    return _digest(plain)
-
-
-LATENCY_TABLE = FileFormat(
-    "latency table",
-    LatencyTable,
-    ConfigError,
-    "Make one with: ffgym latency MODEL --output FILE, or take latency.json from the folder of a run.",
-)
-
-
-def read_table(path: Path) -> LatencyTable:
-    """Read a table that `ffgym latency --output`, a run or the cache wrote.
-
-    Raises:
-        ConfigError: nothing there, cut short, or something else.
-    """
-    return LATENCY_TABLE.read(path)
-
-
-def to_json(table: LatencyTable) -> str:
-    """The text of a table's file; `read_table` gives the same table back, bit for bit."""
-    return table.model_dump_json(indent=1) + "\n"
-
-
-def _differences(there: Table, here: Table) -> list[str]:
-    """``"layers 30, here 3"`` for every field that differs."""
-    pairs = ((name, getattr(there, name), getattr(here, name)) for name in type(there).model_fields)
-    return [f"{name} {was!r}, here {now!r}" for name, was, now in pairs if was != now]
-
-
-def _digest(plain: JSONDict) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return read_table(file.expanduser()).digest

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ffgym.costs.latency import LatencyTable, key_of, layer_shapes, model_shape, read_table, to_json
+from ffgym.costs.latency_table import LatencyTable, key_of, layer_shapes, model_shape, read_table, to_json
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.data.assets import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffgym.costs.latency import LatencyTable
-from ffgym.costs.latency_grid import PICOSECONDS
+from ffgym.costs.latency_fit import PICOSECONDS
+from ffgym.costs.latency_table import LatencyTable
 from ffgym.report.layout import new_grid, on_console
 
 if TYPE_CHECKING:

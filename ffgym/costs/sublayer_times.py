@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ffgym.costs.latency import Curve, LatencyTable, LayerShape, layer_shapes, model_shape
-from ffgym.costs.latency_grid import grid
+from ffgym.costs.latency_fit import grid
+from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, layer_shapes, model_shape
 from ffgym.costs.timing import Spread, timed
 from ffgym.models.cut import PrunableSublayer
 from ffgym.models.families import Family, family_of

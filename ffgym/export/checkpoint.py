@@ -20,7 +20,6 @@ from safetensors import safe_open
 from ffgym.errors import ModelError, OutputError
 from ffgym.files import replacing
 from ffgym.models.families import Family
-from ffgym.models.modeling_ffgym import CLASSES
 from ffgym.types import Kind
 
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
@@ -180,7 +179,7 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     Raises:
         ModelError: ``kept`` is not what the model was cut to.
     """
-    config_class, model_class = CLASSES[family.name]
+    config_class, model_class = family.saved_classes()
     settings = _settings(model)
     sizes = _sizes_per_layer(model.config, kept, family)
     weights = _checkpoint_weights(model, kept, family)

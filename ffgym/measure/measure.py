@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ffgym.costs.latency import LatencyTable, to_json
 from ffgym.costs.latency_cache import cached_table, place_of
-from ffgym.costs.size import Size, SizeMeter
+from ffgym.costs.latency_table import LatencyTable, to_json
+from ffgym.costs.resource import standard_costs
+from ffgym.costs.size import SizeMeter
 from ffgym.costs.sublayer_times import REPETITIONS, processor, threads_of
 from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
 from ffgym.files import check_file, write_text
@@ -186,7 +187,7 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, say: Repor
     prunable = PrunableModel(dense.model)
 
     def meter(context: int) -> SizeMeter:
-        return SizeMeter(prunable, context=context)
+        return SizeMeter(prunable, standard_costs(prunable.model, context=context))
 
     context = max(workload.length for workload in workloads)
     sizes, dense_folder = meter(context), checkpoint_folder(source.name, revision=source.revision)
@@ -280,7 +281,7 @@ def _workloads(options: Options, limit: int) -> list[Workload]:
     return [Workload(batch, length) for batch in options.batch_sizes for length in lengths]
 
 
-def _footprint(loaded: LoadedModel, size: Size, folder: Path) -> Footprint:
+def _footprint(loaded: LoadedModel, size: Mapping[str, float], folder: Path) -> Footprint:
     disk_bytes, disk_dtype = weights_on_disk(folder)
     return Footprint(
         model=loaded.description,
@@ -288,8 +289,8 @@ def _footprint(loaded: LoadedModel, size: Size, folder: Path) -> Footprint:
         weight_bytes=parameter_bytes(loaded.model),
         disk_bytes=disk_bytes,
         disk_dtype=disk_dtype,
-        macs=size.macs,
-        kv_bytes=size.kv_bytes,
+        macs=size["macs"],
+        kv_bytes=size["kv"],
         memory=None,
     )
 

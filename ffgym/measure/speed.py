@@ -93,14 +93,14 @@ def work_of(model: Any, kept: Sequence[int], meter: Callable[[int], SizeMeter]) 
         kept: units per sublayer, length 2L.
         meter: sizes of allocations of the dense model at a context.
     """
-    first = meter(1)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head_macs = float(head.numel())
 
     def macs(context: int) -> float:
-        return meter(context)(kept).macs - first.head_macs
+        return meter(context)(kept)["macs"] - head_macs
 
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     unread = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
-    return Work(parameter_bytes(model) - unread, first(kept).kv_bytes, macs, first.head_macs)
+    return Work(parameter_bytes(model) - unread, meter(1)(kept)["kv"], macs, head_macs)
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:

@@ -1,18 +1,24 @@
-"""What each supported architecture calls its parts. Adding a family is adding an entry to ``FAMILIES``.
+"""What each supported architecture calls its parts, and whatever else ffgym has to know of it.
 
-Within a layer, dotted names lead to linear modules. A family whose decoder layer does something else between these
-linears (a norm over the intermediate channels, fused q/k/v) does not belong here.
+A family is a class below and a line in ``ffgym/plugins/built_ins.py``. One whose decoder layer does something else
+between its linears (a norm over the intermediate channels, fused q/k/v) does not belong here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from ffgym.errors import ModelError
+from ffgym.errors import ModelError, PluginError, UnknownNameError
+from ffgym.models.modeling_ffgym import PREFIX, make_classes
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Plugin
+from ffgym.plugins.contracts import called
 from ffgym.types import Kind, Sublayer
 
 
@@ -40,33 +46,67 @@ class Stock:
         return {"any": True, "divides hidden size": hidden % heads == 0, "dense": heads == dense_heads}[self.heads]
 
 
-@dataclass(frozen=True)
-class Family:
-    """Names of one architecture's parts.
+# What `modeling_ffgym` has to know of a family.
+PARTS = (
+    "decoder",
+    "query",
+    "key",
+    "value",
+    "attention_consumer",
+    "mlp_producers",
+    "mlp_consumer",
+    "heads",
+    "kv_heads",
+    "intermediate",
+    "head_count_attributes",
+)
+
+
+class Family(Plugin):
+    """One architecture: names of its parts, and what follows from them. The defaults are Llama's.
+
+    Within a decoder layer, dotted names lead to linear modules.
 
     Attributes:
-        name: the family, and the ``model_type`` of its Hugging Face config.
+        name: the family, and the ``model_type`` of its Hugging Face config, which transformers must know.
         decoder: dotted path from the causal LM to the module that holds ``layers``.
-        query, key, value, attention_consumer: dotted names within a decoder layer.
-        mlp_producers, mlp_consumer: the same for the MLP.
+        query, key, value, attention_consumer: names of an attention's linears.
+        mlp_producers, mlp_consumer: names of an MLP's.
         heads, kv_heads, intermediate: the config's names for the sizes (``kv_heads`` is ``None`` for multi-head only).
         head_count_attributes: attributes of the attention module that hold its number of query heads.
         stock: shapes that its stock classes take; ``None`` where nobody has looked, so that uniform runs are refused.
+        gguf: llama.cpp's architectures that may express it, names in ``ffgym.export.gguf.architectures``; the first
+            one that can is taken. Empty where llama.cpp has none.
+        tiny: settings of the config that `ffgym.testing.models.tiny_model` needs beyond the sizes named above.
     """
 
-    name: str
-    decoder: str = "model"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    attention_consumer: str = "self_attn.o_proj"
-    mlp_producers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    mlp_consumer: str = "mlp.down_proj"
-    heads: str = "num_attention_heads"
-    kv_heads: str | None = "num_key_value_heads"
-    intermediate: str = "intermediate_size"
-    head_count_attributes: tuple[str, ...] = ()
-    stock: Stock | None = None
+    kind = "family"
+    decoder: ClassVar[str] = "model"
+    query: ClassVar[str] = "self_attn.q_proj"
+    key: ClassVar[str] = "self_attn.k_proj"
+    value: ClassVar[str] = "self_attn.v_proj"
+    attention_consumer: ClassVar[str] = "self_attn.o_proj"
+    mlp_producers: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_consumer: ClassVar[str] = "mlp.down_proj"
+    heads: ClassVar[str] = "num_attention_heads"
+    kv_heads: ClassVar[str | None] = "num_key_value_heads"
+    intermediate: ClassVar[str] = "intermediate_size"
+    head_count_attributes: ClassVar[tuple[str, ...]] = ()
+    stock: ClassVar[Stock | None] = None
+    gguf: ClassVar[tuple[str, ...]] = ()
+    tiny: ClassVar[Mapping[str, Any]] = {}
+
+    def saved_classes(self) -> tuple[Any, Any]:
+        """The config and the model class of its checkpoints whose layers differ in size.
+
+        Raises:
+            PluginError: transformers has no such architecture.
+        """
+        parts = {part: getattr(self, part) for part in PARTS}
+        config_class, model_class = called(
+            self, lambda: make_classes(self.name, **parts), "making the classes of its saved models"
+        )
+        return config_class, model_class
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The decoder layers, first to last."""
@@ -120,10 +160,9 @@ class Family:
     def known_stock(self) -> Stock:
         """What its stock classes take; raises ``ModelError`` where that is not known."""
         if self.stock is None:
-            known = sorted(name for name, family in FAMILIES.items() if family.stock is not None)
             raise ModelError(
                 f"which shapes a stock {self.name} checkpoint can have is not known, so none is written",
-                hint=f"Leave --uniform out. Families that have one: {', '.join(known)}.",
+                hint="Leave --uniform out.",
             )
         return self.stock
 
@@ -161,29 +200,61 @@ class Family:
             )
 
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family("llama", stock=Stock("divides hidden size", attention_bias="attention_bias", mlp_bias="mlp_bias")),
-        Family("mistral", stock=Stock()),
-        Family("qwen2", stock=Stock()),
-        Family("qwen3", stock=Stock(attention_bias="attention_bias")),
-        Family("gemma", stock=Stock(attention_bias="attention_bias")),
-        Family(
-            "opt",
-            decoder="model.decoder",
-            attention_consumer="self_attn.out_proj",
-            mlp_producers=("fc1",),
-            mlp_consumer="fc2",
-            kv_heads=None,
-            intermediate="ffn_dim",
-            head_count_attributes=("num_heads",),
-            stock=Stock("dense"),
-        ),
-    )
-}
+class Llama(Family):
+    """Multi-head or grouped-query attention, gated MLP."""
 
-PRUNED = "ffgym_"  # what the model_type of a checkpoint that ffgym pruned begins with
+    name = "llama"
+    stock = Stock("divides hidden size", attention_bias="attention_bias", mlp_bias="mlp_bias")
+    gguf = ("llama", "deci")
+
+
+class Mistral(Family):
+    """As Llama."""
+
+    name = "mistral"
+    stock = Stock()
+    gguf = ("llama", "deci")
+
+
+class Qwen2(Family):
+    """As Llama, with biases of query, key and value."""
+
+    name = "qwen2"
+    stock = Stock()
+    gguf = ("qwen2", "deci")
+
+
+class Qwen3(Family):
+    """As Llama, with norms of queries and keys."""
+
+    name = "qwen3"
+    stock = Stock(attention_bias="attention_bias")
+    gguf = ("qwen3", "openelm")
+
+
+class Gemma(Family):
+    """As Llama, with another activation; not Gemma 2 or 3, which scale and norm otherwise."""
+
+    name = "gemma"
+    stock = Stock(attention_bias="attention_bias")
+    gguf = ("gemma",)
+
+
+class OPT(Family):
+    """Multi-head attention and an MLP of two linears, all with biases."""
+
+    name = "opt"
+    decoder = "model.decoder"
+    attention_consumer = "self_attn.out_proj"
+    mlp_producers = ("fc1",)
+    mlp_consumer = "fc2"
+    kv_heads = None
+    intermediate = "ffn_dim"
+    head_count_attributes = ("num_heads",)
+    stock = Stock("dense")
+    tiny: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
+
+
 # What makes architectures that people ask for more than an entry above.
 OTHER_LAYERS = {
     "gemma2": "its attention scores are soft-capped, which scaled dot product attention cannot do, and what attention "
@@ -195,43 +266,41 @@ def family_of(model: nn.Module) -> Family:
     """The family of a loaded causal LM.
 
     Raises:
-        ModelError: the architecture is not supported; names it and lists those that are.
+        ModelError: the architecture is not supported, or ffgym has pruned the model already.
     """
-    config: Any = model.config
-    kind = str(config.model_type)
-    if kind.startswith(PRUNED):
+    kind = _model_type(model)
+    if kind.startswith(PREFIX):
         raise ModelError(
             f"this checkpoint ({kind}) has been pruned by ffgym already",
             hint="Start from the dense model; a higher sparsity is one more run, with --init-from for its policy.",
         )
-    return dense_or_pruned_family_of(model)
+    return family_of_type(kind)
 
 
 def dense_or_pruned_family_of(model: nn.Module) -> Family:
     """The family of a loaded causal LM, whether ffgym has pruned it or not; in a pruned one, modules may be missing.
 
     Raises:
-        ModelError: the architecture is not supported; names it and lists those that are.
+        ModelError: the architecture is not supported.
     """
-    config: Any = model.config
-    return family_of_type(str(config.model_type))
+    return family_of_type(_model_type(model))
 
 
 def family_of_type(model_type: str) -> Family:
-    """The family that a config names, before any weight is loaded.
+    """The family of a config's ``model_type``, of a dense checkpoint or of one that ffgym saved.
 
     Raises:
-        ModelError: the architecture is not supported; says why where that is known, and lists those that are.
+        ModelError: the architecture is not supported; says why where that is known, names the nearest one that is,
+            and all of them.
     """
-    family = FAMILIES.get(model_type.removeprefix(PRUNED))
-    if family is None:
-        known = f"Supported families: {', '.join(sorted(FAMILIES))}."
-        if why := OTHER_LAYERS.get(model_type):
-            raise ModelError(f"architecture {model_type!r} is not supported: {why}", hint=known)
+    try:
+        family: Family = manager.create("family", model_type.removeprefix(PREFIX))
+    except UnknownNameError as error:
+        why = OTHER_LAYERS.get(model_type)
         raise ModelError(
-            f"architecture {model_type!r} is not supported",
-            hint=f"{known} A family is one entry in ffgym/models/families.py.",
-        )
+            f"architecture {model_type!r} is not supported{f': {why}' if why else ''}",
+            hint=error.hint if why else f"{error.hint} docs/models.md says how to add a family.",
+        ) from None
     return family
 
 
@@ -247,7 +316,7 @@ def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
         ModelError: an unsupported family, or two models that do not belong together; names what differs.
     """
     family, other = dense_or_pruned_family_of(pruned), dense_or_pruned_family_of(dense)
-    if family is not other:
+    if family.name != other.name:
         raise ModelError(f"the pruned model is of family {family.name!r}, the dense one of {other.name!r}", hint=hint)
     ours, theirs = (
         {
@@ -264,8 +333,31 @@ def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
     return family
 
 
+def register(families: Iterable[Family]) -> None:
+    """Make transformers' auto classes know the saved models of these families; a second call changes nothing.
+
+    A family whose classes cannot be made is passed over: whoever uses it hears of it.
+    """
+    for family in families:
+        with contextlib.suppress(PluginError):
+            config_class, model_class = family.saved_classes()
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def _model_type(model: nn.Module) -> str:
+    config: Any = model.config
+    return str(config.model_type)
+
+
 def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    module = layer.get_submodule(name)
+    try:
+        module = layer.get_submodule(name)
+    except AttributeError:
+        raise ModelError(
+            f"a {type(layer).__name__} has no {name}, which its family says it has",
+            hint="The class in transformers has changed, or the family names its parts wrongly.",
+        ) from None
     if type(module) is not nn.Linear:  # one of a quantised model may be made from it, and holds codes
         raise ModelError(
             f"{name} is a {type(module).__name__}, not a plain linear layer",

@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from ffgym.data.assets import SMOLLM2, cache_dir, fetch, write_folder_once
 from ffgym.errors import ModelError, is_out_of_memory
 from ffgym.files import FileFormat
-from ffgym.models.families import OTHER_LAYERS, family_of_type
+from ffgym.models.families import OTHER_LAYERS, family_of_type, register
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
+from ffgym.plugins import manager
 
 logger = logging.getLogger("ffgym")
 
@@ -129,6 +130,7 @@ def load(
     target = choose_device(device)
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
+    register(map(family_of_type, manager.names("family")))
     source, description = _locate(name, any_family=any_family)
     if revision is not None and not description.startswith("hub model"):
         raise ModelError(
@@ -197,6 +199,7 @@ def load_config(folder: Path) -> Any:
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
     _check_folder(folder)
+    register(map(family_of_type, manager.names("family")))
     try:
         with _quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -2,29 +2,19 @@
 
 This file lies beside the weights and is all that loading them needs: it imports torch and transformers, takes the
 stock model, and gives every layer the sizes that ``per_layer_config`` states. No stock ``forward`` is overridden.
+A copy that lies beside weights ends with the call that makes the classes of their architecture.
 """
 
 import copy
-from typing import Any
+import functools
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+PREFIX = "ffgym_"  # what the model_type of these models begins with
 
 
 class Skipped(nn.Module):
@@ -55,7 +45,7 @@ class Skipped(nn.Module):
 
 
 class UnevenConfig:
-    """What the configs below add to the stock ones.
+    """What `make_classes` adds to a stock config.
 
     ``per_layer_config`` holds, for layers that differ from the config's own (dense) sizes, the number of heads and of
     intermediate channels; ``skip: ["attention"]`` or ``["mlp"]`` for sublayers with nothing left; and
@@ -65,14 +55,14 @@ class UnevenConfig:
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:  # from the dense head count, while there is still one for all layers
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // getattr(self, self.parts.heads)
         super().__post_init__(**kwargs)
         self.validate()
 
     @property
     def kv_sharing_modes(self):
         """Tells transformers' caches that skipped attention stores nothing; ``None`` when none is skipped."""
-        skipped = ["attention" in getattr(sizes, "skip", ()) for sizes in self.per_layer_config]
+        skipped = [is_skipped("attention", sizes) for sizes in self.per_layer_config]
         return ["reuse" if s else None for s in skipped] if any(skipped) else None
 
     def validate(self):
@@ -86,16 +76,23 @@ class UnevenConfig:
                 raise ValueError(f"layer {index}: unknown sublayer {sorted(unknown)}, only 'attention' and 'mlp'")
             if index == 0 and "attention" in skip:
                 raise ValueError("layer 0: attention cannot be skipped, the length of the KV cache is read there")
-            heads = sizes.num_attention_heads
-            kv_heads = getattr(sizes, "num_key_value_heads", heads)
+            heads, kv_heads = head_counts(sizes, self.parts)
             if heads < 1 or kv_heads < 1 or heads % kv_heads:
                 raise ValueError(f"layer {index}: {heads} query heads cannot share {kv_heads} key/value heads")
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the config, and beside it the copy of this file that makes this architecture's classes."""
+        super().save_pretrained(save_directory, **kwargs)
+        copied = Path(save_directory) / Path(__file__).name
+        names = "".join(f"    {name}={value!r},\n" for name, value in vars(self.parts).items())
+        call = f"\n\nmake_classes(\n    {self.model_type.removeprefix(PREFIX)!r},\n{names})\n"
+        if call not in copied.read_text(encoding="utf-8"):  # a copy copies itself
+            with copied.open("a", encoding="utf-8") as file:
+                file.write(call)
+
 
 class UnevenModel:
-    """What the models below add to the stock ones: after the stock ``__init__``, every layer is cut to its size."""
-
-    decoder_path = "model"
+    """What `make_classes` adds to a stock model: after the stock ``__init__``, every layer is cut to its size."""
 
     def __init__(self, config):
         # Stock code reads the sizes from the config, and a size that varies by layer cannot be read from it. So the
@@ -109,43 +106,55 @@ class UnevenModel:
             # Rotary embeddings keep the even copy: some of their variants read head counts, even at run time.
             if getattr(module, "config", None) is even and not hasattr(module, "inv_freq"):
                 module.config = config
-        layers = self.get_submodule(self.decoder_path).layers
+        layers = self.get_submodule(config.parts.decoder).layers
         for layer, sizes in zip(layers, config.per_layer_config, strict=True):
-            self.resize_attention(layer, sizes)
-            self.resize_mlp(layer, sizes)
+            resize_attention(layer, sizes, config.parts)
+            resize_mlp(layer, sizes, config.parts)
 
-    @staticmethod
-    def resize_attention(layer, sizes):
-        """Cuts q, k, v and o to the layer's heads."""
-        attention = layer.self_attn
-        if is_skipped("attention", sizes):
-            layer.self_attn = Skipped(bias_of(attention.o_proj, "attention", sizes), attention=True)
-            return
-        queries, keys = (n * sizes.head_dim for n in (sizes.num_attention_heads, sizes.num_key_value_heads))
-        resize(attention.q_proj, out_features=queries)
-        resize(attention.k_proj, out_features=keys)
-        resize(attention.v_proj, out_features=keys)
-        resize(attention.o_proj, in_features=queries)
-        attention.o_proj.bias = bias_of(attention.o_proj, "attention", sizes)
-        attention.num_key_value_groups = sizes.num_attention_heads // sizes.num_key_value_heads
 
-    @staticmethod
-    def resize_mlp(layer, sizes):
-        """Cuts gate, up and down to the layer's intermediate channels."""
-        mlp = layer.mlp
-        if is_skipped("mlp", sizes):
-            layer.mlp = Skipped(bias_of(mlp.down_proj, "mlp", sizes), attention=False)
-            return
-        resize(mlp.gate_proj, out_features=sizes.intermediate_size)
-        resize(mlp.up_proj, out_features=sizes.intermediate_size)
-        resize(mlp.down_proj, in_features=sizes.intermediate_size)
-        mlp.down_proj.bias = bias_of(mlp.down_proj, "mlp", sizes)
-        mlp.intermediate_size = sizes.intermediate_size
+def resize_attention(layer, sizes, parts):
+    """Cuts query, key, value and the output projection to the layer's heads."""
+    name = parts.attention_consumer.partition(".")[0]
+    attention, consumer = getattr(layer, name), layer.get_submodule(parts.attention_consumer)
+    bias = bias_of(consumer, "attention", sizes)
+    if is_skipped("attention", sizes):
+        setattr(layer, name, Skipped(bias, attention=True))
+        return
+    heads, kv_heads = head_counts(sizes, parts)
+    for producer, count in ((parts.query, heads), (parts.key, kv_heads), (parts.value, kv_heads)):
+        resize(layer.get_submodule(producer), out_features=count * sizes.head_dim)
+    resize(consumer, in_features=heads * sizes.head_dim)
+    consumer.bias = bias
+    for attribute in parts.head_count_attributes:
+        setattr(attention, attribute, heads)
+    if hasattr(attention, "num_key_value_groups"):
+        attention.num_key_value_groups = heads // kv_heads
+
+
+def resize_mlp(layer, sizes, parts):
+    """Cuts the MLP to the layer's intermediate channels: none of them where a skipped one is no module of its own."""
+    name, dot, _ = parts.mlp_consumer.partition(".")
+    consumer = layer.get_submodule(parts.mlp_consumer)
+    bias, skipped = bias_of(consumer, "mlp", sizes), is_skipped("mlp", sizes)
+    if skipped and dot:
+        setattr(layer, name, Skipped(bias, attention=False))
+        return
+    channels = 0 if skipped else getattr(sizes, parts.intermediate)
+    for producer in parts.mlp_producers:
+        resize(layer.get_submodule(producer), out_features=channels)
+    resize(consumer, in_features=channels)
+    consumer.bias = bias
 
 
 def is_skipped(kind, sizes):
     """Whether the layer's config says that this half has nothing left."""
     return kind in getattr(sizes, "skip", ())
+
+
+def head_counts(sizes, parts):
+    """Query heads and key/value heads of a layer."""
+    heads = getattr(sizes, parts.heads)
+    return heads, heads if parts.kv_heads is None else getattr(sizes, parts.kv_heads)
 
 
 def resize(linear, in_features=None, out_features=None):
@@ -164,133 +173,39 @@ def bias_of(consumer, kind, sizes):
     return consumer.bias
 
 
-class FFGymLlamaConfig(UnevenConfig, LlamaConfig):
-    """Llama with ``per_layer_config``."""
+@functools.cache
+def make_classes(model_type, **parts):
+    """Makes the config and the model class of an architecture that transformers knows, as names of this module.
 
-    model_type = "ffgym_llama"
-    _auto_class = "AutoConfig"
-    consumer_bias: list[str] | None = None
-
-
-class FFGymLlamaForCausalLM(UnevenModel, LlamaForCausalLM):
-    """Llama with layers of different sizes."""
-
-    config_class = FFGymLlamaConfig
-    _auto_class = "AutoModelForCausalLM"
-
-
-class FFGymMistralConfig(UnevenConfig, MistralConfig):
-    """Mistral with ``per_layer_config``."""
-
-    model_type = "ffgym_mistral"
-    _auto_class = "AutoConfig"
-    consumer_bias: list[str] | None = None
-
-
-class FFGymMistralForCausalLM(UnevenModel, MistralForCausalLM):
-    """Mistral with layers of different sizes."""
-
-    config_class = FFGymMistralConfig
-    _auto_class = "AutoModelForCausalLM"
-
-
-class FFGymQwen2Config(UnevenConfig, Qwen2Config):
-    """Qwen2 with ``per_layer_config``; stores ``head_dim``, which Qwen2 derives from the number of heads."""
-
-    model_type = "ffgym_qwen2"
-    _auto_class = "AutoConfig"
-    consumer_bias: list[str] | None = None
-    head_dim: int | None = None
-
-
-class FFGymQwen2ForCausalLM(UnevenModel, Qwen2ForCausalLM):
-    """Qwen2 with layers of different sizes."""
-
-    config_class = FFGymQwen2Config
-    _auto_class = "AutoModelForCausalLM"
-
-
-class FFGymQwen3Config(UnevenConfig, Qwen3Config):
-    """Qwen3 with ``per_layer_config``."""
-
-    model_type = "ffgym_qwen3"
-    _auto_class = "AutoConfig"
-    consumer_bias: list[str] | None = None
-
-
-class FFGymQwen3ForCausalLM(UnevenModel, Qwen3ForCausalLM):
-    """Qwen3 with layers of different sizes."""
-
-    config_class = FFGymQwen3Config
-    _auto_class = "AutoModelForCausalLM"
-
-
-class FFGymGemmaConfig(UnevenConfig, GemmaConfig):
-    """Gemma with ``per_layer_config``."""
-
-    model_type = "ffgym_gemma"
-    _auto_class = "AutoConfig"
-    consumer_bias: list[str] | None = None
-
-
-class FFGymGemmaForCausalLM(UnevenModel, GemmaForCausalLM):
-    """Gemma with layers of different sizes."""
-
-    config_class = FFGymGemmaConfig
-    _auto_class = "AutoModelForCausalLM"
-
-
-class FFGymOPTConfig(UnevenConfig, OPTConfig):
-    """OPT with ``per_layer_config``; stores ``head_dim``, which OPT derives from the number of heads."""
-
-    model_type = "ffgym_opt"
-    _auto_class = "AutoConfig"
-    consumer_bias: list[str] | None = None
-    head_dim: int | None = None
-
-
-class FFGymOPTForCausalLM(UnevenModel, OPTForCausalLM):
-    """OPT with layers of different sizes."""
-
-    config_class = FFGymOPTConfig
-    _auto_class = "AutoModelForCausalLM"
-    decoder_path = "model.decoder"
-
-    @staticmethod
-    def resize_attention(layer, sizes):
-        """Cuts q, k, v and out to the layer's heads; OPT's attention also counts them itself."""
-        attention = layer.self_attn
-        if is_skipped("attention", sizes):
-            layer.self_attn = Skipped(bias_of(attention.out_proj, "attention", sizes), attention=True)
-            return
-        channels = sizes.num_attention_heads * sizes.head_dim
-        for producer in (attention.q_proj, attention.k_proj, attention.v_proj):
-            resize(producer, out_features=channels)
-        resize(attention.out_proj, in_features=channels)
-        attention.out_proj.bias = bias_of(attention.out_proj, "attention", sizes)
-        attention.num_heads = sizes.num_attention_heads
-
-    @staticmethod
-    def resize_mlp(layer, sizes):
-        """Cuts fc1 and fc2. They live in the layer itself, so a skipped MLP is one of no channels: fc2's bias."""
-        channels = 0 if is_skipped("mlp", sizes) else sizes.ffn_dim
-        resize(layer.fc1, out_features=channels)
-        resize(layer.fc2, in_features=channels)
-        layer.fc2.bias = bias_of(layer.fc2, "mlp", sizes)
-
-
-CLASSES: dict[str, tuple[Any, Any]] = {
-    "llama": (FFGymLlamaConfig, FFGymLlamaForCausalLM),
-    "mistral": (FFGymMistralConfig, FFGymMistralForCausalLM),
-    "qwen2": (FFGymQwen2Config, FFGymQwen2ForCausalLM),
-    "qwen3": (FFGymQwen3Config, FFGymQwen3ForCausalLM),
-    "gemma": (FFGymGemmaConfig, FFGymGemmaForCausalLM),
-    "opt": (FFGymOPTConfig, FFGymOPTForCausalLM),
-}
-
-
-def register() -> None:
-    """Makes ``AutoModelForCausalLM`` know these classes in this process; a second call changes nothing."""
-    for config_class, model_class in CLASSES.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    Args:
+        model_type: of the stock config.
+        parts: what the architecture calls its parts; ffgym's ``Family`` says what each name means.
+    """
+    stock_config = CONFIG_MAPPING[model_type]
+    stock_model = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    fields = {"consumer_bias": list[str] | None}
+    if not hasattr(stock_config, "head_dim"):  # it would derive that from the number of heads, which now differs
+        fields["head_dim"] = int | None
+    config_class = type(
+        f"FFGym{stock_config.__name__}",
+        (UnevenConfig, stock_config),
+        {
+            "__doc__": f"{stock_config.__name__} with ``per_layer_config``.",
+            "__annotations__": fields,
+            **dict.fromkeys(fields),
+            "model_type": PREFIX + model_type,
+            "parts": SimpleNamespace(**parts),
+            "_auto_class": "AutoConfig",
+        },
+    )
+    model_class = type(
+        f"FFGym{stock_model.__name__}",
+        (UnevenModel, stock_model),
+        {
+            "__doc__": f"{stock_model.__name__} with layers of different sizes.",
+            "config_class": config_class,
+            "_auto_class": "AutoModelForCausalLM",
+        },
+    )
+    globals().update({cls.__name__: cls for cls in (config_class, model_class)})
+    return config_class, model_class

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ffgym.config.tables import RunConfig
+from ffgym.costs.resource import resource_named
 from ffgym.data.splits import Split
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, save_pruned
@@ -21,7 +22,7 @@ from ffgym.recover.table import loss_error
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names
 from ffgym.report.progress import Reporter
-from ffgym.report.table import ReportTable, Row, measurement
+from ffgym.report.table import Cost, ReportTable, Row, measurement
 from ffgym.search.finals import finals_loss
 from ffgym.search.loop import Found
 from ffgym.types import Allocation, JSONDict
@@ -161,16 +162,19 @@ def measured_row(space: Workspace, label: str, say: Reporter, *, is_found: bool 
     new_biases = prunable.new_bias_params(stock=space.config.prune.uniform)
     size, dense = space.sizes(prunable.kept, new_biases=new_biases), space.sizes(prunable.dense_units)
     resource = space.config.prune.resource
+    resources = {name: resource_named(name) for name in size}
     losses = np.array(result.losses)
     return Row(
         label=label,
         perplexity=result.perplexity,
         loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
         sparsity_prunable=max(0.0, space.env.budget.allocation(prunable.kept).sparsity),
-        sparsity_model=1 - size.of(resource) / dense.of(resource),
-        parameters=size.parameters,
-        macs_per_token=size.macs,
-        kv_bytes_per_token=size.kv_bytes,
+        sparsity_model=1 - size[resource] / dense[resource],
+        costs=tuple(
+            Cost(counted.key or name, counted.column, size[name], counted.text(size[name]))
+            for name, counted in resources.items()
+            if counted.column
+        ),
         is_found=is_found,
     )
 
@@ -190,7 +194,7 @@ def header(space: Workspace) -> str:
         seed=space.config.seed,
         context=space.config.prune.context,
     )
-    return text if space.latency is None else f"{text} Latency: {space.latency.measured}."
+    return " ".join([text, *(f"{name.capitalize()}: {how.summary}." for name, how in space.measurements.items())])
 
 
 def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel | None:
@@ -208,6 +212,7 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
         saved=saved_row(table),
         sublayers=prunable.sublayers,
         allocation=allocation,
+        quantity=resource_named(allocation.resource).quantity or allocation.resource,
         command="ffgym run --config config.toml --output NEW_FOLDER",
         seed=config.seed,
         splits={s.role: _described(s) for s in (space.splits.calibration, space.splits.search, space.splits.report)},

@@ -17,6 +17,7 @@ from pydantic import BaseModel, FiniteFloat
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference, load_config
+from ffgym.costs.resource import measured_resources
 from ffgym.errors import ConfigError, OutputError
 from ffgym.files import FileFormat, alone, write_text
 from ffgym.plugins import configured
@@ -25,14 +26,14 @@ from ffgym.plugins import configured
 WRITTEN = frozenset(
     {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
     | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
-    | {"front.json", "front.md", "front.png", "latency.json", "model", "model-recovered", "model-recovered.unfinished"}
+    | {"front.json", "front.md", "front.png", "model", "model-recovered", "model-recovered.unfinished"}
 )
 # Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
 WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
 TABLE = "report.json"
 LOCK = ".lock"  # of the run that writes into a folder
-WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", "latency.json", LOCK})
+WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", LOCK})
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -256,10 +257,16 @@ def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
             )
 
 
+def _measurements() -> frozenset[str]:
+    """Files that hold what was measured of resources, e.g. ``latency.json``."""
+    return frozenset(f"{resource}.json" for resource in measured_resources())
+
+
 def _refuse_what_is_foreign(folder: Path) -> None:
     """Refuse to clear a folder that holds what no run wrote, e.g. somebody's project."""
     names = [LEFTOVER.sub(r"\1", path.name) for path in contents(folder)]
-    foreign = [name for name in names if name not in WRITTEN and not WRITTEN_PER_POINT.fullmatch(name)]
+    known = WRITTEN | _measurements()
+    foreign = [name for name in names if name not in known and not WRITTEN_PER_POINT.fullmatch(name)]
     if foreign or not (folder / "config.toml").exists():
         what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
         raise OutputError(
@@ -291,7 +298,7 @@ def removing_if_nothing_found(folder: Path) -> Iterator[None]:
         if folder.is_dir():  # nobody has deleted it meanwhile
             # A log that was opened and holds no episode is empty.
             found = {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size}
-            if found <= WITHOUT_FINDINGS:
+            if found <= WITHOUT_FINDINGS | _measurements():
                 shutil.rmtree(folder)
         raise
 

@@ -76,10 +76,8 @@ def prepare(config: RunConfig, session: Session) -> Workspace:
     settled = config
     if session.record.dtype is not None and config.model.dtype == "auto":  # now it may come to another
         settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": session.record.dtype})})
-    if (table := session.latency_table) is not None:
-        settled = settled.model_copy(update={"prune": config.prune.model_copy(update={"latency_table": str(table)})})
     rules = [*prior, *reference_rules(config).values()]
-    return replace(open_workspace(settled, rules, session.progress), config=config)
+    return replace(open_workspace(settled, rules, session.progress, recorded=session.measured), config=config)
 
 
 def compare(task: Workspace, searched: Searched, session: Session) -> list[Row]:

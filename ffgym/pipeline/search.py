@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ffgym.config.tables import RunConfig
-from ffgym.costs.latency import to_json
 from ffgym.files import write_text
 from ffgym.pipeline.artifacts import log_splits, run_tags, write_found
 from ffgym.pipeline.session import Session
@@ -46,10 +45,10 @@ def search(task: Workspace, agent: Agent, session: Session) -> Searched:
     give_prior(agent, task)
     tracker.set_tags(run_tags(task, agent))
     log_splits(tracker, task.splits)
-    if task.latency is not None:
-        write_text(folder / "latency.json", to_json(task.latency))
-        tracker.log_params({"latency": {"digest": task.latency.digest}})
-        tracker.log_artifact(folder / "latency.json")
+    for resource, measurement in task.measurements.items():
+        write_text(folder / f"{resource}.json", measurement.text)
+        tracker.log_params({resource: {"digest": measurement.digest}})
+        tracker.log_artifact(folder / f"{resource}.json")
     try:
         points = _run(task, agent, session, config.agent.name, "search", folder / "episodes.jsonl", config.targets)
     except SearchInterrupted as stop:
@@ -80,6 +79,9 @@ def _run(
         progress.say(f"search: {label}: {earlier} episodes of earlier sessions are taken from {log.name}")
     with progress.stage(f"search: {label}", budget) as stage:
 
+        def on_progress(share: float) -> None:
+            stage.advance(0, f"tokens, {share:.0%} of an update")
+
         def on_episode(episode: Episode) -> None:
             stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
 
@@ -100,6 +102,7 @@ def _run(
             on_episode=on_episode,
             on_update=on_update,
             on_point=on_point,
+            on_progress=on_progress,
         )
 
 

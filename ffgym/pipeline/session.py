@@ -85,10 +85,9 @@ class Session:
             yield session
 
     @property
-    def latency_table(self) -> Path | None:
-        """The latency table that an earlier session counted, where it did: now the model might be timed anew."""
-        file = self.folder / "latency.json"
-        return file if self.resumed and file.is_file() else None
+    def measured(self) -> Path | None:
+        """Where an earlier session has kept what it measured of resources; ``None`` where there was none."""
+        return self.folder if self.resumed else None
 
     def begin_search(self, dtype: str) -> None:
         """Take the folder over, now that model and text are known to be there, and note what ``auto`` came to.

@@ -5,16 +5,17 @@ A run, a cell of a bench and the experiments open a workspace, search in it, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
-from ffgym.costs.latency import LatencyTable
+from ffgym.costs.resource import Costs, Measurement
 from ffgym.costs.size import SizeMeter
 from ffgym.data.splits import Splits
 from ffgym.envs.pruning_env import PruningEnv
@@ -27,10 +28,10 @@ from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
 from ffgym.prepare.parts import (
     build_env,
-    counts_latency,
+    costs_in,
+    counted_resources,
     load_parts,
     make_budget,
-    make_latency,
     prepare_model,
     tokens_per_batch,
 )
@@ -57,7 +58,7 @@ class Workspace:
         prepared: pruning paths.
         env: the stationary environment.
         sizes: size of any allocation.
-        latency: the times that the budget counts, where it counts latency.
+        costs: what the dense model costs in every resource that is counted, by name.
     """
 
     config: RunConfig
@@ -66,7 +67,12 @@ class Workspace:
     prepared: Prepared
     env: PruningEnv
     sizes: SizeMeter
-    latency: LatencyTable | None = None
+    costs: Mapping[str, Costs]
+
+    @property
+    def measurements(self) -> dict[str, Measurement]:
+        """How costs were measured, by resource, of those that had to be."""
+        return {name: costs.measurement for name, costs in self.costs.items() if costs.measurement is not None}
 
     def project(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> Allocation:
         """What a heuristic's importances come to at a sparsity, by default the target."""
@@ -88,37 +94,46 @@ class Workspace:
         return check_importance(rule, self.prepared.views)
 
 
-def open_workspace(config: RunConfig, heuristics: Sequence[tuple[str, JSONDict]], say: Reporter) -> Workspace:
+def open_workspace(
+    config: RunConfig,
+    heuristics: Sequence[tuple[str, JSONDict]],
+    say: Reporter,
+    *,
+    recorded: Path | None = None,
+) -> Workspace:
     """Load, split, prepare.
 
     Args:
         config: the run.
         heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
         say: where progress goes.
+        recorded: folder of the run, where it goes on: what it has measured before is not measured again.
     """
     with say.stage("load model and text", 1):
         loaded, splits = load_parts(config)
     say.say(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
     needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
-    latency = _latency(config, loaded.model, say)
-    budget = make_budget(config, loaded.model, latency)
+    costs = _costs(config, loaded.model, say, recorded)
+    budget = make_budget(config, loaded.model, costs)
     windows = splits.calibration.windows
     with say.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
-    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, latency=latency)
-    sizes = SizeMeter(prepared.prunable, context=config.prune.context, latency=latency)
-    return Workspace(config, loaded, splits, prepared, env, sizes, latency)
+    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs)
+    return Workspace(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs)
 
 
-def _latency(config: RunConfig, model: Any, say: Reporter) -> LatencyTable | None:
-    """The latency table of a run, with a word about where its times are from; ``None`` where none is counted."""
-    if not counts_latency(config):
-        return None
-    with say.stage("latency table", 1) as stage:
-        table = make_latency(config, model, on_progress=stage, say=say.say)
-    assert table is not None
-    say.say(f"latency: {table.measured}; table {table.digest[:12]}")
-    return table
+def _costs(config: RunConfig, model: Any, say: Reporter, recorded: Path | None) -> dict[str, Costs]:
+    """What the model costs in every resource that is counted, with a word about where measurements are from."""
+    found: dict[str, Costs] = {}
+    for name, resource in counted_resources(config).items():
+        if not resource.is_measured():
+            found[name] = costs_in(resource, config, model)
+            continue
+        with say.stage(f"{name} table", 1) as stage:
+            found[name] = costs_in(resource, config, model, recorded=recorded, on_progress=stage, say=say.say)
+        if measurement := found[name].measurement:
+            say.say(f"{name}: {measurement.summary}; table {measurement.digest[:12]}")
+    return found
 
 
 def at_target(space: Workspace, target: float) -> Workspace:
@@ -133,10 +148,9 @@ def at_target(space: Workspace, target: float) -> Workspace:
 
 def with_config(space: Workspace, config: RunConfig) -> Workspace:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
-    budget = make_budget(config, space.loaded.model, space.latency)
-    env = build_env(
-        config, space.prepared, space.splits.search.windows, budget, loaded=space.loaded, latency=space.latency
-    )
+    budget = make_budget(config, space.loaded.model, space.costs)
+    windows = space.splits.search.windows
+    env = build_env(config, space.prepared, windows, budget, loaded=space.loaded, costs=space.costs)
     return replace(space, config=config, env=env)
 
 

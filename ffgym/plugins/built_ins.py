@@ -35,6 +35,17 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "taylor": BuiltIn("ffgym.criteria.taylor:Taylor", "|W * dL/dW|: the loss change to first order"),
         "random": BuiltIn("ffgym.criteria.random:Random", "a seeded random order, the floor for every criterion"),
     },
+    "export": {
+        "gguf": BuiltIn("ffgym.export.gguf.gguf:Gguf", "one file with weights, sizes and tokenizer, for llama.cpp"),
+    },
+    "family": {
+        "llama": BuiltIn("ffgym.models.families:Llama", "multi-head or grouped-query attention, gated MLP"),
+        "mistral": BuiltIn("ffgym.models.families:Mistral", "as llama"),
+        "qwen2": BuiltIn("ffgym.models.families:Qwen2", "as llama, with biases of query, key and value"),
+        "qwen3": BuiltIn("ffgym.models.families:Qwen3", "as llama, with norms of queries and keys"),
+        "gemma": BuiltIn("ffgym.models.families:Gemma", "as llama, with another activation; Gemma 1 alone"),
+        "opt": BuiltIn("ffgym.models.families:OPT", "multi-head attention, an MLP of two linears, biases everywhere"),
+    },
     "heuristic": {
         "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),
         "fisher": BuiltIn("ffgym.heuristics.fisher:Fisher", "least loss by second-order estimates after calibration"),
@@ -46,6 +57,12 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "owl": BuiltIn("ffgym.heuristics.owl:Owl", "more outliers among |W| times the inputs' norm, less cut"),
         "alpha": BuiltIn("ffgym.heuristics.alpha:Alpha", "heavier-tailed spectrum of the weight, less cut"),
         "gate-scaling": BuiltIn("ffgym.heuristics.gate_scaling:GateScaling", "loss leans more on the output, less cut"),
+    },
+    "resource": {
+        "params": BuiltIn("ffgym.costs.params:Params", "parameters"),
+        "macs": BuiltIn("ffgym.costs.macs:Macs", "multiply-accumulates of one token at a context length"),
+        "kv": BuiltIn("ffgym.costs.kv:KV", "bytes that one token adds to the KV cache"),
+        "latency": BuiltIn("ffgym.costs.latency:Latency", "time of a forward pass, measured on one machine"),
     },
     "reward": {
         "perplexity": BuiltIn("ffgym.rewards.perplexity:Perplexity", "dense perplexity over pruned perplexity"),

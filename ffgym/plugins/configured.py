@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from pydantic import ValidationError
 
-from ffgym.config.tables import RunConfig
+from ffgym.config.tables import PluginTable, RunConfig
 from ffgym.config.toml import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins.bases import Plugin
@@ -16,7 +16,7 @@ from ffgym.plugins.kinds import KINDS, PluginKind
 from ffgym.plugins.manager import create, get_class, validated
 from ffgym.types import JSONDict
 
-ALL_TABLES = tuple(kind.table for kind in KINDS.values())
+ALL_TABLES = tuple(row.table for row in KINDS.values() if row.table)
 
 
 def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunConfig:
@@ -37,6 +37,8 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
     tables = {}
     for key, (kind, cls) in _used(config, only).items():
         table = getattr(config, key)
+        if not isinstance(table, PluginTable):
+            continue
         options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
         tables[key] = type(table)(**options, **{field: getattr(table, field) for field in type(table).model_fields})
     return config.model_copy(update=tables)
@@ -44,7 +46,9 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
 
 def _refuse_options_of_none(config: RunConfig, key: str) -> None:
     table = getattr(config, key)
-    if table.name == "none" and (unread := sorted(table.options)):
+    if not isinstance(table, PluginTable) or getattr(table, table.named_by) != "none":
+        return
+    if unread := sorted(table.options):
         raise ConfigError(
             f"{key}.{unread[0]} is an option of a plugin, and {key}.{table.named_by} is 'none'",
             hint="Leave it out, or name the plugin that it belongs to.",
@@ -63,7 +67,8 @@ def editions(config: RunConfig) -> dict[str, int]:
 
 def _used(config: RunConfig, only: Collection[str]) -> dict[str, tuple[PluginKind, type[Plugin]]]:
     """Kind and class of the plugin that each of these tables names, without those that name none."""
-    named = [(kind, table, getattr(config, table).name) for kind, (_, _, table) in KINDS.items() if table in only]
+    rows = [(kind, row) for kind, row in KINDS.items() if row.table in only]
+    named = [(kind, row.table, getattr(getattr(config, row.table), row.key)) for kind, row in rows]
     return {table: (kind, get_class(kind, name)) for kind, table, name in named if name != "none"}
 
 

@@ -34,8 +34,26 @@ def ffgym_criteria() -> list[type[Criterion]]:
 
 
 @hookspec
+def ffgym_exports() -> list[type[Plugin]]:
+    """Classes that write a saved model for another program, children of ``ffgym.ExportFormat``."""
+    return []
+
+
+@hookspec
+def ffgym_families() -> list[type[Plugin]]:
+    """Classes that say what an architecture calls its parts, children of ``ffgym.Family``."""
+    return []
+
+
+@hookspec
 def ffgym_heuristics() -> list[type[Heuristic]]:
     """Classes that give importances without any episode."""
+    return []
+
+
+@hookspec
+def ffgym_resources() -> list[type[Plugin]]:
+    """Subclasses of `ffgym.Resource`: what a budget counts."""
     return []
 
 

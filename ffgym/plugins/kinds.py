@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-PluginKind = Literal["agent", "criterion", "heuristic", "reward", "recovery"]
+PluginKind = Literal["agent", "criterion", "export", "family", "heuristic", "recovery", "resource", "reward"]
 
 
 class Kind(NamedTuple):
@@ -17,12 +17,14 @@ class Kind(NamedTuple):
     Attributes:
         plural: ``ffgym ls`` takes it, and the hook is ``ffgym_`` and it.
         base: the class that plugins of the kind subclass, as ``"module:Class"``.
-        table: the configuration's table that names one and holds its options.
+        table: the configuration's table that names one; empty where none does.
+        key: the key there that does. A table that is a `PluginTable` holds the options too; others have none.
     """
 
     plural: str
     base: str
-    table: str
+    table: str = ""
+    key: str = "name"
 
     @property
     def hook(self) -> str:
@@ -33,9 +35,12 @@ class Kind(NamedTuple):
 KINDS: dict[PluginKind, Kind] = {
     "agent": Kind("agents", "ffgym.plugins.bases:Agent", "agent"),
     "criterion": Kind("criteria", "ffgym.plugins.bases:Criterion", "criterion"),
+    "export": Kind("exports", "ffgym.export.format:ExportFormat"),
+    "family": Kind("families", "ffgym.models.families:Family"),
     "heuristic": Kind("heuristics", "ffgym.plugins.bases:Heuristic", "prior"),
+    "recovery": Kind("recoveries", "ffgym.recover.method:Recovery", "recover", "method"),
+    "resource": Kind("resources", "ffgym.costs.resource:Resource", "prune", "resource"),
     "reward": Kind("rewards", "ffgym.plugins.bases:Reward", "reward"),
-    "recovery": Kind("recoveries", "ffgym.recover.method:Recovery", "recover"),
 }
 HOOKS: dict[str, PluginKind] = {kind.hook: name for name, kind in KINDS.items()}
 

@@ -44,7 +44,7 @@ def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
 @overload
 def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
 @overload
-def get_class(kind: PluginKind, name: str) -> type[Plugin]: ...
+def get_class(kind: Literal["export", "family", "recovery", "resource"], name: str) -> Any: ...
 def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     """Find the class behind a name.
 
@@ -75,12 +75,14 @@ def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | N
 @overload
 def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
 @overload
-def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin: ...
+def create(
+    kind: Literal["export", "family", "recovery", "resource"], name: str, options: Mapping[str, Any] | None = None
+) -> Any: ...
 def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
     """Make an instance with validated options.
 
     Args:
-        kind: agent, criterion, heuristic, reward or recovery.
+        kind: one of `KINDS`.
         name: a registered name.
         options: the keys of its TOML table beside ``name``, e.g. ``config.criterion.options``.
 
@@ -89,7 +91,7 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
         PluginError: two packages provide the name, or the constructor failed.
         UnknownNameError: nobody provides the name.
     """
-    cls: type[Plugin] = get_class(kind, name)
+    cls = get_class(kind, name)
     config = validated(kind, cls, options or {})
     try:
         return cls(config)
@@ -104,7 +106,7 @@ def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -
     try:
         return cls.Config.model_validate(dict(options))
     except ValidationError as error:
-        raise config_error(error, cls.Config, KINDS[kind].table) from None
+        raise config_error(error, cls.Config, KINDS[kind].table or kind) from None
     except FFGymError:
         raise
     except Exception as error:

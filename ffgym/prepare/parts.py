@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.costs.latency import LatencyTable, layer_shapes, read_table
-from ffgym.costs.latency_cache import Say, cached_table, say_if_busy
+from ffgym.costs.resource import (
+    Costs,
+    OnProgress,
+    Resource,
+    Say,
+    costs_of,
+    resource_class,
+    resource_named,
+    standard_resources,
+)
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.errors import ConfigError
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.contracts import check_wishes
 from ffgym.prepare.paths import Prepared, prepare
-from ffgym.prepare.statistics import OnProgress
 from ffgym.pruning.budget import Budget
-from ffgym.types import Resource
 
 CHECKED_WINDOW = 128
 CHECKED_RIDGE = 0.01
-
-CHEAP: tuple[Resource, ...] = ("params", "macs", "kv")
-"""Resources whose cost is a sum and not a measurement: what a reward gets that needs ``cost`` and names none."""
 
 
 def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
@@ -80,65 +83,79 @@ def prepare_model(
     )
 
 
-def counts_latency(config: RunConfig) -> bool:
-    """Whether the budget or the reward counts measured latency."""
-    return _counts_latency(config, make_reward(config))
-
-
-def _counts_latency(config: RunConfig, reward: Reward) -> bool:
-    return config.prune.resource == "latency" or ("cost" in reward.needs and "latency" in reward.resources)
-
-
-def make_latency(
-    config: RunConfig, model: Any, *, on_progress: OnProgress | None = None, say: Say | None = None
-) -> LatencyTable | None:
-    """The latency table of a run on a dense model; ``None`` where nothing counts latency.
-
-    The file that ``prune.latency_table`` names, or else this machine's own from the cache, timed now if it is missing.
+def counted_resources(config: RunConfig) -> dict[str, Resource]:
+    """The resources that a run counts, by name: those of every table, its budget's, its reward's.
 
     Raises:
-        ConfigError: the named file is no latency table.
-        BudgetError: it is of another model or context, or the model takes fewer than ``prune.context`` tokens.
+        ConfigError, PluginError, UnknownNameError: as `make_reward`.
     """
-    prune = config.prune
-    if not counts_latency(config):
-        return None
-    if prune.latency_table is None:
-        return cached_table(model, context=prune.context, on_progress=on_progress, say=say)
-    table = read_table(Path(prune.latency_table).expanduser())
-    table.check_fits(model, context=prune.context, source=prune.latency_table)
-    say_if_busy(table, say)
-    return table
+    reward = make_reward(config)
+    named = reward.resources if "cost" in reward.needs else ()
+    return {name: resource_named(name) for name in (*standard_resources(), config.prune.resource, *named)}
 
 
-def latency_digest(config: RunConfig) -> str | None:
-    """Digest of the latency table that ``prune.latency_table`` names; ``None`` where it names none.
+def named_table(config: RunConfig, resource: str) -> Path | None:
+    """The file that the configuration names for the measurement of a resource; ``None`` where it names none."""
+    named = getattr(config.prune, resource_class(resource).table_key, None)
+    return None if named is None else Path(named)
+
+
+def table_digest(config: RunConfig) -> str | None:
+    """Digest of the measurement that the configuration names a file for; ``None`` where it names none.
 
     Raises:
-        ConfigError: the named file is no latency table.
+        ConfigError: the file holds no such thing.
     """
-    named = config.prune.latency_table
-    return None if named is None else read_table(Path(named).expanduser()).digest
+    files = ((resource, named_table(config, name)) for name, resource in counted_resources(config).items())
+    return next((resource.digest_of(file) for resource, file in files if file is not None), None)
 
 
-def make_budget(config: RunConfig, model: Any, latency: LatencyTable | None = None) -> Budget:
+def costs_in(
+    resource: Resource,
+    config: RunConfig,
+    model: Any,
+    *,
+    recorded: Path | None = None,
+    on_progress: OnProgress | None = None,
+    say: Say | None = None,
+) -> Costs:
+    """What a dense model costs in a resource, under a configuration.
+
+    Args:
+        resource: what is counted.
+        config: the run.
+        model: the dense model.
+        recorded: folder of the run, where it goes on and must count what it has counted before.
+        on_progress: hears how far a measurement is.
+        say: hears what the user should know of it.
+
+    Raises:
+        BudgetError, ConfigError, PluginError: as `costs_of`.
+    """
+    file = named_table(config, resource.name)
+    if recorded is not None and (recorded / f"{resource.name}.json").is_file():
+        file = recorded / f"{resource.name}.json"
+    return costs_of(resource, model, context=config.prune.context, file=file, on_progress=on_progress, say=say)
+
+
+def make_budget(config: RunConfig, model: Any, costs: Mapping[str, Costs] | None = None) -> Budget:
     """The budget of a run on a dense model.
 
     Args:
         config: the run.
         model: the dense model.
-        latency: the times that a latency budget counts; see `make_latency`, which is asked where it is left out.
+        costs: what it costs, by resource; asked for where left out.
 
     Raises:
         BudgetError: the sparsity is out of reach.
         ModelError: a stock checkpoint is asked for, which the family does not have, or not with this calibration.
     """
-    budget = budget_in(config.prune.resource, config, model, latency)
+    budget = budget_in(config.prune.resource, config, model, costs)
     budget.check(config.prune.ends[1])
     return budget
 
 
-def budget_in(resource: Resource, config: RunConfig, model: Any, latency: LatencyTable | None = None) -> Budget:
+def budget_in(resource: str, config: RunConfig, model: Any, costs: Mapping[str, Costs] | None = None) -> Budget:
     """What allocations of a dense model cost in a resource, which need not be the one that the run's budget is in.
 
     Raises:
@@ -147,20 +164,14 @@ def budget_in(resource: Resource, config: RunConfig, model: Any, latency: Latenc
     family, prune = family_of(model), config.prune
     if prune.uniform and prune.calibration == "affine":
         family.check_stock_biases(model)
-    tables = None
-    if resource == "latency":
-        table = latency or make_latency(config, model)
-        assert table is not None, "asked for by the budget or the reward"
-        tables = table.cost_tables(layer_shapes(model))
+    found = costs_in(resource_named(resource), config, model) if costs is None else costs[resource]
     return Budget(
         family.sublayers(model),
+        found.tables,
         resource=resource,
         min_units=prune.min_units,
         align=prune.align,
         shapes=family.stock_shapes(model) if prune.uniform else None,
-        context=prune.context,
-        kv_bytes=model.get_output_embeddings().weight.element_size(),
-        cost_tables=tables,
     )
 
 
@@ -174,12 +185,6 @@ def make_reward(config: RunConfig) -> Reward:
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
     check_wishes(reward)
-    if reward.needs and config.search.stop_hopeless:
-        raise ConfigError(
-            f"reward {config.reward.name!r} needs {', '.join(sorted(reward.needs))}, and search.stop_hopeless can stop "
-            "an episode that is judged by its losses alone",
-            hint="Set search.stop_hopeless = false, or reward.name = 'perplexity'.",
-        )
     if "accuracy" in reward.needs:
         if not reward.tasks:
             raise ConfigError(
@@ -187,23 +192,24 @@ def make_reward(config: RunConfig) -> Reward:
                 hint="Name some, e.g. --set 'reward.tasks=[\"arc_easy\"]', or give accuracy no weight.",
             )
         check_search_tasks(reward.tasks)
-    if "cost" in reward.needs:
-        known = get_args(Resource)
-        for resource in reward.resources:
-            if resource not in known:
-                raise UnknownNameError("resource", resource, known)
-            if resource == config.prune.resource:
-                raise ConfigError(
-                    f"reward {config.reward.name!r} weighs {resource}, and the budget is in {resource}: it costs the "
-                    "same whatever the allocation",
-                    hint=f"Weigh another resource ({', '.join(r for r in known if r != resource)}), or prune another.",
-                )
-    if config.prune.latency_table is not None and not _counts_latency(config, reward):
-        raise ConfigError(
-            f"prune.latency_table is given, but prune.resource is {config.prune.resource!r}, reward"
-            f" {config.reward.name!r} weighs no latency either, and nothing would read it",
-            hint="Add --resource latency, or leave the table out.",
-        )
+    resource_class(config.prune.resource)
+    others = [name for name in manager.names("resource") if name != config.prune.resource]
+    weighed = reward.resources if "cost" in reward.needs else ()
+    for resource in weighed:
+        resource_class(resource)
+        if resource == config.prune.resource:
+            raise ConfigError(
+                f"reward {config.reward.name!r} weighs {resource}, and the budget is in {resource}: it costs the "
+                "same whatever the allocation",
+                hint=f"Weigh another resource ({', '.join(others)}), or prune another.",
+            )
+    for name in others:
+        if name not in weighed and named_table(config, name) is not None:
+            raise ConfigError(
+                f"prune.{resource_class(name).table_key} is given, but prune.resource is {config.prune.resource!r}, "
+                f"reward {config.reward.name!r} weighs no {name} either, and nothing would read it",
+                hint=f"Add --resource {name}, or leave the table out.",
+            )
     return reward
 
 
@@ -214,7 +220,7 @@ def build_env(
     budget: Budget,
     *,
     loaded: LoadedModel | None = None,
-    latency: LatencyTable | None = None,
+    costs: Mapping[str, Costs] | None = None,
 ) -> PruningEnv:
     """The stationary environment of a run.
 
@@ -224,12 +230,11 @@ def build_env(
         windows: search split, shape (windows, length), int64.
         budget: see ``make_budget``.
         loaded: the model's tokenizer and context, for a reward that needs accuracy.
-        latency: the times that a budget or a reward in latency counts.
+        costs: what the model costs, by resource; asked for where left out.
     """
     reward, model = make_reward(config), prepared.prunable.model
     examples = task_examples(reward.tasks, loaded) if loaded is not None and "accuracy" in reward.needs else ()
-    named = [resource for resource in get_args(Resource) if resource in reward.resources]
-    resources: Sequence[Resource] = (named or CHEAP) if "cost" in reward.needs else ()
+    resources = (reward.resources or standard_resources()) if "cost" in reward.needs else ()
     return PruningEnv(
         prepared.prunable,
         reward,
@@ -240,7 +245,7 @@ def build_env(
         calibrated=config.prune.calibration != "none",
         tokens_per_batch=tokens_per_batch(model.device),
         examples=examples,
-        prices={resource: budget_in(resource, config, model, latency) for resource in resources},
+        prices={resource: budget_in(resource, config, model, costs) for resource in resources},
     )
 
 
@@ -284,7 +289,7 @@ def shrunk(config: RunConfig) -> RunConfig:
     window = min(config.data.window, CHECKED_WINDOW)
     plain["data"] |= {"window": window, "report_tokens": window}
     plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
-    plain["search"] |= {"episode_tokens": window, "final_tokens": window, "stop_hopeless": False}
+    plain["search"] |= {"episode_tokens": window, "final_tokens": window}
     if config.prune.ridge == "auto":
         plain["prune"] |= {"ridge": CHECKED_RIDGE}
     return RunConfig.model_validate(plain)

@@ -20,31 +20,9 @@ import numpy as np
 
 from ffgym.errors import BudgetError
 from ffgym.pruning.sweep import Ladder, Sweep
-from ffgym.types import Allocation, Kind, Resource, Sublayer
+from ffgym.types import Allocation, Kind, Sublayer
 
 REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged
-
-
-def unit_cost(sublayer: Sublayer, resource: Resource, *, context: int, kv_bytes: int) -> float:
-    """What one unit costs.
-
-    Args:
-        sublayer: whose unit.
-        resource: ``params`` (parameters), ``macs`` (multiply-accumulates for one token that attends to ``context``
-            tokens), ``kv`` (cache bytes per token).
-        context: tokens attended to.
-        kv_bytes: bytes of one cached number.
-    """
-    if resource == "params":
-        return sublayer.unit_params
-    if resource == "macs":
-        scores = 2 * sublayer.query_heads_per_unit * sublayer.head_dim * context
-        return sublayer.unit_macs + scores
-    if resource == "kv":
-        return 2 * sublayer.head_dim * kv_bytes
-    if resource == "latency":
-        raise BudgetError("latency has no price per unit", hint="Give Budget the cost_tables of a latency table.")
-    raise BudgetError(f"unknown resource {resource!r}", hint="Known: params, macs, kv, latency.")
 
 
 def service_order(depth: int) -> np.ndarray:
@@ -82,34 +60,30 @@ class Budget:
 
     Args:
         sublayers: the 2L sublayers.
-        resource: what is counted.
+        cost_tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing
+            from 0 or more; the parameters of the units where left out. Whole numbers keep sums exact.
+        resource: what messages and allocations call the costs.
         min_units: least units a sublayer keeps (the attention of layer 0 always keeps one).
         align: a sublayer keeps a multiple of this many channels, or all of them. ``min_units`` is rounded up to such a
             multiple; a sublayer that has no smaller one stays whole.
         shapes: ties all layers to one shape: for each kind the numbers of units that they may keep, e.g.
             ``{"attention": (1, 2, 4), "mlp": range(1, 1537)}``. The importance of a kind is then the mean over its
             sublayers. ``None`` lets every sublayer have a size of its own.
-        context: tokens attended to, for ``macs``.
-        kv_bytes: bytes of one cached number, for ``kv``.
-        cost_tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing
-            from 0 or more; instead of a price per unit, and what ``latency`` needs. Whole numbers keep sums exact.
 
     Raises:
-        BudgetError: a setting out of its range, cost tables that are missing or are none, or layers of different sizes
+        BudgetError: a setting out of its range, cost tables that are none, or layers of different sizes
             that should share one shape.
     """
 
     def __init__(
         self,
         sublayers: Sequence[Sublayer],
+        cost_tables: Sequence[np.ndarray] | None = None,
         *,
-        resource: Resource = "params",
+        resource: str = "params",
         min_units: int = 1,
         align: int = 1,
         shapes: Mapping[Kind, Sequence[int]] | None = None,
-        context: int = 1024,
-        kv_bytes: int = 2,
-        cost_tables: Sequence[np.ndarray] | None = None,
     ) -> None:
         if min_units < 0:
             raise BudgetError(f"min_units is {min_units}", hint="Use 0 or more.")
@@ -120,9 +94,8 @@ class Budget:
         self.tied = shapes is not None
         self._align = align
         if cost_tables is None:
-            prices = [unit_cost(s, resource, context=context, kv_bytes=kv_bytes) for s in self.sublayers]
-            cost_tables = [np.arange(s.units + 1) * float(p) for s, p in zip(self.sublayers, prices, strict=True)]
-        self._tables = _checked(self.sublayers, cost_tables)
+            cost_tables = [np.arange(s.units + 1) * s.unit_params for s in self.sublayers]
+        self._tables = check_tables(self.sublayers, cost_tables)
         groups = [(i,) for i in range(len(self.sublayers))] if shapes is None else _kinds(self.sublayers)
         self._ladders = tuple(self._ladder(members, min_units, align, shapes) for members in groups)
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
@@ -296,7 +269,7 @@ class Budget:
         return f"{text[0].upper()}{text[1:]}."
 
 
-def _checked(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+def check_tables(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """The tables as float64, one per sublayer; raises ``BudgetError`` where one is no cost table."""
     checked = tuple(np.asarray(table, dtype=np.float64) for table in tables)
     if len(checked) != len(sublayers):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from rich.console import Console
@@ -96,7 +95,7 @@ def check_method(table: RecoverTable, dense: str | None) -> Recovery:
     if table.method == "none":
         options = " or ".join(f"--method {name}" for name in manager.names("recovery"))
         raise RecoveryError("recover.method is none", hint=f"Choose one: {options}.")
-    method = cast("Recovery", manager.create("recovery", table.method, table.options))
+    method: Recovery = manager.create("recovery", table.method, table.options)
     method.check_installed()
     if method.needs_dense and dense is None:
         raise RecoveryError(

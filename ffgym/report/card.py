@@ -10,12 +10,6 @@ from ffgym.report.table import ReportTable, Row, markdown, perplexity_text
 from ffgym.types import Allocation, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
-RESOURCES = {
-    "params": "parameters",
-    "macs": "multiply-accumulates",
-    "kv": "KV-cache bytes",
-    "latency": "measured latency",
-}
 
 LOADING = """\
 ```python
@@ -52,6 +46,7 @@ def model_card(
     saved: Row,
     sublayers: Sequence[Sublayer],
     allocation: Allocation,
+    quantity: str,
     command: str,
     seed: int,
     splits: Mapping[str, str],
@@ -69,6 +64,7 @@ def model_card(
         saved: the row that the saved weights are.
         sublayers: the dense model's 2L sublayers, in the order of ``allocation.kept``.
         allocation: what the saved model keeps.
+        quantity: what its budget counted, e.g. ``"KV-cache bytes"``.
         command: the command that reruns the search.
         seed: its seed.
         splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
@@ -82,7 +78,7 @@ def model_card(
     sections = [
         _front_matter(base_model, license),
         f"# {title}",
-        _summary(base_model, allocation, saved, table.rows[0]),
+        _summary(base_model, allocation, quantity, saved, table.rows[0]),
         "## Load it",
         loading(folder, stock=stock),
         "## What it costs",
@@ -115,11 +111,11 @@ def loading(folder: str, *, stock: bool) -> str:
     return LOADING.format(folder=json.dumps(folder), options=options, explanation=explanation)
 
 
-def _summary(base_model: str | None, allocation: Allocation, saved: Row, dense: Row) -> str:
+def _summary(base_model: str | None, allocation: Allocation, quantity: str, saved: Row, dense: Row) -> str:
     """Say what the model is, and what the pruning cost."""
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense language model"
     return (
-        f"This is {origin} with {allocation.sparsity:.1%} of the {RESOURCES[allocation.resource]} of its attention and "
+        f"This is {origin} with {allocation.sparsity:.1%} of the {quantity} of its attention and "
         "MLP sublayers removed, by structured pruning. ffgym searched how much of each sublayer goes.\n\n"
         f'It is the row "{saved.label}" of the table: perplexity {perplexity_text(saved)}, where the dense model has '
         f"{perplexity_text(dense)}; {humane(saved.parameters)} parameters instead of {humane(dense.parameters)}."

@@ -151,9 +151,7 @@ def as_dict(front: Front) -> JSONDict:
                 "kept": list(point.allocation.kept),
                 "origin": point.origin,
                 "finals_loss": finite(point.finals_loss),
-                "parameters": point.found.parameters,
-                "macs_per_token": point.found.macs_per_token,
-                "kv_bytes_per_token": point.found.kv_bytes_per_token,
+                **point.found.values,
                 "perplexity": {label: finite(front.row(point, label).perplexity) for label in front.labels},
                 "loss_stderr": {label: finite(front.row(point, label).loss_stderr) for label in front.labels},
             }

@@ -10,14 +10,31 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ffgym.report.layout import escape, finite, humane, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.report.layout import escape, finite, markdown_notes, markdown_table, new_grid, on_console
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BEST_MARK = "*"
-COLUMNS = ("perplexity", "sparsity prunable", "sparsity model", "params", "MACs/token", "KV/token")
+COLUMNS = ("perplexity", "sparsity prunable", "sparsity model")  # and a column for every cost
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole model costs in one resource.
+
+    Attributes:
+        key: the resource's key in JSON, e.g. ``"macs_per_token"``.
+        column: head of its column, e.g. ``"MACs/token"``.
+        value: the cost.
+        text: the cost as tables print it.
+    """
+
+    key: str
+    column: str
+    value: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -30,9 +47,7 @@ class Row:
         loss_stderr: standard error of the mean loss over the windows, in nats per token; ``None`` where unknown.
         sparsity_prunable: share of the budget's resource removed over the prunable sublayers, in [0, 1].
         sparsity_model: share of the same resource removed over the whole model, in [0, 1].
-        parameters: parameters of the whole model.
-        macs_per_token: multiply-accumulates per token of the whole model.
-        kv_bytes_per_token: bytes that one more token adds to the KV cache.
+        costs: what the whole model costs; the same resources in all rows of a table, ``parameters`` among them.
         note: what a reader must know about this row alone, without a full stop; empty for nothing.
         is_found: the row holds the allocation that the agent found.
     """
@@ -42,11 +57,19 @@ class Row:
     loss_stderr: float | None
     sparsity_prunable: float
     sparsity_model: float
-    parameters: int
-    macs_per_token: float
-    kv_bytes_per_token: float
+    costs: tuple[Cost, ...]
     note: str = ""
     is_found: bool = False
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The costs by key."""
+        return {cost.key: cost.value for cost in self.costs}
+
+    @property
+    def parameters(self) -> float:
+        """Parameters of the whole model."""
+        return self.values["parameters"]
 
     @property
     def is_dense(self) -> bool:
@@ -72,6 +95,11 @@ class ReportTable:
         if not self.rows:
             raise ValueError("a report table needs at least one row")
         object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: not row.is_dense)))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Heads of the columns that hold numbers."""
+        return *COLUMNS, *(cost.column for cost in self.rows[0].costs)
 
     @property
     def best(self) -> Row | None:
@@ -134,14 +162,12 @@ def perplexity_text(row: Row) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    """Write the numbers of a row, in the order of ``COLUMNS``."""
+    """Write the numbers of a row, in the order of the table's columns."""
     return (
         perplexity_text(row),
         f"{row.sparsity_prunable:.1%}",
         f"{row.sparsity_model:.1%}",
-        humane(row.parameters),
-        humane(row.macs_per_token),
-        humane(row.kv_bytes_per_token, "B"),
+        *(cost.text for cost in row.costs),
     )
 
 
@@ -161,7 +187,7 @@ def terminal(table: ReportTable) -> RenderableType:
 
     grid = new_grid()
     grid.add_column("model", overflow="fold")
-    for column in COLUMNS:
+    for column in table.columns:
         grid.add_column(column.replace(" ", "\n").replace("/", "\n/"), justify="right", no_wrap=True)
     best = table.best
     for row in table.rows:
@@ -181,7 +207,7 @@ def markdown(table: ReportTable) -> str:
             label, perplexity = f"**{label}** {escape(BEST_MARK)}", f"**{perplexity}**"
         lines.append((label, perplexity, *sizes))
     notes = markdown_notes([*_legend(table), table.header])
-    return "\n".join([*markdown_table(("model", *COLUMNS), lines), *notes])
+    return "\n".join([*markdown_table(("model", *table.columns), lines), *notes])
 
 
 def as_dicts(table: ReportTable) -> list[JSONDict]:
@@ -193,9 +219,7 @@ def as_dicts(table: ReportTable) -> list[JSONDict]:
             "loss_stderr": finite(row.loss_stderr),
             "sparsity_prunable": row.sparsity_prunable,
             "sparsity_model": row.sparsity_model,
-            "parameters": row.parameters,
-            "macs_per_token": row.macs_per_token,
-            "kv_bytes_per_token": row.kv_bytes_per_token,
+            **row.values,
             "note": row.note,
             "is_dense": row.is_dense,
             "is_found": row.is_found,

@@ -14,18 +14,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
+from ffgym.costs.resource import standard_resources
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
 from ffgym.plugins.discovery import MEASUREMENTS, NAME, STATISTICS
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
-from ffgym.types import Evaluation, LayerStats, Resource, Sublayer, Update
+from ffgym.types import Evaluation, LayerStats, Sublayer, Update
 
 
 class PluginConformance(ABC):
@@ -140,7 +141,7 @@ class RewardConformance(PluginConformance):
             kls=apart if "kl" in reward.needs else None,
             reverse_kls=apart if "reverse_kl" in reward.needs else None,
             accuracy=1 / (1 + loss) if "accuracy" in reward.needs else None,
-            costs=dict.fromkeys(reward.resources or get_args(Resource), 100.0) if "cost" in reward.needs else None,
+            costs=dict.fromkeys(reward.resources or standard_resources(), 100.0) if "cost" in reward.needs else None,
         )
 
     def reward(self, pruned: float, dense: float = 3.0) -> float:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ffgym.errors import UnknownNameError
+from ffgym.plugins import manager
+from ffgym.plugins.built_ins import BUILTINS
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-TINY_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt")
+TINY_FAMILIES = tuple(BUILTINS["family"])
+"""Names of the families that ship with ffgym."""
 
 
 def tiny_model(
@@ -37,7 +39,7 @@ def tiny_model(
     has them, are not zero.
 
     Args:
-        family: one of ``TINY_FAMILIES``.
+        family: a registered name, e.g. one of ``TINY_FAMILIES``.
         grouped_query: two query heads share each of 2 key/value heads; otherwise 4 of them (OPT has only that).
         layers: decoder layers.
         seed: of the weights.
@@ -49,34 +51,23 @@ def tiny_model(
     Raises:
         UnknownNameError: an unknown family.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    if family not in TINY_FAMILIES:
-        raise UnknownNameError("family", family, TINY_FAMILIES)
-    sizes: dict[str, Any] = {
-        "num_key_value_heads": 2 if grouped_query else 4,
-        "intermediate_size": 48,
-        "head_dim": 8,
-    }
-    own_sizes: dict[str, dict[str, Any]] = {
-        "llama": sizes,
-        "mistral": sizes,
-        "qwen2": {name: size for name, size in sizes.items() if name != "head_dim"},
-        "qwen3": sizes,
-        "gemma": sizes,
-        "opt": {"ffn_dim": 48, "dropout": 0.0},
-    }
-    config = AutoConfig.for_model(
-        family,
+    own, config_class = manager.get_class("family", family), CONFIG_MAPPING[family]
+    sizes: dict[str, Any] = {own.heads: 4, own.intermediate: 48, **own.tiny}
+    if own.kv_heads is not None:
+        sizes[own.kv_heads] = 2 if grouped_query else 4
+    if hasattr(config_class, "head_dim"):
+        sizes["head_dim"] = 8
+    config = config_class(
         vocab_size=128,
         hidden_size=32,
         num_hidden_layers=layers,
-        num_attention_heads=4,
         max_position_embeddings=128,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **own_sizes[family],
+        **sizes,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # model.to(dtype) would round the rotary angles too
     _fill(model, torch.Generator().manual_seed(seed))

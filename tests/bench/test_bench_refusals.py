@@ -20,11 +20,11 @@ from ffgym.bench.bench import bench, check_benches, read_bench
 from ffgym.bench.cell import Cell, write_result
 from ffgym.bench.table import CellResult, Final, Mark
 from ffgym.config.toml import settings
-from ffgym.costs.latency import to_json
+from ffgym.costs.latency_table import to_json
 from ffgym.errors import ConfigError
 from ffgym.models.loading import load
 from ffgym.plugins import discovery
-from ffgym.prepare.parts import latency_digest
+from ffgym.prepare.parts import table_digest
 from ffgym.search.policy import policy_digest
 
 
@@ -234,7 +234,7 @@ def test_other_times_in_the_same_place(tmp_path: Path) -> None:
     table.write_text(to_json(times))
     run = {"prune": {"resource": "latency", "context": 64, "latency_table": str(table)}}
     (cell,) = read_bench(bench_file(tmp_path, run=run)).cells
-    write_result(cell.path, a_result(cell).model_copy(update={"latency": latency_digest(cell.config)}))
+    write_result(cell.path, a_result(cell).model_copy(update={"latency": table_digest(cell.config)}))
     bench([bench_file(tmp_path, run=run)], progress=Console(quiet=True), only_report=True)
     table.write_text(to_json(times.model_copy(update={"repetitions": 2})))
     refused(tmp_path, f"prune.latency_table = '{table}' holds other times now", run=run)

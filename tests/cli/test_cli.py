@@ -96,6 +96,7 @@ def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Call
         "from ffgym.cli import app; app(['recover', '--help'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'criteria'], standalone_mode=False)",
         "from ffgym.cli import app; app(['ls', 'agents'], standalone_mode=False)",
+        "from ffgym.cli import app; app(['ls', 'families'], standalone_mode=False)",
         "from ffgym.cli import app; app(['plugins'], standalone_mode=False)",
         "from ffgym.cli import app; app(['config', '--agent', 'uniform'], standalone_mode=False)",
     ],
@@ -316,10 +317,7 @@ def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Pa
     assert "smooth = 0.95  # share of the exploration's variance" in printed.stdout, "options of plugins are there too"
 
 
-@pytest.mark.parametrize(
-    ("plural", "kind"),
-    [("agents", "agent"), ("criteria", "criterion"), ("heuristics", "heuristic"), ("rewards", "reward")],
-)
+@pytest.mark.parametrize(("plural", "kind"), [(row.plural, kind) for kind, row in kinds.KINDS.items()])
 def test_ls_lists_names_and_descriptions(plural: str, kind: kinds.PluginKind) -> None:
     text = call("ls", plural).stdout
     rows = json.loads(call("ls", plural, "--json").stdout)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.isotonic import isotonic_regression
 
-from ffgym.costs.latency_grid import cost_table, grid
+from ffgym.costs.latency_fit import cost_table, grid
 from ffgym.errors import BudgetError
 from ffgym.pruning.budget import Budget, service_order
 from ffgym.types import Sublayer
@@ -42,7 +42,7 @@ def priced(draw):
 
 def budget_of(model, least=1):
     sublayers, tables = model
-    return Budget(sublayers, resource="latency", min_units=least, cost_tables=tables)
+    return Budget(sublayers, tables, resource="latency", min_units=least)
 
 
 def reached(budget, share):
@@ -179,11 +179,6 @@ class TestTables:
     def test_what_is_no_cost_table_is_refused(self, tables, complaint):
         with pytest.raises(BudgetError, match=complaint):
             budget_of(([ATTENTION, MLP], tables))
-
-    def test_latency_without_tables_is_refused(self):
-        with pytest.raises(BudgetError, match="latency has no price per unit") as raised:
-            Budget([ATTENTION, MLP], resource="latency")
-        assert "cost_tables" in raised.value.hint
 
 
 class TestFromTimes:

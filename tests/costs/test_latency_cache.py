@@ -7,8 +7,8 @@ import torch
 from latency_tables import made_up_table
 
 from ffgym.costs import latency_cache, sublayer_times
-from ffgym.costs.latency import to_json
 from ffgym.costs.latency_cache import cached_table, place_of
+from ffgym.costs.latency_table import to_json
 from ffgym.costs.sublayer_times import processors
 from ffgym.errors import BudgetError, ModelError
 from ffgym.testing.models import tiny_model

@@ -9,8 +9,8 @@ import pytest
 from latency_tables import made_up_table
 from pydantic import ValidationError
 
-from ffgym.costs.latency import LatencyTable, layer_shapes, model_shape, read_table, to_json
-from ffgym.costs.size import SizeMeter
+from ffgym.costs.latency_table import LatencyTable, layer_shapes, model_shape, read_table, to_json
+from ffgym.costs.resource import Measurement, costs_of, resource_named
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.cut import PrunableModel
 from ffgym.pruning.budget import Budget
@@ -59,20 +59,15 @@ def test_the_rest_is_what_no_sublayer_takes(model, table):
     assert changed(table, whole_seconds=1e-9).rest(shapes) == 0  # noise may make the parts more than the whole
 
 
-def test_sizes_know_the_latency(model, table):
-    prunable = PrunableModel(model)
-    meter = SizeMeter(prunable, context=64, latency=table)
-    assert meter(prunable.dense_units).of("latency") == 50e9
-    budget = Budget(prunable.sublayers, resource="latency", cost_tables=table.cost_tables(layer_shapes(model)))
-    kept = (1, 20, 2, 30, 1, 9)
-    saved = meter(prunable.dense_units).of("latency") - meter(kept).of("latency")
-    assert saved == budget.dense_cost - budget.allocation(kept).cost
-
-
-def test_sizes_without_a_table_have_no_latency(model):
-    prunable = PrunableModel(model)
-    with pytest.raises(BudgetError, match="has not been timed"):
-        SizeMeter(prunable, context=64)(prunable.dense_units).of("latency")
+def test_a_whole_model_takes_what_the_table_says(model, table, tmp_path):
+    path = tmp_path / "latency.json"
+    path.write_text(to_json(table))
+    costs = costs_of(resource_named("latency"), model, context=64, file=path)
+    assert costs.measurement == Measurement(table.measured, table.digest, to_json(table))
+    dense, kept = (2, 48) * 3, (1, 20, 2, 30, 1, 9)
+    assert costs.of(dense) == 50e9
+    budget = Budget(PrunableModel(model).sublayers, costs.tables)
+    assert costs.of(dense) - costs.of(kept) == budget.dense_cost - budget.allocation(kept).cost
 
 
 class TestFile:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import OPTForCausalLM
 
+from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.criteria.wanda import Wanda
 from ffgym.models.cut import PrunableModel
@@ -22,35 +23,40 @@ def prunable(request):
     return PrunableModel(tiny_model(request.param))
 
 
+def meter_of(prunable, context=64):
+    return SizeMeter(prunable, standard_costs(prunable.model, context=context))
+
+
 def real_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("kept", ALLOCATIONS)
 def test_parameters_are_those_of_the_cut_model(prunable, kept):
-    meter = SizeMeter(prunable, context=64)
-    assert meter(prunable.dense_units).parameters == real_parameters(prunable.model)
+    meter = meter_of(prunable)
+    assert meter(prunable.dense_units)["params"] == real_parameters(prunable.model)
     prunable.cut(kept)
-    assert meter(kept).parameters == real_parameters(prunable.model)
+    assert meter(kept)["params"] == real_parameters(prunable.model)
 
 
 @pytest.mark.parametrize("resource", ["params", "macs", "kv"])
 def test_what_is_saved_is_what_the_budget_says(prunable, resource):
-    meter = SizeMeter(prunable, context=64)
-    budget = Budget(prunable.sublayers, resource=resource, context=64, kv_bytes=4)
+    meter = meter_of(prunable)
+    budget = Budget(prunable.sublayers, standard_costs(prunable.model, context=64)[resource].tables)
     kept = (1, 20, 2, 30, 1, 9)
-    saved = meter(prunable.dense_units).of(resource) - meter(kept).of(resource)
+    saved = meter(prunable.dense_units)[resource] - meter(kept)[resource]
     assert saved == budget.dense_cost - budget.allocation(kept).cost
 
 
 def test_projections_of_narrow_embeddings_are_counted():
     """OPT-350m: embeddings of 16 numbers, layers of 32."""
     config = tiny_model("opt").config
-    plain = SizeMeter(PrunableModel(OPTForCausalLM(config)), context=64)
+    plain = meter_of(PrunableModel(OPTForCausalLM(config)))
     config.word_embed_proj_dim = 16
-    narrow = SizeMeter(PrunableModel(OPTForCausalLM(config)), context=64)
+    narrow = meter_of(PrunableModel(OPTForCausalLM(config)))
     kept = PrunableModel(tiny_model("opt")).dense_units
-    assert narrow(kept).macs - narrow.head_macs == plain(kept).macs - plain.head_macs + 2 * 16 * 32
+    head, narrow_head = 128 * 32, 128 * 16
+    assert narrow(kept)["macs"] - narrow_head == plain(kept)["macs"] - head + 2 * 16 * 32
 
 
 @pytest.mark.parametrize("refit", ["nested", "sequential"])
@@ -60,7 +66,7 @@ def test_biases_that_calibration_added_are_counted(family, refit, random_windows
     windows = random_windows(8)
     prepared = prepare(tiny_model(family), Wanda(), windows, calibration="affine", ridge=0.01)
     prunable = prepared.prunable
-    meter = SizeMeter(prunable, context=64)
+    meter = meter_of(prunable)
     kept = (1, 20, prunable.dense_units[2], 48, 1, 9)
     if refit == "nested":
         prunable.cut(kept)
@@ -68,19 +74,19 @@ def test_biases_that_calibration_added_are_counted(family, refit, random_windows
         calibrate_sequentially(prunable, kept, windows, [0.01] * 6)
     added = prunable.new_bias_params()
     assert added == {("llama", "nested"): 4 * 32, ("llama", "sequential"): 6 * 32}.get((family, refit), 0)
-    assert meter(kept, new_biases=added).parameters == real_parameters(prunable.model)
+    assert meter(kept, new_biases=added)["params"] == real_parameters(prunable.model)
     prunable.restore()
     assert prunable.new_bias_params() == prunable.new_bias_params(stock=True) == 0
 
 
 def test_counted_by_hand():
     """Llama: hidden 32, 4 query heads of 8 in 2 groups, 48 channels, 128 tokens, 3 layers; float32."""
-    size = SizeMeter(PrunableModel(tiny_model("llama")), context=10)((2, 48) * 3)
+    size = meter_of(PrunableModel(tiny_model("llama")), context=10)((2, 48) * 3)
     linears = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)
     embeddings_and_head, norms = 2 * 128 * 32, 7 * 32
-    assert size.parameters == linears + embeddings_and_head + norms
-    assert size.macs == linears + 3 * 2 * 4 * 8 * 10 + 128 * 32
-    assert size.kv_bytes == 3 * 2 * 2 * 8 * 4
+    assert size["params"] == linears + embeddings_and_head + norms
+    assert size["macs"] == linears + 3 * 2 * 4 * 8 * 10 + 128 * 32
+    assert size["kv"] == 3 * 2 * 2 * 8 * 4
 
 
 def test_macs_are_what_the_profiler_counts():
@@ -88,22 +94,22 @@ def test_macs_are_what_the_profiler_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     prunable = PrunableModel(tiny_model("llama"))
-    meter = SizeMeter(prunable, context=0)
+    meter = meter_of(prunable, context=0)
     kept = (1, 20, 2, 30, 1, 9)
     prunable.cut(kept)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         prunable.model(input_ids=torch.arange(3, 19)[None], use_cache=False)
     counts = counter.get_flop_counts()["Global"]
     linear = sum(count for op, count in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
-    assert meter(kept).macs == linear / 2 / 16
+    assert meter(kept)["macs"] == linear / 2 / 16
 
 
 def test_the_cache_is_what_the_model_really_keeps():
     prunable = PrunableModel(tiny_model("llama", dtype=torch.bfloat16))
-    meter = SizeMeter(prunable, context=10)
+    meter = meter_of(prunable, context=10)
     kept = (1, 20, 2, 30, 1, 9)
     prunable.cut(kept)
     with torch.no_grad():
         cache = prunable.model(input_ids=torch.arange(3, 13)[None], use_cache=True).past_key_values
     stored = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert meter(kept).kv_bytes == stored / 10
+    assert meter(kept)["kv"] == stored / 10

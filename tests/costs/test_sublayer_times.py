@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffgym.costs import sublayer_times
-from ffgym.costs.latency import layer_shapes
+from ffgym.costs.latency_table import layer_shapes
 from ffgym.costs.sublayer_times import _probes, processor, threads_of, time_model
 from ffgym.models.cut import PrunableModel
 from ffgym.testing.models import TINY_FAMILIES, tiny_model

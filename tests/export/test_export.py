@@ -23,16 +23,15 @@ from transformers import (
     pipeline,
 )
 
-import ffgym.models
 from ffgym.errors import ModelError, OutputError
 from ffgym.export.checkpoint import SavedModel, load_line, save_pruned, uneven_model
 from ffgym.models.cut import PrunableModel
-from ffgym.models.families import family_of
-from ffgym.models.modeling_ffgym import CLASSES, FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
+from ffgym.models.families import family_of, family_of_type, register
+from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
 from ffgym.testing.models import TINY_FAMILIES, glass_model, tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
-VARIANTS = [(family, grouped) for family in TINY_FAMILIES for grouped in (True, False) if grouped or family != "opt"]
+VARIANTS = [(f, grouped) for f in TINY_FAMILIES for grouped in (True, False) if grouped or family_of_type(f).kv_heads]
 # Units kept by the six sublayers of three layers; a model has 2 or 4 KV groups a layer and 48 channels.
 UNEVEN = (1, 17, 2, 48, 1, 5)
 EMPTIED = (1, 17, 0, 48, 2, 0)
@@ -90,7 +89,7 @@ def saved(tmp_path_factory):
     models["llama-affine"] = pruned("llama", UNEVEN, biases=True), UNEVEN
     models["qwen3-affine-emptied"] = pruned("qwen3", EMPTIED, biases=True), EMPTIED
     for name, (model, kept) in models.items():
-        family = ffgym.models.families.FAMILIES[name.split("-")[0]]
+        family = family_of_type(name.split("-")[0])
         save_pruned(model, None, root / "models" / name, kept=kept, family=family)
         with torch.no_grad():
             content = {
@@ -127,7 +126,7 @@ class TestFreshProcess:
                 "module": "ffgym" if way == "registered" else "transformers_modules",
                 "bit_equal": True,
                 "same_tokens": True,
-                "tied": name.startswith(("gemma", "opt")),
+                "tied": saved.models[name].config.tie_word_embeddings,
             }, name
 
     def test_the_load_line_is_python_that_loads_it(self, saved):
@@ -496,9 +495,9 @@ class TestRefusals:
 
 class TestClasses:
     def test_registering_twice_is_fine(self):
-        ffgym.models.register()
-        ffgym.models.register()
-        assert type(AutoConfig.for_model("ffgym_opt")) is CLASSES["opt"][0]
+        register([family_of_type("opt")])
+        register([family_of_type("opt")])
+        assert type(AutoConfig.for_model("ffgym_opt")) is family_of_type("opt").saved_classes()[0]
 
     @pytest.mark.parametrize(
         ("sizes", "message"),
@@ -517,7 +516,7 @@ class TestClasses:
     @pytest.mark.parametrize("family", TINY_FAMILIES)
     def test_without_per_layer_config_it_is_the_stock_model(self, family):
         stock = tiny_model(family)
-        config_class, model_class = CLASSES[family]
+        config_class, model_class = family_of_type(family).saved_classes()
         settings = {k: v for k, v in stock.config.to_dict().items() if k != "model_type"}
         model = model_class(config_class(**settings)).eval()
         model.load_state_dict(stock.state_dict())
@@ -526,7 +525,7 @@ class TestClasses:
 
     @pytest.mark.parametrize("family", TINY_FAMILIES)
     def test_no_stock_forward_is_overridden(self, family):
-        model_class = CLASSES[family][1]
+        model_class = family_of_type(family).saved_classes()[1]
         assert "forward" not in vars(model_class)
         assert model_class.forward is model_class.__mro__[2].forward
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.costs import latency_cache
-from ffgym.costs.latency import read_table
+from ffgym.costs.latency_table import read_table
 from ffgym.errors import BudgetError, ConfigError, ModelError, OutputError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.measure import measure as measure_module

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.measure import speed
 from ffgym.measure.speed import (
@@ -96,6 +97,11 @@ def test_prompts_are_always_the_same():
     assert torch.equal(ids, prompt(model, Workload(2, 5)))
 
 
+def meter(context):
+    prunable = PrunableModel(tiny_model("llama"))
+    return SizeMeter(prunable, standard_costs(prunable.model, context=context))
+
+
 class TestWork:
     """Llama: hidden 32, 4 query heads of 8 in 2 groups, 48 channels, 128 tokens, 3 layers, untied; float32."""
 
@@ -105,7 +111,7 @@ class TestWork:
         prunable = PrunableModel(tiny_model("llama"))
         if cut:
             prunable.cut(kept)
-        return work_of(prunable.model, kept, lambda context: SizeMeter(prunable, context=context))
+        return work_of(prunable.model, kept, meter)
 
     def test_prefill_counts_a_head_of_one_token_and_half_the_prompt_as_context(self):
         scores = 3 * 2 * 4 * 8 * 6  # q k^T and p v of 4 heads, 6 tokens on average
@@ -130,7 +136,6 @@ class TestWork:
         model.config.tie_word_embeddings = True
         model.tie_weights()
         assert untied - parameter_bytes(model) == 4 * 128 * 32
-        prunable = PrunableModel(model)
-        work = work_of(model, (2, 48) * 3, lambda context: SizeMeter(prunable, context=context))
+        work = work_of(model, (2, 48) * 3, meter)
         assert work.weight_bytes == parameter_bytes(model)
         assert np.isclose(work.head_macs, 128 * 32)

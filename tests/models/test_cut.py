@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from ffgym.models.cut import PrunableModel
+from ffgym.models.families import family_of_type
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.ordering import expand_order
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 VARIANTS = [
-    (family, grouped) for family in TINY_FAMILIES for grouped in (True, False) if family != "opt" or not grouped
+    (family, grouped)
+    for family in TINY_FAMILIES
+    for grouped in (True, False)
+    if family_of_type(family).kv_heads or not grouped
 ]
 every_family = pytest.mark.parametrize(("family", "grouped"), VARIANTS)
 

@@ -7,13 +7,8 @@ import torch
 from torch import nn
 
 from ffgym.errors import ModelError
-from ffgym.models.families import FAMILIES, family_of
+from ffgym.models.families import Llama, family_of, family_of_type
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
-
-
-def test_all_families_of_the_tests_are_all_there_are():
-    assert set(FAMILIES) == set(TINY_FAMILIES)
-
 
 # hidden 32, 4 query heads of 8, 2 KV groups, 48 intermediate channels
 GROUPED = 32 * (16 + 8 + 8) + 32 * 16  # q, k, v rows of one KV group and its 16 consumer columns
@@ -79,7 +74,22 @@ def test_an_unsupported_architecture_is_refused_by_name():
 
     with pytest.raises(ModelError, match="'gpt2' is not supported") as raised:
         family_of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)))
-    assert all(name in raised.value.hint for name in FAMILIES)
+    assert all(name in raised.value.hint for name in TINY_FAMILIES)
+
+
+def test_an_unsupported_architecture_is_answered_with_the_nearest():
+    with pytest.raises(ModelError, match="'ffgym_gemma2' is not supported") as raised:
+        family_of_type("ffgym_gemma2")
+    assert "Did you mean 'gemma'?" in raised.value.hint
+
+
+def test_a_part_that_a_layer_does_not_have_is_named():
+    class Misspelt(Llama):
+        mlp_consumer = "mlp.out_proj"
+
+    model = tiny_model("llama")
+    with pytest.raises(ModelError, match=r"a LlamaDecoderLayer has no mlp\.out_proj"):
+        Misspelt().sublayers(model)
 
 
 def test_a_model_that_was_pruned_before_is_refused():

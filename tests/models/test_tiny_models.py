@@ -11,6 +11,7 @@ import torch
 
 from ffgym.data.assets import GLASSLLM, fetch
 from ffgym.errors import UnknownNameError
+from ffgym.models.families import family_of_type
 from ffgym.testing.models import TINY_FAMILIES, glass_model, tiny_model
 
 TEXT = (
@@ -54,11 +55,12 @@ def test_families_have_the_biases_they_are_known_for():
     assert biased("llama") == biased("mistral") == biased("qwen3") == biased("gemma") == set()
 
 
-@pytest.mark.parametrize("family", [family for family in TINY_FAMILIES if family != "opt"])
-def test_grouped_or_multi_head(family):
-    grouped, plain = (tiny_model(family, grouped_query=g).model.layers[0].self_attn for g in (True, False))
-    assert (grouped.q_proj.out_features, grouped.k_proj.out_features) == (32, 16)
-    assert (plain.q_proj.out_features, plain.k_proj.out_features) == (32, 32)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_grouped_or_multi_head(family, grouped):
+    model, own = tiny_model(family, grouped_query=grouped), family_of_type(family)
+    query, key, _ = own.producers(own.layers(model)[0], "attention")
+    assert (query.out_features, key.out_features) == (32, 16 if grouped and own.kv_heads else 32)
 
 
 def test_layers_and_dtype_are_as_asked():

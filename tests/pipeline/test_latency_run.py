@@ -16,8 +16,8 @@ from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.costs.latency import LatencyTable, read_table, to_json
-from ffgym.envs.pruning_env import PruningEnv
+from ffgym.costs import latency_cache, latency_table
+from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.loading import load
 from ffgym.pipeline import compare, pipeline, task
@@ -102,35 +102,33 @@ def test_without_a_file_the_cache_is_asked_once(
         on_progress(1, 1)
         return table
 
-    monkeypatch.setattr(parts_module, "cached_table", cached)
+    monkeypatch.setattr(latency_cache, "cached_table", cached)
     result, _ = finish(timed(tmp_path, None, output={"save_model": False}))
     assert asked == [WINDOW]
     assert read_table(result.folder / "latency.json") == table
 
 
 def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
-    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch, before_episodes: Any
 ) -> None:
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(parts_module, "cached_table", lambda *_, **__: table)
+    monkeypatch.setattr(latency_cache, "cached_table", lambda *_, **__: table)
     whole, _ = finish(timed(tmp_path / "whole", None))
-    step, count = PruningEnv.step, itertools.count()
+    count = itertools.count()
 
-    def interrupted(self: PruningEnv, action: Any) -> Any:
+    def interrupted() -> None:
         if next(count) == 5:
             raise KeyboardInterrupt
-        return step(self, action)
 
+    before_episodes(interrupted)
     config = timed(tmp_path / "parts", None)
-    with monkeypatch.context() as patch:
-        patch.setattr(PruningEnv, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finish(config)
+    with pytest.raises(KeyboardInterrupt):
+        finish(config)
     # Timed anew since, on a busier machine.
     other = made_up_table(load(str(glass_home() / "glass"), dtype="float32").model, context=WINDOW, mlp=16e-3)
     assert other.digest != table.digest
-    monkeypatch.setattr(parts_module, "cached_table", lambda *_, **__: other)
+    monkeypatch.setattr(latency_cache, "cached_table", lambda *_, **__: other)
     folder = tmp_path / "parts" / "out"
     parts = pipeline.run(config, progress=Console(quiet=True), resume=folder)
     assert read_table(folder / "latency.json") == table
@@ -141,9 +139,9 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
 def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = timed(tmp_path, table)
     space = task.open_workspace(config, [], Reporter(Console(file=io.StringIO())))
-    monkeypatch.setattr(parts_module, "read_table", lambda path: pytest.fail("the table was read again"))
+    monkeypatch.setattr(latency_table, "read_table", lambda path: pytest.fail("the table was read again"))
     other = task.with_config(space, config.model_copy(update={"seed": 1}))
-    assert other.latency is space.latency
+    assert other.costs is space.costs
     assert other.env.budget.dense_cost == space.env.budget.dense_cost
 
 
@@ -189,7 +187,7 @@ def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: Latenc
 def test_a_run_that_ends_before_its_search_leaves_no_table(
     tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any) -> Any:
+    def interrupted(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ffgym.pipeline.search.search_front", interrupted)

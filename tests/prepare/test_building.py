@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from ffgym.config.tables import RunConfig
 from ffgym.errors import BudgetError, ConfigError, FFGymError, ModelError, UnknownNameError
-from ffgym.models.families import FAMILIES
+from ffgym.models.families import Qwen3
 from ffgym.prepare.parts import (
     build_env,
     load_parts,
@@ -91,7 +89,7 @@ def test_what_a_stock_checkpoint_cannot_say_is_refused_before_anything_is_prepar
     with pytest.raises(ModelError, match="stock mistral checkpoint has no bias"):
         make_budget(config, tiny_model("mistral"))
     make_budget(config, tiny_model("llama"))
-    monkeypatch.setitem(FAMILIES, "qwen3", replace(FAMILIES["qwen3"], stock=None))
+    monkeypatch.setattr(Qwen3, "stock", None)
     config = RunConfig.model_validate({"prune": {"uniform": True}})
     with pytest.raises(ModelError, match="stock qwen3 checkpoint can have is not known"):
         make_budget(config, tiny_model("qwen3"))

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ffgym.errors import BudgetError
-from ffgym.pruning.budget import Budget, aligned_levels, service_order, unit_cost
+from ffgym.pruning.budget import Budget, aligned_levels, service_order
 from ffgym.types import Sublayer
 
 ATTENTION = Sublayer(
@@ -349,7 +349,9 @@ class TestTied:
         assert Budget(model_of(3)).shapes(0.2) == []
 
     def test_what_costs_nothing_stays_whole(self):
-        budget = Budget(model_of(3), resource="kv", shapes={"attention": (1, 2, 4), "mlp": range(1, 17)})
+        sublayers = model_of(3)
+        costs = [np.arange(s.units + 1) * (s.kind == "attention") for s in sublayers]
+        budget = Budget(sublayers, costs, shapes={"attention": (1, 2, 4), "mlp": range(1, 17)})
         assert [shape.kept[:2] for shape in budget.shapes(0.5)] == [(2, 16)]
 
     def test_layers_of_different_sizes_are_refused(self):
@@ -428,11 +430,6 @@ class TestBadInput:
         with pytest.raises(BudgetError, match="4 finite numbers"):
             Budget(model_of(2)).project(importance, 0.2)
 
-    def test_an_unknown_resource(self):
-        with pytest.raises(BudgetError, match="'watts'") as raised:
-            Budget(model_of(2), resource="watts")
-        assert "params, macs, kv" in raised.value.hint
-
 
 class TestByHand:
     """SmolLM2-135M: d = 576, 9 query heads in 3 groups, head_dim = 64, 1,536 intermediate channels, 30 layers."""
@@ -440,29 +437,9 @@ class TestByHand:
     attention = Sublayer(0, "attention", 3, 192, 294_912, 294_912, query_heads_per_unit=3, head_dim=64)
     mlp = Sublayer(0, "mlp", 1536, 1, 1728, 1728)
 
-    @pytest.mark.parametrize(
-        ("resource", "attention", "mlp"),
-        [
-            ("params", 576 * (192 + 64 + 64 + 192), 3 * 576),
-            ("macs", 294_912 + 3 * (64 * 1024 + 1024 * 64), 1728),  # q k^T and p v for 3 heads
-            ("kv", 2 * 64 * 2, 0),  # a key and a value of 64 numbers of 2 bytes
-        ],
-    )
-    def test_prices(self, resource, attention, mlp):
-        assert unit_cost(self.attention, resource, context=1024, kv_bytes=2) == attention
-        assert unit_cost(self.mlp, resource, context=1024, kv_bytes=2) == mlp
-        budget = Budget(model_of(30, self.attention, self.mlp), resource=resource, context=1024, kv_bytes=2)
-        assert budget.dense_cost == 30 * (3 * attention + 1536 * mlp)
-        one_less = budget.allocation([2] + [3 if i % 2 == 0 else 1536 for i in range(1, 60)])
-        assert budget.dense_cost - one_less.cost == attention
-
-    def test_context_and_cache_width_count(self):
-        short = unit_cost(self.attention, "macs", context=1, kv_bytes=2)
-        assert unit_cost(self.attention, "macs", context=2, kv_bytes=2) - short == 2 * 3 * 64
-        assert unit_cost(self.attention, "kv", context=1, kv_bytes=4) == 512
-
     def test_what_costs_nothing_stays_whole(self):
-        budget = Budget(model_of(30, self.attention, self.mlp), resource="kv")
+        sublayers = model_of(30, self.attention, self.mlp)
+        budget = Budget(sublayers, [np.arange(s.units + 1) * s.head_dim for s in sublayers])
         got = budget.project(np.full(60, -1.0), 0.5)
         assert got.kept[1::2] == (1536,) * 30
         assert sum(got.kept[::2]) == 45

@@ -16,7 +16,7 @@ from ffgym.errors import ModelError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
-from ffgym.models.families import FAMILIES, dense_or_pruned_family_of
+from ffgym.models.families import dense_or_pruned_family_of, family_of_type
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.recover.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def test_it_is_adam_on_the_mlps_output(pair: Any, texts: Any, family: str) -> No
     reference = copy.deepcopy(pruned)
     x, _ = mlp_input_and_output(reference, 0, texts[0])
     _, y = mlp_input_and_output(dense, 0, texts[0])
-    mlp = mlp_of(FAMILIES[family].layers(reference)[0], FAMILIES[family])
+    mlp = mlp_of(family_of_type(family).layers(reference)[0], family_of_type(family))
     assert mlp is not None
     parameters = list(mlp.requires_grad_().parameters())
     optimiser = torch.optim.Adam(parameters)
@@ -126,7 +126,7 @@ def test_it_is_adam_on_the_mlps_output(pair: Any, texts: Any, family: str) -> No
     wanted = settings(learning_rate=1e-3, steps=3, batch_tokens=texts[0].numel(), evaluate_every=1)
     fits = distil((pruned, dense), (texts[0], texts[0]), wanted)
     assert fits[0].step == 3
-    found = mlp_of(FAMILIES[family].layers(pruned)[0], FAMILIES[family])
+    found = mlp_of(family_of_type(family).layers(pruned)[0], family_of_type(family))
     assert found is not None
     for ours, plain in zip(found.parameters(), parameters, strict=True):
         torch.testing.assert_close(ours, plain, atol=2e-6, rtol=1e-4)

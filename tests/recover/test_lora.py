@@ -19,7 +19,7 @@ from ffgym.errors import RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
-from ffgym.models.families import FAMILIES, dense_or_pruned_family_of
+from ffgym.models.families import dense_or_pruned_family_of, family_of_type
 from ffgym.models.loading import load
 from ffgym.recover import lora as module
 from ffgym.recover.checkpoint import Checkpoint
@@ -92,10 +92,10 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_every_linear_that_has_weights_gets_an_adapter(fresh: Any, family: str) -> None:
     model = fresh(family)
-    names = target_modules(model, FAMILIES[family])
+    names = target_modules(model, family_of_type(family))
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() and ".layers." in n}
     assert set(names) == linears
-    adapted = module._add_adapters(model, FAMILIES[family], settings())
+    adapted = module._add_adapters(model, family_of_type(family), settings())
     assert set(adapted.targeted_module_names) == linears
 
 
@@ -113,7 +113,7 @@ def test_training_lowers_the_loss_and_leaves_an_ordinary_model(fresh: Any, texts
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights(before)[name])}
-    assert changed == {f"{name}.weight" for name in target_modules(before, FAMILIES[family])}
+    assert changed == {f"{name}.weight" for name in target_modules(before, family_of_type(family))}
 
 
 def test_the_first_loss_is_the_models_own(fresh: Any, texts: Any) -> None:
@@ -202,7 +202,7 @@ def test_adapters_are_float32_over_bfloat16_weights(fresh: Any, texts: Any) -> N
 
 def test_merging_is_done_in_float32_and_rounded_once(fresh: Any) -> None:
     model, exact = fresh(dtype=torch.bfloat16), fresh()
-    family = FAMILIES["llama"]
+    family = family_of_type("llama")
     for one in (model, exact):
         module._add_adapters(one, family, settings())
     for (name, adapted), other in zip(model.named_modules(), exact.modules(), strict=True):

@@ -1,6 +1,7 @@
 import re
 
 import yaml
+from table_costs import table_costs
 
 from ffgym.report.card import model_card
 from ffgym.report.table import ReportTable, Row
@@ -13,7 +14,10 @@ SUBLAYERS = [
     Sublayer(1, "mlp", 1536, 1, 2, 2, depth=2),
 ]
 TABLE = ReportTable(
-    (Row("dense", 24.0, None, 0.0, 0.0, 100, 100, 10), Row("found", 33.0, None, 0.2, 0.16, 84, 84, 8, is_found=True)),
+    (
+        Row("dense", 24.0, None, 0.0, 0.0, table_costs(100, 100, 10)),
+        Row("found", 33.0, None, 0.2, 0.16, table_costs(84, 84, 8), is_found=True),
+    ),
     "Perplexity on some text.",
 )
 
@@ -27,6 +31,7 @@ def card(**kwargs) -> str:
         "saved": TABLE.rows[1],
         "sublayers": SUBLAYERS,
         "allocation": Allocation((3, 1200, 1, 1001), 4964, 6204),
+        "quantity": "parameters",
         "command": "ffgym run --agent reinforce --criterion wanda",
         "seed": 3,
         "splits": {"calibration": "some text, 32,768 tokens", "report": "other text, 16,384 tokens"},

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from table_costs import table_costs
 
 from ffgym.errors import OutputError
 from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, markdown, point_names, terminal
@@ -17,7 +18,7 @@ from ffgym.types import Allocation
 
 
 def row(label: str, perplexity: float, sparsity: float) -> Row:
-    return Row(label, perplexity, 0.05, sparsity, 0.8 * sparsity, int(1e8 * (1 - sparsity)), 1e8, 2e4)
+    return Row(label, perplexity, 0.05, sparsity, 0.8 * sparsity, table_costs(int(1e8 * (1 - sparsity)), 1e8, 2e4))
 
 
 def point(target: float, found: float, uniform: float) -> FrontPoint:

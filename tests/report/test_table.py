@@ -4,6 +4,7 @@ import math
 
 import pytest
 from rich.console import Console
+from table_costs import table_costs
 
 from ffgym.report.layout import humane
 from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
@@ -23,7 +24,7 @@ HEADER = measurement(
 
 
 def row(label: str, perplexity: float, sparsity: float = 0.2, **kwargs) -> Row:
-    numbers = {"loss_stderr": None, "parameters": 134_515_008, "macs_per_token": 107.3e6, "kv_bytes_per_token": 23_040}
+    numbers = {"loss_stderr": None, "costs": table_costs(134_515_008, 107.3e6, 23_040)}
     return Row(label, perplexity, sparsity_prunable=sparsity, sparsity_model=sparsity * 0.8, **(numbers | kwargs))
 
 

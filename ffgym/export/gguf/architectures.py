@@ -13,8 +13,8 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ffgym.errors import ModelError
-from ffgym.models.families import FAMILIES
+from ffgym.errors import ModelError, UnknownNameError
+from ffgym.models.families import Family, family_of_type
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL_LINEARS = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -53,22 +53,20 @@ class Architecture:
     norm_shift: float = 0.0
 
 
-LLAMA = Architecture("llama", biases=ALL_LINEARS, neighbours_rotate=True, rope_factors=True)
-DECI = Architecture(
-    "deci", biases=ALL_LINEARS, uneven=True, skips_attention=True, neighbours_rotate=True, rope_factors=True
-)
-QWEN2 = Architecture("qwen2", biases=QKV, wide_heads=False)
-QWEN3 = Architecture("qwen3", biases=QKV)
-OPENELM = Architecture("openelm", uneven=True, fused=True, untied=False)
-GEMMA = Architecture("gemma", activation="gelu_pytorch_tanh", biases=QKV, untied=False, norm_shift=1.0)
-# The first that can say the model is taken. deci (Nemotron's) is llama with sizes per layer, and takes Qwen2's biases;
-# openelm is Qwen3's layer with them, as long as the embedding is the output matrix too.
-CANDIDATES: dict[str, tuple[Architecture, ...]] = {
-    "llama": (LLAMA, DECI),
-    "mistral": (LLAMA, DECI),
-    "qwen2": (QWEN2, DECI),
-    "qwen3": (QWEN3, OPENELM),
-    "gemma": (GEMMA,),
+# deci (Nemotron's) is llama with sizes per layer, and takes Qwen2's biases; openelm is Qwen3's layer with them, as long
+# as the embedding is the output matrix too.
+ARCHITECTURES: dict[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("llama", biases=ALL_LINEARS, neighbours_rotate=True, rope_factors=True),
+        Architecture(
+            "deci", biases=ALL_LINEARS, uneven=True, skips_attention=True, neighbours_rotate=True, rope_factors=True
+        ),
+        Architecture("qwen2", biases=QKV, wide_heads=False),
+        Architecture("qwen3", biases=QKV),
+        Architecture("openelm", uneven=True, fused=True, untied=False),
+        Architecture("gemma", activation="gelu_pytorch_tanh", biases=QKV, untied=False, norm_shift=1.0),
+    )
 }
 
 
@@ -91,13 +89,13 @@ class Contents:
     """What a folder holds, as far as an architecture has to say it.
 
     Attributes:
-        family: one of :data:`CANDIDATES`.
+        family: whose ``gguf`` names the architectures that may express it.
         config: the Hugging Face config.
         layers: their sizes.
         tensors: names in the checkpoint.
     """
 
-    family: str
+    family: Family
     config: Any
     layers: tuple[Layer, ...]
     tensors: Container[str]
@@ -143,16 +141,15 @@ def read_contents(config: Any, tensors: Container[str]) -> Contents:
     Raises:
         ModelError: a family that llama.cpp or ffgym does not know, rotary embeddings that are not written.
     """
-    kind = str(config.model_type).removeprefix("ffgym_")
-    if kind not in CANDIDATES:
-        what = "llama.cpp has no code for it" if kind in FAMILIES else "ffgym does not know it"
+    family = family_of_type(str(config.model_type))
+    if not family.gguf:
         raise ModelError(
-            f"architecture {kind!r} cannot be written as a GGUF file: {what}",
-            hint=f"Families that can: {', '.join(sorted(CANDIDATES))}. {OTHERWISE}",
+            f"architecture {family.name!r} cannot be written as a GGUF file: llama.cpp has no code for it",
+            hint=f"docs/models.md says what can be written. {OTHERWISE}",
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError("a quantised model is not written as GGUF", hint="Export it as it was before that.")
-    contents = Contents(kind, config, tuple(map(_layer, config.per_layer_config)), tensors)
+    contents = Contents(family, config, tuple(map(_layer, config.per_layer_config)), tensors)
     if contents.rope["rope_type"] not in ROPE_TYPES or contents.rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError(
             f"rotary embeddings {contents.rope} are not written as GGUF",
@@ -176,15 +173,21 @@ def choose_architecture(contents: Contents) -> Architecture:
 
     Raises:
         ModelError: none can; says what each lacks, and the way round it, if there is one.
+        UnknownNameError: the family names an architecture that ffgym does not know.
     """
     reasons, hint = [], f"docs/models.md says what can be written. {OTHERWISE}"
-    for architecture in CANDIDATES[contents.family]:
+    for name in contents.family.gguf:
+        if name not in ARCHITECTURES:
+            raise UnknownNameError("architecture of llama.cpp", name, ARCHITECTURES)
+        architecture = ARCHITECTURES[name]
         lacking = list(_lacking(architecture, contents))
         if not lacking:
             return architecture
         reasons.append(f"llama.cpp's {architecture.name} {' and '.join(what for what, _ in lacking)}")
         hint = next((hint for _, hint in lacking if hint), hint)
-    raise ModelError(f"this {contents.family} model cannot be written as a GGUF file: {'; '.join(reasons)}", hint=hint)
+    raise ModelError(
+        f"this {contents.family.name} model cannot be written as a GGUF file: {'; '.join(reasons)}", hint=hint
+    )
 
 
 def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[str, str]]:

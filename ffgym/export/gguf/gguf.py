@@ -13,14 +13,16 @@ from typing import Any
 import gguf
 import torch
 from gguf import MODEL_TENSOR
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError, OutputError
+from ffgym.export.format import Exported, ExportFormat, Progress
 from ffgym.export.gguf.architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from ffgym.files import FileFormat, replacing
 from ffgym.models.loading import AGAIN, load_config, load_tokenizer, weight_files
+from ffgym.plugins.bases import PluginConfig
 
 FILE_TYPES = gguf.LlamaFileType
 # GGUF's name of a dtype -> torch's, safetensors' name, what the tensors are marked with, and what the file is.
@@ -53,25 +55,21 @@ class Tensor:
         return len(self.shape) > 1
 
 
-@dataclass(frozen=True)
-class WrittenGguf:
-    """What lies on the disk now.
+class Gguf(ExportFormat):
+    """One file with weights, sizes and tokenizer, which llama.cpp runs."""
 
-    Attributes:
-        path: the file.
-        bytes: its size.
-        parameters: numbers in its tensors.
-        architecture: llama.cpp's name for what it is.
-        dtype: of its matrices: ``"f32"``, ``"f16"`` or ``"bf16"``.
-        notes: what differs from the folder, in whole sentences.
-    """
+    name = "gguf"
 
-    path: Path
-    bytes: int
-    parameters: int
-    architecture: str
-    dtype: str
-    notes: tuple[str, ...]
+    class Config(PluginConfig):
+        """Options of the format."""
+
+        dtype: str | None = Field(
+            default=None, description="of the matrices: f32, f16 or bf16; what the weights are in when left out"
+        )
+
+    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> Exported:
+        """Write a file whose name ends in ``.gguf``."""
+        return export_gguf(folder, target, dtype=self.config.dtype, overwrite=overwrite, progress=progress)
 
 
 class Checkpoint:
@@ -157,12 +155,12 @@ def export_gguf(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> WrittenGguf:
+    progress: Progress | None = None,
+) -> Exported:
     """Write the model in a folder as one GGUF file, whole or not at all. One tensor at a time is in memory.
 
     Args:
-        folder: what ffgym saved, or a stock folder; Llama, Mistral, Qwen2, Qwen3 or Gemma.
+        folder: what ffgym saved, or a stock folder, of a family that names architectures of llama.cpp.
         file: ends in ``.gguf``; its parents are created.
         dtype: of the matrices: ``"f32"``, ``"f16"``, ``"bf16"``; ``None`` for the weights' own. Norms and biases are
             float32 always.
@@ -196,13 +194,15 @@ def export_gguf(
     with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
         _add_metadata(writer, contents, vocabulary, name=place.stem, dtype=chosen)
         _write(writer, tensors, chosen, progress or (lambda done, total: None))
-    return WrittenGguf(
+    return Exported(
         path=place,
         bytes=place.stat().st_size,
         parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
         architecture=architecture.name,
         dtype=chosen,
         notes=tuple(_notes(contents)),
+        run=run_line(place),
+        needs="pip install 'ffgym[llama-cpp]', or llama.cpp itself",
     )
 
 
@@ -380,7 +380,7 @@ def _one_or_all(sizes: list[int]) -> int | list[int]:
     return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
-def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: Callable[[int, int], None]) -> None:
+def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: Progress) -> None:
     wanted = [DTYPES[dtype if tensor.is_matrix else "f32"] for tensor in tensors]
     sizes = [torch.Size(t.shape).numel() * w[0].itemsize for t, w in zip(tensors, wanted, strict=True)]
     for tensor, (_, _, kind, _), size in zip(tensors, wanted, sizes, strict=True):

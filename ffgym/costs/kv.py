@@ -1,0 +1,20 @@
+"""KV: the cache that a token leaves behind."""
+
+from __future__ import annotations
+
+from ffgym.costs.resource import Resource, Setting
+from ffgym.types import Sublayer
+
+
+class KV(Resource):
+    """Bytes that one token adds to the KV cache, in the model's dtype. MLPs cost nothing."""
+
+    name = "kv"
+    quantity = "KV-cache bytes"
+    unit = "B"
+    column = "KV/token"
+    key = "kv_bytes_per_token"
+
+    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+        """One key and one value head."""
+        return 2 * sublayer.head_dim * setting.number_bytes

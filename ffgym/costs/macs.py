@@ -1,0 +1,37 @@
+"""MACs: the arithmetic of one token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ffgym.costs.resource import Resource, Setting
+from ffgym.types import Sublayer
+
+
+class Macs(Resource):
+    """Multiply-accumulates for one token that attends to ``context`` tokens.
+
+    Linears, attention scores over all of the context, also where a window slides over it, and output head count; norms,
+    activations and rotary embeddings do not.
+    """
+
+    name = "macs"
+    quantity = "multiply-accumulates"
+    column = "MACs/token"
+    key = "macs_per_token"
+
+    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+        """The unit's linears, and the scores of its query heads."""
+        scores = 2 * sublayer.query_heads_per_unit * sublayer.head_dim * setting.context
+        return sublayer.unit_macs + scores
+
+    def rest(self, model: Any, setting: Setting) -> float:
+        """The output head, and linears outside decoder layers: where OPT's embeddings are narrower than its layers."""
+        from torch import nn
+
+        from ffgym.models.families import family_of
+
+        head = model.get_output_embeddings()
+        inside = {module for layer in family_of(model).layers(model) for module in layer.modules()} | {head}
+        between = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
+        return float(head.weight.numel() + sum(linear.weight.numel() for linear in between))

@@ -1,0 +1,206 @@
+"""What a resource says of itself, and what the units of a model cost in it.
+
+A resource has a price per unit, or it measures what every number of units costs. Everybody else asks here for the
+numbers, so that a resource is one file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from ffgym.errors import BudgetError, PluginError
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Plugin
+from ffgym.plugins.built_ins import BUILTINS
+from ffgym.types import Sublayer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+OnProgress = Callable[[int, int], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What costs depend on beside the model's shape.
+
+    Attributes:
+        context: tokens attended to: ``prune.context``.
+        number_bytes: bytes of one weight, and of one number in the KV cache.
+    """
+
+    context: int
+    number_bytes: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How costs were measured: what a run says about it and keeps, so that it can be repeated.
+
+    Attributes:
+        summary: where and how, in one line without a full stop.
+        digest: equal digests, equal costs.
+        text: the file ``NAME.json`` in the run's folder; `Resource.measure` gets it back as ``file`` on ``--resume``.
+    """
+
+    summary: str
+    digest: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one dense model costs in one resource.
+
+    Attributes:
+        tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing from 0
+            or more. Whole numbers keep sums exact.
+        rest: what the model costs beside its prunable units.
+        measurement: how that was measured; ``None`` where it was computed.
+    """
+
+    tables: Sequence[np.ndarray]
+    rest: float = 0
+    measurement: Measurement | None = None
+
+    def of(self, kept: Sequence[int]) -> float:
+        """What the whole model costs with ``kept`` units per sublayer, length 2L; an int where all numbers are."""
+        total: float = self.rest + sum(table[k].item() for table, k in zip(self.tables, kept, strict=True))
+        return total
+
+
+class Resource(Plugin):
+    """What a budget counts. A subclass defines ``unit_price``, or ``measure`` where a price per unit does not do.
+
+    Attributes:
+        quantity: what a model card calls it: "20 % of the *KV-cache bytes* of its sublayers"; the name where empty.
+        unit: behind the number of a cost; whole-model costs are written with an SI prefix.
+        column: head of its column in the table of a run; empty for none.
+        key: its key in ``report.json`` and the like; the name where empty.
+        table_key: key of ``[prune]`` that names a file to take the measurement from; empty for none.
+    """
+
+    kind = "resource"
+    quantity: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+    column: ClassVar[str] = ""
+    key: ClassVar[str] = ""
+    table_key: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if cls.unit_price is Resource.unit_price and not cls.is_measured():
+            raise TypeError(f"{cls.__qualname__} defines neither unit_price nor measure")
+
+    @classmethod
+    def is_measured(cls) -> bool:
+        """Whether costs come from ``measure``."""
+        return cls.measure is not Resource.measure
+
+    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+        """What one unit of a sublayer costs: finite, 0 or more."""
+        raise NotImplementedError
+
+    def rest(self, model: Any, setting: Setting) -> float:
+        """What a dense causal LM costs beside its prunable units, where there is a price per unit."""
+        return 0
+
+    def measure(
+        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, say: Say | None
+    ) -> Costs:
+        """Measure a dense causal LM and leave it as it was; the result has a ``measurement``.
+
+        Args:
+            model: in eval mode.
+            setting: what else costs depend on.
+            file: an earlier measurement to take instead: what ``table_key`` names, or what the resumed run has kept.
+            on_progress: called with (steps done, steps).
+            say: hears what the user should know.
+        """
+        raise NotImplementedError
+
+    def digest_of(self, file: Path) -> str:
+        """Digest of the measurement in a file that ``table_key`` names."""
+        raise NotImplementedError
+
+    def text(self, cost: float) -> str:
+        """A whole-model cost as tables print it."""
+        from ffgym.report.layout import humane
+
+        return humane(cost, self.unit)
+
+
+def resource_named(name: str) -> Resource:
+    """The resource of that name; errors as `manager.create`."""
+    return cast("Resource", manager.create("resource", name))
+
+
+def resource_class(name: str) -> type[Resource]:
+    """The class of that name; errors as `manager.get_class`."""
+    return cast("type[Resource]", manager.get_class("resource", name))
+
+
+def standard_resources() -> list[str]:
+    """The built-in resources that need no measurement: every table of a run shows them."""
+    return [name for name in BUILTINS["resource"] if not resource_class(name).is_measured()]
+
+
+def measured_resources() -> list[str]:
+    """Every resource that has to be measured: a run keeps the measurement in its folder, as ``NAME.json``."""
+    return [name for name in manager.names("resource") if resource_class(name).is_measured()]
+
+
+def costs_of(
+    resource: Resource,
+    model: Any,
+    *,
+    context: int,
+    file: Path | None = None,
+    on_progress: OnProgress | None = None,
+    say: Say | None = None,
+) -> Costs:
+    """What a dense causal LM costs in a resource; see `Resource.measure` for what is not said here.
+
+    Raises:
+        PluginError: a third party's resource failed, or its costs are no costs.
+        BudgetError, ConfigError: a built-in says so of the model or the file.
+    """
+    import numpy as np
+
+    from ffgym.models.families import family_of
+    from ffgym.plugins.contracts import called
+    from ffgym.plugins.manager import described
+    from ffgym.pruning.budget import check_tables
+
+    setting = Setting(context, number_bytes=model.get_output_embeddings().weight.element_size())
+    sublayers = family_of(model).sublayers(model)
+
+    def ask() -> Costs:
+        if resource.is_measured():
+            return resource.measure(model, setting, file=file, on_progress=on_progress, say=say)
+        prices = [resource.unit_price(sublayer, setting) for sublayer in sublayers]
+        tables = [np.arange(s.units + 1) * price for s, price in zip(sublayers, prices, strict=True)]
+        return Costs(tables, resource.rest(model, setting))
+
+    costs = called(resource, ask, "saying what units cost")
+    if not isinstance(costs, Costs) or (costs.measurement is None) == resource.is_measured():
+        raise PluginError(f"{described(resource)}: measure returned no Costs with a measurement")
+    try:
+        check_tables(sublayers, costs.tables)
+    except BudgetError as error:
+        raise PluginError(f"{described(resource)}: {error.message}", hint=error.hint) from error
+    if not any(table[-1] > 0 for table in costs.tables):
+        raise PluginError(f"{described(resource)}: no unit costs anything, so there is nothing to save")
+    if not math.isfinite(costs.rest):
+        raise PluginError(f"{described(resource)}: the rest of the model costs {costs.rest}, not a finite number")
+    return costs
+
+
+def standard_costs(model: Any, *, context: int) -> dict[str, Costs]:
+    """What a dense causal LM costs in every standard resource, by name."""
+    return {name: costs_of(resource_named(name), model, context=context) for name in standard_resources()}

@@ -1,0 +1,100 @@
+"""What a saved model can be written as for other programs: export formats, chosen by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffgym.errors import OutputError, PluginError
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Plugin
+from ffgym.plugins.contracts import called
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What lies on the disk now.
+
+    Attributes:
+        path: the file or folder.
+        bytes: its size.
+        parameters: numbers in its tensors.
+        architecture: the format's name for what it is.
+        dtype: of its matrices.
+        notes: what differs from the saved model, in whole sentences.
+        run: a command that tries it.
+        needs: what has to be installed for that command.
+    """
+
+    path: Path
+    bytes: int
+    parameters: int
+    architecture: str
+    dtype: str
+    notes: tuple[str, ...] = ()
+    run: str = ""
+    needs: str = ""
+
+
+class ExportFormat(Plugin, ABC):
+    """Writes the folder of a saved model as something that another program reads."""
+
+    kind = "export"
+
+    @abstractmethod
+    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> Exported:
+        """Write a model, whole or not at all.
+
+        Args:
+            folder: what ffgym saved, or a stock checkpoint.
+            target: the file or folder to write; its parents are created.
+            overwrite: replace what is there.
+            progress: called with (tensors written, tensors in all).
+
+        Raises:
+            ModelError: the folder holds no model, or one that the format cannot say.
+            OutputError: the target is there already, or cannot be written.
+        """
+
+
+def export(
+    folder: Path,
+    target: Path,
+    *,
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a saved model in the format of this name.
+
+    Args:
+        folder, target, overwrite, progress: see `ExportFormat.write`.
+        name: of the format.
+        options: of the format.
+
+    Raises:
+        ConfigError, UnknownNameError: an option or a name that is none.
+        PluginError: the format broke its contract.
+        ModelError, OutputError: see `ExportFormat.write`.
+    """
+    plugin: ExportFormat = manager.create("export", name, options)
+    source, place = folder.expanduser(), target.expanduser()
+
+    def write() -> Exported:
+        try:
+            return plugin.write(source, place, overwrite=overwrite, progress=progress or (lambda done, total: None))
+        except OSError as error:  # nobody's mistake
+            hint = "Check both paths, and that you may use them."
+            raise OutputError(f"{source} could not be written as {place}: {error}", hint=hint) from error
+
+    written = called(plugin, write, f"writing {place}")
+    if not isinstance(written, Exported):
+        raise PluginError(f"{manager.described(plugin)}: write returned {type(written).__name__}, not an Exported")
+    return written

@@ -1,0 +1,201 @@
+"""Another package's family and export format: found, used, saved and read again without a change to ffgym."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import ffgym
+from ffgym.cli import app
+from ffgym.errors import PluginError
+from ffgym.export.checkpoint import save_pruned
+from ffgym.export.gguf.gguf import export_gguf
+from ffgym.models.cut import PrunableModel
+from ffgym.models.families import family_of, family_of_type
+from ffgym.models.loading import load
+from ffgym.plugins import manager
+from ffgym.testing.models import tiny_model
+
+Install = Callable[..., None]
+
+FAMILY = """
+import ffgym
+
+class Starcoder2(ffgym.Family):
+    '''Grouped-query attention and an MLP of two linears.'''
+
+    name = "{name}"
+    mlp_producers = ("mlp.c_fc",)
+    mlp_consumer = "mlp.c_proj"
+    stock = ffgym.Stock()
+    gguf = ("starcoder",)
+
+@ffgym.hookimpl
+def ffgym_families():
+    return [Starcoder2]
+"""
+FORMAT = """
+import ffgym
+
+class Sizes(ffgym.ExportFormat):
+    '''A text file of names.'''
+
+    name = "names"
+
+    class Config(ffgym.PluginConfig):
+        separator: str = ","
+
+    def write(self, folder, target, *, overwrite, progress):
+        progress(1, 1)
+        target.write_text(self.config.separator.join(sorted(path.name for path in folder.iterdir())))
+        return {answer}
+
+@ffgym.hookimpl
+def ffgym_exports():
+    return [Sizes]
+"""
+EXPORTED = "ffgym.Exported(target, target.stat().st_size, parameters=0, architecture='text', dtype='none')"
+IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
+EMPTIED = (1, 17, 0, 48, 2, 0)
+# In a process that has neither ffgym nor the family's package.
+CHECK = """
+import sys
+sys.modules["ffgym"] = None
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    expected = load_file(f"{folder}/expected")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(model(expected["ids"]).logits, expected["logits"]), folder
+print(len(sys.argv) - 1, "models")
+"""
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(IDS).logits
+    return found
+
+
+@pytest.fixture
+def starcoder(install: Install) -> None:
+    install("acme-family", FAMILY.format(name="starcoder2"))
+
+
+@pytest.mark.usefixtures("starcoder")
+class TestFamily:
+    def test_is_listed_and_recognised(self) -> None:
+        assert manager.names("family")["starcoder2"] == "Grouped-query attention and an MLP of two linears."
+        family = family_of(tiny_model("starcoder2"))
+        assert isinstance(family, ffgym.Family)
+        assert [s.units for s in family.sublayers(tiny_model("starcoder2"))] == [2, 48] * 3
+
+    def test_cutting_is_masking_and_restoring_is_bit_exact(self) -> None:
+        model = tiny_model("starcoder2")
+        dense, masked = logits(model), PrunableModel(copy.deepcopy(model))
+        for half, units in zip(masked.halves, EMPTIED, strict=True):
+            with torch.no_grad():
+                half.consumer.weight[:, units * half.sublayer.channels_per_unit :] = 0
+        prunable = PrunableModel(model)
+        prunable.cut(EMPTIED)
+        torch.testing.assert_close(logits(model), logits(masked.model), rtol=1e-4, atol=2e-4)
+        prunable.restore()
+        assert torch.equal(logits(model), dense)
+
+    def test_is_saved_and_loads_again_with_ffgym_and_without(self, tmp_path: Path, word_tokenizer: Any) -> None:
+        for name, kept in (("uneven", EMPTIED), ("stock", (1, 17) * 3)):
+            prunable, folder = PrunableModel(tiny_model("starcoder2")), tmp_path / "models" / name
+            prunable.cut(kept)
+            stock = name == "stock"
+            save_pruned(prunable.model, word_tokenizer, folder, kept=kept, family=prunable.family, stock=stock)
+            loaded, expected = load(str(folder), dtype="float32", device="cpu").model, logits(prunable.model)
+            assert torch.equal(logits(loaded), expected)
+            loaded.save_pretrained(f"{folder}-again")
+            for place in (folder, Path(f"{folder}-again")):
+                save_file({"ids": IDS, "logits": expected}, place / "expected")
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", CHECK, *map(str, (tmp_path / "models").iterdir())]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "4 models\n"
+
+    def test_runs(self, tiny_run: dict[str, Any], tmp_path: Path, word_tokenizer: Any) -> None:
+        tiny_model("starcoder2").save_pretrained(tmp_path / "model")
+        word_tokenizer.save_pretrained(tmp_path / "model")
+        ffgym.run(
+            ffgym.RunConfig.model_validate(
+                {
+                    **tiny_run,
+                    "model": {**tiny_run["model"], "name": str(tmp_path / "model")},
+                    "search": {**tiny_run["search"], "episodes": 8},
+                    "output": {"dir": str(tmp_path / "run")},
+                    "tracking": {"enabled": False},
+                }
+            )
+        )
+        saved = load(str(tmp_path / "run" / "model"), dtype="float32", device="cpu")
+        assert saved.model.config.model_type == "ffgym_starcoder2"
+
+    def test_an_architecture_of_llama_cpp_that_is_none_is_named(self, tmp_path: Path, word_tokenizer: Any) -> None:
+        tiny_model("starcoder2").save_pretrained(tmp_path / "m")
+        word_tokenizer.save_pretrained(tmp_path / "m")
+        with pytest.raises(ffgym.FFGymError, match="'starcoder'"):
+            export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+
+
+def test_a_family_that_transformers_does_not_know_stops_nobody_else(install: Install, tmp_path: Path) -> None:
+    install("acme-family", FAMILY.format(name="no-such-architecture"))
+    with pytest.raises(PluginError, match=r"'no-such-architecture' \(package acme-family 1\.0\)"):
+        family_of_type("no-such-architecture").saved_classes()
+    prunable = PrunableModel(tiny_model("llama"))
+    prunable.cut(EMPTIED)
+    save_pruned(prunable.model, None, tmp_path / "m", kept=EMPTIED, family=prunable.family)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), logits(prunable.model))
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["export", *arguments])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_an_export_format_is_chosen_by_name(install: Install, model: Path, tmp_path: Path) -> None:
+    install("acme-format", FORMAT.format(answer=EXPORTED))
+    target = tmp_path / "names.txt"
+    done = call(str(model), "--format", "names", "--output", str(target), "--set", "separator=|", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["path"] == str(target)
+    assert "config.json|generation_config.json" in target.read_text()
+    assert "names" in CliRunner().invoke(app, ["ls", "exports"]).stdout
+
+
+def test_what_a_format_does_not_know_or_breaks_is_an_error(install: Install, model: Path, tmp_path: Path) -> None:
+    install("acme-format", FORMAT.format(answer="None"))
+    where = ("--output", str(tmp_path / "x"))
+    for arguments, said in (
+        (("--format", "names", *where), "write returned NoneType, not an Exported"),
+        (("--format", "names", *where, "--dtype", "f16"), "unknown key 'dtype' in [export]"),
+        (("--format", "ggfu", *where), "Did you mean 'gguf'?"),
+    ):
+        done = call(str(model), *arguments)
+        assert (done.exit_code, done.stdout) == (1, "")
+        assert said in done.stderr
+    assert call(str(model), *where, "--gguf", "x.gguf").exit_code == 2
