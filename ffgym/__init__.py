@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ffgym.export.format import Exported, ExportFormat
     from ffgym.models.families import Family, Stock
     from ffgym.pipeline.pipeline import run
+    from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 
 __all__ = [
     "Agent",
@@ -34,12 +35,15 @@ __all__ = [
     "Heuristic",
     "LayerStats",
     "PluginConfig",
+    "Recovery",
     "Resource",
     "Reward",
     "RunConfig",
     "Stock",
     "Sublayer",
     "SublayerView",
+    "TrainingOutcome",
+    "TrainingSetup",
     "Update",
     "__version__",
     "hookimpl",
@@ -48,6 +52,7 @@ __all__ = [
 ]
 
 _LATE = {
+    **dict.fromkeys(("Recovery", "TrainingOutcome", "TrainingSetup"), "ffgym.recover.method"),
     "Resource": "ffgym.costs.resource",
     "ExportFormat": "ffgym.export.format",
     "Exported": "ffgym.export.format",

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import typer
 from pydantic import BaseModel
+from rich.console import Console
 
 import ffgym
 from ffgym.cli import app
@@ -344,6 +345,25 @@ def test_tutorial_export_format_writes_a_file(tmp_path: Path) -> None:
     target, form = tmp_path / "weights", example("docs/plugins.md", "export")()
     written = form.write(tmp_path / "model", target, overwrite=False, progress=lambda done, total: None)
     assert (written.path, written.bytes) == (target, target.stat().st_size)
+
+
+def test_tutorial_recovery_trains(random_windows: Any) -> None:
+    from ffgym.evaluation.perplexity import evaluate
+    from ffgym.report.figures import new_figure
+    from ffgym.report.progress import Reporter
+    from ffgym.testing.models import tiny_model
+
+    model, windows = tiny_model("llama").requires_grad_(False), random_windows(8)
+    setup = ffgym.TrainingSetup(
+        model=model, dense=None, windows=windows, held_out=windows, held_out_loss=lambda: evaluate(model, windows).loss,
+        tokens=256, batch_tokens=32, learning_rate=1e-2, evaluate_every=1, seed=0, tokens_per_pass=1024,
+        progress=lambda steps: Reporter(Console(quiet=True)).stage("training", steps), log=lambda _: None,
+    )  # fmt: skip
+    method = example("docs/plugins.md", "recovery")()
+    outcome = method.train(setup)
+    assert outcome.after < outcome.before
+    assert outcome.after == evaluate(model, windows).loss
+    method.draw(new_figure(4, 3).subplots(), json.loads(json.dumps(outcome.curve)))
 
 
 class TestReadmeCriterion(CriterionConformance):

@@ -43,9 +43,9 @@ from ffgym.export.checkpoint import save_pruned
 from ffgym.files import FileFormat
 from ffgym.models.loading import load
 from ffgym.pipeline import task
-from ffgym.recover.distill import distil_mlps
-from ffgym.recover.lora import require_peft, train_lora
-from ffgym.recover.recover import distillation_settings, lora_settings
+from ffgym.recover.lora import Lora
+from ffgym.recover.method import TrainingSetup
+from ffgym.recover.recover import check_method, learning_rate
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
 
@@ -74,6 +74,11 @@ class Experiment(Table):
     run: dict[str, Any] = Field(default_factory=dict)
     lora: RecoverTable
     distil_mlp: RecoverTable = Field(alias="distil-mlp")
+
+    @property
+    def trained(self) -> dict[str, RecoverTable]:
+        """The tables of the recoveries that are trained."""
+        return {table.method: table for table in (self.lora, self.distil_mlp)}
 
     @field_validator("lora", "distil_mlp", mode="before")
     @classmethod
@@ -153,9 +158,11 @@ def make_cells(spec: Experiment, config: RunConfig, folder: Path, kept: dict[str
         for recovery in RECOVERIES:
             if recovery in LINEAR and seed_index > 0:
                 continue
-            table = {"lora": spec.lora, "distil-mlp": spec.distil_mlp}.get(recovery)
+            table = spec.trained.get(recovery)
+            # Results that are there know LoRA's options under either method.
+            options = None if table is None else {**Lora.Config().model_dump(), **table.model_dump()}
             for label, units in kept.items():
-                facts = [digest(config), recovery, seed, units, None if table is None else table.model_dump()]
+                facts = [digest(config), recovery, seed, units, options]
                 identity = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
                 name = f"{label} -- {recovery}" + (f" -- seed{seed}" if recovery in TRAINED else "")
                 cells.append(Cell(label, recovery, seed, units, identity, folder / f"{name}.json"))
@@ -199,7 +206,7 @@ class Bed:
             with task.cut_to(self.space, cell.kept, cell.recovery, self.say):  # type: ignore[arg-type]
                 return self.losses(self.space.prepared.prunable.model)
         model = self._plainly_pruned(cell)
-        (self._distil if cell.recovery == "distil-mlp" else self._lora)(model, cell.seed)
+        self._train(model, self.spec.trained[cell.recovery], cell.seed)
         return self.losses(model)
 
     def _plainly_pruned(self, cell: Cell) -> Any:
@@ -212,37 +219,26 @@ class Bed:
         dtype = self.space.loaded.dtype_name
         return load(str(folder), dtype=dtype, device=str(self.space.loaded.device)).model
 
-    def _held_out(self, table: RecoverTable) -> torch.Tensor:
-        search = self.space.splits.search.windows
-        return search[-max(1, table.held_out_tokens // search.shape[1]) :]
-
-    def _lora(self, model: Any, seed: int) -> None:
-        windows, held_out = self.space.splits.calibration.windows, self._held_out(self.spec.lora)
-        settings = lora_settings(self.spec.lora, windows.shape[1], seed)
-        with self.say.stage("lora", settings.steps) as stage:
-            train_lora(
-                model,
-                self.space.prepared.prunable.family,
-                windows,
-                settings,
+    def _train(self, model: Any, table: RecoverTable, seed: int) -> None:
+        splits, method = self.space.splits, check_method(table, self.space.loaded.name)
+        held_out = splits.search.windows[-max(1, table.held_out_tokens // splits.search.windows.shape[1]) :]
+        method.train(
+            TrainingSetup(
+                model=model,
+                dense=self.space.prepared.prunable.model,
+                windows=splits.calibration.windows,
+                held_out=held_out,
                 held_out_loss=lambda: evaluate(model, held_out).loss,
-                on_step=lambda curve: stage.advance(len(curve.train) - stage.done),
+                tokens=table.tokens,
+                batch_tokens=table.batch_tokens,
+                learning_rate=learning_rate(table, method),
+                evaluate_every=table.evaluate_every,
+                seed=seed,
+                tokens_per_pass=self.space.env.tokens_per_batch,
+                progress=lambda steps: self.say.stage(table.method, steps),
+                log=lambda _: None,
             )
-
-    def _distil(self, model: Any, seed: int) -> None:
-        prunable, table = self.space.prepared.prunable, self.spec.distil_mlp
-        settings = distillation_settings(table, seed)
-        with self.say.stage("distil-mlp", settings.steps * len(prunable.sublayers) // 2) as stage:
-            distil_mlps(
-                model,
-                prunable.model,
-                prunable.family,
-                self.space.splits.calibration.windows,
-                self._held_out(table),
-                settings,
-                tokens_per_batch=self.space.env.tokens_per_batch,
-                on_step=lambda layer, step, _: stage.advance(layer * settings.steps + step - stage.done),
-            )
+        )
 
 
 def compute(cells: Sequence[Cell], bed: Bed) -> None:
@@ -464,7 +460,8 @@ def measure(file: Path, *, only_report: bool = False, say: Reporter | None = Non
     folder = file.parent / spec.results
     kept = {label: read_kept(file.parent / name) for label, name in spec.allocations.items() if name.endswith(".json")}
     if not only_report:
-        require_peft()
+        for table in spec.trained.values():
+            check_method(table, config.model.name)
         with tempfile.TemporaryDirectory() as scratch:
             bed = Bed(spec, config, Path(scratch), say)
             for label, name in spec.allocations.items():

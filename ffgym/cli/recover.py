@@ -21,7 +21,7 @@ def recover(
     method: Annotated[str | None, key_option("--method", "recover.method")] = None,
     corpus: Annotated[str | None, key_option("--corpus", "recover.corpus")] = None,
     tokens: Annotated[str | None, key_option("--tokens", "recover.tokens")] = None,
-    rank: Annotated[int | None, key_option("--rank", "recover.rank")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="lora: recover.rank, rank of the adapters")] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="the dense model, as for `run`", show_default="what the run's config.toml says"),
@@ -51,8 +51,9 @@ def recover(
 
     from ffgym.models.origin import model_folder, recorded_dense_model
     from ffgym.recover import recover
+    from ffgym.recover.folders import find_run_config
 
-    known = file or recover.find_run_config(folder)
+    known = file or find_run_config(folder)
     config = load_config(
         known,
         overrides or [],

@@ -39,13 +39,20 @@ def _either(expected: list[str]) -> str:
     return " or ".join([*expected[:1], *(text.removeprefix("should be ") for text in expected[1:])])
 
 
+def _shared_keys(owner: type[BaseModel], table: str) -> list[str]:
+    """Keys that a table has whatever plugin it names, where ``owner`` is that plugin's ``Config``."""
+    model = table_model(table) if table in RunConfig.model_fields else owner
+    named_by = getattr(model, "named_by", None)
+    return [] if model is owner else [key for key in model.model_fields if key != named_by]
+
+
 def _explain(
     kind: str, message: str, value: Any, owner: type[BaseModel], table: str, key: str
 ) -> tuple[str, str, str | None]:
     """(problem, what was expected, hint) for one pydantic error."""
     full_key = ".".join(part for part in (table, key) if part)
     place = f"[{table}]" if table else "the configuration"
-    known = list(owner.model_fields)
+    known = [*owner.model_fields, *_shared_keys(owner, table)]
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         if owner is RunConfig:  # a key whose table was left out?

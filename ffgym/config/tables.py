@@ -1,7 +1,7 @@
 """RunConfig: everything that decides a run, one pydantic table per stage.
 
-The tables ``criterion``, ``reward``, ``agent`` and ``prior`` name a plugin and keep its options raw: the plugin's own
-``Config`` validates them (`ffgym.plugins.manager.create`). All other tables refuse keys they do not know.
+The tables ``criterion``, ``reward``, ``agent``, ``prior`` and ``recover`` name a plugin and keep its options raw: the
+plugin's own ``Config`` validates them (`ffgym.plugins.manager.create`). All other tables refuse keys they do not know.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.errors import ConfigError
 from ffgym.types import Calibration, JSONDict
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
@@ -26,13 +26,9 @@ Count = Annotated[int, Field(ge=1)]
 Ramp = Literal["none", "cubic", "staircase"]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
 STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
-RECOVERY_METHODS = ("none", "lora", "distil-mlp")
-
-
-def _known_method(name: Any) -> Any:
-    if isinstance(name, str) and name not in RECOVERY_METHODS:
-        raise UnknownNameError("recovery method", name, RECOVERY_METHODS)
-    return name
+# Configurations of earlier versions list them under these methods too, where they mean nothing.
+LORA_OPTIONS = frozenset({"rank", "alpha", "dropout", "checkpoint_every", "gradient_checkpointing"})
+METHODS_WITH_LORA_OPTIONS = ("none", "distil-mlp")
 
 
 def _count(value: Any) -> Any:
@@ -48,15 +44,19 @@ class Table(BaseModel):
 
 
 class PluginTable(BaseModel):
-    """A table that names a plugin; every further key is an option that the plugin's ``Config`` validates."""
+    """A table that names a plugin; every key that is no field is an option that the plugin's ``Config`` validates.
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    Attributes:
+        named_by: the key that names the plugin. The name is also ``name``, whatever the key.
+    """
 
-    name: Text
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    named_by: ClassVar[str] = "name"
 
     @property
     def options(self) -> JSONDict:
-        """The keys beside ``name``, as they were written."""
+        """The keys that are no fields, as they were written."""
         return dict(self.model_extra or {})
 
 
@@ -242,12 +242,12 @@ class ScheduleTable(Table):
     )
 
 
-class RecoverTable(Table):
-    """Training after the final calibration; also what `ffgym recover` does to a saved model."""
+class RecoverTable(PluginTable):
+    """Training after the final calibration, and the method's own options; also for `ffgym recover`."""
 
-    method: Annotated[Literal["none", "lora", "distil-mlp"], BeforeValidator(_known_method)] = Field(
-        default="none", description="none | lora (adapters, merged) | distil-mlp (each MLP towards the dense one)"
-    )
+    named_by = "method"
+
+    method: Text = Field(default="none", description="how to train, or none; see: ffgym ls recoveries")
     corpus: OptionalText = Field(
         default=None, description="corpus to train on; empty for data.calibration, without what other splits hold"
     )
@@ -260,23 +260,28 @@ class RecoverTable(Table):
     batch_tokens: Annotated[Count, BeforeValidator(_count)] = Field(
         default=4096, description="tokens of one optimiser step, at least one window"
     )
-    rank: int = Field(default=16, ge=1, le=1024, description="lora: rank of the adapters, 1 to 1024")
-    alpha: float = Field(default=32.0, gt=0, description="lora: adapters are scaled by alpha / rank")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="lora: dropout before the adapters, in [0, 1)")
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = Field(
-        default="auto", description="auto (lora 5e-4, distil-mlp 3e-4) or the highest rate of the schedule, in (0, 1]"
+        default="auto", description="auto (the method's own) or the highest rate of the schedule, in (0, 1]"
     )
     held_out_tokens: Annotated[Count, BeforeValidator(_count)] = Field(
         default=8192, description="search tokens that the weights to keep are chosen on"
     )
     evaluate_every: Count = Field(default=16, description="steps between measurements on them")
-    checkpoint_every: Count = Field(default=16, description="lora: steps between checkpoints")
-    gradient_checkpointing: bool = Field(
-        default=False, description="lora: recompute activations in the backward pass; less memory, slower"
-    )
     seed: Literal["auto"] | Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default="auto", description="auto (the run's seed) or a seed for adapters and order of the text"
+        default="auto", description="auto (the run's seed) or a seed for the training and the order of the text"
     )
+
+    @property
+    def name(self) -> str:
+        """The method."""
+        return self.method
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_options_of_lora(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("method", "none") in METHODS_WITH_LORA_OPTIONS:
+            return {key: value for key, value in table.items() if key not in LORA_OPTIONS}
+        return table
 
 
 class OutputTable(Table):

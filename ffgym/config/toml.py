@@ -15,12 +15,12 @@ import tomli_w
 from pydantic import ValidationError
 
 from ffgym.config.refusals import config_error
-from ffgym.config.tables import RunConfig, table_model
+from ffgym.config.tables import LORA_OPTIONS, METHODS_WITH_LORA_OPTIONS, PluginTable, RunConfig, table_model
 from ffgym.errors import ConfigError
 from ffgym.files import FileFormat, parse_toml
 from ffgym.types import JSONDict
 
-PLUGIN_TABLES = ("criterion", "reward", "agent", "prior")
+PLUGIN_TABLES = ("criterion", "reward", "agent", "prior", "recover")
 CONFIGURATION = FileFormat("configuration", dict[str, Any], ConfigError, "Print one to start from: ffgym config")
 
 
@@ -197,8 +197,14 @@ def without_foreign_options(below: JSONDict, above: JSONDict, table: str) -> JSO
         above: tables that win over them, e.g. of the command line.
         table: one of `PLUGIN_TABLES`.
     """
-    replaced, given = below.get(table), above.get(table)
-    if not isinstance(replaced, dict) or not isinstance(given, dict) or "name" not in given:
+    replaced, given, model = below.get(table), above.get(table), table_model(table)
+    assert issubclass(model, PluginTable)
+    key, shared = model.named_by, set(model.model_fields)
+    if not isinstance(replaced, dict) or not isinstance(given, dict) or key not in given:
         return below
-    named = replaced.get("name", table_model(table).model_fields["name"].default)
-    return below if given["name"] == named else {key: value for key, value in below.items() if key != table}
+    named = replaced.get(key, model.model_fields[key].default)
+    if given[key] == named:
+        return below
+    if (table, given[key]) == ("recover", "lora") and named in METHODS_WITH_LORA_OPTIONS:
+        shared |= LORA_OPTIONS
+    return {**below, table: {key: value for key, value in replaced.items() if key in shared}}

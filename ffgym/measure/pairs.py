@@ -1,4 +1,4 @@
-"""A dense model and a smaller one made from it: do they belong together, and what does the smaller one keep?"""
+"""What a smaller model keeps of the dense one that it was made from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ffgym.errors import ModelError
-from ffgym.models.families import Family, dense_or_pruned_family_of, family_of
+from ffgym.models.families import Family, family_of, family_of_pair
 from ffgym.models.modeling_ffgym import Skipped
 from ffgym.types import Kind, Sublayer
 
@@ -24,19 +24,9 @@ def units_kept(pruned: Any, dense: Any) -> tuple[int, ...]:
     Raises:
         ModelError: an unsupported family, or two models that do not belong together; names what differs.
     """
-    family, other = family_of(dense), dense_or_pruned_family_of(pruned)
-    if other.name != family.name:
-        raise ModelError(f"the pruned model is of family {other.name!r}, the dense one of {family.name!r}", hint=HINT)
+    family_of(dense)  # refuses one that was pruned already
+    family = family_of_pair(pruned, dense, hint=HINT)
     layers, sublayers = family.layers(pruned), family.sublayers(dense)
-    facts = {
-        "decoder layers": (len(layers), len(sublayers) // 2),
-        "hidden channels": (_hidden(pruned), _hidden(dense)),
-        "tokens in the vocabulary": (_vocabulary(pruned), _vocabulary(dense)),
-        "channels of a head": (family.head_dim(pruned), family.head_dim(dense)),
-    }
-    for what, (smaller, larger) in facts.items():
-        if smaller != larger:
-            raise ModelError(f"the pruned model has {smaller} {what}, the dense one {larger}", hint=HINT)
     return tuple(_units(family, layers[sublayer.layer], sublayer) for sublayer in sublayers)
 
 
@@ -64,11 +54,3 @@ def _rows(family: Family, layer: nn.Module, kind: Kind) -> int:
 
 def _rows_per_unit(dense: Sublayer) -> int:
     return dense.head_dim if dense.kind == "attention" else 1
-
-
-def _hidden(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[1])
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])

@@ -321,6 +321,35 @@ def _model_type(model: nn.Module) -> str:
     return str(config.model_type)
 
 
+def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
+    """The family of a dense model and a smaller one that was made from it.
+
+    Args:
+        pruned: as ffgym saved it, or any model of the dense one's family with smaller sublayers.
+        dense: the model that it was made from.
+        hint: the next step where they do not belong together.
+
+    Raises:
+        ModelError: an unsupported family, or two models that do not belong together; names what differs.
+    """
+    family, other = dense_or_pruned_family_of(pruned), dense_or_pruned_family_of(dense)
+    if family.name != other.name:
+        raise ModelError(f"the pruned model is of family {family.name!r}, the dense one of {other.name!r}", hint=hint)
+    ours, theirs = (
+        {
+            "decoder layers": len(family.layers(model)),
+            "hidden channels": model.config.hidden_size,
+            "tokens in the vocabulary": model.config.vocab_size,
+            "channels of a head": family.head_dim(model),
+        }
+        for model in (pruned, dense)
+    )
+    for what, count in ours.items():
+        if count != theirs[what]:
+            raise ModelError(f"the pruned model has {count} {what}, the dense one {theirs[what]}", hint=hint)
+    return family
+
+
 def _linear(layer: nn.Module, name: str) -> nn.Linear:
     try:
         module = layer.get_submodule(name)

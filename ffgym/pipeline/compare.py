@@ -17,7 +17,7 @@ from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
 from ffgym.pipeline.task import Refit, Workspace, cut_to
 from ffgym.prepare.parts import tokens_per_batch
-from ffgym.recover.recover import Recovered
+from ffgym.recover.result import RecoveredModel
 from ffgym.recover.table import loss_error
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names
@@ -130,7 +130,7 @@ def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
     return folder / f"model-{dict(zip(config.targets, point_names(config.targets), strict=True))[target]}"
 
 
-def with_recovered(table: ReportTable, recovered: Recovered, config: RunConfig) -> ReportTable:
+def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunConfig) -> ReportTable:
     """The table with one more row: the saved refit after training."""
     before = saved_row(table)
     row = replace(

@@ -14,7 +14,8 @@ from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.pipeline.artifacts import allocation_json
 from ffgym.pipeline.compare import model_folder
 from ffgym.pipeline.folder import is_finished, read_record
-from ffgym.recover.recover import Recovered, output_folder
+from ffgym.recover.folders import output_folder
+from ffgym.recover.result import RecoveredModel
 from ffgym.report.front import Front
 from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.front import terminal as front_terminal
@@ -43,7 +44,7 @@ class RunResult:
     saved: SavedModel | None
     mlflow_run: str | None
     front: Front | None = None
-    recovered: Recovered | None = None
+    recovered: RecoveredModel | None = None
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
@@ -74,7 +75,7 @@ class RunResult:
             lines += ["Load the pruned model with", f"  {line}"]
         if self.recovered is not None:
             again = load_line(self.recovered.saved.path, stock=self.recovered.saved.stock)
-            lines += [*self.recovered.told, "Load it with", f"  {again}"]
+            lines += [*self.recovered.summary, "Load it with", f"  {again}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 

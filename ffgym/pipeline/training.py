@@ -10,19 +10,22 @@ from ffgym.pipeline.compare import with_recovered
 from ffgym.pipeline.result import RunResult
 from ffgym.pipeline.session import Session
 from ffgym.pipeline.task import Workspace
-from ffgym.recover.recover import Material, Recovered, gather, output_folder, train_and_save, unfinished_folder
+from ffgym.recover.folders import output_folder, unfinished_folder
+from ffgym.recover.recover import train_and_save
+from ffgym.recover.result import RecoveredModel
+from ffgym.recover.text import RecoveryTexts, gather
 from ffgym.report.table import as_dicts
 
 
-def gather_text(task: Workspace) -> Material | None:
+def gather_text(task: Workspace) -> RecoveryTexts | None:
     """The text that the smaller model is trained on; ``None`` where the run trains none."""
     return None if task.config.recover.method == "none" else gather(task.config, task.loaded, task.splits)
 
 
-def train(result: RunResult, text: Material | None, session: Session) -> RunResult:
+def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> RunResult:
     """Train the saved model where the run asks for it, add its row to the table, and log the table."""
-    if text is not None and result.saved is not None:
-        recovered = _recover(result.saved, text, session)
+    if texts is not None and result.saved is not None:
+        recovered = _recover(result.saved, texts, session)
         result = replace(result, recovered=recovered, table=with_recovered(result.table, recovered, session.config))
         write_table(session.folder, result.table)
     session.tracker.log_table(as_dicts(result.table))
@@ -31,7 +34,7 @@ def train(result: RunResult, text: Material | None, session: Session) -> RunResu
     return result
 
 
-def _recover(saved: SavedModel, text: Material, session: Session) -> Recovered:
+def _recover(saved: SavedModel, texts: RecoveryTexts, session: Session) -> RecoveredModel:
     place = output_folder(saved.path)
     try:
         return train_and_save(
@@ -42,7 +45,7 @@ def _recover(saved: SavedModel, text: Material, session: Session) -> Recovered:
             session.progress,
             overwrite=True,  # what lies there is of an earlier session of this run, whose folder this is
             dense=session.config.model.name,
-            material=text,
+            texts=texts,
         )
     except KeyboardInterrupt:
         where = f"the pruned model is in {saved.path}"

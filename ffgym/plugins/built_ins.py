@@ -71,4 +71,8 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
             "ffgym.rewards.multi_objective:MultiObjective", "weighted perplexity ratio, task accuracy and saved cost"
         ),
     },
+    "recovery": {
+        "lora": BuiltIn("ffgym.recover.lora:Lora", "low-rank adapters on all linears, merged into the weights"),
+        "distil-mlp": BuiltIn("ffgym.recover.distill:DistilMLP", "each MLP learns what the dense one puts out"),
+    },
 }

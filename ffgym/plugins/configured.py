@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 
 from pydantic import ValidationError
 
@@ -15,46 +16,61 @@ from ffgym.plugins.kinds import KINDS, PluginKind
 from ffgym.plugins.manager import create, get_class, validated
 from ffgym.types import JSONDict
 
+ALL_TABLES = tuple(kind.table for kind in KINDS.values() if kind.table)
 
-def with_options(config: RunConfig) -> RunConfig:
+
+def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunConfig:
     """The same configuration with all options of its plugins spelled out, so that it means the same tomorrow.
 
     What is stored beside numbers must say what decided them, also after a plugin's default has moved. An option whose
     value is ``None`` is left out: TOML has no null.
 
+    Args:
+        config: to spell out.
+        only: the tables whose plugins are needed.
+
     Raises:
-        ConfigError, PluginError, UnknownNameError: as `create`; options of a prior that is none.
+        ConfigError, PluginError, UnknownNameError: as `create`; options of a plugin that is none.
     """
-    if config.prior.name == "none" and (unread := sorted(config.prior.options)):
-        raise ConfigError(
-            f"prior.{unread[0]} is an option of a prior, and prior.name is 'none'",
-            hint="Leave it out, or name the prior that it belongs to.",
-        )
+    for key in only:
+        _refuse_options_of_none(config, key)
     tables = {}
-    for key, (kind, cls) in _used(config).items():
+    for key, (kind, cls) in _used(config, only).items():
         table = getattr(config, key)
         if not isinstance(table, PluginTable):
             continue
         options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
-        tables[key] = type(table)(**{**options, "name": table.name})
+        tables[key] = type(table)(**options, **{field: getattr(table, field) for field in type(table).model_fields})
     return config.model_copy(update=tables)
 
 
-def meanings(config: RunConfig) -> dict[str, dict[str, str]]:
-    """What the options of a configuration's plugins mean, by table and option."""
-    return {key: cls.Config.meanings() for key, (_, cls) in _used(config).items()}
+def _refuse_options_of_none(config: RunConfig, key: str) -> None:
+    table = getattr(config, key)
+    if (
+        isinstance(table, PluginTable)
+        and getattr(table, table.named_by) == "none"
+        and (unread := sorted(table.options))
+    ):
+        raise ConfigError(
+            f"{key}.{unread[0]} is an option of a plugin, and {key}.{table.named_by} is 'none'",
+            hint="Leave it out, or name the plugin that it belongs to.",
+        )
+
+
+def meanings(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str, dict[str, str]]:
+    """What the options of a configuration's plugins mean, by table and option; of ``only`` these tables."""
+    return {key: cls.Config.meanings() for key, (_, cls) in _used(config, only).items()}
 
 
 def editions(config: RunConfig) -> dict[str, int]:
     """The edition of the plugin that each table names, where it is not the first."""
-    return {key: cls.edition for key, (_, cls) in _used(config).items() if cls.edition != 1}
+    return {key: cls.edition for key, (_, cls) in _used(config, ALL_TABLES).items() if cls.edition != 1}
 
 
-def _used(config: RunConfig) -> dict[str, tuple[PluginKind, type[Plugin]]]:
-    """Kind and class of the plugin that each table names; without ``prior`` where that is none."""
-    named = [
-        (kind, row.table, getattr(getattr(config, row.table), row.key)) for kind, row in KINDS.items() if row.table
-    ]
+def _used(config: RunConfig, only: Collection[str]) -> dict[str, tuple[PluginKind, type[Plugin]]]:
+    """Kind and class of the plugin that each of these tables names, without those that name none."""
+    rows = [(kind, row) for kind, row in KINDS.items() if row.table in only]
+    named = [(kind, row.table, getattr(getattr(config, row.table), row.key)) for kind, row in rows]
     return {table: (kind, get_class(kind, name)) for kind, table, name in named if name != "none"}
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pluggy
 
+from ffgym.config.tables import table_model
 from ffgym.errors import PluginError
 from ffgym.plugins import hookspecs
 from ffgym.plugins.bases import Plugin, PluginConfig
@@ -159,12 +160,14 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
         raise PluginError(
             f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not lower-case letters, digits, '-' and '_'"
         )
-    if kind == "heuristic" and name == "none":
-        raise PluginError("a heuristic cannot be called 'none': prior.name = none means no prior")
+    table = KINDS[kind].table
+    keys = table_model(table).model_fields if table else {}
+    if kind in ("heuristic", "recovery") and name == "none":
+        raise PluginError(f"a {kind} cannot be called 'none': it means none in the table [{table}]")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, PluginConfig)):
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
-    if "name" in cls.Config.model_fields:
-        raise PluginError(f"{kind} {name!r}: its Config has an option 'name', and a table's `name` says which plugin")
+    if taken := sorted(cls.Config.model_fields.keys() & {"name", *keys}):
+        raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
     check_needs(kind, name, cls)

@@ -61,3 +61,9 @@ def ffgym_resources() -> list[type[Plugin]]:
 def ffgym_rewards() -> list[type[Reward]]:
     """Classes that turn a measurement into one number."""
     return []
+
+
+@hookspec
+def ffgym_recoveries() -> list[type[Plugin]]:
+    """Classes that train a pruned model, each a ``ffgym.Recovery``."""
+    return []

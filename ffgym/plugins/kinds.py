@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-PluginKind = Literal["agent", "criterion", "export", "family", "heuristic", "resource", "reward"]
+PluginKind = Literal["agent", "criterion", "export", "family", "heuristic", "recovery", "resource", "reward"]
 
 
 class Kind(NamedTuple):
@@ -40,6 +40,7 @@ KINDS: dict[PluginKind, Kind] = {
     "heuristic": Kind("heuristics", "ffgym.plugins.bases:Heuristic", "prior"),
     "resource": Kind("resources", "ffgym.costs.resource:Resource", "prune", "resource"),
     "reward": Kind("rewards", "ffgym.plugins.bases:Reward", "reward"),
+    "recovery": Kind("recoveries", "ffgym.recover.method:Recovery", "recover", "method"),
 }
 HOOKS: dict[str, PluginKind] = {kind.hook: name for name, kind in KINDS.items()}
 

@@ -44,7 +44,7 @@ def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
 @overload
 def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
 @overload
-def get_class(kind: Literal["export", "family", "resource"], name: str) -> Any: ...
+def get_class(kind: Literal["export", "family", "recovery", "resource"], name: str) -> Any: ...
 def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     """Find the class behind a name.
 
@@ -76,7 +76,7 @@ def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | N
 def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
 @overload
 def create(
-    kind: Literal["export", "family", "resource"], name: str, options: Mapping[str, Any] | None = None
+    kind: Literal["export", "family", "recovery", "resource"], name: str, options: Mapping[str, Any] | None = None
 ) -> Any: ...
 def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
     """Make an instance with validated options.
@@ -129,8 +129,8 @@ def described(plugin: Plugin | type[Plugin]) -> str:
 
 
 def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
-    # A heuristic may stand where an agent is asked for, see `resolve_agent`; prior.name = none means no prior.
-    also = {"agent": names("heuristic"), "heuristic": ["none"]}
+    # A heuristic may stand where an agent is asked for, see `resolve_agent`; a prior and a recovery may be none.
+    also = {"agent": names("heuristic"), "heuristic": ["none"], "recovery": ["none"]}
     known = [*names(kind), *also.get(kind, ())]
     error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)
     broken = [row for row in discovered().records if row.failure is not None and not row.provides]

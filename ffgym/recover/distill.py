@@ -13,7 +13,7 @@ weights as they are. Each layer keeps the weights that fitted held-out text best
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,12 +21,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ffgym.errors import ModelError, RecoveryError
-from ffgym.models.families import Family, dense_or_pruned_family_of
+from ffgym.errors import RecoveryError
+from ffgym.models.families import Family, dense_or_pruned_family_of, family_of_pair
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import linear_input
 from ffgym.recover.checkpoint import Checkpoint
+from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.report.figures import BLUE, ORANGE
 from ffgym.types import JSONDict
 
 Weights = dict[str, torch.Tensor]
@@ -70,6 +72,70 @@ class LayerFit:
     def to_json(self) -> JSONDict:
         """Plain numbers."""
         return asdict(self)
+
+
+class DistilMLP(Recovery):
+    """Each MLP learns, layer by layer, what the dense MLP in its place puts out."""
+
+    name = "distil-mlp"
+    learning_rate = 3e-4
+    needs_dense = True
+
+    def train(self, setup: TrainingSetup) -> TrainingOutcome:
+        """Train every MLP towards the dense one; each keeps the weights that fit held-out text best."""
+        settings = DistillationSettings(
+            learning_rate=setup.learning_rate,
+            steps=-(-setup.tokens // setup.batch_tokens),
+            batch_tokens=setup.batch_tokens,
+            seed=setup.seed,
+            evaluate_every=setup.evaluate_every,
+        )
+        family = dense_or_pruned_family_of(setup.model)
+        before = setup.held_out_loss()
+        with setup.progress(len(family.layers(setup.model)) * settings.steps) as stage:
+
+            def on_step(layer: int, step: int, error: float) -> None:
+                stage.advance(layer * settings.steps + step - stage.done, f"layer {layer}, error {error:.4f}")
+
+            def on_layer(fit: LayerFit) -> None:
+                stage.advance((fit.layer + 1) * settings.steps - stage.done)
+                setup.log([("error_before", fit.before, fit.layer), ("error_after", fit.after, fit.layer)])
+
+            fits = distil_mlps(
+                setup.model,
+                setup.dense,
+                family,
+                setup.windows,
+                setup.held_out,
+                settings,
+                tokens_per_batch=setup.tokens_per_pass,
+                checkpoint=setup.checkpoint,
+                on_step=on_step,
+                on_layer=on_layer,
+            )
+        after = setup.held_out_loss()
+        setup.log([("held_out_loss", before, 0), ("held_out_loss", after, 1)])
+        return TrainingOutcome(
+            before=before,
+            after=after,
+            summary=f"Every MLP was trained by Adam towards the output of the dense one, layer by layer on the pruned "
+            f"model's own states: {settings.steps} steps of {settings.batch_tokens:,} tokens each at up to "
+            f"{settings.learning_rate:g}, seed {settings.seed}.",
+            kept="the trained weights were kept",
+            curve={"held_out": [before, after], "layers": [fit.to_json() for fit in fits]},
+        )
+
+    def draw(self, axes: Any, curve: JSONDict) -> None:
+        """Each MLP's error on held-out text before and after training, over depth."""
+        layers = [fit["layer"] for fit in curve["layers"]]
+        for key, colour in (("before", ORANGE), ("after", BLUE)):
+            errors = [fit[key] for fit in curve["layers"]]
+            axes.plot(layers, errors, color=colour, marker="o", markersize=4, label=key)
+        axes.set_xlabel("decoder layer (0 = next to the embedding)")
+        axes.set_ylabel("error of the MLP's output\n(share of its energy, held-out text)")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_title("Each MLP against the dense one, given the pruned model's states", loc="left")
 
 
 class TwoLinears(nn.Module):
@@ -133,7 +199,7 @@ def distil_mlps(
         ModelError: the two models do not fit.
         RecoveryError: an error that is not finite.
     """
-    _check_pair(pruned, dense, family)
+    family_of_pair(pruned, dense, hint="Name the model that was pruned, with --model.")
     walks = Walk(dense), Walk(pruned)
     streams = [_Streams(*walks, family, ids, tokens_per_batch) for ids in (windows, held_out)]
     fits: list[LayerFit] = []
@@ -268,18 +334,3 @@ def _put(mlp: nn.Module, weights: Weights) -> None:
 
 def _part(layer: int) -> str:
     return f"layer-{layer:03}"
-
-
-def _check_pair(pruned: Any, dense: Any, family: Family) -> None:
-    hint = "Name the model that was pruned, with --model."
-    other = dense_or_pruned_family_of(dense)
-    if other.name != family.name:
-        raise ModelError(f"the pruned model is of family {family.name!r}, the dense one of {other.name!r}", hint=hint)
-
-    def facts(model: Any) -> Iterable[object]:
-        return (model.config.hidden_size, len(family.layers(model)), model.config.vocab_size, family.head_dim(model))
-
-    names = ("hidden channels", "layers", "tokens in the vocabulary", "channels a head")
-    for name, ours, theirs in zip(names, facts(pruned), facts(dense), strict=True):
-        if ours != theirs:
-            raise ModelError(f"the pruned model has {ours} {name}, the dense one {theirs}", hint=hint)

@@ -7,27 +7,33 @@ loss on held-out text, the untrained ones among them.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from ffgym.errors import RecoveryError, raising_if_out_of_memory
 from ffgym.interrupts import held_back_interrupts
-from ffgym.models.families import Family
+from ffgym.models.families import Family, dense_or_pruned_family_of
 from ffgym.models.placement import devices_of
+from ffgym.plugins.bases import PluginConfig
 from ffgym.recover.checkpoint import Checkpoint, own_randomness, random_state, set_random_state
+from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.report.figures import BLUE, GREEN, ORANGE
+from ffgym.types import JSONDict
 
 ADAPTER = "default"
 PART = "lora"
 TOKENS_PER_PASS = 2048  # the logits of one pass, and their gradient, are held in float32
+SMOOTHED = 8  # steps that the strong line of the training loss averages
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,92 @@ class LoraCurve:
         return asdict(self)
 
 
-def require_peft() -> None:
-    """Raise ``RecoveryError`` where PEFT is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise RecoveryError(
-            "recovery by LoRA needs the package peft, which is not installed",
-            hint="Install it: pip install 'ffgym[recover]'  (or: pip install 'peft>=0.17,<1')",
+class Lora(Recovery):
+    """Low-rank adapters on every linear of attention and MLP, merged into the weights."""
+
+    name = "lora"
+    learning_rate = 5e-4
+    requires: ClassVar[Mapping[str, str]] = {"peft": "pip install 'ffgym[recover]'  (or: pip install 'peft>=0.17,<1')"}
+    free_options = frozenset({"checkpoint_every", "gradient_checkpointing"})
+
+    class Config(PluginConfig):
+        """Options of ``[recover]``."""
+
+        rank: int = Field(default=16, ge=1, le=1024, description="rank of the adapters, 1 to 1024")
+        alpha: float = Field(
+            default=32.0, gt=0, allow_inf_nan=False, description="adapters are scaled by alpha / rank, above 0"
         )
+        dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout before the adapters, in [0, 1)")
+        checkpoint_every: int = Field(default=16, ge=1, description="steps between checkpoints")
+        gradient_checkpointing: bool = Field(
+            default=False, description="recompute activations in the backward pass; less memory, slower"
+        )
+
+    def train(self, setup: TrainingSetup) -> TrainingOutcome:
+        """Train adapters, and merge those of the step with the least held-out loss."""
+        window = setup.windows.shape[1]
+        batch = max(1, setup.batch_tokens // window)
+        settings = LoraSettings(
+            learning_rate=setup.learning_rate,
+            steps=-(-setup.tokens // (batch * window)),
+            batch_windows=batch,
+            seed=setup.seed,
+            evaluate_every=setup.evaluate_every,
+            **self.config.model_dump(),
+        )
+        logged = [0, 0]
+        with setup.progress(settings.steps) as stage:
+
+            def on_step(curve: LoraCurve) -> None:
+                stage.advance(len(curve.train) - stage.done, _note(curve))
+                points = [("train_loss", loss, step) for step, loss in enumerate(curve.train)][logged[0] :]
+                points += [("held_out_loss", loss, step) for step, loss in curve.held_out][logged[1] :]
+                logged[:] = len(curve.train), len(curve.held_out)
+                setup.log(points)
+
+            curve = train_lora(
+                setup.model,
+                dense_or_pruned_family_of(setup.model),
+                setup.windows,
+                settings,
+                held_out_loss=setup.held_out_loss,
+                checkpoint=setup.checkpoint,
+                on_step=on_step,
+            )
+        losses = dict(curve.held_out)
+        return TrainingOutcome(
+            before=losses[0],
+            after=losses[curve.chosen],
+            summary=f"LoRA of rank {settings.rank} (alpha {settings.alpha:g}) on all linears of attention and MLP, "
+            f"merged: {settings.steps} steps of {batch * window:,} tokens at up to {settings.learning_rate:g}, "
+            f"seed {settings.seed}.",
+            kept=f"the adapters of step {curve.chosen} were merged",
+            curve=curve.to_json(),
+        )
+
+    def draw(self, axes: Any, curve: JSONDict) -> None:
+        """Training loss of every step, held-out loss, and the step whose adapters were merged."""
+        train, held_out, chosen = curve["train"], curve["held_out"], curve["chosen"]
+        steps = np.arange(len(train))
+        axes.plot(steps, train, color=BLUE, alpha=0.25, linewidth=1)
+        if len(train) >= SMOOTHED:
+            means = np.convolve(train, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
+            axes.plot(steps[SMOOTHED - 1 :], means, color=BLUE, label=f"training text, mean of {SMOOTHED} steps")
+        else:
+            axes.lines[0].set_label("training text")
+        axes.plot(
+            *zip(*held_out, strict=True), color=ORANGE, marker="o", markersize=4, label="held-out text (search split)"
+        )
+        kept = dict(held_out)[chosen]
+        axes.plot([chosen], [kept], color=GREEN, marker="*", markersize=14, linestyle="", label=f"kept: step {chosen}")
+        axes.set_xlabel("optimiser steps done")
+        axes.set_ylabel("loss (nats per token)")
+        axes.set_title(f"Held-out loss {held_out[0][1]:.3f} before, {kept:.3f} after", loc="left")
+
+
+def _note(curve: LoraCurve) -> str:
+    train = f"loss {curve.train[-1]:.3f}, " if curve.train else ""
+    return f"{train}held-out {curve.held_out[-1][1]:.3f}" if curve.held_out else train
 
 
 def target_modules(model: nn.Module, family: Family) -> list[str]:
@@ -126,9 +211,8 @@ def train_lora(
         on_step: called after every step, and after every measurement.
 
     Raises:
-        RecoveryError: PEFT is missing, the loss is not finite, or the memory of the device is exhausted.
+        RecoveryError: the loss is not finite, or the memory of the device is exhausted.
     """
-    require_peft()
     saved = None if checkpoint is None else checkpoint.load(PART, LoraCurve)
     devices = devices_of(model)
     with own_randomness(settings.seed, devices), _checkpointed_activations(model, settings.gradient_checkpointing):

@@ -1,17 +1,15 @@
-"""What a recovery shows at its end: the table, the loss curve and the model card. Nothing here measures anything."""
+"""What a recovery shows at its end: the table and the model card. Nothing here measures anything."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffgym.report.card import TAGS, loading
-from ffgym.report.figures import BLUE, GREEN, ORANGE, new_figure, save_figure, tidy
 from ffgym.report.layout import escape, finite, humane, markdown_notes, markdown_table, new_grid, on_console
 from ffgym.types import Evaluation, JSONDict
 
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 COLUMNS = ("perplexity", "loss against before", "params")
-SMOOTHED = 8  # steps that the strong line of the training loss averages
 
 
 @dataclass(frozen=True)
@@ -122,74 +119,15 @@ def markdown(table: RecoveryTable) -> str:
     return "\n".join([*lines, *markdown_notes(_legend(table))])
 
 
-def lora_figure(train: Sequence[float], held_out: Sequence[tuple[int, float]], chosen: int, path: Path) -> None:
-    """Draw the training loss of every step and the held-out loss, and mark the step whose weights were kept.
-
-    Args:
-        train: loss of each step's text before that step, nats per token.
-        held_out: (steps done, loss on windows of the search split).
-        chosen: steps done by the weights that were kept.
-        path: the PNG to write.
-
-    Raises:
-        OutputError: the picture cannot be written.
-    """
-    figure = new_figure(8.0, 4.5)
-    axes: Any = figure.subplots()
-    steps = np.arange(len(train))
-    axes.plot(steps, train, color=BLUE, alpha=0.25, linewidth=1)
-    if len(train) >= SMOOTHED:
-        means = np.convolve(train, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
-        axes.plot(steps[SMOOTHED - 1 :], means, color=BLUE, label=f"training text, mean of {SMOOTHED} steps")
-    else:
-        axes.lines[0].set_label("training text")
-    axes.plot(
-        *zip(*held_out, strict=True), color=ORANGE, marker="o", markersize=4, label="held-out text (search split)"
-    )
-    kept = dict(held_out)[chosen]
-    axes.plot([chosen], [kept], color=GREEN, marker="*", markersize=14, linestyle="", label=f"kept: step {chosen}")
-    axes.set_xlabel("optimiser steps done")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"Held-out loss {held_out[0][1]:.3f} before, {kept:.3f} after", loc="left")
-    tidy(axes)
-    axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def distillation_figure(before: Mapping[int, float], after: Mapping[int, float], path: Path) -> None:
-    """Draw each MLP's error on held-out text before and after training, over depth.
-
-    Args:
-        before: E||MLP(x~) - y||^2 / E||y||^2 by layer.
-        after: the same afterwards.
-        path: the PNG to write.
-
-    Raises:
-        OutputError: the picture cannot be written.
-    """
-    figure = new_figure(8.0, 4.5)
-    axes: Any = figure.subplots()
-    axes.plot(list(before), list(before.values()), color=ORANGE, marker="o", markersize=4, label="before")
-    axes.plot(list(after), list(after.values()), color=BLUE, marker="o", markersize=4, label="after")
-    axes.set_xlabel("decoder layer (0 = next to the embedding)")
-    axes.set_ylabel("error of the MLP's output\n(share of its energy, held-out text)")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_title("Each MLP against the dense one, given the pruned model's states", loc="left")
-    tidy(axes)
-    axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
 def recovered_card(
-    *, title: str, before: str | None, told: Sequence[str], table: RecoveryTable, command: str, stock: bool = False
+    *, title: str, before: str | None, summary: Sequence[str], table: RecoveryTable, command: str, stock: bool = False
 ) -> str:
     """Write the model card of a recovered model.
 
     Args:
         title: of the card.
         before: the card of the model as it was before; ``None`` where it had none.
-        told: sentences that say what was done.
+        summary: sentences that say what was done.
         table: before and after.
         command: the command that does it again.
         stock: transformers' own classes load it.
@@ -201,7 +139,7 @@ def recovered_card(
     sections = [
         front or "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in TAGS), "---"]),
         f"# {title}",
-        "A pruned model that was trained after pruning. " + " ".join(told),
+        "A pruned model that was trained after pruning. " + " ".join(summary),
         "## Load it",
         loading("path/to/this/folder", stock=stock),
         "## What it brought",

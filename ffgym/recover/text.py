@@ -8,17 +8,18 @@ and another text that holds such a run of the report split is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from ffgym.config.tables import RunConfig
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, repeats
 from ffgym.data.splits import ROLES, Split, Splits, first_tokens, windows_digest
-from ffgym.errors import DataError
-
-if TYPE_CHECKING:
-    import torch
+from ffgym.errors import DataError, RecoveryError
+from ffgym.models.loading import LoadedModel
+from ffgym.prepare.parts import cut_splits
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,72 @@ class TrainingText:
     digest: str
 
 
+@dataclass(frozen=True)
+class RecoveryTexts:
+    """All text of a recovery.
+
+    Attributes:
+        splits: the run's; the report split is measured at the end.
+        training: what is trained on.
+        held_out: the last windows of the search split, which decide what weights to keep, shape (windows, length).
+    """
+
+    splits: Splits
+    training: TrainingText
+    held_out: torch.Tensor
+
+    def describe(self, tokens: int) -> str:
+        """What is trained on, how much of it there is, and how often ``tokens`` tokens go through it."""
+        text = self.training
+        available = text.windows.numel()
+        epochs = tokens / available
+        left_out = f", {text.left_out} windows left out that repeat other splits" if text.left_out else ""
+        return (
+            f"training text: {text.corpus.name} ({text.corpus.split}), {available:,} tokens outside the search and "
+            f"report splits{left_out}; {tokens:,} to learn from, "
+            f"{f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs"
+        )
+
+
+def training_window(config: RunConfig) -> int:
+    """Tokens in one training window."""
+    return config.data.window if config.recover.window == "auto" else int(config.recover.window)
+
+
+def gather(config: RunConfig, loaded: LoadedModel, splits: Splits | None = None) -> RecoveryTexts:
+    """Cut the splits, and find text to train on that none of them reports or chooses on.
+
+    Args:
+        config: the run, with ``[recover]`` set.
+        loaded: the model that is trained, or the dense one that it is made from: their tokens are the same.
+        splits: of the run where they are there already.
+
+    Raises:
+        DataError: a corpus that is missing, too short, or holds text of the report split.
+        ModelError: a tokenizer that is not the model's.
+        RecoveryError: windows that are longer than the model's context.
+    """
+    table = config.recover
+    window = training_window(config)
+    if window > loaded.context_limit:
+        raise RecoveryError(
+            f"recover.window = {window} is longer than the model's context of {loaded.context_limit} tokens",
+            hint=f"Set recover.window to at most {loaded.context_limit}.",
+        )
+    splits = splits or cut_splits(config, loaded)
+    text = training_text(
+        table.corpus,
+        splits,
+        loaded.tokenizer,
+        window=window,
+        tokens=table.tokens,
+        at_least=table.batch_tokens // window * window,
+    )
+    loaded.check_ids(text.windows, "the training text")
+    search = splits.search.windows
+    return RecoveryTexts(splits, text, search[-max(1, table.held_out_tokens // search.shape[1]) :])
+
+
 def training_text(
     spec: str | None, splits: Splits, tokenizer: Any, *, window: int, tokens: int, at_least: int
 ) -> TrainingText:
@@ -55,8 +122,6 @@ def training_text(
     Raises:
         DataError: the corpus is missing, too short, or another text that holds text of the report split.
     """
-    import torch
-
     calibration = splits.calibration.corpus
     corpus = calibration if spec in (None, calibration.name) else load_text(str(spec), role="calibration")
     taken = _places(corpus, splits)

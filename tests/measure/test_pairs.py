@@ -68,7 +68,7 @@ def test_an_architecture_that_is_not_known():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tiny = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(ModelError, match="'gpt2' is not supported"):
+    with pytest.raises(ModelError, match=r"'gpt2'.* is not supported"):
         units_kept(tiny, tiny_model("llama"))
 
 

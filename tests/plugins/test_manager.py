@@ -59,7 +59,7 @@ def test_builtin_table_names_its_class(kind: kinds.PluginKind, name: str) -> Non
     assert manager.names(kind)[name]
 
 
-@pytest.mark.parametrize("room", ["agents", "criteria", "heuristics", "rewards"])
+@pytest.mark.parametrize("room", ["agents", "criteria", "heuristics", "rewards", "recover"])
 def test_every_builtin_is_in_the_table(room: str) -> None:
     package = importlib.import_module(f"ffgym.{room}")
     targets = {built_in.target for table in built_ins.BUILTINS.values() for built_in in table.values()}
@@ -318,7 +318,7 @@ def test_all_options_of_all_plugins_are_spelled_out() -> None:
     assert spelled.prior.options == {"spare_first": 3, "spare_last": 1}
     assert configured.with_options(spelled) == spelled
     assert configured.with_options(load_config(prior={"name": "none"})).prior.options == {}
-    with pytest.raises(ConfigError, match=r"prior\.typo is an option of a prior, and prior\.name is 'none'"):
+    with pytest.raises(ConfigError, match=r"prior\.typo is an option of a plugin, and prior\.name is 'none'"):
         configured.with_options(load_config(None, ["prior.typo=2"], prior={"name": "none"}))
     with pytest.raises(ConfigError, match="unknown key 'lr' in"):
         configured.with_options(load_config(agent={"lr": 1.0}))

@@ -238,7 +238,7 @@ def test_a_trained_model_that_was_cut_hard_recovers_more_than_ridge_gives(glass:
 
 def test_another_dense_model_is_refused(pair: Any, texts: Any) -> None:
     pruned, _ = pair()
-    with pytest.raises(ModelError, match="the pruned model has 3 layers, the dense one 4") as raised:
+    with pytest.raises(ModelError, match="the pruned model has 3 decoder layers, the dense one 4") as raised:
         distil((pruned, tiny_model("llama", layers=4)), texts, settings())
     assert "--model" in str(raised.value.hint)
 

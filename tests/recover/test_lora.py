@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import os
 import signal
@@ -331,10 +332,10 @@ def test_a_full_device_is_said_to_be(fresh: Any, texts: Any) -> None:
     assert "gradient_checkpointing" in str(raised.value.hint)
 
 
-def test_without_peft_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch, fresh: Any, texts: Any) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+def test_without_peft_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecoveryError, match="needs the package peft") as raised:
-        train(fresh(), texts, settings())
+        module.Lora.check_installed()
     assert "pip install 'ffgym[recover]'" in str(raised.value.hint)
 
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from ffgym.recover.distill import DistilMLP
+from ffgym.recover.lora import Lora
 from ffgym.recover.table import (
     Measured,
     RecoveryTable,
     as_dicts,
-    distillation_figure,
-    lora_figure,
     markdown,
     paired_difference,
     recovered_card,
     terminal,
 )
+from ffgym.report.figures import new_figure
 from ffgym.types import Evaluation
 
 BEFORE, AFTER, DENSE = (2.0, 3.0, 4.0), (1.9, 2.9, 3.6), (1.0, 2.0, 3.0)
@@ -82,15 +82,18 @@ def test_plain_data_has_no_infinity() -> None:
 
 
 @pytest.mark.parametrize("steps", [2, 40])
-def test_pictures_are_drawn(tmp_path: Path, steps: int) -> None:
-    lora_figure([3.0] * steps, [(0, 3.0), (steps, 2.5)], steps, tmp_path / "lora.png")
-    distillation_figure({0: 0.2, 3: 0.1}, {0: 0.1, 3: 0.1}, tmp_path / "distil.png")
-    for name in ("lora.png", "distil.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+def test_curves_are_drawn(steps: int) -> None:
+    figure = new_figure(8.0, 4.5)
+    top, bottom = figure.subplots(2)
+    Lora().draw(top, {"train": [3.0] * steps, "held_out": [(0, 3.0), (steps, 2.5)], "chosen": steps})
+    assert top.get_title("left") == "Held-out loss 3.000 before, 2.500 after"
+    layers = [{"layer": 0, "before": 0.2, "after": 0.1}, {"layer": 3, "before": 0.1, "after": 0.1}]
+    DistilMLP().draw(bottom, {"layers": layers})
+    assert [line.get_ydata().tolist() for line in bottom.lines] == [[0.2, 0.1], [0.1, 0.1]]
 
 
 def test_the_card_keeps_front_matter_and_demotes_the_old_headings() -> None:
-    card = recovered_card(title="Recovered", before=CARD, told=["Told."], table=table(), command="ffgym recover x")
+    card = recovered_card(title="Recovered", before=CARD, summary=["Told."], table=table(), command="ffgym recover x")
     assert card.startswith('---\nlibrary_name: transformers\nbase_model: "a/b"\n---\n\n# Recovered')
     assert card.count("\n# ") == 2  # the title, and what is code
     assert "\n### Pruned\n" in card
@@ -102,6 +105,6 @@ def test_the_card_keeps_front_matter_and_demotes_the_old_headings() -> None:
 
 @pytest.mark.parametrize("before", [None, "no front matter", "---\nunclosed"])
 def test_a_card_without_front_matter_gets_one(before: str | None) -> None:
-    card = recovered_card(title="Recovered", before=before, told=[], table=table(), command="c")
+    card = recovered_card(title="Recovered", before=before, summary=[], table=table(), command="c")
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- ffgym")
     assert ("## The model before that" in card) == (before is not None)

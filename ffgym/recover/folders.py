@@ -1,0 +1,35 @@
+"""Where a recovery finds the run that pruned its model, and where it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ffgym.errors import OutputError
+from ffgym.export.checkpoint import refuse_occupied
+from ffgym.models.origin import model_folder
+
+
+def find_run_config(folder: Path) -> Path | None:
+    """``config.toml`` of the run that saved the model of a folder, where it lies in its usual place."""
+    source = model_folder(folder).resolve()
+    return next((path for path in (source / "config.toml", source.parent / "config.toml") if path.is_file()), None)
+
+
+def output_folder(source: Path) -> Path:
+    """Where a recovered model goes where nobody says where."""
+    return source.with_name(f"{source.name}-recovered")
+
+
+def unfinished_folder(place: Path) -> Path:
+    """Where the checkpoints of a training lie until its model is saved."""
+    return place.with_name(f"{place.name}.unfinished")
+
+
+def check_output(source: Path, place: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written to, before anything is trained."""
+    if place == source or place in source.parents or source in place.parents:
+        raise OutputError(
+            f"the output folder {place} and the model's own folder {source} would share files",
+            hint="Choose another folder with --output DIR.",
+        )
+    refuse_occupied(place, overwrite)

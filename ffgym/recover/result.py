@@ -1,0 +1,63 @@
+"""What a recovery hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from ffgym.export.checkpoint import SavedModel, load_line
+from ffgym.recover.table import RecoveryTable, as_dicts, terminal
+from ffgym.types import Evaluation, JSONDict
+
+CURVE, PICTURE = "recovery.json", "recovery.png"
+
+
+@dataclass(frozen=True)
+class RecoveredModel:
+    """A model that was trained and saved.
+
+    Attributes:
+        saved: the checkpoint.
+        table: before and after on the report split.
+        after: the last row's losses.
+        summary: sentences that say what was done.
+    """
+
+    saved: SavedModel
+    table: RecoveryTable
+    after: Evaluation
+    summary: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """What ``recover`` hands back.
+
+    Attributes:
+        recovered: the model and its figures.
+        mlflow_run: MLflow's run id, or ``None`` where tracking is off.
+    """
+
+    recovered: RecoveredModel
+    mlflow_run: str | None
+
+    def to_json(self) -> JSONDict:
+        """Numbers and paths, ready for ``json.dumps``."""
+        return {
+            "table": as_dicts(self.recovered.table),
+            "measured": self.recovered.table.header,
+            "summary": list(self.recovered.summary),
+            "model": str(self.recovered.saved.path),
+            "mlflow_run": self.mlflow_run,
+        }
+
+    def print(self, console: Console) -> None:
+        """The table, where things are, and how to load the model."""
+        console.print(terminal(self.recovered.table))
+        saved = self.recovered.saved
+        lines = [*self.recovered.summary, f"Model, {CURVE} and {PICTURE}: {saved.path}"]
+        if self.mlflow_run is not None:
+            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        for line in [*lines, "Load the model with", f"  {load_line(saved.path, stock=saved.stock)}"]:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,223 @@
+"""A recovery method that another package brings: one class and its hook, and everything finds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from glass_runs import glass_config, glass_tables
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+
+METHOD = '''
+import ffgym
+from pydantic import Field
+
+
+class Shrink(ffgym.Recovery):
+    """Shrinks every weight of the output layer a little, and says that this helped."""
+
+    name = "shrink"
+    learning_rate = 0.25
+    free_options = frozenset({"colour"})
+
+    class Config(ffgym.PluginConfig):
+        steps: int = Field(default=2, ge=1, description="how often to shrink, at least 1")
+        after: float = Field(default=1.0, description="what it says of itself")
+        colour: str = Field(default="red", description="of the picture")
+
+    def train(self, setup):
+        part = setup.checkpoint.load("shrink", dict)
+        earlier = part.facts["done"] if part else 0
+        rates = [setup.learning_rate] * self.config.steps
+        with setup.progress(len(rates)) as stage:
+            for step, rate in enumerate(rates):
+                setup.model.get_output_embeddings().weight.mul_(1 - rate)
+                setup.log([("rate", rate, step)])
+                stage.advance(1, f"held-out {setup.held_out_loss():.2f}")
+                setup.checkpoint.save("shrink", {}, {"done": step + 1})
+                if self.config.colour == "stop" and step == 0:
+                    raise KeyboardInterrupt
+        return ffgym.TrainingOutcome(
+            before=2.0,
+            after=self.config.after,
+            summary=f"Shrunk {len(rates)} times, {len(setup.windows)} windows, after {earlier} earlier.",
+            kept="all of it was kept",
+            curve={"rates": rates},
+        )
+
+    def draw(self, axes, curve):
+        axes.plot(curve["rates"], color=self.config.colour, label="rate")
+'''
+HOOK = """
+
+@ffgym.hookimpl
+def ffgym_recoveries():
+    return [Shrink]
+"""
+TEXT = {"tokens": 256, "batch_tokens": 256, "held_out_tokens": 256}
+
+
+@pytest.fixture
+def shrink(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    install("acme-shrink", METHOD + HOOK)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ffgym.pipeline.pipeline import run
+
+    tables = {"search": {"random_baseline": False}, "prune": {"sparsity": 0.4}, "recover": TEXT}
+    return run(glass_config(tmp_path_factory.mktemp("pruned"), **tables), progress=Console(quiet=True)).folder
+
+
+def call(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def head(folder: Path) -> torch.Tensor:
+    weights = load_file(folder / "model.safetensors")
+    return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.usefixtures("shrink")
+def test_it_is_listed() -> None:
+    rows = {row["name"]: row["description"] for row in json.loads(call("ls", "recoveries", "--json").stdout)}
+    assert set(rows) == {"lora", "distil-mlp", "shrink"}
+    assert rows["shrink"].startswith("Shrinks every weight")
+
+
+@pytest.mark.usefixtures("shrink")
+def test_the_command_trains_by_it(pruned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("recover", pruned, "--method", "shrink", "--set", "recover.steps=3", "--output", out, "--json")
+    assert done.exit_code == 0, done.output
+    assert torch.equal(head(out), head(pruned / "model") * 0.75**3)
+    found = json.loads(done.stdout)
+    assert [row["label"] for row in found["table"]] == ["dense", "before", "shrink"]
+    assert found["table"][1]["loss"] != found["table"][2]["loss"]
+    assert found["summary"][0].startswith("Shrunk 3 times")
+    assert "1.0000 after; all of it was kept" in found["summary"][1]
+    curve = json.loads((out / "recovery.json").read_text())
+    assert (curve["method"], curve["rates"]) == ("shrink", [0.25] * 3)
+    assert (out / "recovery.png").read_bytes().startswith(b"\x89PNG")
+    written = (out / "config.toml").read_text()
+    assert "steps = 3  # how often to shrink, at least 1" in written
+    again = call("recover", pruned, "--config", out / "config.toml", "--output", tmp_path / "again", "--json")
+    assert again.exit_code == 0, again.output
+    assert torch.equal(head(tmp_path / "again"), head(out))
+
+
+@pytest.mark.usefixtures("shrink")
+def test_a_run_trains_by_it(tmp_path: Path) -> None:
+    tables = glass_tables(tmp_path, search={"random_baseline": False}, recover=TEXT)
+    overrides = [f"{table}.{key}={json.dumps(value)}" for table, keys in tables.items() for key, value in keys.items()]
+    sets = [part for override in overrides for part in ("--set", override)]
+    done = call("run", "--recover", "shrink", *sets)
+    assert done.exit_code == 0, done.output
+    trained, before = tmp_path / "out" / "model-recovered", tmp_path / "out" / "model"
+    assert torch.equal(head(trained), head(before) * 0.75**2)
+    assert "+ shrink" in (tmp_path / "out" / "report.md").read_text()
+    assert "Shrunk 2 times" in done.stdout
+    # The stored configuration spells its options out, and a later recovery by another method leaves them behind.
+    assert "colour = " in (tmp_path / "out" / "config.toml").read_text()
+    small = ("--method", "lora", "--output", tmp_path / "lora")
+    assert call("recover", tmp_path / "out", *small).exit_code == 0
+
+
+@pytest.mark.usefixtures("shrink")
+def test_what_did_not_help_is_undone(pruned: Path, tmp_path: Path) -> None:
+    done = call("recover", pruned, "--method", "shrink", "--set", "recover.after=2.0", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "nothing was kept" in done.stdout
+    assert torch.equal(head(tmp_path / "out"), head(pruned / "model"))
+
+
+@pytest.mark.usefixtures("shrink")
+def test_an_interrupted_training_goes_on_unless_what_decides_it_has_changed(pruned: Path, tmp_path: Path) -> None:
+    command = ("recover", pruned, "--method", "shrink", "--output", tmp_path / "out")
+    assert call(*command, "--set", "recover.colour=stop").exit_code == 130
+    other = call(*command, "--set", "recover.steps=5")
+    assert other.exit_code == 1
+    assert "unfinished training with steps = 2; this one has steps = 5" in other.stderr
+    done = call(*command, "--set", "recover.colour=blue")
+    assert done.exit_code == 0, done.output
+    assert "after 1 earlier" in done.stdout
+
+
+@pytest.mark.usefixtures("shrink")
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["recover.steps=0"], "recover.steps = 0: should be greater than or equal to 1"),
+        (["recover.step=3"], "unknown key 'step' in [recover]\nhint: Did you mean 'steps'? Known in [recover]: steps"),
+        (["recover.tokns=3"], "Did you mean 'tokens'?"),
+        (["recover.rank=3"], "unknown key 'rank' in [recover]"),
+    ],
+)
+def test_its_options_are_validated(pruned: Path, options: list[str], complaint: str) -> None:
+    for command in (["recover", pruned, "--method", "shrink"], ["config", "--recover", "shrink"]):
+        done = call(*command, *(part for option in options for part in ("--set", option)))
+        assert done.exit_code == 1
+        assert complaint in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("return ffgym.TrainingOutcome(", "return dict("), "train returned dict, not a TrainingOutcome"),
+        (('curve={"rates": rates}', 'curve={"rates": {1, 2}}'), "failed while handing back its curve: TypeError"),
+        (('axes.plot(curve["rates"]', 'axes.plot(curve["rate"]'), "failed while drawing its curve: KeyError: 'rate'"),
+        (("rates = [setup", "rates = 1 / 0 * [setup"), "failed while training the model: ZeroDivisionError"),
+    ],
+)
+def test_a_method_that_breaks_is_named(
+    install: Callable[..., None], pruned: Path, tmp_path: Path, change: tuple[str, str], complaint: str
+) -> None:
+    install("acme-broken", METHOD.replace(*change) + HOOK)
+    done = call("recover", pruned, "--method", "shrink", "--output", tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    assert "recovery 'shrink' (package acme-broken 1.0)" in done.stderr
+    assert complaint in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (('name = "shrink"', 'name = "none"'), "a recovery cannot be called 'none'"),
+        (("steps: int", "tokens: int"), "its Config has an option 'tokens', a key that its table has already"),
+        (("def draw", "def paint"), "which does not define draw"),
+        (("(ffgym.Recovery)", "(ffgym.Criterion)"), "not a subclass of ffgym.Recovery"),
+    ],
+)
+def test_a_class_that_is_no_method_is_refused(
+    install: Callable[..., None], change: tuple[str, str], complaint: str
+) -> None:
+    install("acme-broken", METHOD.replace(*change) + HOOK)
+    assert complaint in call("plugins").stdout
+
+
+@pytest.mark.parametrize(
+    ("needs", "complaint"),
+    [
+        ('requires = {"no_such_module": "pip install it"}', "hint: Install it: pip install it"),
+        ("needs_dense = True", "shrink needs the dense model"),
+    ],
+)
+def test_what_it_needs_is_asked_for_before_anything_is_loaded(
+    install: Callable[..., None], tmp_path: Path, needs: str, complaint: str
+) -> None:
+    install("acme-needy", METHOD.replace("learning_rate = 0.25", needs) + HOOK)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    done = call("recover", tmp_path / "model", "--method", "shrink")
+    assert done.exit_code == 1
+    assert complaint in done.stderr
