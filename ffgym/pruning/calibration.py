@@ -78,15 +78,9 @@ class PlainPath:
         return (self._weight.float() * weight_gradient).sum(dim=0)
 
 
-def scale(second_moment: torch.Tensor) -> torch.Tensor:
-    """What lambda is relative to: the mean of the diagonal of G, a 0-dim tensor, never 0."""
-    return second_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def covariance(second_moment: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
-    """G, or G - mu mu^T where a mean is given; shape (n, n), float64."""
-    moment = in_float64(second_moment)
-    return moment if mean is None else moment - torch.outer(in_float64(mean), in_float64(mean))
+def scale(moment: torch.Tensor) -> torch.Tensor:
+    """What lambda is relative to: the mean of the moment's diagonal, a 0-dim tensor, never 0."""
+    return moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -128,8 +122,8 @@ class NestedRidge:
 
     Args:
         weight: dense W, shape (m, n), path order.
-        second_moment: G, shape (n, n), path order.
-        ridge: lambda, relative to the mean of G's diagonal, > 0.
+        moment: G, shape (n, n), path order; the covariance for the affine form.
+        ridge: lambda, relative to the mean of the moment's diagonal, > 0.
         mean: E[x], shape (n,), for the affine form; ``None`` for the linear one.
         bias: dense bias, shape (m,), or ``None``; the affine form starts from zeros then.
     """
@@ -137,12 +131,12 @@ class NestedRidge:
     def __init__(
         self,
         weight: torch.Tensor,
-        second_moment: torch.Tensor,
+        moment: torch.Tensor,
         ridge: float,
         mean: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> None:
-        lower = cholesky(covariance(second_moment, mean), ridge)
+        lower = cholesky(in_float64(moment), ridge)
         projected, D = in_float64(weight) @ lower, inverse(lower)
         self._weight = weight  # the model's own tensor: no copy
         self._projected = projected.float().to(weight.device)

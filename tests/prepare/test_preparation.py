@@ -16,11 +16,10 @@ from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import CalibrationError, PluginError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.prepare.paths import prepare, reorder
+from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import RIDGE_GRID, NestedRidge, PlainPath
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
-from ffgym.types import LayerStats
 
 every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
 
@@ -253,25 +252,10 @@ def test_a_model_that_overflows_is_no_fault_of_the_criterion(criterion, windows)
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
-    where = "layer 0 attention: the gradient" if criterion is Taylor else "layer 1 mlp: the (mean|square|second moment)"
+    where = "layer 0 attention: the gradient" if criterion is Taylor else "layer 1 mlp: the (mean|covariance)"
     with pytest.raises(CalibrationError, match=f"{where} on the calibration text holds NaN or infinity") as raised:
         prepare(model, criterion(), windows, ridge=0.01)
     assert "model.dtype" in raised.value.hint
-
-
-def test_reorder_moves_every_statistic():
-    order = torch.tensor([2, 0, 1])
-    moment = torch.arange(9.0).reshape(3, 3)
-    vector = torch.tensor([10.0, 20, 30])
-    fisher = torch.eye(2)
-    got = reorder(LayerStats(7, vector, vector + 1, moment, moment[:2], fisher), order)
-    assert got.mean.tolist() == [30, 10, 20]
-    assert got.square.tolist() == [31, 11, 21]
-    assert got.second_moment.tolist() == [[8, 6, 7], [2, 0, 1], [5, 3, 4]]
-    assert got.gradient.tolist() == [[2, 0, 1], [5, 3, 4]]
-    assert got.output_gradient is fisher
-    assert got.tokens == 7
-    assert reorder(LayerStats(), order) == LayerStats()
 
 
 def test_progress_counts_every_step_and_never_goes_back(windows):

@@ -16,7 +16,6 @@ from ffgym.pruning.calibration import (
     NestedRidge,
     PlainPath,
     cholesky,
-    covariance,
     inverse,
     pick_ridge,
     sequential_refit,
@@ -42,7 +41,7 @@ class Problem:
         self.l = ridge * self.moment.diagonal().mean()
 
     def path(self):
-        return NestedRidge(self.W.float(), self.G, self.ridge, self.mean, self.bias)
+        return NestedRidge(self.W.float(), self.moment, self.ridge, self.mean, self.bias)
 
     def solved(self, k):
         """The normal equations, W_K + W_P G_PK (G_KK + l I)^-1."""
@@ -154,7 +153,7 @@ class TestNestedRidge:
 
     def test_the_affine_form_starts_a_bias_where_there_is_none(self):
         problem = Problem(8, 3, 0.1, seed=0, affine=True)
-        path = NestedRidge(problem.W.float(), problem.G, problem.ridge, problem.mean, None)
+        path = NestedRidge(problem.W.float(), problem.moment, problem.ridge, problem.mean, None)
         problem.close(path.bias_at(5), problem.path().bias_at(5) - problem.bias)
         problem.close(path.bias_at(0), problem.W @ problem.mean)
 
@@ -170,8 +169,7 @@ class TestNestedRidge:
         """b' = b + W mu - W'_K mu_K in float64: in float32 its two products would cancel."""
         problem = Problem(12, 3, 0.1, seed=3, affine=True)
         mean = problem.mean + shift
-        G = problem.moment + torch.outer(mean, mean)
-        path = NestedRidge(problem.W.float(), G, problem.ridge, mean, problem.bias)
+        path = NestedRidge(problem.W.float(), problem.moment, problem.ridge, mean, problem.bias)
         for k in range(13):
             wanted = problem.bias + problem.W @ mean - problem.solved(k) @ mean[:k]
             atol = 1e-6 * float(wanted.norm() + 1)
@@ -180,7 +178,7 @@ class TestNestedRidge:
     def test_without_a_mean_the_bias_stays(self):
         problem = Problem(8, 3, 0.1, seed=1, affine=False)
         bias = torch.randn(3)
-        assert torch.equal(NestedRidge(problem.W.float(), problem.G, 0.1, None, bias).bias_at(4), bias)
+        assert torch.equal(NestedRidge(problem.W.float(), problem.moment, 0.1, None, bias).bias_at(4), bias)
 
     def test_loss_increase_is_the_second_order_term(self):
         """1/2 E[e^T F e] for the output error e = (W - W') x, plus the ridge's own share."""
@@ -226,12 +224,6 @@ class TestFactors:
         with pytest.raises(CalibrationError, match=r"3 channels\) with ridge 0.01") as raised:
             cholesky(torch.diag(torch.tensor([5.0, 5.0, -1.0], dtype=torch.float64)), 0.01)
         assert "prune.ridge" in raised.value.hint
-
-    def test_covariance(self):
-        x = torch.randn(50, 3, dtype=torch.float64) + 2
-        wanted = torch.from_numpy(np.cov(x.numpy().T, bias=True))
-        torch.testing.assert_close(covariance(x.T @ x / 50, x.mean(0)), wanted)
-        assert covariance((x.T @ x / 50).float(), None).dtype == torch.float64
 
     def test_suffix_energy(self):
         assert suffix_energy(torch.tensor([1.0, 2, 4])).tolist() == [7, 6, 4, 0]
