@@ -21,10 +21,12 @@ from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_sta
 from ffgym.pruning.calibration import NestedRidge, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
-from ffgym.pruning.statistics import InputMoments, merge, require_finite
+from ffgym.pruning.statistics import InputMoments, require_finite
 from ffgym.types import Calibration, LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
+HELD_OUT_TOKENS = 8192  # at most; their inputs are kept until the sublayer is prepared
+HELD_OUT_ROWS = 1024  # of these choose lambda: on the demo model as all 8,192 would, where it matters by 0.1 %
 GRADIENT_SHARE = 0.25  # a backward pass costs three forward ones, and first-order averages settle early
 
 
@@ -90,7 +92,7 @@ def prepare(
 
         return advance
 
-    held_out = 0 if ridge is not None else max(1, int(HELD_OUT_SHARE * len(windows)))
+    held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
     needs = criterion.needs | keep
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
     first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("layers"))
@@ -105,12 +107,16 @@ def prepare(
     ordered = counted("sublayers")
     views: list[SublayerView] = []
     ridges: list[float] = []
-    for index, fit, apart in stream:
+    for index, sums, apart in stream:
         half = prunable.halves[index]
         gradients = first_order[index]
+        moments = fit = sums.result()
+        if apart is not None:
+            for part in torch.split(apart, tokens_per_batch):
+                sums.update(part)
+            moments = sums.result()
         with _naming(half):
-            require_finite(fit, *([] if apart is None else [apart]), gradients)
-        moments = fit if apart is None else merge(fit, apart)
+            require_finite(moments, gradients)
         scores = _score(criterion, half, _stats(moments, gradients, criterion.needs))
         order = unit_order(scores)
         columns = expand_order(order, half.sublayer.channels_per_unit)
@@ -121,7 +127,7 @@ def prepare(
             chosen = ridge
             if chosen is None:
                 assert apart is not None, "windows were held out"
-                chosen = _pick(half, fit.reorder(columns), apart.reorder(columns))
+                chosen = _pick(half, fit.reorder(columns), some_rows(apart)[:, columns])
             half.path = path = _refit(half, moments, chosen)
         ridges.append(chosen)
         views.append(_view(half, scores[order], moments, _stats(moments, gradients, keep), path))
@@ -149,9 +155,20 @@ def _score(criterion: Criterion, half: PrunableSublayer, stats: LayerStats) -> t
     return unit_scores(channel_scores(scores), half.sublayer.channels_per_unit)
 
 
-def _pick(half: PrunableSublayer, fit: InputMoments, apart: InputMoments) -> float:
-    weight = half.consumer.weight.detach()
-    return pick_ridge(weight, fit.moment(centred=half.affine), apart.moment(centred=half.affine))
+def held_out_windows(windows: int, length: int) -> int:
+    """How many of the windows choose lambda."""
+    return max(1, min(int(HELD_OUT_SHARE * windows), HELD_OUT_TOKENS // length))
+
+
+def some_rows(inputs: torch.Tensor, rows: int = HELD_OUT_ROWS) -> torch.Tensor:
+    """At most so many of the inputs, shape (rows, n), from all windows: the same ones for the same number of tokens."""
+    chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:rows]
+    return inputs[chosen.sort().values.to(inputs.device)]
+
+
+def _pick(half: PrunableSublayer, fit: InputMoments, held_out: torch.Tensor) -> float:
+    weight, mean = half.consumer.weight.detach(), fit.mean if half.affine else None
+    return pick_ridge(weight, fit.moment(centred=half.affine), held_out, mean)
 
 
 def _refit(half: PrunableSublayer, moments: InputMoments, ridge: float) -> NestedRidge:

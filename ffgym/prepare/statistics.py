@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ffgym.models.walk import Arguments, Stream, Walk, walk_back
-from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, Moments
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments
 from ffgym.types import LayerStats
 
 OnProgress = Callable[[int, int], None]
@@ -56,7 +56,7 @@ def stream_statistics(
     *,
     held_out: int = 0,
     tokens_per_batch: int = 4096,
-) -> Iterator[tuple[int, InputMoments, InputMoments | None]]:
+) -> Iterator[tuple[int, Moments, torch.Tensor | None]]:
     """Yield each consumer's statistics, first to last; what was yielded is no longer held here.
 
     Units may be permuted once the statistics of their consumer were yielded: no layer is run again.
@@ -69,27 +69,35 @@ def stream_statistics(
         tokens_per_batch: tokens of one forward pass.
 
     Yields:
-        (index, moments of the first windows, moments of the held-out windows, if any).
+        (index, sums over the first windows, inputs of the held-out windows, if any: shape (tokens, n), the model's
+        dtype).
     """
     walk, size = Walk(model), max(1, tokens_per_batch // windows.shape[1])
     fitted, apart = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
     with torch.inference_mode():
-        streams = [Stream(walk, torch.split(part, size) if len(part) else ()) for part in (fitted, apart)]
+        first, second = (Stream(walk, torch.split(part, size) if len(part) else ()) for part in (fitted, apart))
     for layer in range(len(walk.layers)):
         indices = (2 * layer, 2 * layer + 1)
-        moments = [_step(stream, layer, [consumers[index] for index in indices]) for stream in streams]
+        linears = [consumers[index] for index in indices]
+        sums = [Moments(linear.in_features, linear.weight.device) for linear in linears]
+        inputs: list[list[torch.Tensor]] = [[] for _ in linears]
+        _step(first, layer, linears, [to.update for to in sums])
+        _step(second, layer, linears, [to.append for to in inputs])
         for index in indices:
-            yield index, moments[0].pop(0).result(), moments[1].pop(0).result() if moments[1] else None
+            batches = inputs.pop(0)
+            rows = torch.cat([batch.flatten(0, -2) for batch in batches]) if batches else None
+            yield index, sums.pop(0), rows
 
 
-def _step(stream: Stream, layer: int, consumers: Sequence[nn.Linear]) -> list[Moments]:
-    """Move the states behind a layer, and sum up what its consumers are given; nothing where there are no states."""
+def _step(
+    stream: Stream, layer: int, consumers: Sequence[nn.Linear], receive: Sequence[Callable[[torch.Tensor], None]]
+) -> None:
+    """Move the states behind a layer, and hand on what its consumers are given; nothing where there are no states."""
     if not stream.hidden:
-        return []
-    sums = [Moments(consumer.in_features, consumer.weight.device) for consumer in consumers]
+        return
     handles = [
-        consumer.register_forward_pre_hook(lambda _, inputs, to=to: to.update(inputs[0]))
-        for consumer, to in zip(consumers, sums, strict=True)
+        consumer.register_forward_pre_hook(lambda _, inputs, to=to: to(inputs[0]))
+        for consumer, to in zip(consumers, receive, strict=True)
     ]
     try:
         with torch.inference_mode():
@@ -97,7 +105,6 @@ def _step(stream: Stream, layer: int, consumers: Sequence[nn.Linear]) -> list[Mo
     finally:
         for handle in handles:
             handle.remove()
-    return sums
 
 
 def gradient_statistics(

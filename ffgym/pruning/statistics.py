@@ -90,7 +90,7 @@ class Moments:
         self._products.addmm_(x.T, x)
 
     def result(self) -> InputMoments:
-        """Divide by the tokens seen, at least one."""
+        """Mean and covariance of the tokens seen so far, at least one."""
         assert self._shift is not None, "nothing was added"
         moved = self._sum / self.tokens
         here = moved.float().to(self._products.device)
@@ -99,16 +99,6 @@ class Moments:
             mean=in_float64(self._shift) + moved,
             covariance=(self._products / self.tokens).addr_(here, here, alpha=-1),
         )
-
-
-def merge(first: InputMoments, second: InputMoments) -> InputMoments:
-    """Pool two averages of the same consumer's inputs, weighted by their tokens (Chan, Golub and LeVeque 1983)."""
-    tokens = first.tokens + second.tokens
-    share = second.tokens / tokens
-    apart = second.mean - first.mean
-    here = apart.float().to(first.covariance.device)
-    covariance = torch.lerp(first.covariance, second.covariance, share).addr_(here, here, alpha=share * (1 - share))
-    return InputMoments(tokens, first.mean + share * apart, covariance)
 
 
 def require_finite(*parts: InputMoments | LayerStats) -> None:

@@ -16,7 +16,7 @@ from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import CalibrationError, PluginError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.prepare.paths import prepare
+from ffgym.prepare.paths import held_out_windows, prepare, some_rows
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import RIDGE_GRID, NestedRidge, PlainPath
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
@@ -154,6 +154,21 @@ class TestRidge:
         prepared = prepare(tiny_model("llama"), Wanda(), windows)
         assert set(prepared.ridges) <= set(RIDGE_GRID)
         assert prepared.calibration_tokens == windows.numel()
+
+    @pytest.mark.parametrize(
+        ("windows", "length", "held_out"), [(2, 1024, 1), (8, 24, 2), (32, 1024, 8), (1000, 1024, 8), (4, 10_000, 1)]
+    )
+    def test_a_quarter_of_the_windows_is_held_out_within_bounds(self, windows, length, held_out):
+        assert held_out_windows(windows, length) == held_out
+
+    def test_inputs_are_drawn_from_all_that_were_held_out(self):
+        inputs = torch.arange(9000.0)[:, None].expand(-1, 2)
+        rows = some_rows(inputs, 1000)
+        assert rows.shape == (1000, 2)
+        assert (rows[1:] > rows[:-1]).all(), "none twice"
+        assert torch.histc(rows[:, 0], bins=9, min=0, max=9000).min() > 70
+        assert torch.equal(rows, some_rows(inputs, 1000))
+        assert torch.equal(some_rows(inputs, 10_000), inputs)
 
     def test_statistics_run_over_all_windows_also_where_some_were_held_out(self, windows):
         picked = prepare(tiny_model("llama"), Wanda(), windows, keep=frozenset({"second_moment"}))

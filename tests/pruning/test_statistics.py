@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffgym.pruning.calibration import NestedRidge, cholesky
-from ffgym.pruning.statistics import InputMoments, Moments, merge, require_finite
+from ffgym.pruning.statistics import InputMoments, Moments, require_finite
 
 ALL = frozenset({"mean", "square", "second_moment"})
 
@@ -83,9 +83,6 @@ class TestLargeMeans:
     def test_covariances_are_as_exact_as_without(self, inputs):
         close(averaged(*inputs.split(512)), inputs)
 
-    def test_and_so_are_those_of_two_parts(self, inputs):
-        close(merge(averaged(*inputs[:900].split(512)), averaged(inputs[900:])), inputs)
-
     def test_a_weak_ridge_can_be_factorised(self, inputs):
         exact = covariance(inputs)
         lower = cholesky(averaged(*inputs.split(512)).moment(centred=True), 1e-3)
@@ -106,8 +103,13 @@ class TestLargeMeans:
         torch.testing.assert_close(stats.second_moment.double(), exact.T @ exact / 4000, rtol=1e-5, atol=1e-4)
 
 
-def test_merging_two_parts_is_the_whole(x):
-    close(merge(averaged(x[:13]), averaged(x[13:])), x)
+def test_a_result_is_of_the_tokens_so_far(x):
+    moments = Moments(5)
+    moments.update(x[:13])
+    first = moments.result()
+    moments.update(x[13:])
+    close(first, x[:13])
+    close(moments.result(), x)
 
 
 def test_reorder_moves_channels(x):
