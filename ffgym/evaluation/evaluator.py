@@ -22,7 +22,7 @@ from ffgym.evaluation.divergence import window_divergences
 from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, right_answers, task_accuracy
 from ffgym.evaluation.perplexity import window_losses
 from ffgym.models.slopes import unit_slopes
-from ffgym.models.surgery import Half, PrunableModel
+from ffgym.models.surgery import PrunableModel, PrunableSublayer
 from ffgym.models.walk import Entry, Walk
 from ffgym.plugins.bases import SLOPE_PASSES
 from ffgym.types import Evaluation
@@ -30,6 +30,9 @@ from ffgym.types import Evaluation
 OnProgress = Callable[[float], None]
 
 DIVERGENCES = frozenset({"kl", "reverse_kl"})
+
+Refits = dict[tuple[PrunableSublayer, int], tuple[torch.Tensor, torch.Tensor | None]]
+"""Consumers' weights and biases at the levels that have been formed."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ class ModelEvaluator:
             return stream.passes[0].level(layer)
 
         halves = self._prunable.halves[2 * layer : 2 * layer + 2]
-        refits: dict[tuple[Half, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        refits: Refits = {}
         split = sorted((part for stream in streams for part in stream.split(layer)), key=level)
         behind = []
         for units, parts in itertools.groupby(split, level):
@@ -264,10 +267,8 @@ class ModelEvaluator:
             half.restore()
         return behind
 
-    def _cut(
-        self, half: Half, units: int, refits: dict[tuple[Half, int], tuple[torch.Tensor, torch.Tensor | None]]
-    ) -> None:
-        """Cut half a layer, with the refit that another level of the other half has left if there is one."""
+    def _cut(self, half: PrunableSublayer, units: int, refits: Refits) -> None:
+        """Cut a sublayer to a level, whose refit is formed the first time and kept in ``refits``."""
         if half.consumer.in_features == units * half.sublayer.channels_per_unit:
             return
         known = refits.get((half, units))
