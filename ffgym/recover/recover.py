@@ -22,8 +22,9 @@ from ffgym.errors import FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, is_stock, load_line, refuse_occupied, save_again
 from ffgym.interrupts import held_back_interrupts
+from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import dense_or_pruned_family_of
-from ffgym.models.loading import MODEL_CONFIG, LoadedModel, load
+from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
 from ffgym.prepare.parts import cut_splits, tokens_per_batch
