@@ -28,6 +28,7 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python experiments/speed/episode.py
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/speed/projection.py
+	$(BIN)/python experiments/speed/update.py
 
 ui: $(VENV)/.installed
 	$(BIN)/ffgym ui

@@ -151,6 +151,8 @@ class Evaluation:
         accuracy: ``accuracy``: share of the update's task examples that are answered right, mean over tasks, in [0, 1].
         costs: ``cost``: what the prunable sublayers cost, by resource, in the resource's unit: ``params``, ``macs`` per
             token at the run's context, ``kv`` in bytes per token.
+        slopes: ``slopes``, which agents ask for: first-order change of the mean loss as each unit joins, in nats per
+            token, shape (units,), float32, for every sublayer.
     """
 
     losses: tuple[float, ...]
@@ -159,6 +161,7 @@ class Evaluation:
     reverse_kls: tuple[float, ...] | None = None
     accuracy: float | None = None
     costs: Mapping[str, float] | None = None
+    slopes: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -207,7 +210,7 @@ class Episode:
         action: the importances, shape (2L,), float32, in [-1, 1].
         kept: units kept per sublayer.
         reward: what the agent was told.
-        loss: pruned loss in nats per token on the update's subset, or on the beginning of it that was evaluated.
+        loss: pruned loss in nats per token on the update's subset.
         dense_loss: dense loss on the same windows.
         target_sparsity: what the schedule asked for.
         sparsity: what the projection reached.
@@ -215,7 +218,6 @@ class Episode:
         tokens: tokens it was measured on, which count in the search's token budget.
         failed: the loss was not finite, so the reward is the reward's ``worst``.
         objectives: what the reward says it weighs, by name, higher = better; empty where it weighs nothing, or failed.
-        stopped_early: its first windows were hopeless, so the rest of the subset was not evaluated.
         slopes: derivative of the loss by each importance at ``action``, length 2L, nats per token; empty where nobody
             asked for it.
         slope_tokens: how many of ``tokens`` the passes took that the slopes are from.
@@ -234,7 +236,6 @@ class Episode:
     tokens: int
     failed: bool = False
     objectives: dict[str, float] = field(default_factory=dict)
-    stopped_early: bool = False
     slopes: tuple[float, ...] = ()
     slope_tokens: int = 0
 

@@ -94,6 +94,26 @@ def uniform_env(prepared_llama: Prepared) -> Any:
     return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, sparsity=0.3)
 
 
+@pytest.fixture
+def before_episodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """``before_episodes(hook)``: the hook is called before each episode that was measured, not replayed, is recorded.
+
+    It may raise, as Ctrl-C between two episodes would.
+    """
+    from ffgym.envs.vector import PruningVectorEnv
+
+    measured = PruningVectorEnv._measured
+
+    def arm(hook: Callable[[], object]) -> None:
+        def hooked(self: PruningVectorEnv, *args: Any) -> Any:
+            hook()
+            return measured(self, *args)
+
+        monkeypatch.setattr(PruningVectorEnv, "_measured", hooked)
+
+    return arm
+
+
 WORDS = [f"w{i}" for i in range(120)]
 
 

@@ -40,6 +40,7 @@ from ffgym.config.toml import digest, read_toml
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import save_pruned
+from ffgym.files import FileFormat
 from ffgym.models.loading import load
 from ffgym.pipeline import task
 from ffgym.recover.distill import distil_mlps
@@ -109,6 +110,15 @@ class CellResult(Table):
     seconds: float
 
 
+RESULT = FileFormat("result", CellResult, DataError, "Delete it to compute it again.")
+ALLOCATION = FileFormat(
+    "allocation",
+    dict[str, Any],
+    DataError,
+    "Give allocation.json of a run, or a result file of ffgym bench (run search.toml first).",
+)
+
+
 def read_experiment(file: Path) -> tuple[Experiment, RunConfig]:
     """The file, and the run that it describes."""
     try:
@@ -121,13 +131,10 @@ def read_experiment(file: Path) -> tuple[Experiment, RunConfig]:
 def read_kept(path: Path) -> tuple[int, ...]:
     """Units per sublayer from ``allocation.json`` of a run, or from a cell of a bench."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = ALLOCATION.read(path)
         return tuple(int(units) for units in content.get("final", content)["kept"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"no allocation can be read from {path}: {error!r}",
-            hint="Give allocation.json of a run, or a result file of ffgym bench (run search.toml first).",
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ALLOCATION.refused(str(path), repr(error)) from error
 
 
 def check_kept(label: str, kept: Sequence[int], dense: Sequence[int]) -> None:
@@ -159,10 +166,7 @@ def read_cell(cell: Cell) -> CellResult | None:
     """Its result, or ``None`` where there is none yet."""
     if not cell.path.exists():
         return None
-    try:
-        result = CellResult.model_validate_json(cell.path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise DataError(f"{cell.path} is no result: {error}", hint="Delete it to compute it again.") from error
+    result = RESULT.read(cell.path)
     if result.digest != cell.digest:
         raise ConfigError(
             f"{cell.path} holds the result of another configuration", hint="Delete it, or set another results folder."
@@ -469,7 +473,7 @@ def measure(file: Path, *, only_report: bool = False, say: Reporter | None = Non
                 check_kept(label, kept[label], bed.space.prepared.prunable.dense_units)
             cells = make_cells(spec, config, folder, {label: kept[label] for label in spec.allocations})
             compute([cell for cell in cells if read_cell(cell) is None], bed)
-    found = [CellResult.model_validate_json(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    found = [RESULT.read(path) for path in sorted(folder.glob("*.json"))]
     found = [result for result in found if result.seed in spec.seeds]
     results = [result for label in spec.allocations for result in found if result.allocation == label]
     if not results:

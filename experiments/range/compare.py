@@ -30,6 +30,7 @@ from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, Table
 from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
+from ffgym.files import FileFormat
 from ffgym.pipeline.task import give_prior, make_schedule, open_workspace, report_loss, with_config
 from ffgym.plugins import configured
 from ffgym.report.figures import new_figure, save_figure, tidy
@@ -125,6 +126,9 @@ def _config(spec: Experiment, seed: int, sparsity: float | str, episodes: int) -
     return config
 
 
+RESULT = FileFormat("result", Result, DataError, "Delete it to compute it again.")
+
+
 def read_result(search: Search) -> Result | None:
     """Its result; ``None`` where there is none yet.
 
@@ -134,10 +138,7 @@ def read_result(search: Search) -> Result | None:
     """
     if not search.path.exists():
         return None
-    try:
-        result = Result.model_validate_json(search.path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise DataError(f"{search.path} is no result: {error}", hint="Delete it to compute it again.") from error
+    result = RESULT.read(search.path)
     if changed := configured.changed_since(result.settings, search.config):
         raise ConfigError(
             f"{search.path} holds the result of another configuration: {'; '.join(changed)}",

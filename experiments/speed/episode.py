@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ffgym.config.tables import RunConfig
+from ffgym.evaluation.evaluator import Request
 from ffgym.evaluation.perplexity import evaluate, predicting, token_losses
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import check_importance
@@ -72,7 +73,7 @@ def main() -> None:
     prunable = prepared.prunable
     heuristic = manager.create("heuristic", "mlp-first", {"spare_first": 3, "spare_last": 1})
     allocation = env.budget.project(check_importance(heuristic, prepared.views), config.prune.sparsity)
-    subset = range(TOKENS // config.data.window)
+    subset = tuple(range(TOKENS // config.data.window))
     windows = splits.search.windows[list(subset)]
     batch = env.tokens_per_batch
 
@@ -80,7 +81,7 @@ def main() -> None:
         evaluate(prunable.model, windows, tokens_per_batch=batch)
 
     def episode() -> None:
-        env.measure(allocation, subset)
+        env.executor.measure([Request(allocation.kept, subset)])
 
     def cut(calibrated: bool) -> None:
         prunable.cut(allocation.kept, calibrated=calibrated)

@@ -34,7 +34,7 @@ from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, Table
 from ffgym.config.toml import read_toml
 from ffgym.data.examples import EncodedExample, encode, reported_examples
-from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
 from ffgym.pipeline import task
@@ -204,8 +204,8 @@ class Bench:
         begun = time.monotonic()
         prunable, batch = self.env.prunable, self.env.tokens_per_batch
         allocation = self.env.budget.allocation(candidate.kept)
-        dense = self.env.dense(self.text, self.examples)
-        pruned = self.env.measure(allocation, self.text, self.examples)
+        (outcome,) = self.env.outcomes([Trial(allocation, self.text, self.examples)])
+        dense, pruned = outcome.dense, outcome.pruned
         right = {}
         with task.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.say):
             for name, questions in self.questions.items():

@@ -1,6 +1,6 @@
 """One cell of a bench: one agent with one seed in one configuration, searched and then measured on the report split.
 
-A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the episode
+A cell writes one small JSON file. One that was interrupted goes on from the log of its episodes, so at most the update
 in flight is lost, and in its MLflow run. Each dtype, number of threads, starting policy and edition of a plugin has a
 log of its own, so that no search is made of two, and a lock lets several benches work through the same cells without
 doing one twice. Incumbents are noted at log-spaced token marks while the search runs and measured on the report split

@@ -25,6 +25,7 @@ OptionalShare = Annotated[
 Count = Annotated[int, Field(ge=1)]
 Ramp = Literal["none", "cubic", "staircase"]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
+STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
 RECOVERY_METHODS = ("none", "lora", "distil-mlp")
 
 
@@ -209,12 +210,21 @@ class SearchTable(Table):
     random_baseline: bool = Field(
         default=True, description="also measure random allocations, for as many tokens; not under a range of budgets"
     )
-    stop_hopeless: bool = Field(
-        default=False, description="cut an episode short whose first windows lose far more than the last update did"
-    )
-    stop_margin: float = Field(
-        default=1.0, ge=0, description="how far above the last update's mean loss that is, in its standard deviations"
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_stopping(cls, table: Any) -> Any:
+        """Results from before hold the keys that went at their defaults; whoever sets them is told."""
+        if not isinstance(table, dict):
+            return table
+        for key, default in STOPPING.items():
+            if table.get(key, default) != default:
+                raise ConfigError(
+                    f"search.{key} = {table[key]!r}: episodes are no longer stopped early; it compared losses on one "
+                    "text with those on another, and the ablation showed no gain",
+                    hint=f"Leave search.{key} out.",
+                )
+        return {key: value for key, value in table.items() if key not in STOPPING}
 
 
 class ScheduleTable(Table):
@@ -333,12 +343,6 @@ class RunConfig(Table):
             )
         self._range_agrees()
         self._recovery_fits()
-        if self.search.stop_hopeless and self.search.episode_tokens <= self.data.window:
-            raise ConfigError(
-                f"search.stop_hopeless stops between the windows of an episode, and search.episode_tokens = "
-                f"{self.search.episode_tokens} is one window of {self.data.window}",
-                hint=f"Set search.episode_tokens = {2 * self.data.window} or more, or search.stop_hopeless = false.",
-            )
         return self
 
     @property
@@ -375,11 +379,6 @@ class RunConfig(Table):
             raise ConfigError(
                 f"{where}, so schedule.sparsity = {self.schedule.sparsity!r} has none to rise to",
                 hint='Set schedule.sparsity = "none", or search at one target.',
-            )
-        if self.search.stop_hopeless:
-            raise ConfigError(
-                f"{where}, so search.stop_hopeless has no earlier losses at that target to compare with",
-                hint="Set search.stop_hopeless = false, or search at one target.",
             )
         if save_at is not None and not low <= save_at <= high:
             raise ConfigError(

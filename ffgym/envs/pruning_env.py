@@ -7,8 +7,7 @@ through ``reset(options=...)``.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,40 +17,58 @@ import torch
 from gymnasium import spaces
 
 from ffgym.data.examples import EncodedExample
-from ffgym.errors import DataError, ModelError
-from ffgym.evaluation.divergence import evaluate_against, remember
-from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
-from ffgym.evaluation.perplexity import evaluate
-from ffgym.evaluation.slopes import unit_slopes
+from ffgym.envs.judging import Judgement, judge
+from ffgym.errors import DataError
+from ffgym.evaluation.evaluator import ModelEvaluator, OnProgress, Request
+from ffgym.execute import Executor, LocalExecutor
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
-from ffgym.plugins.contracts import check_objectives, check_reward
 from ffgym.pruning.budget import Budget
 from ffgym.types import Allocation, Evaluation
 
 Info = dict[str, Any]
 
-DIVERGENCES = frozenset({"kl", "reverse_kl"})
+MEASURED = frozenset({"kl", "reverse_kl", "accuracy"})  # what rewards need of the model; costs follow from what is kept
 OBJECTIVE = "objective/"  # prefix of the info's keys
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What came of measuring one allocation.
+class Trial:
+    """An allocation that is to be measured and judged, on text of its own.
+
+    Attributes:
+        allocation: what is kept.
+        subset: indices of search windows.
+        examples: indices of task examples.
+        slopes_at: the importances that came to the allocation, shape (2L,), where the loss's slopes by them are wanted.
+    """
+
+    allocation: Allocation
+    subset: tuple[int, ...]
+    examples: tuple[int, ...] = ()
+    slopes_at: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a trial.
 
     Attributes:
         pruned: the cut model.
         dense: the dense model on the same windows and examples.
-        reward: what the reward says, or its ``worst``.
-        failed: the cut model's losses are not finite.
-        objectives: what the reward weighs, by name, higher = better.
+        judgement: what the reward says.
+        tokens: what the search is charged for it, slopes included.
+        slopes: derivative of the loss by importance, shape (2L,), float64, nats per token and importance, all 0 where
+            the cut model's loss is not finite; ``None`` where nobody asked for it.
+        slope_tokens: how many of ``tokens`` the slopes took.
     """
 
     pruned: Evaluation
     dense: Evaluation
-    reward: float
-    failed: bool
-    objectives: dict[str, float]
+    judgement: Judgement
+    tokens: int
+    slopes: np.ndarray | None = None
+    slope_tokens: int = 0
 
 
 class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
@@ -63,15 +80,12 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ``reset(options={"sparsity": p, "subset": indices, "examples": indices})`` sets the task: target sparsity, and the
     search windows and task examples that the episode is measured on. Without options the sparsity is the constructor's
     and the subsets are drawn.
-    With ``"hopeless": x`` the windows are measured one by one, and no more of them once the mean loss so far lies more
-    than x nats per token above the dense model's on the same windows; the reward is that of the windows measured.
-    Only a reward of losses can be stopped like that.
     With ``"slopes": True`` the step's info also holds ``slopes`` (float64, (2L,)), the derivative of the loss by
     importance on the windows that were measured, and their passes count in ``tokens``: ``slope_tokens`` of them.
 
     The step's info holds ``kept`` (int64, (2L,)), ``sparsity``, ``loss`` and ``dense_loss`` (nats per token),
-    ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite), ``stopped_early`` (0 or 1) and,
-    where the reward weighs objectives and the episode did not fail, ``objective/NAME`` for each.
+    ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite) and, where the reward weighs
+    objectives and the episode did not fail, ``objective/NAME`` for each.
 
     Args:
         prunable: the prepared model.
@@ -85,6 +99,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         examples: multiple-choice examples, for a reward that needs ``accuracy``; an episode at full fidelity is
             measured on ``reward.examples`` of them.
         prices: budgets by resource, for a reward that needs ``cost``; only their prices are used.
+        executor: has allocations measured; one in this process where left out.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
@@ -102,6 +117,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         tokens_per_batch: int = 4096,
         examples: Sequence[EncodedExample] = (),
         prices: Mapping[str, Budget] | None = None,
+        executor: Executor | None = None,
     ) -> None:
         budget.check(sparsity)
         if not 1 <= episode_windows <= len(windows):
@@ -122,13 +138,14 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.tokens_per_batch = tokens_per_batch
         self.action_space = spaces.Box(-1.0, 1.0, (len(prunable.sublayers),), np.float32)
         self.observation_space = spaces.Box(0.0, 1.0, (2,), np.float32)
-        self._dense: dict[int, float] = {}
-        self._dense_hidden: dict[int, torch.Tensor] = {}
-        self._dense_right: dict[int, bool] = {}
+        self.executor = executor or LocalExecutor(
+            lambda: ModelEvaluator(
+                prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
+            )
+        )
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
-        self._hopeless: float | None = None
         self._slopes = False
         self._objectives: tuple[str, ...] | None = None
 
@@ -175,7 +192,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             if examples is None
             else self._checked_examples(examples)
         )
-        self._hopeless = options.get("hopeless")
         self._slopes = bool(options.get("slopes", False))
         return self.observation(), {}
 
@@ -207,130 +223,69 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Info]:
         """Prune as the action says, measure, put the dense model back."""
         allocation = self.budget.project(action, self._target)
-        if self._hopeless is None:
-            judged = self.judge(allocation, self._subset, self._examples)
-        else:
-            judged = self._judge_while_hopeful(allocation, self._hopeless)
-        windows = len(judged.pruned.losses)
+        trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
+        (outcome,) = self.outcomes([trial])
         info: Info = {
             "kept": np.array(allocation.kept, dtype=np.int64),
             "sparsity": allocation.sparsity,
-            "loss": judged.pruned.loss,
-            "dense_loss": judged.dense.loss,
-            "tokens": self.tokens(self._subset[:windows], self._examples),
-            "failed": int(judged.failed),
-            "stopped_early": int(windows < len(self._subset)),
-            **{OBJECTIVE + name: value for name, value in judged.objectives.items()},
+            "loss": outcome.pruned.loss,
+            "dense_loss": outcome.dense.loss,
+            "tokens": outcome.tokens,
+            "failed": int(outcome.judgement.failed),
+            **{OBJECTIVE + name: value for name, value in outcome.judgement.objectives.items()},
         }
-        if self._slopes:
-            info["slopes"] = self.slopes(action, allocation, self._subset[:windows])
-            info["slope_tokens"] = SLOPE_PASSES * windows * self.window_tokens
-            info["tokens"] += info["slope_tokens"]
-        return self.observation(), judged.reward, True, False, info
+        if outcome.slopes is not None:
+            info |= {"slopes": outcome.slopes, "slope_tokens": outcome.slope_tokens}
+        return self.observation(), outcome.judgement.reward, True, False, info
 
-    def slopes(self, action: np.ndarray, allocation: Allocation, subset: Sequence[int]) -> np.ndarray:
-        """Derivative of the loss by importance where ``action`` came to ``allocation``, on these search windows.
+    def outcomes(self, trials: Sequence[Trial], on_progress: OnProgress | None = None) -> Iterator[Outcome]:
+        """Measure all trials at once, then judge one after another.
 
-        Returns:
-            shape (2L,), float64, nats per token and importance; all 0 where the cut model's loss is not finite.
+        Args:
+            trials: those that are alike are measured once.
+            on_progress: called with the share that is measured, from 0 to 1.
         """
-        units = unit_slopes(self.prunable, self.windows[list(subset)], allocation.kept, calibrated=self.calibrated)
-        found = self.budget.importance_slopes(action, allocation.kept, [slopes.numpy() for slopes in units])
-        return found if np.isfinite(found).all() else np.zeros_like(found)
-
-    def judge(self, allocation: Allocation, subset: Sequence[int], examples: Sequence[int] = ()) -> Judgement:
-        """Reward and objectives of an allocation on these search windows and examples."""
-        dense = self.dense(subset, examples)
-        return self._judged(self.measure(allocation, subset, examples), dense)
-
-    def _judged(self, pruned: Evaluation, dense: Evaluation) -> Judgement:
-        if not pruned.finite:
-            return Judgement(pruned, dense, float(self.reward.worst), failed=True, objectives={})
-        reward = check_reward(self.reward, pruned, dense)
-        objectives = check_objectives(self.reward, pruned, dense, names=self._objectives)
-        self._objectives = tuple(objectives)
-        return Judgement(pruned, dense, reward, failed=False, objectives=objectives)
-
-    def measure(self, allocation: Allocation, subset: Sequence[int], examples: Sequence[int] = ()) -> Evaluation:
-        """The model cut to this allocation, on these search windows and, for ``accuracy``, examples."""
-        model, windows, batch = self.prunable.model, self.windows[list(subset)], self.tokens_per_batch
-        divergences = self.reward.needs & DIVERGENCES
-        if divergences:
-            self._remember_dense(subset)
-        try:
-            self.prunable.cut(allocation.kept, calibrated=self.calibrated)
-            if divergences:
-                hidden = [self._dense_hidden[i] for i in subset]
-                result = evaluate_against(model, windows, hidden, needs=divergences, tokens_per_batch=batch)
-            else:
-                result = evaluate(model, windows, tokens_per_batch=batch)
-            if examples:
-                asked = [self.examples[i] for i in examples]
-                right = answered_right(model, asked, tokens_per_batch=batch)
-                result = replace(result, accuracy=task_accuracy(asked, right))
-        finally:
-            self.prunable.restore()
-        return replace(result, costs=self._costs(allocation.kept))
-
-    def _judge_while_hopeful(self, allocation: Allocation, hopeless: float) -> Judgement:
-        """Reward on the subset's windows one by one, until their losses lie too far above the dense model's."""
-        dense = self.dense(self._subset)
-        losses: list[float] = []
-        try:
-            self.prunable.cut(allocation.kept, calibrated=self.calibrated)
-            for window in self._subset:
-                one = evaluate(self.prunable.model, self.windows[[window]], tokens_per_batch=self.window_tokens)
-                losses.extend(one.losses)
-                above = np.mean(losses) - np.mean(dense.losses[: len(losses)])
-                if not above <= hopeless:  # a loss that is not a number is hopeless too
-                    break
-        finally:
-            self.prunable.restore()
-        tokens = dense.tokens_per_window
-        return self._judged(Evaluation(tuple(losses), tokens), Evaluation(dense.losses[: len(losses)], tokens))
+        requests = [self._request(t.allocation.kept, t, slopes=t.slopes_at is not None) for t in trials]
+        references = [self._request(self.dense_units, trial) for trial in trials]
+        found = self._measured([*references, *requests], on_progress)
+        for trial, request, reference in zip(trials, requests, references, strict=True):
+            yield self._outcome(trial, found[request], found[reference])
 
     def dense(self, subset: Sequence[int], examples: Sequence[int] = ()) -> Evaluation:
-        """The dense model on these search windows and examples; each is evaluated once in the env's life."""
-        self._remember_dense(subset)
-        none = (0.0,) * len(subset)
-        accuracy = None
-        if examples:
-            self._answer_dense(examples)
-            asked = [self.examples[i] for i in examples]
-            accuracy = task_accuracy(asked, [self._dense_right[i] for i in examples])
-        return Evaluation(
-            tuple(self._dense[i] for i in subset),
-            self.window_tokens - 1,
-            kls=none if "kl" in self.reward.needs else None,
-            reverse_kls=none if "reverse_kl" in self.reward.needs else None,
-            accuracy=accuracy,
-            costs=self._costs(self.prunable.dense_units),
-        )
+        """The dense model on these search windows and examples."""
+        allocation = self.budget.allocation(self.dense_units)
+        request = self._request(self.dense_units, Trial(allocation, tuple(subset), tuple(examples)))
+        return self._measured([request])[request]
 
-    def _remember_dense(self, subset: Sequence[int]) -> None:
-        missing = [i for i in subset if i not in self._dense]
-        if not missing:
-            return
-        self.prunable.restore()
-        # One window a pass: kernels round by batch size, and what is missing depends on what came before.
-        if self.reward.needs & DIVERGENCES:
-            for i in missing:
-                loss, self._dense_hidden[i] = remember(self.prunable.model, self.windows[i])
-                self._dense[i] = loss
-        else:
-            found = evaluate(self.prunable.model, self.windows[missing], tokens_per_batch=self.window_tokens)
-            self._dense.update(zip(missing, found.losses, strict=True))
-        if broken := [i for i in missing if not math.isfinite(self._dense[i])]:
-            raise ModelError(
-                f"the loss of the dense model is not finite on {len(broken)} of {len(missing)} search windows",
-                hint="It overflows, for which --set model.dtype=float32 or bfloat16 helps, or its weights are damaged.",
-            )
+    @property
+    def dense_units(self) -> tuple[int, ...]:
+        """Units per sublayer of the dense model."""
+        return tuple(sublayer.units for sublayer in self.budget.sublayers)
 
-    def _answer_dense(self, examples: Sequence[int]) -> None:
-        self.prunable.restore()
-        for i in examples:
-            if i not in self._dense_right:  # one a pass, as for windows
-                self._dense_right[i] = bool(answered_right(self.prunable.model, [self.examples[i]])[0])
+    def _request(self, kept: tuple[int, ...], trial: Trial, *, slopes: bool = False) -> Request:
+        needs = (self.reward.needs & MEASURED) | ({"slopes"} if slopes else frozenset[str]())
+        return Request(kept, trial.subset, trial.examples, needs)
+
+    def _measured(
+        self, requests: Sequence[Request], on_progress: OnProgress | None = None
+    ) -> dict[Request, Evaluation]:
+        """What requests come to, costs included, each asked for once."""
+        once = list(dict.fromkeys(requests))
+        found = self.executor.measure(once, on_progress)
+        return {request: replace(e, costs=self._costs(request.kept)) for request, e in zip(once, found, strict=True)}
+
+    def _outcome(self, trial: Trial, pruned: Evaluation, dense: Evaluation) -> Outcome:
+        judgement = judge(self.reward, pruned, dense, objectives=self._objectives)
+        if not judgement.failed:
+            self._objectives = tuple(judgement.objectives)
+        tokens = self.tokens(trial.subset, trial.examples)
+        if trial.slopes_at is None or pruned.slopes is None:
+            return Outcome(pruned, dense, judgement, tokens)
+        slope_tokens = SLOPE_PASSES * len(trial.subset) * self.window_tokens
+        slopes = self.budget.importance_slopes(trial.slopes_at, trial.allocation.kept, pruned.slopes)
+        if not np.isfinite(slopes).all():
+            slopes = np.zeros_like(slopes)
+        return Outcome(pruned, dense, judgement, tokens + slope_tokens, slopes, slope_tokens)
 
     def _costs(self, kept: Sequence[int]) -> dict[str, float] | None:
         if "cost" not in self.reward.needs:

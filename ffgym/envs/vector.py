@@ -1,8 +1,9 @@
 """The vector environment that agents see: one vector step is one update, all on the same task.
 
 It owns the schedule, redraws the token subset once an update (common random numbers within it), counts tokens, and
-keeps the history. Every episode ends after its step and the next one begins at once (SAME_STEP autoreset). Where
-actions of one update come to the same allocation, it is measured once and counts for each: the bits would be the same.
+keeps the history. Every episode ends after its step and the next one begins at once (SAME_STEP autoreset). All
+episodes of an update are measured in one call. Where their actions come to the same allocation, it is measured once and
+counts for each: the bits would be the same.
 
 Under a range of budgets every update has a target of its own, drawn evenly over the range from the seed. One target an
 update, not several: the advantage is taken among episodes of equal target, and it is the better the more there are.
@@ -10,45 +11,43 @@ update, not several: the advantage is taken among episodes of equal target, and 
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from ffgym.envs.pruning_env import OBJECTIVE, PruningEnv
+from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.envs.schedule import Schedule, Stage, stratified
 from ffgym.errors import DataError
+from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.contracts import check_actions
-from ffgym.types import Episode
+from ffgym.types import Allocation, Episode
 
 Infos = dict[str, Any]
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]
-FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed", "stopped_early")
+FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed")
 
 
 class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """``num_envs`` episodes an update, measured one after another on one model.
+    """``num_envs`` episodes an update.
 
     Args:
         env: the stationary task.
         schedule: sparsity and fidelity over the token budget.
         num_envs: episodes per update.
         token_budget: tokens that the search may evaluate; the update that crosses it is the last.
-        stop_margin: an episode is hopeless, and cut short, when its loss above dense is this many standard deviations
-            above the mean of the last update at the same target and fidelity; ``None`` cuts none short.
-        on_episode: called after every episode.
+        on_episode: called after every episode, when its update has been measured.
+        on_progress: called with the share of an update that has been measured, from 0 to 1.
         slope_episodes: of how many episodes of every update, the first ones, slopes are measured too; ``final_info``
             then holds ``slopes``, shape (num_envs, 2L), 0 for the others.
         replay: episodes of an earlier, interrupted search with the same seed: they are taken as they are instead of
             being measured again.
 
     Attributes:
-        history: every episode so far, also those of an update that was interrupted.
+        history: every episode so far.
         tokens_spent: tokens evaluated so far.
     """
 
@@ -59,9 +58,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         *,
         num_envs: int,
         token_budget: int,
-        stop_margin: float | None = None,
         slope_episodes: int = 0,
         on_episode: Callable[[Episode], None] | None = None,
+        on_progress: OnProgress | None = None,
         replay: Sequence[Episode] = (),
         log_name: str = "the log",
     ) -> None:
@@ -69,7 +68,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.schedule = schedule
         self.num_envs = num_envs
         self.token_budget = token_budget
-        self.stop_margin = stop_margin
         self.slope_episodes = slope_episodes
         self.history: list[Episode] = []
         self.tokens_spent = 0
@@ -79,6 +77,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = batch_space(env.action_space, num_envs)
         self.observation_space = batch_space(env.observation_space, num_envs)
         self._on_episode = on_episode
+        self._on_progress = on_progress
         self._replay = replay
         self._log_name = log_name
         self._update = 0
@@ -86,7 +85,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._stage = schedule.stage(0.0)
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
-        self._hopeless: float | None = None
 
     @property
     def tokens_left(self) -> int:
@@ -130,7 +128,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def measure(self, actions: np.ndarray) -> Step:
         """Do what :meth:`step` does once it has checked: what is raised here is not the agent's doing."""
         last = np.tile(self.env.observation(), (self.num_envs, 1))
-        episodes = [self._episode(action, slopes=i < self.slope_episodes) for i, action in enumerate(actions)]
+        episodes = self._episodes(actions)
         self._update += 1
         following = self._begin()
         done = np.ones(self.num_envs, dtype=bool)
@@ -151,51 +149,42 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._stage = self.schedule.stage(self.tokens_spent / self.token_budget, place)
         self._subset = self.env.draw(self.np_random, self._stage.windows)
         self._examples = self.env.draw_examples(self.np_random, self._stage.windows)
-        self._hopeless = self._threshold()
-        observation, _ = self.env.reset(options=self._task())
+        task = {"sparsity": self._stage.sparsity, "subset": self._subset, "examples": self._examples}
+        observation, _ = self.env.reset(options=task)
         return np.tile(observation, (self.num_envs, 1))
 
-    def _task(self) -> dict[str, Any]:
-        """What all episodes of the running update are told."""
-        return {
-            "sparsity": self._stage.sparsity,
-            "subset": self._subset,
-            "examples": self._examples,
-            "hopeless": self._hopeless,
-        }
+    def _episodes(self, actions: np.ndarray) -> list[Episode]:
+        """Replay and measure one update, and record its episodes in order."""
+        allocations = [self.env.budget.project(action, self._stage.sparsity) for action in actions]
+        first, episodes = len(self.history), list[Episode]()
+        for i, episode in enumerate(self._replay[first : first + self.num_envs]):
+            self._check_replayed(episode, first + i, actions[i], allocations[i], slopes=i < self.slope_episodes)
+            episodes.append(self._recorded(episode))
+        trials = [
+            Trial(allocation, self._subset, self._examples, slopes_at=action if i < self.slope_episodes else None)
+            for i, (action, allocation) in enumerate(zip(actions, allocations, strict=True))
+            if i >= len(episodes)
+        ]
+        if trials:
+            for trial, outcome in zip(trials, self.env.outcomes(trials, self._on_progress), strict=True):
+                measured = self._measured(actions[len(episodes)], trial, outcome)
+                episodes.append(self._recorded(measured))
+        return episodes
 
-    def _threshold(self) -> float | None:
-        """Loss above dense (nats per token) from which on an episode of this update is hopeless.
-
-        Fixed before the update begins, so that within it the same action earns the same reward.
-        """
-        stage = (self._stage.sparsity, self._stage.fidelity)
-        last = [e for e in self.history[-self.num_envs :] if (e.target_sparsity, e.fidelity) == stage and not e.failed]
-        if self.stop_margin is None or len(last) < 2:
-            return None
-        above = np.array([episode.loss - episode.dense_loss for episode in last])
-        return float(above.mean() + self.stop_margin * above.std())
-
-    def _episode(self, action: np.ndarray, *, slopes: bool) -> Episode:
-        index = len(self.history)
-        if index < len(self._replay):
-            episode = self._replayed(index, action, slopes=slopes)
-        elif not slopes and (twin := self._twin(action)):
-            tokens = twin.tokens - twin.slope_tokens
-            episode = replace(twin, index=index, action=action, tokens=tokens, slopes=(), slope_tokens=0)
-        else:
-            episode = self._measured(index, action, slopes=slopes)
+    def _recorded(self, episode: Episode) -> Episode:
         self.tokens_spent += episode.tokens
         self.history.append(episode)
         if self._on_episode is not None:
             self._on_episode(episode)
         return episode
 
-    def _replayed(self, index: int, action: np.ndarray, *, slopes: bool) -> Episode:
-        episode = self._replay[index]
-        stage, kept = self._stage, self.env.budget.project(action, self._stage.sparsity).kept
+    def _check_replayed(
+        self, episode: Episode, index: int, action: np.ndarray, allocation: Allocation, *, slopes: bool
+    ) -> None:
+        """Raise ``DataError`` unless this search would measure what the episode was measured on."""
+        stage = self._stage
         task = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept, bool(episode.slopes))
-        if task != (self._update, stage.sparsity, stage.fidelity, kept, slopes) or not np.array_equal(
+        if task != (self._update, stage.sparsity, stage.fidelity, allocation.kept, slopes) or not np.array_equal(
             episode.action, action
         ):
             raise DataError(
@@ -203,34 +192,22 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 "configuration, starting policy, seed, version or thread count, or the agent does not follow its seed",
                 hint=f"Delete {self._log_name} to search from the start.",
             )
-        return episode
 
-    def _twin(self, action: np.ndarray) -> Episode | None:
-        """The episode of this update that was measured on the same allocation, if there is one."""
-        kept = self.env.budget.project(action, self._stage.sparsity).kept
-        siblings = itertools.takewhile(lambda episode: episode.update == self._update, reversed(self.history))
-        return next((episode for episode in siblings if episode.kept == kept), None)
-
-    def _measured(self, index: int, action: np.ndarray, *, slopes: bool) -> Episode:
-        self.env.reset(options={**self._task(), "slopes": slopes})
-        _, reward, _, _, info = self.env.step(action)
+    def _measured(self, action: np.ndarray, trial: Trial, outcome: Outcome) -> Episode:
         return Episode(
-            index=index,
+            index=len(self.history),
             update=self._update,
             action=action,
-            kept=tuple(int(k) for k in info["kept"]),
-            reward=reward,
-            loss=float(info["loss"]),
-            dense_loss=float(info["dense_loss"]),
+            kept=trial.allocation.kept,
+            reward=outcome.judgement.reward,
+            loss=outcome.pruned.loss,
+            dense_loss=outcome.dense.loss,
             target_sparsity=self._stage.sparsity,
-            sparsity=float(info["sparsity"]),
+            sparsity=trial.allocation.sparsity,
             fidelity=self._stage.fidelity,
-            tokens=int(info["tokens"]),
-            failed=bool(info["failed"]),
-            objectives={
-                key.removeprefix(OBJECTIVE): float(value) for key, value in info.items() if key.startswith(OBJECTIVE)
-            },
-            stopped_early=bool(info["stopped_early"]),
-            slopes=tuple(float(x) for x in info.get("slopes", ())),
-            slope_tokens=int(info.get("slope_tokens", 0)),
+            tokens=outcome.tokens,
+            failed=outcome.judgement.failed,
+            objectives=outcome.judgement.objectives,
+            slopes=() if outcome.slopes is None else tuple(outcome.slopes.tolist()),
+            slope_tokens=outcome.slope_tokens,
         )

@@ -7,70 +7,33 @@ few hundred positions at a time, beside those of the pruned model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ffgym.evaluation.perplexity import predicting, project, token_losses
-from ffgym.types import Evaluation
+from ffgym.evaluation.perplexity import project
 
 LOGIT_BYTES = 96 * 2**20  # of all buffers
 BUFFERS = 3  # float32 numbers held per logit
 
 
-@torch.inference_mode()
-def remember(model: Any, window: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Loss of the dense model on one window, and the hidden states that its distributions can be had from again.
+def window_divergences(
+    model: Any, hidden: torch.Tensor, dense_hidden: torch.Tensor, targets: torch.Tensor, needs: frozenset[str]
+) -> torch.Tensor:
+    """Mean loss, KL(P || Q) and KL(Q || P) of each window.
 
     Args:
-        model: the dense model.
-        window: token ids, shape (length,), int64.
-
-    Returns:
-        mean loss in nats per token; final hidden states, shape (length - 1, d), on the CPU, in the model's dtype: what
-        a bfloat16 model computes is kept bit for bit, and the dense model's divergence from itself is exactly 0.
-    """
-    hidden, targets = predicting(model, window[None])
-    loss = token_losses(model, hidden[0], targets[0]).cpu().double().mean()
-    return float(loss), hidden[0].cpu()
-
-
-@torch.inference_mode()
-def evaluate_against(
-    model: Any,
-    windows: torch.Tensor,
-    dense_hidden: Sequence[torch.Tensor],
-    *,
-    needs: frozenset[str],
-    tokens_per_batch: int = 4096,
-) -> Evaluation:
-    """Mean loss and divergence of every window.
-
-    Args:
-        model: a Hugging Face causal LM in eval mode, with the dense model's output head.
-        windows: token ids, shape (windows, length), int64, length >= 2.
-        dense_hidden: for each window what `remember` kept, shape (length - 1, d).
+        model: gives the output head, which is the dense model's.
+        hidden: final hidden states that predict a token, shape (windows, length - 1, d).
+        dense_hidden: the dense model's, same shape.
+        targets: the tokens, shape (windows, length - 1), int64.
         needs: ``kl``, ``reverse_kl`` or both: which direction to measure.
-        tokens_per_batch: tokens in one forward pass (whole windows, at least one).
 
     Returns:
-        losses, ``kls`` and ``reverse_kls`` as asked for, in nats per token.
+        shape (3, windows), float64, on the CPU, nats per token; NaN in the row of a direction that was not asked for.
     """
-    rows: list[torch.Tensor] = []
-    size = max(1, tokens_per_batch // windows.shape[1])
-    for start in range(0, len(windows), size):
-        hidden, targets = predicting(model, windows[start : start + size])
-        dense = torch.stack(list(dense_hidden[start : start + size]))
-        flat = token_divergences(model, hidden.flatten(0, 1), dense.flatten(0, 1), targets.flatten(), needs)
-        rows.append(flat.view(3, *targets.shape).cpu().double().mean(dim=2))
-    losses, forward, backward = (tuple(column) for column in torch.cat(rows, dim=1).tolist())
-    return Evaluation(
-        losses,
-        windows.shape[1] - 1,
-        kls=forward if "kl" in needs else None,
-        reverse_kls=backward if "reverse_kl" in needs else None,
-    )
+    flat = token_divergences(model, hidden.flatten(0, 1), dense_hidden.flatten(0, 1), targets.flatten(), needs)
+    return flat.view(3, *targets.shape).cpu().double().mean(dim=2)
 
 
 def token_divergences(

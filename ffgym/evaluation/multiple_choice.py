@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,24 @@ def answered_right(model: Any, examples: Sequence[EncodedExample], *, tokens_per
         tokens_per_batch: tokens in one forward pass, padding included (whole examples, at least one).
 
     Returns:
-        shape (examples,), bool; the first of equally likely answers counts, and none where a likelihood is not finite.
+        shape (examples,), bool; see `right_answers`.
     """
     right = np.zeros(len(examples), dtype=bool)
-    for batch in _batches(examples, tokens_per_batch):
-        for index, likelihoods in zip(batch, log_likelihoods(model, [examples[i] for i in batch]), strict=True):
-            best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
-            right[index] = all(map(math.isfinite, likelihoods)) and best == examples[index].right
+    for batch in batches(examples, tokens_per_batch):
+        asked = [examples[i] for i in batch]
+        right[batch] = right_answers(asked, log_likelihoods(model, asked))
     return right
+
+
+def right_answers(examples: Sequence[EncodedExample], likelihoods: Sequence[Sequence[float]]) -> list[bool]:
+    """Whether the right answer is the likeliest of each example.
+
+    The first of equally likely answers counts, and none where a likelihood is not finite.
+    """
+    return [
+        all(map(math.isfinite, found)) and max(range(len(found)), key=found.__getitem__) == example.right
+        for example, found in zip(examples, likelihoods, strict=True)
+    ]
 
 
 def task_accuracy(examples: Sequence[EncodedExample], right: Sequence[bool] | np.ndarray) -> float:
@@ -57,9 +68,56 @@ def log_likelihoods(model: Any, examples: Sequence[EncodedExample]) -> list[list
         for each example a number per answer.
 
     Raises:
+        ModelError: see `padded`.
+    """
+    batch, device = padded(model, examples), model.get_input_embeddings().weight.device
+    hidden = model.base_model(
+        input_ids=batch.ids.to(device),
+        position_ids=batch.positions.to(device),
+        attention_mask=batch.mask.to(device),
+        use_cache=False,
+    ).last_hidden_state
+    return batch.log_likelihoods(model, hidden)
+
+
+@dataclass(frozen=True)
+class PaddedExamples:
+    """Examples as the rows of one forward pass.
+
+    Attributes:
+        examples: whose they are.
+        ids: shape (examples, length), int64, 0 where padded.
+        positions: of the tokens, shape (examples, length), int64.
+        mask: what is added to attention scores, shape (examples, 1, length, length), the model's dtype.
+        sources: where the answers' tokens are predicted, in the flattened hidden states.
+        targets: those tokens.
+    """
+
+    examples: tuple[EncodedExample, ...]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    sources: torch.Tensor
+    targets: torch.Tensor
+
+    def log_likelihoods(self, model: Any, hidden: torch.Tensor) -> list[list[float]]:
+        """Log-likelihood of every answer of each example, in nats.
+
+        Args:
+            model: gives the output head.
+            hidden: final hidden states, shape (examples, length, d).
+        """
+        found = token_losses(model, hidden.flatten(0, 1)[self.sources.to(hidden.device)], self.targets)
+        losses = iter(found.tolist())
+        return [[-math.fsum(next(losses) for _ in answer) for answer in example.answers] for example in self.examples]
+
+
+def padded(model: Any, examples: Sequence[EncodedExample]) -> PaddedExamples:
+    """Lay out examples for one forward pass.
+
+    Raises:
         ModelError: an example is longer than the model's sliding window, and its mask would be another one.
     """
-    device = model.get_input_embeddings().weight.device
     length = max(example.tokens for example in examples)
     window = getattr(model.config, "sliding_window", None)
     longest = max(len(example.context) + max(map(len, example.answers)) for example in examples)
@@ -83,15 +141,8 @@ def log_likelihoods(model: Any, examples: Sequence[EncodedExample]) -> list[list
             owners += [number] * len(answer)
         for table, values in ((ids, tokens), (positions, places), (branches, owners)):
             table[row, : len(values)] = torch.tensor(values)
-    hidden = model.base_model(
-        input_ids=ids.to(device),
-        position_ids=positions.to(device),
-        attention_mask=_mask(branches, next(model.parameters()).dtype).to(device),
-        use_cache=False,
-    ).last_hidden_state.flatten(0, 1)
-    losses = token_losses(model, hidden[torch.tensor(sources, device=hidden.device)], torch.tensor(targets)).tolist()
-    answers = iter(losses)
-    return [[-math.fsum(next(answers) for _ in answer) for answer in example.answers] for example in examples]
+    mask = _mask(branches, next(model.parameters()).dtype)
+    return PaddedExamples(tuple(examples), ids, positions, mask, torch.tensor(sources), torch.tensor(targets))
 
 
 def _mask(branches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -109,8 +160,8 @@ def _mask(branches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def _batches(examples: Sequence[EncodedExample], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices, the longest rows first, so that a batch holds rows of about one length and little padding."""
+def batches(examples: Sequence[EncodedExample], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices of each forward pass, the longest rows first: rows of about one length need little padding."""
     order = sorted(range(len(examples)), key=lambda index: -examples[index].tokens)
     while order:
         size = max(1, tokens_per_batch // examples[order[0]].tokens)

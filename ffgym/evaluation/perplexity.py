@@ -40,15 +40,23 @@ def evaluate(
     """
     losses: list[float] = []
     for batch in torch.split(windows, max(1, tokens_per_batch // windows.shape[1])):
-        losses.extend(window_losses(model, batch).tolist())
+        losses.extend(window_losses(model, *predicting(model, batch)).tolist())
         if on_batch is not None:
             on_batch(len(batch))
     return Evaluation(tuple(losses), windows.shape[1] - 1)
 
 
-def window_losses(model: Any, windows: torch.Tensor) -> torch.Tensor:
-    """Mean loss of each window in one forward pass; shape (windows,), float64, on the CPU."""
-    hidden, targets = predicting(model, windows)
+def window_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean loss of each window.
+
+    Args:
+        model: gives the output head.
+        hidden: final hidden states that predict a token, shape (windows, length - 1, d).
+        targets: those tokens, shape (windows, length - 1), int64.
+
+    Returns:
+        shape (windows,), float64, on the CPU, nats per token.
+    """
     flat = token_losses(model, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
     return flat.reshape(targets.shape).cpu().double().mean(dim=1)
 

@@ -80,6 +80,9 @@ def _run(
         progress.say(f"search: {label}: {earlier} episodes of earlier sessions are taken from {log.name}")
     with progress.stage(f"search: {label}", budget) as stage:
 
+        def on_progress(share: float) -> None:
+            stage.advance(0, f"tokens, {share:.0%} of an update")
+
         def on_episode(episode: Episode) -> None:
             stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
 
@@ -100,6 +103,7 @@ def _run(
             on_episode=on_episode,
             on_update=on_update,
             on_point=on_point,
+            on_progress=on_progress,
         )
 
 

@@ -6,6 +6,7 @@ the same name in a run's TOML is validated by it, and the plugin finds the resul
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -254,7 +255,11 @@ class BatchAgent(Agent):
 
     @abstractmethod
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
-        """Learn from rewards, shape (batch,); return diagnostics, e.g. ``{"policy/spread": 0.2}``."""
+        """Learn from rewards, shape (batch,); return diagnostics, e.g. ``{"policy/spread": 0.2}``.
+
+        An agent that also wants to know what its actions came to adds a parameter, ``kept=None``: units per sublayer,
+        shape (batch, 2L), int64, where the environment says so.
+        """
 
     def take_slopes(self, slopes: np.ndarray) -> None:
         """Take the slopes that ``slope_episodes`` asked for, shape (slope_episodes, 2L); comes before ``tell``.
@@ -268,13 +273,17 @@ class BatchAgent(Agent):
         self.check_updates(env.num_envs)
         self.begin(dimensions=env.single_action_space.shape[0], batch=env.num_envs, seed=seed)
         observations, _ = env.reset(seed=seed)
+        tell: Any = self.tell
+        takes_kept = "kept" in inspect.signature(tell).parameters
         index = 0
         while env.tokens_left > 0:
             actions = self.ask(observations)
             following, rewards, _, _, infos = env.step(actions)
-            if self.slope_episodes and "slopes" in infos.get("final_info", {}):
-                self.take_slopes(infos["final_info"]["slopes"][: self.slope_episodes])
-            diagnostics = self.tell(observations, actions, rewards)
+            final = infos.get("final_info", {})
+            if self.slope_episodes and "slopes" in final:
+                self.take_slopes(final["slopes"][: self.slope_episodes])
+            kept = {"kept": final["kept"]} if takes_kept and "kept" in final else {}
+            diagnostics = tell(observations, actions, rewards, **kept)
             on_update(Update(index=index, rewards=rewards, diagnostics=diagnostics))
             observations = following
             index += 1

@@ -174,12 +174,6 @@ def make_reward(config: RunConfig) -> Reward:
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
     check_wishes(reward)
-    if reward.needs and config.search.stop_hopeless:
-        raise ConfigError(
-            f"reward {config.reward.name!r} needs {', '.join(sorted(reward.needs))}, and search.stop_hopeless can stop "
-            "an episode that is judged by its losses alone",
-            hint="Set search.stop_hopeless = false, or reward.name = 'perplexity'.",
-        )
     if "accuracy" in reward.needs:
         if not reward.tasks:
             raise ConfigError(
@@ -284,7 +278,7 @@ def shrunk(config: RunConfig) -> RunConfig:
     window = min(config.data.window, CHECKED_WINDOW)
     plain["data"] |= {"window": window, "report_tokens": window}
     plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
-    plain["search"] |= {"episode_tokens": window, "final_tokens": window, "stop_hopeless": False}
+    plain["search"] |= {"episode_tokens": window, "final_tokens": window}
     if config.prune.ridge == "auto":
         plain["prune"] |= {"ridge": CHECKED_RIDGE}
     return RunConfig.model_validate(plain)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_recommendations
@@ -192,15 +192,15 @@ def run_finals(
     if len(candidates) == 1:
         return list(candidates), None, 0
     subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    outcomes = list(env.outcomes([Trial(candidate.allocation, subset, examples) for candidate in candidates]))
     measured: list[tuple[float, float, Candidate]] = []
-    for candidate in candidates:
-        found = env.judge(candidate.allocation, subset, examples)
-        loss = found.pruned.loss
-        known = replace(candidate, loss=loss, reward=found.reward, objectives=found.objectives)
-        measured.append((-found.reward, np.inf if found.failed else loss, known))
+    for candidate, outcome in zip(candidates, outcomes, strict=True):
+        loss, judged = outcome.pruned.loss, outcome.judgement
+        known = replace(candidate, loss=loss, reward=judged.reward, objectives=judged.objectives)
+        measured.append((-judged.reward, np.inf if judged.failed else loss, known))
     # Where losses are so large that rewards are equal, the smaller loss; what broke down comes last.
     measured.sort(key=lambda each: each[:2])
-    return [c for _, _, c in measured], env.dense(subset, examples).loss, len(candidates) * env.tokens(subset, examples)
+    return [c for _, _, c in measured], outcomes[0].dense.loss, sum(outcome.tokens for outcome in outcomes)
 
 
 def finals_windows(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class Line(BaseModel):
     update: Count
     action: tuple[FiniteFloat, ...]
     kept: tuple[Count, ...]
-    reward: float
+    reward: FiniteFloat
     loss: float
     dense_loss: float
     target_sparsity: FiniteFloat
@@ -56,7 +56,7 @@ class Line(BaseModel):
     tokens: Count
     failed: bool = False
     objectives: dict[str, float] = {}
-    stopped_early: bool = False
+    stopped_early: bool = False  # in older logs
     slopes: tuple[float, ...] = ()
     slope_tokens: Count = 0
     seconds: FiniteFloat = 0.0
@@ -65,7 +65,7 @@ class Line(BaseModel):
     def episode(self) -> Episode:
         """What it says; float32 importances survive the round trip bit for bit."""
         fields = dict(self)
-        del fields["seconds"], fields["digest"]
+        del fields["seconds"], fields["digest"], fields["stopped_early"]
         return Episode(**{**fields, "action": np.array(self.action, dtype=np.float32)})
 
 

@@ -14,6 +14,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv, Step
 from ffgym.errors import PluginError
+from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import called, check_update
 from ffgym.plugins.manager import described
@@ -108,6 +109,7 @@ def search_front(
     on_episode: Callable[[Episode], None] | None = None,
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
     on_point: Callable[[Found], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Found]:
     """Let the agent spend its tokens, then choose at every target.
 
@@ -123,6 +125,7 @@ def search_front(
         on_episode: called after each episode.
         on_update: called after each update with its episodes and what the agent said.
         on_point: called after the finals of each target.
+        on_progress: called with the share of an update that has been measured, from 0 to 1.
 
     Returns:
         one for every target; they share the history, and each has its own finals.
@@ -145,9 +148,9 @@ def search_front(
             schedule,
             num_envs=agent.update_size(settings.episodes_per_update),
             token_budget=settings.episodes * env.episode_windows * env.window_tokens,
-            stop_margin=settings.stop_margin if settings.stop_hopeless else None,
             slope_episodes=agent.slope_episodes,
             on_episode=record,
+            on_progress=on_progress,
             replay=recorder.earlier.episodes,
             log_name=str(log),
         )

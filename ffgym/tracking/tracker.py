@@ -160,9 +160,9 @@ class Tracker:
 
         Args:
             episodes: each becomes the metrics reward, perplexity, dense_perplexity, sparsity, target_sparsity,
-                fidelity, tokens, failed and stopped_early (0 or 1), under ``<search>/``, and ``objective/NAME`` where
-                the reward weighs several. A perplexity that is not finite is logged as NaN: MLflow would turn infinity
-                into 1.8e308 and spoil the chart.
+                fidelity, tokens and failed (0 or 1), under ``<search>/``, and ``objective/NAME`` where the reward
+                weighs several. A perplexity that is not finite is logged as NaN: MLflow would turn infinity into
+                1.8e308 and spoil the chart.
             policy: numbers about the policy after this update, e.g. ``{"policy/spread": 0.2}``, at the last step.
             search: prefix of the metrics, to keep the random baseline beside the agent.
         """
@@ -377,7 +377,6 @@ def _episode_metrics(episode: Episode) -> dict[str, float]:
         "fidelity": episode.fidelity,
         "tokens": episode.tokens,
         "failed": float(episode.failed),
-        "stopped_early": float(episode.stopped_early),
         **{f"objective/{name}": value for name, value in episode.objectives.items()},
     }
 

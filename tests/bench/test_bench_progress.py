@@ -15,7 +15,6 @@ from rich.console import Console
 from ffgym.bench import bench as bench_module
 from ffgym.bench.bench import CellQueue, bench, read_bench, read_cell
 from ffgym.bench.cell import Job
-from ffgym.envs.pruning_env import PruningEnv
 from ffgym.models import placement
 from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
@@ -75,18 +74,16 @@ def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, m
     assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, about 82 s left")
 
 
-def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, before_episodes: Any) -> None:
     new_store(tmp_path / "mlruns")
     file = bench_file(tmp_path, ["uniform", "random"], tracking={"enabled": True})
-    step, steps = PruningEnv.step, []
+    count = iter(range(10**6))
 
-    def interrupted(self: PruningEnv, action: Any) -> Any:
-        steps.append(action)
-        if len(steps) == 1 + PER_UPDATE + 2:
+    def interrupted() -> None:
+        if next(count) == 1 + PER_UPDATE + 1:
             raise KeyboardInterrupt
-        return step(self, action)
 
-    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    before_episodes(interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench([file], progress=Console(quiet=True))
     (parent,) = [run for run in runs(tmp_path / "mlruns") if "mlflow.parentRunId" not in run.data.tags]
@@ -104,19 +101,20 @@ def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, monkeypa
     assert list((tmp_path / "mlruns" / "bench").iterdir()) == []
 
 
-def test_a_search_is_never_made_of_two_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_is_never_made_of_two_dtypes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_episodes: Any
+) -> None:
     """``auto`` is a probe, and a busy machine may answer otherwise in the next sitting."""
     tables = glass_tables(tmp_path)["model"]
     file = bench_file(tmp_path, ["random"], model={**tables, "dtype": "auto"})
-    step, measured = PruningEnv.step, [0]
+    measured = [0]
 
-    def interrupted(self: PruningEnv, action: Any) -> Any:
+    def interrupted() -> None:
         measured[0] += 1
         if measured[0] == PER_UPDATE + 2:
             raise KeyboardInterrupt
-        return step(self, action)
 
-    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    before_episodes(interrupted)
     monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
     with pytest.raises(KeyboardInterrupt):
         bench([file], progress=Console(quiet=True))

@@ -277,7 +277,6 @@ RANGE = {"sparsity": "0.1:0.5"}
     ("tables", "complaint"),
     [
         ({"prune": RANGE, "schedule": {"sparsity": "cubic"}}, "schedule.sparsity = 'cubic' has none to rise to"),
-        ({"prune": RANGE, "search": {"stop_hopeless": True}}, "search.stop_hopeless has no earlier losses"),
         ({"prune": RANGE, "output": {"save_at": 0.6}}, "output.save_at = 0.6 is outside the range 0.1:0.5"),
         ({"prune": RANGE, "output": {"save_at": 0.2, "save_all": True}}, "output.save_all every point's"),
         ({"prune": {**RANGE, "front_points": 1}}, "prune.front_points = 1"),
@@ -294,12 +293,18 @@ def test_what_does_not_go_with_a_range_is_refused(tables: dict[str, dict[str, ob
     assert caught.value.hint
 
 
-def test_there_is_nothing_to_stop_within_one_window() -> None:
-    search: dict[str, object] = {"stop_hopeless": True, "episode_tokens": 1024}
-    with pytest.raises(ConfigError, match="one window of 1024") as caught:
-        load_config(search=search, data={"window": 1024})
-    assert "search.episode_tokens = 2048" in str(caught.value.hint)
-    assert load_config(search=search, data={"window": 512}).search.stop_hopeless
+@pytest.mark.parametrize("gone", [{"stop_hopeless": True}, {"stop_margin": 0.5}, {"stop_hopeless": "yes"}])
+def test_episodes_that_were_to_stop_early_are_refused_with_the_reason(gone: dict[str, object]) -> None:
+    (key,) = gone
+    with pytest.raises(ConfigError, match=f"search.{key} = .*: episodes are no longer stopped early; it compared") as e:
+        load_config(search=gone)
+    assert e.value.hint == f"Leave search.{key} out."
+
+
+def test_what_was_stored_with_episodes_that_run_to_their_end_still_loads() -> None:
+    assert load_config(search={"stop_hopeless": False, "stop_margin": 1.0, "episodes": 8}) == load_config(
+        search={"episodes": 8}
+    )
 
 
 def test_a_key_without_its_table_is_guessed() -> None:

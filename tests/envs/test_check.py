@@ -51,13 +51,6 @@ def test_it_is_checked_small_whatever_is_asked_for():
     assert checked.prune.model_copy(update={"ridge": "auto"}) == RunConfig().prune
 
 
-def test_early_stopping_is_left_out(tiny_run):
-    """It wants episodes of two windows, and is no part of the environment."""
-    search = {**tiny_run["search"], "stop_hopeless": True, "episode_tokens": 64}
-    config = RunConfig.model_validate({**tiny_run, "search": search})
-    assert shrunk(config).search.stop_hopeless is False
-
-
 def test_warnings_and_failures_become_complaints():
     class Odd(gymnasium.Env):
         action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float64)

@@ -8,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from measured_alone import Recording
 
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError
+from ffgym.plugins.bases import BatchAgent
+from ffgym.testing.toys import SeparableEnv
 
 RAMPS = Schedule(0.4, 4, start=0.1, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
 
@@ -82,13 +85,12 @@ def test_a_step_says_what_came_of_it_in_final_info(env):
     assert final["failed"].tolist() == [0] * 3
 
 
-def test_the_subset_is_redrawn_every_update_and_common_to_its_episodes(env, monkeypatch):
-    subsets = []
-    measure = env.measure
-    monkeypatch.setattr(env, "measure", lambda a, subset, *_: subsets.append(tuple(subset)) or measure(a, subset))
+def test_an_update_is_one_call_and_its_subset_is_redrawn_and_common_to_its_episodes(env):
+    env.executor = recording = Recording(env.executor)
     vector = vector_of(env, episodes=12)
     played(vector)
-    updates = [subsets[i : i + 3] for i in range(0, 12, 3)]
+    updates = [[request.windows for request in call] for call in recording.calls]
+    assert [len(update) for update in updates] == [1 + 3] * 4, "the dense model, and every episode"
     assert all(len(set(update)) == 1 for update in updates)
     assert len({update[0] for update in updates}) > 1
     losses = {e.update: set() for e in vector.history}
@@ -104,10 +106,8 @@ def test_equal_actions_in_one_update_earn_bit_equal_rewards(env):
     assert len(set(rewards.tolist())) == 1
 
 
-def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(env, monkeypatch):
-    measured = []
-    measure = env.measure
-    monkeypatch.setattr(env, "measure", lambda a, subset, *_: measured.append(a.kept) or measure(a, subset))
+def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(env):
+    env.executor = recording = Recording(env.executor)
     vector = vector_of(env, num_envs=4, episodes=8)
     vector.reset(seed=0)
     first, second = np.linspace(-1, 1, 6), np.linspace(1, -1, 6)
@@ -115,13 +115,13 @@ def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(en
     actions = np.stack([first, second, near, second]).astype(np.float32)
     a, b = (env.budget.project(action, 0.4).kept for action in (first, second))
     rewards = vector.step(actions)[1]
-    assert measured == [a, b]
+    assert [[request.kept for request in call] for call in recording.calls] == [[env.dense_units, a, b]]
     assert rewards[0] == rewards[2] != rewards[1] == rewards[3]
     assert [e.index for e in vector.history] == [0, 1, 2, 3]
     np.testing.assert_array_equal([e.action for e in vector.history], actions)
     assert vector.tokens_spent == 4 * 4 * 32
     vector.step(actions)
-    assert measured == [a, b, a, b], "the next update measures on other tokens"
+    assert len(recording.calls[1]) == 3, "the next update measures on other tokens"
 
 
 def test_the_seed_decides_all_subsets(env):
@@ -246,90 +246,16 @@ class TestRange:
         assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
 
 
-class TestHopeless:
-    """The threshold comes from the last update at the same target, and stands still within an update."""
-
-    @pytest.fixture
-    def told(self, env, monkeypatch):
-        """The thresholds that episodes were told, one an episode."""
-        seen = []
-        reset = env.reset
-
-        def recorded(*, seed=None, options=None):
-            seen.append((options or {}).get("hopeless"))
-            return reset(seed=seed, options=options)
-
-        monkeypatch.setattr(env, "reset", recorded)
-        return seen
-
-    def test_is_the_last_updates_mean_and_so_many_standard_deviations(self, env, told):
-        vector = vector_of(env, num_envs=3, episodes=12, stop_margin=1.5)
-        played(vector)
-        told = [told[0], *(told[1 + 4 * k : 4 + 4 * k] for k in range(len(vector.history) // 3))]
-        assert told[0] is None
-        assert told[1] == [None] * 3, "nothing to compare with in the first update"
-        for update, thresholds in enumerate(told[2:], start=1):
-            above = [e.loss - e.dense_loss for e in vector.history if e.update == update - 1]
-            assert set(thresholds) == {float(np.mean(above) + 1.5 * np.std(above))}
-
-    def test_without_a_margin_there_is_none(self, env, told):
-        played(vector_of(env, episodes=9))
-        assert set(told) == {None}
-
-    def test_only_evaluated_tokens_count_and_buy_more_episodes(self, env):
-        vector = vector_of(env, num_envs=4, episodes=16, stop_margin=0.0)
-        played(vector)
-        stopped = [e for e in vector.history if e.stopped_early]
-        assert stopped
-        assert all(e.tokens < 4 * 32 for e in stopped)
-        assert all(e.tokens == 4 * 32 for e in vector.history if not e.stopped_early)
-        assert vector.tokens_spent == sum(e.tokens for e in vector.history)
-        assert len(vector.history) > 16
-
-    def test_equal_actions_in_one_update_earn_bit_equal_rewards(self, env):
-        vector = vector_of(env, num_envs=3, episodes=30, stop_margin=0.0)
-        vector.reset(seed=0)
-        rng = np.random.default_rng(0)
-        for _ in range(6):
-            vector.step(rng.uniform(-1, 1, (3, 6)).astype(np.float32))
-            rewards = vector.step(np.tile(rng.uniform(-1, 1, 6).astype(np.float32), (3, 1)))[1]
-            assert len(set(rewards.tolist())) == 1
-
-    def test_losses_at_another_stage_are_no_measure(self, env, told):
-        schedule = Schedule(0.4, 4, start=0.1, sparsity="cubic", ramp_share=1.0)
-        played(vector_of(env, schedule, episodes=9, stop_margin=0.0))
-        assert set(told) == {None}
-
-    def test_goes_on_where_it_stopped(self, make_env):
-        options = {"sparsity": 0.4, "episode_windows": 4}
-        whole = vector_of(make_env(**options), num_envs=4, episodes=16, stop_margin=0.0)
-        played(whole)
-        assert any(e.stopped_early for e in whole.history)
-        rest = vector_of(make_env(**options), num_envs=4, episodes=16, stop_margin=0.0, replay=whole.history[:6])
-        played(rest)
-        assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
-
-    def test_failed_episodes_are_left_out_of_it(self, env, told, monkeypatch):
-        vector = vector_of(env, num_envs=3, episodes=9, stop_margin=1.0)
-        vector.reset(seed=0)
-        vector.step(np.random.default_rng(0).uniform(-1, 1, (3, 6)).astype(np.float32))
-        first, second = (e.loss - e.dense_loss for e in vector.history[:2])
-        vector.history[2] = replace(vector.history[2], loss=math.nan, failed=True)
-        vector._begin()
-        assert told[-1] == float(np.mean([first, second]) + np.std([first, second]))
-
-
 class TestReplay:
     def test_gives_the_same_history_without_a_forward_pass(self, env):
         first = vector_of(env, RAMPS)
         rewards = played(first)
-        calls = []
-        env.prunable.model.base_model.register_forward_pre_hook(lambda *_: calls.append(1))
+        env.executor = recording = Recording(env.executor)
         seen = []
         again = vector_of(env, RAMPS, replay=first.history, on_episode=seen.append)
         for one, two in zip(rewards, played(again), strict=True):
             np.testing.assert_array_equal(one, two)
-        assert calls == []
+        assert recording.calls == []
         assert all(same_episode(a, b) for a, b in zip(again.history, first.history, strict=True))
         assert len(seen) == len(first.history)
         assert again.tokens_spent == first.tokens_spent
@@ -443,3 +369,39 @@ class TestSlopes:
         played(plain)
         with pytest.raises(DataError, match="episode 0 of"):
             played(vector_of(env, episodes=12, slope_episodes=1, replay=plain.history))
+
+
+class TestTelling:
+    """A `BatchAgent` may ask to be told what its actions came to; one that does not works as it did."""
+
+    class Plain(BatchAgent):
+        name = "plain"
+
+        def begin(self, *, dimensions, batch, seed):
+            self.shape, self.rng = (batch, dimensions), np.random.default_rng(seed)
+
+        def ask(self, observations):
+            return self.rng.uniform(-1, 1, self.shape).astype(np.float32)
+
+        def tell(self, observations, actions, rewards):
+            return {}
+
+    class Curious(Plain):
+        name = "curious"
+
+        def tell(self, observations, actions, rewards, kept=None):
+            self.kept = kept
+            return {}
+
+    def test_what_was_kept(self, env):
+        plain, curious = self.Plain(), self.Curious()
+        vectors = [vector_of(env, episodes=6) for _ in range(2)]
+        for agent, vector in zip((plain, curious), vectors, strict=True):
+            agent.learn(vector, seed=0, on_update=lambda update: None)
+        assert all(same_episode(a, b) for a, b in zip(*(vector.history for vector in vectors), strict=True))
+        np.testing.assert_array_equal(curious.kept, [episode.kept for episode in vectors[1].history[-3:]])
+
+    def test_nothing_where_the_environment_does_not_say(self):
+        curious = self.Curious()
+        curious.learn(SeparableEnv(2, 4, tokens=4), seed=0, on_update=lambda update: None)
+        assert curious.kept is None

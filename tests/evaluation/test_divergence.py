@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from measured_alone import compared, final_hidden
 
 from ffgym.evaluation import divergence
-from ffgym.evaluation.divergence import evaluate_against, remember
-from ffgym.evaluation.perplexity import evaluate
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 BOTH = frozenset({"kl", "reverse_kl"})
@@ -36,8 +35,8 @@ def plain(dense, pruned, windows):
 
 
 def measured(dense, pruned, windows, needs=BOTH, **options):
-    hidden = [remember(dense, window)[1] for window in windows]
-    return evaluate_against(pruned, windows, hidden, needs=needs, **options)
+    hidden = [final_hidden(dense, window[None]) for window in windows]
+    return compared(pruned, windows, hidden, needs, **options)
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -70,14 +69,6 @@ def test_the_dense_model_does_not_differ_from_itself(dtype, random_windows):
     model, windows = tiny_model("llama", dtype=dtype), random_windows(4, 20)
     got = measured(model, model, windows, tokens_per_batch=20)
     assert got.kls == got.reverse_kls == (0.0,) * 4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_remembered_is_small_and_in_the_models_dtype(dtype, random_windows):
-    model, windows = tiny_model("llama", dtype=dtype), random_windows(2, 20)
-    loss, hidden = remember(model, windows[0])
-    assert (hidden.shape, hidden.dtype, hidden.device.type) == ((19, 32), dtype, "cpu")
-    assert loss == evaluate(model, windows[:1]).losses[0]
 
 
 def test_only_the_direction_that_is_asked_for_is_there(random_windows):

@@ -15,7 +15,6 @@ import tomli_w
 from glass_runs import PER_UPDATE, glass_tables
 from rich.console import Console
 
-from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError
 from ffgym.pipeline import task
 from ffgym.plugins import discovery
@@ -71,20 +70,17 @@ def result(script: ModuleType, group: str, seed: int, losses: dict[float, float]
 
 
 def test_it_goes_on_where_it_stopped_and_says_how_many_tokens(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_episodes: Any
 ) -> None:
     file = write(tmp_path)
     measured = []
-    step = PruningEnv.step
 
-    def counted(self: PruningEnv, action: Any) -> Any:
-        if len(measured) == 3 * PER_UPDATE:
-            measured.append("interrupted")
+    def counted() -> None:
+        measured.append("episode")
+        if len(measured) == 3 * PER_UPDATE + 1:
             raise KeyboardInterrupt
-        measured.append(action)
-        return step(self, action)
 
-    monkeypatch.setattr(PruningEnv, "step", counted)
+    before_episodes(counted)
     with pytest.raises(KeyboardInterrupt):
         script.compare(file, say=quiet())
     assert [path.stem for path in (tmp_path / "results").iterdir()] != []

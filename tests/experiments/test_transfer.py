@@ -123,18 +123,17 @@ class TestTheExperiment:
         assert all(f"* {answer}" in report for answer in json.loads((whole / "tiny.json").read_text())["answers"])
 
     def test_goes_on_where_it_was_interrupted(
-        self, transfer: ModuleType, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, transfer: ModuleType, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_episodes: Any
     ) -> None:
         """Ctrl-C within a search, then within the candidates: nothing is measured twice, the result is the same."""
         file = copied(whole, tmp_path, results=False)
-        from ffgym.envs.pruning_env import PruningEnv
+        count = iter(range(1000))
 
-        step, count = PruningEnv.step, iter(range(1000))
-        monkeypatch.setattr(
-            PruningEnv,
-            "step",
-            lambda self, a: step(self, a) if next(count) != 5 else (_ for _ in ()).throw(KeyboardInterrupt),
-        )
+        def stop() -> None:
+            if next(count) == 5:
+                raise KeyboardInterrupt
+
+        before_episodes(stop)
         with pytest.raises(KeyboardInterrupt):
             transfer.run(file, progress=quiet())
         measure, measured = transfer.Bench.measure, []

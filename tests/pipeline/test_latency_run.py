@@ -17,7 +17,6 @@ from rich.console import Console
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.costs.latency import LatencyTable, read_table, to_json
-from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.loading import load
 from ffgym.pipeline import compare, pipeline, task
@@ -109,24 +108,22 @@ def test_without_a_file_the_cache_is_asked_once(
 
 
 def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
-    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch, before_episodes: Any
 ) -> None:
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(parts_module, "cached_table", lambda *_, **__: table)
     whole, _ = finish(timed(tmp_path / "whole", None))
-    step, count = PruningEnv.step, itertools.count()
+    count = itertools.count()
 
-    def interrupted(self: PruningEnv, action: Any) -> Any:
+    def interrupted() -> None:
         if next(count) == 5:
             raise KeyboardInterrupt
-        return step(self, action)
 
+    before_episodes(interrupted)
     config = timed(tmp_path / "parts", None)
-    with monkeypatch.context() as patch:
-        patch.setattr(PruningEnv, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finish(config)
+    with pytest.raises(KeyboardInterrupt):
+        finish(config)
     # Timed anew since, on a busier machine.
     other = made_up_table(load(str(glass_home() / "glass"), dtype="float32").model, context=WINDOW, mlp=16e-3)
     assert other.digest != table.digest

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from ffgym.bench.bench import check_benches, read_bench
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
-from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pipeline import compare, pipeline, task
@@ -236,16 +235,15 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [3, 2 * PER_UPDATE, EPISODES - 1])
 def test_interrupted_and_resumed_it_is_the_same_front(
-    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    finished: Any, tmp_path: Path, before_episodes: Any, after: int
 ) -> None:
-    step, count = PruningEnv.step, iter(range(10**6))
+    count = iter(range(10**6))
 
-    def interrupted(self: PruningEnv, action: np.ndarray) -> Any:
+    def interrupted() -> None:
         if next(count) == after:
             raise KeyboardInterrupt
-        return step(self, action)
 
-    monkeypatch.setattr(PruningEnv, "step", interrupted)
+    before_episodes(interrupted)
     with pytest.raises(KeyboardInterrupt):
         go(ranged(tmp_path))
     found = json.loads((tmp_path / "out" / "allocation.json").read_text())

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import tomli_w
 from glass_runs import EPISODES, PER_UPDATE, glass_config, glass_tables
@@ -26,7 +25,6 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference
-from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
@@ -61,18 +59,16 @@ def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResul
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def steps(before_episodes: Any) -> list[int]:
     """Grows by one with every episode that is measured; Ctrl-C comes when its length passes ``steps[0]``."""
     seen = [10**6]
-    step = PruningEnv.step
 
-    def counted(self: PruningEnv, action: np.ndarray) -> Any:
+    def counted() -> None:
         if len(seen) > seen[0]:
             raise KeyboardInterrupt
         seen.append(len(seen))
-        return step(self, action)
 
-    monkeypatch.setattr(PruningEnv, "step", counted)
+    before_episodes(counted)
     return seen
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, load_config
-from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import (
     BudgetError,
     ConfigError,
@@ -41,6 +40,7 @@ from ffgym.errors import (
     UnknownNameError,
 )
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.execute import LocalExecutor
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.folder import claim_folder
 from ffgym.plugins import built_ins, configured, discovery, manager
@@ -101,18 +101,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 
 
 @pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """``stop_at(n)``: Ctrl-C while episode n (from 0, over all searches) is measured."""
+def stop_at(before_episodes: Any) -> Callable[[int], None]:
+    """``stop_at(n)``: Ctrl-C before episode n (from 0, over all searches) is recorded."""
 
     def arm(number: int) -> None:
-        step, count = PruningEnv.step, iter(range(10**6))
+        count = iter(range(10**6))
 
-        def interrupted(self: PruningEnv, action: np.ndarray) -> Any:
+        def interrupted() -> None:
             if next(count) == number:
                 raise KeyboardInterrupt
-            return step(self, action)
 
-        monkeypatch.setattr(PruningEnv, "step", interrupted)
+        before_episodes(interrupted)
 
     return arm
 
@@ -771,14 +770,14 @@ def test_a_plugin_that_breaks_its_contract_is_named_and_the_run_is_failed(
 def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, count = PruningEnv.measure, iter(range(10**6))
+    measure, count = LocalExecutor.measure, iter(range(10**6))
 
-    def broken(self: PruningEnv, *args: Any) -> Any:
-        evaluation = measure(self, *args)
-        lost = (math.nan,) * len(evaluation.losses)
-        return type(evaluation)(lost, evaluation.tokens_per_window) if next(count) in (1, 4) else evaluation
+    def broken(self: LocalExecutor, *args: Any) -> Any:
+        dense, *found = measure(self, *args)
+        lost = (math.nan,) * len(dense.losses)
+        return [dense, *(replace(e, losses=lost) if next(count) in (1, 4) else e for e in found)]
 
-    monkeypatch.setattr(PruningEnv, "measure", broken)
+    monkeypatch.setattr(LocalExecutor, "measure", broken)
     one = finish(glass_config(tmp_path, search={"random_baseline": False}))
     failed = [episode for episode in one.result.found.history if episode.failed]
     assert [episode.index for episode in failed] == [1, 4]

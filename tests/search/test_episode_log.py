@@ -30,7 +30,7 @@ class TestReading:
         log = tmp_path / "broken.jsonl"
         good = json.dumps(episode_to_json(episode(0, 0, 0.5)))
         log.write_text(good + "\n" + good.replace('"reward": 0.5', f'"reward": {reward}') + "\n")
-        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is not an episode"):
+        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is no episode"):
             read_episodes(log)
 
     def test_an_episode_survives_the_round_trip_bit_for_bit(self, tmp_path):
@@ -58,6 +58,11 @@ class TestReading:
         log = tmp_path / "episodes.jsonl"
         log.touch()
         assert read_episodes(log) == []
+
+    def test_a_log_from_when_episodes_could_be_stopped_early_is_read(self, tmp_path):
+        log = tmp_path / "old.jsonl"
+        log.write_text(json.dumps({**episode_to_json(episode(0, 0, 0.5)), "stopped_early": False}) + "\n")
+        assert read_episodes(log)[0].reward == 0.5
 
     def test_a_log_from_before_objectives_is_read(self, tmp_path):
         row = episode_to_json(episode(0, 0, 0.5))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_up_episodes import Opinionated, episode
+from measured_alone import Recording
 
 from ffgym.agents.random_search import RandomSearch
 from ffgym.search.finals import (
@@ -73,25 +74,26 @@ class TestFinalists:
         got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3)
         assert got[0].allocation.sparsity >= 0.3
 
-    def test_the_least_loss_wins_and_a_broken_one_comes_last(self, env, monkeypatch):
+    def test_the_least_loss_wins_and_a_broken_one_comes_last_in_one_call(self, env):
         candidates = [
             Candidate(np.zeros(6), env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3), f"episode {i}")
             for i in range(4)
         ]
         losses = {c.allocation.kept: loss for c, loss in zip(candidates, [2.0, math.nan, 1.0, 3.0], strict=True)}
-        subsets = []
+        losses[env.dense_units] = 0.5
 
-        def measured(allocation, subset, examples):
-            subsets.append(tuple(subset))
-            return Evaluation((losses[allocation.kept],), 31)
+        class Known:
+            def measure(self, requests, on_progress=None):
+                return [Evaluation((losses[request.kept],), 31) for request in requests]
 
-        monkeypatch.setattr(env, "measure", measured)
+        env.executor = recording = Recording(Known())
         got, dense, tokens = run_finals(env, candidates, 170, seed=0)
         assert [c.origin for c in got] == ["episode 2", "episode 0", "episode 3", "episode 1"]
-        assert len(set(subsets)) == 1, "all on the same windows"
-        assert len(subsets[0]) == 5
+        (call,) = recording.calls
+        assert len({request.windows for request in call}) == 1, "all on the same windows"
+        assert len(call[0].windows) == 5
         assert tokens == 4 * 5 * 32
-        assert dense == env.dense(subsets[0]).loss
+        assert dense == 0.5
 
     def test_more_tokens_than_the_split_has_means_all_of_it(self, env):
         candidates = finalists(env, RandomSearch(), [episode(i, 0, i / 3, action=np.eye(6)[i]) for i in range(3)], 3)

@@ -10,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_up_episodes import Opinionated
+from measured_alone import Recording
 
 from ffgym.agents.one_shot import OneShot
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config.tables import SearchTable
+from ffgym.envs.pruning_env import Trial
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
@@ -64,14 +66,11 @@ class TestUniform:
             assert found.best.loss == min(losses)
             assert found.best.allocation.kept == found.finalists[0].allocation.kept
 
-    def test_fewer_shapes_than_episodes_are_measured_once_an_update(self, uniform_env, monkeypatch):
-        measured = []
-        measure = uniform_env.measure
-        monkeypatch.setattr(
-            uniform_env, "measure", lambda a, subset, *_: measured.append((a.kept, tuple(subset))) or measure(a, subset)
-        )
+    def test_fewer_shapes_than_episodes_are_measured_once_an_update(self, uniform_env):
+        uniform_env.executor = recording = Recording(uniform_env.executor)
         found = searched(uniform_env, schedule=Schedule(0.3, 2))
         assert len(found.history) == 12
+        measured = [request for call in recording.calls for request in call if request.kept != uniform_env.dense_units]
         assert len(measured) == len(set(measured)), "nothing is measured twice on the same tokens"
         assert len(measured) <= 3 * 2 + 2
 
@@ -177,9 +176,9 @@ class TestPareto:
         assert found.final_tokens == len(found.finalists) * 160
         subset = finals_windows(traded, 160, 3)
         for candidate in found.finalists:
-            judged = traded.judge(candidate.allocation, subset)
-            assert (candidate.loss, candidate.reward) == (judged.pruned.loss, judged.reward)
-            assert candidate.objectives == judged.objectives
+            (outcome,) = traded.outcomes([Trial(candidate.allocation, subset)])
+            assert candidate.loss == outcome.pruned.loss
+            assert (candidate.reward, candidate.objectives) == (outcome.judgement.reward, outcome.judgement.objectives)
 
     def test_the_best_reward_is_chosen_and_is_not_dominated(self, traded):
         found = searched(traded, settings=SETTINGS.model_copy(update={"episodes": 40}), schedule=Schedule(0.3, 2))
@@ -231,7 +230,29 @@ class Interrupting(RandomSearch):
         return {}
 
 
+class Stopping(Recording):
+    """Ctrl-C while update ``after`` (from 0) is measured."""
+
+    def __init__(self, executor, after):
+        super().__init__(executor)
+        self.after = after
+
+    def measure(self, requests, on_progress=None):
+        if len(self.calls) == self.after:
+            raise KeyboardInterrupt
+        return super().measure(requests, on_progress)
+
+
 class TestInterruption:
+    def test_while_an_update_is_measured_loses_that_update(self, make_env, tmp_path):
+        whole, log = searched(make_env(sparsity=0.3)), tmp_path / "episodes.jsonl"
+        env = make_env(sparsity=0.3)
+        env.executor = Stopping(env.executor, after=2)
+        with pytest.raises(SearchInterrupted) as raised:
+            searched(env, log=log)
+        assert len(raised.value.found.history) == len(read_episodes(log)) == 8
+        assert bits(searched(make_env(sparsity=0.3), log=log)) == bits(whole)
+
     def test_says_the_best_so_far(self, env):
         with pytest.raises(SearchInterrupted) as raised:
             searched(env, Interrupting(1), schedule=Schedule(0.3, 2))
@@ -281,7 +302,7 @@ class TestInterruption:
         assert raised.value.found.search_tokens >= 12 * 64
 
     def test_before_the_first_episode_is_plain_ctrl_c(self, env):
-        env.prunable.model.base_model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        env.executor = Stopping(env.executor, after=0)
         with pytest.raises(KeyboardInterrupt) as raised:
             searched(env)
         assert not isinstance(raised.value, SearchInterrupted)
@@ -388,13 +409,14 @@ class TestSeconds:
 
         def make():
             env = make_env(sparsity=0.3)
-            measure = env.measure
+            executor = env.executor
 
-            def measured(allocation, subset, *examples):
-                now[0] += 1.0
-                return measure(allocation, subset, *examples)
+            class Slow:
+                def measure(self, requests, on_progress=None):
+                    now[0] += len(requests) - 1.0  # the dense model takes none
+                    return executor.measure(requests, on_progress)
 
-            env.measure = measured
+            env.executor = Slow()
             return env
 
         return make
@@ -415,9 +437,10 @@ class TestSeconds:
 
         with pytest.raises(SearchInterrupted) as raised:
             searched(slow(), log=log, on_episode=interrupt)
-        assert raised.value.found.seconds == stop + 1
+        measured = 4 * (stop // 4 + 1)  # of whose updates some episodes were not recorded
+        assert raised.value.found.seconds == measured
         found = searched(slow(), log=log)
-        assert found.seconds == len(found.history) + len(found.finalists)
+        assert found.seconds == len(found.history) + len(found.finalists) + measured - (stop + 1)
         assert searched(slow(), log=log).seconds == found.seconds, "a replay takes no time"
 
     def test_a_log_that_does_not_say_is_read(self, slow, tmp_path):
@@ -608,7 +631,7 @@ class TestBrokenAgents:
         def fails(*args, **options):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(env, "measure", fails)
+        monkeypatch.setattr(env.executor, "measure", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             searched(env)
 
@@ -630,7 +653,7 @@ class TestBrokenAgents:
 
         options = {where: fails} if where != "measuring" else {}
         if where == "measuring":
-            monkeypatch.setattr(env, "measure", fails)
+            monkeypatch.setattr(env.executor, "measure", fails)
         with pytest.raises(RuntimeError, match="the disk is gone"):
             searched(env, Hasty(), **options)
 

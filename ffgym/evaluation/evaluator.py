@@ -1,0 +1,362 @@
+"""Measures allocations on tokens: the one place where a cut model runs during a search.
+
+An update is measured layer by layer: all its requests go through layer i before any goes through layer i + 1. So a
+layer is cut once for all requests that keep the same of it, and requests on the same text that agree on the first
+layers share the hidden states up to there. Batches are those of a request that is measured alone, and so are the bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ffgym.data.examples import EncodedExample
+from ffgym.errors import ModelError
+from ffgym.evaluation.divergence import window_divergences
+from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, right_answers, task_accuracy
+from ffgym.evaluation.perplexity import window_losses
+from ffgym.evaluation.slopes import unit_slopes
+from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.walk import Entry, Walk
+from ffgym.plugins.bases import SLOPE_PASSES
+from ffgym.types import Evaluation
+
+OnProgress = Callable[[float], None]
+
+DIVERGENCES = frozenset({"kl", "reverse_kl"})
+
+
+@dataclass(frozen=True)
+class Request:
+    """An allocation, and what to measure it on.
+
+    Attributes:
+        kept: units per sublayer, length 2L.
+        windows: indices of windows of text, at least one.
+        examples: indices of multiple-choice examples.
+        needs: what to measure beside the losses, any of ``kl``, ``reverse_kl``, ``accuracy``, ``slopes``.
+    """
+
+    kept: tuple[int, ...]
+    windows: tuple[int, ...]
+    examples: tuple[int, ...] = ()
+    needs: frozenset[str] = frozenset()
+
+
+class Evaluator(Protocol):
+    """Measures allocations. Asking twice gives the same bits, whatever else is asked at the same time."""
+
+    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+        """Measure every request, in the order asked for.
+
+        Args:
+            requests: any number.
+            on_progress: called with the share that is done, from 0 to 1.
+
+        Raises:
+            ModelError: the dense model's loss is not finite on a window.
+        """
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What goes through the model at once: windows of text, or examples that are padded to one length."""
+
+    indices: tuple[int, ...]
+    examples: bool = False
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A batch through the model cut to an allocation, and the divergences that are read off its end."""
+
+    batch: _Batch
+    kept: tuple[int, ...]
+    divergences: frozenset[str] = frozenset()
+
+    def level(self, layer: int) -> tuple[int, ...]:
+        """Units that it keeps of a layer's attention and MLP."""
+        return self.kept[2 * layer : 2 * layer + 2]
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Hidden states of a batch behind the layers so far, and the passes that have them in common."""
+
+    entry: Entry
+    hidden: torch.Tensor
+    passes: tuple[_Pass, ...]
+    asked: PaddedExamples | None = None
+
+    def split(self, layer: int) -> Iterator[_Stream]:
+        """The same for each level at which its passes cut the next layer."""
+
+        def level(each: _Pass) -> tuple[int, ...]:
+            return each.level(layer)
+
+        for _, own in itertools.groupby(sorted(self.passes, key=level), level):
+            yield replace(self, passes=tuple(own))
+
+
+@dataclass(frozen=True)
+class _DenseWindow:
+    """What is kept of the dense model on a window.
+
+    Attributes:
+        loss: nats per token.
+        hidden: final hidden states, which its distributions can be had from again, shape (length - 1, d), the model's
+            dtype, on the CPU; ``None`` before a divergence is asked for.
+    """
+
+    loss: float
+    hidden: torch.Tensor | None
+
+
+class ModelEvaluator:
+    """Measures allocations of one prepared model, layer by layer; see `Evaluator`.
+
+    The dense model runs on one window, or one example, at a time, and what comes of it is kept: kernels round by batch
+    size, and what is still missing depends on what was asked before.
+
+    Args:
+        prunable: the prepared model; it is dense again after every call, also one that was interrupted.
+        windows: token ids, shape (windows, length), int64.
+        examples: multiple-choice examples.
+        calibrated: use refitted consumers, not plain removal.
+        tokens_per_batch: tokens of one forward pass.
+    """
+
+    def __init__(
+        self,
+        prunable: PrunableModel,
+        windows: torch.Tensor,
+        *,
+        examples: Sequence[EncodedExample] = (),
+        calibrated: bool = True,
+        tokens_per_batch: int = 4096,
+    ) -> None:
+        self._prunable = prunable
+        self._model = prunable.model
+        self._walk = Walk(prunable.model)
+        self._windows = windows
+        self._examples = tuple(examples)
+        self._calibrated = calibrated
+        self._tokens_per_batch = tokens_per_batch
+        self._dense: dict[int, _DenseWindow] = {}
+        self._dense_right: dict[int, bool] = {}
+
+    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+        """Measure every request, in the order asked for; see `Evaluator`."""
+        compared = {i for request in requests if request.needs & DIVERGENCES for i in request.windows}
+        passes = [each for each in self._passes(requests) if not self._is_known(each, compared)]
+        sloped = dict.fromkeys((r.kept, r.windows) for r in requests if "slopes" in r.needs)
+        slope_tokens = {each: SLOPE_PASSES * len(each[1]) * self._length for each in sloped}
+        advance = _counter(on_progress, sum(map(self._tokens, passes)) + sum(slope_tokens.values()))
+        slopes: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[np.ndarray, ...]] = {}
+        try:
+            self._prunable.restore()
+            with torch.inference_mode():
+                read = self._run(passes, compared, advance)
+            for kept, windows in sloped:
+                ids = self._windows[list(windows)]
+                units = unit_slopes(self._prunable, ids, kept, calibrated=self._calibrated)
+                slopes[kept, windows] = tuple(each.numpy() for each in units)
+                advance(slope_tokens[kept, windows])
+        finally:
+            self._prunable.restore()
+        answers = (self._evaluation(request, read) for request in requests)
+        return [
+            replace(answer, slopes=slopes[request.kept, request.windows]) if "slopes" in request.needs else answer
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    @property
+    def _length(self) -> int:
+        return self._windows.shape[1]
+
+    def _passes(self, requests: Sequence[Request]) -> Iterable[_Pass]:
+        """What has to be known of the requests, each pass once."""
+        dense = [replace(r, kept=self._prunable.dense_units) for r in requests if r.needs & DIVERGENCES]
+        passes = [p for r in requests for p in (*self._of_text(r), *self._of_examples(r))]
+        return dict.fromkeys([*passes, *(p for r in dense for p in self._of_text(r))])
+
+    def _of_text(self, request: Request) -> list[_Pass]:
+        dense = self._is_dense(request.kept)
+        size = 1 if dense else max(1, self._tokens_per_batch // self._length)
+        divergences = frozenset[str]() if dense else request.needs & DIVERGENCES
+        starts = range(0, len(request.windows), size)
+        return [_Pass(_Batch(request.windows[i : i + size]), request.kept, divergences) for i in starts]
+
+    def _of_examples(self, request: Request) -> list[_Pass]:
+        if "accuracy" not in request.needs:
+            return []
+        asked = [self._examples[i] for i in request.examples]
+        places: Iterable[list[int]] = batches(asked, self._tokens_per_batch)
+        if self._is_dense(request.kept):
+            places = [[place] for place in range(len(asked))]
+        indices = [tuple(request.examples[place] for place in own) for own in places]
+        return [_Pass(_Batch(own, examples=True), request.kept) for own in indices]
+
+    def _is_dense(self, kept: tuple[int, ...]) -> bool:
+        return kept == self._prunable.dense_units
+
+    def _is_known(self, each: _Pass, compared: Set[int]) -> bool:
+        """Whether it is one of the dense model that was made before, with the hidden states if they are wanted."""
+        if not self._is_dense(each.kept):
+            return False
+        (index,) = each.batch.indices
+        if each.batch.examples:
+            return index in self._dense_right
+        return index in self._dense and not (index in compared and self._dense[index].hidden is None)
+
+    def _tokens(self, each: _Pass) -> int:
+        if each.batch.examples:
+            return sum(self._examples[i].tokens for i in each.batch.indices)
+        return len(each.batch.indices) * self._length
+
+    def _run(self, passes: Sequence[_Pass], compared: Set[int], advance: OnProgress) -> dict[_Pass, torch.Tensor]:
+        """Losses and divergences of each pass over text, shape (1 or 3, windows); answers of others, (1, examples)."""
+        tokens, depth = sum(map(self._tokens, passes)), len(self._prunable.halves) // 2
+        own: dict[_Batch, list[_Pass]] = {}
+        for each in passes:
+            own.setdefault(each.batch, []).append(each)
+        streams = [self._entered(batch, tuple(members)) for batch, members in own.items()]
+        for layer in range(depth):
+            streams = self._through(layer, streams)
+            advance(tokens / depth)
+        dense = [stream for stream in streams if self._is_dense(stream.passes[0].kept)]
+        others = [stream for stream in streams if not self._is_dense(stream.passes[0].kept)]
+        self._keep_dense(dense, compared)  # first: the divergences of the others need its hidden states
+        read: dict[_Pass, torch.Tensor] = {}
+        for stream in others:
+            read |= self._read(stream, self._walk.leave(stream.hidden, stream.entry))
+        return read
+
+    def _entered(self, batch: _Batch, passes: tuple[_Pass, ...]) -> _Stream:
+        if batch.examples:
+            asked = padded(self._model, [self._examples[i] for i in batch.indices])
+            entry = self._walk.enter(asked.ids, asked.mask, asked.positions)
+            return _Stream(entry, entry.hidden, passes, asked)
+        entry = self._walk.enter(self._windows[list(batch.indices)])
+        return _Stream(entry, entry.hidden, passes)
+
+    def _through(self, layer: int, streams: Sequence[_Stream]) -> list[_Stream]:
+        """All streams behind the next layer, which is cut to each level once."""
+
+        def level(stream: _Stream) -> tuple[int, ...]:
+            return stream.passes[0].level(layer)
+
+        halves = self._prunable.halves[2 * layer : 2 * layer + 2]
+        refits: dict[tuple[PrunableSublayer, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        split = sorted((part for stream in streams for part in stream.split(layer)), key=level)
+        behind = []
+        for units, parts in itertools.groupby(split, level):
+            for half, kept in zip(halves, units, strict=True):
+                self._cut(half, kept, refits)
+            behind += [replace(each, hidden=self._walk.layer(layer, each.hidden, each.entry)) for each in parts]
+        for half in halves:
+            half.restore()
+        return behind
+
+    def _cut(
+        self,
+        half: PrunableSublayer,
+        units: int,
+        refits: dict[tuple[PrunableSublayer, int], tuple[torch.Tensor, torch.Tensor | None]],
+    ) -> None:
+        """Cut half a layer, with the refit that another level of the other half has left if there is one."""
+        if half.consumer.in_features == units * half.sublayer.channels_per_unit:
+            return
+        known = refits.get((half, units))
+        half.cut(units, calibrated=self._calibrated and known is None)
+        if known is not None:
+            half.set_consumer(*known)
+        elif 0 < units < half.sublayer.units:
+            refits[half, units] = half.consumer.weight, half.consumer.bias
+
+    def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int]) -> None:
+        """Keep what the dense model comes to.
+
+        Raises:
+            ModelError: a loss that is not finite.
+        """
+        text = [stream for stream in streams if stream.asked is None]
+        broken = 0
+        for stream in streams:
+            last = self._walk.leave(stream.hidden, stream.entry)
+            (index,), (row,) = stream.passes[0].batch.indices, self._read(stream, last).values()
+            value = float(row)
+            if stream.asked is not None:
+                self._dense_right[index] = bool(value)
+            elif math.isfinite(value):
+                self._dense[index] = _DenseWindow(value, last[0, :-1].cpu() if index in compared else None)
+            else:
+                broken += 1
+        if broken:
+            raise ModelError(
+                f"the loss of the dense model is not finite on {broken} of {len(text)} search windows",
+                hint="It overflows, for which --set model.dtype=float32 or bfloat16 helps, or its weights are damaged.",
+            )
+
+    def _read(self, stream: _Stream, last: torch.Tensor) -> dict[_Pass, torch.Tensor]:
+        """What the passes of a stream come to, given the final hidden states."""
+        first = stream.passes[0]
+        if stream.asked is not None:
+            likelihoods = stream.asked.log_likelihoods(self._model, last)
+            return {first: torch.tensor([right_answers(stream.asked.examples, likelihoods)])}
+        hidden, targets = last[:, :-1], stream.entry.ids[:, 1:].to(last.device)
+        read = {}
+        for each in stream.passes:
+            if each.divergences:
+                dense = torch.stack([self._dense_hidden(i) for i in each.batch.indices])
+                read[each] = window_divergences(self._model, hidden, dense, targets, each.divergences)
+            else:
+                read[each] = window_losses(self._model, hidden, targets)[None]
+        return read
+
+    def _dense_hidden(self, window: int) -> torch.Tensor:
+        hidden = self._dense[window].hidden
+        assert hidden is not None, "read before"
+        return hidden
+
+    def _evaluation(self, request: Request, read: Mapping[_Pass, torch.Tensor]) -> Evaluation:
+        if self._is_dense(request.kept):
+            nothing = (0.0,) * len(request.windows)
+            columns = [tuple(self._dense[i].loss for i in request.windows), nothing, nothing]
+            right = self._dense_right
+        else:
+            rows = torch.cat([read[each] for each in self._of_text(request)], dim=1).tolist()
+            columns = [tuple(row) for row in rows]
+            answered = ((each.batch.indices, read[each][0].tolist()) for each in self._of_examples(request))
+            right = {i: answer for indices, answers in answered for i, answer in zip(indices, answers, strict=True)}
+        accuracy = None
+        if "accuracy" in request.needs and request.examples:
+            accuracy = task_accuracy(
+                [self._examples[i] for i in request.examples], [right[i] for i in request.examples]
+            )
+        return Evaluation(
+            columns[0],
+            self._length - 1,
+            kls=columns[1] if "kl" in request.needs else None,
+            reverse_kls=columns[2] if "reverse_kl" in request.needs else None,
+            accuracy=accuracy,
+        )
+
+
+def _counter(on_progress: OnProgress | None, total: float) -> OnProgress:
+    """Counts tokens, and says which share of them is done."""
+    done = 0.0
+
+    def advance(tokens: float) -> None:
+        nonlocal done
+        done += tokens
+        if on_progress is not None and total:
+            on_progress(min(1.0, done / total))
+
+    return advance

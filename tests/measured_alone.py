@@ -1,0 +1,114 @@
+"""The obvious way to measure an allocation: cut the whole model, run it on one batch after another, put it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from ffgym.data.examples import EncodedExample
+    from ffgym.evaluation.evaluator import OnProgress, Request
+    from ffgym.execute import Executor
+    from ffgym.models.cut import PrunableModel
+    from ffgym.types import Evaluation
+
+
+def measured_alone(
+    prunable: PrunableModel,
+    request: Request,
+    windows: torch.Tensor,
+    examples: Sequence[EncodedExample] = (),
+    *,
+    calibrated: bool = True,
+    tokens_per_batch: int = 4096,
+) -> Evaluation:
+    """What one request comes to by ordinary calls of the model; the dense model gets one window or example a call."""
+    from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
+    from ffgym.evaluation.perplexity import evaluate
+    from ffgym.evaluation.slopes import unit_slopes
+
+    text, asked = windows[list(request.windows)], [examples[i] for i in request.examples]
+    divergences = request.needs & {"kl", "reverse_kl"}
+    batch = 1 if request.kept == prunable.dense_units else tokens_per_batch
+    dense = [final_hidden(prunable.model, window[None]) for window in text] if divergences else []
+    try:
+        prunable.cut(request.kept, calibrated=calibrated)
+        found = evaluate(prunable.model, text, tokens_per_batch=batch)
+        if divergences and request.kept == prunable.dense_units:
+            found = replace(found, kls=(0.0,) * len(text), reverse_kls=(0.0,) * len(text))
+        elif divergences:
+            found = compared(prunable.model, text, dense, divergences, tokens_per_batch=batch)
+        if "accuracy" in request.needs:
+            right = answered_right(prunable.model, asked, tokens_per_batch=batch)
+            found = replace(found, accuracy=task_accuracy(asked, right))
+    finally:
+        prunable.restore()
+    found = replace(
+        found,
+        kls=found.kls if "kl" in divergences else None,
+        reverse_kls=found.reverse_kls if "reverse_kl" in divergences else None,
+    )
+    if "slopes" in request.needs:
+        units = unit_slopes(prunable, text, request.kept, calibrated=calibrated)
+        found = replace(found, slopes=tuple(each.numpy() for each in units))
+    return found
+
+
+def final_hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    """Final hidden states that predict a token, shape (windows, length - 1, d)."""
+    import torch
+
+    from ffgym.evaluation.perplexity import predicting
+
+    with torch.inference_mode():
+        return predicting(model, windows)[0]
+
+
+def compared(
+    model: Any,
+    windows: torch.Tensor,
+    dense_hidden: Sequence[torch.Tensor],
+    needs: frozenset[str],
+    *,
+    tokens_per_batch: int = 4096,
+) -> Evaluation:
+    """Losses and divergences of a model from the one whose `final_hidden` states these are, one window each."""
+    import torch
+
+    from ffgym.evaluation.divergence import window_divergences
+    from ffgym.evaluation.perplexity import predicting
+    from ffgym.types import Evaluation
+
+    size = max(1, tokens_per_batch // windows.shape[1])
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(windows), size):
+            hidden, targets = predicting(model, windows[start : start + size])
+            dense = torch.cat(list(dense_hidden[start : start + size]))
+            rows.append(window_divergences(model, hidden, dense, targets, needs))
+    losses, kls, reverse_kls = (tuple(row) for row in torch.cat(rows, dim=1).tolist())
+    return Evaluation(
+        losses,
+        windows.shape[1] - 1,
+        kls=kls if "kl" in needs else None,
+        reverse_kls=reverse_kls if "reverse_kl" in needs else None,
+    )
+
+
+class Recording:
+    """An executor that notes what it is asked for, and hands it on.
+
+    Attributes:
+        calls: the requests of every call.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.calls: list[list[Request]] = []
+
+    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+        self.calls.append(list(requests))
+        return self._executor.measure(requests, on_progress)
