@@ -47,19 +47,8 @@ class Stock:
 
 
 # What `modeling_ffgym` has to know of a family.
-PARTS = (
-    "decoder",
-    "query",
-    "key",
-    "value",
-    "attention_consumer",
-    "mlp_producers",
-    "mlp_consumer",
-    "heads",
-    "kv_heads",
-    "intermediate",
-    "head_count_attributes",
-)
+PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producers", "mlp_consumer", "heads", "kv_heads",
+         "intermediate", "head_count_attributes")  # fmt: skip
 
 
 class Family(Plugin):

@@ -23,8 +23,9 @@ from ffgym.errors import FFGymError, PluginError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
+from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import family_of_pair
-from ffgym.models.loading import MODEL_CONFIG, LoadedModel, load
+from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
 from ffgym.plugins import configured, manager
