@@ -18,7 +18,7 @@ from ffgym.errors import ModelError, PluginError, UnknownNameError
 from ffgym.models.modeling_ffgym import PREFIX, make_classes
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
-from ffgym.plugins.contracts import called
+from ffgym.plugins.contracts import call_plugin
 from ffgym.types import Kind, Sublayer
 
 
@@ -92,7 +92,7 @@ class Family(Plugin):
             PluginError: transformers has no such architecture.
         """
         parts = {part: getattr(self, part) for part in PARTS}
-        config_class, model_class = called(
+        config_class, model_class = call_plugin(
             self, lambda: make_classes(self.name, **parts), "making the classes of its saved models"
         )
         return config_class, model_class
