@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 _LATE = {
+    **dict.fromkeys(("Recovery", "TrainingOutcome", "TrainingSetup"), "ffgym.recover.method"),
     "Resource": "ffgym.costs.resource",
     "ExportFormat": "ffgym.export.format",
     "Exported": "ffgym.export.format",
@@ -60,7 +61,6 @@ _LATE = {
     "Stock": "ffgym.models.families",
     "load_config": "ffgym.config.toml",
     "run": "ffgym.pipeline.pipeline",
-    **dict.fromkeys(("Recovery", "TrainingOutcome", "TrainingSetup"), "ffgym.recover.method"),
 }
 
 

@@ -44,14 +44,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def raising_if_out_of_memory(told: FFGymError) -> Iterator[None]:
+def raising_if_out_of_memory(instead: FFGymError) -> Iterator[None]:
     """Raise this error where memory is too small for the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise told from error
+        raise instead from error
 
 
 def _restored(cls: type[FFGymError], args: tuple[Any, ...], state: dict[str, Any]) -> FFGymError:

@@ -268,7 +268,7 @@ def disk_errors() -> Iterator[None]:
 
 
 @contextmanager
-def alone(lock_file: Path) -> Iterator[bool]:
+def exclusive_lock(lock_file: Path) -> Iterator[bool]:
     """Hold a lock for the block, or learn at once that another process does; a process that is killed holds none.
 
     Args:

@@ -13,7 +13,7 @@ import task_wheel
 from ffgym.data.assets import SMOLLM2, fetch
 from ffgym.data.task_data import reported_split
 from ffgym.measure.tasks import PAPER_TASKS
-from ffgym.models.loading import _dequantised
+from ffgym.models.dequantise import dequantised
 
 pytest.importorskip("lm_eval")
 
@@ -31,7 +31,7 @@ def test_the_dense_demo_models_figures_are_lm_evals(tmp_path: Path) -> None:
     (dense,) = data["models"]
     assert [mean["stderr"] is not None for mean in dense["paper_means"].values()] == [True, True]
 
-    folder = _dequantised(next(fetch(SMOLLM2).glob("*.gguf")), SMOLLM2.sha256)
+    folder = dequantised(next(fetch(SMOLLM2).glob("*.gguf")), SMOLLM2.sha256)
     splits = {task: reported_split(task) for task in TASKS}
     own = task_wheel.lm_eval_command(folder, splits, tmp_path / "scratch", "--limit", str(LIMIT))
     for task in TASKS:

@@ -330,6 +330,24 @@ class TestTutorialAgent(AgentConformance):
         return example("docs/plugins.md", "agent")()  # type: ignore[no-any-return]
 
 
+def test_tutorial_family_names_the_parts_of_its_model() -> None:
+    from transformers import Starcoder2Config, Starcoder2ForCausalLM
+
+    config = Starcoder2Config(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                              num_key_value_heads=1, vocab_size=16)  # fmt: skip
+    family = example("docs/models.md", "family")()
+    assert [sublayer.units for sublayer in family.sublayers(Starcoder2ForCausalLM(config))] == [1, 8]
+
+
+def test_tutorial_export_format_writes_a_file(tmp_path: Path) -> None:
+    from ffgym.testing.models import tiny_model
+
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    target, form = tmp_path / "weights", example("docs/plugins.md", "export")()
+    written = form.write(tmp_path / "model", target, overwrite=False, progress=lambda done, total: None)
+    assert (written.path, written.bytes) == (target, target.stat().st_size)
+
+
 def test_tutorial_recovery_trains(random_windows: Any) -> None:
     from ffgym.evaluation.perplexity import evaluate
     from ffgym.report.figures import new_figure
@@ -347,24 +365,6 @@ def test_tutorial_recovery_trains(random_windows: Any) -> None:
     assert outcome.after < outcome.before
     assert outcome.after == evaluate(model, windows).loss
     method.draw(new_figure(4, 3).subplots(), json.loads(json.dumps(outcome.curve)))
-
-
-def test_tutorial_family_names_the_parts_of_its_model() -> None:
-    from transformers import Starcoder2Config, Starcoder2ForCausalLM
-
-    config = Starcoder2Config(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                              num_key_value_heads=1, vocab_size=16)  # fmt: skip
-    family = example("docs/models.md", "family")()
-    assert [sublayer.units for sublayer in family.sublayers(Starcoder2ForCausalLM(config))] == [1, 8]
-
-
-def test_tutorial_export_format_writes_a_file(tmp_path: Path) -> None:
-    from ffgym.testing.models import tiny_model
-
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    target, form = tmp_path / "weights", example("docs/plugins.md", "export")()
-    written = form.write(tmp_path / "model", target, overwrite=False, progress=lambda done, total: None)
-    assert (written.path, written.bytes) == (target, target.stat().st_size)
 
 
 class TestReadmeCriterion(CriterionConformance):

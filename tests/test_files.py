@@ -24,8 +24,8 @@ from ffgym.config.toml import load_config, to_toml
 from ffgym.costs.latency_table import read_table, to_json
 from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
 from ffgym.files import FileFormat, replacing
-from ffgym.models.loading import MODEL_CONFIG, weight_files
-from ffgym.pipeline.folder import BEST_SO_FAR, Session, last_session, note_session
+from ffgym.models.checkpoint import MODEL_CONFIG, weight_files
+from ffgym.pipeline.folder import BEST_SO_FAR, RunRecord, read_record, write_record
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.lora import LoraCurve
 from ffgym.search.log import Recorder, read_log
@@ -146,7 +146,7 @@ def _policy(folder: Path) -> Path:
 
 
 def _session(folder: Path) -> Path:
-    note_session(folder, Session("0" * 32, "float32"))
+    write_record(folder, RunRecord("0" * 32, "float32"))
     return folder / "run.json"
 
 
@@ -194,7 +194,7 @@ def _index(folder: Path) -> Path:
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "episodes": (_episodes, read_log),
     "policy": (_policy, lambda path: read_policy(path, CONFIG)),
-    "session": (_session, lambda path: last_session(path.parent)),
+    "session": (_session, lambda path: read_record(path.parent)),
     "allocation": (_allocation, BEST_SO_FAR.read),
     "bench cell": (_cell, CELL_RESULT.read),
     "latency table": (_latency, read_table),

@@ -184,10 +184,10 @@ def read_cell(cell: Cell) -> CellResult | None:
 class Bed:
     """The model and text that all cells share, and pruned copies of the model as users would load them."""
 
-    def __init__(self, spec: Experiment, config: RunConfig, scratch: Path, say: Reporter) -> None:
+    def __init__(self, spec: Experiment, config: RunConfig, scratch: Path, reporter: Reporter) -> None:
         heuristics = [(name, {}) for name in spec.allocations.values() if not name.endswith(".json")]
-        self.space = task.open_workspace(config, heuristics, say)
-        self.spec, self.say, self._scratch = spec, say, scratch
+        self.space = task.open_task(config, heuristics, reporter)
+        self.spec, self.reporter, self._scratch = spec, reporter, scratch
         self._dense: list[float] = []
 
     def losses(self, model: Any) -> list[float]:
@@ -197,13 +197,13 @@ class Bed:
 
     def dense_losses(self) -> list[float]:
         if not self._dense:
-            with self.say.stage("report split: dense", 1):
+            with self.reporter.stage("report split: dense", 1):
                 self._dense = self.losses(self.space.prepared.prunable.model)
         return self._dense
 
     def recovered_losses(self, cell: Cell) -> list[float]:
         if cell.recovery in LINEAR:
-            with task.cut_to(self.space, cell.kept, cell.recovery, self.say):  # type: ignore[arg-type]
+            with task.cut_to(self.space, cell.kept, cell.recovery, self.reporter):  # type: ignore[arg-type]
                 return self.losses(self.space.prepared.prunable.model)
         model = self._plainly_pruned(cell)
         self._train(model, self.spec.trained[cell.recovery], cell.seed)
@@ -213,7 +213,7 @@ class Bed:
         folder = self._scratch / hashlib.sha256(str(cell.kept).encode()).hexdigest()[:16]
         prunable = self.space.prepared.prunable
         if not folder.exists():
-            with task.cut_to(self.space, cell.kept, "none", self.say):
+            with task.cut_to(self.space, cell.kept, "none", self.reporter):
                 tokenizer = self.space.loaded.tokenizer
                 save_pruned(prunable.model, tokenizer, folder, kept=cell.kept, family=prunable.family)
         dtype = self.space.loaded.dtype_name
@@ -235,7 +235,7 @@ class Bed:
                 evaluate_every=table.evaluate_every,
                 seed=seed,
                 tokens_per_pass=self.space.env.tokens_per_batch,
-                progress=lambda steps: self.say.stage(table.method, steps),
+                progress=lambda steps: self.reporter.stage(table.method, steps),
                 log=lambda _: None,
             )
         )
@@ -246,7 +246,9 @@ def compute(cells: Sequence[Cell], bed: Bed) -> None:
     begun = time.monotonic()
     for done, cell in enumerate(cells):
         left = f", about {(time.monotonic() - begun) / done * (len(cells) - done) / 60:.0f} min left" if done else ""
-        bed.say.say(f"cell {done + 1} of {len(cells)}: {cell.allocation}, {cell.recovery}, seed {cell.seed}{left}")
+        bed.reporter.print(
+            f"cell {done + 1} of {len(cells)}: {cell.allocation}, {cell.recovery}, seed {cell.seed}{left}"
+        )
         dense, start = bed.dense_losses(), time.monotonic()
         losses = bed.recovered_losses(cell)
         result = CellResult(
@@ -453,9 +455,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(file: Path, *, only_report: bool = False, say: Reporter | None = None) -> str:
+def measure(file: Path, *, only_report: bool = False, reporter: Reporter | None = None) -> str:
     """The whole experiment; the Markdown that was written."""
-    say = say or Reporter(Console(stderr=True))
+    reporter = reporter or Reporter(Console(stderr=True))
     spec, config = read_experiment(file)
     folder = file.parent / spec.results
     kept = {label: read_kept(file.parent / name) for label, name in spec.allocations.items() if name.endswith(".json")}
@@ -463,7 +465,7 @@ def measure(file: Path, *, only_report: bool = False, say: Reporter | None = Non
         for table in spec.trained.values():
             check_method(table, config.model.name)
         with tempfile.TemporaryDirectory() as scratch:
-            bed = Bed(spec, config, Path(scratch), say)
+            bed = Bed(spec, config, Path(scratch), reporter)
             for label, name in spec.allocations.items():
                 if label not in kept:
                     kept[label] = bed.space.project(name, {}).kept

@@ -27,7 +27,7 @@ WINDOWS = 16
 def main(folder: Path) -> None:
     """Measure nested ridge, then every strength."""
     config = load_config(folder / "config.toml", ["tracking.enabled=false"])
-    space = task.open_workspace(config, [], Reporter(Console(stderr=True)))
+    space = task.open_task(config, [], Reporter(Console(stderr=True)))
     prunable = space.prepared.prunable
     kept = json.loads((folder / "allocation.json").read_text())["kept"]
     texts = {"report": space.splits.report.windows[:WINDOWS], "search": space.splits.search.windows[-WINDOWS:]}

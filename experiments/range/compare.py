@@ -31,7 +31,7 @@ from ffgym.config.tables import RunConfig, Table
 from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.files import FileFormat
-from ffgym.pipeline.task import give_prior, make_schedule, open_workspace, report_loss, with_config
+from ffgym.pipeline.task import give_prior, make_schedule, open_task, report_loss, with_config
 from ffgym.plugins import configured
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
@@ -147,22 +147,22 @@ def read_result(search: Search) -> Result | None:
     return result
 
 
-def compute(searches: Sequence[Search], say: Reporter) -> None:
+def compute(searches: Sequence[Search], reporter: Reporter) -> None:
     """Run every search; all share one prepared model."""
     prior = searches[0].config.prior
     heuristics = [] if prior.name == "none" else [(prior.name, prior.options)]
-    shared = open_workspace(searches[0].config, heuristics, say)
+    shared = open_task(searches[0].config, heuristics, reporter)
     dense = report_loss(shared, shared.prepared.prunable.dense_units, "none")
     for number, search in enumerate(searches, start=1):
         config = search.config
-        say.say(f"search {number} of {len(searches)}: {search.path.stem}")
+        reporter.print(f"search {number} of {len(searches)}: {search.path.stem}")
         space = with_config(shared, config)
         agent = make_agent(config)
         give_prior(agent, space)
         log = config.tracking.folder / "range" / f"{digest(config)[:16]}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
-        with say.stage(search.path.stem, budget) as stage:
+        with reporter.stage(search.path.stem, budget) as stage:
             found = search_front(
                 space.env,
                 agent,
@@ -313,12 +313,12 @@ def _line(axes: Any, targets: Sequence[float], means: Sequence[Mean], colour: st
     axes.errorbar(targets, values, errors, marker="o", capsize=3, linewidth=1, color=colour, label=label)
 
 
-def compare(file: Path, *, only_report: bool = False, say: Reporter | None = None) -> str:
+def compare(file: Path, *, only_report: bool = False, reporter: Reporter | None = None) -> str:
     """The whole experiment; the Markdown that was written beside the file, with the picture."""
     spec, searches = read_experiment(file)
     missing = [search for search in searches if read_result(search) is None]
     if missing and not only_report:
-        compute(missing, say or Reporter(Console(stderr=True)))
+        compute(missing, reporter or Reporter(Console(stderr=True)))
     results = [result for search in searches if (result := read_result(search)) is not None]
     if not results or not Losses(results).seeds:
         raise DataError(f"no seed of {file} is complete yet", hint="Run without --report.")

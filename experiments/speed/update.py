@@ -17,7 +17,7 @@ from ffgym.agents.reinforce import Reinforce
 from ffgym.config.tables import RunConfig
 from ffgym.evaluation.evaluator import Request
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.pipeline.task import give_prior, open_workspace
+from ffgym.pipeline.task import give_prior, open_task
 from ffgym.report.progress import Reporter
 
 EPISODES = 8
@@ -27,7 +27,7 @@ WANTED = 0.90
 
 def main() -> None:
     config = RunConfig.model_validate({"search": {"episode_tokens": TOKENS}})
-    space = open_workspace(config, [(config.prior.name, config.prior.options)], Reporter(Console(quiet=True)))
+    space = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(quiet=True)))
     env, agent = space.env, Reinforce()
     give_prior(agent, space)
     agent.begin(dimensions=len(env.budget.sublayers), batch=EPISODES, seed=config.seed)

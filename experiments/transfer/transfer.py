@@ -140,12 +140,12 @@ class Everything(Reward):
 class Bench:
     """The prepared model, and everything that candidates are measured on."""
 
-    def __init__(self, settings: Settings, say: Reporter) -> None:
-        self.settings, self.say = settings, say
+    def __init__(self, settings: Settings, reporter: Reporter) -> None:
+        self.settings, self.reporter = settings, reporter
         config = settings.config(next(iter(settings.rewards)), settings.seeds[0])
         rules = [(name, {}) for name in settings.heuristics]
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
-        self.space = task.open_workspace(config, [*rules, *prior], say)
+        self.space = task.open_task(config, [*rules, *prior], reporter)
         self.rewards = {
             label: make_reward(settings.config(label, 0)) for label in (*settings.rewards, *settings.judges)
         }
@@ -207,7 +207,7 @@ class Bench:
         (outcome,) = self.env.outcomes([Trial(allocation, self.text, self.examples)])
         dense, pruned = outcome.dense, outcome.pruned
         right = {}
-        with task.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.say):
+        with task.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.reporter):
             for name, questions in self.questions.items():
                 answers = answered_right(prunable.model, questions, tokens_per_batch=batch)
                 right[name] = "".join("1" if answer else "0" for answer in answers)
@@ -242,7 +242,7 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
         agent = make_agent(config)
         task.give_prior(agent, space)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
-        with bench.say.stage(f"search: {name}", budget) as stage:
+        with bench.reporter.stage(f"search: {name}", budget) as stage:
             found = search(
                 space.env,
                 agent,
@@ -330,20 +330,20 @@ def read_settings(file: Path) -> Settings:
 
 def run(file: Path, *, only_report: bool = False, only_plan: bool = False, progress: Console | None = None) -> Analysis:
     """Measure what is missing, then write ``NAME.json``, ``NAME.md`` and ``NAME.png`` beside the file."""
-    say = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress or Console(stderr=True))
     settings = read_settings(file)
     folder = file.parent / settings.results
     lines = folder / "candidates.jsonl"
     rows = read_rows(lines, settings.digest)
     if not only_report:
-        bench = Bench(settings, say)
-        say.say(bench.plan())
+        bench = Bench(settings, reporter)
+        reporter.print(bench.plan())
         if only_plan:
             raise SystemExit(0)
         folder.mkdir(parents=True, exist_ok=True)
         wanted = candidates(bench, folder)
         known = {row["label"] for row in rows}
-        with say.stage("candidates", len(wanted)) as stage, lines.open("a", encoding="utf-8") as out:
+        with reporter.stage("candidates", len(wanted)) as stage, lines.open("a", encoding="utf-8") as out:
             for candidate in wanted:
                 if candidate.label not in known:
                     row = bench.measure(candidate)
@@ -357,7 +357,7 @@ def run(file: Path, *, only_report: bool = False, only_plan: bool = False, progr
     result.write(file.with_suffix(".json"))
     file.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
     figure(result, rows, file.with_suffix(".png"))
-    say.say(f"wrote {file.with_suffix('.md')}")
+    reporter.print(f"wrote {file.with_suffix('.md')}")
     return result
 
 

@@ -94,7 +94,7 @@ class Pathwise(BatchAgent):
             raise ConfigError("pathwise follows slopes, and this environment measures none", hint="Use reinforce.")
         updates = len(self._means) + 1
         self._squares += self._slope**2
-        scale = np.sqrt(beside(self._squares) / updates)
+        scale = np.sqrt(smoothed_over_neighbours(self._squares) / updates)
         scaled = np.divide(self._slope, scale, out=np.zeros_like(scale), where=self._slope != 0)
         step = np.where(self._slope != 0, self.config.step / np.sqrt(updates) * (self._covariance @ scaled), 0.0)
         self._mean = np.clip(self._mean - step, -1.0, 1.0)
@@ -123,7 +123,7 @@ class Pathwise(BatchAgent):
         return tail_mean(self._means, self.config.average) if self._means else self._start
 
 
-def beside(squares: np.ndarray) -> np.ndarray:
+def smoothed_over_neighbours(squares: np.ndarray) -> np.ndarray:
     """Mean over each layer and its two neighbours of one kind; beyond the ends the end counts again. Shape (2L,)."""
     layers = np.pad(squares.reshape(-1, 2), ((1, 1), (0, 0)), mode="edge")
     return np.asarray((layers[:-2] + layers[1:-1] + layers[2:]) / 3).reshape(-1)

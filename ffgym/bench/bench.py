@@ -87,12 +87,14 @@ def bench(
         ConfigError: no agents, mixed models, unequal terms, updates that are too small, or results of another
             configuration.
     """
-    say = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress or Console(stderr=True))
     benches = [read_bench(Path(file)) for file in files]
     check_benches(benches)
     for each in benches:
         if each.spec.baseline not in each.spec.agents:
-            say.say(f"{each.spec.title}: baseline {each.spec.baseline!r} is none of its agents: no tokens are counted")
+            reporter.print(
+                f"{each.spec.title}: baseline {each.spec.baseline!r} is none of its agents: no tokens are counted"
+            )
     tables = []
     with ExitStack() as stack:
         runs: dict[Path, Tracker] = {}
@@ -103,12 +105,12 @@ def bench(
                 runs = _open_runs(benches, missing, stack)
                 if missing:
                     parents = {file: tracker.run_id for file, tracker in runs.items()}
-                    compute(missing, parents, say, processes=jobs, threads=max(1, torch.get_num_threads() // jobs))
+                    compute(missing, parents, reporter, processes=jobs, threads=max(1, torch.get_num_threads() // jobs))
                     share(benches)
         for each in benches:
             results = [read_cell(cell) for cell in each.cells if cell.path.exists()]
             if not results:
-                say.say(f"{each.spec.title}: no results yet")
+                reporter.print(f"{each.spec.title}: no results yet")
                 continue
             tables.append(_write_table(each, results, runs.get(each.file)))
             if each.file in runs:
@@ -320,7 +322,7 @@ def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:
 def compute(
     cells: Sequence[tuple[Bench, Cell]],
     parents: Mapping[Path, str | None],
-    say: Reporter,
+    reporter: Reporter,
     *,
     processes: int,
     threads: int,
@@ -330,12 +332,12 @@ def compute(
     Args:
         cells: what is missing, with the bench that each belongs to; at least one.
         parents: MLflow run of each bench file; ``None`` where tracking is off.
-        say: where progress goes.
+        reporter: where progress goes.
         processes: how many cells are computed at the same time, >= 1.
         threads: torch threads of each process.
     """
-    queue = CellQueue(cells, parents, say)
-    work(queue, CellRunner, say, processes=min(processes, len(cells)), threads=threads)
+    queue = CellQueue(cells, parents, reporter)
+    work(queue, CellRunner, reporter, processes=min(processes, len(cells)), threads=threads)
 
 
 def _open_runs(
@@ -377,13 +379,15 @@ class CellQueue:
     Args:
         cells: what is missing, in the order of the files.
         parents: MLflow run of each bench file.
-        say: where progress goes.
+        reporter: where progress goes.
     """
 
-    def __init__(self, cells: Sequence[tuple[Bench, Cell]], parents: Mapping[Path, str | None], say: Reporter) -> None:
+    def __init__(
+        self, cells: Sequence[tuple[Bench, Cell]], parents: Mapping[Path, str | None], reporter: Reporter
+    ) -> None:
         self._waiting = list(cells)
         self._parents = parents
-        self._say = say
+        self._reporter = reporter
         self._prepared: dict[int, str] = {}  # what each worker has, or is computing with
         self._heuristics: dict[str, tuple[tuple[str, JSONDict], ...]] = {}
         for _, cell in cells:
@@ -415,7 +419,7 @@ class CellQueue:
             seconds = (time.monotonic() - self._begun) / self._done * (self._total - self._done)
             left = f", about {duration(seconds)} left"
         number = self._count - len(self._waiting)
-        self._say.say(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
+        self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
         return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file])
 
     def done(self, worker: int) -> None:

@@ -24,15 +24,15 @@ from ffgym.bench.table import CellResult
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, settings, to_toml
 from ffgym.errors import DataError
-from ffgym.files import FileFormat, alone, disk_errors, write_text
+from ffgym.files import FileFormat, disk_errors, exclusive_lock, write_text
 from ffgym.interrupts import held_back_interrupts
 from ffgym.pipeline.artifacts import log_splits, run_tags
-from ffgym.pipeline.task import Workspace, give_prior, make_schedule, open_workspace, report_loss, with_config
+from ffgym.pipeline.task import Task, give_prior, make_schedule, open_task, report_loss, with_config
 from ffgym.plugins import configured
 from ffgym.plugins.bases import Agent
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import finalists
-from ffgym.search.loop import Found, search
+from ffgym.search.loop import SearchResult, search
 from ffgym.search.policy import make_agent, policy_digest
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
@@ -103,12 +103,12 @@ class CellRunner:
     """Computes cells one after another and keeps the prepared model for as long as the next cell can use it.
 
     Args:
-        say: where progress goes.
+        reporter: where progress goes.
     """
 
-    def __init__(self, say: Reporter) -> None:
-        self._say = say
-        self._space: Workspace | None = None
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._task: Task | None = None
         self._preparation = ""
         self._dense_loss: float | None = None
 
@@ -118,27 +118,27 @@ class CellRunner:
         with ExitStack() as stack:
             with disk_errors():
                 folder.mkdir(parents=True, exist_ok=True)
-                mine = stack.enter_context(alone(folder / f"{cell.key}.lock"))
+                mine = stack.enter_context(exclusive_lock(folder / f"{cell.key}.lock"))
             if not mine:
-                self._say.say(f"{cell.label}, seed {cell.seed}: left to another bench that is computing it")
+                self._reporter.print(f"{cell.label}, seed {cell.seed}: left to another bench that is computing it")
             elif not cell.path.exists():
                 self._prepare_and_compute(job, folder)
 
     def _prepare_and_compute(self, job: Job, folder: Path) -> None:
         cell = job.cell
-        if self._space is None or self._preparation != cell.preparation:
-            self._space = self._dense_loss = None  # two models at once may not fit
+        if self._task is None or self._preparation != cell.preparation:
+            self._task = self._dense_loss = None  # two models at once may not fit
             self._preparation = cell.preparation
-            self._space = open_workspace(cell.config, job.heuristics, self._say)
+            self._task = open_task(cell.config, job.heuristics, self._reporter)
         with disk_errors():
-            self._compute(cell, with_config(self._space, cell.config), job.parent, folder)
+            self._compute(cell, with_config(self._task, cell.config), job.parent, folder)
 
-    def _compute(self, cell: Cell, space: Workspace, parent: str | None, folder: Path) -> None:
-        config, say = cell.config, self._say
+    def _compute(self, cell: Cell, task: Task, parent: str | None, folder: Path) -> None:
+        config, reporter = cell.config, self._reporter
         agent, policy = make_agent(config), policy_digest(config)
-        latency = next((measurement.digest for measurement in space.measurements.values()), None)
-        give_prior(agent, space)
-        dtype = space.loaded.dtype_name  # "auto" may mean another one in the next sitting
+        latency = next((measurement.digest for measurement in task.measurements.values()), None)
+        give_prior(agent, task)
+        dtype = task.loaded.dtype_name  # "auto" may mean another one in the next sitting
         threads = torch.get_num_threads()
         parts = [
             cell.key,
@@ -150,7 +150,7 @@ class CellRunner:
         parts += [f"{table}{edition}" for table, edition in configured.editions(config).items()]
         log = folder / f"{'-'.join(parts)}.jsonl"
         note = log.with_suffix(".run")
-        watch = _Incumbents(space, agent, cell.marks)
+        watch = _Incumbents(task, agent, cell.marks)
         tracked = Tracker(
             config.tracking.folder,
             config.tracking.experiment,
@@ -163,9 +163,9 @@ class CellRunner:
             if tracker.run_id is not None:
                 write_text(note, tracker.run_id)
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
-            tracker.set_tags(run_tags(space, agent))
-            log_splits(tracker, space.splits)
-            with say.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
+            tracker.set_tags(run_tags(task, agent))
+            log_splits(tracker, task.splits)
+            with reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
 
                 def on_episode(episode: Episode) -> None:
                     watch.episode(episode)
@@ -176,17 +176,17 @@ class CellRunner:
                     tracker.log_episodes(episodes, update.diagnostics)
 
                 found = search(
-                    space.env,
+                    task.env,
                     agent,
                     config.search,
-                    make_schedule(config, space.env),
+                    make_schedule(config, task.env),
                     seed=cell.seed,
                     log=log,
                     on_episode=on_episode,
                     on_update=on_update,
                 )
             watch.end()
-            result = self._result(cell, space, found, watch.noted, policy=policy, latency=latency)
+            result = self._result(cell, task, found, watch.noted, policy=policy, latency=latency)
             tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
             # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
             tracker.log_metrics([("report/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
@@ -200,19 +200,19 @@ class CellRunner:
     def _result(
         self,
         cell: Cell,
-        space: Workspace,
-        found: Found,
+        task: Task,
+        found: SearchResult,
         noted: Sequence[tuple[int, Allocation]],
         *,
         policy: str | None,
         latency: str | None,
     ) -> CellResult:
         known: dict[tuple[int, ...], float] = {}
-        with self._say.stage("report split", len(noted) + 2 + cell.plain) as stage:
+        with self._reporter.stage("report split", len(noted) + 2 + cell.plain) as stage:
 
             def loss(kept: tuple[int, ...]) -> float:
                 if kept not in known:
-                    known[kept] = report_loss(space, kept, "ridge")
+                    known[kept] = report_loss(task, kept, "ridge")
                 stage.advance()
                 return known[kept]
 
@@ -220,10 +220,10 @@ class CellRunner:
             best = found.best.allocation
             final = {"kept": list(best.kept), "loss": loss(best.kept), "sparsity": best.sparsity}
             if cell.plain:
-                final["plain_loss"] = report_loss(space, best.kept, "none")
+                final["plain_loss"] = report_loss(task, best.kept, "none")
                 stage.advance()
             if self._dense_loss is None:
-                self._dense_loss = report_loss(space, space.prepared.prunable.dense_units, "none")
+                self._dense_loss = report_loss(task, task.prepared.prunable.dense_units, "none")
             stage.advance()
         return CellResult.model_validate(
             {
@@ -233,13 +233,13 @@ class CellRunner:
                 "settings": settings(cell.config),
                 "target": cell.config.prune.target,
                 "dense_loss": self._dense_loss,
-                "report_tokens": space.splits.report.predicted_tokens,
+                "report_tokens": task.splits.report.predicted_tokens,
                 "search_tokens": found.search_tokens,
                 "final_tokens": found.final_tokens,
                 "episodes": len(found.history),
                 "seconds": round(found.seconds, 1),
                 "threads": torch.get_num_threads(),
-                "dtype": space.loaded.dtype_name,
+                "dtype": task.loaded.dtype_name,
                 "policy": policy,
                 "latency": latency,
                 "editions": configured.editions(cell.config),
@@ -262,11 +262,11 @@ def write_result(path: Path, result: CellResult) -> None:
 class _Incumbents:
     """Notes whom the search would have handed over at each of the token marks."""
 
-    def __init__(self, space: Workspace, agent: Agent, marks: int) -> None:
-        search, env = space.config.search, space.env
+    def __init__(self, task: Task, agent: Agent, marks: int) -> None:
+        search, env = task.config.search, task.env
         self.budget = search.episodes * env.episode_windows * env.window_tokens
         self.noted: list[tuple[int, Allocation]] = []
-        self._space, self._agent = space, agent
+        self._task, self._agent = task, agent
         self._history: list[Episode] = []
         self._spent = 0
         update = agent.update_cost(search.episodes_per_update) * env.episode_windows * env.window_tokens
@@ -289,5 +289,5 @@ class _Incumbents:
             self._note()
 
     def _note(self) -> None:
-        (incumbent,) = finalists(self._space.env, self._agent, self._history, 1)
+        (incumbent,) = finalists(self._task.env, self._agent, self._history, 1)
         self.noted.append((self._spent, incumbent.allocation))

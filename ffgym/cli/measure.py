@@ -162,7 +162,7 @@ def evaluate(
             check_request(wanted, limit=limit, batch_size=batch_size)
             check_models(names)
             loaded = load_tasks(wanted, source=data.value)
-            reporter.say(f"Data: {loaded.origin}")
+            reporter.print(f"Data: {loaded.origin}")
             measured = evaluate_models(
                 names, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, stage=reporter.stage
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ffgym.costs.resource import Costs, Measurement, OnProgress, Resource, Say, Setting
+from ffgym.costs.resource import Costs, Measurement, Notify, OnProgress, Resource, Setting
 
 
 class Latency(Resource):
@@ -20,7 +20,7 @@ class Latency(Resource):
     table_key = "latency_table"
 
     def measure(
-        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, say: Say | None
+        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, notify: Notify | None
     ) -> Costs:
         """Costs by a latency table.
 
@@ -28,15 +28,15 @@ class Latency(Resource):
             ConfigError: the named file is no latency table.
             BudgetError: it is of another model or context, or the model takes fewer than ``context`` tokens.
         """
-        from ffgym.costs.latency_cache import cached_table, say_if_busy
+        from ffgym.costs.latency_cache import cached_table, notify_if_busy
         from ffgym.costs.latency_table import layer_shapes, read_table, to_json
 
         if file is None:
-            table = cached_table(model, context=setting.context, on_progress=on_progress, say=say)
+            table = cached_table(model, context=setting.context, on_progress=on_progress, notify=notify)
         else:
             table = read_table(file.expanduser())
             table.check_fits(model, context=setting.context, source=str(file))
-            say_if_busy(table, say)
+            notify_if_busy(table, notify)
         shapes = layer_shapes(model)
         return Costs(
             table.cost_tables(shapes), table.rest(shapes), Measurement(table.measured, table.digest, to_json(table))

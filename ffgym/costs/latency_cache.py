@@ -15,7 +15,7 @@ from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import write_text
 from ffgym.prepare.statistics import OnProgress
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 # Quartiles further apart than this share of the median: the machine was doing something else.
 BUSY = 0.25
 
@@ -27,7 +27,7 @@ def cached_table(
     rebuild: bool = False,
     repetitions: int = REPETITIONS,
     on_progress: OnProgress | None = None,
-    say: Say | None = None,
+    notify: Notify | None = None,
 ) -> LatencyTable:
     """The table of a model on this machine: from the cache, or timed now and put there.
 
@@ -37,7 +37,7 @@ def cached_table(
         rebuild: time again even where the cache has a table.
         repetitions: see `time_model`.
         on_progress: called with (rounds done, rounds) while it is timed.
-        say: hears about a cache that is damaged or cannot be written; neither stops anything.
+        notify: hears about a cache that is damaged or cannot be written; neither stops anything.
 
     Raises:
         BudgetError: the model takes fewer than ``context`` tokens.
@@ -51,20 +51,20 @@ def cached_table(
         )
     path = place_of(model, context=context)
     if path.exists() and not rebuild:
-        table = _read(path, model, context, say)
+        table = _read(path, model, context, notify)
         if table is not None:
-            say_if_busy(table, say)
+            notify_if_busy(table, notify)
             return table
     table = time_model(model, context=context, repetitions=repetitions, on_progress=on_progress)
-    say_if_busy(table, say)
-    _write(path, table, say)
+    notify_if_busy(table, notify)
+    _write(path, table, notify)
     return table
 
 
-def say_if_busy(table: LatencyTable, say: Say | None) -> None:
+def notify_if_busy(table: LatencyTable, notify: Notify | None) -> None:
     """A word where a table's times were disturbed, whenever it was timed."""
-    if table.noise > BUSY and say is not None:
-        say(
+    if table.noise > BUSY and notify is not None:
+        notify(
             f"the times differ by {table.noise:.0%} from quartile to quartile: the machine was busy. Time again when it"
             " is quiet: ffgym latency MODEL --rebuild"
         )
@@ -85,7 +85,7 @@ def place_of(model: Any, *, context: int) -> Path:
     return cache_dir() / "latency" / f"{model.config.model_type}-{key[:16]}.json"
 
 
-def _read(path: Path, model: Any, context: int, say: Say | None) -> LatencyTable | None:
+def _read(path: Path, model: Any, context: int, notify: Notify | None) -> LatencyTable | None:
     """The table at this place; ``None``, and a word about it, where what lies there is not that table."""
     try:
         table = read_table(path)
@@ -93,16 +93,16 @@ def _read(path: Path, model: Any, context: int, say: Say | None) -> LatencyTable
             raise ConfigError(f"{path} holds the table of another machine or model")
         table.check_fits(model, context=context, source=str(path))
     except (ConfigError, BudgetError) as error:
-        if say is not None:
-            say(f"{error.message}; timing again")
+        if notify is not None:
+            notify(f"{error.message}; timing again")
         return None
     return table
 
 
-def _write(path: Path, table: LatencyTable, say: Say | None) -> None:
+def _write(path: Path, table: LatencyTable, notify: Notify | None) -> None:
     """Put a table there, whole or not at all."""
     try:
         write_text(path, to_json(table))
     except OutputError as error:
-        if say is not None:
-            say(f"the latency table could not be kept: {error.message}")
+        if notify is not None:
+            notify(f"the latency table could not be kept: {error.message}")

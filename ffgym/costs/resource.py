@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 OnProgress = Callable[[int, int], None]
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Resource(Plugin):
         return 0
 
     def measure(
-        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, say: Say | None
+        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, notify: Notify | None
     ) -> Costs:
         """Measure a dense causal LM and leave it as it was; the result has a ``measurement``.
 
@@ -120,7 +120,7 @@ class Resource(Plugin):
             setting: what else costs depend on.
             file: an earlier measurement to take instead: what ``table_key`` names, or what the resumed run has kept.
             on_progress: called with (steps done, steps).
-            say: hears what the user should know.
+            notify: hears what the user should know.
         """
         raise NotImplementedError
 
@@ -162,7 +162,7 @@ def costs_of(
     context: int,
     file: Path | None = None,
     on_progress: OnProgress | None = None,
-    say: Say | None = None,
+    notify: Notify | None = None,
 ) -> Costs:
     """What a dense causal LM costs in a resource; see `Resource.measure` for what is not said here.
 
@@ -173,7 +173,7 @@ def costs_of(
     import numpy as np
 
     from ffgym.models.families import family_of
-    from ffgym.plugins.contracts import called
+    from ffgym.plugins.contracts import call_plugin
     from ffgym.plugins.manager import described
     from ffgym.pruning.budget import check_tables
 
@@ -182,12 +182,12 @@ def costs_of(
 
     def ask() -> Costs:
         if resource.is_measured():
-            return resource.measure(model, setting, file=file, on_progress=on_progress, say=say)
+            return resource.measure(model, setting, file=file, on_progress=on_progress, notify=notify)
         prices = [resource.unit_price(sublayer, setting) for sublayer in sublayers]
         tables = [np.arange(s.units + 1) * price for s, price in zip(sublayers, prices, strict=True)]
         return Costs(tables, resource.rest(model, setting))
 
-    costs = called(resource, ask, "saying what units cost")
+    costs = call_plugin(resource, ask, "saying what units cost")
     if not isinstance(costs, Costs) or (costs.measurement is None) == resource.is_measured():
         raise PluginError(f"{described(resource)}: measure returned no Costs with a measurement")
     try:

@@ -25,4 +25,4 @@ class Wanda(Criterion):
     def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
         """Score elements, shape (m, n)."""
         assert stats.square is not None, "needs square"
-        return weight.abs() * stats.square.sqrt()
+        return weight.abs() * stats.square.sqrt().to(weight.dtype)

@@ -31,6 +31,9 @@ OnProgress = Callable[[float], None]
 
 DIVERGENCES = frozenset({"kl", "reverse_kl"})
 
+Refits = dict[tuple[PrunableSublayer, int], tuple[torch.Tensor, torch.Tensor | None]]
+"""Consumers' weights and biases at the levels that have been formed."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -253,7 +256,7 @@ class ModelEvaluator:
             return stream.passes[0].level(layer)
 
         halves = self._prunable.halves[2 * layer : 2 * layer + 2]
-        refits: dict[tuple[PrunableSublayer, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        refits: Refits = {}
         split = sorted((part for stream in streams for part in stream.split(layer)), key=level)
         behind = []
         for units, parts in itertools.groupby(split, level):
@@ -264,13 +267,8 @@ class ModelEvaluator:
             half.restore()
         return behind
 
-    def _cut(
-        self,
-        half: PrunableSublayer,
-        units: int,
-        refits: dict[tuple[PrunableSublayer, int], tuple[torch.Tensor, torch.Tensor | None]],
-    ) -> None:
-        """Cut half a layer, with the refit that another level of the other half has left if there is one."""
+    def _cut(self, half: PrunableSublayer, units: int, refits: Refits) -> None:
+        """Cut a sublayer to a level, whose refit is formed the first time and kept in ``refits``."""
         if half.consumer.in_features == units * half.sublayer.channels_per_unit:
             return
         known = refits.get((half, units))

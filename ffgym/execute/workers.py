@@ -58,14 +58,14 @@ class _Worker:
     busy: bool = False
 
 
-def work(queue: Queue[J], make: Make[J], say: Reporter, *, processes: int, threads: int) -> None:
+def work(queue: Queue[J], make: Make[J], reporter: Reporter, *, processes: int, threads: int) -> None:
     """Do every job of a queue.
 
     Args:
         queue: hands out jobs; asked in this process only.
         make: called once in every process with where it may say what it is doing; what it returns does one job. Both
             it and the jobs must be picklable.
-        say: where progress goes; lines of process 2 begin with ``[2]``.
+        reporter: where progress goes; lines of process 2 begin with ``[2]``.
         processes: >= 1; a single one is this process itself.
         threads: torch threads of each process, also where it is this one.
 
@@ -78,7 +78,7 @@ def work(queue: Queue[J], make: Make[J], say: Reporter, *, processes: int, threa
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            do = make(say)
+            do = make(reporter)
             while (job := queue.take(0)) is not None:
                 do(job)
                 queue.done(0)
@@ -90,12 +90,12 @@ def work(queue: Queue[J], make: Make[J], say: Reporter, *, processes: int, threa
         with _inherited(threads):
             for number in range(processes):
                 workers.append(_start(number, make))
-        _drive(queue, workers, say)
+        _drive(queue, workers, reporter)
     finally:
         _end(workers)
 
 
-def _drive(queue: Queue[J], workers: list[_Worker], say: Reporter) -> None:
+def _drive(queue: Queue[J], workers: list[_Worker], reporter: Reporter) -> None:
     while True:
         for worker in workers:
             if not worker.busy and (job := queue.take(worker.number)) is not None:
@@ -108,7 +108,7 @@ def _drive(queue: Queue[J], workers: list[_Worker], say: Reporter) -> None:
             worker = next(w for w in workers if w.pipe is pipe)
             kind, content = _received(worker)
             if kind == "line":
-                say.say(f"[{worker.number + 1}] {content}")
+                reporter.print(f"[{worker.number + 1}] {content}")
             elif kind == "failed":
                 raise content
             else:

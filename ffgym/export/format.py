@@ -11,7 +11,7 @@ from typing import Any
 from ffgym.errors import OutputError, PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
-from ffgym.plugins.contracts import called
+from ffgym.plugins.contracts import call_plugin
 
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
@@ -94,7 +94,7 @@ def export(
             hint = "Check both paths, and that you may use them."
             raise OutputError(f"{source} could not be written as {place}: {error}", hint=hint) from error
 
-    written = called(plugin, write, f"writing {place}")
+    written = call_plugin(plugin, write, f"writing {place}")
     if not isinstance(written, Exported):
         raise PluginError(f"{manager.described(plugin)}: write returned {type(written).__name__}, not an Exported")
     return written

@@ -90,15 +90,15 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
     """
     if options.output is not None:
         check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
-    say = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress or Console(stderr=True))
     folder = model_folder(options.folder)
     source = dense_model(folder, options.dense)
     with _threads(options.threads):
-        found = _side_by_side(options, folder, source, say)
+        found = _side_by_side(options, folder, source, reporter)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        found = _with_memory(found, options, folder, source, say)
+        found = _with_memory(found, options, folder, source, reporter)
     if options.output is not None:
         write(found, options.output)
     return found
@@ -153,36 +153,36 @@ def latency_table(options: TableOptions, *, progress: Console | None = None) -> 
     """
     if options.output is not None:
         check_file(options.output, (".json",), overwrite=options.overwrite)
-    say = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress or Console(stderr=True))
     with _threads(options.threads):
-        with say.stage("load the model", 1):
+        with reporter.stage("load the model", 1):
             loaded = load(options.model, dtype=options.dtype, device=options.device)
-        with say.stage("time the sublayers", options.repetitions + 1) as stage:
+        with reporter.stage("time the sublayers", options.repetitions + 1) as stage:
             table = cached_table(
                 loaded.model,
                 context=options.context,
                 rebuild=options.rebuild,
                 repetitions=options.repetitions,
                 on_progress=stage,
-                say=say.say,
+                notify=reporter.print,
             )
         if table.repetitions != options.repetitions:
-            say.say(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
+            reporter.print(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
         place = place_of(loaded.model, context=options.context)
     if options.output is not None:
         write_text(options.output, to_json(table))
     return table, place
 
 
-def _side_by_side(options: Options, folder: Path, source: DenseModel, say: Reporter) -> Measurement:
+def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: Reporter) -> Measurement:
     """Everything that is measured with both models in this process; they are gone when it returns."""
-    with say.stage("load both models", 2) as stage:
+    with reporter.stage("load both models", 2) as stage:
         pruned = load(str(folder), dtype=options.dtype, device=options.device)
         stage.advance()
         dense = _load_dense(source, pruned.dtype, options.device)
         kept = units_kept(pruned.model, dense.model)
-    say.say(f"dense: {dense.description}, named by {source.said_by}; pruned: {folder}")
-    say.say(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {_name(dense.dtype)}")
+    reporter.print(f"dense: {dense.description}, named by {source.said_by}; pruned: {folder}")
+    reporter.print(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {_name(dense.dtype)}")
     workloads = _workloads(options, min(dense.context_limit, pruned.context_limit))
     prunable = PrunableModel(dense.model)
 
@@ -197,7 +197,7 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, say: Repor
     )
     work = (work_of(dense.model, prunable.dense_units, meter), work_of(pruned.model, kept, meter))
     speeds: list[Speed] = []
-    with say.stage("speed, in turn", 2 * (options.repetitions + 1) * len(workloads)) as stage:
+    with reporter.stage("speed, in turn", 2 * (options.repetitions + 1) * len(workloads)) as stage:
         for workload in workloads:
             with _within_memory(workload):
                 speeds += time_in_turn(
@@ -224,12 +224,14 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, say: Repor
     )
 
 
-def _with_memory(found: Measurement, options: Options, folder: Path, source: DenseModel, say: Reporter) -> Measurement:
+def _with_memory(
+    found: Measurement, options: Options, folder: Path, source: DenseModel, reporter: Reporter
+) -> Measurement:
     """Add the peak memory of both, each in a fresh process."""
     batch, length = found.memory_work
     models = {"dense": (source.name, source.revision), "pruned": (str(folder), None)}
     measured = {}
-    with say.stage("peak memory, each alone", len(models)) as stage:
+    with reporter.stage("peak memory, each alone", len(models)) as stage:
         for role, (name, revision) in models.items():
             job = Job(name, revision, found.dtype, options.device, torch.get_num_threads(), batch, length)
             measured[role] = measure_memory(job)

@@ -18,7 +18,7 @@ from ffgym.errors import ModelError, PluginError, UnknownNameError
 from ffgym.models.modeling_ffgym import PREFIX, make_classes
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
-from ffgym.plugins.contracts import called
+from ffgym.plugins.contracts import call_plugin
 from ffgym.types import Kind, Sublayer
 
 
@@ -47,19 +47,8 @@ class Stock:
 
 
 # What `modeling_ffgym` has to know of a family.
-PARTS = (
-    "decoder",
-    "query",
-    "key",
-    "value",
-    "attention_consumer",
-    "mlp_producers",
-    "mlp_consumer",
-    "heads",
-    "kv_heads",
-    "intermediate",
-    "head_count_attributes",
-)
+PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producers", "mlp_consumer", "heads", "kv_heads",
+         "intermediate", "head_count_attributes")  # fmt: skip
 
 
 class Family(Plugin):
@@ -103,7 +92,7 @@ class Family(Plugin):
             PluginError: transformers has no such architecture.
         """
         parts = {part: getattr(self, part) for part in PARTS}
-        config_class, model_class = called(
+        config_class, model_class = call_plugin(
             self, lambda: make_classes(self.name, **parts), "making the classes of its saved models"
         )
         return config_class, model_class
@@ -304,6 +293,23 @@ def family_of_type(model_type: str) -> Family:
     return family
 
 
+def register(families: Iterable[Family]) -> None:
+    """Make transformers' auto classes know the saved models of these families; a second call changes nothing.
+
+    A family whose classes cannot be made is passed over: whoever uses it hears of it.
+    """
+    for family in families:
+        with contextlib.suppress(PluginError):
+            config_class, model_class = family.saved_classes()
+            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+            AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def _model_type(model: nn.Module) -> str:
+    config: Any = model.config
+    return str(config.model_type)
+
+
 def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
     """The family of a dense model and a smaller one that was made from it.
 
@@ -331,23 +337,6 @@ def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
         if count != theirs[what]:
             raise ModelError(f"the pruned model has {count} {what}, the dense one {theirs[what]}", hint=hint)
     return family
-
-
-def register(families: Iterable[Family]) -> None:
-    """Make transformers' auto classes know the saved models of these families; a second call changes nothing.
-
-    A family whose classes cannot be made is passed over: whoever uses it hears of it.
-    """
-    for family in families:
-        with contextlib.suppress(PluginError):
-            config_class, model_class = family.saved_classes()
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-            AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-
-
-def _model_type(model: nn.Module) -> str:
-    config: Any = model.config
-    return str(config.model_type)
 
 
 def _linear(layer: nn.Module, name: str) -> nn.Linear:

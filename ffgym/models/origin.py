@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ConfigError, ModelError
 from ffgym.files import FileFormat
-from ffgym.models.loading import DEMO_BASE, weight_files
+from ffgym.models.checkpoint import weight_files
+from ffgym.models.loading import DEMO_BASE
 
 # The names in a safetensors header of what torch calls otherwise.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}

@@ -11,10 +11,10 @@ import torch
 
 from ffgym.data.splits import Splits
 from ffgym.files import write_text
-from ffgym.pipeline.task import Workspace
+from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import called, check_objectives
+from ffgym.plugins.contracts import call_plugin, check_objectives
 from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_names
 from ffgym.report.front import as_dict as front_as_dict
@@ -24,7 +24,7 @@ from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, as_dicts, markdown
 from ffgym.search.finals import finals_examples, finals_windows
-from ffgym.search.loop import Found
+from ffgym.search.loop import SearchResult
 from ffgym.search.policy import policy_text
 from ffgym.tracking.tracker import Tracker, environment_tags, slug
 from ffgym.types import Allocation, Episode, JSONDict
@@ -36,9 +36,9 @@ def write_table(folder: Path, table: ReportTable) -> None:
     write_text(folder / "report.json", json.dumps(as_dicts(table), indent=2))
 
 
-def write_found(folder: Path, points: Sequence[Found], agent: Agent, space: Workspace, tracker: Tracker) -> None:
+def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task: Task, tracker: Tracker) -> None:
     """Allocations and policy; ``allocation.json`` is that of the main target, or of what there is."""
-    main = next((found for found in points if found.target == space.config.main_target), points[0])
+    main = next((found for found in points if found.target == task.config.main_target), points[0])
     files = {"allocation.json": main}
     if len(points) > 1:
         names = point_names([found.target for found in points])
@@ -46,15 +46,15 @@ def write_found(folder: Path, points: Sequence[Found], agent: Agent, space: Work
     for file, found in files.items():
         write_text(folder / file, json.dumps(allocation_json(found), indent=2))
         tracker.log_artifact(folder / file)
-    state = called(agent, agent.state, "giving its state")
+    state = call_plugin(agent, agent.state, "giving its state")
     if state:
-        sublayers = space.prepared.prunable.sublayers
-        text = called(agent, lambda: policy_text(space.config, sublayers, state), "giving its state")
+        sublayers = task.prepared.prunable.sublayers
+        text = call_plugin(agent, lambda: policy_text(task.config, sublayers, state), "giving its state")
         write_text(folder / "policy.json", text)
         tracker.log_artifact(folder / "policy.json")
 
 
-def allocation_json(found: Found) -> JSONDict:
+def allocation_json(found: SearchResult) -> JSONDict:
     """What ``allocation.json`` holds: units kept per sublayer, and how the search came to them."""
     best = found.best
     return {
@@ -69,9 +69,9 @@ def allocation_json(found: Found) -> JSONDict:
     }
 
 
-def write_pareto(folder: Path, space: Workspace, found: Found, tracker: Tracker, say: Reporter) -> None:
+def write_pareto(folder: Path, task: Task, found: SearchResult, tracker: Tracker, reporter: Reporter) -> None:
     """``pareto.json`` and ``pareto.png``: the finalists by their objectives, where the reward weighs several."""
-    env, tokens, seed = space.env, space.config.search.final_tokens, space.config.seed
+    env, tokens, seed = task.env, task.config.search.final_tokens, task.config.seed
     subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
     dense = env.dense(subset, examples)
     goals = check_objectives(env.reward, dense, dense)
@@ -96,12 +96,14 @@ def write_pareto(folder: Path, space: Workspace, found: Found, tracker: Tracker,
     pareto_figure(points, goals, folder / "pareto.png", note=note)
     for name in ("pareto.json", "pareto.png"):
         tracker.log_artifact(folder / name)
-    say.say(f"Pareto set: {len(winners)} of {len(points)} allocations that were {note}, in {folder / 'pareto.json'}")
+    reporter.print(
+        f"Pareto set: {len(winners)} of {len(points)} allocations that were {note}, in {folder / 'pareto.json'}"
+    )
 
 
 def write_pictures(
     folder: Path,
-    space: Workspace,
+    task: Task,
     allocations: Mapping[str, Allocation],
     histories: Mapping[str, Sequence[Episode]],
 ) -> None:
@@ -109,11 +111,11 @@ def write_pictures(
 
     Args:
         folder: of the run.
-        space: names the sublayers.
+        task: names the sublayers.
         allocations: to draw over depth, by label.
         histories: episodes of every search, by agent.
     """
-    units_kept_figure(space.prepared.prunable.sublayers, allocations, folder / "units_kept.png")
+    units_kept_figure(task.prepared.prunable.sublayers, allocations, folder / "units_kept.png")
     reward_figure(histories, folder / "reward.png")
 
 
@@ -145,16 +147,16 @@ def log_splits(tracker: Tracker, splits: Splits) -> None:
         )
 
 
-def run_tags(space: Workspace, agent: Agent) -> dict[str, str]:
+def run_tags(task: Task, agent: Agent) -> dict[str, str]:
     """MLflow tags: versions, device, dtype, threads, and which package each plugin is from."""
-    config = space.config
+    config = task.config
     used: dict[str, Any] = {
         f"agent.{config.agent.name}": agent,
         f"criterion.{config.criterion.name}": manager.get_class("criterion", config.criterion.name),
-        f"reward.{config.reward.name}": space.env.reward,
+        f"reward.{config.reward.name}": task.env.reward,
     }
     if config.prior.name != "none":
         used[f"heuristic.{config.prior.name}"] = manager.get_class("heuristic", config.prior.name)
     plugins = {name: str(manager.package_of(plugin)) for name, plugin in used.items()}
-    loaded, threads = space.loaded, torch.get_num_threads()
+    loaded, threads = task.loaded, torch.get_num_threads()
     return environment_tags(device=str(loaded.device), dtype=loaded.dtype_name, threads=threads, plugins=plugins)

@@ -15,7 +15,7 @@ from ffgym.data.splits import Split
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
-from ffgym.pipeline.task import Refit, Workspace, cut_to
+from ffgym.pipeline.task import Refit, Task, cut_to
 from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.result import RecoveredModel
 from ffgym.recover.table import loss_error
@@ -24,7 +24,7 @@ from ffgym.report.front import point_names
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, measurement
 from ffgym.search.finals import finals_loss
-from ffgym.search.loop import Found
+from ffgym.search.loop import SearchResult
 from ffgym.types import Allocation, JSONDict
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
@@ -50,77 +50,77 @@ def refit_name(config: RunConfig) -> str:
     return "affine" if config.prune.calibration == "affine" else "ridge"
 
 
-def reference_allocations(space: Workspace, baseline: Found | None, say: Reporter) -> dict[str, Allocation]:
+def reference_allocations(task: Task, baseline: SearchResult | None, reporter: Reporter) -> dict[str, Allocation]:
     """What the found allocation is compared with, all through the same projection and rounding."""
-    rules = reference_rules(space.config)
-    allocations = {label: space.project(*rule) for label, rule in rules.items()}
-    prior = space.config.prior
+    rules = reference_rules(task.config)
+    allocations = {label: task.project(*rule) for label, rule in rules.items()}
+    prior = task.config.prior
     if prior.name not in ("none", *(name for name, _ in rules.values())):
-        allocations[f"{prior.name} (prior)"] = space.project(prior.name, prior.options)
+        allocations[f"{prior.name} (prior)"] = task.project(prior.name, prior.options)
     if baseline is not None:
         tokens = baseline.search_tokens + baseline.final_tokens
         allocations[f"best of {len(baseline.history)} random"] = baseline.best.allocation
-        say.say(f"random search took {tokens:,} tokens, finals included")
+        reporter.print(f"random search took {tokens:,} tokens, finals included")
     return allocations
 
 
 def compared_rows(
-    space: Workspace, references: Mapping[str, Allocation], found: Found, say: Reporter, dense: Row | None = None
+    task: Task, references: Mapping[str, Allocation], found: SearchResult, reporter: Reporter, dense: Row | None = None
 ) -> list[Row]:
     """The rows that come before the final refits: the dense model, every reference, the found allocation cut plainly.
 
     Args:
-        space: of the run, at the target.
+        task: of the run, at the target.
         references: what the found allocation is compared with, by label; measured after the same refit.
         found: the search.
-        say: where progress goes.
+        reporter: where progress goes.
         dense: the dense model's row where it has been measured.
     """
-    agent, refitted, kept = found_name(space.config), refit_name(space.config), found.best.allocation.kept
-    rows = [measured_row(space, "dense", say) if dense is None else dense]
+    agent, refitted, kept = found_name(task.config), refit_name(task.config), found.best.allocation.kept
+    rows = [measured_row(task, "dense", reporter) if dense is None else dense]
     wanted: list[tuple[str, Sequence[int], Refit, bool]] = [
         *((f"{label} + {refitted}", allocation.kept, "ridge", False) for label, allocation in references.items()),
         (f"{agent}, plain", kept, "none", True),
     ]
     for label, units, refit, is_found in wanted:
-        with cut_to(space, units, refit, say):
-            rows.append(measured_row(space, label, say, is_found=is_found))
+        with cut_to(task, units, refit, reporter):
+            rows.append(measured_row(task, label, reporter, is_found=is_found))
     return rows
 
 
 def final_refits(
-    space: Workspace, rows: list[Row], found: Found, say: Reporter, model: Path
+    task: Task, rows: list[Row], found: SearchResult, reporter: Reporter, model: Path
 ) -> tuple[ReportTable, SavedModel | None]:
     """The found allocation with each final refit; the one with the lower loss on the search split is saved.
 
     Args:
-        space: of the run, at the target.
+        task: of the run, at the target.
         rows: what comes before in the table.
         found: the search.
-        say: where progress goes.
+        reporter: where progress goes.
         model: folder of the checkpoint.
 
     Returns:
         the whole table, and the checkpoint, or ``None`` where none is wanted.
     """
-    config, kept = space.config, found.best.allocation.kept
+    config, kept = task.config, found.best.allocation.kept
     name, refitted = found_name(config), refit_name(config)
-    with cut_to(space, kept, "ridge", say):
-        ridge = measured_row(space, f"{name} + {refitted}", say, is_found=True)
-        ridge_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
+    with cut_to(task, kept, "ridge", reporter):
+        ridge = measured_row(task, f"{name} + {refitted}", reporter, is_found=True)
+        ridge_loss = finals_loss(task.env, config.search.final_tokens, config.seed)
     if config.output.sequential:
-        with cut_to(space, kept, "sequential", say):
-            sequential = measured_row(space, f"{name} + sequential {refitted}", say, is_found=True)
-            sequential_loss = finals_loss(space.env, config.search.final_tokens, config.seed)
+        with cut_to(task, kept, "sequential", reporter):
+            sequential = measured_row(task, f"{name} + sequential {refitted}", reporter, is_found=True)
+            sequential_loss = finals_loss(task.env, config.search.final_tokens, config.seed)
             if sequential_loss < ridge_loss or math.isnan(ridge_loss):
-                table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(space))
-                return table, _save(space, found, table, model)
+                table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(task))
+                return table, _save(task, found, table, model)
         rows = [*rows, replace(ridge, note=SAVED_NOTE), sequential]
     else:
         rows = [*rows, ridge]
-    with cut_to(space, kept, "ridge", say):
-        table = ReportTable(tuple(rows), header(space))
-        return table, _save(space, found, table, model)
+    with cut_to(task, kept, "ridge", reporter):
+        table = ReportTable(tuple(rows), header(task))
+        return table, _save(task, found, table, model)
 
 
 def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
@@ -153,22 +153,22 @@ def found_name(config: RunConfig) -> str:
     return f"{config.prior.name} (one-shot)" if config.agent.name == "one-shot" else config.agent.name
 
 
-def measured_row(space: Workspace, label: str, say: Reporter, *, is_found: bool = False) -> Row:
+def measured_row(task: Task, label: str, reporter: Reporter, *, is_found: bool = False) -> Row:
     """One row: the model as it is cut now, on the report split."""
-    prunable, windows = space.prepared.prunable, space.splits.report.windows
-    with say.stage(f"report: {label}", len(windows)) as stage:
+    prunable, windows = task.prepared.prunable, task.splits.report.windows
+    with reporter.stage(f"report: {label}", len(windows)) as stage:
         batch = tokens_per_batch(prunable.model.device)
         result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
-    new_biases = prunable.new_bias_params(stock=space.config.prune.uniform)
-    size, dense = space.sizes(prunable.kept, new_biases=new_biases), space.sizes(prunable.dense_units)
-    resource = space.config.prune.resource
+    new_biases = prunable.new_bias_params(stock=task.config.prune.uniform)
+    size, dense = task.sizes(prunable.kept, new_biases=new_biases), task.sizes(prunable.dense_units)
+    resource = task.config.prune.resource
     resources = {name: resource_named(name) for name in size}
     losses = np.array(result.losses)
     return Row(
         label=label,
         perplexity=result.perplexity,
         loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
-        sparsity_prunable=max(0.0, space.env.budget.allocation(prunable.kept).sparsity),
+        sparsity_prunable=max(0.0, task.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size[resource] / dense[resource],
         costs=tuple(
             Cost(counted.key or name, counted.column, size[name], counted.text(size[name]))
@@ -179,27 +179,27 @@ def measured_row(space: Workspace, label: str, say: Reporter, *, is_found: bool 
     )
 
 
-def header(space: Workspace) -> str:
+def header(task: Task) -> str:
     """How the table's numbers were measured."""
-    report, calibration = space.splits.report, space.splits.calibration
+    report, calibration = task.splits.report, task.splits.calibration
     text = measurement(
-        model=space.loaded.description,
+        model=task.loaded.description,
         corpus=report.corpus.name,
         split="report",
         tokens=report.predicted_tokens,
         window=report.windows.shape[1],
-        dtype=space.loaded.dtype_name,
+        dtype=task.loaded.dtype_name,
         bos=report.bos,
         calibration=_described(calibration),
-        seed=space.config.seed,
-        context=space.config.prune.context,
+        seed=task.config.seed,
+        context=task.config.prune.context,
     )
-    return " ".join([text, *(f"{name.capitalize()}: {how.summary}." for name, how in space.measurements.items())])
+    return " ".join([text, *(f"{name.capitalize()}: {how.summary}." for name, how in task.measurements.items())])
 
 
-def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> SavedModel | None:
+def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> SavedModel | None:
     """Save the model as it is cut now, with its card, where one is wanted."""
-    config, prunable = space.config, space.prepared.prunable
+    config, prunable = task.config, task.prepared.prunable
     if not config.output.save_model:
         return None
     is_demo = config.model.name == "demo"
@@ -215,13 +215,13 @@ def _save(space: Workspace, found: Found, table: ReportTable, folder: Path) -> S
         quantity=resource_named(allocation.resource).quantity or allocation.resource,
         command="ffgym run --config config.toml --output NEW_FOLDER",
         seed=config.seed,
-        splits={s.role: _described(s) for s in (space.splits.calibration, space.splits.search, space.splits.report)},
+        splits={s.role: _described(s) for s in (task.splits.calibration, task.splits.search, task.splits.report)},
         caveats=[DEMO_CAVEAT] if is_demo else [],
         stock=config.prune.uniform,
     )
     return save_pruned(
         prunable.model,
-        space.loaded.tokenizer,
+        task.loaded.tokenizer,
         folder,
         kept=prunable.kept,
         family=prunable.family,

@@ -19,7 +19,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import FileFormat, alone, write_text
+from ffgym.files import FileFormat, exclusive_lock, write_text
 from ffgym.plugins import configured
 
 # What a run writes: --overwrite clears these and nothing else.
@@ -82,13 +82,13 @@ def contents(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder while this one writes into it; a run that was killed keeps nobody out.
 
     Raises:
         OutputError: another run holds it.
     """
-    with alone(folder / LOCK) as mine:
+    with exclusive_lock(folder / LOCK) as mine:
         if not mine:
             raise OutputError(
                 f"another run is writing into {folder}",
@@ -315,7 +315,7 @@ BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again wit
 
 
 @contextmanager
-def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterator[None]:
     """After Ctrl-C, say what the run has found and where that is."""
     try:
         yield
@@ -323,14 +323,14 @@ def saying_what_is_kept(folder: Path, say: Callable[[str], None]) -> Iterator[No
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
             best = BEST_SO_FAR.read(path)
-            say(
+            reporter(
                 f"interrupted after {best.episodes} episodes of the search; best so far ({best.origin}, sparsity "
                 f"{best.sparsity:.4f}) is in {path}"
             )
         elif log.exists() and log.stat().st_size:
-            say(f"interrupted; the episodes so far are in {log}")
+            reporter(f"interrupted; the episodes so far are in {log}")
         else:
-            say("interrupted before the first episode had ended: there is nothing to keep")
+            reporter("interrupted before the first episode had ended: there is nothing to keep")
             raise
-        say(f"go on where it stopped: ffgym run --resume {shlex.quote(str(folder))}")
+        reporter(f"go on where it stopped: ffgym run --resume {shlex.quote(str(folder))}")
         raise

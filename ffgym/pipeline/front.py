@@ -14,39 +14,41 @@ from ffgym.pipeline.compare import (
     reference_allocations,
     refit_name,
 )
-from ffgym.pipeline.task import Workspace, at_target, cut_to
+from ffgym.pipeline.task import Task, at_target, cut_to
 from ffgym.report.front import Front, FrontPoint
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable
-from ffgym.search.loop import Found
+from ffgym.search.loop import SearchResult
 
 
-def finish_front(space: Workspace, points: Sequence[Found], table: ReportTable, folder: Path, say: Reporter) -> Front:
+def finish_front(
+    task: Task, points: Sequence[SearchResult], table: ReportTable, folder: Path, reporter: Reporter
+) -> Front:
     """Measure every point of a front on the report split, the rules beside it; save the models that are wanted.
 
     Args:
-        space: of the run over the range.
+        task: of the run over the range.
         points: what was found at every target.
         table: of the main target, which is not measured again.
         folder: where models go.
-        say: where progress goes.
+        reporter: where progress goes.
     """
-    config, name, refitted = space.config, found_name(space.config), refit_name(space.config)
+    config, name, refitted = task.config, found_name(task.config), refit_name(task.config)
     measured = []
     for found in points:
         rows = {row.label: row for row in table.rows}
-        point = at_target(space, found.target)
-        references = reference_allocations(point, None, say)
+        point = at_target(task, found.target)
+        references = reference_allocations(point, None, reporter)
         if found.target != config.main_target:
-            say.say(f"target {found.target:.1%}")
+            reporter.print(f"target {found.target:.1%}")
             if config.output.save_all:
-                own = compared_rows(point, references, found, say, rows["dense"])
-                full, _ = final_refits(point, own, found, say, model_folder(config, folder, found.target))
+                own = compared_rows(point, references, found, reporter, rows["dense"])
+                full, _ = final_refits(point, own, found, reporter, model_folder(config, folder, found.target))
                 rows = {row.label: row for row in full.rows}
             else:
                 for label, allocation in {**references, name: found.best.allocation}.items():
-                    with cut_to(point, allocation.kept, "ridge", say):
-                        row = measured_row(point, f"{label} + {refitted}", say, is_found=label == name)
+                    with cut_to(point, allocation.kept, "ridge", reporter):
+                        row = measured_row(point, f"{label} + {refitted}", reporter, is_found=label == name)
                         rows[row.label] = row
         measured.append(
             FrontPoint(

@@ -20,7 +20,7 @@ from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session, on_console
 from ffgym.pipeline.settle import settle
-from ffgym.pipeline.task import Workspace, at_target, open_workspace
+from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
 from ffgym.report.table import Row
 from ffgym.search.policy import make_agent
@@ -56,7 +56,7 @@ def run(
     reporter = on_console(progress)
     config = settle(config)
     if resume is not None and (finished := finished_run(Path(resume), config)):
-        reporter.say(f"the run in {finished.folder} is finished: nothing is left to do")
+        reporter.print(f"the run in {finished.folder} is finished: nothing is left to do")
         return finished
     agent = make_agent(config)
     with Session.open(config, reporter, resume) as session:
@@ -70,17 +70,17 @@ def run(
         return train(result, text, session)
 
 
-def prepare(config: RunConfig, session: Session) -> Workspace:
+def prepare(config: RunConfig, session: Session) -> Task:
     """Model, splits, pruning paths, budget and environment, with what an earlier session settled."""
     prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
     settled = config
     if session.record.dtype is not None and config.model.dtype == "auto":  # now it may come to another
         settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": session.record.dtype})})
     rules = [*prior, *reference_rules(config).values()]
-    return replace(open_workspace(settled, rules, session.progress, recorded=session.measured), config=config)
+    return replace(open_task(settled, rules, session.progress, recorded=session.measured), config=config)
 
 
-def compare(task: Workspace, searched: Searched, session: Session) -> list[Row]:
+def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
     """Measure the dense model, the references and the plainly cut model on the report split, and draw the pictures."""
     main, baseline, progress = searched.main, searched.baseline, session.progress
     at_main = at_target(task, main.target)
@@ -94,7 +94,7 @@ def compare(task: Workspace, searched: Searched, session: Session) -> list[Row]:
     return compared_rows(at_main, references, main, progress)
 
 
-def finish(task: Workspace, searched: Searched, rows: list[Row], session: Session) -> RunResult:
+def finish(task: Task, searched: Searched, rows: list[Row], session: Session) -> RunResult:
     """Refit what was found once more, save the better refit, and under a range measure the whole front."""
     config, main, folder = task.config, searched.main, session.folder
     place = model_folder(config, folder, main.target)

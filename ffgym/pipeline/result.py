@@ -20,7 +20,7 @@ from ffgym.report.front import Front
 from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.front import terminal as front_terminal
 from ffgym.report.table import ReportTable, as_dicts, terminal
-from ffgym.search.loop import Found
+from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
 
 
@@ -39,7 +39,7 @@ class RunResult:
     """
 
     table: ReportTable
-    found: Found
+    found: SearchResult
     folder: Path
     saved: SavedModel | None
     mlflow_run: str | None

@@ -10,11 +10,11 @@ from ffgym.config.tables import RunConfig
 from ffgym.files import write_text
 from ffgym.pipeline.artifacts import log_splits, run_tags, write_found
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.task import Workspace, give_prior, make_schedule
+from ffgym.pipeline.task import Task, give_prior, make_schedule
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.search.log import read_episodes
-from ffgym.search.loop import Found, SearchInterrupted, search_front
+from ffgym.search.loop import SearchInterrupted, SearchResult, search_front
 from ffgym.types import Episode, Update
 
 
@@ -28,12 +28,12 @@ class Searched:
         baseline: the best of random allocations; ``None`` where none were measured.
     """
 
-    points: tuple[Found, ...]
-    main: Found
-    baseline: Found | None
+    points: tuple[SearchResult, ...]
+    main: SearchResult
+    baseline: SearchResult | None
 
 
-def search(task: Workspace, agent: Agent, session: Session) -> Searched:
+def search(task: Task, agent: Agent, session: Session) -> Searched:
     """Let the agent search, then measure random allocations for as many tokens, where the run compares with them.
 
     Raises:
@@ -60,7 +60,7 @@ def search(task: Workspace, agent: Agent, session: Session) -> Searched:
     return Searched(tuple(points), main, baseline)
 
 
-def _random_baseline(task: Workspace, session: Session) -> Found:
+def _random_baseline(task: Task, session: Session) -> SearchResult:
     search = task.config.search  # an agent with updates of its own size may have fewer episodes than one of these has
     size = min(search.episodes_per_update, search.episodes)
     config = task.config.model_copy(update={"search": search.model_copy(update={"episodes_per_update": size})})
@@ -70,13 +70,13 @@ def _random_baseline(task: Workspace, session: Session) -> Found:
 
 
 def _run(
-    task: Workspace, agent: Agent, session: Session, label: str, prefix: str, log: Path, targets: Sequence[float]
-) -> list[Found]:
+    task: Task, agent: Agent, session: Session, label: str, prefix: str, log: Path, targets: Sequence[float]
+) -> list[SearchResult]:
     """One search with its progress, its log and its metrics, which MLflow keeps under ``prefix``."""
     config, progress = task.config, session.progress
     budget = config.search.episodes * task.env.episode_windows * task.env.window_tokens
     if log.exists() and (earlier := len(read_episodes(log))):
-        progress.say(f"search: {label}: {earlier} episodes of earlier sessions are taken from {log.name}")
+        progress.print(f"search: {label}: {earlier} episodes of earlier sessions are taken from {log.name}")
     with progress.stage(f"search: {label}", budget) as stage:
 
         def on_progress(share: float) -> None:
@@ -88,7 +88,7 @@ def _run(
         def on_update(episodes: Sequence[Episode], update: Update) -> None:
             session.tracker.log_episodes(episodes, update.diagnostics, search=prefix)
 
-        def on_point(found: Found) -> None:
+        def on_point(found: SearchResult) -> None:
             stage.advance(0, f"tokens, finals at {found.target:.0%} done")
 
         return search_front(
@@ -106,13 +106,13 @@ def _run(
         )
 
 
-def _say_how_many_shapes(task: Workspace, session: Session) -> None:
+def _say_how_many_shapes(task: Task, session: Session) -> None:
     for target in task.config.targets:
         count = len(task.env.budget.shapes(target))
         many = f"{count} shapes use up the budget, and the finals measure them all"
         one = "one shape uses up the budget, so there is nothing to choose"
         where = f" at {target:.1%}" if task.config.prune.is_range else ""
-        session.progress.say(f"uniform{where}: {many if count > 1 else one}")
+        session.progress.print(f"uniform{where}: {many if count > 1 else one}")
 
 
 def _compares_with_random(config: RunConfig) -> bool:

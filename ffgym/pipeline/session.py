@@ -17,7 +17,7 @@ from ffgym.pipeline.folder import (
     claim_folder,
     clear_folder,
     contents,
-    held,
+    folder_lock,
     noting_results,
     read_record,
     remove_half_written,
@@ -72,7 +72,7 @@ class Session:
         earlier = read_record(folder) if resumed else RunRecord()
         table = config.tracking
         with (
-            held(folder),
+            folder_lock(folder),
             noting_results(folder),  # when MLflow knows it too
             Tracker(table.folder, table.experiment, folder.name, table.enabled, resume=earlier.mlflow_run) as tracker,
             disk_errors(),
@@ -104,7 +104,7 @@ class Session:
     def _start(self) -> None:
         if self.resumed:
             if (self.folder / "report.json").is_file():
-                self.progress.say("the search of this run has ended; what comes after it is done again")
+                self.progress.print("the search of this run has ended; what comes after it is done again")
             remove_half_written(self.folder)
         elif not self._overwrites:
             self._ending.enter_context(removing_if_nothing_found(self.folder))
@@ -116,7 +116,7 @@ class Session:
         """From here on the folder is this run's."""
         write_text(self.folder / "config.toml", self._toml)
         write_record(self.folder, self.record)
-        self._ending.enter_context(saying_what_is_kept(self.folder, self.progress.say))
+        self._ending.enter_context(saying_what_is_kept(self.folder, self.progress.print))
 
     @property
     def _toml(self) -> str:

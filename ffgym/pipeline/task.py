@@ -48,7 +48,7 @@ Refit = Literal["none", "ridge", "sequential"]
 
 
 @dataclass(frozen=True)
-class Workspace:
+class Task:
     """What all searches of one configuration share: the model with its paths, the splits, the environment.
 
     Attributes:
@@ -94,90 +94,90 @@ class Workspace:
         return check_importance(rule, self.prepared.views)
 
 
-def open_workspace(
+def open_task(
     config: RunConfig,
     heuristics: Sequence[tuple[str, JSONDict]],
-    say: Reporter,
+    reporter: Reporter,
     *,
     recorded: Path | None = None,
-) -> Workspace:
+) -> Task:
     """Load, split, prepare.
 
     Args:
         config: the run.
         heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
-        say: where progress goes.
+        reporter: where progress goes.
         recorded: folder of the run, where it goes on: what it has measured before is not measured again.
     """
-    with say.stage("load model and text", 1):
+    with reporter.stage("load model and text", 1):
         loaded, splits = load_parts(config)
-    say.say(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
+    reporter.print(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
     needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
-    costs = _costs(config, loaded.model, say, recorded)
+    costs = _costs(config, loaded.model, reporter, recorded)
     budget = make_budget(config, loaded.model, costs)
     windows = splits.calibration.windows
-    with say.stage("collect statistics, order and factorise", len(windows)) as stage:
+    with reporter.stage("collect statistics, order and factorise", len(windows)) as stage:
         prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
     env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs)
-    return Workspace(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs)
+    return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs)
 
 
-def _costs(config: RunConfig, model: Any, say: Reporter, recorded: Path | None) -> dict[str, Costs]:
+def _costs(config: RunConfig, model: Any, reporter: Reporter, recorded: Path | None) -> dict[str, Costs]:
     """What the model costs in every resource that is counted, with a word about where measurements are from."""
     found: dict[str, Costs] = {}
     for name, resource in counted_resources(config).items():
         if not resource.is_measured():
             found[name] = costs_in(resource, config, model)
             continue
-        with say.stage(f"{name} table", 1) as stage:
-            found[name] = costs_in(resource, config, model, recorded=recorded, on_progress=stage, say=say.say)
+        with reporter.stage(f"{name} table", 1) as stage:
+            found[name] = costs_in(resource, config, model, recorded=recorded, on_progress=stage, notify=reporter.print)
         if measurement := found[name].measurement:
-            say.say(f"{name}: {measurement.summary}; table {measurement.digest[:12]}")
+            reporter.print(f"{name}: {measurement.summary}; table {measurement.digest[:12]}")
     return found
 
 
-def at_target(space: Workspace, target: float) -> Workspace:
+def at_target(task: Task, target: float) -> Task:
     """The same at one sparsity: a point of a front as a run at a single target would see it."""
-    if not space.config.prune.is_range:
-        return space
-    config = space.config
+    if not task.config.prune.is_range:
+        return task
+    config = task.config
     prune = config.prune.model_copy(update={"sparsity": target})
     output = config.output.model_copy(update={"save_at": None, "save_all": False})
-    return with_config(space, config.model_copy(update={"prune": prune, "output": output}))
+    return with_config(task, config.model_copy(update={"prune": prune, "output": output}))
 
 
-def with_config(space: Workspace, config: RunConfig) -> Workspace:
+def with_config(task: Task, config: RunConfig) -> Task:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
-    budget = make_budget(config, space.loaded.model, space.costs)
-    windows = space.splits.search.windows
-    env = build_env(config, space.prepared, windows, budget, loaded=space.loaded, costs=space.costs)
-    return replace(space, config=config, env=env)
+    budget = make_budget(config, task.loaded.model, task.costs)
+    windows = task.splits.search.windows
+    env = build_env(config, task.prepared, windows, budget, loaded=task.loaded, costs=task.costs)
+    return replace(task, config=config, env=env)
 
 
-def give_prior(agent: Agent, space: Workspace) -> None:
+def give_prior(agent: Agent, task: Task) -> None:
     """Tell an agent where to start, and under a range of budgets between which ends.
 
     Raises:
         ConfigError: it was started from a policy for other sublayers than the model has.
     """
-    prune, prior = space.config.prune, space.config.prior
-    names = tuple(sublayer.name for sublayer in space.prepared.prunable.sublayers)
+    prune, prior = task.config.prune, task.config.prior
+    names = tuple(sublayer.name for sublayer in task.prepared.prunable.sublayers)
     if agent.policy_sublayers not in (None, names):
         raise ConfigError(
-            f"search.init_from = {space.config.search.init_from!r} holds a policy for {len(agent.policy_sublayers)} "
-            f"sublayers, {agent.policy_sublayers[0]} to {agent.policy_sublayers[-1]}; {space.config.model.name} has "
+            f"search.init_from = {task.config.search.init_from!r} holds a policy for {len(agent.policy_sublayers)} "
+            f"sublayers, {agent.policy_sublayers[0]} to {agent.policy_sublayers[-1]}; {task.config.model.name} has "
             f"{len(names)}, {names[0]} to {names[-1]}",
             hint="Start from a run on a model of the same depth, or leave --init-from out.",
         )
     if prune.is_range:
         agent.budgets = prune.ends
     if prior.name != "none":
-        agent.prior_mean = space.prior(prior.name, prior.options)
+        agent.prior_mean = task.prior(prior.name, prior.options)
         if prune.is_range:
             low, high = prune.ends
             agent.prior_ends = (
-                space.prior(prior.name, prior.options, low),
-                space.prior(prior.name, prior.options, high),
+                task.prior(prior.name, prior.options, low),
+                task.prior(prior.name, prior.options, high),
             )
 
 
@@ -197,16 +197,16 @@ def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
 
 
 @contextmanager
-def cut_to(space: Workspace, kept: Sequence[int], refit: Refit, say: Reporter) -> Iterator[None]:
+def cut_to(task: Task, kept: Sequence[int], refit: Refit, reporter: Reporter) -> Iterator[None]:
     """The model cut to ``kept`` units per sublayer, and put back afterwards."""
-    prepared = space.prepared
+    prepared = task.prepared
     try:
         if refit == "sequential":
-            with say.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
+            with reporter.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
                 calibrate_sequentially(
                     prepared.prunable,
                     kept,
-                    space.splits.calibration.windows,
+                    task.splits.calibration.windows,
                     [SEQUENTIAL_STRENGTH * ridge for ridge in prepared.ridges],
                     tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
                     on_progress=stage,
@@ -218,8 +218,8 @@ def cut_to(space: Workspace, kept: Sequence[int], refit: Refit, say: Reporter) -
         prepared.prunable.restore()
 
 
-def report_loss(space: Workspace, kept: Sequence[int], refit: Refit) -> float:
+def report_loss(task: Task, kept: Sequence[int], refit: Refit) -> float:
     """Loss on the report split of the model cut to ``kept`` units per sublayer, nats per token."""
-    with cut_to(space, kept, refit, Reporter(Console(quiet=True))):
-        windows = space.splits.report.windows
-        return evaluate(space.prepared.prunable.model, windows, tokens_per_batch=space.env.tokens_per_batch).loss
+    with cut_to(task, kept, refit, Reporter(Console(quiet=True))):
+        windows = task.splits.report.windows
+        return evaluate(task.prepared.prunable.model, windows, tokens_per_batch=task.env.tokens_per_batch).loss

@@ -9,7 +9,7 @@ from ffgym.pipeline.artifacts import write_table
 from ffgym.pipeline.compare import with_recovered
 from ffgym.pipeline.result import RunResult
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.task import Workspace
+from ffgym.pipeline.task import Task
 from ffgym.recover.folders import output_folder, unfinished_folder
 from ffgym.recover.recover import train_and_save
 from ffgym.recover.result import RecoveredModel
@@ -17,7 +17,7 @@ from ffgym.recover.text import RecoveryTexts, gather
 from ffgym.report.table import as_dicts
 
 
-def gather_text(task: Workspace) -> RecoveryTexts | None:
+def gather_text(task: Task) -> RecoveryTexts | None:
     """The text that the smaller model is trained on; ``None`` where the run trains none."""
     return None if task.config.recover.method == "none" else gather(task.config, task.loaded, task.splits)
 
@@ -50,7 +50,7 @@ def _recover(saved: SavedModel, texts: RecoveryTexts, session: Session) -> Recov
     except KeyboardInterrupt:
         where = f"the pruned model is in {saved.path}"
         if unfinished_folder(place).exists() or not place.exists():
-            session.progress.say(f"{where}; go on with: ffgym recover {saved.path}")
+            session.progress.print(f"{where}; go on with: ffgym recover {saved.path}")
         else:
-            session.progress.say(f"{where}, the trained one, complete, in {place}")
+            session.progress.print(f"{where}, the trained one, complete, in {place}")
         raise

@@ -16,7 +16,7 @@ from ffgym.plugins.kinds import KINDS, PluginKind
 from ffgym.plugins.manager import create, get_class, validated
 from ffgym.types import JSONDict
 
-ALL_TABLES = tuple(row.table for row in KINDS.values() if row.table)
+ALL_TABLES = tuple(kind.table for kind in KINDS.values() if kind.table)
 
 
 def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunConfig:
@@ -46,9 +46,11 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
 
 def _refuse_options_of_none(config: RunConfig, key: str) -> None:
     table = getattr(config, key)
-    if not isinstance(table, PluginTable) or getattr(table, table.named_by) != "none":
-        return
-    if unread := sorted(table.options):
+    if (
+        isinstance(table, PluginTable)
+        and getattr(table, table.named_by) == "none"
+        and (unread := sorted(table.options))
+    ):
         raise ConfigError(
             f"{key}.{unread[0]} is an option of a plugin, and {key}.{table.named_by} is 'none'",
             hint="Leave it out, or name the plugin that it belongs to.",

@@ -57,7 +57,7 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
     before = {name: _fingerprint(tensor) for name, tensor in given.items()}
     doing = f"scoring {sublayer.name}"
     with torch.no_grad():
-        scores = called(criterion, lambda: criterion.score(weight, stats), doing, hint=_missing(stats))
+        scores = call_plugin(criterion, lambda: criterion.score(weight, stats), doing, hint=_missing(stats))
     where = f"{described(criterion)}, {sublayer.name}"
     m, n = weight.shape
     _check_unchanged(f"{where}: score", given, before)
@@ -135,7 +135,7 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
     }
     before = {name: _fingerprint(tensor) for name, tensor in given.items()}
     hint = _missing(sublayers[0].stats) if sublayers else None
-    answer: Any = called(heuristic, lambda: heuristic.importance(sublayers), "giving importances", hint=hint)
+    answer: Any = call_plugin(heuristic, lambda: heuristic.importance(sublayers), "giving importances", hint=hint)
     where = described(heuristic)
     _check_unchanged(f"{where}: importance", given, before)
     try:
@@ -159,7 +159,7 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
         PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
         ModelError: the losses are so far apart that a built-in reward overflows.
     """
-    value = called(reward, _explained(reward, lambda: reward(pruned, dense), pruned, dense), "computing a reward")
+    value = call_plugin(reward, _explained(reward, lambda: reward(pruned, dense), pruned, dense), "computing a reward")
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -212,7 +212,7 @@ def check_objectives(
         ModelError: the losses are so far apart that a built-in reward overflows.
     """
     call = _explained(reward, lambda: reward.objectives(pruned, dense), pruned, dense)
-    answer = called(reward, call, "naming its objectives")
+    answer = call_plugin(reward, call, "naming its objectives")
     try:
         numbers = {str(name): float(value) for name, value in answer.items()}
     except (AttributeError, TypeError, ValueError):
@@ -290,7 +290,7 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
     """
     import numpy as np
 
-    proposals: Any = called(agent, lambda: agent.recommend(observation), "recommending importances")
+    proposals: Any = call_plugin(agent, lambda: agent.recommend(observation), "recommending importances")
     if not (isinstance(proposals, (list, tuple)) or (isinstance(proposals, np.ndarray) and proposals.ndim == 2)):
         raise PluginError(f"{described(agent)}: recommend returned {type(proposals).__name__}, not a list of arrays")
     actions = []
@@ -338,7 +338,7 @@ def _can_be_logged(name: str) -> bool:
     return len(name) <= METRIC_CHARACTERS and bool(METRIC_NAME.fullmatch(name)) and posixpath.normpath(name) == name
 
 
-def called(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str | None = None) -> Result:
+def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str | None = None) -> Result:
     """What a call into a plugin returns.
 
     Args:

@@ -160,14 +160,13 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
         raise PluginError(
             f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not lower-case letters, digits, '-' and '_'"
         )
-    row = KINDS[kind]
+    table = KINDS[kind].table
+    keys = table_model(table).model_fields if table else {}
     if kind in ("heuristic", "recovery") and name == "none":
-        raise PluginError(f"a {kind} cannot be called 'none': it means none in the table [{row.table}]")
+        raise PluginError(f"a {kind} cannot be called 'none': it means none in the table [{table}]")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, PluginConfig)):
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
-    if taken := sorted(
-        cls.Config.model_fields.keys() & {"name", *(table_model(row.table).model_fields if row.table else ())}
-    ):
+    if taken := sorted(cls.Config.model_fields.keys() & {"name", *keys}):
         raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")

@@ -38,9 +38,9 @@ KINDS: dict[PluginKind, Kind] = {
     "export": Kind("exports", "ffgym.export.format:ExportFormat"),
     "family": Kind("families", "ffgym.models.families:Family"),
     "heuristic": Kind("heuristics", "ffgym.plugins.bases:Heuristic", "prior"),
-    "recovery": Kind("recoveries", "ffgym.recover.method:Recovery", "recover", "method"),
     "resource": Kind("resources", "ffgym.costs.resource:Resource", "prune", "resource"),
     "reward": Kind("rewards", "ffgym.plugins.bases:Reward", "reward"),
+    "recovery": Kind("recoveries", "ffgym.recover.method:Recovery", "recover", "method"),
 }
 HOOKS: dict[str, PluginKind] = {kind.hook: name for name, kind in KINDS.items()}
 

@@ -12,9 +12,9 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.costs.resource import (
     Costs,
+    Notify,
     OnProgress,
     Resource,
-    Say,
     costs_of,
     resource_class,
     resource_named,
@@ -117,7 +117,7 @@ def costs_in(
     *,
     recorded: Path | None = None,
     on_progress: OnProgress | None = None,
-    say: Say | None = None,
+    notify: Notify | None = None,
 ) -> Costs:
     """What a dense model costs in a resource, under a configuration.
 
@@ -127,7 +127,7 @@ def costs_in(
         model: the dense model.
         recorded: folder of the run, where it goes on and must count what it has counted before.
         on_progress: hears how far a measurement is.
-        say: hears what the user should know of it.
+        notify: hears what the user should know of it.
 
     Raises:
         BudgetError, ConfigError, PluginError: as `costs_of`.
@@ -135,7 +135,7 @@ def costs_in(
     file = named_table(config, resource.name)
     if recorded is not None and (recorded / f"{resource.name}.json").is_file():
         file = recorded / f"{resource.name}.json"
-    return costs_of(resource, model, context=config.prune.context, file=file, on_progress=on_progress, say=say)
+    return costs_of(resource, model, context=config.prune.context, file=file, on_progress=on_progress, notify=notify)
 
 
 def make_budget(config: RunConfig, model: Any, costs: Mapping[str, Costs] | None = None) -> Budget:

@@ -18,12 +18,15 @@ from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
 from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_statistics
-from ffgym.pruning.calibration import NestedRidge, covariance, pick_ridge
+from ffgym.pruning.calibration import NestedRidge, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
-from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, merge, require_finite
+from ffgym.pruning.precision import in_float64
+from ffgym.pruning.statistics import InputMoments, require_finite
 from ffgym.types import Calibration, LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
+HELD_OUT_TOKENS = 8192  # at most; their inputs are kept until the sublayer is prepared
+HELD_OUT_ROWS = 1024  # of these choose lambda: on the demo model as all 8,192 would, where it matters by 0.1 %
 GRADIENT_SHARE = 0.25  # a backward pass costs three forward ones, and first-order averages settle early
 
 
@@ -89,111 +92,108 @@ def prepare(
 
         return advance
 
-    held_out = 0 if ridge is not None else max(1, int(HELD_OUT_SHARE * len(windows)))
+    held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
     needs = criterion.needs | keep
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
     first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("layers"))
     affine = [calibration == "affine" or half.consumer.bias is not None for half in prunable.halves]
-    needs = needs | {"second_moment"} | ({"mean"} if any(affine) else frozenset())
     stream = stream_statistics(
         model,
         prunable.consumers,
         windows,
-        needs,
         held_out=held_out,
         tokens_per_batch=tokens_per_batch,
     )
     ordered = counted("sublayers")
     views: list[SublayerView] = []
     ridges: list[float] = []
-    for index, fit, apart in stream:
+    for index, sums, apart in stream:
         half = prunable.halves[index]
+        gradients = first_order[index]
+        moments = fit = sums.result()
+        if apart is not None:
+            for part in torch.split(apart, tokens_per_batch):
+                sums.update(part)
+            moments = sums.result()
         with _naming(half):
-            require_finite(fit, apart, first_order[index])
-        scores = _score(criterion, half, _with_gradients(merge(fit, apart), first_order[index]))
+            require_finite(moments, gradients)
+        scores = _score(criterion, half, _stats(moments, gradients, criterion.needs))
         order = unit_order(scores)
         columns = expand_order(order, half.sublayer.channels_per_unit)
         half.permute(order)
-        fit, apart = reorder(fit, columns), reorder(apart, columns)
-        gradients = reorder(first_order[index], columns)
+        moments, gradients = moments.reorder(columns), _reorder(gradients, columns)
+        half.affine = affine[index]
         with _naming(half):
-            chosen = ridge if ridge is not None else _pick(half, fit, apart, affine[index])
-            stats = _with_gradients(merge(fit, apart), gradients)
-            half.path = path = _refit(half, stats, chosen, affine[index])
-            half.affine = affine[index]
+            chosen = ridge
+            if chosen is None:
+                assert apart is not None, "windows were held out"
+                chosen = _pick(half, fit.reorder(columns), some_rows(apart)[:, columns])
+            half.path = path = _refit(half, moments, chosen)
         ridges.append(chosen)
-        views.append(_view(half, scores[order], stats, path, keep))
+        views.append(_view(half, scores[order], moments, _stats(moments, gradients, keep), path))
         ordered(len(views), len(prunable.halves))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
 
 
-def reorder(stats: LayerStats, columns: torch.Tensor) -> LayerStats:
-    """The same statistics with channels in another order.
-
-    Args:
-        stats: of n channels.
-        columns: shape (n,), int64.
-    """
-    second = stats.second_moment
+def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) -> LayerStats:
+    """Those of the statistics that are named."""
     return replace(
-        stats,
-        mean=None if stats.mean is None else stats.mean[columns],
-        square=None if stats.square is None else stats.square[columns],
-        second_moment=None if second is None else second[columns][:, columns],
-        gradient=None if stats.gradient is None else stats.gradient[:, columns],
+        moments.stats(names),
+        gradient=gradients.gradient if "gradient" in names else None,
+        output_gradient=gradients.output_gradient if "output_gradient" in names else None,
     )
+
+
+def _reorder(gradients: LayerStats, columns: torch.Tensor) -> LayerStats:
+    gradient = gradients.gradient
+    return replace(gradients, gradient=None if gradient is None else gradient[:, columns])
 
 
 def _score(criterion: Criterion, half: PrunableSublayer, stats: LayerStats) -> torch.Tensor:
     weight = half.consumer.weight.detach().float()
-    scores = check_scores(criterion, weight, _only(stats, criterion.needs), half.sublayer)
+    scores = check_scores(criterion, weight, stats, half.sublayer)
     return unit_scores(channel_scores(scores), half.sublayer.channels_per_unit)
 
 
-def _pick(half: PrunableSublayer, fit: LayerStats, apart: LayerStats, affine: bool) -> float:
-    assert fit.second_moment is not None, "collected above"
-    assert apart.second_moment is not None, "collected above"
-    return pick_ridge(
-        half.consumer.weight.detach(),
-        covariance(fit.second_moment, fit.mean if affine else None),
-        covariance(apart.second_moment, apart.mean if affine else None),
-    )
+def held_out_windows(windows: int, length: int) -> int:
+    """How many of the windows choose lambda."""
+    return max(1, min(int(HELD_OUT_SHARE * windows), HELD_OUT_TOKENS // length))
 
 
-def _refit(half: PrunableSublayer, stats: LayerStats, ridge: float, affine: bool) -> NestedRidge:
-    assert stats.second_moment is not None, "collected above"
+def some_rows(inputs: torch.Tensor, rows: int = HELD_OUT_ROWS) -> torch.Tensor:
+    """At most so many of the inputs, shape (rows, n), from all windows: the same ones for the same number of tokens."""
+    chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:rows]
+    return inputs[chosen.sort().values.to(inputs.device)]
+
+
+def _pick(half: PrunableSublayer, fit: InputMoments, held_out: torch.Tensor) -> float:
+    weight, mean = half.consumer.weight.detach(), fit.mean if half.affine else None
+    return pick_ridge(weight, fit.moment(centred=half.affine), held_out, mean)
+
+
+def _refit(half: PrunableSublayer, moments: InputMoments, ridge: float) -> NestedRidge:
     consumer = half.consumer
-    return NestedRidge(
-        consumer.weight.detach(), stats.second_moment, ridge, stats.mean if affine else None, consumer.bias
-    )
+    mean = moments.mean if half.affine else None
+    return NestedRidge(consumer.weight.detach(), moments.moment(centred=half.affine), ridge, mean, consumer.bias)
 
 
 def _view(
-    half: PrunableSublayer, scores: torch.Tensor, stats: LayerStats, path: NestedRidge, keep: frozenset[str]
+    half: PrunableSublayer, scores: torch.Tensor, moments: InputMoments, stats: LayerStats, path: NestedRidge
 ) -> SublayerView:
     weight = half.consumer.weight.detach()
-    assert stats.second_moment is not None, "collected above"
     W = weight.float()
     step = half.sublayer.channels_per_unit
     fisher = stats.output_gradient
+    mean_output = in_float64(W) @ moments.mean
     return SublayerView(
         sublayer=half.sublayer,
         weight=weight,
-        stats=_only(stats, keep),
+        stats=stats,
         unit_scores=scores,
         removal_error=path.removal_error[::step].cpu().numpy(),
-        output_energy=float(((W @ stats.second_moment) * W).sum()),
+        output_energy=float(((W @ moments.covariance) * W).sum()) + float(mean_output.square().sum()),
         loss_increase=None if fisher is None else path.loss_increase(fisher)[::step].cpu().numpy(),
     )
-
-
-def _with_gradients(stats: LayerStats, first_order: LayerStats) -> LayerStats:
-    return replace(stats, gradient=first_order.gradient, output_gradient=first_order.output_gradient)
-
-
-def _only(stats: LayerStats, names: frozenset[str]) -> LayerStats:
-    dropped: dict[str, Any] = dict.fromkeys((INPUT_STATISTICS | GRADIENT_STATISTICS) - names)
-    return replace(stats, **dropped)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Two streams of hidden states walk through one model: the dense one gives the tar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -55,23 +54,41 @@ def calibrate_sequentially(
     prunable.kept = tuple(kept)
 
 
-@dataclass
 class _CrossMoments:
-    """Sums over tokens of what ``sequential_refit`` needs; float32 products, float64 means."""
+    """Means and covariances of dense inputs x (n channels) and pruned inputs y (k channels).
 
-    tokens: int = 0
-    cross: torch.Tensor | float = 0.0
-    moment: torch.Tensor | float = 0.0
-    dense_sum: torch.Tensor | float = 0.0
-    pruned_sum: torch.Tensor | float = 0.0
+    Float32 products of what is left when the first batch's means are taken off, as in ``Moments``; float64 means.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._shifts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._cross: torch.Tensor | float = 0.0
+        self._products: torch.Tensor | float = 0.0
+        self._sums: tuple[torch.Tensor | float, torch.Tensor | float] = (0.0, 0.0)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
-        self.tokens += len(x)
-        self.cross = self.cross + x.T @ y
-        self.moment = self.moment + y.T @ y
-        self.dense_sum = self.dense_sum + sum_in_float64(x)
-        self.pruned_sum = self.pruned_sum + sum_in_float64(y)
+        if self._shifts is None:
+            self._shifts = x.mean(dim=0), y.mean(dim=0)
+        x, y = x - self._shifts[0], y - self._shifts[1]
+        self._tokens += len(x)
+        self._cross = self._cross + x.T @ y
+        self._products = self._products + y.T @ y
+        self._sums = self._sums[0] + sum_in_float64(x), self._sums[1] + sum_in_float64(y)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """E[x], shape (n,), E[y], (k,), Cov[x, y], (n, k), and Cov[y], (k, k), all float64."""
+        assert self._shifts is not None, "nothing was added"
+        moved = [torch.as_tensor(total) / self._tokens for total in self._sums]
+        means = [in_float64(shift) + offset for shift, offset in zip(self._shifts, moved, strict=True)]
+        cross, products = (in_float64(torch.as_tensor(s)) / self._tokens for s in (self._cross, self._products))
+        return (
+            means[0],
+            means[1],
+            torch.addr(cross, moved[0], moved[1], alpha=-1),
+            torch.addr(products, moved[1], moved[1], alpha=-1),
+        )
 
 
 def _refit(
@@ -89,15 +106,13 @@ def _refit(
     sums = _CrossMoments()
     for target, given in zip(targets, inputs, strict=True):
         sums.update(target, given)
-    assert isinstance(sums.cross, torch.Tensor)
-    assert isinstance(sums.moment, torch.Tensor)
-    cross, moment = in_float64(sums.cross) / sums.tokens, in_float64(sums.moment) / sums.tokens
+    x, y, cross, moment = sums.result()
     anchor = half.path.weight_at(moment.shape[0]) if half.path is not None else None
     if not half.affine:
+        cross, moment = torch.addr(cross, x, y), torch.addr(moment, y, y)
         half.set_consumer(sequential_refit(weight, cross, moment, ridge, anchor), bias)
         return
-    x, y = torch.as_tensor(sums.dense_sum) / sums.tokens, torch.as_tensor(sums.pruned_sum) / sums.tokens
-    refit = sequential_refit(weight, cross - torch.outer(x, y), moment - torch.outer(y, y), ridge, anchor)
+    refit = sequential_refit(weight, cross, moment, ridge, anchor)
     moved = (0 if bias is None else in_float64(bias)) + in_float64(weight) @ x - in_float64(refit) @ y
     half.set_consumer(refit, moved)
 

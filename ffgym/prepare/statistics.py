@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ffgym.models.walk import Arguments, Stream, Walk, walk_back
-from ffgym.pruning.statistics import GRADIENT_STATISTICS, INPUT_STATISTICS, Moments
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments
 from ffgym.types import LayerStats
 
 OnProgress = Callable[[int, int], None]
@@ -53,11 +53,10 @@ def stream_statistics(
     model: nn.Module,
     consumers: Sequence[nn.Linear],
     windows: torch.Tensor,
-    needs: frozenset[str],
     *,
     held_out: int = 0,
     tokens_per_batch: int = 4096,
-) -> Iterator[tuple[int, LayerStats, LayerStats]]:
+) -> Iterator[tuple[int, Moments, torch.Tensor | None]]:
     """Yield each consumer's statistics, first to last; what was yielded is no longer held here.
 
     Units may be permuted once the statistics of their consumer were yielded: no layer is run again.
@@ -66,38 +65,39 @@ def stream_statistics(
         model: dense causal LM in eval mode.
         consumers: its 2L consumers, in order of depth.
         windows: calibration token ids, shape (windows, length), int64. The hidden states of all are held.
-        needs: any of ``mean``, ``square``, ``second_moment``.
         held_out: how many of the last windows to keep apart (for choosing the ridge).
         tokens_per_batch: tokens of one forward pass.
 
     Yields:
-        (index, statistics of the first windows, statistics of the held-out windows).
+        (index, sums over the first windows, inputs of the held-out windows, if any: shape (tokens, n), the model's
+        dtype).
     """
-    needs = needs & INPUT_STATISTICS
-    if not needs:
-        for index in range(len(consumers)):
-            yield index, LayerStats(), LayerStats()
-        return
     walk, size = Walk(model), max(1, tokens_per_batch // windows.shape[1])
     fitted, apart = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
     with torch.inference_mode():
-        streams = [Stream(walk, torch.split(part, size) if len(part) else ()) for part in (fitted, apart)]
+        first, second = (Stream(walk, torch.split(part, size) if len(part) else ()) for part in (fitted, apart))
     for layer in range(len(walk.layers)):
         indices = (2 * layer, 2 * layer + 1)
-        moments = [_step(stream, layer, [consumers[index] for index in indices], needs) for stream in streams]
+        linears = [consumers[index] for index in indices]
+        sums = [Moments(linear.in_features, linear.weight.device) for linear in linears]
+        inputs: list[list[torch.Tensor]] = [[] for _ in linears]
+        _step(first, layer, linears, [to.update for to in sums])
+        _step(second, layer, linears, [to.append for to in inputs])
         for index in indices:
-            first, second = (part.pop(0).result() if part else LayerStats() for part in moments)
-            yield index, first, second
+            batches = inputs.pop(0)
+            rows = torch.cat([batch.flatten(0, -2) for batch in batches]) if batches else None
+            yield index, sums.pop(0), rows
 
 
-def _step(stream: Stream, layer: int, consumers: Sequence[nn.Linear], needs: frozenset[str]) -> list[Moments]:
-    """Move the states behind a layer, and sum up what its consumers are given; nothing where there are no states."""
+def _step(
+    stream: Stream, layer: int, consumers: Sequence[nn.Linear], receive: Sequence[Callable[[torch.Tensor], None]]
+) -> None:
+    """Move the states behind a layer, and hand on what its consumers are given; nothing where there are no states."""
     if not stream.hidden:
-        return []
-    sums = [Moments(consumer.in_features, needs, consumer.weight.device) for consumer in consumers]
+        return
     handles = [
-        consumer.register_forward_pre_hook(lambda _, inputs, to=to: to.update(inputs[0]))
-        for consumer, to in zip(consumers, sums, strict=True)
+        consumer.register_forward_pre_hook(lambda _, inputs, to=to: to(inputs[0]))
+        for consumer, to in zip(consumers, receive, strict=True)
     ]
     try:
         with torch.inference_mode():
@@ -105,7 +105,6 @@ def _step(stream: Stream, layer: int, consumers: Sequence[nn.Linear], needs: fro
     finally:
         for handle in handles:
             handle.remove()
-    return sums
 
 
 def gradient_statistics(

@@ -78,31 +78,25 @@ class PlainPath:
         return (self._weight.float() * weight_gradient).sum(dim=0)
 
 
-def scale(second_moment: torch.Tensor) -> torch.Tensor:
-    """What lambda is relative to: the mean of the diagonal of G, a 0-dim tensor, never 0."""
-    return second_moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def covariance(second_moment: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
-    """G, or G - mu mu^T where a mean is given; shape (n, n), float64."""
-    moment = in_float64(second_moment)
-    return moment if mean is None else moment - torch.outer(in_float64(mean), in_float64(mean))
+def scale(moment: torch.Tensor) -> torch.Tensor:
+    """What lambda is relative to: the mean of the moment's diagonal, a 0-dim tensor, never 0."""
+    return moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
     """C with C C^T = moment + ridge * scale(moment) * I.
 
     Args:
-        moment: shape (n, n), float64, symmetric positive semi-definite up to rounding.
+        moment: shape (n, n), symmetric positive semi-definite up to rounding.
         ridge: lambda, > 0.
 
     Returns:
-        lower triangular, shape (n, n), float64.
+        lower triangular, shape (n, n), the moment's dtype.
 
     Raises:
         CalibrationError: not positive definite even so, or not finite.
     """
-    if not torch.isfinite(moment).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():  # NaN is the least and the greatest
         raise CalibrationError("the inputs' second moment holds NaN or infinity", hint=OVERFLOW_HINT)
     regularised = moment.clone()
     regularised.diagonal().add_(ridge * scale(moment))
@@ -128,8 +122,8 @@ class NestedRidge:
 
     Args:
         weight: dense W, shape (m, n), path order.
-        second_moment: G, shape (n, n), path order.
-        ridge: lambda, relative to the mean of G's diagonal, > 0.
+        moment: G, shape (n, n), path order; the covariance for the affine form.
+        ridge: lambda, relative to the mean of the moment's diagonal, > 0.
         mean: E[x], shape (n,), for the affine form; ``None`` for the linear one.
         bias: dense bias, shape (m,), or ``None``; the affine form starts from zeros then.
     """
@@ -137,12 +131,12 @@ class NestedRidge:
     def __init__(
         self,
         weight: torch.Tensor,
-        second_moment: torch.Tensor,
+        moment: torch.Tensor,
         ridge: float,
         mean: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> None:
-        lower = cholesky(covariance(second_moment, mean), ridge)
+        lower = cholesky(in_float64(moment), ridge)
         projected, D = in_float64(weight) @ lower, inverse(lower)
         self._weight = weight  # the model's own tensor: no copy
         self._projected = projected.float().to(weight.device)
@@ -215,17 +209,20 @@ def suffix_energy(columns: torch.Tensor) -> torch.Tensor:
 
 def pick_ridge(
     weight: torch.Tensor,
-    fit: torch.Tensor,
+    moment: torch.Tensor,
     held_out: torch.Tensor,
+    mean: torch.Tensor | None = None,
+    *,
     grid: Sequence[float] = RIDGE_GRID,
     levels: Sequence[float] = HELD_OUT_LEVELS,
 ) -> float:
-    """The lambda of the grid with the least output error on calibration windows that the fit has not seen.
+    """The lambda of the grid with the least output error on held-out inputs, which the moment has not seen.
 
     Args:
         weight: W, shape (m, n), path order.
-        fit: moment of the fitted windows, shape (n, n), path order (centred for the affine form).
-        held_out: moment of the held-out windows, same shape.
+        moment: G of the fitted inputs, shape (n, n), path order; their covariance for the affine form.
+        held_out: X, shape (rows, n), path order, any floating dtype.
+        mean: E[x] of the fitted inputs, shape (n,), for the affine form, whose bias carries it; else ``None``.
         grid: lambdas to try.
         levels: shares of channels kept at which the error is taken; each counts relative to the best of the grid.
 
@@ -235,26 +232,58 @@ def pick_ridge(
     Raises:
         CalibrationError: with none of the grid is the moment positive definite.
     """
-    width = weight.shape[1]
-    W, target = weight.to(fit.device).float(), held_out.to(fit.device).float()
-    total = torch.zeros(len(grid), len(levels), dtype=torch.float64)
+    W, X = weight.to(moment.device).float(), held_out.to(moment.device).float()
+    if mean is not None:
+        X = X - mean.to(X)
+    width = W.shape[1]
+    kept = [min(max(round(level * width), 1), width) for level in levels]
+    errors = torch.zeros(len(grid), len(levels), dtype=torch.float64)
     for row, ridge in enumerate(grid):
-        # Only the factorisation needs float64; for comparing errors its results may be rounded.
         try:
-            C = cholesky(in_float64(fit), ridge).float().to(fit.device)
+            lower = _cholesky_in_float32(moment, ridge)
         except CalibrationError:  # sums in float32 left it indefinite; a larger one may do
             if ridge == max(grid):
                 raise
-            total[row] = math.inf
+            errors[row] = math.inf
             continue
-        B, D = W @ C, inverse(C)
-        for column, level in enumerate(levels):
-            k = min(max(round(level * width), 1), width)
-            change = W.clone()
-            change[:, :k] = B[:, k:] @ D[k:, :k]
-            total[row, column] = ((change @ target) * change).sum()
-    total = total / total.amin(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    return float(grid[int(total.sum(dim=1).argmin())])
+        errors[row] = refit_errors(W, lower, X, kept)
+    errors = errors / errors.amin(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    return float(grid[int(errors.sum(dim=1).argmin())])
+
+
+def _cholesky_in_float32(moment: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Exact enough to compare errors, and half the time, unless rounding leaves the moment indefinite."""
+    try:
+        return cholesky(moment.float(), ridge)
+    except CalibrationError:
+        return cholesky(in_float64(moment), ridge).float()
+
+
+def refit_errors(weight: torch.Tensor, lower: torch.Tensor, inputs: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """Squared output error of the refit at several levels, ||W x - W'_K x_K||^2 = ||B[:, k:] (D x)[k:]||^2, over x.
+
+    No refit is formed, and D neither: one triangular solve gives D x for all inputs and levels, and a level adds to the
+    error of the level above it what its own channels add.
+
+    Args:
+        weight: W, shape (m, n), float32.
+        lower: C, shape (n, n), float32.
+        inputs: X, shape (rows, n), float32.
+        kept: channels kept, k, at every level.
+
+    Returns:
+        sums over the rows, shape (levels,), float64.
+    """
+    white = torch.linalg.solve_triangular(lower, inputs.T, upper=False)
+    left, end = weight.new_zeros(len(weight), len(inputs)), lower.shape[0]
+    errors = {}
+    for k in sorted(kept, reverse=True):
+        B = weight[:, k:] @ lower[k:, k:end]
+        left.addmm_(B, white[k:end])
+        errors[k] = float(left.square().sum())
+        end = k
+    numbers = [errors[k] for k in kept]
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def sequential_refit(

@@ -1,90 +1,107 @@
-"""Running averages over a consumer's inputs, in float32 or wider whatever the model's dtype."""
+"""Running averages over a consumer's inputs, in float32 or wider whatever the model's dtype.
+
+Sums of x x^T in float32 lose the covariance where a channel's mean is 100 times its standard deviation, and real models
+have such channels. So sums are taken of x - s, where s is the mean of the first batch, and what is kept is centred.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Set
+from dataclasses import dataclass
 
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.pruning.precision import float64_device, sum_in_float64
+from ffgym.pruning.precision import WITHOUT_FLOAT64, float64_device, in_float64, sum_in_float64
 from ffgym.types import LayerStats
 
-INPUT_STATISTICS = frozenset({"mean", "square", "second_moment"})
 GRADIENT_STATISTICS = frozenset({"gradient", "output_gradient"})
 OVERFLOW_HINT = "The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16."
 
 
+@dataclass(frozen=True)
+class InputMoments:
+    """Mean and covariance of a consumer's inputs x (n channels).
+
+    Attributes:
+        tokens: how many tokens the averages run over.
+        mean: E[x], shape (n,), float64.
+        covariance: Cov[x], shape (n, n), float32.
+    """
+
+    tokens: int
+    mean: torch.Tensor
+    covariance: torch.Tensor
+
+    def moment(self, *, centred: bool) -> torch.Tensor:
+        """Cov[x], or E[x x^T], shape (n, n), float64."""
+        covariance = in_float64(self.covariance)
+        return covariance if centred else torch.addr(covariance, self.mean, self.mean)
+
+    def stats(self, names: Set[str]) -> LayerStats:
+        """What criteria and heuristics are given: those of ``mean``, ``square``, ``second_moment`` that are named.
+
+        Vectors are float64 (float32 on a device without it), so that variances follow from them; matrices float32.
+        """
+        device = self.covariance.device
+        mean, square = self.mean, in_float64(self.covariance.diagonal()) + self.mean**2
+        rounded = mean.float().to(device)
+        if device.type in WITHOUT_FLOAT64:
+            mean, square = rounded, square.float().to(device)
+        return LayerStats(
+            tokens=self.tokens,
+            mean=mean if "mean" in names else None,
+            square=square if "square" in names else None,
+            second_moment=torch.addr(self.covariance, rounded, rounded) if "second_moment" in names else None,
+        )
+
+    def reorder(self, columns: torch.Tensor) -> InputMoments:
+        """The same inputs with channels in another order: ``columns``, shape (n,), int64."""
+        return InputMoments(self.tokens, self.mean[columns], self.covariance[columns][:, columns])
+
+
 class Moments:
-    """Accumulates E[x], E[x^2] and E[x x^T] of vectors x with n channels.
+    """Accumulates mean and covariance of vectors x with n channels.
 
     Args:
         channels: n.
-        needs: which of ``mean``, ``square``, ``second_moment`` to keep.
         device: where the sums live.
     """
 
-    def __init__(self, channels: int, needs: frozenset[str], device: torch.device | str = "cpu") -> None:
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self._device = torch.device(device)
-        wide = float64_device(self._device)
-        self._mean = torch.zeros(channels, dtype=torch.float64, device=wide) if "mean" in needs else None
-        self._square = None
-        self._second = None
-        if "second_moment" in needs:
-            self._second = torch.zeros(channels, channels, dtype=torch.float32, device=device)
-        elif "square" in needs:
-            self._square = torch.zeros(channels, dtype=torch.float64, device=wide)
-        self._wants_square = "square" in needs
+        self._shift: torch.Tensor | None = None
+        wide = float64_device(torch.device(device))
+        self._sum = torch.zeros(channels, dtype=torch.float64, device=wide)
+        self._products = torch.zeros(channels, channels, dtype=torch.float32, device=device)
 
     def update(self, inputs: torch.Tensor) -> None:
         """Add a batch of inputs.
 
         Args:
-            inputs: shape (..., n), any floating dtype.
+            inputs: shape (..., n), any floating dtype, not empty.
         """
         x = inputs.reshape(-1, inputs.shape[-1]).float()
+        if self._shift is None:
+            self._shift = x.mean(dim=0)
+        x = x - self._shift
         self.tokens += x.shape[0]
-        if self._mean is not None:
-            self._mean += sum_in_float64(x)
-        if self._square is not None:
-            self._square += sum_in_float64(x.square())
-        if self._second is not None:
-            self._second.addmm_(x.T, x)
+        self._sum += sum_in_float64(x)
+        self._products.addmm_(x.T, x)
 
-    def result(self) -> LayerStats:
-        """Divide by the tokens seen."""
-        count = max(self.tokens, 1)
-        second = None if self._second is None else self._second / count
-        square = None if self._square is None else (self._square / count).float().to(self._device)
-        if second is not None and self._wants_square:
-            square = second.diagonal().clone()
-        return LayerStats(
-            tokens=self.tokens,
-            mean=None if self._mean is None else (self._mean / count).float().to(self._device),
-            square=square,
-            second_moment=second,
+    def result(self) -> InputMoments:
+        """Mean and covariance of the tokens seen so far, at least one."""
+        assert self._shift is not None, "nothing was added"
+        moved = self._sum / self.tokens
+        here = moved.float().to(self._products.device)
+        return InputMoments(
+            self.tokens,
+            mean=in_float64(self._shift) + moved,
+            covariance=(self._products / self.tokens).addr_(here, here, alpha=-1),
         )
 
 
-def merge(first: LayerStats, second: LayerStats) -> LayerStats:
-    """Pool two averages of the same consumer's inputs, weighted by their tokens (gradients are not pooled)."""
-    total = first.tokens + second.tokens
-    if not second.tokens:
-        return first
-
-    def pooled(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
-        if a is None or b is None:
-            return None
-        return (a * first.tokens + b * second.tokens) / total
-
-    return LayerStats(
-        tokens=total,
-        mean=pooled(first.mean, second.mean),
-        square=pooled(first.square, second.square),
-        second_moment=pooled(first.second_moment, second.second_moment),
-    )
-
-
-def require_finite(*parts: LayerStats) -> None:
+def require_finite(*parts: InputMoments | LayerStats) -> None:
     """Refuse statistics of a model that overflows, before a criterion or a factorisation trips over them.
 
     Raises:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ffgym.errors import OutputError, RecoveryError
 from ffgym.files import FileFormat, replacing, write_text
-from ffgym.models.loading import weight_files
+from ffgym.models.checkpoint import weight_files
 from ffgym.types import JSONDict
 
 IDENTITY = "identity.json"

@@ -22,12 +22,13 @@ from ffgym.errors import FFGymError, PluginError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
+from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import family_of_pair
-from ffgym.models.loading import MODEL_CONFIG, LoadedModel, load
+from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
 from ffgym.plugins import configured, manager
-from ffgym.plugins.contracts import called
+from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_output, output_folder, unfinished_folder
@@ -132,19 +133,19 @@ def train_and_save(
     with reporter.stage("load model and text", 1):
         loaded = _load(source, config)
         texts = texts or gather(config, loaded)
-    reporter.say(texts.describe(config.recover.tokens))
+    reporter.print(texts.describe(config.recover.tokens))
     checkpoint = Checkpoint(unfinished_folder(place), _identity(config, method, source, loaded, texts, dense))
     checkpoint.claim(overwrite=overwrite)
     recovery = _Recovery(config, method, source, dense, loaded, texts, checkpoint, tracker, reporter)
     recovery.log_start()
     if checkpoint.exists:
-        reporter.say(f"going on with the training in {checkpoint.folder}")
+        reporter.print(f"going on with the training in {checkpoint.folder}")
     try:
         outcome = recovery.train()
         return recovery.save(outcome, recovery.compare(), place, overwrite)
     except KeyboardInterrupt:
         if checkpoint.exists:
-            reporter.say(
+            reporter.print(
                 f"interrupted; what was learned is in {checkpoint.folder}, and the same command goes on from there"
             )
         raise
@@ -236,7 +237,7 @@ class _Recovery:
 
     def train(self) -> TrainingOutcome:
         """Let the method train the model; where that lowered no loss, take the model as it was."""
-        outcome = called(self.method, partial(self.method.train, self._setup()), "training the model")
+        outcome = call_plugin(self.method, partial(self.method.train, self._setup()), "training the model")
         if not isinstance(outcome, TrainingOutcome):
             raise PluginError(
                 f"{manager.described(self.method)}: train returned {type(outcome).__name__}, not a TrainingOutcome"
@@ -294,7 +295,7 @@ class _Recovery:
             loaded = _load(self.source, self.config, self.dense)
             family_of_pair(self.loaded.model, loaded.model, hint="")
         except FFGymError as error:
-            self.reporter.say(f"the dense model is left out of the table: {error.message}")
+            self.reporter.print(f"the dense model is left out of the table: {error.message}")
             return []
         return [self._measured("dense", loaded)]
 
@@ -329,11 +330,11 @@ class _Recovery:
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
         """The curve, the configuration and the picture, beside the checkpoints."""
         content = {"method": self.method.name, **outcome.curve, "report": as_dicts(table)}
-        curve = called(self.method, lambda: json.dumps(content, indent=1), "handing back its curve")
+        curve = call_plugin(self.method, lambda: json.dumps(content, indent=1), "handing back its curve")
         picture = self.checkpoint.folder / PICTURE
         figure = new_figure(8.0, 4.5)
         axes = figure.subplots()
-        called(self.method, lambda: self.method.draw(axes, outcome.curve), "drawing its curve")
+        call_plugin(self.method, lambda: self.method.draw(axes, outcome.curve), "drawing its curve")
         tidy(axes)
         axes.legend(frameon=False)
         save_figure(figure, picture)

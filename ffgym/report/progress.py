@@ -76,8 +76,8 @@ class Reporter:
                 yield Stage(label, total, self.console, bars)
         else:
             yield Stage(label, total, self.console, None)
-        self.say(f"{label}: done in {time.monotonic() - begun:.0f} s")
+        self.print(f"{label}: done in {time.monotonic() - begun:.0f} s")
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print one line."""
         self.console.print(line, highlight=False, soft_wrap=True, markup=False)

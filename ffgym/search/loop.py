@@ -16,7 +16,7 @@ from ffgym.envs.vector import PruningVectorEnv, Step
 from ffgym.errors import PluginError
 from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import called, check_update
+from ffgym.plugins.contracts import call_plugin, check_update
 from ffgym.plugins.manager import described
 from ffgym.search.finals import Candidate, contenders, finalists, run_finals
 from ffgym.search.log import Recorder
@@ -25,7 +25,7 @@ from ffgym.types import Episode, Update
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search came to.
 
     Attributes:
@@ -66,7 +66,7 @@ class SearchInterrupted(KeyboardInterrupt):
             no finals were run. Under a range, at the environment's own target.
     """
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: SearchResult) -> None:
         super().__init__()
         self.found = found
 
@@ -81,7 +81,7 @@ def search(
     log: Path | None = None,
     on_episode: Callable[[Episode], None] | None = None,
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
-) -> Found:
+) -> SearchResult:
     """Let the agent spend its tokens, then choose: :func:`search_front` for the environment's own target alone."""
     (found,) = search_front(
         env,
@@ -108,9 +108,9 @@ def search_front(
     log: Path | None = None,
     on_episode: Callable[[Episode], None] | None = None,
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
-    on_point: Callable[[Found], None] | None = None,
+    on_point: Callable[[SearchResult], None] | None = None,
     on_progress: OnProgress | None = None,
-) -> list[Found]:
+) -> list[SearchResult]:
     """Let the agent spend its tokens, then choose at every target.
 
     Args:
@@ -135,7 +135,7 @@ def search_front(
         DataError: the log belongs to another search.
     """
     reach = _reach(targets)
-    points: list[Found] = []
+    points: list[SearchResult] = []
     with Recorder(log) as recorder:
 
         def record(episode: Episode) -> None:
@@ -183,8 +183,8 @@ def _found(
     dense_loss: float | None,
     final_tokens: int,
     seconds: float,
-) -> Found:
-    return Found(
+) -> SearchResult:
+    return SearchResult(
         best=ranked[0],
         finalists=tuple(ranked),
         dense_loss=dense_loss,
@@ -235,12 +235,12 @@ def _learn(
     Raises:
         PluginError: it broke, took no step, or did not tell of its updates.
     """
-    updates, told = 0, 0
+    updates, reported = 0, 0
 
     def tell(update: Update) -> None:
-        nonlocal updates, told
+        nonlocal updates, reported
         check_update(agent, update)
-        new, told = vector.history[told:], len(vector.history)
+        new, reported = vector.history[reported:], len(vector.history)
         if on_update is not None:
             with _not_the_agents():
                 on_update(new, update)
@@ -248,7 +248,7 @@ def _learn(
 
     stopped: Exception | None = None
     try:
-        called(agent, lambda: agent.learn(vector, seed=seed, on_update=tell), "searching")
+        call_plugin(agent, lambda: agent.learn(vector, seed=seed, on_update=tell), "searching")
     except _NotTheAgents as carrier:
         stopped = carrier.error
     if stopped is not None:

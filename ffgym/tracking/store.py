@@ -169,7 +169,7 @@ def require_writable(root: Path) -> None:
         connection.execute("ROLLBACK")
 
 
-def whole(uri: str) -> contextlib.AbstractContextManager[None]:
+def uninterrupted(uri: str) -> contextlib.AbstractContextManager[None]:
     """Let Ctrl-C wait until the block is done with a database: broken off half way, a transaction keeps it locked.
 
     A second Ctrl-C does not wait, and a server's answer, which may take minutes, is not waited for at all.

@@ -30,7 +30,7 @@ from ffgym.tracking.store import (
     require_writable,
     tracking_uri,
     translated,
-    whole,
+    uninterrupted,
 )
 from ffgym.types import Episode, JSONDict
 
@@ -254,8 +254,8 @@ class Tracker:
     def _open(self) -> None:
         """Open the store and begin the run."""
         check_driver(self._uri)
-        told = translated(self._uri, "open the MLflow store")
-        with told, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
+        translating = translated(self._uri, "open the MLflow store")
+        with translating, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
             if self._uri == own_uri(self._root):
                 require_writable(self._root)
                 self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root))
@@ -264,7 +264,7 @@ class Tracker:
                 opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
                 adopt(self._root)
             mlflow = import_mlflow()
-            with whole(self._uri):
+            with uninterrupted(self._uri):
                 self._client = mlflow.MlflowClient(tracking_uri=self._uri)
                 experiment = self._experiment_id()
                 tags = {} if self._parent is None else {PARENT_TAG: self._parent}
@@ -298,7 +298,7 @@ class Tracker:
         if name not in self._earlier:
             return False
         if name not in self._histories:
-            with whole(self._uri), translated(self._uri, "read the MLflow store"):
+            with uninterrupted(self._uri), translated(self._uri, "read the MLflow store"):
                 history = self._client.get_metric_history(self.run_id, name)
             self._histories[name] = {point.step: point.value for point in history}
         before = self._histories[name].get(step)
@@ -339,7 +339,7 @@ class Tracker:
 
     def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
         """Call a method of MLflow's client on this run."""
-        with whole(self._uri), translated(self._uri, "write to the MLflow store"):
+        with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
             getattr(self._client, method)(self.run_id, *args, **kwargs)
 
 

@@ -75,7 +75,9 @@ def test_dense_is_the_demo_model(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     import ffgym.models.loading as loading
 
     locate = loading._locate
-    monkeypatch.setattr(loading, "_locate", lambda name: locate(str(folder) if name == "demo" else name))
+    monkeypatch.setattr(
+        loading, "_locate", lambda name, **options: locate(str(folder) if name == "demo" else name, **options)
+    )
     done = call("--model", "dense", "--model", "demo", "--tasks", "piqa", "--json")
     dense, demo = json.loads(done.stdout)["models"]
     assert (dense["name"], demo["name"]) == ("dense", "demo")
@@ -124,7 +126,7 @@ def changed(folder: Path, copy: Path, what: str) -> Path:
         ("no config", "config.json is missing"),
         ("intermediate_size=64", "does not fit its config.json"),
         ("num_hidden_layers=2", "has no place for"),
-        ("num_hidden_layers=4", "weights are missing"),
+        ("num_hidden_layers=4", "the checkpoint has 3 layers"),
         ("vocab_size=100", "does not fit its config.json"),
     ],
 )

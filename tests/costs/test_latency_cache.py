@@ -45,8 +45,8 @@ def test_is_timed_once(model, timed):
 def test_a_model_spread_over_devices_is_timed_once(model, timed, monkeypatch):
     monkeypatch.setattr(sublayer_times, "devices_of", lambda _: {torch.device("cuda", i) for i in range(2)})
     said = []
-    assert cached_table(model, context=64, say=said.append).device.endswith(" x 2")
-    cached_table(model, context=64, say=said.append)
+    assert cached_table(model, context=64, notify=said.append).device.endswith(" x 2")
+    cached_table(model, context=64, notify=said.append)
     assert (timed, said) == ([64], [])
 
 
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_timed_again_with_a_word(model, timed, content):
     said = []
     table = cached_table(model, context=64)
     place_of(model, context=64).write_text(content)
-    assert cached_table(model, context=64, say=said.append) == table
+    assert cached_table(model, context=64, notify=said.append) == table
     assert len(timed) == 2
     assert len(said) == 1
     assert "damaged" in said[0]
@@ -95,7 +95,7 @@ def test_the_table_of_something_else_in_its_place_is_timed_again(model, timed, o
     said = []
     table = cached_table(model, context=64)
     place_of(model, context=64).write_text(to_json(made_up_table(other)))
-    assert cached_table(model, context=64, say=said.append) == table
+    assert cached_table(model, context=64, notify=said.append) == table
     assert "another machine or model; timing again" in said[0]
     assert len(timed) == 2
 
@@ -104,7 +104,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(model, timed, monkeypatch,
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(latency_cache, "cache_dir", lambda: tmp_path / "file")
     said = []
-    assert cached_table(model, context=64, say=said.append).context == 64
+    assert cached_table(model, context=64, notify=said.append).context == 64
     assert "could not be kept" in said[0]
 
 
@@ -117,11 +117,11 @@ def test_a_busy_machine_is_named(model, monkeypatch):
         return table.model_copy(update={"curves": tuple(curves)})
 
     said = []
-    cached_table(model, context=64, say=said.append)
+    cached_table(model, context=64, notify=said.append)
     assert not said
     monkeypatch.setattr(latency_cache, "time_model", restless)
-    cached_table(model, context=64, rebuild=True, say=said.append)
-    cached_table(model, context=64, say=said.append)
+    cached_table(model, context=64, rebuild=True, notify=said.append)
+    cached_table(model, context=64, notify=said.append)
     assert len(said) == 2, "it is said again of the table from the cache"
     assert all("100% from quartile to quartile: the machine was busy" in one for one in said)
 

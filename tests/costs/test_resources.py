@@ -24,7 +24,7 @@ from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline
-from ffgym.pipeline.task import open_workspace
+from ffgym.pipeline.task import open_task
 from ffgym.plugins import configured, discovery, manager
 from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
@@ -182,7 +182,7 @@ class TestThirdParty:
         assert result.table.header.endswith("Heat: thermometer at 1.")
         assert json.loads((result.folder / "heat.json").read_text()) == {"degrees": 1}
         quiet = Reporter(Console(quiet=True))
-        resumed = open_workspace(config, [], quiet, recorded=result.folder)
+        resumed = open_task(config, [], quiet, recorded=result.folder)
         assert resumed.measurements["heat"].digest == "digest-of-1"
         overwriting = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
         assert "heat: thermometer at 2" in finish(overwriting)[1]

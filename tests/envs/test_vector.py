@@ -152,6 +152,16 @@ def test_tokens_are_counted_and_end_the_search(env):
     assert [e.update for e in seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_says_how_far_an_update_is_while_it_is_measured(env):
+    seen = []
+    vector = vector_of(env, on_progress=seen.append, on_episode=lambda episode: seen.append("episode"))
+    vector.reset(seed=0)
+    vector.step(np.random.default_rng(0).uniform(-1, 1, (3, 6)).astype(np.float32))
+    assert seen[-3:] == ["episode"] * 3
+    assert seen[:-3] == sorted(seen[:-3])
+    assert seen[-4] == pytest.approx(1)
+
+
 def test_the_schedule_ticks_once_an_update(env):
     vector = vector_of(env, RAMPS, episodes=12)
     played(vector)

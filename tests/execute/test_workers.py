@@ -41,8 +41,8 @@ class Line:
 class Doer:
     """Does jobs by name; remembers how many it did."""
 
-    def __init__(self, say: Reporter) -> None:
-        self.say = say
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
         self.count = 0
 
     def __call__(self, job: Job) -> None:
@@ -59,9 +59,9 @@ class Doer:
     def _talk(self, path: Path) -> None:
         print("on stdout")
         for part in ("half a ", "line\nand ", "another\n"):
-            self.say.console.file.write(part)
+            self.reporter.console.file.write(part)
             time.sleep(0.05)
-        self.say.say("[bold]as it is[/bold]")
+        self.reporter.print("[bold]as it is[/bold]")
 
     def _wait(self, path: Path) -> None:
         try:

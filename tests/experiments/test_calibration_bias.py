@@ -71,7 +71,7 @@ def quiet() -> Reporter:
 def test_every_cell_is_computed_once_and_the_tables_are_written(
     script: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = script.measure(home / "bias.toml", say=quiet())
+    text = script.measure(home / "bias.toml", reporter=quiet())
     results = {path.name for path in (home / "results").iterdir()}
     assert len(results) == 3 * (3 + 2 * 2)
     assert "with ridge -- lora -- seed1.json" in results
@@ -90,7 +90,7 @@ def test_every_cell_is_computed_once_and_the_tables_are_written(
     computed = []
     compute = script.compute
     monkeypatch.setattr(script, "compute", lambda cells, bed: (computed.extend(cells), compute(cells, bed)))
-    script.measure(home / "bias.toml", say=quiet())
+    script.measure(home / "bias.toml", reporter=quiet())
     assert [cell.path.name for cell in computed] == ["uniform -- lora -- seed0.json"]
     again = json.loads((home / "results" / "uniform -- lora -- seed0.json").read_text())["losses"]
     assert again == by_name["uniform -- lora -- seed0.json"]
@@ -100,7 +100,7 @@ def test_every_cell_is_computed_once_and_the_tables_are_written(
     monkeypatch.undo()
     (home / "bias.toml").write_text((home / "bias.toml").read_text().replace("tokens = 128", "tokens = 192"))
     with pytest.raises(ConfigError, match="another configuration"):
-        script.measure(home / "bias.toml", say=quiet())
+        script.measure(home / "bias.toml", reporter=quiet())
 
 
 def result(script: Any, allocation: str, recovery: str, losses: list[float], seed: int = 0) -> Any:
@@ -146,14 +146,14 @@ def test_a_file_without_an_allocation_is_named(script: Any, home: Path, content:
     if content is not None:
         (home / "cell.json").write_text(content)
     with pytest.raises(DataError, match=r"cell\.json.* (is no allocation|cannot be read)|cell\.json is no allocation"):
-        script.measure(home / "bias.toml", say=quiet())
+        script.measure(home / "bias.toml", reporter=quiet())
 
 
 @pytest.mark.parametrize("kept", [[1, 2], [2, 400] * 4])
 def test_an_allocation_of_another_model_is_refused(script: Any, home: Path, kept: list[int]) -> None:
     (home / "cell.json").write_text(json.dumps({"kept": kept}))
     with pytest.raises(ConfigError, match=r"the allocation 'without', .* does not fit"):
-        script.measure(home / "bias.toml", say=quiet())
+        script.measure(home / "bias.toml", reporter=quiet())
 
 
 def test_one_seed_is_too_few_and_errors_exit_1(script: Any, home: Path, capsys: pytest.CaptureFixture[str]) -> None:

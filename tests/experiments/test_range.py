@@ -82,9 +82,9 @@ def test_it_goes_on_where_it_stopped_and_says_how_many_tokens(
 
     before_episodes(counted)
     with pytest.raises(KeyboardInterrupt):
-        script.compare(file, say=quiet())
+        script.compare(file, reporter=quiet())
     assert [path.stem for path in (tmp_path / "results").iterdir()] != []
-    text = script.compare(file, say=quiet())
+    text = script.compare(file, reporter=quiet())
     one, separate = 2 * PER_UPDATE, len(TARGETS) * PER_UPDATE
     assert len(measured) - 1 <= 2 * (one + separate), "nothing is measured twice"
     assert len(list((tmp_path / "results").glob("*.json"))) == 2 * (1 + len(TARGETS))

@@ -154,7 +154,7 @@ def test_the_refitted_consumer_and_its_bias_go_in(family, grouped, ids):
     for half in prunable.halves:
         weight, bias = half.dense_consumer
         x = torch.randn(200, half.sublayer.channels, generator=torch.Generator().manual_seed(1)) + 0.5
-        half.path = NestedRidge(weight.detach(), x.T @ x / 200, 0.1, x.mean(0), bias)
+        half.path = NestedRidge(weight.detach(), torch.cov(x.T, correction=0), 0.1, x.mean(0), bias)
         half.affine = True
     kept = random_kept(prunable, least=1)
     kept[1] = prunable.sublayers[1].units
@@ -188,7 +188,7 @@ def test_an_empty_sublayer_leaves_its_constant(family, grouped, ids):
         half, twin = prunable.halves[index], reference.halves[index]
         weight, bias = half.dense_consumer
         x = torch.randn(200, half.sublayer.channels, generator=torch.Generator().manual_seed(1)) + 0.5
-        half.path = NestedRidge(weight.detach(), x.T @ x / 200, 0.1, x.mean(0), bias)
+        half.path = NestedRidge(weight.detach(), torch.cov(x.T, correction=0), 0.1, x.mean(0), bias)
         kept[index] = 0
         constant = weight @ x.mean(0) + (0 if bias is None else bias)
         twin.set_consumer(torch.zeros_like(weight), constant.detach())

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import save_pruned
-from ffgym.models import loading, placement
+from ffgym.models import dequantise, loading, placement
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.loading import load
@@ -195,7 +195,7 @@ def test_a_gguf_is_converted_once(gguf_file, monkeypatch, capfd):
     shown = capfd.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines() == ["Converting tiny-Q8_0.gguf to safetensors, once"]
-    monkeypatch.setattr(loading, "_read_gguf", None)
+    monkeypatch.setattr(dequantise, "_read_gguf", None)
     load(str(gguf_file), dtype="float32", device="cpu")
     assert capfd.readouterr() == ("", "")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ffgym.data.examples import EncodedExample
 from ffgym.evaluation.multiple_choice import log_likelihoods
-from ffgym.evaluation.perplexity import token_losses, window_losses
+from ffgym.evaluation.perplexity import predicting, token_losses, window_losses
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Entry, Walk
@@ -86,7 +86,7 @@ def test_has_the_bits_of_an_ordinary_call(model: Any, windows: torch.Tensor, kep
     states = walked(model, windows)
     assert torch.equal(states, ordinary(model, windows))
     losses = token_losses(model, states[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).view(3, 15)
-    assert torch.equal(losses.double().mean(dim=1), window_losses(model, windows))
+    assert torch.equal(losses.double().mean(dim=1), window_losses(model, *predicting(model, windows)))
 
 
 @pytest.mark.parametrize("kept", [DENSE, CUT, SKIPPED], ids=["dense", "cut", "skipped"])

@@ -97,7 +97,7 @@ def test_without_a_file_the_cache_is_asked_once(
 ) -> None:
     asked: list[int] = []
 
-    def cached(model: Any, *, context: int, on_progress: Any = None, say: Any = None) -> LatencyTable:
+    def cached(model: Any, *, context: int, on_progress: Any = None, reporter: Any = None) -> LatencyTable:
         asked.append(context)
         on_progress(1, 1)
         return table
@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
 
 def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
     config = timed(tmp_path, table)
-    space = task.open_workspace(config, [], Reporter(Console(file=io.StringIO())))
+    space = task.open_task(config, [], Reporter(Console(file=io.StringIO())))
     monkeypatch.setattr(latency_table, "read_table", lambda path: pytest.fail("the table was read again"))
     other = task.with_config(space, config.model_copy(update={"seed": 1}))
     assert other.costs is space.costs

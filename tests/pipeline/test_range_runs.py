@@ -103,7 +103,7 @@ def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: An
 
 def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
     config, result = finished
-    space = task.open_workspace(config, list(compare.REFERENCES.values()), Reporter(Console(quiet=True)))
+    space = task.open_task(config, list(compare.REFERENCES.values()), Reporter(Console(quiet=True)))
     windows = space.splits.report.windows
     for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
         allocation = json.loads((result.folder / f"allocation-{name}.json").read_text())

@@ -28,7 +28,7 @@ from ffgym.config.toml import first_difference
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
-from ffgym.pipeline.folder import held, read_record
+from ffgym.pipeline.folder import folder_lock, read_record
 from ffgym.plugins import discovery
 from ffgym.search.log import read_log
 from ffgym.tracking.tracker import Tracker
@@ -375,7 +375,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, steps: list[int])
     steps[0] = 10**6
     half = tmp_path / "out" / ".model.part-0123abcd"
     half.mkdir()
-    with held(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing into"):
+    with folder_lock(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing into"):
         go(config(tmp_path), resume=tmp_path / "out")
     assert half.exists(), "the run that is alive goes on writing it"
     go(config(tmp_path), resume=tmp_path / "out")

@@ -16,7 +16,7 @@ from ffgym.pipeline.folder import (
     LOCK,
     claim_folder,
     clear_folder,
-    held,
+    folder_lock,
     removing_if_nothing_found,
     saying_what_is_kept,
 )
@@ -153,7 +153,7 @@ def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path: Path, mo
 def test_a_folder_is_held_by_one_run_and_not_by_one_that_was_killed(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()  # what a kill leaves
     assert claim_folder(load_config(output={"dir": str(tmp_path)})) == tmp_path, "nothing is in it"
-    with held(tmp_path), pytest.raises(OutputError, match="another run is writing into"), held(tmp_path):
+    with folder_lock(tmp_path), pytest.raises(OutputError, match="another run is writing into"), folder_lock(tmp_path):
         raise AssertionError("held twice")
     assert list(tmp_path.iterdir()) == []
 

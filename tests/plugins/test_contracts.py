@@ -16,7 +16,7 @@ from ffgym.errors import DataError, ModelError, PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion, Heuristic, Reward
 from ffgym.plugins.contracts import (
-    called,
+    call_plugin,
     check_importance,
     check_objectives,
     check_reward,
@@ -355,4 +355,4 @@ def test_too_little_memory_is_not_the_plugins_mistake() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with pytest.raises(torch.OutOfMemoryError):
-        called(Number(0.0), full, "scoring")
+        call_plugin(Number(0.0), full, "scoring")

@@ -16,11 +16,10 @@ from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import CalibrationError, PluginError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.prepare.paths import prepare, reorder
+from ffgym.prepare.paths import held_out_windows, prepare, some_rows
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import RIDGE_GRID, NestedRidge, PlainPath
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
-from ffgym.types import LayerStats
 
 every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
 
@@ -156,6 +155,21 @@ class TestRidge:
         assert set(prepared.ridges) <= set(RIDGE_GRID)
         assert prepared.calibration_tokens == windows.numel()
 
+    @pytest.mark.parametrize(
+        ("windows", "length", "held_out"), [(2, 1024, 1), (8, 24, 2), (32, 1024, 8), (1000, 1024, 8), (4, 10_000, 1)]
+    )
+    def test_a_quarter_of_the_windows_is_held_out_within_bounds(self, windows, length, held_out):
+        assert held_out_windows(windows, length) == held_out
+
+    def test_inputs_are_drawn_from_all_that_were_held_out(self):
+        inputs = torch.arange(9000.0)[:, None].expand(-1, 2)
+        rows = some_rows(inputs, 1000)
+        assert rows.shape == (1000, 2)
+        assert (rows[1:] > rows[:-1]).all(), "none twice"
+        assert torch.histc(rows[:, 0], bins=9, min=0, max=9000).min() > 70
+        assert torch.equal(rows, some_rows(inputs, 1000))
+        assert torch.equal(some_rows(inputs, 10_000), inputs)
+
     def test_statistics_run_over_all_windows_also_where_some_were_held_out(self, windows):
         picked = prepare(tiny_model("llama"), Wanda(), windows, keep=frozenset({"second_moment"}))
         fixed = prepare(tiny_model("llama"), Wanda(), windows, ridge=0.01, keep=frozenset({"second_moment"}))
@@ -253,25 +267,10 @@ def test_a_model_that_overflows_is_no_fault_of_the_criterion(criterion, windows)
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
-    where = "layer 0 attention: the gradient" if criterion is Taylor else "layer 1 mlp: the (mean|square|second moment)"
+    where = "layer 0 attention: the gradient" if criterion is Taylor else "layer 1 mlp: the (mean|covariance)"
     with pytest.raises(CalibrationError, match=f"{where} on the calibration text holds NaN or infinity") as raised:
         prepare(model, criterion(), windows, ridge=0.01)
     assert "model.dtype" in raised.value.hint
-
-
-def test_reorder_moves_every_statistic():
-    order = torch.tensor([2, 0, 1])
-    moment = torch.arange(9.0).reshape(3, 3)
-    vector = torch.tensor([10.0, 20, 30])
-    fisher = torch.eye(2)
-    got = reorder(LayerStats(7, vector, vector + 1, moment, moment[:2], fisher), order)
-    assert got.mean.tolist() == [30, 10, 20]
-    assert got.square.tolist() == [31, 11, 21]
-    assert got.second_moment.tolist() == [[8, 6, 7], [2, 0, 1], [5, 3, 4]]
-    assert got.gradient.tolist() == [[2, 0, 1], [5, 3, 4]]
-    assert got.output_gradient is fisher
-    assert got.tokens == 7
-    assert reorder(LayerStats(), order) == LayerStats()
 
 
 def test_progress_counts_every_step_and_never_goes_back(windows):

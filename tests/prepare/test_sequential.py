@@ -88,6 +88,22 @@ def test_equals_the_slow_reference(family, calibration, kept, tokens_per_batch, 
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_inputs_with_means_of_a_thousand_deviations(windows):
+    """Uncentred sums in float32 would lose the covariances that the affine refits are made from."""
+    model = tiny_model("opt")
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.fc1.weight.mul_(0.01)
+            layer.fc1.bias.add_(10.0)
+    prunable = prepare(model, Wanda(), windows, ridge=0.01).prunable
+    slow = copy.deepcopy(prunable)
+    kept, ridges = (4, 20, 4, 30, 4, 9), [0.01] * 6
+    calibrate_slowly(slow, kept, windows, ridges)
+    calibrate_sequentially(prunable, kept, windows, ridges)
+    for half, wanted in zip(prunable.halves, slow.halves, strict=True):
+        torch.testing.assert_close(half.consumer.weight, wanted.consumer.weight, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_leaves_the_model_cut_and_restorable(family, windows):
     prunable = prepared_model(family, windows)

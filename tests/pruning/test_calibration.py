@@ -16,9 +16,9 @@ from ffgym.pruning.calibration import (
     NestedRidge,
     PlainPath,
     cholesky,
-    covariance,
     inverse,
     pick_ridge,
+    refit_errors,
     sequential_refit,
     suffix_energy,
 )
@@ -42,7 +42,7 @@ class Problem:
         self.l = ridge * self.moment.diagonal().mean()
 
     def path(self):
-        return NestedRidge(self.W.float(), self.G, self.ridge, self.mean, self.bias)
+        return NestedRidge(self.W.float(), self.moment, self.ridge, self.mean, self.bias)
 
     def solved(self, k):
         """The normal equations, W_K + W_P G_PK (G_KK + l I)^-1."""
@@ -154,7 +154,7 @@ class TestNestedRidge:
 
     def test_the_affine_form_starts_a_bias_where_there_is_none(self):
         problem = Problem(8, 3, 0.1, seed=0, affine=True)
-        path = NestedRidge(problem.W.float(), problem.G, problem.ridge, problem.mean, None)
+        path = NestedRidge(problem.W.float(), problem.moment, problem.ridge, problem.mean, None)
         problem.close(path.bias_at(5), problem.path().bias_at(5) - problem.bias)
         problem.close(path.bias_at(0), problem.W @ problem.mean)
 
@@ -170,8 +170,7 @@ class TestNestedRidge:
         """b' = b + W mu - W'_K mu_K in float64: in float32 its two products would cancel."""
         problem = Problem(12, 3, 0.1, seed=3, affine=True)
         mean = problem.mean + shift
-        G = problem.moment + torch.outer(mean, mean)
-        path = NestedRidge(problem.W.float(), G, problem.ridge, mean, problem.bias)
+        path = NestedRidge(problem.W.float(), problem.moment, problem.ridge, mean, problem.bias)
         for k in range(13):
             wanted = problem.bias + problem.W @ mean - problem.solved(k) @ mean[:k]
             atol = 1e-6 * float(wanted.norm() + 1)
@@ -180,7 +179,7 @@ class TestNestedRidge:
     def test_without_a_mean_the_bias_stays(self):
         problem = Problem(8, 3, 0.1, seed=1, affine=False)
         bias = torch.randn(3)
-        assert torch.equal(NestedRidge(problem.W.float(), problem.G, 0.1, None, bias).bias_at(4), bias)
+        assert torch.equal(NestedRidge(problem.W.float(), problem.moment, 0.1, None, bias).bias_at(4), bias)
 
     def test_loss_increase_is_the_second_order_term(self):
         """1/2 E[e^T F e] for the output error e = (W - W') x, plus the ridge's own share."""
@@ -227,12 +226,6 @@ class TestFactors:
             cholesky(torch.diag(torch.tensor([5.0, 5.0, -1.0], dtype=torch.float64)), 0.01)
         assert "prune.ridge" in raised.value.hint
 
-    def test_covariance(self):
-        x = torch.randn(50, 3, dtype=torch.float64) + 2
-        wanted = torch.from_numpy(np.cov(x.numpy().T, bias=True))
-        torch.testing.assert_close(covariance(x.T @ x / 50, x.mean(0)), wanted)
-        assert covariance((x.T @ x / 50).float(), None).dtype == torch.float64
-
     def test_suffix_energy(self):
         assert suffix_energy(torch.tensor([1.0, 2, 4])).tolist() == [7, 6, 4, 0]
 
@@ -244,26 +237,58 @@ class TestFactors:
         assert PlainPath(weight).bias_at(3) is None
 
 
+def errors_by_moment(weight, moment, held_out, kept, ridge):
+    """tr(E M E^T) for the change E of the whole weight and the held-out inputs' sum M of x x^T, in float64."""
+    change = weight.double().clone()
+    A = moment[:kept, :kept] + ridge * moment.diagonal().mean() * torch.eye(kept, dtype=torch.float64)
+    change[:, :kept] = -torch.linalg.solve(A, moment[:kept, kept:] @ change[:, kept:].T).T
+    return float(((change @ (held_out.T @ held_out)) * change).sum())
+
+
+@st.composite
+def held_out_problems(draw):
+    """A weight, inputs to fit and inputs held out, with a mean; few to fit want a strong ridge."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    n = draw(st.integers(2, 20))
+    mix = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    shift = 2 * torch.randn(n, generator=generator, dtype=torch.float64)
+    fit, held_out = (
+        torch.randn(tokens, n, generator=generator, dtype=torch.float64) @ mix + shift
+        for tokens in (draw(st.integers(n // 2 + 1, 4 * n)), 100)
+    )
+    return torch.randn(draw(st.integers(1, 6)), n, generator=generator), fit, held_out
+
+
 class TestPickRidge:
-    @given(st.integers(0, 1000), st.integers(6, 20))
-    def test_takes_the_least_held_out_error(self, seed, fit_tokens):
-        """Brute force: solve and measure at every level and lambda, relative to the level's best; sum over levels."""
-        generator = torch.Generator().manual_seed(seed)
-        mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
-        fit, held_out = (torch.randn(t, 12, generator=generator, dtype=torch.float64) @ mix for t in (fit_tokens, 100))
-        W = torch.randn(4, 12, generator=generator).double()
-        G = fit.T @ fit / fit_tokens
-        errors = np.zeros((len(RIDGE_GRID), len(HELD_OUT_LEVELS)))
-        for row, ridge in enumerate(RIDGE_GRID):
-            for column, level in enumerate(HELD_OUT_LEVELS):
-                k = round(level * 12)
-                A = G[:k, :k] + ridge * G.diagonal().mean() * torch.eye(k, dtype=torch.float64)
-                refit = W[:, :k] + W[:, k:] @ G[k:, :k] @ torch.linalg.inv(A)
-                left = held_out @ W.T - held_out[:, :k] @ refit.T
-                errors[row, column] = left.square().sum(1).mean()
-        wanted = (errors / errors.min(axis=0)).sum(axis=1)
-        got = pick_ridge(W.float(), G, held_out.T @ held_out / 100)
+    @given(held_out_problems(), st.booleans())
+    def test_takes_the_least_held_out_error(self, problem, affine):
+        """As the held-out inputs' n x n moment tells it, at every level relative to the best; sum over levels."""
+        W, fit, held_out = problem
+        n, mean = fit.shape[1], fit.mean(0) if affine else None
+        moment = torch.cov(fit.T, correction=0) if affine else fit.T @ fit / len(fit)
+        centred = held_out - mean if affine else held_out
+        kept = [min(max(round(level * n), 1), n) for level in HELD_OUT_LEVELS]
+        errors = np.array([[errors_by_moment(W, moment, centred, k, ridge) for k in kept] for ridge in RIDGE_GRID])
+        wanted = (errors / errors.min(axis=0).clip(1e-9)).sum(axis=1)
+        got = pick_ridge(W, moment, held_out, mean)
         assert wanted[RIDGE_GRID.index(got)] <= wanted.min() * (1 + 1e-3)
+
+    @given(held_out_problems(), st.data(), st.sampled_from(RIDGE_GRID))
+    def test_errors_are_those_of_the_refits(self, problem, data, ridge):
+        W, fit, held_out = problem
+        moment = fit.T @ fit / len(fit)
+        kept = data.draw(st.lists(st.integers(1, len(moment)), min_size=1, max_size=4))
+        got = refit_errors(W, cholesky(moment, ridge).float(), held_out.float(), kept)
+        wanted = [errors_by_moment(W, moment, held_out, k, ridge) for k in kept]
+        atol = 1e-4 * float((held_out @ W.double().T).square().sum())
+        torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-3, atol=atol)
+
+    def test_the_affine_form_counts_what_its_bias_does_not_carry(self):
+        """The bias carries the mean of the fitted inputs: held-out inputs that lie elsewhere are not centred again."""
+        W = torch.ones(1, 2)
+        lower, inputs = torch.eye(2), torch.tensor([[5.0, 3.0]])
+        assert refit_errors(W, lower, inputs, [1]).tolist() == [9.0]
+        assert pick_ridge(W, torch.eye(2), inputs, torch.tensor([5.0, 3.0]), grid=(0.1,)) == 0.1
 
     def test_noise_wants_a_strong_ridge_and_plenty_of_data_a_weak_one(self):
         generator = torch.Generator().manual_seed(0)
@@ -271,18 +296,29 @@ class TestPickRidge:
         noise = torch.randn(13, 12, generator=generator)
         assert pick_ridge(W, noise.T @ noise / 13, torch.eye(12)) == max(RIDGE_GRID)
         mix = torch.randn(12, 12, generator=generator)
-        assert pick_ridge(W, mix.T @ mix, mix.T @ mix) == min(RIDGE_GRID)
+        assert pick_ridge(W, mix.T @ mix, mix) == min(RIDGE_GRID)
 
     def test_a_ridge_that_leaves_the_moment_indefinite_is_passed_over(self):
         weight, held_out = torch.ones(1, 4), torch.eye(4)
-        moment = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.002]))  # as centring in float32 may leave it
+        moment = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.002]))  # as sums in float32 may leave it
         with pytest.raises(CalibrationError):
             pick_ridge(weight, moment, held_out, grid=(1e-3,))
         assert pick_ridge(weight, moment, held_out, grid=(1e-3, 1e-2, 1e-1)) >= 1e-2
 
+    def test_float64_serves_where_float32_leaves_the_moment_indefinite(self):
+        moment = torch.ones(30, 30, dtype=torch.float64)
+        with pytest.raises(CalibrationError):
+            cholesky(moment.float(), 1e-9)
+        assert pick_ridge(torch.ones(1, 30), moment, torch.ones(2, 30), grid=(1e-9,)) == 1e-9
+
+    def test_half_precision_inputs_of_a_half_precision_weight(self):
+        x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+        got = pick_ridge(torch.ones(2, 6).bfloat16(), x.double().T @ x.double(), x)
+        assert got == pick_ridge(torch.ones(2, 6), x.double().T @ x.double(), x.float())
+
     def test_own_grid_and_levels(self):
         moment = torch.eye(4) + 0.5
-        assert pick_ridge(torch.ones(1, 4), moment, moment, grid=(0.3,), levels=(0.5,)) == 0.3
+        assert pick_ridge(torch.ones(1, 4), moment, torch.eye(4), grid=(0.3,), levels=(0.5,)) == 0.3
 
 
 class TestSequentialRefit:

@@ -13,7 +13,7 @@ from ffgym.pruning.precision import float64_device, in_float64, sum_in_float64
 
 CPU, MPS, CUDA = torch.device("cpu"), torch.device("mps"), torch.device("cuda", 1)
 PACKAGE = Path(ffgym.__file__).parent
-ROOMS = ("models", "pruning", "criteria", "heuristics", "evaluation", "rewards")
+ROOMS = ("models", "prepare", "pruning", "criteria", "heuristics", "evaluation", "rewards")
 
 
 @pytest.mark.parametrize(("device", "wide"), [(CPU, CPU), (CUDA, CUDA), (MPS, CPU), (torch.device("mps", 0), CPU)])

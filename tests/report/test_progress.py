@@ -99,7 +99,7 @@ def test_text_in_square_brackets_is_printed_as_it_is(terminal: bool, monkeypatch
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     out = console(terminal=terminal)
     reporter = Reporter(out)
-    reporter.say("results are in runs/[red]/a")
+    reporter.print("results are in runs/[red]/a")
     with reporter.stage("measure [bold]", 1) as stage:
         stage.advance(1, "[/nothing]")
     assert "runs/[red]/a" in text(out)
@@ -109,5 +109,5 @@ def test_text_in_square_brackets_is_printed_as_it_is(terminal: bool, monkeypatch
 
 def test_long_lines_are_not_broken() -> None:
     out = console()
-    Reporter(out).say("x" * 250)
+    Reporter(out).print("x" * 250)
     assert text(out) == "x" * 250 + "\n"

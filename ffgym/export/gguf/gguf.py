@@ -21,7 +21,9 @@ from ffgym.export.format import Exported, ExportFormat, Progress
 from ffgym.export.gguf.architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from ffgym.files import FileFormat, replacing
-from ffgym.models.loading import AGAIN, load_config, load_tokenizer, weight_files
+from ffgym.models.checkpoint import weight_files
+from ffgym.models.loading import load_config, load_tokenizer
+from ffgym.models.loading_errors import AGAIN
 from ffgym.plugins.bases import PluginConfig
 
 FILE_TYPES = gguf.LlamaFileType

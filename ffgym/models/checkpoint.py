@@ -1,0 +1,146 @@
+"""A checkpoint's folder: which files hold its weights, and whether they are what its config says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+
+from ffgym.errors import ModelError
+from ffgym.files import FileFormat
+from ffgym.models.families import OTHER_LAYERS, family_of_type
+from ffgym.models.loading_errors import AGAIN, loading_error, misfit, pickled, quiet
+
+LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
+MOST_LAYERS = 10_000  # where no weights are there to count them
+NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
+PICKLED = ("*.bin", "*.pt", "*.pth")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class _WeightIndex(BaseModel):
+    """Which file holds each weight."""
+
+    weight_map: dict[str, str]
+
+
+MODEL_CONFIG = FileFormat("model configuration", dict[str, Any], ModelError, AGAIN)
+WEIGHT_INDEX = FileFormat("index of weights", _WeightIndex, ModelError, AGAIN)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a folder, which may hold the weights in other layouts too.
+
+    That is ``model.safetensors``, or else what its index names; where neither is there, all of them.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    return [folder / name for name in sorted(set(WEIGHT_INDEX.read(index).weight_map.values()))]
+
+
+def check_folder(folder: Path) -> None:
+    """Say what a folder lacks before transformers says it at length."""
+    config = folder / "config.json"
+    if not config.is_file():
+        if (folder / "model" / "config.json").is_file():
+            raise ModelError(f"{str(folder)!r} is the folder of a run", hint=f"Name {str(folder / 'model')!r}.")
+        raise ModelError(
+            f"folder {str(folder)!r} holds no model: config.json is missing",
+            hint="Name a folder that save_pretrained wrote.",
+        )
+    MODEL_CONFIG.read(config)
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(path for pattern in PICKLED for path in folder.glob(pattern)):
+        raise pickled(str(folder), Path(f"{folder.resolve()}-safetensors"))
+    raise ModelError(
+        f"folder {str(folder)!r} holds no weights: there is no .safetensors file",
+        hint=AGAIN,
+    )
+
+
+def check_model_type(model_type: str, *, any_family: bool = False) -> None:
+    """Refuse an architecture that cannot be pruned or, with ``any_family``, not even be measured right."""
+    if not any_family or model_type in OTHER_LAYERS:
+        family_of_type(model_type)
+
+
+def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
+    """Refuse a config of another family, or of no layers or more than ``depth``."""
+    if isinstance(kind := config.get("model_type"), str) and "auto_map" not in config:
+        check_model_type(kind, any_family=any_family)
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and not 0 < layers <= depth:
+        raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")
+
+
+def check_sizes(name: str, folder: Path, *, any_family: bool) -> None:
+    """Hold a folder's config against the shapes in its weight files, before anything of the config's sizes is made."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = MODEL_CONFIG.read(folder / "config.json")
+    try:
+        shapes = _shapes(folder)
+    except (SafetensorError, OSError) as error:
+        raise loading_error(error, str(folder), name) from error
+    check_config(name, config, any_family=any_family, depth=depth_of(LAYER, shapes) or MOST_LAYERS)
+    if any_family or "quantization_config" in config:  # names and shapes in the files may be others than the model's
+        return
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:  # wrong values fail in as many ways as there are layers
+        raise loading_error(error, str(folder), name) from error
+    for key, tensor in sorted(model.state_dict().items()):
+        if (in_file := shapes.get(key, tuple(tensor.shape))) != tuple(tensor.shape):
+            raise misfit(name, f"{key} is {in_file} in the checkpoint and {tuple(tensor.shape)} by the config")
+
+
+def _shapes(folder: Path) -> Shapes:
+    """The shape of every tensor in a folder's weight files, from their headers."""
+    shapes: Shapes = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def depth_of(numbered: re.Pattern[str], names: Iterable[str]) -> int:
+    """How many decoder layers there are by the names of their tensors."""
+    return max((int(match[1]) + 1 for name in names if (match := numbered.match(name))), default=0)
+
+
+def check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
+    """transformers makes up what a checkpoint lacks, and leaves out what its config has no place for.
+
+    A model like that would be measured in vain.
+    """
+    for key, in_file, by_config in sorted(report["mismatched_keys"]):
+        raise misfit(name, f"{key} is {tuple(in_file)} in the checkpoint and {tuple(by_config)} by the config")
+    if surplus := _surplus_in_layers(model, report["unexpected_keys"]):
+        raise misfit(name, f"it has no place for {len(surplus)} weights of the checkpoint, {surplus[0]} first")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first",
+            hint=AGAIN,
+        )
+
+
+def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Weights that no place was found for, in the numbered blocks that the model is made of.
+
+    What stands elsewhere (a vision tower, old rotary buffers) is nobody's loss.
+    """
+    blocks = {match[0] for key in model.state_dict() if (match := NUMBERED_BLOCK.match(key))}
+    weights = (key for key in unexpected if key.endswith((".weight", ".bias")))
+    return sorted(key for key in weights if (match := NUMBERED_BLOCK.match(key)) and match[0] in blocks)

@@ -1,0 +1,161 @@
+"""A GGUF file as a folder of safetensors, made once and kept in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+
+from ffgym.data.assets import cache_dir, write_folder_once
+from ffgym.errors import ModelError
+from ffgym.models.checkpoint import Shapes, check_complete, check_model_type, depth_of
+from ffgym.models.loading_errors import AGAIN, first_line, quiet
+
+# float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
+# moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
+GGUF_DTYPE = torch.float16
+BLOCK = re.compile(r"blk\.(\d+)\.")
+USE_THE_SOURCE = "Name the folder that it was made from, in safetensors, or start from the dense model."
+
+
+def dequantised(gguf: Path, content: str, *, any_family: bool = False) -> Path:
+    """The folder of a GGUF's safetensors copy, made on the first call.
+
+    Args:
+        gguf: the file.
+        content: a hash that names its content.
+        any_family: see :func:`load`.
+    """
+
+    def convert(folder: Path) -> None:
+        Console(stderr=True).print(f"Converting {gguf.name} to safetensors, once", soft_wrap=True, highlight=False)
+        model, tokenizer = _read_gguf(gguf, any_family=any_family)
+        try:
+            with quiet():
+                model.save_pretrained(folder)
+        except SafetensorError as error:  # safetensors wraps what the disk said
+            full = "No space left" in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+        tokenizer.save_pretrained(folder)
+
+    return write_folder_once(cache_dir() / "models" / f"{gguf.stem}-{content[:12]}-float16", convert)
+
+
+def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    numbers = _refuse_what_would_be_lost(gguf, any_family=any_family)
+    # Newer versions keep the blocks packed where they find a kernel for them, unless told not to.
+    dense = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    )
+    try:
+        # transformers' bar over the tensors knows no switch.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), _alone(gguf) as place:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                place, gguf_file=gguf.name, dtype=GGUF_DTYPE, output_loading_info=True, trust_remote_code=False, **dense
+            )
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=gguf.name, trust_remote_code=False)
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        said = first_line(error)
+        raise ModelError(
+            f"{str(gguf)!r} cannot be read as a GGUF model: {said}",
+            hint="It may be damaged, or of an architecture that transformers cannot read from GGUF: download it again,"
+            " or use the model's safetensors.",
+        ) from error
+    check_complete(gguf.name, model, report)
+    _refuse_lost_weights(gguf, numbers, model)
+    # The weights are plain tensors now; without these marks save_pretrained takes them for quantised and refuses.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _check_gguf_sizes(path: Path, fields: dict[str, Any], architecture: str, shapes: Shapes) -> None:
+    """Hold the sizes that a file states against its tensors, before anything of these sizes is made."""
+    rows = shapes.get("blk.0.attn_q.weight", (0,))[0]
+    in_tensors = {
+        "block_count": [depth_of(BLOCK, shapes)],
+        "embedding_length": shapes.get("token_embd.weight", ())[1:],
+        "feed_forward_length": shapes.get("blk.0.ffn_up.weight", ())[:1],
+        "attention.head_count": range(1, rows + 1),
+        "attention.head_count_kv": range(1, rows + 1),
+    }
+    for size, possible in in_tensors.items():
+        key = f"{architecture}.{size}"
+        if possible and key in fields and fields[key] not in possible:
+            raise ModelError(f"{str(path)!r}: {key} = {fields[key]} does not fit its tensors", hint=AGAIN)
+
+
+@contextlib.contextmanager
+def _alone(gguf: Path) -> Iterator[str]:
+    """A folder that holds the file alone: transformers also reads adapters and configs that lie beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / gguf.name).symlink_to(gguf.resolve())
+        yield folder
+
+
+def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
+    """Refuse what transformers' reader leaves out without a word, or takes for something else.
+
+    Returns:
+        how many numbers the tensors of the file hold; 0 where it is damaged, of which what reads it next says more.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        fields, tensors = reader.fields, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
+        architecture = fields["general.architecture"].contents()
+        stretched = [
+            fields[key].name
+            for key in (f"{architecture}.rope.scaling.type", f"{architecture}.rope.scale_linear")
+            if key in fields and fields[key].contents() not in ("none", 1.0)
+        ]
+    except Exception:
+        return 0
+    for size in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
+        field = fields.get(f"{architecture}.{size}")
+        if field is not None and field.types[0] == gguf.GGUFValueType.ARRAY:
+            # It takes a size per layer for a size, and fails far from the reason.
+            raise ModelError(
+                f"the layers in {str(path)!r} differ in size ({field.name} is a list): it has been pruned, or was made"
+                " that way, and transformers cannot read it",
+                hint=USE_THE_SOURCE,
+            )
+    try:
+        check_model_type(architecture, any_family=any_family)
+    except ModelError as error:
+        raise ModelError(f"{str(path)!r}: {error.message}", hint=error.hint) from None
+    _check_gguf_sizes(path, {key: field.contents() for key, field in fields.items()}, architecture, shapes)
+    stretched += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
+    if stretched:
+        raise ModelError(
+            f"the rotary positions in {str(path)!r} are scaled ({stretched[0]}), and transformers would leave that out",
+            hint=USE_THE_SOURCE,
+        )
+    return sum(tensors.values())
+
+
+def _refuse_lost_weights(path: Path, numbers: int, model: Any) -> None:
+    """Refuse a model that has not all the numbers of its file: transformers drops what its config has no place for."""
+    lost = numbers - sum(parameter.numel() for parameter in model.parameters())
+    if numbers and lost:
+        raise ModelError(
+            f"{str(path)!r} holds {numbers:,} numbers, and transformers would take {numbers - lost:,} of them, without"
+            " the biases of linears, for one",
+            hint=USE_THE_SOURCE,
+        )

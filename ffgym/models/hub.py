@@ -1,0 +1,43 @@
+"""The Hugging Face hub, and its cache where it cannot be reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ffgym.models.checkpoint import MODEL_CONFIG, MOST_LAYERS, check_config
+from ffgym.models.loading_errors import first_line, not_from_hub
+
+HUB_SECONDS = 5.0
+
+
+def only_cached(name: str, revision: str | None) -> bool:
+    """Whether a hub model is taken from the hub's cache without asking the hub, which cannot be reached.
+
+    One small question: transformers asks for every file of a model, and for each several times before it gives up.
+
+    Raises:
+        ModelError: the hub cannot be reached, and its cache does not have the model.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
+    except HfHubHTTPError:  # it answered; what is wrong with the name, transformers says
+        return False
+    except Exception as error:  # no name service, no route, a proxy's refusal, HF_HUB_OFFLINE: each has its own type
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision or "main"), str):
+            return True
+        raise not_from_hub(name, f"the hub cannot be reached ({first_line(error)})") from error
+    return False
+
+
+def check_hub_config(name: str, revision: str | None, *, any_family: bool, local_files_only: bool) -> None:
+    """Refuse what a hub model's config says before its weights are downloaded."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(name, "config.json", revision=revision or "main", local_files_only=local_files_only)
+    except OSError:  # loading says what is wrong
+        return
+    check_config(name, MODEL_CONFIG.read(Path(file)), any_family=any_family, depth=MOST_LAYERS)

@@ -1,0 +1,96 @@
+"""What transformers and the hub raise while a model is loaded, in words that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ffgym.errors import ModelError, is_out_of_memory
+
+AGAIN = "Write or download the model again."
+
+
+def loading_error(error: Exception, source: str, name: str, *, only_cached: bool = False) -> ModelError:
+    """What went wrong while a model was loaded, by what the libraries say about it.
+
+    Args:
+        error: theirs.
+        source: the folder or hub id that was loaded from.
+        name: what the user called it.
+        only_cached: the hub was not asked.
+    """
+    said = first_line(error)
+    if is_out_of_memory(error):
+        return ModelError(
+            f"model {name!r} does not fit into memory: {said}",
+            hint="Use a smaller model, model.dtype bfloat16, model.device cpu, or balanced over several GPUs.",
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"model {name!r} needs code from its own checkpoint, which is never run",
+            hint="Use a model whose architecture transformers knows.",
+        )
+    if Path(source).is_dir():
+        return ModelError(
+            f"model {name!r} cannot be loaded, its files are damaged or incomplete: {said}",
+            hint=AGAIN,
+        )
+    if only_cached and "safetensors" in str(error):
+        return not_from_hub(name, "its weights are not in the hub's cache, and the hub cannot be reached")
+    if "safetensors" in str(error):  # the repository was reached, and holds other weights
+        return pickled(name, Path(f"{name.split('/')[-1]}-safetensors"))
+    return not_from_hub(name, said)
+
+
+def not_from_hub(name: str, why: str) -> ModelError:
+    """A name that is no folder, and that the hub has nothing for."""
+    return ModelError(
+        f"model {name!r} is no folder here, and could not be loaded from the hub: {why}",
+        hint="Check the name and the network; without a network use 'demo', a .gguf file, a downloaded folder,"
+        " or a model that is already in the hub's cache.",
+    )
+
+
+def pickled(name: str, target: Path) -> ModelError:
+    """Pickled weights can run code while they load, so converting them is left to whoever trusts them."""
+    steps = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"M.from_pretrained({name!r}, use_safetensors=False).save_pretrained({str(target)!r}); "
+        f"T.from_pretrained({name!r}).save_pretrained({str(target)!r})"
+    )
+    return ModelError(
+        f"model {name!r} has pickled weights only, which are not loaded",
+        hint=f'If you trust it, convert it once and name {str(target)!r} instead:\n  python -c "{steps}"',
+    )
+
+
+def misfit(name: str, what: str) -> ModelError:
+    """Weights and config of a checkpoint that do not belong together."""
+    return ModelError(
+        f"model {name!r} does not fit its config.json: {what}",
+        hint="Write or download the model again, config.json and weights together.",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, and the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *others = lines or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars and warnings off the terminal; what matters of them is an error here."""
+    from transformers.utils import logging as transformers_logging
+
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()
