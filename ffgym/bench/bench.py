@@ -28,11 +28,12 @@ from ffgym.config.toml import CONFIGURATION, PLUGIN_TABLES, read_toml, without_f
 from ffgym.errors import ConfigError
 from ffgym.execute.workers import work
 from ffgym.files import disk_errors, write_text
+from ffgym.pipeline.agent import make_agent, policy_digest
 from ffgym.pipeline.settle import check_plugins
-from ffgym.plugins import configured, manager
+from ffgym.plugins import manager
+from ffgym.prepare import configured
 from ffgym.prepare.parts import counted_resources, named_table, table_digest
 from ffgym.report.progress import Reporter, duration
-from ffgym.search.policy import make_agent, policy_digest
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import JSONDict
 

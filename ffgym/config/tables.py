@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ffgym.errors import ConfigError
-from ffgym.types import Calibration, JSONDict
+from ffgym.types import Calibration, JSONDict, Ramp
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -23,7 +23,6 @@ OptionalShare = Annotated[
     Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(lambda value: None if value == "" else value)
 ]
 Count = Annotated[int, Field(ge=1)]
-Ramp = Literal["none", "cubic", "staircase"]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
 STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
 # Configurations of earlier versions list them under these methods too, where they mean nothing.

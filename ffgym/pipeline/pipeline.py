@@ -13,6 +13,7 @@ from typing import overload
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
+from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import write_front, write_pareto, write_pictures, write_table
 from ffgym.pipeline.compare import compared_rows, final_refits, model_folder, reference_allocations, reference_rules
 from ffgym.pipeline.folder import reopen_folder
@@ -24,7 +25,6 @@ from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
 from ffgym.report.table import Row
-from ffgym.search.policy import make_agent
 from ffgym.types import Episode
 
 

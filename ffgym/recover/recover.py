@@ -27,8 +27,9 @@ from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
-from ffgym.plugins import configured, manager
+from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
+from ffgym.prepare import configured
 from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_output, output_folder, unfinished_folder

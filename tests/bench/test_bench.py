@@ -33,8 +33,8 @@ from ffgym.bench.table import BenchTable
 from ffgym.cli import app
 from ffgym.config.toml import changed_settings
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
-from ffgym.pipeline import task
-from ffgym.plugins import configured, discovery
+from ffgym.plugins import discovery
+from ffgym.prepare import configured, task
 from ffgym.report.progress import Reporter
 
 AGENTS, SEEDS = ["random", "reinforce", "uniform"], [0, 1]

@@ -23,9 +23,9 @@ from ffgym.config.toml import settings
 from ffgym.costs.latency_table import to_json
 from ffgym.errors import ConfigError
 from ffgym.models.loading import load
+from ffgym.pipeline.agent import policy_digest
 from ffgym.plugins import discovery
 from ffgym.prepare.parts import table_digest
-from ffgym.search.policy import policy_digest
 
 
 @pytest.fixture(autouse=True)
