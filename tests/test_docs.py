@@ -190,7 +190,7 @@ def test_zero_shot_tasks_are_documented() -> None:
 
 
 def test_results_and_bench_files_are_documented() -> None:
-    from ffgym.bench.bench import BenchFile
+    from ffgym.bench.file import BenchFile
     from ffgym.bench.table import CellResult, Final, Mark
 
     for model in (BenchFile, CellResult, Final, Mark):
@@ -411,7 +411,7 @@ def test_tutorial_is_the_real_package(file: str) -> None:
 def test_toml_examples_are_configurations(page: str) -> None:
     import tomllib
 
-    from ffgym.bench.bench import BenchFile
+    from ffgym.bench.file import BenchFile
 
     for block in re.findall(r"^```toml\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
         content = tomllib.loads(block)

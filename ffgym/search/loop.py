@@ -180,16 +180,27 @@ def search_front(
                 if on_point is not None:
                     on_point(points[-1])
         except KeyboardInterrupt as stop:
-            earlier = len(recorder.earlier.episodes)
-            if not vector.history or len(vector.history) < earlier:  # an earlier session handed over more
-                raise
-            recorder.clock.count()
-            try:
-                best = finalists(env, agent, vector.history, 1, reach=reach)
-            except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
-                raise stop from None
-            raise SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.clock.total)) from None
+            raise _interrupted(stop, env, agent, vector, recorder, reach) from None
     return points
+
+
+def _interrupted(
+    stop: KeyboardInterrupt,
+    env: PruningEnv,
+    agent: Agent,
+    vector: PruningVectorEnv,
+    recorder: Recorder,
+    reach: float | None,
+) -> KeyboardInterrupt:
+    """Ctrl-C with what was found so far; as it came where that is nothing."""
+    if len(vector.history) < max(1, len(recorder.earlier.episodes)):  # an earlier session handed over more
+        return stop
+    recorder.clock.count()
+    try:
+        best = finalists(env, agent, vector.history, 1, reach=reach)
+    except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
+        return stop
+    return SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.clock.total))
 
 
 def _found(

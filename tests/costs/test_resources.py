@@ -15,7 +15,8 @@ from glass_runs import WINDOW, glass_config, glass_tables
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.bench.bench import check_benches, read_bench
+from ffgym.bench.checks import check_benches
+from ffgym.bench.file import read_bench
 from ffgym.cli.app import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
