@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ffgym.bench.cell import CELL_RESULT, MLFLOW_NOTE, Cell, write_result
+from ffgym.bench.cell import MLFLOW_NOTE, Cell, read_cell, write_result
 from ffgym.bench.checks import check_benches, unanswered
 from ffgym.bench.file import Bench, read_bench
 from ffgym.bench.queue import compute
@@ -96,15 +96,6 @@ def share(benches: Sequence[Bench]) -> None:
         twins = (read_cell(twin) for twin in finished if twin.digest == cell.digest)
         if result := next((twin for twin in twins if not unanswered(twin, cell)), None):
             write_result(cell.path, result.model_copy(update={"label": cell.label}))
-
-
-def read_cell(cell: Cell) -> CellResult:
-    """The result file of a cell.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    return CELL_RESULT.read(cell.path)
 
 
 def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:

@@ -134,21 +134,10 @@ class CellRunner:
             self._compute(cell, with_config(self._task, cell.config), job.parent, folder)
 
     def _compute(self, cell: Cell, task: Task, parent: str | None, folder: Path) -> None:
-        config, reporter = cell.config, self._reporter
-        agent, policy = make_agent(config), policy_digest(config)
-        latency = next((measurement.digest for measurement in task.measurements.values()), None)
+        config = cell.config
+        agent = make_agent(config)
         give_prior(agent, task)
-        dtype = task.loaded.dtype_name  # "auto" may mean another one in the next sitting
-        threads = torch.get_num_threads()
-        parts = [
-            cell.key,
-            dtype,
-            f"{threads}threads",
-            *([policy] if policy else []),
-            *([latency[:16]] if latency else []),
-        ]
-        parts += [f"{table}{edition}" for table, edition in configured.editions(config).items()]
-        log = folder / f"{'-'.join(parts)}.jsonl"
+        log = folder / _log_name(cell, task)
         note = log.with_suffix(".run")
         watch = _Incumbents(task, agent, cell.marks)
         tracked = Tracker(
@@ -165,28 +154,9 @@ class CellRunner:
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
             tracker.set_tags(run_tags(task, agent))
             log_splits(tracker, task.splits)
-            with reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
-
-                def on_episode(episode: Episode) -> None:
-                    watch.episode(episode)
-                    stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
-
-                def on_update(episodes: Sequence[Episode], update: Update) -> None:
-                    watch.update()
-                    tracker.log_episodes(episodes, update.diagnostics)
-
-                found = search(
-                    task.env,
-                    agent,
-                    search_settings(config),
-                    make_schedule(config, task.env),
-                    seed=cell.seed,
-                    log=log,
-                    on_episode=on_episode,
-                    on_update=on_update,
-                )
+            found = self._search(cell, task, agent, log, tracker, watch)
             watch.end()
-            result = self._result(cell, task, found, watch.noted, policy=policy, latency=latency)
+            result = self._result(cell, task, found, watch.noted)
             tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
             # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
             tracker.log_metrics([("report/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
@@ -197,15 +167,36 @@ class CellRunner:
             for path in (log, note):
                 path.unlink(missing_ok=True)
 
+    def _search(
+        self, cell: Cell, task: Task, agent: Agent, log: Path, tracker: Tracker, watch: _Incumbents
+    ) -> SearchResult:
+        with self._reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
+
+            def on_episode(episode: Episode) -> None:
+                watch.episode(episode)
+                stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+
+            def on_update(episodes: Sequence[Episode], update: Update) -> None:
+                watch.update()
+                tracker.log_episodes(episodes, update.diagnostics)
+
+            return search(
+                task.env,
+                agent,
+                search_settings(cell.config),
+                make_schedule(cell.config, task.env),
+                seed=cell.seed,
+                log=log,
+                on_episode=on_episode,
+                on_update=on_update,
+            )
+
     def _result(
         self,
         cell: Cell,
         task: Task,
         found: SearchResult,
         noted: Sequence[tuple[int, Allocation]],
-        *,
-        policy: str | None,
-        latency: str | None,
     ) -> CellResult:
         known: dict[tuple[int, ...], float] = {}
         with self._reporter.stage("report split", len(noted) + 2 + cell.plain) as stage:
@@ -240,14 +231,41 @@ class CellRunner:
                 "seconds": round(found.seconds, 1),
                 "threads": torch.get_num_threads(),
                 "dtype": task.loaded.dtype_name,
-                "policy": policy,
-                "latency": latency,
+                "policy": policy_digest(cell.config),
+                "latency": _measured_digest(task),
                 "editions": configured.editions(cell.config),
                 "asked_marks": cell.marks,
                 "marks": marks,
                 "final": {**final, "origin": found.best.origin},
             }
         )
+
+
+def _measured_digest(task: Task) -> str | None:
+    """Digest of the measurement that the budget counts; ``None`` where it counts a price."""
+    return next((measurement.digest for measurement in task.measurements.values()), None)
+
+
+def _log_name(cell: Cell, task: Task) -> str:
+    """Name of the log of a cell's search: everything that decides an episode's bits."""
+    policy, measured = policy_digest(cell.config), _measured_digest(task)
+    parts = [cell.key, task.loaded.dtype_name]  # "auto" may mean another dtype in the next sitting
+    parts += [
+        f"{torch.get_num_threads()}threads",
+        *([policy] if policy else []),
+        *([measured[:16]] if measured else []),
+    ]
+    parts += [f"{table}{edition}" for table, edition in configured.editions(cell.config).items()]
+    return f"{'-'.join(parts)}.jsonl"
+
+
+def read_cell(cell: Cell) -> CellResult:
+    """The result file of a cell.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    return CELL_RESULT.read(cell.path)
 
 
 def write_result(path: Path, result: CellResult) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffgym.bench.bench import read_cell
-from ffgym.bench.cell import Cell
+from ffgym.bench.cell import Cell, read_cell
 from ffgym.bench.file import Bench
 from ffgym.bench.table import CellResult
 from ffgym.config.tables import RunConfig

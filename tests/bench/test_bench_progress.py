@@ -13,8 +13,8 @@ from mlflow_store import client, new_store, runs
 from rich.console import Console
 
 from ffgym.bench import queue as bench_module
-from ffgym.bench.bench import bench, read_cell
-from ffgym.bench.cell import Job
+from ffgym.bench.bench import bench
+from ffgym.bench.cell import Job, read_cell
 from ffgym.bench.file import read_bench
 from ffgym.bench.queue import CellQueue
 from ffgym.models import placement

@@ -24,9 +24,10 @@ from ffgym.costs.resource import Resource, Setting, costs_of, resource_named
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
+from ffgym.pipeline import pipeline
 from ffgym.pipeline.task import open_task
 from ffgym.plugins import discovery, manager
-from ffgym.prepare import configured, pipeline
+from ffgym.prepare import configured
 from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
