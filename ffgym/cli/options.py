@@ -100,9 +100,14 @@ def _annotation(flag: str, key: str) -> Any:
     plain = {int: int | None, bool: bool | None}
     if declared in plain:
         return Annotated[plain[declared], key_option(flag, key)]
-    if float in get_args(declared):
+    if _names(declared, float):
         return Annotated[str | None, key_option(flag, key, parser=_number_or_text)]
     return Annotated[str | None, key_option(flag, key)]
+
+
+def _names(annotation: Any, kind: type) -> bool:
+    """Whether a type stands anywhere in an annotation."""
+    return annotation is kind or any(_names(part, kind) for part in get_args(annotation))
 
 
 def _owner(key: str) -> tuple[Any, str]:

@@ -72,7 +72,7 @@ class Heat(ffgym.Resource):
     unit = "K"
     column = "heat"
 
-    def measure(self, model, setting, *, file, on_progress, say):
+    def measure(self, model, setting, *, file, on_progress, notify):
         import numpy as np
         from ffgym.costs.resource import Costs, Measurement
         from ffgym.models.families import family_of

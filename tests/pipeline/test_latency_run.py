@@ -97,7 +97,7 @@ def test_without_a_file_the_cache_is_asked_once(
 ) -> None:
     asked: list[int] = []
 
-    def cached(model: Any, *, context: int, on_progress: Any = None, reporter: Any = None) -> LatencyTable:
+    def cached(model: Any, *, context: int, on_progress: Any = None, notify: Any = None) -> LatencyTable:
         asked.append(context)
         on_progress(1, 1)
         return table
