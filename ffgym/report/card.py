@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from ffgym.report.layout import humane, markdown_table
-from ffgym.report.table import ReportTable, Row, markdown, perplexity_text
+from ffgym.report.layout import Column, Table, humane
+from ffgym.report.table import ReportTable, Row, perplexity_text
 from ffgym.types import Allocation, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
@@ -82,7 +82,7 @@ def model_card(
         "## Load it",
         loading(folder, stock=stock),
         "## What it costs",
-        markdown(table).rstrip(),
+        table.layout().markdown().rstrip(),
         "## What was kept",
         _kept(sublayers, allocation),
         "## How it was made",
@@ -128,6 +128,9 @@ def _kept(sublayers: Sequence[Sublayer], allocation: Allocation) -> str:
         (sublayer.layer, sublayer.kind): f"{count:,} of {sublayer.units:,}"
         for sublayer, count in zip(sublayers, allocation.kept, strict=True)
     }
-    layers = sorted({sublayer.layer for sublayer in sublayers})
-    rows = [(str(layer), kept[layer, "attention"], kept[layer, "mlp"]) for layer in layers]
-    return "\n".join(markdown_table(("layer", "attention: KV groups", "MLP: intermediate channels"), rows, left=0))
+    columns: list[Column[int]] = [
+        Column("layer", str),
+        Column("attention: KV groups", lambda layer: kept[layer, "attention"]),
+        Column("MLP: intermediate channels", lambda layer: kept[layer, "mlp"]),
+    ]
+    return Table(columns, sorted({sublayer.layer for sublayer in sublayers})).markdown().rstrip()

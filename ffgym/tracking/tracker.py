@@ -223,7 +223,7 @@ class Tracker:
         """Log the report's rows as metrics, ``report/<column>/<slug of the label>``, and whole as ``report.json``.
 
         Args:
-            rows: what ``ffgym.report.table.as_dicts`` gives: a ``label``, numbers, text, flags; ``None`` is left out.
+            rows: what a table's ``as_dicts`` gives: a ``label``, numbers, text, flags; ``None`` is left out.
         """
         if self.run_id is None:
             return

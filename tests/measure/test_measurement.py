@@ -16,10 +16,8 @@ from ffgym.measure.table import (
     Measurement,
     as_dict,
     footnotes,
-    markdown,
     size_rows,
     speed_rows,
-    terminal,
 )
 
 MB = 10**6
@@ -70,7 +68,8 @@ FOUND = Measurement(
 
 def rendered(found=FOUND, width=100):
     console = Console(file=io.StringIO(), width=width)
-    console.print(terminal(found))
+    for table in found.tables():
+        console.print(table.terminal())
     return console.file.getvalue()
 
 
@@ -130,7 +129,7 @@ def test_without_memory_there_is_no_row_and_no_note():
 
 
 def test_markdown_has_two_tables_and_the_notes():
-    text = markdown(FOUND)
+    text = "\n".join(table.markdown() for table in FOUND.tables())
     lines = text.splitlines()
     assert lines[0] == "|  | dense | pruned | dense / pruned |"
     assert "| parameters | 134.5 M | 113.3 M | 1.19 |" in lines
