@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -52,14 +53,13 @@ def measure(
 
     from ffgym.measure.measure import Options
     from ffgym.measure.measure import measure as run_measure
-    from ffgym.measure.table import as_dict
 
     output = None if output is None else output.expanduser()
     options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output, overwrite)
     with contextlib.redirect_stdout(sys.stderr):
         found = run_measure(options, progress=Console(stderr=True))
     if as_json:
-        print_json(as_dict(found))
+        print_json(asdict(found))
     else:
         for table in found.tables():
             Console().print(table.terminal())

@@ -1,19 +1,18 @@
 """What `ffgym measure` found: how large and how fast a dense model and a pruned one are, side by side.
 
-One :class:`Measurement`: its two tables, and :func:`as_dict` for JSON.
+One :class:`Measurement`: its two tables; JSON has its fields.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ffgym.costs.timing import Spread
 from ffgym.measure.memory import Memory
 from ffgym.measure.speed import DECODE_TOKENS, Speed
 from ffgym.report.layout import Table, humane, text_columns
-from ffgym.types import JSONDict
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,6 @@ def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
 def counted(number: int, thing: str) -> str:
     """``"1 thread"``, ``"2 threads"``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def as_dict(found: Measurement) -> JSONDict:
-    """All numbers as plain data: bytes, tokens per second, ratios."""
-    return asdict(found)
 
 
 def _size(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from rich.console import Console
 
@@ -14,7 +14,6 @@ from ffgym.measure.speed import Speed, Workload
 from ffgym.measure.table import (
     Footprint,
     Measurement,
-    as_dict,
     footnotes,
     size_rows,
     speed_rows,
@@ -151,7 +150,7 @@ def test_the_terminal_shows_the_same_cells():
 
 
 def test_json_has_the_numbers():
-    plain = json.loads(json.dumps(as_dict(FOUND)))
+    plain = json.loads(json.dumps(asdict(FOUND)))
     assert plain["pruned"]["parameters"] == 113_300_000
     assert plain["speeds"][0]["ratio"] == {"median": 1.134, "low": 1.1, "high": 1.2}
     assert plain["speeds"][1]["workload"] == {"batch": 4, "length": 128}
