@@ -120,7 +120,7 @@ def recovered_card(
         f"# {title}",
         "A pruned model that was trained after pruning. " + " ".join(summary),
         "## Load it",
-        loading("path/to/this/folder", stock=stock),
+        loading(stock=stock),
         "## What it brought",
         table.layout().markdown().rstrip(),
         f"```console\n$ {command}\n```",

@@ -15,7 +15,7 @@ LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = {folder}
+folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder{options})
 model = AutoModelForCausalLM.from_pretrained(folder{options})
 ```
@@ -51,7 +51,6 @@ def model_card(
     seed: int,
     splits: Mapping[str, str],
     caveats: Sequence[str] = (),
-    folder: str = "path/to/this/folder",
     stock: bool = False,
 ) -> str:
     """Write the model card of a pruned model.
@@ -69,7 +68,6 @@ def model_card(
         seed: its seed.
         splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
         caveats: sentences that a user of the model must read, e.g. that the dense weights were dequantised.
-        folder: what stands in the loading example for the model's place.
         stock: transformers' own classes load it.
 
     Returns:
@@ -80,7 +78,7 @@ def model_card(
         f"# {title}",
         _summary(base_model, allocation, quantity, saved, table.rows[0]),
         "## Load it",
-        loading(folder, stock=stock),
+        loading(stock=stock),
         "## What it costs",
         table.layout().markdown().rstrip(),
         "## What was kept",
@@ -105,10 +103,10 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
 
 
-def loading(folder: str, *, stock: bool) -> str:
+def loading(*, stock: bool) -> str:
     """Show the code that loads a saved model; ``stock``: transformers' own classes do."""
     options, explanation = ("", STOCK) if stock else (", trust_remote_code=True", UNEVEN)
-    return LOADING.format(folder=json.dumps(folder), options=options, explanation=explanation)
+    return LOADING.format(options=options, explanation=explanation)
 
 
 def _summary(base_model: str | None, allocation: Allocation, quantity: str, saved: Row, dense: Row) -> str:
