@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["attention", "mlp"]
 Calibration = Literal["ridge", "affine", "none"]
+Ramp = Literal["none", "cubic", "staircase"]
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def lm_eval_command(model: Path, tasks: Mapping[str, str], scratch: Path, *optio
 
 def write_definition(folder: Path, task: str, split: str) -> None:
     """A task ``TASK_here`` for lm-eval itself: its own definition, on the same examples as a local JSON data set."""
-    from ffgym.measure.tasks import _definition_file
+    from ffgym.measure.task_definitions import _definition_file
 
     data = folder / f"{task}.json"
     task_data.task_dataset(task, progress=False)[split].to_json(data)

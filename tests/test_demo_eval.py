@@ -12,7 +12,7 @@ import task_wheel
 
 from ffgym.data.assets import SMOLLM2, fetch
 from ffgym.data.task_data import reported_split
-from ffgym.measure.tasks import PAPER_TASKS
+from ffgym.measure.task_definitions import PAPER_TASKS
 from ffgym.models.dequantise import dequantised
 
 pytest.importorskip("lm_eval")

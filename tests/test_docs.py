@@ -22,7 +22,7 @@ from rich.console import Console
 
 import ffgym
 from ffgym.cli import app
-from ffgym.config.tables import RunConfig
+from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.plugins import built_ins, discovery, hookspecs, kinds, manager
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.kinds import KINDS
@@ -57,7 +57,8 @@ def reference() -> str:
             parts += [f"### `[{table}]`", first_line(model), keys(model)]
     parts.append("## Every built-in plugin, and its options")
     for kind, row in KINDS.items():
-        where = f": options in `[{row.table}]`" if row.key == "name" else f": named by `{row.table}.{row.key}`"
+        has_options = row.table and issubclass(table_model(row.table), PluginTable)
+        where = f": options in `[{row.table}]`" if has_options else f": named by `{row.table}.{row.key}`"
         parts += [f"### {row.plural.capitalize()}{where if row.table else ''}", options(kind, quiet=not row.table)]
     return "\n\n".join(parts) + "\n"
 
@@ -189,7 +190,7 @@ def test_zero_shot_tasks_are_documented() -> None:
 
 
 def test_results_and_bench_files_are_documented() -> None:
-    from ffgym.bench.bench import BenchFile
+    from ffgym.bench.file import BenchFile
     from ffgym.bench.table import CellResult, Final, Mark
 
     for model in (BenchFile, CellResult, Final, Mark):
@@ -410,7 +411,7 @@ def test_tutorial_is_the_real_package(file: str) -> None:
 def test_toml_examples_are_configurations(page: str) -> None:
     import tomllib
 
-    from ffgym.bench.bench import BenchFile
+    from ffgym.bench.file import BenchFile
 
     for block in re.findall(r"^```toml\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
         content = tomllib.loads(block)

@@ -31,12 +31,12 @@ from ffgym.config.tables import RunConfig, Table
 from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.files import FileFormat
-from ffgym.pipeline.task import give_prior, make_schedule, open_task, report_loss, with_config
-from ffgym.plugins import configured
+from ffgym.pipeline.agent import make_agent
+from ffgym.pipeline.task import give_prior, make_schedule, open_task, report_loss, search_settings, with_config
+from ffgym.prepare import configured
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
 from ffgym.search.loop import search_front
-from ffgym.search.policy import make_agent
 from ffgym.types import JSONDict
 
 ONE = "one policy"
@@ -166,7 +166,7 @@ def compute(searches: Sequence[Search], reporter: Reporter) -> None:
             found = search_front(
                 space.env,
                 agent,
-                config.search,
+                search_settings(config),
                 make_schedule(config, space.env),
                 config.targets,
                 seed=config.seed,

@@ -38,13 +38,13 @@ from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.multiple_choice import answered_right
 from ffgym.pipeline import task
+from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
 from ffgym.prepare.parts import CHEAP, budget_in, make_reward, task_examples
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 from ffgym.search.loop import search
-from ffgym.search.policy import make_agent
 from ffgym.types import Episode, Evaluation
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
@@ -246,7 +246,7 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
             found = search(
                 space.env,
                 agent,
-                config.search,
+                task.search_settings(config),
                 task.make_schedule(config, space.env),
                 seed=seed,
                 log=log,

@@ -26,14 +26,14 @@ from ffgym.config.toml import digest, settings, to_toml
 from ffgym.errors import DataError
 from ffgym.files import FileFormat, disk_errors, exclusive_lock, write_text
 from ffgym.interrupts import held_back_interrupts
+from ffgym.pipeline.agent import make_agent, policy_digest
 from ffgym.pipeline.artifacts import log_splits, run_tags
-from ffgym.pipeline.task import Task, give_prior, make_schedule, open_task, report_loss, with_config
-from ffgym.plugins import configured
+from ffgym.pipeline.task import Task, give_prior, make_schedule, open_task, report_loss, search_settings, with_config
 from ffgym.plugins.bases import Agent
+from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import finalists
 from ffgym.search.loop import SearchResult, search
-from ffgym.search.policy import make_agent, policy_digest
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
@@ -178,7 +178,7 @@ class CellRunner:
                 found = search(
                     task.env,
                     agent,
-                    config.search,
+                    search_settings(config),
                     make_schedule(config, task.env),
                     seed=cell.seed,
                     log=log,

@@ -145,7 +145,8 @@ def evaluate(
 
     from ffgym.files import check_file
     from ffgym.measure import task_table
-    from ffgym.measure.tasks import ModelScores, check_models, check_request, evaluate_models, load_tasks
+    from ffgym.measure.task_definitions import check_request, load_tasks
+    from ffgym.measure.tasks import ModelScores, check_models, evaluate_models
     from ffgym.report.progress import Reporter
 
     names = [*(models or []), *(more or [])]

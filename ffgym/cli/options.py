@@ -16,7 +16,7 @@ import typer
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.plugins.configured import resolve_agent
+from ffgym.prepare.configured import resolve_agent
 
 KEYS = {
     "--agent": "agent.name",

@@ -14,7 +14,7 @@ from ffgym.cli.options import KEYS, JsonOption, configured
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
-from ffgym.plugins.configured import check_agent_fits, meanings, with_options
+from ffgym.prepare.configured import check_agent_fits, meanings, with_options
 
 ResumeOption = Annotated[
     Path | None,

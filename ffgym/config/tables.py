@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ffgym.errors import ConfigError
-from ffgym.types import Calibration, JSONDict
+from ffgym.types import Calibration, JSONDict, Ramp
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -23,7 +23,6 @@ OptionalShare = Annotated[
     Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(lambda value: None if value == "" else value)
 ]
 Count = Annotated[int, Field(ge=1)]
-Ramp = Literal["none", "cubic", "staircase"]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
 STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
 # Configurations of earlier versions list them under these methods too, where they mean nothing.
@@ -47,7 +46,7 @@ class PluginTable(BaseModel):
     """A table that names a plugin; every key that is no field is an option that the plugin's ``Config`` validates.
 
     Attributes:
-        named_by: the key that names the plugin. The name is also ``name``, whatever the key.
+        named_by: the key that names the plugin.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
@@ -270,11 +269,6 @@ class RecoverTable(PluginTable):
     seed: Literal["auto"] | Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default="auto", description="auto (the run's seed) or a seed for the training and the order of the text"
     )
-
-    @property
-    def name(self) -> str:
-        """The method."""
-        return self.method
 
     @model_validator(mode="before")
     @classmethod

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ffgym.config.tables import Table
 from ffgym.costs.latency_fit import PICOSECONDS, cost_table
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.files import FileFormat
@@ -29,7 +28,13 @@ Size = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class ModelShape(Table):
+class Strict(BaseModel):
+    """A record with fixed keys: unknown keys and mistyped values are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelShape(Strict):
     """What decides how long the rest of a forward pass takes: all that is no attention and no MLP.
 
     Attributes:
@@ -45,7 +50,7 @@ class ModelShape(Table):
     vocabulary: Count
 
 
-class LayerShape(Table):
+class LayerShape(Strict):
     """What decides how long a sublayer takes at each size: all sublayers of one shape share a curve.
 
     Attributes:
@@ -68,7 +73,7 @@ class LayerShape(Table):
     attends: str
 
 
-class Curve(Table):
+class Curve(Strict):
     """Times of one shape of sublayer.
 
     Attributes:
@@ -101,7 +106,7 @@ class Curve(Table):
         return cost_table(self.sizes, self.seconds)
 
 
-class LatencyTable(Table):
+class LatencyTable(Strict):
     """Times of a model's sublayers, one forward pass of one window of ``context`` tokens each, and how they were taken.
 
     Attributes:
@@ -283,7 +288,7 @@ def to_json(table: LatencyTable) -> str:
     return table.model_dump_json(indent=1) + "\n"
 
 
-def _differences(there: Table, here: Table) -> list[str]:
+def _differences(there: Strict, here: Strict) -> list[str]:
     """``"layers 30, here 3"`` for every field that differs."""
     pairs = ((name, getattr(there, name), getattr(here, name)) for name in type(there).model_fields)
     return [f"{name} {was!r}, here {now!r}" for name, was, now in pairs if was != now]

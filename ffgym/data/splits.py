@@ -7,14 +7,13 @@ stream begins with BOS where the tokenizer adds one. It is cut into windows that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ffgym.config.tables import DataTable
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.errors import DataError
@@ -67,14 +66,18 @@ class Splits:
     report: Split
 
 
-def make_splits(config: DataTable, tokenizer: Any, *, context_limit: int) -> Splits:
+def make_splits(
+    names: Mapping[Role, str], tokens: Mapping[Role, int], window: int, tokenizer: Any, *, context_limit: int
+) -> Splits:
     """Load the corpora that a run names, tokenise no more than is needed, and cut the three splits.
 
     Roles that name the same text get consecutive windows of it, in the order calibration, search, report. Asked
     tokens are rounded up to whole windows.
 
     Args:
-        config: corpus names, tokens wanted per role and the window's length in tokens.
+        names: the corpus of each role.
+        tokens: how many are wanted for each role.
+        window: length of a window in tokens.
         tokenizer: a Hugging Face tokenizer.
         context_limit: the longest window that the model takes, in tokens.
 
@@ -82,15 +85,15 @@ def make_splits(config: DataTable, tokenizer: Any, *, context_limit: int) -> Spl
         DataError: a window shorter than 2 tokens or longer than the context, fewer than 1 token asked for, a corpus
             that is missing or too short, or two that hold the same text.
     """
-    _check_window(config.window, context_limit)
-    wanted = {role: _windows_wanted(config, role) for role in ROLES}
-    corpora = _load_corpora(config)
+    _check_window(window, context_limit)
+    wanted = {role: -(-tokens[role] // window) for role in ROLES}
+    corpora = _load_corpora(names)
     taken: dict[Role, torch.Tensor] = {}
     bos, firsts = adds_bos(tokenizer), {}
     for digest in dict.fromkeys(corpus.digest for corpus in corpora.values()):
         roles = [role for role in ROLES if corpora[role].digest == digest]
         firsts[digest] = roles[0]
-        windows = _cut_windows(corpora[roles[0]], {role: wanted[role] for role in roles}, config.window, tokenizer, bos)
+        windows = _cut_windows(corpora[roles[0]], {role: wanted[role] for role in roles}, window, tokenizer, bos)
         for role in roles:
             taken[role], windows = windows[: wanted[role]], windows[wanted[role] :]
 
@@ -145,17 +148,12 @@ def _check_window(window: int, context_limit: int) -> None:
         )
 
 
-def _windows_wanted(config: DataTable, role: Role) -> int:
-    tokens: int = getattr(config, f"{role}_tokens")
-    return -(-tokens // config.window)
-
-
-def _load_corpora(config: DataTable) -> dict[Role, Corpus]:
-    calibration = load_text(config.calibration, role="calibration")
+def _load_corpora(names: Mapping[Role, str]) -> dict[Role, Corpus]:
+    calibration = load_text(names["calibration"], role="calibration")
     # One name means one text for both of these roles, so it is read once.
-    same = config.search == config.calibration
-    search = calibration if same else load_text(config.search, role="search")
-    return {"calibration": calibration, "search": search, "report": load_text(config.report, role="report")}
+    same = names["search"] == names["calibration"]
+    search = calibration if same else load_text(names["search"], role="search")
+    return {"calibration": calibration, "search": search, "report": load_text(names["report"], role="report")}
 
 
 def _cut_windows(corpus: Corpus, wanted: dict[Role, int], window: int, tokenizer: Any, bos: bool) -> torch.Tensor:

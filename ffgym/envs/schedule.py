@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ffgym.config.tables import Ramp
+from ffgym.types import Ramp
 
 STAIRS = 4
 GOLDEN = (math.sqrt(5) - 1) / 2

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.files import write_text
-from ffgym.measure.tasks import Metric, ModelScores, TaskResult, TaskSet, paper_means
+from ffgym.measure.task_definitions import TaskSet
+from ffgym.measure.tasks import Metric, ModelScores, TaskResult, paper_means
 from ffgym.report.layout import Column, Table, finite
 from ffgym.types import JSONDict
 

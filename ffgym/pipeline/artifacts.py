@@ -48,7 +48,11 @@ def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task
     state = call_plugin(agent, agent.state, "giving its state")
     if state:
         sublayers = task.prepared.prunable.sublayers
-        text = call_plugin(agent, lambda: policy_text(task.config, sublayers, state), "giving its state")
+        text = call_plugin(
+            agent,
+            lambda: policy_text(task.config.agent.name, task.config.prune.sparsity, sublayers, state),
+            "giving its state",
+        )
         write_text(folder / "policy.json", text)
         tracker.log_artifact(folder / "policy.json")
 

@@ -20,7 +20,7 @@ from ffgym.config.toml import first_difference, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.errors import ConfigError, OutputError
 from ffgym.files import FileFormat, exclusive_lock, write_text
-from ffgym.plugins import configured
+from ffgym.prepare import configured
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(

@@ -13,8 +13,10 @@ from typing import overload
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
+from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import write_front, write_pareto, write_pictures, write_table
 from ffgym.pipeline.compare import compared_rows, final_refits, model_folder, reference_allocations, reference_rules
+from ffgym.pipeline.folder import reopen_folder
 from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
@@ -23,7 +25,6 @@ from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
 from ffgym.report.table import Row
-from ffgym.search.policy import make_agent
 from ffgym.types import Episode
 
 
@@ -55,7 +56,7 @@ def run(
     """
     reporter = on_console(progress)
     config = settle(config)
-    if resume is not None and (finished := finished_run(Path(resume), config)):
+    if resume is not None and (finished := finished_run(reopen_folder(Path(resume), config), config)):
         reporter.print(f"the run in {finished.folder} is finished: nothing is left to do")
         return finished
     agent = make_agent(config)

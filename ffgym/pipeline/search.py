@@ -10,7 +10,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.files import write_text
 from ffgym.pipeline.artifacts import log_splits, run_tags, write_found
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.task import Task, give_prior, make_schedule
+from ffgym.pipeline.task import Task, give_prior, make_schedule, search_settings
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.search.log import read_episodes
@@ -94,7 +94,7 @@ def _run(
         return search_front(
             task.env,
             agent,
-            config.search,
+            search_settings(config),
             make_schedule(config, task.env),
             targets,
             seed=config.seed,

@@ -26,7 +26,7 @@ from ffgym.pipeline.folder import (
     saying_what_is_kept,
     write_record,
 )
-from ffgym.plugins.configured import meanings
+from ffgym.prepare.configured import meanings
 from ffgym.report.progress import Reporter
 from ffgym.tracking.tracker import Tracker
 

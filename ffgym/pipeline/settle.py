@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ffgym.config.tables import RunConfig
-from ffgym.plugins import configured, manager
+from ffgym.plugins import manager
+from ffgym.prepare import configured
 from ffgym.prepare.parts import make_reward
 from ffgym.recover.recover import check_method
 

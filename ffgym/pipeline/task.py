@@ -38,6 +38,7 @@ from ffgym.prepare.parts import (
 from ffgym.prepare.paths import Prepared
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.report.progress import Reporter
+from ffgym.search.loop import SearchSettings
 from ffgym.types import Allocation, JSONDict
 
 # Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
@@ -179,6 +180,12 @@ def give_prior(agent: Agent, task: Task) -> None:
                 task.prior(prior.name, prior.options, low),
                 task.prior(prior.name, prior.options, high),
             )
+
+
+def search_settings(config: RunConfig) -> SearchSettings:
+    """How long a run searches, and how its finals choose."""
+    table = config.search
+    return SearchSettings(table.episodes, table.episodes_per_update, table.finalists, table.final_tokens)
 
 
 def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:

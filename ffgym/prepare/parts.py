@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ffgym.config.tables import RunConfig
+from ffgym.config.tables import DataTable, RunConfig
 from ffgym.config.toml import load_config
 from ffgym.costs.resource import (
     Costs,
@@ -20,8 +20,9 @@ from ffgym.costs.resource import (
     resource_named,
     standard_resources,
 )
+from ffgym.data.corpora import Role
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
-from ffgym.data.splits import Splits, make_splits
+from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError
 from ffgym.models.families import family_of
@@ -44,6 +45,13 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
     return loaded, cut_splits(config, loaded)
 
 
+def splits_of(data: DataTable, tokenizer: Any, *, context_limit: int) -> Splits:
+    """The three splits that a table ``[data]`` describes; errors as in `make_splits`."""
+    names: dict[Role, str] = {role: getattr(data, role) for role in ROLES}
+    tokens: dict[Role, int] = {role: getattr(data, f"{role}_tokens") for role in ROLES}
+    return make_splits(names, tokens, data.window, tokenizer, context_limit=context_limit)
+
+
 def cut_splits(config: RunConfig, loaded: LoadedModel) -> Splits:
     """The three splits in the model's tokens.
 
@@ -51,7 +59,7 @@ def cut_splits(config: RunConfig, loaded: LoadedModel) -> Splits:
         DataError: a corpus that is missing or too short, or splits that overlap.
         ModelError: a tokenizer that is not the model's.
     """
-    splits = make_splits(config.data, loaded.tokenizer, context_limit=loaded.context_limit)
+    splits = splits_of(config.data, loaded.tokenizer, context_limit=loaded.context_limit)
     for split in (splits.calibration, splits.search, splits.report):
         loaded.check_ids(split.windows, split.name)
     return splits

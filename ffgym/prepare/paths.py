@@ -82,57 +82,82 @@ def prepare(
             "choosing the ridge needs at least 2 calibration windows",
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
         )
-    done, steps = Counter[str](), Counter[str](sublayers=len(prunable.halves))
-
-    def counted(kind: str) -> OnProgress:
-        def advance(so_far: int, in_all: int) -> None:
-            done[kind], steps[kind] = so_far, in_all
-            if on_progress is not None:
-                on_progress(done.total(), steps.total())
-
-        return advance
-
-    held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
-    needs = criterion.needs | keep
+    steps = _Steps(on_progress, sublayers=len(prunable.halves))
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
-    first_order = gradient_statistics(model, prunable.consumers, sample, needs, on_progress=counted("layers"))
-    affine = [calibration == "affine" or half.consumer.bias is not None for half in prunable.halves]
-    stream = stream_statistics(
-        model,
-        prunable.consumers,
-        windows,
-        held_out=held_out,
-        tokens_per_batch=tokens_per_batch,
+    gradients = gradient_statistics(
+        model, prunable.consumers, sample, criterion.needs | keep, on_progress=steps.counting("layers")
     )
-    ordered = counted("sublayers")
+    held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
+    stream = stream_statistics(model, prunable.consumers, windows, held_out=held_out, tokens_per_batch=tokens_per_batch)
+    ordered = steps.counting("sublayers")
     views: list[SublayerView] = []
     ridges: list[float] = []
     for index, sums, apart in stream:
         half = prunable.halves[index]
-        gradients = first_order[index]
-        moments = fit = sums.result()
+        half.affine = calibration == "affine" or half.consumer.bias is not None
+        fit = sums.result()
         if apart is not None:
             for part in torch.split(apart, tokens_per_batch):
                 sums.update(part)
-            moments = sums.result()
         with _naming(half):
-            require_finite(moments, gradients)
-        scores = _score(criterion, half, _stats(moments, gradients, criterion.needs))
-        order = unit_order(scores)
-        columns = expand_order(order, half.sublayer.channels_per_unit)
-        half.permute(order)
-        moments, gradients = moments.reorder(columns), _reorder(gradients, columns)
-        half.affine = affine[index]
-        with _naming(half):
-            chosen = ridge
-            if chosen is None:
-                assert apart is not None, "windows were held out"
-                chosen = _pick(half, fit.reorder(columns), some_rows(apart)[:, columns])
-            half.path = path = _refit(half, moments, chosen)
+            chosen, view = _build_path(half, criterion, fit, sums.result(), gradients[index], apart, ridge, keep)
         ridges.append(chosen)
-        views.append(_view(half, scores[order], moments, _stats(moments, gradients, keep), path))
+        views.append(view)
         ordered(len(views), len(prunable.halves))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
+
+
+class _Steps:
+    """Counts the steps of several kinds of work as one."""
+
+    def __init__(self, on_progress: OnProgress | None, **known: int) -> None:
+        self._on_progress = on_progress
+        self._done, self._steps = Counter[str](), Counter[str](known)
+
+    def counting(self, kind: str) -> OnProgress:
+        """What one kind of work calls with its own (steps done, steps)."""
+
+        def advance(done: int, steps: int) -> None:
+            self._done[kind], self._steps[kind] = done, steps
+            if self._on_progress is not None:
+                self._on_progress(self._done.total(), self._steps.total())
+
+        return advance
+
+
+def _build_path(
+    half: PrunableSublayer,
+    criterion: Criterion,
+    fit: InputMoments,
+    moments: InputMoments,
+    gradients: LayerStats,
+    apart: torch.Tensor | None,
+    ridge: float | None,
+    keep: frozenset[str],
+) -> tuple[float, SublayerView]:
+    """Score and order a sublayer's units, permute its weights, and factorise: its lambda, and what heuristics see.
+
+    Args:
+        half: the sublayer, dense; its path is set.
+        criterion: scores the channels.
+        fit: moments of the fitted windows, for choosing lambda.
+        moments: of all windows.
+        gradients: first-order statistics.
+        apart: inputs of the held-out windows, shape (tokens, n); ``None`` where lambda is given.
+        ridge: lambda; ``None`` picks it.
+        keep: statistics that the view holds.
+    """
+    require_finite(moments, gradients)
+    scores = _score(criterion, half, _stats(moments, gradients, criterion.needs))
+    order = unit_order(scores)
+    columns = expand_order(order, half.sublayer.channels_per_unit)
+    half.permute(order)
+    moments, gradients = moments.reorder(columns), _reorder(gradients, columns)
+    if ridge is None:
+        assert apart is not None, "windows were held out"
+        ridge = _pick(half, fit.reorder(columns), some_rows(apart)[:, columns])
+    half.path = path = _refit(half, moments, ridge)
+    return ridge, _view(half, scores[order], moments, _stats(moments, gradients, keep), path)
 
 
 def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) -> LayerStats:

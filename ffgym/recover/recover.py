@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from rich.console import Console
@@ -28,8 +27,9 @@ from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES
-from ffgym.plugins import configured, manager
+from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
+from ffgym.prepare import configured
 from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_output, output_folder, unfinished_folder
@@ -97,7 +97,7 @@ def check_method(table: RecoverTable, dense: str | None) -> Recovery:
     if table.method == "none":
         options = " or ".join(f"--method {name}" for name in manager.names("recovery"))
         raise RecoveryError("recover.method is none", hint=f"Choose one: {options}.")
-    method = cast("Recovery", manager.create("recovery", table.method, table.options))
+    method: Recovery = manager.create("recovery", table.method, table.options)
     method.check_installed()
     if method.needs_dense and dense is None:
         raise RecoveryError(

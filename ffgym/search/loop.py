@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ffgym.config.tables import SearchTable
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv, Step
@@ -22,6 +21,23 @@ from ffgym.search.finals import Candidate, contenders, finalists, run_finals
 from ffgym.search.log import Recorder
 from ffgym.search.pareto import non_dominated
 from ffgym.types import Episode, Update
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long a search is, and how the finals choose; the fields are those of the table ``[search]``.
+
+    Attributes:
+        episodes: at full fidelity; times the tokens of an episode they are the token budget.
+        episodes_per_update: episodes that one policy update learns from.
+        finalists: allocations that are measured again.
+        final_tokens: search tokens that each of them is measured on.
+    """
+
+    episodes: int
+    episodes_per_update: int
+    finalists: int
+    final_tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ class SearchInterrupted(KeyboardInterrupt):
 def search(
     env: PruningEnv,
     agent: Agent,
-    settings: SearchTable,
+    settings: SearchSettings,
     schedule: Schedule,
     *,
     seed: int,
@@ -100,7 +116,7 @@ def search(
 def search_front(
     env: PruningEnv,
     agent: Agent,
-    settings: SearchTable,
+    settings: SearchSettings,
     schedule: Schedule,
     targets: Sequence[float],
     *,
@@ -116,7 +132,7 @@ def search_front(
     Args:
         env: the stationary task.
         agent: who searches.
-        settings: episodes, finalists and their tokens.
+        settings: how long it searches, and how it chooses.
         schedule: ramps, or the range that the updates' targets are drawn from.
         targets: the points of the front, rising; one for a search at a single target.
         seed: of the agent and of the subsets: same seed, same search, bit for bit at equal thread count.
@@ -164,16 +180,27 @@ def search_front(
                 if on_point is not None:
                     on_point(points[-1])
         except KeyboardInterrupt as stop:
-            earlier = len(recorder.earlier.episodes)
-            if not vector.history or len(vector.history) < earlier:  # an earlier session handed over more
-                raise
-            recorder.clock.count()
-            try:
-                best = finalists(env, agent, vector.history, 1, reach=reach)
-            except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
-                raise stop from None
-            raise SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.clock.total)) from None
+            raise _interrupted(stop, env, agent, vector, recorder, reach) from None
     return points
+
+
+def _interrupted(
+    stop: KeyboardInterrupt,
+    env: PruningEnv,
+    agent: Agent,
+    vector: PruningVectorEnv,
+    recorder: Recorder,
+    reach: float | None,
+) -> KeyboardInterrupt:
+    """Ctrl-C with what was found so far; as it came where that is nothing."""
+    if len(vector.history) < max(1, len(recorder.earlier.episodes)):  # an earlier session handed over more
+        return stop
+    recorder.clock.count()
+    try:
+        best = finalists(env, agent, vector.history, 1, reach=reach)
+    except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
+        return stop
+    return SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.clock.total))
 
 
 def _found(

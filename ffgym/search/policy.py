@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +10,8 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ffgym.config.tables import RunConfig
-from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
+from ffgym.errors import ConfigError
 from ffgym.files import FileFormat
-from ffgym.plugins import manager
-from ffgym.plugins.bases import Agent
-from ffgym.tracking.store import fetch_artifact
 from ffgym.types import JSONDict, Sublayer
 
 
@@ -40,85 +33,37 @@ POLICY = FileFormat(
 )
 
 
-def make_agent(config: RunConfig) -> Agent:
-    """The agent of a run, started from another run's policy where ``search.init_from`` names one.
-
-    Raises:
-        ConfigError: no such agent, options or policy, or no prior where it needs one.
-    """
-    agent = manager.create("agent", config.agent.name, config.agent.options)
-    if agent.needs_prior and config.prior.name == "none":
-        raise ConfigError(
-            f"agent {config.agent.name!r} needs a prior, and prior.name is 'none'", hint="Give --prior uniform."
-        )
-    source = config.search.init_from
-    if source is not None:
-        if type(agent).load_state is Agent.load_state:
-            raise ConfigError(
-                f"search.init_from = {source!r}: agent {config.agent.name!r} cannot start from a policy",
-                hint="Leave --init-from out.",
-            )
-        if re.fullmatch("[0-9a-f]{32}", source) and not Path(source).expanduser().exists():
-            with tempfile.TemporaryDirectory() as folder:
-                policy = fetch_artifact(config.tracking.folder, source, "policy.json", Path(folder))
-                start = read_policy(policy, config)
-        else:
-            start = read_policy(Path(source).expanduser(), config)
-        agent.policy_sublayers = start.sublayers
-        try:
-            agent.load_state(start.state)
-        except FFGymError:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            raise ConfigError(
-                f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
-                hint="Start from another run, or leave --init-from out.",
-            ) from error
-    return agent
-
-
-def read_policy(source: Path, config: RunConfig) -> Policy:
+def read_policy(source: Path, agent: str) -> Policy:
     """Another run's ``policy.json``.
 
     Args:
         source: a run's folder, or the file.
-        config: the run that wants to start from it.
+        agent: name of the agent that is to start from it.
 
     Raises:
         ConfigError: nothing there, damaged, or of another agent.
     """
     policy = POLICY.read(source / "policy.json" if source.is_dir() else source)
-    if policy.agent != config.agent.name:
+    if policy.agent != agent:
         raise ConfigError(
-            f"search.init_from = {str(source)!r} holds a policy of agent {policy.agent!r}, this run is "
-            f"{config.agent.name!r}",
-            hint=f"Use --agent {policy.agent}, or start from a run of {config.agent.name!r}.",
+            f"search.init_from = {str(source)!r} holds a policy of agent {policy.agent!r}, this run is {agent!r}",
+            hint=f"Use --agent {policy.agent}, or start from a run of {agent!r}.",
         )
     return policy
 
 
-def policy_digest(config: RunConfig) -> str | None:
-    """Digest of the policy file that ``search.init_from`` names; ``None`` where it names none, or a run of MLflow."""
-    if config.search.init_from is None:
-        return None
-    source = Path(config.search.init_from).expanduser()
-    path = source / "policy.json" if source.is_dir() else source
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
-
-
-def policy_text(config: RunConfig, sublayers: Sequence[Sublayer], state: JSONDict) -> str:
+def policy_text(agent: str, sparsity: float | str, sublayers: Sequence[Sublayer], state: JSONDict) -> str:
     """What a ``policy.json`` holds.
 
     Args:
-        config: the run whose agent this is.
+        agent: its name.
+        sparsity: what it was trained at, or the range.
         sublayers: the 2L sublayers that its importances are for.
         state: what the agent's ``state`` returned.
     """
     policy = {
-        "agent": config.agent.name,
-        "sparsity": config.prune.sparsity,
+        "agent": agent,
+        "sparsity": sparsity,
         "sublayers": [sublayer.name for sublayer in sublayers],
         "state": state,
     }

@@ -10,7 +10,7 @@ from ffgym.agents.pathwise import Pathwise
 from ffgym.agents.reinforce import Reinforce
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError
-from ffgym.plugins import configured
+from ffgym.prepare import configured
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import QuadraticEnv, SeparableEnv
 

@@ -27,14 +27,16 @@ from typer.testing import CliRunner
 
 from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import cell as cell_module
-from ffgym.bench.bench import CellQueue, bench, read_bench, read_cell
+from ffgym.bench.bench import bench, read_cell
 from ffgym.bench.cell import Job
+from ffgym.bench.file import read_bench
+from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
 from ffgym.config.toml import changed_settings
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
-from ffgym.pipeline import task
-from ffgym.plugins import configured, discovery
+from ffgym.plugins import discovery
+from ffgym.prepare import configured, task
 from ffgym.report.progress import Reporter
 
 AGENTS, SEEDS = ["random", "reinforce", "uniform"], [0, 1]

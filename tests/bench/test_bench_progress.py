@@ -12,9 +12,11 @@ from glass_runs import EPISODES, PER_UPDATE, glass_tables
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 
-from ffgym.bench import bench as bench_module
-from ffgym.bench.bench import CellQueue, bench, read_bench, read_cell
+from ffgym.bench import queue as bench_module
+from ffgym.bench.bench import bench, read_cell
 from ffgym.bench.cell import Job
+from ffgym.bench.file import read_bench
+from ffgym.bench.queue import CellQueue
 from ffgym.models import placement
 from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter

@@ -15,17 +15,19 @@ from rich.console import Console
 
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce
-from ffgym.bench import bench as bench_module
-from ffgym.bench.bench import bench, check_benches, read_bench
+from ffgym.bench import queue as bench_module
+from ffgym.bench.bench import bench
 from ffgym.bench.cell import Cell, write_result
+from ffgym.bench.checks import check_benches
+from ffgym.bench.file import read_bench
 from ffgym.bench.table import CellResult, Final, Mark
 from ffgym.config.toml import settings
 from ffgym.costs.latency_table import to_json
 from ffgym.errors import ConfigError
 from ffgym.models.loading import load
+from ffgym.pipeline.agent import policy_digest
 from ffgym.plugins import discovery
 from ffgym.prepare.parts import table_digest
-from ffgym.search.policy import policy_digest
 
 
 @pytest.fixture(autouse=True)

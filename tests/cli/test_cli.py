@@ -22,7 +22,8 @@ from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ModelError
-from ffgym.plugins import configured, discovery, kinds, manager
+from ffgym.plugins import discovery, kinds, manager
+from ffgym.prepare import configured
 
 HEAVY = (
     "torch",

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.cli.measure import DataSources, evaluate
-from ffgym.measure import tasks
+from ffgym.measure import task_definitions, tasks
 
 pytest.importorskip("lm_eval")
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    monkeypatch.setattr(task_definitions, "hub_answers", lambda: False)
     task_wheel.install(tmp_path, monkeypatch)
 
 
@@ -182,6 +182,6 @@ def test_usage_errors_exit_2(folder: Path, arguments: list[str]) -> None:
 
 def test_the_defaults_shown_are_those_of_the_library() -> None:
     defaults = inspect.signature(evaluate).parameters
-    assert tuple(defaults["tasks"].default.split(",")) == tasks.PAPER_TASKS
-    assert defaults["batch_size"].default == tasks.BATCH_SIZE
-    assert set(DataSources) == set(get_args(tasks.Source))
+    assert tuple(defaults["tasks"].default.split(",")) == task_definitions.PAPER_TASKS
+    assert defaults["batch_size"].default == task_definitions.BATCH_SIZE
+    assert set(DataSources) == set(get_args(task_definitions.Source))

@@ -15,7 +15,8 @@ from glass_runs import WINDOW, glass_config, glass_tables
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.bench.bench import check_benches, read_bench
+from ffgym.bench.checks import check_benches
+from ffgym.bench.file import read_bench
 from ffgym.cli.app import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
@@ -23,9 +24,9 @@ from ffgym.costs.resource import Resource, Setting, costs_of, resource_named
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
-from ffgym.pipeline import pipeline
 from ffgym.pipeline.task import open_task
-from ffgym.plugins import configured, discovery, manager
+from ffgym.plugins import discovery, manager
+from ffgym.prepare import configured, pipeline
 from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter

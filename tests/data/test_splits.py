@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from ffgym.config.tables import DataTable
 from ffgym.data import splits
 from ffgym.data.corpora import _corpus
-from ffgym.data.splits import make_splits
 from ffgym.errors import DataError
+from ffgym.prepare.parts import splits_of
 
 WORDS = 3000
 
@@ -46,7 +46,7 @@ def config(calibration, search, report, *, window=10, calibration_tokens=40, sea
 
 
 def test_splits_hold_what_was_asked(corpora):
-    made = make_splits(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64)
+    made = splits_of(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64)
     assert made.calibration.windows.shape == (4, 10)
     assert made.search.windows.shape == (10, 10)
     assert made.report.windows.shape == (3, 10)
@@ -60,7 +60,7 @@ def test_splits_hold_what_was_asked(corpora):
 
 def test_tokens_are_rounded_up_to_whole_windows(corpora):
     asked = config(corpora["a"], corpora["a"], corpora["b"], calibration_tokens=1, search_tokens=11, report_tokens=10)
-    made = make_splits(asked, PLAIN, context_limit=64)
+    made = splits_of(asked, PLAIN, context_limit=64)
     assert [len(split.windows) for split in (made.calibration, made.search, made.report)] == [1, 2, 1]
 
 
@@ -85,7 +85,7 @@ def test_splits_never_touch(names, window, tokens):
             search_tokens=tokens[1],
             report_tokens=tokens[2],
         )
-        made = make_splits(asked, PLAIN, context_limit=64)
+        made = splits_of(asked, PLAIN, context_limit=64)
     parts = [made.calibration, made.search, made.report]
     ids = [token for part in parts for token in part.windows.flatten().tolist()]
     assert len(ids) == len(set(ids))
@@ -93,7 +93,7 @@ def test_splits_never_touch(names, window, tokens):
 
 
 def test_one_text_under_two_names_is_still_one_text(corpora):
-    made = make_splits(config(corpora["a"], corpora["copy"], corpora["a"]), PLAIN, context_limit=64)
+    made = splits_of(config(corpora["a"], corpora["copy"], corpora["a"]), PLAIN, context_limit=64)
     parts = [set(split.windows.flatten().tolist()) for split in (made.calibration, made.search, made.report)]
     assert not parts[0] & parts[1]
     assert not parts[1] & parts[2]
@@ -107,7 +107,7 @@ def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, role):
     names = {"calibration": corpora["b"], "search": corpora["b"], role: corpora["a"], "report": str(copy)}
     asked = config(**names, window=60, calibration_tokens=600, search_tokens=300, report_tokens=300)
     with pytest.raises(DataError, match=rf"data\.{role} = .* hold the same text: \d+% of the") as raised:
-        make_splits(asked, PLAIN, context_limit=64)
+        splits_of(asked, PLAIN, context_limit=64)
     assert "Name one text once" in raised.value.hint
 
 
@@ -117,11 +117,11 @@ def test_a_small_part_of_a_large_split_is_refused_as_well(corpora, tmp_path):
     part.write_text(words(900, 70))
     asked = config(corpora["b"], str(part), corpora["a"], window=60, search_tokens=60, report_tokens=1200)
     with pytest.raises(DataError, match="hold the same text: 100% of the search split"):
-        make_splits(asked, PLAIN, context_limit=64)
+        splits_of(asked, PLAIN, context_limit=64)
 
 
 def test_bos_is_said_of_the_split_that_has_it(corpora):
-    shared = make_splits(config(corpora["a"], corpora["b"], corpora["a"]), word_tokenizer(bos=True), context_limit=64)
+    shared = splits_of(config(corpora["a"], corpora["b"], corpora["a"]), word_tokenizer(bos=True), context_limit=64)
     assert [shared.calibration.bos, shared.search.bos, shared.report.bos] == [True, True, False]
     assert shared.report.windows[0, 0] != 1
 
@@ -131,11 +131,11 @@ def test_a_quotation_is_no_copy(corpora, tmp_path):
     other.write_text(f"{words(2000, 300)} {words(0, 58)} {words(2400, 300)} {words(100, 58)} {words(2700, 300)}")
     sizes = {"calibration_tokens": 600, "search_tokens": 600, "report_tokens": 900}
     asked = config(corpora["a"], corpora["a"], str(other), window=60, **sizes)
-    assert len(make_splits(asked, PLAIN, context_limit=64).report.windows) == 15
+    assert len(splits_of(asked, PLAIN, context_limit=64).report.windows) == 15
 
 
 def test_bos_is_there_once_and_only_where_the_tokenizer_adds_it(corpora):
-    made = make_splits(config(corpora["a"], corpora["a"], corpora["b"]), word_tokenizer(bos=True), context_limit=64)
+    made = splits_of(config(corpora["a"], corpora["a"], corpora["b"]), word_tokenizer(bos=True), context_limit=64)
     assert made.calibration.bos
     assert made.calibration.windows.flatten()[:3].tolist() == [1, 2, 3]
     assert made.report.windows.flatten()[0] == 1
@@ -143,8 +143,8 @@ def test_bos_is_there_once_and_only_where_the_tokenizer_adds_it(corpora):
 
 
 def test_digests_follow_the_windows(corpora):
-    same = [make_splits(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64) for _ in range(2)]
-    other = make_splits(config(corpora["a"], corpora["a"], corpora["b"], window=20), PLAIN, context_limit=64)
+    same = [splits_of(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64) for _ in range(2)]
+    other = splits_of(config(corpora["a"], corpora["a"], corpora["b"], window=20), PLAIN, context_limit=64)
     assert same[0].search.digest == same[1].search.digest != other.search.digest
 
 
@@ -173,12 +173,12 @@ def test_only_as_much_text_is_tokenised_as_is_needed(corpora):
             seen.append(len(text))
             return PLAIN(text, **options)
 
-    make_splits(config(corpora["a"], corpora["a"], corpora["b"]), Counting(), context_limit=64)
+    splits_of(config(corpora["a"], corpora["a"], corpora["b"]), Counting(), context_limit=64)
     assert max(seen) < len(words(0, 2000)) / 4
 
 
 def test_a_long_text_brings_no_warning(corpora, caplog):
-    make_splits(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64)
+    splits_of(config(corpora["a"], corpora["a"], corpora["b"]), PLAIN, context_limit=64)
     assert "sequence length" not in caplog.text
 
 
@@ -197,7 +197,7 @@ def test_a_long_text_brings_no_warning(corpora, caplog):
 )
 def test_what_cannot_be_cut_is_refused(corpora, change, message, hint):
     with pytest.raises(DataError, match=message) as caught:
-        make_splits(config(corpora["a"], corpora["a"], corpora["b"], **change), PLAIN, context_limit=64)
+        splits_of(config(corpora["a"], corpora["a"], corpora["b"], **change), PLAIN, context_limit=64)
     assert hint in caught.value.hint
 
 
@@ -205,7 +205,7 @@ def test_a_corpus_shorter_than_a_window_is_refused(corpora, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text(words(0, 7))
     with pytest.raises(DataError, match=r"short\.txt.* holds 7 tokens, less than one window of 10") as caught:
-        make_splits(config(corpora["a"], corpora["a"], str(short)), PLAIN, context_limit=64)
+        splits_of(config(corpora["a"], corpora["a"], str(short)), PLAIN, context_limit=64)
     assert "data.window to at most 7" in caught.value.hint
 
 
@@ -223,6 +223,6 @@ def test_the_demo_corpora_are_long_enough_for_the_defaults():
         search_tokens=131072,
         report_tokens=16384,
     )
-    made = make_splits(asked, loaded.tokenizer, context_limit=loaded.context_limit)
+    made = splits_of(asked, loaded.tokenizer, context_limit=loaded.context_limit)
     assert [len(split.windows) for split in (made.calibration, made.search, made.report)] == [32, 128, 16]
     assert "<doc" not in loaded.tokenizer.decode(made.report.windows.flatten())

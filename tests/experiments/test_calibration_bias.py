@@ -163,7 +163,8 @@ def test_one_seed_is_too_few_and_errors_exit_1(script: Any, home: Path, capsys: 
 
 @pytest.mark.parametrize("file", ["demo.toml", "search.toml"])
 def test_the_committed_files_are_valid(script: Any, file: str) -> None:
-    from ffgym.bench.bench import check_benches, read_bench
+    from ffgym.bench.checks import check_benches
+    from ffgym.bench.file import read_bench
 
     if file == "search.toml":
         bench = read_bench(SCRIPT.parent / file)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import task_wheel
 
-from ffgym.measure import tasks
-from ffgym.measure.tasks import evaluate_task, load_tasks
+from ffgym.measure import task_definitions
+from ffgym.measure.task_definitions import load_tasks
+from ffgym.measure.tasks import evaluate_task
 from ffgym.models.loading import load
 
 pytest.importorskip("lm_eval")
 
 
 def test_lm_evals_own_command_measures_a_saved_model_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    monkeypatch.setattr(task_definitions, "hub_answers", lambda: False)
     task_wheel.install(tmp_path, monkeypatch)
     dense = task_wheel.save_tiny_model(tmp_path / "dense")
     pruned = task_wheel.save_pruned_model(dense, tmp_path / "pruned")

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from ffgym.errors import OutputError
 from ffgym.files import check_file
+from ffgym.measure.task_definitions import PAPER_TASKS, LoadedTask, TaskSet
 from ffgym.measure.task_table import FILE_KINDS, TaskTable, as_dict, write_file
-from ffgym.measure.tasks import PAPER_TASKS, LoadedTask, Metric, ModelScores, TaskResult, TaskSet
+from ffgym.measure.tasks import Metric, ModelScores, TaskResult
 
 
 def result(task: str, acc: float = 0.5, norm: float | None = None, **facts: int) -> TaskResult:

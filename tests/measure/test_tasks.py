@@ -16,18 +16,9 @@ import task_wheel
 import torch
 
 from ffgym.errors import ConfigError, DataError, ModelError, UnknownNameError
-from ffgym.measure import tasks
-from ffgym.measure.tasks import (
-    PAPER_TASKS,
-    Metric,
-    TaskResult,
-    check_models,
-    check_request,
-    evaluate_models,
-    evaluate_task,
-    load_tasks,
-    paper_means,
-)
+from ffgym.measure import task_definitions as tasks
+from ffgym.measure.task_definitions import PAPER_TASKS, check_request, load_tasks
+from ffgym.measure.tasks import Metric, TaskResult, check_models, evaluate_models, evaluate_task, paper_means
 from ffgym.models.loading import LoadedModel, load
 
 pytest.importorskip("lm_eval")

@@ -17,7 +17,8 @@ from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.bench.bench import check_benches, read_bench
+from ffgym.bench.checks import check_benches
+from ffgym.bench.file import read_bench
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.errors import BudgetError, ConfigError

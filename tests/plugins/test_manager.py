@@ -12,8 +12,9 @@ import pytest
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
-from ffgym.plugins import built_ins, configured, hookspecs, kinds, manager
+from ffgym.plugins import built_ins, hookspecs, kinds, manager
 from ffgym.plugins.bases import Plugin
+from ffgym.prepare import configured
 from ffgym.types import PluginRecord
 
 CRITERION = """

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ffgym.config.tables import DataTable
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
-from ffgym.data.splits import Splits, make_splits
+from ffgym.data.splits import Splits
 from ffgym.errors import DataError
+from ffgym.prepare.parts import splits_of
 from ffgym.recover.text import TrainingText, training_text
 
 WORDS = [f"w{i}" for i in range(500)]
@@ -43,7 +44,7 @@ def write(path: Path, content: str) -> str:
 def cut(tokenizer: Any, *, calibration: str, search: str, report: str) -> Splits:
     sizes = {"window": WINDOW, "calibration_tokens": 128, "search_tokens": 256, "report_tokens": 192}
     settings = DataTable(calibration=calibration, search=search, report=report, **sizes)
-    return make_splits(settings, tokenizer, context_limit=128)
+    return splits_of(settings, tokenizer, context_limit=128)
 
 
 def train_on(tokenizer: Any, splits: Splits, spec: str | None, **options: int) -> TrainingText:

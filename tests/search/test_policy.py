@@ -13,9 +13,10 @@ import torch
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError
+from ffgym.pipeline.agent import make_agent
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.search.policy import make_agent, read_policy
+from ffgym.search.policy import read_policy
 
 
 class Picky(RandomSearch):
@@ -92,4 +93,4 @@ def test_a_file_that_is_no_policy_says_what_it_lacks(tmp_path: Path, text: str, 
     path = tmp_path / "policy.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"policy.json is no policy, or a damaged one: .*{said}"):
-        read_policy(path, config("picky"))
+        read_policy(path, "picky")

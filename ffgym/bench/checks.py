@@ -1,0 +1,135 @@
+"""What a bench refuses: unequal terms, mixed models, results of another configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ffgym.bench.bench import read_cell
+from ffgym.bench.cell import Cell
+from ffgym.bench.file import Bench
+from ffgym.bench.table import CellResult
+from ffgym.config.tables import RunConfig
+from ffgym.errors import ConfigError
+from ffgym.pipeline.agent import policy_digest
+from ffgym.pipeline.settle import check_plugins
+from ffgym.plugins import manager
+from ffgym.prepare import configured
+from ffgym.prepare.parts import counted_resources, named_table, table_digest
+from ffgym.types import JSONDict
+
+
+def check_benches(benches: Sequence[Bench]) -> None:
+    """Refuse what cannot be compared, before anything is computed."""
+    cells = [cell for each in benches for cell in each.cells]
+    models = {_model(cell.config) for cell in cells}
+    if len(models) > 1:
+        raise ConfigError(
+            f"one bench compares on one model, these name {', '.join(sorted(models))}",
+            hint="Give the files of each model in a call of their own.",
+        )
+    for each in benches:
+        _check_equal_terms(each)
+    digests: dict[Path, str] = {}
+    for cell in cells:
+        if cell.config.prune.is_range:
+            raise ConfigError(
+                f"a bench compares at one target, and {cell.label} has prune.sparsity = {cell.config.prune.sparsity!r}",
+                hint="Give one target, e.g. sparsity = 0.2; experiments/range compares fronts.",
+            )
+        if cell.config.recover.method != "none":
+            raise ConfigError(
+                f"a bench compares searches, and {cell.label} has recover.method = {cell.config.recover.method!r}",
+                hint="Leave [recover] out, and recover a saved model with `ffgym recover`.",
+            )
+        check_plugins(cell.config)
+        _check_measurements(cell)
+        if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:
+            raise ConfigError(
+                f"two benches would write {cell.path} for different configurations",
+                hint="Give each a `results` folder of its own.",
+            )
+        if cell.path.exists():
+            stored = read_cell(cell)
+            changed = configured.changed_since(stored.settings, cell.config) + unanswered(stored, cell)
+            changed += _outgrown(stored.editions, configured.editions(cell.config))
+            policy = policy_digest(cell.config)
+            if None not in (policy, stored.policy) and policy != stored.policy:
+                changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
+            if stored.latency != table_digest(cell.config):
+                changed.append(f"prune.latency_table = {cell.config.prune.latency_table!r} holds other times now")
+            if changed:
+                raise ConfigError(
+                    f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
+                    hint="Point `results` at another folder, or delete that file to compute it again.",
+                )
+
+
+def _check_measurements(cell: Cell) -> None:
+    """Refuse a cell that would measure what its resources cost."""
+    for name, resource in counted_resources(cell.config).items():
+        if resource.is_measured() and named_table(cell.config, name) is None:
+            key = resource.table_key
+            hint = f"Make a table with `ffgym {name} MODEL --output FILE`, and name it as prune.{key}."
+            raise ConfigError(
+                f"cells of one table count the same {name}, and {cell.label} names none: two sittings, or two "
+                "processes that measure the model at once, would each count their own",
+                hint=hint if key else "Take a resource that has a price per unit.",
+            )
+
+
+def _outgrown(stored: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+    """Which tables' plugins have come to give other numbers since a result was stored."""
+    return [
+        f"the plugin of [{table}] was of edition {stored.get(table, 1)} and is of edition {now.get(table, 1)} now"
+        for table in sorted({*stored, *now})
+        if stored.get(table, 1) != now.get(table, 1)
+    ]
+
+
+def unanswered(stored: CellResult, cell: Cell) -> list[str]:
+    """What a result of the same work does not say and the cell asks for."""
+    unsaid = []
+    if cell.plain and stored.final.plain_loss is None:
+        unsaid.append("plain was false and is true now")
+    if stored.asked_marks < cell.marks and cell.config.agent.name != "one-shot":
+        unsaid.append(f"marks was {stored.asked_marks} and is {cell.marks} now")
+    return unsaid
+
+
+def _model(config: RunConfig) -> str:
+    """Which model a configuration names, its revision included."""
+    return config.model.name if config.model.revision is None else f"{config.model.name} at {config.model.revision}"
+
+
+def _check_equal_terms(bench: Bench) -> None:
+    """Refuse cells of one table that differ in splits, in what the budget counts, or in tokens to search for."""
+    first: dict[str, tuple[Cell, Any]] = {}
+    for cell in bench.cells:
+        for term, value in _terms(cell.config).items():
+            other, expected = first.setdefault(term, (cell, value))
+            if value != expected:
+                raise ConfigError(
+                    f"{bench.file}: one table compares on equal terms, and {term} is {expected!r} for {other.label} "
+                    f"and {value!r} for {cell.label}",
+                    hint="Give each a bench file of its own.",
+                )
+
+
+def _terms(config: RunConfig) -> JSONDict:
+    """What has to be the same in all cells of one table; a rule searches nothing, so its search may differ."""
+    search, data = config.search, config.data
+    terms = {"prune.resource": config.prune.resource, "prune.latency_table": config.prune.latency_table}
+    terms |= {f"data.{key}": value for key, value in data.model_dump(mode="json").items()}
+    if config.agent.name == "one-shot":
+        return terms
+    episode = -(-search.episode_tokens // data.window) * data.window
+    update = manager.create("agent", config.agent.name, config.agent.options).update_cost(search.episodes_per_update)
+    return {
+        **terms,
+        "the search's tokens (episodes in whole updates, of whole windows)": (
+            -(-search.episodes // update) * update * episode
+        ),
+        "search.finalists x search.final_tokens": search.finalists * search.final_tokens,
+    }

