@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ffgym.report.figures import new_figure, save_figure, tidy
-from ffgym.report.layout import escape
+from ffgym.report.layout import Column, Table
 from ffgym.types import JSONDict
 
 LINES = ("-", "--", ":")
@@ -253,26 +253,29 @@ def curves(cells: Sequence[CellResult]) -> tuple[np.ndarray, np.ndarray]:
 
 def markdown(table: BenchTable) -> str:
     """The table as Markdown."""
-    has_plain = any(row.plain for row in table.rows)
-    lines = [
-        f"# {table.title}",
-        "",
-        table.header,
-        "",
-        f"| agent | perplexity |{' without any refit |' if has_plain else ''} seeds | dtype | tokens | seconds "
-        f"| tokens to {table.baseline}'s final quality | times fewer |",
-        "|---|---:|" + ("---:|" if has_plain else "") + "---:|---|---:|---:|---:|---:|",
+    columns: list[Column[BenchRow]] = [
+        Column("agent", lambda row: row.label, left=True),
+        Column("perplexity", lambda row: str(row.perplexity)),
+        Column("without any refit", lambda row: str(row.plain or "—")),
+        Column("seeds", lambda row: str(row.seeds)),
+        Column("dtype", lambda row: row.dtypes, left=True),
+        Column("tokens", lambda row: f"{row.tokens:,.0f}"),
+        Column("seconds", lambda row: f"{row.seconds:.0f}"),
+        Column(f"tokens to {table.baseline}'s final quality", _tokens_to_baseline),
+        Column("times fewer", _times_fewer),
     ]
-    for row in table.rows:
-        plain = f" {row.plain or '—'} |" if has_plain else ""
-        at_most, at_least = ("≤ ", "≥ ") if row.at_first_mark else ("", "")
-        reached = "—" if row.tokens_to_baseline is None else f"{at_most}{row.tokens_to_baseline:,.0f}"
-        times = "—" if row.times_fewer is None else f"{at_least}{row.times_fewer:.1f}"
-        lines.append(
-            f"| {escape(row.label)} | {row.perplexity} |{plain} {row.seeds} | {row.dtypes} | {row.tokens:,.0f} "
-            f"| {row.seconds:.0f} | {reached} | {times} |"
-        )
-    return "\n".join(lines) + "\n"
+    if not any(row.plain for row in table.rows):
+        del columns[2]
+    return f"# {table.title}\n\n{table.header}\n\n{Table(columns, table.rows).markdown()}"
+
+
+def _tokens_to_baseline(row: BenchRow) -> str:
+    tokens = row.tokens_to_baseline
+    return "—" if tokens is None else f"{'≤ ' if row.at_first_mark else ''}{tokens:,.0f}"
+
+
+def _times_fewer(row: BenchRow) -> str:
+    return "—" if row.times_fewer is None else f"{'≥ ' if row.at_first_mark else ''}{row.times_fewer:.1f}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -52,16 +53,16 @@ def measure(
 
     from ffgym.measure.measure import Options
     from ffgym.measure.measure import measure as run_measure
-    from ffgym.measure.table import as_dict, terminal
 
     output = None if output is None else output.expanduser()
     options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output, overwrite)
     with contextlib.redirect_stdout(sys.stderr):
         found = run_measure(options, progress=Console(stderr=True))
     if as_json:
-        print_json(as_dict(found))
+        print_json(asdict(found))
     else:
-        Console().print(terminal(found))
+        for table in found.tables():
+            Console().print(table.terminal())
 
 
 @app.command()
@@ -88,7 +89,7 @@ def latency(
     """
     from rich.console import Console
 
-    from ffgym.costs.latency_report import terminal
+    from ffgym.costs.latency_report import layout
     from ffgym.measure.measure import TableOptions, latency_table
 
     output = None if output is None else output.expanduser()
@@ -98,7 +99,7 @@ def latency(
     if as_json:
         print_json(table.model_dump(mode="json"))
     else:
-        Console().print(terminal(table, place))
+        Console().print(layout(table, place).terminal())
 
 
 class DataSources(StrEnum):
@@ -176,7 +177,7 @@ def evaluate(
             if as_json:
                 print_json(task_table.as_dict(table))
             else:
-                Console().print(task_table.terminal(table))
+                Console().print(table.layout().terminal())
             if output is not None:
                 task_table.write_file(output, table)
 

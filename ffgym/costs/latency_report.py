@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ffgym.costs.latency_fit import PICOSECONDS
 from ffgym.costs.latency_table import LatencyTable
-from ffgym.report.layout import new_grid, on_console
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-COLUMNS = ("sublayer", "units", "milliseconds", "quartiles", "cost", "of all")
+from ffgym.report.layout import Table, text_columns
 
 
 def rows(table: LatencyTable) -> list[tuple[str, ...]]:
@@ -28,26 +23,15 @@ def rows(table: LatencyTable) -> list[tuple[str, ...]]:
     return found
 
 
-def terminal(table: LatencyTable, place: Path) -> RenderableType:
-    """Lay the table out for a ``rich`` console.
-
-    Args:
-        table: what is shown.
-        place: where it is kept.
-    """
-    from rich.text import Text
-
-    grid = new_grid(space=1)
-    for index, column in enumerate(COLUMNS):
-        grid.add_column(column, justify="right" if index else "left")
-    for row in rows(table):
-        grid.add_row(*(Text(cell) for cell in row))
+def layout(table: LatencyTable, place: Path) -> Table[Sequence[str]]:
+    """What a console shows of a table that is kept at ``place``."""
+    columns = text_columns("sublayer", "units", "milliseconds", "quartiles", "cost", "of all")
     notes = [
         f"{table.measured}; medians of {table.repetitions} repetitions in turn. The whole dense model takes "
         f"{_milliseconds(table.whole_seconds)} ms. Cost: the isotonic fit that a latency budget counts.",
         f"Digest {table.digest[:12]}, kept in {place}",
     ]
-    return on_console([grid], notes)
+    return Table(columns, rows(table), notes, space=1)
 
 
 def _milliseconds(seconds: float) -> str:

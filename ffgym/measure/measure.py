@@ -11,7 +11,7 @@ import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from ffgym.files import check_file, write_text
 from ffgym.measure.memory import Job, measure_memory
 from ffgym.measure.pairs import units_kept
 from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
-from ffgym.measure.table import Footprint, Measurement, as_dict, counted, markdown
+from ffgym.measure.table import Footprint, Measurement, counted
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import LoadedModel, checkpoint_folder, load
 from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
@@ -249,7 +249,8 @@ def write(found: Measurement, output: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_text(output, markdown(found) if output.suffix == ".md" else json.dumps(as_dict(found), indent=2) + "\n")
+    markdown = "\n".join(table.markdown() for table in found.tables())
+    write_text(output, markdown if output.suffix == ".md" else json.dumps(asdict(found), indent=2) + "\n")
 
 
 def _load_dense(source: DenseModel, dtype: torch.dtype, device: str) -> LoadedModel:

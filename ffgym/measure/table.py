@@ -1,25 +1,18 @@
 """What `ffgym measure` found: how large and how fast a dense model and a pruned one are, side by side.
 
-One :class:`Measurement`, three renderers, as for a run's table: :func:`terminal`, :func:`markdown`, :func:`as_dict`.
+One :class:`Measurement`: its two tables; JSON has its fields.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ffgym.costs.timing import Spread
 from ffgym.measure.memory import Memory
 from ffgym.measure.speed import DECODE_TOKENS, Speed
-from ffgym.report.layout import escape, humane, markdown_notes, markdown_table, new_grid, on_console
-from ffgym.types import JSONDict
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-SIZE_COLUMNS = ("", "dense", "pruned", "dense / pruned")
-SPEED_COLUMNS = ("", "batch", "tokens", "dense, tokens/s", "pruned, tokens/s", "times as fast", "ceiling")
+from ffgym.report.layout import Table, humane, text_columns
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,12 @@ class Measurement:
     transformers: str
     repetitions: int
 
+    def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
+        """Sizes, then speeds, how all was measured under them."""
+        sizes = text_columns("", "dense", "pruned", "dense / pruned")
+        speeds = text_columns("", "batch", "tokens", "dense, tokens/s", "pruned, tokens/s", "times as fast", "ceiling")
+        return Table(sizes, size_rows(self), space=1), Table(speeds, speed_rows(self), footnotes(self), space=1)
+
 
 def size_rows(found: Measurement) -> list[tuple[str, str, str, str]]:
     """The rows of the size table: what, dense, pruned, ratio."""
@@ -97,7 +96,7 @@ def size_rows(found: Measurement) -> list[tuple[str, str, str, str]]:
 
 
 def speed_rows(found: Measurement) -> list[tuple[str, ...]]:
-    """The rows of the speed table, in the order of ``SPEED_COLUMNS``."""
+    """The rows of the speed table."""
     return [
         (
             speed.phase,
@@ -148,36 +147,9 @@ def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
     )
 
 
-def terminal(found: Measurement) -> RenderableType:
-    """Lay both tables out for a ``rich`` console."""
-    from rich.text import Text
-
-    grids = []
-    for columns, rows in ((SIZE_COLUMNS, size_rows(found)), (SPEED_COLUMNS, speed_rows(found))):
-        grid = new_grid(space=1)
-        for index, column in enumerate(columns):
-            grid.add_column(column.replace(", ", "\n"), justify="right" if index else "left")
-        for row in rows:
-            grid.add_row(*(Text(cell) for cell in row))
-        grids.append(grid)
-    return on_console(grids, footnotes(found))
-
-
-def markdown(found: Measurement) -> str:
-    """Write both tables as Markdown (GitHub's flavour), how they were measured under them."""
-    sizes = markdown_table(SIZE_COLUMNS, [[escape(cell) for cell in row] for row in size_rows(found)])
-    speeds = markdown_table(SPEED_COLUMNS, [[escape(cell) for cell in row] for row in speed_rows(found)])
-    return "\n".join([*sizes, "", *speeds, *markdown_notes(footnotes(found))])
-
-
 def counted(number: int, thing: str) -> str:
     """``"1 thread"``, ``"2 threads"``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def as_dict(found: Measurement) -> JSONDict:
-    """All numbers as plain data: bytes, tokens per second, ratios."""
-    return asdict(found)
 
 
 def _size(

@@ -1,7 +1,6 @@
 """The table of ``ffgym eval``: tasks down, models across, every figure with its standard error.
 
-One :class:`TaskTable`, three renderers: :func:`terminal` for people, :func:`markdown` for model cards, :func:`as_dict`
-for ``--json`` and files.
+One :class:`TaskTable`: its columns, for the terminal and for Markdown, and :func:`as_dict` for ``--json`` and files.
 """
 
 from __future__ import annotations
@@ -10,17 +9,15 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ffgym.files import write_text
 from ffgym.measure.task_definitions import TaskSet
 from ffgym.measure.tasks import Metric, ModelScores, TaskResult, paper_means
-from ffgym.report.layout import escape, finite, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.report.layout import Column, Table, finite
 from ffgym.types import JSONDict
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 MEAN_LABEL = "mean of the paper's seven"
 
@@ -40,6 +37,29 @@ class TaskTable:
     tasks: TaskSet
     limit: int | None
     complete: bool = True
+
+    def layout(self) -> Table[Line]:
+        """What stands where; two models fit into 80 columns of a console."""
+        from rich.text import Text
+
+        columns: list[Column[Line]] = [
+            Column("task", lambda line: line.task, left=True, once=True, look={"max_width": 14, "overflow": "fold"}),
+            Column("metric", lambda line: line.metric, left=True, look={"max_width": 10}),
+            Column("split", lambda line: line.split, left=True, once=True, look={"no_wrap": True}),
+            Column("examples", lambda line: line.examples, once=True, look={"no_wrap": True}),
+            *(
+                Column(
+                    model.name,
+                    partial(_figure, index),
+                    console_head=Text(model.name, overflow="fold"),
+                    look={"no_wrap": True},
+                )
+                for index, model in enumerate(self.models)
+            ),
+        ]
+        return Table(
+            columns, _lines(self), _notes(self), row_style=lambda line: "bold" if line.task == MEAN_LABEL else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,10 @@ def figure_text(metric: Metric | None) -> str:
     return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
 
 
+def _figure(model: int, line: Line) -> str:
+    return figure_text(line.figures[model])
+
+
 def _notes(table: TaskTable) -> list[str]:
     """Say how it was measured, and what a reader must know about single figures."""
     notes = [
@@ -113,38 +137,6 @@ def _notes(table: TaskTable) -> list[str]:
                     " and lost their beginning."
                 )
     return list(dict.fromkeys(notes))
-
-
-def terminal(table: TaskTable) -> RenderableType:
-    """Lay the table out for a ``rich`` console."""
-    from rich.text import Text
-
-    # Two models fit into 80 columns.
-    grid = new_grid()
-    grid.add_column("task", max_width=14, overflow="fold")
-    grid.add_column("metric", max_width=10)
-    grid.add_column("split", no_wrap=True)
-    grid.add_column("examples", justify="right", no_wrap=True)
-    for model in table.models:
-        grid.add_column(Text(model.name, overflow="fold"), justify="right", no_wrap=True)
-    lines, before = _lines(table), ""
-    for line in lines:
-        repeated = line.task == before
-        names = ("", line.metric, "", "") if repeated else (line.task, line.metric, line.split, line.examples)
-        style = "bold" if line.task == MEAN_LABEL else ""
-        grid.add_row(*map(Text, names), *(Text(figure_text(figure)) for figure in line.figures), style=style)
-        before = line.task
-    return on_console([grid], _notes(table))
-
-
-def markdown(table: TaskTable) -> str:
-    """Write the table as Markdown (GitHub's flavour), the notes under it."""
-    head = ("task", "metric", "split", "examples", *(escape(model.name) for model in table.models))
-    rows = [
-        [escape(cell) for cell in (line.task, line.metric, line.split, line.examples, *map(figure_text, line.figures))]
-        for line in _lines(table)
-    ]
-    return "\n".join([*markdown_table(head, rows, left=3), *markdown_notes(_notes(table))])
 
 
 def write_file(path: Path, table: TaskTable) -> None:
@@ -205,4 +197,4 @@ def _json(table: TaskTable) -> str:
     return json.dumps(as_dict(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-FILE_KINDS: dict[str, Callable[[TaskTable], str]] = {".json": _json, ".md": markdown}
+FILE_KINDS: dict[str, Callable[[TaskTable], str]] = {".json": _json, ".md": lambda table: table.layout().markdown()}

@@ -18,11 +18,10 @@ from ffgym.plugins.contracts import call_plugin, check_objectives
 from ffgym.report.figures import reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_names
 from ffgym.report.front import as_dict as front_as_dict
-from ffgym.report.front import markdown as front_markdown
 from ffgym.report.layout import finite
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
-from ffgym.report.table import ReportTable, as_dicts, markdown
+from ffgym.report.table import ReportTable
 from ffgym.search.finals import finals_examples, finals_windows
 from ffgym.search.loop import SearchResult
 from ffgym.search.policy import policy_text
@@ -32,8 +31,8 @@ from ffgym.types import Allocation, Episode, JSONDict
 
 def write_table(folder: Path, table: ReportTable) -> None:
     """``report.md`` and ``report.json``."""
-    write_text(folder / "report.md", markdown(table))
-    write_text(folder / "report.json", json.dumps(as_dicts(table), indent=2))
+    write_text(folder / "report.md", table.layout().markdown())
+    write_text(folder / "report.json", json.dumps(table.layout().as_dicts(), indent=2))
 
 
 def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task: Task, tracker: Tracker) -> None:
@@ -126,7 +125,7 @@ def write_pictures(
 def write_front(tracker: Tracker, front: Front, folder: Path) -> None:
     """Write a front down; in MLflow the target in percent is the step."""
     write_text(folder / "front.json", json.dumps(front_as_dict(front), indent=2))
-    write_text(folder / "front.md", front_markdown(front))
+    write_text(folder / "front.md", front.layout().markdown())
     front_figure(front, folder / "front.png")
     tracker.log_metrics(
         [

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_named
 from ffgym.data.splits import Split
@@ -163,11 +161,10 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, is_found: bool =
     size, dense = task.sizes(prunable.kept, new_biases=new_biases), task.sizes(prunable.dense_units)
     resource = task.config.prune.resource
     resources = {name: resource_named(name) for name in size}
-    losses = np.array(result.losses)
     return Row(
         label=label,
         perplexity=result.perplexity,
-        loss_stderr=float(losses.std(ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
+        loss_stderr=loss_error(result),
         sparsity_prunable=max(0.0, task.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size[resource] / dense[resource],
         costs=tuple(

@@ -18,8 +18,7 @@ from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.front import Front
 from ffgym.report.front import as_dict as front_as_dict
-from ffgym.report.front import terminal as front_terminal
-from ffgym.report.table import ReportTable, as_dicts, terminal
+from ffgym.report.table import ReportTable
 from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
 
@@ -49,7 +48,7 @@ class RunResult:
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
         return {
-            "table": as_dicts(self.table),
+            "table": self.table.layout().as_dicts(),
             "measured": self.table.header,
             "allocation": allocation_json(self.found),
             "search_tokens": self.found.search_tokens,
@@ -65,8 +64,8 @@ class RunResult:
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
         if self.front is not None:
-            console.print(front_terminal(self.front))
-        console.print(terminal(self.table))
+            console.print(self.front.layout().terminal())
+        console.print(self.table.layout().terminal())
         lines = [f"Results and pictures: {self.folder}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")

@@ -14,7 +14,6 @@ from ffgym.recover.folders import output_folder, unfinished_folder
 from ffgym.recover.recover import train_and_save
 from ffgym.recover.result import RecoveredModel
 from ffgym.recover.text import RecoveryTexts, gather
-from ffgym.report.table import as_dicts
 
 
 def gather_text(task: Task) -> RecoveryTexts | None:
@@ -28,7 +27,7 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         recovered = _recover(result.saved, texts, session)
         result = replace(result, recovered=recovered, table=with_recovered(result.table, recovered, session.config))
         write_table(session.folder, result.table)
-    session.tracker.log_table(as_dicts(result.table))
+    session.tracker.log_table(result.table.layout().as_dicts())
     for name in ("report.md", "units_kept.png", "reward.png"):
         session.tracker.log_artifact(session.folder / name)
     return result

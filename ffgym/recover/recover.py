@@ -35,7 +35,7 @@ from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_output, output_folder, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, PICTURE, RecoveredModel, RecoveryResult
-from ffgym.recover.table import Measured, RecoveryTable, as_dicts, recovered_card
+from ffgym.recover.table import Measured, RecoveryTable, recovered_card
 from ffgym.recover.text import RecoveryTexts, gather, training_window
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
@@ -78,7 +78,7 @@ def recover(
     with Tracker(tracking.folder, tracking.experiment, place.name, tracking.enabled) as tracker:
         tracker.log_config(config.model_dump(mode="json"), _as_toml(config))
         recovered = train_and_save(config, source, place, tracker, reporter, overwrite=overwrite, dense=dense)
-        tracker.log_table(as_dicts(recovered.table))
+        tracker.log_table(recovered.table.layout().as_dicts())
         return RecoveryResult(recovered, tracker.run_id)
 
 
@@ -330,7 +330,7 @@ class _Recovery:
 
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
         """The curve, the configuration and the picture, beside the checkpoints."""
-        content = {"method": self.method.name, **outcome.curve, "report": as_dicts(table)}
+        content = {"method": self.method.name, **outcome.curve, "report": table.layout().as_dicts()}
         curve = call_plugin(self.method, lambda: json.dumps(content, indent=1), "handing back its curve")
         picture = self.checkpoint.folder / PICTURE
         figure = new_figure(8.0, 4.5)

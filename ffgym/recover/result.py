@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from ffgym.export.checkpoint import SavedModel, load_line
-from ffgym.recover.table import RecoveryTable, as_dicts, terminal
+from ffgym.recover.table import RecoveryTable
 from ffgym.types import Evaluation, JSONDict
 
 CURVE, PICTURE = "recovery.json", "recovery.png"
@@ -45,7 +45,7 @@ class RecoveryResult:
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps``."""
         return {
-            "table": as_dicts(self.recovered.table),
+            "table": self.recovered.table.layout().as_dicts(),
             "measured": self.recovered.table.header,
             "summary": list(self.recovered.summary),
             "model": str(self.recovered.saved.path),
@@ -54,7 +54,7 @@ class RecoveryResult:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        console.print(terminal(self.recovered.table))
+        console.print(self.recovered.table.layout().terminal())
         saved = self.recovered.saved
         lines = [*self.recovered.summary, f"Model, {CURVE} and {PICTURE}: {saved.path}"]
         if self.mlflow_run is not None:

@@ -5,18 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffgym.report.card import TAGS, loading
-from ffgym.report.layout import escape, finite, humane, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.report.layout import Column, Table, finite, humane
 from ffgym.types import Evaluation, JSONDict
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-COLUMNS = ("perplexity", "loss against before", "params")
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,43 @@ class RecoveryTable:
     rows: tuple[Measured, ...]
     header: str
 
+    def layout(self) -> Table[Measured]:
+        """What stands where."""
+        columns: list[Column[Measured]] = [
+            Column(
+                "model",
+                lambda row: row.label,
+                left=True,
+                plain=lambda row: {"label": row.label},
+                look={"overflow": "fold"},
+            ),
+            Column("perplexity", _perplexity, plain=_losses),
+            Column("loss against before", self._against_before),
+            Column("params", lambda row: humane(row.parameters), plain=lambda row: {"parameters": row.parameters}),
+        ]
+        notes = ["Loss against before: nats per token, the mean over windows of the difference on the same window."]
+        if len(self.rows[0].evaluation.losses) > 1:
+            notes.append("± one standard error over windows.")
+        return Table(columns, self.rows, [*notes, self.header], space=1)
+
+    def _against_before(self, row: Measured) -> str:
+        before = self.rows[-2]
+        mean, error = paired_difference(row.evaluation.losses, before.evaluation.losses)
+        return "" if row is before else f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _perplexity(row: Measured) -> str:
+    perplexity, error = row.evaluation.perplexity, loss_error(row.evaluation)
+    return f"{perplexity:,.2f}" + ("" if error is None else f" ± {perplexity * error:,.2f}")
+
+
+def _losses(row: Measured) -> JSONDict:
+    return {
+        "perplexity": finite(row.evaluation.perplexity),
+        "loss": finite(row.evaluation.loss),
+        "loss_stderr": finite(loss_error(row.evaluation)),
+    }
+
 
 def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float | None]:
     """Mean difference of two models' losses on the same windows, and its standard error.
@@ -65,58 +96,6 @@ def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> tu
 def loss_error(evaluation: Evaluation) -> float | None:
     """Standard error of the mean loss over windows, nats per token; ``None`` for a single window."""
     return paired_difference(evaluation.losses, [0.0] * len(evaluation.losses))[1]
-
-
-def as_dicts(table: RecoveryTable) -> list[JSONDict]:
-    """The rows as plain data."""
-    return [
-        {
-            "label": row.label,
-            "perplexity": finite(row.evaluation.perplexity),
-            "loss": finite(row.evaluation.loss),
-            "loss_stderr": finite(loss_error(row.evaluation)),
-            "parameters": row.parameters,
-        }
-        for row in table.rows
-    ]
-
-
-def _cells(table: RecoveryTable) -> list[tuple[str, ...]]:
-    before = table.rows[-2]
-    lines: list[tuple[str, ...]] = []
-    for row in table.rows:
-        error = loss_error(row.evaluation)
-        spread = "" if error is None else f" ± {row.evaluation.perplexity * error:,.2f}"
-        mean, error = paired_difference(row.evaluation.losses, before.evaluation.losses)
-        against = "" if row is before else f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
-        lines.append((row.label, f"{row.evaluation.perplexity:,.2f}{spread}", against, humane(row.parameters)))
-    return lines
-
-
-def _legend(table: RecoveryTable) -> list[str]:
-    lines = ["Loss against before: nats per token, the mean over windows of the difference on the same window."]
-    if len(table.rows[0].evaluation.losses) > 1:
-        lines.append("± one standard error over windows.")
-    return [*lines, table.header]
-
-
-def terminal(table: RecoveryTable) -> RenderableType:
-    """Lay the table out for a ``rich`` console."""
-    from rich.text import Text
-
-    grid = new_grid(space=1)
-    grid.add_column("model", overflow="fold")
-    for column in COLUMNS:
-        grid.add_column(column, justify="right")
-    for cells in _cells(table):
-        grid.add_row(*map(Text, cells))
-    return on_console([grid], _legend(table))
-
-
-def markdown(table: RecoveryTable) -> str:
-    """The table as Markdown, the measurement under it."""
-    lines = markdown_table(("model", *COLUMNS), [[escape(cell) for cell in cells] for cells in _cells(table)])
-    return "\n".join([*lines, *markdown_notes(_legend(table))])
 
 
 def recovered_card(
@@ -141,9 +120,9 @@ def recovered_card(
         f"# {title}",
         "A pruned model that was trained after pruning. " + " ".join(summary),
         "## Load it",
-        loading("path/to/this/folder", stock=stock),
+        loading(stock=stock),
         "## What it brought",
-        markdown(table).rstrip(),
+        table.layout().markdown().rstrip(),
         f"```console\n$ {command}\n```",
         "Training text, search split and report split do not overlap. Which weights to keep was decided on the search "
         "split; the report split was measured afterwards.",

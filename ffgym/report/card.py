@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from ffgym.report.layout import humane, markdown_table
-from ffgym.report.table import ReportTable, Row, markdown, perplexity_text
+from ffgym.report.layout import Column, Table, humane
+from ffgym.report.table import ReportTable, Row, perplexity_text
 from ffgym.types import Allocation, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
@@ -15,7 +15,7 @@ LOADING = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = {folder}
+folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder{options})
 model = AutoModelForCausalLM.from_pretrained(folder{options})
 ```
@@ -51,7 +51,6 @@ def model_card(
     seed: int,
     splits: Mapping[str, str],
     caveats: Sequence[str] = (),
-    folder: str = "path/to/this/folder",
     stock: bool = False,
 ) -> str:
     """Write the model card of a pruned model.
@@ -69,7 +68,6 @@ def model_card(
         seed: its seed.
         splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
         caveats: sentences that a user of the model must read, e.g. that the dense weights were dequantised.
-        folder: what stands in the loading example for the model's place.
         stock: transformers' own classes load it.
 
     Returns:
@@ -80,9 +78,9 @@ def model_card(
         f"# {title}",
         _summary(base_model, allocation, quantity, saved, table.rows[0]),
         "## Load it",
-        loading(folder, stock=stock),
+        loading(stock=stock),
         "## What it costs",
-        markdown(table).rstrip(),
+        table.layout().markdown().rstrip(),
         "## What was kept",
         _kept(sublayers, allocation),
         "## How it was made",
@@ -105,10 +103,10 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
 
 
-def loading(folder: str, *, stock: bool) -> str:
+def loading(*, stock: bool) -> str:
     """Show the code that loads a saved model; ``stock``: transformers' own classes do."""
     options, explanation = ("", STOCK) if stock else (", trust_remote_code=True", UNEVEN)
-    return LOADING.format(folder=json.dumps(folder), options=options, explanation=explanation)
+    return LOADING.format(options=options, explanation=explanation)
 
 
 def _summary(base_model: str | None, allocation: Allocation, quantity: str, saved: Row, dense: Row) -> str:
@@ -128,6 +126,9 @@ def _kept(sublayers: Sequence[Sublayer], allocation: Allocation) -> str:
         (sublayer.layer, sublayer.kind): f"{count:,} of {sublayer.units:,}"
         for sublayer, count in zip(sublayers, allocation.kept, strict=True)
     }
-    layers = sorted({sublayer.layer for sublayer in sublayers})
-    rows = [(str(layer), kept[layer, "attention"], kept[layer, "mlp"]) for layer in layers]
-    return "\n".join(markdown_table(("layer", "attention: KV groups", "MLP: intermediate channels"), rows, left=0))
+    columns: list[Column[int]] = [
+        Column("layer", str),
+        Column("attention: KV groups", lambda layer: kept[layer, "attention"]),
+        Column("MLP: intermediate channels", lambda layer: kept[layer, "mlp"]),
+    ]
+    return Table(columns, sorted({sublayer.layer for sublayer in sublayers})).markdown().rstrip()

@@ -60,20 +60,13 @@ def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, A
             if number == 0:
                 axes.bar(layers, shares, width=0.78, color=BLUE, alpha=0.55, label=label, zorder=2)
             else:
-                look = REFERENCE_LOOKS[(number - 1) % len(REFERENCE_LOOKS)]
+                line = dict(REFERENCE_LOOKS[(number - 1) % len(REFERENCE_LOOKS)])
+                points = {"color": line["color"], "marker": line.pop("marker"), "linestyle": "", "markersize": 4.5}
                 # Side by side within a bar, so that equal shares do not hide one another.
                 offset = 0.9 * (number / len(allocations) - 0.5)
                 places = [layer + offset for layer in layers]
-                axes.plot(places, shares, color=look["color"], linestyle=look["linestyle"], linewidth=0.8, alpha=0.55)
-                axes.plot(
-                    places,
-                    shares,
-                    color=look["color"],
-                    marker=look["marker"],
-                    linestyle="",
-                    markersize=4.5,
-                    label=label,
-                )
+                axes.plot(places, shares, **line, linewidth=0.8, alpha=0.55)
+                axes.plot(places, shares, **points, label=label)
         axes.set_title(f"{name}: {_unit_count(sublayers, indices)} {units} in every layer", fontsize=10, loc="left")
         axes.set_ylabel(f"{units}\nkept (%)")
         axes.set_ylim(0, 108)

@@ -1,6 +1,6 @@
 """What a range of budgets comes to: perplexity against sparsity, at every point of the front, beside the rules.
 
-One :class:`Front`, four renderers: :func:`terminal`, :func:`markdown`, :func:`as_dict` for JSON, :func:`front_figure`.
+One :class:`Front`: its table, :func:`as_dict` for JSON, :func:`front_figure`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ffgym.report.figures import BLUE, REFERENCE_LOOKS, new_figure, save_figure, tidy
-from ffgym.report.layout import escape, finite, humane, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.report.layout import STAR, Table, finite, humane, text_columns
 from ffgym.report.table import Row, perplexity_text
 from ffgym.types import Allocation, JSONDict
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,24 @@ class Front:
         """What stands at a point under a label."""
         return point.found if label == self.label else point.references[label]
 
+    def layout(self) -> Table[Sequence[str]]:
+        """Target, perplexity under every label, and the size of what was found; the lowest perplexity is starred."""
+        dense = ["dense", perplexity_text(self.dense), *("" for _ in self.labels[1:]), humane(self.dense.parameters)]
+        notes = [
+            "* lowest perplexity at that sparsity; all after the same refit.",
+            f"One policy for all points: {self.search_tokens:,} tokens of search, {self.final_tokens:,} of finals, "
+            f"{self.seconds / 60:.1f} min.",
+            self.header,
+        ]
+        heads = ("sparsity", *self.labels, "params")
+        return Table(text_columns(*heads, overflow="fold"), [dense, *map(self._cells, self.points)], notes)
+
+    def _cells(self, point: FrontPoint) -> list[str]:
+        rows = [self.row(point, label) for label in self.labels]
+        best = min((row.perplexity for row in rows if math.isfinite(row.perplexity)), default=None)
+        perplexities = (perplexity_text(row) + (STAR if row.perplexity == best else "") for row in rows)
+        return [f"{point.target:.1%}", *perplexities, humane(point.found.parameters)]
+
 
 def point_names(targets: Sequence[float]) -> list[str]:
     """``[0.1, 0.2]`` -> ``["0.10", "0.20"]``: two decimals, or as many as tell the targets apart."""
@@ -80,58 +95,6 @@ def point_names(targets: Sequence[float]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"targets that differ by less than a millionth: {targets}")
-
-
-def cost_line(front: Front) -> str:
-    """Say what the front took."""
-    return (
-        f"One policy for all points: {front.search_tokens:,} tokens of search, {front.final_tokens:,} of finals, "
-        f"{front.seconds / 60:.1f} min."
-    )
-
-
-def _cells(front: Front) -> list[list[str]]:
-    """Target, perplexity under every label, and the size of what was found; the lowest perplexity is starred."""
-    rows = [["dense", perplexity_text(front.dense), *("" for _ in front.labels[1:]), humane(front.dense.parameters)]]
-    for point in front.points:
-        row = [f"{point.target:.1%}"]
-        perplexities = (front.row(point, label).perplexity for label in front.labels)
-        best = min(filter(math.isfinite, perplexities), default=None)
-        for label in front.labels:
-            one = front.row(point, label)
-            row.append(perplexity_text(one) + (" *" if one.perplexity == best else ""))
-        rows.append([*row, humane(point.found.parameters)])
-    return rows
-
-
-def _heads(front: Front) -> list[str]:
-    return ["sparsity", *front.labels, "params"]
-
-
-def _notes(front: Front) -> list[str]:
-    return [
-        "* lowest perplexity at that sparsity; all after the same refit.",
-        cost_line(front),
-        front.header,
-    ]
-
-
-def terminal(front: Front) -> RenderableType:
-    """Lay the front out for a ``rich`` console."""
-    from rich.text import Text
-
-    grid = new_grid()
-    for column, head in enumerate(_heads(front)):
-        grid.add_column(head, justify="right" if column else "left", overflow="fold")
-    for cells in _cells(front):
-        grid.add_row(*(Text(cell.replace(" *", "\N{NO-BREAK SPACE}*")) for cell in cells))
-    return on_console([grid], _notes(front))
-
-
-def markdown(front: Front) -> str:
-    """The front as Markdown, the measurement under it."""
-    lines = markdown_table(_heads(front), [[escape(cell) for cell in cells] for cells in _cells(front)])
-    return "\n".join([*lines, *markdown_notes(_notes(front))])
 
 
 def as_dict(front: Front) -> JSONDict:

@@ -1,56 +1,126 @@
-"""What all tables share: their layout on a console and in Markdown, and numbers as people and JSON read them."""
+"""A table, described once for the console, Markdown and JSON, and how numbers are written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
-
-
-def new_grid(*, space: int = 0) -> Table:
-    """An empty ``rich`` table in ffgym's look.
-
-    Args:
-        space: columns of blanks after every cell, beside the one that stands between two cells anyway.
-    """
-    from rich import box
-    from rich.table import Table
-
-    return Table(box=box.SIMPLE_HEAD, padding=(0, space, 0, 0), pad_edge=False, header_style="bold")
-
-
-def on_console(grids: Sequence[Table], notes: Iterable[str]) -> RenderableType:
-    """Tables for a ``rich`` console, the notes dim under them."""
-    from rich.console import Group
-    from rich.padding import Padding
     from rich.text import Text
 
-    return Group(*grids, *(Padding(Text(note, style="dim"), (0, 1)) for note in notes))
+R = TypeVar("R")
+
+# A no-break space keeps the star from standing on a line of its own.
+STAR = "\N{NO-BREAK SPACE}*"
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """The lines of a Markdown table (GitHub's flavour).
+@dataclass(frozen=True)
+class Column(Generic[R]):
+    """One column of a table whose rows are ``R``.
 
-    Args:
-        head: the columns' names.
-        rows: cells that are `escape`d already.
-        left: how many columns are text and stand on the left; numbers stand on the right.
+    Attributes:
+        head: its name.
+        text: writes a row's cell; `STAR` at its end marks it.
+        left: it is text and stands on the left; numbers stand on the right.
+        plain: what JSON has of it, by key; ``None`` for nothing.
+        bold: Markdown shows the best row's cell in bold.
+        once: a console shows it only where the first column differs from the row above.
+        console_head: its name on a console, e.g. with line breaks; empty where that is ``head``.
+        look: more options of ``rich``'s ``add_column``.
     """
-    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
-    return [_line(head), rule, *map(_line, rows)]
+
+    head: str
+    text: Callable[[R], str]
+    left: bool = False
+    plain: Callable[[R], JSONDict] | None = None
+    bold: bool = False
+    once: bool = False
+    console_head: str | Text = ""
+    look: Mapping[str, Any] = field(default_factory=dict)
 
 
-def markdown_notes(notes: Iterable[str]) -> list[str]:
-    """The lines that stand under a Markdown table: an empty one, then a line a note."""
-    return ["", "<br>\n".join(map(escape, notes)), ""]
+@dataclass(frozen=True)
+class Table(Generic[R]):
+    """Rows, and how every medium shows them.
+
+    Attributes:
+        columns: from left to right.
+        rows: from top to bottom.
+        notes: sentences that stand under it, one a line.
+        space: columns of blanks after every cell on a console, beside the one that stands between two cells anyway.
+        best: one of the rows, or ``None``.
+        row_style: the ``rich`` style of a row.
+        ends_section: a console draws a line under the row.
+        plain: what JSON has of a row beside its columns.
+    """
+
+    columns: Sequence[Column[R]]
+    rows: Sequence[R]
+    notes: Sequence[str] = ()
+    space: int = 0
+    best: R | None = None
+    row_style: Callable[[R], str] = lambda _: ""
+    ends_section: Callable[[R], bool] = lambda _: False
+    plain: Callable[[R], JSONDict] = lambda _: {}
+
+    def terminal(self) -> RenderableType:
+        """Lay the table out for a ``rich`` console, the notes dim under it."""
+        from rich import box
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.table import Table as Grid
+        from rich.text import Text
+
+        grid = Grid(box=box.SIMPLE_HEAD, padding=(0, self.space, 0, 0), pad_edge=False, header_style="bold")
+        for column in self.columns:
+            head = column.console_head or Text(column.head)
+            grid.add_column(head, justify="left" if column.left else "right", **column.look)
+        before = None
+        for row in self.rows:
+            name = self.columns[0].text(row)
+            cells = ("" if column.once and name == before else column.text(row) for column in self.columns)
+            grid.add_row(*map(Text, cells), style=self.row_style(row), end_section=self.ends_section(row))
+            before = name
+        return Group(grid, *(Padding(Text(note, style="dim"), (0, 1)) for note in self.notes))
+
+    def markdown(self) -> str:
+        """Write the table as Markdown (GitHub's flavour), the notes under it."""
+        lines = [
+            [escape(column.head) for column in self.columns],
+            *(
+                [_markdown_cell(column.text(row), column.bold and row is self.best) for column in self.columns]
+                for row in self.rows
+            ),
+        ]
+        head, *rows = ("| " + " | ".join(cells) + " |\n" for cells in lines)
+        rule = "|" + "".join("---|" if column.left else "---:|" for column in self.columns) + "\n"
+        notes = "\n" + "<br>\n".join(map(escape, self.notes)) + "\n" if self.notes else ""
+        return "".join([head, rule, *rows, notes])
+
+    def as_dicts(self) -> list[JSONDict]:
+        """The rows as plain data."""
+        parts = [*(column.plain for column in self.columns if column.plain is not None), self.plain]
+        return [{key: value for part in parts for key, value in part(row).items()} for row in self.rows]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:
+    """Columns of rows that are cells already, the first on the left; ``look`` as in `Column`."""
+    return [
+        Column(head, itemgetter(i), left=i == 0, console_head=head.replace(", ", "\n"), look=look)
+        for i, head in enumerate(heads)
+    ]
+
+
+def _markdown_cell(text: str, bold: bool) -> str:
+    star = " \\*" if text.endswith(STAR) else ""
+    text = escape(text.removesuffix(STAR))
+    return (f"**{text}**" if bold else text) + star
 
 
 def escape(text: str) -> str:

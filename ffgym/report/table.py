@@ -1,23 +1,16 @@
 """The table of a run: perplexity, sparsity and size of the dense model and of every pruned one, side by side.
 
-One :class:`ReportTable`, three renderers: :func:`terminal` for people, :func:`markdown` for model cards and READMEs,
-:func:`as_dicts` for ``--json`` and MLflow.
+Its columns stand once, in :meth:`ReportTable.layout`: for the terminal, for model cards, for ``--json`` and MLflow.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from ffgym.report.layout import escape, finite, markdown_notes, markdown_table, new_grid, on_console
+from ffgym.report.layout import STAR, Column, Table, finite
 from ffgym.types import JSONDict
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-BEST_MARK = "*"
-COLUMNS = ("perplexity", "sparsity prunable", "sparsity model")  # and a column for every cost
 
 
 @dataclass(frozen=True)
@@ -97,15 +90,71 @@ class ReportTable:
         object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: not row.is_dense)))
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """Heads of the columns that hold numbers."""
-        return *COLUMNS, *(cost.column for cost in self.rows[0].costs)
-
-    @property
     def best(self) -> Row | None:
         """The pruned row of lowest finite perplexity; the first of equals; ``None`` if there is no such row."""
         pruned = [row for row in self.rows if not row.is_dense and math.isfinite(row.perplexity)]
         return min(pruned, key=lambda row: row.perplexity, default=None)
+
+    def layout(self) -> Table[Row]:
+        """What stands where; a console shows it down to 80 columns, also without colours."""
+        best = self.best
+        columns: list[Column[Row]] = [
+            Column(
+                "model",
+                lambda row: row.label + STAR if row is best else row.label,
+                left=True,
+                plain=lambda row: {"label": row.label},
+                bold=True,
+                look={"overflow": "fold"},
+            ),
+            _number(
+                "perplexity",
+                perplexity_text,
+                lambda row: {"perplexity": finite(row.perplexity), "loss_stderr": finite(row.loss_stderr)},
+                bold=True,
+            ),
+            _share("sparsity prunable", lambda row: row.sparsity_prunable),
+            _share("sparsity model", lambda row: row.sparsity_model),
+            *(_cost(index, cost.column) for index, cost in enumerate(self.rows[0].costs)),
+        ]
+        return Table(
+            columns,
+            self.rows,
+            [*self._legend(), self.header],
+            best=best,
+            row_style=lambda row: "bold green" if row is best else "bold" if row.is_found else "",
+            ends_section=lambda row: row.is_dense,
+            plain=lambda row: {
+                "note": row.note,
+                "is_dense": row.is_dense,
+                "is_found": row.is_found,
+                "is_best": row is best,
+            },
+        )
+
+    def _legend(self) -> list[str]:
+        """Explain the signs that the table uses, and only those; then the rows' notes."""
+        signs = []
+        if self.best is not None:
+            signs.append("* lowest perplexity of the pruned rows.")
+        if any("±" in perplexity_text(row) for row in self.rows):
+            signs.append("± one standard error over windows; all rows share the windows.")
+        return [*signs, *(f"{row.label}: {row.note}." for row in self.rows if row.note)]
+
+
+def _number(
+    head: str, text: Callable[[Row], str], plain: Callable[[Row], JSONDict], *, bold: bool = False
+) -> Column[Row]:
+    narrow = head.replace(" ", "\n").replace("/", "\n/")
+    return Column(head, text, plain=plain, bold=bold, console_head=narrow, look={"no_wrap": True})
+
+
+def _share(head: str, share: Callable[[Row], float]) -> Column[Row]:
+    return _number(head, lambda row: f"{share(row):.1%}", lambda row: {head.replace(" ", "_"): share(row)})
+
+
+def _cost(index: int, head: str) -> Column[Row]:
+    return _number(head, lambda row: row.costs[index].text, lambda row: {row.costs[index].key: row.costs[index].value})
 
 
 def measurement(
@@ -159,71 +208,3 @@ def perplexity_text(row: Row) -> str:
         return f"{row.perplexity:,.2f}"
     # d exp(loss) = exp(loss) d loss
     return f"{row.perplexity:,.2f} ± {row.perplexity * row.loss_stderr:,.2f}"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    """Write the numbers of a row, in the order of the table's columns."""
-    return (
-        perplexity_text(row),
-        f"{row.sparsity_prunable:.1%}",
-        f"{row.sparsity_model:.1%}",
-        *(cost.text for cost in row.costs),
-    )
-
-
-def _legend(table: ReportTable) -> list[str]:
-    """Explain the signs that the table uses, and only those; then the rows' notes."""
-    signs = []
-    if table.best is not None:
-        signs.append(f"{BEST_MARK} lowest perplexity of the pruned rows.")
-    if any("±" in perplexity_text(row) for row in table.rows):
-        signs.append("± one standard error over windows; all rows share the windows.")
-    return [*signs, *(f"{row.label}: {row.note}." for row in table.rows if row.note)]
-
-
-def terminal(table: ReportTable) -> RenderableType:
-    """Lay the table out for a ``rich`` console; it stays readable down to 80 columns and without colours."""
-    from rich.text import Text
-
-    grid = new_grid()
-    grid.add_column("model", overflow="fold")
-    for column in table.columns:
-        grid.add_column(column.replace(" ", "\n").replace("/", "\n/"), justify="right", no_wrap=True)
-    best = table.best
-    for row in table.rows:
-        # A no-break space keeps the mark from standing on a line of its own.
-        label = f"{row.label}\N{NO-BREAK SPACE}{BEST_MARK}" if row is best else row.label
-        style = "bold green" if row is best else "bold" if row.is_found else ""
-        grid.add_row(Text(label), *_cells(row), style=style, end_section=row.is_dense)
-    return on_console([grid], [*_legend(table), table.header])
-
-
-def markdown(table: ReportTable) -> str:
-    """Write the table as Markdown (GitHub's flavour), the measurement under it."""
-    lines = []
-    for row in table.rows:
-        label, perplexity, *sizes = (escape(row.label), *_cells(row))
-        if row is table.best:
-            label, perplexity = f"**{label}** {escape(BEST_MARK)}", f"**{perplexity}**"
-        lines.append((label, perplexity, *sizes))
-    notes = markdown_notes([*_legend(table), table.header])
-    return "\n".join([*markdown_table(("model", *table.columns), lines), *notes])
-
-
-def as_dicts(table: ReportTable) -> list[JSONDict]:
-    """Turn the rows into plain data; a perplexity or an error that is not finite becomes ``None`` (JSON knows none)."""
-    return [
-        {
-            "label": row.label,
-            "perplexity": finite(row.perplexity),
-            "loss_stderr": finite(row.loss_stderr),
-            "sparsity_prunable": row.sparsity_prunable,
-            "sparsity_model": row.sparsity_model,
-            **row.values,
-            "note": row.note,
-            "is_dense": row.is_dense,
-            "is_found": row.is_found,
-            "is_best": row is table.best,
-        }
-        for row in table.rows
-    ]

@@ -223,7 +223,7 @@ class Tracker:
         """Log the report's rows as metrics, ``report/<column>/<slug of the label>``, and whole as ``report.json``.
 
         Args:
-            rows: what ``ffgym.report.table.as_dicts`` gives: a ``label``, numbers, text, flags; ``None`` is left out.
+            rows: what a table's ``as_dicts`` gives: a ``label``, numbers, text, flags; ``None`` is left out.
         """
         if self.run_id is None:
             return
@@ -237,10 +237,10 @@ class Tracker:
         )
         self._write("log_text", json.dumps(list(rows), indent=2), "report.json")
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copy a file, or a folder with what is in it, to the run's artifacts; into ``folder`` there if given."""
+    def log_artifact(self, path: Path) -> None:
+        """Copy a file, or a folder with what is in it, to the run's artifacts."""
         if self.run_id is not None:
-            self._write("log_artifact", str(path), folder)
+            self._write("log_artifact", str(path))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run, see :func:`environment_tags`; a longer value than MLflow takes is cut."""

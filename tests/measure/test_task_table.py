@@ -9,7 +9,7 @@ from rich.console import Console
 from ffgym.errors import OutputError
 from ffgym.files import check_file
 from ffgym.measure.task_definitions import PAPER_TASKS, LoadedTask, TaskSet
-from ffgym.measure.task_table import FILE_KINDS, TaskTable, as_dict, markdown, terminal, write_file
+from ffgym.measure.task_table import FILE_KINDS, TaskTable, as_dict, write_file
 from ffgym.measure.tasks import Metric, ModelScores, TaskResult
 
 
@@ -31,7 +31,7 @@ def scores(name: str, *results: TaskResult) -> ModelScores:
 
 def rendered(table: TaskTable, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(terminal(table))
+    console.print(table.layout().terminal())
     return console.file.getvalue()
 
 
@@ -89,14 +89,14 @@ def test_the_notes_say_what_limits_the_figures():
 def test_the_means_stand_below_where_all_seven_are_there():
     seven = [result(task, 0.5, 0.7 if task != "boolq" else None) for task in PAPER_TASKS]
     table = TaskTable((scores("dense", *seven), scores("pruned", *seven[:3])), task_set(*PAPER_TASKS), None)
-    text = markdown(table)
+    text = table.layout().markdown()
     mean, norm = (line for line in text.splitlines() if "mean of the paper's seven" in line)
     assert mean.split("|")[2].strip() == "acc"
     assert mean.split("|")[5].strip() == "0.5000 ± 0.0046"
     assert norm.split("|")[2].strip() == "acc\\_norm, else acc"
     assert norm.split("|")[5].strip() == f"{(0.5 + 6 * 0.7) / 7:.4f} ± {math.hypot(0.0123, *[0.0234] * 6) / 7:.4f}"
     assert mean.split("|")[6].strip() == "-"
-    assert "mean of" not in markdown(TWO)
+    assert "mean of" not in TWO.layout().markdown()
 
 
 def test_data_is_what_json_takes():
@@ -120,7 +120,7 @@ def test_a_file_is_json_or_markdown_by_its_ending(tmp_path):
         check_file(tmp_path / name, FILE_KINDS, overwrite=False)
         write_file(tmp_path / name, TWO)
     assert json.loads((tmp_path / "new/folder/scores.json").read_text()) == as_dict(TWO)
-    assert (tmp_path / "scores.md").read_text() == markdown(TWO)
+    assert (tmp_path / "scores.md").read_text() == TWO.layout().markdown()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "scores.md"]
 
 

@@ -14,11 +14,8 @@ from ffgym.recover.lora import Lora
 from ffgym.recover.table import (
     Measured,
     RecoveryTable,
-    as_dicts,
-    markdown,
     paired_difference,
     recovered_card,
-    terminal,
 )
 from ffgym.report.figures import new_figure
 from ffgym.types import Evaluation
@@ -61,13 +58,13 @@ def test_differences_are_paired() -> None:
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_table_compares_with_before(dense: bool) -> None:
-    text = markdown(table(dense=dense))
+    text = table(dense=dense).layout().markdown()
     assert "| lora | 16.44 ± 8.11 | -0.2000 ± 0.1000 | 1.0 k |" in text
     assert "| before | 20.09 ± 11.60 |  | 1.0 k |" in text
     assert ("| dense | 7.39 ± 4.27 | -1.0000 ± 0.0000 | 2.0 k |" in text) == dense
     assert "a\\_b" in text
     console = Console(file=io.StringIO(), width=120)
-    console.print(terminal(table(dense=dense)))
+    console.print(table(dense=dense).layout().terminal())
     assert "-0.2000 ± 0.1000" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -75,10 +72,10 @@ def test_plain_data_has_no_infinity() -> None:
     broken = RecoveryTable(
         (Measured("before", Evaluation((1000.0,), 7), 1), Measured("lora", Evaluation((math.nan,), 7), 1)), ""
     )
-    rows = as_dicts(broken)
+    rows = broken.layout().as_dicts()
     assert [row["perplexity"] for row in rows] == [None, None]
     assert [row["loss"] for row in rows] == [1000.0, None]
-    assert "inf" in markdown(broken)
+    assert "inf" in broken.layout().markdown()
 
 
 @pytest.mark.parametrize("steps", [2, 40])

@@ -12,7 +12,7 @@ from rich.console import Console
 from table_costs import table_costs
 
 from ffgym.errors import OutputError
-from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, markdown, point_names, terminal
+from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, point_names
 from ffgym.report.table import Row
 from ffgym.types import Allocation
 
@@ -39,14 +39,14 @@ def front() -> Front:
 
 
 def test_markdown_has_every_point_the_best_starred_and_what_it_took(front: Front) -> None:
-    lines = markdown(front).splitlines()
+    lines = front.layout().markdown().splitlines()
     assert lines[0] == "| sparsity | reinforce | uniform | params |"
     assert lines[2].startswith("| dense | 20.00 ± 1.00 |  | 100.0 M |")
     assert lines[3].startswith(r"| 10.0% | 22.00 ± 1.10 \* | 25.00 ± 1.25 |")
     assert lines[4].startswith(r"| 30.0% | 40.00 ± 2.00 | 39.00 ± 1.95 \* |")
     assert "| inf |" in lines[5]
     assert len({line.count("|") for line in lines[:6]}) == 1
-    text = markdown(front)
+    text = front.layout().markdown()
     assert "327,680 tokens of search, 98,304 of finals, 5.5 min" in text
     assert r"a\|b, report split" in text
 
@@ -56,7 +56,7 @@ def test_where_everything_broke_down_nothing_is_best_and_the_data_are_json(front
     rows = replace(broken.found, loss_stderr=math.nan), replace(broken.references["uniform"], loss_stderr=math.nan)
     broken = replace(broken, found=rows[0], references={"uniform": rows[1]}, finals_loss=math.inf)
     front = replace(front, points=(*front.points[:2], broken))
-    assert "*" not in markdown(front).splitlines()[5]
+    assert "*" not in front.layout().markdown().splitlines()[5]
     data = json.loads(json.dumps(as_dict(front), allow_nan=False))["points"][2]
     assert data["perplexity"] == data["loss_stderr"] == {"reinforce": None, "uniform": None}
     assert data["finals_loss"] is None
@@ -64,7 +64,7 @@ def test_where_everything_broke_down_nothing_is_best_and_the_data_are_json(front
 
 def test_terminal_shows_the_same_numbers(front: Front) -> None:
     console = Console(file=io.StringIO(), width=120)
-    console.print(terminal(front))
+    console.print(front.layout().terminal())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("10.0%", "22.00 ± 1.10", "39.00 ± 1.95", "90.00 ± 4.50", "One policy for all points", "uniform"):
         assert part in text

@@ -7,7 +7,7 @@ from rich.console import Console
 from table_costs import table_costs
 
 from ffgym.report.layout import humane
-from ffgym.report.table import ReportTable, Row, as_dicts, markdown, measurement, terminal
+from ffgym.report.table import ReportTable, Row, measurement
 
 HEADER = measurement(
     model="tiny (random weights)",
@@ -30,7 +30,7 @@ def row(label: str, perplexity: float, sparsity: float = 0.2, **kwargs) -> Row:
 
 def rendered(table: ReportTable, width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(terminal(table))
+    console.print(table.layout().terminal())
     return console.file.getvalue()
 
 
@@ -94,20 +94,20 @@ def test_terminal_table_without_colours_has_no_escape_codes_and_still_marks_the_
 
 
 def test_markdown_is_one_table_with_the_best_in_bold():
-    lines = markdown(TABLE).splitlines()
+    lines = TABLE.layout().markdown().splitlines()
     assert lines[0].startswith("| model | perplexity |")
     assert {line.count("|") for line in lines[: 2 + len(TABLE.rows)]} == {8}
-    assert "| **reinforce + ridge** \\* | **33.91** |" in markdown(TABLE)
-    assert "some\\_text" in markdown(TABLE)
+    assert "| **reinforce + ridge** \\* | **33.91** |" in TABLE.layout().markdown()
+    assert "some\\_text" in TABLE.layout().markdown()
 
 
 def test_markdown_survives_signs_in_a_label():
-    text = markdown(ReportTable((row("a|b_c*", 2.0),), ""))
+    text = ReportTable((row("a|b_c*", 2.0),), "").layout().markdown()
     assert "a\\|b\\_c\\*" in text
 
 
 def test_dicts_are_strict_json_and_say_which_row_is_which():
-    rows = json.loads(json.dumps(as_dicts(TABLE), allow_nan=False))
+    rows = json.loads(json.dumps(TABLE.layout().as_dicts(), allow_nan=False))
     assert rows[0]["is_dense"]
     assert [r["label"] for r in rows if r["is_best"]] == ["reinforce + ridge"]
     assert rows[-1]["perplexity"] is None

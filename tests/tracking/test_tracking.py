@@ -340,10 +340,10 @@ def test_files_and_folders_become_artifacts(root, tmp_path):
     (tmp_path / "policy" / "state.npz").write_bytes(b"1")
     with Tracker(root, "ffgym", "run") as tracker:
         tracker.log_artifact(tmp_path / "policy")
-        tracker.log_artifact(tmp_path / "policy" / "state.npz", "flat")
+        tracker.log_artifact(tmp_path / "policy" / "state.npz")
     stored = root / "artifacts" / tracker.run_id / "artifacts"
     assert (stored / "policy" / "state.npz").read_bytes() == b"1"
-    assert (stored / "flat" / "state.npz").read_bytes() == b"1"
+    assert (stored / "state.npz").read_bytes() == b"1"
 
 
 def test_a_missing_artifact_is_a_tracking_error(root, tmp_path):
