@@ -1,4 +1,4 @@
-"""What decides where evaluators run."""
+"""The executor decides where evaluators run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ffgym.types import Evaluation
 
 
 class Executor(Protocol):
-    """Has requests measured. Where, and by how many evaluators, changes no bit of what comes back."""
+    """Gets requests measured. Where, and by how many evaluators, does not change a bit of the results."""
 
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for.

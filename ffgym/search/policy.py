@@ -1,4 +1,4 @@
-"""Policies on disk: ``policy.json``, which a run leaves behind and another can start from."""
+"""Policies on disk: a run writes ``policy.json``, and another run can start from it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ffgym.types import JSONDict, Sublayer
 
 
 class Policy(BaseModel):
-    """What a ``policy.json`` says: an agent, its state, and for which sublayers (``None`` where it does not say)."""
+    """The content of a ``policy.json``: an agent, its state, and for which sublayers (``None`` if it does not say)."""
 
     model_config = ConfigDict(strict=True)
 
@@ -73,7 +73,8 @@ def make_agent(config: RunConfig) -> Agent:
             if is_out_of_memory(error):
                 raise
             raise ConfigError(
-                f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
+                f"search.init_from = {source!r}: its policy does not have the form that agent "
+                f"{config.agent.name!r} writes ({error!r})",
                 hint="Start from another run, or leave --init-from out.",
             ) from error
     return agent
