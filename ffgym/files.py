@@ -111,7 +111,7 @@ class FileFormat(Generic[T]):
         try:
             mode = path.stat().st_mode
             if not stat.S_ISREG(mode):  # reading a device or a pipe may never end
-                what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+                what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
                 raise self.error(f"{self.what} {str(path)!r} is {what}", hint=self.hint)
             with path.open("rb") as file:
                 yield file
@@ -228,7 +228,7 @@ def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None
     if path.suffix not in endings:
         raise OutputError(
             f"output file {str(path)!r} " + (f"ends in {path.suffix!r}" if path.suffix else "has no ending"),
-            hint=f"Let it end in {' or '.join(endings)}.",
+            hint=f"Use a name that ends in {' or '.join(endings)}.",
         )
     if path.is_dir():
         raise OutputError(f"{path} is a folder", hint="Name a file.")

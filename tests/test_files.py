@@ -90,10 +90,10 @@ class TestFormats:
     def test_what_is_no_regular_file_is_refused(self, place: str, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")
         (tmp_path / "folder").mkdir()
-        with pytest.raises(DataError, match=r"no regular file|is a folder"):
+        with pytest.raises(DataError, match=r"not a regular file|is a folder"):
             PLAIN.read(tmp_path / place)
         if place != "folder":
-            with pytest.raises(ConfigError, match="no regular file"):
+            with pytest.raises(ConfigError, match="not a regular file"):
                 read_policy(tmp_path / place, CONFIG)
 
     def test_a_name_that_no_file_can_have_is_refused(self, tmp_path: Path) -> None:

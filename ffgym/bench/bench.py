@@ -49,7 +49,7 @@ def bench(
     for each in benches:
         if each.spec.baseline not in each.spec.agents:
             reporter.print(
-                f"{each.spec.title}: baseline {each.spec.baseline!r} is none of its agents: no tokens are counted"
+                f"{each.spec.title}: baseline {each.spec.baseline!r} is not one of its agents: no tokens are counted"
             )
     tables = []
     with ExitStack() as stack:

@@ -120,7 +120,7 @@ class CellRunner:
                 folder.mkdir(parents=True, exist_ok=True)
                 mine = stack.enter_context(exclusive_lock(folder / f"{cell.key}.lock"))
             if not mine:
-                self._reporter.print(f"{cell.label}, seed {cell.seed}: left to another bench that is computing it")
+                self._reporter.print(f"{cell.label}, seed {cell.seed}: skipped: another bench is computing it")
             elif not cell.path.exists():
                 self._prepare_and_compute(job, folder)
 

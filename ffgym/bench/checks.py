@@ -26,7 +26,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
     if len(models) > 1:
         raise ConfigError(
             f"one bench compares on one model, these name {', '.join(sorted(models))}",
-            hint="Give the files of each model in a call of their own.",
+            hint="Call `ffgym bench` once for each model.",
         )
     for each in benches:
         _check_equal_terms(each)
@@ -112,7 +112,7 @@ def _check_equal_terms(bench: Bench) -> None:
                 raise ConfigError(
                     f"{bench.file}: one table compares on equal terms, and {term} is {expected!r} for {other.label} "
                     f"and {value!r} for {cell.label}",
-                    hint="Give each a bench file of its own.",
+                    hint="Write a bench file for each.",
                 )
 
 

@@ -13,7 +13,7 @@ from ffgym.interrupts import interruptible
 from ffgym.version import __version__
 
 OUT_OF_MEMORY = (
-    "Set model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or take a smaller model."
+    "Set model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or use a smaller model."
 )
 COMMANDS = (
     *("run", "recover", "bench", "eval", "measure", "latency", "export"),
@@ -24,7 +24,7 @@ REFUSED_PATH = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.E
 
 
 def _ended(message: str, hint: str | None) -> typer.Exit:
-    """Say what went wrong and what to do about it; exit 1."""
+    """Print the error and its hint; exit 1."""
     typer.secho(f"error: {message}", fg="red", err=True)
     if hint is not None:
         typer.echo(f"hint: {hint}", err=True)
@@ -50,11 +50,11 @@ class Guarded(TyperGroup):
         except OSError as error:
             if error.filename is None or error.errno not in REFUSED_PATH:
                 raise
-            raise _ended(f"{error.filename}: {error.strerror}", "Check the path, and that you may use it.") from None
+            raise _ended(f"{error.filename}: {error.strerror}", "Check the path and its permissions.") from None
         except (RuntimeError, MemoryError) as error:
             if "determine home directory" in str(error):  # of a path that begins with ~NAME
                 unknown = "a path begins with ~ and the name of a user whom this machine does not know"
-                raise _ended(unknown, "Write ./~NAME for a file that is called so.") from None
+                raise _ended(unknown, "Write ./~NAME if the file itself has this name.") from None
             if not is_out_of_memory(error):
                 raise
             said = str(error).strip().split("\n")[0]
@@ -69,7 +69,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Find out how much of each layer of a language model can go, and save the smaller model.",
+    help="Find out how much of each layer of a language model to remove, and save the smaller model.",
 )
 
 
@@ -77,13 +77,13 @@ app = typer.Typer(
 def top(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
-    """Hold the options that stand before any command."""
+    """Hold the options that come before any command."""
     if version:
         typer.echo(f"ffgym {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
-    """Be the console script ``ffgym``."""
+    """Run the console script ``ffgym``."""
     with interruptible():
         app(prog_name="ffgym")

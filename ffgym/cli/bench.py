@@ -18,12 +18,12 @@ def bench(
     configs: Annotated[
         list[Path] | None, typer.Option("--config", help="the same; repeatable", show_default=False)
     ] = None,
-    only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show what is there")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show the results so far")] = False,
     jobs: Annotated[
         int, typer.Option(min=1, help="searches at the same time, each in a process with its share of the threads")
     ] = 1,
 ) -> None:
-    """Run many searches on equal terms and compare them; what was computed before is kept."""
+    """Run many searches on equal terms and compare them; earlier results are kept."""
     from rich.console import Console
 
     from ffgym.bench.bench import bench as run_bench
@@ -36,7 +36,9 @@ def bench(
         with contextlib.redirect_stdout(sys.stderr):
             tables = run_bench(files, progress=Console(stderr=True), only_report=only_report, jobs=jobs)
     except KeyboardInterrupt:
-        typer.echo("finished episodes are kept: the same command goes on, --report shows what is there", err=True)
+        typer.echo(
+            "finished episodes are kept: the same command continues, --report shows the results so far", err=True
+        )
         raise
     for table in tables:
         typer.echo(markdown(table))

@@ -24,7 +24,8 @@ def export(
         Path | None, typer.Option("--output", metavar="PATH", help="file or folder to write", show_default=False)
     ] = None,
     gguf: Annotated[
-        Path | None, typer.Option("--gguf", metavar="FILE", help="as --format gguf --output FILE", show_default=False)
+        Path | None,
+        typer.Option("--gguf", metavar="FILE", help="short for --format gguf --output FILE", show_default=False),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -47,7 +48,7 @@ def export(
 
     target = output or gguf
     if target is None or (output and gguf) or (gguf and name != "gguf"):
-        raise typer.BadParameter("one of them says what to write", param_hint="--output PATH or --gguf FILE")
+        raise typer.BadParameter("name what to write", param_hint="--output PATH or --gguf FILE")
     options = parsed_overrides(overrides or []) | ({} if dtype is None else {"dtype": dtype})
     with Reporter(Console(stderr=True)).stage(f"write {target.name}", 1) as stage:
         written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)

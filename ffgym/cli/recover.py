@@ -24,7 +24,7 @@ def recover(
     rank: Annotated[int | None, typer.Option("--rank", help="lora: recover.rank, rank of the adapters")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="the dense model, as for `run`", show_default="what the run's config.toml says"),
+        typer.Option("--model", help="the dense model, as for `run`", show_default="as in the run's config.toml"),
     ] = None,
     seed: Annotated[int | None, key_option("--seed", "seed")] = None,
     file: Annotated[
@@ -32,18 +32,18 @@ def recover(
         typer.Option(
             "--config",
             help="TOML file of the run that pruned the model",
-            show_default="config.toml in the folder or beside it",
+            show_default="config.toml in the folder or next to it",
         ),
     ] = None,
     overrides: SetOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="folder of the new model", show_default="beside the old one: NAME-recovered"),
+        typer.Option("--output", help="folder of the new model", show_default="next to the old one: NAME-recovered"),
     ] = None,
     overwrite: Annotated[bool, key_option("--overwrite", "output.overwrite")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a pruned model and save it again; after Ctrl-C the same command goes on.
+    """Train a pruned model and save it again; after Ctrl-C the same command continues.
 
     Example: ffgym recover runs/mine --method lora --corpus my.txt --tokens 1M --output recovered
     """
@@ -62,7 +62,7 @@ def recover(
         recover={"method": method, "corpus": corpus, "tokens": tokens, "rank": rank},
     )
     if known is None:
-        typer.echo("no config.toml of the run beside the model: the splits are those of the options here", err=True)
+        typer.echo("found no config.toml of the run next to the model: the splits are those of your options", err=True)
     dense: str | None = config.model.name
     if "name" not in config.model.model_fields_set:  # then it is the default, and nobody's word
         record = recorded_dense_model(model_folder(folder).resolve())

@@ -1,4 +1,4 @@
-"""``ffgym run``, ``config`` and ``check-env``: what a run configuration is for."""
+"""``ffgym run``, ``config`` and ``check-env``: the commands that take a run configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ResumeOption = Annotated[
 @app.command()
 @configured(KEYS)
 def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = False) -> None:
-    """Search how much of each layer goes, prune, refit, report, and save the smaller model.
+    """Search how much of each layer to remove, prune, refit, report, and save the smaller model.
 
     Without options it makes the demo model 20 % smaller. With --sparsity 0.1:0.5 one policy serves the whole range, and
     the front of perplexity against sparsity is measured.

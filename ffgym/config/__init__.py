@@ -1,1 +1,1 @@
-"""What a run may be told: the tables, how TOML becomes them, and how a wrong key is refused."""
+"""The configuration of a run: its tables, how they are read from TOML, and how wrong keys are refused."""

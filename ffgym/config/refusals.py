@@ -76,7 +76,7 @@ def _explain(
     if kind == "too_short" and isinstance(value, list):
         return f"{full_key} = {shown}: ", "needs at least one entry", described
     if kind == "string_pattern_mismatch":
-        return f"{full_key} = {shown}: ", "is none of the forms it can take", described
+        return f"{full_key} = {shown}: ", "has none of the allowed forms", described
     expected = (
         message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
     )

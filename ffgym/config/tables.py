@@ -60,7 +60,7 @@ class PluginTable(BaseModel):
 
 
 class ModelTable(Table):
-    """Which model is made smaller, and how it is held."""
+    """Which model to prune, in which dtype, on which device."""
 
     name: Text = Field(default="demo", description="demo, a hub id, a folder, or a .gguf file")
     revision: OptionalText = Field(default=None, description="hub branch, tag or commit; empty for the default")
@@ -79,7 +79,7 @@ class DataTable(Table):
 
     calibration: Text = Field(default="demo:c4", description="corpus for statistics and refit")
     search: Text = Field(default="demo:c4", description="corpus for rewards")
-    report: Text = Field(default="demo:wiki", description="corpus for the final table; nothing selects on it")
+    report: Text = Field(default="demo:wiki", description="corpus for the final table; nothing is selected by it")
     window: int = Field(default=1024, ge=2, description="tokens in one window, at least 2")
     calibration_tokens: Count = Field(default=32768, description="size of the calibration split, at least one window")
     search_tokens: Count = Field(
@@ -119,35 +119,40 @@ def _share(value: Any) -> float:
 
 
 class PruneTable(Table):
-    """How much goes, and how what is left is refitted during the search."""
+    """How much to remove, and how the rest is refitted during the search."""
 
     sparsity: Annotated[float | str, PlainValidator(_sparsity)] = Field(
         default=0.2,
         description="share of the resource to remove, between 0 and 1, exclusive; or a range of them, e.g. '0.1:0.5'",
     )
     front_points: int = Field(
-        default=5, ge=2, le=100, description="under a range: at how many targets the front is measured, at most 100"
+        default=5,
+        ge=2,
+        le=100,
+        description="with a range: number of targets at which the front is measured, at most 100",
     )
     resource: Text = Field(default="params", description="what the budget counts; see: ffgym ls resources")
     calibration: Calibration = Field(
         default="ridge", description="ridge | affine | none: the refit that the reward sees"
     )
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
-        default="auto", description="auto (picked on held-out calibration windows) or a strength above 0"
+        default="auto", description="auto (chosen on held-out calibration windows) or a strength above 0"
     )
-    min_units: int = Field(default=1, ge=0, description="units every sublayer keeps; 0 lets a sublayer vanish")
+    min_units: int = Field(
+        default=1, ge=0, description="units that every sublayer keeps at least; 0 allows removing a whole sublayer"
+    )
     context: Count = Field(
         default=1024, description="context length in tokens at which MACs are counted and latency is timed"
     )
     align: Count = Field(
         default=1,
-        description="keep multiples of this many channels, e.g. 8, 32 or 64 for fast kernels; 1 is any number",
+        description="keep multiples of this many channels, e.g. 8, 32 or 64 for fast kernels; 1 allows any number",
     )
     uniform: bool = Field(
         default=False, description="one shape for all layers, saved as a stock checkpoint that needs no code of its own"
     )
     latency_table: OptionalText = Field(
-        default=None, description="file with the times that budget or reward count; empty times this machine once"
+        default=None, description="file with the times that budget or reward count; empty: time this machine once"
     )
 
     @property
@@ -170,7 +175,9 @@ class PruneTable(Table):
 class CriterionTable(PluginTable):
     """The criterion, and its own options."""
 
-    name: Text = Field(default="wanda", description="which units of a sublayer go first; see: ffgym ls criteria")
+    name: Text = Field(
+        default="wanda", description="decides which units of a sublayer are removed first; see: ffgym ls criteria"
+    )
 
 
 class RewardTable(PluginTable):
@@ -182,7 +189,9 @@ class RewardTable(PluginTable):
 class AgentTable(PluginTable):
     """The agent, and its own options; a heuristic's name stands for one-shot with that prior."""
 
-    name: Text = Field(default="reinforce", description="who searches; see: ffgym ls agents; or a heuristic's name")
+    name: Text = Field(
+        default="reinforce", description="the search algorithm; see: ffgym ls agents; or a heuristic's name"
+    )
 
 
 class PriorTable(PluginTable):
@@ -192,13 +201,13 @@ class PriorTable(PluginTable):
 
 
 class SearchTable(Table):
-    """How long the search is, and what it is compared with."""
+    """The length of the search, and what to compare it with."""
 
     episodes: Count = Field(
         default=96, description="episodes at full fidelity: episodes x episode_tokens is the token budget"
     )
     episode_tokens: Count = Field(
-        default=2048, description="search tokens one episode is measured on, at least one window"
+        default=2048, description="search tokens that one episode is measured on, at least one window"
     )
     episodes_per_update: Count = Field(default=8, description="episodes that one policy update learns from")
     finalists: Count = Field(default=4, description="allocations that are measured again before one is chosen")
@@ -207,7 +216,7 @@ class SearchTable(Table):
         default=None, description="run folder, policy.json or MLflow run id whose policy to start from; or empty"
     )
     random_baseline: bool = Field(
-        default=True, description="also measure random allocations, for as many tokens; not under a range of budgets"
+        default=True, description="also measure random allocations with as many tokens; not with a range of budgets"
     )
 
     @model_validator(mode="before")
@@ -231,7 +240,7 @@ class ScheduleTable(Table):
 
     sparsity: Ramp = Field(default="none", description="none | cubic | staircase: how sparsity rises to its target")
     sparsity_start: float = Field(
-        default=0.05, gt=0, lt=1, description="where it starts, above 0, at most prune.sparsity"
+        default=0.05, gt=0, lt=1, description="the ramp's first sparsity, above 0, at most prune.sparsity"
     )
     fidelity: Ramp = Field(
         default="none", description="none | cubic | staircase: how the measured share of episode_tokens rises to 1"
@@ -242,13 +251,13 @@ class ScheduleTable(Table):
 
 
 class RecoverTable(PluginTable):
-    """Training after the final calibration, and the method's own options; also for `ffgym recover`."""
+    """Training after the final calibration, and the method's own options; `ffgym recover` reads it too."""
 
     named_by = "method"
 
     method: Text = Field(default="none", description="how to train, or none; see: ffgym ls recoveries")
     corpus: OptionalText = Field(
-        default=None, description="corpus to train on; empty for data.calibration, without what other splits hold"
+        default=None, description="corpus to train on; empty: data.calibration, without the text of other splits"
     )
     tokens: Annotated[Count, BeforeValidator(_count)] = Field(
         default=524288, description="tokens to learn from, all epochs together; also 500k or 1M"
@@ -263,9 +272,9 @@ class RecoverTable(PluginTable):
         default="auto", description="auto (the method's own) or the highest rate of the schedule, in (0, 1]"
     )
     held_out_tokens: Annotated[Count, BeforeValidator(_count)] = Field(
-        default=8192, description="search tokens that the weights to keep are chosen on"
+        default=8192, description="held-out search tokens on which the weights to keep are chosen"
     )
-    evaluate_every: Count = Field(default=16, description="steps between measurements on them")
+    evaluate_every: Count = Field(default=16, description="steps between measurements on held-out tokens")
     seed: Literal["auto"] | Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default="auto", description="auto (the run's seed) or a seed for the training and the order of the text"
     )
@@ -279,15 +288,15 @@ class RecoverTable(PluginTable):
 
 
 class OutputTable(Table):
-    """Where the results go."""
+    """Where results are written."""
 
     dir: OptionalText = Field(default=None, description="folder for the results; empty makes a new one under runs/")
-    overwrite: bool = Field(default=False, description="replace what is in a folder that is not empty")
+    overwrite: bool = Field(default=False, description="replace the contents of a folder that is not empty")
     save_model: bool = Field(default=True, description="save the pruned model")
     save_at: OptionalShare = Field(
-        default=None, description="under a range: the target whose model is saved; empty for the point in the middle"
+        default=None, description="with a range: the target whose model is saved; empty: the point in the middle"
     )
-    save_all: bool = Field(default=False, description="under a range: save the model of every point of the front")
+    save_all: bool = Field(default=False, description="with a range: save the model of every point of the front")
     sequential: bool = Field(
         default=True, description="refit the final model layer by layer on the pruned model's own inputs"
     )
@@ -298,7 +307,7 @@ class TrackingTable(Table):
 
     enabled: bool = Field(default=True, description="log the run to MLflow")
     experiment: Text = Field(default="ffgym", description="MLflow experiment")
-    root: Text = Field(default="mlruns", description="folder of the store; MLFLOW_TRACKING_URI wins when set")
+    root: Text = Field(default="mlruns", description="folder of the store; MLFLOW_TRACKING_URI overrides it")
 
     @property
     def folder(self) -> Path:
@@ -309,7 +318,7 @@ class TrackingTable(Table):
 class RunConfig(Table):
     """Everything that decides a run. ``RunConfig()`` is the demo."""
 
-    seed: int = Field(default=0, ge=0, lt=2**32, description="all randomness comes from it; from 0 to 2**32 - 1")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="source of all randomness, from 0 to 2**32 - 1")
     model: ModelTable = Field(default_factory=ModelTable)
     data: DataTable = Field(default_factory=DataTable)
     prune: PruneTable = Field(default_factory=PruneTable)
@@ -337,7 +346,7 @@ class RunConfig(Table):
             _at_least("prune.sparsity", self.prune.target, "schedule.sparsity_start", schedule.sparsity_start)
         if self.prune.uniform and self.prune.min_units == 0:
             raise ConfigError(
-                "prune.uniform = true with prune.min_units = 0: a stock checkpoint cannot say that a sublayer is empty",
+                "prune.uniform = true with prune.min_units = 0: a stock checkpoint cannot have empty sublayers",
                 hint="Set prune.min_units to 1 or more, or leave --uniform out.",
             )
         self._range_agrees()

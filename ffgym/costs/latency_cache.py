@@ -105,4 +105,4 @@ def _write(path: Path, table: LatencyTable, notify: Notify | None) -> None:
         write_text(path, to_json(table))
     except OutputError as error:
         if notify is not None:
-            notify(f"the latency table could not be kept: {error.message}")
+            notify(f"the latency table could not be saved: {error.message}")

@@ -195,7 +195,7 @@ class LatencyTable(Strict):
         if differences:
             raise BudgetError(
                 f"latency table {source} was timed on another model: {'; '.join(differences)}",
-                hint="Leave prune.latency_table out to time this model, or make a table of it with: ffgym latency"
+                hint="Leave prune.latency_table out to time this model, or make a table for it with: ffgym latency"
                 " MODEL --output FILE",
             )
         if self.context != context:

@@ -195,7 +195,7 @@ def costs_of(
     except BudgetError as error:
         raise PluginError(f"{described(resource)}: {error.message}", hint=error.hint) from error
     if not any(table[-1] > 0 for table in costs.tables):
-        raise PluginError(f"{described(resource)}: no unit costs anything, so there is nothing to save")
+        raise PluginError(f"{described(resource)}: no unit costs anything, so pruning would save nothing")
     if not math.isfinite(costs.rest):
         raise PluginError(f"{described(resource)}: the rest of the model costs {costs.rest}, not a finite number")
     return costs

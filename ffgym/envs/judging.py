@@ -12,7 +12,7 @@ from ffgym.types import Evaluation
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a reward says.
+    """The verdict of a reward.
 
     Attributes:
         reward: the reward, or its ``worst`` where the model broke down.

@@ -51,12 +51,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a trial.
+    """The result of a trial.
 
     Attributes:
         pruned: the cut model.
         dense: the dense model on the same windows and examples.
-        judgement: what the reward says.
+        judgement: the verdict of the reward.
         tokens: what the search is charged for it, slopes included.
         slopes: derivative of the loss by importance, shape (2L,), float64, nats per token and importance, all 0 where
             the cut model's loss is not finite; ``None`` where nobody asked for it.
@@ -170,7 +170,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return tuple(sorted(drawn))
 
     def tokens(self, subset: Sequence[int], examples: Sequence[int] = ()) -> int:
-        """What the search is charged for measuring one allocation on these windows and examples."""
+        """Tokens that the search is charged for measuring one allocation on these windows and examples."""
         return len(subset) * self.window_tokens + sum(self.examples[i].tokens for i in examples)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
@@ -199,19 +199,19 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         indices = tuple(int(i) for i in subset)
         if not indices or min(indices) < 0 or max(indices) >= len(self.windows):
             raise DataError(
-                f"the subset {list(indices)} is not one to measure an episode on: it needs at least one of the search"
+                f"the subset {list(indices)} cannot be used for an episode: it needs at least one of the search"
                 f" windows 0 to {len(self.windows) - 1}",
-                hint="Give indices of search windows, or leave the option out to have them drawn.",
+                hint="Give indices of search windows, or leave the option out to draw them at random.",
             )
         return indices
 
     def _checked_examples(self, examples: Sequence[int]) -> tuple[int, ...]:
         indices = tuple(int(i) for i in examples)
         if indices and (min(indices) < 0 or max(indices) >= len(self.examples)):
-            there = f"0 to {len(self.examples) - 1}" if self.examples else "none, for its reward asks for none"
+            there = f"0 to {len(self.examples) - 1}" if self.examples else "none, because its reward needs none"
             raise DataError(
-                f"the examples {list(indices)} are not ones to measure an episode on: this environment has {there}",
-                hint="Give indices of task examples, or leave the option out to have them drawn.",
+                f"the examples {list(indices)} cannot be used for an episode: this environment has {there}",
+                hint="Give indices of task examples, or leave the option out to draw them at random.",
             )
         return indices
 

@@ -188,7 +188,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             episode.action, action
         ):
             raise DataError(
-                f"episode {index} of {self._log_name} is not what this search does: it was written with another "
+                f"episode {index} of {self._log_name} differs from what this search proposes: it comes from another "
                 "configuration, starting policy, seed, version or thread count, or the agent does not follow its seed",
                 hint=f"Delete {self._log_name} to search from the start.",
             )

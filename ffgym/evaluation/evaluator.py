@@ -299,7 +299,7 @@ class ModelEvaluator:
         if broken:
             raise ModelError(
                 f"the loss of the dense model is not finite on {broken} of {len(text)} search windows",
-                hint="It overflows, for which --set model.dtype=float32 or bfloat16 helps, or its weights are damaged.",
+                hint="It overflows (try --set model.dtype=float32 or bfloat16), or its weights are damaged.",
             )
 
     def _read(self, stream: _Stream, last: torch.Tensor) -> dict[_Pass, torch.Tensor]:

@@ -124,7 +124,7 @@ def padded(model: Any, examples: Sequence[EncodedExample]) -> PaddedExamples:
     if window is not None and longest > window:
         raise ModelError(
             f"an example of {longest} tokens is longer than the model's sliding window of {window}",
-            hint="Take tasks with shorter examples, or another reward.",
+            hint="Use tasks with shorter examples, or another reward.",
         )
     ids, positions, branches = torch.zeros(3, len(examples), length, dtype=torch.int64)
     branches -= 1  # padding is a branch of its own

@@ -1,4 +1,4 @@
-"""What decides where evaluators run."""
+"""The executor decides where evaluators run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few processes that work through jobs, one at a time each, whichever is free next.
+"""A few processes that work through jobs; whichever is free takes the next one.
 
 Processes and not threads: two single-threaded processes get more out of two cores than one two-threaded process. Each
 process keeps what it has built (a prepared model) from one job to the next, and what it says comes out whole, line by
@@ -123,7 +123,7 @@ def _received(worker: _Worker) -> tuple[str, Any]:
         worker.process.join(SECONDS_TO_END)
         raise WorkerError(
             f"process {worker.number + 1} ended unexpectedly (exit code {worker.process.exitcode})",
-            hint="Where memory is short, use fewer --jobs. What was finished is kept: the same command goes on.",
+            hint="If memory is short, use fewer --jobs. Finished work is kept: the same command continues.",
         ) from None
     return str(kind), content
 

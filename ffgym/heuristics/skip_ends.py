@@ -1,4 +1,4 @@
-"""The layers at both ends stay whole, the rest is cut alike."""
+"""The layers at keeps both ends whole, cuts the rest equally."""
 
 from __future__ import annotations
 

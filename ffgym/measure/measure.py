@@ -115,7 +115,7 @@ class TableOptions:
         device: as `load` takes it.
         threads: of the CPU, at least 1; ``None`` leaves torch's choice.
         repetitions: of which the figures are medians, at least 1.
-        rebuild: time again what the cache holds already.
+        rebuild: time again, even if the cache has the times.
         output: a ``.json`` file to write; ``None`` writes none.
         overwrite: replace it where it is there.
 

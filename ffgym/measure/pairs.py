@@ -1,4 +1,4 @@
-"""What a smaller model keeps of the dense one that it was made from."""
+"""Compares a pruned model with the dense one it was made from: do they belong together, and which units are kept?"""
 
 from __future__ import annotations
 

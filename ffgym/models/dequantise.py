@@ -24,7 +24,7 @@ from ffgym.models.loading_errors import AGAIN, first_line, quiet
 # moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
 GGUF_DTYPE = torch.float16
 BLOCK = re.compile(r"blk\.(\d+)\.")
-USE_THE_SOURCE = "Name the folder that it was made from, in safetensors, or start from the dense model."
+USE_THE_SOURCE = "Name the safetensors folder that it was made from, or start from the dense model."
 
 
 def dequantised(gguf: Path, content: str, *, any_family: bool = False) -> Path:
@@ -132,8 +132,8 @@ def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
         if field is not None and field.types[0] == gguf.GGUFValueType.ARRAY:
             # It takes a size per layer for a size, and fails far from the reason.
             raise ModelError(
-                f"the layers in {str(path)!r} differ in size ({field.name} is a list): it has been pruned, or was made"
-                " that way, and transformers cannot read it",
+                f"the layers in {str(path)!r} differ in size ({field.name} is a list): it was pruned or built that way,"
+                " and transformers cannot read it",
                 hint=USE_THE_SOURCE,
             )
     try:

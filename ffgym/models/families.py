@@ -260,7 +260,7 @@ def family_of(model: nn.Module) -> Family:
     kind = _model_type(model)
     if kind.startswith(PREFIX):
         raise ModelError(
-            f"this checkpoint ({kind}) has been pruned by ffgym already",
+            f"this checkpoint ({kind}) was already pruned by ffgym",
             hint="Start from the dense model; a higher sparsity is one more run, with --init-from for its policy.",
         )
     return family_of_type(kind)
@@ -345,7 +345,7 @@ def _linear(layer: nn.Module, name: str) -> nn.Linear:
     except AttributeError:
         raise ModelError(
             f"a {type(layer).__name__} has no {name}, which its family says it has",
-            hint="The class in transformers has changed, or the family names its parts wrongly.",
+            hint="Either the class in transformers has changed, or the family's names are wrong.",
         ) from None
     if type(module) is not nn.Linear:  # one of a quantised model may be made from it, and holds codes
         raise ModelError(

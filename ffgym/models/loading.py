@@ -75,7 +75,8 @@ class LoadedModel:
         rows = self.model.get_input_embeddings().num_embeddings
         if (largest := int(ids.max())) >= rows:
             raise ModelError(
-                f"token {largest} of {what}: the embedding of model {self.name!r} has {rows} rows, its tokenizer more",
+                f"token {largest} of {what}: the embedding of model {self.name!r} has {rows} rows, "
+                "its tokenizer has more",
                 hint="Put the tokenizer that the model was trained with into its folder.",
             )
 
@@ -105,7 +106,7 @@ def load(
     source, description = _locate(name, any_family=any_family)
     if revision is not None and not description.startswith("hub model"):
         raise ModelError(
-            f"model.revision = {revision!r} means something for hub models only, and {name!r} is none",
+            f"model.revision = {revision!r} only applies to hub models, and {name!r} is none",
             hint="Leave model.revision out.",
         )
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
@@ -120,7 +121,7 @@ def load(
     elif any(place.type != "cuda" for place in devices_of(model)):  # "meta": on the disk, brought in for each call
         raise ModelError(
             f"model {name!r} does not fit the GPUs: part of it would stay on the CPU or the disk,"
-            " and cannot be cut there",
+            " where it cannot be pruned",
             hint="Use more or larger GPUs, model.dtype bfloat16, or model.device cpu.",
         )
     model.eval()

@@ -28,12 +28,12 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
         )
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"model {name!r} needs code from its own checkpoint, which is never run",
+            f"model {name!r} needs code from its own checkpoint, which ffgym never runs",
             hint="Use a model whose architecture transformers knows.",
         )
     if Path(source).is_dir():
         return ModelError(
-            f"model {name!r} cannot be loaded, its files are damaged or incomplete: {said}",
+            f"model {name!r} cannot be loaded because its files are damaged or incomplete: {said}",
             hint=AGAIN,
         )
     if only_cached and "safetensors" in str(error):
@@ -60,7 +60,7 @@ def pickled(name: str, target: Path) -> ModelError:
         f"T.from_pretrained({name!r}).save_pretrained({str(target)!r})"
     )
     return ModelError(
-        f"model {name!r} has pickled weights only, which are not loaded",
+        f"model {name!r} has only pickled weights, which are not loaded",
         hint=f'If you trust it, convert it once and name {str(target)!r} instead:\n  python -c "{steps}"',
     )
 

@@ -75,7 +75,9 @@ class UnevenConfig:
             if unknown := {*skip, *(sizes.consumer_bias or ())} - {"attention", "mlp"}:
                 raise ValueError(f"layer {index}: unknown sublayer {sorted(unknown)}, only 'attention' and 'mlp'")
             if index == 0 and "attention" in skip:
-                raise ValueError("layer 0: attention cannot be skipped, the length of the KV cache is read there")
+                raise ValueError(
+                    "layer 0: attention cannot be skipped, because transformers reads the length of the KV cache there"
+                )
             heads, kv_heads = head_counts(sizes, self.parts)
             if heads < 1 or kv_heads < 1 or heads % kv_heads:
                 raise ValueError(f"layer {index}: {heads} query heads cannot share {kv_heads} key/value heads")

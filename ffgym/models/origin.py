@@ -85,7 +85,7 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
     if recorded is not None:
         return recorded
     raise ConfigError(
-        f"nothing says which dense model {str(folder)!r} was made from: there is no config.toml in it or beside it, "
+        f"cannot tell which dense model {str(folder)!r} was made from: there is no config.toml in it or beside it, "
         "and no base_model in its README.md",
         hint="Name it with --dense MODEL, e.g. --dense demo.",
     )

@@ -1,8 +1,8 @@
 """A causal language model, run one decoder layer at a time.
 
-What stands before the layers and behind them is whatever the architecture's own code does there: an ordinary call in
-which every layer is replaced by a stub. So no family's embeddings, masks, rotary positions or final norms are known
-here, and neither end needs the weights of a layer. The results have the bits of an ordinary call.
+What comes before and after the layers is left to the architecture's own code: an ordinary call in which every layer is
+replaced by a stub. So this module knows no family's embeddings, masks, rotary positions or final norms, and the stubbed
+call needs no layer's weights. The results are bit-equal to those of an ordinary call.
 """
 
 from __future__ import annotations

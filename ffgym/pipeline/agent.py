@@ -48,7 +48,8 @@ def make_agent(config: RunConfig) -> Agent:
             if is_out_of_memory(error):
                 raise
             raise ConfigError(
-                f"search.init_from = {source!r}: its policy is not what agent {config.agent.name!r} writes ({error!r})",
+                f"search.init_from = {source!r}: its policy does not have the form that agent "
+                f"{config.agent.name!r} writes ({error!r})",
                 hint="Start from another run, or leave --init-from out.",
             ) from error
     return agent

@@ -1,4 +1,4 @@
-"""What a run writes down: files in its folder, and their copies in MLflow."""
+"""The files that a run writes into its folder, and their copies in MLflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search found, beside its references on the report split; refitted, and saved with its card."""
+"""Compares what a search found with its references on the report split, refits it, and saves it with its card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder that a run writes into: claiming it, taking it up again, and what is left there when a run ends early."""
+"""The folder that a run writes into: claiming it, reopening it on resume, and what stays when a run ends early."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def claim_folder(config: RunConfig) -> Path:
             if not out.overwrite:
                 raise OutputError(
                     f"the output folder {folder} exists and is not empty",
-                    hint="Choose another one with --output DIR, replace its contents with --overwrite, or go on with "
+                    hint="Choose another one with --output DIR, replace its contents with --overwrite, or continue "
                     "an interrupted run with --resume DIR.",
                 )
             _keep_what_it_reads(config, folder)
@@ -60,7 +60,7 @@ def claim_folder(config: RunConfig) -> Path:
     except OSError as error:
         raise OutputError(
             f"cannot write to the output folder {folder}: {error.strerror or error}",
-            hint="Choose a folder on a disk that is writable and has room, with --output DIR.",
+            hint="With --output DIR, choose a folder on a writable disk with free space.",
         ) from error
     return folder.resolve()
 
@@ -111,7 +111,7 @@ def stored_config(folder: Path) -> RunConfig:
         ConfigError: its ``config.toml`` is damaged, or holds what this version does not know.
     """
     if not (folder / "config.toml").is_file():
-        what = "holds no config.toml" if folder.is_dir() else "is not there"
+        what = "has no config.toml" if folder.is_dir() else "does not exist"
         raise OutputError(
             f"there is no run to resume in {folder}: it {what}",
             hint="Give the folder of a run that was interrupted, or leave --resume out.",
@@ -120,7 +120,7 @@ def stored_config(folder: Path) -> RunConfig:
 
 
 def reopen_folder(folder: Path, config: RunConfig) -> Path:
-    """Take up the folder of a run that was interrupted.
+    """Reopen the folder of a run that was interrupted.
 
     Args:
         folder: where the run's episodes are.
@@ -135,7 +135,7 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
     if difference := first_difference(stored, config):
         key, there, here = difference
         raise ConfigError(
-            f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes are of no use here",
+            f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes cannot be reused",
             hint=f"Give it {key} = {there!r}, or start in another folder with --output DIR.",
         )
     asked = config.output.dir
@@ -162,7 +162,7 @@ def _require_writable(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a later session of a run must know of the earlier ones: the file ``run.json``.
+    """What a later session of a run must know about the earlier ones: the file ``run.json``.
 
     Attributes:
         mlflow_run: the MLflow run that they write to; ``None`` where there is none.
@@ -180,7 +180,7 @@ RECORD = FileFormat(
     "record of a run's sessions",
     RunRecord,
     OutputError,
-    "Delete it: the run then goes on in a new MLflow run, in the dtype that its config.toml names.",
+    "Delete it: the run then continues in a new MLflow run, with the dtype of its config.toml.",
 )
 
 
@@ -316,7 +316,7 @@ BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again wit
 
 @contextmanager
 def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterator[None]:
-    """After Ctrl-C, say what the run has found and where that is."""
+    """After Ctrl-C, print what the run has found and where it is."""
     try:
         yield
     except KeyboardInterrupt:
@@ -330,7 +330,7 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
         elif log.exists() and log.stat().st_size:
             reporter(f"interrupted; the episodes so far are in {log}")
         else:
-            reporter("interrupted before the first episode had ended: there is nothing to keep")
+            reporter("interrupted before the first episode ended: there is nothing to keep")
             raise
-        reporter(f"go on where it stopped: ffgym run --resume {shlex.quote(str(folder))}")
+        reporter(f"continue where it stopped: ffgym run --resume {shlex.quote(str(folder))}")
         raise

@@ -1,4 +1,4 @@
-"""The front of a run over a range of budgets: every point on the report split, the rules beside it."""
+"""The front of a run over a range of budgets: every point and the rules, measured on the report split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ffgym.search.loop import SearchResult
 def finish_front(
     task: Task, points: Sequence[SearchResult], table: ReportTable, folder: Path, reporter: Reporter
 ) -> Front:
-    """Measure every point of a front on the report split, the rules beside it; save the models that are wanted.
+    """Measure every point of a front and the rules on the report split; save the models that are wanted.
 
     Args:
         task: of the run over the range.

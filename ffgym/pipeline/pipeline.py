@@ -48,7 +48,8 @@ def run(
             the numbers that it would have ended with uninterrupted.
 
     Returns:
-        what the run came to; of a resumed run that was finished already, where that lies: nothing is done again.
+        the result of the run; for a resumed run that was already finished, where its results are: nothing is
+            done again.
 
     Raises:
         FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
@@ -57,7 +58,7 @@ def run(
     reporter = on_console(progress)
     config = settle(config)
     if resume is not None and (finished := finished_run(reopen_folder(Path(resume), config), config)):
-        reporter.print(f"the run in {finished.folder} is finished: nothing is left to do")
+        reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
     agent = make_agent(config)
     with Session.open(config, reporter, resume) as session:

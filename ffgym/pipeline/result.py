@@ -1,4 +1,4 @@
-"""What a run hands back: its table, where everything lies, and how to load the smaller model."""
+"""What a run returns: its table, where its files are, and how to load the smaller model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ffgym.types import JSONDict
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run hands back.
+    """What a run returns.
 
     Attributes:
         table: report-split figures, dense first.
@@ -81,7 +81,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What is handed back where a run that is to be resumed has ended already: where its results are.
+    """Returned when a resumed run was already finished: where its results are.
 
     Attributes:
         folder: where everything was written.

@@ -76,7 +76,7 @@ def _run(
     config, progress = task.config, session.progress
     budget = config.search.episodes * task.env.episode_windows * task.env.window_tokens
     if log.exists() and (earlier := len(read_episodes(log))):
-        progress.print(f"search: {label}: {earlier} episodes of earlier sessions are taken from {log.name}")
+        progress.print(f"search: {label}: {earlier} episodes of earlier sessions are read from {log.name}")
     with progress.stage(f"search: {label}", budget) as stage:
 
         def on_progress(share: float) -> None:

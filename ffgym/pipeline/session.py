@@ -1,4 +1,4 @@
-"""One sitting of a run: its folder, its MLflow run, its progress, and what happens where it ends early."""
+"""One session of a run: its folder, its MLflow run, its progress, and what happens if it ends early."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from ffgym.tracking.tracker import Tracker
 
 @dataclass
 class Session:
-    """A run from the moment that its folder is locked until it is finished, interrupted or failed.
+    """A run from the moment its folder is locked until it is finished, interrupted or failed.
 
     Attributes:
         config: everything that decides the run.
-        folder: where the run writes; no other run may meanwhile.
+        folder: where the run writes; locked against other runs.
         tracker: its MLflow run.
-        progress: what it says while it works.
-        resumed: whether an earlier session of the run is gone on with.
-        record: what later sessions have to know.
+        progress: prints progress.
+        resumed: whether this session continues an earlier one.
+        record: what later sessions need to know.
     """
 
     config: RunConfig
@@ -56,11 +56,11 @@ class Session:
     @classmethod
     @contextmanager
     def open(cls, config: RunConfig, progress: Reporter, resume: str | Path | None) -> Iterator[Session]:
-        """Lock the run's folder and start, or go on with, its MLflow run.
+        """Lock the run's folder, and start or continue its MLflow run.
 
         Args:
             config: with all options of its plugins.
-            progress: where the run says what it does.
+            progress: prints the run's progress.
             resume: folder of an earlier session; ``None`` for a new run.
 
         Raises:
@@ -86,13 +86,13 @@ class Session:
 
     @property
     def measured(self) -> Path | None:
-        """Where an earlier session has kept what it measured of resources; ``None`` where there was none."""
+        """Folder where an earlier session saved its measurements of resources; ``None`` if there was none."""
         return self.folder if self.resumed else None
 
     def begin_search(self, dtype: str) -> None:
-        """Take the folder over, now that model and text are known to be there, and note what ``auto`` came to.
+        """Take over the folder, now that model and text have been loaded, and record the dtype that ``auto`` chose.
 
-        An earlier run's results are cleared here and not before: what cannot be loaded must not cost them.
+        An earlier run's results are cleared here and not before: a run that cannot load its model must not delete them.
         """
         if self._overwrites:
             clear_folder(self.folder)
@@ -104,7 +104,7 @@ class Session:
     def _start(self) -> None:
         if self.resumed:
             if (self.folder / "report.json").is_file():
-                self.progress.print("the search of this run has ended; what comes after it is done again")
+                self.progress.print("the search of this run is complete; only the later steps are done again")
             remove_half_written(self.folder)
         elif not self._overwrites:
             self._ending.enter_context(removing_if_nothing_found(self.folder))

@@ -1,6 +1,6 @@
 """What all searches of one configuration share, and what is done with it outside a search.
 
-A run, a cell of a bench and the experiments open a workspace, search in it, and cut its model to what was found.
+A run, a cell of a bench and the experiments open a task, search in it, and cut its model to the result.
 """
 
 from __future__ import annotations

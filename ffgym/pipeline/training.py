@@ -49,7 +49,7 @@ def _recover(saved: SavedModel, texts: RecoveryTexts, session: Session) -> Recov
     except KeyboardInterrupt:
         where = f"the pruned model is in {saved.path}"
         if unfinished_folder(place).exists() or not place.exists():
-            session.progress.print(f"{where}; go on with: ffgym recover {saved.path}")
+            session.progress.print(f"{where}; continue with: ffgym recover {saved.path}")
         else:
             session.progress.print(f"{where}, the trained one, complete, in {place}")
         raise

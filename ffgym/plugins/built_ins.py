@@ -17,7 +17,7 @@ class BuiltIn(NamedTuple):
 BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     "agent": {
         "reinforce": BuiltIn("ffgym.agents.reinforce:Reinforce", "policy gradient over a Gaussian of importances"),
-        "pathwise": BuiltIn("ffgym.agents.pathwise:Pathwise", "down the slope of the loss, from backward passes"),
+        "pathwise": BuiltIn("ffgym.agents.pathwise:Pathwise", "follows the slope of the loss, from backward passes"),
         "ppo": BuiltIn("ffgym.agents.ppo:PPO", "Stable-Baselines3's PPO"),
         "evolution": BuiltIn("ffgym.agents.evolution:Evolution", "mutation, crossover and survival in a population"),
         "cma-es": BuiltIn("ffgym.agents.cma_es:CMAES", "covariance matrix adaptation, by the cmaes package"),
@@ -29,9 +29,9 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     },
     "criterion": {
         "wanda": BuiltIn("ffgym.criteria.wanda:Wanda", "|W| times the norm of the inputs"),
-        "magnitude": BuiltIn("ffgym.criteria.magnitude:Magnitude", "|W|: the smallest weights go first"),
+        "magnitude": BuiltIn("ffgym.criteria.magnitude:Magnitude", "|W|: the smallest weights are removed first"),
         "flap": BuiltIn("ffgym.criteria.flap:Flap", "variance of a channel times its column's squared norm"),
-        "obs": BuiltIn("ffgym.criteria.obs:Obs", "error that removing a channel leaves after the best refit"),
+        "obs": BuiltIn("ffgym.criteria.obs:Obs", "remaining error if a channel is removed and the rest refitted"),
         "taylor": BuiltIn("ffgym.criteria.taylor:Taylor", "|W * dL/dW|: the loss change to first order"),
         "random": BuiltIn("ffgym.criteria.random:Random", "a seeded random order, the floor for every criterion"),
     },
@@ -43,20 +43,24 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "mistral": BuiltIn("ffgym.models.families:Mistral", "as llama"),
         "qwen2": BuiltIn("ffgym.models.families:Qwen2", "as llama, with biases of query, key and value"),
         "qwen3": BuiltIn("ffgym.models.families:Qwen3", "as llama, with norms of queries and keys"),
-        "gemma": BuiltIn("ffgym.models.families:Gemma", "as llama, with another activation; Gemma 1 alone"),
+        "gemma": BuiltIn("ffgym.models.families:Gemma", "as llama, with another activation; only Gemma 1"),
         "opt": BuiltIn("ffgym.models.families:OPT", "multi-head attention, an MLP of two linears, biases everywhere"),
     },
     "heuristic": {
         "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),
-        "fisher": BuiltIn("ffgym.heuristics.fisher:Fisher", "least loss by second-order estimates after calibration"),
-        "mlp-first": BuiltIn(
-            "ffgym.heuristics.mlp_first:MlpFirst", "MLPs go first; those at both ends are spared, at most half of all"
+        "fisher": BuiltIn(
+            "ffgym.heuristics.fisher:Fisher", "smallest loss by second-order estimates after calibration"
         ),
-        "skip-ends": BuiltIn("ffgym.heuristics.skip_ends:SkipEnds", "both ends stay whole, the rest is cut alike"),
-        "flap": BuiltIn("ffgym.heuristics.flap:Flap", "one global cut through standardised fluctuation scores"),
-        "owl": BuiltIn("ffgym.heuristics.owl:Owl", "more outliers among |W| times the inputs' norm, less cut"),
-        "alpha": BuiltIn("ffgym.heuristics.alpha:Alpha", "heavier-tailed spectrum of the weight, less cut"),
-        "gate-scaling": BuiltIn("ffgym.heuristics.gate_scaling:GateScaling", "loss leans more on the output, less cut"),
+        "mlp-first": BuiltIn(
+            "ffgym.heuristics.mlp_first:MlpFirst", "cuts MLPs first; spares those at both ends, at most half of all"
+        ),
+        "skip-ends": BuiltIn("ffgym.heuristics.skip_ends:SkipEnds", "keeps both ends whole, cuts the rest equally"),
+        "flap": BuiltIn("ffgym.heuristics.flap:Flap", "one global threshold on standardised fluctuation scores"),
+        "owl": BuiltIn("ffgym.heuristics.owl:Owl", "cuts less where |W| times the inputs' norm has more outliers"),
+        "alpha": BuiltIn("ffgym.heuristics.alpha:Alpha", "cuts less where the weight's spectrum has a heavier tail"),
+        "gate-scaling": BuiltIn(
+            "ffgym.heuristics.gate_scaling:GateScaling", "cuts less where the loss depends more on the output"
+        ),
     },
     "resource": {
         "params": BuiltIn("ffgym.costs.params:Params", "parameters"),
@@ -66,13 +70,13 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     },
     "reward": {
         "perplexity": BuiltIn("ffgym.rewards.perplexity:Perplexity", "dense perplexity over pruned perplexity"),
-        "kl": BuiltIn("ffgym.rewards.kl:KL", "exp(-KL): how far the next-token distribution moves from the dense one"),
+        "kl": BuiltIn("ffgym.rewards.kl:KL", "exp(-KL) of the next-token distribution from the dense one"),
         "multi-objective": BuiltIn(
             "ffgym.rewards.multi_objective:MultiObjective", "weighted perplexity ratio, task accuracy and saved cost"
         ),
     },
     "recovery": {
         "lora": BuiltIn("ffgym.recover.lora:Lora", "low-rank adapters on all linears, merged into the weights"),
-        "distil-mlp": BuiltIn("ffgym.recover.distill:DistilMLP", "each MLP learns what the dense one puts out"),
+        "distil-mlp": BuiltIn("ffgym.recover.distill:DistilMLP", "trains each MLP towards the output of the dense one"),
     },
 }

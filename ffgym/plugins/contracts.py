@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
-OUR_DEFECT = "This should not happen: please report it to ffgym, with the command and its output."
-THEIR_DEFECT = "The plugin broke, not ffgym: report it to the package's author."
+OUR_DEFECT = "This is a bug in ffgym: please report it, with the command and its output."
+THEIR_DEFECT = "The fault is in the plugin, not in ffgym: report it to the package's author."
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
 METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
 METRIC_CHARACTERS = 200
@@ -85,7 +85,7 @@ def _tensors(stats: LayerStats) -> dict[str, torch.Tensor]:
 def _missing(stats: LayerStats) -> str | None:
     """The next step for a plugin that failed on a statistic that it had not asked for."""
     absent = [name for name, value in vars(stats).items() if value is None]
-    return f"Not collected, and so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
+    return f"Not collected, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 
 
 def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mappin
         after = _fingerprint(tensor)
         if after.shape != before[name].shape or not after.equal(before[name]):
             raise PluginError(
-                f"{who} changed the {name} it was given, which others go on with",
+                f"{who} changed the {name} it was given, which others still use",
                 hint=f"Compute into a new tensor, e.g. {name}.clone().",
             )
 
@@ -171,8 +171,8 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
         )
     if number < reward.worst:
         raise PluginError(
-            f"{described(reward)} returned {number:.6g}, less than its worst = {reward.worst:g}, what an episode earns "
-            "whose loss is not finite: breaking the model would pay",
+            f"{described(reward)} returned {number:.6g}, less than its worst = {reward.worst:g}, the reward of an "
+            "episode whose loss is not finite: breaking the model would pay",
             hint="Set worst to a number that no finite loss earns less than.",
         )
     return number

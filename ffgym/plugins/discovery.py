@@ -97,7 +97,7 @@ def _discover(wanted: str | None) -> Discovery:
     for name in chosen or []:
         if name not in {entry.name for entry in found}:
             there = ", ".join(entry.name for entry in found) or "none"
-            failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it (entry points that are there: {there})"
+            failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it (installed entry points: {there})"
             rows.append(PluginRecord(name, package="", version="", provides={}, failure=failure))
     return Discovery(tuple(offers), tuple(_with_conflict(row, offers) for row in rows))
 

@@ -196,7 +196,7 @@ def make_reward(config: RunConfig) -> Reward:
     if "accuracy" in reward.needs:
         if not reward.tasks:
             raise ConfigError(
-                f"reward {config.reward.name!r} needs accuracy, and names no tasks to measure it on",
+                f"reward {config.reward.name!r} needs accuracy, but names no tasks to measure it on",
                 hint="Name some, e.g. --set 'reward.tasks=[\"arc_easy\"]', or give accuracy no weight.",
             )
         check_search_tasks(reward.tasks)
@@ -277,7 +277,7 @@ def make_pruning_env(config: RunConfig | dict[str, Any] | None = None, **tables:
         config = load_config(**{**(config or {}), **tables})
     elif tables:
         raise ConfigError(
-            f"config is a whole RunConfig already, and {', '.join(tables)} came beside it",
+            f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
             hint="Give load_config() all tables, or leave config out and give them here.",
         )
     make_reward(config)

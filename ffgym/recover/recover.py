@@ -147,7 +147,7 @@ def train_and_save(
     except KeyboardInterrupt:
         if checkpoint.exists:
             reporter.print(
-                f"interrupted; what was learned is in {checkpoint.folder}, and the same command goes on from there"
+                f"interrupted; the training so far is in {checkpoint.folder}, and the same command continues it"
             )
         raise
 

@@ -44,12 +44,10 @@ class MultiObjective(Reward):
         tasks: tuple[str, ...] = Field(
             default=("arc_easy",), description="multiple-choice tasks that accuracy is measured on"
         )
-        examples: int = Field(
-            default=32, ge=1, description="examples of them that one episode at full fidelity is measured on"
-        )
-        resource: str = Field(default="macs", description="resource that cost is in; another one than the budget's")
+        examples: int = Field(default=32, ge=1, description="examples of these tasks for one episode at full fidelity")
+        resource: str = Field(default="macs", description="resource of the saved cost; not the budget's")
         pareto: int = Field(
-            default=8, ge=0, description="non-dominated allocations that are measured again beside the finalists"
+            default=8, ge=0, description="non-dominated allocations that are measured again with the finalists"
         )
 
         @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The choice among what a search came to: what stood out is measured again, on equal terms.
+"""The finals: the best candidates of a search are measured again on equal terms, and one is chosen.
 
 The search itself sees small, redrawn subsets, whose rewards must not be compared across updates. So what stood out
 among its own update, and what the agent itself recommends, is measured again: at the target, at full fidelity, all on

@@ -1,4 +1,4 @@
-"""The log of a search on disk, one JSON line an episode: what an interrupted search goes on from."""
+"""The log of a search on disk, one JSON line for each episode; an interrupted search resumes from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Log:
     Attributes:
         episodes: in order.
         seconds: wall time that they took, over all sessions.
-        digest: SHA-256 of its episodes, which goes on with the next.
+        digest: SHA-256 of its episodes, to be continued with the next one.
     """
 
     episodes: tuple[Episode, ...] = ()

@@ -1,4 +1,4 @@
-"""One agent on one environment: it spends its tokens, and what comes of that is chosen among finalists."""
+"""One search: an agent spends its tokens on an environment, then finals choose the result."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
         best: the chosen candidate.
-        finalists: all that were measured again, best first.
+        finalists: the candidates that were measured again, best first.
         dense_loss: dense loss on the finals' windows; ``None`` where they were not run.
         history: every episode.
         search_tokens: tokens that the agent's episodes took.
         final_tokens: tokens that the finals took.
-        seconds: wall time of search and finals, that of earlier sessions of a search that was interrupted included.
-        target: the sparsity that it was searched at, or that this point of a front is for.
+        seconds: wall time of search and finals, including earlier sessions of an interrupted search.
+        target: the target sparsity of the search, or of this point of a front.
     """
 
     best: Candidate
@@ -281,10 +281,10 @@ def _learn(
     if stopped is not None:
         raise stopped
     if not vector.history:
-        raise PluginError(f"{described(agent)}: learn came back without a step", hint="Call env.step in learn.")
+        raise PluginError(f"{described(agent)}: learn returned without a step", hint="Call env.step in learn.")
     if updates == 0:
         raise PluginError(
-            f"{described(agent)}: learn never called on_update, so nobody was told of its episodes",
+            f"{described(agent)}: learn never called on_update, so its episodes were not reported",
             hint="Call on_update(ffgym.Update(index, rewards)) after every step, index from 0.",
         )
 

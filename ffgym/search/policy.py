@@ -1,4 +1,4 @@
-"""Policies on disk: ``policy.json``, which a run leaves behind and another can start from."""
+"""Policies on disk: a run writes ``policy.json``, and another run can start from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ffgym.types import JSONDict, Sublayer
 
 
 class Policy(BaseModel):
-    """What a ``policy.json`` says: an agent, its state, and for which sublayers (``None`` where it does not say)."""
+    """The content of a ``policy.json``: an agent, its state, and for which sublayers (``None`` if it does not say)."""
 
     model_config = ConfigDict(strict=True)
 

@@ -428,7 +428,7 @@ def test_a_cell_that_another_bench_computes_is_left_to_it(tmp_path: Path, steps:
     folder.mkdir(parents=True)
     with FileLock(folder / f"{other.key}.lock"):
         (table,), said = call(file)
-    assert "uniform, seed 0: left to another bench that is computing it" in said
+    assert "uniform, seed 0: skipped: another bench is computing it" in said
     assert [row.label for row in table.rows] == ["mlp-first"]
     call(file)
     assert sorted(path.stem for path in (tmp_path / "small").iterdir()) == ["mlp-first-seed0", "uniform-seed0"]
@@ -573,7 +573,7 @@ def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) ->
     rows = [{key: value for key, value in row.items() if key != "digest"} for row in rows]
     rows[1]["action"][0] += 0.1
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"episode 1 of .*\.jsonl is not what this search does") as raised:
+    with pytest.raises(DataError, match=r"episode 1 of .*\.jsonl differs from what this search proposes") as raised:
         call(file)
     assert raised.value.hint
 

@@ -336,7 +336,7 @@ def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["package"] == "ffgym"
     assert "wanda" in rows[0]["provides"]["criterion"]
     listed = call("ls", "agents")
-    assert "plugins that could not be used: nobody" in listed.stderr
+    assert "plugins that could not be loaded: nobody" in listed.stderr
     assert "nobody" not in listed.stdout
 
 

@@ -122,7 +122,7 @@ def changed(folder: Path, copy: Path, what: str) -> Path:
     ("what", "complaint"),
     [
         ("truncated", "damaged or incomplete"),
-        ("pickled", "pickled weights only"),
+        ("pickled", "only pickled weights"),
         ("no config", "config.json is missing"),
         ("intermediate_size=64", "does not fit its config.json"),
         ("num_hidden_layers=2", "has no place for"),

@@ -163,7 +163,7 @@ def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
         ("search.episodes=0", ["search.episodes = 0"]),
         ("search.episodes=1.5", ["search.episodes = 1.5"]),
         ("output.overwrite=1", ["output.overwrite = 1", "valid boolean"]),
-        ("model.device=gpu", ["model.device = 'gpu': is none of the forms it can take", "cuda:1"]),
+        ("model.device=gpu", ["model.device = 'gpu': has none of the allowed forms", "cuda:1"]),
         ('model.name=""', ["model.name = ''", "at least 1 character"]),
         ("criterion.name=3", ["criterion.name = 3", "valid string", "ffgym ls criteria"]),
         ("criterion=3", ["criterion = 3", "should be a table", "[criterion]"]),

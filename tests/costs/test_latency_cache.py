@@ -105,7 +105,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(model, timed, monkeypatch,
     monkeypatch.setattr(latency_cache, "cache_dir", lambda: tmp_path / "file")
     said = []
     assert cached_table(model, context=64, notify=said.append).context == 64
-    assert "could not be kept" in said[0]
+    assert "could not be saved" in said[0]
 
 
 def test_a_busy_machine_is_named(model, monkeypatch):

@@ -267,7 +267,7 @@ class TestBadInputs:
         [
             ({"tasks": ["arc_eazy"]}, UnknownNameError, "'arc_eazy'", "Did you mean 'arc_easy'?"),
             ({"tasks": ["piqa"]}, ConfigError, "what are reported|are what is reported", "arc_challenge"),
-            ({"tasks": []}, ConfigError, "needs accuracy, and names no tasks", "arc_easy"),
+            ({"tasks": []}, ConfigError, "needs accuracy, but names no tasks", "arc_easy"),
             ({"resource": "mac"}, UnknownNameError, "unknown resource 'mac'", "Did you mean 'macs'?"),
             ({"resource": "params"}, ConfigError, "weighs params, and the budget is in params", "macs"),
         ],

@@ -297,7 +297,7 @@ class TestReplay:
         played(first)
         history = list(first.history)
         history[1] = replace(history[1], **changed)
-        with pytest.raises(DataError, match="episode 1 of the log is not what this search does") as raised:
+        with pytest.raises(DataError, match="episode 1 of the log differs from what this search proposes") as raised:
             played(vector_of(env, replay=history))
         assert "Delete the log" in raised.value.hint
 

@@ -182,7 +182,7 @@ def test_a_mistake_arrives_with_its_traceback(tmp_path: Path, job: str, kind: ty
 def test_a_process_that_is_killed_is_an_error_with_a_next_step(tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"process 1 ended unexpectedly \(exit code 3\)") as raised:
         run(("die", tmp_path), ("wait", tmp_path / "waiting"))
-    assert "the same command goes on" in str(raised.value.hint)
+    assert "the same command continues" in str(raised.value.hint)
 
 
 SCRIPT = """

@@ -74,5 +74,5 @@ def test_an_architecture_that_is_not_known():
 
 def test_a_dense_model_that_is_pruned_itself(tmp_path):
     pruned = saved_and_loaded("llama", (1, 20) * 3, tmp_path / "m")
-    with pytest.raises(ModelError, match="pruned by ffgym already"):
+    with pytest.raises(ModelError, match="already pruned by ffgym"):
         units_kept(pruned, pruned)

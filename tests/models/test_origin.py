@@ -77,7 +77,7 @@ class TestDense:
     )
     def test_a_card_that_does_not_say_is_no_record(self, run, card):
         (run / "model" / "README.md").write_text(card)
-        with pytest.raises(ConfigError, match="nothing says which dense model") as raised:
+        with pytest.raises(ConfigError, match="cannot tell which dense model") as raised:
             dense_model(run / "model", None)
         assert "--dense" in raised.value.hint
 

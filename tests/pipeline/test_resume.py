@@ -114,7 +114,7 @@ def test_it_ends_with_the_numbers_of_an_uninterrupted_run_and_measures_nothing_t
     result, said = go(config(tmp_path), resume=tmp_path / "out")
     assert len(steps) - 1 == 2 * EPISODES
     assert_same(result.folder, whole)
-    assert f"{min(after, EPISODES)} episodes of earlier sessions are taken from episodes.jsonl" in said
+    assert f"{min(after, EPISODES)} episodes of earlier sessions are read from episodes.jsonl" in said
 
 
 def test_interrupted_again_and_again(whole: Path, tmp_path: Path, steps: list[int]) -> None:
@@ -172,7 +172,7 @@ def test_a_finished_run_says_so_and_nothing_is_done(
     before = snapshot(tmp_path)
     monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
     result, said = finished(config(tmp_path, tracking=TRACKED), whole.folder)
-    assert f"the run in {whole.folder} is finished: nothing is left to do" in said
+    assert f"the run in {whole.folder} is finished: there is nothing left to do" in said
     assert snapshot(tmp_path) == before
     assert runs(root)[0].info.status == "FINISHED"
     now, then = result.to_json(), whole.to_json()
@@ -205,7 +205,7 @@ def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
     del steps[1:]
     (result.folder / ".model.part-0123").mkdir()
     again, said = go(config(tmp_path), resume=result.folder)
-    assert ("the search of this run has ended; what comes after it is done again" in said) == ("model" in lost)
+    assert ("the search of this run is complete; only the later steps are done again" in said) == ("model" in lost)
     assert len(steps) == 1
     assert_same(again.folder, whole)
     assert not list(again.folder.glob(".model*"))
@@ -415,7 +415,7 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="has seed = 0, this one 1"):
             go(config(tmp_path).model_copy(update={"seed": 1}), resume=whole)
 
-    @pytest.mark.parametrize(("name", "what"), [("nowhere", "is not there"), ("empty", r"holds no config\.toml")])
+    @pytest.mark.parametrize(("name", "what"), [("nowhere", "does not exist"), ("empty", r"has no config\.toml")])
     def test_no_runs_folder(self, tmp_path: Path, name: str, what: str) -> None:
         (tmp_path / "empty").mkdir()
         with pytest.raises(OutputError, match=what) as raised:
@@ -440,7 +440,7 @@ def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list
     rows[1]["action"][0] += 0.1
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     before = log.read_text()
-    with pytest.raises(DataError, match=r"episode 1 of .*episodes\.jsonl is not what this search does"):
+    with pytest.raises(DataError, match=r"episode 1 of .*episodes\.jsonl differs from what this search proposes"):
         go(config(tmp_path), resume=tmp_path / "out")
     assert log.read_text() == before
     assert (tmp_path / "out" / "config.toml").exists()
@@ -471,7 +471,7 @@ def test_the_folder_alone_or_the_same_command_with_it(whole: Path, tmp_path: Pat
         steps[0] = after
         done = CliRunner().invoke(app, ["run", "--config", file, *arguments])
         assert done.exit_code == 130, done.stderr
-        assert f"go on where it stopped: ffgym run --resume {tmp_path / 'out'}" in done.stderr
+        assert f"continue where it stopped: ffgym run --resume {tmp_path / 'out'}" in done.stderr
     steps[0] = 10**6
     done = CliRunner().invoke(app, ["run", "--resume", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.stderr

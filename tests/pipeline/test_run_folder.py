@@ -77,7 +77,7 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert said == [
         f"interrupted; the episodes so far are in {tmp_path / 'episodes.jsonl'}",
-        f"go on where it stopped: ffgym run --resume {tmp_path}",
+        f"continue where it stopped: ffgym run --resume {tmp_path}",
     ]
 
 

@@ -478,8 +478,11 @@ def test_init_from_a_folder_or_an_mlflow_run_starts_from_its_policy(finished: Fi
         ('{"agent": "reinforce", "state": null}', "is no policy, or a damaged one"),
         ('{"agent": "reinforce", "state": [1]}', "is no policy, or a damaged one"),
         ('{"agent": "reinforce", "state": {}, "sublayers": 3}', "is no policy, or a damaged one"),
-        ('{"agent": "reinforce", "state": {}}', "its policy is not what agent 'reinforce' writes"),
-        ('{"agent": "reinforce", "state": {"weights": "x", "log_spread": 0}}', "its policy is not what agent"),
+        ('{"agent": "reinforce", "state": {}}', "its policy does not have the form that agent 'reinforce' writes"),
+        (
+            '{"agent": "reinforce", "state": {"weights": "x", "log_spread": 0}}',
+            "its policy does not have the form that agent",
+        ),
     ],
 )
 def test_a_policy_that_cannot_be_taken_up_is_refused_before_anything(
@@ -851,7 +854,7 @@ def test_ctrl_c_saves_what_was_found_and_marks_the_run_killed(
     artifacts = {item.path for item in client(root).list_artifacts(run.info.run_id)}
     out = tmp_path / "out"
     if not saved:
-        assert "interrupted before the first episode had ended" in said
+        assert "interrupted before the first episode ended" in said
         assert not (out / "allocation.json").exists()
         return
     assert {"allocation.json", "policy.json"} <= artifacts

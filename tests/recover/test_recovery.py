@@ -280,7 +280,7 @@ def test_the_same_command_goes_on_and_ends_with_the_same_bits(
     undo = stop(monkeypatch, module, name, call)
     with pytest.raises(KeyboardInterrupt):
         recovered(folder, method, output=tmp_path / "parts", progress=console)
-    assert "the same command goes on from there" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "the same command continues it" in console.file.getvalue()  # type: ignore[attr-defined]
     assert not (tmp_path / "parts").exists()
     assert not [path for path in (tmp_path / "parts.unfinished").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
     undo()
@@ -362,7 +362,7 @@ def test_a_run_that_was_interrupted_while_training_goes_on_with_the_command(
         pipeline.run(config, progress=console)
     undo()
     folder = tmp_path / "out"
-    assert f"go on with: ffgym recover {folder}" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"continue with: ffgym recover {folder}" in console.file.getvalue()  # type: ignore[attr-defined]
     assert (folder / "report.md").exists()
     done = CliRunner().invoke(app, ["recover", str(folder)])
     assert done.exit_code == 0, done.output

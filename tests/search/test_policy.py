@@ -75,7 +75,7 @@ def test_a_policy_for_an_agent_that_takes_up_none_is_refused_and_not_forgotten(t
 )
 def test_a_state_of_another_form_is_said_to_be_one(tmp_path: Path, state: dict[str, Any]) -> None:
     source = policy(tmp_path, state=state)
-    with pytest.raises(ConfigError, match="its policy is not what agent 'picky' writes"):
+    with pytest.raises(ConfigError, match="its policy does not have the form that agent 'picky' writes"):
         make_agent(config("picky", search={"init_from": source}))
 
 

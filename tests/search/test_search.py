@@ -375,7 +375,7 @@ class TestLog:
         agent = OneShot()
         agent.prior_mean = np.zeros(6)
         other = {"seed": 4, "schedule": Schedule(0.3, 2), "agent": agent}[changed]
-        with pytest.raises(DataError, match="is not what this search does"):
+        with pytest.raises(DataError, match="differs from what this search proposes"):
             searched(make_env(sparsity=0.3), log=log, **{changed: other})
         assert log.read_text() == whole[1], "nothing is lost"
 
@@ -383,7 +383,7 @@ class TestLog:
         """Random search draws the same importances whatever the sparsity."""
         log = tmp_path / "other.jsonl"
         searched(make_env(sparsity=0.3), schedule=Schedule(0.3, 2), log=log)
-        with pytest.raises(DataError, match="is not what this search does"):
+        with pytest.raises(DataError, match="differs from what this search proposes"):
             searched(make_env(sparsity=0.4), schedule=Schedule(0.4, 2), log=log)
 
     def test_ctrl_c_while_a_search_is_replayed_hands_over_nothing(self, whole, make_env, tmp_path):
@@ -519,7 +519,7 @@ class TestFront:
     def test_a_log_of_a_single_target_is_refused(self, make_env, tmp_path):
         log = tmp_path / "episodes.jsonl"
         self.fronted(make_env(sparsity=0.2), log=log)
-        with pytest.raises(DataError, match="is not what this search does"):
+        with pytest.raises(DataError, match="differs from what this search proposes"):
             searched(make_env(sparsity=0.2), schedule=Schedule(0.2, 2), log=log)
 
     def test_ctrl_c_says_the_best_at_the_environments_own_target(self, env):
@@ -606,7 +606,7 @@ class TestBrokenAgents:
     @pytest.mark.parametrize(
         ("how", "said"),
         [
-            ("idle", "learn came back without a step"),
+            ("idle", "learn returned without a step"),
             ("silent", "learn never called on_update"),
             ("none", "learn called on_update with NoneType, not an Update"),
             ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
