@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ffgym.evaluation.evaluator import OnProgress, Request
-from ffgym.types import Evaluation
+if TYPE_CHECKING:
+    from ffgym.evaluation.evaluator import OnProgress, Request
+    from ffgym.types import Evaluation
 
 
 class Executor(Protocol):
