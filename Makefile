@@ -1,5 +1,6 @@
 # make run    the demo: search, prune, calibrate, report, save (about 7 minutes on 2 cores with bfloat16 matrix units)
-# make test   every test, the demo model's included
+# make test   every test, the demo model's included; the GGUF tests where llama.cpp is installed
+# make test-gguf  compiles llama.cpp (some minutes, once), then the same
 # make check  what CI asks beyond the tests: ruff, mypy, import-linter
 # make bench  speed figures (never part of the tests)
 # make ui     the MLflow UI on what was tracked
@@ -8,16 +9,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Modules share what they prepare, so each stays in one process. On models this small, threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
-.PHONY: run test check bench ui clean
+.PHONY: run test test-gguf check bench ui clean
 
 run: $(VENV)/.installed
 	$(BIN)/ffgym run --agent reinforce --criterion wanda $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-gguf: $(VENV)/.installed-llama-cpp
+	$(PYTEST) $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -45,7 +51,10 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml plugins/ffgym-magnitude-l2/pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@echo "Compiling llama.cpp for the GGUF tests, some minutes"
-	CMAKE_ARGS="$(LLAMA_CPP)" $(BIN)/python -m pip install --quiet --editable '.[llama-cpp]'
 	$(BIN)/python -m pip install --quiet ./plugins/ffgym-magnitude-l2
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-llama-cpp: $(VENV)/.installed-dev
+	@echo "Compiling llama.cpp for the GGUF tests, some minutes"
+	CMAKE_ARGS="$(LLAMA_CPP)" $(BIN)/python -m pip install --quiet --editable '.[llama-cpp]'
+	touch $@

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from ffgym.data.examples import EncodedExample
     from ffgym.evaluation.evaluator import OnProgress, Request
-    from ffgym.execute import Executor
+    from ffgym.execute.base import Executor
     from ffgym.models.cut import PrunableModel
     from ffgym.types import Evaluation
 

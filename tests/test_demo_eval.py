@@ -18,7 +18,7 @@ from ffgym.models.dequantise import dequantised
 pytest.importorskip("lm_eval")
 
 TASKS = (*PAPER_TASKS, "sciq", "copa", "lambada_openai")
-LIMIT = 4
+LIMIT = 2
 
 
 @pytest.mark.demo

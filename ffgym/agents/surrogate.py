@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
+from scipy.linalg import cholesky, solve_triangular
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel, Matern, WhiteKernel
 
@@ -46,14 +49,8 @@ class Surrogate:
         self._updates = len(rewards)
         updates = np.repeat(np.eye(self._updates), rewards.shape[1], axis=0)
         inputs = np.hstack([updates, points])
-        root = math.sqrt(points.shape[1])
-        fits = (
-            GaussianProcessRegressor(self._kernel(signal, length * root, shared, noise), optimizer=None).fit(
-                inputs, target
-            )
-            for signal, length, shared, noise in itertools.product(SIGNALS, LENGTHS, SHARED, NOISES)
-        )
-        self._process = max(fits, key=lambda fit: float(fit.log_marginal_likelihood_value_))
+        likeliest = max(_likelihoods(points, updates, target), key=itemgetter(1))[0]
+        self._process = GaussianProcessRegressor(self._kernel(*likeliest), optimizer=None).fit(inputs, target)
         kernel = self._process.kernel_
         self.length = float(kernel.k1.k1.k2.kernel.length_scale)
         self.shared, self.noise = float(kernel.k1.k2.k1.constant_value), float(kernel.k2.noise_level)
@@ -94,6 +91,19 @@ class Surrogate:
             covariance = covariance - np.outer(column, column) / (column[pick] + self.noise)
             best = max(best, float(means[pick]))
         return candidates[chosen]
+
+
+def _likelihoods(
+    points: np.ndarray, updates: np.ndarray, target: np.ndarray
+) -> Iterator[tuple[tuple[float, float, float, float], float]]:
+    """Signal, length, shared and noise of every kernel of the grid, with the log-likelihood but for a constant."""
+    levels, identity = updates @ updates.T, np.eye(len(points))
+    for length in np.multiply(LENGTHS, math.sqrt(points.shape[1])).tolist():
+        near = Matern(length_scale=length, nu=2.5)(points)
+        for signal, shared, noise in itertools.product(SIGNALS, SHARED, NOISES):
+            factor = cholesky(signal * near + shared * levels + noise * identity, lower=True, check_finite=False)
+            whitened = solve_triangular(factor, target, lower=True, check_finite=False)
+            yield (signal, length, shared, noise), float(-0.5 * whitened @ whitened - np.log(np.diag(factor)).sum())
 
 
 class OfColumns(Kernel):  # type: ignore[misc]  # scikit-learn has no types

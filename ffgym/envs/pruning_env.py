@@ -20,7 +20,8 @@ from ffgym.data.examples import EncodedExample
 from ffgym.envs.judging import Judgement, judge
 from ffgym.errors import DataError
 from ffgym.evaluation.evaluator import ModelEvaluator, OnProgress, Request
-from ffgym.execute import Executor, LocalExecutor
+from ffgym.execute.base import Executor
+from ffgym.execute.local import LocalExecutor
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.pruning.budget import Budget

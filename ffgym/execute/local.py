@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
-from ffgym.types import Evaluation
+if TYPE_CHECKING:
+    from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
+    from ffgym.types import Evaluation
 
 
 class LocalExecutor:

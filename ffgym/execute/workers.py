@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from typing import Any, Protocol, TextIO, TypeVar, cast
 
-import torch
 from rich.console import Console
 
 from ffgym.errors import FFGymError, WorkerError
@@ -75,6 +74,8 @@ def work(queue: Queue[J], make: Make[J], reporter: Reporter, *, processes: int, 
         KeyboardInterrupt: Ctrl-C; the processes have ended.
     """
     if processes == 1:
+        import torch
+
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:

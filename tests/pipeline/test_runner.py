@@ -40,7 +40,7 @@ from ffgym.errors import (
     UnknownNameError,
 )
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.execute import LocalExecutor
+from ffgym.execute.local import LocalExecutor
 from ffgym.pipeline import compare, configured, pipeline, task
 from ffgym.pipeline.folder import claim_folder
 from ffgym.plugins import built_ins, discovery, manager
