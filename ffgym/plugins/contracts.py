@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
-OUR_DEFECT = "This is a bug in ffgym: please report it, with the command and its output."
+OUR_DEFECT = "This is a bug: please report it to ffgym, with the command and its output."
 THEIR_DEFECT = "The fault is in the plugin, not in ffgym: report it to the package's author."
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
 METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it

@@ -303,7 +303,7 @@ def test_ctrl_c_in_the_terminal_saves_and_exits_130(folder: Path, tmp_path: Path
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, ""), err
-    assert "the same command goes on" in err
+    assert "the same command continues it" in err
     assert "Traceback" not in err
     assert part.exists()
 
