@@ -28,6 +28,11 @@ hypothesis.settings.register_profile("ffgym", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("ffgym")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The demo model's tests take longest: first, so that several workers end at the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("demo") is None)
+
+
 def random_windows(count: int, length: int = 32, seed: int = 0) -> torch.Tensor:
     """Token ids for the tiny models, shape (count, length)."""
     import torch

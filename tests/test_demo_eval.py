@@ -17,7 +17,7 @@ from ffgym.models.dequantise import dequantised
 
 pytest.importorskip("lm_eval")
 
-TASKS = (*PAPER_TASKS, "sciq", "copa", "lambada_openai")
+TASKS = (*PAPER_TASKS, "lambada_openai")
 LIMIT = 2
 
 

@@ -144,13 +144,12 @@ def test_every_public_name_is_there() -> None:
 # help and usage
 
 
-@pytest.mark.parametrize(
-    "command", ["run", "recover", "config", "eval", "export", "measure", "latency", "ls", "plugins", "check-env", "ui"]
-)
-def test_every_command_has_help(command: str) -> None:
-    done = call(command, "--help")
-    assert done.exit_code == 0
-    assert command in call("--help").stdout
+def test_every_command_has_help() -> None:
+    listed = call("--help").stdout
+    commands = "run recover config eval export measure latency ls plugins check-env ui"
+    for command in commands.split():
+        assert call(command, "--help").exit_code == 0
+        assert command in listed
 
 
 def test_help_keeps_the_names_of_tables() -> None:

@@ -229,10 +229,11 @@ def stock_accepts(family, heads, hidden=24, head_dim=8):
 
 class TestLegalShapes:
     @pytest.mark.parametrize("family", TINY_FAMILIES)
-    @pytest.mark.parametrize("heads", range(1, 14))
-    def test_are_those_that_the_stock_classes_take(self, family, heads):
+    def test_are_those_that_the_stock_classes_take(self, family):
         """Hidden size 24, heads of 8 channels: a dense OPT has 3 heads."""
-        assert family_of_type(family).stock.takes(heads, dense_heads=3, hidden=24) == stock_accepts(family, heads)
+        stock, numbers = family_of_type(family).stock, range(1, 14)
+        legal = [heads for heads in numbers if stock.takes(heads, dense_heads=3, hidden=24)]
+        assert legal == [heads for heads in numbers if stock_accepts(family, heads)]
 
     @pytest.mark.parametrize(
         ("family", "grouped", "attention"),

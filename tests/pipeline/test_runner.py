@@ -100,6 +100,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         yield finish(glass_config(folder, tracking=TRACKED))
 
 
+@pytest.fixture(scope="module")
+def finished_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
+    """``finished_with(**changes)``: a run with other settings, the same one for all who ask for the same."""
+    runs: dict[str, Finished] = {}
+
+    def ask(**changes: dict[str, Any]) -> Finished:
+        settings = json.dumps(changes, sort_keys=True)
+        if settings not in runs:
+            runs[settings] = finish(glass_config(tmp_path_factory.mktemp("run"), **changes))
+        return runs[settings]
+
+    return ask
+
+
 @pytest.fixture
 def stop_at(before_episodes: Any) -> Callable[[int], None]:
     """``stop_at(n)``: Ctrl-C before episode n (from 0, over all searches) is recorded."""
@@ -343,16 +357,16 @@ def test_another_seed_is_another_search(finished: Finished, tmp_path: Path) -> N
         {"prune": {"uniform": True}},
         {"prune": {"uniform": True, "calibration": "affine"}},
         {"prune": {"uniform": True, "resource": "macs", "align": 8}},
-        {"output": {"sequential": False}},
+        {"output": {"sequential": False}, "search": {"random_baseline": False}},
         {"criterion": {"name": "random"}, "prior": {"name": "none"}},
         {"schedule": {"sparsity": "cubic", "fidelity": "cubic"}},
     ],
     ids=lambda changes: " ".join(f"{k}={v}" for table in changes.values() for k, v in table.items()),
 )
 def test_every_setting_ends_in_a_model_within_its_budget_that_loads(
-    tmp_path: Path, changes: dict[str, dict[str, Any]]
+    finished_with: Callable[..., Finished], changes: dict[str, dict[str, Any]]
 ) -> None:
-    one = finish(glass_config(tmp_path, **changes))
+    one = finished_with(**changes)
     check_reloaded(one)
     target = one.config.prune.sparsity
     assert one.result.saved is not None
@@ -364,8 +378,8 @@ def test_every_setting_ends_in_a_model_within_its_budget_that_loads(
     assert all(math.isfinite(reward) for reward in rewards)
 
 
-def test_a_uniform_run_ends_in_a_stock_checkpoint(tmp_path: Path) -> None:
-    one = finish(glass_config(tmp_path, prune={"uniform": True}))
+def test_a_uniform_run_ends_in_a_stock_checkpoint(finished_with: Callable[..., Finished]) -> None:
+    one = finished_with(prune={"uniform": True})
     assert list(one.rows) == [
         "dense",
         "uniform + ridge",
@@ -388,9 +402,9 @@ def test_a_uniform_run_ends_in_a_stock_checkpoint(tmp_path: Path) -> None:
     assert "trust_remote_code" not in (one.folder / "model" / "README.md").read_text()
 
 
-def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(tmp_path: Path) -> None:
-    for name, prune in (("uneven", {"calibration": "affine"}), ("stock", {"calibration": "affine", "uniform": True})):
-        one = finish(glass_config(tmp_path / name, prune=prune))
+def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(finished_with: Callable[..., Finished]) -> None:
+    for prune in ({"calibration": "affine"}, {"calibration": "affine", "uniform": True}):
+        one = finished_with(prune=prune)
         assert one.result.saved is not None
         assert one.result.saved.parameters == compare.saved_row(one.result.table).parameters
         plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + affine"]
@@ -405,17 +419,15 @@ def test_a_rule_alone_takes_one_shape_too(tmp_path: Path) -> None:
     assert "shapes" not in one.said
 
 
-def test_a_kv_budget_leaves_the_mlps_whole(tmp_path: Path) -> None:
-    one = finish(glass_config(tmp_path, prune={"resource": "kv", "sparsity": 0.25}, output={"save_model": False}))
+def test_a_kv_budget_leaves_the_mlps_whole(finished_with: Callable[..., Finished]) -> None:
+    one = finished_with(prune={"resource": "kv", "sparsity": 0.25})
     dense, *pruned = one.result.table.rows
-    assert one.result.saved is None
-    assert not (one.folder / "model").exists()
     assert len(set(one.result.found.best.allocation.kept[1::2])) == 1
     assert all(row.values["kv_bytes_per_token"] == 0.75 * dense.values["kv_bytes_per_token"] for row in pruned)
 
 
-def test_without_the_sequential_refit_the_nested_one_is_saved(tmp_path: Path) -> None:
-    one = finish(glass_config(tmp_path, output={"sequential": False}, search={"random_baseline": False}))
+def test_without_the_sequential_refit_the_nested_one_is_saved(finished_with: Callable[..., Finished]) -> None:
+    one = finished_with(output={"sequential": False}, search={"random_baseline": False})
     assert list(one.rows)[-3:] == ["MLPs only, ends spared + ridge", "reinforce, plain", "reinforce + ridge"]
     assert len(one.rows) == 5
     assert not (one.folder / "episodes-random.jsonl").exists()
@@ -425,6 +437,8 @@ def test_without_the_sequential_refit_the_nested_one_is_saved(tmp_path: Path) ->
 def test_every_agent_runs(tmp_path: Path, agent: str) -> None:
     one = finish(glass_config(tmp_path, agent={"name": agent}, output={"save_model": False}))
     assert one.rows[f"{agent} + sequential ridge"].is_found
+    assert one.result.saved is None
+    assert not (one.folder / "model").exists()
     assert any(label.startswith("best of") for label in one.rows) == (agent != "random")
     # The update that crosses the budget is the last: nobody gets more than one update beyond it.
     spent, budget = one.result.found.search_tokens, EPISODES * 2 * WINDOW

@@ -282,7 +282,7 @@ def test_splits_are_dataset_inputs(root):
 
 
 def test_runs_that_start_at_once_share_a_store_that_was_not_there(tmp_path):
-    context, root, together = multiprocessing.get_context("spawn"), tmp_path / "mlruns", 3
+    context, root, together = multiprocessing.get_context("spawn"), tmp_path / "mlruns", 2
     gate, failures = context.Barrier(together), context.Queue()
     processes = [context.Process(target=log_the_same, args=(root, gate, failures)) for _ in range(together)]
     for process in processes:
