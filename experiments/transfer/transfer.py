@@ -33,6 +33,7 @@ from rich.console import Console
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, Table
 from ffgym.config.toml import read_toml
+from ffgym.costs.resource import standard_resources
 from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.errors import ConfigError, DataError, FFGymError
@@ -41,7 +42,7 @@ from ffgym.pipeline import task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
-from ffgym.prepare.parts import CHEAP, budget_in, make_reward, task_examples
+from ffgym.prepare.parts import budget_in, make_reward, task_examples
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 from ffgym.search.loop import search
@@ -151,7 +152,7 @@ class Bench:
         }
         everything = Everything(list(self.rewards.values()), settings.search_examples)
         loaded, env = self.space.loaded, self.space.env
-        priced = CHEAP if "cost" in everything.needs else ()
+        priced = standard_resources() if "cost" in everything.needs else ()
         self.env = PruningEnv(
             env.prunable,
             everything,
