@@ -36,8 +36,10 @@ class Stage:
             self._bars.update(self._task, total=self.total, completed=self.done, note=note)
         elif time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
-            left = (self._last - self._begun) / max(1, self.done) * (self.total - self.done)
-            line = f"{self.label}: {self.done}/{self.total} {note}".rstrip() + f", about {duration(left)} left"
+            line = f"{self.label}: {self.done}/{self.total} {note}".rstrip()
+            if self.done:  # before the first step nobody knows
+                left = (self._last - self._begun) / self.done * (self.total - self.done)
+                line += f", about {duration(left)} left"
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -56,6 +56,14 @@ def test_what_is_left_takes_as_long_as_what_is_done(monkeypatch: pytest.MonkeyPa
     assert "search: 10/40, about 60 s left" in text(out)
 
 
+def test_before_the_first_step_nobody_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+    out = console()
+    with Reporter(out).stage("search", 40) as stage:
+        stage.advance(0, "tokens, 80% of an update")
+    assert text(out).splitlines()[0] == "search: 0/40 tokens, 80% of an update"
+
+
 def test_quick_steps_stay_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1000.0)
     out = console()
