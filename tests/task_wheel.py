@@ -175,7 +175,7 @@ def write_definition(folder: Path, task: str, split: str) -> None:
     from ffgym.measure.task_definitions import _definition_file
 
     data = folder / f"{task}.json"
-    task_data.task_dataset(task, progress=False)[split].to_json(data)
+    task_data.task_dataset(task)[split].to_json(data)
     (folder / f"{task}.yaml").write_text(
         f"include: {_definition_file(task)}\n"
         f"task: {task}_here\n"

@@ -94,7 +94,7 @@ class TestFormats:
             PLAIN.read(tmp_path / place)
         if place != "folder":
             with pytest.raises(ConfigError, match="not a regular file"):
-                read_policy(tmp_path / place, CONFIG)
+                read_policy(tmp_path / place, CONFIG.agent.name)
 
     def test_a_name_that_no_file_can_have_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="cannot be read"):
@@ -193,7 +193,7 @@ def _index(folder: Path) -> Path:
 
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "episodes": (_episodes, read_log),
-    "policy": (_policy, lambda path: read_policy(path, CONFIG)),
+    "policy": (_policy, lambda path: read_policy(path, CONFIG.agent.name)),
     "session": (_session, lambda path: read_record(path.parent)),
     "allocation": (_allocation, BEST_SO_FAR.read),
     "bench cell": (_cell, CELL_RESULT.read),

@@ -41,9 +41,10 @@ from ffgym.errors import (
 )
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.execute.local import LocalExecutor
-from ffgym.pipeline import compare, configured, pipeline, task
+from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.folder import claim_folder
 from ffgym.plugins import built_ins, discovery, manager
+from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
 from ffgym.report.table import Row
 from ffgym.search import log
