@@ -117,7 +117,7 @@ class FinishedRun:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         for model in (self.model, self.recovered_model):
             if model is not None:
-                lines += [f"Load {model.name} with", f"  {load_line(model, stock=self.stock)}"]
+                lines += [f"Load the model in {model.name}/ with", f"  {load_line(model, stock=self.stock)}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
