@@ -1,4 +1,4 @@
-# make run    the demo: search, prune, calibrate, report, save (about 7 minutes on 2 cores with bfloat16 matrix units)
+# make run    the demo: search, prune, calibrate, report, save (about 8 minutes on 2 cores with bfloat16 matrix units)
 # make test   every test, the demo model's included; the GGUF tests where llama.cpp is installed
 # make test-gguf  compiles llama.cpp (some minutes, once), then the same
 # make check  what CI asks beyond the tests: ruff, mypy, import-linter
