@@ -122,6 +122,20 @@ def before_episodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], o
 
 
 @pytest.fixture
+def steps(before_episodes: Any) -> list[int]:
+    """Grows by one with every episode that is measured; Ctrl-C comes when its length passes ``steps[0]``."""
+    seen = [10**6]
+
+    def counted() -> None:
+        if len(seen) > seen[0]:
+            raise KeyboardInterrupt
+        seen.append(len(seen))
+
+    before_episodes(counted)
+    return seen
+
+
+@pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """``install(package, source)``: install plugins as pip would, as a module and its dist-info on sys.path."""
     from ffgym.plugins import discovery

@@ -66,20 +66,6 @@ def call(*files: Path, **options: Any) -> tuple[list[BenchTable], str]:
     return tables, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def steps(before_episodes: Any) -> list[int]:
-    """Grows by one with every episode that is measured; with a limit in front, Ctrl-C comes there: ``steps[0] = n``."""
-    seen = [10**6]
-
-    def counted() -> None:
-        if len(seen) > seen[0]:
-            raise KeyboardInterrupt
-        seen.append(len(seen))
-
-    before_episodes(counted)
-    return seen
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, BenchTable, str]]:
     """A bench that ran through, tracked: its file, table and progress."""

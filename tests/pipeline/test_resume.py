@@ -58,20 +58,6 @@ def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResul
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def steps(before_episodes: Any) -> list[int]:
-    """Grows by one with every episode that is measured; Ctrl-C comes when its length passes ``steps[0]``."""
-    seen = [10**6]
-
-    def counted() -> None:
-        if len(seen) > seen[0]:
-            raise KeyboardInterrupt
-        seen.append(len(seen))
-
-    before_episodes(counted)
-    return seen
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a run that nobody interrupted."""
