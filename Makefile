@@ -1,6 +1,7 @@
 # make run    the demo: search, prune, calibrate, report, save (about 8 minutes on 2 cores with bfloat16 matrix units)
-# make test   every test, the demo model's included; the GGUF tests where llama.cpp is installed
-# make test-gguf  compiles llama.cpp (some minutes, once), then the same
+# make test   the tests, the demo model's included; the GGUF tests where llama.cpp is installed
+# make test-browser  the pages in Chromium (Debian: apt-get install chromium)
+# make test-all   compiles llama.cpp (some minutes, once), then every test
 # make check  what CI asks beyond the tests: ruff, mypy, import-linter
 # make bench  speed figures (never part of the tests)
 # make ui     the MLflow UI on what was tracked
@@ -14,15 +15,18 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
-.PHONY: run test test-gguf check bench ui clean
+.PHONY: run test test-browser test-all check bench ui clean
 
 run: $(VENV)/.installed
 	$(BIN)/ffgym run --agent reinforce --criterion wanda $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not browser" $(ARGS)
 
-test-gguf: $(VENV)/.installed-llama-cpp
+test-browser: $(VENV)/.installed-dev
+	$(PYTEST) -m browser $(ARGS)
+
+test-all: $(VENV)/.installed-llama-cpp
 	$(PYTEST) $(ARGS)
 
 check: $(VENV)/.installed-dev
