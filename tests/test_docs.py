@@ -380,10 +380,17 @@ def test_python_examples_run(tiny_run, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
     exec(compile(python_program(text("docs/python.md")), "docs/python.md", "exec"), namespace)
-    assert namespace["info"]["kept"].tolist() == namespace["kept"]
-    assert (tmp_path / "my-pruned-model" / "model.safetensors").is_file()
     assert namespace["result"].saved.path.is_dir()
     assert "reinforce" in capsys.readouterr().out
+
+
+def test_environment_recipes_run(tiny_run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
+    exec(compile(python_program(text("docs/environments.md")), "docs/environments.md", "exec"), namespace)
+    assert len(namespace["study"].trials) == 8
+    assert namespace["log_std"].grad is not None
+    assert (tmp_path / "my-pruned-model" / "model.safetensors").is_file()
 
 
 def test_readme_python_examples_run(tiny_run, tmp_path, monkeypatch) -> None:

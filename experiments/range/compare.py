@@ -32,8 +32,9 @@ from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.files import FileFormat
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.task import give_prior, make_schedule, open_task, report_loss, search_settings, with_config
+from ffgym.pipeline.task import give_prior, open_task, report_loss, search_settings, with_config
 from ffgym.prepare import configured
+from ffgym.prepare.parts import make_schedule
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
 from ffgym.search.loop import search_front

@@ -42,7 +42,7 @@ from ffgym.pipeline import task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
-from ffgym.prepare.parts import budget_in, make_reward, task_examples
+from ffgym.prepare.parts import budget_in, make_reward, make_schedule, task_examples
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 from ffgym.search.loop import search
@@ -248,7 +248,7 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
                 space.env,
                 agent,
                 task.search_settings(config),
-                task.make_schedule(config, space.env),
+                make_schedule(config, space.env),
                 seed=seed,
                 log=log,
                 on_episode=lambda e: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),

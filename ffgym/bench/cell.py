@@ -28,9 +28,10 @@ from ffgym.files import FileFormat, disk_errors, exclusive_lock, write_text
 from ffgym.interrupts import held_back_interrupts
 from ffgym.pipeline.agent import make_agent, policy_digest
 from ffgym.pipeline.artifacts import log_splits, run_tags
-from ffgym.pipeline.task import Task, give_prior, make_schedule, open_task, report_loss, search_settings, with_config
+from ffgym.pipeline.task import Task, give_prior, open_task, report_loss, search_settings, with_config
 from ffgym.plugins.bases import Agent
 from ffgym.prepare import configured
+from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import finalists
 from ffgym.search.loop import SearchResult, search

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import LORA_OPTIONS, METHODS_WITH_LORA_OPTIONS, PluginTable, RunConfig, table_model
@@ -37,7 +37,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
     """
-    command_line = _merged(parsed_overrides(overrides), _given(values))
+    command_line = _merged(parsed_overrides(overrides), _given(values, RunConfig))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
     for table in PLUGIN_TABLES:
         file = without_foreign_options(file, command_line, table)
@@ -174,10 +174,17 @@ def _parse_literal(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _given(values: Mapping[str, Any]) -> JSONDict:
-    """Drop what is ``None`` at any depth: the caller did not give it."""
-    given = {key: _given(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    return {key: value for key, value in given.items() if value is not None and value != {}}
+def _given(values: Mapping[str, Any], table: type[BaseModel]) -> JSONDict:
+    """Drop ``None``, which the caller did not give, unless the table has no such key: that shall be refused."""
+    given: JSONDict = {}
+    for key, value in values.items():
+        is_known = key in table.model_fields or issubclass(table, PluginTable)
+        if isinstance(value, Mapping):
+            is_table = is_known and table is RunConfig and key != "seed"
+            value = _given(value, table_model(key) if is_table else PluginTable)
+        if not is_known or (value is not None and value != {}):
+            given[key] = value
+    return given
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:

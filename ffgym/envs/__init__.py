@@ -14,4 +14,8 @@ __all__ = ["PruningEnv", "PruningVectorEnv", "Schedule", "Stage"]
 ENV_ID = "ffgym/Pruning-v0"
 
 if ENV_ID not in registry:
-    register(id=ENV_ID, entry_point="ffgym.prepare.parts:make_pruning_env", order_enforce=True)
+    register(
+        id=ENV_ID,
+        entry_point="ffgym.prepare.parts:make_pruning_env",
+        vector_entry_point="ffgym.prepare.parts:make_pruning_vector_env",
+    )

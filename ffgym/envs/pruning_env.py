@@ -15,22 +15,25 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
 from ffgym.envs.judging import Judgement, judge
-from ffgym.errors import DataError
+from ffgym.errors import DataError, UnknownNameError
 from ffgym.evaluation.evaluator import ModelEvaluator, OnProgress, Request
 from ffgym.execute.base import Executor
 from ffgym.execute.local import LocalExecutor
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.pruning.budget import Budget
+from ffgym.report.figures import draw_units_kept
 from ffgym.types import Allocation, Evaluation
 
 Info = dict[str, Any]
 
 MEASURED = frozenset({"kl", "reverse_kl", "accuracy"})  # what rewards need of the model; costs follow from what is kept
 OBJECTIVE = "objective/"  # prefix of the info's keys
+RESET_OPTIONS = ("sparsity", "subset", "examples", "slopes")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite) and, where the reward weighs
     objectives and the episode did not fail, ``objective/NAME`` for each.
 
+    With ``render_mode = "rgb_array"``, ``render`` draws what the last episode kept.
+
     Args:
         prunable: the prepared model.
         reward: judges an episode.
@@ -103,7 +108,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         executor: has allocations measured; one in this process where left out.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012 - Gymnasium's own declaration
 
     def __init__(
         self,
@@ -149,6 +154,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._examples: tuple[int, ...] = ()
         self._slopes = False
         self._objectives: tuple[str, ...] | None = None
+        self._last: tuple[Allocation, float | None] = budget.allocation(self.dense_units), None
 
     @property
     def window_tokens(self) -> int:
@@ -180,9 +186,13 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         Raises:
             BudgetError: a sparsity out of reach.
             DataError: a subset that is empty, or names windows that are not there; examples that are not there.
+            UnknownNameError: an option that does not exist.
         """
-        super().reset(seed=seed)
         options = options or {}
+        for option in options:
+            if option not in RESET_OPTIONS:
+                raise UnknownNameError("reset option", option, RESET_OPTIONS)
+        super().reset(seed=seed)
         self._target = float(options.get("sparsity", self.sparsity))
         self.budget.check(self._target)
         subset: Sequence[int] | None = options.get("subset")
@@ -222,10 +232,17 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.array([self._target, fidelity], dtype=np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, Info]:
-        """Prune as the action says, measure, put the dense model back."""
+        """Prune as the action says, measure, put the dense model back.
+
+        Raises:
+            ResetNeeded: before the first ``reset``.
+        """
+        if not self._subset:
+            raise ResetNeeded("Cannot call env.step() before calling env.reset()")
         allocation = self.budget.project(action, self._target)
         trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
         (outcome,) = self.outcomes([trial])
+        self._last = allocation, outcome.judgement.reward
         info: Info = {
             "kept": np.array(allocation.kept, dtype=np.int64),
             "sparsity": allocation.sparsity,
@@ -238,6 +255,23 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if outcome.slopes is not None:
             info |= {"slopes": outcome.slopes, "slope_tokens": outcome.slope_tokens}
         return self.observation(), outcome.judgement.reward, True, False, info
+
+    def render(self) -> np.ndarray | None:
+        """Draw what the last episode kept of every sublayer, or the dense model before the first.
+
+        Returns:
+            shape (height, width, 3), uint8; ``None`` without a render mode.
+        """
+        return self.picture(*self._last) if self.render_mode == "rgb_array" else None
+
+    def picture(self, allocation: Allocation, reward: float | None = None) -> np.ndarray:
+        """An allocation and its reward as a picture, shape (height, width, 3), uint8."""
+        title = f"{allocation.sparsity:.1%} sparsity ({allocation.resource})"
+        title = title if reward is None else f"Reward {reward:.4g} at {title}"
+        figure = draw_units_kept(self.budget.sublayers, {"kept": allocation}, title)
+        canvas: Any = figure.canvas
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def outcomes(self, trials: Sequence[Trial], on_progress: OnProgress | None = None) -> Iterator[Outcome]:
         """Measure all trials at once, then judge one after another.

@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.envs.schedule import Schedule, Stage, stratified
-from ffgym.errors import DataError
+from ffgym.errors import DataError, UnknownNameError
 from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.contracts import check_actions
 from ffgym.types import Allocation, Episode
@@ -38,7 +39,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         env: the stationary task.
         schedule: sparsity and fidelity over the token budget.
         num_envs: episodes per update.
-        token_budget: tokens that the search may evaluate; the update that crosses it is the last.
+        token_budget: tokens that the search may evaluate; the schedule's ramps are shares of it.
         on_episode: called after every episode, when its update has been measured.
         on_progress: called with the share of an update that has been measured, from 0 to 1.
         slope_episodes: of how many episodes of every update, the first ones, slopes are measured too; ``final_info``
@@ -71,7 +72,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.slope_episodes = slope_episodes
         self.history: list[Episode] = []
         self.tokens_spent = 0
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.render_mode = env.render_mode
         self.single_action_space = env.action_space
         self.single_observation_space = env.observation_space
         self.action_space = batch_space(env.action_space, num_envs)
@@ -102,7 +104,12 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Begin an update: draw its subset. The seed fixes every subset that follows, and every target of a range.
 
         Of a list of seeds the first one counts: all actions of an update are measured on one subset.
+
+        Raises:
+            UnknownNameError: any option: the schedule sets what an update is measured at.
         """
+        for option in options or {}:
+            raise UnknownNameError("reset option of the vector environment", option, ())
         first = seed if seed is None or isinstance(seed, SupportsIndex) else seed[0]
         super().reset(seed=None if first is None else operator.index(first))
         if self.schedule.low is not None:
@@ -114,16 +121,19 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
         Raises:
             ValueError: actions of another shape, not finite, or outside [-1, 1].
-            RuntimeError: before ``reset``, or when no tokens are left.
+            ResetNeeded: before ``reset``.
         """
         if not self._subset:
-            raise RuntimeError("step before reset: call env.reset(seed=seed) first")
-        if self.tokens_left == 0:
-            raise RuntimeError(
-                f"step after all {self.token_budget:,} tokens were spent: stop when env.tokens_left is 0"
-            )
+            raise ResetNeeded("Cannot call env.step() before calling env.reset()")
         actions = check_actions(actions, (self.num_envs, len(self.env.budget.sublayers)))
         return self.measure(actions)
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """Draw what every episode of the last update kept; see `PruningEnv.render`."""
+        if self.render_mode != "rgb_array":
+            return None
+        last = self.history[-self.num_envs :]
+        return tuple(self.env.picture(self.env.budget.allocation(e.kept), e.reward) for e in last)
 
     def measure(self, actions: np.ndarray) -> Step:
         """Do what :meth:`step` does once it has checked: what is raised here is not the agent's doing."""

@@ -10,9 +10,10 @@ from ffgym.config.tables import RunConfig
 from ffgym.files import write_text
 from ffgym.pipeline.artifacts import log_splits, run_tags, write_found
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.task import Task, give_prior, make_schedule, search_settings
+from ffgym.pipeline.task import Task, give_prior, search_settings
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
+from ffgym.prepare.parts import make_schedule
 from ffgym.search.log import read_episodes
 from ffgym.search.loop import SearchInterrupted, SearchResult, search_front
 from ffgym.types import Episode, Update

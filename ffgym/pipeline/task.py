@@ -19,7 +19,6 @@ from ffgym.costs.resource import Costs, Measurement
 from ffgym.costs.size import SizeMeter
 from ffgym.data.splits import Splits
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.loading import LoadedModel
@@ -186,21 +185,6 @@ def search_settings(config: RunConfig) -> SearchSettings:
     """How long a run searches, and how its finals choose."""
     table = config.search
     return SearchSettings(table.episodes, table.episodes_per_update, table.finalists, table.final_tokens)
-
-
-def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
-    """The ramps of a run."""
-    table = config.schedule
-    low, high = config.prune.ends
-    return Schedule(
-        target=high,
-        windows=env.episode_windows,
-        start=table.sparsity_start,
-        sparsity=table.sparsity,
-        fidelity=table.fidelity,
-        ramp_share=table.ramp_share,
-        low=low if config.prune.is_range else None,
-    )
 
 
 @contextmanager

@@ -24,7 +24,9 @@ from ffgym.data.corpora import Role
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.errors import ConfigError
+from ffgym.envs.schedule import Schedule
+from ffgym.envs.vector import PruningVectorEnv
+from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.plugins import manager
@@ -257,34 +259,77 @@ def build_env(
     )
 
 
+def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
+    """The ramps of a run."""
+    table = config.schedule
+    low, high = config.prune.ends
+    return Schedule(
+        target=high,
+        windows=env.episode_windows,
+        start=table.sparsity_start,
+        sparsity=table.sparsity,
+        fidelity=table.fidelity,
+        ramp_share=table.ramp_share,
+        low=low if config.prune.is_range else None,
+    )
+
+
 def task_examples(tasks: Sequence[str], loaded: LoadedModel) -> list[EncodedExample]:
     """All examples of some tasks that a search may be rewarded on, as token ids, task after task."""
     limit = loaded.context_limit
     return [encode(e, loaded.tokenizer, context_limit=limit) for task in tasks for e in search_examples(task)]
 
 
-def make_pruning_env(config: RunConfig | dict[str, Any] | None = None, **tables: Any) -> PruningEnv:
+def make_pruning_env(
+    config: RunConfig | dict[str, Any] | None = None, *, render_mode: str | None = None, **tables: Any
+) -> PruningEnv:
     """Build the environment from plain data.
 
     Args:
         config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
+        render_mode: ``"rgb_array"``, or ``None`` for no pictures.
         tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not beside a ``RunConfig``.
 
     Raises:
-        FFGymError: an unknown table, key or plugin, an impossible value, a model or text that does not load.
+        FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
+            load.
     """
-    if config is None or isinstance(config, dict):
-        config = load_config(**{**(config or {}), **tables})
-    elif tables:
-        raise ConfigError(
-            f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
-            hint="Give load_config() all tables, or leave config out and give them here.",
-        )
+    config = _resolved(config, tables)
+    if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
+        raise UnknownNameError("render mode", str(render_mode), modes)
     make_reward(config)
     loaded, splits = load_parts(config)
     budget = make_budget(config, loaded.model)
     prepared = prepare_model(config, loaded, splits.calibration.windows)
-    return build_env(config, prepared, splits.search.windows, budget, loaded=loaded)
+    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded)
+    env.render_mode = render_mode
+    return env
+
+
+def make_pruning_vector_env(
+    num_envs: int, config: RunConfig | dict[str, Any] | None = None, *, render_mode: str | None = None, **tables: Any
+) -> PruningVectorEnv:
+    """Build the vector environment: ``num_envs`` episodes a step, measured on the same text by one model.
+
+    What ``gymnasium.make_vec("ffgym/Pruning-v0", ...)`` calls. Its token budget is that of a run, ``search.episodes``
+    full episodes: ramps follow it, ``tokens_left`` counts it, and nothing ends when it is spent.
+    The arguments and errors are those of `make_pruning_env`.
+    """
+    config = _resolved(config, tables)
+    env = make_pruning_env(config, render_mode=render_mode)
+    budget = config.search.episodes * env.episode_windows * env.window_tokens
+    return PruningVectorEnv(env, make_schedule(config, env), num_envs=num_envs, token_budget=budget)
+
+
+def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any]) -> RunConfig:
+    if config is None or isinstance(config, dict):
+        return load_config(**{**(config or {}), **tables})
+    if tables:
+        raise ConfigError(
+            f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
+            hint="Give load_config() all tables, or leave config out and give them here.",
+        )
+    return config
 
 
 def shrunk(config: RunConfig) -> RunConfig:

@@ -37,19 +37,25 @@ UNIT_NAMES: dict[Kind, tuple[str, str]] = {
 
 
 def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], path: Path) -> None:
+    """Write the picture of what a run found: see `draw_units_kept`.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    found = next(iter(allocations.values()))
+    save_figure(draw_units_kept(sublayers, allocations, _kept_title(sublayers, found)), path)
+
+
+def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], title: str) -> Figure:
     """Draw the share of its units that every sublayer keeps, over depth; attention and MLP in a panel each.
 
     Args:
         sublayers: 2L sublayers, in the order of ``Allocation.kept``.
         allocations: by label; the first is the found one and drawn as bars, the others as lines for reference.
-        path: the PNG to write.
-
-    Raises:
-        OutputError: the picture cannot be written.
+        title: of the picture.
     """
     figure = new_figure(width=9.0, height=5.2)
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
-    found = next(iter(allocations.values()))
     kinds: tuple[Kind, ...] = ("attention", "mlp")
     for axes, kind in zip(panels, kinds, strict=True):
         indices = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
@@ -78,8 +84,8 @@ def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, A
     handles, labels = panels[0].get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
     _legend(figure, {label: by_label[label] for label in allocations})
-    figure.suptitle(_kept_title(sublayers, found), x=0.01, ha="left", fontsize=12, fontweight="bold")
-    save_figure(figure, path)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
 
 
 def _unit_count(sublayers: Sequence[Sublayer], indices: Sequence[int]) -> str:

@@ -244,7 +244,14 @@ def _not_the_agents() -> Iterator[None]:
 
 
 class _SearchEnv(PruningVectorEnv):
-    """The vector environment that the agent of a search sees."""
+    """The vector environment that the agent of a search sees; the update that crosses the token budget is the last."""
+
+    def step(self, actions: np.ndarray) -> Step:
+        if self.tokens_left == 0:
+            raise RuntimeError(
+                f"step after all {self.token_budget:,} tokens were spent: stop when env.tokens_left is 0"
+            )
+        return super().step(actions)
 
     def measure(self, actions: np.ndarray) -> Step:
         with _not_the_agents():

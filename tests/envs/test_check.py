@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 import ffgym.envs
 from ffgym.config.tables import RunConfig
 from ffgym.criteria.wanda import Wanda
 from ffgym.envs.check import complaints
 from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.vector import PruningVectorEnv
+from ffgym.errors import FFGymError
 from ffgym.prepare.parts import make_pruning_env, shrunk
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+SHORT = {"episode_tokens": 64, "final_tokens": 64}
 
 
 def tiny_env(family):
@@ -81,3 +91,55 @@ def test_gymnasium_makes_the_environment_by_name(tiny_run):
     env.reset(seed=0)
     assert env.step(action)[1] == reward, "the same seed and action give the same bits"
     env.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"foo": {}}, "unknown table or key 'foo'"),
+        ({"prnue": {"sparsity": 0.3}}, "Did you mean 'prune'"),
+        ({"prune": {"sparsty": None}}, "Did you mean 'sparsity'"),
+        ({"render_mode": "rgb_arry"}, "Did you mean 'rgb_array'"),
+    ],
+)
+@pytest.mark.parametrize("make", [gymnasium.make, gymnasium.make_vec])
+def test_what_make_does_not_know_is_refused(make, options, said):
+    with pytest.raises(FFGymError, match=re.escape(said)):
+        make(ffgym.envs.ENV_ID, **options)
+
+
+def test_make_vec_makes_one_model_with_shared_text_and_loses_no_step(tiny_run):
+    envs = gymnasium.make_vec(ffgym.envs.ENV_ID, num_envs=3, render_mode="rgb_array", **tiny_run)
+    assert isinstance(envs, PruningVectorEnv)
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(envs)
+    envs.reset(seed=0)
+    actions = np.zeros(envs.action_space.shape, np.float32)
+    for _ in range(2):
+        _, rewards, terminated, _, infos = envs.step(actions)
+        assert terminated.all()
+        assert (rewards == rewards[0]).all(), "the same action on the same text"
+        assert rewards[0] > 0
+        np.testing.assert_array_equal(infos["episode"]["r"], rewards)
+    assert len(envs.render()) == 3
+
+
+def test_the_token_budget_ends_nothing(tiny_run):
+    envs = gymnasium.make_vec(ffgym.envs.ENV_ID, num_envs=2, **{**tiny_run, "search": {"episodes": 2, **SHORT}})
+    envs.reset(seed=0)
+    actions = np.zeros(envs.action_space.shape, np.float32)
+    envs.step(actions)
+    assert envs.tokens_left == 0
+    assert envs.step(actions)[1].shape == (2,)
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
+def test_stable_baselines3_makes_its_own_vector_environment(tiny_run, vec_env_cls):
+    count = 2 if vec_env_cls is DummyVecEnv else 1  # each process imports torch
+    name = f"ffgym.envs:{ffgym.envs.ENV_ID}"  # also where a process has not imported ffgym
+    envs = make_vec_env(name, n_envs=count, env_kwargs=tiny_run, vec_env_cls=vec_env_cls)
+    try:
+        PPO("MlpPolicy", envs, n_steps=2, batch_size=2, seed=0, device="cpu").learn(4)
+        assert envs.render().shape[2] == 3
+    finally:
+        envs.close()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.error import ResetNeeded
 
 import ffgym
-from ffgym.errors import BudgetError, DataError, ModelError, PluginError
+from ffgym.errors import BudgetError, DataError, ModelError, PluginError, UnknownNameError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.cut import PrunableModel
 from ffgym.pruning.calibration import PlainPath
@@ -62,6 +63,28 @@ def test_a_step_ends_the_episode_in_plain_python(env):
     assert set(info) == {"kept", "sparsity", "loss", "dense_loss", "tokens", "failed"}
     assert all(isinstance(value, int | float | np.ndarray) for value in info.values())
     assert info["kept"].dtype == np.int64
+
+
+def test_a_step_before_reset_is_gymnasiums_error(env):
+    with pytest.raises(ResetNeeded):
+        env.step(ACTION)
+
+
+def test_an_unknown_option_of_reset_is_refused_with_the_nearest(env):
+    with pytest.raises(UnknownNameError, match=r"unknown reset option 'sparsty'\n  Did you mean 'sparsity'\?"):
+        env.reset(options={"sparsty": 0.2})
+
+
+def test_draws_what_the_last_episode_kept(env):
+    env.reset(seed=0)
+    assert env.render() is None, "nobody asked for pictures"
+    env.render_mode = "rgb_array"
+    dense = env.render()
+    env.step(ACTION)
+    picture = env.render()
+    assert (picture.dtype, picture.ndim, picture.shape[2]) == (np.uint8, 3, 3)
+    assert not np.array_equal(picture, dense)
+    np.testing.assert_array_equal(picture, env.render())
 
 
 def test_the_reward_is_what_it_should_be(env):

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from measured_alone import Recording
 
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import DataError
+from ffgym.errors import DataError, UnknownNameError
 from ffgym.plugins.bases import BatchAgent
 from ffgym.testing.toys import SeparableEnv
 
@@ -60,6 +61,28 @@ def test_spaces_and_autoreset(env):
     observations, infos = vector.reset(seed=0)
     assert observations in vector.observation_space
     assert infos == {}
+
+
+def test_a_step_before_reset_is_gymnasiums_error(env):
+    with pytest.raises(ResetNeeded):
+        vector_of(env).step(np.zeros((3, 6), np.float32))
+
+
+def test_reset_takes_no_options(env):
+    with pytest.raises(UnknownNameError, match="unknown reset option of the vector environment 'sparsity'"):
+        vector_of(env).reset(options={"sparsity": 0.2})
+
+
+def test_draws_every_episode_of_the_last_update(env):
+    env.render_mode = "rgb_array"
+    vector = vector_of(env)
+    vector.reset(seed=0)
+    actions = np.zeros((3, 6), np.float32)
+    actions[1:, 1] = 1
+    vector.step(actions)
+    first, second, third = vector.render()
+    assert not np.array_equal(first, second)
+    assert np.array_equal(second, third)
 
 
 def test_a_step_says_what_came_of_it_in_final_info(env):

@@ -592,7 +592,7 @@ class TestBrokenAgents:
             ("nan", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is nan"),
             ("nothing", r"searching: ValueError: actions have shape \(\)"),
             ("bug", "searching: ZeroDivisionError"),
-            ("no reset", r"searching: RuntimeError: step before reset: call env\.reset\(seed=seed\) first"),
+            ("no reset", r"searching: ResetNeeded: Cannot call env\.step\(\) before calling env\.reset\(\)"),
             (
                 "greedy",
                 r"searching: RuntimeError: step after all 768 tokens were spent: stop when env\.tokens_left is 0",
