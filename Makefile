@@ -3,6 +3,7 @@
 # make test-browser  the pages in Chromium (Debian: apt-get install chromium)
 # make test-all   compiles llama.cpp (some minutes, once), then every test
 # make check  what CI asks beyond the tests: ruff, mypy, import-linter
+# make docs   the documentation as a site, in site/; a warning is an error
 # make bench  speed figures (never part of the tests)
 # make ui     the MLflow UI on what was tracked
 
@@ -15,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
-.PHONY: run test test-browser test-all check bench ui clean
+.PHONY: run test test-browser test-all check docs bench ui clean
 
 run: $(VENV)/.installed
 	$(BIN)/ffgym run --agent reinforce --criterion wanda $(ARGS)
@@ -34,6 +35,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/.installed
 	$(BIN)/python experiments/speed/episode.py

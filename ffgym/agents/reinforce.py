@@ -1,4 +1,4 @@
-"""One-step REINFORCE over importances: our own, and what ffgym exists for (arXiv 2511.18977; docs/design.md).
+"""One-step REINFORCE over importances: our own, and what ffgym exists for (arXiv 2511.18977; docs/mathematics.md).
 
 The problem: maximise J = E_{a ~ N(mu(p), s^2 C)}[R(a)] over mu and s, where an episode is one action a (2L importances)
 and one reward, p is the target sparsity, and C says how noise is shared over depth. No discount, no bootstrapping.

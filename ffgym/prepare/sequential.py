@@ -1,4 +1,4 @@
-"""Calibrate a cut model layer by layer, on what the pruned layers before really pass on (docs/design.md).
+"""Calibrate a cut model layer by layer, on what the pruned layers before really pass on (docs/mathematics.md).
 
 Two streams of hidden states walk through one model: the dense one gives the targets, the pruned one the inputs.
 """

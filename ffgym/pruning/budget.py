@@ -1,4 +1,4 @@
-"""From importances to an exact budget (docs/design.md, The budget), decoupled from whatever proposes the importances.
+"""From importances to an exact budget (docs/mathematics.md, The budget), whoever proposes the importances.
 
 Importance a maps to the wanted keep ratio r = (a + 1) / 2. As one shift nu rises, sublayer i reaches its level s as
 soon as r_i + nu is nearer to that level's keep ratio than to the one below, that is at time t_i(s) = (ratio_i(s) +

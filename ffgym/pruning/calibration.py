@@ -1,4 +1,4 @@
-"""Refit the consumer after units went: nested ridge for every level from one factorisation (docs/design.md).
+"""Refit the consumer after units went: nested ridge for every level from one factorisation (docs/mathematics.md).
 
 The problem, for a consumer W (m x n) whose channels stand in path order, inputs x with second moment G = E[x x^T], the
 first k channels kept (K) and the rest dropped (P), l = lambda * mean(diag G):

@@ -1,4 +1,4 @@
-"""From scores to the pruning path's order: which unit goes first (docs/design.md, One order, every level).
+"""From scores to the pruning path's order: which unit goes first (docs/mathematics.md, One order, every level).
 
 Units are sorted once, from most to least important. After the weights are permuted in that order, "keep k units" means
 "keep the first k".

@@ -1,4 +1,4 @@
-"""Which levels a rising shift nu grants within a budget, without visiting every level (docs/design.md, The budget).
+"""Which levels a rising shift nu grants within a budget, not visiting every level (docs/mathematics.md, The budget).
 
 The problem: level s of ladder i is reached at the time t_i(s) = (ratio_i(s) + ratio_i(s - 1)) / 2 - r_i. Levels are
 granted in the order of these times while the budget lasts. A level that does not fit closes its ladder, and the others
