@@ -21,11 +21,12 @@ from ffgym.bench.checks import check_benches, unanswered
 from ffgym.bench.file import Bench, read_bench
 from ffgym.bench.queue import compute
 from ffgym.bench.table import BenchTable, CellResult, bench_figure, bench_table, markdown
-from ffgym.config.toml import CONFIGURATION
+from ffgym.config.toml import CONFIGURATION, flatten
 from ffgym.files import disk_errors, write_text
 from ffgym.pipeline.agent import make_agent
 from ffgym.report.progress import Reporter
 from ffgym.tracking.tracker import Tracker
+from ffgym.types import JSONDict
 
 
 def bench(
@@ -130,11 +131,18 @@ def _open_runs(
         if each.file in runs or (each.file not in computing and earlier is None):
             continue
         run = Tracker(tracking.folder, tracking.experiment, each.spec.title, tracking.enabled, resume=earlier)
-        stack.enter_context(run).log_config(each.spec.model_dump(mode="json"), CONFIGURATION.text(each.file))
+        stack.enter_context(run).log_config(_shared(each), CONFIGURATION.text(each.file))
         if run.run_id is not None:
             write_text(note, run.run_id)
         runs[each.file] = run
     return runs
+
+
+def _shared(bench: Bench) -> JSONDict:
+    """The settings that all cells of a bench have in common, and which agents and seeds it has."""
+    first, *others = (flatten(cell.config.model_dump(mode="json")) for cell in bench.cells)
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return shared | {"agent.name": ", ".join(bench.spec.agents), "seed": ", ".join(map(str, bench.spec.seeds))}
 
 
 def _parent_note(bench: Bench) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import finalists
 from ffgym.search.loop import SearchResult, search
+from ffgym.tracking.names import Result
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Allocation, Episode, JSONDict, Update
 
@@ -158,9 +160,9 @@ class CellRunner:
             found = self._search(cell, task, agent, log, tracker, watch)
             watch.end()
             result = self._result(cell, task, found, watch.noted)
-            tracker.log_metrics([("report/perplexity", result.final.perplexity, 0)])
+            tracker.log_result(_tracked(result, task, found))
             # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
-            tracker.log_metrics([("report/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
+            tracker.log_metrics([("search/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
             # Once its file is there, nobody comes back to a cell to end its run.
             ending.enter_context(held_back_interrupts(first_only=True))
             write_result(cell.path, result)
@@ -175,11 +177,14 @@ class CellRunner:
 
             def on_episode(episode: Episode) -> None:
                 watch.episode(episode)
+                tracker.log_episode(episode)
                 stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
 
             def on_update(episodes: Sequence[Episode], update: Update) -> None:
                 watch.update()
-                tracker.log_episodes(episodes, update.diagnostics)
+                tracker.log_curves(
+                    {f"search/{name}": value for name, value in update.diagnostics.items()}, episodes[-1].index
+                )
 
             return search(
                 task.env,
@@ -240,6 +245,19 @@ class CellRunner:
                 "final": {**final, "origin": found.best.origin},
             }
         )
+
+
+def _tracked(result: CellResult, task: Task, found: SearchResult) -> Result:
+    """What MLflow calls the result of the cell."""
+    return Result(
+        perplexity=result.final.perplexity,
+        dense_perplexity=math.exp(min(result.dense_loss, 700)),
+        sparsity=result.final.sparsity,
+        params=task.sizes(result.final.kept)["params"],
+        search_tokens=result.search_tokens,
+        seconds=result.seconds,
+        accuracy=found.best.objectives.get("accuracy"),
+    )
 
 
 def _measured_digest(task: Task) -> str | None:

@@ -48,6 +48,7 @@ SetOption = Annotated[
 ]
 OverwriteFileOption = Annotated[bool, typer.Option("--overwrite", help="replace FILE if it exists")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON to stdout and nothing else")]
+RootOption = Annotated[str, typer.Option("--root", metavar="DIR", help="folder of the MLflow store")]
 
 
 def key_option(flag: str, key: str, **settings: Any) -> Any:

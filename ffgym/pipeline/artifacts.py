@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ffgym.config.tables import RunConfig
 from ffgym.data.splits import Splits
 from ffgym.files import write_text
 from ffgym.pipeline.task import Task
@@ -21,11 +22,12 @@ from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.layout import finite
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
-from ffgym.report.table import ReportTable
+from ffgym.report.table import ReportTable, Row
 from ffgym.search.finals import finals_examples, finals_windows
 from ffgym.search.loop import SearchResult
 from ffgym.search.policy import policy_text
-from ffgym.tracking.tracker import Tracker, environment_tags, slug
+from ffgym.tracking.names import Result, parameters
+from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Allocation, Episode, JSONDict
 
 
@@ -122,18 +124,30 @@ def write_pictures(
     reward_figure(histories, folder / "reward.png")
 
 
-def write_front(tracker: Tracker, front: Front, folder: Path) -> None:
-    """Write a front down; in MLflow the target in percent is the step."""
+def tracked_result(row: Row, dense: Row, found: SearchResult) -> Result:
+    """What MLflow calls the result: a row of the table, and what the search for it took."""
+    return Result(
+        perplexity=row.perplexity,
+        dense_perplexity=dense.perplexity,
+        sparsity=row.sparsity_prunable,
+        params=row.parameters,
+        search_tokens=found.search_tokens,
+        seconds=found.seconds,
+        accuracy=found.best.objectives.get("accuracy"),
+    )
+
+
+def write_front(
+    tracker: Tracker, front: Front, points: Sequence[SearchResult], config: RunConfig, folder: Path
+) -> None:
+    """Write a front down; in MLflow every point is a child of the run."""
     write_text(folder / "front.json", json.dumps(front_as_dict(front), indent=2))
     write_text(folder / "front.md", front.layout().markdown())
     front_figure(front, folder / "front.png")
-    tracker.log_metrics(
-        [
-            (f"front/perplexity/{slug(label)}", front.row(point, label).perplexity, round(100 * point.target))
-            for label in front.labels
-            for point in front.points
-        ]
-    )
+    settings = parameters(config.model_dump(mode="json"))
+    for point, found in zip(front.points, points, strict=True):
+        result = tracked_result(point.found, front.dense, found)
+        tracker.log_child(f"sparsity {point.target:.1%}", settings | {"sparsity": str(point.target)}, result)
     for name in ("front.json", "front.md", "front.png"):
         tracker.log_artifact(folder / name)
 

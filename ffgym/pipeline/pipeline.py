@@ -14,8 +14,15 @@ from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.artifacts import write_front, write_pareto, write_pictures, write_table
-from ffgym.pipeline.compare import compared_rows, final_refits, model_folder, reference_allocations, reference_rules
+from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, write_pictures, write_table
+from ffgym.pipeline.compare import (
+    compared_rows,
+    final_refits,
+    model_folder,
+    reference_allocations,
+    reference_rules,
+    saved_row,
+)
 from ffgym.pipeline.folder import reopen_folder
 from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
@@ -104,6 +111,7 @@ def finish(task: Task, searched: Searched, rows: list[Row], session: Session) ->
     front = None
     if config.prune.is_range:
         front = finish_front(task, searched.points, table, folder, session.progress)
-        write_front(session.tracker, front, folder)
+        write_front(session.tracker, front, searched.points, config, folder)
     write_table(folder, table)
+    session.tracker.log_result(tracked_result(saved_row(table), table.rows[0], main))
     return RunResult(table, main, folder, saved, session.tracker.run_id, front)

@@ -48,7 +48,7 @@ def search(task: Task, agent: Agent, session: Session) -> Searched:
     log_splits(tracker, task.splits)
     for resource, measurement in task.measurements.items():
         write_text(folder / f"{resource}.json", measurement.text)
-        tracker.log_params({resource: {"digest": measurement.digest}})
+        tracker.log_params({f"{resource}.digest": measurement.digest})
         tracker.log_artifact(folder / f"{resource}.json")
     try:
         points = _run(task, agent, session, config.agent.name, "search", folder / "episodes.jsonl", config.targets)
@@ -66,7 +66,7 @@ def _random_baseline(task: Task, session: Session) -> SearchResult:
     size = min(search.episodes_per_update, search.episodes)
     config = task.config.model_copy(update={"search": search.model_copy(update={"episodes_per_update": size})})
     agent, log = manager.create("agent", "random"), session.folder / "episodes-random.jsonl"
-    (found,) = _run(replace(task, config=config), agent, session, "random", "random", log, config.targets)
+    (found,) = _run(replace(task, config=config), agent, session, "random", "search/random", log, config.targets)
     return found
 
 
@@ -85,9 +85,12 @@ def _run(
 
         def on_episode(episode: Episode) -> None:
             stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+            session.tracker.log_episode(episode, search=prefix)
 
         def on_update(episodes: Sequence[Episode], update: Update) -> None:
-            session.tracker.log_episodes(episodes, update.diagnostics, search=prefix)
+            session.tracker.log_curves(
+                {f"{prefix}/{name}": value for name, value in update.diagnostics.items()}, episodes[-1].index
+            )
 
         def on_point(found: SearchResult) -> None:
             stage.advance(0, f"tokens, finals at {found.target:.0%} done")

@@ -28,6 +28,7 @@ from ffgym.pipeline.folder import (
 )
 from ffgym.prepare.configured import meanings
 from ffgym.report.progress import Reporter
+from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker
 
 
@@ -108,6 +109,7 @@ class Session:
             remove_half_written(self.folder)
         elif not self._overwrites:
             self._ending.enter_context(removing_if_nothing_found(self.folder))
+        self.tracker.set_tags({FOLDER_TAG: str(self.folder)})
         self.tracker.log_config(self.config.model_dump(mode="json"), self._toml)
         if not self._overwrites:
             self._write_config()

@@ -40,6 +40,7 @@ from ffgym.recover.text import RecoveryTexts, gather, training_window
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
 from ffgym.report.table import bos_text
+from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Evaluation, JSONDict
 
@@ -76,9 +77,11 @@ def recover(
     check_output(source, place, overwrite)
     reporter, tracking = Reporter(progress or Console(stderr=True)), config.tracking
     with Tracker(tracking.folder, tracking.experiment, place.name, tracking.enabled) as tracker:
+        tracker.set_tags({FOLDER_TAG: str(place)})
         tracker.log_config(config.model_dump(mode="json"), _as_toml(config))
         recovered = train_and_save(config, source, place, tracker, reporter, overwrite=overwrite, dense=dense)
         tracker.log_table(recovered.table.layout().as_dicts())
+        tracker.log_result(recovered.tracked)
         return RecoveryResult(recovered, tracker.run_id)
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.recover.table import RecoveryTable
+from ffgym.tracking.names import Result
 from ffgym.types import Evaluation, JSONDict
 
 CURVE, PICTURE = "recovery.json", "recovery.png"
@@ -28,6 +29,12 @@ class RecoveredModel:
     table: RecoveryTable
     after: Evaluation
     summary: tuple[str, ...]
+
+    @property
+    def tracked(self) -> Result:
+        """What MLflow calls the result of a recovery."""
+        dense = next((row.evaluation.perplexity for row in self.table.rows if row.label == "dense"), None)
+        return Result(self.after.perplexity, dense, params=self.table.rows[-1].parameters)
 
 
 @dataclass(frozen=True)

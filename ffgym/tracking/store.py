@@ -21,6 +21,9 @@ from ffgym.errors import TrackingError
 from ffgym.interrupts import held_back_interrupts
 from ffgym.tracking.masking import masked, shown
 
+FAILURE_TAG = "ffgym.failure"
+FOLDER_TAG = "ffgym.folder"
+PARENT_TAG = "mlflow.parentRunId"
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
 DATABASES = ("postgresql", "mysql", "mssql", "sqlite+")
@@ -54,16 +57,33 @@ def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
     Raises:
         TrackingError: no such run or artifact, or the store cannot be read.
     """
+    with reading_store(root, f"read {name} of run {run_id!r}") as (client, _):
+        return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
+@contextlib.contextmanager
+def reading_store(root: Path, action: str) -> Iterator[tuple[Any, str]]:
+    """MLflow's client of a store that exists, and the store's address.
+
+    Args:
+        root: folder of the store.
+        action: what is done, for messages: ``"read policy.json of run '0a1b'"``.
+
+    Raises:
+        TrackingError: there is no store, or what is done with it fails.
+    """
     uri = tracking_uri(root)
     if uri == own_uri(root):
-        if not database(root).exists():
-            raise TrackingError(f"there is no MLflow store in {root}", hint="Give --set tracking.root=DIR.")
+        if not database(root).is_file():
+            raise TrackingError(
+                f"there is no MLflow store in {root.resolve()} yet",
+                hint="Make one with `ffgym run`, or name its folder: --root DIR, or --set tracking.root=DIR of a run.",
+            )
         with contextlib.suppress(sqlite3.Error):  # a store that is only read may be read-only
             adopt(root)
     check_driver(uri)
-    with translated(uri, f"read {name} of run {run_id!r}"):
-        client = import_mlflow().MlflowClient(tracking_uri=uri)
-        return Path(client.download_artifacts(run_id, name, str(folder)))
+    with translated(uri, action):
+        yield import_mlflow().MlflowClient(tracking_uri=uri), uri
 
 
 def own_uri(root: Path) -> str:

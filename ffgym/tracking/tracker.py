@@ -17,11 +17,13 @@ from typing import IO, Any, Self
 
 from filelock import FileLock
 
-from ffgym.config.toml import flatten
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import masked, shown
+from ffgym.tracking.names import Result, parameters
 from ffgym.tracking.store import (
+    FAILURE_TAG,
     INSTEAD,
+    PARENT_TAG,
     adopt,
     artifacts,
     check_driver,
@@ -34,8 +36,6 @@ from ffgym.tracking.store import (
 )
 from ffgym.types import Episode, JSONDict
 
-FAILURE_TAG = "ffgym.failure"
-PARENT_TAG = "mlflow.parentRunId"
 METRICS_PER_BATCH = 1000  # the limits of MLflow's log_batch
 PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
@@ -88,6 +88,8 @@ class Tracker:
         self._uri = tracking_uri(root)
         self._client: Any = None
         self._params: set[str] = set()
+        self._still: dict[str, tuple[float, int]] = {}  # the first point of every curve: value, step
+        self._moving: set[str] = set()  # curves that have moved since
         self._reserve: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -125,56 +127,64 @@ class Tracker:
                     self._terminate("FAILED")
 
     def log_config(self, config: Mapping[str, Any], toml: str) -> None:
-        """Log the resolved configuration: flat parameters to compare runs by, and the whole TOML as an artifact.
+        """Log the resolved configuration: what decides the run as parameters, and the whole TOML as an artifact.
 
         Args:
-            config: nested tables; ``{"search": {"episodes": 96}}`` becomes the parameter ``search.episodes``. Values
-                longer than MLflow's 6,000 characters are cut. A parameter keeps its first value, as MLflow demands.
+            config: nested tables, see :func:`ffgym.tracking.names.parameters`. Values longer than MLflow's 6,000
+                characters are cut. A parameter keeps its first value, as MLflow demands.
             toml: the same as text, stored whole as ``config.toml``.
         """
-        self.log_params(config)
+        self.log_params(parameters(config))
         if self.run_id is not None:
             self._write("log_text", toml, "config.toml")
 
-    def log_params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters to compare runs by, nested tables as dotted keys; see `log_config`."""
+    def log_params(self, values: Mapping[str, str]) -> None:
+        """Log parameters to compare runs by; see `log_config`."""
         if self.run_id is None:
             return
-        named: dict[str, str] = {}
-        for key, value in flatten(values).items():
-            name = _param_name(key)
-            while name in named:  # labels that differ in nothing that MLflow takes
-                name += "_"
-            named[name] = str(value)
-        flat = {key: value for key, value in named.items() if key not in self._params}
-        entities = _entities()
-        params = [entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in flat.items()]
+        named = {key[:PARAM_NAME_CHARACTERS]: _cut(value, PARAM_CHARACTERS) for key, value in values.items()}
+        params = [_entities().Param(key, value) for key, value in named.items() if key not in self._params]
         for start in range(0, len(params), PARAMS_PER_BATCH):
             self._write("log_batch", params=params[start : start + PARAMS_PER_BATCH])
-        self._params |= flat.keys()
+        self._params |= named.keys()
 
-    def log_episodes(
-        self, episodes: Sequence[Episode], policy: Mapping[str, float] | None = None, *, search: str = "search"
-    ) -> None:
-        """Log the episodes of one update in one write, with the episode's index as the step.
+    def log_episode(self, episode: Episode, *, search: str = "search") -> None:
+        """Log one episode, with its index as the step: reward, perplexity, nats above dense, and what else moves.
 
         Args:
-            episodes: each becomes the metrics reward, perplexity, dense_perplexity, sparsity, target_sparsity,
-                fidelity, tokens and failed (0 or 1), under ``<search>/``, and ``objective/NAME`` where the reward
-                weighs several. A perplexity that is not finite is logged as NaN: MLflow would turn infinity into
-                1.8e308 and spoil the chart.
-            policy: numbers about the policy after this update, e.g. ``{"policy/spread": 0.2}``, at the last step.
-            search: prefix of the metrics, to keep the random baseline beside the agent.
+            episode: a perplexity that is not finite is logged as NaN: MLflow would turn infinity into 1.8e308 and
+                spoil the chart.
+            search: before the metrics' names; ``"search/random"`` for the random allocations beside an agent's search.
         """
-        if not episodes:
-            return
-        metrics = [
-            (f"{search}/{name}", value, episode.index)
-            for episode in episodes
-            for name, value in _episode_metrics(episode).items()
-        ]
-        metrics += [(name, value, episodes[-1].index) for name, value in (policy or {}).items()]
-        self.log_metrics(metrics)
+        curves = {
+            "target_sparsity": episode.target_sparsity,
+            "fidelity": episode.fidelity,
+            "failed": float(episode.failed),
+            **{f"objective/{name}": value for name, value in episode.objectives.items()},
+        }
+        shown = {
+            "reward": episode.reward,
+            "perplexity": math.exp(episode.loss) if episode.loss < 700 else math.nan,
+            "nats_above_dense": episode.loss - episode.dense_loss,
+        }
+        self.log_metrics([(f"{search}/{name}", value, episode.index) for name, value in shown.items()])
+        self.log_curves({f"{search}/{name}": value for name, value in curves.items()}, episode.index)
+
+    def log_curves(self, values: Mapping[str, float], step: int) -> None:
+        """Log a point of every curve; one that has not moved since its first point is no curve, and is held back."""
+        points: list[tuple[str, float, int]] = []
+        for name, value in values.items():
+            first, first_step = self._still.setdefault(name, (value, step))
+            if name not in self._moving and not _same(first, value):
+                self._moving.add(name)
+                points.append((name, first, first_step))
+            if name in self._moving:
+                points.append((name, value, step))
+        self.log_metrics(points)
+
+    def log_result(self, result: Result, step: int = 0) -> None:
+        """Log what the run came to; a later step replaces an earlier one in MLflow's tables."""
+        self.log_metrics([(name, value, step) for name, value in result.metrics.items()])
 
     def log_metrics(self, metrics: Sequence[tuple[str, float, int]]) -> None:
         """Log (name, value, step) triples that no earlier session logged, in as few writes as MLflow allows."""
@@ -219,23 +229,31 @@ class Tracker:
             # Another run logged the same text between MLflow's look for it and its write: now it is found.
             self._write("log_inputs", datasets=inputs)
 
-    def log_table(self, rows: Sequence[JSONDict]) -> None:
-        """Log the report's rows as metrics, ``report/<column>/<slug of the label>``, and whole as ``report.json``.
-
-        Args:
-            rows: what a table's ``as_dicts`` gives: a ``label``, numbers, text, flags; ``None`` is left out.
-        """
+    def log_child(self, name: str, params: Mapping[str, str], result: Result) -> None:
+        """Log a point of a range as a finished run of its own, nested under this one; at most once."""
         if self.run_id is None:
             return
-        self.log_metrics(
-            [
-                (f"report/{column}/{slug(row['label'])}", value, 0)
-                for row in rows
-                for column, value in row.items()
-                if isinstance(value, int | float) and not isinstance(value, bool)
+        entities = _entities()
+        with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
+            experiment = self._client.get_run(self.run_id).info.experiment_id
+            where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.run_name = '{name}'"
+            (child,) = self._client.search_runs([experiment], where) or [
+                self._client.create_run(experiment, run_name=name, tags={PARENT_TAG: self.run_id})
             ]
-        )
-        self._write("log_text", json.dumps(list(rows), indent=2), "report.json")
+            if child.info.status == "FINISHED":
+                return
+            now = int(time.time() * 1000)
+            self._client.log_batch(
+                child.info.run_id,
+                metrics=[entities.Metric(key, value, now, 0) for key, value in result.metrics.items()],
+                params=[entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in params.items()],
+            )
+            self._client.set_terminated(child.info.run_id)
+
+    def log_table(self, rows: Sequence[JSONDict]) -> None:
+        """Log the report's rows whole, as ``report.json``: what a table's ``as_dicts`` gives."""
+        if self.run_id is not None:
+            self._write("log_text", json.dumps(list(rows), indent=2), "report.json")
 
     def log_artifact(self, path: Path) -> None:
         """Copy a file, or a folder with what is in it, to the run's artifacts."""
@@ -304,7 +322,7 @@ class Tracker:
         before = self._histories[name].get(step)
         if before is None:
             return False
-        return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
+        return _same(before, value)
 
     def _experiment_id(self) -> str:
         """Find the experiment or make it."""
@@ -357,33 +375,8 @@ def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[
     return tags | {"device": device, "dtype": dtype, "threads": str(threads)}
 
 
-def _param_name(key: str) -> str:
-    """With a ``_`` for what MLflow does not take in the name of a parameter, such as a bench's label may hold."""
-    return re.sub(r"[^\w\-.:/ ]", "_", key)[:PARAM_NAME_CHARACTERS]
-
-
-def slug(label: str) -> str:
-    """Make a metric name of a row's label: ``"uniform + ridge"`` becomes ``"uniform-ridge"``."""
-    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
-
-
-def _episode_metrics(episode: Episode) -> dict[str, float]:
-    return {
-        "reward": episode.reward,
-        "perplexity": _perplexity(episode.loss),
-        "dense_perplexity": _perplexity(episode.dense_loss),
-        "sparsity": episode.sparsity,
-        "target_sparsity": episode.target_sparsity,
-        "fidelity": episode.fidelity,
-        "tokens": episode.tokens,
-        "failed": float(episode.failed),
-        **{f"objective/{name}": value for name, value in episode.objectives.items()},
-    }
-
-
-def _perplexity(loss: float) -> float:
-    """exp(loss), or NaN where that is no number."""
-    return math.exp(loss) if loss < 700 else math.nan
+def _same(before: float, value: float) -> bool:
+    return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
 
 
 def _version(package: str) -> str:

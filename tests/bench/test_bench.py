@@ -141,10 +141,12 @@ def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
     parent, *children = runs(root)
     assert parent.info.run_name == "Small"
     assert {run.info.run_name for run in children} == set(CELLS)
+    assert parent.data.params["agent"] == ", ".join(AGENTS)
+    assert parent.data.params["sparsity"] == children[0].data.params["sparsity"]
     for run in children:
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        assert run.data.metrics["report/perplexity"] > 1
+        assert run.data.metrics["result/ratio_to_dense"] > 0
     history = client(root).get_metric_history(children[0].info.run_id, "search/reward")
     assert [point.step for point in history] == list(range(EPISODES))
     assert {entry.path for entry in client(root).list_artifacts(parent.info.run_id)} == {
@@ -157,12 +159,15 @@ def test_a_childs_run_holds_what_the_table_and_the_picture_are_made_of(finished:
     for run in runs(root)[1:]:
         name, result = run.info.run_name, results[run.info.run_name]
         assert f"{name}.json" in {entry.path for entry in client(root).list_artifacts(run.info.run_id)}
-        assert run.data.metrics["report/perplexity"] == pytest.approx(math.exp(result["final"]["loss"]))
+        metrics = run.data.metrics
+        assert metrics["result/perplexity"] == pytest.approx(math.exp(result["final"]["loss"]))
+        assert metrics["result/nats_above_dense"] == pytest.approx(result["final"]["loss"] - result["dense_loss"])
+        assert metrics["result/search_tokens"] == result["search_tokens"]
         assert run.data.tags[f"plugin.agent.{result['agent']}"].startswith("ffgym ")
         assert {kind.value for data in run.inputs.dataset_inputs for kind in data.tags} == {
             "calibration", "search", "report"
         }  # fmt: skip
-        history = client(root).get_metric_history(run.info.run_id, "report/incumbent")
+        history = client(root).get_metric_history(run.info.run_id, "search/incumbent")
         assert [point.step for point in history] == [mark["tokens"] for mark in result["marks"]]
 
 
@@ -359,6 +364,8 @@ def test_cells_computed_side_by_side_are_the_same(finished: Any, tmp_path: Path,
         assert f"[{number}] collect statistics, order and factorise: done in" in said
     parent, *children = runs(tmp_path / "mlruns")
     assert {run.info.run_name for run in children} == set(CELLS)
+    assert parent.data.params["agent"] == ", ".join(AGENTS)
+    assert parent.data.params["sparsity"] == children[0].data.params["sparsity"]
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
 

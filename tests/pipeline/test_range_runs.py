@@ -28,6 +28,7 @@ from ffgym.plugins import built_ins, discovery, manager
 from ffgym.prepare.parts import load_parts
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
+from ffgym.tracking.runs import list_runs
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 NAMES = ("0.10", "0.20", "0.30", "0.40", "0.50")
@@ -168,13 +169,15 @@ def test_it_is_printed_with_every_point(finished: Any) -> None:
 def test_mlflow_has_it_all(finished: Any) -> None:
     config, result = finished
     store = client(Path(config.tracking.root))
-    history = store.get_metric_history(result.mlflow_run, "front/perplexity/reinforce")
-    logged = {point.step: point.value for point in history}
+    children = [run for run in list_runs(Path(config.tracking.root)) if run.parent == result.mlflow_run]
     points = front_of(result.folder)["points"]
-    assert logged == {round(100 * p["target"]): p["perplexity"]["reinforce"] for p in points}
+    assert {run.name: run.result for run in children} == {
+        f"sparsity {p['target']:.1%}": p["perplexity"]["reinforce"] for p in points
+    }
+    assert {run.agent for run in children} == {"reinforce"}
     names = {item.path for item in store.list_artifacts(result.mlflow_run)}
     assert FILES - {"run.json", "episodes.jsonl", "model"} <= names
-    assert store.get_run(result.mlflow_run).data.params["prune.sparsity"] == "0.1:0.5"
+    assert store.get_run(result.mlflow_run).data.params["sparsity"] == "0.1:0.5"
 
 
 def test_another_run_starts_from_its_policy_at_one_target_or_over_another_range(finished: Any, tmp_path: Path) -> None:

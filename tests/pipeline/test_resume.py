@@ -219,7 +219,7 @@ def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch:
     go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
     assert run.info.status == "FINISHED"
-    assert "report/perplexity/dense" in run.data.metrics
+    assert "result/perplexity" in run.data.metrics
     finished(config(tmp_path, tracking=TRACKED), tmp_path / "out")
 
 
@@ -277,13 +277,13 @@ def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps
     (run,) = runs(root)
     assert result.mlflow_run == run.info.run_id == killed.info.run_id
     assert run.info.status == "FINISHED"
-    for prefix, name in (("search", "episodes.jsonl"), ("random", "episodes-random.jsonl")):
+    for prefix, name in (("search", "episodes.jsonl"), ("search/random", "episodes-random.jsonl")):
         history = client(root).get_metric_history(run.info.run_id, f"{prefix}/reward")
         logged = {point.step: point.value for point in history}
         assert len(history) == EPISODES, "none twice, none left out"
         assert logged == {e.index: e.reward for e in read_log(result.folder / name).episodes}
-    spread = client(root).get_metric_history(run.info.run_id, "policy/spread")
-    assert [point.step for point in spread] == list(range(PER_UPDATE - 1, EPISODES, PER_UPDATE))
+    moved = client(root).get_metric_history(run.info.run_id, "search/policy/step")
+    assert [point.step for point in moved] == list(range(PER_UPDATE - 1, EPISODES, PER_UPDATE))
     assert len(run.inputs.dataset_inputs) == 3
 
 

@@ -178,9 +178,9 @@ def test_the_curve_is_in_mlflow_in_json_and_in_the_result(finished: tuple[Path, 
     assert [[point.step, point.value] for point in held_out] == curve["held_out"]
     run = store.get_run(result.mlflow_run)
     assert run.info.status == "FINISHED"
-    assert run.data.params["recover.rank"] == "16"
+    assert run.data.params["toml.recover.rank"] == "16"
     assert run.data.tags["recovery"] == "lora"
-    assert run.data.metrics["report/loss/lora"] == result.recovered.after.loss
+    assert run.data.metrics["result/perplexity"] == result.recovered.after.perplexity
     assert {item.tags[0].value for item in run.inputs.dataset_inputs} == {"recovery"}
     assert {item.path for item in store.list_artifacts(result.mlflow_run)} >= {"recovery.json", "recovery.png"}
 

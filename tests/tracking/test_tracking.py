@@ -22,8 +22,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from ffgym.errors import TrackingError
+from ffgym.tracking.names import Result
+from ffgym.tracking.runs import list_runs
 from ffgym.tracking.store import fetch_artifact, tracking_uri
-from ffgym.tracking.tracker import Tracker, environment_tags, slug
+from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.tracking.ui import open_ui
 from ffgym.types import Episode
 
@@ -128,7 +130,7 @@ def ctrl_c_after():
 def test_ctrl_c_in_the_middle_of_a_write_does_not_leave_the_store_locked(root, ctrl_c_after):
     ctrl_c_after("INSERT INTO metrics")
     with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
-        tracker.log_episodes([episode(0)])
+        tracker.log_episode(episode(0))
     run = run_of(root, tracker)
     assert run.info.status == "KILLED"
     assert run.data.metrics["search/reward"] == 0.5
@@ -148,72 +150,70 @@ def test_ctrl_c_while_a_run_is_opened_marks_it_killed(root, ctrl_c_after, words)
     assert run_of(root, tracker).info.status == "KILLED"
 
 
-def test_parameters_are_flat_cut_and_keep_their_first_value(root):
+def test_parameters_are_cut_and_keep_their_first_value(root):
     with Tracker(root, "ffgym", "run") as tracker:
         tracker.log_config({"seed": 0, "search": {"episodes": 96}, "criterion": {"long": "x" * 7000}}, "a")
-        tracker.log_config({"seed": 1, "more": {str(i): i for i in range(250)}}, "b")
+        tracker.log_config({"seed": 1, "data": {str(i): i for i in range(250)}}, "b")
     params = run_of(root, tracker).data.params
     assert params["seed"] == "0"
-    assert params["search.episodes"] == "96"
-    assert len(params["criterion.long"]) == 6000
-    assert params["more.249"] == "249"
+    assert params["episodes"] == "96"
+    assert len(params["toml.criterion.long"]) == 6000
+    assert params["toml.data.249"] == "249"
 
 
-def test_a_bench_may_call_its_variants_as_it_likes(root):
-    variants = {"random (wide)": 1, "50 % + 2, a=b": 2, "größe": 3, "50%": 4, "50+": 5}
-    with Tracker(root, "ffgym", "run") as tracker:
-        tracker.log_params({"variants": variants})
-        tracker.log_params({"variants": {"random (wide)": 3}})
-    params = run_of(root, tracker).data.params
-    wanted = {"random _wide_": "1", "50 _ _ 2_ a_b": "2", "größe": "3", "50_": "4", "50__": "5"}
-    assert params == {f"variants.{name}": value for name, value in wanted.items()}
+@pytest.fixture
+def log_search():
+    def log(tracker, episodes, prefix="search"):
+        for each in episodes:
+            tracker.log_episode(each, search=prefix)
+            if each.index % 4 == 3:
+                tracker.log_curves({"search/policy/spread": 0.1 * each.index}, each.index)
+
+    return log
 
 
-def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root):
+def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root, log_search):
     """Two updates were logged, and a replay hands all of them over again."""
     with Tracker(root, "ffgym", "run") as first:
         first.log_config({"seed": 0}, "a")
-        for update in range(2):
-            first.log_episodes([episode(4 * update + i) for i in range(4)], {"policy/spread": 0.1 * update})
+        log_search(first, map(episode, range(8)))
     with Tracker(root, "ffgym", "run", resume=first.run_id) as second:
         assert second.run_id == first.run_id
         assert run_of(root, second).info.status == "RUNNING"
         second.log_config({"seed": 1, "more": 2}, "b")
-        for update in range(3):
-            second.log_episodes([episode(4 * update + i) for i in range(4)], {"policy/spread": 0.1 * update})
-        second.log_episodes([episode(0)], search="random")
+        log_search(second, map(episode, range(12)))
+        second.log_episode(episode(0), search="search/random")
     run = run_of(root, second)
     assert run.info.status == "FINISHED"
-    assert (run.data.params["seed"], run.data.params["more"]) == ("0", "2")
-    for metric, steps in (("search/reward", list(range(12))), ("policy/spread", [3, 7, 11]), ("random/reward", [0])):
+    assert (run.data.params["seed"], run.data.params["toml.more"]) == ("0", "2")
+    for metric, steps in (
+        ("search/reward", list(range(12))),
+        ("search/policy/spread", [3, 7, 11]),
+        ("search/random/reward", [0]),
+    ):
         assert [point.step for point in client(root).get_metric_history(run.info.run_id, metric)] == steps
 
 
 def test_a_run_that_is_resumed_again_and_again_logs_every_figure_once(root):
-    """It was killed after its table had been logged, and each session comes to that table again."""
-    rows = [{"label": "dense", "perplexity": 20.0}, {"label": "found", "perplexity": math.nan}]
-    front = [("front/perplexity/found", 30.0, 20), ("front/perplexity/found", 40.0, 30)]
+    """It was killed after its result had been logged, and each session comes to that result again."""
     run_id = None
     for session in range(3):
         with Tracker(root, "ffgym", "run", resume=run_id) as tracker:
-            tracker.log_table(rows)
-            tracker.log_metrics(front[: session + 1])
+            tracker.log_result(Result(math.nan, seconds=3.0))
+            if session:
+                tracker.log_result(Result(30.0), step=1)
         run_id = tracker.run_id
-    history = {
-        name: [(point.step, point.value) for point in client(root).get_metric_history(run_id, name)]
-        for name in run_of(root, tracker).data.metrics
-    }
-    assert history["report/perplexity/dense"] == [(0, 20.0)]
-    assert len(history["report/perplexity/found"]) == 1
-    assert history["front/perplexity/found"] == [(20, 30.0), (30, 40.0)]
+    history = client(root).get_metric_history(run_id, "result/perplexity")
+    assert [(point.step, math.isnan(point.value)) for point in history] == [(0, True), (1, False)]
+    assert len(client(root).get_metric_history(run_id, "result/seconds")) == 1
 
 
 def test_a_figure_that_came_out_otherwise_in_a_later_session_is_logged(root):
     with Tracker(root, "ffgym", "run") as first:
-        first.log_table([{"label": "dense", "perplexity": 20.0}])
+        first.log_result(Result(20.0))
     with Tracker(root, "ffgym", "run", resume=first.run_id) as second:
-        second.log_table([{"label": "dense", "perplexity": 20.5}])
-    assert run_of(root, second).data.metrics["report/perplexity/dense"] == 20.5
+        second.log_result(Result(20.5))
+    assert run_of(root, second).data.metrics["result/perplexity"] == 20.5
 
 
 def test_a_failure_is_forgotten_when_the_run_goes_on(root):
@@ -232,36 +232,41 @@ def test_where_there_is_no_run_to_go_on_with_a_new_one_is_made(root, gone):
         client(root).delete_run(first.run_id)
         gone = first.run_id
     with Tracker(root, "ffgym", "run", resume=gone) as second:
-        second.log_episodes([episode(0)])
+        second.log_episode(episode(0))
     assert second.run_id != gone
     assert run_of(root, second).info.status == "FINISHED"
     assert len(client(root).get_metric_history(second.run_id, "search/reward")) == 1
 
 
-def test_episodes_become_metrics_by_step(root):
+def test_episodes_become_curves_by_step(root):
     with Tracker(root, "ffgym", "run") as tracker:
-        tracker.log_episodes([episode(i) for i in range(8)], {"policy/spread": 0.3})
-        tracker.log_episodes([episode(8)], search="random")
-        tracker.log_episodes([])
+        for index in range(8):
+            tracker.log_episode(episode(index))
+        tracker.log_episode(episode(8), search="search/random")
     history = client(root).get_metric_history(tracker.run_id, "search/reward")
     assert [(metric.step, metric.value) for metric in history] == [(i, 0.5 + i / 100) for i in range(8)]
-    (spread,) = client(root).get_metric_history(tracker.run_id, "policy/spread")
-    assert (spread.step, spread.value) == (7, 0.3)
     metrics = run_of(root, tracker).data.metrics
     assert metrics["search/perplexity"] == pytest.approx(math.exp(3.0))
-    assert metrics["search/sparsity"] == 0.199
-    assert metrics["search/fidelity"] == 0.5
-    assert metrics["search/tokens"] == 1024
-    assert metrics["random/reward"] == 0.58
+    assert metrics["search/nats_above_dense"] == pytest.approx(0.1)
+    assert metrics["search/random/reward"] == 0.58
+
+
+def test_what_never_moves_is_no_curve_and_what_moves_late_is_drawn_from_its_start(root):
+    with Tracker(root, "ffgym", "run") as tracker:
+        for index in range(4):
+            tracker.log_episode(episode(index, failed=index > 2))
+            tracker.log_curves({"search/policy/spread": 0.2}, index)
+    names = run_of(root, tracker).data.metrics.keys()
+    assert names == {f"search/{name}" for name in ("reward", "perplexity", "nats_above_dense", "failed")}
+    failed = client(root).get_metric_history(tracker.run_id, "search/failed")
+    assert [(point.step, point.value) for point in failed] == [(0, 0.0), (3, 1.0)]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1000.0])
 def test_a_failed_episode_is_recorded_and_not_as_a_huge_number(root, loss):
     with Tracker(root, "ffgym", "run") as tracker:
-        tracker.log_episodes([episode(0, loss=loss, reward=0.0, failed=True)])
-    metrics = run_of(root, tracker).data.metrics
-    assert math.isnan(metrics["search/perplexity"])
-    assert metrics["search/failed"] == 1
+        tracker.log_episode(episode(0, loss=loss, reward=0.0, failed=True))
+    assert math.isnan(run_of(root, tracker).data.metrics["search/perplexity"])
 
 
 def test_more_metrics_than_one_batch_takes(root):
@@ -327,12 +332,20 @@ def test_a_store_that_another_process_keeps_opening_is_refused_after_a_while(roo
         Tracker(root, "ffgym", "run").__enter__()
 
 
-def test_the_table_becomes_final_metrics(root):
+def test_the_table_becomes_a_file(root):
     rows = [{"label": "Uniform + ridge (params)", "perplexity": 54.2, "loss_stderr": None, "note": "", "is_best": True}]
     with Tracker(root, "ffgym", "run") as tracker:
         tracker.log_table(rows)
-    assert run_of(root, tracker).data.metrics == {"report/perplexity/uniform-ridge-params": 54.2}
     assert json.loads((root / "artifacts" / tracker.run_id / "artifacts" / "report.json").read_text()) == rows
+
+
+def test_a_point_of_a_range_is_a_finished_child_however_often_it_is_logged(root):
+    with Tracker(root, "ffgym", "run") as tracker:
+        for perplexity in (30.0, 31.0):
+            tracker.log_child("sparsity 20.0%", {"agent": "ppo", "sparsity": "0.2"}, Result(perplexity, 20.0))
+    child, parent = list_runs(root)
+    assert (child.name, child.status, child.parent) == ("sparsity 20.0%", "finished", parent.id)
+    assert (child.agent, child.sparsity, child.result, child.ratio) == ("ppo", 0.2, 30.0, 1.5)
 
 
 def test_files_and_folders_become_artifacts(root, tmp_path):
@@ -370,7 +383,7 @@ def test_a_child_names_its_parent(root):
 def test_a_disabled_tracker_takes_every_call_and_writes_nothing(tmp_path):
     with Tracker(tmp_path / "mlruns", "ffgym", "run", enabled=False) as tracker:
         tracker.log_config({"seed": 0}, "")
-        tracker.log_episodes([episode(0)], {"policy/mean": 0.0})
+        tracker.log_episode(episode(0))
         tracker.log_metrics([("a", 1.0, 0)])
         tracker.log_dataset(name="a", context="search", digest="b", corpus="c", tokens=1)
         tracker.log_table([{"label": "a", "perplexity": 1.0}])
@@ -647,7 +660,3 @@ def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch, ends_after):
     open_ui(root, 0)
     assert Server.told[-1] == ends_after
     assert len(Server.told) == 1 + ["Ctrl-C", "terminate", "kill"].index(ends_after)
-
-
-def test_slug():
-    assert slug("MLPs only, ends spared + ridge") == "mlps-only-ends-spared-ridge"

@@ -1,0 +1,97 @@
+"""``ffgym runs``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ffgym.cli.app import app
+from ffgym.cli.options import JsonOption, RootOption, key_option
+from ffgym.cli.printing import print_columns, print_json
+from ffgym.config.tables import TrackingTable
+from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.tracking.runs import ID_CHARACTERS, TrackedRun, list_runs
+
+COLUMNS = ("id", "name", "status", "started", "agent", "criterion", "model", "sparsity", "result", "ratio", "tokens")
+HEADS = {"ratio": "x dense"}
+FORMATS = {
+    "sparsity": "{:.1%}",
+    "result": "{:,.2f}",
+    "ratio": "{:.3f}",
+    "tokens": "{:,}",
+    "started": "{:%Y-%m-%d %H:%M}",
+}
+
+
+@app.command()
+def runs(
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", metavar="COLUMN=VALUE", help="only these, e.g. agent=rein*; repeatable"),
+    ] = None,
+    sort: Annotated[str, typer.Option(help="column to sort by; -COLUMN for the other way round")] = "-started",
+    root: RootOption = TrackingTable().root,
+    experiment: Annotated[str, key_option("--experiment", "tracking.experiment")] = TrackingTable().experiment,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs that were tracked.
+
+    ffgym runs --sort result --filter status=finished
+    """
+    column = _column(sort.removeprefix("-"))
+    wanted = [_condition(text) for text in filters or []]
+    found = [
+        run
+        for run in list_runs(Path(root).expanduser(), experiment)
+        if all(_matches(getattr(run, key), value) for key, value in wanted)
+    ]
+    known = [run for run in found if getattr(run, column) is not None]
+    known.sort(key=lambda run: getattr(run, column), reverse=sort.startswith("-"))
+    found = [*known, *(run for run in found if getattr(run, column) is None)]
+    if as_json:
+        print_json([_plain(run) for run in found])
+    elif found:
+        print_columns(
+            [[HEADS.get(key, key) for key in COLUMNS], *([_cell(run, key) for key in COLUMNS] for run in found)]
+        )
+    else:
+        typer.echo("no runs", err=True)
+
+
+def _column(name: str) -> str:
+    if name not in COLUMNS:
+        raise UnknownNameError("column", name, COLUMNS, listed=COLUMNS)
+    return name
+
+
+def _condition(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"cannot read --filter {text!r}", hint="Write COLUMN=VALUE, e.g. --filter agent=reinforce")
+    return _column(key.strip()), value.strip()
+
+
+def _matches(value: Any, wanted: str) -> bool:
+    """Whether a cell is what was asked for: text by its pattern, a number to the decimals that were typed."""
+    if isinstance(value, int | float):
+        try:
+            return round(value, len(wanted.partition(".")[2])) == float(wanted)
+        except ValueError:
+            return False
+    return value is not None and fnmatch(str(value).lower(), wanted.lower())
+
+
+def _cell(run: TrackedRun, column: str) -> str:
+    value = getattr(run, column)
+    if value is None:
+        return ""
+    return run.id[:ID_CHARACTERS] if column == "id" else FORMATS.get(column, "{}").format(value)
+
+
+def _plain(run: TrackedRun) -> dict[str, Any]:
+    folder = None if run.folder is None else str(run.folder)
+    return {**asdict(run), "started": run.started.isoformat(), "folder": folder}

@@ -1,0 +1,185 @@
+"""Reads tracked runs back, as typed objects, and finds the one that a person means."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ffgym.errors import TrackingError
+from ffgym.tracking.masking import shown
+from ffgym.tracking.names import earlier_result, setting
+from ffgym.tracking.store import FOLDER_TAG, PARENT_TAG, reading_store
+
+ID_CHARACTERS = 8  # of an id, in a list; MLflow's have 32
+PAGE = 1000
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """One MLflow run of ffgym's, whichever version logged it; ``None`` for what it does not have.
+
+    Attributes:
+        id: MLflow's, 32 hexadecimal digits.
+        name: what it is called in the UI.
+        status: ``"finished"``, ``"failed"``, ``"killed"`` or ``"running"``.
+        started: when, in UTC.
+        agent: who searched; of a heuristic without a search ``"one-shot"``.
+        criterion: what scored the units.
+        model: what was pruned, as ``model.name`` has it.
+        sparsity: what was reached over the prunable sublayers, in [0, 1], or else the target.
+        result: perplexity on the report split of the model that was saved.
+        ratio: ``result`` as a multiple of the dense model's.
+        tokens: that the agent's episodes took.
+        folder: of the run.
+        parent: id of the bench, or of the run over a range, that it belongs to.
+    """
+
+    id: str
+    name: str
+    status: str
+    started: datetime
+    agent: str | None = None
+    criterion: str | None = None
+    model: str | None = None
+    sparsity: float | None = None
+    result: float | None = None
+    ratio: float | None = None
+    tokens: int | None = None
+    folder: Path | None = None
+    parent: str | None = None
+
+
+def list_runs(root: Path, experiment: str = "ffgym") -> list[TrackedRun]:
+    """All runs of an experiment that were not deleted, newest first.
+
+    Args:
+        root: folder of the store; ``MLFLOW_TRACKING_URI`` wins.
+        experiment: MLflow experiment.
+
+    Raises:
+        TrackingError: no such store or experiment, or the store cannot be read.
+    """
+    with reading_store(root, "list the runs of") as (client, uri):
+        known = {found.name: found.experiment_id for found in _pages(client.search_experiments)}
+        if experiment not in known:
+            near = difflib.get_close_matches(experiment, known, n=1)
+            guess = f"Did you mean {near[0]!r}? " if near else ""
+            raise TrackingError(
+                f"there is no MLflow experiment {experiment!r} in {shown(uri)}",
+                hint=f"{guess}There are: {', '.join(map(repr, known)) or 'none'}.",
+            )
+        order = ["attributes.start_time DESC"]
+        return [_tracked(run) for run in _pages(client.search_runs, [known[experiment]], order_by=order)]
+
+
+def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
+    """The run that a person means.
+
+    Args:
+        root: folder of the store; ``MLFLOW_TRACKING_URI`` wins.
+        text: MLflow's id, the first digits of one, a run's name, or the folder of a run.
+        experiment: where names and first digits are looked for.
+
+    Raises:
+        TrackingError: no run, a deleted run, several runs; the message names them.
+    """
+    folder = Path(text).expanduser()
+    if (note := folder / "run.json").is_file():
+        run_id = _noted_run(note)
+        if run_id is None:
+            raise TrackingError(f"the run in {folder} was not tracked", hint="Name one that `ffgym runs` lists.")
+        return _run_with_id(root, run_id, f"{folder}: ")
+    runs = list_runs(root, experiment)
+    matches = (
+        [run for run in runs if run.id == text],
+        [run for run in runs if run.name == text],
+        [run for run in runs if len(text) >= 4 and run.id.startswith(text.lower())],
+    )
+    found = next(filter(None, matches), None)
+    if found is None:
+        if len(text) == 32:
+            return _run_with_id(root, text)
+        near = difflib.get_close_matches(text, [run.name for run in runs], n=1)
+        raise TrackingError(
+            f"no run has the id or the name {text!r}, and it is no folder of a run",
+            hint=f"Did you mean {near[0]!r}?" if near else "`ffgym runs` lists them.",
+        )
+    if len(found) > 1:
+        several = ", ".join(f"{run.id[:ID_CHARACTERS]} of {run.started:%Y-%m-%d %H:%M}" for run in found)
+        raise TrackingError(f"{text!r} means {len(found)} runs: {several}", hint="Give the id of one.")
+    return found[0]
+
+
+def _run_with_id(root: Path, run_id: str, where: str = "") -> TrackedRun:
+    from mlflow.exceptions import MlflowException
+
+    with reading_store(root, f"read run {run_id!r} of") as (client, uri):
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise TrackingError(
+                f"{where}there is no MLflow run {run_id} in {shown(uri)}",
+                hint="`ffgym runs` lists what is there; another store is named with --root or MLFLOW_TRACKING_URI.",
+            ) from None
+        if run.info.lifecycle_stage != "active":
+            raise TrackingError(
+                f"{where}the MLflow run {run_id} was deleted",
+                hint=f"Restore it: MLFLOW_TRACKING_URI=... mlflow runs restore --run-id {run_id}",
+            )
+        return _tracked(run)
+
+
+def _noted_run(note: Path) -> str | None:
+    """The MLflow run that a run's folder notes; ``None`` where it has none, or is damaged."""
+    with contextlib.suppress(ValueError, AttributeError):
+        noted = json.loads(note.read_text(encoding="utf-8")).get("mlflow_run")
+        return noted if isinstance(noted, str) else None
+    return None
+
+
+def _tracked(run: Any) -> TrackedRun:
+    params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
+    if "result/perplexity" not in metrics and (earlier := earlier_result(params, metrics)) is not None:
+        metrics = metrics | earlier.metrics
+    tokens, folder = metrics.get("result/search_tokens"), tags.get(FOLDER_TAG)
+    return TrackedRun(
+        id=run.info.run_id,
+        name=run.info.run_name,
+        status=run.info.status.lower(),
+        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        agent=setting(params, "agent.name"),
+        criterion=setting(params, "criterion.name"),
+        model=setting(params, "model.name"),
+        sparsity=metrics.get("result/sparsity", _number(setting(params, "prune.sparsity"))),
+        result=metrics.get("result/perplexity"),
+        ratio=metrics.get("result/ratio_to_dense"),
+        tokens=None if tokens is None else round(tokens),
+        folder=None if folder is None else Path(folder),
+        parent=tags.get(PARENT_TAG),
+    )
+
+
+def _number(text: str | None) -> float | None:
+    """``None`` also for a range, such as ``0.1:0.5``."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
+
+
+def _pages(search: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """What all pages of an answer hold."""
+    token = None
+    while True:
+        page = search(*args, max_results=PAGE, page_token=token, **kwargs)
+        yield from page
+        if not (token := page.token):
+            return

@@ -1,0 +1,165 @@
+import json
+import re
+
+import pytest
+from mlflow_store import client, new_store
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+from ffgym.cli.runs import COLUMNS
+from ffgym.errors import TrackingError
+from ffgym.tracking.names import Result
+from ffgym.tracking.runs import find_run, list_runs
+from ffgym.tracking.store import FOLDER_TAG
+from ffgym.tracking.tracker import Tracker
+
+
+def track(root, name, agent="reinforce", result=None, **others):
+    with Tracker(root, "ffgym", name) as tracker:
+        config = {"agent": {"name": agent}, "criterion": {"name": "wanda"}, "model": {"name": "demo"}}
+        tracker.log_config({**config, "prune": {"sparsity": 0.2}, **others}, "")
+        tracker.set_tags({FOLDER_TAG: str(root.parent / name)})
+        if result is not None:
+            tracker.log_result(result)
+    return tracker.run_id
+
+
+def track_earlier(root, name):
+    """A run as version 0.1 logged it."""
+    with Tracker(root, "ffgym", name) as tracker:
+        tracker.log_params({"agent.name": "evolution", "criterion.name": "wanda", "prune.sparsity": "0.3"})
+        tracker.log_metrics([("report/perplexity/dense", 20.0, 0), ("report/perplexity/evolution-ridge", 25.0, 0)])
+    return tracker.run_id
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        root = new_store(tmp_path_factory.mktemp("runs") / "mlruns")
+        track(root, "first", result=Result(30.19, 19.6, 0.1998, 1e6, 196_608, 60.0))
+        track(root, "second", "random", Result(40.0, 19.6, 0.1997))
+        track_earlier(root, "third")
+        with pytest.raises(ValueError, match="NaN"), Tracker(root, "ffgym", "fourth"):
+            raise ValueError("NaN")
+        track(root, "twice")
+        track(root, "twice")
+        yield root
+
+
+def listed(root, *arguments):
+    done = CliRunner().invoke(app, ["runs", "--root", str(root), *arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def names(root, *arguments):
+    return [run["name"] for run in json.loads(listed(root, "--json", *arguments))]
+
+
+def test_runs_of_this_version_and_of_earlier_ones_are_alike(root):
+    runs = {run.name: run for run in list_runs(root)}
+    first, third, fourth = runs["first"], runs["third"], runs["fourth"]
+    assert (first.agent, first.criterion, first.model, first.sparsity) == ("reinforce", "wanda", "demo", 0.1998)
+    assert (first.status, first.result, first.tokens) == ("finished", 30.19, 196_608)
+    assert first.folder == root.parent / "first"
+    assert (third.agent, third.sparsity, third.result, third.ratio, third.tokens) == (
+        "evolution",
+        0.3,
+        25.0,
+        1.25,
+        None,
+    )
+    assert (fourth.status, fourth.result, fourth.agent) == ("failed", None, None)
+
+
+def test_a_run_is_found_by_id_the_beginning_of_one_name_and_folder(root, tmp_path):
+    (run,) = (run for run in list_runs(root) if run.name == "first")
+    (tmp_path / "run.json").write_text(json.dumps({"mlflow_run": run.id}))
+    for text in (run.id, run.id[:8].upper(), "first", str(tmp_path)):
+        assert find_run(root, text) == run
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("frist", "no run has the id or the name 'frist'.*\n.*Did you mean 'first'"),
+        ("twice", "'twice' means 2 runs: [0-9a-f]{8} of 20.*\n.*id of one"),
+        ("0" * 32, "no MLflow run 0{32} in .*mlflow.db"),
+    ],
+)
+def test_what_is_no_run_or_several_is_refused(root, text, complaint):
+    with pytest.raises(TrackingError, match=complaint):
+        find_run(root, text)
+
+
+@pytest.mark.parametrize("noted", ['{"mlflow_run": null}', "{}", "[]", "not JSON"])
+def test_a_folder_whose_run_was_not_tracked_is_refused(root, tmp_path, noted):
+    (tmp_path / "run.json").write_text(noted)
+    with pytest.raises(TrackingError, match="was not tracked"):
+        find_run(root, str(tmp_path))
+
+
+def test_a_deleted_run_is_named_as_such(root, tmp_path):
+    run_id = track(root, "deleted")
+    client(root).delete_run(run_id)
+    (tmp_path / "run.json").write_text(json.dumps({"mlflow_run": run_id}))
+    for text in (run_id, str(tmp_path)):
+        with pytest.raises(TrackingError, match=r"was deleted.*\n.*mlflow runs restore"):
+            find_run(root, text)
+
+
+def test_a_store_or_an_experiment_that_is_not_there_is_named(root, tmp_path):
+    with pytest.raises(TrackingError, match=r"no MLflow store in .*nowhere"):
+        list_runs(tmp_path / "nowhere")
+    with pytest.raises(TrackingError, match=r"no MLflow experiment 'ffgmy'.*\n.*'ffgym'"):
+        list_runs(root, "ffgmy")
+
+
+def test_the_list_shows_what_runs_are_compared_by(root):
+    head, *lines = listed(root, "--filter", "name=first").splitlines()
+    assert re.split(r"  +", head) == [*COLUMNS[:9], "x dense", "tokens"]
+    (line,) = lines
+    for part in ("first", "finished", "reinforce", "wanda", "demo", "20.0%", "30.19", "1.540", "196,608"):
+        assert part in line
+
+
+def test_it_is_sorted_with_what_has_no_value_last(root):
+    assert names(root, "--sort", "result")[:3] == ["third", "first", "second"]
+    assert names(root, "--sort=-result")[:3] == ["second", "first", "third"]
+
+
+@pytest.mark.parametrize(
+    ("condition", "found"),
+    [
+        ("agent=re*", {"first", "twice"}),
+        ("status=FAILED", {"fourth"}),
+        ("sparsity=0.2", {"first", "second", "twice"}),
+        ("sparsity=0.3", {"third"}),
+        ("result=30.19", {"first"}),
+        ("result=much", set()),
+    ],
+)
+def test_it_is_filtered(root, condition, found):
+    assert set(names(root, "--filter", condition)) == found
+
+
+def test_json_has_all_there_is(root):
+    (run,) = json.loads(listed(root, "--json", "--filter", "name=first"))
+    assert run["ratio"] == pytest.approx(30.19 / 19.6)
+    assert run["started"].endswith("+00:00")
+    assert run["folder"] == str(root.parent / "first")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sort", "perplexty"], "unknown column 'perplexty'"),
+        (["--filter", "agnet=ppo"], "Did you mean 'agent'?"),
+        (["--filter", "agent"], "cannot read --filter 'agent'"),
+    ],
+)
+def test_an_unknown_column_is_refused(root, arguments, complaint):
+    done = CliRunner().invoke(app, ["runs", "--root", str(root), *arguments])
+    assert done.exit_code == 1
+    assert complaint in done.output
