@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from ffgym.config.tables import RunConfig
 from ffgym.data.splits import Splits
-from ffgym.files import write_text
+from ffgym.errors import OutputError
+from ffgym.files import FileFormat, write_text
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
@@ -31,10 +33,30 @@ from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Allocation, Episode, JSONDict
 
 
+class WindowLosses(BaseModel):
+    """What ``losses.json`` holds: the loss of every row on every window of the report split.
+
+    ``windows`` is the digest of the windows: rows of two runs can be compared window by window where it is the same.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    windows: str
+    measured: str
+    losses: dict[str, tuple[float, ...]]
+
+
+WINDOW_LOSSES = FileFormat("record of window losses", WindowLosses, OutputError, "Run again with --overwrite.")
+
+
 def write_table(folder: Path, table: ReportTable) -> None:
-    """``report.md`` and ``report.json``."""
+    """``report.md``, ``report.json`` and ``losses.json``."""
+    losses = WindowLosses(
+        windows=table.windows, measured=table.header, losses={row.label: row.losses for row in table.rows}
+    )
     write_text(folder / "report.md", table.layout().markdown())
     write_text(folder / "report.json", json.dumps(table.layout().as_dicts(), indent=2))
+    write_text(folder / "losses.json", losses.model_dump_json() + "\n")
 
 
 def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task: Task, tracker: Tracker) -> None:

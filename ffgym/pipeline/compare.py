@@ -13,12 +13,12 @@ from ffgym.data.splits import Split
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
-from ffgym.pipeline.task import Refit, Task, cut_to
+from ffgym.pipeline.task import Task, cut_to
 from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.result import RecoveredModel
-from ffgym.recover.table import loss_error
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names
+from ffgym.report.paired import standard_error
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, measurement
 from ffgym.search.finals import finals_loss
@@ -36,6 +36,7 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
 DEMO_LICENSE = "apache-2.0"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
+FINAL_NOTE = "; heuristics do not get this refit"
 
 
 def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
@@ -48,41 +49,49 @@ def refit_name(config: RunConfig) -> str:
     return "affine" if config.prune.calibration == "affine" else "ridge"
 
 
-def reference_allocations(task: Task, baseline: SearchResult | None, reporter: Reporter) -> dict[str, Allocation]:
-    """What the found allocation is compared with, all through the same projection and rounding."""
+def heuristic_allocations(task: Task) -> dict[str, Allocation]:
+    """What the found allocation is compared with, by label, all through the same projection and rounding."""
     rules = reference_rules(task.config)
     allocations = {label: task.project(*rule) for label, rule in rules.items()}
     prior = task.config.prior
-    if prior.name not in ("none", *(name for name, _ in rules.values())):
+    uniform = task.config.prune.uniform  # one shape for all layers: options that spare some of them change nothing
+    known = [name if uniform else (name, options) for name, options in rules.values()]
+    if prior.name != "none" and (prior.name if uniform else (prior.name, prior.options)) not in known:
         allocations[f"{prior.name} (prior)"] = task.project(prior.name, prior.options)
-    if baseline is not None:
-        tokens = baseline.search_tokens + baseline.final_tokens
-        allocations[f"best of {len(baseline.history)} random"] = baseline.best.allocation
-        reporter.print(f"random search took {tokens:,} tokens, finals included")
     return allocations
 
 
+def random_allocation(baseline: SearchResult | None) -> dict[str, Allocation]:
+    """The best of random allocations, by label; nothing where none were measured."""
+    return {} if baseline is None else {f"best of {len(baseline.history)} random": baseline.best.allocation}
+
+
 def compared_rows(
-    task: Task, references: Mapping[str, Allocation], found: SearchResult, reporter: Reporter, dense: Row | None = None
+    task: Task,
+    heuristics: Mapping[str, Allocation],
+    random: Mapping[str, Allocation],
+    found: SearchResult,
+    reporter: Reporter,
+    dense: Row | None = None,
 ) -> list[Row]:
     """The rows that come before the final refits: the dense model, every reference, the found allocation cut plainly.
 
     Args:
         task: of the run, at the target.
-        references: what the found allocation is compared with, by label; measured after the same refit.
+        heuristics: what the found allocation is compared with, by label; measured after the same refit.
+        random: the same of random allocations.
         found: the search.
         reporter: where progress goes.
         dense: the dense model's row where it has been measured.
     """
-    agent, refitted, kept = found_name(task.config), refit_name(task.config), found.best.allocation.kept
+    refitted = refit_name(task.config)
     rows = [measured_row(task, "dense", reporter) if dense is None else dense]
-    wanted: list[tuple[str, Sequence[int], Refit, bool]] = [
-        *((f"{label} + {refitted}", allocation.kept, "ridge", False) for label, allocation in references.items()),
-        (f"{agent}, plain", kept, "none", True),
-    ]
-    for label, units, refit, is_found in wanted:
-        with cut_to(task, units, refit, reporter):
-            rows.append(measured_row(task, label, reporter, is_found=is_found))
+    for label, allocation in {**heuristics, **random}.items():
+        with cut_to(task, allocation.kept, "ridge", reporter):
+            row = measured_row(task, f"{label} + {refitted}", reporter, refit=refitted)
+            rows.append(replace(row, is_heuristic=label in heuristics))
+    with cut_to(task, found.best.allocation.kept, "none", reporter):
+        rows.append(measured_row(task, f"{found_name(task.config)}, plain", reporter, is_found=True))
     return rows
 
 
@@ -104,21 +113,34 @@ def final_refits(
     config, kept = task.config, found.best.allocation.kept
     name, refitted = found_name(config), refit_name(config)
     with cut_to(task, kept, "ridge", reporter):
-        ridge = measured_row(task, f"{name} + {refitted}", reporter, is_found=True)
+        ridge = measured_row(task, f"{name} + {refitted}", reporter, refit=refitted, is_found=True)
+        ridge = replace(ridge, same_as=_same_as(task, kept, refitted))
         ridge_loss = finals_loss(task.env, config.search.final_tokens, config.seed)
     if config.output.sequential:
         with cut_to(task, kept, "sequential", reporter):
-            sequential = measured_row(task, f"{name} + sequential {refitted}", reporter, is_found=True)
+            refit = f"sequential {refitted}"
+            sequential = measured_row(task, f"{name} + {refit}", reporter, refit=refit, is_found=True)
             sequential_loss = finals_loss(task.env, config.search.final_tokens, config.seed)
             if sequential_loss < ridge_loss or math.isnan(ridge_loss):
-                table = ReportTable((*rows, ridge, replace(sequential, note=SAVED_NOTE)), header(task))
+                sequential = replace(sequential, note=SAVED_NOTE + FINAL_NOTE, is_saved=True)
+                table = _table(task, [*rows, ridge, sequential])
                 return table, _save(task, found, table, model)
-        rows = [*rows, replace(ridge, note=SAVED_NOTE), sequential]
+        rows = [*rows, replace(ridge, note=SAVED_NOTE, is_saved=True), replace(sequential, note=FINAL_NOTE[2:])]
     else:
-        rows = [*rows, ridge]
+        rows = [*rows, replace(ridge, is_saved=True)]
     with cut_to(task, kept, "ridge", reporter):
-        table = ReportTable(tuple(rows), header(task))
+        table = _table(task, rows)
         return table, _save(task, found, table, model)
+
+
+def _same_as(task: Task, kept: Sequence[int], refitted: str) -> str:
+    """Label of the heuristic's row that keeps these units; empty where none does."""
+    labels = (label for label, allocation in heuristic_allocations(task).items() if allocation.kept == tuple(kept))
+    return next((f"{label} + {refitted}" for label in labels), "")
+
+
+def _table(task: Task, rows: Sequence[Row]) -> ReportTable:
+    return ReportTable(tuple(rows), header(task), task.splits.report.digest)
 
 
 def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
@@ -130,20 +152,17 @@ def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
 
 def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunConfig) -> ReportTable:
     """The table with one more row: the saved refit after training."""
-    before = saved_row(table)
+    before, method = table.saved, config.recover.method
     row = replace(
         before,
-        label=f"{before.label} + {config.recover.method}",
+        label=f"{before.label} + {method}",
         perplexity=recovered.after.perplexity,
-        loss_stderr=loss_error(recovered.after),
+        loss_stderr=standard_error(recovered.after.losses),
+        losses=recovered.after.losses,
+        refit=f"{before.refit} + {method}",
         note=f"trained after the final calibration, saved in {recovered.saved.path.name}/",
     )
-    return ReportTable((*table.rows, row), table.header)
-
-
-def saved_row(table: ReportTable) -> Row:
-    """The row whose model is saved: the noted one of two final refits, or the last row where there is only one."""
-    return next((row for row in table.rows if row.note == SAVED_NOTE), table.rows[-1])
+    return replace(table, rows=(*table.rows, row))
 
 
 def found_name(config: RunConfig) -> str:
@@ -151,7 +170,7 @@ def found_name(config: RunConfig) -> str:
     return f"{config.prior.name} (one-shot)" if config.agent.name == "one-shot" else config.agent.name
 
 
-def measured_row(task: Task, label: str, reporter: Reporter, *, is_found: bool = False) -> Row:
+def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "", is_found: bool = False) -> Row:
     """One row: the model as it is cut now, on the report split."""
     prunable, windows = task.prepared.prunable, task.splits.report.windows
     with reporter.stage(f"report: {label}", len(windows)) as stage:
@@ -164,7 +183,7 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, is_found: bool =
     return Row(
         label=label,
         perplexity=result.perplexity,
-        loss_stderr=loss_error(result),
+        loss_stderr=standard_error(result.losses),
         sparsity_prunable=max(0.0, task.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size[resource] / dense[resource],
         costs=tuple(
@@ -172,6 +191,8 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, is_found: bool =
             for name, counted in resources.items()
             if counted.column
         ),
+        losses=result.losses,
+        refit=refit,
         is_found=is_found,
     )
 
@@ -206,7 +227,7 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
         base_model=DEMO_BASE if is_demo else None,
         license=DEMO_LICENSE if is_demo else None,
         table=table,
-        saved=saved_row(table),
+        saved=table.saved,
         sublayers=prunable.sublayers,
         allocation=allocation,
         quantity=resource_named(allocation.resource).quantity or allocation.resource,

@@ -25,7 +25,7 @@ from ffgym.prepare import configured
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
     {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
-    | {"report.md", "report.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
+    | {"report.md", "report.json", "losses.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
     | {"front.json", "front.md", "front.png", "model", "model-recovered", "model-recovered.unfinished"}
 )
 # Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.

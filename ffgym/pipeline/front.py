@@ -9,9 +9,9 @@ from ffgym.pipeline.compare import (
     compared_rows,
     final_refits,
     found_name,
+    heuristic_allocations,
     measured_row,
     model_folder,
-    reference_allocations,
     refit_name,
 )
 from ffgym.pipeline.task import Task, at_target, cut_to
@@ -38,18 +38,18 @@ def finish_front(
     for found in points:
         rows = {row.label: row for row in table.rows}
         point = at_target(task, found.target)
-        references = reference_allocations(point, None, reporter)
+        references = heuristic_allocations(point)
         if found.target != config.main_target:
             reporter.print(f"target {found.target:.1%}")
             if config.output.save_all:
-                own = compared_rows(point, references, found, reporter, rows["dense"])
+                own = compared_rows(point, references, {}, found, reporter, rows["dense"])
                 full, _ = final_refits(point, own, found, reporter, model_folder(config, folder, found.target))
                 rows = {row.label: row for row in full.rows}
             else:
                 for label, allocation in {**references, name: found.best.allocation}.items():
                     with cut_to(point, allocation.kept, "ridge", reporter):
-                        row = measured_row(point, f"{label} + {refitted}", reporter, is_found=label == name)
-                        rows[row.label] = row
+                        place = f"{label} + {refitted}"
+                        rows[place] = measured_row(point, place, reporter, refit=refitted, is_found=label == name)
         measured.append(
             FrontPoint(
                 target=found.target,

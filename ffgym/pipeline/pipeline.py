@@ -18,10 +18,10 @@ from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, 
 from ffgym.pipeline.compare import (
     compared_rows,
     final_refits,
+    heuristic_allocations,
     model_folder,
-    reference_allocations,
+    random_allocation,
     reference_rules,
-    saved_row,
 )
 from ffgym.pipeline.folder import reopen_folder
 from ffgym.pipeline.front import finish_front
@@ -93,14 +93,14 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
     """Measure the dense model, the references and the plainly cut model on the report split, and draw the pictures."""
     main, baseline, progress = searched.main, searched.baseline, session.progress
     at_main = at_target(task, main.target)
-    references = reference_allocations(at_main, baseline, progress)
+    heuristics, random = heuristic_allocations(at_main), random_allocation(baseline)
     histories: dict[str, Sequence[Episode]] = {task.config.agent.name: main.history}
     if baseline is not None:
         histories["random"] = baseline.history
-    write_pictures(session.folder, task, {"found": main.best.allocation, **references}, histories)
+    write_pictures(session.folder, task, {"found": main.best.allocation, **heuristics, **random}, histories)
     if main.pareto:
         write_pareto(session.folder, task, main, session.tracker, progress)
-    return compared_rows(at_main, references, main, progress)
+    return compared_rows(at_main, heuristics, random, main, progress)
 
 
 def finish(task: Task, searched: Searched, rows: list[Row], session: Session) -> RunResult:
@@ -113,5 +113,5 @@ def finish(task: Task, searched: Searched, rows: list[Row], session: Session) ->
         front = finish_front(task, searched.points, table, folder, session.progress)
         write_front(session.tracker, front, searched.points, config, folder)
     write_table(folder, table)
-    session.tracker.log_result(tracked_result(saved_row(table), table.rows[0], main))
+    session.tracker.log_result(tracked_result(table.saved, table.rows[0], main))
     return RunResult(table, main, folder, saved, session.tracker.run_id, front)

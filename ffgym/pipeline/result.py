@@ -66,12 +66,18 @@ class RunResult:
         if self.front is not None:
             console.print(self.front.layout().terminal())
         console.print(self.table.layout().terminal())
+        if self.table.warning is not None:
+            console.print(f"Warning: {self.table.warning}", style="bold red", highlight=False, markup=False)
         lines = [f"Results and pictures: {self.folder}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         if self.saved is not None:
             line = load_line(self.saved.path, stock=self.saved.stock)
-            lines += ["Load the pruned model with", f"  {line}"]
+            broken = self.table.warning is not None and self.recovered is None
+            lines += [
+                "To look at it all the same, load it with" if broken else "Load the pruned model with",
+                f"  {line}",
+            ]
         if self.recovered is not None:
             again = load_line(self.recovered.saved.path, stock=self.recovered.saved.stock)
             lines += [*self.recovered.summary, "Load it with", f"  {again}"]

@@ -30,7 +30,7 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         rows = result.table.rows
         session.tracker.log_result(tracked_result(rows[-1], rows[0], result.found), step=1)
     session.tracker.log_table(result.table.layout().as_dicts())
-    for name in ("report.md", "units_kept.png", "reward.png"):
+    for name in ("report.md", "losses.json", "units_kept.png", "reward.png"):
         session.tracker.log_artifact(session.folder / name)
     return result
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ffgym.report.figures import BLUE, REFERENCE_LOOKS, new_figure, save_figure, tidy
 from ffgym.report.layout import STAR, Table, finite, humane, text_columns
+from ffgym.report.paired import paired_difference
 from ffgym.report.table import Row, perplexity_text
 from ffgym.types import Allocation, JSONDict
 
@@ -70,10 +71,11 @@ class Front:
         return point.found if label == self.label else point.references[label]
 
     def layout(self) -> Table[Sequence[str]]:
-        """Target, perplexity under every label, and the size of what was found; the lowest perplexity is starred."""
+        """Target, perplexity under every label, and the size of what was found; stars for the best and its ties."""
         dense = ["dense", perplexity_text(self.dense), *("" for _ in self.labels[1:]), humane(self.dense.parameters)]
         notes = [
-            "* lowest perplexity at that sparsity; all after the same refit.",
+            "* lowest perplexity at that sparsity, and what ties with it: the 95 % interval of their difference on the "
+            "same windows holds 0. All after the same refit.",
             f"One policy for all points: {self.search_tokens:,} tokens of search, {self.final_tokens:,} of finals, "
             f"{self.seconds / 60:.1f} min.",
             self.header,
@@ -83,9 +85,17 @@ class Front:
 
     def _cells(self, point: FrontPoint) -> list[str]:
         rows = [self.row(point, label) for label in self.labels]
-        best = min((row.perplexity for row in rows if math.isfinite(row.perplexity)), default=None)
-        perplexities = (perplexity_text(row) + (STAR if row.perplexity == best else "") for row in rows)
+        best = min((row for row in rows if math.isfinite(row.perplexity)), key=lambda r: r.perplexity, default=None)
+        perplexities = (perplexity_text(row) + (STAR if best and _ties(row, best) else "") for row in rows)
         return [f"{point.target:.1%}", *perplexities, humane(point.found.parameters)]
+
+
+def _ties(row: Row, best: Row) -> bool:
+    """Whether a row is the best one, or the windows do not tell the two apart."""
+    if row is best or not (row.losses and best.losses):
+        return row.perplexity == best.perplexity
+    difference = paired_difference([row.losses], [best.losses])
+    return difference is not None and difference.is_tie
 
 
 def point_names(targets: Sequence[float]) -> list[str]:

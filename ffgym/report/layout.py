@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.table import Table as Grid
     from rich.text import Text
 
 R = TypeVar("R")
@@ -31,6 +32,7 @@ class Column(Generic[R]):
         plain: what JSON has of it, by key; ``None`` for nothing.
         bold: Markdown shows the best row's cell in bold.
         once: a console shows it only where the first column differs from the row above.
+        spare: it moves into the caption where all rows show the same, and a console that is too narrow leaves it out.
         console_head: its name on a console, e.g. with line breaks; empty where that is ``head``.
         look: more options of ``rich``'s ``add_column``.
     """
@@ -41,6 +43,7 @@ class Column(Generic[R]):
     plain: Callable[[R], JSONDict] | None = None
     bold: bool = False
     once: bool = False
+    spare: bool = False
     console_head: str | Text = ""
     look: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,7 +59,8 @@ class Table(Generic[R]):
         space: columns of blanks after every cell on a console, beside the one that stands between two cells anyway.
         best: one of the rows, or ``None``.
         row_style: the ``rich`` style of a row.
-        ends_section: a console draws a line under the row.
+        is_reference: the row is what the others are compared with; a console draws a line under it.
+        caption: what introduces the columns that are the same in all rows but the references.
         plain: what JSON has of a row beside its columns.
     """
 
@@ -66,47 +70,99 @@ class Table(Generic[R]):
     space: int = 0
     best: R | None = None
     row_style: Callable[[R], str] = lambda _: ""
-    ends_section: Callable[[R], bool] = lambda _: False
+    is_reference: Callable[[R], bool] = lambda _: False
+    caption: str = "In every row"
     plain: Callable[[R], JSONDict] = lambda _: {}
+
+    @property
+    def shown(self) -> list[Column[R]]:
+        """Columns whose cells differ, and those that always stay."""
+        return [column for column in self.columns if self._constant(column) is None]
+
+    @property
+    def all_notes(self) -> list[str]:
+        """The notes, after a caption that says what is the same in all rows."""
+        same = [text for column in self.columns if (text := self._constant(column)) is not None]
+        return [*([f"{self.caption}: {', '.join(same)}."] if same else []), *self.notes]
+
+    def _constant(self, column: Column[R]) -> str | None:
+        """What a spare column shows in all rows, e.g. ``"params 113.3 M (dense 134.5 M)"``; ``None`` if they differ."""
+        rows = [row for row in self.rows if not self.is_reference(row)]
+        cells = {column.text(row) for row in rows}
+        if not column.spare or len(rows) < 2 or len(cells) > 1:
+            return None
+        others = [row for row in self.rows if self.is_reference(row) and column.text(row)]
+        before = "".join(f" ({self.columns[0].text(row)} {column.text(row)})" for row in others)
+        return f"{column.head} {cells.pop()}{before}"
 
     def terminal(self) -> RenderableType:
         """Lay the table out for a ``rich`` console, the notes dim under it."""
+        return _OnConsole(self)
+
+    def grid(self, columns: Sequence[Column[R]]) -> Grid:
+        """Some of the columns, as ``rich`` draws them."""
         from rich import box
-        from rich.console import Group
-        from rich.padding import Padding
         from rich.table import Table as Grid
         from rich.text import Text
 
         grid = Grid(box=box.SIMPLE_HEAD, padding=(0, self.space, 0, 0), pad_edge=False, header_style="bold")
-        for column in self.columns:
+        grid.show_edge = False
+        for column in columns:
             head = column.console_head or Text(column.head)
             grid.add_column(head, justify="left" if column.left else "right", **column.look)
         before = None
         for row in self.rows:
-            name = self.columns[0].text(row)
-            cells = ("" if column.once and name == before else column.text(row) for column in self.columns)
-            grid.add_row(*map(Text, cells), style=self.row_style(row), end_section=self.ends_section(row))
+            name = columns[0].text(row)
+            cells = ("" if column.once and name == before else column.text(row) for column in columns)
+            grid.add_row(*map(Text, cells), style=self.row_style(row), end_section=self.is_reference(row))
             before = name
-        return Group(grid, *(Padding(Text(note, style="dim"), (0, 1)) for note in self.notes))
+        return grid
 
     def markdown(self) -> str:
         """Write the table as Markdown (GitHub's flavour), the notes under it."""
         lines = [
-            [escape(column.head) for column in self.columns],
+            [escape(column.head) for column in self.shown],
             *(
-                [_markdown_cell(column.text(row), column.bold and row is self.best) for column in self.columns]
+                [_markdown_cell(column.text(row), column.bold and row is self.best) for column in self.shown]
                 for row in self.rows
             ),
         ]
         head, *rows = ("| " + " | ".join(cells) + " |\n" for cells in lines)
-        rule = "|" + "".join("---|" if column.left else "---:|" for column in self.columns) + "\n"
-        notes = "\n" + "<br>\n".join(map(escape, self.notes)) + "\n" if self.notes else ""
-        return "".join([head, rule, *rows, notes])
+        rule = "|" + "".join("---|" if column.left else "---:|" for column in self.shown) + "\n"
+        notes = "".join(f"\n- {escape(note)}" for note in self.all_notes)
+        return "".join([head, rule, *rows, notes and f"{notes}\n"])
 
     def as_dicts(self) -> list[JSONDict]:
         """The rows as plain data."""
         parts = [*(column.plain for column in self.columns if column.plain is not None), self.plain]
         return [{key: value for part in parts for key, value in part(row).items()} for row in self.rows]
+
+
+@dataclass(frozen=True)
+class _OnConsole(Generic[R]):
+    """A table that leaves out spare columns, the last first, where the console is too narrow for them."""
+
+    table: Table[R]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.measure import Measurement
+        from rich.padding import Padding
+        from rich.text import Text
+
+        columns, left_out = self.table.shown, list[str]()
+        wide = options.update(max_width=1_000)
+        while Measurement.get(console, wide, grid := self.table.grid(columns)).maximum > options.max_width:
+            spare = [column for column in columns if column.spare]
+            if not spare:
+                break
+            columns.remove(spare[-1])
+            left_out.insert(0, spare[-1].head)
+        yield grid
+        yield ""
+        notes = self.table.all_notes
+        if left_out:
+            notes = [f"Left out, because the console is narrow: {', '.join(left_out)}.", *notes]
+        yield from (Padding(Text(note, style="dim"), (0, 1)) for note in notes)
 
 
 def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:

@@ -6,11 +6,15 @@ Its columns stand once, in :meth:`ReportTable.layout`: for the terminal, for mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ffgym.report.layout import STAR, Column, Table, finite
+from ffgym.report.paired import Difference, paired_difference
 from ffgym.types import JSONDict
+
+DESTROYED = 10.0
+"""Times the dense model's perplexity from which on nobody should use a model."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,13 @@ class Row:
         sparsity_prunable: share of the budget's resource removed over the prunable sublayers, in [0, 1].
         sparsity_model: share of the same resource removed over the whole model, in [0, 1].
         costs: what the whole model costs; the same resources in all rows of a table, ``parameters`` among them.
+        losses: nats per token of each window; empty where they were not kept.
         note: what a reader must know about this row alone, without a full stop; empty for nothing.
+        is_heuristic: a rule gave the allocation, without any episode.
         is_found: the row holds the allocation that the agent found.
+        is_saved: its model is saved.
+        refit: how it was refitted, e.g. ``"ridge"``; empty for not at all.
+        same_as: label of the heuristic that keeps the very same units, where the agent found no others.
     """
 
     label: str
@@ -51,8 +60,13 @@ class Row:
     sparsity_prunable: float
     sparsity_model: float
     costs: tuple[Cost, ...]
+    losses: tuple[float, ...] = ()
     note: str = ""
+    is_heuristic: bool = False
     is_found: bool = False
+    is_saved: bool = False
+    refit: str = ""
+    same_as: str = ""
 
     @property
     def values(self) -> dict[str, float]:
@@ -79,10 +93,12 @@ class ReportTable:
     Attributes:
         rows: at least one.
         header: how the perplexities were measured, see :func:`measurement`.
+        windows: digest of the windows that all rows were measured on; empty where it is not known.
     """
 
     rows: tuple[Row, ...]
     header: str
+    windows: str = ""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -90,10 +106,73 @@ class ReportTable:
         object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: not row.is_dense)))
 
     @property
+    def dense(self) -> Row | None:
+        """The dense model's row."""
+        return self.rows[0] if self.rows[0].is_dense else None
+
+    @property
     def best(self) -> Row | None:
         """The pruned row of lowest finite perplexity; the first of equals; ``None`` if there is no such row."""
-        pruned = [row for row in self.rows if not row.is_dense and math.isfinite(row.perplexity)]
-        return min(pruned, key=lambda row: row.perplexity, default=None)
+        return _lowest(row for row in self.rows if not row.is_dense)
+
+    @property
+    def best_heuristic(self) -> Row | None:
+        """The heuristic of lowest finite perplexity; ``None`` if there is none."""
+        return _lowest(row for row in self.rows if row.is_heuristic)
+
+    @property
+    def saved(self) -> Row:
+        """The row whose model the run saved after its last refit."""
+        return next((row for row in self.rows if row.is_saved), self.rows[-1])
+
+    @property
+    def result(self) -> Row:
+        """What the run came to: the saved model, after training where it was trained."""
+        return next((row for row in reversed(self.rows) if row.is_saved), self.rows[-1])
+
+    def times_dense(self, row: Row) -> float | None:
+        """A row's perplexity over the dense model's; ``None`` without a dense row, and where it is no number."""
+        ratio = math.nan if self.dense is None else row.perplexity / self.dense.perplexity
+        return None if math.isnan(ratio) else ratio
+
+    def difference(self, row: Row) -> Difference | None:
+        """A pruned row against the best heuristic on the same windows; ``None`` where that is not known."""
+        best = self.best_heuristic
+        if best is None or row is best or row.is_dense or not (row.losses and best.losses):
+            return None
+        return paired_difference([row.losses], [best.losses])
+
+    @property
+    def verdict(self) -> list[str]:
+        """Sentences that say whether the search found anything better than a heuristic, like compared with like."""
+        best = self.best_heuristic
+        found = next((row for row in self.rows if row.is_found and best is not None and row.refit == best.refit), None)
+        if best is None or found is None:
+            return []
+        if found.same_as:
+            return [f"The result is a heuristic itself: {found.label} keeps the very units of {found.same_as}."]
+        difference = self.difference(found)
+        if difference is None:
+            return []
+        nats = f"{abs(difference.mean):.3f} nats per token"
+        if not math.isfinite(difference.margin):
+            return [f"One window cannot say whether {found.label} is better than the best heuristic, {best.label}."]
+        interval = f"(95 % interval ± {difference.margin:.3f}, {len(found.losses)} windows)"
+        if difference.is_tie:
+            return [f"A tie: {found.label} differs from the best heuristic, {best.label}, by {nats} {interval}."]
+        word = "better" if difference.mean < 0 else "worse"
+        return [f"{found.label} is {word} than the best heuristic, {best.label}, by {nats} {interval}."]
+
+    @property
+    def warning(self) -> str | None:
+        """Why the result should not be used; ``None`` where nothing speaks against it."""
+        ratio = self.times_dense(self.result)
+        if self.dense is None or (ratio is not None and ratio < DESTROYED):
+            return None
+        return (
+            f"The pruned model is destroyed: its perplexity is {perplexity_text(self.result)}, where the dense model "
+            f"has {perplexity_text(self.dense)}. Remove less (--sparsity), or train it afterwards (ffgym recover)."
+        )
 
     def layout(self) -> Table[Row]:
         """What stands where; a console shows it down to 80 columns, also without colours."""
@@ -101,7 +180,7 @@ class ReportTable:
         columns: list[Column[Row]] = [
             Column(
                 "model",
-                lambda row: row.label + STAR if row is best else row.label,
+                lambda row: row.label,
                 left=True,
                 plain=lambda row: {"label": row.label},
                 bold=True,
@@ -109,10 +188,12 @@ class ReportTable:
             ),
             _number(
                 "perplexity",
-                perplexity_text,
+                lambda row: perplexity_text(row) + (STAR if row is best else ""),
                 lambda row: {"perplexity": finite(row.perplexity), "loss_stderr": finite(row.loss_stderr)},
                 bold=True,
             ),
+            _number("x dense", self._times_dense, lambda row: {"ratio_to_dense": finite(self.times_dense(row))}),
+            *([self._against()] if any(self.difference(row) for row in self.rows) else []),
             _share("sparsity prunable", lambda row: row.sparsity_prunable),
             _share("sparsity model", lambda row: row.sparsity_model),
             *(_cost(index, cost.column) for index, cost in enumerate(self.rows[0].costs)),
@@ -120,41 +201,86 @@ class ReportTable:
         return Table(
             columns,
             self.rows,
-            [*self._legend(), self.header],
+            [*self.verdict, *([self.warning] if self.warning else []), *self._legend(), self.header],
             best=best,
             row_style=lambda row: "bold green" if row is best else "bold" if row.is_found else "",
-            ends_section=lambda row: row.is_dense,
+            is_reference=lambda row: row.is_dense,
+            caption="In every pruned row",
             plain=lambda row: {
                 "note": row.note,
+                "refit": row.refit,
+                "same_as": row.same_as,
                 "is_dense": row.is_dense,
+                "is_heuristic": row.is_heuristic,
                 "is_found": row.is_found,
+                "is_saved": row.is_saved,
                 "is_best": row is best,
             },
         )
+
+    def _times_dense(self, row: Row) -> str:
+        ratio = self.times_dense(row)
+        return "" if row.is_dense or ratio is None else f"{ratio:,.2f}"
+
+    def _against(self) -> Column[Row]:
+        best = self.best_heuristic
+
+        def cell(row: Row) -> str:
+            return "best heuristic" if row is best else str(self.difference(row) or "")
+
+        def plain(row: Row) -> JSONDict:
+            found = self.difference(row)
+            return {
+                "difference": None if found is None else found.mean,
+                "difference_margin": None if found is None else finite(found.margin),
+            }
+
+        return _number("nats against best heuristic", cell, plain)
 
     def _legend(self) -> list[str]:
         """Explain the signs that the table uses, and only those; then the rows' notes."""
         signs = []
         if self.best is not None:
             signs.append("* lowest perplexity of the pruned rows.")
-        if any("±" in perplexity_text(row) for row in self.rows):
-            signs.append("± one standard error over windows; all rows share the windows.")
+        if any(self.difference(row) for row in self.rows):
+            signs.append(
+                "Nats per token against the best heuristic on the same windows, ± half of the 95 % interval; below 0 "
+                "is better, and a tie is an interval that holds 0."
+            )
         return [*signs, *(f"{row.label}: {row.note}." for row in self.rows if row.note)]
 
 
+def _lowest(rows: Iterable[Row]) -> Row | None:
+    numbers = (row for row in rows if math.isfinite(row.perplexity))
+    return min(numbers, key=lambda row: row.perplexity, default=None)
+
+
 def _number(
-    head: str, text: Callable[[Row], str], plain: Callable[[Row], JSONDict], *, bold: bool = False
+    head: str, text: Callable[[Row], str], plain: Callable[[Row], JSONDict], *, bold: bool = False, spare: bool = False
 ) -> Column[Row]:
-    narrow = head.replace(" ", "\n").replace("/", "\n/")
-    return Column(head, text, plain=plain, bold=bold, console_head=narrow, look={"no_wrap": True})
+    narrow = head.replace("against ", "against\n").replace("/", "\n/")
+    if spare:
+        narrow = narrow.replace(" ", "\n")
+    look = {"no_wrap": True}
+    return Column(head, text, plain=plain, bold=bold, spare=spare, console_head=narrow, look=look)
 
 
 def _share(head: str, share: Callable[[Row], float]) -> Column[Row]:
-    return _number(head, lambda row: f"{share(row):.1%}", lambda row: {head.replace(" ", "_"): share(row)})
+    return _number(
+        head,
+        lambda row: "" if row.is_dense else f"{share(row):.1%}",
+        lambda row: {head.replace(" ", "_"): share(row)},
+        spare=True,
+    )
 
 
 def _cost(index: int, head: str) -> Column[Row]:
-    return _number(head, lambda row: row.costs[index].text, lambda row: {row.costs[index].key: row.costs[index].value})
+    return _number(
+        head,
+        lambda row: row.costs[index].text,
+        lambda row: {row.costs[index].key: row.costs[index].value},
+        spare=True,
+    )
 
 
 def measurement(
@@ -197,14 +323,9 @@ def bos_text(bos: bool) -> str:
 
 
 def perplexity_text(row: Row) -> str:
-    """Write a perplexity with two decimals and, where it is known, its standard error."""
+    """Write a perplexity with two decimals."""
     if math.isnan(row.perplexity):
         return "NaN"
     if math.isinf(row.perplexity):
         return "inf"
-    if row.perplexity >= 1e5:
-        return f"{row.perplexity:.2e}"
-    if row.loss_stderr is None or not math.isfinite(row.loss_stderr):
-        return f"{row.perplexity:,.2f}"
-    # d exp(loss) = exp(loss) d loss
-    return f"{row.perplexity:,.2f} ± {row.perplexity * row.loss_stderr:,.2f}"
+    return f"{row.perplexity:.2e}" if row.perplexity >= 1e5 else f"{row.perplexity:,.2f}"

@@ -20,7 +20,7 @@ from ffgym.costs import latency_cache, latency_table
 from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.loading import load
-from ffgym.pipeline import compare, pipeline, task
+from ffgym.pipeline import pipeline, task
 from ffgym.plugins import discovery
 from ffgym.prepare import parts as parts_module
 from ffgym.report.progress import Reporter
@@ -70,7 +70,7 @@ def test_a_run_counts_records_and_repeats_its_latency(tmp_path: Path, table: Lat
     assert result.table.header.endswith(f"Latency: {table.measured}.")
     assert "of the measured latency of its attention" in (result.folder / "model" / "README.md").read_text()
     # The rows: shares of the same resource.
-    saved = compare.saved_row(result.table)
+    saved = result.table.saved
     assert saved.sparsity_prunable == pytest.approx(allocation["sparsity"])
     costs = {curve.shape.kind: curve.costs for curve in table.curves}
     tables = [costs[kind] for _ in range(4) for kind in ("attention", "mlp")]

@@ -36,7 +36,17 @@ EPISODES = 5 * PER_UPDATE
 FILES = {
     *("config.toml", "run.json", "episodes.jsonl", "policy.json", "allocation.json"),
     *(f"allocation-{name}.json" for name in NAMES),
-    *("front.json", "front.md", "front.png", "report.md", "report.json", "units_kept.png", "reward.png", "model"),
+    *(
+        "front.json",
+        "front.md",
+        "front.png",
+        "report.md",
+        "report.json",
+        "losses.json",
+        "units_kept.png",
+        "reward.png",
+        "model",
+    ),
 }
 
 
@@ -153,7 +163,7 @@ def test_the_point_in_the_middle_gets_the_table_and_the_model_of_a_run_at_that_t
 
     model = AutoModelForCausalLM.from_pretrained(result.folder / "model", dtype="auto").eval()
     _, splits = load_parts(config)
-    assert evaluate(model, splits.report.windows).perplexity == compare.saved_row(result.table).perplexity
+    assert evaluate(model, splits.report.windows).perplexity == result.table.saved.perplexity
 
 
 def test_it_is_printed_with_every_point(finished: Any) -> None:
@@ -207,7 +217,7 @@ def test_another_run_starts_from_its_policy_at_one_target_or_over_another_range(
 def test_save_at_adds_its_point_and_saves_that_model(tmp_path: Path) -> None:
     result, _ = go(ranged(tmp_path, prune={"front_points": 2}, output={"save_at": 0.25, "sequential": False}))
     assert [point["target"] for point in front_of(result.folder)["points"]] == [0.1, 0.25, 0.5]
-    assert 0.25 <= compare.saved_row(result.table).sparsity_prunable < 0.27
+    assert 0.25 <= result.table.saved.sparsity_prunable < 0.27
     assert result.saved is not None
     assert result.saved.path == result.folder / "model"
 

@@ -35,7 +35,7 @@ from ffgym.tracking.tracker import Tracker
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}
-SAME = ("allocation.json", "policy.json", "report.json", "report.md")
+SAME = ("allocation.json", "policy.json", "report.json", "report.md", "losses.json")
 LOGS = ("episodes.jsonl", "episodes-random.jsonl")
 
 

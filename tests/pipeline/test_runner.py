@@ -54,7 +54,7 @@ from ffgym.search.policy import read_policy
 
 FILES = {
     *("config.toml", "run.json", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
-    *("report.md", "report.json", "units_kept.png", "reward.png", "model"),
+    *("report.md", "report.json", "losses.json", "units_kept.png", "reward.png", "model"),
 }
 TRACKED = {"enabled": True}
 
@@ -165,6 +165,23 @@ def test_the_table_has_its_rows(finished: Finished) -> None:
     assert all(label in text for label in finished.rows)
 
 
+def test_the_loss_of_every_window_is_kept_so_that_runs_can_be_compared(finished: Finished) -> None:
+    kept = json.loads((finished.folder / "losses.json").read_text())
+    assert kept["measured"] == finished.result.table.header
+    assert kept["windows"] == load_parts(finished.config)[1].report.digest
+    assert list(kept["losses"]) == list(finished.rows)
+    for label, row in finished.rows.items():
+        assert math.exp(np.mean(kept["losses"][label])) == pytest.approx(row.perplexity)
+
+
+def test_the_table_says_how_the_result_compares_with_the_best_heuristic(finished: Finished) -> None:
+    table = finished.result.table
+    assert [row.label for row in table.rows if row.is_heuristic] == list(finished.rows)[1:3]
+    (verdict,) = table.verdict
+    assert "reinforce + ridge" in verdict
+    assert verdict in (finished.folder / "report.md").read_text()
+
+
 def test_the_header_says_how_it_was_measured(finished: Finished) -> None:
     header = finished.result.table.header
     for part in ("wiki.txt, report split", "1,008 tokens in windows of 64", "float32, without BOS", "Seed 0"):
@@ -228,19 +245,19 @@ def reloaded(one: Finished) -> Any:
 def check_reloaded(one: Finished) -> None:
     """The saved checkpoint measures, bit for bit, what the table says of the saved refit."""
     _, splits = load_parts(one.config)
-    assert evaluate(reloaded(one), splits.report.windows).perplexity == compare.saved_row(one.result.table).perplexity
+    assert evaluate(reloaded(one), splits.report.windows).perplexity == one.result.table.saved.perplexity
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finished: Finished) -> None:
     check_reloaded(finished)
-    last = compare.saved_row(finished.result.table)
+    last = finished.result.table.saved
     assert finished.result.saved is not None
     assert finished.result.saved.parameters == last.parameters
     assert last.label in (finished.folder / "model" / "README.md").read_text()
 
 
 def test_it_is_smaller_on_disk_by_what_the_parameters_say(finished: Finished) -> None:
-    dense, last = finished.result.table.rows[0], compare.saved_row(finished.result.table)
+    dense, last = finished.result.table.rows[0], finished.result.table.saved
     saved = (finished.folder / "model" / "model.safetensors").stat().st_size
     removed = (glass_home() / "glass" / "model.safetensors").stat().st_size - saved
     assert removed == pytest.approx(4 * (dense.parameters - last.parameters), abs=2048)  # the header differs
@@ -292,7 +309,7 @@ def test_the_policys_step_is_a_metric_by_update_and_its_spread_which_never_chang
 
 
 def test_the_result_is_metrics(finished: Finished, tracked: Any) -> None:
-    saved, dense = compare.saved_row(finished.result.table), finished.rows["dense"]
+    saved, dense = finished.result.table.saved, finished.rows["dense"]
     found = {name: value for name, value in tracked.data.metrics.items() if name.startswith("result/")}
     assert found == {
         "result/perplexity": saved.perplexity,
@@ -382,7 +399,7 @@ def test_every_setting_ends_in_a_model_within_its_budget_that_loads(
     check_reloaded(one)
     target = one.config.prune.sparsity
     assert one.result.saved is not None
-    assert one.result.saved.parameters == compare.saved_row(one.result.table).parameters  # new biases and all
+    assert one.result.saved.parameters == one.result.table.saved.parameters  # new biases and all
     for row in one.result.table.rows[1:]:
         assert target - 1e-9 <= row.sparsity_prunable < target + 0.1
     rewards = [episode.reward for episode in one.result.found.history]
@@ -418,7 +435,7 @@ def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(finished_wit
     for prune in ({"calibration": "affine"}, {"calibration": "affine", "uniform": True}):
         one = finished_with(prune=prune)
         assert one.result.saved is not None
-        assert one.result.saved.parameters == compare.saved_row(one.result.table).parameters
+        assert one.result.saved.parameters == one.result.table.saved.parameters
         plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + affine"]
         assert refitted.parameters > plain.parameters
         assert refitted.sparsity_prunable == plain.sparsity_prunable, "the budget does not count them"

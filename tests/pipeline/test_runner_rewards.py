@@ -21,7 +21,7 @@ from ffgym.plugins import discovery
 
 PLAIN = {
     *("config.toml", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
-    *("report.md", "report.json", "units_kept.png", "reward.png", "model", "run.json"),
+    *("report.md", "report.json", "losses.json", "units_kept.png", "reward.png", "model", "run.json"),
 }
 
 

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -82,22 +83,24 @@ def test_terminal_table_fits_and_cuts_nothing(width):
     text = rendered(TABLE, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for cell in ("54.21 ± 1.63", "33.91", "134.5 M", "107.3 M", "23.0 kB", "20.0%", "16.0%", "inf", "NaN"):
+    for cell in ("54.21", "33.91", "2.26", "134.5 M", "107.3 M", "23.0 kB", "20.0%", "16.0%", "inf", "NaN"):
         assert cell in text
+    assert "a very long label for a reference allocation + ridge  " in text, "no label is wrapped"
     assert " ".join(HEADER.split()) in " ".join(text.split())
 
 
 def test_terminal_table_without_colours_has_no_escape_codes_and_still_marks_the_best():
     text = rendered(TABLE, 100)
     assert "\x1b" not in text
-    assert "reinforce + ridge\N{NO-BREAK SPACE}*" in text
+    assert "33.91\N{NO-BREAK SPACE}*" in text
 
 
 def test_markdown_is_one_table_with_the_best_in_bold():
     lines = TABLE.layout().markdown().splitlines()
-    assert lines[0].startswith("| model | perplexity |")
-    assert {line.count("|") for line in lines[: 2 + len(TABLE.rows)]} == {8}
-    assert "| **reinforce + ridge** \\* | **33.91** |" in TABLE.layout().markdown()
+    assert lines[0] == "| model | perplexity | x dense |"
+    assert {line.count("|") for line in lines[: 2 + len(TABLE.rows)]} == {4}
+    assert "| **reinforce + ridge** | **33.91** \\* | 1.41 |" in TABLE.layout().markdown()
+    assert "<br>" not in TABLE.layout().markdown()
     assert "some\\_text" in TABLE.layout().markdown()
 
 
@@ -126,3 +129,87 @@ def test_dicts_are_strict_json_and_say_which_row_is_which():
 )
 def test_humane_numbers(value, unit, text):
     assert humane(value, unit) == text
+
+
+# what the table claims
+
+EASY, HARD = (2.0, 3.0, 4.0), (2.5, 3.5, 4.5)
+
+
+def measured(label: str, *losses: float, **kwargs) -> Row:
+    return row(label, math.exp(sum(losses) / len(losses)), losses=losses, refit="ridge", **kwargs)
+
+
+def compared(*rows: Row, dense: float = 20.0) -> ReportTable:
+    return ReportTable((row("dense", dense, 0.0), *rows), HEADER)
+
+
+WEAK = measured("uniform + ridge", 4.0, 5.0, 6.0, is_heuristic=True)
+STRONG = measured("fisher + ridge", *HARD, is_heuristic=True)
+
+
+def found(*losses: float, **kwargs) -> Row:
+    return measured("reinforce + ridge", *losses, is_found=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("losses", "cell", "sentence"),
+    [
+        ((2.4, 3.4, 4.41), "-0.097 ± 0.014", "is better than the best heuristic, fisher + ridge, by 0.097 nats"),
+        ((2.6, 3.6, 4.59), "+0.097 ± 0.014", "is worse than the best heuristic, fisher + ridge, by 0.097 nats"),
+        ((2.4, 3.6, 4.45), "-0.017 ± 0.259 tie", "A tie: reinforce + ridge differs from the best heuristic"),
+    ],
+)
+def test_the_search_is_compared_with_the_best_heuristic_on_the_same_windows(losses, cell, sentence):
+    table = compared(WEAK, STRONG, found(*losses))
+    assert table.best_heuristic is STRONG
+    text = table.layout().markdown()
+    assert f"| {cell} |" in text
+    assert "| best heuristic |" in text
+    (verdict,) = table.verdict
+    assert sentence in verdict
+    assert "3 windows" in verdict
+    assert verdict in text
+
+
+def test_one_window_cannot_tell():
+    table = compared(measured("uniform + ridge", 3.0, is_heuristic=True), found(2.0))
+    assert "One window cannot say" in table.verdict[0]
+
+
+def test_a_result_that_is_the_prior_is_called_so():
+    text = compared(WEAK, STRONG, found(*HARD, same_as="fisher + ridge")).layout().markdown()
+    assert "The result is a heuristic itself: reinforce + ridge keeps the very units of fisher + ridge." in text
+
+
+def test_without_losses_of_the_windows_nothing_is_claimed():
+    table = compared(row("uniform", 54.0, refit="ridge", is_heuristic=True), row("found", 30.0, is_found=True))
+    assert table.verdict == []
+    assert "best heuristic" not in table.layout().markdown()
+
+
+@pytest.mark.parametrize("perplexity", [2440.0, math.inf, math.nan])
+def test_a_destroyed_model_is_called_so(perplexity):
+    table = compared(row("reinforce + ridge", perplexity, is_found=True), dense=19.6)
+    assert table.warning is not None
+    assert "destroyed" in table.warning
+    assert table.warning in rendered(table, 2000)
+
+
+def test_a_model_that_works_gets_no_warning():
+    assert compared(found(*EASY)).warning is None
+
+
+def test_what_is_equal_in_every_pruned_row_moves_to_the_caption():
+    text = compared(WEAK, replace(STRONG, sparsity_prunable=0.3)).layout().markdown()
+    assert text.startswith("| model | perplexity | x dense | nats against best heuristic | sparsity prunable |")
+    assert "- In every pruned row: sparsity model 16.0%, params 134.5 M (dense 134.5 M)" in text
+
+
+def test_a_narrow_console_leaves_out_the_last_columns_and_says_so():
+    table = compared(WEAK, replace(STRONG, costs=table_costs(1e8, 9e7, 2e4)))
+    assert "Left out" not in rendered(table, 100)
+    narrow = rendered(table, 62)
+    assert max(map(len, narrow.splitlines())) <= 62
+    assert "Left out, because the console is narrow: MACs/token, KV/token." in " ".join(narrow.split())
+    assert "params" in narrow

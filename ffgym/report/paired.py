@@ -1,0 +1,71 @@
+"""The difference between two models on the same windows of text, and how sure it is.
+
+Windows differ far more than models do: a hard text is hard for both. So losses are subtracted window by window, and
+the interval is that of the mean of these differences (Student's t for paired samples).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much worse one model is than another, in nats per token; below 0 it is better.
+
+    Attributes:
+        mean: of the differences.
+        margin: half the width of its 95 % interval; infinite for a single window.
+    """
+
+    mean: float
+    margin: float
+
+    @property
+    def is_tie(self) -> bool:
+        """The interval holds 0: these windows do not tell the two models apart."""
+        return abs(self.mean) <= self.margin
+
+    def __str__(self) -> str:
+        text = f"{self.mean:+.3f}" + (f" ± {self.margin:.3f}" if math.isfinite(self.margin) else "")
+        return f"{text} tie" if self.is_tie else text
+
+
+def paired_difference(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> Difference | None:
+    """Mean difference of two models' losses on the same windows, with its 95 % interval.
+
+    Where a search was repeated, its seeds are a second sample. Their spread and that of the windows are added as if
+    they were independent, which overstates the interval a little.
+
+    Args:
+        losses: nats per token, by seed and window, shape (seeds, windows); one seed for a single model.
+        reference: the same windows; as many seeds as there are.
+
+    Returns:
+        ``None`` where a loss is not finite.
+    """
+    ours, theirs = np.array(losses, dtype=float), np.array(reference, dtype=float)
+    if not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return None
+    by_window = ours.mean(axis=0) - theirs.mean(axis=0)
+    by_seed = [seeds.mean(axis=1) for seeds in (ours, theirs) if len(seeds) > 1]
+    return Difference(float(by_window.mean()), math.hypot(*map(margin, (by_window, *by_seed))))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; ``None`` for a single value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def margin(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of the mean; infinite for a single value."""
+    from scipy.special import stdtrit  # scipy takes a while to import, and not every command prints a table
+
+    error = standard_error(values)
+    return math.inf if error is None else error * float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))

@@ -1,0 +1,78 @@
+"""Paired differences: what must hold for any losses, and what scipy says."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.stats import ttest_rel
+
+from ffgym.report.paired import Difference, paired_difference
+
+LOSSES = st.floats(0.5, 12.0)
+SEVERAL = st.integers(2, 20).flatmap(lambda n: st.tuples(*[arrays(float, (1, n), elements=LOSSES)] * 3))
+
+
+@given(SEVERAL)
+def test_the_interval_is_that_of_a_paired_t_test(drawn: tuple[np.ndarray, ...]) -> None:
+    ours, theirs, _ = drawn
+    found = paired_difference(ours, theirs)
+    assert found is not None
+    assert found.mean == pytest.approx(float((ours - theirs).mean()), abs=1e-12)
+    if found.margin > 1e-9:
+        low, high = ttest_rel(ours[0], theirs[0]).confidence_interval(0.95)
+        assert (found.mean - found.margin, found.mean + found.margin) == pytest.approx((low, high))
+
+
+@given(SEVERAL)
+def test_how_hard_the_windows_are_does_not_matter(drawn: tuple[np.ndarray, ...]) -> None:
+    ours, theirs, difficulty = drawn
+    plain, harder = paired_difference(ours, theirs), paired_difference(ours + difficulty, theirs + difficulty)
+    assert plain is not None
+    assert harder is not None
+    assert (plain.mean, plain.margin) == pytest.approx((harder.mean, harder.margin), abs=1e-9)
+
+
+@given(SEVERAL)
+def test_it_changes_its_sign_with_the_order(drawn: tuple[np.ndarray, ...]) -> None:
+    ours, theirs, _ = drawn
+    one, other = paired_difference(ours, theirs), paired_difference(theirs, ours)
+    assert one is not None
+    assert other is not None
+    assert (one.mean, one.margin, one.is_tie) == (-other.mean, other.margin, other.is_tie)
+
+
+@given(SEVERAL)
+def test_a_model_ties_with_itself(drawn: tuple[np.ndarray, ...]) -> None:
+    assert paired_difference(drawn[0], drawn[0]) == Difference(0.0, 0.0)
+    assert Difference(0.0, 0.0).is_tie
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    reference = [[3.0, 3.1, 3.2]]
+    alike = paired_difference([[2.9, 3.0, 3.11], [2.9, 3.0, 3.11]], reference)
+    apart = paired_difference([[2.6, 2.7, 2.81], [3.2, 3.3, 3.41]], reference)
+    assert alike is not None
+    assert apart is not None
+    assert alike.mean == pytest.approx(apart.mean)
+    assert not alike.is_tie
+    assert apart.is_tie
+
+
+def test_one_window_says_nothing_and_no_number_gives_none() -> None:
+    one = paired_difference([[2.0]], [[3.0]])
+    assert one == Difference(-1.0, math.inf)
+    assert one.is_tie
+    assert paired_difference([[2.0, math.inf]], [[3.0, 3.0]]) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "margin", "text"),
+    [(-0.0831, 0.0147, "-0.083 ± 0.015"), (0.002, 0.006, "+0.002 ± 0.006 tie"), (-1.0, math.inf, "-1.000 tie")],
+)
+def test_how_it_is_written(mean: float, margin: float, text: str) -> None:
+    assert str(Difference(mean, margin)) == text
