@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from enum import StrEnum
+from operator import itemgetter
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ from ffgym.cli.options import JsonOption
 from ffgym.cli.printing import print_columns, print_json
 from ffgym.plugins import manager
 from ffgym.plugins.kinds import KINDS
+from ffgym.report.layout import Column, Table
+from ffgym.types import PluginRecord
 
 _PLURALS = {kind.plural: name for name, kind in KINDS.items()}
 Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
@@ -33,15 +36,36 @@ def list_names(
 
 
 @app.command()
-def plugins(as_json: JsonOption = False) -> None:
-    """List the installed plugins: what each provides, and why it could not be loaded."""
+def plugins(
+    traceback: Annotated[
+        str | None,
+        typer.Option(
+            "--traceback", metavar="NAME", help="print where this plugin failed while it was loaded", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the installed plugins: what each provides, and why it could not be loaded or is not used."""
+    from rich.console import Console
+
+    if traceback is not None:
+        typer.echo(manager.traceback_of(traceback))
+        return
     records = manager.records()
     if as_json:
         print_json([asdict(record) for record in records])
         return
-    rows = []
-    for record in records:
-        provides = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in record.provides.items())
-        remark = provides if record.failure is None else f"FAILED {record.failure}"
-        rows.append((record.name, f"{record.package} {record.version}".strip(), remark))
-    print_columns(rows)
+    rows = [row for record in records for row in _rows(record)]
+    heads = ("plugin", "package", "kind", "provides")
+    look = {"overflow": "fold"}
+    columns = [Column(head, itemgetter(i), left=True, once=i < 2, look=look) for i, head in enumerate(heads)]
+    notes = [f"{record.name} FAILED: {record.failure}" for record in records if record.failure is not None]
+    notes += ["`ffgym plugins --traceback NAME` shows where."] if notes else []
+    Console().print(Table(columns, rows, notes).terminal())
+
+
+def _rows(record: PluginRecord) -> list[tuple[str, str, str, str]]:
+    """What a record provides, a row for each kind."""
+    package = f"{record.package} {record.version}".strip()
+    rows = [(record.name, package, kind, ", ".join(names)) for kind, names in record.provides.items()]
+    return rows or [(record.name, package, "FAILED", "")]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
-from ffgym.models.families import OTHER_LAYERS, family_of_type
+from ffgym.models.families import OTHER_LAYERS, family_of_type, register_saved
 from ffgym.models.loading_errors import AGAIN, loading_error, misfit, pickled, quiet
 
 LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
@@ -75,7 +75,8 @@ def check_model_type(model_type: str, *, any_family: bool = False) -> None:
 
 
 def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
-    """Refuse a config of another family, or of no layers or more than ``depth``."""
+    """Refuse a config of another family, or of no layers or more than ``depth``; make one of ours known."""
+    register_saved(config)
     if isinstance(kind := config.get("model_type"), str) and "auto_map" not in config:
         check_model_type(kind, any_family=any_family)
     layers = config.get("num_hidden_layers")

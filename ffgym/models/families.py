@@ -305,6 +305,19 @@ def register(families: Iterable[Family]) -> None:
             AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
+def register_saved(config: Mapping[str, Any]) -> None:
+    """Register the family of a model that ffgym saved, which may be a plugin's.
+
+    Args:
+        config: content of a ``config.json``; of another model, or of a family that is not there, nothing is done.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type.startswith(PREFIX):
+        return
+    with contextlib.suppress(ModelError, PluginError):
+        register([family_of_type(model_type)])
+
+
 def _model_type(model: nn.Module) -> str:
     config: Any = model.config
     return str(config.model_type)

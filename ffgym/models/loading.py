@@ -16,13 +16,12 @@ import torch
 
 from ffgym.data.assets import SMOLLM2, fetch
 from ffgym.errors import ModelError
-from ffgym.models.checkpoint import check_complete, check_folder, check_sizes
+from ffgym.models.checkpoint import MODEL_CONFIG, check_complete, check_folder, check_sizes
 from ffgym.models.dequantise import dequantised
-from ffgym.models.families import family_of_type, register
+from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, only_cached
 from ffgym.models.loading_errors import loading_error, quiet
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
-from ffgym.plugins import manager
 
 logger = logging.getLogger("ffgym")
 
@@ -102,7 +101,6 @@ def load(
     target = choose_device(device)
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
-    register(map(family_of_type, manager.names("family")))
     source, description = _locate(name, any_family=any_family)
     if revision is not None and not description.startswith("hub model"):
         raise ModelError(
@@ -171,7 +169,7 @@ def load_config(folder: Path) -> Any:
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
     check_folder(folder)
-    register(map(family_of_type, manager.names("family")))
+    register_saved(MODEL_CONFIG.read(folder / "config.json"))
     try:
         with quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -108,7 +108,7 @@ class Heuristic(Plugin, ABC):
         self.target: float | None = None
 
     @abstractmethod
-    def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
+    def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray | torch.Tensor | Sequence[float]:
         """Give each sublayer its importance.
 
         Args:

@@ -5,19 +5,16 @@ A plugin that breaks its contract is a `PluginError` that names the plugin, its 
 
 from __future__ import annotations
 
-import inspect
 import math
 import posixpath
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
-from ffgym.plugins.discovery import check_needs
-from ffgym.plugins.manager import described
+from ffgym.plugins.discovery import check_needs, place_of
+from ffgym.plugins.manager import described, file_of
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
 
 if TYPE_CHECKING:
@@ -361,21 +358,11 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
             raise
         missing = hint is not None and "None" in str(error)
         raise PluginError(
-            f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} ({_place(error, plugin)})",
+            f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} "
+            f"({place_of(error, file_of(type(plugin)))})",
             hint=hint if missing else (OUR_DEFECT if _is_built_in(plugin) else THEIR_DEFECT),
         ) from error
 
 
 def _is_built_in(plugin: Plugin) -> bool:
     return type(plugin).__module__.partition(".")[0] == "ffgym"
-
-
-def _place(error: BaseException, plugin: Plugin) -> str:
-    """Where it happened: the last line of the plugin's own file that was running, or else the last line of all."""
-    frames = traceback.extract_tb(error.__traceback__)
-    try:
-        file = inspect.getfile(type(plugin))
-    except (OSError, TypeError):  # a class that was typed in has no file
-        file = ""
-    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
-    return f"{Path(frame.filename).name}, line {frame.lineno}"

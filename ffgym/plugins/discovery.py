@@ -1,4 +1,4 @@
-"""What installed packages offer in the entry point group ``ffgym``, loaded one by one and checked.
+"""What installed packages offer in the entry point group ``ffgym``, loaded one by one when asked for, and checked.
 
 One that fails is recorded and stops only a run that asks for what it might provide.
 """
@@ -11,8 +11,10 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
@@ -35,6 +37,9 @@ STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_g
 
 MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
 """What a reward may need beside the losses."""
+
+SLOW_SECONDS = 2.0
+"""A plugin that takes longer to import is named."""
 
 NAME = re.compile("[a-z0-9][a-z0-9_-]*")
 """What a plugin may be called: names become folders, keys and file names."""
@@ -65,59 +70,135 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Discovery:
-    """What looking through the installed packages brought: the classes that loaded, and a row per entry point."""
+class Loaded:
+    """An entry point that was imported and asked: what it offers, or why that failed."""
 
-    offers: tuple[Offer, ...]
-    records: tuple[PluginRecord, ...]
+    package: Package
+    offers: tuple[Offer, ...] = ()
+    error: BaseException | None = None
 
 
-def discovered() -> Discovery:
-    """What the installed packages offer; they are looked through once."""
-    return _discover(os.environ.get(ENVIRONMENT_VARIABLE))
+@dataclass(frozen=True)
+class Installed:
+    """The entry points that may be loaded; each is imported when somebody first asks for what it might provide.
+
+    Attributes:
+        entries: in the order of their names.
+        missing: names that the environment variable asks for, and nobody has installed.
+        loaded: by the entry's place in ``entries``, what was imported so far.
+    """
+
+    entries: tuple[EntryPoint, ...]
+    missing: tuple[str, ...]
+    loaded: dict[int, Loaded] = field(default_factory=dict)
+
+    def load(self, *, name: str | None = None) -> list[Loaded]:
+        """Import the entry points of this name, or all of them; each once."""
+        wanted = [index for index, entry in enumerate(self.entries) if name in (None, entry.name)]
+        for index in wanted:
+            if index not in self.loaded:
+                self.loaded[index] = _load(self.entries[index])
+        return [self.loaded[index] for index in wanted]
+
+
+def installed() -> Installed:
+    """The entry points of the installed packages; they are looked for once."""
+    return _installed(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
 def forget() -> None:
     """Look through the installed packages again at the next question, e.g. after one was installed."""
-    _discover.cache_clear()
+    _installed.cache_clear()
 
 
 @functools.cache
-def _discover(wanted: str | None) -> Discovery:
-    """Load every entry point, or those in ``wanted`` (separated by commas)."""
+def _installed(wanted: str | None) -> Installed:
+    """All entry points, or those in ``wanted`` (separated by commas)."""
     found = sorted(entry_points(group=hookspecs.GROUP), key=lambda entry: entry.name)
-    offers: list[Offer] = []
-    rows: list[PluginRecord] = []
-    chosen = None if wanted is None else [name.strip() for name in wanted.split(",") if name.strip()]
-    for entry in found:
-        if chosen is None or entry.name in chosen:
-            loaded, row = _load(entry)
-            offers.extend(loaded)
-            rows.append(row)
-    for name in chosen or []:
-        if name not in {entry.name for entry in found}:
-            there = ", ".join(entry.name for entry in found) or "none"
-            failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it (installed entry points: {there})"
-            rows.append(PluginRecord(name, package="", version="", provides={}, failure=failure))
-    return Discovery(tuple(offers), tuple(_with_conflict(row, offers) for row in rows))
+    if wanted is None:
+        return Installed(tuple(found), ())
+    chosen = [name.strip() for name in wanted.split(",") if name.strip()]
+    there = {entry.name for entry in found}
+    return Installed(tuple(e for e in found if e.name in chosen), tuple(name for name in chosen if name not in there))
 
 
-def _load(entry: EntryPoint) -> tuple[list[Offer], PluginRecord]:
-    """Import one plugin and ask its hooks; whatever goes wrong becomes the record's failure."""
+def providers(kind: PluginKind, name: str) -> list[Offer]:
+    """Who provides a name: an entry point that is called like it, or else everybody who offers it.
+
+    So a plugin whose entry point has its name is found without an import of any other.
+    """
+
+    def offered(loaded: Iterable[Loaded]) -> list[Offer]:
+        return [offer for plugin in loaded for offer in plugin.offers if (offer.kind, offer.cls.name) == (kind, name)]
+
+    return offered(installed().load(name=name)) or offered(installed().load())
+
+
+def records() -> list[PluginRecord]:
+    """A row for every entry point, broken and refused ones included."""
+    here = installed()
+    rows = [_record(entry, plugin) for entry, plugin in zip(here.entries, here.load(), strict=True)]
+    there = ", ".join(sorted({entry.name for entry in entry_points(group=hookspecs.GROUP)})) or "none"
+    failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it (installed entry points: {there})"
+    return rows + [PluginRecord(name, package="", version="", provides={}, failure=failure) for name in here.missing]
+
+
+def _record(entry: EntryPoint, plugin: Loaded) -> PluginRecord:
+    provides: dict[str, list[str]] = {}
+    for offer in plugin.offers:
+        provides.setdefault(offer.kind, []).append(offer.cls.name)
+    failure = "; ".join(filter(None, map(clash, plugin.offers))) or None
+    if plugin.error is not None:
+        failure = f"{type(plugin.error).__name__}: {plugin.error}"
+        if not isinstance(plugin.error, PluginError | SyntaxError):  # these say where
+            failure += f" ({place_of(plugin.error)})"
+    return PluginRecord(entry.name, *plugin.package, provides, failure)
+
+
+def clash(offer: Offer) -> str | None:
+    """Why an offer is not used: its name is a built-in's, or several packages provide it; ``None`` where it is."""
+    name = offer.cls.name
+    if name in BUILTINS[offer.kind]:
+        return f"{offer.kind} {name!r} is a built-in, which is used; the plugin has to be renamed"
+    found = providers(offer.kind, name)
+    if len(found) > 1:
+        return conflict(found)
+    if found != [offer]:
+        return f"{offer.kind} {name!r} is provided by {found[0].package}, whose entry point has that name"
+    return None
+
+
+def conflict(offers: Sequence[Offer]) -> str:
+    """Say that several packages provide one name."""
+    packages = " and ".join(str(offer.package) for offer in offers)
+    return f"{offers[0].kind} {offers[0].cls.name!r} has {len(offers)} owners, so it is refused: {packages}"
+
+
+def place_of(error: BaseException, file: str = "") -> str:
+    """Where something failed: the last line of ``file`` that was running, or else the last line of all.
+
+    Returns:
+        ``"/path/my_plugin.py, line 12"``
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+    return f"{frame.filename}, line {frame.lineno}"
+
+
+def _load(entry: EntryPoint) -> Loaded:
+    """Import one plugin and ask its hooks; whatever goes wrong is kept, and stops nobody."""
     package = Package(entry.name, "")
     if entry.dist is not None:  # of a broken installation it knows neither
         package = Package(entry.dist.name or entry.name, entry.dist.version or "")
-    offers: list[Offer] = []
-    failure = None
+    start = time.perf_counter()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to what the user asked for
-            offers = [Offer(kind, cls, package) for kind, cls in _ask_hooks(entry)]
+            return Loaded(package, tuple(Offer(kind, cls, package) for kind, cls in _ask_hooks(entry)))
     except (Exception, SystemExit) as error:
-        failure = f"{type(error).__name__}: {error}"
-    provides: dict[str, list[str]] = {}
-    for offer in offers:
-        provides.setdefault(offer.kind, []).append(offer.cls.name)
-    return offers, PluginRecord(entry.name, package.name, package.version, provides, failure)
+        return Loaded(package, error=error)
+    finally:
+        if (seconds := time.perf_counter() - start) > SLOW_SECONDS:
+            print(f"plugin {entry.name!r} ({package}) took {seconds:.1f} s to import", file=sys.stderr)
 
 
 def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
@@ -171,6 +252,21 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
     check_needs(kind, name, cls)
+    check_counts(kind, name, cls)
+
+
+def check_counts(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
+    """Hold what an agent says in numbers of episodes to its range: of a class, or of an instance that has set it.
+
+    Raises:
+        PluginError: no whole number, or too small a one.
+    """
+    if kind != "agent":
+        return
+    for attribute, least in (("slope_episodes", 0), ("least_episodes", 1), ("update_episodes", 1)):
+        value = getattr(plugin, attribute)
+        if not (attribute == "update_episodes" and value is None) and not (isinstance(value, int) and value >= least):
+            raise PluginError(f"agent {name!r}: {attribute} is {value!r}, not a whole number from {least}")
 
 
 def check_needs(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
@@ -188,32 +284,3 @@ def check_needs(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> N
     known, called = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
     if not needs <= known:
         raise PluginError(f"{kind} {name!r} needs unknown {called} {sorted(needs - known)}; known: {sorted(known)}")
-
-
-def owners(kind: PluginKind, name: str) -> list[str]:
-    """Everybody who provides a name."""
-    built_in = [f"{built_in_package()} (built-in)"] if name in BUILTINS[kind] else []
-    return built_in + _third_parties(discovered().offers, kind, name)
-
-
-def _third_parties(offers: Iterable[Offer], kind: PluginKind, name: str) -> list[str]:
-    return [str(offer.package) for offer in offers if (offer.kind, offer.cls.name) == (kind, name)]
-
-
-def _with_conflict(row: PluginRecord, offers: Iterable[Offer]) -> PluginRecord:
-    """Write into a row which of its names another package provides as well."""
-    refusals = []
-    for kind, table in BUILTINS.items():
-        for name in dict.fromkeys(row.provides.get(kind, [])):
-            built_in = [f"{built_in_package()} (built-in)"] if name in table else []
-            claims = built_in + _third_parties(offers, kind, name)
-            if len(claims) > 1:
-                refusals.append(conflict(kind, name, claims))
-    if not refusals:
-        return row
-    return PluginRecord(row.name, row.package, row.version, row.provides, failure="; ".join(refusals))
-
-
-def conflict(kind: PluginKind, name: str, claims: list[str]) -> str:
-    """Say that several packages provide one name."""
-    return f"{kind} {name!r} has {len(claims)} owners, so it is refused: {' and '.join(claims)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
@@ -9,30 +11,44 @@ from pydantic import ValidationError
 
 from ffgym.config.refusals import config_error
 from ffgym.errors import FFGymError, PluginError, UnknownNameError
+from ffgym.plugins import discovery
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, Package, built_in_package, conflict, discovered, owners
+from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, Package, built_in_package, installed, place_of, providers
 from ffgym.plugins.kinds import KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
 
 
 def names(kind: PluginKind) -> dict[str, str]:
-    """Every usable name of a kind with its one-line description, built-ins first.
-
-    A name with two owners cannot be used, so it is left out.
-    """
+    """Every usable name of a kind with its one-line description, built-ins first."""
     lines = {name: built_in.description for name, built_in in BUILTINS[kind].items()}
-    for offer in discovered().offers:
-        if offer.kind == kind:
-            lines.setdefault(offer.cls.name, _first_line(offer.cls))
-    return {name: line for name, line in lines.items() if len(owners(kind, name)) == 1}
+    offers = (offer for plugin in installed().load() for offer in plugin.offers if offer.kind == kind)
+    return lines | {offer.cls.name: _first_line(offer.cls) for offer in offers if discovery.clash(offer) is None}
+
+
+def is_name(kind: PluginKind, name: str) -> bool:
+    """Whether somebody provides a name; that of a built-in is known without an import."""
+    return name in BUILTINS[kind] or bool(providers(kind, name))
 
 
 def records() -> list[PluginRecord]:
     """What ``ffgym plugins`` shows: the built-ins, then one row per entry point, broken and refused ones included."""
     provides: dict[str, list[str]] = {kind: list(table) for kind, table in BUILTINS.items()}
     built_in = PluginRecord("built-in", *built_in_package(), provides=provides)
-    return [built_in, *discovered().records]
+    return [built_in, *discovery.records()]
+
+
+def traceback_of(name: str) -> str:
+    """Where the entry points of a name failed while they were loaded, as Python prints it.
+
+    Raises:
+        UnknownNameError: no entry point has the name.
+    """
+    plugins = installed().load(name=name)
+    if not plugins:
+        raise UnknownNameError("plugin", name, {entry.name for entry in installed().entries})
+    failures = ["".join(traceback.format_exception(plugin.error)) for plugin in plugins if plugin.error is not None]
+    return "\n".join(failures) or f"{name} was loaded without a failure"
 
 
 @overload
@@ -52,18 +68,18 @@ def get_class(kind: PluginKind, name: str) -> type[Plugin]:
         UnknownNameError: nobody provides it; the hint also names plugins that could not be loaded.
         PluginError: two packages provide it.
     """
-    packages = owners(kind, name)
-    if len(packages) > 1:
-        raise PluginError(
-            conflict(kind, name, packages),
-            hint=f"Uninstall one, or load only the plugins you want: {ENVIRONMENT_VARIABLE}=a,b (empty for none).",
-        )
-    if not packages:
-        raise _unknown(kind, name)
     if name in BUILTINS[kind]:
         cls: type[Plugin] = imported(BUILTINS[kind][name].target)
         return cls
-    return next(offer.cls for offer in discovered().offers if (offer.kind, offer.cls.name) == (kind, name))
+    offers = providers(kind, name)
+    if len(offers) > 1:
+        raise PluginError(
+            discovery.conflict(offers),
+            hint=f"Uninstall one, or load only the plugins you want: {ENVIRONMENT_VARIABLE}=a,b (empty for none).",
+        )
+    if not offers:
+        raise _unknown(kind, name)
+    return offers[0].cls
 
 
 @overload
@@ -94,11 +110,13 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
     cls = get_class(kind, name)
     config = validated(kind, cls, options or {})
     try:
-        return cls(config)
+        plugin = cls(config)
     except FFGymError:
         raise
     except Exception as error:
-        raise PluginError(f"{described(cls)} could not be created: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{described(cls)} could not be created: {_said(error, cls)}") from error
+    discovery.check_counts(kind, name, plugin)
+    return plugin
 
 
 def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -> PluginConfig:
@@ -110,7 +128,19 @@ def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -
     except FFGymError:
         raise
     except Exception as error:
-        raise PluginError(f"{described(cls)} could not check its options: {type(error).__name__}: {error}") from error
+        raise PluginError(f"{described(cls)} could not check its options: {_said(error, cls)}") from error
+
+
+def _said(error: Exception, cls: type[Plugin]) -> str:
+    return f"{type(error).__name__}: {error} ({place_of(error, file_of(cls))})"
+
+
+def file_of(cls: type[Plugin]) -> str:
+    """The file that a class is written in; empty for one that was typed in."""
+    try:
+        return inspect.getfile(cls)
+    except (OSError, TypeError):
+        return ""
 
 
 def package_of(plugin: Plugin | type[Plugin]) -> Package:
@@ -119,7 +149,8 @@ def package_of(plugin: Plugin | type[Plugin]) -> Package:
     module = cls.__module__.partition(".")[0]
     if module == "ffgym":
         return built_in_package()
-    return next((offer.package for offer in discovered().offers if offer.cls is cls), Package(module, ""))
+    offers = (offer for plugin in installed().loaded.values() for offer in plugin.offers)
+    return next((offer.package for offer in offers if offer.cls is cls), Package(module, ""))
 
 
 def described(plugin: Plugin | type[Plugin]) -> str:
@@ -133,7 +164,7 @@ def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
     also = {"agent": names("heuristic"), "heuristic": ["none"], "recovery": ["none"]}
     known = [*names(kind), *also.get(kind, ())]
     error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)
-    broken = [row for row in discovered().records if row.failure is not None and not row.provides]
+    broken = [row for row in discovery.records() if row.failure is not None and not row.provides]
     if broken:
         plugins = "; ".join(f"{Package(row.package or row.name, row.version)} ({row.failure})" for row in broken)
         error.hint = f"{error.hint} Plugins that could not be loaded and might provide it: {plugins}."

@@ -11,9 +11,9 @@ from ffgym.config.tables import PluginTable, RunConfig
 from ffgym.config.toml import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins.bases import Plugin
-from ffgym.plugins.discovery import owners
+from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.kinds import KINDS, PluginKind
-from ffgym.plugins.manager import create, get_class, validated
+from ffgym.plugins.manager import create, get_class, is_name, validated
 from ffgym.types import JSONDict
 
 ALL_TABLES = tuple(kind.table for kind in KINDS.values() if kind.table)
@@ -91,12 +91,19 @@ def resolve_agent(config: RunConfig) -> RunConfig:
     configuration that names an agent comes back unchanged.
     """
     name = config.agent.name
-    if owners("agent", name) or not owners("heuristic", name):
+    if not _is_heuristic(name):
         return config
     inherited = config.prior.options if config.prior.name == name else {}
     prior = type(config.prior)(name=name, **{**inherited, **config.agent.options})
     once = config.search.model_copy(update={"episodes": 1, "episodes_per_update": 1})
     return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior, "search": once})
+
+
+def _is_heuristic(name: str) -> bool:
+    """Whether no agent has this name and a heuristic does; built-ins come first, and nothing is imported for them."""
+    if name in BUILTINS["agent"] or name in BUILTINS["heuristic"]:
+        return name not in BUILTINS["agent"]
+    return not is_name("agent", name) and is_name("heuristic", name)
 
 
 def check_agent_fits(config: RunConfig) -> None:

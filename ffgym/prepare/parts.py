@@ -31,6 +31,7 @@ from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
+from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import check_wishes
 from ffgym.prepare.paths import Prepared, prepare
 from ffgym.pruning.budget import Budget
@@ -203,7 +204,6 @@ def make_reward(config: RunConfig) -> Reward:
             )
         check_search_tasks(reward.tasks)
     resource_class(config.prune.resource)
-    others = [name for name in manager.names("resource") if name != config.prune.resource]
     weighed = reward.resources if "cost" in reward.needs else ()
     for resource in weighed:
         resource_class(resource)
@@ -211,10 +211,11 @@ def make_reward(config: RunConfig) -> Reward:
             raise ConfigError(
                 f"reward {config.reward.name!r} weighs {resource}, and the budget is in {resource}: it costs the "
                 "same whatever the allocation",
-                hint=f"Weigh another resource ({', '.join(others)}), or prune another.",
+                hint=f"Weigh another resource ({', '.join(manager.names('resource').keys() - {resource})}), or "
+                "prune another.",
             )
-    for name in others:
-        if name not in weighed and named_table(config, name) is not None:
+    for name in BUILTINS["resource"]:
+        if name not in (config.prune.resource, *weighed) and named_table(config, name) is not None:
             raise ConfigError(
                 f"prune.{resource_class(name).table_key} is given, but prune.resource is {config.prune.resource!r}, "
                 f"reward {config.reward.name!r} weighs no {name} either, and nothing would read it",

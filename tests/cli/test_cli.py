@@ -345,7 +345,7 @@ def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "nobody")
     text = call("plugins").stdout
     assert "built-in" in text
-    assert "FAILED not installed" in text
+    assert "nobody FAILED: not installed, but FFGYM_LOAD_PLUGINS asks for it" in text
     rows = json.loads(call("plugins", "--json").stdout)
     assert [row["name"] for row in rows] == ["built-in", "nobody"]
     assert rows[0]["package"] == "ffgym"

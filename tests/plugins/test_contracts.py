@@ -107,7 +107,7 @@ def test_inference_tensors_can_be_scored() -> None:
         (lambda weight: weight.numpy().fill(0), "changed the weight it was given"),
         (
             lambda weight: sys.exit(3),
-            r"scoring layer 3 mlp: SystemExit: 3 \(test_contracts\.py, line \d+\)",
+            r"scoring layer 3 mlp: SystemExit: 3 \(.*test_contracts\.py, line \d+\)",
         ),
         (lambda weight: fail(), "failed while scoring layer 3 mlp: KeyError: 'lost'"),
     ],
@@ -154,7 +154,7 @@ def test_errors_that_a_plugin_raises_on_purpose_name_it() -> None:
 def test_a_failure_says_the_line_of_the_plugin() -> None:
     """Not the line of the library that raised."""
     line = inspect.currentframe().f_lineno + 2  # type: ignore[union-attr]
-    with pytest.raises(PluginError, match=rf"LinAlgError: .* \(test_contracts\.py, line {line}\)"):
+    with pytest.raises(PluginError, match=rf"LinAlgError: .* \(.*test_contracts\.py, line {line}\)"):
         scored(lambda weight: np.linalg.inv(np.zeros((2, 2))))
 
 

@@ -182,7 +182,7 @@ def test_unknown_name_has_the_near_match_the_list_and_the_broken_plugins(install
     assert "unknown criterion 'wnada'" in str(caught.value)
     assert "Did you mean 'wanda'?" in str(caught.value)
     assert "magnitude, " in str(caught.value)
-    assert "acme-broken 1.0 (RuntimeError: boom)" in str(caught.value)
+    assert "acme-broken 1.0 (RuntimeError: boom (" in str(caught.value)
 
 
 def test_an_unknown_agent_may_be_a_mistyped_heuristic() -> None:
@@ -201,12 +201,76 @@ def test_two_packages_with_one_name_are_refused_naming_both(install: Install) ->
     assert manager.create("criterion", "wanda").name == "wanda"
 
 
-def test_taking_a_builtins_name_is_refused_naming_both(install: Install) -> None:
+def test_a_built_in_wins_over_a_plugin_of_its_name_which_has_failed(install: Install) -> None:
     install("acme-one", CRITERION.format(name="wanda"))
-    with pytest.raises(PluginError, match=r"ffgym .*\(built-in\) and acme-one 1\.0") as caught:
-        manager.get_class("criterion", "wanda")
-    assert "FFGYM_LOAD_PLUGINS" in str(caught.value)
-    assert "built-in" in str(record("acme-one").failure)
+    assert manager.get_class("criterion", "wanda").__module__ == "ffgym.criteria.wanda"
+    assert manager.names("criterion")["wanda"] == built_ins.BUILTINS["criterion"]["wanda"].description
+    assert "criterion 'wanda' is a built-in, which is used" in str(record("acme-one").failure)
+
+
+def test_an_entry_point_that_is_called_like_the_plugin_wins_over_others(install: Install) -> None:
+    install("acme-one", CRITERION.format(name="acme-one-entry"))
+    install("acme-two", CRITERION.format(name="acme-one-entry"))
+    assert str(manager.package_of(manager.get_class("criterion", "acme-one-entry"))) == "acme-one 1.0"
+    assert "acme-one-entry" in manager.names("criterion")
+    assert record("acme-one").failure is None
+    assert "provided by acme-one 1.0" in str(record("acme-two").failure)
+
+
+def test_plugins_are_imported_when_a_name_of_theirs_or_a_listing_is_asked_for(install: Install) -> None:
+    install("acme-lazy", CRITERION.format(name="acme-lazy-entry"))
+    install("acme-other", CRITERION.format(name="other"))
+    manager.create("criterion", "wanda")
+    configured.resolve_agent(load_config(agent={"name": "mlp-first"}))
+    assert {"acme_lazy", "acme_other"}.isdisjoint(sys.modules)
+    manager.create("criterion", "acme-lazy-entry", {"floor": 1.0})
+    assert "acme_other" not in sys.modules
+    manager.names("agent")
+    assert "acme_other" in sys.modules
+
+
+def test_a_plugin_that_is_slow_to_import_is_named(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("acme-slow", "import time\ntime.sleep(2.01)\n" + CRITERION.format(name="slow"))
+    manager.names("criterion")
+    assert "plugin 'acme-slow-entry' (acme-slow 1.0) took 2.0 s to import" in capsys.readouterr().err
+
+
+def test_a_failure_names_file_and_line_and_has_a_traceback(install: Install) -> None:
+    install("acme-broken", "x = 1\n1 / 0\n")
+    assert str(record("acme-broken").failure).startswith("ZeroDivisionError: division by zero (")
+    assert str(record("acme-broken").failure).endswith("acme_broken.py, line 2)")
+    said = manager.traceback_of("acme-broken-entry")
+    assert said.startswith("Traceback")
+    assert "1 / 0" in said
+    with pytest.raises(
+        UnknownNameError, match=r"unknown plugin 'acme-brokn-entry'\n  Did you mean 'acme-broken-entry'"
+    ):
+        manager.traceback_of("acme-brokn-entry")
+
+
+AGENT = """
+import ffgym
+
+class Mine(ffgym.Agent):
+    name = "mine"
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.{attribute} = {value}
+    def learn(self, env, *, seed, on_update): ...
+
+@ffgym.hookimpl
+def ffgym_agents():
+    return [Mine]
+"""
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("slope_episodes", -1), ("least_episodes", -1), ("update_episodes", 0)]
+)
+def test_impossible_numbers_of_episodes_are_refused_at_creation(install: Install, attribute: str, value: int) -> None:
+    install("acme-mine", AGENT.format(attribute=attribute, value=value))
+    with pytest.raises(PluginError, match=rf"agent 'mine': {attribute} is {value}, not a whole number from"):
+        manager.create("agent", "mine")
 
 
 def test_environment_variable_chooses_what_is_loaded(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +343,10 @@ def test_options_whose_check_breaks_name_the_plugin(install: Install) -> None:
 
 def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
     install("acme-mine", CRITERION.format(name="mine") + "\nMine.__init__ = lambda self, config: 1 / 0\n")
-    with pytest.raises(PluginError, match=r"criterion 'mine' \(package acme-mine 1\.0\) could not be created"):
+    with pytest.raises(
+        PluginError,
+        match=r"criterion 'mine' \(package acme-mine 1\.0\) could not be created: .*acme_mine\.py, line \d+",
+    ):
         manager.create("criterion", "mine", {"floor": 1.0})
 
 

@@ -202,7 +202,7 @@ def test_a_class_that_is_no_method_is_refused(
     install: Callable[..., None], change: tuple[str, str], complaint: str
 ) -> None:
     install("acme-broken", METHOD.replace(*change) + HOOK)
-    assert complaint in call("plugins").stdout
+    assert complaint in call("plugins", "--json").stdout
 
 
 @pytest.mark.parametrize(
