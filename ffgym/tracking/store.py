@@ -34,6 +34,10 @@ MOVE_EXPERIMENTS = """
     UPDATE experiments SET artifact_location = :here || substr(artifact_location, :length + 1)
     WHERE artifact_location = :old OR substr(artifact_location, 1, :length + 1) = :old || '/'
 """
+UNUSED_DEFAULT = """
+    SELECT 1 FROM experiments WHERE experiment_id = 0 AND artifact_location != :here
+    AND NOT EXISTS (SELECT 1 FROM runs WHERE experiment_id = 0)
+"""
 MOVE_RUNS = """
     UPDATE runs SET artifact_uri = :here || substr(artifact_uri, :length + 1)
     WHERE substr(artifact_uri, 1, :length + 1) = :old || '/'
@@ -41,7 +45,16 @@ MOVE_RUNS = """
 
 
 def tracking_uri(root: Path) -> str:
-    """Say which MLflow store is meant: ``MLFLOW_TRACKING_URI`` where it is set, else the SQLite file under root."""
+    """Say which MLflow store is meant: ``MLFLOW_TRACKING_URI`` where it is set, else the SQLite file under root.
+
+    Raises:
+        TrackingError: the root is the address of a database or a server.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(root)):  # a Path has one slash where an address has two
+        raise TrackingError(
+            f"the root of an MLflow store is a folder, and {str(root).partition(':')[0]}:... is an address",
+            hint="Set MLFLOW_TRACKING_URI to that address, and leave tracking.root out.",
+        )
     return os.environ.get("MLFLOW_TRACKING_URI") or own_uri(root)
 
 
@@ -105,7 +118,8 @@ def adopt(root: Path) -> None:
     """Let a store that was copied or moved use the artifacts beside it: MLflow notes absolute paths.
 
     Experiments whose artifacts lie in another store's folder, or in one that is gone, get this store's own, and so do
-    their runs: the files that came along are found, and nothing more is written into the other store.
+    their runs: the files that came along are found, and nothing more is written into the other store. MLflow's unused
+    experiment ``Default``, which it points into the current folder, does too.
 
     Raises:
         sqlite3.Error: the database cannot be read or written.
@@ -115,6 +129,8 @@ def adopt(root: Path) -> None:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
             return
         locations = [row[0] for row in connection.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        if connection.execute(UNUSED_DEFAULT, {"here": here}).fetchone():
+            connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (here,))
         for old in filter(_is_another_stores, set(locations) - {here}):
             values = {"here": here, "length": len(old), "old": old}
             connection.execute(MOVE_EXPERIMENTS, values)

@@ -34,6 +34,7 @@ from ffgym.tracking.store import (
     translated,
     uninterrupted,
 )
+from ffgym.tracking.view import TAGS, arrange
 from ffgym.types import Episode, JSONDict
 
 METRICS_PER_BATCH = 1000  # the limits of MLflow's log_batch
@@ -280,10 +281,11 @@ class Tracker:
                 _fill(self._reserve)
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
-                adopt(self._root)
             mlflow = import_mlflow()
             with uninterrupted(self._uri):
                 self._client = mlflow.MlflowClient(tracking_uri=self._uri)
+                if self._uri == own_uri(self._root):
+                    adopt(self._root)
                 experiment = self._experiment_id()
                 tags = {} if self._parent is None else {PARENT_TAG: self._parent}
                 run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
@@ -333,7 +335,7 @@ class Tracker:
         if found is None:
             location = str(artifacts(self._root)) if own else None
             try:
-                return str(self._client.create_experiment(self._experiment, artifact_location=location))
+                return str(self._client.create_experiment(self._experiment, artifact_location=location, tags=TAGS))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -350,6 +352,7 @@ class Tracker:
                 "which is not there (was the folder moved?)",
                 hint=f"Make that folder, {INSTEAD}",
             )
+        arrange(self._client, found)
         return str(found.experiment_id)
 
     def _terminate(self, status: str) -> None:

@@ -1,59 +1,95 @@
-"""The MLflow UI on this machine, from the store that a `Tracker` writes."""
+"""The MLflow UI, opened at the page of the runs: on this machine, or on the server that the store is behind."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
-import sqlite3
 import subprocess
 import sys
+import time
+import urllib.request
+import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import shown
-from ffgym.tracking.store import adopt, artifacts, check_driver, database, is_server, own_uri, tracking_uri
+from ffgym.tracking.store import artifacts, is_server, reading_store, tracking_uri
+from ffgym.tracking.view import arrange, page
 
 SECONDS_TO_END = 3.0
 
 
-def open_ui(root: Path, port: int = 5000) -> None:
-    """Serve the MLflow UI on this machine until Ctrl-C, from the store that :class:`Tracker` writes.
+def open_ui(
+    root: Path,
+    experiment: str = "ffgym",
+    port: int = 5000,
+    *,
+    notify: Callable[[str], None] = print,
+    browser: bool = True,
+) -> None:
+    """Open the page of an experiment's runs; unless the store is behind a server, serve it here until Ctrl-C.
 
     Args:
-        root: folder of the store.
+        root: folder of the store that :class:`Tracker` writes; ``MLFLOW_TRACKING_URI`` wins.
+        experiment: MLflow experiment.
         port: TCP port on 127.0.0.1.
+        notify: is given the page's address.
+        browser: open the page in a browser, where there is a screen.
 
     Raises:
-        TrackingError: there is no store yet, the port is taken, the store is a server that has a UI of its own, or
-            MLflow's server gave up.
+        TrackingError: there is no store yet, the port is taken, or MLflow's server gave up.
     """
     uri = tracking_uri(root)
     if is_server(uri):
-        raise TrackingError(f"MLFLOW_TRACKING_URI is a server: {shown(uri)}", hint="Open that address in a browser.")
-    if uri == own_uri(root):
-        if not database(root).is_file():
-            raise TrackingError(
-                f"no MLflow store in {root.resolve()} yet",
-                hint="Make one with `ffgym run`, or name another folder.",
-            )
-        with contextlib.suppress(sqlite3.Error):  # MLflow says what is wrong with it
-            adopt(root)
-    check_driver(uri)
+        _show(_page(root, experiment, shown(uri).replace("***@", "").removesuffix("?***")), notify, browser)
+        return
+    address = f"http://127.0.0.1:{port}"
+    place = _page(root, experiment, address)
     _require_free(port)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--default-artifact-root", str(artifacts(root))]
+    command += ["--default-artifact-root", str(artifacts(root)), "--uvicorn-opts", "--log-level warning"]
     # Everybody on this machine sees a command line, and the address of a database may hold its password.
     store = {"MLFLOW_BACKEND_STORE_URI": uri}
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     server = subprocess.Popen(command, env=quiet | os.environ | store)
     try:
+        if _comes_up(server, address):
+            _show(place, notify, browser)
+            notify("Ctrl-C ends it.")
         code = server.wait()
     except KeyboardInterrupt:  # the way to stop it
         _end(server)
         return
     if code != 0:
         raise TrackingError(f"the MLflow UI on port {port} ended with exit code {code}", hint="Its output is above.")
+
+
+def _page(root: Path, experiment: str, address: str) -> str:
+    """Where the runs are shown; of an experiment that is not there, all that there is."""
+    with reading_store(root, "open") as (client, _):
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return address
+        arrange(client, found)
+        return page(address, found.experiment_id)
+
+
+def _show(place: str, notify: Callable[[str], None], browser: bool) -> None:
+    notify(f"The runs are shown at {place}")
+    has_screen = sys.platform != "linux" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    if browser and has_screen:  # without a screen, Python would open one in the terminal
+        webbrowser.open(place)
+
+
+def _comes_up(server: subprocess.Popen[bytes], address: str) -> bool:
+    """Wait until the server answers; it may also give up."""
+    while server.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

@@ -374,8 +374,12 @@ def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaint
 
 
 def test_ui_opens_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[tuple[Path, int]] = []
-    replace_module(monkeypatch, "ffgym.tracking.ui", open_ui=lambda root, port: opened.append((root, port)))
+    opened: list[tuple[Any, ...]] = []
+
+    def open_ui(*place: Any, notify: Any, browser: bool) -> None:
+        opened.append((*place, browser))
+
+    replace_module(monkeypatch, "ffgym.tracking.ui", open_ui=open_ui)
     assert call("ui").exit_code == 0
-    assert call("ui", "--root", "elsewhere", "--port", "6001").exit_code == 0
-    assert opened == [(Path("mlruns"), 5000), (Path("elsewhere"), 6001)]
+    assert call("ui", "--root", "there", "--port", "6001", "--experiment", "mine", "--no-browser").exit_code == 0
+    assert opened == [(Path("mlruns"), "ffgym", 5000, True), (Path("there"), "mine", 6001, False)]

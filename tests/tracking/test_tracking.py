@@ -6,12 +6,10 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from sqlalchemy.engine import Engine
 from ffgym.errors import TrackingError
 from ffgym.tracking.names import Result
 from ffgym.tracking.runs import list_runs
-from ffgym.tracking.store import fetch_artifact, tracking_uri
+from ffgym.tracking.store import fetch_artifact
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.tracking.ui import open_ui
 from ffgym.types import Episode
@@ -591,72 +589,3 @@ def test_the_reason_of_a_failure_is_not_hidden_by_a_broken_store(root):
 
     with pytest.raises(ValueError, match="the real reason"), Tracker(root, "ffgym", "run"):
         fail()
-
-
-@pytest.mark.usefixtures("no_server")
-def test_ui_without_a_store_says_how_to_get_one(tmp_path):
-    with pytest.raises(TrackingError, match=r"no MLflow store.*\n.*ffgym run"):
-        open_ui(tmp_path, 5000)
-
-
-def test_ui_on_a_taken_or_impossible_port_is_refused(root):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(TrackingError, match="port"):
-            open_ui(root, taken.getsockname()[1])
-    with pytest.raises(TrackingError, match="port 99999"):
-        open_ui(root, 99999)
-
-
-def test_ui_of_a_server_is_the_servers(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracking.example")
-    with pytest.raises(TrackingError, match="browser"):
-        open_ui(tmp_path, 5000)
-
-
-def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
-    commands, environments = [], []
-
-    class Server:
-        def __init__(self, command, env):
-            commands.append(command)
-            environments.append(env)
-
-        def wait(self):
-            return len(commands) - 1
-
-    monkeypatch.setattr(subprocess, "Popen", Server)
-    open_ui(root, 0)
-    assert commands[0][:4] == [sys.executable, "-m", "mlflow", "ui"]
-    assert environments[0]["MLFLOW_BACKEND_STORE_URI"] == tracking_uri(root)
-    assert not [word for word in commands[0] if "mlflow.db" in word], "everybody sees a command line"
-    with pytest.raises(TrackingError, match="exit code 1"):
-        open_ui(root, 0)
-
-
-@pytest.mark.parametrize("ends_after", ["Ctrl-C", "terminate", "kill"])
-def test_ctrl_c_closes_the_ui_in_peace(root, monkeypatch, ends_after):
-    class Server:
-        told: ClassVar = []
-
-        def __init__(self, command, env): ...
-
-        def wait(self, timeout=None):
-            if not Server.told:
-                Server.told.append("Ctrl-C")
-                raise KeyboardInterrupt
-            if ends_after not in Server.told:
-                raise subprocess.TimeoutExpired("mlflow", timeout)
-            return 1
-
-        def terminate(self):
-            Server.told.append("terminate")
-
-        def kill(self):
-            Server.told.append("kill")
-
-    monkeypatch.setattr(subprocess, "Popen", Server)
-    open_ui(root, 0)
-    assert Server.told[-1] == ends_after
-    assert len(Server.told) == 1 + ["Ctrl-C", "terminate", "kill"].index(ends_after)
