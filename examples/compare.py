@@ -1,0 +1,13 @@
+"""Run two agents and a rule on equal terms: python examples/compare.py [run.toml].
+
+All three have the same model, text, refit and tokens. `ffgym ui` shows the runs beside each other.
+"""
+
+import sys
+
+import ffgym
+
+for agent in ("reinforce", "pathwise", "mlp-first"):
+    result = ffgym.run(ffgym.load_config(*sys.argv[1:], agent={"name": agent}, search={"random_baseline": False}))
+    dense, best = result.table.rows[0], result.table.best
+    print(f"{agent:10} perplexity {best.perplexity:.2f}, {best.perplexity / dense.perplexity:.2f} x dense")
