@@ -173,12 +173,12 @@ class CellRunner:
     def _search(
         self, cell: Cell, task: Task, agent: Agent, log: Path, tracker: Tracker, watch: _Incumbents
     ) -> SearchResult:
-        with self._reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget) as stage:
+        with self._reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget, "tokens") as stage:
 
             def on_episode(episode: Episode) -> None:
                 watch.episode(episode)
                 tracker.log_episode(episode)
-                stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+                stage.advance(episode.tokens, f"reward {episode.reward:.3f}")
 
             def on_update(episodes: Sequence[Episode], update: Update) -> None:
                 watch.update()

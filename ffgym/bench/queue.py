@@ -9,7 +9,7 @@ from pathlib import Path
 from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
 from ffgym.execute.workers import work
-from ffgym.report.progress import Reporter, duration
+from ffgym.report.progress import Reporter, clock
 from ffgym.types import JSONDict
 
 
@@ -78,7 +78,7 @@ class CellQueue:
         left = ""
         if self._done:
             seconds = (time.monotonic() - self._begun) / self._done * (self._total - self._done)
-            left = f", about {duration(seconds)} left"
+            left = f", {clock(seconds)} left in all"
         number = self._count - len(self._waiting)
         self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
         return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file])

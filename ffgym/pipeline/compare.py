@@ -173,7 +173,7 @@ def found_name(config: RunConfig) -> str:
 def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "", is_found: bool = False) -> Row:
     """One row: the model as it is cut now, on the report split."""
     prunable, windows = task.prepared.prunable, task.splits.report.windows
-    with reporter.stage(f"report: {label}", len(windows)) as stage:
+    with reporter.stage(f"report: {label}", len(windows), "windows") as stage:
         batch = tokens_per_batch(prunable.model.device)
         result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
     new_biases = prunable.new_bias_params(stock=task.config.prune.uniform)

@@ -57,7 +57,7 @@ def search(task: Task, agent: Agent, session: Session) -> Searched:
         raise
     write_found(folder, points, agent, task, tracker)
     main = next(found for found in points if found.target == config.main_target)
-    baseline = _random_baseline(task, session) if agent.searches and _compares_with_random(config) else None
+    baseline = _random_baseline(task, session) if agent.searches and compares_with_random(config) else None
     return Searched(tuple(points), main, baseline)
 
 
@@ -74,17 +74,24 @@ def _run(
     task: Task, agent: Agent, session: Session, label: str, prefix: str, log: Path, targets: Sequence[float]
 ) -> list[SearchResult]:
     """One search with its progress, its log and its metrics, which MLflow keeps under ``prefix``."""
-    config, progress = task.config, session.progress
-    budget = config.search.episodes * task.env.episode_windows * task.env.window_tokens
-    if log.exists() and (earlier := len(read_episodes(log))):
+    config, progress, env = task.config, session.progress, task.env
+    settings = search_settings(config)
+    size = env.episode_windows * env.window_tokens
+    finals = settings.finalists * settings.final_tokens if agent.searches else 0
+    earlier = len(read_episodes(log)) if log.exists() else 0
+    if earlier:
         progress.print(f"search: {label}: {earlier} episodes of earlier sessions are read from {log.name}")
-    with progress.stage(f"search: {label}", budget) as stage:
+    total = settings.episodes * size + finals * len(targets)
+    with progress.stage(f"search: {label}", total, "tokens") as stage:
 
         def on_progress(share: float) -> None:
-            stage.advance(0, f"tokens, {share:.0%} of an update")
+            stage.partly(share * size * settings.episodes_per_update)
+
+        def on_finals(share: float) -> None:
+            stage.partly(share * finals)
 
         def on_episode(episode: Episode) -> None:
-            stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+            stage.advance(episode.tokens, f"reward {episode.reward:.3f}", is_known=episode.index < earlier)
             session.tracker.log_episode(episode, search=prefix)
 
         def on_update(episodes: Sequence[Episode], update: Update) -> None:
@@ -93,13 +100,13 @@ def _run(
             )
 
         def on_point(found: SearchResult) -> None:
-            stage.advance(0, f"tokens, finals at {found.target:.0%} done")
+            stage.advance(finals, f"finals at {found.target:.0%} done")
 
         return search_front(
-            task.env,
+            env,
             agent,
-            search_settings(config),
-            make_schedule(config, task.env),
+            settings,
+            make_schedule(config, env),
             targets,
             seed=config.seed,
             log=log,
@@ -107,6 +114,7 @@ def _run(
             on_update=on_update,
             on_point=on_point,
             on_progress=on_progress,
+            on_finals=on_finals,
         )
 
 
@@ -119,7 +127,7 @@ def _say_how_many_shapes(task: Task, session: Session) -> None:
         session.progress.print(f"uniform{where}: {many if count > 1 else one}")
 
 
-def _compares_with_random(config: RunConfig) -> bool:
+def compares_with_random(config: RunConfig) -> bool:
     """Whether random allocations are compared with, which follow no target of their own.
 
     Under one shape for all layers they could find nothing that the finals do not measure anyway.

@@ -305,7 +305,7 @@ class _Recovery:
 
     def _measured(self, label: str, loaded: LoadedModel) -> Measured:
         windows = self.texts.splits.report.windows
-        with self.reporter.stage(f"report: {label}", len(windows)) as stage:
+        with self.reporter.stage(f"report: {label}", len(windows), "windows") as stage:
             result = _evaluate(loaded, windows, stage.advance)
         return Measured(label, result, sum(p.numel() for p in loaded.model.parameters()))
 

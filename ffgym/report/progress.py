@@ -1,27 +1,95 @@
-"""Progress of long stages on stderr: live bars on a terminal, a plain line now and then anywhere else."""
+"""Progress of long jobs on stderr: two live lines on a terminal, a plain line now and then anywhere else.
+
+A terminal shows how far the whole job is, and below it the stage at work::
+
+    stage 3/8  search: reinforce  ━━━━━━━━━━━━━━━━━━━━━━━━  4:05 left in all
+    8,192/229,376 tokens · reward 0.168 · 0:09 elapsed · 3:32 left
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of a job, of which it is known beforehand what it costs.
+
+    Attributes:
+        label: what the labels of its stages begin with.
+        cost: relative to the other steps; any unit will do.
+        stages: how many stages it consists of.
+    """
+
+    label: str
+    cost: float
+    stages: int = 1
+
+
+class _Plan:
+    """How far a job is in all its steps."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self._steps = steps
+        self._place = self._stages = 0
+        self._begun = time.monotonic()
+        self._saved = 0.0
+
+    def enter(self, label: str) -> bool:
+        """Move on to the step that a stage belongs to, if there is one from here on."""
+        for place in range(self._place, len(self._steps)):
+            if label.startswith(self._steps[place].label):
+                self._stages = self._stages + 1 if place == self._place else 1
+                self._place = place
+                return True
+        return False
+
+    def save(self, share: float) -> None:
+        """Note that so much of the stage at work is known from an earlier session: it takes no time."""
+        step = self._steps[self._place]
+        self._saved += share * step.cost / step.stages
+
+    def head(self) -> str:
+        return f"stage {self._place + 1}/{len(self._steps)}"
+
+    def share(self, within: float) -> float:
+        """The share of the whole job that is done, given that of the stage at work."""
+        return self._done(within) / sum(step.cost for step in self._steps)
+
+    def left(self, within: float) -> float | None:
+        """Seconds until the job ends; ``None`` while nothing says how fast it is."""
+        done, elapsed = self._done(within), time.monotonic() - self._begun
+        if done <= self._saved:
+            return None
+        return elapsed / (done - self._saved) * (sum(step.cost for step in self._steps) - done)
+
+    def _done(self, within: float) -> float:
+        step = self._steps[self._place]
+        own = min(1.0, max(0.0, self._stages - 1 + within) / step.stages)
+        return sum(before.cost for before in self._steps[: self._place]) + own * step.cost
 
 
 class Stage:
     """One running stage; call it with (done, total) or ``advance`` it."""
 
-    def __init__(self, label: str, total: int, console: Console, bars: Progress | None) -> None:
+    def __init__(self, label: str, total: int, unit: str, console: Console, plan: _Plan | None) -> None:
         self.label = label
         self.total = total
         self.done = 0
-        self._console = console
-        self._bars = bars
-        self._task = bars.add_task(label, total=total, note="") if bars is not None else None
+        self._known, self._partly = 0, 0.0
+        self._unit, self._note = unit, ""
+        self._console, self._plan = console, plan
         self._last = self._begun = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
@@ -29,56 +97,105 @@ class Stage:
         self.total = total
         self.advance(done - self.done)
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Move on by ``steps``; ``note`` is shown behind the bar."""
+    def advance(self, steps: int = 1, note: str = "", *, is_known: bool = False) -> None:
+        """Move on.
+
+        Args:
+            steps: how far.
+            note: shown from now on.
+            is_known: these steps are those of an earlier session, and say nothing of how long the others will take.
+        """
         self.done = min(self.total, self.done + steps)
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, total=self.total, completed=self.done, note=note)
-        elif time.monotonic() - self._last > SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            line = f"{self.label}: {self.done}/{self.total} {note}".rstrip()
-            if self.done:  # before the first step nobody knows
-                left = (self._last - self._begun) / self.done * (self.total - self.done)
-                line += f", about {duration(left)} left"
-            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._partly = 0.0
+        if is_known:
+            self._known += steps
+            if self._plan is not None:
+                self._plan.save(steps / self.total)
+        self._note = note or self._note
+        self._print_line()
+
+    def partly(self, steps: float) -> None:
+        """Say how many further steps are under way that are counted when they end."""
+        self._partly = min(steps, self.total - self.done)
+        self._print_line()
+
+    @property
+    def share(self) -> float:
+        """How much of it is done."""
+        return (self.done + self._partly) / max(1, self.total)
+
+    def status(self) -> str:
+        """``8,192/229,376 tokens · reward 0.168 · 0:09 elapsed · 3:32 left``."""
+        done, elapsed = self.done + self._partly, time.monotonic() - self._begun
+        parts = [f"{done:,.0f}/{self.total:,} {self._unit}".rstrip()] if self.total > 1 else []
+        parts += [self._note, f"{clock(elapsed)} elapsed"]
+        if done > self._known:
+            parts.append(f"{clock(elapsed / (done - self._known) * (self.total - done))} left")
+        return " · ".join(filter(None, parts))
+
+    def __rich__(self) -> RenderableType:
+        """Two lines for a terminal."""
+        head, bar, left = self.label, self.share, ""
+        if self._plan is not None:
+            head, bar = f"{self._plan.head()}  {self.label}", self._plan.share(self.share)
+            left = self._left()
+        line = Table.grid(padding=(0, 2))
+        line.add_row(Text(head), ProgressBar(1.0, bar, width=24), Text(left))
+        return Group(line, Text(self.status(), style="dim", no_wrap=True, overflow="ellipsis"))
+
+    def _left(self) -> str:
+        left = self._plan.left(self.share) if self._plan is not None else None
+        return "" if left is None else f"{clock(left)} left in all"
+
+    def _print_line(self) -> None:
+        if self._console.is_terminal or time.monotonic() - self._last <= SECONDS_BETWEEN_LINES:
+            return
+        self._last = time.monotonic()
+        whole = "" if self._plan is None else f"{self._plan.head()}: "
+        line = " · ".join(filter(None, [f"{whole}{self.label}: {self.status()}", self._left()]))
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def duration(seconds: float) -> str:
-    """``"40 s"``, ``"12 min"`` or ``"3.5 h"``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def clock(seconds: float) -> str:
+    """``"0:09"``, ``"12:40"`` or ``"3:05:00"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Reporter:
-    """Where a run says what it is doing.
+    """Where a job says what it is doing.
 
     Args:
-        console: usually on stderr; bars are drawn only where it is a terminal.
+        console: usually on stderr; live lines are drawn only where it is a terminal.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._plan: _Plan | None = None
+
+    def plan(self, steps: Sequence[Step]) -> None:
+        """Say which steps the job has from here on: its stages then show how far it is, and how long it takes in all."""
+        self._plan = _Plan(steps)
 
     @contextmanager
-    def stage(self, label: str, total: int) -> Iterator[Stage]:
-        """Show one stage until the block ends, then a line with its duration."""
+    def stage(self, label: str, total: int, unit: str = "") -> Iterator[Stage]:
+        """Show one stage until the block ends, then a line with its duration.
+
+        Args:
+            label: what it does.
+            total: its steps.
+            unit: what a step is, in the plural.
+        """
         begun = time.monotonic()
+        plan = self._plan if self._plan is not None and self._plan.enter(label) else None
+        stage = Stage(label, total, unit, self.console, plan)
         if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=28),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", markup=False),
-            )
-            with Progress(*columns, console=self.console, transient=True) as bars:
-                yield Stage(label, total, self.console, bars)
+            with Live(stage, console=self.console, transient=True):
+                yield stage
         else:
-            yield Stage(label, total, self.console, None)
-        self.print(f"{label}: done in {time.monotonic() - begun:.0f} s")
+            yield stage
+        self.print(f"{label}: done in {clock(time.monotonic() - begun)}")
 
     def print(self, line: str) -> None:
         """Print one line."""

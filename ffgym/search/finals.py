@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ffgym.envs.pruning_env import PruningEnv, Trial
+from ffgym.evaluation.evaluator import OnProgress
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_recommendations
@@ -183,7 +184,7 @@ def objective_standings(history: Sequence[Episode]) -> list[tuple[Episode, np.nd
 
 
 def run_finals(
-    env: PruningEnv, candidates: Sequence[Candidate], tokens: int, seed: int
+    env: PruningEnv, candidates: Sequence[Candidate], tokens: int, seed: int, on_progress: OnProgress | None = None
 ) -> tuple[list[Candidate], float | None, int]:
     """Measure candidates on the same windows and examples; best reward first, with the dense loss and tokens taken.
 
@@ -192,7 +193,8 @@ def run_finals(
     if len(candidates) == 1:
         return list(candidates), None, 0
     subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
-    outcomes = list(env.outcomes([Trial(candidate.allocation, subset, examples) for candidate in candidates]))
+    trials = [Trial(candidate.allocation, subset, examples) for candidate in candidates]
+    outcomes = list(env.outcomes(trials, on_progress))
     measured: list[tuple[float, float, Candidate]] = []
     for candidate, outcome in zip(candidates, outcomes, strict=True):
         loss, judged = outcome.pruned.loss, outcome.judgement

@@ -126,6 +126,7 @@ def search_front(
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
     on_point: Callable[[SearchResult], None] | None = None,
     on_progress: OnProgress | None = None,
+    on_finals: OnProgress | None = None,
 ) -> list[SearchResult]:
     """Let the agent spend its tokens, then choose at every target.
 
@@ -142,6 +143,7 @@ def search_front(
         on_update: called after each update with its episodes and what the agent said.
         on_point: called after the finals of each target.
         on_progress: called with the share of an update that has been measured, from 0 to 1.
+        on_finals: called with the share of the finals of a target that has been measured, from 0 to 1.
 
     Returns:
         one for every target; they share the history, and each has its own finals.
@@ -174,7 +176,7 @@ def search_front(
             _learn(agent, vector, seed, on_update)
             for target in targets:
                 candidates = contenders(env, agent, vector.history, settings.finalists, target, reach)
-                ranked, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed)
+                ranked, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed, on_finals)
                 recorder.clock.count()
                 points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.clock.total))
                 if on_point is not None:

@@ -174,7 +174,7 @@ def test_a_childs_run_holds_what_the_table_and_the_picture_are_made_of(finished:
 def test_progress_says_which_cell_and_how_long_is_left(finished: Any) -> None:
     said = finished[2]
     assert "cell 1 of 5: random, seed 0\n" in said
-    assert re.search(r"cell 4 of 5: random, seed 1, about \d+ s left\n", said)
+    assert re.search(r"cell 4 of 5: random, seed 1, \d+:\d\d left in all\n", said)
 
 
 def test_no_log_is_left_behind(finished: Any) -> None:

@@ -47,8 +47,8 @@ def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.M
         queue.done(0)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "left" not in lines[0]
-    assert lines[1].endswith("random, seed 0, about 3 min left")  # 16,384 tokens at 100 a second
-    assert lines[2].endswith("evolution, seed 0, about 82 s left")
+    assert lines[1].endswith("random, seed 0, 2:44 left in all")  # 16,384 tokens at 100 a second
+    assert lines[2].endswith("evolution, seed 0, 1:22 left in all")
 
 
 def written(job: Job | None, tokens_a_second: float) -> float:
@@ -73,7 +73,7 @@ def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, m
     queue.take(0)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[1].endswith("evolution, seed 0"), "nothing has been computed that could tell how long it takes"
-    assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, about 82 s left")
+    assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, 1:22 left in all")
 
 
 def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, before_episodes: Any) -> None:

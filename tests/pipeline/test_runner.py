@@ -43,7 +43,9 @@ from ffgym.errors import (
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.execute.local import LocalExecutor
 from ffgym.pipeline import compare, pipeline, task
+from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.folder import claim_folder
+from ffgym.pipeline.plan import planned_steps
 from ffgym.plugins import built_ins, discovery, manager
 from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
@@ -226,9 +228,12 @@ def test_the_result_is_printed_with_the_line_that_loads_the_model(finished: Fini
     assert str(finished.result.mlflow_run) in text
 
 
-def test_progress_names_every_stage(finished: Finished) -> None:
-    for part in ("load model and text", "collect statistics", "search: reinforce", "search: random", "report: dense"):
-        assert part in finished.said
+def test_the_stages_are_those_that_the_run_announced(finished: Finished) -> None:
+    stages = re.findall(r"^(.+): done in ", finished.said, re.MULTILINE)
+    steps = planned_steps(finished.config, make_agent(finished.config))
+    announced = [step.label for step in steps for _ in range(step.stages)]
+    assert len(stages) == len(announced)
+    assert all(stage.startswith(label) for stage, label in zip(stages, announced, strict=True))
 
 
 # the saved model

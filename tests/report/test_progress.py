@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
 
 from ffgym.report import progress
-from ffgym.report.progress import Reporter, duration
+from ffgym.report.progress import Reporter, Step, clock
 
 
 def console(*, terminal: bool = False) -> Console:
@@ -19,49 +21,128 @@ def text(of: Console) -> str:
     return of.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``at(9.0)`` sets the time, in seconds after the start of the test; without a terminal every step is printed."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+
+    def set_time(seconds: float) -> None:
+        now[0] = seconds
+
+    return set_time
+
+
 def test_without_a_terminal_a_stage_is_one_line_when_it_ends() -> None:
     out = console()
     with Reporter(out).stage("measure", 3) as stage:
         for _ in range(3):
             stage.advance()
         assert text(out) == ""
-    assert text(out) == "measure: done in 0 s\n"
+    assert text(out) == "measure: done in 0:00\n"
 
 
-def test_a_long_stage_says_now_and_then_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
+def test_a_long_stage_says_now_and_then_how_far_it_is(at: Callable[[float], None]) -> None:
     out = console()
-    with Reporter(out).stage("search", 200) as stage:
-        stage.advance(50, "tokens, reward 0.913")
-        stage.advance(70)
-    assert text(out).splitlines()[:2] == [
-        "search: 50/200 tokens, reward 0.913, about 0 s left",
-        "search: 120/200, about 0 s left",
+    with Reporter(out).stage("search", 8192, "tokens") as stage:
+        at(8)
+        stage.advance(2048, "reward 0.168")
+        at(32)
+        stage.advance(4096)
+    assert text(out).splitlines() == [
+        "search: 2,048/8,192 tokens · reward 0.168 · 0:08 elapsed · 0:24 left",
+        "search: 6,144/8,192 tokens · reward 0.168 · 0:32 elapsed · 0:11 left",
+        "search: done in 0:32",
     ]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5399, "90 min"), (12_600, "3.5 h")]
+    ("seconds", "said"), [(0.4, "0:00"), (89, "1:29"), (760.2, "12:40"), (3599.6, "1:00:00"), (11_100, "3:05:00")]
 )
-def test_durations_are_round(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations_read_like_a_clock(seconds: float, said: str) -> None:
+    assert clock(seconds) == said
 
 
-def test_what_is_left_takes_as_long_as_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 0.0, 20.0, 20.0, 20.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+def test_before_the_first_step_nobody_says_how_long_it_will_take(at: Callable[[float], None]) -> None:
     out = console()
-    with Reporter(out).stage("search", 40) as stage:
+    with Reporter(out).stage("search", 40, "tokens") as stage:
+        at(2)
+        stage.advance(0)
+    assert text(out).splitlines()[0] == "search: 0/40 tokens · 0:02 elapsed"
+
+
+def test_steps_under_way_are_shown_but_counted_when_they_end(at: Callable[[float], None]) -> None:
+    out = console()
+    with Reporter(out).stage("search", 100) as stage:
+        stage.advance(20)
+        stage.partly(10.4)
+        assert stage.share == pytest.approx(0.304)
+        stage.advance(16)
+        assert stage.share == 0.36
+        stage.partly(1e9)
+        assert stage.share == 1.0
+    assert text(out).splitlines()[1].startswith("search: 30/100 · ")
+
+
+def test_steps_of_an_earlier_session_say_nothing_of_how_long_the_others_take(at: Callable[[float], None]) -> None:
+    out = console()
+    reporter = Reporter(out)
+    reporter.plan([Step("search", 100.0), Step("report", 100.0)])
+    with reporter.stage("search", 100) as stage:
+        stage.advance(80, is_known=True)
+        at(10)
         stage.advance(10)
-    assert "search: 10/40, about 60 s left" in text(out)
+    assert text(out).splitlines()[1] == ("stage 1/2: search: 90/100 · 0:10 elapsed · 0:10 left · 1:50 left in all")
 
 
-def test_before_the_first_step_nobody_says_how_long_it_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
-    out = console()
-    with Reporter(out).stage("search", 40) as stage:
-        stage.advance(0, "tokens, 80% of an update")
-    assert text(out).splitlines()[0] == "search: 0/40 tokens, 80% of an update"
+class TestPlan:
+    STEPS = (Step("load", 10.0), Step("search: a", 60.0), Step("report", 30.0, stages=3))
+
+    def test_says_which_stage_it_is_and_how_long_all_will_take(self, at: Callable[[float], None]) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan(self.STEPS)
+        with reporter.stage("load model", 1):
+            at(1)
+        with reporter.stage("search: a", 6) as stage:
+            at(4)
+            stage.advance(3)
+        assert text(out).splitlines()[1] == "stage 2/3: search: a: 3/6 · 0:03 elapsed · 0:03 left · 0:06 left in all"
+
+    def test_a_step_may_have_several_stages(self, at: Callable[[float], None]) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan(self.STEPS)
+        for label in ("load", "search: a"):
+            with reporter.stage(label, 1):
+                pass
+        at(70)
+        for label in ("report: dense", "report: uniform"):
+            with reporter.stage(label, 2) as stage:
+                stage.advance(1)
+        said = [line for line in text(out).splitlines() if "left in all" in line]
+        assert [line.rpartition(" · ")[2] for line in said] == ["0:23 left in all", "0:12 left in all"]
+
+    def test_a_stage_that_no_step_names_stands_alone(self, at: Callable[[float], None]) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan(self.STEPS)
+        with reporter.stage("write GGUF", 2) as stage:
+            stage.advance(1)
+        assert text(out).splitlines()[0] == "write GGUF: 1/2 · 0:00 elapsed · 0:00 left"
+
+    def test_a_terminal_shows_the_whole_and_the_stage_within_80_columns(self, at: Callable[[float], None]) -> None:
+        out = Console(file=io.StringIO(), width=80, force_terminal=True, force_interactive=True, color_system=None)
+        reporter = Reporter(out)
+        reporter.plan(self.STEPS)
+        with reporter.stage("search: a", 229_376, "tokens") as stage:
+            at(60)
+            stage.advance(114_688, "reward 0.168")
+            out.print(stage)
+        lines = text(out).splitlines()
+        assert any(re.search(r"stage 2/3  search: a  ━+╸? +1:30 left in all", line) for line in lines)
+        assert any("114,688/229,376 tokens · reward 0.168 · 1:00 elapsed · 1:00 left" in line for line in lines)
 
 
 def test_quick_steps_stay_silent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +159,7 @@ def test_a_terminal_sees_a_bar_that_goes_away() -> None:
         stage.advance(4, "note")
     assert "━" in text(out)
     assert "4/4" in text(out)
-    assert text(out).rstrip().endswith("measure: done in 0 s")
+    assert text(out).rstrip().endswith("measure: done in 0:00")
 
 
 def test_calling_a_stage_says_done_and_total() -> None:
