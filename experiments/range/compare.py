@@ -32,7 +32,7 @@ from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.files import FileFormat
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.task import give_prior, open_task, report_loss, search_settings, with_config
+from ffgym.pipeline.task import give_prior, on_report, open_task, search_settings, with_config
 from ffgym.prepare import configured
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.figures import new_figure, save_figure, tidy
@@ -153,7 +153,7 @@ def compute(searches: Sequence[Search], reporter: Reporter) -> None:
     prior = searches[0].config.prior
     heuristics = [] if prior.name == "none" else [(prior.name, prior.options)]
     shared = open_task(searches[0].config, heuristics, reporter)
-    dense = report_loss(shared, shared.prepared.prunable.dense_units, "none")
+    dense = on_report(shared, shared.prepared.prunable.dense_units, "none").loss
     for number, search in enumerate(searches, start=1):
         config = search.config
         reporter.print(f"search {number} of {len(searches)}: {search.path.stem}")
@@ -177,7 +177,7 @@ def compute(searches: Sequence[Search], reporter: Reporter) -> None:
         points = []
         for each in found:
             kept = each.best.allocation.kept
-            loss = report_loss(space, kept, "ridge")
+            loss = on_report(space, kept, "ridge").loss
             points.append(Point(target=each.target, loss=loss, dense_loss=dense, kept=list(kept)))
         result = Result(
             group=search.group,

@@ -29,7 +29,7 @@ from ffgym.files import FileFormat, disk_errors, exclusive_lock, write_text
 from ffgym.interrupts import held_back_interrupts
 from ffgym.pipeline.agent import make_agent, policy_digest
 from ffgym.pipeline.artifacts import log_splits, run_tags
-from ffgym.pipeline.task import Task, give_prior, open_task, report_loss, search_settings, with_config
+from ffgym.pipeline.task import Task, give_prior, on_report, open_task, search_settings, with_config
 from ffgym.plugins.bases import Agent
 from ffgym.prepare import configured
 from ffgym.prepare.parts import make_schedule
@@ -38,7 +38,7 @@ from ffgym.search.finals import finalists
 from ffgym.search.loop import SearchResult, search
 from ffgym.tracking.names import Result
 from ffgym.tracking.tracker import Tracker
-from ffgym.types import Allocation, Episode, JSONDict, Update
+from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Update
 
 DELETE_IT = "Delete it to compute it again."
 CELL_RESULT = FileFormat("bench result", CellResult, DataError, DELETE_IT)
@@ -204,23 +204,24 @@ class CellRunner:
         found: SearchResult,
         noted: Sequence[tuple[int, Allocation]],
     ) -> CellResult:
-        known: dict[tuple[int, ...], float] = {}
+        known: dict[tuple[int, ...], Evaluation] = {}
         with self._reporter.stage("report split", len(noted) + 2 + cell.plain) as stage:
 
-            def loss(kept: tuple[int, ...]) -> float:
+            def measured(kept: tuple[int, ...]) -> Evaluation:
                 if kept not in known:
-                    known[kept] = report_loss(task, kept, "ridge")
+                    known[kept] = on_report(task, kept, "ridge")
                 stage.advance()
                 return known[kept]
 
-            marks = [{"tokens": tokens, "loss": loss(allocation.kept)} for tokens, allocation in noted]
+            marks = [{"tokens": tokens, "loss": measured(allocation.kept).loss} for tokens, allocation in noted]
             best = found.best.allocation
-            final = {"kept": list(best.kept), "loss": loss(best.kept), "sparsity": best.sparsity}
+            chosen = measured(best.kept)
+            final = {"kept": best.kept, "loss": chosen.loss, "losses": chosen.losses, "sparsity": best.sparsity}
             if cell.plain:
-                final["plain_loss"] = report_loss(task, best.kept, "none")
+                final["plain_loss"] = on_report(task, best.kept, "none").loss
                 stage.advance()
             if self._dense_loss is None:
-                self._dense_loss = report_loss(task, task.prepared.prunable.dense_units, "none")
+                self._dense_loss = on_report(task, task.prepared.prunable.dense_units, "none").loss
             stage.advance()
         return CellResult.model_validate(
             {

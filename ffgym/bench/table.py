@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,12 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ffgym.report.figures import new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table
+from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
+from ffgym.report.layout import Column, Table, finite
+from ffgym.report.paired import Difference, paired_difference
 from ffgym.types import JSONDict
 
-LINES = ("-", "--", ":")
+MOST_LINES = 6  # of a picture: more cannot be told apart
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -41,6 +43,7 @@ class Mark(_Stored):
 class Final(_Stored):
     """The chosen allocation: units kept per sublayer, report loss (nats per token), sparsity reached, origin.
 
+    ``losses`` are those of the windows that ``loss`` is the mean of; empty in results of earlier versions.
     ``plain_loss`` is the report loss without any refit; ``None`` where it was not asked for.
     """
 
@@ -48,6 +51,7 @@ class Final(_Stored):
     loss: float
     sparsity: float
     origin: str
+    losses: list[float] = []
     plain_loss: float | None = None
 
     @property
@@ -115,6 +119,8 @@ class BenchRow:
     Attributes:
         label: the agent, heuristic or variant.
         perplexity: over seeds, report split.
+        times_dense: the same as a multiple of the dense model's.
+        difference: from the best heuristic on the same windows; ``None`` for itself, and where windows were not kept.
         plain: the same without any refit; ``None`` where no seed has it.
         seeds: how many.
         dtypes: of its cells, e.g. ``float32``.
@@ -129,6 +135,8 @@ class BenchRow:
 
     label: str
     perplexity: Mean
+    times_dense: float
+    difference: Difference | None
     plain: Mean | None
     seeds: int
     dtypes: str
@@ -141,12 +149,72 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchTable:
-    """Rows, best first, and how they were measured."""
+    """Rows, best first, and how they were measured; ``heuristic`` is the label of the best one, where there is one."""
 
     title: str
     rows: tuple[BenchRow, ...]
     header: str
     baseline: str
+    heuristic: str | None
+
+    def layout(self) -> Table[BenchRow]:
+        """What stands where."""
+        columns: list[Column[BenchRow]] = [
+            Column("agent", lambda row: row.label, left=True, plain=lambda row: {"label": row.label}),
+            _number("perplexity", lambda row: str(row.perplexity), _perplexity_data),
+            _number("x dense", lambda row: f"{row.times_dense:.2f}", lambda row: {"ratio_to_dense": row.times_dense}),
+            _number("nats against best heuristic", self._against, _difference_data),
+            _number("without any refit", lambda row: str(row.plain or "—"), _plain_data),
+            _number("seeds", lambda row: str(row.seeds), lambda row: {"seeds": row.seeds}, spare=True),
+            Column("dtype", lambda row: row.dtypes, left=True, plain=lambda row: {"dtype": row.dtypes}, spare=True),
+            _number("tokens", lambda row: f"{row.tokens:,.0f}", lambda row: {"tokens": row.tokens}, spare=True),
+            _number("seconds", lambda row: f"{row.seconds:.0f}", lambda row: {"seconds": row.seconds}, spare=True),
+            _number(
+                f"tokens to {self.baseline}'s final quality",
+                _tokens_to_baseline,
+                lambda row: {"tokens_to_baseline": row.tokens_to_baseline, "at_first_mark": row.at_first_mark},
+                spare=True,
+            ),
+            _number("times fewer", _times_fewer, lambda row: {"times_fewer": row.times_fewer}, spare=True),
+        ]
+        unknown = {
+            "without any refit": not any(row.plain for row in self.rows),
+            "nats against best heuristic": not any(row.difference for row in self.rows),
+            f"tokens to {self.baseline}'s final quality": not any(row.tokens_to_baseline for row in self.rows),
+            "times fewer": not any(row.times_fewer for row in self.rows),
+        }
+        return Table([column for column in columns if not unknown.get(column.head)], self.rows)
+
+    def _against(self, row: BenchRow) -> str:
+        return "best heuristic" if row.label == self.heuristic else str(row.difference or "—")
+
+
+def _number(
+    head: str, text: Callable[[BenchRow], str], plain: Callable[[BenchRow], JSONDict], *, spare: bool = False
+) -> Column[BenchRow]:
+    narrow = (
+        head.replace("against ", "against\n")
+        .replace("tokens to ", "tokens to\n")
+        .replace("'s ", "'s\n")
+        .replace(" fewer", "\nfewer")
+    )
+    return Column(head, text, plain=plain, spare=spare, console_head=narrow)
+
+
+def _perplexity_data(row: BenchRow) -> JSONDict:
+    return {"perplexity": finite(row.perplexity.value), "perplexity_stderr": row.perplexity.stderr}
+
+
+def _plain_data(row: BenchRow) -> JSONDict:
+    return {"perplexity_without_refit": None if row.plain is None else finite(row.plain.value)}
+
+
+def _difference_data(row: BenchRow) -> JSONDict:
+    found = row.difference
+    return {
+        "difference": None if found is None else found.mean,
+        "difference_margin": None if found is None else finite(found.margin),
+    }
 
 
 def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> BenchTable:
@@ -164,6 +232,8 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
     goal = float(np.mean([cell.final.loss for cell in rivals])) if rivals else None
     own = None if goal is None else tokens_until(rivals, goal)
     price = own or float(np.mean([cell.search_tokens for cell in rivals] or [0]))
+    rules = [cell for cell in results if cell.agent == "one-shot" and math.isfinite(cell.final.loss)]
+    rule = min(rules, key=lambda cell: cell.final.loss, default=None)
     rows = []
     for label, cells in groups.items():
         plain = [_perplexity(cell.final.plain_loss) for cell in cells if cell.final.plain_loss is not None]
@@ -172,6 +242,8 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
             BenchRow(
                 label=label,
                 perplexity=mean_of([cell.final.perplexity for cell in cells]),
+                times_dense=float(np.mean([cell.final.perplexity / _perplexity(cell.dense_loss) for cell in cells])),
+                difference=None if rule is None or rule in cells else _difference(cells, rule),
                 plain=mean_of(plain) if plain else None,
                 seeds=len(cells),
                 dtypes=_dtypes(cells),
@@ -202,7 +274,20 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
             if own is not None
             else f"of {baseline}'s whole search: none of its incumbents was as good as what its finals chose."
         )
-    return BenchTable(title, tuple(sorted(rows, key=_standing)), header, baseline)
+    if any(row.difference for row in rows):
+        header += (
+            " Nats per token against the best heuristic on the same windows, ± half of the 95 % interval, which both "
+            "windows and seeds widen; below 0 is better, and a tie is an interval that holds 0."
+        )
+    return BenchTable(title, tuple(sorted(rows, key=_standing)), header, baseline, None if rule is None else rule.label)
+
+
+def _difference(cells: Sequence[CellResult], rule: CellResult) -> Difference | None:
+    """Cells against the best heuristic; ``None`` where not all of them kept the losses of as many windows."""
+    losses, reference = [cell.final.losses for cell in cells], rule.final.losses
+    if not reference or any(len(each) != len(reference) for each in losses):
+        return None
+    return paired_difference(losses, [reference])
 
 
 def _dtypes(cells: Sequence[CellResult]) -> str:
@@ -253,20 +338,7 @@ def curves(cells: Sequence[CellResult]) -> tuple[np.ndarray, np.ndarray]:
 
 def markdown(table: BenchTable) -> str:
     """The table as Markdown."""
-    columns: list[Column[BenchRow]] = [
-        Column("agent", lambda row: row.label, left=True),
-        Column("perplexity", lambda row: str(row.perplexity)),
-        Column("without any refit", lambda row: str(row.plain or "—")),
-        Column("seeds", lambda row: str(row.seeds)),
-        Column("dtype", lambda row: row.dtypes, left=True),
-        Column("tokens", lambda row: f"{row.tokens:,.0f}"),
-        Column("seconds", lambda row: f"{row.seconds:.0f}"),
-        Column(f"tokens to {table.baseline}'s final quality", _tokens_to_baseline),
-        Column("times fewer", _times_fewer),
-    ]
-    if not any(row.plain for row in table.rows):
-        del columns[2]
-    return f"# {table.title}\n\n{table.header}\n\n{Table(columns, table.rows).markdown()}"
+    return f"# {table.title}\n\n{table.header}\n\n{table.layout().markdown()}"
 
 
 def _tokens_to_baseline(row: BenchRow) -> str:
@@ -304,59 +376,73 @@ class _Curve:
 
 
 def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
-    """Report perplexity of the incumbent against search tokens, mean and range over seeds; heuristics as lines.
+    """Report perplexity of the incumbent against search tokens: mean and range over seeds, and what the finals chose.
 
-    The better half of the searches sets the scale. What lies far above it is named, or it would flatten their curves.
+    At most `MOST_LINES` lines: the best searches, with the baseline among them, and the best heuristic. What is not
+    drawn is named under the picture.
 
     Args:
         table: gives title and order.
         results: the cells.
         path: PNG to write.
     """
-    from matplotlib.ticker import NullLocator, StrMethodFormatter  # slow to import, and not every command draws
+    from matplotlib.ticker import NullLocator  # slow to import, and not every command draws
 
     figure = new_figure(10.0, 5.0)
     axes: Any = figure.add_subplot()
     axes.set_xscale("log", base=2)
-    drawn: Counter[str] = Counter()
     searches, rules = _searches_and_rules(table, results)
-    top = 1.15 * max((curve.highest for curve in searches[: -(-len(searches) // 2)]), default=math.inf)  # best first
-    within = {curve.label for curve in searches if curve.lowest <= top}
-    labels = list(dict.fromkeys(cell.label for cell in results if cell.label in within))  # the bench file's order
-    for curve in searches:
-        if curve.label in within:
-            color = f"C{labels.index(curve.label) % 10}"
-            seeds = f"{curve.label} ({len(curve.values)})"
-            look = {"color": color, "linestyle": LINES[drawn[color] % len(LINES)]}  # of one colour, each its own line
-            drawn[color] += 1
-            axes.plot(curve.tokens, curve.mean, marker="o", markersize=4, label=seeds, **look)
-            band = curve.values.min(axis=0), curve.values.max(axis=0)
-            axes.fill_between(curve.tokens, *band, alpha=min(0.15, 0.8 / len(searches)), color=color)
-    near = [row for row in rules if row.perplexity.value <= top]
-    shown = [curve.values[curve.values <= top] for curve in searches] + [np.array([r.perplexity.value for r in near])]
-    if len(values := np.concatenate(shown)):
-        margin = 0.05 * max(np.ptp(values), 0.01 * values.max())
-        axes.set_ylim(values.min() - margin, values.max() + margin)
-    _draw_rules(axes, near)
-    beyond = [
-        f"{curve.label} from {curve.lowest:.2f}" if curve.lowest > top else f"{curve.label} up to {curve.highest:.2f}"
-        for curve in searches
-        if curve.highest > top
-    ]
-    beyond += [f"{row.label} {row.perplexity.value:.2f}" for row in rules if row.perplexity.value > top]
+    rest = [curve for curve in searches if curve.label != table.baseline]
+    drawn = rest[: MOST_LINES - bool(rules) - (len(rest) < len(searches))]
+    drawn = [curve for curve in searches if curve in drawn or curve.label == table.baseline]
+    labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order
+    looks = {label: SERIES[number] for number, label in enumerate(sorted((c.label for c in drawn), key=labels.index))}
+    final = {row.label: row.perplexity.value for row in table.rows}
+    low, high = _scale(drawn, [final[curve.label] for curve in drawn] + [row.perplexity.value for row in rules[:1]])
+    for curve in drawn:
+        look, count, value = looks[curve.label], len(curve.values), final[curve.label]
+        label = f"{curve.label}: {value:.2f}, {count} seed{'s' * (count > 1)}"
+        label += ", above the scale" if curve.lowest > high else ""
+        axes.plot(curve.tokens, curve.mean, markersize=6, label=label, **look)
+        band = curve.values.min(axis=0), curve.values.max(axis=0)
+        axes.fill_between(curve.tokens, *band, alpha=0.12, color=look["color"], linewidth=0)
+        end = {**look, "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.8}
+        axes.plot(1.35 * curve.tokens[-1:], [value], zorder=4, **end)
+    if rules:
+        best = rules[0]
+        label = f"{best.label} (heuristic): {best.perplexity.value:.2f}"
+        label += ", above the scale" if best.perplexity.value > high else ""
+        axes.axhline(best.perplexity.value, linestyle="--", linewidth=1.2, color="0.35", label=label)
+    if not drawn:
+        axes.set_xticks([])  # no search, no tokens
+    axes.set_ylim(low, high)
+    beyond = [f"{row.label} {row.perplexity}" for row in table.rows if row.label not in looks and row not in rules[:1]]
     if beyond:
-        said = f"above the scale: {', '.join(beyond)}"  # beneath the axes, where no legend and no curve covers it
-        axes.text(0.0, -0.16, said, transform=axes.transAxes, fontsize=7, va="top", wrap=True)
+        said = textwrap.fill(f"Not drawn: {', '.join(beyond)}.", 150)
+        figure.supxlabel(said, x=0.01, ha="left", fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlabel("search tokens evaluated")
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:,.0f}")
+    axes.set_xlabel("search tokens evaluated (thousands, log scale)")
     axes.set_ylabel("report perplexity of the incumbent")
-    axes.set_title(f"{table.title}: quality against search cost", loc="left")
+    figure.suptitle(table.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     tidy(axes)
     if axes.get_legend_handles_labels()[0]:  # beside the axes, where it covers no curve
-        title = "agent (seeds):\nmean and range of seeds"
-        figure.legend(title=title, loc="outside right upper", frameon=False, fontsize=8, title_fontsize=8)
+        title = "Final perplexity (hollow marker);\nband: range of seeds"
+        where: dict[str, Any] = {"loc": "outside right center", "alignment": "left", "frameon": False}
+        figure.legend(title=title, fontsize=9, title_fontsize=9, **where)
     save_figure(figure, path)
+
+
+def _scale(drawn: Sequence[_Curve], others: Sequence[float]) -> tuple[float, float]:
+    """Limits that the better half of the curves sets: one bad beginning would flatten all the others."""
+    top = max(others, default=1.0)
+    if drawn:
+        top = 1.15 * sorted(curve.highest for curve in drawn)[(len(drawn) - 1) // 2]
+    values = np.concatenate([*(curve.values[curve.values <= top] for curve in drawn), [v for v in others if v <= top]])
+    if not len(values):
+        return 0.0, top
+    margin = 0.05 * max(np.ptp(values), 0.01 * values.max())
+    return float(values.min() - margin), float(values.max() + margin)
 
 
 def _searches_and_rules(table: BenchTable, results: Sequence[CellResult]) -> tuple[list[_Curve], list[BenchRow]]:
@@ -372,16 +458,3 @@ def _searches_and_rules(table: BenchTable, results: Sequence[CellResult]) -> tup
         if np.isfinite(curve.mean).any():
             searches.append(curve)
     return searches, rules
-
-
-def _draw_rules(axes: Any, rules: Sequence[BenchRow]) -> None:
-    """One-shot rules as lines, named at their right end; best first."""
-    if not axes.lines:
-        axes.set_xticks([])  # no search, no tokens
-    for row in rules:
-        axes.axhline(row.perplexity.value, linestyle=":", linewidth=1, color="0.5")
-    low, high = axes.get_ylim()
-    place = -math.inf
-    for row in rules:
-        place = max(row.perplexity.value, place + 0.025 * (high - low))  # neighbours would cover each other
-        axes.annotate(row.label, (1.005, place), xycoords=("axes fraction", "data"), fontsize=7, va="center")

@@ -27,7 +27,6 @@ def bench(
     from rich.console import Console
 
     from ffgym.bench.bench import bench as run_bench
-    from ffgym.bench.table import markdown
 
     files = [*(configs or []), *(files or [])]
     if not files:
@@ -40,5 +39,8 @@ def bench(
             "finished episodes are kept: the same command continues, --report shows the results so far", err=True
         )
         raise
+    console = Console()
     for table in tables:
-        typer.echo(markdown(table))
+        console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)
+        console.print(table.header, highlight=False, markup=False)
+        console.print(table.layout().terminal())

@@ -38,7 +38,7 @@ from ffgym.prepare.paths import Prepared
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.report.progress import Reporter
 from ffgym.search.loop import SearchSettings
-from ffgym.types import Allocation, JSONDict
+from ffgym.types import Allocation, Evaluation, JSONDict
 
 # Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
 # demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
@@ -209,8 +209,8 @@ def cut_to(task: Task, kept: Sequence[int], refit: Refit, reporter: Reporter) ->
         prepared.prunable.restore()
 
 
-def report_loss(task: Task, kept: Sequence[int], refit: Refit) -> float:
-    """Loss on the report split of the model cut to ``kept`` units per sublayer, nats per token."""
+def on_report(task: Task, kept: Sequence[int], refit: Refit) -> Evaluation:
+    """The model cut to ``kept`` units per sublayer, on the report split."""
     with cut_to(task, kept, refit, Reporter(Console(quiet=True))):
         windows = task.splits.report.windows
-        return evaluate(task.prepared.prunable.model, windows, tokens_per_batch=task.env.tokens_per_batch).loss
+        return evaluate(task.prepared.prunable.model, windows, tokens_per_batch=task.env.tokens_per_batch)

@@ -22,14 +22,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DPI = 150
-BLUE, ORANGE, GREEN, PINK, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
-REFERENCE_LOOKS: tuple[dict[str, Any], ...] = (
-    {"color": ORANGE, "marker": "o", "linestyle": "-"},
-    {"color": "#222222", "marker": "s", "linestyle": "--"},
-    {"color": GREEN, "marker": "^", "linestyle": "-."},
-    {"color": PINK, "marker": "D", "linestyle": ":"},
+BLACK, BLUE, ORANGE, GREEN, YELLOW, SKY = "#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
+# Of Okabe and Ito's colours, each with a marker of its own: told apart also by who sees no colour, and in grey.
+SERIES: tuple[dict[str, Any], ...] = (
+    {"color": BLUE, "marker": "o"},
+    {"color": ORANGE, "marker": "s"},
+    {"color": GREEN, "marker": "^"},
+    {"color": YELLOW, "marker": "D"},
+    {"color": SKY, "marker": "v"},
+    {"color": BLACK, "marker": "X"},
 )
-SEARCH_COLOURS = (BLUE, ORANGE, GREEN, PINK, YELLOW)
+REFERENCE_LOOKS: tuple[dict[str, Any], ...] = tuple(
+    {**SERIES[number], "linestyle": line} for number, line in ((1, "-"), (5, "--"), (2, "-."), (3, ":"))
+)
 UNIT_NAMES: dict[Kind, tuple[str, str]] = {
     "attention": ("Attention", "KV groups"),
     "mlp": ("MLP", "intermediate channels"),
@@ -134,7 +139,7 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
     else:
         rewards = bottom = figure.subplots()
     for number, (label, history) in enumerate(searches.items()):
-        _draw_rewards(rewards, history, label, SEARCH_COLOURS[number % len(SEARCH_COLOURS)], joined=not ranged)
+        _draw_rewards(rewards, history, label, SERIES[number % len(SERIES)]["color"], joined=not ranged)
     failed = any(not _succeeded(episode) for history in searches.values() for episode in history)
     means = "large dots" if ranged else "lines"
     key = f"dots: episodes; {means}: mean of each update" + ("; crosses on the edge: failed episodes" if failed else "")
@@ -194,7 +199,7 @@ def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> Non
     """Draw the sparsity that the schedule asked each search for."""
     for number, history in enumerate(searches.values()):
         targets = [100 * episode.target_sparsity for episode in history]
-        colour = SEARCH_COLOURS[number % len(SEARCH_COLOURS)]
+        colour = SERIES[number % len(SERIES)]["color"]
         axes.plot(
             _tokens_so_far(history),
             targets,

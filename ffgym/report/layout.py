@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -171,6 +172,11 @@ def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:
         Column(head, itemgetter(i), left=i == 0, console_head=head.replace(", ", "\n"), look=look)
         for i, head in enumerate(heads)
     ]
+
+
+def stacked(head: str) -> str:
+    """A head with line breaks, for a console."""
+    return textwrap.fill(head, 14).replace("/", "\n/")
 
 
 def _markdown_cell(text: str, bold: bool) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ffgym.report.layout import STAR, Column, Table, finite
+from ffgym.report.layout import STAR, Column, Table, finite, stacked
 from ffgym.report.paired import Difference, paired_difference
 from ffgym.types import JSONDict
 
@@ -258,11 +258,8 @@ def _lowest(rows: Iterable[Row]) -> Row | None:
 def _number(
     head: str, text: Callable[[Row], str], plain: Callable[[Row], JSONDict], *, bold: bool = False, spare: bool = False
 ) -> Column[Row]:
-    narrow = head.replace("against ", "against\n").replace("/", "\n/")
-    if spare:
-        narrow = narrow.replace(" ", "\n")
     look = {"no_wrap": True}
-    return Column(head, text, plain=plain, bold=bold, spare=spare, console_head=narrow, look=look)
+    return Column(head, text, plain=plain, bold=bold, spare=spare, console_head=stacked(head), look=look)
 
 
 def _share(head: str, share: Callable[[Row], float]) -> Column[Row]:

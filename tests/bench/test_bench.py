@@ -198,13 +198,13 @@ def test_fewer_marks_keep_the_first_and_the_last(tmp_path: Path) -> None:
 
 def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[tuple[int, ...]] = []
-    report_loss = cell_module.report_loss
+    on_report = cell_module.on_report
 
-    def counted(space: Any, kept: tuple[int, ...], refit: Any) -> float:
+    def counted(space: Any, kept: tuple[int, ...], refit: Any) -> Any:
         measured.append(kept)
-        return report_loss(space, kept, refit)
+        return on_report(space, kept, refit)
 
-    monkeypatch.setattr(cell_module, "report_loss", counted)
+    monkeypatch.setattr(cell_module, "on_report", counted)
     variants = {"other": {"agent": {"name": "uniform"}, "criterion": {"name": "magnitude"}}}
     call(bench_file(tmp_path, agents=["uniform", "mlp-first", "other"], seeds=[0], variants=variants))
     dense = max(measured, key=sum)
@@ -474,7 +474,7 @@ def test_ctrl_c_while_the_report_is_measured_costs_no_episode(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cell_module, "report_loss", interrupted)
+        patch.setattr(cell_module, "on_report", interrupted)
         with pytest.raises(KeyboardInterrupt):
             call(file)
     call(file)
@@ -598,8 +598,8 @@ def test_the_command_takes_many_files(finished: Any, tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(app, ["bench", *arguments])
         assert done.exit_code == 0, done.stderr
-        assert "# Small" in done.stdout
-        assert "# Other" in done.stdout
+        assert "Small" in done.stdout
+        assert "Other" in done.stdout
         assert "cell" not in done.stdout
 
 

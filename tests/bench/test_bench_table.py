@@ -179,9 +179,9 @@ def test_a_column_without_any_refit_is_there_where_it_was_measured() -> None:
     plain = [each.model_copy(update={"final": each.final.model_copy(deep=True)}) for each in results()]
     plain[0].final.plain_loss, plain[1].final.plain_loss = math.log(40), math.log(44)
     text = markdown(bench_table("Bench", plain, baseline="evolution"))
-    assert "| agent | perplexity | without any refit | seeds |" in text
-    assert "| evolution | 31.00 ± 1.00 | 42.00 ± 2.00 | 2 |" in text
-    assert "| uniform | 54.00 | — | 1 |" in text
+    assert "| agent | perplexity | x dense | without any refit | seeds |" in text
+    assert "| evolution | 31.00 ± 1.00 | 1.55 | 42.00 ± 2.00 | 2 |" in text
+    assert "| uniform | 54.00 | 2.70 | — | 1 |" in text
 
 
 def test_all_dtypes_are_named() -> None:
@@ -199,9 +199,30 @@ def test_markdown_says_how_it_was_measured() -> None:
         "target sparsity 20%",
     ):
         assert part in text
-    assert "| evolution | 31.00 ± 1.00 | 2 | float32 | 1,100 | 60 |" in text
-    assert "| uniform | 54.00 | 1 | float32 | 110 | 60 | — |" in text
+    assert "| evolution | 31.00 ± 1.00 | 1.55 | 2 | 1,100 |" in text
+    assert "| uniform | 54.00 | 2.70 | 1 | 110 | — |" in text
+    assert "- In every row: dtype float32, seconds 60." in text
     assert re.search(r"Times fewer than the \d{3} tokens that evolution took to that quality itself", text)
+
+
+def test_searches_are_compared_with_the_best_heuristic_on_the_same_windows() -> None:
+    def with_losses(each: CellResult, *losses: float) -> CellResult:
+        final = each.final.model_copy(update={"losses": list(losses), "loss": sum(losses) / len(losses)})
+        return each.model_copy(update={"final": final})
+
+    some = [
+        *(with_losses(cell("good", seed, [(100, 3.0), (200, 3.0)]), 2.4, 3.4, 4.41 + seed / 100) for seed in (0, 1)),
+        with_losses(cell("tied", 0, [(100, 3.0), (200, 3.0)]), 2.4, 3.6, 4.45),
+        with_losses(cell("fisher", 0, [(10, 3.5)], agent="one-shot"), 2.5, 3.5, 4.5),
+        with_losses(cell("uniform", 0, [(10, 4.5)], agent="one-shot"), 3.5, 4.5, 5.5),
+    ]
+    text = markdown(bench_table("Bench", some, baseline="nobody"))
+    assert re.search(r"\| good \|.*\| -0\.09\d ± 0\.0\d\d \|", text)
+    assert re.search(r"\| tied \|.*\| -0\.017 ± 0\.259 tie \|", text)
+    assert re.search(r"\| fisher \|.*\| best heuristic \|", text)
+    assert "± half of the 95 % interval" in text
+    del some[0].final.losses[1:]
+    assert re.search(r"\| good \|.*\| — \|", markdown(bench_table("Bench", some, baseline="nobody")))
 
 
 def test_a_label_is_no_markup() -> None:
@@ -215,31 +236,40 @@ def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_more_searches_than_colours_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn_axes(table_of: list[CellResult], path: Path, monkeypatch: pytest.MonkeyPatch, baseline: str) -> Any:
     drawn: list[Any] = []
     monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+    bench_figure(bench_table("Bench", table_of, baseline=baseline), table_of, path)
+    return drawn[0]
+
+
+def test_at_most_six_lines_are_told_apart_by_colour_and_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many = [cell(f"agent {i}", 0, [(100, 3.0 + i / 100), (1000, 2.9 + i / 100)]) for i in range(25)]
-    bench_figure(bench_table("Bench", many, baseline="agent 0"), many, tmp_path / "bench.png")
-    looks = [(line.get_color(), line.get_linestyle()) for line in drawn[0].get_lines()]
-    assert len(looks) == len(set(looks)) == 25
+    rules = [cell(label, 0, [(10, loss)], agent="one-shot") for label, loss in (("fisher", 3.0), ("uniform", 4.0))]
+    axes = drawn_axes([*many, *rules], tmp_path / "bench.png", monkeypatch, "agent 20")
+    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    assert len(lines) == 6
+    assert any("agent 20: " in label for label in lines), "the baseline is among them"
+    assert any("fisher (heuristic): " in label for label in lines)
+    curves = [line for label, line in lines.items() if "heuristic" not in label]
+    assert len({line.get_color() for line in curves}) == len({line.get_marker() for line in curves}) == 5
+    said = axes.figure.get_supxlabel()
+    assert "uniform 54.60" in said
+    assert "agent 10" in said
 
 
-def test_the_better_half_of_the_searches_sets_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+def test_the_final_perplexity_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = drawn_axes(results(), tmp_path / "bench.png", monkeypatch, "evolution")
+    assert "evolution: 31.00, 2 seeds" in {line.get_label() for line in axes.lines}
+    ends = [line.get_ydata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert ends == pytest.approx([25, 31])
+
+
+def test_one_bad_search_does_not_set_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far = cell("random", 0, [(100, math.log(300)), (1000, math.log(200))])
-    falling = cell("ppo", 0, [(100, math.log(250)), (1000, math.log(24))], final=math.log(40))
-    best = max(math.exp(mark.loss) for each in results() if each.label == "reinforce" for mark in each.marks)
-    some = [*results(), far, falling]
-    bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
-    (axes,) = drawn
-    assert best <= axes.get_ylim()[1] < 100
-    (said,) = [text.get_text() for text in axes.texts if "above" in text.get_text()]
-    assert "random from 200.00" in said
-    assert "ppo up to 250.00" in said
-    named = [text.get_text() for text in axes.figure.legends[0].get_texts()]
-    assert {"ppo (1)", "reinforce (2)"} <= set(named), "with how many seeds"
-    assert "random (1)" not in named, "nothing of it can be seen"
+    axes = drawn_axes([*results(), far], tmp_path / "bench.png", monkeypatch, "evolution")
+    assert axes.get_ylim()[1] < 100
+    assert "random: 200.00, 1 seed, above the scale" in {line.get_label() for line in axes.lines}
 
 
 def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,9 +279,8 @@ def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path, monkeypatch
         losses = {good: 2.0, bad: 2.1}
         some = [cell(label, 0, [(100, losses[label]), (1000, losses[label])]) for label in ("reinforce", "random")]
         bench_figure(bench_table("Bench", some, baseline="evolution"), some, tmp_path / "bench.png")
-    first, second = ({line.get_label(): line.get_color() for line in axes.lines} for axes in drawn)
-    assert first == second
-    assert len(set(first.values())) == 2
+    first, second = ({line.get_label().split(":")[0]: line.get_color() for line in axes.lines} for axes in drawn)
+    assert first["reinforce"] == second["reinforce"] != first["random"] == second["random"]
 
 
 @pytest.mark.parametrize(
