@@ -27,9 +27,9 @@ def in_site(path: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The README is the home page; the other pages at the root, and the results with their pictures, are pages too."""
+    """The README is the home page; other pages at the root, the examples and the results with their pictures join it."""
     results = {path for path in ROOT.glob("experiments/*/*") if path.suffix in (".md", ".png")}
-    for path in [*ROOT.glob("*.md"), *results]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/*.*"), *results]:
         level = InclusionLevel.NOT_IN_NAV if path in results else InclusionLevel.UNDEFINED
         name = in_site(path.relative_to(ROOT).as_posix())
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=level))

@@ -154,7 +154,7 @@ def test_what_a_reward_may_say_is_documented() -> None:
 def test_tasks_that_a_reward_may_name_are_documented() -> None:
     from ffgym.data.examples import searchable_tasks
 
-    section = text("docs/configuration.md").partition("## Rewards beyond perplexity")[2].partition("\n## ")[0]
+    section = text("docs/choices.md").partition("## Rewards beyond perplexity")[2].partition("\n## ")[0]
     assert [task for task in searchable_tasks() if f"`{task}`" not in section] == []
 
 
@@ -427,6 +427,26 @@ def test_commands_in_the_docs_exist_with_their_options(page: Path) -> None:
             while hasattr(command, "commands"):
                 command = command.commands[arguments.pop(0)]
             command.make_context(command.name, arguments)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory) -> Path:
+    """A folder in which examples find a finished run, under each of the names that they use."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = ffgym.load_config(**tiny_run, output={"dir": str(folder / "runs" / "mine")}, tracking={"enabled": False})
+    ffgym.run(run, progress=Console(quiet=True))
+    (folder / "runs" / "my-run").symlink_to("mine")
+    return folder
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/recovery.md"])
+def test_pruned_models_load_as_the_docs_say(page: str, finished: Path, monkeypatch) -> None:
+    """Each example that loads a run's model; reading GGUF files has a test of its own in tests/export."""
+    monkeypatch.chdir(finished)
+    examples = [block for language, block in blocks(page) if language == "python" and "from_pretrained" in block]
+    assert examples
+    for example in examples:
+        exec(compile(example, page, "exec"), {"__name__": "documentation"})
 
 
 def test_tutorial_runs(tiny_run, tmp_path, monkeypatch, capsys) -> None:
