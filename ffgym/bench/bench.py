@@ -69,7 +69,8 @@ def bench(
             if not results:
                 reporter.print(f"{each.spec.title}: no results yet")
                 continue
-            tables.append(_write_table(each, results, runs.get(each.file)))
+            tables.append(table := _write_table(each, results, runs.get(each.file)))
+            reporter.print(f"{each.spec.title}: wrote {' and '.join(table.files)}")
             if each.file in runs:
                 _parent_note(each).unlink(missing_ok=True)
     return tables
@@ -84,7 +85,7 @@ def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | Non
     if run is not None:
         run.log_artifact(text)
         run.log_artifact(picture)
-    return table
+    return replace(table, files=(str(text), str(picture)))
 
 
 def share(benches: Sequence[Bench]) -> None:

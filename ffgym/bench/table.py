@@ -149,13 +149,19 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchTable:
-    """Rows, best first, and how they were measured; ``heuristic`` is the label of the best one, where there is one."""
+    """Rows, best first, and how they were measured.
+
+    Attributes:
+        heuristic: label of the best one, where there is one.
+        files: where the table and its picture were written.
+    """
 
     title: str
     rows: tuple[BenchRow, ...]
     header: str
     baseline: str
     heuristic: str | None
+    files: tuple[str, ...] = ()
 
     def layout(self) -> Table[BenchRow]:
         """What stands where."""
@@ -250,7 +256,7 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
                 tokens=float(np.mean([cell.search_tokens + cell.final_tokens for cell in cells])),
                 seconds=float(np.mean([cell.seconds for cell in cells])),
                 tokens_to_baseline=reached,
-                at_first_mark=reached is not None and reached <= curves(cells)[0][0],
+                at_first_mark=reached is not None and reached <= float(curves(cells)[0][0]),
                 times_fewer=price / reached if reached else None,
             )
         )

@@ -67,7 +67,6 @@ class Guarded(TyperGroup):
 app = typer.Typer(
     cls=Guarded,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Find out how much of each layer of a language model to remove, and save the smaller model.",
 )

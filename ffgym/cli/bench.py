@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from ffgym.cli.app import app
+from ffgym.cli.options import JsonOption
+from ffgym.cli.printing import print_json
 
 
 @app.command()
@@ -22,6 +24,7 @@ def bench(
     jobs: Annotated[
         int, typer.Option(min=1, help="searches at the same time, each in a process with its share of the threads")
     ] = 1,
+    as_json: JsonOption = False,
 ) -> None:
     """Run many searches on equal terms and compare them; earlier results are kept."""
     from rich.console import Console
@@ -39,6 +42,14 @@ def bench(
             "finished episodes are kept: the same command continues, --report shows the results so far", err=True
         )
         raise
+    if as_json:
+        print_json(
+            [
+                {"title": table.title, "header": table.header, "rows": table.layout().as_dicts(), "files": table.files}
+                for table in tables
+            ]
+        )
+        return
     console = Console()
     for table in tables:
         console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)

@@ -18,28 +18,35 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.prepare.configured import resolve_agent
 
-KEYS = {
-    "--agent": "agent.name",
-    "--criterion": "criterion.name",
-    "--reward": "reward.name",
-    "--prior": "prior.name",
-    "--model": "model.name",
-    "--sparsity": "prune.sparsity",
-    "--calibration": "prune.calibration",
-    "--resource": "prune.resource",
-    "--align": "prune.align",
-    "--uniform": "prune.uniform",
-    "--latency-table": "prune.latency_table",
-    "--init-from": "search.init_from",
-    "--recover": "recover.method",
-    "--episodes": "search.episodes",
-    "--seed": "seed",
-    "--output": "output.dir",
-    "--overwrite": "output.overwrite",
-    "--save-at": "output.save_at",
-    "--save-all": "output.save_all",
+PANELS = {
+    "What searches": {
+        "--agent": "agent.name",
+        "--criterion": "criterion.name",
+        "--reward": "reward.name",
+        "--prior": "prior.name",
+        "--init-from": "search.init_from",
+        "--episodes": "search.episodes",
+        "--seed": "seed",
+    },
+    "What is made smaller, and by how much": {
+        "--model": "model.name",
+        "--sparsity": "prune.sparsity",
+        "--resource": "prune.resource",
+        "--latency-table": "prune.latency_table",
+        "--align": "prune.align",
+        "--uniform": "prune.uniform",
+        "--calibration": "prune.calibration",
+        "--recover": "recover.method",
+    },
+    "Where it goes": {
+        "--output": "output.dir",
+        "--overwrite": "output.overwrite",
+        "--save-at": "output.save_at",
+        "--save-all": "output.save_all",
+    },
 }
-"""What the options of `run` set."""
+"""What the options of `run` set, by the panel of its help."""
+KEYS = {flag: key for keys in PANELS.values() for flag, key in keys.items()}
 
 FileOption = Annotated[Path | None, typer.Option("--config", help="TOML file to start from; options override it")]
 SetOption = Annotated[
@@ -97,11 +104,12 @@ def _annotation(flag: str, key: str) -> Any:
     owner, field_name = _owner(key)
     declared = type(owner).model_fields[field_name].annotation
     plain = {int: int | None, bool: bool | None}
+    panel = {"rich_help_panel": next(panel for panel, keys in PANELS.items() if flag in keys)}
     if declared in plain:
-        return Annotated[plain[declared], key_option(flag, key)]
+        return Annotated[plain[declared], key_option(flag, key, **panel)]
     if _names(declared, float):
-        return Annotated[str | None, key_option(flag, key, parser=_number_or_text)]
-    return Annotated[str | None, key_option(flag, key)]
+        return Annotated[str | None, key_option(flag, key, parser=_number_or_text, **panel)]
+    return Annotated[str | None, key_option(flag, key, **panel)]
 
 
 def _names(annotation: Any, kind: type) -> bool:

@@ -33,8 +33,12 @@ ResumeOption = Annotated[
 def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = False) -> None:
     """Search how much of each layer to remove, prune, refit, report, and save the smaller model.
 
-    Without options it makes the demo model 20 % smaller. With --sparsity 0.1:0.5 one policy serves the whole range, and
-    the front of perplexity against sparsity is measured.
+    Without options it makes the demo model 20 % smaller. Examples:
+
+    \b
+    ffgym run --sparsity 0.3 --agent cma-es
+    ffgym run --model ./my-model --resource latency --align 32
+    ffgym run --sparsity 0.1:0.5 --save-all    one policy for the whole range
     """
     from rich.console import Console
 

@@ -603,6 +603,17 @@ def test_the_command_takes_many_files(finished: Any, tmp_path: Path) -> None:
         assert "cell" not in done.stdout
 
 
+def test_json_holds_the_rows_and_names_the_files(finished: Any) -> None:
+    done = CliRunner().invoke(app, ["bench", str(finished[0]), "--json"])
+    assert done.exit_code == 0, done.stderr
+    (table,) = json.loads(done.stdout)
+    assert table["title"] == "Small"
+    assert all(row["perplexity"] > 1.0 for row in table["rows"])
+    written = [str(finished[0].with_suffix(ending)) for ending in (".md", ".png")]
+    assert table["files"] == written
+    assert all(name in done.stderr for name in written)
+
+
 # bad input: refused before anything is computed
 
 
