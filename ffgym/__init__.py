@@ -17,15 +17,23 @@ if TYPE_CHECKING:
     from ffgym.config.tables import RunConfig
     from ffgym.config.toml import load_config
     from ffgym.costs.resource import Resource
+    from ffgym.data.corpora import CorpusSource
     from ffgym.export.format import Exported, ExportFormat
+    from ffgym.measure.metrics import Metric
     from ffgym.models.families import Family, Stock
     from ffgym.pipeline.pipeline import run
+    from ffgym.prepare.calibrations import Calibration, Consumer
+    from ffgym.pruning.calibration import ConsumerPath
     from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 
 __all__ = [
     "Agent",
     "Allocation",
     "BatchAgent",
+    "Calibration",
+    "Consumer",
+    "ConsumerPath",
+    "CorpusSource",
     "Criterion",
     "Evaluation",
     "ExportFormat",
@@ -34,6 +42,7 @@ __all__ = [
     "Family",
     "Heuristic",
     "LayerStats",
+    "Metric",
     "PluginConfig",
     "Recovery",
     "Resource",
@@ -53,7 +62,11 @@ __all__ = [
 
 _LATE = {
     **dict.fromkeys(("Recovery", "TrainingOutcome", "TrainingSetup"), "ffgym.recover.method"),
+    **dict.fromkeys(("Calibration", "Consumer"), "ffgym.prepare.calibrations"),
+    "ConsumerPath": "ffgym.pruning.calibration",
+    "CorpusSource": "ffgym.data.corpora",
     "Resource": "ffgym.costs.resource",
+    "Metric": "ffgym.measure.metrics",
     "ExportFormat": "ffgym.export.format",
     "Exported": "ffgym.export.format",
     "Family": "ffgym.models.families",

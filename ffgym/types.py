@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["attention", "mlp"]
-Calibration = Literal["ridge", "affine", "none"]
 Ramp = Literal["none", "cubic", "staircase"]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from pydantic import BaseModel
 from rich.console import Console
@@ -336,6 +337,35 @@ def test_tutorial_family_names_the_parts_of_its_model() -> None:
                               num_key_value_heads=1, vocab_size=16)  # fmt: skip
     family = example("docs/models.md", "family")()
     assert [sublayer.units for sublayer in family.sublayers(Starcoder2ForCausalLM(config))] == [1, 8]
+
+
+def test_tutorial_calibration_keeps_the_mean_output() -> None:
+    from ffgym.prepare.calibrations import Consumer, path_of
+    from ffgym.pruning.calibration import NestedRidge
+
+    weight, mean = torch.randn(3, 8), torch.randn(8)
+    refit = NestedRidge(weight, torch.eye(8), 0.1)
+    path = path_of(
+        example("docs/plugins.md", "calibration")(), Consumer(weight, None, mean, torch.eye(8), 0.1, refit), ""
+    )
+    torch.testing.assert_close(path.weight_at(5) @ mean[:5] + path.bias_at(5), weight @ mean)
+
+
+def test_tutorial_corpus_has_text_for_every_role() -> None:
+    source = example("docs/plugins.md", "corpus")()
+    (search, texts), (report, others) = source.read(None, "search"), source.read(None, "report")
+    assert (search, report) == ("2024", "2025")
+    assert set(texts).isdisjoint(others)
+
+
+def test_tutorial_metric_scores_a_model(word_tokenizer: Any) -> None:
+    from ffgym.testing.models import tiny_model
+
+    scores = example("docs/plugins.md", "metric")().scores(
+        tiny_model("llama"), word_tokenizer, limit=2, on_progress=lambda done, total: None
+    )
+    assert len(scores) == 2
+    assert all(0 <= score < 1 for score in scores)
 
 
 def test_tutorial_export_format_writes_a_file(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def evaluate(
     ] = None,
     more: Annotated[list[str] | None, typer.Option("--model", help="another model; repeatable")] = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", help="lm-eval's names, separated by commas")
+        str, typer.Option("--tasks", help="lm-eval's names, or metrics (see: ffgym ls metrics), separated by commas")
     ] = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
     limit: Annotated[
         int | None, typer.Option("--limit", help="measure the first N examples of each task", show_default="all")
@@ -164,7 +164,8 @@ def evaluate(
             check_request(wanted, limit=limit, batch_size=batch_size)
             check_models(names)
             loaded = load_tasks(wanted, source=data.value)
-            reporter.print(f"Data: {loaded.origin}")
+            if loaded.origin:
+                reporter.print(f"Data: {loaded.origin}")
             measured = evaluate_models(
                 names, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, stage=reporter.stage
             )

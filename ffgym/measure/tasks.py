@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ffgym.errors import ModelError, raising_if_out_of_memory
 
 if TYPE_CHECKING:
     from ffgym.models.loading import LoadedModel
+from ffgym.measure.metrics import Metric, score
 from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, check_numbers, quiet
 
 # The first is the plain share of right answers; the second divides an answer's log-likelihood by its length first.
@@ -28,11 +30,11 @@ DENSE, DENSE_MODEL = "dense", "demo"
 
 
 @dataclass(frozen=True)
-class Metric:
+class Figure:
     """One figure of one task.
 
     Attributes:
-        name: lm-eval's name, e.g. ``"acc_norm"``.
+        name: lm-eval's name, e.g. ``"acc_norm"``; ``"mean"`` of a metric's scores.
         value: as lm-eval reports it: an accuracy is a share in [0, 1].
         stderr: its standard error over examples; ``None`` where lm-eval gives none (a single example).
         higher_is_better: which way is good.
@@ -64,11 +66,11 @@ class TaskResult:
     split: str
     examples: int
     available: int
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Figure, ...]
     truncated: int = 0
     not_finite: int = 0
 
-    def metric(self, *names: str) -> Metric:
+    def metric(self, *names: str) -> Figure:
         """The first of these metrics that the task has.
 
         Raises:
@@ -89,7 +91,7 @@ def evaluate_task(
     batch_size: int = BATCH_SIZE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TaskResult:
-    """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does.
+    """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does, or by a metric of ours.
 
     Args:
         model: the model and its tokenizer.
@@ -102,9 +104,11 @@ def evaluate_task(
         ConfigError: a limit or a batch size below 1.
         ModelError: a tokenizer without BOS and EOS, or not enough memory.
     """
+    check_numbers(limit, batch_size)
+    if isinstance(task.task, Metric):
+        return _scored(model, task.task, limit, on_progress or (lambda done, total: None))
     import lm_eval
 
-    check_numbers(limit, batch_size)
     harness = _harness(model, batch_size, on_progress or (lambda done, total: None))
     short = ModelError(
         f"not enough memory for task {task.name!r} at batch_size = {batch_size}", hint="Use a smaller --batch-size."
@@ -129,7 +133,18 @@ def evaluate_task(
     )
 
 
-def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> tuple[Metric, ...]:
+def _scored(
+    model: LoadedModel, metric: Metric, limit: int | None, on_progress: Callable[[int, int], None]
+) -> TaskResult:
+    """A metric's scores as the result of a task: their mean, with its standard error."""
+    scores = score(metric, model.model, model.tokenizer, limit, on_progress)
+    count, broken = len(scores), sum(not math.isfinite(number) for number in scores)
+    error = statistics.stdev(scores) / math.sqrt(count) if count > 1 and not broken else None
+    figure = Figure("mean", sum(scores) / count, error, metric.higher_is_better)
+    return TaskResult(metric.name, str(metric.edition), metric.text, count, count, (figure,), not_finite=broken)
+
+
+def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> tuple[Figure, ...]:
     """lm-eval's flat ``acc,none`` and ``acc_stderr,none``; a filter other than none becomes part of the name."""
     metrics = []
     for key, value in found.items():
@@ -138,7 +153,7 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> 
             continue
         stderr = found.get(f"{name}_stderr,{filtered}")
         metrics.append(
-            Metric(
+            Figure(
                 name=name if filtered == "none" else f"{name} ({filtered})",
                 value=float(value),
                 stderr=float(stderr) if isinstance(stderr, int | float) else None,
@@ -276,7 +291,7 @@ def _own_name(name: str) -> str:
     return DENSE_MODEL if name == DENSE else name
 
 
-def paper_means(results: Sequence[TaskResult]) -> tuple[Metric, ...]:
+def paper_means(results: Sequence[TaskResult]) -> tuple[Figure, ...]:
     """The means over the paper's seven tasks, one for each way of scoring in ``MEANS``; none where a task is missing.
 
     The standard error is that of a mean of independent figures, sqrt(sum of squares) / 7.
@@ -289,5 +304,5 @@ def paper_means(results: Sequence[TaskResult]) -> tuple[Metric, ...]:
         metrics = [by_name[task].metric(*names) for task in PAPER_TASKS]
         errors = [metric.stderr for metric in metrics if metric.stderr is not None]
         stderr = math.hypot(*errors) / len(metrics) if len(errors) == len(metrics) else None
-        means.append(Metric(label, sum(metric.value for metric in metrics) / len(metrics), stderr, True))
+        means.append(Figure(label, sum(metric.value for metric in metrics) / len(metrics), stderr, True))
     return tuple(means)

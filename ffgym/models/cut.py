@@ -14,7 +14,7 @@ from torch import nn
 
 from ffgym.models.families import Family, family_of
 from ffgym.models.modeling_ffgym import Skipped
-from ffgym.pruning.calibration import Path, PlainPath
+from ffgym.pruning.calibration import ConsumerPath, PlainPath
 from ffgym.pruning.ordering import expand_order
 from ffgym.types import Sublayer
 
@@ -42,7 +42,7 @@ class PrunableSublayer:
         self._head_counts = family.head_count_attributes if sublayer.kind == "attention" else ()
         self._attention: Any = getattr(layer, self._attention_name)
         self._keep_dense()
-        self.path: Path | None = None
+        self.path: ConsumerPath | None = None
         self.affine = False
 
     @property
@@ -104,7 +104,7 @@ class PrunableSublayer:
             setattr(self._attention, attribute, units * self.sublayer.query_heads_per_unit)
         self._place_attention(empty=units == 0)
 
-    def path_for(self, *, calibrated: bool) -> Path:
+    def path_for(self, *, calibrated: bool) -> ConsumerPath:
         """The refitted path, or plain removal where none was built or none is wanted."""
         dense = PlainPath(self._consumer_weight, self._consumer_bias)
         return self.path if calibrated and self.path is not None else dense

@@ -14,6 +14,7 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
 from ffgym.pipeline.task import Task, cut_to
+from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.card import model_card
@@ -45,8 +46,8 @@ def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
 
 
 def refit_name(config: RunConfig) -> str:
-    """What the rows that are not plain call their refit: ``ridge``, or ``affine`` where all consumers get a bias."""
-    return "affine" if config.prune.calibration == "affine" else "ridge"
+    """What the rows that are not plain call their refit: the calibration, or ``ridge`` where the reward sees none."""
+    return config.prune.calibration if calibration_class(config.prune.calibration).in_reward else "ridge"
 
 
 def heuristic_allocations(task: Task) -> dict[str, Allocation]:

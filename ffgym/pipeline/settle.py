@@ -28,6 +28,7 @@ def check_plugins(config: RunConfig) -> None:
         PluginError, UnknownNameError: as `manager.create`.
     """
     configured.check_agent_fits(config)
+    manager.create("calibration", config.prune.calibration)
     manager.create("criterion", config.criterion.name, config.criterion.options)
     make_reward(config)
     if config.prior.name != "none":

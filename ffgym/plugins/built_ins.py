@@ -27,6 +27,18 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "random": BuiltIn("ffgym.agents.random_search:RandomSearch", "independent random importances"),
         "one-shot": BuiltIn("ffgym.agents.one_shot:OneShot", "the prior's heuristic, measured as it is; no search"),
     },
+    "calibration": {
+        "ridge": BuiltIn(
+            "ffgym.prepare.calibrations:Ridge", "least output error at every level, from one factorisation"
+        ),
+        "affine": BuiltIn("ffgym.prepare.calibrations:Affine", "ridge, with a bias for every consumer"),
+        "none": BuiltIn("ffgym.prepare.calibrations:NoCalibration", "plain removal; the final refits are ridge"),
+    },
+    "corpus": {
+        "demo": BuiltIn("ffgym.data.corpora:Demo", "fetched once: demo:c4, demo:wiki, demo:code, demo:technical"),
+        "wikitext": BuiltIn("ffgym.data.corpora:Wikitext", "Salesforce/wikitext on the hub, wikitext-2-raw-v1"),
+        "c4": BuiltIn("ffgym.data.corpora:C4", "allenai/c4 on the hub, its first English shards"),
+    },
     "criterion": {
         "wanda": BuiltIn("ffgym.criteria.wanda:Wanda", "|W| times the norm of the inputs"),
         "magnitude": BuiltIn("ffgym.criteria.magnitude:Magnitude", "|W|: the smallest weights are removed first"),
@@ -61,6 +73,9 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "gate-scaling": BuiltIn(
             "ffgym.heuristics.gate_scaling:GateScaling", "cuts less where the loss depends more on the output"
         ),
+    },
+    "metric": {
+        "loss": BuiltIn("ffgym.measure.metrics:Loss", "nats per token on the demo's Wikipedia text"),
     },
     "resource": {
         "params": BuiltIn("ffgym.costs.params:Params", "parameters"),

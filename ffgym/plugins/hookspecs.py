@@ -28,6 +28,18 @@ def ffgym_agents() -> list[type[Agent]]:
 
 
 @hookspec
+def ffgym_calibrations() -> list[type[Plugin]]:
+    """Classes that refit consumers after units were removed, children of ``ffgym.Calibration``."""
+    return []
+
+
+@hookspec
+def ffgym_corpora() -> list[type[Plugin]]:
+    """Classes that read text by name, children of ``ffgym.CorpusSource``."""
+    return []
+
+
+@hookspec
 def ffgym_criteria() -> list[type[Criterion]]:
     """Classes that score channels."""
     return []
@@ -48,6 +60,12 @@ def ffgym_families() -> list[type[Plugin]]:
 @hookspec
 def ffgym_heuristics() -> list[type[Heuristic]]:
     """Classes that give importances without any episode."""
+    return []
+
+
+@hookspec
+def ffgym_metrics() -> list[type[Plugin]]:
+    """Classes that score a model in ``ffgym eval``, children of ``ffgym.Metric``."""
     return []
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-PluginKind = Literal["agent", "criterion", "export", "family", "heuristic", "recovery", "resource", "reward"]
+OtherKind = Literal["calibration", "corpus", "export", "family", "metric", "recovery", "resource"]
+"""Kinds whose base class lies in a room above the manager's."""
+
+PluginKind = Literal["agent", "criterion", "heuristic", "reward"] | OtherKind
 
 
 class Kind(NamedTuple):
@@ -34,10 +37,13 @@ class Kind(NamedTuple):
 
 KINDS: dict[PluginKind, Kind] = {
     "agent": Kind("agents", "ffgym.plugins.bases:Agent", "agent"),
+    "calibration": Kind("calibrations", "ffgym.prepare.calibrations:Calibration", "prune", "calibration"),
+    "corpus": Kind("corpora", "ffgym.data.corpora:CorpusSource"),
     "criterion": Kind("criteria", "ffgym.plugins.bases:Criterion", "criterion"),
     "export": Kind("exports", "ffgym.export.format:ExportFormat"),
     "family": Kind("families", "ffgym.models.families:Family"),
     "heuristic": Kind("heuristics", "ffgym.plugins.bases:Heuristic", "prior"),
+    "metric": Kind("metrics", "ffgym.measure.metrics:Metric"),
     "resource": Kind("resources", "ffgym.costs.resource:Resource", "prune", "resource"),
     "reward": Kind("rewards", "ffgym.plugins.bases:Reward", "reward"),
     "recovery": Kind("recoveries", "ffgym.recover.method:Recovery", "recover", "method"),

@@ -15,7 +15,7 @@ from ffgym.plugins import discovery
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, Package, built_in_package, installed, place_of, providers
-from ffgym.plugins.kinds import KINDS, PluginKind, imported
+from ffgym.plugins.kinds import KINDS, OtherKind, PluginKind, imported
 from ffgym.types import PluginRecord
 
 
@@ -60,7 +60,7 @@ def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
 @overload
 def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
 @overload
-def get_class(kind: Literal["export", "family", "recovery", "resource"], name: str) -> Any: ...
+def get_class(kind: OtherKind, name: str) -> Any: ...
 def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     """Find the class behind a name.
 
@@ -92,7 +92,9 @@ def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | N
 def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
 @overload
 def create(
-    kind: Literal["export", "family", "recovery", "resource"], name: str, options: Mapping[str, Any] | None = None
+    kind: OtherKind,
+    name: str,
+    options: Mapping[str, Any] | None = None,
 ) -> Any: ...
 def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
     """Make an instance with validated options.

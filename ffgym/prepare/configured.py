@@ -36,7 +36,7 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
         _refuse_options_of_none(config, key)
     tables = {}
     for key, (kind, cls) in _used(config, only).items():
-        table = getattr(config, key)
+        table = getattr(config, key, None)
         if not isinstance(table, PluginTable):
             continue
         options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
@@ -63,15 +63,21 @@ def meanings(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str,
 
 
 def editions(config: RunConfig) -> dict[str, int]:
-    """The edition of the plugin that each table names, where it is not the first."""
+    """The edition of the plugin that each table or key names, where it is not the first."""
     return {key: cls.edition for key, (_, cls) in _used(config, ALL_TABLES).items() if cls.edition != 1}
 
 
 def _used(config: RunConfig, only: Collection[str]) -> dict[str, tuple[PluginKind, type[Plugin]]]:
-    """Kind and class of the plugin that each of these tables names, without those that name none."""
-    rows = [(kind, row) for kind, row in KINDS.items() if row.table in only]
-    named = [(kind, row.table, getattr(getattr(config, row.table), row.key)) for kind, row in rows]
-    return {table: (kind, get_class(kind, name)) for kind, table, name in named if name != "none"}
+    """Kind and class of the plugins that these tables and their keys name, where they name one."""
+    used: dict[str, tuple[PluginKind, type[Plugin]]] = {}
+    for kind, row in KINDS.items():
+        if row.table not in only:
+            continue
+        table = getattr(config, row.table)
+        if (name := getattr(table, row.key)) != "none":
+            key = row.table if isinstance(table, PluginTable) else f"{row.table}.{row.key}"
+            used[key] = kind, get_class(kind, name)
+    return used
 
 
 def changed_since(stored: JSONDict, config: RunConfig) -> list[str]:

@@ -33,6 +33,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import check_wishes
+from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import Prepared, prepare
 from ffgym.pruning.budget import Budget
 
@@ -173,7 +174,7 @@ def budget_in(resource: str, config: RunConfig, model: Any, costs: Mapping[str, 
         ModelError: a stock checkpoint is asked for, which the family does not have, or not with this calibration.
     """
     family, prune = family_of(model), config.prune
-    if prune.uniform and prune.calibration == "affine":
+    if prune.uniform and calibration_class(prune.calibration).affine:
         family.check_stock_biases(model)
     found = costs_in(resource_named(resource), config, model) if costs is None else costs[resource]
     return Budget(
@@ -253,7 +254,7 @@ def build_env(
         budget,
         sparsity=config.prune.target,
         episode_windows=-(-config.search.episode_tokens // config.data.window),
-        calibrated=config.prune.calibration != "none",
+        calibrated=calibration_class(config.prune.calibration).in_reward,
         tokens_per_batch=tokens_per_batch(model.device),
         examples=examples,
         prices={resource: budget_in(resource, config, model, costs) for resource in resources},

@@ -15,14 +15,16 @@ import torch
 
 from ffgym.errors import CalibrationError
 from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
+from ffgym.prepare.calibrations import Calibration, Consumer, path_of
 from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_statistics
 from ffgym.pruning.calibration import NestedRidge, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
 from ffgym.pruning.statistics import InputMoments, require_finite
-from ffgym.types import Calibration, LayerStats, SublayerView
+from ffgym.types import LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
 HELD_OUT_TOKENS = 8192  # at most; their inputs are kept until the sublayer is prepared
@@ -52,7 +54,7 @@ def prepare(
     criterion: Criterion,
     windows: torch.Tensor,
     *,
-    calibration: Calibration = "ridge",
+    calibration: str = "ridge",
     ridge: float | None = None,
     keep: frozenset[str] = frozenset(),
     tokens_per_batch: int = 4096,
@@ -64,19 +66,20 @@ def prepare(
         model: dense Hugging Face causal LM; its weights are permuted in place.
         criterion: scores the channels.
         windows: calibration token ids, shape (windows, length), int64.
-        calibration: ``affine`` refits the consumer's bias too, giving one to consumers that have none; ``ridge`` does
-            so only where there is a bias; ``none`` builds the ridge path all the same (final tables show it).
+        calibration: name of the plugin that refits consumers. ``affine`` refits the consumer's bias too, giving one to
+            consumers that have none; ``ridge`` does so only where there is a bias; ``none`` builds the ridge path all
+            the same (final tables show it).
         ridge: lambda; ``None`` picks it per sublayer on held-out calibration windows.
         keep: statistics to keep for heuristics beyond the preparation.
         tokens_per_batch: tokens of one forward pass.
         on_progress: called with (steps done, steps): layers of a walk backwards where there is one, then sublayers.
 
     Raises:
-        PluginError: the criterion broke its contract.
+        PluginError: the criterion or the calibration broke its contract.
         CalibrationError: statistics that are not finite, a moment that cannot be factorised, or too few windows to hold
             some out.
     """
-    prunable = PrunableModel(model)
+    prunable, calibrates = PrunableModel(model), manager.create("calibration", calibration)
     if ridge is None and len(windows) < 2:
         raise CalibrationError(
             "choosing the ridge needs at least 2 calibration windows",
@@ -94,13 +97,15 @@ def prepare(
     ridges: list[float] = []
     for index, sums, apart in stream:
         half = prunable.halves[index]
-        half.affine = calibration == "affine" or half.consumer.bias is not None
+        half.affine = calibrates.affine or half.consumer.bias is not None
         fit = sums.result()
         if apart is not None:
             for part in torch.split(apart, tokens_per_batch):
                 sums.update(part)
         with _naming(half):
-            chosen, view = _build_path(half, criterion, fit, sums.result(), gradients[index], apart, ridge, keep)
+            chosen, view = _build_path(
+                half, criterion, calibrates, fit, sums.result(), gradients[index], apart, ridge, keep
+            )
         ridges.append(chosen)
         views.append(view)
         ordered(len(views), len(prunable.halves))
@@ -128,6 +133,7 @@ class _Steps:
 def _build_path(
     half: PrunableSublayer,
     criterion: Criterion,
+    calibration: Calibration,
     fit: InputMoments,
     moments: InputMoments,
     gradients: LayerStats,
@@ -140,6 +146,7 @@ def _build_path(
     Args:
         half: the sublayer, dense; its path is set.
         criterion: scores the channels.
+        calibration: refits the consumer.
         fit: moments of the fitted windows, for choosing lambda.
         moments: of all windows.
         gradients: first-order statistics.
@@ -156,8 +163,11 @@ def _build_path(
     if ridge is None:
         assert apart is not None, "windows were held out"
         ridge = _pick(half, fit.reorder(columns), some_rows(apart)[:, columns])
-    half.path = path = _refit(half, moments, ridge)
-    return ridge, _view(half, scores[order], moments, _stats(moments, gradients, keep), path)
+    refit = _refit(half, moments, ridge)
+    weight, bias = half.dense_consumer
+    consumer = Consumer(weight.detach(), bias, moments.mean, moments.covariance, ridge, refit)
+    half.path = path_of(calibration, consumer, half.sublayer.name)
+    return ridge, _view(half, scores[order], moments, _stats(moments, gradients, keep), refit)
 
 
 def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) -> LayerStats:

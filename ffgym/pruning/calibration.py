@@ -19,8 +19,8 @@ b' = b + W mu - W'_K mu_K = b + B[:, k:] (D mu)[k:] (its case W' = W_K is the bi
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
@@ -32,12 +32,14 @@ RIDGE_GRID = (1e-3, 1e-2, 1e-1, 1.0)
 HELD_OUT_LEVELS = (0.9, 0.75, 0.5)
 
 
-class Path(Protocol):
+class ConsumerPath(ABC):
     """A consumer's weights at every level: keep the first ``channels`` columns."""
 
+    @abstractmethod
     def weight_at(self, channels: int) -> torch.Tensor:
         """The consumer's weight for the kept channels, shape (m, channels), float32."""
 
+    @abstractmethod
     def bias_at(self, channels: int) -> torch.Tensor | None:
         """The consumer's bias at that level, shape (m,), float32; ``None`` where it has none."""
 
@@ -51,9 +53,15 @@ class Path(Protocol):
         Returns:
             shape (n,), float32; negative where the channel helps.
         """
+        losses = []
+        for channels in range(weight_gradient.shape[1] + 1):
+            loss = (self.weight_at(channels).float() * weight_gradient[:, :channels]).sum()
+            bias = self.bias_at(channels)
+            losses.append(loss if bias is None or bias_gradient is None else loss + bias.float() @ bias_gradient)
+        return torch.stack(losses).diff()
 
 
-class PlainPath:
+class PlainPath(ConsumerPath):
     """Plain removal: the kept columns as they are.
 
     Args:
@@ -117,7 +125,7 @@ def inverse(lower: torch.Tensor) -> torch.Tensor:
     return result
 
 
-class NestedRidge:
+class NestedRidge(ConsumerPath):
     """The refit of one consumer at every level, from one factorisation in float64, kept in float32.
 
     Args:

@@ -152,7 +152,6 @@ def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
         ("prune.sparsity=1", ["prune.sparsity = 1", "less than 1"]),
         ("prune.sparsity=nan", ["prune.sparsity = nan", "finite"]),
         ("prune.sparsity=a lot", ["prune.sparsity = 'a lot'", "valid number"]),
-        ("prune.calibration=lasso", ["prune.calibration = 'lasso'", "'ridge', 'affine' or 'none'"]),
         ("prune.ridge=-1", ["prune.ridge = -1", "should be 'auto' or greater than 0"]),
         ("prune.ridge=high", ["prune.ridge = 'high'", "should be 'auto' or a valid number"]),
         ("prune.min_units=-1", ["prune.min_units = -1"]),

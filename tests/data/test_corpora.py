@@ -1,4 +1,3 @@
-import dataclasses
 import gzip
 import json
 
@@ -49,8 +48,7 @@ def wikitext(tmp_path, monkeypatch):
     (folder / "README.md").write_text(
         f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n# wikitext\n", encoding="utf-8"
     )
-    source = dataclasses.replace(corpora.HUB_SOURCES["wikitext"], path=str(folder))
-    monkeypatch.setitem(corpora.HUB_SOURCES, "wikitext", source)
+    monkeypatch.setattr(corpora.Wikitext, "path", str(folder))
     return folder, rows
 
 
@@ -67,7 +65,7 @@ def c4(tmp_path, monkeypatch):
     for name, texts in shards.items():
         with gzip.open(folder / "en" / name, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text, "timestamp": "t", "url": "u"}) + "\n" for text in texts)
-    monkeypatch.setitem(corpora.HUB_SOURCES, "c4", dataclasses.replace(corpora.HUB_SOURCES["c4"], path=str(folder)))
+    monkeypatch.setattr(corpora.C4, "path", str(folder))
 
 
 def test_demo_c4_is_one_document_a_line_and_keeps_a_repeated_page_once(demo_folder):

@@ -10,13 +10,13 @@ from ffgym.errors import OutputError
 from ffgym.files import check_file
 from ffgym.measure.task_definitions import PAPER_TASKS, LoadedTask, TaskSet
 from ffgym.measure.task_table import FILE_KINDS, TaskTable, as_dict, write_file
-from ffgym.measure.tasks import Metric, ModelScores, TaskResult
+from ffgym.measure.tasks import Figure, ModelScores, TaskResult
 
 
 def result(task: str, acc: float = 0.5, norm: float | None = None, **facts: int) -> TaskResult:
-    metrics = [Metric("acc", acc, 0.0123, True)]
+    metrics = [Figure("acc", acc, 0.0123, True)]
     if norm is not None:
-        metrics.append(Metric("acc_norm", norm, 0.0234, True))
+        metrics.append(Figure("acc_norm", norm, 0.0234, True))
     return TaskResult(task, "1.0", "validation", 1838, 1838, tuple(metrics), **facts)
 
 

@@ -18,7 +18,7 @@ import torch
 from ffgym.errors import ConfigError, DataError, ModelError, UnknownNameError
 from ffgym.measure import task_definitions as tasks
 from ffgym.measure.task_definitions import PAPER_TASKS, check_request, load_tasks
-from ffgym.measure.tasks import Metric, TaskResult, check_models, evaluate_models, evaluate_task, paper_means
+from ffgym.measure.tasks import Figure, TaskResult, check_models, evaluate_models, evaluate_task, paper_means
 from ffgym.models.loading import LoadedModel, load
 
 pytest.importorskip("lm_eval")
@@ -154,9 +154,9 @@ def test_another_split_than_lm_evals_own_is_told(model):
 
 def test_the_mean_needs_all_seven_tasks_and_combines_their_errors():
     def result(task: str, acc: float, norm: float | None) -> TaskResult:
-        metrics = [Metric("acc", acc, 0.07, True)]
+        metrics = [Figure("acc", acc, 0.07, True)]
         if norm is not None:
-            metrics.append(Metric("acc_norm", norm, 0.14, True))
+            metrics.append(Figure("acc_norm", norm, 0.14, True))
         return TaskResult(task, "1.0", "test", 10, 10, tuple(metrics))
 
     results = [result(task, 0.5, None if task in ("boolq", "winogrande") else 0.7) for task in PAPER_TASKS]

@@ -1,0 +1,121 @@
+"""Calibrations: how a consumer is refitted after units were removed; the built-in ones, and the base class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, cast
+
+from ffgym.errors import PluginError
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Plugin
+from ffgym.plugins.contracts import call_plugin
+
+if TYPE_CHECKING:
+    import torch
+
+    from ffgym.pruning.calibration import ConsumerPath, NestedRidge
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A consumer as a calibration sees it, its channels in path order: pruning keeps the first ones.
+
+    Attributes:
+        weight: dense W, shape (m, n), the model's dtype.
+        bias: shape (m,), or ``None``.
+        mean: E[x] of its inputs on the calibration text, shape (n,), float64 where the device has it.
+        covariance: of its inputs, shape (n, n), float32.
+        ridge: the strength that was chosen, relative to the mean of the second moment's diagonal.
+        refit: the ridge refit for every level.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    ridge: float
+    refit: NestedRidge
+
+
+class Calibration(Plugin, ABC):
+    """How a consumer is refitted. Heuristics and the sequential refit at the end of a run use the ridge refit.
+
+    Attributes:
+        affine: the refit moves the consumer's bias too, giving one to consumers that have none.
+        in_reward: episodes see it; where not, they see plain removal.
+    """
+
+    kind = "calibration"
+    affine: ClassVar[bool] = False
+    in_reward: ClassVar[bool] = True
+
+    @abstractmethod
+    def path(self, consumer: Consumer) -> ConsumerPath:
+        """Give a consumer its weights at every level; change nothing of what is given."""
+
+
+class Ridge(Calibration):
+    """Nested ridge: the least output error for every level, from one factorisation."""
+
+    name = "ridge"
+
+    def path(self, consumer: Consumer) -> ConsumerPath:
+        """The refit that every consumer has anyway."""
+        return consumer.refit
+
+
+class Affine(Ridge):
+    """Nested ridge with a bias for every consumer."""
+
+    name = "affine"
+    affine = True
+
+
+class NoCalibration(Ridge):
+    """Plain removal in the reward; the final refits are ridge."""
+
+    name = "none"
+    in_reward = False
+
+
+def calibration_class(name: str) -> type[Calibration]:
+    """The class of that name; errors as `manager.get_class`."""
+    return cast("type[Calibration]", manager.get_class("calibration", name))
+
+
+def path_of(calibration: Calibration, consumer: Consumer, where: str) -> ConsumerPath:
+    """Let a calibration refit one consumer.
+
+    Args:
+        calibration: the plugin.
+        consumer: what it refits.
+        where: the sublayer, for messages.
+
+    Raises:
+        PluginError: it raised, or its weights have another shape or are not finite.
+    """
+    from ffgym.pruning.calibration import ConsumerPath
+
+    path = call_plugin(calibration, lambda: calibration.path(consumer), f"refitting {where}")
+    if path is consumer.refit:
+        return path
+    who = f"{manager.described(calibration)}, {where}"
+    if not isinstance(path, ConsumerPath):
+        raise PluginError(f"{who}: path returned {type(path).__name__}, not a ffgym.ConsumerPath")
+    outputs, channels = consumer.weight.shape
+    for kept in {channels, channels // 2}:
+        weight = call_plugin(calibration, partial(path.weight_at, kept), f"refitting {where}")
+        bias = call_plugin(calibration, partial(path.bias_at, kept), f"refitting {where}")
+        _check(weight, (outputs, kept), f"{who}: weight_at({kept})")
+        if bias is not None:
+            _check(bias, (outputs,), f"{who}: bias_at({kept})")
+    return path
+
+
+def _check(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise PluginError(f"{what} has shape {tuple(tensor.shape)}, not {shape}")
+    if not tensor.isfinite().all():
+        raise PluginError(f"{what} holds NaN or infinity")

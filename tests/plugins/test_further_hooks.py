@@ -1,0 +1,201 @@
+"""Another package's calibration, corpus and metric: found by name, used, held to their contracts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ffgym.data.corpora import load_text
+from ffgym.errors import PluginError, UnknownNameError
+from ffgym.measure.metrics import Loss
+from ffgym.measure.task_definitions import load_tasks
+from ffgym.measure.task_table import TaskTable, as_dict
+from ffgym.measure.tasks import evaluate_models
+from ffgym.plugins import manager
+from ffgym.prepare.parts import make_pruning_env
+
+Install = Callable[..., None]
+
+SHIFT = """
+import ffgym
+
+class Shifted(ffgym.ConsumerPath):
+    def __init__(self, consumer):
+        self.weight, self.mean = consumer.weight.float(), consumer.mean.float()
+
+    def weight_at(self, channels):
+        return self.weight[:, :channels]
+
+    def bias_at(self, channels):
+        return self.weight[:, channels:] @ self.mean[channels:]
+
+class Shift(ffgym.Calibration):
+    "Moves the bias by what the removed channels give on average (FLAP)."
+    name = "shift"
+    affine = True
+
+    def path(self, consumer):
+        return {path}
+
+@ffgym.hookimpl
+def ffgym_calibrations():
+    return [Shift]
+"""
+PROVERBS = """
+import ffgym
+
+class Proverbs(ffgym.CorpusSource):
+    "Proverbs, one a document."
+    name = "proverbs"
+
+    def read(self, part, role):
+        return f"{{part or 'all'}} for {{role}}", {documents}
+
+@ffgym.hookimpl
+def ffgym_corpora():
+    return [Proverbs]
+"""
+
+
+def test_a_calibration_is_what_the_reward_sees(install: Install, tiny_run: dict[str, Any]) -> None:
+    install("acme-shift", SHIFT.format(path="Shifted(consumer)"))
+    env = make_pruning_env(tiny_run, prune={"calibration": "shift", "ridge": 0.01})
+    half = env.prunable.halves[1]
+    weight, _ = half.dense_consumer
+    half.cut(24)
+    assert torch.equal(half.consumer.weight, weight[:, :24])
+    assert half.consumer.bias is not None
+    half.restore()
+    env.reset(seed=0, options={"slopes": True})
+    _, reward, _, _, info = env.step(np.zeros(6, np.float32))
+    assert reward > 0
+    assert np.isfinite(info["slopes"]).all()
+
+
+def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Install) -> None:
+    """The same numbers as the closed form of plain removal."""
+    from ffgym.pruning.calibration import ConsumerPath, PlainPath
+
+    class Prefix(ConsumerPath):
+        def weight_at(self, channels: int) -> torch.Tensor:
+            return weight[:, :channels]
+
+        def bias_at(self, channels: int) -> torch.Tensor | None:
+            return None
+
+    weight, gradient = (torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    torch.testing.assert_close(Prefix().slopes(gradient, None), PlainPath(weight).slopes(gradient, None))
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("None", "path returned NoneType, not a ffgym.ConsumerPath"),
+        ("1 / 0", r"failed while refitting layer 0 attention: ZeroDivisionError: .*acme_shift\.py, line 20\)"),
+        (
+            "type('Wide', (Shifted,), {'weight_at': lambda self, k: self.weight})(consumer)",
+            r"weight_at\(.*\) has shape",
+        ),
+        (
+            "type('Nan', (Shifted,), {'bias_at': lambda self, k: self.weight[:, 0] / 0})(consumer)",
+            "holds NaN or infinity",
+        ),
+    ],
+)
+def test_a_broken_calibration_is_named(install: Install, tiny_run: dict[str, Any], path: str, complaint: str) -> None:
+    install("acme-shift", SHIFT.replace("{path}", path))
+    with pytest.raises(PluginError, match=complaint) as caught:
+        make_pruning_env(tiny_run, prune={"calibration": "shift", "ridge": 0.01})
+    assert "calibration 'shift' (package acme-shift 1.0)" in str(caught.value)
+
+
+def test_an_unknown_calibration_is_refused_with_the_nearest(tiny_run: dict[str, Any]) -> None:
+    with pytest.raises(UnknownNameError, match="unknown calibration 'afine'\n  Did you mean 'affine'"):
+        make_pruning_env(tiny_run, prune={"calibration": "afine"})
+
+
+def test_a_corpus_is_read_by_its_name_and_part(install: Install) -> None:
+    install("acme-proverbs", PROVERBS.format(documents="['Haste makes waste.', 'Less is more.']"))
+    corpus = load_text("proverbs:english", role="report")
+    assert (corpus.name, corpus.split) == ("proverbs:english", "english for report")
+    assert corpus.documents == ("Haste makes waste.", "Less is more.")
+    assert load_text("proverbs", role="search").split == "all for search"
+    assert manager.names("corpus")["proverbs"] == "Proverbs, one a document."
+
+
+def test_a_broken_corpus_is_named(install: Install) -> None:
+    install("acme-proverbs", PROVERBS.format(documents="(1 / 0 for _ in range(3))"))
+    with pytest.raises(PluginError, match=r"corpus 'proverbs' \(package acme-proverbs 1\.0\) failed while reading"):
+        load_text("proverbs", role="search")
+
+
+LENGTH = """
+import ffgym
+
+class Length(ffgym.Metric):
+    "How many tokens a model writes before it ends."
+    name = "length"
+    text = "nothing"
+
+    def scores(self, model, tokenizer, *, limit, on_progress):
+        assert not model.training
+        on_progress(3, 3)
+        return {scores}
+
+@ffgym.hookimpl
+def ffgym_metrics():
+    return [Length]
+"""
+
+
+def evaluated(model: str, *tasks: str) -> dict[str, Any]:
+    loaded = load_tasks(list(tasks))
+    *_, scores = evaluate_models(
+        [model], loaded, device="cpu", stage=lambda *_: contextlib.nullcontext(lambda *_: None)
+    )
+    return as_dict(TaskTable(tuple(scores), loaded, None))
+
+
+def test_a_metric_is_measured_by_eval(install: Install, tiny_run: dict[str, Any]) -> None:
+    install("acme-length", LENGTH.format(scores="[1.0, 2.0, 6.0][:limit]"))
+    found = evaluated(tiny_run["model"]["name"], "length")
+    (model,) = found["models"]
+    assert model["tasks"]["length"]["examples"] == 3
+    figure = model["tasks"]["length"]["metrics"]["mean"]
+    assert figure["value"] == 3.0
+    assert figure["stderr"] == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
+    assert found["lm_eval"] is None, "nobody asked for its tasks"
+
+
+@pytest.mark.parametrize(
+    ("scores", "complaint"),
+    [("[]", "returned no number"), ("['a']", "not numbers"), ("None", "not numbers"), ("1 / 0", "ZeroDivisionError")],
+)
+def test_a_broken_metric_is_named(install: Install, tiny_run: dict[str, Any], scores: str, complaint: str) -> None:
+    install("acme-length", LENGTH.format(scores=scores))
+    with pytest.raises(PluginError, match=rf"metric 'length' \(package acme-length 1\.0\).*{complaint}"):
+        evaluated(tiny_run["model"]["name"], "length")
+
+
+def test_the_built_in_loss_is_that_of_the_text(tiny_run: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ffgym.evaluation.perplexity import evaluate
+
+    class OfFile(Loss):
+        text = tiny_run["data"]["report"]
+
+    folder, seen = tiny_run["model"]["name"], list[tuple[int, int]]()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    scores = OfFile().scores(model, tokenizer, limit=3, on_progress=lambda *done: seen.append(done))
+    words = Path(OfFile.text).read_text().split()
+    window = model.config.max_position_embeddings
+    ids = torch.tensor(tokenizer(" ".join(words[: 3 * window]))["input_ids"]).view(3, window)
+    assert scores == evaluate(model, ids).losses
+    assert seen[-1] == (3, 3)
