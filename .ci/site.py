@@ -27,7 +27,7 @@ def in_site(path: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The README is the home page; other pages at the root, the examples and the results with their pictures join it."""
+    """The README is the home page; other pages at the root, the examples and the results with pictures join it."""
     results = {path for path in ROOT.glob("experiments/*/*") if path.suffix in (".md", ".png")}
     for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/*.*"), *results]:
         level = InclusionLevel.NOT_IN_NAV if path in results else InclusionLevel.UNDEFINED

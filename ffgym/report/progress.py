@@ -175,7 +175,7 @@ class Reporter:
         self._plan: _Plan | None = None
 
     def plan(self, steps: Sequence[Step]) -> None:
-        """Say which steps the job has from here on: its stages then show how far it is, and how long it takes in all."""
+        """Say which steps the job has from here on; its stages show how far it is, and how long it takes in all."""
         self._plan = _Plan(steps)
 
     @contextmanager
