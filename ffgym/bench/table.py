@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, finite
+from ffgym.report.layout import Column, Table, finite, stacked
 from ffgym.report.paired import Difference, paired_difference
 from ffgym.types import JSONDict
 
@@ -198,13 +198,7 @@ class BenchTable:
 def _number(
     head: str, text: Callable[[BenchRow], str], plain: Callable[[BenchRow], JSONDict], *, spare: bool = False
 ) -> Column[BenchRow]:
-    narrow = (
-        head.replace("against ", "against\n")
-        .replace("tokens to ", "tokens to\n")
-        .replace("'s ", "'s\n")
-        .replace(" fewer", "\nfewer")
-    )
-    return Column(head, text, plain=plain, spare=spare, console_head=narrow)
+    return Column(head, text, plain=plain, spare=spare, console_head=stacked(head))
 
 
 def _perplexity_data(row: BenchRow) -> JSONDict:

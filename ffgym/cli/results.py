@@ -1,0 +1,61 @@
+"""``ffgym compare`` and ``report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ffgym.cli.app import app
+from ffgym.cli.options import JsonOption, RootOption, key_option
+from ffgym.cli.printing import print_json
+from ffgym.config.tables import TrackingTable
+from ffgym.files import write_text
+
+ExperimentOption = Annotated[str, key_option("--experiment", "tracking.experiment")]
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN RUN ...",
+            help="folders, names or ids of runs; the first one is what the others are compared with",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="folder for the table and the pictures")] = Path(
+        "comparison"
+    ),
+    root: RootOption = TrackingTable().root,
+    experiment: ExperimentOption = TrackingTable().experiment,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare finished runs window by window, in a table and two pictures.
+
+    Example: ffgym compare runs/one runs/other --output comparison
+    """
+    from rich.console import Console
+
+    from ffgym.pipeline.stored import compare_runs, stored_run
+    from ffgym.report.comparison import differences_figure, size_figure
+
+    if len(runs) < 2:
+        raise typer.BadParameter("name at least two runs", param_hint="RUN RUN ...")
+    found = compare_runs([stored_run(run, Path(root).expanduser(), experiment) for run in runs])
+    table = found.layout()
+    write_text(output / "comparison.md", table.markdown())
+    size_figure(found.runs, output / "size.png")
+    written = ["comparison.md", "size.png"]
+    differences = [(run.name, difference) for run in found.runs if (difference := found.difference(run)) is not None]
+    if differences:
+        differences_figure(differences, found.reference.name, output / "differences.png")
+        written.append("differences.png")
+    if as_json:
+        print_json({"runs": table.as_dicts(), "notes": table.notes, "files": [str(output / name) for name in written]})
+        return
+    console = Console()
+    console.print(table.terminal())
+    console.print(f"Written to {output}: {', '.join(written)}", highlight=False, soft_wrap=True, markup=False)

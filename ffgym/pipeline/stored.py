@@ -1,0 +1,158 @@
+"""Reads finished runs back from their folders, and puts them side by side."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
+from ffgym.costs.resource import resource_named
+from ffgym.errors import DataError, OutputError
+from ffgym.files import FileFormat
+from ffgym.pipeline.artifacts import WINDOW_LOSSES, WindowLosses
+from ffgym.plugins import manager
+from ffgym.report.comparison import ComparedRun, Comparison
+from ffgym.report.table import Cost, ReportTable, Row
+from ffgym.tracking.runs import find_run
+from ffgym.types import JSONDict
+
+TABLE = FileFormat("table of a run", list[JSONDict], OutputError, "Run again with --overwrite.")
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run as its folder has it.
+
+    Attributes:
+        folder: of the run.
+        config: how it was run.
+        table: what it came to; ``None`` where it has not come so far.
+    """
+
+    folder: Path
+    config: RunConfig
+    table: ReportTable | None
+
+
+def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
+    """The run that a person means.
+
+    Args:
+        text: the folder of a run, or what `ffgym.tracking.runs.find_run` takes.
+        root: folder of the MLflow store.
+        experiment: MLflow experiment.
+
+    Raises:
+        TrackingError: no such run, a deleted run, or several.
+        OutputError: its folder is gone, holds no run, or is damaged.
+    """
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        found = find_run(root, text, experiment)
+        if found.folder is None or not found.folder.is_dir():
+            where = "is not known" if found.folder is None else f"{found.folder} does not exist any more"
+            raise OutputError(
+                f"the folder of the run {found.name} ({found.id}) {where}", hint="Name the folder where it lies now."
+            )
+        folder = found.folder
+    if not (folder / "config.toml").is_file():
+        raise OutputError(
+            f"{folder} is no run's folder: it has no config.toml", hint="`ffgym runs` lists runs and their folders."
+        )
+    has_table = (folder / "report.json").is_file()
+    return StoredRun(folder.resolve(), load_config(folder / "config.toml"), read_table(folder) if has_table else None)
+
+
+def read_table(folder: Path) -> ReportTable:
+    """The table of a run; without losses of windows where an earlier version wrote it.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    path, losses = folder / "losses.json", WindowLosses(windows="", measured="", losses={})
+    if path.is_file():
+        losses = WINDOW_LOSSES.read(path)
+    resources = {resource.key or resource.name: resource for resource in map(resource_named, manager.names("resource"))}
+    rows = []
+    for number, stored in enumerate(TABLE.read(folder / "report.json")):
+        try:
+            costs = tuple(
+                Cost(key, resources[key].column, value, resources[key].text(value))
+                for key, value in stored.items()
+                if key in resources and resources[key].column
+            )
+            rows.append(
+                Row(
+                    label=stored["label"],
+                    perplexity=math.nan if stored["perplexity"] is None else stored["perplexity"],
+                    loss_stderr=stored["loss_stderr"],
+                    sparsity_prunable=stored["sparsity_prunable"],
+                    sparsity_model=stored["sparsity_model"],
+                    costs=costs,
+                    losses=losses.losses.get(stored["label"], ()),
+                    note=stored["note"],
+                    is_heuristic=stored.get("is_heuristic", False),
+                    is_found=stored["is_found"],
+                    is_saved=stored.get("is_saved", bool(stored["note"])),
+                    refit=stored.get("refit", ""),
+                    same_as=stored.get("same_as", ""),
+                )
+            )
+        except (KeyError, TypeError) as error:
+            raise TABLE.refused(str(folder / "report.json"), f"row {number}: {error}") from None
+    if not rows:
+        raise TABLE.refused(str(folder / "report.json"), "it has no rows")
+    return ReportTable(tuple(rows), losses.measured, losses.windows)
+
+
+def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
+    """Put finished runs side by side; the first one is what the others are compared with.
+
+    Raises:
+        OutputError: a run that is not finished.
+        DataError: one run twice, or runs that were not measured on the same windows.
+    """
+    for one, other in combinations(runs, 2):
+        if one.folder == other.folder:
+            raise DataError(f"{one.folder} is named twice", hint="Name each run once.")
+    compared, first = [], runs[0]
+    for run in runs:
+        if run.table is None:
+            raise OutputError(
+                f"the run in {run.folder} is not finished: it has no table yet",
+                hint=f"Continue it: ffgym run --resume {shlex.quote(str(run.folder))}",
+            )
+        if first.table is not None and not _share_windows(first, first.table, run, run.table):
+            raise DataError(
+                f"the runs in {first.folder} and {run.folder} share no windows of text: {_measured_on(first)}, and "
+                f"{_measured_on(run)}",
+                hint="Perplexities of different text cannot be compared: repeat one run with the other's report split.",
+            )
+        config = run.config
+        compared.append(
+            ComparedRun(_name(run, runs), config.agent.name, config.criterion.name, config.prune.resource, run.table)
+        )
+    return Comparison(tuple(compared))
+
+
+def _name(run: StoredRun, runs: Sequence[StoredRun]) -> str:
+    """Its folder's name, with the parent's where two are called the same."""
+    twins = [other for other in runs if other.folder.name == run.folder.name]
+    return run.folder.name if len(twins) == 1 else f"{run.folder.parent.name}/{run.folder.name}"
+
+
+def _share_windows(one: StoredRun, its: ReportTable, other: StoredRun, table: ReportTable) -> bool:
+    """Whether two runs were measured on the same windows; by their settings where the digest of one was not kept."""
+    if its.windows and table.windows:
+        return its.windows == table.windows
+    return _measured_on(one) == _measured_on(other)
+
+
+def _measured_on(run: StoredRun) -> str:
+    data = run.config.data
+    return f"{data.report_tokens:,} tokens of {data.report} in windows of {data.window:,} for {run.config.model.name}"

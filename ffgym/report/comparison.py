@@ -1,0 +1,202 @@
+"""Several runs side by side: one table, their paired differences, and perplexity against size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffgym.report.figures import BLACK, BLUE, SERIES, new_figure, save_figure, tidy
+from ffgym.report.layout import Column, Table, finite, humane, stacked
+from ffgym.report.paired import Difference, margin, paired_difference
+from ffgym.report.table import ReportTable, Row, perplexity_text
+from ffgym.types import JSONDict
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run of a comparison.
+
+    Attributes:
+        name: as the table calls it.
+        agent: who searched.
+        criterion: what scored the units.
+        resource: what its budget counted.
+        table: of the run.
+    """
+
+    name: str
+    agent: str
+    criterion: str
+    resource: str
+    table: ReportTable
+
+    @property
+    def result(self) -> Row:
+        """What the run came to."""
+        return self.table.result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that were measured on the same windows; the first one is what the others are compared with."""
+
+    runs: tuple[ComparedRun, ...]
+
+    @property
+    def reference(self) -> ComparedRun:
+        """The first run."""
+        return self.runs[0]
+
+    def difference(self, run: ComparedRun) -> Difference | None:
+        """A run against the reference; ``None`` for itself, and where the losses of the windows were not kept."""
+        ours, theirs = run.result.losses, self.reference.result.losses
+        if run is self.reference or not ours or len(ours) != len(theirs):
+            return None
+        return paired_difference([ours], [theirs])
+
+    def layout(self) -> Table[ComparedRun]:
+        """What stands where."""
+        columns: list[Column[ComparedRun]] = [
+            Column("run", lambda run: run.name, left=True, plain=lambda run: {"run": run.name}),
+            Column("perplexity", lambda run: perplexity_text(run.result), plain=_perplexity),
+            Column("x dense", _times_dense, plain=lambda run: {"ratio_to_dense": run.table.times_dense(run.result)}),
+            Column(
+                f"nats against {self.reference.name}",
+                self._against,
+                plain=self._difference,
+                console_head=stacked(f"nats against {self.reference.name}"),
+            ),
+            Column(
+                "params",
+                lambda run: humane(run.result.parameters),
+                plain=lambda run: {"params": run.result.parameters},
+                spare=True,
+            ),
+            Column(
+                "sparsity",
+                lambda run: f"{run.result.sparsity_prunable:.1%}",
+                plain=lambda run: {"sparsity": run.result.sparsity_prunable},
+                spare=True,
+            ),
+            _text("agent", lambda run: run.agent),
+            _text("criterion", lambda run: run.criterion),
+            _text("resource", lambda run: run.resource),
+        ]
+        if not any(self.difference(run) for run in self.runs):
+            del columns[3]
+        return Table(columns, self.runs, self._notes())
+
+    def _against(self, run: ComparedRun) -> str:
+        return "reference" if run is self.reference else str(self.difference(run) or "—")
+
+    def _difference(self, run: ComparedRun) -> JSONDict:
+        found = self.difference(run)
+        return {
+            "difference": None if found is None else found.mean,
+            "difference_margin": None if found is None else finite(found.margin),
+        }
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if any(self.difference(run) for run in self.runs):
+            notes.append(
+                f"Nats per token against {self.reference.name}, on the same {len(self.reference.result.losses)} "
+                "windows, ± half of the 95 % interval; below 0 is better, and a tie is an interval that holds 0."
+            )
+        if unknown := [run.name for run in self.runs if not run.result.losses]:
+            notes.append(
+                "How sure a difference is cannot be said: an earlier version, which did not keep the losses of the "
+                f"windows, made {', '.join(unknown)}."
+            )
+        return [*notes, *(f"{run.name}: {run.table.warning}" for run in self.runs if run.table.warning)]
+
+
+def _text(head: str, text: Callable[[ComparedRun], str]) -> Column[ComparedRun]:
+    return Column(head, text, left=True, plain=lambda run: {head: text(run)}, spare=True)
+
+
+def _perplexity(run: ComparedRun) -> JSONDict:
+    return {"perplexity": finite(run.result.perplexity), "loss_stderr": finite(run.result.loss_stderr)}
+
+
+def _times_dense(run: ComparedRun) -> str:
+    ratio = run.table.times_dense(run.result)
+    return "—" if ratio is None else f"{ratio:,.2f}"
+
+
+def differences_figure(differences: Sequence[tuple[str, Difference]], reference: str, path: Path) -> None:
+    """Draw a forest plot: every difference from a reference with its 95 % interval; ties are hollow.
+
+    Args:
+        differences: by label, from top to bottom; at least one.
+        reference: what they are differences from.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    figure = new_figure(width=9.0, height=1.7 + 0.38 * len(differences))
+    axes: Any = figure.add_subplot()
+    axes.axvline(0, color=BLACK, linewidth=1)
+    for place, (_, found) in enumerate(differences):
+        width = found.margin if math.isfinite(found.margin) else 0.0
+        fill = "white" if found.is_tie else BLUE
+        look = {"fmt": "o", "color": BLUE, "markerfacecolor": fill, "markersize": 8, "capsize": 4, "linewidth": 1.8}
+        axes.errorbar(found.mean, place, xerr=width, **look)
+        axes.annotate(str(found), (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axes.set_yticks(range(len(differences)), [label for label, _ in differences])
+    axes.set_ylim(len(differences) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    axes.set_xlabel("nats per token on the same windows, with 95 % interval (left of 0 is better; hollow: a tie)")
+    figure.suptitle(f"Difference from {reference}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    tidy(axes, grid="x")
+    save_figure(figure, path)
+
+
+def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
+    """Draw perplexity against size, with the 95 % intervals of the perplexities and the dense models.
+
+    Args:
+        runs: at least one.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    figure = new_figure(width=9.0, height=5.0)
+    axes: Any = figure.add_subplot()
+    dense = list({row.perplexity: row for run in runs if (row := run.table.dense) is not None}.values())
+    points = [
+        (f"dense: {perplexity_text(row)}", row, {"color": BLACK, "marker": "*", "markersize": 14}) for row in dense
+    ]
+    points += [
+        (f"{run.name}: {perplexity_text(run.result)}", run.result, {**SERIES[number % len(SERIES)], "markersize": 8})
+        for number, run in enumerate(runs)
+    ]
+    points = [(label, row, look) for label, row, look in points if math.isfinite(row.perplexity)]
+    sizes = [row.parameters / 1e6 for _, row, _ in points]
+    # Side by side where sizes are equal, so that no bar hides another.
+    step = 0.015 * (max(sizes) - min(sizes) or max(sizes)) if sizes else 0.0
+    for number, ((label, row, look), size) in enumerate(zip(points, sizes, strict=True)):
+        half = margin(row.losses) if len(row.losses) > 1 else 1.96 * (row.loss_stderr or 0.0)
+        bars = [[row.perplexity * -math.expm1(-half)], [row.perplexity * math.expm1(half)]]
+        place = size + step * (sizes[:number].count(size) - (sizes.count(size) - 1) / 2)
+        axes.errorbar(place, row.perplexity, yerr=bars, label=label, capsize=4, ls="", **look)
+    if sizes and max(row.perplexity for _, row, _ in points) > 5 * min(row.perplexity for _, row, _ in points):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.margins(0.12)
+    axes.set_xlabel("parameters of the whole model (millions)")
+    axes.set_ylabel("report perplexity")
+    axes.set_title(
+        "Bars: 95 % intervals over windows. The windows are shared, so bars that overlap may still differ.",
+        loc="left",
+        fontsize=9,
+    )
+    figure.suptitle("Perplexity against size", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    tidy(axes)
+    save_figure(figure, path)

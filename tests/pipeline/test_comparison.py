@@ -1,0 +1,143 @@
+"""``ffgym compare`` and what runs are read back as: on folders that are written by hand, no model anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from table_costs import table_costs
+from typer.testing import CliRunner
+
+from ffgym.cli import app
+from ffgym.pipeline.artifacts import write_table
+from ffgym.pipeline.stored import read_table
+from ffgym.report.table import ReportTable, Row
+
+LOSSES = {"one": (2.0, 3.0, 4.0), "better": (1.9, 2.91, 3.9), "tied": (1.9, 3.1, 4.05), "broken": (9.0, 9.0, math.inf)}
+
+
+def row(label: str, losses: tuple[float, ...], sparsity: float, **changes: Any) -> Row:
+    loss = sum(losses) / len(losses)
+    costs = table_costs(1e8 * (1 - sparsity), 1e8, 2e4)
+    return Row(label, math.exp(loss) if loss < 700 else math.inf, 0.1, sparsity, sparsity, costs, losses, **changes)
+
+
+def write_run(parent: Path, name: str, *, windows: str = "abc", **data: Any) -> Path:
+    folder = parent / name
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(tomli_w.dumps({"data": data, "output": {"dir": str(folder)}}))
+    rows = (
+        row("dense", (1.0, 2.0, 3.0), 0.0),
+        row("uniform + ridge", (2.5, 3.5, 4.5), 0.2, is_heuristic=True, refit="ridge"),
+        row("reinforce + ridge", LOSSES.get(name, LOSSES["one"]), 0.2, is_found=True, is_saved=True, refit="ridge"),
+    )
+    write_table(folder, ReportTable(rows, "how it was measured", windows))
+    return folder
+
+
+def call(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)], env={"COLUMNS": "80"})
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    monkeypatch.chdir(tmp_path)
+    return {name: write_run(tmp_path / "runs", name) for name in LOSSES}
+
+
+def test_a_table_is_read_back_as_it_was_written(runs: dict[str, Path]) -> None:
+    table = read_table(runs["one"])
+    assert (table.header, table.windows) == ("how it was measured", "abc")
+    before = (runs["one"] / "report.md").read_text()
+    write_table(runs["one"], table)
+    assert (runs["one"] / "report.md").read_text() == before
+
+
+def test_runs_are_compared_window_by_window(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = call(runs["one"], runs["better"], runs["tied"], "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "reference" in lines["one"]
+    assert "-0.097 ± 0.014" in lines["better"]
+    assert "+0.017 ± 0.259 tie" in lines["tied"]
+    assert "In every row: params 80.0 M, sparsity 20.0%, agent reinforce" in " ".join(done.stdout.split())
+    assert max(map(len, done.stdout.partition("Written to")[0].splitlines())) <= 80
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"comparison.md", "size.png", "differences.png"}
+    assert "| better |" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_json_has_the_differences(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = call(runs["one"], runs["better"], "--json", "--output", tmp_path / "out")
+    one, better = json.loads(done.stdout)["runs"]
+    assert (one["run"], one["difference"]) == ("one", None)
+    assert better["difference"] == pytest.approx(-0.29 / 3)
+    assert better["difference_margin"] == pytest.approx(0.0143, abs=1e-4)
+
+
+def test_a_destroyed_run_is_called_so(runs: dict[str, Path], tmp_path: Path) -> None:
+    done = call(runs["one"], runs["broken"], "--output", tmp_path / "out")
+    assert "broken: The pruned model is destroyed" in " ".join(done.stdout.split())
+
+
+def test_a_run_of_an_earlier_version_is_compared_and_the_table_says_what_it_cannot(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    (runs["one"] / "losses.json").unlink()
+    stored = json.loads((runs["one"] / "report.json").read_text())
+    new = {"ratio_to_dense", "difference", "difference_margin", "refit", "same_as", "is_heuristic", "is_saved"}
+    old = [{key: value for key, value in line.items() if key not in new} for line in stored]
+    (runs["one"] / "report.json").write_text(json.dumps(old))
+    done = call(runs["better"], runs["one"], "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "How sure a difference is cannot be said: an earlier version" in said
+    assert "made one." in said
+    assert not (tmp_path / "out" / "differences.png").exists()
+
+
+def test_two_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+    twin = write_run(tmp_path / "others", "one")
+    done = call(runs["one"], twin, "--output", tmp_path / "out")
+    assert "others/one" in done.stdout
+    assert "runs/one" in done.stdout
+
+
+def failure(done: Any) -> str:
+    assert done.exit_code == 1, done.output
+    return str(done.stderr)
+
+
+def test_runs_without_shared_windows_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = write_run(tmp_path, "other", windows="xyz", report_tokens=4096)
+    said = failure(call(runs["one"], other))
+    assert "share no windows of text: 16,384 tokens of demo:wiki" in said
+    assert "4,096 tokens of demo:wiki" in said
+    (other / "losses.json").unlink()
+    assert "share no windows" in failure(call(runs["one"], other)), "told by the settings, too"
+
+
+def test_an_unfinished_run_is_refused_with_the_command_that_goes_on(runs: dict[str, Path]) -> None:
+    (runs["better"] / "report.json").unlink()
+    said = failure(call(runs["one"], runs["better"]))
+    assert f"the run in {runs['better']} is not finished" in said
+    assert f"ffgym run --resume {runs['better']}" in said
+
+
+@pytest.mark.parametrize("damage", ["not json", "[]", '[{"label": "dense"}]', '{"rows": 1}'])
+def test_a_damaged_table_is_named(runs: dict[str, Path], damage: str) -> None:
+    (runs["better"] / "report.json").write_text(damage)
+    assert "better/report.json" in failure(call(runs["one"], runs["better"]))
+
+
+def test_a_folder_of_something_else_one_run_twice_and_one_run_alone_are_refused(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    assert "has no config.toml" in failure(call(runs["one"], tmp_path))
+    assert "is named twice" in failure(call(runs["one"], runs["one"]))
+    alone = call(runs["one"])
+    assert (alone.exit_code, "name at least two runs" in alone.stderr) == (2, True)
