@@ -340,7 +340,7 @@ def test_the_splits_are_dataset_inputs_with_digests(finished: Finished, tracked:
 def test_config_allocation_policy_report_and_pictures_are_artifacts(finished: Finished, tracked: Any) -> None:
     names = {item.path for item in client(finished.root).list_artifacts(tracked.info.run_id)}
     assert names == {
-        *("config.toml", "allocation.json", "policy.json", "report.json", "report.md"),
+        *("config.toml", "allocation.json", "policy.json", "report.json", "report.md", "losses.json"),
         *("units_kept.png", "reward.png"),
     }
 
