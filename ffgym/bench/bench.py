@@ -8,6 +8,7 @@ files form one queue: the first seed of everything comes first.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -59,7 +60,7 @@ def bench(
             with disk_errors():
                 share(benches)
                 missing = _missing(benches)
-                runs = _open_runs(benches, missing, stack)
+                runs = _open_runs(benches, missing, stack, reporter)
                 if missing:
                     parents = {file: tracker.run_id for file, tracker in runs.items()}
                     compute(missing, parents, reporter, processes=jobs, threads=max(1, torch.get_num_threads() // jobs))
@@ -83,6 +84,7 @@ def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | Non
     bench_figure(table, results, picture)
     write_text(text, markdown(table))
     if run is not None:
+        run.describe(markdown(table))
         run.log_artifact(text)
         run.log_artifact(picture)
     return replace(table, files=(str(text), str(picture)))
@@ -113,7 +115,7 @@ def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:
 
 
 def _open_runs(
-    benches: Sequence[Bench], missing: Sequence[tuple[Bench, Cell]], stack: ExitStack
+    benches: Sequence[Bench], missing: Sequence[tuple[Bench, Cell]], stack: ExitStack, reporter: Reporter
 ) -> dict[Path, Tracker]:
     """One MLflow run per bench file that has something to compute, open until the stack is left.
 
@@ -131,7 +133,17 @@ def _open_runs(
         earlier = MLFLOW_NOTE.text(note) if note.exists() else None
         if each.file in runs or (each.file not in computing and earlier is None):
             continue
-        run = Tracker(tracking.folder, tracking.experiment, each.spec.title, tracking.enabled, resume=earlier)
+        run = Tracker(
+            tracking.folder,
+            tracking.experiment,
+            each.spec.title,
+            tracking.enabled,
+            unsent=note.with_suffix(".unsent.jsonl"),
+            resume=earlier,
+            command="ffgym bench",
+            again=f"ffgym bench {shlex.quote(str(each.file))}",
+            notify=reporter.print,
+        )
         stack.enter_context(run).log_config(_shared(each), CONFIGURATION.text(each.file))
         if run.run_id is not None:
             write_text(note, run.run_id)

@@ -95,11 +95,13 @@ class Job:
         cell: which.
         heuristics: (name, options) of every heuristic that cells on the same prepared model ask for.
         parent: MLflow run that the cell's is a child of; ``None`` where tracking is off.
+        title: of the bench.
     """
 
     cell: Cell
     heuristics: tuple[tuple[str, JSONDict], ...]
     parent: str | None
+    title: str
 
 
 class CellRunner:
@@ -134,10 +136,10 @@ class CellRunner:
             self._preparation = cell.preparation
             self._task = open_task(cell.config, job.heuristics, self._reporter)
         with disk_errors():
-            self._compute(cell, with_config(self._task, cell.config), job.parent, folder)
+            self._compute(job, with_config(self._task, cell.config), folder)
 
-    def _compute(self, cell: Cell, task: Task, parent: str | None, folder: Path) -> None:
-        config = cell.config
+    def _compute(self, job: Job, task: Task, folder: Path) -> None:
+        cell, config = job.cell, job.cell.config
         agent = make_agent(config)
         give_prior(agent, task)
         log = folder / _log_name(cell, task)
@@ -146,10 +148,13 @@ class CellRunner:
         tracked = Tracker(
             config.tracking.folder,
             config.tracking.experiment,
-            cell.path.stem,
+            f"{job.title}: {cell.label}, seed {cell.seed}",
             config.tracking.enabled,
-            parent=parent,
+            unsent=log.with_suffix(".unsent.jsonl"),
+            parent=job.parent,
             resume=MLFLOW_NOTE.text(note) if note.exists() else None,
+            command="ffgym bench",
+            notify=self._reporter.print,
         )
         with ExitStack() as ending, tracked as tracker:
             if tracker.run_id is not None:

@@ -81,7 +81,7 @@ class CellQueue:
             left = f", {clock(seconds)} left in all"
         number = self._count - len(self._waiting)
         self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
-        return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file])
+        return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file], each.spec.title)
 
     def done(self, worker: int) -> None:
         """Take note that the worker's cell is written, or that it was left to another bench, which took no time."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from ffgym.config.tables import RunConfig
 from ffgym.data.splits import Splits
 from ffgym.errors import OutputError
+from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.files import FileFormat, write_text
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
@@ -47,6 +48,13 @@ class WindowLosses(BaseModel):
 
 
 WINDOW_LOSSES = FileFormat("record of window losses", WindowLosses, OutputError, "Run again with --overwrite.")
+
+
+REPEAT = """Repeat the run with its artifact `config.toml`:
+
+```console
+$ ffgym run --config config.toml --output NEW_FOLDER
+```"""
 
 
 def write_table(folder: Path, table: ReportTable) -> None:
@@ -144,6 +152,14 @@ def write_pictures(
     """
     units_kept_figure(task.prepared.prunable.sublayers, allocations, folder / "units_kept.png")
     reward_figure(histories, folder / "reward.png")
+
+
+def description(table: ReportTable, saved: SavedModel | None) -> str:
+    """What MLflow shows on the page of a run: its table, how to load the model, how to repeat the run."""
+    parts = [table.layout().markdown()]
+    if saved is not None:
+        parts.append(f"Load the pruned model:\n\n```python\n{load_line(saved.path, stock=saved.stock)}\n```")
+    return "\n\n".join([*parts, REPEAT])
 
 
 def tracked_result(row: Row, dense: Row, found: SearchResult) -> Result:

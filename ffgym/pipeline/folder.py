@@ -24,7 +24,15 @@ from ffgym.prepare import configured
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
-    {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl", "allocation.json", "policy.json"}
+    {
+        "config.toml",
+        "run.json",
+        "unsent.jsonl",
+        "episodes.jsonl",
+        "episodes-random.jsonl",
+        "allocation.json",
+        "policy.json",
+    }
     | {"report.md", "report.json", "losses.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
     | {"front.json", "front.md", "front.png", "model", "model-recovered", "model-recovered.unfinished"}
 )
@@ -33,7 +41,8 @@ WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
 TABLE = "report.json"
 LOCK = ".lock"  # of the run that writes into a folder
-WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", LOCK})
+UNSENT = "unsent.jsonl"  # what an MLflow server has not taken
+WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", UNSENT, LOCK})
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -314,6 +323,11 @@ class BestSoFar(BaseModel):
 BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again with --overwrite.")
 
 
+def resume_command(folder: Path) -> str:
+    """What goes on with the run in a folder."""
+    return f"ffgym run --resume {shlex.quote(str(folder))}"
+
+
 @contextmanager
 def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterator[None]:
     """After Ctrl-C, print what the run has found and where it is."""
@@ -332,5 +346,5 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
         else:
             reporter("interrupted before the first episode ended: there is nothing to keep")
             raise
-        reporter(f"continue where it stopped: ffgym run --resume {shlex.quote(str(folder))}")
+        reporter(f"continue where it stopped: {resume_command(folder)}")
         raise

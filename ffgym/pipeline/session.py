@@ -12,7 +12,9 @@ from rich.console import Console
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.files import disk_errors, write_text
+from ffgym.pipeline.artifacts import REPEAT
 from ffgym.pipeline.folder import (
+    UNSENT,
     RunRecord,
     claim_folder,
     clear_folder,
@@ -23,6 +25,7 @@ from ffgym.pipeline.folder import (
     remove_half_written,
     removing_if_nothing_found,
     reopen_folder,
+    resume_command,
     saying_what_is_kept,
     write_record,
 )
@@ -75,7 +78,17 @@ class Session:
         with (
             folder_lock(folder),
             noting_results(folder),  # when MLflow knows it too
-            Tracker(table.folder, table.experiment, folder.name, table.enabled, resume=earlier.mlflow_run) as tracker,
+            Tracker(
+                table.folder,
+                table.experiment,
+                folder.name,
+                table.enabled,
+                unsent=folder / UNSENT,
+                resume=earlier.mlflow_run,
+                command="ffgym run",
+                again=resume_command(folder),
+                notify=progress.print,
+            ) as tracker,
             disk_errors(),
             ExitStack() as ending,
         ):
@@ -109,6 +122,7 @@ class Session:
             remove_half_written(self.folder)
         elif not self._overwrites:
             self._ending.enter_context(removing_if_nothing_found(self.folder))
+        self.tracker.describe(REPEAT)
         self.tracker.set_tags({FOLDER_TAG: str(self.folder)})
         self.tracker.log_config(self.config.model_dump(mode="json"), self._toml)
         if not self._overwrites:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ffgym.export.checkpoint import SavedModel
-from ffgym.pipeline.artifacts import tracked_result, write_table
+from ffgym.pipeline.artifacts import description, tracked_result, write_table
 from ffgym.pipeline.compare import with_recovered
 from ffgym.pipeline.result import RunResult
 from ffgym.pipeline.session import Session
@@ -29,6 +29,8 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         write_table(session.folder, result.table)
         rows = result.table.rows
         session.tracker.log_result(tracked_result(rows[-1], rows[0], result.found), step=1)
+    saved = result.saved if result.recovered is None else result.recovered.saved
+    session.tracker.describe(description(result.table, saved))
     session.tracker.log_table(result.table.layout().as_dicts())
     for name in ("report.md", "losses.json", "units_kept.png", "reward.png"):
         session.tracker.log_artifact(session.folder / name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,12 +77,22 @@ def recover(
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
     check_output(source, place, overwrite)
     reporter, tracking = Reporter(progress or Console(stderr=True)), config.tracking
-    with Tracker(tracking.folder, tracking.experiment, place.name, tracking.enabled) as tracker:
+    with Tracker(
+        tracking.folder,
+        tracking.experiment,
+        place.name,
+        tracking.enabled,
+        unsent=place.with_name(f"{place.name}.unsent.jsonl"),
+        command="ffgym recover",
+        again=f"ffgym recover {shlex.quote(str(source))} --output {shlex.quote(str(place))}",
+        notify=reporter.print,
+    ) as tracker:
         tracker.set_tags({FOLDER_TAG: str(place)})
         tracker.log_config(config.model_dump(mode="json"), _as_toml(config))
         recovered = train_and_save(config, source, place, tracker, reporter, overwrite=overwrite, dense=dense)
         tracker.log_table(recovered.table.layout().as_dicts())
         tracker.log_result(recovered.tracked)
+        tracker.describe(recovered.description)
         return RecoveryResult(recovered, tracker.run_id)
 
 

@@ -31,6 +31,13 @@ class RecoveredModel:
     summary: tuple[str, ...]
 
     @property
+    def description(self) -> str:
+        """What MLflow shows on the page of the run: what was done, the table, how to load the model."""
+        load = load_line(self.saved.path, stock=self.saved.stock)
+        parts = (" ".join(self.summary), self.table.layout().markdown(), f"```python\n{load}\n```")
+        return "\n\n".join(parts)
+
+    @property
     def tracked(self) -> Result:
         """What MLflow calls the result of a recovery."""
         dense = next((row.evaluation.perplexity for row in self.table.rows if row.label == "dense"), None)

@@ -94,7 +94,7 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
         run_id = _noted_run(note)
         if run_id is None:
             raise TrackingError(f"the run in {folder} was not tracked", hint="Name one that `ffgym runs` lists.")
-        return _run_with_id(root, run_id, f"{folder}: ")
+        return run_with_id(root, run_id, f"{folder}: ")
     runs = list_runs(root, experiment)
     matches = (
         [run for run in runs if run.id == text],
@@ -104,7 +104,7 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     found = next(filter(None, matches), None)
     if found is None:
         if len(text) == 32:
-            return _run_with_id(root, text)
+            return run_with_id(root, text)
         near = difflib.get_close_matches(text, [run.name for run in runs], n=1)
         raise TrackingError(
             f"no run has the id or the name {text!r}, and it is no folder of a run",
@@ -116,7 +116,17 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     return found[0]
 
 
-def _run_with_id(root: Path, run_id: str, where: str = "") -> TrackedRun:
+def run_with_id(root: Path, run_id: str, where: str = "") -> TrackedRun:
+    """The run that has an id of MLflow's.
+
+    Args:
+        root: folder of the store; ``MLFLOW_TRACKING_URI`` wins.
+        run_id: 32 hexadecimal digits.
+        where: what says so, for messages, with a colon and a space behind it.
+
+    Raises:
+        TrackingError: there is none, or it was deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     with reading_store(root, f"read run {run_id!r} of") as (client, uri):

@@ -21,9 +21,12 @@ from ffgym.errors import TrackingError
 from ffgym.interrupts import held_back_interrupts
 from ffgym.tracking.masking import masked, shown
 
+DESCRIPTION_TAG = "mlflow.note.content"
 FAILURE_TAG = "ffgym.failure"
 FOLDER_TAG = "ffgym.folder"
 PARENT_TAG = "mlflow.parentRunId"
+INTERRUPTION_TAG = "ffgym.interruption"
+RESUME_TAG = "ffgym.resume"
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
 DATABASES = ("postgresql", "mysql", "mssql", "sqlite+")
@@ -180,10 +183,13 @@ def check_driver(uri: str) -> None:
 
 
 def import_mlflow() -> Any:
-    """Import MLflow with its telemetry and its printed links off."""
+    """Import MLflow with its telemetry and its printed links off, and less patience than it has by itself."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # With a tracking server it would print links to stdout, which --json keeps for data.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # A server that does not answer would hold up a run for many minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     import mlflow
 
     return mlflow

@@ -1,15 +1,16 @@
-"""Writes a run into the MLflow store: its configuration, episodes, splits, table and files, and how it ended."""
+"""Writes a run into the MLflow store: its configuration, episodes, splits, result and files, and how it ended."""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import math
 import os
-import re
+import shlex
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -20,31 +21,33 @@ from filelock import FileLock
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.names import Result, parameters
+from ffgym.tracking.outbox import SUFFIX, Outbox
+from ffgym.tracking.records import send
 from ffgym.tracking.store import (
+    DESCRIPTION_TAG,
     FAILURE_TAG,
     INSTEAD,
+    INTERRUPTION_TAG,
     PARENT_TAG,
+    RESUME_TAG,
     adopt,
     artifacts,
     check_driver,
     import_mlflow,
+    is_server,
     own_uri,
     require_writable,
     tracking_uri,
     translated,
     uninterrupted,
 )
+from ffgym.tracking.system import SystemMetrics
 from ffgym.tracking.view import TAGS, arrange
 from ffgym.types import Episode, JSONDict
 
-METRICS_PER_BATCH = 1000  # the limits of MLflow's log_batch
-PARAMS_PER_BATCH = 100
-PARAM_CHARACTERS = 6000
-PARAM_NAME_CHARACTERS = 240  # and room for more
-TAG_CHARACTERS = 5000
-DIGEST_CHARACTERS = 36
 RESERVE_BYTES = 256 * 1024
 OPENING_SECONDS = 60  # to wait for another process that makes the same store; MLflow takes some 5
+RETRY_SECONDS = 60  # after which a server that went away is tried again
 VERSIONED = ("ffgym", "torch", "transformers")
 
 
@@ -54,17 +57,25 @@ class Tracker:
     Leaving the block normally marks the run FINISHED, Ctrl-C marks it KILLED, any other exception FAILED with the
     reason in the tag ``ffgym.failure``. (MLflow's own context manager would mark Ctrl-C as FAILED.)
 
+    What a server does not take once the run has begun is kept in ``unsent``, and sent as soon as it answers again, by
+    this run, by the one that resumes it, or by ``ffgym sync``.
+
     Args:
         root: folder of the store, made if it is missing.
         experiment: MLflow experiment, made if it is missing.
         run_name: what the run is called in the UI.
         enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
+        unsent: file for what a server does not take; its folder must be there once there is something to keep.
         parent: ``run_id`` of the run that this one is a child of.
         resume: ``run_id`` of an earlier session of the same run, which goes on: what that has logged is not logged
             again. Where the store does not have it (any more), a new run is made.
+        command: what makes the run, e.g. ``"ffgym run"``.
+        again: the command that goes on with the run once it has ended early.
+        notify: is told when a server goes away.
 
     Raises:
-        TrackingError: from the ``with`` statement and from every method, where the store cannot be opened or written.
+        TrackingError: from the ``with`` statement, where the store cannot be opened; from every method, where one that
+            is no server cannot be written.
     """
 
     def __init__(
@@ -74,23 +85,34 @@ class Tracker:
         run_name: str,
         enabled: bool = True,
         *,
+        unsent: Path | None = None,
         parent: str | None = None,
         resume: str | None = None,
+        command: str = "ffgym",
+        again: str = "",
+        notify: Callable[[str], None] = print,
     ) -> None:
         self.run_id: str | None = None
         self._root = root
         self._experiment = experiment
         self._run_name = run_name
         self._enabled = enabled
+        self._unsent = unsent or root / f"{run_name}.{SUFFIX}"
         self._parent = parent
         self._resume = resume
-        self._earlier: set[str] = set()  # names of the metrics that earlier sessions logged
-        self._histories: dict[str, dict[int, float]] = {}  # of those that were asked for: values by step
+        self._command = command
+        self._again = again
+        self._notify = notify
+        self._earlier: dict[str, dict[int, float]] = {}  # what earlier sessions logged: by metric, values by step
         self._uri = tracking_uri(root)
         self._client: Any = None
         self._params: set[str] = set()
         self._still: dict[str, tuple[float, int]] = {}  # the first point of every curve: value, step
         self._moving: set[str] = set()  # curves that have moved since
+        self._description = ""
+        self._system = SystemMetrics()
+        self._outbox: Outbox | None = None  # of a run on a server
+        self._retry_at: float | None = None  # when a server that went away is tried again
         self._reserve: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -99,7 +121,7 @@ class Tracker:
                 self._open()
             except KeyboardInterrupt:
                 if self.run_id is not None:
-                    self._terminate("KILLED")
+                    self._end("KILLED")
                 raise
         return self
 
@@ -112,20 +134,19 @@ class Tracker:
             return
         if error is None:
             try:
-                self._terminate("FINISHED")
+                self._end("FINISHED")
             except KeyboardInterrupt:
-                self._terminate("KILLED")
+                self._end("KILLED")
                 raise
-            return
-        # A store that is broken must not hide why the run ended.
-        with contextlib.suppress(TrackingError):
-            if isinstance(error, KeyboardInterrupt):
-                self._terminate("KILLED")
-            else:
-                try:
-                    self.set_tags({FAILURE_TAG: masked(f"{type(error).__name__}: {error}", self._uri)})
-                finally:
-                    self._terminate("FAILED")
+        else:
+            # A store that is broken must not hide why the run ended.
+            with contextlib.suppress(TrackingError):
+                self._end_early(error)
+        if self._outbox is not None and len(self._outbox):
+            self._notify(
+                f"{len(self._outbox)} records of the MLflow run are still to be sent: "
+                f"ffgym sync {shlex.quote(str(self._outbox.path.parent))}"
+            )
 
     def log_config(self, config: Mapping[str, Any], toml: str) -> None:
         """Log the resolved configuration: what decides the run as parameters, and the whole TOML as an artifact.
@@ -136,18 +157,14 @@ class Tracker:
             toml: the same as text, stored whole as ``config.toml``.
         """
         self.log_params(parameters(config))
-        if self.run_id is not None:
-            self._write("log_text", toml, "config.toml")
+        self._write("text", text=toml, file="config.toml")
 
     def log_params(self, values: Mapping[str, str]) -> None:
         """Log parameters to compare runs by; see `log_config`."""
-        if self.run_id is None:
-            return
-        named = {key[:PARAM_NAME_CHARACTERS]: _cut(value, PARAM_CHARACTERS) for key, value in values.items()}
-        params = [_entities().Param(key, value) for key, value in named.items() if key not in self._params]
-        for start in range(0, len(params), PARAMS_PER_BATCH):
-            self._write("log_batch", params=params[start : start + PARAMS_PER_BATCH])
-        self._params |= named.keys()
+        new = {key: value for key, value in values.items() if key not in self._params}
+        if new:
+            self._write("params", values=new)
+        self._params |= new.keys()
 
     def log_episode(self, episode: Episode, *, search: str = "search") -> None:
         """Log one episode, with its index as the step: reward, perplexity, nats above dense, and what else moves.
@@ -168,38 +185,31 @@ class Tracker:
             "perplexity": math.exp(episode.loss) if episode.loss < 700 else math.nan,
             "nats_above_dense": episode.loss - episode.dense_loss,
         }
-        self.log_metrics([(f"{search}/{name}", value, episode.index) for name, value in shown.items()])
-        self.log_curves({f"{search}/{name}": value for name, value in curves.items()}, episode.index)
+        points = [(f"{search}/{name}", value, episode.index) for name, value in shown.items()]
+        self.log_metrics(
+            points + self._moved({f"{search}/{name}": value for name, value in curves.items()}, episode.index)
+        )
 
     def log_curves(self, values: Mapping[str, float], step: int) -> None:
         """Log a point of every curve; one that has not moved since its first point is no curve, and is held back."""
-        points: list[tuple[str, float, int]] = []
-        for name, value in values.items():
-            first, first_step = self._still.setdefault(name, (value, step))
-            if name not in self._moving and not _same(first, value):
-                self._moving.add(name)
-                points.append((name, first, first_step))
-            if name in self._moving:
-                points.append((name, value, step))
-        self.log_metrics(points)
+        self.log_metrics(self._moved(values, step))
 
     def log_result(self, result: Result, step: int = 0) -> None:
         """Log what the run came to; a later step replaces an earlier one in MLflow's tables."""
         self.log_metrics([(name, value, step) for name, value in result.metrics.items()])
 
     def log_metrics(self, metrics: Sequence[tuple[str, float, int]]) -> None:
-        """Log (name, value, step) triples that no earlier session logged, in as few writes as MLflow allows."""
+        """Log (name, value, step) triples that no earlier session logged, and from time to time the machine's load."""
         if self.run_id is None:
             return
-        now = int(time.time() * 1000)
-        entities = _entities()
-        batch = [
-            entities.Metric(name, float(value) if math.isfinite(value) else math.nan, now, step)
-            for name, value, step in metrics
+        now = _milliseconds()
+        points = [
+            (name, float(value) if math.isfinite(value) else math.nan, step, now)
+            for name, value, step in (*metrics, *self._system.sample())
             if not self._was_logged(name, value, step)
         ]
-        for start in range(0, len(batch), METRICS_PER_BATCH):
-            self._write("log_batch", metrics=batch[start : start + METRICS_PER_BATCH])
+        if points:
+            self._write("metrics", points=points)
 
     def log_dataset(self, *, name: str, context: str, digest: str, corpus: str, tokens: int) -> None:
         """Log a split as a dataset input of the run.
@@ -211,64 +221,39 @@ class Tracker:
             corpus: where the text is from.
             tokens: how many.
         """
-        if self.run_id is None:
-            return
-        entities = _entities()
-        dataset = entities.Dataset(
-            name=name,
-            digest=digest[:DIGEST_CHARACTERS],
-            source_type="code",
-            source=json.dumps({"tags": {"corpus": corpus}}),
-            profile=json.dumps({"tokens": tokens, "digest": digest}),
-        )
-        inputs = [entities.DatasetInput(dataset, [entities.InputTag("mlflow.data.context", context)])]
-        try:
-            self._write("log_inputs", datasets=inputs)
-        except TrackingError as error:
-            if not re.search("unique|duplicate", str(error), re.IGNORECASE):
-                raise
-            # Another run logged the same text between MLflow's look for it and its write: now it is found.
-            self._write("log_inputs", datasets=inputs)
+        self._write("dataset", name=name, context=context, digest=digest, corpus=corpus, tokens=tokens)
 
     def log_child(self, name: str, params: Mapping[str, str], result: Result) -> None:
-        """Log a point of a range as a finished run of its own, nested under this one; at most once."""
-        if self.run_id is None:
-            return
-        entities = _entities()
-        with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
-            experiment = self._client.get_run(self.run_id).info.experiment_id
-            where = f"tags.`{PARENT_TAG}` = '{self.run_id}' and attributes.run_name = '{name}'"
-            (child,) = self._client.search_runs([experiment], where) or [
-                self._client.create_run(experiment, run_name=name, tags={PARENT_TAG: self.run_id})
-            ]
-            if child.info.status == "FINISHED":
-                return
-            now = int(time.time() * 1000)
-            self._client.log_batch(
-                child.info.run_id,
-                metrics=[entities.Metric(key, value, now, 0) for key, value in result.metrics.items()],
-                params=[entities.Param(key, _cut(value, PARAM_CHARACTERS)) for key, value in params.items()],
-            )
-            self._client.set_terminated(child.info.run_id)
+        """Log a point of a range as a finished run of its own, nested under this one; at most once.
+
+        Args:
+            name: of the point; the run's own is put before it.
+            params: its parameters.
+            result: what it came to.
+        """
+        now = _milliseconds()
+        points = [(key, value, 0, now) for key, value in result.metrics.items()]
+        name, tags = f"{self._run_name}: {name}", self._source()
+        self._write("child", name=name, params=dict(params), tags=tags, metrics=points)
 
     def log_table(self, rows: Sequence[JSONDict]) -> None:
         """Log the report's rows whole, as ``report.json``: what a table's ``as_dicts`` gives."""
-        if self.run_id is not None:
-            self._write("log_text", json.dumps(list(rows), indent=2), "report.json")
+        self._write("text", text=json.dumps(list(rows), indent=2), file="report.json")
 
     def log_artifact(self, path: Path) -> None:
         """Copy a file, or a folder with what is in it, to the run's artifacts."""
-        if self.run_id is not None:
-            self._write("log_artifact", str(path))
+        if self.run_id is not None and not path.exists():
+            raise TrackingError(f"cannot log {path}: No such file or directory")
+        self._write("artifact", path=str(path.resolve()))
+
+    def describe(self, markdown: str) -> None:
+        """Say on the run's page what it is; a later description replaces an earlier one."""
+        self._description = markdown
+        self.set_tags({DESCRIPTION_TAG: markdown})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run, see :func:`environment_tags`; a longer value than MLflow takes is cut."""
-        if self.run_id is None:
-            return
-        entities = _entities()
-        batch = [entities.RunTag(key, _cut(value, TAG_CHARACTERS)) for key, value in tags.items()]
-        for start in range(0, len(batch), PARAMS_PER_BATCH):
-            self._write("log_batch", tags=batch[start : start + PARAMS_PER_BATCH])
+        self._write("tags", values=dict(tags))
 
     def _open(self) -> None:
         """Open the store and begin the run."""
@@ -287,13 +272,24 @@ class Tracker:
                 if self._uri == own_uri(self._root):
                     adopt(self._root)
                 experiment = self._experiment_id()
-                tags = {} if self._parent is None else {PARENT_TAG: self._parent}
-                run = self._taken_up() or self._client.create_run(experiment, run_name=self._run_name, tags=tags)
+                run = self._taken_up() or self._client.create_run(
+                    experiment, run_name=self._run_name, tags=self._source()
+                )
                 self.run_id = run.info.run_id
+            if is_server(self._uri):
+                self._outbox = Outbox(self._unsent, run.info.run_id)
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
+    def _source(self) -> dict[str, str]:
+        """Tags that MLflow shows as who made the run, with what, and for which other run."""
+        tags = {"mlflow.source.name": self._command, "mlflow.source.type": "LOCAL"}
+        with contextlib.suppress(OSError, KeyError, ImportError):  # of a user whom the system does not know
+            tags["mlflow.user"] = getpass.getuser()
+        parent = self.run_id or self._parent
+        return tags if parent is None else tags | {PARENT_TAG: parent}
+
     def _taken_up(self) -> Any:
-        """The run of an earlier session, running again; ``None`` where there is none."""
+        """The run of an earlier session, running again, with all that it still had to send; else ``None``."""
         from mlflow.exceptions import MlflowException
 
         if self._resume is None:
@@ -306,25 +302,34 @@ class Tracker:
             raise
         if run.info.lifecycle_stage != "active":
             return None
+        Outbox(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
         self._client.update_run(self._resume, status="RUNNING")
-        if FAILURE_TAG in run.data.tags:
-            self._client.delete_tag(self._resume, FAILURE_TAG)
+        run = self._client.get_run(self._resume)
+        for tag in {FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG} & run.data.tags.keys():
+            self._client.delete_tag(self._resume, tag)
         self._params = set(run.data.params)
-        self._earlier = set(run.data.metrics)
+        for name in run.data.metrics:
+            if not name.startswith("system/"):
+                history = self._client.get_metric_history(self._resume, name)
+                self._earlier[name] = {point.step: point.value for point in history}
         return run
 
     def _was_logged(self, name: str, value: float, step: int) -> bool:
         """Whether an earlier session logged the same: MLflow would show it twice."""
-        if name not in self._earlier:
-            return False
-        if name not in self._histories:
-            with uninterrupted(self._uri), translated(self._uri, "read the MLflow store"):
-                history = self._client.get_metric_history(self.run_id, name)
-            self._histories[name] = {point.step: point.value for point in history}
-        before = self._histories[name].get(step)
-        if before is None:
-            return False
-        return _same(before, value)
+        before = self._earlier.get(name, {}).get(step)
+        return before is not None and _same(before, value)
+
+    def _moved(self, values: Mapping[str, float], step: int) -> list[tuple[str, float, int]]:
+        """The points of those curves that have moved by now, of one that has just done so with its first."""
+        points: list[tuple[str, float, int]] = []
+        for name, value in values.items():
+            first, first_step = self._still.setdefault(name, (value, step))
+            if name not in self._moving and not _same(first, value):
+                self._moving.add(name)
+                points.append((name, first, first_step))
+            if name in self._moving:
+                points.append((name, value, step))
+        return points
 
     def _experiment_id(self) -> str:
         """Find the experiment or make it."""
@@ -355,13 +360,55 @@ class Tracker:
         arrange(self._client, found)
         return str(found.experiment_id)
 
-    def _terminate(self, status: str) -> None:
-        self._write("set_terminated", status)
+    def _end(self, status: str) -> None:
+        if self._retry_at is not None:
+            self._retry_at = 0.0  # once more, however short ago the last attempt was
+        self._write("end", status=status, time=_milliseconds())
 
-    def _write(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Call a method of MLflow's client on this run."""
+    def _end_early(self, error: BaseException) -> None:
+        """Say why the run ended, and how it goes on, in tags and on its page."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            reason, tag = "Ctrl-C, or the system's request to end", INTERRUPTION_TAG
+        else:
+            reason, tag = masked(f"{type(error).__name__}: {error}", self._uri), FAILURE_TAG
+        page = f"**{'Interrupted' if interrupted else 'Failed'}:** {reason}"
+        tags = {tag: reason}
+        if self._again and self._unsent.parent.exists():  # nothing is left of a run that found nothing
+            tags[RESUME_TAG] = self._again
+            page += f"\n\nGo on with\n\n```console\n$ {self._again}\n```"
+        try:
+            self.set_tags({**tags, DESCRIPTION_TAG: "\n\n".join(filter(None, [page, self._description]))})
+        finally:
+            self._end("KILLED" if interrupted else "FAILED")
+
+    def _write(self, kind: str, **values: Any) -> None:
+        """Send a record to the run; keep what a server does not take."""
+        if self.run_id is None:
+            return
+        record = {"write": kind, **values}
+        if self._outbox is None:
+            self._send(record)
+            return
+        is_away = self._retry_at is not None
+        try:
+            if self._retry_at is None:
+                self._send(record)
+                return
+            self._outbox.add(record)
+            if time.monotonic() >= self._retry_at:
+                self._outbox.forward(self._send)
+                self._retry_at = None
+        except TrackingError as error:
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            if not is_away:
+                self._outbox.add(record)
+                self._notify(f"{error.message}; the run goes on, and keeps what it logs in {self._outbox.path}")
+
+    def _send(self, record: JSONDict) -> None:
+        assert self.run_id is not None, "the run has begun"
         with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
-            getattr(self._client, method)(self.run_id, *args, **kwargs)
+            send(self._client, self.run_id, record)
 
 
 def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[str, str]) -> dict[str, str]:
@@ -378,6 +425,10 @@ def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[
     return tags | {"device": device, "dtype": dtype, "threads": str(threads)}
 
 
+def _milliseconds() -> int:
+    return int(time.time() * 1000)
+
+
 def _same(before: float, value: float) -> bool:
     return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
 
@@ -387,16 +438,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # e.g. run from a checkout that was never installed
         return "not installed"
-
-
-def _cut(value: str, limit: int) -> str:
-    return value if len(value) <= limit else value[: limit - 1] + "…"
-
-
-def _entities() -> Any:
-    from mlflow import entities
-
-    return entities
 
 
 def _fill(reserve: IO[bytes]) -> None:

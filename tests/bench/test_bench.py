@@ -136,11 +136,17 @@ def test_the_final_quality_is_the_one_a_run_reports(finished: Any, tmp_path: Pat
     assert math.exp(result["dense_loss"]) == rows[0].perplexity
 
 
+def cell_of(run: Any) -> str:
+    """``Small: random, seed 0`` is the cell ``random-seed0``."""
+    return str(run.info.run_name.removeprefix("Small: ").replace(", seed ", "-seed"))
+
+
 def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
     root = finished[0].parent / "mlruns"
     parent, *children = runs(root)
     assert parent.info.run_name == "Small"
-    assert {run.info.run_name for run in children} == set(CELLS)
+    assert {cell_of(run) for run in children} == set(CELLS)
+    assert parent.data.tags["mlflow.note.content"] == finished[0].with_suffix(".md").read_text()
     assert parent.data.params["agent"] == ", ".join(AGENTS)
     assert parent.data.params["sparsity"] == children[0].data.params["sparsity"]
     for run in children:
@@ -157,7 +163,7 @@ def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
 def test_a_childs_run_holds_what_the_table_and_the_picture_are_made_of(finished: Any) -> None:
     root, results = finished[0].parent / "mlruns", numbers(finished[0].parent / "small")
     for run in runs(root)[1:]:
-        name, result = run.info.run_name, results[run.info.run_name]
+        name, result = cell_of(run), results[cell_of(run)]
         assert f"{name}.json" in {entry.path for entry in client(root).list_artifacts(run.info.run_id)}
         metrics = run.data.metrics
         assert metrics["result/perplexity"] == pytest.approx(math.exp(result["final"]["loss"]))
@@ -363,7 +369,8 @@ def test_cells_computed_side_by_side_are_the_same(finished: Any, tmp_path: Path,
     for number in (1, 2):
         assert f"[{number}] collect statistics, order and factorise: done in" in said
     parent, *children = runs(tmp_path / "mlruns")
-    assert {run.info.run_name for run in children} == set(CELLS)
+    assert {cell_of(run) for run in children} == set(CELLS)
+    assert parent.data.tags["mlflow.note.content"] == finished[0].with_suffix(".md").read_text()
     assert parent.data.params["agent"] == ", ".join(AGENTS)
     assert parent.data.params["sparsity"] == children[0].data.params["sparsity"]
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
@@ -433,7 +440,7 @@ def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(
     runner = cell_module.CellRunner(Reporter(Console(quiet=True)))
     cell.path.parent.mkdir()
     cell.path.write_text("done")
-    runner(Job(cell, (), None))
+    runner(Job(cell, (), None, "Small"))
     assert cell.path.read_text() == "done"
 
 
@@ -501,7 +508,7 @@ def test_ctrl_c_while_a_finished_cell_is_written_leaves_nothing_open(
             call(file)
     assert {run.info.run_name: run.info.status for run in runs(root)} == {
         "Small": "KILLED",
-        "reinforce-seed1": "FINISHED",
+        "Small: reinforce, seed 1": "FINISHED",
     }
     assert not file.with_suffix(".md").exists()
     (again,), _ = call(file)  # only the table is left to write

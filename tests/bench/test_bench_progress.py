@@ -93,11 +93,14 @@ def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, before_e
     bench([file], progress=Console(quiet=True))
     (again,) = [run for run in runs(tmp_path / "mlruns") if "mlflow.parentRunId" not in run.data.tags]
     assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
+    title = parent.info.run_name
     children = [run for run in runs(tmp_path / "mlruns") if run.info.run_id != parent.info.run_id]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    assert sorted(run.info.run_name for run in children) == ["random-seed0", "uniform-seed0"], "one for each cell"
+    assert sorted(run.info.run_name for run in children) == [
+        f"{title}: {agent}, seed 0" for agent in ("random", "uniform")
+    ], "one for each cell"
     assert {run.info.status for run in children} == {"FINISHED"}
-    searched = next(run for run in children if run.info.run_name == "random-seed0")
+    searched = next(run for run in children if run.info.run_name == f"{title}: random, seed 0")
     history = client(tmp_path / "mlruns").get_metric_history(searched.info.run_id, "search/reward")
     assert [point.step for point in history] == list(range(EPISODES)), "no episode is logged twice"
     assert list((tmp_path / "mlruns" / "bench").iterdir()) == []

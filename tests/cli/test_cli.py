@@ -146,7 +146,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_every_command_has_help() -> None:
     listed = call("--help").stdout
-    commands = "run recover config eval export measure latency ls plugins check-env runs ui"
+    commands = "run recover config eval export measure latency ls plugins check-env runs sync ui"
     for command in commands.split():
         assert call(command, "--help").exit_code == 0
         assert command in listed

@@ -182,7 +182,7 @@ def test_mlflow_has_it_all(finished: Any) -> None:
     children = [run for run in list_runs(Path(config.tracking.root)) if run.parent == result.mlflow_run]
     points = front_of(result.folder)["points"]
     assert {run.name: run.result for run in children} == {
-        f"sparsity {p['target']:.1%}": p["perplexity"]["reinforce"] for p in points
+        f"{result.folder.name}: sparsity {p['target']:.1%}": p["perplexity"]["reinforce"] for p in points
     }
     assert {run.agent for run in children} == {"reinforce"}
     names = {item.path for item in store.list_artifacts(result.mlflow_run)}

@@ -327,6 +327,14 @@ def test_the_result_is_metrics(finished: Finished, tracked: Any) -> None:
     }
 
 
+def test_the_page_of_the_run_has_the_table_and_says_how_to_load_and_repeat(finished: Finished, tracked: Any) -> None:
+    page = tracked.data.tags["mlflow.note.content"]
+    assert page.startswith((finished.folder / "report.md").read_text())
+    assert f"from_pretrained('{finished.folder / 'model'}', trust_remote_code=True)" in page
+    assert page.endswith("$ ffgym run --config config.toml --output NEW_FOLDER\n```")
+    assert tracked.data.tags["mlflow.source.name"] == "ffgym run"
+
+
 def test_the_splits_are_dataset_inputs_with_digests(finished: Finished, tracked: Any) -> None:
     _, splits = load_parts(finished.config)
     inputs = {item.tags[0].value: item.dataset for item in tracked.inputs.dataset_inputs}

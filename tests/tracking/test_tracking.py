@@ -91,6 +91,47 @@ def test_ctrl_c_marks_the_run_killed(root):
     run = run_of(root, tracker)
     assert run.info.status == "KILLED"
     assert "ffgym.failure" not in run.data.tags
+    assert run.data.tags["ffgym.interruption"]
+
+
+@pytest.mark.parametrize("reason", [ValueError("NaN in layer 3"), KeyboardInterrupt()])
+def test_the_page_of_a_run_that_ended_early_says_why_and_how_to_go_on(root, reason):
+    command = "ffgym run --resume runs/mine"
+
+    def end_early(tracker):
+        tracker.describe("what it is")
+        raise reason
+
+    with pytest.raises(type(reason)), Tracker(root, "ffgym", "run", again=command) as tracker:
+        end_early(tracker)
+    tags = run_of(root, tracker).data.tags
+    assert tags["ffgym.resume"] == command
+    page = tags["mlflow.note.content"]
+    assert page.startswith(
+        "**Failed:** ValueError: NaN" if isinstance(reason, ValueError) else "**Interrupted:** Ctrl-C"
+    )
+    assert f"$ {command}" in page
+    assert page.endswith("what it is")
+    with Tracker(root, "ffgym", "run", resume=tracker.run_id) as tracker:
+        tracker.describe("what came out")
+    tags = run_of(root, tracker).data.tags
+    assert tags["mlflow.note.content"] == "what came out"
+    assert not {"ffgym.resume", "ffgym.failure", "ffgym.interruption"} & tags.keys()
+
+
+def test_a_run_names_its_source_and_its_user(root):
+    with Tracker(root, "ffgym", "run", command="ffgym run") as tracker:
+        pass
+    tags = run_of(root, tracker).data.tags
+    assert tags["mlflow.source.name"] == "ffgym run"
+    assert tags["mlflow.user"]
+
+
+def test_the_machines_load_is_logged_from_time_to_time(root, monkeypatch):
+    monkeypatch.setattr("ffgym.tracking.system.SECONDS", 0.0)
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_episode(episode(0))
+    assert 0 < run_of(root, tracker).data.metrics["system/system_memory_usage_percentage"] < 100
 
 
 def test_ctrl_c_while_the_run_is_being_finished_marks_it_killed(root, monkeypatch):
@@ -98,10 +139,10 @@ def test_ctrl_c_while_the_run_is_being_finished_marks_it_killed(root, monkeypatc
 
     finish = mlflow.MlflowClient.set_terminated
 
-    def interrupted_once(self, run_id, status):
+    def interrupted_once(self, run_id, status, time):
         if status == "FINISHED":
             raise KeyboardInterrupt
-        finish(self, run_id, status)
+        finish(self, run_id, status, time)
 
     monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", interrupted_once)
     with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
@@ -342,7 +383,7 @@ def test_a_point_of_a_range_is_a_finished_child_however_often_it_is_logged(root)
         for perplexity in (30.0, 31.0):
             tracker.log_child("sparsity 20.0%", {"agent": "ppo", "sparsity": "0.2"}, Result(perplexity, 20.0))
     child, parent = list_runs(root)
-    assert (child.name, child.status, child.parent) == ("sparsity 20.0%", "finished", parent.id)
+    assert (child.name, child.status, child.parent) == ("run: sparsity 20.0%", "finished", parent.id)
     assert (child.agent, child.sparsity, child.result, child.ratio) == ("ppo", 0.2, 30.0, 1.5)
 
 

@@ -1,0 +1,91 @@
+"""Records of a run that a server has not taken yet, kept in a file until it does.
+
+The first line says which run they belong to; every other line is a record. Whoever sends them holds a lock, so that a
+run and ``ffgym sync`` never send the same one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from ffgym.errors import TrackingError
+from ffgym.files import FileFormat, write_text
+from ffgym.types import JSONDict
+
+LINE = FileFormat("record of an MLflow run", dict, TrackingError, "Remove the line, or the whole file.")
+SUFFIX = "unsent.jsonl"
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """Records that wait in a file.
+
+    Attributes:
+        path: of the file; there is none while nothing waits.
+        run_id: MLflow's id of the run that they belong to.
+    """
+
+    path: Path
+    run_id: str
+
+    def add(self, record: JSONDict) -> None:
+        """Keep one more record."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock(), self.path.open("a", encoding="utf-8") as file:
+            if file.tell() == 0:
+                file.write(json.dumps({"run": self.run_id}) + "\n")
+            file.write(json.dumps(record) + "\n")
+
+    def forward(self, send: Callable[[JSONDict], None]) -> int:
+        """Send what waits, in order; what could not be sent goes on waiting.
+
+        Args:
+            send: sends one record, or raises.
+
+        Returns:
+            how many were sent.
+        """
+        if not self.path.exists():
+            return 0
+        with self._lock():
+            complete = [(source, line) for source, line in LINE.lines(self.path) if line.endswith(b"\n")]
+            head, *records = [LINE.parse(line, source) for source, line in complete]
+            sent = 0
+            try:
+                for record in records:
+                    send(record)
+                    sent += 1
+            finally:
+                left = records[sent:]
+                if left:
+                    write_text(self.path, "".join(json.dumps(line) + "\n" for line in (head, *left)))
+                else:
+                    self.path.unlink()
+            return sent
+
+    def __len__(self) -> int:
+        if not self.path.exists():
+            return 0
+        return len(self.path.read_bytes().splitlines()) - 1
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        lock = self.path.with_suffix(".lock")
+        with FileLock(lock):
+            yield
+            lock.unlink(missing_ok=True)
+
+
+def outboxes(folder: Path) -> list[Outbox]:
+    """All files of records under a folder."""
+    found = []
+    for path in sorted(folder.rglob(f"*{SUFFIX}")):
+        source, line = next(LINE.lines(path))
+        found.append(Outbox(path, LINE.parse(line, source)["run"]))
+    return found

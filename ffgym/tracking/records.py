@@ -1,0 +1,130 @@
+"""What a run tells MLflow, as plain data: a record may be sent at once, or kept in a file and sent later.
+
+A record is ``{"write": KIND, ...}``; :func:`send` writes it with MLflow's client. Sending one twice does no harm,
+except for points of curves, which MLflow would then show twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ffgym.tracking.store import PARENT_TAG
+from ffgym.types import JSONDict
+
+METRICS_PER_BATCH = 1000  # the limits of MLflow's log_batch
+PARAMS_PER_BATCH = 100
+PARAM_CHARACTERS = 6000
+PARAM_NAME_CHARACTERS = 240  # and room for more
+TAG_CHARACTERS = 5000
+DIGEST_CHARACTERS = 36
+
+
+def send(client: Any, run_id: str, record: JSONDict) -> None:
+    """Write one record.
+
+    Args:
+        client: of MLflow.
+        run_id: the run that it belongs to.
+        record: its kind under ``"write"``, and what that kind takes.
+    """
+    values = {key: value for key, value in record.items() if key != "write"}
+    KINDS[record["write"]](client, run_id, **values)
+
+
+def _metrics(client: Any, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+    """Points of curves: name, value, step, and when, in milliseconds."""
+    from mlflow.entities import Metric
+
+    entities = [Metric(name, value, time, step) for name, value, step, time in points]
+    for start in range(0, len(entities), METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=entities[start : start + METRICS_PER_BATCH])
+
+
+def _params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    named = {key[:PARAM_NAME_CHARACTERS]: cut(value, PARAM_CHARACTERS) for key, value in values.items()}
+    entities = [Param(key, value) for key, value in named.items()]
+    for start in range(0, len(entities), PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=entities[start : start + PARAMS_PER_BATCH])
+
+
+def _tags(client: Any, run_id: str, values: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    entities = [RunTag(key, cut(value, TAG_CHARACTERS)) for key, value in values.items()]
+    for start in range(0, len(entities), PARAMS_PER_BATCH):
+        client.log_batch(run_id, tags=entities[start : start + PARAMS_PER_BATCH])
+
+
+def _text(client: Any, run_id: str, text: str, file: str) -> None:
+    client.log_text(run_id, text, file)
+
+
+def _artifact(client: Any, run_id: str, path: str) -> None:
+    client.log_artifact(run_id, path)
+
+
+def _dataset(client: Any, run_id: str, name: str, context: str, digest: str, corpus: str, tokens: int) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    dataset = Dataset(
+        name=name,
+        digest=digest[:DIGEST_CHARACTERS],
+        source_type="code",
+        source=json.dumps({"tags": {"corpus": corpus}}),
+        profile=json.dumps({"tokens": tokens, "digest": digest}),
+    )
+    inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+    try:
+        client.log_inputs(run_id, datasets=inputs)
+    except MlflowException as error:
+        if not re.search("unique|duplicate", str(error), re.IGNORECASE):
+            raise
+        # Another run logged the same text between MLflow's look for it and its write: now it is found.
+        client.log_inputs(run_id, datasets=inputs)
+
+
+def _child(
+    client: Any,
+    run_id: str,
+    name: str,
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    metrics: Sequence[tuple[str, float, int, int]],
+) -> None:
+    """A finished run that is nested under this one; one of that name is there at most once."""
+    experiment = client.get_run(run_id).info.experiment_id
+    where = f"tags.`{PARENT_TAG}` = '{run_id}'"
+    runs = [run for run in client.search_runs([experiment], where) if run.info.run_name == name]
+    child = runs[0] if runs else client.create_run(experiment, run_name=name, tags={PARENT_TAG: run_id})
+    if child.info.status != "FINISHED":
+        _params(client, child.info.run_id, params)
+        _tags(client, child.info.run_id, tags)
+        _metrics(client, child.info.run_id, metrics)
+        client.set_terminated(child.info.run_id)
+
+
+def _end(client: Any, run_id: str, status: str, time: int) -> None:
+    client.set_terminated(run_id, status, time)
+
+
+KINDS: dict[str, Callable[..., None]] = {
+    "metrics": _metrics,
+    "params": _params,
+    "tags": _tags,
+    "text": _text,
+    "artifact": _artifact,
+    "dataset": _dataset,
+    "child": _child,
+    "end": _end,
+}
+
+
+def cut(value: str, limit: int) -> str:
+    """A text that MLflow takes."""
+    return value if len(value) <= limit else value[: limit - 1] + "…"

@@ -1,0 +1,47 @@
+"""The machine's load while a run goes on, under the names that MLflow's tab *System metrics* shows."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+SECONDS = 10.0  # between samples
+
+
+class SystemMetrics:
+    """Samples use of processors, memory, disk, network and GPUs, by MLflow's own monitors.
+
+    MLflow would do so in a thread, which writes into the database behind the run's back.
+    """
+
+    def __init__(self) -> None:
+        self._monitors: list[Any] | None = None
+        self._next = time.monotonic() + SECONDS
+
+    def sample(self) -> list[tuple[str, float, int]]:
+        """Metrics as (name, value, step), the step in seconds of the clock; none where the last are not old yet."""
+        if time.monotonic() < self._next:
+            return []
+        self._next = time.monotonic() + SECONDS
+        if self._monitors is None:
+            self._monitors = _monitors()
+        step, points = int(time.time()), []
+        for monitor in self._monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            points += [(f"system/{name}", value, step) for name, value in monitor.aggregate_metrics().items()]
+        return points
+
+
+def _monitors() -> list[Any]:
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except Exception:  # no such package, no such driver, no GPU
+        return monitors
+    return monitors

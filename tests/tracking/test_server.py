@@ -1,0 +1,150 @@
+"""Runs on a real MLflow server: as on a file, and without a loss when it goes away."""
+
+import json
+import os
+
+import pytest
+from glass_runs import glass_config
+from mlflow import MlflowClient
+from mlflow_server import serving
+from mlflow_store import new_store
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.cli.app import app
+from ffgym.errors import TrackingError
+from ffgym.pipeline import pipeline
+from ffgym.tracking.names import Result
+from ffgym.tracking.runs import find_run
+from ffgym.tracking.tracker import Tracker
+from ffgym.tracking.ui import open_ui
+
+SECRETS = ("somebody", "pa55word")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(new_store(tmp_path_factory.mktemp("server"))) as server:
+        yield server
+
+
+@pytest.fixture
+def address(server, monkeypatch):
+    """With a name and a password, which this server does not ask for."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = server.uri.replace("://", f"://{SECRETS[0]}:{SECRETS[1]}@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    server.start()
+    return uri
+
+
+def secrets_under(*folders):
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [path for path in files if any(secret.encode() in path.read_bytes() for secret in SECRETS)]
+
+
+def test_a_whole_run_on_a_server_is_as_on_a_file(server, address, tmp_path, capfd):
+    result = pipeline.run(glass_config(tmp_path, tracking={"enabled": True}), progress=Console(stderr=True))
+    run = MlflowClient(server.uri).get_run(result.mlflow_run)
+    assert run.info.status == "FINISHED"
+    assert {"result/perplexity", "search/reward"} <= run.data.metrics.keys()
+    assert len(run.inputs.dataset_inputs) == 3
+    names = {item.path for item in MlflowClient(server.uri).list_artifacts(result.mlflow_run)}
+    assert {"config.toml", "report.json", "units_kept.png"} <= names
+    assert find_run(tmp_path, str(result.folder)).result == run.data.metrics["result/perplexity"]
+    assert secrets_under(server.folder, result.folder) == []
+    assert not [secret for secret in SECRETS if secret in "".join(capfd.readouterr())]
+
+
+def test_a_server_that_is_down_at_the_start_is_a_clear_error(server, address, tmp_path):
+    server.stop()
+    with pytest.raises(
+        TrackingError, match=r"cannot open the MLflow store http://\*\*\*@127.*\n.*server answers"
+    ) as caught:
+        Tracker(tmp_path, "ffgym", "run").__enter__()
+    assert not [secret for secret in SECRETS if secret in str(caught.value)]
+
+
+def go_away(server, folder, notify):
+    """A run whose server is there at its start alone."""
+    with Tracker(
+        folder, "ffgym", folder.name, unsent=folder / "unsent.jsonl", notify=notify, again="ffgym run --resume it"
+    ) as tracker:
+        tracker.log_metrics([("search/reward", 0.1, 0)])
+        server.stop()
+        tracker.log_metrics([("search/reward", 0.2, 1)])
+        (folder / "picture.png").write_bytes(b"picture")
+        tracker.log_artifact(folder / "picture.png")
+        tracker.log_dataset(name="text", context="search", digest="0" * 64, corpus="demo", tokens=3)
+        tracker.log_child("sparsity 20.0%", {"agent": "ppo"}, Result(30.0, 20.0))
+        tracker.log_result(Result(float("nan"), 20.0))
+    return tracker.run_id
+
+
+def check_complete(server, run_id):
+    client = MlflowClient(server.uri)
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run_id, "search/reward")
+    assert [(point.step, point.value) for point in history] == [(0, 0.1), (1, 0.2)]
+    assert [item.path for item in client.list_artifacts(run_id)] == ["picture.png"]
+    assert len(run.inputs.dataset_inputs) == 1
+    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    assert [child.data.metrics["result/ratio_to_dense"] for child in children] == [1.5]
+    assert "result/perplexity" in run.data.metrics
+
+
+def test_what_a_server_that_went_away_did_not_take_is_sent_by_sync(server, address, tmp_path):
+    said = []
+    run_id = go_away(server, tmp_path, said.append)
+    assert [line for line in said if "the run goes on, and keeps what it logs in" in line] == said[:1]
+    assert said[1].endswith(f"6 records of the MLflow run are still to be sent: ffgym sync {tmp_path}")
+    assert secrets_under(tmp_path) == []
+    assert not [line for line in said if any(secret in line for secret in SECRETS)]
+    down = CliRunner().invoke(app, ["sync", str(tmp_path)])
+    assert (down.exit_code, "server answers" in down.output) == (1, True)
+    server.start()
+    done = CliRunner().invoke(app, ["sync", str(tmp_path)])
+    assert "6 records sent" in done.output
+    assert sorted(os.listdir(tmp_path)) == ["picture.png"]
+    check_complete(server, run_id)
+    assert "nothing is waiting" in CliRunner().invoke(app, ["sync", str(tmp_path)]).output
+
+
+def test_or_by_the_run_that_resumes_it_which_logs_nothing_twice(server, address, tmp_path):
+    run_id = go_away(server, tmp_path, lambda line: None)
+    server.start()
+    with Tracker(tmp_path, "ffgym", "again", unsent=tmp_path / "unsent.jsonl", resume=run_id) as tracker:
+        tracker.log_metrics([("search/reward", 0.1, 0), ("search/reward", 0.2, 1)])
+    check_complete(server, run_id)
+
+
+def test_or_by_the_run_itself_once_the_server_is_back(server, address, tmp_path, monkeypatch):
+    monkeypatch.setattr("ffgym.tracking.tracker.RETRY_SECONDS", 0.0)
+    with Tracker(tmp_path, "ffgym", "run", unsent=tmp_path / "unsent.jsonl", notify=lambda line: None) as tracker:
+        server.stop()
+        tracker.log_metrics([("search/reward", 0.1, 0)])
+        server.start()
+        tracker.log_metrics([("search/reward", 0.2, 1)])
+        assert not list(tmp_path.iterdir())
+        history = MlflowClient(server.uri).get_metric_history(tracker.run_id, "search/reward")
+        assert [point.step for point in history] == [0, 1]
+
+
+def test_records_of_a_run_that_the_store_does_not_have_stay(server, address, tmp_path):
+    box = tmp_path / "unsent.jsonl"
+    record = {"write": "tags", "values": {"a": "b"}}
+    box.write_text(f'{{"run": "{"0" * 32}"}}\n{json.dumps(record)}\n')
+    refused = CliRunner().invoke(app, ["sync", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert "unsent.jsonl: there is no MLflow run 000" in refused.output
+    assert box.exists()
+
+
+def test_the_page_of_a_server_is_printed_without_its_password(server, address, tmp_path):
+    with Tracker(tmp_path, "ffgym", "run"):
+        pass
+    said = []
+    open_ui(tmp_path, notify=said.append, browser=False)
+    assert said[0].startswith(f"The runs are shown at {server.uri}/#/experiments/")
+    assert not [secret for secret in SECRETS if secret in said[0]]
