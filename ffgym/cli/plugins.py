@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import StrEnum
 from operator import itemgetter
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, cast
 
 import typer
 
@@ -14,11 +15,13 @@ from ffgym.cli.options import JsonOption
 from ffgym.cli.printing import print_columns, print_json
 from ffgym.plugins import manager
 from ffgym.plugins.kinds import KINDS
+from ffgym.plugins.template import OPTIONS, NewKind, write_package
 from ffgym.report.layout import Column, Table
 from ffgym.types import PluginRecord
 
 _PLURALS = {kind.plural: name for name, kind in KINDS.items()}
 Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
+NewKinds = StrEnum("NewKinds", list(OPTIONS))  # type: ignore[misc]
 
 
 @app.command("ls")
@@ -33,6 +36,23 @@ def list_names(
         print_columns(found.items())
     if broken := [record.name for record in manager.records() if record.failure is not None]:
         typer.echo(f"plugins that could not be loaded: {', '.join(broken)}; `ffgym plugins` says why", err=True)
+
+
+@app.command()
+def new(
+    kind: Annotated[NewKinds, typer.Argument(help="what to write", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="what it is called", show_default=False)],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="where its folder is made")] = Path(),
+) -> None:
+    """Write a plugin's package, which installs, passes its conformance test and runs, for you to change.
+
+    ffgym new criterion my-criterion
+    """
+    chosen = cast("NewKind", kind.value)
+    folder = write_package(chosen, name, output.expanduser())
+    typer.echo(f"{folder} has a {chosen} that works. Install it, test it, run it:\n")
+    for command in (f"pip install --editable {folder}", f"pytest {folder}", f"ffgym run {OPTIONS[chosen]} {name}"):
+        typer.echo(f"  {command}")
 
 
 @app.command()

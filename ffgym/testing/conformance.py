@@ -49,6 +49,15 @@ class PluginConformance(ABC):
         with pytest.raises(ValidationError):
             config.model_validate({"a_key_that_nobody_has": 1})
 
+    def test_takes_its_config(self) -> None:
+        """A run makes the plugin as ``cls(config)``: an ``__init__`` of its own takes ``config`` and hands it on."""
+        plugin = self.make()
+        try:
+            again = type(plugin)(plugin.config)
+        except TypeError as error:
+            raise AssertionError(f"__init__ takes config=None and calls super().__init__(config): {error}") from error
+        assert again.config is plugin.config, "__init__ calls super().__init__(config)"
+
 
 class CriterionConformance(PluginConformance):
     """What every criterion promises."""
@@ -186,6 +195,7 @@ class AgentConformance(PluginConformance):
     """What every agent promises, on a toy problem with a known optimum."""
 
     _finished: ClassVar[tuple[Agent, ToyEnv, list[Update]]]
+    _told: ClassVar[list[tuple[np.ndarray, np.ndarray]]]
 
     @abstractmethod
     def make(self) -> Agent:
@@ -214,7 +224,10 @@ class AgentConformance(PluginConformance):
         if "_finished" not in vars(own):
             np.random.seed(0)
             torch.manual_seed(0)
-            own._finished = self.learned()
+            agent, env, updates = self.ready(), self.environment(), list[Update]()
+            own._told = _witnessed(env)
+            agent.learn(env, seed=0, on_update=updates.append)
+            own._finished = agent, env, updates
         return own._finished
 
     def test_reports_every_update(self) -> None:
@@ -241,6 +254,12 @@ class AgentConformance(PluginConformance):
         _, _, again = self.learned()
         rewards, repeated = ([update.rewards for update in updates] for updates in (first, again))
         assert np.array_equal(rewards, repeated), "the same seed gave another search"
+
+    def test_leaves_what_it_is_told_unchanged(self) -> None:
+        """Observations and rewards belong to the environment, whose log and other listeners still use them."""
+        self.finished()
+        for given, before in type(self)._told:
+            assert np.array_equal(given, before), "it changed observations or rewards in place: copy them first"
 
     def test_recommends_importances(self) -> None:
         """What it believes in are actions: shape (2L,), finite, in [-1, 1]."""
@@ -270,6 +289,25 @@ class AgentConformance(PluginConformance):
         assert len(recommended) == len(expected), "it recommends otherwise"
         for ours, theirs in zip(recommended, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg="it recommends otherwise")
+
+
+def _witnessed(env: ToyEnv) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What a toy hands out from here on: (the array itself, a copy of what it held then)."""
+    told: list[tuple[np.ndarray, np.ndarray]] = []
+    step, reset = env.step, env.reset
+
+    def stepped(actions: np.ndarray) -> Any:
+        answer = step(actions)
+        told.extend((array, array.copy()) for array in answer[:2])
+        return answer
+
+    def begun(**options: Any) -> Any:
+        answer = reset(**options)
+        told.append((answer[0], answer[0].copy()))
+        return answer
+
+    env.step, env.reset = stepped, begun  # type: ignore[method-assign]
+    return told
 
 
 def _permuted(stats: LayerStats, order: torch.Tensor) -> LayerStats:

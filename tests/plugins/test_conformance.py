@@ -94,9 +94,28 @@ class Beyond(Drift):
         return [self.centre + 3]
 
 
+class Centres(Drift):
+    """Takes the mean off the rewards where they are."""
+
+    name = "centres"
+
+    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+        rewards -= rewards.mean()
+        return super().tell(observations, actions, rewards)
+
+
+class Unconfigured(Drift):
+    name = "unconfigured"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 @pytest.mark.parametrize(
     ("agent", "test"),
     [
+        (Centres, "test_leaves_what_it_is_told_unchanged"),
+        (Unconfigured, "test_takes_its_config"),
         (Lazy, "test_spends_the_budget"),
         (Global, "test_same_seed_same_search"),
         (Forgetful, "test_takes_up_a_state"),
