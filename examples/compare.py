@@ -1,6 +1,6 @@
 """Run two agents and a rule on equal terms: python examples/compare.py [run.toml].
 
-All three have the same model, text, refit and tokens. `ffgym ui` shows the runs beside each other.
+All have the same model, text and refit. `ffgym compare` says how sure the differences of these runs are.
 """
 
 import sys

@@ -489,8 +489,9 @@ def test_tutorial_runs(tiny_run, tmp_path, monkeypatch, capsys) -> None:
             exec(compile(block.replace("Once upon a time", "w1 w2"), "docs/tutorial.md", "exec"), namespace)
             continue
         for command, *options in typed(block):
-            if command == "run":
-                app([command, *options, "--config", "run.toml"], standalone_mode=False)
+            if command in ("run", "compare"):
+                config = ["--config", "run.toml"] * (command == "run")
+                app([command, *options, *config], standalone_mode=False)
     assert "w1 w2" in capsys.readouterr().out
     assert Path("runs/second/report.md").is_file()
 
