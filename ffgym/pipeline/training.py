@@ -31,6 +31,9 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         session.tracker.log_result(tracked_result(rows[-1], rows[0], result.found), step=1)
     saved = result.saved if result.recovered is None else result.recovered.saved
     session.tracker.describe(description(result.table, saved))
+    for model in (result.saved, None if result.recovered is None else result.recovered.saved):
+        if model is not None:
+            session.tracker.log_model(model.path)
     session.tracker.log_table(result.table.layout().as_dicts())
     for name in ("report.md", "losses.json", "units_kept.png", "reward.png"):
         session.tracker.log_artifact(session.folder / name)

@@ -93,6 +93,7 @@ def recover(
         tracker.log_table(recovered.table.layout().as_dicts())
         tracker.log_result(recovered.tracked)
         tracker.describe(recovered.description)
+        tracker.log_model(recovered.saved.path)
         return RecoveryResult(recovered, tracker.run_id)
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ffgym.tracking.models import log_model
 from ffgym.tracking.store import PARENT_TAG
 from ffgym.types import JSONDict
 
@@ -119,6 +120,7 @@ KINDS: dict[str, Callable[..., None]] = {
     "tags": _tags,
     "text": _text,
     "artifact": _artifact,
+    "model": log_model,
     "dataset": _dataset,
     "child": _child,
     "end": _end,

@@ -37,6 +37,10 @@ MOVE_EXPERIMENTS = """
     UPDATE experiments SET artifact_location = :here || substr(artifact_location, :length + 1)
     WHERE artifact_location = :old OR substr(artifact_location, 1, :length + 1) = :old || '/'
 """
+MOVE_MODELS = """
+    UPDATE logged_models SET artifact_location = :here || substr(artifact_location, :length + 1)
+    WHERE substr(artifact_location, 1, :length + 1) = :old || '/'
+"""
 UNUSED_DEFAULT = """
     SELECT 1 FROM experiments WHERE experiment_id = 0 AND artifact_location != :here
     AND NOT EXISTS (SELECT 1 FROM runs WHERE experiment_id = 0)
@@ -138,6 +142,8 @@ def adopt(root: Path) -> None:
             values = {"here": here, "length": len(old), "old": old}
             connection.execute(MOVE_EXPERIMENTS, values)
             connection.execute(MOVE_RUNS, values)
+            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'logged_models'").fetchone():
+                connection.execute(MOVE_MODELS, values)
 
 
 def _is_another_stores(location: str) -> bool:

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import masked, shown
-from ffgym.tracking.names import Result, parameters
+from ffgym.tracking.names import SHORT_NAMES, Result, parameters
 from ffgym.tracking.outbox import SUFFIX, Outbox
 from ffgym.tracking.records import send
 from ffgym.tracking.store import (
@@ -106,7 +106,7 @@ class Tracker:
         self._earlier: dict[str, dict[int, float]] = {}  # what earlier sessions logged: by metric, values by step
         self._uri = tracking_uri(root)
         self._client: Any = None
-        self._params: set[str] = set()
+        self._params: dict[str, str] = {}
         self._still: dict[str, tuple[float, int]] = {}  # the first point of every curve: value, step
         self._moving: set[str] = set()  # curves that have moved since
         self._description = ""
@@ -164,7 +164,7 @@ class Tracker:
         new = {key: value for key, value in values.items() if key not in self._params}
         if new:
             self._write("params", values=new)
-        self._params |= new.keys()
+        self._params |= new
 
     def log_episode(self, episode: Episode, *, search: str = "search") -> None:
         """Log one episode, with its index as the step: reward, perplexity, nats above dense, and what else moves.
@@ -246,6 +246,11 @@ class Tracker:
             raise TrackingError(f"cannot log {path}: No such file or directory")
         self._write("artifact", path=str(path.resolve()))
 
+    def log_model(self, folder: Path) -> None:
+        """Log a saved model as what the run has made; one of more than a gigabyte stays where it is."""
+        params = {name: self._params[name] for name in SHORT_NAMES.values() if name in self._params}
+        self._write("model", path=str(folder.resolve()), params=params)
+
     def describe(self, markdown: str) -> None:
         """Say on the run's page what it is; a later description replaces an earlier one."""
         self._description = markdown
@@ -307,7 +312,7 @@ class Tracker:
         run = self._client.get_run(self._resume)
         for tag in {FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG} & run.data.tags.keys():
             self._client.delete_tag(self._resume, tag)
-        self._params = set(run.data.params)
+        self._params = dict(run.data.params)
         for name in run.data.metrics:
             if not name.startswith("system/"):
                 history = self._client.get_metric_history(self._resume, name)

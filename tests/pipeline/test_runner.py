@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch
 from glass_runs import EPISODES, PER_UPDATE, WINDOW, glass_config, glass_home, glass_tables, untimed
 from mlflow_store import client, new_store, runs
 from rich.console import Console
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -333,6 +335,30 @@ def test_the_page_of_the_run_has_the_table_and_says_how_to_load_and_repeat(finis
     assert f"from_pretrained('{finished.folder / 'model'}', trust_remote_code=True)" in page
     assert page.endswith("$ ffgym run --config config.toml --output NEW_FOLDER\n```")
     assert tracked.data.tags["mlflow.source.name"] == "ffgym run"
+
+
+def test_the_pruned_model_is_a_logged_model_that_mlflow_loads_and_answers_with(
+    finished: Finished, tracked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.transformers
+
+    (logged,) = client(finished.root).search_logged_models([tracked.info.experiment_id])
+    assert logged.source_run_id == tracked.info.run_id
+    assert logged.tags["ffgym.folder"] == str(finished.folder / "model")
+    assert logged.params["agent"] == "reinforce"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished.root / 'mlflow.db'}")
+    loaded = mlflow.transformers.load_model(f"models:/{logged.model_id}")
+    weights = {name: tensor for name, tensor in loaded.model.state_dict().items() if "down_proj" in name}
+    stored = load_file(finished.folder / "model" / "model.safetensors")
+    assert weights
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in weights.items())
+    shutil.copytree(logged.artifact_location, tmp_path / "copy")
+    (tmp_path / "input.json").write_text('{"inputs": ["Alice"]}')
+    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local"]
+    command += ["-m", str(tmp_path / "copy"), "-i", str(tmp_path / "input.json"), "-o", str(tmp_path / "output.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    (answer,) = json.loads((tmp_path / "output.json").read_text())["predictions"]
+    assert answer.startswith("Alice ")
 
 
 def test_the_splits_are_dataset_inputs_with_digests(finished: Finished, tracked: Any) -> None:

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,6 +399,33 @@ def test_files_and_folders_become_artifacts(root, tmp_path):
     assert (stored / "state.npz").read_bytes() == b"1"
 
 
+def saved_model(home):
+    """What the folder of a saved model looks like to MLflow."""
+    folder = home / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_saved_model_is_a_logged_model_once_and_a_large_one_stays_where_it_is(root, tmp_path, monkeypatch, copied):
+    if not copied:
+        monkeypatch.setattr("ffgym.tracking.models.MOST_COPIED_BYTES", 3)
+    folder = saved_model(tmp_path)
+    with Tracker(root, "ffgym", "a 20 % run") as tracker:
+        tracker.log_params({"agent": "ppo"})
+        for _ in range(2):
+            tracker.log_model(folder)
+    run = run_of(root, tracker)
+    (logged,) = client(root).search_logged_models([run.info.experiment_id])
+    assert (logged.name, str(logged.status), logged.params) == ("a 20 _ run model", "READY", {"agent": "ppo"})
+    assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
+    assert logged.tags["ffgym.folder"] == str(folder)
+    assert logged.tags.get("mlflow.model.isExternal") == (None if copied else "true")
+    assert (Path(logged.artifact_location) / "model" / "model.safetensors").exists() == copied
+
+
 def test_a_missing_artifact_is_a_tracking_error(root, tmp_path):
     with pytest.raises(TrackingError, match="No such file"), Tracker(root, "ffgym", "run") as tracker:
         tracker.log_artifact(tmp_path / "nothing.png")
@@ -538,7 +566,7 @@ def test_an_old_schema_says_how_to_upgrade(root):
 
 def files(folder):
     """Every file of a folder but MLflow's database, with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix == ".txt"}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("note.txt")}
 
 
 @pytest.mark.parametrize("how", ["copied", "moved", "copied, and the original changes its name"])
@@ -546,6 +574,7 @@ def test_a_store_that_was_copied_or_moved_keeps_its_artifacts_beside_it(root, tm
     (tmp_path / "note.txt").write_text("first")
     with Tracker(root, "ffgym", "run") as first:
         first.log_artifact(tmp_path / "note.txt")
+        first.log_model(saved_model(tmp_path))
     with Tracker(root, "another", "to be resumed") as stopped:
         pass
     here = tmp_path / "else where" / "store"
@@ -562,6 +591,8 @@ def test_a_store_that_was_copied_or_moved_keeps_its_artifacts_beside_it(root, tm
             second.log_artifact(tmp_path / "note.txt")
         assert fetch_artifact(here, second.run_id, "note.txt", tmp_path / "fetched").read_text() == "second"
         assert str(here / "artifacts" / second.run_id) in run_of(here, second).info.artifact_uri
+    (model,) = client(here).search_logged_models([run_of(here, first).info.experiment_id])
+    assert model.artifact_location.startswith(str(here / "artifacts" / "models"))
     assert files(root) == original, "nothing is written into the original"
     assert len(files(here)) == 4
     if how == "copied":

@@ -1,0 +1,84 @@
+"""The pruned model as a logged model of MLflow's: listed under *Models*, loaded and served by MLflow.
+
+MLflow's own `save_model` cannot take a checkpoint's folder with transformers 5, and would load the model to copy it. So
+the few lines that it would write beside the files are written here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ffgym.tracking.store import FOLDER_TAG
+
+MOST_COPIED_BYTES = 10**9  # a larger model stays where it is, and MLflow has its path
+TOKENIZER_FILES = ("token", "special_tokens", "chat_template", "vocab", "merges", "added_tokens", "config.json")
+REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate")
+
+
+def log_model(client: Any, run_id: str, path: str, params: Mapping[str, str]) -> None:
+    """Log a saved model as what a run has made; at most once.
+
+    Args:
+        client: of MLflow.
+        run_id: the run.
+        path: folder of the model.
+        params: to compare models by.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    folder = Path(path)
+    run = client.get_run(run_id)
+    experiment, name = run.info.experiment_id, re.sub(r"[^\w -]+", "_", f"{run.info.run_name} {folder.name}")
+    logged = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
+    if any((model.name, str(model.status)) == (name, "READY") for model in logged):
+        return
+    is_copied = sum(file.stat().st_size for file in folder.iterdir()) <= MOST_COPIED_BYTES
+    tags = {FOLDER_TAG: path} | ({} if is_copied else {"mlflow.model.isExternal": "true"})
+    model = client.create_logged_model(experiment, name, run_id, tags, dict(params))
+    with tempfile.TemporaryDirectory() as around:
+        if is_copied:
+            _write_beside(folder, Path(around), model, run_id)
+            client.log_model_artifacts(model.model_id, path, artifact_path="model")
+        else:
+            from mlflow.models.utils import get_external_mlflow_model_spec
+
+            get_external_mlflow_model_spec(model).save(str(Path(around) / "MLmodel"))
+        client.log_model_artifacts(model.model_id, around)
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+
+
+def _write_beside(folder: Path, around: Path, logged: Any, run_id: str) -> None:
+    """What MLflow needs beside the checkpoint: ``MLmodel``, the tokenizer by itself, and the packages."""
+    import mlflow
+    import transformers
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    text = Schema([ColSpec("string")])
+    model = Model(run_id=run_id, model_id=logged.model_id, signature=ModelSignature(text, text))
+    model.add_flavor(
+        "transformers",
+        task="text-generation",
+        instance_type="TextGenerationPipeline",
+        pipeline_model_type=json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0],
+        source_model_name=str(folder),
+        model_binary="model",
+        components=["tokenizer"],
+        tokenizer_type="AutoTokenizer",
+        transformers_version=transformers.__version__,
+    )
+    mlflow.pyfunc.add_to_model(model, loader_module="mlflow.transformers")
+    model.save(str(around / "MLmodel"))
+    (around / "requirements.txt").write_text("".join(f"{package}\n" for package in REQUIREMENTS), encoding="utf-8")
+    tokenizer = around / "components" / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.name.startswith(TOKENIZER_FILES):
+            shutil.copy(file, tokenizer)
