@@ -1,6 +1,6 @@
 """A criterion of your own, and the test that checks its contract: pytest examples/criterion.py.
 
-docs/plugins.md says how to make a package of it, so that `ffgym run --criterion product` finds it.
+`ffgym new criterion product` writes a package for it, so that `ffgym run --criterion product` finds it.
 """
 
 import ffgym
