@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Before torch is imported: on models this small, threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["FFGYM_CACHE_SIZE"] = "0"  # a test that wants the store says so
 
 # A shell has what it puts in the background ignore Ctrl-C, and so would every process that the tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -173,7 +173,7 @@ def test_conformance_tests_are_documented() -> None:
 
 
 def test_environment_variables_are_documented() -> None:
-    for variable in ("FFGYM_LOAD_PLUGINS", "FFGYM_CACHE", "MLFLOW_TRACKING_URI", "PIP_INDEX_URL"):
+    for variable in ("FFGYM_LOAD_PLUGINS", "FFGYM_CACHE", "FFGYM_CACHE_SIZE", "MLFLOW_TRACKING_URI", "PIP_INDEX_URL"):
         assert f"`{variable}`" in text("docs/configuration.md"), variable
 
 

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from ffgym.report.figures import BLUE, GREEN, ORANGE, PINK, new_figure, save_figure, tidy
+from ffgym.report.figures import BLUE, GREEN, ORANGE, YELLOW, new_figure, save_figure, tidy
 
 SEED = 0
 RESAMPLES = 2_000
 SPLITS = 200
 LEVEL = 95.0
-COLOURS = (BLUE, ORANGE, GREEN, PINK)
+COLOURS = (BLUE, ORANGE, GREEN, YELLOW)
 HEURISTIC = "#777777"
 
 Row = dict[str, Any]

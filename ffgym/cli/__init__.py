@@ -3,7 +3,21 @@
 Everything heavy is imported inside the command that needs it.
 """
 
-from ffgym.cli import bench, export, measure, plugins, recover, results, run, runs, sync, ui
+from ffgym.cli import bench, cache, export, measure, plugins, recover, results, run, runs, sync, ui
 from ffgym.cli.app import app, main
 
-__all__ = ["app", "bench", "export", "main", "measure", "plugins", "recover", "results", "run", "runs", "sync", "ui"]
+__all__ = [
+    "app",
+    "bench",
+    "cache",
+    "export",
+    "main",
+    "measure",
+    "plugins",
+    "recover",
+    "results",
+    "run",
+    "runs",
+    "sync",
+    "ui",
+]

@@ -16,8 +16,8 @@ OUT_OF_MEMORY = (
     "Set model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or use a smaller model."
 )
 COMMANDS = (
-    *("run", "recover", "bench", "eval", "measure", "latency", "export"),
-    *("config", "ls", "plugins", "new", "check-env", "runs", "compare", "sync", "ui"),
+    *("run", "prepare", "recover", "bench", "eval", "measure", "latency", "export"),
+    *("config", "ls", "plugins", "new", "check-env", "runs", "compare", "sync", "ui", "cache"),
 )
 # A folder that may not be entered, a name that is too long, links in a circle, a file where a folder should be.
 REFUSED_PATH = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR})

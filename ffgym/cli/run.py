@@ -52,6 +52,24 @@ def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = Fa
         result.print(Console())
 
 
+@app.command("prepare")
+@configured(["--model", "--criterion", "--calibration", "--prior"])
+def prepare_model(config: RunConfig) -> None:
+    """Prepare a model ahead of its runs: statistics, order and refits, kept in the cache.
+
+    A run with the same model, criterion, calibration and text then starts within seconds.
+    """
+    from rich.console import Console
+
+    from ffgym.pipeline.compare import asked_rules
+    from ffgym.pipeline.settle import settle
+    from ffgym.pipeline.task import open_task
+    from ffgym.report.progress import Reporter
+
+    config = settle(config)
+    open_task(config, asked_rules(config), Reporter(Console(stderr=True)))
+
+
 @app.command("config")
 @configured(KEYS)
 def print_config(config: RunConfig) -> None:

@@ -12,14 +12,17 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
-from ffgym.errors import AssetError, OutputError
+from ffgym.errors import AssetError, ConfigError, OutputError
 from ffgym.files import FileFormat, write_text
 
+DEFAULT_SIZE = "50GB"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 RECORD = "sha256.json"  # in every folder, the digests of its files
 DIGESTS = FileFormat("record of digests", dict[str, str], AssetError, "Delete it: it is written again.")
@@ -121,3 +124,73 @@ def sha256(path: Path) -> str:
     """Digest of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something in the cache.
+
+    Attributes:
+        kind: the folder of the cache: ``"prepared"``, ``"models"``, ``"assets"``, ...
+        path: a folder, or a file.
+        bytes: of all its files.
+        used: seconds since the epoch.
+    """
+
+    kind: str
+    path: Path
+    bytes: int
+    used: float
+
+
+def entries(kind: str = "*") -> list[Entry]:
+    """What the cache holds, the last used first."""
+    found = []
+    for path in cache_dir().glob(f"{kind}/[!.]*"):
+        with suppress(FileNotFoundError):  # another process removes it
+            files = [path, *path.rglob("*")] if path.is_dir() else [path]
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            found.append(Entry(path.parent.name, path, size, path.stat().st_mtime))
+    return sorted(found, key=lambda entry: -entry.used)
+
+
+def remove(entry: Entry) -> None:
+    """Delete it, in one move: no other process sees a part of it."""
+    folder = entry.path.parent
+    with (
+        tempfile.TemporaryDirectory(prefix=".gone-", dir=folder, ignore_cleanup_errors=True) as scratch,
+        suppress(FileNotFoundError),
+    ):
+        os.replace(entry.path, Path(scratch) / "content")
+
+
+def size_limit() -> int:
+    """Bytes that prepared models may take: ``$FFGYM_CACHE_SIZE``, e.g. ``20GB``, or 50 GB; 0 keeps none.
+
+    Raises:
+        ConfigError: the variable holds no size.
+    """
+    chosen = os.environ.get("FFGYM_CACHE_SIZE") or DEFAULT_SIZE
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(chosen))
+    except ValidationError:
+        raise ConfigError(
+            f"FFGYM_CACHE_SIZE={chosen!r} is no size",
+            hint="Write a number and a unit, e.g. 20GB, or 0 to keep nothing.",
+        ) from None
+
+
+def shrink(kind: str, limit: int, spare: Path | None = None) -> list[Entry]:
+    """Remove what was not used for longest until the entries of a kind fit; what to spare stays in any case.
+
+    Returns:
+        what was removed.
+    """
+    total, removed = 0, []
+    found = entries(kind)
+    for entry in sorted(found, key=lambda entry: entry.path != spare):  # stable: the last used first
+        total += entry.bytes
+        if total > limit and entry.path != spare:
+            remove(entry)
+            removed.append(entry)
+    return removed

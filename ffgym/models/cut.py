@@ -23,6 +23,7 @@ class PrunableSublayer:
     """One sublayer's modules, their dense parameters, and the path that its consumer is cut along.
 
     Attributes:
+        order: where each unit was before `permute`, shape (units,), int64; ``None`` before.
         path: the consumer's weights at every level; ``None`` for plain removal.
         affine: whether calibration moves the consumer's bias too.
 
@@ -42,6 +43,7 @@ class PrunableSublayer:
         self._head_counts = family.head_count_attributes if sublayer.kind == "attention" else ()
         self._attention: Any = getattr(layer, self._attention_name)
         self._keep_dense()
+        self.order: torch.Tensor | None = None
         self.path: ConsumerPath | None = None
         self.affine = False
 
@@ -76,6 +78,7 @@ class PrunableSublayer:
         Args:
             order: shape (units,), int64, a permutation.
         """
+        self.order = order if self.order is None else self.order[order]
         with torch.no_grad():
             for producer, rows in zip(self.producers, self._rows, strict=True):
                 index = expand_order(order, rows).to(producer.weight.device)

@@ -45,6 +45,12 @@ def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
     return UNIFORM_REFERENCES if config.prune.uniform else REFERENCES
 
 
+def asked_rules(config: RunConfig) -> list[tuple[str, JSONDict]]:
+    """Every heuristic that a run asks, (name, options): its prior, and those that it is compared with."""
+    prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
+    return [*prior, *reference_rules(config).values()]
+
+
 def refit_name(config: RunConfig) -> str:
     """What the rows that are not plain call their refit: the calibration, or ``ridge`` where the reward sees none."""
     return config.prune.calibration if calibration_class(config.prune.calibration).in_reward else "ridge"

@@ -16,12 +16,12 @@ from ffgym.config.tables import RunConfig
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, write_pictures, write_table
 from ffgym.pipeline.compare import (
+    asked_rules,
     compared_rows,
     final_refits,
     heuristic_allocations,
     model_folder,
     random_allocation,
-    reference_rules,
 )
 from ffgym.pipeline.folder import reopen_folder
 from ffgym.pipeline.front import finish_front
@@ -83,12 +83,11 @@ def run(
 
 def prepare(config: RunConfig, session: Session) -> Task:
     """Model, splits, pruning paths, budget and environment, with what an earlier session settled."""
-    prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
     settled = config
     if session.record.dtype is not None and config.model.dtype == "auto":  # now it may come to another
         settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": session.record.dtype})})
-    rules = [*prior, *reference_rules(config).values()]
-    return replace(open_task(settled, rules, session.progress, recorded=session.measured), config=config)
+    task = open_task(settled, asked_rules(config), session.progress, recorded=session.measured)
+    return replace(task, config=config)
 
 
 def compare(task: Task, searched: Searched, session: Session) -> list[Row]:

@@ -6,6 +6,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.pipeline.compare import reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.plugins.bases import Agent
+from ffgym.prepare.parts import LOADING, PREPARING
 from ffgym.report.progress import Step
 
 # In tokens of a forward pass for each token of the text; measured on the demo model.
@@ -17,7 +18,7 @@ def planned_steps(config: RunConfig, agent: Agent) -> list[Step]:
     """The stages of a run in order; their costs are tokens of a forward pass."""
     data, search, points = config.data, config.search, len(config.targets)
     calibration, report = data.calibration_tokens, data.report_tokens
-    steps = [Step("load model", LOAD), Step("collect statistics", PREPARE * calibration)]
+    steps = [Step(LOADING, LOAD), Step(PREPARING, PREPARE * calibration)]
     references, spent = len(reference_rules(config)), 1
     if agent.searches:
         spent = search.episodes * search.episode_tokens + points * search.finalists * search.final_tokens

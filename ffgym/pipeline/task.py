@@ -26,6 +26,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
 from ffgym.prepare.parts import (
+    LOADING,
     build_env,
     costs_in,
     counted_resources,
@@ -109,15 +110,13 @@ def open_task(
         reporter: where progress goes.
         recorded: folder of the run, where it goes on: what it has measured before is not measured again.
     """
-    with reporter.stage("load model and text", 1):
+    with reporter.stage(LOADING, 1):
         loaded, splits = load_parts(config)
     reporter.print(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
     needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
     costs = _costs(config, loaded.model, reporter, recorded)
     budget = make_budget(config, loaded.model, costs)
-    windows = splits.calibration.windows
-    with reporter.stage("collect statistics, order and factorise", len(windows)) as stage:
-        prepared = prepare_model(config, loaded, windows, keep=needs, on_progress=stage)
+    prepared = prepare_model(config, loaded, splits.calibration.windows, keep=needs, reporter=reporter)
     env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs)
     return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs)
 

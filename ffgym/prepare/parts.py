@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from ffgym.config.tables import DataTable, RunConfig
 from ffgym.config.toml import load_config
@@ -33,10 +34,14 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import check_wishes
-from ffgym.prepare.calibrations import calibration_class
+from ffgym.prepare.calibrations import Ridge, calibration_class
 from ffgym.prepare.paths import Prepared, prepare
+from ffgym.prepare.store import opened_or_prepared, store_place
 from ffgym.pruning.budget import Budget
+from ffgym.report.progress import Reporter
 
+LOADING = "load model and text"
+PREPARING = "collect statistics, order and factorise"
 CHECKED_WINDOW = 128
 CHECKED_RIDGE = 0.01
 
@@ -80,19 +85,29 @@ def prepare_model(
     windows: torch.Tensor,
     *,
     keep: frozenset[str] = frozenset(),
-    on_progress: OnProgress | None = None,
+    reporter: Reporter | None = None,
 ) -> Prepared:
-    """Statistics, order and refits as the configuration says."""
-    return prepare(
-        loaded.model,
-        manager.create("criterion", config.criterion.name, config.criterion.options),
-        windows,
-        calibration=config.prune.calibration,
-        ridge=None if config.prune.ridge == "auto" else float(config.prune.ridge),
-        keep=keep,
-        tokens_per_batch=tokens_per_batch(loaded.device),
-        on_progress=on_progress,
-    )
+    """Statistics, order and refits as the configuration says, from the store where they have been computed before."""
+    reporter = reporter or Reporter(Console(stderr=True))
+    criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    facts: dict[str, Any] = {
+        "calibration": config.prune.calibration,
+        "ridge": None if config.prune.ridge == "auto" else float(config.prune.ridge),
+        "keep": keep,
+        "tokens_per_batch": tokens_per_batch(loaded.device),
+    }
+
+    def make() -> Prepared:
+        with reporter.stage(PREPARING, len(windows)) as stage:
+            return prepare(loaded.model, criterion, windows, on_progress=stage, **facts)
+
+    if not issubclass(calibration_class(config.prune.calibration), Ridge):
+        return make()  # the path of another calibration is its author's own, and nobody else could write it down
+    place = store_place(loaded.model, criterion, windows, {**facts, "keep": sorted(keep)})
+    if place is None:
+        return make()
+    what = {"model": loaded.description, "criterion": config.criterion.name, "calibration": config.prune.calibration}
+    return opened_or_prepared(place, loaded.model, make, what, reporter.print)
 
 
 def counted_resources(config: RunConfig) -> dict[str, Resource]:
@@ -300,9 +315,11 @@ def make_pruning_env(
     if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
         raise UnknownNameError("render mode", str(render_mode), modes)
     make_reward(config)
-    loaded, splits = load_parts(config)
+    reporter = Reporter(Console(stderr=True))
+    with reporter.stage(LOADING, 1):
+        loaded, splits = load_parts(config)
     budget = make_budget(config, loaded.model)
-    prepared = prepare_model(config, loaded, splits.calibration.windows)
+    prepared = prepare_model(config, loaded, splits.calibration.windows, reporter=reporter)
     env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded)
     env.render_mode = render_mode
     return env

@@ -167,7 +167,8 @@ def _build_path(
     weight, bias = half.dense_consumer
     consumer = Consumer(weight.detach(), bias, moments.mean, moments.covariance, ridge, refit)
     half.path = path_of(calibration, consumer, half.sublayer.name)
-    return ridge, _view(half, scores[order], moments, _stats(moments, gradients, keep), refit)
+    energy = _output_energy(weight.detach(), moments)
+    return ridge, view_of(half, scores[order], _stats(moments, gradients, keep), refit, energy)
 
 
 def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) -> LayerStats:
@@ -212,22 +213,26 @@ def _refit(half: PrunableSublayer, moments: InputMoments, ridge: float) -> Neste
     return NestedRidge(consumer.weight.detach(), moments.moment(centred=half.affine), ridge, mean, consumer.bias)
 
 
-def _view(
-    half: PrunableSublayer, scores: torch.Tensor, moments: InputMoments, stats: LayerStats, path: NestedRidge
-) -> SublayerView:
-    weight = half.consumer.weight.detach()
+def _output_energy(weight: torch.Tensor, moments: InputMoments) -> float:
+    """E||W x||^2 of a consumer's dense weight, shape (m, n)."""
     W = weight.float()
-    step = half.sublayer.channels_per_unit
-    fisher = stats.output_gradient
     mean_output = in_float64(W) @ moments.mean
+    return float(((W @ moments.covariance) * W).sum()) + float(mean_output.square().sum())
+
+
+def view_of(
+    half: PrunableSublayer, scores: torch.Tensor, stats: LayerStats, refit: NestedRidge, energy: float
+) -> SublayerView:
+    """What heuristics see of a sublayer in path order."""
+    fisher, step = stats.output_gradient, half.sublayer.channels_per_unit
     return SublayerView(
         sublayer=half.sublayer,
-        weight=weight,
+        weight=half.consumer.weight.detach(),
         stats=stats,
         unit_scores=scores,
-        removal_error=path.removal_error[::step].cpu().numpy(),
-        output_energy=float(((W @ moments.covariance) * W).sum()) + float(mean_output.square().sum()),
-        loss_increase=None if fisher is None else path.loss_increase(fisher)[::step].cpu().numpy(),
+        removal_error=refit.removal_error[::step].cpu().numpy(),
+        output_energy=energy,
+        loss_increase=None if fisher is None else refit.loss_increase(fisher)[::step].cpu().numpy(),
     )
 
 

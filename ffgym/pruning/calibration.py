@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -155,6 +155,38 @@ class NestedRidge(ConsumerPath):
             self._mean = (D @ in_float64(mean)).float().to(weight.device)
             self._bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else self._bias
         self.removal_error = suffix_energy(projected.square().sum(dim=0))
+
+    @classmethod
+    def restored(
+        cls, weight: torch.Tensor, factors: Mapping[str, torch.Tensor], bias: torch.Tensor | None
+    ) -> NestedRidge:
+        """A path whose `factors` have been kept: the same bits without a factorisation.
+
+        Args:
+            weight: dense W, shape (m, n), path order.
+            factors: on any device.
+            bias: dense bias, shape (m,), or ``None``.
+        """
+        path = cls.__new__(cls)
+        own = {name: tensor.to(weight.device) for name, tensor in factors.items()}
+        path._weight, path._projected, path._inverse = weight, own["projected"], own["inverse"].T
+        path._mean = own.get("mean")
+        path._bias = None if bias is None else bias.float()
+        if path._mean is not None and bias is None:
+            path._bias = weight.new_zeros(len(weight), dtype=torch.float32)
+        path.removal_error = own["removal_error"]
+        return path
+
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """What it was computed for: contiguous tensors by name, the inverse transposed (as the solver lays it out)."""
+        mean = {} if self._mean is None else {"mean": self._mean}
+        return {
+            "projected": self._projected.contiguous(),
+            "inverse": self._inverse.T.contiguous(),
+            "removal_error": self.removal_error,
+            **mean,
+        }
 
     @property
     def channels(self) -> int:

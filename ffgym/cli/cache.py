@@ -1,0 +1,61 @@
+"""``ffgym cache``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ffgym.cli.app import app
+from ffgym.cli.options import JsonOption
+from ffgym.cli.printing import print_columns, print_json
+
+if TYPE_CHECKING:
+    from ffgym.data.cache import Entry
+
+
+@app.command()
+def cache(
+    delete: Annotated[
+        list[str] | None, typer.Option("--delete", metavar="NAME", help="delete an entry, or all of a kind; repeatable")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List what ffgym keeps on disk: prepared models, fetched assets, converted models, latency tables.
+
+    Prepared models take at most FFGYM_CACHE_SIZE (50GB): those that were not used for longest go first.
+    """
+    from ffgym.data.cache import cache_dir, entries, remove
+    from ffgym.errors import UnknownNameError
+
+    found = entries()
+    for name in delete or []:
+        chosen = [entry for entry in found if name in (entry.kind, entry.path.name)]
+        if not chosen:
+            known = sorted({entry.kind for entry in found} | {entry.path.name for entry in found})
+            raise UnknownNameError("cache entry", name, known)
+        for entry in chosen:
+            remove(entry)
+            typer.echo(f"deleted {entry.path}", err=True)
+        found = [entry for entry in found if entry not in chosen]
+    if as_json:
+        print_json([{**asdict(entry), "path": str(entry.path)} for entry in found])
+        return
+    rows = [
+        (
+            entry.kind,
+            entry.path.name,
+            f"{entry.bytes / 1e6:,.1f} MB",
+            f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}",
+        )
+        for entry in found
+    ]
+    print_columns([("kind", "name", "size", "last used"), *rows])
+    typer.echo(f"{sum(entry.bytes for entry in found) / 1e9:,.2f} GB in {cache_dir()}", err=True)
+
+
+def _row(entry: Entry) -> tuple[str, str, str, str]:
+    used = datetime.fromtimestamp(entry.used)
+    return entry.kind, entry.path.name, f"{entry.bytes / 1e6:,.1f} MB", f"{used:%Y-%m-%d %H:%M}"

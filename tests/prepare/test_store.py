@@ -1,0 +1,233 @@
+"""The store: what it gives back is, bit for bit, what preparing gives; what is damaged or foreign is prepared again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ffgym.criteria.wanda import Wanda
+from ffgym.data import cache
+from ffgym.errors import ConfigError, OutputError
+from ffgym.plugins.bases import Criterion
+from ffgym.prepare import store
+from ffgym.prepare.paths import Prepared, prepare
+from ffgym.prepare.store import opened_or_prepared, store_place
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
+KEEP = frozenset({"mean", "square", "output_gradient"})
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    return tmp_path / "cache" / "prepared"
+
+
+class Told(list[str]):
+    """What the user was told, and how often a model was prepared."""
+
+    prepared = 0
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+def go(
+    told: Told, model: Any = None, *, criterion: Criterion | None = None, how: Any = "ridge", **facts: Any
+) -> Prepared:
+    model, criterion = model or tiny_model("llama"), criterion or Wanda()
+
+    def make() -> Prepared:
+        told.prepared += 1
+        return prepare(model, criterion, WINDOWS, ridge=0.01, calibration=how, keep=KEEP)
+
+    place = store_place(model, criterion, WINDOWS, {"calibration": how, **facts})
+    assert place is not None
+    return opened_or_prepared(place, model, make, {"model": "tiny"}, told.append)
+
+
+def bits(prepared: Prepared) -> list[torch.Tensor]:
+    """The model dense and cut, and what heuristics see."""
+    found = [tensor.clone() for tensor in prepared.prunable.model.state_dict().values()]
+    for half, view in zip(prepared.prunable.halves, prepared.views, strict=True):
+        for units in range(1, half.sublayer.units):
+            half.cut(units)
+            found += [
+                half.consumer.weight.clone(),
+                *([] if half.consumer.bias is None else [half.consumer.bias.clone()]),
+            ]
+        half.restore()
+        stats = (view.stats.mean, view.stats.square, view.stats.output_gradient)
+        found += [view.unit_scores, *(each for each in stats if each is not None)]
+        found += [torch.as_tensor(np.array([view.output_energy])), torch.as_tensor(view.removal_error)]
+        found.append(torch.as_tensor(view.loss_increase))
+    return found
+
+
+@pytest.mark.parametrize("how", ["ridge", "affine"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_opening_gives_the_bits_of_preparing(family: str, how: str, told: Told) -> None:
+    first, second = (go(told, tiny_model(family, dtype=torch.bfloat16), how=how) for _ in range(2))
+    assert told.prepared == 1
+    assert told[-1].startswith("prepared before: opened ")
+    assert second.ridges == first.ridges
+    assert [half.affine for half in second.prunable.halves] == [half.affine for half in first.prunable.halves]
+    assert all(torch.equal(one, other) for one, other in zip(bits(first), bits(second), strict=True))
+
+
+class TestAnotherPreparationHasAnotherStore:
+    @pytest.fixture(autouse=True)
+    def _first(self, told: Told) -> None:
+        go(told)
+
+    def test_of_another_model(self, told: Told) -> None:
+        go(told, tiny_model("llama", seed=1))
+        assert told.prepared == 2
+
+    def test_with_other_settings(self, told: Told) -> None:
+        go(told, ridge=0.1)
+        assert told.prepared == 2
+
+    def test_with_another_number_of_threads(self, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+        go(told)
+        assert told.prepared == 2
+
+    def test_with_a_criterion_whose_code_has_changed(self, told: Told, tmp_path: Path) -> None:
+        """Its author edits it and runs again: the old order must not come back."""
+        for version, sign in enumerate("+-"):
+            name = f"edited_{version}"
+            path = tmp_path / f"{name}.py"
+            path.write_text(
+                "from ffgym.plugins.bases import Criterion\n\n\nclass Mine(Criterion):\n    name = 'mine'\n\n"
+                f"    def score(self, weight, stats):\n        return {sign}weight.abs()\n"
+            )
+            module = types.ModuleType(name)
+            module.__file__ = str(path)
+            sys.modules[name] = module
+            exec(compile(path.read_text(), str(path), "exec"), vars(module))
+            go(told, criterion=module.Mine())
+        assert told.prepared == 3
+
+    def test_but_not_where_nothing_differs(self, told: Told) -> None:
+        go(told)
+        assert told.prepared == 1
+
+
+def test_a_criterion_without_code_to_read_has_no_store() -> None:
+    made: dict[str, Any] = {"__name__": "nowhere", "Criterion": Criterion}
+    exec("class Typed(Criterion):\n    name = 'typed'\n    def score(self, weight, stats): return weight", made)
+    assert store_place(tiny_model("llama"), made["Typed"](), WINDOWS, {}) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: (place / "record.json").write_text("{}"),
+        lambda place: (place / "record.json").unlink(),
+        lambda place: (place / "layer-001.safetensors").unlink(),
+        lambda place: (place / "layer-001.safetensors").write_bytes(b"half"),
+        lambda place: shutil.rmtree(place) or place.mkdir() or (place / "holiday.jpg").write_bytes(b"foreign"),
+    ],
+)
+def test_what_is_damaged_or_foreign_is_prepared_again_and_said(damage: Any, told: Told, folder: Path) -> None:
+    first = go(told)
+    (place,) = folder.glob("llama-*")
+    damage(place)
+    second = go(told)
+    assert told.prepared == 2
+    assert told[-1] == f"{place} is damaged, or not a prepared model: preparing again"
+    assert all(torch.equal(one, other) for one, other in zip(bits(first), bits(second), strict=True))
+    go(told)
+    assert told.prepared == 2
+
+
+def test_a_flipped_bit_is_found(told: Told, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(told)
+    file = next(folder.glob("*/layer-000.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    go(told)
+    assert told.prepared == 2
+
+
+def test_a_preparation_that_fails_leaves_nothing(told: Told, folder: Path) -> None:
+    class Broken(Wanda):
+        def score(self, weight: Any, stats: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(told, criterion=Broken())
+    assert cache.entries("prepared") == []
+
+
+def _in_a_process(barrier: Any, made: Any) -> None:
+    barrier.wait()
+    told = Told()
+    go(told)
+    made.put(told.prepared)
+
+
+def test_two_processes_that_want_the_same_prepare_it_once() -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, made = context.Barrier(2), context.SimpleQueue()
+    processes = [context.Process(target=_in_a_process, args=(barrier, made)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(made.get() for _ in processes) == [0, 1]
+
+
+class TestSize:
+    def test_a_disk_without_room_is_an_error_before_anything_is_computed(
+        self, told: Told, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
+        with pytest.raises(OutputError, match=r"the prepared model takes \d") as caught:
+            go(told)
+        assert "FFGYM_CACHE_SIZE=0" in (caught.value.hint or "")
+        assert told.prepared == 0
+
+    def test_0_keeps_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
+        assert store_place(tiny_model("llama"), Wanda(), WINDOWS, {}) is None
+
+    def test_what_was_not_used_for_longest_goes_first(
+        self, told: Told, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        go(told, which=1)
+        (first,) = folder.glob("llama-*")
+        size = cache.entries("prepared")[0].bytes
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", str(int(2.5 * size)))
+        go(told, which=2)
+        go(told, which=1)  # used again
+        go(told, which=3)
+        assert len(cache.entries("prepared")) == 2
+        assert first.is_dir()
+        assert any(line.startswith("removed ") for line in told)
+
+    def test_the_store_in_use_stays_even_where_it_is_too_large(
+        self, told: Told, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", "1kB")
+        go(told)
+        assert len(cache.entries("prepared")) == 1
+
+    def test_no_size_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", "plenty")
+        with pytest.raises(ConfigError, match="'plenty' is no size"):
+            store_place(tiny_model("llama"), Wanda(), WINDOWS, {})
