@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PLUGINS := $(wildcard plugins/ffgym-*)
 # Modules share what they prepare, so each stays in one process. On models this small, threads only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
@@ -57,9 +58,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml plugins/ffgym-magnitude-l2/pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet ./plugins/ffgym-magnitude-l2
+$(VENV)/.installed-dev: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(PLUGINS:%=--editable ./%)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-llama-cpp: $(VENV)/.installed-dev

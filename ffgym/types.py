@@ -261,7 +261,7 @@ class PluginRecord:
         name: the entry point's name, or ``built-in``.
         package: distribution that ships it.
         version: that distribution's version.
-        provides: ``{"criterion": ["magnitude-l2"], ...}``.
+        provides: ``{"criterion": ["output-energy"], ...}``.
         failure: why it could not be loaded; ``None`` when it was.
     """
 

@@ -156,7 +156,7 @@ def package_of(plugin: Plugin | type[Plugin]) -> Package:
 
 
 def described(plugin: Plugin | type[Plugin]) -> str:
-    """``"criterion 'magnitude-l2' (package ffgym-magnitude-l2 0.1.0)"``: how messages name a plugin."""
+    """``"criterion 'output-energy' (package ffgym-output-energy 0.1.0)"``: how messages name a plugin."""
     cls = plugin if isinstance(plugin, type) else type(plugin)
     return f"{getattr(cls, 'kind', 'plugin')} {getattr(cls, 'name', cls.__qualname__)!r} (package {package_of(cls)})"
 
