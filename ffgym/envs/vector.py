@@ -49,6 +49,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Attributes:
         history: every episode so far.
+        texts: search windows and task examples of every update so far, as indices.
         tokens_spent: tokens evaluated so far.
     """
 
@@ -71,6 +72,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.token_budget = token_budget
         self.slope_episodes = slope_episodes
         self.history: list[Episode] = []
+        self.texts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.tokens_spent = 0
         self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = env.render_mode
@@ -139,6 +141,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Do what :meth:`step` does once it has checked: what is raised here is not the agent's doing."""
         last = np.tile(self.env.observation(), (self.num_envs, 1))
         episodes = self._episodes(actions)
+        self.texts.append((self._subset, self._examples))
         self._update += 1
         following = self._begin()
         done = np.ones(self.num_envs, dtype=bool)

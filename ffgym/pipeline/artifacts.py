@@ -19,7 +19,8 @@ from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import call_plugin, check_objectives
-from ffgym.report.figures import reward_figure, units_kept_figure
+from ffgym.report.comparison import differences_figure
+from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_names
 from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.layout import finite
@@ -31,7 +32,7 @@ from ffgym.search.loop import SearchResult
 from ffgym.search.policy import policy_text
 from ffgym.tracking.names import Result, parameters
 from ffgym.tracking.tracker import Tracker, environment_tags
-from ffgym.types import Allocation, Episode, JSONDict
+from ffgym.types import Allocation, JSONDict
 
 
 class WindowLosses(BaseModel):
@@ -47,6 +48,15 @@ class WindowLosses(BaseModel):
     losses: dict[str, tuple[float, ...]]
 
 
+PICTURES = {
+    "differences.png": "Difference of every row from the best heuristic, on the same windows of text.",
+    "units_kept.png": "Share of its units that every sublayer keeps, over depth.",
+    "reward.png": "Reward over the tokens that the search evaluated.",
+    "allocations.png": "What every update of the search kept of every layer, on average.",
+    "front.png": "Perplexity against sparsity, for every budget of the range.",
+    "pareto.png": "Allocations that no other one beats in all objectives.",
+}
+"""What a run draws, with captions."""
 WINDOW_LOSSES = FileFormat("record of window losses", WindowLosses, OutputError, "Run again with --overwrite.")
 
 
@@ -58,13 +68,16 @@ $ ffgym run --config config.toml --output NEW_FOLDER
 
 
 def write_table(folder: Path, table: ReportTable) -> None:
-    """``report.md``, ``report.json`` and ``losses.json``."""
+    """``report.md``, ``report.json``, ``losses.json`` and, where differences are known, ``differences.png``."""
     losses = WindowLosses(
         windows=table.windows, measured=table.header, losses={row.label: row.losses for row in table.rows}
     )
     write_text(folder / "report.md", table.layout().markdown())
     write_text(folder / "report.json", json.dumps(table.layout().as_dicts(), indent=2))
     write_text(folder / "losses.json", losses.model_dump_json() + "\n")
+    differences = [(row.label, found) for row in table.rows if (found := table.difference(row)) is not None]
+    if differences and table.best_heuristic is not None:
+        differences_figure(differences, f"the best heuristic, {table.best_heuristic.label}", folder / "differences.png")
 
 
 def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task: Task, tracker: Tracker) -> None:
@@ -140,18 +153,28 @@ def write_pictures(
     folder: Path,
     task: Task,
     allocations: Mapping[str, Allocation],
-    histories: Mapping[str, Sequence[Episode]],
+    searches: Mapping[str, SearchResult],
+    starts: Sequence[Mapping[int, float]],
 ) -> None:
-    """``units_kept.png`` and ``reward.png``.
+    """``units_kept.png``, ``reward.png`` and, of a search of several updates, ``allocations.png``.
 
     Args:
         folder: of the run.
         task: names the sublayers.
         allocations: to draw over depth, by label.
-        histories: episodes of every search, by agent.
+        searches: by agent, the run's own first.
+        starts: what the allocation that each search started from earns on the text of its updates, by update; empty
+            where that is not known.
     """
-    units_kept_figure(task.prepared.prunable.sublayers, allocations, folder / "units_kept.png")
-    reward_figure(histories, folder / "reward.png")
+    sublayers = task.prepared.prunable.sublayers
+    units_kept_figure(sublayers, allocations, folder / "units_kept.png")
+    histories = {label: found.history for label, found in searches.items()}
+    reward_figure(histories, folder / "reward.png", dict(zip(searches, starts, strict=False)))
+    (label, history), *_ = histories.items()
+    if history[-1].update > 0:
+        allocations_figure(
+            sublayers, history, f"What {label} kept in the course of its search", folder / "allocations.png"
+        )
 
 
 def description(table: ReportTable, saved: SavedModel | None) -> str:

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_named
 from ffgym.data.splits import Split
+from ffgym.envs.pruning_env import Trial
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
@@ -34,6 +37,7 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
     "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
 }
+MEASURED_UPDATES = 16  # enough for a curve, and a small part of a long search
 DEMO_LICENSE = "apache-2.0"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
@@ -71,6 +75,42 @@ def heuristic_allocations(task: Task) -> dict[str, Allocation]:
 def random_allocation(baseline: SearchResult | None) -> dict[str, Allocation]:
     """The best of random allocations, by label; nothing where none were measured."""
     return {} if baseline is None else {f"best of {len(baseline.history)} random": baseline.best.allocation}
+
+
+def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[dict[int, float]]:
+    """What the allocation that a search started from earns on the text of its updates, at their targets.
+
+    The reward of an update depends on its text, so a search's progress shows only against a fixed allocation on the
+    same text. The search is over: nothing of it depends on this.
+
+    Args:
+        task: of the run.
+        searches: the agent's first; at most `MEASURED_UPDATES` of its updates are measured, evenly spread.
+        reporter: where progress goes.
+
+    Returns:
+        for each search, rewards by update; of updates on other text there is none.
+    """
+    history, texts = searches[0].history, searches[0].texts
+    prior = task.config.prior
+    rule = ("uniform", {}) if prior.name == "none" else (prior.name, prior.options)
+    targets = {episode.update: episode.target_sparsity for episode in history}
+    chosen = sorted(set(np.linspace(0, len(texts) - 1, min(len(texts), MEASURED_UPDATES)).round().astype(int).tolist()))
+    trials = {}
+    for update in chosen:
+        subset, examples = texts[update]
+        trials[subset, examples, targets[update]] = Trial(task.project(*rule, targets[update]), subset, examples)
+    with reporter.stage("search: where it started, on the same text", 100) as stage:
+        outcomes = task.env.outcomes(list(trials.values()), lambda share: stage(round(100 * share), 100))
+        earned = {key: outcome.judgement for key, outcome in zip(trials, outcomes, strict=True)}
+    return [
+        {
+            episode.update: judged.reward
+            for episode in found.history
+            if (judged := earned.get((*found.texts[episode.update], episode.target_sparsity))) and not judged.failed
+        }
+        for found in searches
+    ]
 
 
 def compared_rows(

@@ -24,16 +24,10 @@ from ffgym.prepare import configured
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
-    {
-        "config.toml",
-        "run.json",
-        "unsent.jsonl",
-        "episodes.jsonl",
-        "episodes-random.jsonl",
-        "allocation.json",
-        "policy.json",
-    }
-    | {"report.md", "report.json", "losses.json", "units_kept.png", "reward.png", "pareto.json", "pareto.png"}
+    {"config.toml", "run.json", "unsent.jsonl", "episodes.jsonl", "episodes-random.jsonl"}
+    | {"allocation.json", "policy.json", "pareto.json", "pareto.png"}
+    | {"report.md", "report.json", "losses.json", "report.html"}
+    | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
     | {"front.json", "front.md", "front.png", "model", "model-recovered", "model-recovered.unfinished"}
 )
 # Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.

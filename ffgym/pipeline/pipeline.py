@@ -5,7 +5,6 @@ model, data -> statistics -> order -> refits -> search -> final calibration -> r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
@@ -22,6 +21,7 @@ from ffgym.pipeline.compare import (
     heuristic_allocations,
     model_folder,
     random_allocation,
+    start_rewards,
 )
 from ffgym.pipeline.folder import reopen_folder
 from ffgym.pipeline.front import finish_front
@@ -33,7 +33,6 @@ from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
 from ffgym.report.table import Row
-from ffgym.types import Episode
 
 
 @overload
@@ -95,10 +94,10 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
     main, baseline, progress = searched.main, searched.baseline, session.progress
     at_main = at_target(task, main.target)
     heuristics, random = heuristic_allocations(at_main), random_allocation(baseline)
-    histories: dict[str, Sequence[Episode]] = {task.config.agent.name: main.history}
-    if baseline is not None:
-        histories["random"] = baseline.history
-    write_pictures(session.folder, task, {"found": main.best.allocation, **heuristics, **random}, histories)
+    searches = {task.config.agent.name: main} | ({} if baseline is None else {"random": baseline})
+    starts = start_rewards(task, list(searches.values()), progress) if len(main.history) > 1 else []
+    allocations = {"found": main.best.allocation, **heuristics, **random}
+    write_pictures(session.folder, task, allocations, searches, starts)
     if main.pareto:
         write_pareto(session.folder, task, main, session.tracker, progress)
     return compared_rows(at_main, heuristics, random, main, progress)

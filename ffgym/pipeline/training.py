@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ffgym.export.checkpoint import SavedModel
-from ffgym.pipeline.artifacts import description, tracked_result, write_table
+from ffgym.pipeline.artifacts import PICTURES, description, tracked_result, write_table
 from ffgym.pipeline.compare import with_recovered
 from ffgym.pipeline.result import RunResult
 from ffgym.pipeline.session import Session
@@ -35,8 +35,9 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         if model is not None:
             session.tracker.log_model(model.path)
     session.tracker.log_table(result.table.layout().as_dicts())
-    for name in ("report.md", "losses.json", "units_kept.png", "reward.png"):
-        session.tracker.log_artifact(session.folder / name)
+    for name in ("report.md", "losses.json", *PICTURES):
+        if (session.folder / name).is_file():
+            session.tracker.log_artifact(session.folder / name)
     return result
 
 

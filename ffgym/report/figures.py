@@ -115,16 +115,20 @@ def _kept_title(sublayers: Sequence[Sublayer], found: Allocation) -> str:
     )
 
 
-def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None:
-    """Draw the reward over the tokens evaluated so far: every episode faint, the mean of each update strong.
+def reward_figure(
+    episodes: Mapping[str, Sequence[Episode]], path: Path, starts: Mapping[str, Mapping[int, float]] | None = None
+) -> None:
+    """Draw rewards over the tokens evaluated so far: every episode faint, the mean of each update strong.
 
-    Rewards at different target sparsities are not comparable, so there is no "best so far"; where the schedule moves,
-    a second panel shows the target. Under a range of budgets, where every update has a target of its own, no line joins
+    The reward of an update depends on its text. So what is drawn is how far it lies above the reward that the
+    allocation which the search started from earns on the same text, where that is known. Where the schedule moves, a
+    second panel shows the target. Under a range of budgets, where every update has a target of its own, no line joins
     the means. Failed episodes are crosses on the lower edge and stay out of the means.
 
     Args:
         episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
         path: the PNG to write.
+        starts: the rewards of the allocation that a search started from, by label and update.
 
     Raises:
         OutputError: the picture cannot be written.
@@ -138,43 +142,58 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> None
         _draw_schedule(bottom, searches)
     else:
         rewards = bottom = figure.subplots()
-    for number, (label, history) in enumerate(searches.items()):
-        _draw_rewards(rewards, history, label, SERIES[number % len(SERIES)]["color"], joined=not ranged)
-    failed = any(not _succeeded(episode) for history in searches.values() for episode in history)
-    means = "large dots" if ranged else "lines"
-    key = f"dots: episodes; {means}: mean of each update" + ("; crosses on the edge: failed episodes" if failed else "")
+    levels = {label: dict(known) for label, known in (starts or {}).items() if known}
+    if levels:
+        rewards.axhline(0, color=BLACK, linewidth=1)
+    else:
+        levels = {label: {episode.update: 0.0 for episode in history} for label, history in searches.items()}
+    ends = []
+    for number, label in enumerate(label for label in searches if label in levels):
+        look = SERIES[number % len(SERIES)]
+        end = _draw_rewards(rewards, searches[label], levels[label], label, look, joined=not ranged)
+        ends.append(f"{label} ends at {end:{'+' if starts else ''}.3f}")
+    means = "large marks" if ranged else "lines"
+    key = f"dots: episodes; {means}: mean of each update; crosses on the edge: failed episodes"
     rewards.set_title(key, fontsize=10, loc="left")
-    rewards.set_ylabel("reward (higher is better)")
+    rewards.set_ylabel("reward above the start's" if starts else "reward (higher is better)")
+    lines = [line for line in rewards.lines if line.get_label() in levels]
+    if starts and lines:  # what lies far below would flatten the search itself
+        low, high = min(0.0, *lines[0].get_ydata()), max(0.0, *lines[0].get_ydata())
+        rewards.set_ylim(bottom=max(rewards.get_ylim()[0], low - 2 * (high - low)))
+        for line in lines:
+            if max(line.get_ydata()) < rewards.get_ylim()[0]:
+                line.set_label(f"{line.get_label()} (below the scale)")
     handles, labels = rewards.get_legend_handles_labels()
     _legend(figure, dict(zip(labels, handles, strict=True)))
     tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
-    title = "Reward, every update at a target sparsity of its own" if ranged else _reward_title(searches, scheduled)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    what = "Reward above where the search started, on the same text" if starts else "Reward (text differs by update)"
+    figure.suptitle(f"{what}:\n{', '.join(ends)}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     save_figure(figure, path)
-
-
-def _reward_title(searches: Mapping[str, Sequence[Episode]], scheduled: bool) -> str:
-    """Say where each search ends: the mean reward of its last update."""
-    ends = []
-    for label, history in searches.items():
-        last = [e.reward for e in history if e.update == history[-1].update and _succeeded(e)]
-        ends.append(f"{label} ends at {np.mean(last):.3f}" if last else f"the last update of {label} failed")
-    return ("Reward while the target sparsity rises: " if scheduled else "Reward: ") + ", ".join(ends)
 
 
 def _succeeded(episode: Episode) -> bool:
     return not episode.failed and math.isfinite(episode.reward)
 
 
-def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, colour: str, *, joined: bool) -> None:
-    """Draw one search: its episodes, the failed ones and the mean of every update."""
+def _draw_rewards(
+    axes: Axes,
+    history: Sequence[Episode],
+    levels: Mapping[int, float],
+    label: str,
+    look: Mapping[str, Any],
+    *,
+    joined: bool,
+) -> float:
+    """Draw one search where its level is known; return the mean of its last update above that, or NaN."""
     tokens = _tokens_so_far(history)
     alive = np.array([_succeeded(episode) for episode in history])
-    values = np.array([episode.reward for episode in history])
     updates = np.array([episode.update for episode in history])
-    axes.scatter(tokens[alive], values[alive], s=14, color=colour, alpha=0.3, linewidths=0, zorder=2)
+    known = np.isin(updates, list(levels))
+    values = np.array([episode.reward - levels.get(episode.update, 0.0) for episode in history])
+    drawn, colour = alive & known, look["color"]
+    axes.scatter(tokens[drawn], values[drawn], s=14, color=colour, alpha=0.3, linewidths=0, zorder=2)
     # The y of a failed episode is the reward's "worst", which may lie far below: the lower edge stands for it.
     axes.scatter(
         tokens[~alive],
@@ -189,10 +208,42 @@ def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, colour: st
     points = [
         (tokens[members].mean(), values[members].mean())
         for update in np.unique(updates)
-        if (members := alive & (updates == update)).any()
+        if (members := drawn & (updates == update)).any()
     ]
-    look: dict[str, Any] = {"linewidth": 2} if joined else {"linestyle": "", "marker": "o", "markersize": 7}
-    axes.plot([x for x, _ in points], [y for _, y in points], color=colour, label=label, zorder=4, **look)
+    line = "-" if joined else ""
+    axes.plot([x for x, _ in points], [y for _, y in points], **look, linestyle=line, label=label, zorder=4)
+    return float(points[-1][1]) if points else math.nan
+
+
+def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode], title: str, path: Path) -> None:
+    """Draw the share of its units that every sublayer kept over the course of a search: a mean over each update.
+
+    Args:
+        sublayers: 2L sublayers, in the order of ``Episode.kept``.
+        history: the episodes, in the order of evaluation; at least one.
+        title: of the picture.
+        path: the PNG to write.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    updates = np.array([episode.update for episode in history])
+    shares = 100 * np.array([e.kept for e in history]) / np.array([sublayer.units for sublayer in sublayers])
+    means = np.array([shares[updates == update].mean(axis=0) for update in np.unique(updates)])
+    figure = new_figure(width=9.0, height=6.0)
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, (kind, (name, units)) in zip(panels, UNIT_NAMES.items(), strict=True):
+        rows = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
+        # Lightness rises evenly in cividis: it reads the same in grey, and for who sees no red or green.
+        image = axes.imshow(means[:, rows].T, aspect="auto", cmap="cividis", origin="lower", interpolation="nearest")
+        axes.set_title(f"{name}: {units} kept (%)", fontsize=10, loc="left")
+        axes.set_ylabel("decoder layer")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes, pad=0.01)
+    panels[1].set_xlabel("update of the search")
+    panels[1].xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    save_figure(figure, path)
 
 
 def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> None:

@@ -53,6 +53,7 @@ class SearchResult:
         final_tokens: tokens that the finals took.
         seconds: wall time of search and finals, including earlier sessions of an interrupted search.
         target: the target sparsity of the search, or of this point of a front.
+        texts: search windows and task examples that each update was measured on, as indices.
     """
 
     best: Candidate
@@ -63,6 +64,7 @@ class SearchResult:
     final_tokens: int
     seconds: float
     target: float
+    texts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def pareto(self) -> tuple[Candidate, ...]:
@@ -222,6 +224,7 @@ def _found(
         final_tokens=final_tokens,
         seconds=seconds,
         target=target,
+        texts=tuple(vector.texts),
     )
 
 

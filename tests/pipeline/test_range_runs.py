@@ -36,17 +36,8 @@ EPISODES = 5 * PER_UPDATE
 FILES = {
     *("config.toml", "run.json", "episodes.jsonl", "policy.json", "allocation.json"),
     *(f"allocation-{name}.json" for name in NAMES),
-    *(
-        "front.json",
-        "front.md",
-        "front.png",
-        "report.md",
-        "report.json",
-        "losses.json",
-        "units_kept.png",
-        "reward.png",
-        "model",
-    ),
+    *("front.json", "front.md", "front.png", "report.md", "report.json", "losses.json", "model"),
+    *("units_kept.png", "reward.png", "allocations.png", "differences.png"),
 }
 
 

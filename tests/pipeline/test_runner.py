@@ -58,7 +58,8 @@ from ffgym.search.policy import read_policy
 
 FILES = {
     *("config.toml", "run.json", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
-    *("report.md", "report.json", "losses.json", "units_kept.png", "reward.png", "model"),
+    *("report.md", "report.json", "losses.json", "model"),
+    *("units_kept.png", "reward.png", "allocations.png", "differences.png"),
 }
 TRACKED = {"enabled": True}
 

@@ -21,7 +21,8 @@ from ffgym.plugins import discovery
 
 PLAIN = {
     *("config.toml", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
-    *("report.md", "report.json", "losses.json", "units_kept.png", "reward.png", "model", "run.json"),
+    *("report.md", "report.json", "losses.json", "model", "run.json"),
+    *("units_kept.png", "reward.png", "allocations.png", "differences.png"),
 }
 
 

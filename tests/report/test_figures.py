@@ -1,11 +1,18 @@
+import math
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ffgym.errors import OutputError
-from ffgym.report.figures import reward_figure, units_kept_figure
+from ffgym.report import comparison as comparison_module
+from ffgym.report import figures as figures_module
+from ffgym.report.comparison import differences_figure
+from ffgym.report.figures import SERIES, allocations_figure, reward_figure, units_kept_figure
+from ffgym.report.paired import Difference
 from ffgym.types import Allocation, Episode, Sublayer
 
 SUBLAYERS = [
@@ -60,6 +67,57 @@ def test_reward_figure_grows_a_panel_when_the_schedule_moves(tmp_path):
     reward_figure({"agent": [episode(i) for i in range(8)]}, still)
     reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)], "random": []}, moving)
     assert png_size(moving)[1] > png_size(still)[1]
+
+
+def drawn(monkeypatch, draw) -> Any:
+    """The figure that ``draw`` would have written."""
+    figures: list[Any] = []
+    monkeypatch.setattr(figures_module, "save_figure", lambda figure, path: figures.append(figure))
+    draw()
+    return figures[0]
+
+
+def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path, monkeypatch):
+    # the text of update 1 is hard: rewards fall, although the search has improved
+    history = [episode(i, reward=reward) for i, reward in enumerate((0.7,) * 4 + (0.6,) * 4)]
+    starts = {"agent": {0: 0.7, 1: 0.5}, "random": {0: 0.7}}
+    far = [episode(i, reward=-9.0) for i in range(8)]
+    figure = drawn(monkeypatch, lambda: reward_figure({"agent": history, "random": far}, tmp_path / "a.png", starts))
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert lines["agent"] == pytest.approx([0.0, 0.1])
+    assert len(lines["random (below the scale)"]) == 1, "an update whose level is not known is not drawn"
+    assert "agent ends at +0.100" in figure.get_suptitle()
+    assert figure.axes[0].get_ylim()[0] > -1, "what lies far below does not flatten the search"
+
+
+def test_allocations_are_drawn_as_the_mean_of_every_update(tmp_path, monkeypatch):
+    half = Allocation((1, 32) * 4, 0, 1)
+    history = [replace(episode(i), kept=(2, 64) * 4 if i % 2 else half.kept) for i in range(8)]
+    figure = drawn(monkeypatch, lambda: allocations_figure(SUBLAYERS, history, "Title", tmp_path / "a.png"))
+    for axes in figure.axes[:2]:
+        assert axes.images[0].get_array().shape == (4, 2), "layers, updates"
+        assert set(axes.images[0].get_array().ravel()) == {75.0}
+    allocations_figure(SUBLAYERS, history, "Title", tmp_path / "a.png")
+
+
+def test_looks_differ_in_colour_and_in_marker():
+    assert len({look["color"] for look in SERIES}) == len({look["marker"] for look in SERIES}) == len(SERIES) == 6
+
+
+def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatch):
+    some = [
+        ("better", Difference(-0.1, 0.02)),
+        ("tied", Difference(0.01, 0.02)),
+        ("unknown", Difference(0.1, math.inf)),
+    ]
+    figures: list[Any] = []
+    monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
+    differences_figure(some, "fisher", tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["better", "tied", "unknown"]
+    fills = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"]
+    assert fills[0] != "white"
+    assert fills[1:] == ["white", "white"]
 
 
 def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
