@@ -12,6 +12,7 @@ import ffgym
 from ffgym.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
 
 
@@ -36,7 +37,7 @@ class Optuna(ffgym.BatchAgent):
     def _sampler(self, seed: int) -> BaseSampler:
         from optuna import samplers
 
-        known = {
+        known: dict[str, Any] = {
             name: cls
             for name, cls in vars(samplers).items()
             if inspect.isclass(cls) and "seed" in inspect.signature(cls).parameters
@@ -57,7 +58,8 @@ class Optuna(ffgym.BatchAgent):
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.batch = batch
-        self.space = {f"sublayer {i:03}": optuna.distributions.FloatDistribution(-1, 1) for i in range(dimensions)}
+        between = optuna.distributions.FloatDistribution(-1, 1)
+        self.space: dict[str, BaseDistribution] = {f"sublayer {i:03}": between for i in range(dimensions)}
         self.study = optuna.create_study(sampler=self._sampler(seed), direction="maximize")
         if self.prior_mean is not None:
             self.study.enqueue_trial(dict(zip(self.space, map(float, self.prior_mean), strict=True)))

@@ -33,7 +33,8 @@ class OutputEnergy(ffgym.Criterion):
         assert moment is not None, "needs asks for it"
         own = weight.square().sum(dim=0) * moment.diagonal()
         common = ((weight @ moment) * weight).sum(dim=0) - own
-        return own + self.config.shared * common
+        shared: float = self.config.shared
+        return own + shared * common
 
 
 @ffgym.hookimpl
