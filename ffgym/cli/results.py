@@ -59,3 +59,37 @@ def compare(
     console = Console()
     console.print(table.terminal())
     console.print(f"Written to {output}: {', '.join(written)}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def report(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="RUN|BENCH", help="folder, name or id of a run, or a bench file", show_default=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="HTML file to write", show_default="report.html in the run, or beside the bench"),
+    ] = None,
+    root: RootOption = TrackingTable().root,
+    experiment: ExperimentOption = TrackingTable().experiment,
+) -> None:
+    """Write one HTML page about a run or a bench: table, pictures, how to load the model, how to repeat it.
+
+    Example: ffgym report runs/one
+    """
+    from ffgym.bench.page import bench_page
+    from ffgym.files import check_file
+    from ffgym.pipeline.page import run_page
+    from ffgym.pipeline.stored import stored_run
+    from ffgym.report.page import write_page
+
+    if Path(what).suffix == ".toml":
+        page, place = bench_page(Path(what).expanduser()), Path(what).expanduser().with_suffix(".html")
+    else:
+        run = stored_run(what, Path(root).expanduser(), experiment)
+        page, place = run_page(run), run.folder / "report.html"
+    place = place if output is None else output.expanduser()
+    check_file(place, (".html",), overwrite=True)
+    write_page(page, place)
+    typer.echo(str(place))

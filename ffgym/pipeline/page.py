@@ -1,0 +1,50 @@
+"""What the page about a run shows."""
+
+from __future__ import annotations
+
+import shlex
+
+from ffgym.export.checkpoint import load_line
+from ffgym.pipeline.artifacts import PICTURES
+from ffgym.pipeline.compare import model_folder
+from ffgym.pipeline.folder import read_record
+from ffgym.pipeline.stored import StoredRun
+from ffgym.recover.folders import output_folder
+from ffgym.report.page import Page
+
+
+def run_page(run: StoredRun) -> Page:
+    """The page about a run; one that is not finished gets a page that says so."""
+    config, folder, table = run.config, run.folder, run.table
+    search, data = config.search, config.data
+    share = config.prune.sparsity if config.prune.is_range else f"{config.prune.target:.0%}"
+    found = f"{share} of the {config.prune.resource} of {config.model.name}, found by {config.agent.name}"
+    model = model_folder(config, folder, config.main_target)
+    trained = output_folder(model)
+    saved = trained if trained.is_dir() else model
+    resume = f"ffgym run --resume {shlex.quote(str(folder))}"
+    unfinished = table is None or read_record(folder).results == ()
+    warnings = ["This run is not finished. The command at the end of this page goes on with it."] if unfinished else []
+    warnings += [table.warning] if table is not None and table.warning else []
+    return Page(
+        title=f"{folder.name}: {found}",
+        summary=[] if table is None else table.verdict,
+        warnings=warnings,
+        settings={
+            "model": config.model.name,
+            "removed": f"{share} of the prunable {config.prune.resource}",
+            "agent": config.agent.name,
+            "started from": config.prior.name,
+            "criterion": config.criterion.name,
+            "reward": config.reward.name,
+            "search": f"{search.episodes:,} episodes of {search.episode_tokens:,} tokens of {data.search}",
+            "calibration": f"{data.calibration_tokens:,} tokens of {data.calibration}",
+            "report": f"{data.report_tokens:,} tokens of {data.report} in windows of {data.window:,}",
+            "seed": str(config.seed),
+        },
+        table=None if table is None else table.layout(),
+        pictures={folder / name: caption for name, caption in PICTURES.items()},
+        load=load_line(saved, stock=config.prune.uniform).replace("; ", "\n") if saved.is_dir() else "",
+        repeat=resume if unfinished else f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))} --output NEW",
+        configuration=(folder / "config.toml").read_text(encoding="utf-8").partition("\n[output]")[0],
+    )

@@ -1,0 +1,67 @@
+"""One self-contained HTML page about a run or a bench: it needs no network and no script."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffgym.files import write_text
+from ffgym.report.layout import Table
+from ffgym.version import __version__
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows.
+
+    Attributes:
+        title: of the page.
+        summary: sentences, the most important one first.
+        settings: what was run, by name.
+        table: the results; ``None`` where there are none yet.
+        pictures: captions by PNG file; what is not there is left out.
+        repeat: the command that does it again, or goes on with it.
+        configuration: the whole of it, as TOML.
+        load: Python that loads the saved model; empty where there is none.
+        warnings: what a reader must know before anything else.
+    """
+
+    title: str
+    summary: Sequence[str]
+    settings: Mapping[str, str]
+    table: Table[Any] | None
+    pictures: Mapping[Path, str]
+    repeat: str
+    configuration: str
+    load: str = ""
+    warnings: Sequence[str] = ()
+
+
+def write_page(page: Page, path: Path) -> None:
+    """Write the page as one HTML file, pictures included.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    said = {*page.summary, *page.warnings}
+    pictures = [
+        (base64.b64encode(file.read_bytes()).decode("ascii"), caption)
+        for file, caption in page.pictures.items()
+        if file.is_file()
+    ]
+    text = environment.get_template("page.html").render(
+        page=page,
+        notes=[note for note in page.table.all_notes if note not in said] if page.table is not None else [],
+        pictures=pictures,
+        version=__version__,
+    )
+    write_text(path, text)
