@@ -334,7 +334,8 @@ def test_tutorial_family_names_the_parts_of_its_model() -> None:
 
 
 def test_tutorial_calibration_keeps_the_mean_output() -> None:
-    from ffgym.prepare.calibrations import Consumer, path_of
+    from ffgym.prepare.calibrations import Consumer
+    from ffgym.prepare.refits import path_of
     from ffgym.pruning.calibration import NestedRidge
 
     weight, mean = torch.randn(3, 8), torch.randn(8)

@@ -198,6 +198,9 @@ def costs_of(
         raise PluginError(f"{described(resource)}: no unit costs anything, so pruning would save nothing")
     if not math.isfinite(costs.rest):
         raise PluginError(f"{described(resource)}: the rest of the model costs {costs.rest}, not a finite number")
+    text = call_plugin(resource, lambda: resource.text(costs.of([s.units for s in sublayers])), "writing a cost")
+    if not isinstance(text, str):
+        raise PluginError(f"{described(resource)}: text returned {type(text).__name__}, not a string")
     return costs
 
 

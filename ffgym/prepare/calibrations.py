@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from ffgym.errors import PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
-from ffgym.plugins.contracts import call_plugin
 
 if TYPE_CHECKING:
     import torch
@@ -83,39 +80,3 @@ class NoCalibration(Ridge):
 def calibration_class(name: str) -> type[Calibration]:
     """The class of that name; errors as `manager.get_class`."""
     return cast("type[Calibration]", manager.get_class("calibration", name))
-
-
-def path_of(calibration: Calibration, consumer: Consumer, where: str) -> ConsumerPath:
-    """Let a calibration refit one consumer.
-
-    Args:
-        calibration: the plugin.
-        consumer: what it refits.
-        where: the sublayer, for messages.
-
-    Raises:
-        PluginError: it raised, or its weights have another shape or are not finite.
-    """
-    from ffgym.pruning.calibration import ConsumerPath
-
-    path = call_plugin(calibration, lambda: calibration.path(consumer), f"refitting {where}")
-    if path is consumer.refit:
-        return path
-    who = f"{manager.described(calibration)}, {where}"
-    if not isinstance(path, ConsumerPath):
-        raise PluginError(f"{who}: path returned {type(path).__name__}, not a ffgym.ConsumerPath")
-    outputs, channels = consumer.weight.shape
-    for kept in {channels, channels // 2}:
-        weight = call_plugin(calibration, partial(path.weight_at, kept), f"refitting {where}")
-        bias = call_plugin(calibration, partial(path.bias_at, kept), f"refitting {where}")
-        _check(weight, (outputs, kept), f"{who}: weight_at({kept})")
-        if bias is not None:
-            _check(bias, (outputs,), f"{who}: bias_at({kept})")
-    return path
-
-
-def _check(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise PluginError(f"{what} has shape {tuple(tensor.shape)}, not {shape}")
-    if not tensor.isfinite().all():
-        raise PluginError(f"{what} holds NaN or infinity")

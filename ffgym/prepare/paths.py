@@ -18,7 +18,8 @@ from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
-from ffgym.prepare.calibrations import Calibration, Consumer, path_of
+from ffgym.prepare.calibrations import Calibration, Consumer
+from ffgym.prepare.refits import path_of
 from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_statistics
 from ffgym.pruning.calibration import NestedRidge, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores

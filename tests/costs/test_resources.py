@@ -244,6 +244,8 @@ class Broken(Resource):
         ({"price": None}, "failed while saying what units cost: TypeError"),
         ({"price": 0}, "no unit costs anything"),
         ({"beside": float("inf")}, "the rest of the model costs inf"),
+        ({"text": lambda self, cost: 1 / 0}, "failed while writing a cost: ZeroDivisionError"),
+        ({"text": lambda self, cost: cost}, "text returned float, not a string"),
     ],
 )
 def test_costs_that_are_none_name_the_resource(attributes: dict[str, Any], complaint: str) -> None:

@@ -78,6 +78,15 @@ def test_a_calibration_is_what_the_reward_sees(install: Install, tiny_run: dict[
     assert np.isfinite(info["slopes"]).all()
 
 
+def test_a_calibration_that_fails_in_an_episode_is_named(install: Install, tiny_run: dict[str, Any]) -> None:
+    fails_at_8 = "return self.weight[:, : channels // (channels != 8)]"
+    source = SHIFT.replace("return self.weight[:, :channels]", fails_at_8)
+    install("acme-shift", source.format(path="Shifted(consumer)"))
+    env = make_pruning_env(tiny_run, prune={"calibration": "shift", "ridge": 0.01})
+    with pytest.raises(PluginError, match=r"calibration 'shift' .* refitting layer 0 mlp: .*acme_shift\.py, line 9"):
+        env.prunable.halves[1].cut(8)
+
+
 def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Install) -> None:
     """The same numbers as the closed form of plain removal."""
     from ffgym.pruning.calibration import ConsumerPath, PlainPath
