@@ -7,6 +7,7 @@ The reference in docs/configuration.md is written from the code. After a change 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -455,40 +456,43 @@ def test_commands_in_the_docs_exist_with_their_options(page: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run, tmp_path_factory) -> Path:
-    """A folder in which examples find a finished run, under each of the names that they use."""
-    folder = tmp_path_factory.mktemp("finished")
-    run = ffgym.load_config(**tiny_run, output={"dir": str(folder / "runs" / "mine")}, tracking={"enabled": False})
-    ffgym.run(run, progress=Console(quiet=True))
-    (folder / "runs" / "my-run").symlink_to("mine")
+def tutorial(tiny_run, tmp_path_factory) -> Path:
+    """The folder of somebody who has done the tutorial, and whose first run has the names of other pages as well.
+
+    Left out are the installation, `ffgym ui`, which waits, and `ffgym measure`, which takes its time.
+    """
+    folder: Path = tmp_path_factory.mktemp("tutorial")
+    with contextlib.chdir(folder), (folder / "printed").open("w", encoding="utf-8") as printed:
+        Path("run.toml").write_text(to_toml(RunConfig.model_validate(tiny_run)), encoding="utf-8")
+        for language, block in blocks("docs/tutorial.md"):
+            if language == "python":
+                program = compile(block.replace("Once upon a time", "w1 w2"), "docs/tutorial.md", "exec")
+                with contextlib.redirect_stdout(printed):
+                    exec(program, {"__name__": "documentation"})
+                continue
+            for command, *options in typed(block):
+                if command in ("run", "compare"):
+                    config = ["--config", "run.toml"] * (command == "run")
+                    app([command, *options, *config], standalone_mode=False)
+        for name in ("mine", "my-run"):
+            Path("runs", name).symlink_to("first")
     return folder
 
 
+def test_tutorial_runs(tutorial: Path) -> None:
+    assert (tutorial / "printed").read_text(encoding="utf-8").startswith("w1 w2 w")
+    assert (tutorial / "runs" / "second" / "report.md").is_file()
+    assert (tutorial / "comparison").is_dir()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/recovery.md"])
-def test_pruned_models_load_as_the_docs_say(page: str, finished: Path, monkeypatch) -> None:
+def test_pruned_models_load_as_the_docs_say(page: str, tutorial: Path, monkeypatch) -> None:
     """Each example that loads a run's model; reading GGUF files has a test of its own in tests/export."""
-    monkeypatch.chdir(finished)
+    monkeypatch.chdir(tutorial)
     examples = [block for language, block in blocks(page) if language == "python" and "from_pretrained" in block]
     assert examples
     for example in examples:
         exec(compile(example, page, "exec"), {"__name__": "documentation"})
-
-
-def test_tutorial_runs(tiny_run, tmp_path, monkeypatch, capsys) -> None:
-    """Every block but the installation, `ffgym ui`, which waits, and `ffgym measure`, which takes its time."""
-    monkeypatch.chdir(tmp_path)
-    Path("run.toml").write_text(to_toml(RunConfig.model_validate(tiny_run)), encoding="utf-8")
-    namespace: dict[str, Any] = {"__name__": "documentation"}
-    for language, block in blocks("docs/tutorial.md"):
-        if language == "python":
-            exec(compile(block.replace("Once upon a time", "w1 w2"), "docs/tutorial.md", "exec"), namespace)
-            continue
-        for command, *options in typed(block):
-            if command in ("run", "compare"):
-                config = ["--config", "run.toml"] * (command == "run")
-                app([command, *options, *config], standalone_mode=False)
-    assert "w1 w2" in capsys.readouterr().out
-    assert Path("runs/second/report.md").is_file()
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
