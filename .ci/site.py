@@ -27,10 +27,10 @@ def in_site(path: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The README is the home page; other pages at the root, the examples and the results with pictures join it."""
-    results = {path for path in ROOT.glob("experiments/*/*") if path.suffix in (".md", ".png")}
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/*.*"), *results]:
-        level = InclusionLevel.NOT_IN_NAV if path in results else InclusionLevel.UNDEFINED
+    """The README is the home page. Pages at the root and the examples join it, and those that only links lead to."""
+    linked = {*ROOT.glob("experiments/*/*.md"), *ROOT.glob("experiments/*/*.png"), *ROOT.glob("plugins/*/README.md")}
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("examples/*.*"), *linked]:
+        level = InclusionLevel.NOT_IN_NAV if path in linked else InclusionLevel.UNDEFINED
         name = in_site(path.relative_to(ROOT).as_posix())
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=level))
     return files
