@@ -1,0 +1,58 @@
+"""What the allocation that a search started from earns on the text of the search's updates."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ffgym.config.tables import RunConfig
+from ffgym.envs.schedule import Schedule
+from ffgym.envs.vector import PruningVectorEnv
+from ffgym.pipeline.compare import MEASURED_UPDATES, start_rewards
+from ffgym.report.progress import Reporter
+
+REPORTER = Reporter(Console(file=io.StringIO()))
+
+
+def searched(env: Any, *, actions: float, updates: int, seed: int = 0) -> Any:
+    """A search that always proposes the same importance."""
+    vector = PruningVectorEnv(env, Schedule(target=0.3, windows=2), num_envs=2, token_budget=10**6)
+    vector.reset(seed=seed)
+    for _ in range(updates):
+        vector.step(np.full(vector.action_space.shape, actions, np.float32))
+    return SimpleNamespace(history=tuple(vector.history), texts=tuple(vector.texts))
+
+
+@pytest.fixture
+def task(make_env: Callable[..., Any]) -> Any:
+    env = make_env(sparsity=0.3)
+    start = np.zeros(len(env.budget.sublayers), np.float32)
+    config = RunConfig.model_validate({"prior": {"name": "none"}})
+    return SimpleNamespace(env=env, config=config, project=lambda _, __, target: env.budget.project(start, target))
+
+
+def test_a_search_that_stays_where_it_started_earns_exactly_that(task: Any) -> None:
+    found = searched(task.env, actions=0.0, updates=5)
+    (rewards,) = start_rewards(task, [found], REPORTER)
+    assert [rewards[episode.update] for episode in found.history] == [episode.reward for episode in found.history]
+    assert len(set(rewards.values())) == 5, "every update has text of its own"
+
+
+def test_another_search_is_compared_where_its_text_is_the_same(task: Any) -> None:
+    found, same = searched(task.env, actions=0.0, updates=3), searched(task.env, actions=0.9, updates=4)
+    rewards = start_rewards(task, [found, same, searched(task.env, actions=0.0, updates=3, seed=1)], REPORTER)
+    assert rewards[0] == rewards[1]
+    assert sorted(rewards[1]) == [0, 1, 2]
+    assert rewards[2] == {}
+
+
+def test_a_long_search_is_measured_at_some_updates_from_first_to_last(task: Any) -> None:
+    (rewards,) = start_rewards(task, [searched(task.env, actions=0.0, updates=40)], REPORTER)
+    assert MEASURED_UPDATES <= len(rewards) < 40, "more only where updates happen to share their text"
+    assert {0, 39} <= set(rewards)
