@@ -14,6 +14,7 @@ from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.pipeline.artifacts import allocation_json
 from ffgym.pipeline.compare import model_folder
 from ffgym.pipeline.folder import is_finished, read_record
+from ffgym.pipeline.stored import read_table
 from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.front import Front
@@ -117,8 +118,9 @@ class FinishedRun:
         }
 
     def print(self, console: Console) -> None:
-        """The table as Markdown, where things are, and how to load the model."""
-        lines = [(self.folder / "report.md").read_text(encoding="utf-8"), f"Results and pictures: {self.folder}"]
+        """The table, where things are, and how to load the model."""
+        console.print(read_table(self.folder).layout().terminal())
+        lines = [f"Results and pictures: {self.folder}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         for model in (self.model, self.recovered_model):

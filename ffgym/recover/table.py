@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ffgym.report.card import TAGS, loading
 from ffgym.report.layout import Column, Table, finite, humane
+from ffgym.report.paired import standard_error
 from ffgym.types import Evaluation, JSONDict
 
 
@@ -61,12 +61,13 @@ class RecoveryTable:
 
     def _against_before(self, row: Measured) -> str:
         before = self.rows[-2]
-        mean, error = paired_difference(row.evaluation.losses, before.evaluation.losses)
-        return "" if row is before else f"{mean:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+        differences = np.subtract(row.evaluation.losses, before.evaluation.losses)
+        error = standard_error(differences)
+        return "" if row is before else f"{differences.mean():+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _perplexity(row: Measured) -> str:
-    perplexity, error = row.evaluation.perplexity, loss_error(row.evaluation)
+    perplexity, error = row.evaluation.perplexity, standard_error(row.evaluation.losses)
     return f"{perplexity:,.2f}" + ("" if error is None else f" ± {perplexity * error:,.2f}")
 
 
@@ -74,28 +75,8 @@ def _losses(row: Measured) -> JSONDict:
     return {
         "perplexity": finite(row.evaluation.perplexity),
         "loss": finite(row.evaluation.loss),
-        "loss_stderr": finite(loss_error(row.evaluation)),
+        "loss_stderr": finite(standard_error(row.evaluation.losses)),
     }
-
-
-def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float | None]:
-    """Mean difference of two models' losses on the same windows, and its standard error.
-
-    Args:
-        losses: nats per token of each window.
-        reference: the same windows.
-
-    Returns:
-        mean and standard error of ``losses - reference``; the error is ``None`` for a single window.
-    """
-    differences = np.subtract(losses, reference)
-    error = float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else None
-    return float(differences.mean()), error
-
-
-def loss_error(evaluation: Evaluation) -> float | None:
-    """Standard error of the mean loss over windows, nats per token; ``None`` for a single window."""
-    return paired_difference(evaluation.losses, [0.0] * len(evaluation.losses))[1]
 
 
 def recovered_card(

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 
@@ -58,12 +62,12 @@ def paired_difference(losses: Sequence[Sequence[float]], reference: Sequence[Seq
     return Difference(float(by_window.mean()), math.hypot(*map(margin, (by_window, *by_seed))))
 
 
-def standard_error(values: Sequence[float]) -> float | None:
+def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | None:
     """Standard error of the mean; ``None`` for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def margin(values: Sequence[float]) -> float:
+def margin(values: Sequence[float] | NDArray[np.float64]) -> float:
     """Half the width of the 95 % interval of the mean; infinite for a single value."""
     from scipy.special import stdtrit  # scipy takes a while to import, and not every command prints a table
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,7 +13,6 @@ from ffgym.recover.lora import Lora
 from ffgym.recover.table import (
     Measured,
     RecoveryTable,
-    paired_difference,
     recovered_card,
 )
 from ffgym.report.figures import new_figure
@@ -46,14 +44,6 @@ def table(*, dense: bool = True) -> RecoveryTable:
     if dense:
         rows.insert(0, Measured("dense", Evaluation(DENSE, 7), 2000))
     return RecoveryTable(tuple(rows), "Perplexity on a_b, report split.")
-
-
-def test_differences_are_paired() -> None:
-    mean, error = paired_difference(AFTER, BEFORE)
-    differences = np.subtract(AFTER, BEFORE)
-    assert mean == pytest.approx(-0.2)
-    assert error == pytest.approx(differences.std(ddof=1) / math.sqrt(3))
-    assert paired_difference([1.0], [2.0]) == (-1.0, None)
 
 
 @pytest.mark.parametrize("dense", [True, False])
