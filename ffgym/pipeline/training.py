@@ -29,11 +29,9 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         write_table(session.folder, result.table)
         rows = result.table.rows
         session.tracker.log_result(tracked_result(rows[-1], rows[0], result.found), step=1)
+        session.tracker.log_model(recovered.saved.path)
     saved = result.saved if result.recovered is None else result.recovered.saved
     session.tracker.describe(description(result.table, saved))
-    for model in (result.saved, None if result.recovered is None else result.recovered.saved):
-        if model is not None:
-            session.tracker.log_model(model.path)
     session.tracker.log_table(result.table.layout().as_dicts())
     for name in ("report.md", "losses.json", *PICTURES):
         if (session.folder / name).is_file():

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ TOKENIZER_FILES = ("token", "special_tokens", "chat_template", "vocab", "merges"
 REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate")
 
 
-def log_model(client: Any, run_id: str, path: str, params: Mapping[str, str]) -> None:
+def log_model(
+    client: Any, run_id: str, path: str, params: Mapping[str, str], result: Sequence[tuple[str, float, int, int]]
+) -> None:
     """Log a saved model as what a run has made; at most once.
 
     Args:
@@ -29,6 +31,7 @@ def log_model(client: Any, run_id: str, path: str, params: Mapping[str, str]) ->
         run_id: the run.
         path: folder of the model.
         params: to compare models by.
+        result: metrics of the run that are the model's: name, value, step, and when, in milliseconds.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -50,6 +53,8 @@ def log_model(client: Any, run_id: str, path: str, params: Mapping[str, str]) ->
 
             get_external_mlflow_model_spec(model).save(str(Path(around) / "MLmodel"))
         client.log_model_artifacts(model.model_id, around)
+    for key, value, step, time in result:  # as the run has them, which are then not shown twice
+        client.log_metric(run_id, key, value, timestamp=time, step=step, model_id=model.model_id)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
 

@@ -69,6 +69,8 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
         config: nested tables; ``{"agent": {"name": "ppo", "epochs": 4}}`` gives ``agent`` and ``toml.agent.epochs``.
     """
     flat = flatten(config)
+    if flat.get("agent.name") == "one-shot":
+        flat["agent.name"] = f"{flat.get('prior.name')} (one-shot)"  # as the report calls it: the heuristic that it ran
     unused = {
         table for table, switches in SWITCHES.items() if all(flat.get(f"{table}.{key}") == "none" for key in switches)
     }

@@ -255,6 +255,8 @@ def _reason(error: Exception, uri: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
+    if schema := re.search(r"database schema \(found version (\w+), but expected (\w+)\)", text):
+        return f"another version of MLflow made it (its schema is {schema[1]}, this MLflow's {schema[2]})"
     database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
     return masked(database[1] if database else text.partition("\n")[0], uri)
 
@@ -264,7 +266,11 @@ def _next_step(uri: str, reason: str) -> str:
         return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
     named = uri if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'
     for sign, step in (
-        ("out-of-date database schema", f"Copy the database and run `mlflow db upgrade {named}`,"),
+        (
+            "another version of MLflow",
+            f"If that was an older one, copy the database and run `mlflow db upgrade {named}`; if a newer one, run "
+            "`pip install --upgrade mlflow`;",
+        ),
         ("not a database", "Move that file away,"),
         ("locked", "Let the program that holds it finish,"),
         ("could not be acquired", "Let the program that holds it finish,"),

@@ -110,6 +110,7 @@ class Tracker:
         self._still: dict[str, tuple[float, int]] = {}  # the first point of every curve: value, step
         self._moving: set[str] = set()  # curves that have moved since
         self._description = ""
+        self._result: list[tuple[str, float, int, int]] = []
         self._system = SystemMetrics()
         self._outbox: Outbox | None = None  # of a run on a server
         self._retry_at: float | None = None  # when a server that went away is tried again
@@ -170,8 +171,7 @@ class Tracker:
         """Log one episode, with its index as the step: reward, perplexity, nats above dense, and what else moves.
 
         Args:
-            episode: a perplexity that is not finite is logged as NaN: MLflow would turn infinity into 1.8e308 and
-                spoil the chart.
+            episode: a perplexity that is not finite is logged as NaN.
             search: before the metrics' names; ``"search/random"`` for the random allocations beside an agent's search.
         """
         curves = {
@@ -196,7 +196,11 @@ class Tracker:
 
     def log_result(self, result: Result, step: int = 0) -> None:
         """Log what the run came to; a later step replaces an earlier one in MLflow's tables."""
-        self.log_metrics([(name, value, step) for name, value in result.metrics.items()])
+        now = _milliseconds()
+        self._result = [(name, _number(value), step, now) for name, value in result.metrics.items()]
+        new = [point for point in self._result if not self._was_logged(*point[:3])]
+        if new:
+            self._write("metrics", points=new)
 
     def log_metrics(self, metrics: Sequence[tuple[str, float, int]]) -> None:
         """Log (name, value, step) triples that no earlier session logged, and from time to time the machine's load."""
@@ -204,7 +208,7 @@ class Tracker:
             return
         now = _milliseconds()
         points = [
-            (name, float(value) if math.isfinite(value) else math.nan, step, now)
+            (name, _number(value), step, now)
             for name, value, step in (*metrics, *self._system.sample())
             if not self._was_logged(name, value, step)
         ]
@@ -247,9 +251,9 @@ class Tracker:
         self._write("artifact", path=str(path.resolve()))
 
     def log_model(self, folder: Path) -> None:
-        """Log a saved model as what the run has made; one of more than a gigabyte stays where it is."""
+        """Log a saved model, which the last result is of; one of more than a gigabyte stays where it is."""
         params = {name: self._params[name] for name in SHORT_NAMES.values() if name in self._params}
-        self._write("model", path=str(folder.resolve()), params=params)
+        self._write("model", path=str(folder.resolve()), params=params, result=self._result)
 
     def describe(self, markdown: str) -> None:
         """Say on the run's page what it is; a later description replaces an earlier one."""
@@ -428,6 +432,11 @@ def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[
     tags = {f"version.{package}": _version(package) for package in VERSIONED}
     tags |= {f"plugin.{name}": distribution for name, distribution in plugins.items()}
     return tags | {"device": device, "dtype": dtype, "threads": str(threads)}
+
+
+def _number(value: float) -> float:
+    """MLflow would turn infinity into 1.8e308 and spoil the chart."""
+    return float(value) if math.isfinite(value) else math.nan
 
 
 def _milliseconds() -> int:

@@ -341,15 +341,17 @@ def test_the_page_of_the_run_has_the_table_and_says_how_to_load_and_repeat(finis
 def test_the_pruned_model_is_a_logged_model_that_mlflow_loads_and_answers_with(
     finished: Finished, tracked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mlflow.transformers
-
     (logged,) = client(finished.root).search_logged_models([tracked.info.experiment_id])
     assert logged.source_run_id == tracked.info.run_id
     assert logged.tags["ffgym.folder"] == str(finished.folder / "model")
     assert logged.params["agent"] == "reinforce"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{finished.root / 'mlflow.db'}")
-    loaded = mlflow.transformers.load_model(f"models:/{logged.model_id}")
-    weights = {name: tensor for name, tensor in loaded.model.state_dict().items() if "down_proj" in name}
+    monkeypatch.chdir(finished.root.parent)
+    guide = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text(encoding="utf-8")
+    example = guide.partition("```python\n")[2].partition("```")[0].replace("m-0123456789abcdef", logged.model_id)
+    namespace: dict[str, Any] = {}
+    exec(compile(example, "docs/comparing.md", "exec"), namespace)
+    namespace["mlflow"].set_tracking_uri(None)
+    weights = {name: tensor for name, tensor in namespace["pipe"].model.state_dict().items() if "down_proj" in name}
     stored = load_file(finished.folder / "model" / "model.safetensors")
     assert weights
     assert all(torch.equal(tensor, stored[name]) for name, tensor in weights.items())

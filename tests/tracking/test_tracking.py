@@ -415,11 +415,14 @@ def test_a_saved_model_is_a_logged_model_once_and_a_large_one_stays_where_it_is(
     folder = saved_model(tmp_path)
     with Tracker(root, "ffgym", "a 20 % run") as tracker:
         tracker.log_params({"agent": "ppo"})
+        tracker.log_result(Result(30.0))
         for _ in range(2):
             tracker.log_model(folder)
     run = run_of(root, tracker)
     (logged,) = client(root).search_logged_models([run.info.experiment_id])
     assert (logged.name, str(logged.status), logged.params) == ("a 20 _ run model", "READY", {"agent": "ppo"})
+    assert [(metric.key, metric.value) for metric in logged.metrics] == [("result/perplexity", 30.0)]
+    assert len(client(root).get_metric_history(tracker.run_id, "result/perplexity")) == 1
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
     assert logged.tags["ffgym.folder"] == str(folder)
     assert logged.tags.get("mlflow.model.isExternal") == (None if copied else "true")
@@ -558,10 +561,16 @@ def test_a_read_only_store_is_refused(root):
         root.chmod(0o700)
 
 
-def test_an_old_schema_says_how_to_upgrade(root):
+@pytest.mark.parametrize("schema", ["0a8213491aaa", "fffffffffff1"], ids=["older", "unknown"])
+def test_a_store_of_another_mlflow_says_how_to_upgrade(root, schema):
     with sqlite3.connect(root / "mlflow.db") as database:
-        database.execute("UPDATE alembic_version SET version_num = '0a8213491aaa'")
-    assert "mlflow db upgrade" in refused(root)
+        database.execute("UPDATE alembic_version SET version_num = ?", (schema,))
+    with pytest.raises(TrackingError) as listing:
+        list_runs(root)
+    for said in (refused(root), str(listing.value)):
+        assert f"another version of MLflow made it (its schema is {schema}" in said
+        assert "mlflow db upgrade" in said
+        assert "pip install --upgrade mlflow" in said
 
 
 def files(folder):

@@ -1,0 +1,179 @@
+"""What a person does who compares runs: `ffgym ui` in a real browser, from the sorted runs to a model.
+
+The pictures of docs/comparing.md are what this browser shows; this makes them anew:
+`SCREENSHOTS=docs/images pytest tests/tracking/test_browser.py`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from glass_runs import glass_config, glass_home
+from mlflow_store import new_store
+from rich.console import Console
+
+from ffgym.errors import DataError
+from ffgym.pipeline import pipeline
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
+SCREENSHOTS = Path(os.environ["SCREENSHOTS"]).resolve() if "SCREENSHOTS" in os.environ else None
+AGENTS = ("reinforce", "evolution", "random")
+# At the first visit MLflow opens its assistant's panel, and stands at "GenAI" on pages that no address says more of.
+VISITED = """
+    localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true');
+    localStorage.setItem('mlflow.workflowType_v1', '"machine_learning"');
+"""
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the runs of three agents, of a heuristic, and one that failed; the current one meanwhile."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(glass_home(), folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        new_store(Path("mlruns"))
+        for agent in (*AGENTS, "uniform"):
+            one_shot = {"agent": {"name": "one-shot"}, "prior": {"name": "uniform"}}
+            track(agent, **(one_shot if agent == "uniform" else {"agent": {"name": agent}}))
+        with contextlib.suppress(DataError):
+            track("too-long", data={"report_tokens": 10**9})
+        yield folder
+
+
+def track(name: str, data: dict[str, Any] | None = None, **tables: Any) -> None:
+    texts = {"calibration": "c4.txt", "search": "c4.txt", "report": "wiki.txt"}
+    config = glass_config(
+        Path(),
+        model={"name": "glass"},
+        data={**texts, **(data or {})},
+        prune={"sparsity": 0.3},
+        search={"episodes": 48, "episodes_per_update": 8},
+        output={"dir": f"runs/{name}"},
+        tracking={"enabled": True, "root": "mlruns"},
+        **tables,
+    )
+    pipeline.run(config, progress=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def address(home: Path) -> Iterator[str]:
+    """What `ffgym ui` prints: the page of the runs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ffgym", "ui", "--port", str(port), "--no-browser"]
+    server = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert server.stdout is not None
+        found = re.search(r"http://\S+", server.stdout.readline())
+        assert found is not None
+        yield found[0]
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0, "Ctrl-C is the way to end it"
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Any]:
+    """The page of the runs, loaded."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1440, "height": 640})
+        page.set_default_timeout(90_000)
+        page.add_init_script(VISITED)
+        page.goto(address)
+        page.get_by_role("link", name="reinforce", exact=True).wait_for()
+        yield page
+        browser.close()
+
+
+def picture(page: Any, name: str) -> None:
+    """Keep what the browser shows, where pictures are wanted."""
+    if SCREENSHOTS is not None:
+        page.wait_for_timeout(1500)  # until nothing moves any more
+        page.screenshot(path=SCREENSHOTS / f"mlflow-{name}.png")
+
+
+def test_the_runs_are_sorted_by_result_with_the_columns_that_tell(page: Any) -> None:
+    heads = page.locator(".ag-header-cell").all_inner_texts()
+    assert [head for head in heads if head][3:] == [
+        *("agent", "criterion", "model", "sparsity"),
+        *("result/perplexity", "result/ratio_to_dense", "result/search_tokens"),
+    ]
+    results = page.locator(".ag-row [col-id='metrics.`result/perplexity`']").all_inner_texts()
+    assert results[-1] == "-", "the run that failed has none, and comes last"
+    numbers = [float(result.rstrip("…")) for result in results[:-1]]
+    assert len(numbers) == 4
+    assert numbers == sorted(numbers)
+    page.locator(".ag-header-cell", has_text="result/perplexity").click()
+    best = ".ag-row[row-index='0'] [col-id='metrics.`result/perplexity`']"
+    page.locator(best).filter(has_text=results[-2][:6]).wait_for()
+
+
+def test_three_runs_of_different_agents_are_compared_in_one_column(page: Any) -> None:
+    for agent in AGENTS:
+        row = page.locator(".ag-pinned-left-cols-container .ag-row").filter(
+            has=page.get_by_role("link", name=agent, exact=True)
+        )
+        row.locator("input[type=checkbox]").first.check()
+    picture(page, "runs")
+    page.get_by_role("button", name="Compare").click()
+    label = page.get_by_role("link", name="result/perplexity")
+    label.scroll_into_view_if_needed()
+    beside = page.evaluate(
+        """() => {
+            const top = element => element.getBoundingClientRect().top;
+            const links = [...document.querySelectorAll('a')];
+            const label = links.find(link => link.innerText.startsWith('result/perplexity'));
+            return [...document.querySelectorAll("div[style*='position: absolute'] *")]
+                .filter(element => !element.children.length && Math.abs(top(element) - top(label)) < 12)
+                .map(element => element.innerText.trim()).filter(text => /^[0-9]/.test(text));
+        }"""
+    )
+    assert len(beside) == len(AGENTS)
+    assert len(set(beside)) == len(AGENTS)
+    picture(page, "compare")
+
+
+def test_the_page_of_a_run_says_what_it_is_and_shows_its_pictures(page: Any) -> None:
+    page.get_by_role("link", name="reinforce", exact=True).click()
+    page.get_by_text("reinforce + ridge").first.wait_for()
+    assert page.get_by_text("<br>").count() == 0
+    assert page.get_by_text("ffgym run --config config.toml --output NEW_FOLDER").count() == 1
+    picture(page, "run")
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("units_kept.png").first.click()
+    page.wait_for_function("[...document.images].some(image => image.naturalWidth > 600)")
+
+
+def test_the_page_of_a_run_that_failed_says_why(page: Any) -> None:
+    page.get_by_role("link", name="too-long", exact=True).click()
+    page.get_by_text("Failed:").first.wait_for()
+    assert page.get_by_text(re.compile("DataError: .*report")).count() >= 1
+
+
+def test_the_pruned_model_is_listed_and_opened(page: Any) -> None:
+    page.get_by_role("link", name="Models", exact=True).first.click()
+    page.get_by_role("link", name="reinforce model").first.click()
+    page.get_by_text("About this logged model").wait_for()
+    page.get_by_text("result/perplexity").first.wait_for()
