@@ -34,6 +34,9 @@ def export(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the format; repeatable")
     ] = None,
+    renew: Annotated[
+        bool, typer.Option("--refresh", help="write nothing new: bring the class file beside the weights up to date")
+    ] = False,
     overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,6 +49,12 @@ def export(
     from ffgym.export.format import export as write
     from ffgym.report.progress import Reporter
 
+    if renew:
+        from ffgym.export.refresh import refresh
+
+        for path in refresh(folder):
+            typer.echo(f"wrote {path}")
+        return
     target = output or gguf
     if target is None or (output and gguf) or (gguf and name != "gguf"):
         raise typer.BadParameter("name what to write", param_hint="--output PATH or --gguf FILE")

@@ -177,7 +177,7 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     Raises:
         ModelError: ``kept`` is not what the model was cut to.
     """
-    config_class, model_class = family.saved_classes()
+    config_class, model_class, _ = family.saved_classes()
     settings = _settings(model)
     sizes = _sizes_per_layer(model.config, kept, family)
     weights = _checkpoint_weights(model, kept, family)

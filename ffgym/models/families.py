@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ffgym.errors import ModelError, PluginError, UnknownNameError
 from ffgym.models.modeling_ffgym import PREFIX, make_classes
@@ -85,17 +85,17 @@ class Family(Plugin):
     gguf: ClassVar[tuple[str, ...]] = ()
     tiny: ClassVar[Mapping[str, Any]] = {}
 
-    def saved_classes(self) -> tuple[Any, Any]:
-        """The config and the model class of its checkpoints whose layers differ in size.
+    def saved_classes(self) -> tuple[Any, Any, Any]:
+        """The classes of its checkpoints whose layers differ in size: config, causal LM, and that one without a head.
 
         Raises:
             PluginError: transformers has no such architecture.
         """
         parts = {part: getattr(self, part) for part in PARTS}
-        config_class, model_class = call_plugin(
+        config_class, model_class, base_class = call_plugin(
             self, lambda: make_classes(self.name, **parts), "making the classes of its saved models"
         )
-        return config_class, model_class
+        return config_class, model_class, base_class
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The decoder layers, first to last."""
@@ -300,9 +300,10 @@ def register(families: Iterable[Family]) -> None:
     """
     for family in families:
         with contextlib.suppress(PluginError):
-            config_class, model_class = family.saved_classes()
+            config_class, model_class, base_class = family.saved_classes()
             AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
             AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+            AutoModel.register(config_class, base_class, exist_ok=True)
 
 
 def register_saved(config: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 PREFIX = "ffgym_"  # what the model_type of these models begins with
 
@@ -84,6 +84,8 @@ class UnevenConfig:
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves the config, and beside it the copy of this file that makes this architecture's classes."""
+        # Saving a model names its own class alone; servers such as vLLM ask for the one without a head.
+        self.auto_map = {**getattr(self, "auto_map", {}), "AutoModel": f"{Path(__file__).stem}.{self.base_class}"}
         super().save_pretrained(save_directory, **kwargs)
         copied = Path(save_directory) / Path(__file__).name
         names = "".join(f"    {name}={value!r},\n" for name, value in vars(self.parts).items())
@@ -108,7 +110,8 @@ class UnevenModel:
             # Rotary embeddings keep the even copy: some of their variants read head counts, even at run time.
             if getattr(module, "config", None) is even and not hasattr(module, "inv_freq"):
                 module.config = config
-        layers = self.get_submodule(config.parts.decoder).layers
+        decoder = config.parts.decoder.removeprefix(self.base_model_prefix).removeprefix(".")
+        layers = self.base_model.get_submodule(decoder).layers
         for layer, sizes in zip(layers, config.per_layer_config, strict=True):
             resize_attention(layer, sizes, config.parts)
             resize_mlp(layer, sizes, config.parts)
@@ -177,14 +180,19 @@ def bias_of(consumer, kind, sizes):
 
 @functools.cache
 def make_classes(model_type, **parts):
-    """Makes the config and the model class of an architecture that transformers knows, as names of this module.
+    """Makes the classes of an architecture that transformers knows, as names of this module.
+
+    They are its config, its causal language model, and the model below that one's head.
 
     Args:
         model_type: of the stock config.
         parts: what the architecture calls its parts; ffgym's ``Family`` says what each name means.
     """
     stock_config = CONFIG_MAPPING[model_type]
-    stock_model = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+    stock_models = {
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[stock_config],
+        "AutoModel": MODEL_MAPPING[stock_config],
+    }
     fields = {"consumer_bias": list[str] | None}
     if not hasattr(stock_config, "head_dim"):  # it would derive that from the number of heads, which now differs
         fields["head_dim"] = int | None
@@ -197,17 +205,22 @@ def make_classes(model_type, **parts):
             **dict.fromkeys(fields),
             "model_type": PREFIX + model_type,
             "parts": SimpleNamespace(**parts),
+            "base_class": f"FFGym{stock_models['AutoModel'].__name__}",
             "_auto_class": "AutoConfig",
         },
     )
-    model_class = type(
-        f"FFGym{stock_model.__name__}",
-        (UnevenModel, stock_model),
-        {
-            "__doc__": f"{stock_model.__name__} with layers of different sizes.",
-            "config_class": config_class,
-            "_auto_class": "AutoModelForCausalLM",
-        },
-    )
-    globals().update({cls.__name__: cls for cls in (config_class, model_class)})
-    return config_class, model_class
+    model_classes = [
+        type(
+            f"FFGym{stock.__name__}",
+            (UnevenModel, stock),
+            {
+                "__doc__": f"{stock.__name__} with layers of different sizes.",
+                "config_class": config_class,
+                "_auto_class": auto_class,
+                "_keys_to_ignore_on_load_unexpected": ["^lm_head"] if auto_class == "AutoModel" else None,
+            },
+        )
+        for auto_class, stock in stock_models.items()
+    ]
+    globals().update({cls.__name__: cls for cls in (config_class, *model_classes)})
+    return config_class, *model_classes

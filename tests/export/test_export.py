@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from transformers import (
 
 from ffgym.errors import ModelError, OutputError
 from ffgym.export.checkpoint import SavedModel, load_line, save_pruned, uneven_model
+from ffgym.export.refresh import refresh
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of, family_of_type, register
 from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
@@ -47,17 +49,22 @@ else:
     import ffgym.models
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 found = {}
+options = {"trust_remote_code": True} if way == "remote" else {}
 for folder in sorted(root.iterdir()):
     expected = load_file(root.parent / f"{folder.name}.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(folder, **({"trust_remote_code": True} if way == "remote" else {}))
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    base, report = AutoModel.from_pretrained(folder, output_loading_info=True, **options)
     with torch.no_grad():
+        hidden = base(expected["ids"]).last_hidden_state, model.base_model(expected["ids"]).last_hidden_state
         logits = model(expected["ids"]).logits
         tokens = model.generate(expected["ids"], max_new_tokens=4, do_sample=False)
     found[folder.name] = {
         "module": type(model).__module__.split(".")[0],
         "bit_equal": torch.equal(logits, expected["logits"]),
+        "bit_equal_without_head": torch.equal(*hidden),
+        "left_over": [name for names in report.values() for name in names],
         "same_tokens": torch.equal(tokens, expected["tokens"]),
         "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     }
@@ -125,6 +132,8 @@ class TestFreshProcess:
             assert result == {
                 "module": "ffgym" if way == "registered" else "transformers_modules",
                 "bit_equal": True,
+                "bit_equal_without_head": True,
+                "left_over": [],
                 "same_tokens": True,
                 "tied": saved.models[name].config.tie_word_embeddings,
             }, name
@@ -516,7 +525,7 @@ class TestClasses:
     @pytest.mark.parametrize("family", TINY_FAMILIES)
     def test_without_per_layer_config_it_is_the_stock_model(self, family):
         stock = tiny_model(family)
-        config_class, model_class = family_of_type(family).saved_classes()
+        config_class, model_class, _ = family_of_type(family).saved_classes()
         settings = {k: v for k, v in stock.config.to_dict().items() if k != "model_type"}
         model = model_class(config_class(**settings)).eval()
         model.load_state_dict(stock.state_dict())
@@ -525,9 +534,9 @@ class TestClasses:
 
     @pytest.mark.parametrize("family", TINY_FAMILIES)
     def test_no_stock_forward_is_overridden(self, family):
-        model_class = family_of_type(family).saved_classes()[1]
-        assert "forward" not in vars(model_class)
-        assert model_class.forward is model_class.__mro__[2].forward
+        for model_class in family_of_type(family).saved_classes()[1:]:
+            assert "forward" not in vars(model_class)
+            assert model_class.forward is model_class.__mro__[2].forward
 
     def test_skipped_gives_zeros_or_the_bias(self):
         hidden = torch.ones(2, 5, 8, dtype=torch.bfloat16)
@@ -539,3 +548,35 @@ class TestClasses:
         assert output.dtype == torch.bfloat16
         assert torch.equal(output, bias.bfloat16().expand(2, 5, 8))
         assert Qwen2Config().to_dict().get("head_dim") is None  # the reason why ours stores it
+
+
+class TestRefresh:
+    @pytest.fixture
+    def old(self, saved, tmp_path):
+        """A model as it was saved before there was a class without a head."""
+        name = next(name for name in saved.names if name.startswith("llama"))
+        folder = tmp_path / "run" / "model"
+        shutil.copytree(saved.root / "models" / name, folder)
+        config = json.loads((folder / "config.json").read_text())
+        del config["auto_map"]["AutoModel"]
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "modeling_ffgym.py").write_text("raise ImportError('old')\n")
+        return folder
+
+    def test_old_checkpoints_get_todays_class_file_and_keep_their_weights(self, saved, old):
+        name = next(name for name in saved.names if name.startswith("llama"))
+        weights = (old / "model.safetensors").read_bytes()
+        written = refresh(old.parent)  # the run's folder will do
+        assert written == [old / "config.json", old / "modeling_ffgym.py"]
+        assert (old / "model.safetensors").read_bytes() == weights
+        for path in written:
+            assert path.read_text() == (saved.root / "models" / name / path.name).read_text()
+
+    def test_a_stock_model_has_nothing_to_refresh(self, tmp_path):
+        tiny_model("llama").save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="stock architecture 'llama'"):
+            refresh(tmp_path)
+
+    def test_a_folder_without_a_model_is_refused(self, tmp_path):
+        with pytest.raises(ModelError, match=r"config\.json"):
+            refresh(tmp_path)

@@ -1,0 +1,48 @@
+"""Bring what lies beside the weights of a saved model up to date: its class file and its config, never its weights."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from ffgym.errors import ModelError
+from ffgym.files import FileFormat, write_text
+from ffgym.models.families import register_saved
+from ffgym.models.modeling_ffgym import PREFIX
+from ffgym.types import JSONDict
+
+CONFIG = FileFormat("config.json of a model", dict, ModelError, "Save the model again.")
+
+
+def refresh(folder: Path) -> list[Path]:
+    """Replace the class file and the config of a model that an earlier ffgym saved by those of today.
+
+    Models that were saved before name no class for `AutoModel`, which servers such as vLLM ask for.
+
+    Args:
+        folder: the model's; or a run's, whose model is meant.
+
+    Returns:
+        the files that were written.
+
+    Raises:
+        ModelError: no saved model with layers of different sizes, or of a family that is not there.
+        OutputError: the folder cannot be written.
+    """
+    place = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    config: JSONDict = CONFIG.read(place / "config.json")
+    model_type = str(config.get("model_type"))
+    if not model_type.startswith(PREFIX):
+        raise ModelError(
+            f"the model in {place} is of the stock architecture {model_type!r}: nothing lies beside its weights",
+            hint="Only models with layers of different sizes have a class file.",
+        )
+    register_saved(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        AutoConfig.from_pretrained(place, trust_remote_code=False).save_pretrained(scratch)
+        written = [place / made.name for made in sorted(Path(scratch).iterdir())]
+        for path in reversed(written):  # the class file first: the config names classes in it
+            write_text(path, (Path(scratch) / path.name).read_text(encoding="utf-8"))
+    return written
