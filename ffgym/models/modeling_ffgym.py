@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "ffgym_"  # what the model_type of these models begins with
 
@@ -42,6 +43,29 @@ class Skipped(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"attention={self.attention}, bias={self.bias is not None}"
+
+
+class SkippedAttention(Skipped):
+    """Stands for an attention with nothing left, so that vLLM takes it for one.
+
+    vLLM makes room for the keys and values of every layer. It finds the modules that need it by what it reads in the
+    source of ``forward`` (a call of what `ALL_ATTENTION_FUNCTIONS` gives), and by their ``config`` and ``layer_idx``.
+
+    Args:
+        attention: the module that it stands for.
+        bias: the consumer's bias, shape (hidden,), or ``None``.
+    """
+
+    def __init__(self, attention: nn.Module, bias: torch.Tensor | None) -> None:
+        super().__init__(bias, attention=True)
+        self.config, self.layer_idx = attention.config, attention.layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        """Nothing is attended to; the call is there to be read."""
+        if hidden_states is None:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+            attend(self, hidden_states, hidden_states, hidden_states, None)
+        return super().forward(hidden_states)
 
 
 class UnevenConfig:
@@ -123,7 +147,7 @@ def resize_attention(layer, sizes, parts):
     attention, consumer = getattr(layer, name), layer.get_submodule(parts.attention_consumer)
     bias = bias_of(consumer, "attention", sizes)
     if is_skipped("attention", sizes):
-        setattr(layer, name, Skipped(bias, attention=True))
+        setattr(layer, name, SkippedAttention(attention, bias))
         return
     heads, kv_heads = head_counts(sizes, parts)
     for producer, count in ((parts.query, heads), (parts.key, kv_heads), (parts.value, kv_heads)):
@@ -217,7 +241,6 @@ def make_classes(model_type, **parts):
                 "__doc__": f"{stock.__name__} with layers of different sizes.",
                 "config_class": config_class,
                 "_auto_class": auto_class,
-                "_keys_to_ignore_on_load_unexpected": ["^lm_head"] if auto_class == "AutoModel" else None,
             },
         )
         for auto_class, stock in stock_models.items()

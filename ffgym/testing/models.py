@@ -29,19 +29,21 @@ def tiny_model(
     *,
     grouped_query: bool = True,
     layers: int = 3,
+    head_dim: int = 8,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """A stock Hugging Face causal LM with random weights, in evaluation mode; the same arguments give the same bits.
 
-    32 hidden channels, 4 query heads of 8 channels, 48 intermediate channels, 128 tokens, 128 positions. Weights are
-    large enough for logits to differ clearly between tokens, norms are no identities, and biases, where the family
-    has them, are not zero.
+    4 query heads, as many hidden channels as these have together, 48 intermediate channels, 128 tokens, 128 positions.
+    Weights are large enough for logits to differ clearly between tokens, norms are no identities, and biases, where the
+    family has them, are not zero.
 
     Args:
         family: a registered name, e.g. one of ``TINY_FAMILIES``.
         grouped_query: two query heads share each of 2 key/value heads; otherwise 4 of them (OPT has only that).
         layers: decoder layers.
+        head_dim: channels of a head.
         seed: of the weights.
         dtype: of the weights.
 
@@ -58,10 +60,10 @@ def tiny_model(
     if own.kv_heads is not None:
         sizes[own.kv_heads] = 2 if grouped_query else 4
     if hasattr(config_class, "head_dim"):
-        sizes["head_dim"] = 8
+        sizes["head_dim"] = head_dim
     config = config_class(
         vocab_size=128,
-        hidden_size=32,
+        hidden_size=4 * head_dim,
         num_hidden_layers=layers,
         max_position_embeddings=128,
         pad_token_id=0,
