@@ -26,7 +26,7 @@ from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.layout import finite
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
-from ffgym.report.table import ReportTable, Row
+from ffgym.report.table import ReportTable, Row, perplexity_text
 from ffgym.search.finals import finals_examples, finals_windows
 from ffgym.search.loop import SearchResult
 from ffgym.search.policy import policy_text
@@ -178,8 +178,10 @@ def write_pictures(
 
 
 def description(table: ReportTable, saved: SavedModel | None) -> str:
-    """What MLflow shows on the page of a run: its table, how to load the model, how to repeat the run."""
-    parts = [table.layout().markdown()]
+    """What MLflow shows on the page of a run: its result, its table, how to load the model, how to repeat the run."""
+    row, dense = table.result, table.rows[0]
+    reached = f"{row.perplexity / dense.perplexity:.2f} x dense, at {row.sparsity_prunable:.1%} sparsity"
+    parts = [f"**Perplexity {perplexity_text(row)}**, {reached}", table.layout().markdown()]
     if saved is not None:
         parts.append(f"Load the pruned model:\n\n```python\n{load_line(saved.path, stock=saved.stock)}\n```")
     return "\n\n".join([*parts, REPEAT])

@@ -332,7 +332,9 @@ def test_the_result_is_metrics(finished: Finished, tracked: Any) -> None:
 
 def test_the_page_of_the_run_has_the_table_and_says_how_to_load_and_repeat(finished: Finished, tracked: Any) -> None:
     page = tracked.data.tags["mlflow.note.content"]
-    assert page.startswith((finished.folder / "report.md").read_text())
+    saved = finished.result.table.saved
+    assert page.startswith(f"**Perplexity {saved.perplexity:,.2f}")
+    assert (finished.folder / "report.md").read_text() in page
     assert f"from_pretrained('{finished.folder / 'model'}', trust_remote_code=True)" in page
     assert page.endswith("$ ffgym run --config config.toml --output NEW_FOLDER\n```")
     assert tracked.data.tags["mlflow.source.name"] == "ffgym run"
@@ -378,7 +380,7 @@ def test_config_allocation_policy_report_and_pictures_are_artifacts(finished: Fi
     names = {item.path for item in client(finished.root).list_artifacts(tracked.info.run_id)}
     assert names == {
         *("config.toml", "allocation.json", "policy.json", "report.json", "report.md", "losses.json"),
-        *("units_kept.png", "reward.png"),
+        *("units_kept.png", "reward.png", "allocations.png", "differences.png"),
     }
 
 
