@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ffgym.config.tables import RunConfig
-from ffgym.pipeline.compare import reference_rules
+from ffgym.pipeline.compare import MEASURED_UPDATES, reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import LOADING, PREPARING
@@ -26,6 +26,9 @@ def planned_steps(config: RunConfig, agent: Agent) -> list[Step]:
     if agent.searches and compares_with_random(config):
         steps.append(Step("search: random", spent))
         references += 1
+    if agent.searches:
+        updates = -(-search.episodes // agent.update_size(search.episodes_per_update))
+        steps.append(Step("search: where it started", min(updates, MEASURED_UPDATES) * search.episode_tokens))
     steps.append(_report(3 + references, report))
     others = (points - 1) * (1 + references)
     if config.output.sequential:
