@@ -107,8 +107,7 @@ class Tracker:
         self._uri = tracking_uri(root)
         self._client: Any = None
         self._params: dict[str, str] = {}
-        self._still: dict[str, tuple[float, int]] = {}  # the first point of every curve: value, step
-        self._moving: set[str] = set()  # curves that have moved since
+        self._still: dict[str, list[tuple[float, int]]] = {}  # of every curve, until it moves: values, steps
         self._description = ""
         self._result: list[tuple[str, float, int, int]] = []
         self._system = SystemMetrics()
@@ -191,7 +190,7 @@ class Tracker:
         )
 
     def log_curves(self, values: Mapping[str, float], step: int) -> None:
-        """Log a point of every curve; one that has not moved since its first point is no curve, and is held back."""
+        """Log a point of every curve; one that has not moved yet is no curve, and is held back."""
         self.log_metrics(self._moved(values, step))
 
     def log_result(self, result: Result, step: int = 0) -> None:
@@ -329,15 +328,15 @@ class Tracker:
         return before is not None and _same(before, value)
 
     def _moved(self, values: Mapping[str, float], step: int) -> list[tuple[str, float, int]]:
-        """The points of those curves that have moved by now, of one that has just done so with its first."""
+        """The points of those curves that have moved by now, of one that has just done so with all before."""
         points: list[tuple[str, float, int]] = []
         for name, value in values.items():
-            first, first_step = self._still.setdefault(name, (value, step))
-            if name not in self._moving and not _same(first, value):
-                self._moving.add(name)
-                points.append((name, first, first_step))
-            if name in self._moving:
-                points.append((name, value, step))
+            held_back = self._still.setdefault(name, [(value, step)])
+            if not held_back or not _same(held_back[0][0], value):
+                points += [(name, *point) for point in (*held_back, (value, step))]
+                held_back.clear()
+            elif held_back[-1][1] != step:
+                held_back.append((value, step))
         return points
 
     def _experiment_id(self) -> str:

@@ -87,7 +87,8 @@ def test_every_episode_is_logged_with_its_objectives(traded: Finished) -> None:
     (run,) = runs(traded.root)
     for name in ("perplexity_ratio", "accuracy", "kv_saved"):
         history = client(traded.root).get_metric_history(run.info.run_id, f"search/objective/{name}")
-        assert [point.value for point in history] == [e.objectives[name] for e in traded.result.found.history]
+        values = [episode.objectives[name] for episode in traded.result.found.history]
+        assert [point.value for point in history] == (values if len(set(values)) > 1 else [])  # constants are no curves
     artifacts = {file.path for file in client(traded.root).list_artifacts(run.info.run_id)}
     assert {"pareto.json", "pareto.png"} <= artifacts
 

@@ -299,7 +299,7 @@ def test_what_never_moves_is_no_curve_and_what_moves_late_is_drawn_from_its_star
     names = run_of(root, tracker).data.metrics.keys()
     assert names == {f"search/{name}" for name in ("reward", "perplexity", "nats_above_dense", "failed")}
     failed = client(root).get_metric_history(tracker.run_id, "search/failed")
-    assert [(point.step, point.value) for point in failed] == [(0, 0.0), (3, 1.0)]
+    assert [(point.step, point.value) for point in failed] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 1.0)]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1000.0])
