@@ -84,7 +84,7 @@ class Table(Generic[R]):
     def all_notes(self) -> list[str]:
         """The notes, after a caption that says what is the same in all rows."""
         same = [text for column in self.columns if (text := self._constant(column)) is not None]
-        return [*([f"{self.caption}: {', '.join(same)}."] if same else []), *self.notes]
+        return [*([f"{self.caption}: {', '.join(same)}."] if same else []), *filter(None, self.notes)]
 
     def _constant(self, column: Column[R]) -> str | None:
         """What a spare column shows in all rows, e.g. ``"params 113.3 M (dense 134.5 M)"``; ``None`` if they differ."""
