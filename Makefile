@@ -24,7 +24,7 @@ run: $(VENV)/.installed
 	$(BIN)/ffgym run --agent reinforce --criterion wanda $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not browser and not wheel" $(ARGS)
+	$(PYTEST) -m "not browser and not slow" $(ARGS)
 
 test-browser: $(VENV)/.installed-dev
 	$(PYTEST) -m browser $(ARGS)

@@ -30,8 +30,8 @@ hypothesis.settings.load_profile("ffgym")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The demo model's tests take longest: first, so that several workers end at the same time."""
-    items.sort(key=lambda item: item.get_closest_marker("demo") is None)
+    """What takes longest comes first, so that several workers end at the same time."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("demo", "slow", "browser"))))
 
 
 def random_windows(count: int, length: int = 32, seed: int = 0) -> torch.Tensor:

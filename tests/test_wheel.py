@@ -16,7 +16,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.wheel
+pytestmark = pytest.mark.slow
 
 OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 

@@ -30,6 +30,7 @@ def called(*command: str | Path, path: Path, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_new_packages_install_pass_their_tests_and_run(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     folders = [write_package(kind, f"my-{kind}", tmp_path) for kind in KINDS]
     site = tmp_path / "site"

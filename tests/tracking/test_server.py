@@ -19,6 +19,7 @@ from ffgym.tracking.runs import find_run
 from ffgym.tracking.tracker import Tracker
 from ffgym.tracking.ui import open_ui
 
+pytestmark = pytest.mark.slow
 SECRETS = ("somebody", "pa55word")
 
 
