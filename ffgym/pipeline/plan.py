@@ -9,13 +9,13 @@ from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import LOADING, PREPARING
 from ffgym.report.progress import Step
 
-# In tokens of a forward pass for each token of the text; measured on the demo model.
-PREPARE, SEQUENTIAL, TRAIN = 2.7, 3.9, 4.0
-LOAD = 3_000.0  # tokens that could be evaluated meanwhile
+# What a token of each costs, in tokens of a search: measured on the demo model, training estimated.
+PREPARE, SEQUENTIAL, REPORT, TRAIN = 3.2, 4.6, 0.62, 4.0
+LOAD = 3_000.0  # the whole of it, in the same
 
 
 def planned_steps(config: RunConfig, agent: Agent) -> list[Step]:
-    """The stages of a run in order; their costs are tokens of a forward pass."""
+    """The stages of a run in order; their costs are tokens of a search."""
     data, search, points = config.data, config.search, len(config.targets)
     calibration, report = data.calibration_tokens, data.report_tokens
     steps = [Step(LOADING, LOAD), Step(PREPARING, PREPARE * calibration)]
@@ -39,4 +39,4 @@ def planned_steps(config: RunConfig, agent: Agent) -> list[Step]:
 
 
 def _report(rows: int, tokens: int) -> Step:
-    return Step("report", rows * tokens, rows)
+    return Step("report", rows * REPORT * tokens, rows)
