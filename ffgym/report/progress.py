@@ -44,12 +44,14 @@ class _Plan:
         self._steps = steps
         self._place = self._stages = 0
         self._begun = time.monotonic()
-        self._saved = 0.0
+        self._saved = 0.0  # cost of what need not be done
 
     def enter(self, label: str) -> bool:
         """Move on to the step that a stage belongs to, if there is one from here on."""
         for place in range(self._place, len(self._steps)):
             if label.startswith(self._steps[place].label):
+                passed_over = self._steps[self._place + (self._stages > 0) : place]  # they took no time
+                self._saved += sum(step.cost for step in passed_over)
                 self._stages = self._stages + 1 if place == self._place else 1
                 self._place = place
                 return True

@@ -124,6 +124,17 @@ class TestPlan:
         said = [line for line in text(out).splitlines() if "left in all" in line]
         assert [line.rpartition(" · ")[2] for line in said] == ["0:23 left in all", "0:12 left in all"]
 
+    def test_a_step_that_need_not_be_done_says_nothing_of_how_long_the_others_take(
+        self, at: Callable[[float], None]
+    ) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan(self.STEPS)
+        with reporter.stage("report: dense", 1) as stage:
+            at(5)
+            stage.advance(1)
+        assert text(out).splitlines()[0] == "stage 3/3: report: dense: 0:05 elapsed · 0:00 left · 0:10 left in all"
+
     def test_a_stage_that_no_step_names_stands_alone(self, at: Callable[[float], None]) -> None:
         out = console()
         reporter = Reporter(out)
@@ -141,7 +152,7 @@ class TestPlan:
             stage.advance(114_688, "reward 0.168")
             out.print(stage)
         lines = text(out).splitlines()
-        assert any(re.search(r"stage 2/3  search: a  ━+╸? +1:30 left in all", line) for line in lines)
+        assert any(re.search(r"stage 2/3  search: a  ━+╸? +2:00 left in all", line) for line in lines)
         assert any("114,688/229,376 tokens · reward 0.168 · 1:00 elapsed · 1:00 left" in line for line in lines)
 
 
