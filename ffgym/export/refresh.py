@@ -8,12 +8,11 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ffgym.errors import ModelError
-from ffgym.files import FileFormat, write_text
+from ffgym.files import write_text
+from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import register_saved
 from ffgym.models.modeling_ffgym import PREFIX
-from ffgym.types import JSONDict
-
-CONFIG = FileFormat("config.json of a model", dict, ModelError, "Save the model again.")
+from ffgym.models.origin import model_folder
 
 
 def refresh(folder: Path) -> list[Path]:
@@ -28,11 +27,11 @@ def refresh(folder: Path) -> list[Path]:
         the files that were written.
 
     Raises:
-        ModelError: no saved model with layers of different sizes, or of a family that is not there.
+        ModelError: no model, none with layers of different sizes, or of a family that is not there.
         OutputError: the folder cannot be written.
     """
-    place = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    config: JSONDict = CONFIG.read(place / "config.json")
+    place = model_folder(folder)
+    config = MODEL_CONFIG.read(place / "config.json")
     model_type = str(config.get("model_type"))
     if not model_type.startswith(PREFIX):
         raise ModelError(

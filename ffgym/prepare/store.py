@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ffgym.data.cache import cache_dir, is_whole, shrink, size_limit, write_folder_once
 from ffgym.errors import AssetError, OutputError
-from ffgym.files import FileFormat, write_text
+from ffgym.files import FileFormat, write_text, writing
 from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.paths import Prepared, view_of
@@ -84,7 +84,7 @@ def store_place(model: Any, criterion: Criterion, windows: torch.Tensor, facts: 
     config = model.config.to_dict()
     said = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
-    for name, tensor in (*model.state_dict().items(), ("windows", windows)):
+    for name, tensor in (*model.named_parameters(), ("windows", windows)):  # a tied weight once
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())  # kernels round by them
@@ -141,13 +141,13 @@ def opened_or_prepared(
 
 @contextmanager
 def _locked(place: Path, notify: Notify) -> Iterator[None]:
-    place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.parent / f".{place.name}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        notify("another process prepares the same model: waiting for it")
-        lock.acquire()
+    with writing(place):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            notify("another process prepares the same model: waiting for it")
+            lock.acquire()
     try:
         yield
     finally:

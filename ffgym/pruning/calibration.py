@@ -164,17 +164,16 @@ class NestedRidge(ConsumerPath):
 
         Args:
             weight: dense W, shape (m, n), path order.
-            factors: on any device.
+            factors: by name, on the weight's device.
             bias: dense bias, shape (m,), or ``None``.
         """
         path = cls.__new__(cls)
-        own = {name: tensor.to(weight.device) for name, tensor in factors.items()}
-        path._weight, path._projected, path._inverse = weight, own["projected"], own["inverse"].T
-        path._mean = own.get("mean")
+        path._weight, path._projected, path._inverse = weight, factors["projected"], factors["inverse"].T
+        path._mean = factors.get("mean")
         path._bias = None if bias is None else bias.float()
         if path._mean is not None and bias is None:
             path._bias = weight.new_zeros(len(weight), dtype=torch.float32)
-        path.removal_error = own["removal_error"]
+        path.removal_error = factors["removal_error"]
         return path
 
     @property
