@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.errors import OutputError, PluginError
+from ffgym.models.origin import model_folder
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
@@ -75,7 +76,8 @@ def export(
     """Write a saved model in the format of this name.
 
     Args:
-        folder, target, overwrite, progress: see `ExportFormat.write`.
+        folder: of a saved model, or of a run, whose model is meant.
+        target, overwrite, progress: see `ExportFormat.write`.
         name: of the format.
         options: of the format.
 
@@ -85,7 +87,7 @@ def export(
         ModelError, OutputError: see `ExportFormat.write`.
     """
     plugin: ExportFormat = manager.create("export", name, options)
-    source, place = folder.expanduser(), target.expanduser()
+    source, place = model_folder(folder), target.expanduser()
 
     def write() -> Exported:
         try:

@@ -49,6 +49,7 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     },
     "export": {
         "gguf": BuiltIn("ffgym.export.gguf.gguf:Gguf", "one file with weights, sizes and tokenizer, for llama.cpp"),
+        "nemotron-nas": BuiltIn("ffgym.export.nemotron_nas:NemotronNas", "a folder that MLX reads; llama and mistral"),
     },
     "family": {
         "llama": BuiltIn("ffgym.models.families:Llama", "multi-head or grouped-query attention, gated MLP"),
