@@ -76,6 +76,10 @@ class ModelError(FFGymError):
     """A checkpoint is missing, damaged, of an unsupported family, or pickled."""
 
 
+class FitError(FFGymError):
+    """What is asked for needs more memory than there is."""
+
+
 class BudgetError(FFGymError):
     """The wanted sparsity lies outside what the allowed levels can reach."""
 

@@ -3,7 +3,7 @@
 Everything heavy is imported inside the command that needs it.
 """
 
-from ffgym.cli import bench, cache, export, measure, plugins, recover, results, run, runs, sync, ui
+from ffgym.cli import bench, cache, export, measure, plan, plugins, recover, results, run, runs, sync, ui
 from ffgym.cli.app import app, main
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "export",
     "main",
     "measure",
+    "plan",
     "plugins",
     "recover",
     "results",

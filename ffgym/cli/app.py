@@ -16,7 +16,7 @@ OUT_OF_MEMORY = (
     "Set model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or use a smaller model."
 )
 COMMANDS = (
-    *("run", "prepare", "recover", "bench", "eval", "measure", "latency", "export"),
+    *("run", "plan", "prepare", "recover", "bench", "eval", "measure", "latency", "export"),
     *("config", "ls", "plugins", "new", "check-env", "runs", "compare", "report", "sync", "ui", "cache"),
 )
 # A folder that may not be entered, a name that is too long, links in a circle, a file where a folder should be.

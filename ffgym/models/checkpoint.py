@@ -47,8 +47,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(WEIGHT_INDEX.read(index).weight_map.values()))]
 
 
-def check_folder(folder: Path) -> None:
-    """Say what a folder lacks before transformers says it at length."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Content of the ``config.json`` in a folder."""
     config = folder / "config.json"
     if not config.is_file():
         if (folder / "model" / "config.json").is_file():
@@ -57,7 +57,12 @@ def check_folder(folder: Path) -> None:
             f"folder {str(folder)!r} holds no model: config.json is missing",
             hint="Name a folder that save_pretrained wrote.",
         )
-    MODEL_CONFIG.read(config)
+    return MODEL_CONFIG.read(config)
+
+
+def check_folder(folder: Path) -> None:
+    """Say what a folder lacks before transformers says it at length."""
+    read_config(folder)
     if any(folder.glob("*.safetensors")):
         return
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):

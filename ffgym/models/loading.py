@@ -16,7 +16,15 @@ import torch
 
 from ffgym.data.assets import SMOLLM2, fetch
 from ffgym.errors import ModelError
-from ffgym.models.checkpoint import MODEL_CONFIG, check_complete, check_folder, check_sizes
+from ffgym.models.checkpoint import (
+    MODEL_CONFIG,
+    MOST_LAYERS,
+    check_complete,
+    check_config,
+    check_folder,
+    check_sizes,
+    read_config,
+)
 from ffgym.models.dequantise import dequantised
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, only_cached
@@ -27,6 +35,17 @@ logger = logging.getLogger("ffgym")
 
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_DESCRIPTION = "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
+DEMO_SIZES = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "dtype": "float16",
+}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -156,6 +175,39 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
     from transformers.utils import cached_file
 
     return Path(cached_file(source, "config.json", revision=revision or "main", local_files_only=True)).parent
+
+
+def config_of(name: str, *, revision: str | None = None) -> Any:
+    """The config of whatever `load` takes; no weights are read or downloaded, and a folder need not hold any.
+
+    Args:
+        name: see `load`.
+        revision: of a hub model.
+
+    Raises:
+        ModelError: as `load`, as far as a config shows it.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {}
+    if name == "demo":
+        return AutoConfig.for_model("llama", **DEMO_SIZES)
+    if path.is_dir():
+        check_config(name, read_config(path), any_family=False, depth=MOST_LAYERS)
+        source = str(path)
+    elif path.suffix.lower() == ".gguf" and path.is_file():
+        source, options = str(path.parent), {"gguf_file": path.name}
+    else:
+        source, _ = _locate(name)
+        only = only_cached(name, revision)
+        check_hub_config(name, revision, any_family=False, local_files_only=only)
+        options = {"revision": revision or "main", "local_files_only": only}
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(source, **options, trust_remote_code=False)
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        raise loading_error(error, source, name) from error
 
 
 def load_config(folder: Path) -> Any:

@@ -16,9 +16,9 @@ from ffgym.envs.pruning_env import Trial
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
+from ffgym.models.placement import tokens_per_batch
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.prepare.calibrations import calibration_class
-from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names

@@ -25,7 +25,7 @@ from ffgym.pipeline.compare import (
 )
 from ffgym.pipeline.folder import reopen_folder
 from ffgym.pipeline.front import finish_front
-from ffgym.pipeline.plan import planned_steps
+from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session, on_console
@@ -69,7 +69,10 @@ def run(
         return finished
     agent = make_agent(config)
     with Session.open(config, reporter, resume) as session:
-        reporter.plan(planned_steps(config, agent))
+        plan = plan_run(config, agent)
+        reporter.print(plan.summary)
+        plan.check()
+        reporter.plan(planned_steps(config, plan))
         task = prepare(config, session)
         text = gather_text(task)  # now, so that a corpus that will not do is known before the search
         session.begin_search(task.loaded.dtype_name)

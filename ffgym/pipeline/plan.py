@@ -1,42 +1,87 @@
-"""What the stages of a run cost, so that it can say from early on how long it will take."""
+"""The plan of a run: what its stages need, and how long they take."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ffgym.config.tables import RunConfig
-from ffgym.pipeline.compare import MEASURED_UPDATES, reference_rules
+from ffgym.pipeline.compare import MEASURED_UPDATES, asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
+from ffgym.plan.plan import Plan
+from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import LOADING, PREPARING
+from ffgym.prepare.planning import plan_of
+from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
 
-# What a token of each costs, in tokens of a search: measured on the demo model, training estimated.
-PREPARE, SEQUENTIAL, REPORT, TRAIN = 3.2, 4.6, 0.62, 4.0
-LOAD = 3_000.0  # the whole of it, in the same
+
+def plan_run(config: RunConfig, agent: Agent) -> Plan:
+    """What a run needs of this machine.
+
+    Args:
+        config: with all options of its plugins.
+        agent: who searches.
+
+    Raises:
+        BudgetError: the sparsity is out of reach.
+        ModelError: the model's architecture is not supported, or its config is missing or damaged.
+    """
+    search, window, points = config.search, config.data.window, len(config.targets)
+    needs = frozenset[str]().union(*(manager.create("heuristic", *rule).needs for rule in asked_rules(config)))
+    plan = plan_of(config, needs)
+    if config.prune.resource == "params":  # what others count, the model itself has to say
+        prune = config.prune
+        Budget(plan.shape.sublayers, min_units=prune.min_units, align=prune.align).check(prune.ends[1])
+    compared = agent.searches and compares_with_random(config)
+    size = agent.update_size(search.episodes_per_update)
+    sequential, recovers = config.output.sequential, config.recover.method != "none"
+    rows, others = _report_rows(config, compared=compared)
+    load = replace(
+        plan.load,
+        episodes_per_update=size,
+        updates=-(-search.episodes // size),
+        searches=1 + compared,
+        start_updates=MEASURED_UPDATES if agent.searches else 0,
+        finalists=search.finalists if agent.searches else 0,
+        final_tokens=max(1, search.final_tokens // window) * window,
+        targets=points,
+        report_tokens=config.data.report_tokens,
+        report_rows=rows + others + sequential + 3 * recovers,
+        sequential=sequential,
+        saves=config.output.save_model,
+        train_tokens=config.recover.tokens if recovers else 0,
+    )
+    return replace(plan, load=load)
 
 
-def planned_steps(config: RunConfig, agent: Agent) -> list[Step]:
-    """The stages of a run in order; their costs are tokens of a search."""
-    data, search, points = config.data, config.search, len(config.targets)
-    calibration, report = data.calibration_tokens, data.report_tokens
-    steps = [Step(LOADING, LOAD), Step(PREPARING, PREPARE * calibration)]
-    references, spent = len(reference_rules(config)), 1
-    if agent.searches:
-        spent = search.episodes * search.episode_tokens + points * search.finalists * search.final_tokens
-    steps.append(Step(f"search: {config.agent.name}", spent))
-    if agent.searches and compares_with_random(config):
-        steps.append(Step("search: random", spent))
-        references += 1
-    if agent.searches:
-        updates = -(-search.episodes // agent.update_size(search.episodes_per_update))
-        steps.append(Step("search: where it started", min(updates, MEASURED_UPDATES) * search.episode_tokens))
-    steps.append(_report(3 + references, report))
-    others = (points - 1) * (1 + references)
-    if config.output.sequential:
-        steps += [Step("sequential calibration", SEQUENTIAL * calibration), _report(1 + others, report)]
-    if config.recover.method != "none":
-        steps += [Step("load", LOAD), Step("recover", TRAIN * config.recover.tokens), _report(3, report)]
+def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:
+    """Rows that are measured before the sequential refit, and those of the other points of a front."""
+    references = len(reference_rules(config)) + compared
+    return 3 + references, (len(config.targets) - 1) * (1 + references)
+
+
+def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
+    """The stages of a run in order, as its progress names them; their costs are seconds."""
+    seconds = {stage.name: plan.seconds(stage) for stage in plan.stages}
+    load = plan.load
+    rows, others = _report_rows(config, compared=load.searches > 1)
+
+    def report(count: int) -> Step:
+        return Step("report", count / load.report_rows * seconds["report"], count)
+
+    one_search = (seconds["search"] + seconds.get("finals", 0.0)) / load.searches
+    steps = [Step(LOADING, seconds["load"]), Step(PREPARING, seconds["prepare"])]
+    steps.append(Step(f"search: {config.agent.name}", one_search))
+    if load.searches > 1:
+        steps.append(Step("search: random", one_search))
+    if "start" in seconds:
+        steps.append(Step("search: where it started", seconds["start"]))
+    steps.append(report(rows))
+    if load.sequential:
+        steps.append(Step("sequential calibration", seconds["sequential"]))
+    if later := load.sequential + others:
+        steps.append(report(later))
+    if load.train_tokens:
+        steps += [Step("load", seconds["load"]), Step("recover", seconds["recover"]), report(3)]
     return steps
-
-
-def _report(rows: int, tokens: int) -> Step:
-    return Step("report", rows * REPORT * tokens, rows)

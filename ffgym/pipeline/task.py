@@ -22,6 +22,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.loading import LoadedModel
+from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
@@ -33,7 +34,6 @@ from ffgym.prepare.parts import (
     load_parts,
     make_budget,
     prepare_model,
-    tokens_per_batch,
 )
 from ffgym.prepare.paths import Prepared
 from ffgym.prepare.sequential import calibrate_sequentially

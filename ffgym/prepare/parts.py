@@ -30,12 +30,14 @@ from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
+from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import check_wishes
 from ffgym.prepare.calibrations import Ridge, calibration_class
 from ffgym.prepare.paths import Prepared, prepare
+from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import opened_or_prepared, store_place
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
@@ -47,7 +49,12 @@ CHECKED_RIDGE = 0.01
 
 
 def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
-    """Load the model and cut the three splits."""
+    """Load the model and cut the three splits.
+
+    Raises:
+        FitError: preparing it needs more memory than there is.
+    """
+    plan_of(config).check()
     loaded = load(
         config.model.name, revision=config.model.revision, dtype=config.model.dtype, device=config.model.device
     )
@@ -72,11 +79,6 @@ def cut_splits(config: RunConfig, loaded: LoadedModel) -> Splits:
     for split in (splits.calibration, splits.search, splits.report):
         loaded.check_ids(split.windows, split.name)
     return splits
-
-
-def tokens_per_batch(device: torch.device | str) -> int:
-    """Tokens of one forward pass: what keeps the caches warm on a CPU, and an accelerator busy."""
-    return 4096 if torch.device(device).type == "cpu" else 16384
 
 
 def prepare_model(

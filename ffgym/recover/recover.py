@@ -27,11 +27,10 @@ from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder
-from ffgym.models.placement import DTYPES
+from ffgym.models.placement import DTYPES, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
-from ffgym.prepare.parts import tokens_per_batch
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_output, output_folder, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup

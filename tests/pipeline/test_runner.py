@@ -47,7 +47,7 @@ from ffgym.execute.local import LocalExecutor
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.folder import claim_folder
-from ffgym.pipeline.plan import planned_steps
+from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.plugins import built_ins, discovery, manager
 from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
@@ -233,7 +233,8 @@ def test_the_result_is_printed_with_the_line_that_loads_the_model(finished: Fini
 
 def test_the_stages_are_those_that_the_run_announced(finished: Finished) -> None:
     stages = re.findall(r"^(.+): done in ", finished.said, re.MULTILINE)
-    steps = planned_steps(finished.config, make_agent(finished.config))
+    config = finished.config
+    steps = planned_steps(config, plan_run(config, make_agent(config)))
     announced = [step.label for step in steps for _ in range(step.stages)]
     assert len(stages) == len(announced)
     assert all(stage.startswith(label) for stage, label in zip(stages, announced, strict=True))

@@ -9,13 +9,13 @@ import torch
 from ffgym.config.tables import RunConfig
 from ffgym.errors import BudgetError, ConfigError, FFGymError, ModelError, UnknownNameError
 from ffgym.models.families import Qwen3
+from ffgym.models.placement import tokens_per_batch
 from ffgym.prepare.parts import (
     build_env,
     load_parts,
     make_budget,
     make_pruning_env,
     prepare_model,
-    tokens_per_batch,
 )
 from ffgym.pruning.calibration import RIDGE_GRID
 from ffgym.testing.models import tiny_model

@@ -1,0 +1,304 @@
+"""What every stage of a run holds in memory and computes: pure functions of a shape and a workload.
+
+Memory is counted at the moment of each stage that needs most, in bytes that are alive at the same time. The counts
+follow the code that they name, and experiments/scale/memory.py holds them against what processes really need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from ffgym.evaluation.perplexity import TILE_COLUMNS, TILE_ROWS
+from ffgym.plan.shape import ModelShape, Workload, channels
+from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
+from ffgym.pruning.calibration import RIDGE_GRID
+from ffgym.types import Sublayer
+
+LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the text; measured
+TRACKING = 100_000_000  # what drawing pictures and saving load beside them; measured
+FACTOR_BYTES = 4  # of a number in a refit's factors
+# Bytes for each entry of an n x n moment while `ffgym.prepare.paths` factorises a sublayer: three moments in float32
+# (sums, fitted, reordered), and in float64 the moment, its copy, C, D, and what solves for D.
+FACTORISING = 56
+# The same of `ffgym.prepare.sequential`: cross and own moments in float32 and float64, with the copies that become one.
+REFITTING = 68
+SHARED = ("search", "finals", "start")  # stages whose episodes workers share
+LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
+LOADED_BYTES = 1e9  # a second
+BACKWARD = 2  # a walk backwards in forward passes
+FORWARD_ATTENTION = 5  # tensors of the residual stream's width that are alive in the attention of a batch
+FORWARD_MLP = 3  # of the intermediate width in its MLP
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations, a multiplication and an addition being two, by what decides their speed.
+
+    Attributes:
+        model: of the model's layers and head, in its dtype.
+        float32: of products in float32: moments and refits.
+        float64: of factorisations.
+    """
+
+    model: float = 0.0
+    float32: float = 0.0
+    float64: float = 0.0
+
+    def __add__(self, other: Operations) -> Operations:
+        return Operations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> Operations:
+        return Operations(*(getattr(self, f.name) * times for f in fields(self)))
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.model + self.float32 + self.float64
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of a run comes to.
+
+    Attributes:
+        name: ``"load"``, ``"prepare"``, ``"search"``, ``"finals"``, ``"start"`` (where the search started),
+            ``"report"``, ``"sequential"``, ``"save"``, ``"recover"``.
+        tokens: that go through the model.
+        operations: for them.
+        memory: bytes at the peak, by what holds them; nothing where that is not known.
+        seconds: beside what the operations take.
+    """
+
+    name: str
+    tokens: int
+    operations: Operations
+    memory: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.memory.values())
+
+
+def stages(shape: ModelShape, load: Workload) -> list[Stage]:
+    """The stages of a run, in order; those that it does not have are left out.
+
+    Args:
+        shape: of the model.
+        load: what the run does.
+    """
+    wanted = {
+        _load: True,
+        _prepare: True,
+        _search: load.episode_tokens,
+        _finals: load.finalists,
+        _start: load.start_updates,
+        _report: load.report_rows,
+        _sequential: load.sequential,
+        _save: load.saves,
+        _recover: load.train_tokens,
+    }
+    return [count(shape, load) for count, is_wanted in wanted.items() if is_wanted]
+
+
+# --- parts that are there whatever a stage does -----------------------------------------------------------------------
+
+
+def weights(shape: ModelShape, load: Workload) -> int:
+    """Bytes of the dense weights."""
+    return shape.parameters * load.dtype.itemsize
+
+
+def factors(shape: ModelShape) -> int:
+    """Bytes of the refit factors of all sublayers, B (m x n) and D (n x n)."""
+    return sum(_factors(shape, sublayer) for sublayer in shape.sublayers)
+
+
+def moments(shape: ModelShape) -> int:
+    """Bytes of the moments of one layer, which are all that exist at a time."""
+    return 4 * (shape.widest("attention") ** 2 + shape.widest("mlp") ** 2)
+
+
+def store(shape: ModelShape, load: Workload) -> int:
+    """Bytes of the prepared model on disk."""
+    return factors(shape) + _kept_statistics(shape, load)
+
+
+def saved_model(shape: ModelShape, load: Workload) -> int:
+    """Bytes of the saved model."""
+    return round((shape.parameters - load.sparsity * shape.prunable) * load.dtype.itemsize)
+
+
+def hidden_states(shape: ModelShape, load: Workload, tokens: int) -> int:
+    """Bytes of the residual stream at some tokens."""
+    return tokens * shape.hidden * load.dtype.itemsize
+
+
+def _factors(shape: ModelShape, sublayer: Sublayer) -> int:
+    n = channels(sublayer)
+    return FACTOR_BYTES * n * (shape.hidden + n)
+
+
+def _kept_statistics(shape: ModelShape, load: Workload) -> int:
+    return sum(4 * channels(s) ** 2 for s in shape.sublayers) if load.second_moments else 0
+
+
+def _own_weights(shape: ModelShape, load: Workload) -> int:
+    """Bytes of the weights that are this process's own: what is neither converted nor permuted stays in the file."""
+    is_converted = shape.saved_as != str(load.dtype).removeprefix("torch.")
+    return (shape.parameters if is_converted else shape.prunable) * load.dtype.itemsize
+
+
+def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
+    return {
+        "libraries": LIBRARIES,
+        "weights": _own_weights(shape, load),
+        "factors": factors(shape) + _kept_statistics(shape, load),
+    }
+
+
+def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
+    """Bytes of a forward pass through one layer."""
+    tokens = min(tokens, max(load.batch_tokens, load.window))
+    attention = FORWARD_ATTENTION * max(shape.hidden, shape.widest("attention"))
+    return tokens * load.dtype.itemsize * max(attention, FORWARD_MLP * shape.widest("mlp"))
+
+
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+def forward(shape: ModelShape, load: Workload, *, sparsity: float = 0.0, head: bool = True) -> float:
+    """Operations of one token through the layers, and through the head."""
+    attention = 2 * load.window * sum(channels(s) for s in shape.sublayers if s.kind == "attention")
+    layers = (1 - sparsity) * (2 * shape.prunable + attention)
+    return layers + (2 * shape.head if head else 0)
+
+
+def refit(shape: ModelShape, sparsity: float) -> float:
+    """Operations of the refits of one allocation: B[:, k:] D[k:, :k] of every consumer."""
+    return sum(2 * shape.hidden * channels(s) ** 2 * sparsity * (1 - sparsity) for s in shape.sublayers)
+
+
+def factorise(shape: ModelShape, load: Workload) -> Operations:
+    """Operations of choosing lambda and factorising, over all sublayers."""
+    float32 = float64 = 0.0
+    m = shape.hidden
+    for sublayer in shape.sublayers:
+        n = channels(sublayer)
+        float64 += n**3 / 3 + n**3 + m * n**2
+        if load.choose_ridge:
+            rows = min(HELD_OUT_ROWS, load.calibration_tokens)
+            float32 += len(RIDGE_GRID) * (n**3 / 3 + rows * n**2 + m * n**2 / 2 + m * n * rows)
+    return Operations(0, float32, float64)
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def _load(shape: ModelShape, load: Workload) -> Stage:
+    seconds = LOADING_SECONDS + weights(shape, load) / LOADED_BYTES
+    memory = {"libraries": LIBRARIES, "weights": _own_weights(shape, load)}
+    return Stage("load", 0, Operations(), memory, seconds)
+
+
+def _prepare(shape: ModelShape, load: Workload) -> Stage:
+    tokens, n = load.calibration_tokens, max(shape.widest("attention"), shape.widest("mlp"))
+    products = sum(2 * channels(s) ** 2 for s in shape.sublayers)
+    operations = Operations(forward(shape, load, head=False), products) * tokens + factorise(shape, load)
+    carried = hidden_states(shape, load, tokens)
+    held_out = 0
+    if load.choose_ridge:
+        held_out = held_out_windows(-(-tokens // load.window), load.window) * load.window
+    inputs = held_out * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
+    gradients = 0
+    if load.gradients:
+        sample = int(GRADIENT_SHARE * tokens)
+        operations += Operations((2 + BACKWARD) * forward(shape, load)) * sample
+        gradients = sum(4 * shape.hidden * (channels(s) + shape.hidden) for s in shape.sublayers)
+    memory = {**_prepared(shape, load), "gradients": gradients, "hidden states": carried + inputs}
+    memory["moments"] = FACTORISING * n**2
+    return Stage("prepare", tokens, operations, memory)
+
+
+def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tokens: int, times: int) -> Stage:
+    """Allocations that are measured together, each on so many tokens; so many times."""
+    operations = Operations(forward(shape, load, sparsity=load.sparsity), 0) * (allocations * tokens)
+    operations += Operations(0, refit(shape, load.sparsity)) * allocations
+    own = -(-allocations // load.workers)
+    kept = (1 - load.sparsity) * (shape.widest("attention") + shape.widest("mlp"))
+    memory = {
+        **_prepared(shape, load),
+        "hidden states": 2 * own * hidden_states(shape, load, tokens),
+        "refitted consumers": round(own * kept * shape.hidden * load.dtype.itemsize) + 12 * shape.hidden * round(kept),
+        "activations": _activations(shape, load, tokens) + TILE_ROWS * TILE_COLUMNS * (4 + load.dtype.itemsize),
+    }
+    return Stage(name, allocations * tokens * times, operations * times, memory)
+
+
+def _search(shape: ModelShape, load: Workload) -> Stage:
+    found = _measure(shape, load, "search", load.episodes_per_update, load.episode_tokens, load.updates * load.searches)
+    dense = Operations(forward(shape, load)) * (load.updates * load.episode_tokens)
+    return Stage(found.name, found.tokens, found.operations + dense, found.memory)
+
+
+def _finals(shape: ModelShape, load: Workload) -> Stage:
+    return _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * load.targets)
+
+
+def _start(shape: ModelShape, load: Workload) -> Stage:
+    return _measure(shape, load, "start", min(load.updates, load.start_updates), load.episode_tokens, 1)
+
+
+def _report(shape: ModelShape, load: Workload) -> Stage:
+    tokens = load.report_rows * load.report_tokens
+    operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
+    operations += Operations(0, refit(shape, load.sparsity)) * load.report_rows
+    memory = {
+        **_prepared(shape, load),
+        "libraries": LIBRARIES + TRACKING,
+        "refitted consumers": _consumers(shape, load),
+        "activations": _activations(shape, load, load.report_tokens) + TILE_ROWS * TILE_COLUMNS * 6,
+    }
+    return Stage("report", tokens, operations, memory)
+
+
+def _sequential(shape: ModelShape, load: Workload) -> Stage:
+    tokens, kept = load.calibration_tokens, 1 - load.sparsity
+    float32 = float64 = 0.0
+    for sublayer in shape.sublayers:
+        n = channels(sublayer)
+        float32 += 2 * tokens * n * n * kept * (1 + kept)
+        float64 += 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
+    passes = 3 * forward(shape, load, head=False)
+    inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
+    n = max(shape.widest("attention"), shape.widest("mlp"))
+    memory = {
+        **_prepared(shape, load),
+        "libraries": LIBRARIES + TRACKING,
+        "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
+        "refitted consumers": _consumers(shape, load),
+        "moments": round(REFITTING * kept * n**2),
+    }
+    return Stage("sequential", tokens, Operations(passes) * tokens + Operations(0, float32, float64), memory)
+
+
+def _save(shape: ModelShape, load: Workload) -> Stage:
+    memory = {
+        **_prepared(shape, load),
+        "libraries": LIBRARIES + TRACKING,
+        "refitted consumers": _consumers(shape, load),
+        "saved model": saved_model(shape, load),
+    }
+    return Stage("save", 0, Operations(), memory)
+
+
+def _consumers(shape: ModelShape, load: Workload) -> int:
+    """Bytes of the refitted consumers of a whole cut model."""
+    kept = (1 - load.sparsity) * sum(channels(s) for s in shape.sublayers)
+    return round(kept * shape.hidden * load.dtype.itemsize)
+
+
+def _recover(shape: ModelShape, load: Workload) -> Stage:
+    passes = (1 + BACKWARD) * forward(shape, load, sparsity=load.sparsity)
+    return Stage("recover", load.train_tokens, Operations(passes) * load.train_tokens)

@@ -1,0 +1,166 @@
+"""What the machine has: free memory, within the limits that it is given, and speed, from a short probe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch.nn import functional
+
+from ffgym.plan.counts import Operations
+from ffgym.plan.shape import ModelShape, channels
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+WIDEST = 2048  # channels of the probe's residual stream: wider ones are hardly faster
+SECONDS = 0.1  # of one pass of the probe
+PASSES = 3
+HEAD = 64  # channels of its attention heads
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Floating-point operations a second, for each kind in `Operations`."""
+
+    model: float
+    float32: float
+    float64: float
+
+    def seconds(self, operations: Operations) -> float:
+        """How long they take."""
+        return operations.model / self.model + operations.float32 / self.float32 + operations.float64 / self.float64
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may have in all: what it has, and what is free beside it.
+
+    On a CPU within the limits of its control groups (containers, Slurm, systemd) and of ``ulimit -d`` and ``-v``.
+    """
+    if device.type == "cuda":
+        unused, _ = torch.cuda.mem_get_info(device)
+        return unused + torch.cuda.memory_reserved(device)
+    own = int(psutil.Process().memory_info().rss)
+    free: list[int] = [psutil.virtual_memory().available + psutil.swap_memory().free + own, *group_limits(own)]
+    with suppress(ImportError):  # Windows
+        import resource
+
+        limits = [resource.getrlimit(each)[0] for each in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+        free += [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    return min(free)
+
+
+def group_limits(own: int) -> Iterator[int]:
+    """What each control group with a limit leaves to this process: its limit less what others in it hold."""
+    with suppress(OSError, ValueError):
+        for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            names = ("memory.max", "memory.current") if not controllers else (
+                "memory.limit_in_bytes", "memory.usage_in_bytes")  # fmt: skip
+            root = CGROUPS / controllers
+            group = root / path.lstrip("/")
+            for folder in [group, *group.parents]:
+                with suppress(OSError, ValueError):  # the root has no limit, and "max" is none
+                    limit = int((folder / names[0]).read_text())
+                    held = int((folder / names[1]).read_text()) - _file_pages(folder)
+                    yield limit - max(0, held - own)
+                if folder == root:
+                    break
+
+
+def _file_pages(group: Path) -> int:
+    """Bytes of a group's page cache, which is given back when memory is wanted."""
+    with suppress(OSError):
+        for line in (group / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name in ("file", "total_cache"):
+                return int(value)
+    return 0
+
+
+def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, window: int) -> Speed:
+    """Time a decoder layer of a model's proportions, a product in float32 and a factorisation in float64.
+
+    It takes less than a second, and some 100 MB.
+
+    Args:
+        shape: of the model; a wide one is made narrower in proportion.
+        dtype: of its weights.
+        device: where it will run.
+        window: tokens that attend to each other.
+    """
+    scale = min(1.0, WIDEST / shape.hidden)
+    hidden = round(shape.hidden * scale)
+    attention, mlp = (max(HEAD, round(shape.widest(kind) * scale)) for kind in ("attention", "mlp"))
+    layer = _Layer(hidden, attention // HEAD * HEAD, mlp, dtype, device)
+    operations = layer.operations(64, window)
+    tokens = min(2048, max(64, int(64 * SECONDS / _seconds(lambda: layer.run(64, window), device))))
+    operations = layer.operations(tokens, window)
+    model = operations / _seconds(lambda: layer.run(tokens, window), device)
+    n = min(768, max(map(channels, shape.sublayers)))
+    square = torch.randn(n, n, device=device)
+    float32 = 2 * n**3 / _seconds(lambda: square @ square, device)
+    wide = torch.eye(n, dtype=torch.float64, device="cpu" if device.type == "mps" else device) * 2
+
+    def factorise() -> None:
+        torch.linalg.solve_triangular(torch.linalg.cholesky_ex(wide)[0], wide, upper=False)
+
+    return Speed(model, float32, n**3 * 4 / 3 / _seconds(factorise, device))
+
+
+class _Layer:
+    """The products, norms and activations of a decoder layer, as most families have them."""
+
+    def __init__(self, hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: torch.device) -> None:
+        def weight(outputs: int, inputs: int) -> torch.Tensor:
+            return torch.full((outputs, inputs), 1 / inputs, dtype=dtype, device=device)
+
+        self._qkv = [weight(attention, hidden) for _ in range(3)]
+        self._out = weight(hidden, attention)
+        self._gate, self._up, self._down = weight(mlp, hidden), weight(mlp, hidden), weight(hidden, mlp)
+
+    def operations(self, tokens: int, window: int) -> float:
+        """Operations of a pass."""
+        matrices = [*self._qkv, self._out, self._gate, self._up, self._down]
+        return tokens * (2 * sum(w.numel() for w in matrices) + 2 * min(window, tokens) * self._out.shape[1])
+
+    @torch.inference_mode()
+    def run(self, tokens: int, window: int) -> None:
+        """Pass windows of random states through."""
+        x = torch.ones(tokens // (length := min(window, tokens)), length, self._out.shape[0], dtype=self._out.dtype,
+                       device=self._out.device)  # fmt: skip
+        q, k, v = (self._heads(functional.linear(_norm(x), w)) for w in self._qkv)
+        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + functional.linear(seen.transpose(1, 2).flatten(2), self._out)
+        states = _norm(x)
+        inner = functional.silu(functional.linear(states, self._gate)) * functional.linear(states, self._up)
+        x + functional.linear(inner, self._down)
+
+    @staticmethod
+    def _heads(states: torch.Tensor) -> torch.Tensor:
+        heads = states.view(*states.shape[:-1], -1, HEAD).transpose(1, 2)
+        left, right = heads[..., : HEAD // 2], heads[..., HEAD // 2 :]
+        return heads * 0.5 + torch.cat([-right, left], dim=-1) * 0.5  # as rotary positions do
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of a few passes, after one that warms up."""
+    times = []
+    for _ in range(PASSES + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

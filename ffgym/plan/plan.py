@@ -1,0 +1,130 @@
+"""A plan: what a run needs of this machine, stage by stage, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from ffgym.errors import FitError
+from ffgym.plan import counts
+from ffgym.plan.counts import Stage
+from ffgym.plan.machine import Speed, measure_speed
+from ffgym.plan.shape import ModelShape, Workload
+from ffgym.report.layout import humane
+from ffgym.report.progress import clock
+
+TOLERANCE = 1.1  # a plan is within 10 % of what is measured: only what surely does not fit is refused
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        name: what the user called the model.
+        shape: of the model.
+        load: what the run does.
+        device: where the model lies.
+        free: bytes of that device's memory that this process may have in all.
+    """
+
+    name: str
+    shape: ModelShape
+    load: Workload
+    device: torch.device
+    free: int
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """The stages of the run, in order."""
+        return counts.stages(self.shape, self.load)
+
+    @cached_property
+    def speed(self) -> Speed:
+        """Of this machine, measured when it is first asked for; that takes less than a second."""
+        return measure_speed(self.shape, self.load.dtype, self.device, self.load.window)
+
+    @property
+    def largest(self) -> Stage:
+        """The stage that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of memory that all workers together need at most."""
+        return self.largest.peak * self.load.workers
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is free."""
+        return self.needed <= self.free
+
+    def seconds(self, stage: Stage) -> float:
+        """How long a stage takes."""
+        shared = self.load.workers if stage.name in counts.SHARED else 1
+        return stage.seconds + self.speed.seconds(stage.operations) / shared
+
+    @property
+    def total_seconds(self) -> float:
+        """How long the run takes."""
+        return sum(map(self.seconds, self.stages))
+
+    @property
+    def summary(self) -> str:
+        """One line: parameters, peak memory, time."""
+        return (
+            f"plan: {humane(self.shape.parameters)} parameters, {size_text(self.needed)} of memory at the peak "
+            f"({size_text(self.free)} free), {clock(self.total_seconds)} in all"
+        )
+
+    def check(self) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            FitError: says what is needed, what is free, and what to change.
+        """
+        if self.needed <= TOLERANCE * self.free:
+            return
+        largest = self.largest
+        part = max(largest.memory, key=lambda name: largest.memory[name])
+        each = f" in each of {self.load.workers} workers" if self.load.workers > 1 else ""
+        raise FitError(
+            f"{self.name!r} does not fit: {largest.name} needs {size_text(largest.peak)} of memory{each}, most of it "
+            f"for {part}, and {size_text(self.free)} are free on {self.device}",
+            hint=self.advice,
+        )
+
+    @property
+    def advice(self) -> str:
+        """What would make it fit; empty where it does."""
+        if self.fits:
+            return ""
+        changes = [(text, replace(self, load=load)) for text, load in self._smaller()]
+        enough = [f"{text} ({size_text(plan.needed)})" for text, plan in changes if plan.fits]
+        if enough:
+            return f"It fits with {', or with '.join(enough)}."
+        least = min(changes, key=lambda change: change[1].needed, default=None)
+        if least is None:
+            return "Use a machine with more memory, or a smaller model."
+        return (
+            f"Use a machine with more memory, or a smaller model; with {least[0]} it still needs "
+            f"{size_text(least[1].needed)}."
+        )
+
+    def _smaller(self) -> Iterator[tuple[str, Workload]]:
+        """Changes of the run that save memory."""
+        load = self.load
+        if load.workers > 1:
+            yield f"--workers {load.workers - 1}", replace(load, workers=load.workers - 1)
+        if load.dtype == torch.float32:
+            yield "--set model.dtype=bfloat16", replace(load, dtype=torch.bfloat16)
+        if (tokens := load.calibration_tokens // 4) >= 8 * load.window:
+            yield f"--set data.calibration_tokens={tokens}", replace(load, calibration_tokens=tokens)
+
+
+def size_text(size: float) -> str:
+    """``"1.2 GB"``."""
+    return humane(size, "B")

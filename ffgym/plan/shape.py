@@ -1,0 +1,137 @@
+"""The two things that a plan follows from: the shape of a model, and what a run does with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ffgym.errors import is_out_of_memory
+from ffgym.models.families import family_of
+from ffgym.models.loading_errors import loading_error, quiet
+from ffgym.types import Kind, Sublayer
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a dense model, from its config alone.
+
+    Attributes:
+        family: name of its family.
+        parameters: of the whole model, tied ones once.
+        hidden: channels of the residual stream, m of every consumer.
+        vocabulary: tokens that the head projects to.
+        sublayers: its 2L sublayers, in order of depth.
+        saved_as: dtype of its checkpoint, e.g. ``"bfloat16"``; empty where the config does not say.
+    """
+
+    family: str
+    parameters: int
+    hidden: int
+    vocabulary: int
+    sublayers: tuple[Sublayer, ...]
+    saved_as: str = ""
+
+    @property
+    def prunable(self) -> int:
+        """Parameters that pruning may remove."""
+        return sum(s.units * s.unit_params for s in self.sublayers)
+
+    @property
+    def head(self) -> int:
+        """Weights of the output head."""
+        return self.vocabulary * self.hidden
+
+    def widest(self, kind: Kind) -> int:
+        """Input channels of the widest consumer of a kind, n."""
+        return max(channels(s) for s in self.sublayers if s.kind == kind)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run does, in tokens and counts.
+
+    Attributes:
+        window: tokens of a window.
+        calibration_tokens: of the calibration split.
+        sparsity: share of the prunable parameters that is removed.
+        dtype: of weights and activations.
+        batch_tokens: tokens of one forward pass.
+        choose_ridge: lambda is chosen on held-out windows.
+        gradients: first-order statistics are wanted.
+        second_moments: sublayers keep their second moment for heuristics.
+        episode_tokens: of an episode; 0 for no search.
+        episodes_per_update: episodes that are measured together.
+        updates: of one search.
+        searches: how many searches there are: the agent's, and that of random allocations.
+        start_updates: updates on whose text the allocation that the search started from is measured.
+        finalists: allocations that are measured together in the finals; 0 for none.
+        final_tokens: that each of them is measured on.
+        targets: points of the front.
+        report_tokens: of the report split.
+        report_rows: models that are measured on it.
+        sequential: the result is refitted layer by layer at the end.
+        saves: the result is saved.
+        train_tokens: to recover on; 0 for none.
+        workers: processes that share the episodes of an update.
+    """
+
+    window: int
+    calibration_tokens: int
+    sparsity: float
+    dtype: torch.dtype
+    batch_tokens: int
+    choose_ridge: bool = True
+    gradients: bool = False
+    second_moments: bool = False
+    episode_tokens: int = 0
+    episodes_per_update: int = 1
+    updates: int = 1
+    searches: int = 1
+    start_updates: int = 0
+    finalists: int = 0
+    final_tokens: int = 0
+    targets: int = 1
+    report_tokens: int = 0
+    report_rows: int = 0
+    sequential: bool = False
+    saves: bool = False
+    train_tokens: int = 0
+    workers: int = 1
+
+
+def channels(sublayer: Sublayer) -> int:
+    """Input channels of a consumer, n."""
+    return sublayer.units * sublayer.channels_per_unit
+
+
+def shape_of(config: Any, name: str) -> ModelShape:
+    """The shape of the model that a transformers config describes; nothing of its size is made.
+
+    Args:
+        config: of a causal LM.
+        name: what the user called it.
+
+    Raises:
+        ModelError: an unsupported architecture, or a config that no model can be made from.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # wrong values fail in as many ways as there are layers
+        if is_out_of_memory(error):
+            raise
+        raise loading_error(error, name, name) from error
+    family = family_of(model)
+    saved_as = getattr(config, "dtype", None)
+    return ModelShape(
+        family.name,
+        sum(parameter.numel() for parameter in model.parameters()),
+        model.get_input_embeddings().weight.shape[1],
+        model.get_output_embeddings().weight.shape[0],
+        tuple(family.sublayers(model)),
+        "" if saved_as is None else str(saved_as).removeprefix("torch."),
+    )

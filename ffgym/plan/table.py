@@ -1,0 +1,130 @@
+"""A plan as a table on the terminal, and as JSON."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ffgym.data.cache import cache_dir
+from ffgym.plan import counts
+from ffgym.plan.plan import Plan, size_text
+from ffgym.plan.shape import Workload
+from ffgym.report.layout import Table, humane, text_columns
+from ffgym.report.progress import clock
+from ffgym.types import JSONDict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+LABELS = {
+    "load": "load model and text",
+    "prepare": "prepare",
+    "search": "search",
+    "finals": "finals",
+    "start": "where it started",
+    "report": "report",
+    "sequential": "sequential calibration",
+    "save": "save",
+    "recover": "recover",
+}
+
+
+def to_json(plan: Plan) -> JSONDict:
+    """The plan as plain data: bytes, seconds, operations."""
+    shape, load = plan.shape, plan.load
+    return {
+        "model": plan.name,
+        "family": shape.family,
+        "parameters": shape.parameters,
+        "prunable_parameters": shape.prunable,
+        "dtype": _dtype(load),
+        "device": str(plan.device),
+        "workers": load.workers,
+        "sizes": _sizes(plan),
+        "stages": [
+            {
+                "stage": stage.name,
+                "tokens": stage.tokens,
+                "operations": stage.operations.total,
+                "seconds": plan.seconds(stage),
+                "memory": stage.memory,
+                "peak": stage.peak,
+            }
+            for stage in plan.stages
+        ],
+        "seconds": plan.total_seconds,
+        "peak": plan.largest.peak,
+        "needed": plan.needed,
+        "free": plan.free,
+        "fits": plan.fits,
+        "advice": plan.advice,
+    }
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan."""
+    shape, load = plan.shape, plan.load
+    console.print(
+        f"{plan.name}: {shape.family}, {humane(shape.parameters)} parameters, {_dtype(load)} on {plan.device}",
+        highlight=False,
+        markup=False,
+    )
+    console.print()
+    console.print(_stages(plan).terminal())
+    console.print(_parts(plan).terminal())
+
+
+def _stages(plan: Plan) -> Table[Sequence[str]]:
+    rows = [
+        (
+            LABELS[stage.name],
+            f"{stage.tokens:,}" if stage.tokens else "",
+            humane(stage.operations.total) if stage.operations.total else "",
+            clock(plan.seconds(stage)),
+            size_text(stage.peak) if stage.peak else "",
+            max(stage.memory, key=lambda name: stage.memory[name], default=""),
+        )
+        for stage in plan.stages
+    ]
+    total = sum(stage.operations.total for stage in plan.stages)
+    tokens = sum(stage.tokens for stage in plan.stages)
+    rows.append(("in all", f"{tokens:,}", humane(total), clock(plan.total_seconds), size_text(plan.largest.peak), ""))
+    return Table(text_columns("stage", "tokens", "operations", "time", "memory", "most of it"), rows)
+
+
+def _parts(plan: Plan) -> Table[Sequence[str]]:
+    sizes = {name.replace("_", " "): size_text(size) for name, size in _sizes(plan).items()}
+    workers = f" for {plan.load.workers} workers together" if plan.load.workers > 1 else ""
+    notes = [
+        f"Memory: {size_text(plan.needed)} are needed{workers}, {size_text(plan.free)} are free on {plan.device}. "
+        f"{plan.advice}".strip(),
+        f"Disk: {size_text(_free_disk(cache_dir()))} are free for prepared models, {size_text(_free_disk(Path()))} "
+        "here.",
+        f"Time: at the speed that this machine had just now, {humane(plan.speed.model)} operations a second in the "
+        "model's layers. What has been prepared before is opened within seconds.",
+    ]
+    return Table(text_columns("what", "size"), list(sizes.items()), notes)
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    shape, load = plan.shape, plan.load
+    return {
+        "weights": counts.weights(shape, load),
+        "refit_factors": counts.factors(shape),
+        "moments_of_a_layer": counts.moments(shape),
+        "hidden_states_of_the_calibration_text": counts.hidden_states(shape, load, load.calibration_tokens),
+        "prepared_model_on_disk": counts.store(shape, load),
+        "saved_model_on_disk": counts.saved_model(shape, load) if load.saves else 0,
+    }
+
+
+def _dtype(load: Workload) -> str:
+    return str(load.dtype).removeprefix("torch.")
+
+
+def _free_disk(folder: Path) -> int:
+    folder = folder.expanduser().resolve()
+    return shutil.disk_usage(next(each for each in [folder, *folder.parents] if each.exists())).free

@@ -1,0 +1,41 @@
+"""The plan of a configuration: from the model's config and the tables of the run, before anything is loaded."""
+
+from __future__ import annotations
+
+from ffgym.config.tables import RunConfig
+from ffgym.models.loading import config_of
+from ffgym.models.placement import choose_device, choose_dtype, named_dtype, tokens_per_batch
+from ffgym.plan.machine import free_memory
+from ffgym.plan.plan import Plan
+from ffgym.plan.shape import Workload, shape_of
+from ffgym.plugins import manager
+from ffgym.pruning.statistics import GRADIENT_STATISTICS
+
+
+def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
+    """The plan of preparing a model and measuring an update of episodes, on this machine.
+
+    Args:
+        config: the run.
+        needs: statistics that its heuristics ask for.
+
+    Raises:
+        ModelError: the model's architecture is not supported, or its config is missing or damaged.
+    """
+    data, model, search = config.data, config.model, config.search
+    device = choose_device(model.device)
+    criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    load = Workload(
+        window=data.window,
+        calibration_tokens=-(-data.calibration_tokens // data.window) * data.window,
+        sparsity=config.prune.ends[1],
+        dtype=choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype),
+        batch_tokens=tokens_per_batch(device),
+        choose_ridge=config.prune.ridge == "auto",
+        gradients=bool((criterion.needs | needs) & GRADIENT_STATISTICS),
+        second_moments="second_moment" in needs,
+        episode_tokens=-(-search.episode_tokens // data.window) * data.window,
+        episodes_per_update=search.episodes_per_update,
+    )
+    shape = shape_of(config_of(model.name, revision=model.revision), model.name)
+    return Plan(model.name, shape, load, device, free_memory(device))

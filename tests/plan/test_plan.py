@@ -1,0 +1,192 @@
+"""A plan: what it counts, what it advises, and what it refuses, all before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ffgym.cli import app
+from ffgym.errors import FitError, ModelError
+from ffgym.models.families import family_of
+from ffgym.models.loading import DEMO_SIZES, config_of
+from ffgym.plan import counts
+from ffgym.plan.machine import Speed, free_memory
+from ffgym.plan.plan import Plan
+from ffgym.plan.shape import ModelShape, Workload, shape_of
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+CPU = torch.device("cpu")
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "dtype": "bfloat16",
+}
+LOAD = Workload(
+    window=512,
+    calibration_tokens=8192,
+    sparsity=0.2,
+    dtype=torch.bfloat16,
+    batch_tokens=4096,
+    episode_tokens=2048,
+    episodes_per_update=8,
+)
+
+
+def folder_of(config: dict[str, Any], place: Path) -> Path:
+    """A folder with nothing but a config."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return place
+
+
+@pytest.fixture(scope="module")
+def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    folder = str(folder_of(LLAMA_8B, tmp_path_factory.mktemp("llama")))
+    return shape_of(config_of(folder), folder)
+
+
+def planned(shape: ModelShape, *, free: float = 1e12, **changes: Any) -> Plan:
+    return Plan("model", shape, replace(LOAD, **changes), CPU, int(free))
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_config_gives_the_shape_of_the_model(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    shape = shape_of(config_of(str(tmp_path)), "tiny")
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.sublayers == tuple(family_of(model).sublayers(model))
+    assert shape.hidden == model.config.hidden_size
+
+
+def test_the_demo_is_planned_from_the_sizes_that_its_file_has() -> None:
+    shape = shape_of(config_of("demo"), "demo")
+    assert shape.parameters == 134_515_008
+    assert len(shape.sublayers) == 2 * int(DEMO_SIZES["num_hidden_layers"])
+
+
+def test_llama_8b_needs_what_its_sizes_say(eight_billion: ModelShape) -> None:
+    assert eight_billion.parameters == 8_030_261_248
+    n, m, layers = 14336, 4096, 32
+    assert counts.weights(eight_billion, LOAD) == 2 * 8_030_261_248
+    assert counts.factors(eight_billion) == 4 * layers * (n * (n + m) + m * (m + m))
+    assert counts.hidden_states(eight_billion, LOAD, 8192) == 2 * 8192 * m
+
+
+def test_what_costs_more_is_planned_to_cost_more(eight_billion: ModelShape) -> None:
+    plan = planned(eight_billion)
+    assert planned(eight_billion, dtype=torch.float32).needed > plan.needed
+    assert planned(eight_billion, calibration_tokens=2**20).needed > plan.needed
+    assert planned(eight_billion, workers=2).needed == 2 * plan.needed
+    assert planned(eight_billion, sparsity=0.5).stages[-1].operations.model < plan.stages[-1].operations.model
+
+
+def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_helps(eight_billion: ModelShape) -> None:
+    needed = planned(eight_billion, workers=1).needed
+    with pytest.raises(FitError) as raised:
+        planned(eight_billion, free=needed * 1.5, workers=2).check()
+    assert "in each of 2 workers" in raised.value.message
+    assert "are free on cpu" in raised.value.message
+    assert raised.value.hint is not None
+    assert "--workers 1" in raised.value.hint
+    planned(eight_billion, free=needed * 1.05).check()
+
+
+def test_advice_names_what_still_needs_too_much(eight_billion: ModelShape) -> None:
+    plan = planned(eight_billion, free=1e9, dtype=torch.float32)
+    assert "--set model.dtype=bfloat16" in plan.advice
+    assert planned(eight_billion).advice == ""
+
+
+def test_seconds_follow_from_operations_and_speed() -> None:
+    operations = counts.Operations(model=100.0, float32=10.0, float64=1.0)
+    assert Speed(model=10.0, float32=5.0, float64=1.0).seconds(operations) == 13.0
+
+
+def test_free_memory_follows_the_limits_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    assert free_memory(CPU) > 0
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (3 * 2**30, 3 * 2**30))
+    assert free_memory(CPU) == 3 * 2**30
+
+
+def test_a_control_group_leaves_its_limit_less_what_others_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ffgym.plan import machine
+
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/job/step\n")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    for folder, limit, held, cached in (("job", "2000000000", 900_000_000, 400_000_000), ("job/step", "max", 0, 0)):
+        (tmp_path / folder / "memory.max").write_text(limit)
+        (tmp_path / folder / "memory.current").write_text(str(held))
+        (tmp_path / folder / "memory.stat").write_text(f"anon 1\nfile {cached}\n")
+    assert list(machine.group_limits(own=100_000_000)) == [1_600_000_000]
+
+
+# the command
+
+
+def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> None:
+    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
+    result = call(str(folder), "--set", "model.dtype=bfloat16", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert plan["family"] == "llama"
+    assert plan["peak"] == max(stage["peak"] for stage in plan["stages"])
+    assert [stage["stage"] for stage in plan["stages"]] == [
+        *("load", "prepare", "search", "finals", "start", "report", "sequential", "save"),
+    ]
+    assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
+
+
+def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:
+    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
+    result = call(str(folder), "--set", "model.dtype=bfloat16")
+    assert result.exit_code == 0, result.output
+    for word in ("prepare", "search", "finals", "report", "refit factors", "prepared model on disk", "are free"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--sparsity", "1.5"), "less than 1"),
+        (("--sparsity", "0.99"), "sparsity 0.99"),
+        (("--agent", "reinforcee"), "unknown agent"),
+    ],
+)
+def test_what_no_run_would_take_is_refused(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    result = call(str(folder_of(LLAMA_8B | {"num_hidden_layers": 1}, tmp_path)), *arguments)
+    assert result.exit_code == 1
+    assert said in result.output
+
+
+def test_an_unknown_architecture_names_the_nearest_family(tmp_path: Path) -> None:
+    result = call(str(folder_of(LLAMA_8B | {"model_type": "qwen2_moe"}, tmp_path)))
+    assert result.exit_code == 1
+    assert "'qwen2_moe' is not supported" in result.output
+    assert "Did you mean 'qwen2'" in result.output
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        config_of(str(tmp_path))
