@@ -72,6 +72,10 @@ class ModelTable(Table):
         pattern=r"^(auto|balanced|(cpu|cuda|mps|xpu)(:\d+)?)$",
         description="auto | cpu | cuda | cuda:1 | mps | xpu | balanced (layers spread over all GPUs)",
     )
+    placement: Literal["auto", "resident", "stream"] = Field(
+        default="auto",
+        description="auto (resident where it fits) | resident | stream (layers are read as they run)",
+    )
 
 
 class DataTable(Table):

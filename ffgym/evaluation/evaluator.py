@@ -255,16 +255,16 @@ class ModelEvaluator:
         def level(stream: _Stream) -> tuple[int, ...]:
             return stream.passes[0].level(layer)
 
-        halves = self._prunable.halves[2 * layer : 2 * layer + 2]
         refits: Refits = {}
         split = sorted((part for stream in streams for part in stream.split(layer)), key=level)
         behind = []
-        for units, parts in itertools.groupby(split, level):
-            for half, kept in zip(halves, units, strict=True):
-                self._cut(half, kept, refits)
-            behind += [replace(each, hidden=self._walk.layer(layer, each.hidden, each.entry)) for each in parts]
-        for half in halves:
-            half.restore()
+        with self._prunable.layer(layer) as halves:
+            for units, parts in itertools.groupby(split, level):
+                for half, kept in zip(halves, units, strict=True):
+                    self._cut(half, kept, refits)
+                behind += [replace(each, hidden=self._walk.layer(layer, each.hidden, each.entry)) for each in parts]
+            for half in halves:
+                half.restore()
         return behind
 
     def _cut(self, half: PrunableSublayer, units: int, refits: Refits) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffgym.models.cut import PrunableModel
+from ffgym.models.walk import Stream, Walk
 from ffgym.types import Evaluation
 
 TILE_ROWS = 2048
@@ -43,6 +45,36 @@ def evaluate(
         losses.extend(window_losses(model, *predicting(model, batch)).tolist())
         if on_batch is not None:
             on_batch(len(batch))
+    return Evaluation(tuple(losses), windows.shape[1] - 1)
+
+
+@torch.inference_mode()
+def evaluate_cut(
+    prunable: PrunableModel,
+    windows: torch.Tensor,
+    *,
+    tokens_per_batch: int = 4096,
+    on_layer: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """As `evaluate`, for a model as it is cut now: all windows go through a layer before any goes through the next.
+
+    Args:
+        prunable: the model, whose layers need not be in memory.
+        windows: token ids, shape (windows, length), int64, length >= 2. The hidden states of all are held.
+        tokens_per_batch: tokens in one forward pass (whole windows, at least one).
+        on_layer: called with 1 when a layer is done.
+    """
+    walk = Walk(prunable.model)
+    stream = Stream(walk, torch.split(windows, max(1, tokens_per_batch // windows.shape[1])))
+    for index in range(len(walk.layers)):
+        with prunable.layer(index):
+            stream.step(index)
+        if on_layer is not None:
+            on_layer(1)
+    losses: list[float] = []
+    for hidden, entry in zip(stream.hidden, stream.entries, strict=True):
+        last = walk.leave(hidden, entry)
+        losses.extend(window_losses(prunable.model, last[:, :-1], entry.ids[:, 1:].to(last.device)).tolist())
     return Evaluation(tuple(losses), windows.shape[1] - 1)
 
 

@@ -7,7 +7,9 @@ along the path is an inner product with dL/dW: the pathwise derivative of the lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -30,39 +32,41 @@ def unit_slopes(
         for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Of units
         that are kept it is what dropping them would undo.
     """
+    slopes: list[torch.Tensor] = []  # from the last layer to the first
+    totals: dict[torch.Tensor, torch.Tensor] = {}
+
+    @contextmanager
+    def layer(index: int) -> Iterator[None]:
+        with prunable.layer(index):
+            frozen = [each for each in _parameters(prunable, index) if not each.requires_grad]
+            try:
+                for parameter in frozen:
+                    parameter.requires_grad_(True)
+                yield
+            finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
+
     try:
         for half, units in zip(prunable.halves, kept, strict=True):
             half.pad(units, calibrated=calibrated)
-        gradients = _consumer_gradients(prunable, windows)
-        slopes = []
-        for half in prunable.halves:
-            of_weight, of_bias = gradients[half.consumer.weight], gradients.get(half.consumer.bias)
-            channels = half.path_for(calibrated=calibrated).slopes(of_weight, of_bias)
-            slopes.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
-        return slopes
+        # One window at a time, to bound the graph of a layer.
+        walked = walk_back(Walk(prunable.model), torch.split(windows, 1), partial(_parameters, prunable), layer=layer)
+        for done, (index, gradients) in enumerate(walked, start=1):
+            for parameter, gradient in zip(_parameters(prunable, index), gradients, strict=True):
+                before = totals.get(parameter, torch.zeros_like(parameter, dtype=torch.float32))
+                totals[parameter] = before + gradient.float() / len(windows)
+            if done % len(windows) == 0:
+                for half in reversed(prunable.halves[2 * index : 2 * index + 2]):
+                    of_weight, of_bias = totals[half.consumer.weight], totals.get(half.consumer.bias)
+                    channels = half.path_for(calibrated=calibrated).slopes(of_weight, of_bias)
+                    slopes.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
+                totals.clear()
+        return slopes[::-1]
     finally:
         prunable.restore()
 
 
-def _consumer_gradients(prunable: PrunableModel, windows: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
-    """Of the mean loss, with respect to the weights and biases of all consumers; float32."""
-    consumers = prunable.consumers
-    wanted = [
-        [*first.parameters(), *second.parameters()]
-        for first, second in zip(consumers[::2], consumers[1::2], strict=True)
-    ]
-    totals: dict[torch.Tensor, torch.Tensor] = {
-        parameter: torch.zeros_like(parameter, dtype=torch.float32) for layer in wanted for parameter in layer
-    }
-    frozen = [parameter for parameter in totals if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        # One window at a time, to bound the graph of a layer.
-        for layer, gradients in walk_back(Walk(prunable.model), torch.split(windows, 1), wanted.__getitem__):
-            for parameter, gradient in zip(wanted[layer], gradients, strict=True):
-                totals[parameter] += gradient.float() / len(windows)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-    return totals
+def _parameters(prunable: PrunableModel, layer: int) -> list[torch.Tensor]:
+    """Weights and biases of a layer's two consumers."""
+    return [each for half in prunable.halves[2 * layer : 2 * layer + 2] for each in half.consumer.parameters()]

@@ -6,25 +6,35 @@ Where all layers have the same shape, the checkpoint can also be a stock one, wh
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ffgym.errors import ModelError, OutputError
-from ffgym.files import replacing
+from ffgym.files import replacing, write_text
 from ffgym.models.families import Family
 from ffgym.types import Kind
 
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
 # What the dense checkpoint's config says about itself and is not so for the pruned one.
 ABOUT_THE_SOURCE = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
+
+
+Layer = Callable[[int], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ def save_pruned(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     stock: bool = False,
+    layer: Layer = nullcontext,
 ) -> SavedModel:
     """Write a pruned model to a folder, whole or not at all.
 
@@ -71,6 +82,7 @@ def save_pruned(
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
         max_shard_size: weights beyond it are written as several files, e.g. ``"5GB"``.
         stock: write a stock checkpoint of the family; all layers must have kept the same shape.
+        layer: brings in a layer of a model that is not in memory. It is written with a layer to a file.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
@@ -79,7 +91,11 @@ def save_pruned(
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
     pruned = (stock_model if stock else uneven_model)(model, kept=kept, family=family)
-    return _write(pruned, tokenizer, place, card, files, stock=stock, max_shard_size=max_shard_size)
+    if any(parameter.is_meta for parameter in pruned.parameters()):
+        write = partial(_save_by_layer, pruned, partial(_checkpoint_weights, model, kept, family), family, layer)
+    else:
+        write = partial(pruned.save_pretrained, max_shard_size=max_shard_size)
+    return _write(pruned, write, tokenizer, place, card, files, stock=stock)
 
 
 def save_again(
@@ -106,7 +122,7 @@ def save_again(
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
-    return _write(model, tokenizer, place, card, files, stock=is_stock(model))
+    return _write(model, model.save_pretrained, tokenizer, place, card, files, stock=is_stock(model))
 
 
 def is_stock(model: Any) -> bool:
@@ -116,18 +132,18 @@ def is_stock(model: Any) -> bool:
 
 def _write(
     model: Any,
+    write: Callable[[Path], None],
     tokenizer: Any | None,
     place: Path,
     card: str | None,
     files: Sequence[Path],
     *,
     stock: bool,
-    max_shard_size: str | int = "5GB",
 ) -> SavedModel:
     with replacing(place) as folder:
         folder.mkdir()
         with _no_progress_bar():
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            write(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if card is not None:
@@ -141,6 +157,52 @@ def _write(
             raise OutputError(f"{place}: {written} of {expected} parameters were written", hint="Please report this.")
     weights = place.glob("*.safetensors")
     return SavedModel(place, sum(file.stat().st_size for file in weights), parameters=expected, stock=stock)
+
+
+def _save_by_layer(
+    pruned: Any, weights: Callable[[], dict[str, torch.Tensor]], family: Family, layer: Layer, folder: Path
+) -> None:
+    """Do what ``pruned.save_pretrained(folder)`` does, one layer in memory at a time.
+
+    Args:
+        pruned: of the saved class; what is in no layer is in memory.
+        weights: those of the model that is saved, with the values of the layer that has been brought in.
+        family: the model's family.
+        layer: brings one in.
+        folder: to write to.
+    """
+    pruned.save_pretrained(folder, state_dict={})
+    for empty in folder.glob("*.safetensors"):
+        empty.unlink()
+    tied = pruned.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(tied.items())}
+    outline = {name: tensor.data for name, tensor in tied.items() if first[id(tensor)] == name}
+    numbered = re.compile(re.escape(f"{family.decoder}.layers.") + r"(\d+)\.")
+
+    def layer_of(name: str) -> int:
+        match = numbered.match(name)
+        return int(match[1]) if match else -1
+
+    sizes = Counter[int]()
+    for name, tensor in outline.items():
+        sizes[layer_of(name)] += tensor.nbytes
+    shards = split_torch_state_dict_into_shards(
+        {name: tensor.to("meta") for name, tensor in outline.items()},
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max(size for index, size in sizes.items() if index >= 0),
+    )
+    for file, names in shards.filename_to_tensors.items():
+        content: dict[str, torch.Tensor] = {}
+        for index, group in itertools.groupby(names, layer_of):
+            with nullcontext() if index < 0 else layer(index):
+                known = weights()
+                found = {name: known[name] if name in known else outline[name] for name in group}
+                content |= {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+        save_file(content, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        numbers = {"total_parameters": sum(tensor.numel() for tensor in outline.values()), **shards.metadata}
+        index_file = {"metadata": numbers, "weight_map": shards.tensor_to_filename}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index_file, indent=2, sort_keys=True) + "\n")
 
 
 def _give_ordinary_modes(folder: Path) -> None:

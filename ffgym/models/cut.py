@@ -2,12 +2,17 @@
 
 Producers keep views of their first rows, so cutting copies nothing but the refitted consumers. Restoring hands the
 dense parameters back: the same tensors, bit for bit.
+
+The layers of a model larger than memory are on the meta device until ``PrunableModel.layer`` brings one in. A cut of
+what is not in memory changes its sizes; its values follow when it comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,13 +24,28 @@ from ffgym.pruning.ordering import expand_order
 from ffgym.types import Sublayer
 
 
+class LayerSource(Protocol):
+    """Where layers that are not in memory come from, and where what was computed for them is kept."""
+
+    def load(self, layer: int) -> Mapping[str, torch.Tensor]:
+        """A layer's dense weights as the checkpoint has them, by their names in the layer."""
+
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a refitted consumer outside of memory, in place of what was kept under this name before."""
+
+    def kept(self, name: str) -> Mapping[str, torch.Tensor]:
+        """What was kept last."""
+
+
 class PrunableSublayer:
     """One sublayer's modules, their dense parameters, and the path that its consumer is cut along.
 
     Attributes:
         order: where each unit was before `permute`, shape (units,), int64; ``None`` before.
-        path: the consumer's weights at every level; ``None`` for plain removal.
+        load_path: reads the path each time that its layer is brought in and the path is asked for; ``None`` where the
+            path is in memory.
         affine: whether calibration moves the consumer's bias too.
+        is_refitted: whether `set_consumer` or `set_bias` has given the consumer values that no path has.
 
     Args:
         family: names of the parts.
@@ -44,8 +64,27 @@ class PrunableSublayer:
         self._attention: Any = getattr(layer, self._attention_name)
         self._keep_dense()
         self.order: torch.Tensor | None = None
-        self.path: ConsumerPath | None = None
+        self.load_path: Callable[[], ConsumerPath] | None = None
+        self._path: ConsumerPath | None = None
         self.affine = False
+        self.is_refitted = False
+        self._asked: Callable[[PrunableSublayer], None] = PrunableSublayer.restore  # what it was last told to be
+
+    @property
+    def path(self) -> ConsumerPath | None:
+        """The consumer's weights at every level; ``None`` for plain removal."""
+        if self._path is None and self.load_path is not None:
+            self._path = self.load_path()
+        return self._path
+
+    @path.setter
+    def path(self, path: ConsumerPath) -> None:
+        self._path = path
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its weights are not in memory."""
+        return self._consumer_weight.is_meta
 
     @property
     def dense_consumer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -79,6 +118,9 @@ class PrunableSublayer:
             order: shape (units,), int64, a permutation.
         """
         self.order = order if self.order is None else self.order[order]
+        self._permute_weights(order)
+
+    def _permute_weights(self, order: torch.Tensor) -> None:
         with torch.no_grad():
             for producer, rows in zip(self.producers, self._rows, strict=True):
                 index = expand_order(order, rows).to(producer.weight.device)
@@ -98,9 +140,11 @@ class PrunableSublayer:
         if units == self.sublayer.units:
             self.restore()
             return
+        self._asked = partial(PrunableSublayer.cut, units=units, calibrated=calibrated)
         channels = units * self.sublayer.channels_per_unit
         path = self.path_for(calibrated=calibrated)
-        self.set_consumer(path.weight_at(channels), path.bias_at(channels))
+        self._put_consumer(path.weight_at(channels), path.bias_at(channels))
+        self.is_refitted = False
         for producer, rows, weight, bias in zip(self.producers, self._rows, self._weights, self._biases, strict=True):
             _set(producer, weight[: units * rows], None if bias is None else bias[: units * rows])
         for attribute in self._head_counts:
@@ -108,9 +152,14 @@ class PrunableSublayer:
         self._place_attention(empty=units == 0)
 
     def path_for(self, *, calibrated: bool) -> ConsumerPath:
-        """The refitted path, or plain removal where none was built or none is wanted."""
-        dense = PlainPath(self._consumer_weight, self._consumer_bias)
-        return self.path if calibrated and self.path is not None else dense
+        """The refitted path, or plain removal where none was built or none is wanted; of what is away, its sizes."""
+        weight, bias = self.dense_consumer
+        if self.is_away:
+            if bias is None and self.affine and calibrated:
+                bias = weight.new_zeros(len(weight))
+            return PlainPath(weight, bias)
+        path = self.path if calibrated else None
+        return PlainPath(weight, bias) if path is None else path
 
     def pad(self, units: int, *, calibrated: bool = True) -> None:
         """Compute what ``cut`` would at full width: the columns of the units that went are zeros.
@@ -118,15 +167,16 @@ class PrunableSublayer:
         Unlike the cut sublayer, this one has a derivative with respect to what went.
         """
         self.restore()
+        self._asked = partial(PrunableSublayer.pad, units=units, calibrated=calibrated)
         if units == self.sublayer.units:
             if calibrated and self.affine and self._consumer_bias is None:  # the path has one, and with it a derivative
-                self.set_consumer(self._consumer_weight, self._consumer_weight.new_zeros(self.consumer.out_features))
+                self._put_consumer(self._consumer_weight, self._consumer_weight.new_zeros(self.consumer.out_features))
             return
         channels = units * self.sublayer.channels_per_unit
         path = self.path_for(calibrated=calibrated)
         weight = torch.zeros_like(self._consumer_weight)
         weight[:, :channels] = path.weight_at(channels).to(weight)
-        self.set_consumer(weight, path.bias_at(channels))
+        self._put_consumer(weight, path.bias_at(channels))
 
     def set_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Give the consumer new values, converted to the model's dtype.
@@ -135,6 +185,10 @@ class PrunableSublayer:
             weight: shape (m, channels kept).
             bias: shape (m,) or ``None``.
         """
+        self._put_consumer(weight, bias)
+        self.is_refitted = True
+
+    def _put_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         like = self._consumer_weight
         # Contiguous, as a checkpoint stores it: kernels round differently on strided weights.
         _set(self.consumer, weight.to(like).contiguous(), None if bias is None else bias.to(like))
@@ -146,6 +200,12 @@ class PrunableSublayer:
 
     def restore(self) -> None:
         """Hand the dense parameters back."""
+        self._asked = PrunableSublayer.restore
+        self.is_refitted = False
+        self.hand_back()
+
+    def hand_back(self) -> None:
+        """Put the dense parameters into the modules, whatever is to be there when the layer is next brought in."""
         for module, weight, bias in zip(
             [*self.producers, self.consumer],
             [*self._weights, self._consumer_weight],
@@ -156,6 +216,34 @@ class PrunableSublayer:
         for attribute in self._head_counts:
             setattr(self._attention, attribute, self.sublayer.units * self.sublayer.query_heads_per_unit)
         self._place_attention(empty=False)
+
+    def arrive(self, refit: Mapping[str, torch.Tensor] | None) -> None:
+        """Take the dense weights that were put into its modules, order them, and cut them as was asked for last.
+
+        Args:
+            refit: the consumer's weight and bias where it `is_refitted`.
+        """
+        self._keep_dense()
+        if self.order is not None:
+            self._permute_weights(self.order)
+        self._cut_again(refit)
+
+    def leave(self, refit: Mapping[str, torch.Tensor] | None) -> None:
+        """Let go of everything but sizes: its modules were given their weights on the meta device.
+
+        Args:
+            refit: as for `arrive`, on the meta device.
+        """
+        self._keep_dense()
+        self._path = None
+        self._cut_again(refit)
+
+    def _cut_again(self, refit: Mapping[str, torch.Tensor] | None) -> None:
+        self._asked(self)
+        if refit is not None and self.consumer.in_features == 0:
+            self.set_bias(refit["bias"])
+        elif refit is not None:
+            self.set_consumer(refit["weight"], refit.get("bias"))
 
     def _place_attention(self, *, empty: bool) -> None:
         # Stock attention cannot reshape zero heads.
@@ -175,18 +263,64 @@ class PrunableModel:
 
     Args:
         model: a Hugging Face causal LM of a supported family; its weights will be permuted in place.
+        source: where its layers come from, which are on the meta device; ``None`` where they are in memory.
 
     Raises:
         ModelError: an unsupported architecture.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, source: LayerSource | None = None) -> None:
         self.model = model
+        self.source = source
         self.family = family_of(model)
         self.sublayers = tuple(self.family.sublayers(model))
-        layers = self.family.layers(model)
+        self._layers = layers = self.family.layers(model)
         self.halves = tuple(PrunableSublayer(self.family, layers[s.layer], s) for s in self.sublayers)
         self.kept = self.dense_units
+        self._sizes = [] if source is None else [layer.state_dict() for layer in layers]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[tuple[PrunableSublayer, ...]]:
+        """The two halves of a layer, whose weights are in memory until the block ends.
+
+        Whatever runs a layer or reads its weights does so in here. What is in memory anyway is not moved.
+        """
+        halves = self.halves[2 * index : 2 * index + 2]
+        if self.source is None:
+            yield halves
+            return
+        self._bring(index, self.source)
+        brought = [half.consumer.weight for half in halves]
+        try:
+            yield halves
+            for half, weight in zip(halves, brought, strict=True):
+                if half.is_refitted and half.consumer.weight is not weight:
+                    self.source.keep(half.sublayer.name, half.consumer.state_dict())
+        finally:
+            self._release(index)
+
+    # No inference tensors: slopes may want gradients of what is brought in, and sizes outlive the mode.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _bring(self, index: int, source: LayerSource) -> None:
+        halves = self.halves[2 * index : 2 * index + 2]
+        self._place(index, source.load(index))
+        for half in halves:
+            half.arrive(source.kept(half.sublayer.name) if half.is_refitted else None)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _release(self, index: int) -> None:
+        halves = self.halves[2 * index : 2 * index + 2]
+        refits = [_outline(half.consumer) if half.is_refitted else None for half in halves]
+        self._place(index, self._sizes[index])
+        for half, refit in zip(halves, refits, strict=True):
+            half.leave(refit)
+
+    def _place(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
+        for half in self.halves[2 * index : 2 * index + 2]:
+            half.hand_back()
+        self._layers[index].load_state_dict(weights, assign=True)
 
     @property
     def dense_units(self) -> tuple[int, ...]:
@@ -224,6 +358,10 @@ def _set(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     module.weight = _parameter(weight)
     module.register_parameter("bias", None if bias is None else _parameter(bias))
     module.out_features, module.in_features = weight.shape
+
+
+def _outline(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
 
 
 def _parameter(tensor: torch.Tensor) -> nn.Parameter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ffgym.models.checkpoint import MODEL_CONFIG, MOST_LAYERS, check_config
-from ffgym.models.loading_errors import first_line, not_from_hub
+from ffgym.models.loading_errors import first_line, loading_error, not_from_hub
 
 HUB_SECONDS = 5.0
 
@@ -41,3 +41,20 @@ def check_hub_config(name: str, revision: str | None, *, any_family: bool, local
     except OSError:  # loading says what is wrong
         return
     check_config(name, MODEL_CONFIG.read(Path(file)), any_family=any_family, depth=MOST_LAYERS)
+
+
+def hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path:
+    """The folder in the hub's cache that holds a model's files, downloaded where they are not there.
+
+    Raises:
+        ModelError: the hub has no such model.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
+        )
+    except Exception as error:  # as many types as there are ways to fail
+        raise loading_error(error, name, name, only_cached=local_files_only) from error

@@ -27,9 +27,10 @@ from ffgym.models.checkpoint import (
 )
 from ffgym.models.dequantise import dequantised
 from ffgym.models.families import register_saved
-from ffgym.models.hub import check_hub_config, only_cached
+from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import loading_error, quiet
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
+from ffgym.models.stream import LayerStream, streamed_model
 
 logger = logging.getLogger("ffgym")
 
@@ -61,6 +62,7 @@ class LoadedModel:
         description: one line for tables: what it is and where it came from.
         dtype: the weights' dtype.
         device: where its first parameter lies.
+        stream: reads the decoder layers, which are then on the meta device; ``None`` where they are in memory.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class LoadedModel:
     description: str
     dtype: torch.dtype
     device: torch.device
+    stream: LayerStream | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -100,7 +103,13 @@ class LoadedModel:
 
 
 def load(
-    name: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto", any_family: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    any_family: bool = False,
+    streamed: bool = False,
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer.
 
@@ -111,6 +120,7 @@ def load(
         device: ``"auto"`` (cuda where there is one, else cpu), a torch device, or ``"balanced"`` to spread the layers
             over all GPUs.
         any_family: also load architectures that cannot be pruned, as long as they are measured right.
+        streamed: leave the decoder layers in the checkpoint, for models larger than memory.
 
     Raises:
         ModelError: a checkpoint that is missing, damaged, incomplete, pickled, of another family or needs code of its
@@ -132,6 +142,20 @@ def load(
         check_hub_config(name, revision, any_family=any_family, local_files_only=options["local_files_only"])
     else:
         check_sizes(name, Path(source), any_family=any_family)
+    if streamed:
+        folder = Path(source)
+        if description.startswith("hub model"):
+            folder = hub_folder(name, revision, local_files_only=options["local_files_only"])
+            check_sizes(name, folder, any_family=any_family)
+            description = f"{description} at {folder.name[:12]}"
+        if device == "balanced":
+            raise ModelError(
+                "model.placement = 'stream' runs the layers one after another on one device, and model.device is "
+                "'balanced'",
+                hint="Use model.device cuda, or model.placement resident.",
+            )
+        model, stream = streamed_model(name, folder, chosen, target)
+        return LoadedModel(model, load_tokenizer(folder), name, description, chosen, target, stream)
     model, tokenizer = _load_checkpoint(source, name, revision, chosen, options)
     if device != "balanced":
         model = move(model, target)

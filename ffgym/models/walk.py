@@ -8,7 +8,7 @@ call needs no layer's weights. The results are bit-equal to those of an ordinary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -159,6 +159,7 @@ def walk_back(
     wanted: Callable[[int], Sequence[torch.Tensor]],
     *,
     scale: float = 1.0,
+    layer: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
     """Gradients of the loss, layer by layer from the last to the first, and batch by batch within each.
 
@@ -170,6 +171,7 @@ def walk_back(
         batches: token ids, each of shape (windows, length), int64.
         wanted: for a layer that has just been run, tensors of its graph.
         scale: factor of each batch's mean loss.
+        layer: entered before a layer is run, left when nothing more is asked of it.
 
     Yields:
         (layer, gradients of one batch's loss with respect to what is wanted).
@@ -179,15 +181,17 @@ def walk_back(
         inputs: list[list[torch.Tensor]] = []
         for index in range(len(walk.layers)):
             inputs.append(list(stream.hidden))
-            stream.step(index)
+            with layer(index):
+                stream.step(index)
     gradients: list[torch.Tensor] = []
     for hidden, entry in zip(stream.hidden, stream.entries, strict=True):
         gradients += _pull_back(partial(_scaled_loss, walk, entry, scale), hidden)
     for index in reversed(range(len(inputs))):
-        for batch, hidden in enumerate(inputs.pop()):
-            run = partial(walk.layer, index, entry=stream.entries[batch])
-            gradients[batch], *found = _pull_back(run, hidden, gradients[batch], partial(wanted, index))
-            yield index, found
+        with layer(index):
+            for batch, hidden in enumerate(inputs.pop()):
+                run = partial(walk.layer, index, entry=stream.entries[batch])
+                gradients[batch], *found = _pull_back(run, hidden, gradients[batch], partial(wanted, index))
+                yield index, found
 
 
 class _Stub(nn.Module):

@@ -13,7 +13,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_named
 from ffgym.data.splits import Split
 from ffgym.envs.pruning_env import Trial
-from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
 from ffgym.models.placement import tokens_per_batch
@@ -220,9 +220,9 @@ def found_name(config: RunConfig) -> str:
 def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "", is_found: bool = False) -> Row:
     """One row: the model as it is cut now, on the report split."""
     prunable, windows = task.prepared.prunable, task.splits.report.windows
-    with reporter.stage(f"report: {label}", len(windows), "windows") as stage:
+    with reporter.stage(f"report: {label}", len(prunable.halves) // 2, "layers") as stage:
         batch = tokens_per_batch(prunable.model.device)
-        result = evaluate(prunable.model, windows, tokens_per_batch=batch, on_batch=stage.advance)
+        result = evaluate_cut(prunable, windows, tokens_per_batch=batch, on_layer=stage.advance)
     new_biases = prunable.new_bias_params(stock=task.config.prune.uniform)
     size, dense = task.sizes(prunable.kept, new_biases=new_biases), task.sizes(prunable.dense_units)
     resource = task.config.prune.resource
@@ -293,6 +293,7 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
         card=card,
         files=[folder.parent / "config.toml"],  # what the command in the card reads
         stock=config.prune.uniform,
+        layer=prunable.layer,
         overwrite=True,  # of a resumed run that had saved it: a folder of anything else is never replaced
     )
 

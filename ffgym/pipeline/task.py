@@ -20,7 +20,7 @@ from ffgym.costs.size import SizeMeter
 from ffgym.data.splits import Splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError
-from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.models.loading import LoadedModel
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
@@ -212,4 +212,4 @@ def on_report(task: Task, kept: Sequence[int], refit: Refit) -> Evaluation:
     """The model cut to ``kept`` units per sublayer, on the report split."""
     with cut_to(task, kept, refit, Reporter(Console(quiet=True))):
         windows = task.splits.report.windows
-        return evaluate(task.prepared.prunable.model, windows, tokens_per_batch=task.env.tokens_per_batch)
+        return evaluate_cut(task.prepared.prunable, windows, tokens_per_batch=task.env.tokens_per_batch)

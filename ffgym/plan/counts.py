@@ -144,8 +144,16 @@ def _kept_statistics(shape: ModelShape, load: Workload) -> int:
     return sum(4 * channels(s) ** 2 for s in shape.sublayers) if load.second_moments else 0
 
 
+def _at_a_time(shape: ModelShape, load: Workload, size: int, layers: int = 1) -> int:
+    """Bytes that are in memory at a time of what all layers take: everything, or so many layers where they stream."""
+    return size * layers // (len(shape.sublayers) // 2) if load.streamed else size
+
+
 def _own_weights(shape: ModelShape, load: Workload) -> int:
     """Bytes of the weights that are this process's own: what is neither converted nor permuted stays in the file."""
+    if load.streamed:  # the layer at work, the next one, and what belongs to no layer
+        layers = _at_a_time(shape, load, shape.prunable, layers=2)
+        return (shape.parameters - shape.prunable + layers) * load.dtype.itemsize
     is_converted = shape.saved_as != str(load.dtype).removeprefix("torch.")
     return (shape.parameters if is_converted else shape.prunable) * load.dtype.itemsize
 
@@ -154,7 +162,7 @@ def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
     return {
         "libraries": LIBRARIES,
         "weights": _own_weights(shape, load),
-        "factors": factors(shape) + _kept_statistics(shape, load),
+        "factors": _at_a_time(shape, load, factors(shape) + _kept_statistics(shape, load)),
     }
 
 
@@ -288,7 +296,7 @@ def _save(shape: ModelShape, load: Workload) -> Stage:
         **_prepared(shape, load),
         "libraries": LIBRARIES + TRACKING,
         "refitted consumers": _consumers(shape, load),
-        "saved model": saved_model(shape, load),
+        "saved model": _at_a_time(shape, load, saved_model(shape, load), layers=2),
     }
     return Stage("save", 0, Operations(), memory)
 
@@ -296,7 +304,7 @@ def _save(shape: ModelShape, load: Workload) -> Stage:
 def _consumers(shape: ModelShape, load: Workload) -> int:
     """Bytes of the refitted consumers of a whole cut model."""
     kept = (1 - load.sparsity) * sum(channels(s) for s in shape.sublayers)
-    return round(kept * shape.hidden * load.dtype.itemsize)
+    return _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
 
 
 def _recover(shape: ModelShape, load: Workload) -> Stage:

@@ -75,6 +75,7 @@ class Workload:
         saves: the result is saved.
         train_tokens: to recover on; 0 for none.
         workers: processes that share the episodes of an update.
+        streamed: layers are read from the checkpoint as they run (``model.placement``).
     """
 
     window: int
@@ -99,6 +100,7 @@ class Workload:
     saves: bool = False
     train_tokens: int = 0
     workers: int = 1
+    streamed: bool = False
 
 
 def channels(sublayer: Sublayer) -> int:

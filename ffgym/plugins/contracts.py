@@ -114,7 +114,7 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
 
     Args:
         heuristic: the plugin.
-        sublayers: 2L views.
+        sublayers: 2L views; no list or tuple where each is read when it is asked for.
 
     Returns:
         shape (2L,), float32, in [-1, 1].
@@ -127,7 +127,7 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
 
     given = {
         f"{name} of {view.sublayer.name}": tensor
-        for view in sublayers
+        for view in (sublayers if isinstance(sublayers, list | tuple) else ())  # others are read for whoever asks
         for name, tensor in {"weight": view.weight, "unit_scores": view.unit_scores, **_tensors(view.stats)}.items()
     }
     before = {name: _fingerprint(tensor) for name, tensor in given.items()}

@@ -36,7 +36,7 @@ from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import check_wishes
 from ffgym.prepare.calibrations import Ridge, calibration_class
-from ffgym.prepare.paths import Prepared, prepare
+from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import opened_or_prepared, store_place
 from ffgym.pruning.budget import Budget
@@ -54,9 +54,19 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
     Raises:
         FitError: preparing it needs more memory than there is.
     """
-    plan_of(config).check()
+    model, plan = config.model, plan_of(config)
+    plan.check()
+    if plan.load.streamed and config.recover.method != "none":
+        raise ConfigError(
+            f"recover.method = {config.recover.method!r} trains a model in memory, and model.placement is 'stream'",
+            hint="Run without it; where the saved model fits, ffgym recover trains it later.",
+        )
     loaded = load(
-        config.model.name, revision=config.model.revision, dtype=config.model.dtype, device=config.model.device
+        model.name,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=model.device,
+        streamed=plan.load.streamed,
     )
     return loaded, cut_splits(config, loaded)
 
@@ -99,17 +109,26 @@ def prepare_model(
         "tokens_per_batch": tokens_per_batch(loaded.device),
     }
 
-    def make() -> Prepared:
+    def make(on_layer: OnLayer | None = None) -> Prepared:
         with reporter.stage(PREPARING, len(windows)) as stage:
-            return prepare(loaded.model, criterion, windows, on_progress=stage, **facts)
+            return prepare(
+                loaded.model, criterion, windows, source=loaded.stream, on_layer=on_layer, on_progress=stage, **facts
+            )
 
-    if not issubclass(calibration_class(config.prune.calibration), Ridge):
-        return make()  # the path of another calibration is its author's own, and nobody else could write it down
-    place = store_place(loaded.model, criterion, windows, {**facts, "keep": sorted(keep)})
+    place = None
+    # The path of another calibration is its author's own, and nobody else could write it down.
+    if issubclass(calibration_class(config.prune.calibration), Ridge):
+        place = store_place(loaded.model, criterion, windows, {**facts, "keep": sorted(keep)}, loaded.stream)
+    if place is None and loaded.stream is not None:
+        raise ConfigError(
+            "model.placement = 'stream' reads what was prepared from the cache, and this cannot be kept there",
+            hint="Give FFGYM_CACHE_SIZE a size, use a calibration and a criterion that are files of a package, or set "
+            "model.placement to resident.",
+        )
     if place is None:
         return make()
     what = {"model": loaded.description, "criterion": config.criterion.name, "calibration": config.prune.calibration}
-    return opened_or_prepared(place, loaded.model, make, what, reporter.print)
+    return opened_or_prepared(place, loaded.model, make, what, reporter.print, loaded.stream)
 
 
 def counted_resources(config: RunConfig) -> dict[str, Resource]:
@@ -161,6 +180,11 @@ def costs_in(
     Raises:
         BudgetError, ConfigError, PluginError: as `costs_of`.
     """
+    if resource.is_measured() and any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            f"{resource.name} is measured on a model in memory, and model.placement is 'stream'",
+            hint="Budget another resource, such as params, or set model.placement to resident.",
+        )
     file = named_table(config, resource.name)
     if recorded is not None and (recorded / f"{resource.name}.json").is_file():
         file = recorded / f"{resource.name}.json"

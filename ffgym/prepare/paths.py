@@ -6,7 +6,7 @@ Sublayers stream through one at a time, and each one's moment is released as soo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.cut import LayerSource, PrunableModel, PrunableSublayer
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
@@ -24,7 +24,7 @@ from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_sta
 from ffgym.pruning.calibration import NestedRidge, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
-from ffgym.pruning.statistics import InputMoments, require_finite
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, require_finite
 from ffgym.types import LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
@@ -33,19 +33,22 @@ HELD_OUT_ROWS = 1024  # of these choose lambda: on the demo model as all 8,192 w
 GRADIENT_SHARE = 0.25  # a backward pass costs three forward ones, and first-order averages settle early
 
 
+OnLayer = Callable[[Sequence[PrunableSublayer], Sequence[SublayerView], Sequence[float]], None]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model whose units stand in path order, with a refit for every level.
 
     Attributes:
         prunable: the model, ready to be cut.
-        views: what heuristics see of each sublayer.
+        views: what heuristics see of each sublayer; read one at a time where the model is not in memory.
         ridges: the lambda of each sublayer.
         calibration_tokens: tokens that the statistics run over.
     """
 
     prunable: PrunableModel
-    views: tuple[SublayerView, ...]
+    views: Sequence[SublayerView]
     ridges: tuple[float, ...]
     calibration_tokens: int
 
@@ -59,6 +62,8 @@ def prepare(
     ridge: float | None = None,
     keep: frozenset[str] = frozenset(),
     tokens_per_batch: int = 4096,
+    source: LayerSource | None = None,
+    on_layer: OnLayer | None = None,
     on_progress: OnProgress | None = None,
 ) -> Prepared:
     """Collect statistics, score, order, permute and factorise.
@@ -73,18 +78,27 @@ def prepare(
         ridge: lambda; ``None`` picks it per sublayer on held-out calibration windows.
         keep: statistics to keep for heuristics beyond the preparation.
         tokens_per_batch: tokens of one forward pass.
+        source: where the model's layers come from, which are then on the meta device. What is prepared of a layer is
+            let go with it: ``on_layer`` has to write it down, and what is returned holds no views.
+        on_layer: called with the halves of a layer, their views and lambdas, when it is prepared.
         on_progress: called with (steps done, steps): layers of a walk backwards where there is one, then sublayers.
 
     Raises:
         PluginError: the criterion or the calibration broke its contract.
         CalibrationError: statistics that are not finite, a moment that cannot be factorised, or too few windows to hold
-            some out.
+            some out; gradients of a model whose layers are not in memory.
     """
-    prunable, calibrates = PrunableModel(model), manager.create("calibration", calibration)
+    prunable, calibrates = PrunableModel(model, source), manager.create("calibration", calibration)
     if ridge is None and len(windows) < 2:
         raise CalibrationError(
             "choosing the ridge needs at least 2 calibration windows",
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
+        )
+    if source is not None and (first_order := GRADIENT_STATISTICS & (criterion.needs | keep)):
+        raise CalibrationError(
+            f"{' and '.join(sorted(first_order))} of all consumers take as much memory as the model, and "
+            "model.placement is 'stream'",
+            hint="Use a criterion and a heuristic that need no gradients, such as wanda, or model.placement resident.",
         )
     steps = _Steps(on_progress, sublayers=len(prunable.halves))
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
@@ -92,7 +106,7 @@ def prepare(
         model, prunable.consumers, sample, criterion.needs | keep, on_progress=steps.counting("layers")
     )
     held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
-    stream = stream_statistics(model, prunable.consumers, windows, held_out=held_out, tokens_per_batch=tokens_per_batch)
+    stream = stream_statistics(prunable, windows, held_out=held_out, tokens_per_batch=tokens_per_batch)
     ordered = steps.counting("sublayers")
     views: list[SublayerView] = []
     ridges: list[float] = []
@@ -109,7 +123,12 @@ def prepare(
             )
         ridges.append(chosen)
         views.append(view)
-        ordered(len(views), len(prunable.halves))
+        if on_layer is not None and half.sublayer.kind == "mlp":
+            on_layer(prunable.halves[index - 1 : index + 1], views[-2:], ridges[-2:])
+        if source is not None and half.sublayer.kind == "mlp":
+            views.clear()
+        del sums, fit, apart, view  # before the moments of the next layer are collected
+        ordered(len(ridges), len(prunable.halves))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ffgym.config.tables import RunConfig
 from ffgym.models.loading import config_of
 from ffgym.models.placement import choose_device, choose_dtype, named_dtype, tokens_per_batch
@@ -36,6 +38,16 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
         second_moments="second_moment" in needs,
         episode_tokens=-(-search.episode_tokens // data.window) * data.window,
         episodes_per_update=search.episodes_per_update,
+        streamed=model.placement == "stream",
     )
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
-    return Plan(model.name, shape, load, device, free_memory(device))
+    plan = Plan(model.name, shape, load, device, free_memory(device))
+    return placement_for(plan) if model.placement == "auto" and model.device != "balanced" else plan
+
+
+def placement_for(plan: Plan) -> Plan:
+    """The plan with its layers in memory where they fit, and streamed where only that fits."""
+    if plan.fits or plan.load.gradients:
+        return plan
+    streamed = replace(plan, load=replace(plan.load, streamed=True))
+    return streamed if streamed.fits else plan

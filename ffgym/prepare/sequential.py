@@ -42,13 +42,13 @@ def calibrate_sequentially(
     dense, pruned = Stream(walk, batches), Stream(walk, batches)
     for index in range(len(walk.layers)):
         sublayers = 2 * index, 2 * index + 1
-        halves = [prunable.halves[sublayer] for sublayer in sublayers]
-        targets = _consumer_inputs(dense, index, halves)
-        for half, sublayer in zip(halves, sublayers, strict=True):
-            half.cut(kept[sublayer], calibrated=False)
-            inputs = (linear_input(half.consumer, run) for run in pruned.runs(index))
-            _refit(half, targets.pop(0), inputs, kept[sublayer], ridges[sublayer])
-        pruned.step(index)
+        with prunable.layer(index) as halves:
+            targets = _consumer_inputs(dense, index, halves)
+            for half, sublayer in zip(halves, sublayers, strict=True):
+                half.cut(kept[sublayer], calibrated=False)
+                inputs = (linear_input(half.consumer, run) for run in pruned.runs(index))
+                _refit(half, targets.pop(0), inputs, kept[sublayer], ridges[sublayer])
+            pruned.step(index)
         if on_progress is not None:
             on_progress(index + 1, len(walk.layers))
     prunable.kept = tuple(kept)

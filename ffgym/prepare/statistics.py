@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Arguments, Stream, Walk, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments
 from ffgym.types import LayerStats
@@ -50,8 +51,7 @@ def linear_input(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
 
 
 def stream_statistics(
-    model: nn.Module,
-    consumers: Sequence[nn.Linear],
+    prunable: PrunableModel,
     windows: torch.Tensor,
     *,
     held_out: int = 0,
@@ -59,11 +59,11 @@ def stream_statistics(
 ) -> Iterator[tuple[int, Moments, torch.Tensor | None]]:
     """Yield each consumer's statistics, first to last; what was yielded is no longer held here.
 
-    Units may be permuted once the statistics of their consumer were yielded: no layer is run again.
+    Units may be permuted once the statistics of their consumer were yielded: no layer is run again. The layer stays in
+    memory until the next is asked for.
 
     Args:
-        model: dense causal LM in eval mode.
-        consumers: its 2L consumers, in order of depth.
+        prunable: dense, in eval mode.
         windows: calibration token ids, shape (windows, length), int64. The hidden states of all are held.
         held_out: how many of the last windows to keep apart (for choosing the ridge).
         tokens_per_batch: tokens of one forward pass.
@@ -72,21 +72,21 @@ def stream_statistics(
         (index, sums over the first windows, inputs of the held-out windows, if any: shape (tokens, n), the model's
         dtype).
     """
-    walk, size = Walk(model), max(1, tokens_per_batch // windows.shape[1])
+    walk, size = Walk(prunable.model), max(1, tokens_per_batch // windows.shape[1])
     fitted, apart = windows[: len(windows) - held_out], windows[len(windows) - held_out :]
     with torch.inference_mode():
         first, second = (Stream(walk, torch.split(part, size) if len(part) else ()) for part in (fitted, apart))
     for layer in range(len(walk.layers)):
-        indices = (2 * layer, 2 * layer + 1)
-        linears = [consumers[index] for index in indices]
-        sums = [Moments(linear.in_features, linear.weight.device) for linear in linears]
-        inputs: list[list[torch.Tensor]] = [[] for _ in linears]
-        _step(first, layer, linears, [to.update for to in sums])
-        _step(second, layer, linears, [to.append for to in inputs])
-        for index in indices:
-            batches = inputs.pop(0)
-            rows = torch.cat([batch.flatten(0, -2) for batch in batches]) if batches else None
-            yield index, sums.pop(0), rows
+        with prunable.layer(layer) as halves:
+            linears = [half.consumer for half in halves]
+            sums = [Moments(linear.in_features, linear.weight.device) for linear in linears]
+            inputs: list[list[torch.Tensor]] = [[] for _ in linears]
+            _step(first, layer, linears, [to.update for to in sums])
+            _step(second, layer, linears, [to.append for to in inputs])
+            for index in (2 * layer, 2 * layer + 1):
+                batches = inputs.pop(0)
+                rows = torch.cat([batch.flatten(0, -2) for batch in batches]) if batches else None
+                yield index, sums.pop(0), rows
 
 
 def _step(

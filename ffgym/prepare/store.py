@@ -11,25 +11,27 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ffgym.data.cache import cache_dir, is_whole, shrink, size_limit, write_folder_once
 from ffgym.errors import AssetError, OutputError
 from ffgym.files import FileFormat, write_text, writing
 from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.stream import LayerStream, TensorFile
 from ffgym.plugins.bases import Criterion
-from ffgym.prepare.paths import Prepared, view_of
+from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
-from ffgym.types import LayerStats
+from ffgym.types import LayerStats, SublayerView
 
 KIND = "prepared"
 DECISIVE = ("prepare", "pruning", "models/walk.py", "models/cut.py", "plugins/contracts.py")  # code that decides bits
@@ -62,7 +64,13 @@ class Record:
 RECORD = FileFormat("record of a prepared model", Record, AssetError, "Delete its folder: it is written again.")
 
 
-def store_place(model: Any, criterion: Criterion, windows: torch.Tensor, facts: Mapping[str, Any]) -> Path | None:
+def store_place(
+    model: Any,
+    criterion: Criterion,
+    windows: torch.Tensor,
+    facts: Mapping[str, Any],
+    stream: LayerStream | None = None,
+) -> Path | None:
     """Where the store of a preparation belongs; ``None`` where none is kept, or the criterion's code cannot be read.
 
     Args:
@@ -70,6 +78,7 @@ def store_place(model: Any, criterion: Criterion, windows: torch.Tensor, facts: 
         criterion: orders the units; a change of its code makes another store.
         windows: calibration token ids, shape (windows, length), int64.
         facts: everything else that decides the bits.
+        stream: reads what is not in memory; the place is that of the same model in memory.
 
     Raises:
         ConfigError: ``FFGYM_CACHE_SIZE`` is no size.
@@ -85,6 +94,9 @@ def store_place(model: Any, criterion: Criterion, windows: torch.Tensor, facts: 
     said = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), ("windows", windows)):  # a tied weight once
+        if tensor.is_meta:
+            assert stream is not None, "where else could it be"
+            tensor = stream.read(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())  # kernels round by them
@@ -109,31 +121,47 @@ def _code() -> str:
 
 
 def opened_or_prepared(
-    place: Path, model: Any, make: Callable[[], Prepared], what: Mapping[str, str], notify: Notify
+    place: Path,
+    model: Any,
+    make: Callable[[OnLayer], Prepared],
+    what: Mapping[str, str],
+    notify: Notify,
+    stream: LayerStream | None = None,
 ) -> Prepared:
     """Open a store, or prepare and write it; of several processes that want the same, one prepares.
 
     Args:
         place: from `store_place`.
         model: the dense model; its weights are permuted in place.
-        make: prepares the model.
+        make: prepares the model, and hands on each layer when it is prepared.
         what: what the store is of, for people.
         notify: told where it came from.
+        stream: where the layers come from, which are then read from the store as the model runs.
 
     Raises:
         OutputError: the disk has too little room for it.
     """
     with _locked(place, notify):
         if place.is_dir():
-            if prepared := _open(place, model):
+            if stored := _open(place, model, stream):
                 os.utime(place)
                 notify(f"prepared before: opened {place}")
-                return prepared
+                return stored
             notify(f"{place} is damaged, or not a prepared model: preparing again")
             shutil.rmtree(place, ignore_errors=True)
         _check_room(place, PrunableModel(model))
-        prepared = make()
-        write_folder_once(place, lambda folder: _write(folder, prepared, what))
+        prepared: Prepared | None = None
+
+        def fill(folder: Path) -> None:
+            nonlocal prepared
+            writer = _Writer(folder)
+            prepared = make(writer.write)
+            writer.finish(what, prepared.calibration_tokens)
+
+        write_folder_once(place, fill)
+        if stream is not None:
+            prepared = _open(place, model, stream)
+        assert prepared is not None, "it was written just now"
     for entry in shrink(KIND, size_limit(), spare=place):
         notify(f"removed {entry.path}, which was not used for longest (FFGYM_CACHE_SIZE)")
     return prepared
@@ -164,63 +192,147 @@ def _check_room(place: Path, prunable: PrunableModel) -> None:
         )
 
 
-def _write(folder: Path, prepared: Prepared, what: Mapping[str, str]) -> None:
-    halves, views = prepared.prunable.halves, prepared.views
-    for layer in range(len(halves) // 2):
+class _Writer:
+    """Writes a store layer by layer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._layers = 0
+        self._facts: list[tuple[float, float, bool, int]] = []
+
+    def write(self, halves: Sequence[PrunableSublayer], views: Sequence[SublayerView], ridges: Sequence[float]) -> None:
+        """Write the next layer's file."""
         tensors: dict[str, torch.Tensor] = {}
-        for index in (2 * layer, 2 * layer + 1):
-            half, view = halves[index], views[index]
+        for half, view, ridge in zip(halves, views, ridges, strict=True):
             assert isinstance(half.path, NestedRidge)
             assert half.order is not None, "its units were ordered"
             stats = {f"stats.{name}": getattr(view.stats, name) for name in STATISTICS}
             own = {"order": half.order, "unit_scores": view.unit_scores, **half.path.factors, **stats}
             tensors |= {f"{half.sublayer.kind}.{name}": t.contiguous() for name, t in own.items() if t is not None}
-        save_file(tensors, folder / f"layer-{layer:03}.safetensors")
-    record = Record(
-        dict(what),
-        prepared.ridges,
-        tuple(view.output_energy for view in views),
-        tuple(half.affine for half in halves),
-        tuple(view.stats.tokens for view in views),
-        prepared.calibration_tokens,
-    )
-    write_text(folder / "record.json", json.dumps(asdict(record), indent=1) + "\n")
+            self._facts.append((ridge, view.output_energy, half.affine, view.stats.tokens))
+        save_file(tensors, _file(self._folder, self._layers))
+        self._layers += 1
+
+    def finish(self, what: Mapping[str, str], calibration_tokens: int) -> None:
+        """Write the record."""
+        ridges, energies, affine, tokens = zip(*self._facts, strict=True)
+        record = Record(dict(what), ridges, energies, affine, tokens, calibration_tokens)
+        write_text(self._folder / "record.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
-def _open(place: Path, model: Any) -> Prepared | None:
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:03}.safetensors"
+
+
+def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | None:
     """The prepared model; ``None`` where the store does not hold one, and the model has not been touched."""
-    prunable = PrunableModel(model)
+    prunable = PrunableModel(model, stream)
     try:
         if not is_whole(place):
             return None
         record = RECORD.read(place / "record.json")
-        layers = [load_file(place / f"layer-{layer:03}.safetensors") for layer in range(len(prunable.halves) // 2)]
-        parts = [_parts(layers[half.sublayer.layer], half) for half in prunable.halves]
+        files = [TensorFile(_file(place, layer)) for layer in range(len(prunable.halves) // 2)]
+        devices = (half.consumer.weight.device if stream is None else stream.device for half in prunable.halves)
+        stored = [
+            _Stored(files[half.sublayer.layer], half, device)
+            for half, device in zip(prunable.halves, devices, strict=True)
+        ]
+        orders = [each.read("order") for each in stored]
     except (AssetError, SafetensorError, OSError, KeyError):
         return None
     if len(record.ridges) != len(prunable.halves):
         return None
-    views = []
-    for index, (half, tensors) in enumerate(zip(prunable.halves, parts, strict=True)):
+    views: list[SublayerView] = []
+    for index, (half, each, order) in enumerate(zip(prunable.halves, stored, orders, strict=True)):
         half.affine = record.affine[index]
-        half.permute(tensors["order"])
-        weight, bias = half.consumer.weight.detach(), half.consumer.bias
-        half.path = refit = NestedRidge.restored(weight, tensors, bias)
-        kept = {name: tensors.get(f"stats.{name}") for name in STATISTICS}
-        stats = LayerStats(record.tokens[index], **kept)
-        views.append(view_of(half, tensors["unit_scores"], stats, refit, record.energies[index]))
-    return Prepared(prunable, tuple(views), record.ridges, record.calibration_tokens)
+        if stream is not None:
+            half.order, half.load_path = order, each.path
+            continue
+        half.permute(order)
+        half.path = refit = each.path()
+        stats, energy = each.stats(record.tokens[index]), record.energies[index]
+        views.append(view_of(half, each.read("unit_scores"), stats, refit, energy))
+    seen = views if stream is None else _Views(prunable, stored, record)
+    return Prepared(prunable, seen, record.ridges, record.calibration_tokens)
 
 
-def _parts(layer: Mapping[str, torch.Tensor], half: PrunableSublayer) -> dict[str, torch.Tensor]:
-    """A sublayer's tensors by name, on its device, out of the file's memory.
+class _Stored:
+    """A sublayer's tensors in a store, read when they are asked for.
 
     Raises:
-        KeyError: it has none of the size.
+        KeyError: it has none of the sublayer's size.
     """
-    prefix, n = f"{half.sublayer.kind}.", half.consumer.in_features
-    device = half.consumer.weight.device
-    own = {key.removeprefix(prefix): t.to(device, copy=True) for key, t in layer.items() if key.startswith(prefix)}
-    if own["inverse"].shape != (n, n) or own["projected"].shape != half.consumer.weight.shape:
-        raise KeyError(f"{half.sublayer.name}: factors of another size")
-    return own
+
+    def __init__(self, file: TensorFile, half: PrunableSublayer, device: torch.device) -> None:
+        self._file, self._half, self._prefix, self._device = file, half, f"{half.sublayer.kind}.", device
+        n = half.consumer.in_features
+        shapes = file.shape(f"{self._prefix}inverse"), file.shape(f"{self._prefix}projected")
+        if shapes != ((n, n), tuple(half.consumer.weight.shape)):
+            raise KeyError(f"{half.sublayer.name}: factors of another size")
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the sublayer; raises ``KeyError`` where there is none."""
+        return self._file.read(self._prefix + name).to(self._device)
+
+    def stats(self, tokens: int) -> LayerStats:
+        """What heuristics asked for."""
+        kept = {name: self.read(f"stats.{name}") for name in STATISTICS if self._has(f"stats.{name}")}
+        return LayerStats(tokens, **kept)
+
+    def path(self) -> NestedRidge:
+        """The refit for every level of the sublayer, whose weights are in memory."""
+        weight, bias = self._half.dense_consumer
+        names = [name for name in self._file.names if name.startswith(self._prefix)]
+        factors = [name.removeprefix(self._prefix) for name in names if ".stats." not in name]
+        return NestedRidge.restored(weight.detach(), {name: self.read(name) for name in factors}, bias)
+
+    def _has(self, name: str) -> bool:
+        return self._prefix + name in self._file.names
+
+
+class _Views(Sequence[SublayerView]):
+    """What heuristics see of a model that is not in memory: weights and statistics are read when they look at them."""
+
+    def __init__(self, prunable: PrunableModel, stored: Sequence[_Stored], record: Record) -> None:
+        self._prunable, self._stored, self._record = prunable, stored, record
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @overload
+    def __getitem__(self, index: int) -> SublayerView: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SublayerView]: ...
+    def __getitem__(self, index: int | slice) -> SublayerView | Sequence[SublayerView]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        half, stored, record = self._prunable.halves[index], self._stored[index], self._record
+        stats = stored.stats(record.tokens[index])
+        increase = None
+        if stats.output_gradient is not None:
+            with self._prunable.layer(half.sublayer.layer):
+                increase = stored.path().loss_increase(stats.output_gradient)[:: half.sublayer.channels_per_unit]
+        return _StoredView(
+            partial(self._weight, half),
+            sublayer=half.sublayer,
+            stats=stats,
+            unit_scores=stored.read("unit_scores"),
+            removal_error=stored.read("removal_error")[:: half.sublayer.channels_per_unit].cpu().numpy(),
+            output_energy=record.energies[index],
+            loss_increase=None if increase is None else increase.cpu().numpy(),
+        )
+
+    def _weight(self, half: PrunableSublayer) -> torch.Tensor:
+        with self._prunable.layer(half.sublayer.layer):
+            return half.dense_consumer[0].detach()
+
+
+class _StoredView(SublayerView):
+    """A view whose weight is read when somebody looks at it: many heuristics do not."""
+
+    def __init__(self, read: Callable[[], torch.Tensor], **fields: Any) -> None:
+        vars(self).update(fields, _read=read)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return cast("torch.Tensor", vars(self)["_read"]())

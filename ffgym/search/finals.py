@@ -16,7 +16,7 @@ import numpy as np
 
 from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.evaluation.evaluator import OnProgress
-from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_recommendations
 from ffgym.search.pareto import non_dominated, thinned
@@ -219,4 +219,4 @@ def finals_examples(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
 def finals_loss(env: PruningEnv, tokens: int, seed: int) -> float:
     """Loss of the model as it is cut now on the finals' windows, nats per token."""
     windows = env.windows[list(finals_windows(env, tokens, seed))]
-    return evaluate(env.prunable.model, windows, tokens_per_batch=env.tokens_per_batch).loss
+    return evaluate_cut(env.prunable, windows, tokens_per_batch=env.tokens_per_batch).loss

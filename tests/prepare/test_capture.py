@@ -52,7 +52,7 @@ def hooks(model):
 
 
 def collected(prunable, windows, **options):
-    return list(stream_statistics(prunable.model, prunable.consumers, windows, **options))
+    return list(stream_statistics(prunable, windows, **options))
 
 
 def same(sums, x):
@@ -100,7 +100,7 @@ def equal(got, wanted):
 
 def test_units_may_be_permuted_as_soon_as_their_statistics_are_there(prunable, windows):
     wanted = collected(prunable, windows, held_out=2)
-    stream = stream_statistics(prunable.model, prunable.consumers, windows, held_out=2)
+    stream = stream_statistics(prunable, windows, held_out=2)
     for (index, fitted, apart), (_, first, second) in zip(stream, wanted, strict=True):
         equal(fitted.result(), first.result())
         assert torch.equal(apart, second)

@@ -18,7 +18,7 @@ from ffgym.data import cache
 from ffgym.errors import ConfigError, OutputError
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare import store
-from ffgym.prepare.paths import Prepared, prepare
+from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.store import opened_or_prepared, store_place
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
@@ -49,9 +49,9 @@ def go(
 ) -> Prepared:
     model, criterion = model or tiny_model("llama"), criterion or Wanda()
 
-    def make() -> Prepared:
+    def make(on_layer: OnLayer) -> Prepared:
         told.prepared += 1
-        return prepare(model, criterion, WINDOWS, ridge=0.01, calibration=how, keep=KEEP)
+        return prepare(model, criterion, WINDOWS, ridge=0.01, calibration=how, keep=KEEP, on_layer=on_layer)
 
     place = store_place(model, criterion, WINDOWS, {"calibration": how, **facts})
     assert place is not None

@@ -1,0 +1,194 @@
+"""A model larger than memory: its decoder layers stay in the checkpoint's shards until they are needed.
+
+The model is built with its layers on the meta device; embeddings, final norm and head are in memory. The next layer is
+read in a thread of its own while a layer is at work. Files are read, not mapped, so that no limit on a process's memory
+counts what is only passing through.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ffgym.data.cache import cache_dir
+from ffgym.errors import ModelError
+from ffgym.models.checkpoint import weight_files
+from ffgym.models.families import family_of
+from ffgym.models.loading_errors import quiet
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read one at a time, also after it was deleted.
+
+    Args:
+        path: the file.
+
+    Raises:
+        SafetensorError, OSError: it is none, or cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file: Any = safe_open(path, framework="pt", backend="pread")
+        self._file = file
+        self.names = frozenset(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; raises ``KeyError`` where there is none of this name."""
+        self._check(name)
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU; raises ``KeyError`` where there is none of this name."""
+        self._check(name)
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise KeyError(name)
+
+
+class LayerStream:
+    """Reads the weights of a model whose decoder layers are on the meta device, each layer when it is asked for.
+
+    Args:
+        name: what the user called the model.
+        model: the model; its parameters say dtypes and shapes.
+        folder: of the checkpoint.
+        device: see above.
+
+    Attributes:
+        device: where layers go.
+
+    Raises:
+        ModelError: the checkpoint lacks a weight, or names its weights otherwise than the model does.
+    """
+
+    def __init__(self, name: str, model: Any, folder: Path, device: torch.device) -> None:
+        self.device = device
+        self._dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
+        files = [TensorFile(path) for path in weight_files(folder)]
+        there = {key: (file, key) for file in files for key in file.names}
+        base = f"{model.base_model_prefix}."  # a checkpoint of the base model alone leaves it out
+        places = {key: there.get(key) or there.get(key.removeprefix(base)) for key in self._dtypes}
+        self._places = {key: place for key, place in places.items() if place is not None}
+        self.missing = places.keys() - self._places.keys()
+        if lacking := sorted(self.missing - model.all_tied_weights_keys.keys()):
+            raise ModelError(
+                f"model {name!r} cannot be streamed: {len(lacking)} of its weights are not in the checkpoint "
+                f"under their own names, {lacking[0]} first",
+                hint="Write the model again with save_pretrained, or set model.placement to resident.",
+            )
+        family = family_of(model)
+        self._names = [
+            {short: f"{family.decoder}.layers.{index}.{short}" for short in layer.state_dict()}
+            for index, layer in enumerate(family.layers(model))
+        ]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers")
+        self._next: tuple[int, Future[_Arriving]] | None = None
+        self._last = -1
+        self._side: Any = None if device.type != "cuda" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter by its name in the model, in the model's dtype, on the CPU."""
+        file, key = self._places[name]
+        return file.read(key).to(self._dtypes[name])
+
+    def outside(self) -> dict[str, torch.Tensor]:
+        """What belongs to no layer, by its names in the model, on the device."""
+        inside = {name for layer in self._names for name in layer.values()}
+        return {name: self.read(name).to(self.device) for name in self._places.keys() - inside}
+
+    def load(self, layer: int) -> Weights:
+        """A layer's weights by their names in the layer, on the device. The next one is prefetched."""
+        expected, step = self._next, 1 if layer > self._last else -1
+        self._next = None
+        arriving = expected[1].result() if expected is not None and expected[0] == layer else self._fetch(layer)
+        self._last, following = layer, layer + step
+        if 0 <= following < len(self._names):
+            self._next = following, self._thread.submit(self._fetch, following)
+        return arriving.wait()
+
+    def keep(self, name: str, tensors: Weights) -> None:
+        """Keep tensors in a temporary file, in place of what was kept under this name before."""
+        if self._scratch is None:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            self._scratch = tempfile.TemporaryDirectory(prefix=".refits-", dir=cache_dir(), ignore_cleanup_errors=True)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self._kept_file(name))
+
+    def kept(self, name: str) -> Weights:
+        """What was kept last, on the device."""
+        file = TensorFile(self._kept_file(name))
+        return {key: file.read(key).to(self.device) for key in file.names}
+
+    def _kept_file(self, name: str) -> Path:
+        assert self._scratch is not None, "something was kept"
+        return Path(self._scratch.name) / f"{name}.safetensors"
+
+    def _fetch(self, layer: int) -> _Arriving:
+        weights = {short: self.read(name) for short, name in self._names[layer].items()}
+        if self._side is None:
+            return _Arriving({short: tensor.to(self.device) for short, tensor in weights.items()})
+        with torch.cuda.stream(self._side):
+            moved = {short: tensor.pin_memory().to(self.device, non_blocking=True) for short, tensor in weights.items()}
+            return _Arriving(moved, self._side.record_event())
+
+
+class _Arriving:
+    """A layer that is on its way to a GPU, or has come."""
+
+    def __init__(self, weights: Weights, copied: torch.cuda.Event | None = None) -> None:
+        self._weights, self._copied = weights, copied
+
+    def wait(self) -> Weights:
+        """Have the stream at work wait for it, not the CPU."""
+        if self._copied is not None:
+            at_work = torch.cuda.current_stream(next(iter(self._weights.values())).device)
+            at_work.wait_event(self._copied)
+            for tensor in self._weights.values():
+                tensor.record_stream(at_work)  # its memory is of the prefetching stream
+        return self._weights
+
+
+def streamed_model(name: str, folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, LayerStream]:
+    """A causal LM whose decoder layers are on the meta device, and what reads them.
+
+    Args:
+        name: what the user called it.
+        folder: of the checkpoint, whose sizes have been checked.
+        dtype: of its weights.
+        device: where it runs.
+
+    Raises:
+        ModelError: as `LayerStream`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    with quiet():
+        # Results are read by name, whatever config.json says.
+        options = {"dtype": dtype, "return_dict": True, "output_attentions": False}
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    stream = LayerStream(name, model, folder, device)
+    model.load_state_dict(stream.outside(), strict=False, assign=True)
+    model.tie_weights(missing_keys=set(stream.missing), recompute_mapping=False)
+    for module in model.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(module, key, buffer.to(device))
+    model.eval()
+    model.requires_grad_(False)
+    return model, stream

@@ -1,0 +1,234 @@
+"""A model whose layers stay on the disk: the same bits as in memory, each layer read once, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ffgym.criteria.wanda import Wanda
+from ffgym.errors import CalibrationError, ConfigError, ModelError
+from ffgym.evaluation.evaluator import ModelEvaluator, Request
+from ffgym.evaluation.perplexity import evaluate, evaluate_cut
+from ffgym.export.checkpoint import save_pruned
+from ffgym.models.cut import PrunableModel
+from ffgym.models.loading import load
+from ffgym.models.stream import LayerStream, streamed_model
+from ffgym.prepare.parts import load_parts, prepare_model
+from ffgym.prepare.paths import OnLayer, Prepared, prepare
+from ffgym.prepare.sequential import calibrate_sequentially
+from ffgym.prepare.store import opened_or_prepared, store_place
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny llama, in more than one shard."""
+    tiny_model("llama").save_pretrained(tmp_path / "model", max_shard_size="40kB")
+    return tmp_path / "model"
+
+
+def on_disk(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> tuple[Any, LayerStream]:
+    return streamed_model(folder.name, folder, dtype, device)
+
+
+def prepared_from_disk(folder: Path, calibration: str = "ridge", **options: Any) -> Prepared:
+    model, stream = on_disk(folder, **options)
+
+    def make(on_layer: OnLayer) -> Prepared:
+        windows = WINDOWS
+        return prepare(model, Wanda(), windows, ridge=0.01, calibration=calibration, source=stream, on_layer=on_layer)
+
+    place = store_place(model, Wanda(), WINDOWS, {"calibration": calibration}, stream)
+    assert place is not None
+    return opened_or_prepared(place, model, make, {}, lambda line: None, stream)
+
+
+def in_memory(folder: Path, calibration: str = "ridge") -> Prepared:
+    return prepare(load_model(folder), Wanda(), WINDOWS, ridge=0.01, calibration=calibration)
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+
+
+def some_cut(prepared: Prepared) -> tuple[int, ...]:
+    """A sublayer of every kind: cut, emptied, whole."""
+    units = prepared.prunable.dense_units
+    return (units[0] // 2, units[1] // 3, 0, 0, *units[4:])
+
+
+def saved(prepared: Prepared, place: Path, **options: Any) -> dict[str, torch.Tensor]:
+    prunable = prepared.prunable
+    save_pruned(
+        prunable.model,
+        None,
+        place,
+        kept=prunable.kept,
+        family=prunable.family,
+        layer=prunable.layer,
+        **options,
+    )
+    return {name: tensor for file in place.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("calibration", ["ridge", "affine"])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_everything_has_the_bits_of_the_model_in_memory(family: str, calibration: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_model(family).save_pretrained(folder, max_shard_size="40kB")
+    here, there = in_memory(folder, calibration), prepared_from_disk(folder, calibration)
+    kept = some_cut(here)
+    requests = [
+        Request(kept, (0, 1, 2), needs=frozenset({"kl", "slopes"})),
+        Request((kept[0], *here.prunable.dense_units[1:]), (1, 2)),
+    ]
+    found = []
+    for name, prepared in {"here": here, "there": there}.items():
+        prunable = prepared.prunable
+        measured = ModelEvaluator(prunable, WINDOWS).measure(requests)
+        slopes = measured[0].slopes
+        assert slopes is not None
+        calibrate_sequentially(prunable, kept, WINDOWS, [1.0] * len(kept))
+        # Twice: the refits come back from where they were kept.
+        refitted = [evaluate_cut(prunable, WINDOWS).losses for _ in range(2)]
+        sequential = saved(prepared, tmp_path / f"{name}-sequential")
+        prunable.cut(kept)
+        numbers = [[m.losses, m.kls] for m in measured], refitted, prepared.ridges
+        found.append((numbers, slopes, sequential, saved(prepared, tmp_path / name)))
+        prunable.restore()
+    (numbers, slopes, *weights), (numbers2, slopes2, *weights2) = found
+    assert numbers == numbers2
+    assert all(np.array_equal(one, other) for one, other in zip(slopes, slopes2, strict=True))
+    for one, other in zip(weights, weights2, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for file in ("config.json", "generation_config.json"):
+        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes()
+    for view, other_view in zip(here.views, there.views, strict=True):
+        assert torch.equal(view.weight, other_view.weight)
+        assert torch.equal(view.unit_scores, other_view.unit_scores)
+        assert np.array_equal(view.removal_error, other_view.removal_error)
+
+
+def test_what_was_saved_a_layer_to_a_file_loads(folder: Path, tmp_path: Path, word_tokenizer: Any) -> None:
+    prepared = prepared_from_disk(folder)
+    prepared.prunable.cut(some_cut(prepared))
+    losses = evaluate_cut(prepared.prunable, WINDOWS).losses
+    saved(prepared, tmp_path / "saved")
+    word_tokenizer.save_pretrained(tmp_path / "saved")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
+    model = load(str(tmp_path / "saved"), dtype="float32", device="cpu", any_family=True).model
+    assert evaluate(model, WINDOWS).losses == losses
+
+
+def test_both_placements_share_a_store(folder: Path) -> None:
+    model, stream = on_disk(folder)
+    assert store_place(model, Wanda(), WINDOWS, {}, stream) == store_place(load_model(folder), Wanda(), WINDOWS, {})
+
+
+def test_between_layers_nothing_but_sizes_is_in_memory(folder: Path) -> None:
+    prepared = prepared_from_disk(folder)
+    prunable = prepared.prunable
+    kept = some_cut(prepared)
+    prunable.cut(kept)
+    here = in_memory(folder).prunable
+    here.cut(kept)
+    for half, other in zip(prunable.halves, here.halves, strict=True):
+        assert half.consumer.weight.is_meta
+        assert half.consumer.weight.shape == other.consumer.weight.shape
+        assert half.new_bias_params() == other.new_bias_params()
+    evaluate_cut(prunable, WINDOWS)
+    with prunable.layer(1) as halves:
+        assert not any(half.consumer.weight.is_meta for half in halves)
+    assert all(half.consumer.weight.is_meta for half in prunable.halves)
+
+
+def test_an_update_reads_each_layer_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepared_from_disk(folder)
+    read = Counter[int]()
+    fetch = LayerStream._fetch
+    monkeypatch.setattr(LayerStream, "_fetch", lambda self, layer: read.update([layer]) or fetch(self, layer))
+    kept = some_cut(prepared)
+    requests = [Request((units, *kept[1:]), (0, 1)) for units in (1, 2)] * 2
+    evaluator = ModelEvaluator(prepared.prunable, WINDOWS)
+    evaluator.measure(requests)
+    assert read == {0: 1, 1: 1, 2: 1}
+
+
+def test_after_an_error_inside_a_layer_it_goes_on(folder: Path) -> None:
+    prunable = prepared_from_disk(folder).prunable
+    wanted = evaluate_cut(prunable, WINDOWS).losses
+    with pytest.raises(KeyboardInterrupt), prunable.layer(1):
+        raise KeyboardInterrupt
+    assert evaluate_cut(prunable, WINDOWS).losses == wanted
+
+
+class TestRefuses:
+    def test_a_missing_shard(self, folder: Path) -> None:
+        sorted(folder.glob("*.safetensors"))[1].unlink()
+        for streamed in (False, True):
+            with pytest.raises(ModelError, match="incomplete") as raised:
+                load(str(folder), device="cpu", dtype="float32", streamed=streamed)
+            assert "model-00002" in str(raised.value)
+
+    def test_a_missing_weight(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        lost = content["weight_map"]["model.layers.2.mlp.up_proj.weight"]
+        for name, file in list(content["weight_map"].items()):
+            if file == lost:
+                del content["weight_map"][name]
+        index.write_text(json.dumps(content))
+        with pytest.raises(ModelError, match="weights are not in the checkpoint"):
+            on_disk(folder)
+
+    def test_several_gpus(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(ModelError, match="balanced"):
+            load(str(folder), device="balanced", dtype="float32", streamed=True)
+
+    def test_gradients_of_all_layers(self, folder: Path) -> None:
+        model, stream = on_disk(folder)
+        with pytest.raises(CalibrationError, match="gradient"):
+            prepare(model, Wanda(), WINDOWS, keep=frozenset({"gradient"}), ridge=0.01, source=stream)
+
+    def test_where_nothing_may_be_kept(self, tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from ffgym.config.toml import load_config
+
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
+        config = load_config(**tiny_run | {"model": tiny_run["model"] | {"placement": "stream"}})
+        loaded, splits = load_parts(config)
+        with pytest.raises(ConfigError, match=r"model\.placement = 'stream'"):
+            prepare_model(config, loaded, splits.calibration.windows)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_layers_come_on_a_stream_of_their_own(folder: Path) -> None:
+    cuda = torch.device("cuda")
+    prunable = prepared_from_disk(folder, device=cuda).prunable
+    here = prepare(load_model(folder).to(cuda), Wanda(), WINDOWS, ridge=0.01).prunable
+    for each in (prunable, here):
+        each.cut(some_cut_of(each))
+    assert evaluate_cut(prunable, WINDOWS).losses == evaluate_cut(here, WINDOWS).losses
+
+
+def some_cut_of(prunable: PrunableModel) -> tuple[int, ...]:
+    return tuple(max(1, units // 2) for units in prunable.dense_units)
