@@ -19,6 +19,7 @@ from ffgym.plan import counts
 from ffgym.plan.machine import Speed, free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
+from ffgym.prepare.planning import placement_for
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_hel
 
 def test_advice_names_what_still_needs_too_much(eight_billion: ModelShape) -> None:
     plan = planned(eight_billion, free=1e9, dtype=torch.float32)
-    assert "--set model.dtype=bfloat16" in plan.advice
+    assert "--set model.placement=stream it still needs" in plan.advice
     assert planned(eight_billion).advice == ""
 
 
@@ -190,3 +191,19 @@ def test_an_unknown_architecture_names_the_nearest_family(tmp_path: Path) -> Non
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         config_of(str(tmp_path))
+
+
+class TestPlacement:
+    def test_layers_are_streamed_where_only_that_fits(self, eight_billion: ModelShape) -> None:
+        resident, tight, hopeless = (planned(eight_billion, free=free) for free in (1e12, 20e9, 1e9))
+        assert placement_for(resident) == resident
+        streamed = placement_for(tight)
+        assert streamed.load.streamed
+        assert streamed.needed < tight.needed / 3
+        assert "--set model.placement=stream" in tight.advice
+        assert placement_for(hopeless) == hopeless
+
+    def test_gradients_of_all_layers_need_them_in_memory(self, eight_billion: ModelShape) -> None:
+        plan = planned(eight_billion, free=30e9, gradients=True)
+        assert placement_for(plan) == plan
+        assert "placement" not in plan.advice
