@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -28,8 +29,10 @@ WORDS = [f"w{i}" for i in range(500)]
 
 
 def make_model(folder: Path, options: argparse.Namespace) -> None:
-    """Write a random Llama with a tokenizer, layer by layer as far as memory is concerned: shards of at most 200 MB."""
+    """Write a random Llama with a tokenizer: a shard for each layer, which is all that is in memory at a time."""
     import torch
+    from accelerate import init_empty_weights
+    from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -43,14 +46,30 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
         max_position_embeddings=WINDOW,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    with init_empty_weights():
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.3f} billion parameters")
-    model.save_pretrained(folder, max_shard_size="200MB")
+    config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, str] = {}
+    for file, group in itertools.groupby(model.state_dict().items(), lambda item: _shard(item[0])):
+        tensors = {
+            name: torch.randn(outline.shape, generator=generator).mul_(0.02).add_(outline.ndim == 1).bfloat16()
+            for name, outline in group
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+
+
+def _shard(name: str) -> str:
+    parts = name.split(".")
+    return f"model-{int(parts[2]):03}.safetensors" if parts[1] == "layers" else f"model-{parts[-2]}.safetensors"
 
 
 def write_texts(folder: Path) -> None:
