@@ -44,6 +44,10 @@ PANELS = {
         "--save-at": "output.save_at",
         "--save-all": "output.save_all",
     },
+    "Who measures": {
+        "--workers": "workers.count",
+        "--ray-address": "workers.ray_address",
+    },
 }
 """What the options of `run` set, by the panel of its help."""
 KEYS = {flag: key for keys in PANELS.values() for flag, key in keys.items()}

@@ -319,6 +319,18 @@ class TrackingTable(Table):
         return Path(self.root).expanduser()
 
 
+class WorkersTable(Table):
+    """Who measures; the numbers are the same."""
+
+    count: Count = Field(default=1, description="processes that measure episodes; more than 1 need ffgym[ray]")
+    ray_address: OptionalText = Field(
+        default=None, description="Ray cluster: auto, HOST:PORT or ray://HOST:PORT; empty starts one on this machine"
+    )
+    gpus: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto", description="GPUs of a worker; auto (1 where the model runs on one, else 0)"
+    )
+
+
 class RunConfig(Table):
     """Everything that decides a run. ``RunConfig()`` is the demo."""
 
@@ -335,6 +347,7 @@ class RunConfig(Table):
     recover: RecoverTable = Field(default_factory=RecoverTable)
     output: OutputTable = Field(default_factory=OutputTable)
     tracking: TrackingTable = Field(default_factory=TrackingTable)
+    workers: WorkersTable = Field(default_factory=WorkersTable)
 
     @model_validator(mode="after")
     def _tables_agree(self) -> RunConfig:

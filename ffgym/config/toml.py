@@ -21,6 +21,7 @@ from ffgym.files import FileFormat, parse_toml
 from ffgym.types import JSONDict
 
 PLUGIN_TABLES = ("criterion", "reward", "agent", "prior", "recover")
+INDIFFERENT = {"output", "tracking", "workers"}  # tables that decide no number
 CONFIGURATION = FileFormat("configuration", dict[str, Any], ConfigError, "Print one to start from: ffgym config")
 
 
@@ -75,9 +76,9 @@ def _one_line(text: str) -> str:
 def settings(config: RunConfig) -> JSONDict:
     """What decides the numbers of a search, as plain JSON data.
 
-    That is every table but ``recover``, ``output`` and ``tracking``.
+    That is every table but ``recover``, ``output``, ``tracking`` and ``workers``.
     """
-    return config.model_dump(mode="json", exclude={"recover", "output", "tracking"})
+    return config.model_dump(mode="json", exclude={"recover", *INDIFFERENT})
 
 
 def digest(config: RunConfig) -> str:
@@ -104,7 +105,7 @@ def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
 
 def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
     """Where two configurations first differ in what decides a run: (key, value in one, in the other)."""
-    left, right = (flatten(config.model_dump(exclude={"output", "tracking"})) for config in (one, other))
+    left, right = (flatten(config.model_dump(exclude=INDIFFERENT)) for config in (one, other))
     return next(_differences(left, right), None)
 
 

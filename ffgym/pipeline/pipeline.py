@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 from rich.console import Console
 
@@ -32,7 +32,11 @@ from ffgym.pipeline.session import Session, on_console
 from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
+from ffgym.prepare.parts import cluster_of, say_who_is_idle
 from ffgym.report.table import Row
+
+if TYPE_CHECKING:
+    from ffgym.execute.ray import Cluster
 
 
 @overload
@@ -68,12 +72,13 @@ def run(
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
     agent = make_agent(config)
-    with Session.open(config, reporter, resume) as session:
+    with cluster_of(config, reporter.print) as cluster, Session.open(config, reporter, resume) as session:
         plan = plan_run(config, agent)
         reporter.print(plan.summary)
         plan.check()
         reporter.plan(planned_steps(config, plan))
-        task = prepare(config, session)
+        say_who_is_idle(agent.update_size(config.search.episodes_per_update), config.workers.count, reporter.print)
+        task = prepare(config, session, cluster)
         text = gather_text(task)  # now, so that a corpus that will not do is known before the search
         session.begin_search(task.loaded.dtype_name)
         searched = search(task, agent, session)
@@ -83,12 +88,12 @@ def run(
         return train(result, text, session)
 
 
-def prepare(config: RunConfig, session: Session) -> Task:
+def prepare(config: RunConfig, session: Session, cluster: Cluster | None = None) -> Task:
     """Model, splits, pruning paths, budget and environment, with what an earlier session settled."""
     settled = config
     if session.record.dtype is not None and config.model.dtype == "auto":  # now it may come to another
         settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": session.record.dtype})})
-    task = open_task(settled, asked_rules(config), session.progress, recorded=session.measured)
+    task = open_task(settled, asked_rules(config), session.progress, recorded=session.measured, cluster=cluster)
     return replace(task, config=config)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +21,7 @@ from ffgym.data.splits import Splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError
 from ffgym.evaluation.perplexity import evaluate_cut
+from ffgym.execute.base import Executor
 from ffgym.models.loading import LoadedModel
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
@@ -31,15 +32,20 @@ from ffgym.prepare.parts import (
     build_env,
     costs_in,
     counted_resources,
+    evaluator_maker,
     load_parts,
     make_budget,
     prepare_model,
+    shared_executor,
 )
 from ffgym.prepare.paths import Prepared
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.report.progress import Reporter
 from ffgym.search.loop import SearchSettings
 from ffgym.types import Allocation, Evaluation, JSONDict
+
+if TYPE_CHECKING:
+    from ffgym.execute.ray import Cluster
 
 # Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
 # demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
@@ -60,6 +66,7 @@ class Task:
         env: the stationary environment.
         sizes: size of any allocation.
         costs: what the dense model costs in every resource that is counted, by name.
+        executor: has allocations measured by workers; ``None`` for this process alone.
     """
 
     config: RunConfig
@@ -69,6 +76,7 @@ class Task:
     env: PruningEnv
     sizes: SizeMeter
     costs: Mapping[str, Costs]
+    executor: Executor | None = None
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -101,6 +109,7 @@ def open_task(
     reporter: Reporter,
     *,
     recorded: Path | None = None,
+    cluster: Cluster | None = None,
 ) -> Task:
     """Load, split, prepare.
 
@@ -109,6 +118,7 @@ def open_task(
         heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
         reporter: where progress goes.
         recorded: folder of the run, where it goes on: what it has measured before is not measured again.
+        cluster: whose workers measure; this process alone where left out.
     """
     with reporter.stage(LOADING, 1):
         loaded, splits = load_parts(config)
@@ -117,8 +127,11 @@ def open_task(
     costs = _costs(config, loaded.model, reporter, recorded)
     budget = make_budget(config, loaded.model, costs)
     prepared = prepare_model(config, loaded, splits.calibration.windows, keep=needs, reporter=reporter)
-    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs)
-    return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs)
+    executor = None
+    if cluster is not None:
+        executor = shared_executor(cluster, evaluator_maker(config, loaded, prepared, splits), prepared)
+    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs, executor=executor)
+    return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs, executor)
 
 
 def _costs(config: RunConfig, model: Any, reporter: Reporter, recorded: Path | None) -> dict[str, Costs]:
@@ -149,7 +162,9 @@ def with_config(task: Task, config: RunConfig) -> Task:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
     budget = make_budget(config, task.loaded.model, task.costs)
     windows = task.splits.search.windows
-    env = build_env(config, task.prepared, windows, budget, loaded=task.loaded, costs=task.costs)
+    env = build_env(
+        config, task.prepared, windows, budget, loaded=task.loaded, costs=task.costs, executor=task.executor
+    )
     return replace(task, config=config, env=env)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -27,10 +30,12 @@ from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.errors import ConfigError, UnknownNameError, WorkerError
+from ffgym.evaluation.evaluator import ModelEvaluator
+from ffgym.execute.base import Executor
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
-from ffgym.models.placement import tokens_per_batch
+from ffgym.models.placement import choose_device, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
@@ -41,6 +46,9 @@ from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import opened_or_prepared, store_place
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
+
+if TYPE_CHECKING:
+    from ffgym.execute.ray import Cluster
 
 LOADING = "load model and text"
 PREPARING = "collect statistics, order and factorise"
@@ -98,8 +106,18 @@ def prepare_model(
     *,
     keep: frozenset[str] = frozenset(),
     reporter: Reporter | None = None,
+    store: Path | None = None,
 ) -> Prepared:
-    """Statistics, order and refits as the configuration says, from the store where they have been computed before."""
+    """Statistics, order and refits as the configuration says, from the store where they have been computed before.
+
+    Args:
+        config: the run.
+        loaded: the model, whose units are brought into order.
+        windows: calibration token ids, shape (windows, length), int64.
+        keep: statistics that heuristics ask for.
+        reporter: where progress goes; stderr where left out.
+        store: where it is known that the store is; otherwise it follows from all that decides its bits.
+    """
     reporter = reporter or Reporter(Console(stderr=True))
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     facts: dict[str, Any] = {
@@ -118,7 +136,8 @@ def prepare_model(
     place = None
     # The path of another calibration is its author's own, and nobody else could write it down.
     if issubclass(calibration_class(config.prune.calibration), Ridge):
-        place = store_place(loaded.model, criterion, windows, {**facts, "keep": sorted(keep)}, loaded.stream)
+        asked = {**facts, "keep": sorted(keep)}
+        place = store or store_place(loaded.model, criterion, windows, asked, loaded.stream)
     if place is None and loaded.stream is not None:
         raise ConfigError(
             "model.placement = 'stream' reads what was prepared from the cache, and this cannot be kept there",
@@ -128,7 +147,8 @@ def prepare_model(
     if place is None:
         return make()
     what = {"model": loaded.description, "criterion": config.criterion.name, "calibration": config.prune.calibration}
-    return opened_or_prepared(place, loaded.model, make, what, reporter.print, loaded.stream)
+    prepared = opened_or_prepared(place, loaded.model, make, what, reporter.print, loaded.stream)
+    return replace(prepared, store=place)
 
 
 def counted_resources(config: RunConfig) -> dict[str, Resource]:
@@ -274,6 +294,7 @@ def build_env(
     *,
     loaded: LoadedModel | None = None,
     costs: Mapping[str, Costs] | None = None,
+    executor: Executor | None = None,
 ) -> PruningEnv:
     """The stationary environment of a run.
 
@@ -284,9 +305,10 @@ def build_env(
         budget: see ``make_budget``.
         loaded: the model's tokenizer and context, for a reward that needs accuracy.
         costs: what the model costs, by resource; asked for where left out.
+        executor: has allocations measured; one in this process where left out.
     """
     reward, model = make_reward(config), prepared.prunable.model
-    examples = task_examples(reward.tasks, loaded) if loaded is not None and "accuracy" in reward.needs else ()
+    examples = _examples(reward, loaded) if loaded is not None else ()
     resources = (reward.resources or standard_resources()) if "cost" in reward.needs else ()
     return PruningEnv(
         prepared.prunable,
@@ -299,7 +321,109 @@ def build_env(
         tokens_per_batch=tokens_per_batch(model.device),
         examples=examples,
         prices={resource: budget_in(resource, config, model, costs) for resource in resources},
+        executor=executor,
     )
+
+
+@dataclass(frozen=True)
+class EvaluatorMaker:
+    """How a worker makes its evaluator: values that can be sent to it, from which it loads the model by itself.
+
+    Attributes:
+        config: the run, with the dtype that the model was loaded in.
+        calibration: calibration token ids, shape (windows, length), int64.
+        windows: search token ids, the same.
+        examples: task examples.
+        store: the prepared model; ``None`` where it was not written down: every worker prepares its own.
+        streamed: layers come from the checkpoint when they are reached.
+    """
+
+    config: RunConfig
+    calibration: torch.Tensor
+    windows: torch.Tensor
+    examples: tuple[EncodedExample, ...]
+    store: Path | None
+    streamed: bool = False
+
+    def __call__(self) -> ModelEvaluator:
+        """Load, open the store, make the evaluator.
+
+        Raises:
+            WorkerError: the store cannot be seen from here.
+            FFGymError: as `prepare_model`, or a model that does not load.
+        """
+        if self.store is not None and not self.store.is_dir():
+            raise WorkerError(
+                f"a worker on {socket.gethostname()} does not see the prepared model {self.store}",
+                hint="Set FFGYM_CACHE to a folder that all machines share, or FFGYM_CACHE_SIZE=0 to prepare on each.",
+            )
+        table = self.config.model
+        loaded = load(
+            table.name, revision=table.revision, dtype=table.dtype, device=table.device, streamed=self.streamed
+        )
+        nobody = Reporter(Console(quiet=True))
+        prepared = prepare_model(self.config, loaded, self.calibration, reporter=nobody, store=self.store)
+        return self.on(prepared)
+
+    def on(self, prepared: Prepared) -> ModelEvaluator:
+        """The evaluator of a model that is prepared already."""
+        return ModelEvaluator(
+            prepared.prunable,
+            self.windows,
+            examples=self.examples,
+            calibrated=calibration_class(self.config.prune.calibration).in_reward,
+            tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
+        )
+
+
+def evaluator_maker(config: RunConfig, loaded: LoadedModel, prepared: Prepared, splits: Splits) -> EvaluatorMaker:
+    """How workers make the evaluator that a run has in its own process."""
+    table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
+    return EvaluatorMaker(
+        config.model_copy(update={"model": table}),
+        splits.calibration.windows,
+        splits.search.windows,
+        tuple(_examples(make_reward(config), loaded)),
+        prepared.store,
+        loaded.stream is not None,
+    )
+
+
+def shared_executor(cluster: Cluster, maker: EvaluatorMaker, prepared: Prepared) -> Executor:
+    """An executor that shares measurements out among the workers of a cluster."""
+    return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
+
+
+def say_who_is_idle(episodes: int, workers: int, notify: Callable[[str], None]) -> None:
+    """Say so where an update has fewer episodes than there are workers."""
+    if episodes < workers:
+        have, episode = ("has" if workers - episodes == 1 else "have"), ("episode" if episodes == 1 else "episodes")
+        notify(f"{workers - episodes} of {workers} workers {have} nothing to do: an update is {episodes} {episode}")
+
+
+@contextmanager
+def cluster_of(config: RunConfig, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
+    """The workers that a configuration asks for, which end with the block; ``None`` for this process alone.
+
+    Raises:
+        ConfigError: more than one worker on one and the same GPU.
+        WorkerError: see `connected`.
+    """
+    table, device = config.workers, config.model.device
+    if table.count == 1:
+        yield None
+        return
+    if ":" in device:
+        raise ConfigError(
+            f"model.device = {device!r} is one device, and {table.count} workers need one each",
+            hint="Set model.device to auto or cuda: Ray gives every worker its own.",
+        )
+    from ffgym.execute.ray import Workers, connected
+
+    is_on_gpu = choose_device(device).type == "cuda"
+    gpus = int(is_on_gpu) if table.gpus == "auto" else table.gpus
+    with connected(Workers(table.count, table.ray_address, gpus, torch.get_num_threads()), notify) as cluster:
+        yield cluster
 
 
 def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
@@ -315,6 +439,10 @@ def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
         ramp_share=table.ramp_share,
         low=low if config.prune.is_range else None,
     )
+
+
+def _examples(reward: Reward, loaded: LoadedModel) -> Sequence[EncodedExample]:
+    return task_examples(reward.tasks, loaded) if "accuracy" in reward.needs else ()
 
 
 def task_examples(tasks: Sequence[str], loaded: LoadedModel) -> list[EncodedExample]:

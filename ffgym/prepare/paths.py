@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +46,14 @@ class Prepared:
         views: what heuristics see of each sublayer; read one at a time where the model is not in memory.
         ridges: the lambda of each sublayer.
         calibration_tokens: tokens that the statistics run over.
+        store: the folder that it can be opened from again; ``None`` where it was not written down.
     """
 
     prunable: PrunableModel
     views: Sequence[SublayerView]
     ridges: tuple[float, ...]
     calibration_tokens: int
+    store: Path | None = None
 
 
 def prepare(

@@ -26,7 +26,7 @@ SHORT_NAMES = {
     "prune.sparsity": "sparsity",
 }
 OTHERS = "toml."  # before the names of all others, which are the keys of config.toml
-DECIDES_NOTHING = ("output", "tracking")
+DECIDES_NOTHING = ("output", "tracking", "workers")
 SWITCHES = {"recover": ["method"], "prior": ["name"], "schedule": ["sparsity", "fidelity"]}  # all "none": unused
 
 

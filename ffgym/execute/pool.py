@@ -1,0 +1,246 @@
+"""Work through a queue with workers that may be slow, hang or die.
+
+A pool decides who does what. How a worker is started, told and listened to is a crew's business (`ffgym.execute.ray`
+has the one that runs on Ray), so this can be studied without a cluster. Jobs are pure: what was lost is done again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Set
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ffgym.errors import FFGymError, WorkerError
+
+LISTEN_SECONDS = 0.1
+ATTEMPTS = 3  # of starting a worker, and of a job
+KEPT = "What was measured is kept: the same command continues."
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker has started and waits for a job."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A worker has done its job."""
+
+    worker: int
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A worker lives, but what it was asked for raised; it would again."""
+
+    worker: int
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker is gone, with whatever it was doing."""
+
+    worker: int
+    why: str
+
+
+News = Ready | Answered | Failed | Lost
+
+
+class Crew(Protocol):
+    """Workers by number, wherever they are."""
+
+    def start(self, worker: int) -> None:
+        """Begin to start a worker; `Ready`, `Failed` or `Lost` follows."""
+
+    def give(self, worker: int, job: Any) -> None:
+        """Hand a job to a worker that is ready; `Answered`, `Failed` or `Lost` follows."""
+
+    def interrupt(self, worker: int) -> None:
+        """Ask a worker to give up its job; what follows is the same as otherwise."""
+
+    def dismiss(self, worker: int) -> None:
+        """Kill a worker; nothing follows."""
+
+    def hear(self, seconds: float) -> list[News]:
+        """What has happened, as soon as something has, or nothing after this time."""
+
+    def share(self, worker: int) -> float:
+        """How much of its job a worker has done, from 0 to 1, as far as is known."""
+
+
+class Queue(Protocol):
+    """Hands out jobs."""
+
+    def take(self, worker: int, alive: Set[int]) -> Any | None:
+        """The next job for a worker that is ready; ``None`` where there is none for it now.
+
+        Args:
+            worker: which.
+            alive: all workers that there are, busy ones and those that are starting included.
+        """
+
+    def done(self, worker: int, answer: Any) -> None:
+        """Take note of the answer to a worker's job."""
+
+    def lost(self, worker: int) -> None:
+        """A worker's job has to be done again."""
+
+    def given_up(self, worker: int, share: float) -> None:
+        """A worker had done this share of its job when others had done all of it."""
+
+    def patience(self, worker: int) -> float | None:
+        """Seconds without any progress after which a worker's job counts as hung; ``None`` for no limit."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all jobs are done."""
+
+
+@dataclass
+class _Busy:
+    """A job that is being done."""
+
+    queue: Queue
+    share: float = 0.0
+    moved: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """Workers that are started when there is work for them, and replaced when they are lost.
+
+    Args:
+        crew: the workers.
+        size: how many there may be, >= 1.
+        notify: told in a line what the user should know.
+        grace: seconds that a worker whose job is interrupted may take to end it.
+        patience: seconds that a worker may take to start while no other one works.
+    """
+
+    def __init__(
+        self, crew: Crew, size: int, notify: Callable[[str], None], grace: float = 0.0, patience: float = 1800.0
+    ) -> None:
+        self.size = size
+        self._crew = crew
+        self._notify = notify
+        self._grace, self._patience = grace, patience
+        self._starting: set[int] = set()
+        self._ready: set[int] = set()
+        self._busy: dict[int, _Busy] = {}
+        self._attempts = dict.fromkeys(range(size), 0)
+        self._heard = time.monotonic()
+
+    def work(self, queue: Queue, wanted: int, on_tick: Callable[[], None] | None = None) -> None:
+        """Do every job of a queue.
+
+        Args:
+            queue: hands out jobs.
+            wanted: for how many workers it has work.
+            on_tick: called several times a second.
+
+        Raises:
+            Exception: what a job raised.
+            WorkerError: workers or a job are lost again and again.
+        """
+        self._heard = time.monotonic()
+        for worker in range(min(wanted, self.size)):
+            if not (worker in self._starting or worker in self._ready or worker in self._busy):
+                self._start(worker)
+        while not queue.is_finished:
+            for worker in sorted(self._ready):
+                if (job := queue.take(worker, self._starting | self._ready | self._busy.keys())) is not None:
+                    self._ready.remove(worker)
+                    self._busy[worker] = _Busy(queue)
+                    self._crew.give(worker, job)
+            for news in self._crew.hear(LISTEN_SECONDS):
+                self._heard = time.monotonic()
+                self._take_note(news, queue)
+            self._look_for_hung()
+            if on_tick is not None:
+                on_tick()
+        for worker, job in self._busy.items():
+            if job.queue is queue:
+                queue.given_up(worker, self._crew.share(worker))
+            self._crew.interrupt(worker)
+
+    def share(self, worker: int) -> float:
+        """How much of its job a busy worker has done."""
+        return self._busy[worker].share if worker in self._busy else 0.0
+
+    def close(self) -> None:
+        """Interrupt the busy workers, wait for them, and dismiss all."""
+        until = time.monotonic() + self._grace
+        for worker in self._busy:
+            self._crew.interrupt(worker)
+        while self._busy and time.monotonic() < until:
+            for news in self._crew.hear(1.0):
+                self._busy.pop(news.worker, None)
+        for worker in range(self.size):
+            self._crew.dismiss(worker)
+        self._starting, self._ready, self._busy = set(), set(), {}
+
+    def _start(self, worker: int) -> None:
+        self._starting.add(worker)
+        self._crew.start(worker)
+
+    def _take_note(self, news: News, queue: Queue) -> None:
+        worker = news.worker
+        match news:
+            case Ready():
+                self._starting.discard(worker)
+                self._ready.add(worker)
+                self._attempts[worker] = 0
+            case Answered(answer=answer):
+                job = self._busy.pop(worker)
+                self._ready.add(worker)
+                if job.queue is queue:
+                    queue.done(worker, answer)
+            case Failed(error=error):
+                job_of = self._busy.pop(worker, None)
+                self._starting.discard(worker)
+                if job_of is not None and job_of.queue is not queue:  # nobody waits for it any more
+                    self._ready.add(worker)
+                    return
+                self._crew.dismiss(worker)
+                raise error
+            case Lost(why=why):
+                self._replace(worker, why)
+
+    def _replace(self, worker: int, why: str) -> None:
+        """Start another worker in the place of one that is lost, and have its job done again."""
+        was_starting = worker in self._starting
+        self._starting.discard(worker)
+        self._ready.discard(worker)
+        job = self._busy.pop(worker, None)
+        self._crew.dismiss(worker)
+        self._attempts[worker] += was_starting
+        if self._attempts[worker] >= ATTEMPTS:
+            raise WorkerError(f"worker {worker + 1} {why}, {ATTEMPTS} times in a row while it was loading", hint=KEPT)
+        doing = "while it was loading" if was_starting else "and its work is done again" if job else "while it was idle"
+        self._notify(f"worker {worker + 1} {why} {doing}; another one takes its place")
+        if job is not None:
+            job.queue.lost(worker)
+        self._start(worker)
+
+    def _look_for_hung(self) -> None:
+        now = time.monotonic()
+        for worker, job in list(self._busy.items()):
+            if (share := self._crew.share(worker)) != job.share:
+                job.share, job.moved = share, now
+            patience = job.queue.patience(worker)
+            if patience is not None and now - job.moved > patience:
+                self._replace(worker, f"did nothing for {now - job.moved:,.0f} s")
+        if not self._busy and not self._ready and now - self._heard > self._patience:
+            raise WorkerError(
+                f"no worker has started within {self._patience:,.0f} s", hint=f"Is the cluster full? {KEPT}"
+            )
+
+
+def too_often(what: str) -> FFGymError:
+    """The error for a job that no worker survives."""
+    return WorkerError(f"{ATTEMPTS} workers were lost on {what}", hint=f"If memory is short, use fewer workers. {KEPT}")

@@ -1,0 +1,461 @@
+"""Workers on Ray, on this machine or a cluster: the only module that knows Ray.
+
+Each worker is an actor, a process of its own, which loads the model and opens its store by itself: Ray carries unit
+counts there and numbers back. Actors do not restart and their calls are not repeated; the pool does both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pickle
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TextIO, cast
+
+import torch
+from rich.console import Console
+
+from ffgym.errors import FFGymError, WorkerError
+from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
+from ffgym.execute.pool import Answered, Failed, Lost, News, Pool, Ready
+from ffgym.execute.shares import Shares, Speeds, cost
+from ffgym.report.progress import Reporter
+from ffgym.types import Evaluation
+
+PROBE_SECONDS = 5.0
+WATCH_SECONDS = 0.5
+OBJECT_STORE_BYTES = 100_000_000  # numbers are all that it holds
+WATCH = "watch"  # the group of calls that a worker answers while it works
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+Report = Callable[[float], None]
+Reply = tuple[str, Any, list[str]]
+"""Its kind, its content, and what the worker has said since the last one."""
+Make = Callable[[Reporter], Callable[[Any, Report], Any]]
+"""Loads what a worker needs; what it returns does a job, and says how far it is."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers there are, and where.
+
+    Attributes:
+        count: at least 2.
+        address: of a Ray cluster: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``; ``None`` for one of this machine.
+        gpus: GPUs of each.
+        threads: torch threads of each.
+    """
+
+    count: int
+    address: str | None = None
+    gpus: int = 0
+    threads: int = 1
+
+
+class Cluster:
+    """A connection to Ray.
+
+    Args:
+        ray: the module.
+        workers: how many workers may be started on it.
+        notify: told in a line what the user should know.
+        is_own: whether nobody else uses it.
+    """
+
+    def __init__(self, ray: Any, workers: Workers, notify: Callable[[str], None], *, is_own: bool) -> None:
+        self.workers = workers
+        self._ray = ray
+        self._notify = notify
+        self._is_own = is_own
+        self._pools: list[Pool] = []
+
+    def pool(self, make: Make, on_line: Callable[[str], None] | None = None, grace: float = 0.0) -> Pool:
+        """A pool of workers, which start with the first work.
+
+        Args:
+            make: loads what a worker needs; it is sent there, so it must be picklable.
+            on_line: told what the workers say, each line with their number; nobody where left out.
+            grace: seconds that a worker whose job is interrupted may take to end it.
+        """
+        cpus = 0 if self._is_own else 1 if self.workers.gpus else self.workers.threads
+        options = {"num_cpus": cpus, "num_gpus": self.workers.gpus}
+        crew = RayCrew(self._ray, make, options, self.workers.threads, on_line or (lambda line: None))
+        self._pools.append(pool := Pool(crew, self.workers.count, self._notify, grace))
+        return pool
+
+    def executor(self, make: Callable[[], Evaluator], dense: Evaluator, dense_units: tuple[int, ...]) -> RayExecutor:
+        """An executor whose workers each make an evaluator; see `RayExecutor`."""
+        return RayExecutor(self.pool(_Measuring(make)), dense, dense_units)
+
+    def close(self) -> None:
+        """End all workers."""
+        for pool in self._pools:
+            pool.close()
+
+
+class RayExecutor:
+    """Shares requests out among workers; see `Executor`.
+
+    The dense model is measured in this process meanwhile, where what is known of a window is kept: shared out, every
+    worker would come to measure every window.
+
+    Args:
+        pool: workers that each measure a list of requests.
+        dense: measures the dense model here.
+        dense_units: units per sublayer of the dense model.
+        speeds: what is known of the workers.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        dense: Evaluator,
+        dense_units: tuple[int, ...],
+        speeds: Speeds | None = None,
+    ) -> None:
+        self._pool = pool
+        self._dense = dense
+        self._dense_units = dense_units
+        self._speeds = speeds or Speeds()
+
+    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+        """Measure every request, in the order asked for; see `Executor`."""
+        dense = [request for request in requests if request.kept == self._dense_units]
+        others = list(dict.fromkeys(request for request in requests if request.kept != self._dense_units))
+        if not others:
+            return self._dense.measure(requests, on_progress)
+        with _in_background(lambda stop: self._dense.measure(dense, stop)) as measured:
+            shares = Shares(others, self._speeds)
+            self._pool.work(shares, len(others), lambda: self._tell(shares, on_progress))
+            found = shares.answers | dict(zip(dense, measured(), strict=True))
+        return [found[request] for request in requests]
+
+    def _tell(self, shares: Shares, on_progress: OnProgress | None) -> None:
+        if on_progress is not None:
+            running = sum(share.cost * self._pool.share(worker) for worker, share in shares.taken.items())
+            on_progress(min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total))
+
+
+@contextlib.contextmanager
+def _in_background(call: Callable[[OnProgress], Any]) -> Iterator[Callable[[], Any]]:
+    """Do something in a thread, which ends with the block; it is given what it has to call now and then."""
+    is_over = threading.Event()
+
+    def stop_if_over(share: float) -> None:
+        if is_over.is_set():
+            raise InterruptedError
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call, stop_if_over)
+        try:
+            yield future.result
+        finally:
+            is_over.set()
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """Makes a worker that measures requests."""
+
+    make_evaluator: Callable[[], Evaluator]
+
+    def __call__(self, reporter: Reporter) -> Callable[[Any, Report], Any]:
+        return self.make_evaluator().measure
+
+
+@contextlib.contextmanager
+def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Cluster]:
+    """Connect to Ray, or start one on this machine; what was started here ends with the block.
+
+    In a process that has called ``ray.init`` itself, that is the cluster.
+
+    Raises:
+        WorkerError: Ray is missing, nobody answers, or the cluster has no room for the workers.
+    """
+    ray = _imported()
+    is_own = workers.address is None
+    begun = not ray.is_initialized()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM,)}
+    if begun:
+        _begin(ray, workers.address)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # Ray's own would end the run without saving anything
+                signal.signal(number, handler)
+    cluster = Cluster(ray, workers, notify, is_own=is_own and begun)
+    try:
+        _check_room(ray, workers, is_own=is_own and begun)
+        yield cluster
+    finally:
+        cluster.close()
+        if begun:
+            ray.shutdown()
+
+
+def _imported() -> Any:
+    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    try:
+        import ray
+    except ImportError as error:
+        raise WorkerError(
+            f"more than one worker needs Ray, which is not installed ({error})",
+            hint="pip install 'ffgym[ray]', or leave --workers out.",
+        ) from None
+    return ray
+
+
+def _begin(ray: Any, address: str | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        own = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        ray.init(address="local", **own, **quiet)
+        return
+    hint = "Start one with ray start --head, or leave --ray-address out to use this machine alone."
+    _probe(address, hint)
+    try:
+        ray.init(address=address, **quiet)
+    except Exception as error:
+        said = str(error).strip().splitlines()[0]
+        raise WorkerError(f"no Ray cluster answers at {address}: {said}", hint=hint) from None
+
+
+def _probe(address: str, hint: str) -> None:
+    """Raise where nobody listens: Ray itself would try for two minutes, and then end the process."""
+    if address == "auto":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise WorkerError(f"{address!r} is no Ray address", hint="Give auto, HOST:PORT or ray://HOST:PORT.")
+    try:
+        socket.create_connection((host, int(port)), PROBE_SECONDS).close()
+    except OSError as error:
+        raise WorkerError(f"no Ray cluster answers at {address}: {error.strerror or error}", hint=hint) from None
+
+
+def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
+    """Raise where the machines of a cluster have too few GPUs or CPUs for the workers."""
+    cpus = 0 if is_own else 1 if workers.gpus else workers.threads
+    wanted = {"GPU": workers.gpus, "CPU": cpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min((int(node.get(k, 0) // n) for k, n in wanted.items() if n), default=workers.count) for node in nodes)
+    if room >= workers.count:
+        return
+    per_worker = " and ".join(f"{n} {k}{'s' * (n > 1)}" for k, n in wanted.items() if n)
+    there = "; ".join(", ".join(f"{int(node.get(k, 0))} {k}s" for k, n in wanted.items() if n) for node in nodes)
+    raise WorkerError(
+        f"{workers.count} workers with {per_worker} each do not fit on machines with {there or 'none'}",
+        hint=f"Use at most {room} workers, fewer threads each (OMP_NUM_THREADS), or add machines.",
+    )
+
+
+class RayCrew:
+    """Workers as Ray actors; see `Crew`.
+
+    Args:
+        ray: the module.
+        make: loads what a worker needs.
+        options: resources of each actor.
+        threads: torch threads of each.
+        on_line: told what the workers say.
+    """
+
+    def __init__(
+        self, ray: Any, make: Make, options: dict[str, Any], threads: int, on_line: Callable[[str], None]
+    ) -> None:
+        self._ray = ray
+        self._make, self._threads, self._on_line = make, threads, on_line
+        self._settings = {key: value for key, value in os.environ.items() if key.startswith("FFGYM_")}
+        actor = ray.remote(concurrency_groups={WATCH: 2})(_Worker)
+        self._actor = actor.options(max_restarts=0, max_task_retries=0, **options)
+        self._actors: dict[int, Any] = {}
+        self._processes: dict[int, tuple[str, int]] = {}
+        self._calls: dict[Any, tuple[int, str]] = {}  # what is awaited: of which worker, and what it is about
+        self._shares: dict[int, float] = {}
+        self._jobs: dict[int, int] = {}
+
+    def start(self, worker: int) -> None:
+        """Begin to start a worker, see `Crew`."""
+        self._actors[worker] = actor = self._actor.remote()
+        loaded = actor.load.remote(self._make, self._threads, self._settings, os.getcwd())
+        self._calls[loaded] = worker, "load"
+
+    def give(self, worker: int, job: Any) -> None:
+        """Hand a worker a job, see `Crew`."""
+        self._jobs[worker] = number = self._jobs.get(worker, 0) + 1
+        self._shares[worker] = 0.0
+        self._calls[self._actors[worker].work.remote(number, job)] = worker, "work"
+        self._watch(worker)
+
+    def interrupt(self, worker: int) -> None:
+        """Have a worker give up its job, see `Crew`."""
+        if worker in self._jobs:
+            self._actors[worker].interrupt.options(concurrency_group=WATCH).remote(self._jobs[worker])
+
+    def dismiss(self, worker: int) -> None:
+        """Kill a worker, see `Crew`."""
+        self._forget(worker)
+        if (actor := self._actors.pop(worker, None)) is not None:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                self._ray.kill(actor, no_restart=True)
+        node, process = self._processes.pop(worker, ("", 0))
+        if process and node == self._ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(OSError):  # one that is stopped does not hear what Ray says
+                os.kill(process, signal.SIGKILL)
+
+    def share(self, worker: int) -> float:
+        """How much of its job a worker has done, see `Crew`."""
+        return self._shares.get(worker, 0.0)
+
+    def hear(self, seconds: float) -> list[News]:
+        """What has happened, see `Crew`."""
+        if not self._calls:
+            return []
+        self._ray.wait(list(self._calls), timeout=seconds)
+        ready, _ = self._ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        news: list[News] = []
+        for call in ready:
+            if call in self._calls:  # a worker that is lost has several
+                news += self._news(call, *self._calls.pop(call))
+        return news
+
+    def _news(self, call: Any, worker: int, about: str) -> list[News]:
+        try:
+            kind, content, lines = self._ray.get(call)
+        except Exception as error:  # all that the worker raises comes as an answer
+            self._forget(worker)
+            return [Lost(worker, _why(error))]
+        for line in lines:
+            self._on_line(f"[{worker + 1}] {line}")
+        if about == "watch":
+            self._shares[worker] = content
+            if any(of == worker and kind == "work" for of, kind in self._calls.values()):
+                self._watch(worker)
+            return []
+        if kind == "failed":
+            return [Failed(worker, content)]
+        if about == "load":
+            self._processes[worker] = content
+            return [Ready(worker)]
+        return [Answered(worker, content)]
+
+    def _watch(self, worker: int) -> None:
+        self._calls[self._actors[worker].watch.options(concurrency_group=WATCH).remote()] = worker, "watch"
+
+    def _forget(self, worker: int) -> None:
+        self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
+        self._jobs.pop(worker, None)
+
+
+def _why(error: Exception) -> str:
+    if "node has died" in str(error):
+        return "was lost with its machine"
+    return "ended unexpectedly (killed, or out of memory)"
+
+
+class _Worker:
+    """A worker's process. What it is asked for runs in one thread, and a second one says how far it is."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._lock, self._changed = threading.Lock(), threading.Event()
+        self._job, self._thread, self._share = 0, 0, 0.0
+
+    def load(self, make: Make, threads: int, settings: dict[str, str], folder: str) -> Reply:
+        """Get ready for jobs; the content is where the process is, (node, process id)."""
+        import ray
+
+        os.environ.update(settings)
+        with contextlib.suppress(OSError):  # a machine that has no such folder may not need it
+            os.chdir(folder)
+        torch.set_num_threads(threads)
+        file = cast("TextIO", _Lines(self._lines.append))
+        try:
+            self._do = make(Reporter(Console(file=file, force_terminal=False)))
+        except Exception as error:
+            return self._reply("failed", _portable(error))
+        return self._reply("loaded", (ray.get_runtime_context().get_node_id(), os.getpid()))
+
+    def work(self, number: int, job: Any) -> Reply:
+        """Do a job; the content is the answer, or ``None`` where it was interrupted."""
+        try:
+            with self._lock:
+                self._job, self._thread, self._share = number, threading.get_ident(), 0.0
+            return self._reply("done", self._do(job, self._advance))
+        except KeyboardInterrupt:
+            return self._reply("done", None)
+        except Exception as error:
+            return self._reply("failed", _portable(error))
+        finally:
+            with self._lock:
+                self._thread = 0
+            self._changed.set()
+
+    def watch(self) -> Reply:
+        """Wait a moment for the job to end; the content is the share of it that is done."""
+        self._changed.wait(WATCH_SECONDS)
+        self._changed.clear()
+        return self._reply("share", self._share)
+
+    def interrupt(self, number: int) -> None:
+        """Raise ``KeyboardInterrupt`` where a job is being done, unless it is another one by now."""
+        with self._lock:
+            if self._thread and self._job == number:
+                kind = ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), kind)
+                self._thread = 0  # a second one would come while the first is dealt with
+
+    def _advance(self, share: float) -> None:
+        self._share = share
+
+    def _reply(self, kind: str, content: Any) -> Reply:
+        lines = [self._lines.pop(0) for _ in range(len(self._lines))]
+        return kind, content, lines
+
+
+def _portable(error: Exception) -> Exception:
+    """The exception as it can be sent, with its traceback as a note unless it was raised on purpose."""
+    if not isinstance(error, FFGymError):
+        error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    return error
+
+
+class _Lines:
+    """A text file that hands on whole lines.
+
+    Args:
+        send: called with each line, without its end.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, send: Callable[[str], None]) -> None:
+        self._send = send
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        """Take text; hand on the lines that it completes."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._send(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: lines are handed on at once."""
+
+    def isatty(self) -> bool:
+        """Say no."""
+        return False

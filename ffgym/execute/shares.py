@@ -1,0 +1,151 @@
+"""An update shared out among workers: each takes a share of its requests and measures them in one call."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+
+from ffgym.evaluation.evaluator import Request
+from ffgym.execute.pool import ATTEMPTS, too_often
+from ffgym.plugins.bases import SLOPE_PASSES
+from ffgym.types import Evaluation
+
+OVERDUE = 1.1  # times what a share should take: then those who are idle measure it too
+HUNG = 5.0  # times what a share should take: so long without any progress, and its worker is replaced
+LEAST_PATIENCE, FIRST_PATIENCE = 60.0, 1800.0  # seconds, the second before anybody knows how long a share takes
+
+
+def cost(request: Request) -> float:
+    """What a request costs, in windows of a forward pass; examples count as they are few."""
+    return len(request.windows) * (1 + SLOPE_PASSES * ("slopes" in request.needs)) + len(request.examples) / 8
+
+
+@dataclass
+class Speeds:
+    """What is known of the workers from one update to the next: seconds for each unit of cost.
+
+    Attributes:
+        least_patience: seconds without any progress that every worker is allowed.
+    """
+
+    least_patience: float = LEAST_PATIENCE
+    known: dict[int, float] = field(default_factory=dict)
+
+    def note(self, worker: int, seconds: float) -> None:
+        """Take note of one share; earlier ones count half."""
+        self.known[worker] = (self.known.get(worker, seconds) + seconds) / 2
+
+    def of(self, worker: int) -> float | None:
+        """Of one worker, or of most where it has not shown it."""
+        return self.known.get(worker, self.typical)
+
+    @property
+    def typical(self) -> float | None:
+        """Of most workers; ``None`` at first."""
+        return statistics.median(self.known.values()) if self.known else None
+
+
+@dataclass
+class _Share:
+    requests: list[Request]
+    begun: float = field(default_factory=time.monotonic)
+    is_shared: bool = False  # others measure it too
+
+    @property
+    def cost(self) -> float:
+        return sum(map(cost, self.requests))
+
+
+class Shares:
+    """The queue of an update.
+
+    A worker that is as fast as the others takes an equal share of what is left. When all are taken, workers that
+    become idle measure the shares of those that are late too: whoever answers first counts.
+
+    Args:
+        requests: different ones, at least one.
+        speeds: what is known of the workers; learns from every share.
+    """
+
+    def __init__(self, requests: Sequence[Request], speeds: Speeds) -> None:
+        self.total = sum(map(cost, requests))
+        self.answers: dict[Request, Evaluation] = {}
+        self.taken: dict[int, _Share] = {}
+        self._left = list(requests)
+        self._served: set[int] = set()  # who has had a part of what is offered
+        self._count = len(requests)
+        self._speeds = speeds
+        self._losses = dict.fromkeys(requests, 0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every request is answered."""
+        return len(self.answers) == self._count
+
+    def take(self, worker: int, alive: Set[int]) -> list[Request] | None:
+        """The next share, see `Queue`."""
+        self._left = [request for request in self._left if request not in self.answers]
+        if not self._left:
+            self._offer_again()
+        if not self._left:
+            return None
+        fair, share = self._fair(worker, alive), [self._left.pop(0)]
+        self._served.add(worker)
+        while self._left and sum(map(cost, share)) + cost(self._left[0]) / 2 <= fair:
+            share.append(self._left.pop(0))
+        self.taken[worker] = _Share(share)
+        return share
+
+    def done(self, worker: int, answer: Sequence[Evaluation] | None) -> None:
+        """Take note of a share; ``None`` where the worker was interrupted in it."""
+        share = self.taken.pop(worker)
+        if answer is None:
+            self._left += share.requests
+            return
+        self._speeds.note(worker, (time.monotonic() - share.begun) / share.cost)
+        for request, evaluation in zip(share.requests, answer, strict=True):
+            self.answers.setdefault(request, evaluation)
+
+    def lost(self, worker: int) -> None:
+        """Offer a share again; its worker is another one now."""
+        share = self.taken.pop(worker)
+        self._speeds.known.pop(worker, None)
+        for request in share.requests:
+            self._losses[request] += 1
+        if any(self._losses[request] >= ATTEMPTS for request in share.requests):
+            raise too_often("the same measurement")
+        self._left += share.requests
+        self._served = set()
+
+    def given_up(self, worker: int, share: float) -> None:
+        """Take note of how fast a late worker was, see `Queue`."""
+        if share:
+            late = self.taken[worker]
+            self._speeds.note(worker, (time.monotonic() - late.begun) / (late.cost * share))
+
+    def patience(self, worker: int) -> float | None:
+        """Several times what a share should take, see `Queue`."""
+        expected = self._expected(self.taken[worker], self._speeds.of(worker)) if worker in self.taken else None
+        return FIRST_PATIENCE if expected is None else max(self._speeds.least_patience, HUNG * expected)
+
+    def _fair(self, worker: int, alive: Set[int]) -> float:
+        """The cost that a worker should take of what is left, so that all who get a part end at the same time."""
+        takers = {worker, *(alive - self._served)}
+        pace = {each: 1.0 / (self._speeds.of(each) or 1.0) for each in takers}
+        return sum(map(cost, self._left)) * pace[worker] / sum(pace.values())
+
+    def _offer_again(self) -> None:
+        now, late = time.monotonic(), set[int]()
+        for worker, share in self.taken.items():
+            expected = self._expected(share, self._speeds.typical)
+            if not share.is_shared and expected is not None and now - share.begun > OVERDUE * expected:
+                share.is_shared = True
+                late.add(worker)
+                self._left += [request for request in share.requests if request not in self.answers]
+        if late:
+            self._served = late
+
+    def _expected(self, share: _Share, speed: float | None) -> float | None:
+        return None if speed is None else share.cost * speed

@@ -1,0 +1,83 @@
+"""What Ray's workers do in tests: quick answers, unless a file in their folder says otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffgym.errors import ModelError
+from ffgym.evaluation.evaluator import OnProgress, Request
+from ffgym.report.progress import Reporter
+from ffgym.types import Evaluation
+
+
+def claimed(path: Path) -> bool:
+    """Whether the file was there; it is no longer."""
+    try:
+        path.rename(path.with_suffix(".claimed"))
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Standin:
+    """Makes an evaluator whose loss is the number of units; ``units[0]`` says which window is asked for."""
+
+    folder: Path
+    is_worker: bool = True
+
+    def __call__(self) -> Standin:
+        if claimed(self.folder / "die-loading"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (self.folder / "broken").exists():
+            raise ModelError("no such model", hint="Name another.")
+        return self
+
+    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+        if self.is_worker:
+            self._misbehave()
+        for place in range(len(requests)):
+            time.sleep(0.05)
+            if on_progress is not None:
+                on_progress((place + 1) / len(requests))
+        with (self.folder / "log").open("a") as log:
+            log.write(f"{os.getpid()} {len(requests)} {torch.get_num_threads()}\n")
+        return [Evaluation((float(sum(request.kept)),), 1) for request in requests]
+
+    def _misbehave(self) -> None:
+        if claimed(self.folder / "die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if claimed(self.folder / "stop"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if claimed(self.folder / "raise"):
+            raise ZeroDivisionError("a mistake")
+
+
+@dataclass(frozen=True)
+class Talker:
+    """Makes a worker that says what it does, and does it until it is interrupted."""
+
+    folder: Path
+
+    def __call__(self, reporter: Reporter) -> Callable[[Any, Any], Any]:
+        def do(job: str, advance: Any) -> str:
+            reporter.print(f"begins {job}")
+            if job == "wait":
+                try:
+                    (self.folder / "waiting").touch()
+                    for _ in range(600):
+                        time.sleep(0.1)
+                except KeyboardInterrupt:
+                    (self.folder / "interrupted").touch()
+                    raise
+            return job.upper()
+
+        return do

@@ -1,0 +1,133 @@
+"""Who measures what, and what happens to those who are late, hang or die: with workers that only sleep."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffgym.errors import WorkerError
+from ffgym.evaluation.evaluator import Request
+from ffgym.execute.pool import Failed, Pool
+from ffgym.execute.shares import Shares, Speeds
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "scale"))
+from sleeping import SleepingCrew
+
+MOMENT = 0.02
+
+
+def requests(count: int, windows: int = 1) -> list[Request]:
+    return [Request((i,), tuple(range(windows))) for i in range(count)]
+
+
+def update(
+    crew: SleepingCrew, size: int, asked: list[Request], speeds: Speeds | None = None, said: list[str] | None = None
+) -> Shares:
+    shares = Shares(asked, speeds or Speeds())
+    pool = Pool(crew, size, (said if said is not None else []).append)
+    pool.work(shares, len(asked))
+    return shares
+
+
+def taken(crew: SleepingCrew) -> dict[int, list[int]]:
+    """How many requests every worker was given at a time."""
+    found: dict[int, list[int]] = {}
+    for worker, job in crew.given:
+        found.setdefault(worker, []).append(len(job))
+    return found
+
+
+@pytest.mark.parametrize(("size", "counts"), [(1, [9]), (2, [5, 4]), (3, [3, 3, 3]), (4, [2, 3, 2, 2])])
+def test_equal_workers_take_equal_shares_once(size: int, counts: list[int]) -> None:
+    crew, asked = SleepingCrew(lambda worker: MOMENT), requests(9)
+    speeds = Speeds(known=dict.fromkeys(range(size), 60.0))
+    shares = update(crew, size, asked, speeds)
+    assert sorted(n for each in taken(crew).values() for n in each) == sorted(counts)
+    assert {request: answer.loss for request, answer in shares.answers.items()} == {r: r.kept[0] for r in asked}
+
+
+def test_a_slower_worker_takes_less_from_the_second_update_on() -> None:
+    crew, speeds = SleepingCrew(lambda worker: (1 + 2 * worker) * 5 * MOMENT), Speeds()
+    pool = Pool(crew, 2, print)
+    pool.work(Shares(requests(8), speeds), 8)
+    crew.given.clear()
+    pool.work(Shares(requests(8), speeds), 8)
+    assert taken(crew) == {0: [6], 1: [2]}
+
+
+def test_slopes_and_windows_weigh() -> None:
+    heavy = Request((1,), (0, 1, 2, 3), needs=frozenset({"slopes"}))
+    crew = SleepingCrew(lambda worker: 0.0)
+    update(crew, 2, [heavy, *requests(8)])
+    assert crew.given[0][1] == [heavy]
+
+
+def test_those_who_are_idle_measure_what_is_late_and_the_first_answer_counts() -> None:
+    crew = SleepingCrew(lambda worker: 60.0 if worker == 1 else MOMENT)
+    shares = update(crew, 3, requests(6))
+    assert len(shares.answers) == 6
+
+
+def test_a_worker_that_dies_is_replaced_and_its_work_is_done_again() -> None:
+    crew = SleepingCrew(lambda worker: MOMENT, dies=lambda worker, job: (worker, job) == (0, 1))
+    said: list[str] = []
+    shares = update(crew, 2, requests(4), said=said)
+    assert len(shares.answers) == 4
+    assert crew.started == [0, 1, 0]
+    assert said == ["worker 1 died and its work is done again; another one takes its place"]
+
+
+def test_a_worker_that_hangs_is_replaced() -> None:
+    crew = SleepingCrew(lambda worker: 60.0 if crew.started == [0] else 0.0)
+    speeds, said = Speeds(least_patience=0.2, known={0: 0.001}), list[str]()
+    assert len(update(crew, 1, requests(2), speeds, said).answers) == 2
+    assert said[0].startswith("worker 1 did nothing for 0 s and its work is done again")
+
+
+def test_work_that_no_worker_survives_stops() -> None:
+    crew = SleepingCrew(lambda worker: 0.0, dies=lambda worker, job: job > 0)
+    with pytest.raises(WorkerError, match="3 workers were lost on the same measurement") as raised:
+        update(crew, 1, requests(2))
+    assert "the same command continues" in str(raised.value.hint)
+
+
+def test_loading_that_no_worker_survives_stops() -> None:
+    crew = SleepingCrew(lambda worker: 0.0, dies=lambda worker, job: job == 0)
+    with pytest.raises(WorkerError, match="worker 1 died, 3 times in a row while it was loading"):
+        update(crew, 1, requests(2))
+
+
+def test_what_a_job_raises_ends_the_work() -> None:
+    class Broken(SleepingCrew):
+        def give(self, worker: int, job: Any) -> None:
+            self._later(worker, 0.0, lambda: Failed(worker, ZeroDivisionError("a mistake")))
+
+    with pytest.raises(ZeroDivisionError, match="a mistake"):
+        update(Broken(lambda worker: 0.0), 2, requests(3))
+
+
+def test_no_more_workers_start_than_there_is_work_for() -> None:
+    crew = SleepingCrew(lambda worker: 0.0)
+    update(crew, 5, requests(2))
+    assert crew.started == [0, 1]
+
+
+def test_closing_interrupts_and_dismisses() -> None:
+    crew = SleepingCrew(lambda worker: 60.0)
+    pool = Pool(crew, 2, print)
+    with pytest.raises(KeyboardInterrupt):
+        pool.work(Shares(requests(2), Speeds()), 2, _interrupt_when(lambda: len(crew.given) == 2))
+    pool.close()
+    assert all(crew._enough[worker].is_set() for worker in range(2))
+
+
+def _interrupt_when(happened: Callable[[], bool]) -> Callable[[], None]:
+    def on_tick() -> None:
+        if happened():
+            raise KeyboardInterrupt
+
+    return on_tick
