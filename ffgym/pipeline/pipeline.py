@@ -32,6 +32,7 @@ from ffgym.pipeline.session import Session, on_console
 from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
+from ffgym.plan.plan import Plan
 from ffgym.prepare.parts import cluster_of, say_who_is_idle
 from ffgym.report.table import Row
 
@@ -78,7 +79,7 @@ def run(
         plan.check()
         reporter.plan(planned_steps(config, plan))
         say_who_is_idle(agent.update_size(config.search.episodes_per_update), config.workers.count, reporter.print)
-        task = prepare(config, session, cluster)
+        task = prepare(config, session, plan, cluster)
         text = gather_text(task)  # now, so that a corpus that will not do is known before the search
         session.begin_search(task.loaded.dtype_name)
         searched = search(task, agent, session)
@@ -88,12 +89,13 @@ def run(
         return train(result, text, session)
 
 
-def prepare(config: RunConfig, session: Session, cluster: Cluster | None = None) -> Task:
-    """Model, splits, pruning paths, budget and environment, with what an earlier session settled."""
-    settled = config
+def prepare(config: RunConfig, session: Session, plan: Plan, cluster: Cluster | None = None) -> Task:
+    """Model, splits, pruning paths, budget and environment, with what the plan and an earlier session settled."""
+    settled: dict[str, str] = {"placement": "stream" if plan.load.streamed else config.model.placement}
     if session.record.dtype is not None and config.model.dtype == "auto":  # now it may come to another
-        settled = config.model_copy(update={"model": config.model.model_copy(update={"dtype": session.record.dtype})})
-    task = open_task(settled, asked_rules(config), session.progress, recorded=session.measured, cluster=cluster)
+        settled["dtype"] = session.record.dtype
+    placed = config.model_copy(update={"model": config.model.model_copy(update=settled)})
+    task = open_task(placed, asked_rules(config), session.progress, recorded=session.measured, cluster=cluster)
     return replace(task, config=config)
 
 

@@ -11,7 +11,7 @@ from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import LOADING, PREPARING
-from ffgym.prepare.planning import plan_of
+from ffgym.prepare.planning import placed, plan_of
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
 
@@ -52,7 +52,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         saves=config.output.save_model,
         train_tokens=config.recover.tokens if recovers else 0,
     )
-    return replace(plan, load=load)
+    return placed(config, replace(plan, load=load))
 
 
 def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:

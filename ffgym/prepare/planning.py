@@ -41,13 +41,13 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
         streamed=model.placement == "stream",
     )
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
-    plan = Plan(model.name, shape, load, device, free_memory(device))
-    return placement_for(plan) if model.placement == "auto" and model.device != "balanced" else plan
+    return placed(config, Plan(model.name, shape, load, device, free_memory(device)))
 
 
-def placement_for(plan: Plan) -> Plan:
-    """The plan with its layers in memory where they fit, and streamed where only that fits."""
-    if plan.fits or plan.load.gradients:
+def placed(config: RunConfig, plan: Plan) -> Plan:
+    """The plan with its layers where the configuration says: ``auto`` streams them where only that fits."""
+    table = config.model
+    if table.placement != "auto" or table.device == "balanced" or plan.fits or plan.load.gradients:
         return plan
     streamed = replace(plan, load=replace(plan.load, streamed=True))
     return streamed if streamed.fits else plan

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from ffgym.cli import app
+from ffgym.config.tables import RunConfig
 from ffgym.errors import FitError, ModelError
 from ffgym.models.families import family_of
 from ffgym.models.loading import DEMO_SIZES, config_of
@@ -19,10 +20,11 @@ from ffgym.plan import counts
 from ffgym.plan.machine import Speed, free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
-from ffgym.prepare.planning import placement_for
+from ffgym.prepare.planning import placed
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
+AUTO = RunConfig()
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -196,14 +198,14 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 class TestPlacement:
     def test_layers_are_streamed_where_only_that_fits(self, eight_billion: ModelShape) -> None:
         resident, tight, hopeless = (planned(eight_billion, free=free) for free in (1e12, 20e9, 1e9))
-        assert placement_for(resident) == resident
-        streamed = placement_for(tight)
+        assert placed(AUTO, resident) == resident
+        streamed = placed(AUTO, tight)
         assert streamed.load.streamed
         assert streamed.needed < tight.needed / 3
         assert "--set model.placement=stream" in tight.advice
-        assert placement_for(hopeless) == hopeless
+        assert placed(AUTO, hopeless) == hopeless
 
     def test_gradients_of_all_layers_need_them_in_memory(self, eight_billion: ModelShape) -> None:
         plan = planned(eight_billion, free=30e9, gradients=True)
-        assert placement_for(plan) == plan
+        assert placed(AUTO, plan) == plan
         assert "placement" not in plan.advice
