@@ -51,6 +51,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         sequential=sequential,
         saves=config.output.save_model,
         train_tokens=config.recover.tokens if recovers else 0,
+        workers=config.workers.count,
+        elsewhere=config.workers.ray_address is not None,
     )
     return placed(config, replace(plan, load=load))
 

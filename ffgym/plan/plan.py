@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,9 +54,15 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
+    def worker_peak(self) -> int:
+        """Bytes that each worker needs: it opens what was prepared, and measures."""
+        return max((stage.peak for stage in self.stages if stage.name in counts.SHARED), default=0)
+
+    @property
     def needed(self) -> int:
-        """Bytes of memory that all workers together need at most."""
-        return self.largest.peak * self.load.workers
+        """Bytes that this process needs at most, and the workers that share its memory."""
+        has_workers = self.load.workers > 1 and not self.load.elsewhere and self.device.type == "cpu"
+        return self.largest.peak + has_workers * self.load.workers * self.worker_peak
 
     @property
     def fits(self) -> bool:
@@ -64,8 +71,15 @@ class Plan:
 
     def seconds(self, stage: Stage) -> float:
         """How long a stage takes."""
-        shared = self.load.workers if stage.name in counts.SHARED else 1
+        shared = self.processes if stage.name in counts.SHARED else 1
         return stage.seconds + self.speed.seconds(stage.operations) / shared
+
+    @property
+    def processes(self) -> int:
+        """Workers that have processors of their own."""
+        if self.load.elsewhere or self.device.type != "cpu":
+            return self.load.workers
+        return max(1, min(self.load.workers, (os.cpu_count() or 1) // torch.get_num_threads()))
 
     @property
     def total_seconds(self) -> float:
@@ -90,10 +104,11 @@ class Plan:
             return
         largest = self.largest
         part = max(largest.memory, key=lambda name: largest.memory[name])
-        each = f" in each of {self.load.workers} workers" if self.load.workers > 1 else ""
+        workers = self.needed - largest.peak
+        others = f", {self.load.workers} workers need {size_text(workers)}" if workers else ""
         raise FitError(
-            f"{self.name!r} does not fit: {largest.name} needs {size_text(largest.peak)} of memory{each}, most of it "
-            f"for {part}, and {size_text(self.free)} are free on {self.device}",
+            f"{self.name!r} does not fit: {largest.name} needs {size_text(largest.peak)} of memory, most of it for "
+            f"{part}{others}, and {size_text(self.free)} are free on {self.device}",
             hint=self.advice,
         )
 

@@ -75,6 +75,7 @@ class Workload:
         saves: the result is saved.
         train_tokens: to recover on; 0 for none.
         workers: processes that share the episodes of an update.
+        elsewhere: they are on a cluster, and not all on this machine.
         streamed: layers are read from the checkpoint as they run (``model.placement``).
     """
 
@@ -100,6 +101,7 @@ class Workload:
     saves: bool = False
     train_tokens: int = 0
     workers: int = 1
+    elsewhere: bool = False
     streamed: bool = False
 
 

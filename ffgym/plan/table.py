@@ -57,6 +57,7 @@ def to_json(plan: Plan) -> JSONDict:
         ],
         "seconds": plan.total_seconds,
         "peak": plan.largest.peak,
+        "worker_peak": plan.worker_peak,
         "needed": plan.needed,
         "free": plan.free,
         "fits": plan.fits,
@@ -97,9 +98,9 @@ def _stages(plan: Plan) -> Table[Sequence[str]]:
 
 def _parts(plan: Plan) -> Table[Sequence[str]]:
     sizes = {name.replace("_", " "): size_text(size) for name, size in _sizes(plan).items()}
-    workers = f" for {plan.load.workers} workers together" if plan.load.workers > 1 else ""
+    workers = f", {size_text(plan.worker_peak)} of them by each worker" if plan.load.workers > 1 else ""
     notes = [
-        f"Memory: {size_text(plan.needed)} are needed{workers}, {size_text(plan.free)} are free on {plan.device}. "
+        f"Memory: {size_text(plan.needed)} are needed{workers}; {size_text(plan.free)} are free on {plan.device}. "
         f"{plan.advice}".strip(),
         f"Disk: {size_text(_free_disk(cache_dir()))} are free for prepared models, {size_text(_free_disk(Path()))} "
         "here.",
