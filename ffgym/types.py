@@ -18,7 +18,8 @@ Ramp = Literal["none", "cubic", "staircase"]
 class Sublayer:
     """The attention or the MLP half of one decoder layer, and what one of its units is made of.
 
-    A unit is a KV group (attention: one key/value head with all its query heads) or an intermediate channel (MLP).
+    A unit is a KV group (attention: one key/value head with all its query heads), the attention as a whole where its
+    family cannot be cut by heads, or an intermediate channel (MLP).
 
     Attributes:
         layer: index of the decoder layer, from 0.
@@ -27,7 +28,8 @@ class Sublayer:
         channels_per_unit: consumer input columns that one unit owns, contiguous.
         unit_params: parameters that go with one unit: producer rows, their biases and consumer columns.
         unit_macs: multiply-accumulates per token of the unit's linear layers (no attention scores).
-        query_heads_per_unit: query heads in one KV group; 0 for an MLP.
+        query_heads_per_unit: query heads in one unit of an attention; 0 for an MLP.
+        kv_heads_per_unit: key/value heads in one unit of an attention: 1, or all of them.
         head_dim: channels of one head; 0 for an MLP.
         depth: decoder layers in the model, so that rules about ends need nothing else.
     """
@@ -36,9 +38,10 @@ class Sublayer:
     kind: Kind
     units: int
     channels_per_unit: int
-    unit_params: int
-    unit_macs: int
+    unit_params: int = 0
+    unit_macs: int = 0
     query_heads_per_unit: int = 0
+    kv_heads_per_unit: int = 1
     head_dim: int = 0
     depth: int = 1
 
@@ -46,6 +49,11 @@ class Sublayer:
     def name(self) -> str:
         """``"layer 3 mlp"``: what messages, tables and pictures call it."""
         return f"layer {self.layer} {self.kind}"
+
+    @property
+    def heads_per_unit(self) -> tuple[int, int, int]:
+        """Query, key and value heads in one unit of an attention."""
+        return self.query_heads_per_unit, self.kv_heads_per_unit, self.kv_heads_per_unit
 
     @property
     def channels(self) -> int:

@@ -16,5 +16,5 @@ class KV(Resource):
     key = "kv_bytes_per_token"
 
     def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
-        """One key and one value head."""
-        return 2 * sublayer.head_dim * setting.number_bytes
+        """Its key and value heads."""
+        return 2 * sublayer.kv_heads_per_unit * sublayer.head_dim * setting.number_bytes

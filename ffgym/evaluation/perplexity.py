@@ -152,7 +152,7 @@ def _row_losses(
 
 
 def project(model: Any, states: torch.Tensor, buffer: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
-    """Logits of a few positions, soft-capped where the model's config names a cap.
+    """Logits of a few positions, scaled or soft-capped where the model's config says so.
 
     Args:
         model: gives the output head.
@@ -164,12 +164,14 @@ def project(model: Any, states: torch.Tensor, buffer: torch.Tensor, columns: sli
         the first numbers of the buffer, shape (rows, columns).
     """
     head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap, divisor = (getattr(model.config, name, None) for name in ("final_logit_softcapping", "logits_scaling"))
     weight = head.weight[columns]
     logits = buffer[: len(states) * len(weight)].view(len(states), len(weight))
     torch.mm(states, weight.T, out=logits)
     if head.bias is not None:
         logits += head.bias[columns]
+    if divisor is not None:  # Granite's
+        logits.div_(divisor)
     if cap is not None:
         logits.div_(cap).tanh_().mul_(cap)
     return logits

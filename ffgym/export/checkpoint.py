@@ -348,8 +348,8 @@ def _bias_switch(kind: Kind, family: Family) -> str:
 
 def _sizes_per_layer(config: Any, kept: Sequence[int], family: Family) -> list[dict[str, Any]]:
     """What ``per_layer_config`` says about each layer."""
-    heads = getattr(config, family.heads)
-    groups = heads if family.kv_heads is None else getattr(config, family.kv_heads)
+    heads, kv_heads = family.head_counts(config)
+    groups = 1 if family.whole_attention else kv_heads
     channels = getattr(config, family.intermediate)
     layers = config.num_hidden_layers
     if len(kept) != 2 * layers or any(
@@ -357,7 +357,7 @@ def _sizes_per_layer(config: Any, kept: Sequence[int], family: Family) -> list[d
     ):
         raise ModelError(
             f"an allocation of {len(kept)} sublayers, {tuple(kept)}, does not fit a model of {layers} layers with"
-            f" {groups} KV groups and {channels} intermediate channels each",
+            f" {groups} units of attention and {channels} intermediate channels each",
             hint="It needs two numbers a layer, attention first.",
         )
     sizes: list[dict[str, Any]] = []
@@ -368,7 +368,7 @@ def _sizes_per_layer(config: Any, kept: Sequence[int], family: Family) -> list[d
         if attention:
             size[family.heads] = attention * (heads // groups)
             if family.kv_heads is not None:
-                size[family.kv_heads] = attention
+                size[family.kv_heads] = attention * (kv_heads // groups)
         if mlp:
             size[family.intermediate] = mlp
         sizes.append(size)

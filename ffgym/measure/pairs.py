@@ -9,7 +9,7 @@ from torch import nn
 from ffgym.errors import ModelError
 from ffgym.models.families import Family, family_of, family_of_pair
 from ffgym.models.modeling_ffgym import Skipped
-from ffgym.types import Kind, Sublayer
+from ffgym.types import Sublayer
 
 HINT = "Name the dense model that this one was made from: --dense MODEL."
 
@@ -37,20 +37,11 @@ def _units(family: Family, layer: nn.Module, dense: Sublayer) -> int:
     if holder and isinstance(layer.get_submodule(holder), Skipped):
         return 0
     units, rest = divmod(family.consumer(layer, dense.kind).in_features, dense.channels_per_unit)
-    if rest or units > dense.units or _rows(family, layer, dense.kind) != units * _rows_per_unit(dense):
+    rows = [sum(blocks) * units for blocks in family.rows_per_unit(dense)]
+    if rest or units > dense.units or [p.out_features for p in family.producers(layer, dense.kind)] != rows:
         raise ModelError(
             f"{dense.name} of the pruned model is no part of the dense one's {dense.units} units of"
             f" {dense.channels_per_unit} channels",
             hint=HINT,
         )
     return units
-
-
-def _rows(family: Family, layer: nn.Module, kind: Kind) -> int:
-    """Outputs of the producer that is as wide as a unit is counted: keys, or the MLP's."""
-    producers = family.producers(layer, kind)
-    return int((producers[1] if kind == "attention" else producers[0]).out_features)
-
-
-def _rows_per_unit(dense: Sublayer) -> int:
-    return dense.head_dim if dense.kind == "attention" else 1

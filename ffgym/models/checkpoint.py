@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
-from ffgym.models.families import OTHER_LAYERS, family_of_type, register_saved
+from ffgym.models.families import family_of_type, register_saved
 from ffgym.models.loading_errors import AGAIN, loading_error, misfit, pickled, quiet
 
 LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
@@ -73,17 +73,11 @@ def check_folder(folder: Path) -> None:
     )
 
 
-def check_model_type(model_type: str, *, any_family: bool = False) -> None:
-    """Refuse an architecture that cannot be pruned or, with ``any_family``, not even be measured right."""
-    if not any_family or model_type in OTHER_LAYERS:
-        family_of_type(model_type)
-
-
 def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
     """Refuse a config of another family, or of no layers or more than ``depth``; make one of ours known."""
     register_saved(config)
-    if isinstance(kind := config.get("model_type"), str) and "auto_map" not in config:
-        check_model_type(kind, any_family=any_family)
+    if not any_family and isinstance(kind := config.get("model_type"), str) and "auto_map" not in config:
+        family_of_type(kind)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= depth:
         raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")

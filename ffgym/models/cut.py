@@ -9,6 +9,8 @@ what is not in memory changes its sizes; its values follow when it comes.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from ffgym.models.families import Family, family_of
-from ffgym.models.modeling_ffgym import Skipped
+from ffgym.models.modeling_ffgym import Skipped, count_heads
 from ffgym.pruning.calibration import ConsumerPath, PlainPath
 from ffgym.pruning.ordering import expand_order
 from ffgym.types import Sublayer
@@ -57,11 +59,13 @@ class PrunableSublayer:
         self.sublayer = sublayer
         self.consumer = family.consumer(layer, sublayer.kind)
         self.producers = family.producers(layer, sublayer.kind)
-        self._rows = [producer.out_features // sublayer.units for producer in self.producers]
+        self._rows = family.rows_per_unit(sublayer)
         self._layer: Any = layer
         self._attention_name, _, _ = family.attention_consumer.partition(".")
         self._head_counts = family.head_count_attributes if sublayer.kind == "attention" else ()
         self._attention: Any = getattr(layer, self._attention_name)
+        if any(attribute.startswith("config.") for attribute in self._head_counts):
+            self._attention.config = copy.copy(self._attention.config)
         self._keep_dense()
         self.order: torch.Tensor | None = None
         self.load_path: Callable[[], ConsumerPath] | None = None
@@ -123,7 +127,7 @@ class PrunableSublayer:
     def _permute_weights(self, order: torch.Tensor) -> None:
         with torch.no_grad():
             for producer, rows in zip(self.producers, self._rows, strict=True):
-                index = expand_order(order, rows).to(producer.weight.device)
+                index = _rows_in_order(order, rows).to(producer.weight.device)
                 producer.weight.copy_(producer.weight[index])
                 if producer.bias is not None:
                     producer.bias.copy_(producer.bias[index])
@@ -146,9 +150,9 @@ class PrunableSublayer:
         self._put_consumer(path.weight_at(channels), path.bias_at(channels))
         self.is_refitted = False
         for producer, rows, weight, bias in zip(self.producers, self._rows, self._weights, self._biases, strict=True):
-            _set(producer, weight[: units * rows], None if bias is None else bias[: units * rows])
-        for attribute in self._head_counts:
-            setattr(self._attention, attribute, units * self.sublayer.query_heads_per_unit)
+            first = partial(_first_rows, rows=rows, kept=units, units=self.sublayer.units)
+            _set(producer, first(weight), None if bias is None else first(bias))
+        self._count_heads(units)
         self._place_attention(empty=units == 0)
 
     def path_for(self, *, calibrated: bool) -> ConsumerPath:
@@ -213,9 +217,13 @@ class PrunableSublayer:
             strict=True,
         ):
             _set(module, weight, bias)
-        for attribute in self._head_counts:
-            setattr(self._attention, attribute, self.sublayer.units * self.sublayer.query_heads_per_unit)
+        self._count_heads(self.sublayer.units)
         self._place_attention(empty=False)
+
+    def _count_heads(self, units: int) -> None:
+        if self.sublayer.kind == "attention":
+            heads, kv_heads, _ = (units * count for count in self.sublayer.heads_per_unit)
+            count_heads(self._attention, heads, kv_heads, self._head_counts)  # type: ignore[no-untyped-call]
 
     def arrive(self, refit: Mapping[str, torch.Tensor] | None) -> None:
         """Take the dense weights that were put into its modules, order them, and cut them as was asked for last.
@@ -352,6 +360,19 @@ class PrunableModel:
         for half in self.halves:
             half.restore()
         self.kept = self.dense_units
+
+
+def _rows_in_order(order: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Where each row of a producer comes from when its units are put in order; a unit has ``rows`` in every block."""
+    starts = itertools.accumulate((len(order) * count for count in rows), initial=0)
+    return torch.cat([start + expand_order(order, count) for start, count in zip(starts, rows, strict=False)])
+
+
+def _first_rows(tensor: torch.Tensor, rows: Sequence[int], kept: int, units: int) -> torch.Tensor:
+    """The rows of the first ``kept`` of ``units`` units: a view, or a copy where there are several blocks."""
+    blocks = torch.split(tensor, [units * count for count in rows])
+    first = [block[: kept * count] for block, count in zip(blocks, rows, strict=True)]
+    return first[0] if len(first) == 1 else torch.cat(first)
 
 
 def _set(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

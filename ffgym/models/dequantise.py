@@ -17,12 +17,15 @@ from safetensors import SafetensorError
 
 from ffgym.data.cache import cache_dir, write_folder_once
 from ffgym.errors import ModelError
-from ffgym.models.checkpoint import Shapes, check_complete, check_model_type, depth_of
+from ffgym.models.checkpoint import Shapes, check_complete, depth_of
+from ffgym.models.families import family_of_type
 from ffgym.models.loading_errors import AGAIN, first_line, quiet
 
 # float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
 # moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
 GGUF_DTYPE = torch.float16
+GGUF_NAMES = {"gemma3": "gemma3_text"}
+"""Families by llama.cpp's names, where they differ from those of transformers."""
 BLOCK = re.compile(r"blk\.(\d+)\.")
 USE_THE_SOURCE = "Name the safetensors folder that it was made from, or start from the dense model."
 
@@ -136,10 +139,11 @@ def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
                 " and transformers cannot read it",
                 hint=USE_THE_SOURCE,
             )
-    try:
-        check_model_type(architecture, any_family=any_family)
-    except ModelError as error:
-        raise ModelError(f"{str(path)!r}: {error.message}", hint=error.hint) from None
+    if not any_family:
+        try:
+            family_of_type(GGUF_NAMES.get(architecture, architecture))
+        except ModelError as error:
+            raise ModelError(f"{str(path)!r}: {error.message}", hint=error.hint) from None
     _check_gguf_sizes(path, {key: field.contents() for key, field in fields.items()}, architecture, shapes)
     stretched += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
     if stretched:

@@ -1,14 +1,13 @@
 """What each supported architecture calls its parts, and whatever else ffgym has to know of it.
 
-A family is a class below and a line in ``ffgym/plugins/built_ins.py``. One whose decoder layer does something else
-between its linears (a norm over the intermediate channels, fused q/k/v) does not belong here.
+The families that ship with ffgym are in ``built_in_families.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -54,7 +53,8 @@ PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producer
 class Family(Plugin):
     """One architecture: names of its parts, and what follows from them. The defaults are Llama's.
 
-    Within a decoder layer, dotted names lead to linear modules.
+    Within a decoder layer, dotted names lead to linear modules. Names that are equal (Phi-3's ``qkv_proj``) lead to one
+    fused linear, whose outputs are those of the first, then those of the second, and so on.
 
     Attributes:
         name: the family, and the ``model_type`` of its Hugging Face config, which transformers must know.
@@ -62,7 +62,10 @@ class Family(Plugin):
         query, key, value, attention_consumer: names of an attention's linears.
         mlp_producers, mlp_consumer: names of an MLP's.
         heads, kv_heads, intermediate: the config's names for the sizes (``kv_heads`` is ``None`` for multi-head only).
-        head_count_attributes: attributes of the attention module that hold its number of query heads.
+        whole_attention: an attention keeps all its heads or none, because something in it (a norm of all queries)
+            depends on all of them.
+        head_count_attributes: attributes of the attention module that hold its number of query heads; dotted for one of
+            its config (``config.num_attention_heads``), of which it then gets a copy of its own.
         stock: shapes that its stock classes take; ``None`` where nobody has looked, so that uniform runs are refused.
         gguf: llama.cpp's architectures that may express it, names in ``ffgym.export.gguf.architectures``; the first
             one that can is taken. Empty where llama.cpp has none.
@@ -80,6 +83,7 @@ class Family(Plugin):
     heads: ClassVar[str] = "num_attention_heads"
     kv_heads: ClassVar[str | None] = "num_key_value_heads"
     intermediate: ClassVar[str] = "intermediate_size"
+    whole_attention: ClassVar[bool] = False
     head_count_attributes: ClassVar[tuple[str, ...]] = ()
     stock: ClassVar[Stock | None] = None
     gguf: ClassVar[tuple[str, ...]] = ()
@@ -106,14 +110,31 @@ class Family(Plugin):
         return _linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
 
     def producers(self, layer: nn.Module, kind: Kind) -> list[nn.Linear]:
-        """The linears that write them: query, key, value, or the MLP's."""
-        names = (self.query, self.key, self.value) if kind == "attention" else self.mlp_producers
-        return [_linear(layer, name) for name in names]
+        """The linears that write them: query, key, value, or the MLP's; fused ones once."""
+        return [_linear(layer, name) for name in dict.fromkeys(self._producer_names(kind))]
+
+    def rows_per_unit(self, sublayer: Sublayer) -> list[tuple[int, ...]]:
+        """How many outputs of each producer a unit owns; of a fused one, in each of its blocks."""
+        rows = [1] * len(self.mlp_producers)
+        if sublayer.kind == "attention":
+            rows = [heads * sublayer.head_dim for heads in sublayer.heads_per_unit]
+        found: dict[str, tuple[int, ...]] = {}
+        for name, count in zip(self._producer_names(sublayer.kind), rows, strict=True):
+            found[name] = (*found.get(name, ()), count)
+        return list(found.values())
+
+    def _producer_names(self, kind: Kind) -> tuple[str, ...]:
+        return (self.query, self.key, self.value) if kind == "attention" else self.mlp_producers
 
     def head_dim(self, model: nn.Module) -> int:
         """Channels of one attention head."""
         config: Any = model.config
         return int(getattr(config, "head_dim", None) or config.hidden_size // getattr(config, self.heads))
+
+    def head_counts(self, config: Any) -> tuple[int, int]:
+        """Query heads, and key/value heads, by a config of all layers or of one."""
+        heads = getattr(config, self.heads)
+        return heads, heads if self.kv_heads is None else getattr(config, self.kv_heads)
 
     def stock_shapes(self, model: nn.Module) -> dict[Kind, tuple[int, ...]]:
         """Units that all attentions, and all MLPs, of a stock checkpoint may keep; ascending, the last = all.
@@ -122,8 +143,8 @@ class Family(Plugin):
             ModelError: the family's stock shapes are not known.
         """
         config: Any = model.config
-        heads = getattr(config, self.heads)
-        groups = heads if self.kv_heads is None else getattr(config, self.kv_heads)
+        heads, kv_heads = self.head_counts(config)
+        groups = 1 if self.whole_attention else kv_heads
         per_group, stock = heads // groups, self.known_stock()
         legal = [
             k for k in range(1, groups + 1) if stock.takes(k * per_group, dense_heads=heads, hidden=config.hidden_size)
@@ -162,93 +183,34 @@ class Family(Plugin):
         return [s for i, layer in enumerate(layers) for s in self._halves(layer, i, head_dim, len(layers))]
 
     def _halves(self, layer: nn.Module, index: int, head_dim: int, depth: int) -> Iterator[Sublayer]:
-        query, key, _ = self.producers(layer, "attention")
-        groups = key.out_features // head_dim
-        heads_per_group = query.out_features // key.out_features
-        sizes: list[tuple[Kind, int, int, int]] = [
-            ("attention", groups, heads_per_group, head_dim),
-            ("mlp", self.consumer(layer, "mlp").in_features, 0, 0),
-        ]
-        for kind, units, query_heads, dim in sizes:
-            consumer, producers = self.consumer(layer, kind), self.producers(layer, kind)
-            rows = [p.out_features // units for p in producers]
-            columns = consumer.in_features // units
-            weights = sum(r * p.in_features for r, p in zip(rows, producers, strict=True))
-            weights += columns * consumer.out_features
-            biases = sum(r for r, p in zip(rows, producers, strict=True) if p.bias is not None)
-            yield Sublayer(
+        heads = self.consumer(layer, "attention").in_features // head_dim
+        rows = sum(producer.out_features for producer in self.producers(layer, "attention"))
+        groups = (rows // head_dim - heads) // 2  # what is not of queries is of keys and values
+        units = 1 if self.whole_attention else groups
+        channels = self.consumer(layer, "mlp").in_features
+        yield self._priced(
+            layer,
+            Sublayer(
                 layer=index,
-                kind=kind,
+                kind="attention",
                 units=units,
-                channels_per_unit=columns,
-                unit_params=weights + biases,
-                unit_macs=weights,
-                query_heads_per_unit=query_heads,
-                head_dim=dim,
+                channels_per_unit=heads // units * head_dim,
+                query_heads_per_unit=heads // units,
+                kv_heads_per_unit=groups // units,
+                head_dim=head_dim,
                 depth=depth,
-            )
+            ),
+        )
+        yield self._priced(layer, Sublayer(layer=index, kind="mlp", units=channels, channels_per_unit=1, depth=depth))
 
-
-class Llama(Family):
-    """Multi-head or grouped-query attention, gated MLP."""
-
-    name = "llama"
-    stock = Stock("divides hidden size", attention_bias="attention_bias", mlp_bias="mlp_bias")
-    gguf = ("llama", "deci")
-
-
-class Mistral(Family):
-    """As Llama."""
-
-    name = "mistral"
-    stock = Stock()
-    gguf = ("llama", "deci")
-
-
-class Qwen2(Family):
-    """As Llama, with biases of query, key and value."""
-
-    name = "qwen2"
-    stock = Stock()
-    gguf = ("qwen2", "deci")
-
-
-class Qwen3(Family):
-    """As Llama, with norms of queries and keys."""
-
-    name = "qwen3"
-    stock = Stock(attention_bias="attention_bias")
-    gguf = ("qwen3", "openelm")
-
-
-class Gemma(Family):
-    """As Llama, with another activation; not Gemma 2 or 3, which scale and norm otherwise."""
-
-    name = "gemma"
-    stock = Stock(attention_bias="attention_bias")
-    gguf = ("gemma",)
-
-
-class OPT(Family):
-    """Multi-head attention and an MLP of two linears, all with biases."""
-
-    name = "opt"
-    decoder = "model.decoder"
-    attention_consumer = "self_attn.out_proj"
-    mlp_producers = ("fc1",)
-    mlp_consumer = "fc2"
-    kv_heads = None
-    intermediate = "ffn_dim"
-    head_count_attributes = ("num_heads",)
-    stock = Stock("dense")
-    tiny: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
-
-
-# What makes architectures that people ask for more than an entry above.
-OTHER_LAYERS = {
-    "gemma2": "its attention scores are soft-capped, which scaled dot product attention cannot do, and what attention "
-    "and MLP add passes through norms of its own (sandwich norms), which the refit of a linear leaves out",
-}
+    def _priced(self, layer: nn.Module, half: Sublayer) -> Sublayer:
+        """The same, with what goes with one unit of it."""
+        consumer, producers = self.consumer(layer, half.kind), self.producers(layer, half.kind)
+        rows = [sum(blocks) for blocks in self.rows_per_unit(half)]
+        weights = sum(r * p.in_features for r, p in zip(rows, producers, strict=True))
+        weights += half.channels_per_unit * consumer.out_features
+        biases = sum(r for r, p in zip(rows, producers, strict=True) if p.bias is not None)
+        return replace(half, unit_params=weights + biases, unit_macs=weights)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -285,10 +247,9 @@ def family_of_type(model_type: str) -> Family:
     try:
         family: Family = manager.create("family", model_type.removeprefix(PREFIX))
     except UnknownNameError as error:
-        why = OTHER_LAYERS.get(model_type)
         raise ModelError(
-            f"architecture {model_type!r} is not supported{f': {why}' if why else ''}",
-            hint=error.hint if why else f"{error.hint} docs/models.md says how to add a family.",
+            f"architecture {model_type!r} is not supported",
+            hint=f"{error.hint} docs/models.md says how to add a family.",
         ) from None
     return family
 

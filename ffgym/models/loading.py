@@ -303,7 +303,6 @@ def _load_checkpoint(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
-                attn_implementation="sdpa",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 return_dict=True,  # whatever config.json says: results are read by name

@@ -7,6 +7,7 @@ A copy that lies beside weights ends with the call that makes the classes of the
 
 import copy
 import functools
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,7 +133,8 @@ class UnevenModel:
         config._experts_implementation_internal = even._experts_implementation_internal
         for module in self.modules():
             # Rotary embeddings keep the even copy: some of their variants read head counts, even at run time.
-            if getattr(module, "config", None) is even and not hasattr(module, "inv_freq"):
+            is_rotary = any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+            if getattr(module, "config", None) is even and not is_rotary:
                 module.config = config
         decoder = config.parts.decoder.removeprefix(self.base_model_prefix).removeprefix(".")
         layers = self.base_model.get_submodule(decoder).layers
@@ -150,14 +152,26 @@ def resize_attention(layer, sizes, parts):
         setattr(layer, name, SkippedAttention(attention, bias))
         return
     heads, kv_heads = head_counts(sizes, parts)
+    rows = Counter()  # names that are equal lead to one fused linear
     for producer, count in ((parts.query, heads), (parts.key, kv_heads), (parts.value, kv_heads)):
-        resize(layer.get_submodule(producer), out_features=count * sizes.head_dim)
+        rows[producer] += count * sizes.head_dim
+    for producer, count in rows.items():
+        resize(layer.get_submodule(producer), out_features=count)
     resize(consumer, in_features=heads * sizes.head_dim)
     consumer.bias = bias
-    for attribute in parts.head_count_attributes:
-        setattr(attention, attribute, heads)
-    if hasattr(attention, "num_key_value_groups"):
-        attention.num_key_value_groups = heads // kv_heads
+    if any(attribute.startswith("config.") for attribute in parts.head_count_attributes):
+        attention.config = sizes
+    count_heads(attention, heads, kv_heads, parts.head_count_attributes)
+
+
+def count_heads(attention, heads, kv_heads, attributes):
+    """Tells an attention module how many heads it has now, where it keeps these numbers."""
+    for attribute in attributes:
+        owner, _, name = attribute.rpartition(".")
+        setattr(attention.config if owner else attention, name, heads)
+    for name, count in (("num_key_value_groups", heads // max(1, kv_heads)), ("num_key_value_heads", kv_heads)):
+        if hasattr(attention, name):
+            setattr(attention, name, count)
 
 
 def resize_mlp(layer, sizes, parts):
@@ -169,8 +183,8 @@ def resize_mlp(layer, sizes, parts):
         setattr(layer, name, Skipped(bias, attention=False))
         return
     channels = 0 if skipped else getattr(sizes, parts.intermediate)
-    for producer in parts.mlp_producers:
-        resize(layer.get_submodule(producer), out_features=channels)
+    for producer, blocks in Counter(parts.mlp_producers).items():
+        resize(layer.get_submodule(producer), out_features=blocks * channels)
     resize(consumer, in_features=channels)
     consumer.bias = bias
 

@@ -52,12 +52,27 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "nemotron-nas": BuiltIn("ffgym.export.nemotron_nas:NemotronNas", "a folder that MLX reads; llama and mistral"),
     },
     "family": {
-        "llama": BuiltIn("ffgym.models.families:Llama", "multi-head or grouped-query attention, gated MLP"),
-        "mistral": BuiltIn("ffgym.models.families:Mistral", "as llama"),
-        "qwen2": BuiltIn("ffgym.models.families:Qwen2", "as llama, with biases of query, key and value"),
-        "qwen3": BuiltIn("ffgym.models.families:Qwen3", "as llama, with norms of queries and keys"),
-        "gemma": BuiltIn("ffgym.models.families:Gemma", "as llama, with another activation; only Gemma 1"),
-        "opt": BuiltIn("ffgym.models.families:OPT", "multi-head attention, an MLP of two linears, biases everywhere"),
+        "llama": BuiltIn("ffgym.models.built_in_families:Llama", "multi-head or grouped-query attention, gated MLP"),
+        "mistral": BuiltIn("ffgym.models.built_in_families:Mistral", "as llama"),
+        "qwen2": BuiltIn("ffgym.models.built_in_families:Qwen2", "as llama, with biases of query, key and value"),
+        "qwen3": BuiltIn("ffgym.models.built_in_families:Qwen3", "as llama, with norms of queries and keys"),
+        "gemma": BuiltIn("ffgym.models.built_in_families:Gemma", "as llama, with another activation; only Gemma 1"),
+        "gemma2": BuiltIn(
+            "ffgym.models.built_in_families:Gemma2", "as gemma, with norms behind each half, soft caps, sliding windows"
+        ),
+        "gemma3_text": BuiltIn(
+            "ffgym.models.built_in_families:Gemma3", "as gemma2, with norms of queries and keys; the text model"
+        ),
+        "smollm3": BuiltIn("ffgym.models.built_in_families:SmolLM3", "as llama, some layers without rotary positions"),
+        "olmo2": BuiltIn("ffgym.models.built_in_families:OLMo2", "norms of all heads together: attention whole or not"),
+        "olmo3": BuiltIn("ffgym.models.built_in_families:OLMo3", "as olmo2, with sliding windows"),
+        "granite": BuiltIn("ffgym.models.built_in_families:Granite", "as llama, with scaled embeddings and logits"),
+        "phi3": BuiltIn("ffgym.models.built_in_families:Phi3", "as llama, with fused query/key/value and gate/up"),
+        "ministral": BuiltIn("ffgym.models.built_in_families:Ministral", "as mistral, with sliding windows"),
+        "ministral3": BuiltIn("ffgym.models.built_in_families:Ministral3", "as mistral, far queries are scaled"),
+        "opt": BuiltIn(
+            "ffgym.models.built_in_families:OPT", "multi-head attention, two linears in the MLP, biases everywhere"
+        ),
     },
     "heuristic": {
         "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),

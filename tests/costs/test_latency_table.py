@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from distinct_families import DISTINCT_FAMILIES
 from latency_tables import made_up_table
 from pydantic import ValidationError
 
@@ -14,7 +15,7 @@ from ffgym.costs.resource import Measurement, costs_of, resource_named
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.cut import PrunableModel
 from ffgym.pruning.budget import Budget
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def changed(table, **values):
     return LatencyTable.model_validate_json(json.dumps(table.model_dump(mode="json") | values))
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_layers_of_one_shape_share_a_curve(family):
     shapes = layer_shapes(tiny_model(family))
     assert len(shapes) == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from transformers import OPTForCausalLM
 
 from ffgym.costs.resource import standard_costs
@@ -13,12 +14,12 @@ from ffgym.models.cut import PrunableModel
 from ffgym.prepare.paths import prepare
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.pruning.budget import Budget
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 ALLOCATIONS = [(1, 20, 2, 30, 1, 9), (2, 48, 1, 0, 2, 1), (1, 1, 0, 5, 0, 0)]
 
 
-@pytest.fixture(params=TINY_FAMILIES)
+@pytest.fixture(params=DISTINCT_FAMILIES)
 def prunable(request):
     return PrunableModel(tiny_model(request.param))
 

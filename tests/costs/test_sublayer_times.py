@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.costs import sublayer_times
 from ffgym.costs.latency_table import layer_shapes
 from ffgym.costs.sublayer_times import _probes, processor, threads_of, time_model
 from ffgym.models.cut import PrunableModel
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 CONTEXT = 16
 
@@ -19,7 +20,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(sublayer_times, "LEAST_SECONDS", 0.0)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_a_table_of_every_family(family):
     model = tiny_model(family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -37,7 +38,7 @@ def test_a_table_of_every_family(family):
     assert all(parameter.shape == before[name].shape for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 @torch.inference_mode()
 def test_what_is_timed_is_the_sublayer_as_the_model_runs_it(family):
     """Cut to the same size, the copy gives the same output that the model's own sublayer gives inside the model."""

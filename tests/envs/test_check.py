@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -24,7 +25,7 @@ from ffgym.prepare.parts import make_pruning_env, shrunk
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 SHORT = {"episode_tokens": 64, "final_tokens": 64}
 
@@ -39,7 +40,7 @@ def checked(config):
     return complaints(make_pruning_env(shrunk(config)))
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_both_checkers_pass_without_a_warning(family):
     assert complaints(tiny_env(family)) == []
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from measured_alone import compared, final_hidden
 
 from ffgym.evaluation import divergence
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 BOTH = frozenset({"kl", "reverse_kl"})
 
@@ -39,7 +40,7 @@ def measured(dense, pruned, windows, needs=BOTH, **options):
     return compared(pruned, windows, hidden, needs, **options)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_equals_the_full_distributions(family, random_windows):
     dense, pruned, windows = tiny_model(family), disturbed(tiny_model(family)), random_windows(5, 20)
     losses, forward, reverse = plain(dense, pruned, windows)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from measured_alone import measured_alone
@@ -18,7 +19,7 @@ from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.calibration import NestedRidge
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 TOKENS_PER_BATCH = 60  # three windows of 20 tokens
 EVERYTHING = frozenset({"kl", "reverse_kl", "accuracy", "slopes"})
@@ -86,7 +87,7 @@ def requests_for(dense_units, *, needs=EVERYTHING):
 
 
 class TestBits:
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
+    @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
     @given(data=st.data())
     @settings(max_examples=5)
     def test_are_those_of_one_request_at_a_time(self, family, data, prepared, windows):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
 from ffgym.evaluation.multiple_choice import answered_right, log_likelihoods, task_accuracy
 from ffgym.models.cut import PrunableModel
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 
 def made_up(count=9, seed=0, task="a"):
@@ -36,7 +37,7 @@ def plain(model, example):
     return sums
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_equals_a_row_for_every_answer(family, attention):
     model, examples = tiny_model(family), made_up()

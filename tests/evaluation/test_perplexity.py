@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from torch.nn.functional import cross_entropy
 
 from ffgym.evaluation import perplexity
 from ffgym.evaluation.perplexity import evaluate, token_losses
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 from ffgym.types import Evaluation
 
 
@@ -24,7 +25,7 @@ def plain(model, windows):
     return losses
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_equals_the_plain_cross_entropy(family, random_windows):
     model, windows = tiny_model(family), random_windows(7, 20)
     got = evaluate(model, windows)

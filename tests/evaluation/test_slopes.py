@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.evaluation.slopes import unit_slopes
 from ffgym.prepare.paths import prepare
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 
 def prepared(family, windows, calibration="ridge"):
@@ -34,7 +35,7 @@ def pad(prunable, kept):
         half.pad(units)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_padding_computes_what_cutting_does(family, random_windows):
     prunable, kept = prepared(family, random_windows(8))
     windows = random_windows(3, seed=1)
@@ -46,7 +47,7 @@ def test_padding_computes_what_cutting_does(family, random_windows):
 
 @pytest.mark.parametrize("whole", [False, True], ids=["half", "whole"])
 @pytest.mark.parametrize("calibration", ["ridge", "affine"])
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_slopes_equal_differences_of_losses(family, calibration, whole, random_windows):
     """A unit of the last layer's and of the first layer's MLP and attention joins by a small part of itself."""
     prunable, kept = prepared(family, random_windows(8), calibration)
@@ -73,7 +74,7 @@ def test_slopes_equal_differences_of_losses(family, calibration, whole, random_w
             assert float(found[index][unit]) == pytest.approx(difference, rel=0.02, abs=4e-6), (index, unit)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_slopes_have_the_bits_of_a_backward_pass_through_the_model(family, random_windows):
     prunable = prepare(tiny_model(family), Wanda(), random_windows(8), ridge=0.01).prunable
     windows, kept = random_windows(3, seed=1), [max(1, s.units // 2) for s in prunable.sublayers]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.measure.pairs import units_kept
 from ffgym.models.cut import PrunableModel
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 
 def saved_and_loaded(family, kept, folder):
@@ -21,7 +22,7 @@ def saved_and_loaded(family, kept, folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 @pytest.mark.parametrize("kept", [(1, 20, 2, 30, 1, 9), (2, 48, 0, 0, 2, 1), (2, 48, 2, 48, 2, 48)])
 def test_a_saved_model_says_what_it_keeps(family, kept, tmp_path):
     assert units_kept(saved_and_loaded(family, kept, tmp_path / "m"), tiny_model(family)) == kept

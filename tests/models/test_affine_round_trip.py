@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from safetensors.torch import save_file
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.export.checkpoint import save_pruned
 from ffgym.prepare.paths import prepare
 from ffgym.prepare.sequential import calibrate_sequentially
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
 ALLOCATIONS = {"uneven": (1, 17, 2, 48, 1, 5), "emptied": (1, 17, 0, 48, 2, 0)}
@@ -46,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, random_windows: Any) -> dict
     biases: dict[str, list[bool]] = {}
     parameters: dict[str, tuple[int, int]] = {}
     windows = random_windows(8, 24)
-    for family in TINY_FAMILIES:
+    for family in DISTINCT_FAMILIES:
         prepared = prepare(tiny_model(family), Wanda(), windows, calibration="affine", ridge=0.01)
         prunable = prepared.prunable
         for name, kept in ALLOCATIONS.items():
@@ -73,7 +74,7 @@ def test_every_family_has_the_same_logits_in_a_fresh_process(saved: dict[str, An
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == len(TINY_FAMILIES) * len(ALLOCATIONS) * len(REFITS)
+    assert len(found) == len(DISTINCT_FAMILIES) * len(ALLOCATIONS) * len(REFITS)
     assert all(found.values()), found
 
 

@@ -132,12 +132,12 @@ def test_cutting_one_way_then_another_leaves_no_trace(family, grouped, ids):
 
 
 @every_family
-def test_producers_stay_views(family, grouped):
+def test_producers_stay_views_unless_they_are_fused(family, grouped):
     prunable = PrunableModel(tiny_model(family, grouped_query=grouped))
     before = [[p.weight.data_ptr() for p in half.producers] for half in prunable.halves]
     prunable.cut([1] * 6)
     for half, addresses in zip(prunable.halves, before, strict=True):
-        assert [p.weight.data_ptr() for p in half.producers] == addresses
+        assert ([p.weight.data_ptr() for p in half.producers] == addresses) == (family != "phi3")
         for producer in half.producers:
             assert producer.out_features == producer.weight.shape[0]
             assert producer.bias is None or len(producer.bias) == producer.out_features

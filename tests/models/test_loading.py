@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from distinct_families import DISTINCT_FAMILIES
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -21,7 +22,6 @@ from ffgym.models import dequantise, loading, placement
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.loading import load
-from ffgym.testing.models import TINY_FAMILIES
 from ffgym.testing.models import tiny_model as random_model
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -383,14 +383,6 @@ def test_an_architecture_that_is_no_causal_lm_is_an_error(checkpoint):
         load(str(checkpoint), device="cpu")
 
 
-def test_gemma_2_is_refused_for_what_it_does_before_its_weights_are_read(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "gemma2"}))
-    for any_family in (False, True):
-        with pytest.raises(ModelError, match=r"soft-capped.*sandwich norms"):
-            load(str(checkpoint), device="cpu", any_family=any_family)
-
-
 def test_an_architecture_that_cannot_be_pruned_is_loaded_where_any_will_do(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -493,7 +485,7 @@ def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack
     gemma = tmp_path / "hub" / "models--a--gemma" / "snapshots" / commit
     gemma.mkdir(parents=True)
     shutil.copytree(gemma.parents[2] / "models--a--whole" / "refs", gemma.parents[1] / "refs")
-    (gemma / "config.json").write_text('{"model_type": "gemma2"}')
+    (gemma / "config.json").write_text('{"model_type": "gemma4"}')
     code = (
         "from ffgym.models.loading import load\nfrom ffgym.errors import ModelError\n"
         "print(load('a/whole', device='cpu').description)\n"
@@ -505,7 +497,7 @@ def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack
     first, second, third = done.stdout.splitlines()
     assert first == "hub model a/whole at 0123456789ab"
     assert "its weights are not in the hub's cache" in second
-    assert "'gemma2' is not supported" in third, "said before its weights are looked for"
+    assert "'gemma4' is not supported" in third, "said before its weights are looked for"
 
 
 def test_what_config_json_says_about_results_does_not_matter(checkpoint):
@@ -609,7 +601,7 @@ def test_a_model_that_does_not_fit_into_memory_is_not_called_damaged(saved, monk
 # --- what ffgym saved -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=TINY_FAMILIES)
+@pytest.fixture(scope="module", params=DISTINCT_FAMILIES)
 def uneven(request, tmp_path_factory, word_tokenizer):
     """A saved model of every family, uneven, with the attention of layer 1 and the MLP of layer 2 gone."""
     prunable = PrunableModel(random_model(request.param))

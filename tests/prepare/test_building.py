@@ -8,7 +8,7 @@ import torch
 
 from ffgym.config.tables import RunConfig
 from ffgym.errors import BudgetError, ConfigError, FFGymError, ModelError, UnknownNameError
-from ffgym.models.families import Qwen3
+from ffgym.models.built_in_families import Qwen3
 from ffgym.models.placement import tokens_per_batch
 from ffgym.prepare.parts import (
     build_env,

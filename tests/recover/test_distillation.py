@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import ModelError, RecoveryError
@@ -21,7 +22,7 @@ from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.distill import DistillationSettings, LayerFit, distil_mlps, mlp_of
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 UNEVEN, EMPTIED = (1, 17, 2, 30, 1, 5), (1, 17, 0, 48, 2, 0)
 
@@ -82,7 +83,7 @@ def relative_error(pruned: Any, dense: Any, layer: int, ids: torch.Tensor) -> fl
     return float(missed.square().sum() / mlp_input_and_output(dense, layer, ids)[1].square().sum())
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_every_mlp_comes_closer_to_the_dense_one_in_the_finished_model(pair: Any, texts: Any, family: str) -> None:
     pruned, dense = pair(family)
     before = copy.deepcopy(pruned)
@@ -132,7 +133,7 @@ def test_it_is_adam_on_the_mlps_output(pair: Any, texts: Any, family: str) -> No
         torch.testing.assert_close(ours, plain, atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_sublayers_with_nothing_left_are_passed_over(pair: Any, texts: Any, family: str) -> None:
     pruned, dense = pair(family, EMPTIED)
     fits = distil((pruned, dense), texts, settings())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from torch import nn
 
 from ffgym.errors import RecoveryError
@@ -24,7 +25,7 @@ from ffgym.models.loading import load
 from ffgym.recover import lora as module
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.lora import LoraCurve, LoraSettings, merge, target_modules, train_lora
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 EMPTIED = (1, 17, 0, 48, 2, 0)
 STEPS = 6
@@ -49,11 +50,11 @@ def settings(**changes: Any) -> LoraSettings:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A saved model of every family, one half of some layers gone."""
     root = tmp_path_factory.mktemp("saved")
-    for family in TINY_FAMILIES:
+    for family in DISTINCT_FAMILIES:
         prunable = PrunableModel(tiny_model(family))
         prunable.cut(EMPTIED)
         save_pruned(prunable.model, None, root / family, kept=EMPTIED, family=prunable.family)
-    return {family: root / family for family in TINY_FAMILIES}
+    return {family: root / family for family in DISTINCT_FAMILIES}
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 # where adapters go
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_every_linear_that_has_weights_gets_an_adapter(fresh: Any, family: str) -> None:
     model = fresh(family)
     names = target_modules(model, family_of_type(family))
@@ -102,7 +103,7 @@ def test_every_linear_that_has_weights_gets_an_adapter(fresh: Any, family: str) 
 # training
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_training_lowers_the_loss_and_leaves_an_ordinary_model(fresh: Any, texts: Any, family: str) -> None:
     model, before = fresh(family), fresh(family)
     curve = train(model, (texts[0], texts[0]), settings(steps=12, learning_rate=3e-3))

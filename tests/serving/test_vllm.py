@@ -40,8 +40,8 @@ REFUSED = [("opt", "no MLP")]  # vLLM divides by the number of its channels and 
 
 
 def saved(family: str, kind: str, folder: Path) -> None:
-    kept = KEPT[kind]
     prunable = PrunableModel(tiny_model(family, grouped_query=False, layers=4, head_dim=32))
+    kept = tuple(map(min, KEPT[kind], prunable.dense_units))  # OLMo's attention has one unit
     prunable.cut(kept)
     if kind == "biased":  # as affine calibration leaves them
         for half, units, dense in zip(prunable.halves, kept, prunable.dense_units, strict=True):

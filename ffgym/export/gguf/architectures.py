@@ -144,7 +144,7 @@ def read_contents(config: Any, tensors: Container[str]) -> Contents:
     family = family_of_type(str(config.model_type))
     if not family.gguf:
         raise ModelError(
-            f"architecture {family.name!r} cannot be written as a GGUF file: llama.cpp has no code for it",
+            f"architecture {family.name!r} cannot be written as a GGUF file: ffgym knows no code of llama.cpp for it",
             hint=f"docs/models.md says what can be written. {OTHERWISE}",
         )
     if getattr(config, "quantization_config", None) is not None:

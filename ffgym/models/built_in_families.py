@@ -1,0 +1,147 @@
+"""The families that ship with ffgym. One more is a class here and a line in ``ffgym/plugins/built_ins.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ffgym.models.families import Family, Stock
+
+
+class Llama(Family):
+    """Multi-head or grouped-query attention, gated MLP."""
+
+    name = "llama"
+    stock = Stock("divides hidden size", attention_bias="attention_bias", mlp_bias="mlp_bias")
+    gguf = ("llama", "deci")
+
+
+class Mistral(Family):
+    """As Llama."""
+
+    name = "mistral"
+    stock = Stock()
+    gguf = ("llama", "deci")
+
+
+class Qwen2(Family):
+    """As Llama, with biases of query, key and value."""
+
+    name = "qwen2"
+    stock = Stock()
+    gguf = ("qwen2", "deci")
+
+
+class Qwen3(Family):
+    """As Llama, with norms of queries and keys."""
+
+    name = "qwen3"
+    stock = Stock(attention_bias="attention_bias")
+    gguf = ("qwen3", "openelm")
+
+
+class Gemma(Family):
+    """As Llama, with another activation; not Gemma 2 or 3, which scale and norm otherwise."""
+
+    name = "gemma"
+    stock = Stock(attention_bias="attention_bias")
+    gguf = ("gemma",)
+
+
+class Gemma2(Family):
+    """As Gemma, with norms behind each half, soft-capped attention scores and logits, and sliding windows."""
+
+    name = "gemma2"
+    stock = Stock("divides hidden size", attention_bias="attention_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {"sliding_window": 8, "query_pre_attn_scalar": 8}
+
+
+class Gemma3(Family):
+    """As Gemma 2, with norms of queries and keys instead of soft caps; the text model."""
+
+    name = "gemma3_text"
+    stock = Stock("divides hidden size", attention_bias="attention_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+
+
+class SmolLM3(Family):
+    """As Llama; some layers have no rotary positions."""
+
+    name = "smollm3"
+    stock = Stock(attention_bias="attention_bias", mlp_bias="mlp_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {"no_rope_layer_interval": 2}
+
+
+class OLMo2(Family):
+    """As Llama, with norms behind each half, and of the queries and keys of all heads together."""
+
+    name = "olmo2"
+    whole_attention = True
+    stock = Stock(attention_bias="attention_bias")
+
+
+class OLMo3(OLMo2):
+    """As OLMo 2, with sliding windows."""
+
+    name = "olmo3"
+    tiny: ClassVar[Mapping[str, Any]] = {"sliding_window": 8}
+
+
+class Granite(Family):
+    """As Llama; embeddings, attention scores, what each half adds and logits are scaled."""
+
+    name = "granite"
+    stock = Stock(attention_bias="attention_bias", mlp_bias="mlp_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    }
+
+
+class Phi3(Family):
+    """As Llama, with one linear for query, key and value, and one for gate and up."""
+
+    name = "phi3"
+    query = key = value = "self_attn.qkv_proj"
+    mlp_producers = ("mlp.gate_up_proj", "mlp.gate_up_proj")
+    head_count_attributes = ("config.num_attention_heads",)
+    stock = Stock()
+
+
+class Ministral(Family):
+    """As Mistral; some layers have a sliding window."""
+
+    name = "ministral"
+    stock = Stock()
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+
+
+class Ministral3(Family):
+    """As Mistral; queries far into a text are scaled."""
+
+    name = "ministral3"
+    stock = Stock()
+
+
+class OPT(Family):
+    """Multi-head attention and an MLP of two linears, all with biases."""
+
+    name = "opt"
+    decoder = "model.decoder"
+    attention_consumer = "self_attn.out_proj"
+    mlp_producers = ("fc1",)
+    mlp_consumer = "fc2"
+    kv_heads = None
+    intermediate = "ffn_dim"
+    head_count_attributes = ("num_heads",)
+    stock = Stock("dense")
+    tiny: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
