@@ -180,7 +180,7 @@ def streamed_model(name: str, folder: Path, dtype: torch.dtype, device: torch.de
         options = {"dtype": dtype, "return_dict": True, "output_attentions": False}
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     stream = LayerStream(name, model, folder, device)

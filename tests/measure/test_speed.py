@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
@@ -20,7 +21,7 @@ from ffgym.measure.speed import (
     work_of,
 )
 from ffgym.models.cut import PrunableModel
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 FLAT = Work(weight_bytes=1, kv_bytes=0.0, macs=lambda context: 1.0, head_macs=0.0)
 
@@ -35,7 +36,7 @@ def counted(model, log, name=""):
     model.base_model.register_forward_pre_hook(record, with_kwargs=True)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_decoding_goes_on_from_the_cache_of_the_prompts(family):
     log = []
     model = tiny_model(family)

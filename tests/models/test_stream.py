@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from safetensors.torch import load_file
 
 from ffgym.criteria.wanda import Wanda
@@ -24,7 +25,7 @@ from ffgym.prepare.parts import load_parts, prepare_model
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.prepare.store import opened_or_prepared, store_place
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -90,7 +91,7 @@ def saved(prepared: Prepared, place: Path, **options: Any) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("calibration", ["ridge", "affine"])
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_everything_has_the_bits_of_the_model_in_memory(family: str, calibration: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     tiny_model(family).save_pretrained(folder, max_shard_size="40kB")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -21,7 +22,7 @@ from ffgym.plan.machine import Speed, free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.prepare.planning import placed
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 CPU = torch.device("cpu")
 AUTO = RunConfig()
@@ -67,7 +68,7 @@ def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["plan", *arguments])
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_a_config_gives_the_shape_of_the_model(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     model.config.save_pretrained(tmp_path)

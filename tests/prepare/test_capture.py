@@ -7,17 +7,18 @@ from collections import Counter
 
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.models.cut import PrunableModel
 from ffgym.prepare.statistics import gradient_statistics, stream_statistics
 from ffgym.pruning.statistics import Moments
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 from ffgym.types import LayerStats
 
 FIRST_ORDER = frozenset({"gradient", "output_gradient"})
 
 
-@pytest.fixture(params=TINY_FAMILIES)
+@pytest.fixture(params=DISTINCT_FAMILIES)
 def prunable(request):
     return PrunableModel(tiny_model(request.param))
 

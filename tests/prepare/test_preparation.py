@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 import ffgym
 from ffgym.criteria.flap import Flap
@@ -19,9 +20,9 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.prepare.paths import held_out_windows, prepare, some_rows
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import RIDGE_GRID, NestedRidge, PlainPath
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
-every_family = pytest.mark.parametrize("family", TINY_FAMILIES)
+every_family = pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 
 
 @pytest.fixture(scope="module")

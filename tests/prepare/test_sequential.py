@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.evaluation.perplexity import evaluate
@@ -14,7 +15,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.prepare.paths import prepare
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.pruning.budget import Budget
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def calibrate_slowly(prunable, kept, windows, ridges):
 @pytest.mark.parametrize(
     ("family", "calibration", "kept"),
     [
-        *[(family, "ridge", (1, 20, 2, 30, 1, 9)) for family in TINY_FAMILIES],
+        *[(family, "ridge", (1, 20, 2, 30, 1, 9)) for family in DISTINCT_FAMILIES],
         ("llama", "affine", (1, 20, 2, 30, 1, 9)),
         ("llama", "ridge", (2, 48, 0, 24, 1, 0)),
         ("llama", "affine", (2, 48, 0, 24, 1, 0)),

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.data import cache
@@ -20,7 +21,7 @@ from ffgym.plugins.bases import Criterion
 from ffgym.prepare import store
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.store import opened_or_prepared, store_place
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 KEEP = frozenset({"mean", "square", "output_gradient"})
@@ -77,7 +78,7 @@ def bits(prepared: Prepared) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("how", ["ridge", "affine"])
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_opening_gives_the_bits_of_preparing(family: str, how: str, told: Told) -> None:
     first, second = (go(told, tiny_model(family, dtype=torch.bfloat16), how=how) for _ in range(2))
     assert told.prepared == 1

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import tiny_model
 
 UNEVEN, EMPTIED = (1, 17, 2, 48, 1, 5), (1, 17, 0, 48, 2, 0)
 
@@ -63,7 +64,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("users")
-    for family in TINY_FAMILIES:
+    for family in DISTINCT_FAMILIES:
         for name, kept in (("uneven", UNEVEN), ("emptied", EMPTIED)):
             prunable = PrunableModel(tiny_model(family))
             prunable.cut(kept)
