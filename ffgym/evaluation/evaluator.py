@@ -22,7 +22,7 @@ from ffgym.evaluation.divergence import window_divergences
 from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, right_answers, task_accuracy
 from ffgym.evaluation.perplexity import window_losses
 from ffgym.evaluation.slopes import unit_slopes
-from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Entry, Walk
 from ffgym.plugins.bases import SLOPE_PASSES
 from ffgym.types import Evaluation
@@ -30,9 +30,6 @@ from ffgym.types import Evaluation
 OnProgress = Callable[[float], None]
 
 DIVERGENCES = frozenset({"kl", "reverse_kl"})
-
-Refits = dict[tuple[PrunableSublayer, int], tuple[torch.Tensor, torch.Tensor | None]]
-"""Consumers' weights and biases at the levels that have been formed."""
 
 
 @dataclass(frozen=True)
@@ -255,28 +252,20 @@ class ModelEvaluator:
         def level(stream: _Stream) -> tuple[int, ...]:
             return stream.passes[0].level(layer)
 
-        refits: Refits = {}
         split = sorted((part for stream in streams for part in stream.split(layer)), key=level)
         behind = []
         with self._prunable.layer(layer) as halves:
+            refits = [
+                half.refits({level(part)[i] for part in split} - {half.sublayer.units}, calibrated=self._calibrated)
+                for i, half in enumerate(halves)
+            ]
             for units, parts in itertools.groupby(split, level):
-                for half, kept in zip(halves, units, strict=True):
-                    self._cut(half, kept, refits)
+                for half, kept, own in zip(halves, units, refits, strict=True):
+                    half.cut(kept, refit=own.get(kept))
                 behind += [replace(each, hidden=self._walk.layer(layer, each.hidden, each.entry)) for each in parts]
             for half in halves:
                 half.restore()
         return behind
-
-    def _cut(self, half: PrunableSublayer, units: int, refits: Refits) -> None:
-        """Cut a sublayer to a level, whose refit is formed the first time and kept in ``refits``."""
-        if half.consumer.in_features == units * half.sublayer.channels_per_unit:
-            return
-        known = refits.get((half, units))
-        half.cut(units, calibrated=self._calibrated and known is None)
-        if known is not None:
-            half.set_consumer(*known)
-        elif 0 < units < half.sublayer.units:
-            refits[half, units] = half.consumer.weight, half.consumer.bias
 
     def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int]) -> None:
         """Keep what the dense model comes to.

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from ffgym.models.families import Family, family_of
 from ffgym.models.modeling_ffgym import Skipped, count_heads
 from ffgym.pruning.calibration import ConsumerPath, PlainPath
 from ffgym.pruning.ordering import expand_order
 from ffgym.types import Sublayer
+
+Refit = tuple[torch.Tensor, torch.Tensor | None]
+"""A consumer's weight and bias at a level, the model's dtype."""
 
 
 class LayerSource(Protocol):
@@ -134,26 +138,38 @@ class PrunableSublayer:
             columns = expand_order(order, self.sublayer.channels_per_unit).to(self.consumer.weight.device)
             self.consumer.weight.copy_(self.consumer.weight[:, columns])
 
-    def cut(self, units: int, *, calibrated: bool = True) -> None:
+    def cut(self, units: int, *, calibrated: bool = True, refit: Refit | None = None) -> None:
         """Keep the first ``units`` units.
 
         Args:
             units: 0 .. all; all of them is the dense sublayer.
             calibrated: use the path's refitted consumer, not plain removal.
+            refit: the consumer of this level where `refits` has formed it.
         """
         if units == self.sublayer.units:
             self.restore()
             return
         self._asked = partial(PrunableSublayer.cut, units=units, calibrated=calibrated)
-        channels = units * self.sublayer.channels_per_unit
-        path = self.path_for(calibrated=calibrated)
-        self._put_consumer(path.weight_at(channels), path.bias_at(channels))
+        if refit is None:
+            refit = self.refits([units], calibrated=calibrated)[units]
+        _set(self.consumer, *refit)
         self.is_refitted = False
         for producer, rows, weight, bias in zip(self.producers, self._rows, self._weights, self._biases, strict=True):
             first = partial(_first_rows, rows=rows, kept=units, units=self.sublayer.units)
             _set(producer, first(weight), None if bias is None else first(bias))
         self._count_heads(units)
         self._place_attention(empty=units == 0)
+
+    def refits(self, levels: Iterable[int], *, calibrated: bool = True) -> dict[int, Refit]:
+        """The consumer at several levels, formed together, by units kept; each has the bits that it has alone.
+
+        Args:
+            levels: units to keep.
+            calibrated: along the refitted path, not plain removal.
+        """
+        path, step = self.path_for(calibrated=calibrated), self.sublayer.channels_per_unit
+        swept = path.weights_at(units * step for units in levels)
+        return {channels // step: self._in_dtype(weight, path.bias_at(channels)) for channels, weight in swept}
 
     def path_for(self, *, calibrated: bool) -> ConsumerPath:
         """The refitted path, or plain removal where none was built or none is wanted; of what is away, its sizes."""
@@ -174,13 +190,14 @@ class PrunableSublayer:
         self._asked = partial(PrunableSublayer.pad, units=units, calibrated=calibrated)
         if units == self.sublayer.units:
             if calibrated and self.affine and self._consumer_bias is None:  # the path has one, and with it a derivative
-                self._put_consumer(self._consumer_weight, self._consumer_weight.new_zeros(self.consumer.out_features))
+                zeros = self._consumer_weight.new_zeros(self.consumer.out_features)
+                _set(self.consumer, self._consumer_weight, zeros)
             return
         channels = units * self.sublayer.channels_per_unit
         path = self.path_for(calibrated=calibrated)
         weight = torch.zeros_like(self._consumer_weight)
         weight[:, :channels] = path.weight_at(channels).to(weight)
-        self._put_consumer(weight, path.bias_at(channels))
+        _set(self.consumer, *self._in_dtype(weight, path.bias_at(channels)))
 
     def set_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Give the consumer new values, converted to the model's dtype.
@@ -189,18 +206,47 @@ class PrunableSublayer:
             weight: shape (m, channels kept).
             bias: shape (m,) or ``None``.
         """
-        self._put_consumer(weight, bias)
+        _set(self.consumer, *self._in_dtype(weight, bias))
         self.is_refitted = True
 
-    def _put_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def _in_dtype(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Refit:
         like = self._consumer_weight
         # Contiguous, as a checkpoint stores it: kernels round differently on strided weights.
-        _set(self.consumer, weight.to(like).contiguous(), None if bias is None else bias.to(like))
+        return weight.to(like).contiguous(), None if bias is None else bias.to(like)
 
     def set_bias(self, bias: torch.Tensor) -> None:
         """Give the consumer of a sublayer with nothing left the constant that stands for it, shape (m,)."""
         self.set_consumer(self._consumer_weight[:, :0], bias)
         self._place_attention(empty=True)
+
+    @contextmanager
+    def resumed(self, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Within it, each call of the layer takes the next of what its consumer was given, and does not make it again.
+
+        Args:
+            inputs: shape (windows, length, channels kept), the model's dtype.
+        """
+        given, consumer = iter(inputs), self.consumer
+
+        def consume(*_: Any, **__: Any) -> torch.Tensor:
+            return linear(next(given), consumer.weight, consumer.bias)
+
+        if self.sublayer.kind == "attention":
+            module = getattr(self._layer, self._attention_name)
+            setattr(self._layer, self._attention_name, _Resumed(consume))
+            try:
+                yield
+            finally:
+                setattr(self._layer, self._attention_name, module)
+            return
+        stand_ins = {consumer: consume, **dict.fromkeys(self.producers, _no_channels)}
+        for linear_module, forward in stand_ins.items():
+            vars(linear_module)["forward"] = forward  # what an instance has comes before what its class has
+        try:
+            yield
+        finally:
+            for linear_module in stand_ins:
+                del vars(linear_module)["forward"]
 
     def restore(self) -> None:
         """Hand the dense parameters back."""
@@ -373,6 +419,21 @@ def _first_rows(tensor: torch.Tensor, rows: Sequence[int], kept: int, units: int
     blocks = torch.split(tensor, [units * count for count in rows])
     first = [block[: kept * count] for block, count in zip(blocks, rows, strict=True)]
     return first[0] if len(first) == 1 else torch.cat(first)
+
+
+class _Resumed(nn.Module):
+    """Stands for an attention whose output is known."""
+
+    def __init__(self, output: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self._output = output
+
+    def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        return self._output(), None
+
+
+def _no_channels(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden[..., :0]
 
 
 def _set(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+import torch
+
 from ffgym.evaluation.perplexity import TILE_COLUMNS, TILE_ROWS
 from ffgym.plan.shape import ModelShape, Workload, channels
 from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
-from ffgym.pruning.calibration import RIDGE_GRID
-from ffgym.types import Sublayer
+from ffgym.pruning.calibration import SKETCHED
+from ffgym.pruning.factors import WIDE, factor_bytes, grid
 
 LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the text; measured
 TRACKING = 100_000_000  # what drawing pictures and saving load beside them; measured
-FACTOR_BYTES = 4  # of a number in a refit's factors
 # Bytes for each entry of an n x n moment while `ffgym.prepare.paths` factorises a sublayer: three moments in float32
-# (sums, fitted, reordered), and in float64 the moment, its copy, C, D, and what solves for D.
-FACTORISING = 56
+# (sums, fitted, reordered), and the moment, its copy and C in float64, or in float32 where the consumer is wide.
+FACTORISING, FACTORISING_WIDE = 40, 24
+TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 # The same of `ffgym.prepare.sequential`: cross and own moments in float32 and float64, with the copies that become one.
 REFITTING = 68
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
@@ -111,8 +113,8 @@ def weights(shape: ModelShape, load: Workload) -> int:
 
 
 def factors(shape: ModelShape) -> int:
-    """Bytes of the refit factors of all sublayers, B (m x n) and D (n x n)."""
-    return sum(_factors(shape, sublayer) for sublayer in shape.sublayers)
+    """Bytes of the refit factors of all sublayers, B (m x n) and D (n x n, its triangle)."""
+    return sum(factor_bytes(shape.hidden, channels(sublayer)) for sublayer in shape.sublayers)
 
 
 def moments(shape: ModelShape) -> int:
@@ -133,11 +135,6 @@ def saved_model(shape: ModelShape, load: Workload) -> int:
 def hidden_states(shape: ModelShape, load: Workload, tokens: int) -> int:
     """Bytes of the residual stream at some tokens."""
     return tokens * shape.hidden * load.dtype.itemsize
-
-
-def _factors(shape: ModelShape, sublayer: Sublayer) -> int:
-    n = channels(sublayer)
-    return FACTOR_BYTES * n * (shape.hidden + n)
 
 
 def _kept_statistics(shape: ModelShape, load: Workload) -> int:
@@ -183,9 +180,19 @@ def forward(shape: ModelShape, load: Workload, *, sparsity: float = 0.0, head: b
     return layers + (2 * shape.head if head else 0)
 
 
-def refit(shape: ModelShape, sparsity: float) -> float:
-    """Operations of the refits of one allocation: B[:, k:] D[k:, :k] of every consumer."""
-    return sum(2 * shape.hidden * channels(s) ** 2 * sparsity * (1 - sparsity) for s in shape.sublayers)
+def refit(shape: ModelShape, sparsity: float, allocations: int = 1) -> float:
+    """Operations of the refits of allocations that are measured together.
+
+    One sweep down the grid, to twice the sparsity, serves them all; each starts from the grid's next level above it.
+    """
+    total = 0.0
+    for sublayer in shape.sublayers:
+        n = channels(sublayer)
+        levels = grid(n)
+        kept, least = (1 - sparsity) * n, max(0, 1 - 2 * sparsity) * n
+        total += shape.hidden * (n**2 - least**2)
+        total += allocations * shape.hidden * (-levels.step if levels else n) * kept
+    return total
 
 
 def factorise(shape: ModelShape, load: Workload) -> Operations:
@@ -194,11 +201,17 @@ def factorise(shape: ModelShape, load: Workload) -> Operations:
     m = shape.hidden
     for sublayer in shape.sublayers:
         n = channels(sublayer)
-        float64 += n**3 / 3 + n**3 + m * n**2
+        own = 2 * n**3 / 3 + 2 * m * n**2
+        float32, float64 = (float32 + own, float64) if n > WIDE else (float32, float64 + own)
         if load.choose_ridge:
-            rows = min(HELD_OUT_ROWS, load.calibration_tokens)
-            float32 += len(RIDGE_GRID) * (n**3 / 3 + rows * n**2 + m * n**2 / 2 + m * n * rows)
+            k, rows = 3 * n // 4, min(HELD_OUT_ROWS, load.calibration_tokens)
+            float32 += TRIED * (k**3 / 3 + 2 * SKETCHED * k * (k + rows))
     return Operations(0, float32, float64)
+
+
+def _products(load: Workload, operations: float) -> Operations:
+    """Products that round what they multiply to the model's dtype."""
+    return Operations(operations) if load.dtype is torch.bfloat16 else Operations(0, operations)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -213,7 +226,8 @@ def _load(shape: ModelShape, load: Workload) -> Stage:
 def _prepare(shape: ModelShape, load: Workload) -> Stage:
     tokens, n = load.calibration_tokens, max(shape.widest("attention"), shape.widest("mlp"))
     products = sum(2 * channels(s) ** 2 for s in shape.sublayers)
-    operations = Operations(forward(shape, load, head=False), products) * tokens + factorise(shape, load)
+    operations = (Operations(forward(shape, load, head=False)) + _products(load, products)) * tokens
+    operations += factorise(shape, load)
     carried = hidden_states(shape, load, tokens)
     held_out = 0
     if load.choose_ridge:
@@ -225,14 +239,14 @@ def _prepare(shape: ModelShape, load: Workload) -> Stage:
         operations += Operations((2 + BACKWARD) * forward(shape, load)) * sample
         gradients = sum(4 * shape.hidden * (channels(s) + shape.hidden) for s in shape.sublayers)
     memory = {**_prepared(shape, load), "gradients": gradients, "hidden states": carried + inputs}
-    memory["moments"] = FACTORISING * n**2
+    memory["moments"] = (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2
     return Stage("prepare", tokens, operations, memory)
 
 
 def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tokens: int, times: int) -> Stage:
     """Allocations that are measured together, each on so many tokens; so many times."""
     operations = Operations(forward(shape, load, sparsity=load.sparsity), 0) * (allocations * tokens)
-    operations += Operations(0, refit(shape, load.sparsity)) * allocations
+    operations += _products(load, refit(shape, load.sparsity, allocations))
     own = -(-allocations // load.workers)
     kept = (1 - load.sparsity) * (shape.widest("attention") + shape.widest("mlp"))
     memory = {
@@ -261,7 +275,7 @@ def _start(shape: ModelShape, load: Workload) -> Stage:
 def _report(shape: ModelShape, load: Workload) -> Stage:
     tokens = load.report_rows * load.report_tokens
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
-    operations += Operations(0, refit(shape, load.sparsity)) * load.report_rows
+    operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
     memory = {
         **_prepared(shape, load),
         "libraries": LIBRARIES + TRACKING,
@@ -273,12 +287,13 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
 
 def _sequential(shape: ModelShape, load: Workload) -> Stage:
     tokens, kept = load.calibration_tokens, 1 - load.sparsity
-    float32 = float64 = 0.0
+    products = float64 = 0.0
     for sublayer in shape.sublayers:
         n = channels(sublayer)
-        float32 += 2 * tokens * n * n * kept * (1 + kept)
+        products += 2 * tokens * n * n * kept * (1 + kept)
         float64 += 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
-    passes = 3 * forward(shape, load, head=False)
+    operations = Operations(2 * forward(shape, load, head=False)) * tokens + Operations(0, 0, float64)
+    operations += _products(load, products)
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
     memory = {
@@ -288,7 +303,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
         "refitted consumers": _consumers(shape, load),
         "moments": round(REFITTING * kept * n**2),
     }
-    return Stage("sequential", tokens, Operations(passes) * tokens + Operations(0, float32, float64), memory)
+    return Stage("sequential", tokens, operations, memory)
 
 
 def _save(shape: ModelShape, load: Workload) -> Stage:

@@ -1,11 +1,13 @@
 """Calibrate a cut model layer by layer, on what the pruned layers before really pass on (docs/mathematics.md).
 
-Two streams of hidden states walk through one model: the dense one gives the targets, the pruned one the inputs.
+Two streams of hidden states walk through one model: the dense one gives the targets, the pruned one the inputs. What a
+refitted consumer was given is kept until its layer is done, so that nothing before it is run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -13,6 +15,7 @@ from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import OnProgress, linear_input
 from ffgym.pruning.calibration import sequential_refit
+from ffgym.pruning.factors import as_multiplied, products_in
 from ffgym.pruning.precision import in_float64, sum_in_float64
 
 
@@ -42,12 +45,14 @@ def calibrate_sequentially(
     dense, pruned = Stream(walk, batches), Stream(walk, batches)
     for index in range(len(walk.layers)):
         sublayers = 2 * index, 2 * index + 1
-        with prunable.layer(index) as halves:
+        with prunable.layer(index) as halves, ExitStack() as refitted:
             targets = _consumer_inputs(dense, index, halves)
             for half, sublayer in zip(halves, sublayers, strict=True):
                 half.cut(kept[sublayer], calibrated=False)
-                inputs = (linear_input(half.consumer, run) for run in pruned.runs(index))
+                inputs = [linear_input(half.consumer, run) for run in pruned.runs(index)] if kept[sublayer] else []
                 _refit(half, targets.pop(0), inputs, kept[sublayer], ridges[sublayer])
+                if inputs:
+                    refitted.enter_context(half.resumed(inputs * 2))
             pruned.step(index)
         if on_progress is not None:
             on_progress(index + 1, len(walk.layers))
@@ -68,13 +73,15 @@ class _CrossMoments:
         self._sums: tuple[torch.Tensor | float, torch.Tensor | float] = (0.0, 0.0)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        dtype = x.dtype
         x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
         if self._shifts is None:
             self._shifts = x.mean(dim=0), y.mean(dim=0)
-        x, y = x - self._shifts[0], y - self._shifts[1]
+        x, y = (as_multiplied(each - shift, dtype) for each, shift in zip((x, y), self._shifts, strict=True))
         self._tokens += len(x)
-        self._cross = self._cross + x.T @ y
-        self._products = self._products + y.T @ y
+        with products_in(dtype):
+            self._cross = self._cross + x.T @ y
+            self._products = self._products + y.T @ y
         self._sums = self._sums[0] + sum_in_float64(x), self._sums[1] + sum_in_float64(y)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,7 +99,7 @@ class _CrossMoments:
 
 
 def _refit(
-    half: PrunableSublayer, targets: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor], units: int, ridge: float
+    half: PrunableSublayer, targets: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], units: int, ridge: float
 ) -> None:
     weight, bias = half.dense_consumer
     if units == 0:

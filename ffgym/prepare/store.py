@@ -31,6 +31,7 @@ from ffgym.models.stream import LayerStream, TensorFile
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
+from ffgym.pruning.factors import factor_bytes, packed_size
 from ffgym.types import LayerStats, SublayerView
 
 KIND = "prepared"
@@ -183,7 +184,7 @@ def _locked(place: Path, notify: Notify) -> Iterator[None]:
 
 
 def _check_room(place: Path, prunable: PrunableModel) -> None:
-    needed = sum(4 * (half.consumer.weight.numel() + half.consumer.in_features**2) for half in prunable.halves)
+    needed = sum(factor_bytes(*half.consumer.weight.shape) for half in prunable.halves)
     free = shutil.disk_usage(place.parent).free
     if free < needed:
         raise OutputError(
@@ -267,7 +268,7 @@ class _Stored:
         self._file, self._half, self._prefix, self._device = file, half, f"{half.sublayer.kind}.", device
         n = half.consumer.in_features
         shapes = file.shape(f"{self._prefix}inverse"), file.shape(f"{self._prefix}projected")
-        if shapes != ((n, n), tuple(half.consumer.weight.shape)):
+        if shapes != ((packed_size(n),), tuple(half.consumer.weight.shape)):
             raise KeyError(f"{half.sublayer.name}: factors of another size")
 
     def read(self, name: str) -> torch.Tensor:

@@ -20,16 +20,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 
 from ffgym.errors import CalibrationError
+from ffgym.pruning.factors import LEVELS, ROWS, as_factor, factor_dtype, grid, inverse_, packed, products_in, unpacked
 from ffgym.pruning.precision import in_float64
 from ffgym.pruning.statistics import OVERFLOW_HINT
 
 RIDGE_GRID = (1e-3, 1e-2, 1e-1, 1.0)
-HELD_OUT_LEVELS = (0.9, 0.75, 0.5)
+HELD_OUT_LEVELS = (0.75, 0.5)
+SKETCHED = 128  # random sums of the outputs, whose errors choose lambda
 
 
 class ConsumerPath(ABC):
@@ -38,6 +41,11 @@ class ConsumerPath(ABC):
     @abstractmethod
     def weight_at(self, channels: int) -> torch.Tensor:
         """The consumer's weight for the kept channels, shape (m, channels), float32."""
+
+    def weights_at(self, levels: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """Weights at several levels, each once, highest first, with the bits that `weight_at` gives each."""
+        for channels in sorted(set(levels), reverse=True):
+            yield channels, self.weight_at(channels)
 
     @abstractmethod
     def bias_at(self, channels: int) -> torch.Tensor | None:
@@ -91,12 +99,13 @@ def scale(moment: torch.Tensor) -> torch.Tensor:
     return moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
+def cholesky(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | None = None) -> torch.Tensor:
     """C with C C^T = moment + ridge * scale(moment) * I.
 
     Args:
         moment: shape (n, n), symmetric positive semi-definite up to rounding.
         ridge: lambda, > 0.
+        relative_to: in place of scale(moment): that of the whole, for a part of a moment.
 
     Returns:
         lower triangular, shape (n, n), the moment's dtype.
@@ -107,7 +116,7 @@ def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
     if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():  # NaN is the least and the greatest
         raise CalibrationError("the inputs' second moment holds NaN or infinity", hint=OVERFLOW_HINT)
     regularised = moment.clone()
-    regularised.diagonal().add_(ridge * scale(moment))
+    regularised.diagonal().add_(ridge * (scale(moment) if relative_to is None else relative_to).to(moment))
     lower: torch.Tensor
     lower, info = torch.linalg.cholesky_ex(regularised)
     if int(info) != 0:
@@ -118,19 +127,16 @@ def cholesky(moment: torch.Tensor, ridge: float) -> torch.Tensor:
     return lower
 
 
-def inverse(lower: torch.Tensor) -> torch.Tensor:
-    """D = C^-1, lower triangular, shape and dtype of ``lower``."""
-    eye = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    result: torch.Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return result
-
-
 class NestedRidge(ConsumerPath):
-    """The refit of one consumer at every level, from one factorisation in float64, kept in float32.
+    """The refit of one consumer at every level, from one factorisation.
+
+    A refit starts from the nearest level above it of a fixed grid, W'_k = W'_g[:, :k] - B[:, k:g] D[k:g, :k], which
+    starts from the one above in turn, down from the dense weight. So it depends on k alone, and not on what else was
+    asked for. Products round B and D to the model's dtype; sums, and the refits on the grid, are float32.
 
     Args:
         weight: dense W, shape (m, n), path order.
-        moment: G, shape (n, n), path order; the covariance for the affine form.
+        moment: G, shape (n, n), path order; the covariance for the affine form. It may be overwritten.
         ridge: lambda, relative to the mean of the moment's diagonal, > 0.
         mean: E[x], shape (n,), for the affine form; ``None`` for the linear one.
         bias: dense bias, shape (m,), or ``None``; the affine form starts from zeros then.
@@ -144,17 +150,18 @@ class NestedRidge(ConsumerPath):
         mean: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> None:
-        lower = cholesky(in_float64(moment), ridge)
-        projected, D = in_float64(weight) @ lower, inverse(lower)
-        self._weight = weight  # the model's own tensor: no copy
-        self._projected = projected.float().to(weight.device)
-        self._inverse = D.float().to(weight.device)
-        self._bias = None if bias is None else bias.float()
-        self._mean = None  # D mu: W mu = B D mu, and the first k channels carry B[:, :k] (D mu)[:k] of it
-        if mean is not None:
-            self._mean = (D @ in_float64(mean)).float().to(weight.device)
-            self._bias = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else self._bias
-        self.removal_error = suffix_energy(projected.square().sum(dim=0))
+        n, device = weight.shape[1], weight.device
+        dtype = factor_dtype(n)
+        lower = cholesky(as_factor(moment, n), ridge)
+        del moment
+        projected = as_factor(weight, n) @ lower
+        removal_error = suffix_energy(in_float64(projected.square().sum(dim=0)))
+        factors = {"projected": projected.to(dtype).to(device), "removal_error": removal_error}
+        del projected
+        D = inverse_(lower)
+        if mean is not None:  # D mu: W mu = B D mu, and the first k channels carry B[:, :k] (D mu)[:k] of it
+            factors["mean"] = (D @ mean.to(D)).float().to(device)
+        self._set(weight, {**factors, "inverse": packed(D, dtype).to(device)}, bias)
 
     @classmethod
     def restored(
@@ -168,21 +175,25 @@ class NestedRidge(ConsumerPath):
             bias: dense bias, shape (m,), or ``None``.
         """
         path = cls.__new__(cls)
-        path._weight, path._projected, path._inverse = weight, factors["projected"], factors["inverse"].T
-        path._mean = factors.get("mean")
-        path._bias = None if bias is None else bias.float()
-        if path._mean is not None and bias is None:
-            path._bias = weight.new_zeros(len(weight), dtype=torch.float32)
-        path.removal_error = factors["removal_error"]
+        path._set(weight, factors, bias)
         return path
+
+    def _set(self, weight: torch.Tensor, factors: Mapping[str, torch.Tensor], bias: torch.Tensor | None) -> None:
+        self._weight = weight  # the model's own tensor: no copy
+        self._projected, self._inverse = factors["projected"], factors["inverse"]
+        self._mean = factors.get("mean")
+        self.removal_error = factors["removal_error"]
+        self._bias = None if bias is None else bias.float()
+        if self._mean is not None and bias is None:
+            self._bias = weight.new_zeros(len(weight), dtype=torch.float32)
 
     @property
     def factors(self) -> dict[str, torch.Tensor]:
-        """What it was computed for: contiguous tensors by name, the inverse transposed (as the solver lays it out)."""
+        """What it was computed for: contiguous tensors by name."""
         mean = {} if self._mean is None else {"mean": self._mean}
         return {
-            "projected": self._projected.contiguous(),
-            "inverse": self._inverse.T.contiguous(),
+            "projected": self._projected,
+            "inverse": self._inverse,
             "removal_error": self.removal_error,
             **mean,
         }
@@ -195,7 +206,7 @@ class NestedRidge(ConsumerPath):
     @property
     def bytes(self) -> int:
         """Memory that the factors hold."""
-        return sum(t.numel() * t.element_size() for t in (self._projected, self._inverse))
+        return self._projected.nbytes + self._inverse.nbytes
 
     def loss_increase(self, output_gradient: torch.Tensor) -> torch.Tensor:
         """Second-order estimate of what keeping the first k channels costs, for every k: 1/2 sum_{j >= k} b_j^T F b_j.
@@ -209,28 +220,50 @@ class NestedRidge(ConsumerPath):
         Returns:
             shape (n + 1,), float64, nats per token.
         """
-        B, F = in_float64(self._projected), in_float64(output_gradient)
-        return suffix_energy(0.5 * ((F @ B) * B).sum(dim=0))
+        B, F = as_factor(self._projected, self.channels), as_factor(output_gradient, self.channels)
+        return suffix_energy(in_float64(0.5 * ((F @ B) * B).sum(dim=0)))
 
     def weight_at(self, channels: int) -> torch.Tensor:
-        """W'_K for the first ``channels`` channels, shape (m, channels), float32, by the cheaper of the two sides."""
-        k = channels
-        if 2 * k <= self.channels:
-            return self._projected[:, :k] @ self._inverse[:k, :k]
-        return self._weight[:, :k].float() - self._projected[:, k:] @ self._inverse[k:, :k]
+        """W'_K for the first ``channels`` channels, shape (m, channels), float32."""
+        ((_, weight),) = self.weights_at([channels])
+        return weight
+
+    def weights_at(self, levels: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The weights at several levels, in one sweep down the grid, which each would make alone."""
+        wanted = sorted(set(levels), reverse=True)
+        refit = self._weight.to(torch.float32, copy=True) if wanted else self._weight
+        at, stops = self.channels, list(grid(self.channels))
+        for k in wanted:
+            while k and stops and stops[0] >= k:
+                stop = stops.pop(0)
+                self._lower(refit[:, :stop], stop, at, out=refit[:, :stop])
+                at = stop
+            yield k, self._lower(refit[:, :k], k, at) if 0 < k < at else refit[:, :k].clone()
+
+    def _lower(self, weight: torch.Tensor, k: int, at: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """W'_k, from the first k columns of W'_at."""
+        B, D = self._projected[:, k:at].float(), unpacked(self._inverse, self.channels, k, at)[:, :k]
+        with products_in(self._weight.dtype):
+            return torch.addmm(weight, B, D, alpha=-1, out=out)
 
     def bias_at(self, channels: int) -> torch.Tensor | None:
         """b' = b + W mu - W'_K mu_K = b + B[:, k:] (D mu)[k:], shape (m,), float32; without a mean, the dense bias."""
         if self._mean is None or self._bias is None:
             return self._bias
-        return self._bias + self._projected[:, channels:] @ self._mean[channels:]
+        return self._bias + self._projected[:, channels:].float() @ self._mean[channels:]
 
     def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
         """Channel k joins with a change B[:, k] D[k, :] of the whole weight, and takes its mean off the bias."""
-        weights = ((self._projected.T @ weight_gradient) * self._inverse).sum(dim=1)
-        if self._mean is None or bias_gradient is None:
-            return weights
-        return weights - (self._projected.T @ bias_gradient) * self._mean
+        n, step = self.channels, ROWS * LEVELS
+        parts = []
+        for start in range(0, n, step):
+            end = min(start + step, n)
+            B = self._projected[:, start:end].float()
+            part = ((B.T @ weight_gradient[:, :end]) * unpacked(self._inverse, n, start, end)).sum(dim=1)
+            if self._mean is not None and bias_gradient is not None:
+                part -= (B.T @ bias_gradient) * self._mean[start:end]
+            parts.append(part)
+        return torch.cat(parts)
 
 
 def suffix_energy(columns: torch.Tensor) -> torch.Tensor:
@@ -257,13 +290,15 @@ def pick_ridge(
 ) -> float:
     """The lambda of the grid with the least output error on held-out inputs, which the moment has not seen.
 
+    The error is taken to fall and rise once along the grid: from its middle, lambdas are tried downhill.
+
     Args:
         weight: W, shape (m, n), path order.
         moment: G of the fitted inputs, shape (n, n), path order; their covariance for the affine form.
         held_out: X, shape (rows, n), path order, any floating dtype.
         mean: E[x] of the fitted inputs, shape (n,), for the affine form, whose bias carries it; else ``None``.
-        grid: lambdas to try.
-        levels: shares of channels kept at which the error is taken; each counts relative to the best of the grid.
+        grid: lambdas to try, rising.
+        levels: shares of channels kept at which the error is taken; the geometric mean over them counts.
 
     Returns:
         the chosen lambda.
@@ -271,58 +306,65 @@ def pick_ridge(
     Raises:
         CalibrationError: with none of the grid is the moment positive definite.
     """
-    W, X = weight.to(moment.device).float(), held_out.to(moment.device).float()
+    W, X = sketch(weight.to(moment.device).float()), held_out.to(moment.device).float()
     if mean is not None:
         X = X - mean.to(X)
-    width = W.shape[1]
-    kept = [min(max(round(level * width), 1), width) for level in levels]
-    errors = torch.zeros(len(grid), len(levels), dtype=torch.float64)
-    for row, ridge in enumerate(grid):
+    n = W.shape[1]
+    kept = [min(max(round(level * n), 1), n) for level in levels]
+    wanted, G = W @ X.T, moment.float()
+    lost = {k: W[:, k:] @ G[k:, :k] for k in kept}  # W_P G_PK
+    top = max(kept)
+
+    @cache
+    def error(index: int) -> float:
         try:
-            lower = _cholesky_in_float32(moment, ridge)
+            lower = _cholesky_in_float32(moment[:top, :top], grid[index], scale(moment))
         except CalibrationError:  # sums in float32 left it indefinite; a larger one may do
-            if ridge == max(grid):
+            if index == len(grid) - 1:
                 raise
-            errors[row] = math.inf
-            continue
-        errors[row] = refit_errors(W, lower, X, kept)
-    errors = errors / errors.amin(dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    return float(grid[int(errors.sum(dim=1).argmin())])
+            return math.inf
+        left = (wanted - refit_outputs(W, lost[k], lower, X, k) for k in kept)
+        return sum(math.log(max(float(each.square().sum()), torch.finfo(torch.float32).tiny)) for each in left)
+
+    at = (len(grid) - 1) // 2
+    step = 1 if at + 1 < len(grid) and error(at + 1) <= error(at) else -1
+    while 0 <= at + step < len(grid) and error(at + step) <= error(at):
+        at += step
+    return float(grid[at])
 
 
-def _cholesky_in_float32(moment: torch.Tensor, ridge: float) -> torch.Tensor:
+def sketch(weight: torch.Tensor) -> torch.Tensor:
+    """W as random sums of its outputs, `SKETCHED` at most: on average their errors are those of all outputs."""
+    if len(weight) <= SKETCHED:
+        return weight
+    signs: torch.Tensor = torch.randn(SKETCHED, len(weight), generator=torch.Generator().manual_seed(0))
+    result: torch.Tensor = (signs / SKETCHED**0.5).to(weight) @ weight
+    return result
+
+
+def _cholesky_in_float32(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor) -> torch.Tensor:
     """Exact enough to compare errors, and half the time, unless rounding leaves the moment indefinite."""
     try:
-        return cholesky(moment.float(), ridge)
+        return cholesky(moment.float(), ridge, relative_to)
     except CalibrationError:
-        return cholesky(in_float64(moment), ridge).float()
+        return cholesky(in_float64(moment), ridge, relative_to).float()
 
 
-def refit_errors(weight: torch.Tensor, lower: torch.Tensor, inputs: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-    """Squared output error of the refit at several levels, ||W x - W'_K x_K||^2 = ||B[:, k:] (D x)[k:]||^2, over x.
-
-    No refit is formed, and D neither: one triangular solve gives D x for all inputs and levels, and a level adds to the
-    error of the level above it what its own channels add.
+def refit_outputs(
+    weight: torch.Tensor, lost: torch.Tensor, lower: torch.Tensor, inputs: torch.Tensor, kept: int
+) -> torch.Tensor:
+    """W'_K x_K over x, shape (m, rows), where C is the factor of at least ``kept`` channels.
 
     Args:
         weight: W, shape (m, n), float32.
-        lower: C, shape (n, n), float32.
+        lost: W_P G_PK, shape (m, kept), float32.
+        lower: C, shape (at least kept, the same), float32.
         inputs: X, shape (rows, n), float32.
-        kept: channels kept, k, at every level.
-
-    Returns:
-        sums over the rows, shape (levels,), float64.
+        kept: channels kept, k.
     """
-    white = torch.linalg.solve_triangular(lower, inputs.T, upper=False)
-    left, end = weight.new_zeros(len(weight), len(inputs)), lower.shape[0]
-    errors = {}
-    for k in sorted(kept, reverse=True):
-        B = weight[:, k:] @ lower[k:, k:end]
-        left.addmm_(B, white[k:end])
-        errors[k] = float(left.square().sum())
-        end = k
-    numbers = [errors[k] for k in kept]
-    return torch.tensor(numbers, dtype=torch.float64)
+    change: torch.Tensor = torch.cholesky_solve(lost.T, lower[:kept, :kept]).T
+    refit: torch.Tensor = weight[:, :kept] + change
+    return refit @ inputs[:, :kept].T
 
 
 def sequential_refit(

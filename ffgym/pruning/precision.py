@@ -16,11 +16,9 @@ def in_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_in_float64(x: torch.Tensor) -> torch.Tensor:
-    """The sum over rows, shape (n,), float64, on :func:`float64_device`.
+    """The sum over rows, shape (n,), float64, on :func:`float64_device`, to be added to those of other batches.
 
     Args:
-        x: shape (tokens, n). Where its device has no float64, these rows are added up in its own dtype.
+        x: shape (tokens, n). These rows are added up in its own dtype, pairwise.
     """
-    if x.device.type in WITHOUT_FLOAT64:
-        return in_float64(x.sum(dim=0))
-    return x.sum(dim=0, dtype=torch.float64)
+    return in_float64(x.sum(dim=0))

@@ -2,6 +2,7 @@
 
 Sums of x x^T in float32 lose the covariance where a channel's mean is 100 times its standard deviation, and real models
 have such channels. So sums are taken of x - s, where s is the mean of the first batch, and what is kept is centred.
+Products are made in the inputs' dtype (of bfloat16 inputs, x - s is rounded to bfloat16) and added up in float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ffgym.errors import CalibrationError
+from ffgym.pruning.factors import as_factor, as_multiplied, products_in
 from ffgym.pruning.precision import WITHOUT_FLOAT64, float64_device, in_float64, sum_in_float64
 from ffgym.types import LayerStats
 
@@ -34,9 +36,10 @@ class InputMoments:
     covariance: torch.Tensor
 
     def moment(self, *, centred: bool) -> torch.Tensor:
-        """Cov[x], or E[x x^T], shape (n, n), float64."""
-        covariance = in_float64(self.covariance)
-        return covariance if centred else torch.addr(covariance, self.mean, self.mean)
+        """Cov[x], or E[x x^T], shape (n, n), in the precision that factors of so many channels are computed in."""
+        covariance = as_factor(self.covariance, len(self.mean))
+        mean = self.mean.to(covariance)
+        return covariance if centred else torch.addr(covariance, mean, mean)
 
     def stats(self, names: Set[str]) -> LayerStats:
         """What criteria and heuristics are given: those of ``mean``, ``square``, ``second_moment`` that are named.
@@ -57,7 +60,7 @@ class InputMoments:
 
     def reorder(self, columns: torch.Tensor) -> InputMoments:
         """The same inputs with channels in another order: ``columns``, shape (n,), int64."""
-        return InputMoments(self.tokens, self.mean[columns], self.covariance[columns][:, columns])
+        return InputMoments(self.tokens, self.mean[columns], self.covariance[columns[:, None], columns])
 
 
 class Moments:
@@ -72,7 +75,7 @@ class Moments:
         self.tokens = 0
         self._shift: torch.Tensor | None = None
         wide = float64_device(torch.device(device))
-        self._sum = torch.zeros(channels, dtype=torch.float64, device=wide)
+        self._sum, self._multiplied = torch.zeros(2, channels, dtype=torch.float64, device=wide)
         self._products = torch.zeros(channels, channels, dtype=torch.float32, device=device)
 
     def update(self, inputs: torch.Tensor) -> None:
@@ -87,16 +90,18 @@ class Moments:
         x = x - self._shift
         self.tokens += x.shape[0]
         self._sum += sum_in_float64(x)
-        self._products.addmm_(x.T, x)
+        x = as_multiplied(x, inputs.dtype)
+        self._multiplied += sum_in_float64(x)
+        with products_in(inputs.dtype):
+            self._products.addmm_(x.T, x)
 
     def result(self) -> InputMoments:
         """Mean and covariance of the tokens seen so far, at least one."""
         assert self._shift is not None, "nothing was added"
-        moved = self._sum / self.tokens
-        here = moved.float().to(self._products.device)
+        here = (self._multiplied / self.tokens).float().to(self._products.device)
         return InputMoments(
             self.tokens,
-            mean=in_float64(self._shift) + moved,
+            mean=in_float64(self._shift) + self._sum / self.tokens,
             covariance=(self._products / self.tokens).addr_(here, here, alpha=-1),
         )
 

@@ -196,10 +196,14 @@ class TestSharing:
     def test_a_level_is_refitted_once(self, prepared, windows, monkeypatch):
         prunable = prepared("llama")
         formed = []
-        weight_at = NestedRidge.weight_at
-        monkeypatch.setattr(
-            NestedRidge, "weight_at", lambda path, k: formed.append((id(path), k)) or weight_at(path, k)
-        )
+        weights_at = NestedRidge.weights_at
+
+        def counted(path, levels):
+            for k, weight in weights_at(path, levels):
+                formed.append((id(path), k))
+                yield k, weight
+
+        monkeypatch.setattr(NestedRidge, "weights_at", counted)
         kept = [(a, m) * 3 for a in (1, 2) for m in (20, 30)]
         evaluator(prunable, windows).measure([Request(k, (i % 2,)) for i, k in enumerate(kept)])
         assert len(formed) == len(set(formed)) == 3 * 3, "20 and 30 channels, and one of the two KV groups"

@@ -1,0 +1,104 @@
+"""Factors of a consumer's moment A = C C^T: their precision, the inverse of C, and how D = C^-1 is kept.
+
+Up to `WIDE` channels factors are computed in float64 and kept in float32, above in float32 and bfloat16: a refit is
+rounded to the model's dtype anyway, and the factors of a wide consumer take more memory than its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ffgym.pruning.precision import in_float64
+
+WIDE = 2048  # channels
+ROWS = 128  # of a block of the triangle
+SOLVED = 512  # rows that are inverted at once
+LEVELS = 16  # about as many refits on the grid, evenly spread
+
+
+def factor_dtype(channels: int) -> torch.dtype:
+    """How the factors of a consumer with so many channels are kept."""
+    return torch.float32 if channels <= WIDE else torch.bfloat16
+
+
+def factor_bytes(outputs: int, channels: int) -> int:
+    """Bytes that the factors of a consumer of shape (outputs, channels) take, in memory and on disk."""
+    return (outputs * channels + packed_size(channels)) * factor_dtype(channels).itemsize
+
+
+def as_factor(matrix: torch.Tensor, channels: int) -> torch.Tensor:
+    """A moment or weight in the precision that factors of so many channels are computed in."""
+    return in_float64(matrix) if channels <= WIDE else matrix.float()
+
+
+@contextmanager
+def products_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, float32 products round what they multiply to the model's dtype; sums stay float32.
+
+    On CPUs bfloat16 units multiply for bfloat16 models, on CUDA devices TF32 for either half precision.
+    """
+    backends: Any = torch.backends  # whose attributes the stubs do not know
+    cpu, cuda = backends.mkldnn.matmul, backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    cpu.fp32_precision = "bf16" if dtype is torch.bfloat16 else "ieee"
+    cuda.fp32_precision = "ieee" if dtype is torch.float32 else "tf32"
+    try:
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before
+
+
+def as_multiplied(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers that `products_in` the dtype multiply where float32 ones are given, so that sums of them agree."""
+    return x.bfloat16().float() if dtype is torch.bfloat16 else x
+
+
+def inverse_(lower: torch.Tensor) -> torch.Tensor:
+    """D = C^-1, written over C, shape (n, n), row block by row block: D[i, :i] = -D[i, i] C[i, :i] D[:i, :i]."""
+    n = len(lower)
+    eye = torch.eye(min(SOLVED, n), dtype=lower.dtype, device=lower.device)
+    for i in range(0, n, SOLVED):
+        end = min(i + SOLVED, n)
+        own = torch.linalg.solve_triangular(lower[i:end, i:end], eye[: end - i, : end - i], upper=False)
+        left = own @ lower[i:end, :i]
+        for j in range(0, i, SOLVED):
+            lower[i:end, j : j + SOLVED] = -(left[:, j:] @ lower[j:i, j : j + SOLVED])
+        lower[i:end, i:end] = own
+    return lower
+
+
+def packed_size(n: int) -> int:
+    """Numbers in the row blocks of a triangle of n rows."""
+    return sum((end - start) * end for start, end in _blocks(n))
+
+
+def packed(lower: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The row blocks of a lower triangle, each as wide as its last row: shape (packed_size(n),)."""
+    return torch.cat([lower[start:end, :end].to(dtype).flatten() for start, end in _blocks(len(lower))])
+
+
+def unpacked(blocks: torch.Tensor, n: int, start: int, end: int) -> torch.Tensor:
+    """Rows start .. end of a packed triangle of n rows, shape (end - start, end), float32."""
+    rows = torch.zeros(end - start, end, dtype=torch.float32, device=blocks.device)
+    for first in range(start // ROWS * ROWS, end, ROWS):
+        last = min(first + ROWS, n)
+        at, low, high = first * (first + ROWS) // 2, max(first, start), min(last, end)
+        width = min(last, end)
+        block = blocks[at : at + (last - first) * last].view(last - first, last)
+        rows[low - start : high - start, :width] = block[low - first : high - first, :width]
+    return rows
+
+
+def _blocks(n: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, n, ROWS):
+        yield start, min(start + ROWS, n)
+
+
+def grid(n: int) -> range:
+    """The levels whose refits others start from: multiples of whole blocks, about `LEVELS` of them, highest first."""
+    step = ROWS * -(-n // (ROWS * LEVELS))
+    return range((n - 1) // step * step, 0, -step)
