@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.config.toml import to_toml
+from ffgym.errors import ModelError
+from ffgym.models.families import family_of_type
+from ffgym.models.loading import load
 from ffgym.plugins import built_ins, discovery, hookspecs, kinds, manager
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.kinds import KINDS
@@ -34,6 +37,7 @@ from ffgym.testing import conformance
 from ffgym.testing.conformance import (
     AgentConformance,
     CriterionConformance,
+    FamilyConformance,
     HeuristicConformance,
     RewardConformance,
 )
@@ -325,6 +329,26 @@ class TestTutorialAgent(AgentConformance):
         return example("docs/plugins.md", "agent")()  # type: ignore[no-any-return]
 
 
+class TestTutorialFamily(FamilyConformance):
+    """A reader's package, which is the tutorial's first example, keeps the promises that its second one names."""
+
+    source, conformance = re.findall(
+        r"^```python\n(.*?)^```", text("docs/models.md").partition("## Adding a family")[2], re.MULTILINE | re.DOTALL
+    )
+    family = "starcoder2"
+
+    @pytest.fixture(autouse=True)
+    def installed(self, install: Callable[..., None]) -> None:
+        with pytest.raises(ModelError, match="architecture 'starcoder2' is not supported"):
+            family_of_type("starcoder2")
+        install("ffgym-starcoder2", self.source)
+
+    def test_is_the_test_of_the_page(self) -> None:
+        namespace: dict[str, Any] = {}
+        exec(self.conformance, namespace)
+        assert namespace["TestStarcoder2"].family == self.family
+
+
 def test_tutorial_family_names_the_parts_of_its_model() -> None:
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
@@ -332,6 +356,35 @@ def test_tutorial_family_names_the_parts_of_its_model() -> None:
                               num_key_value_heads=1, vocab_size=16)  # fmt: skip
     family = example("docs/models.md", "family")()
     assert [sublayer.units for sublayer in family.sublayers(Starcoder2ForCausalLM(config))] == [1, 8]
+
+
+def test_the_text_model_of_a_vision_language_checkpoint_is_saved_as_the_docs_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word_tokenizer: Any
+) -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    monkeypatch.chdir(tmp_path)
+    words = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sights = {**words, "image_size": 28, "patch_size": 14}
+    language = {**words, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 128}
+    whole = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=language, vision_config=sights, mm_tokens_per_image=4, image_token_index=127)
+    )
+    whole.eval().save_pretrained("vlm")
+    word_tokenizer.save_pretrained("vlm")
+    with pytest.raises(
+        ModelError, match=r"'gemma3' is a checkpoint of several towers.*text is 'gemma3_text'"
+    ) as raised:
+        load("vlm", device="cpu")
+    assert "docs/models.md" in raised.value.hint
+    passage = text("docs/models.md").partition("## Vision-language checkpoints")[2].partition("\n## ")[0]
+    (program,) = re.findall(r"^```python\n(.*?)^```", passage, flags=re.MULTILINE | re.DOTALL)
+    exec(program.replace("google/gemma-3-4b-it", "vlm"), {})
+    saved = load("gemma-3-4b-text", dtype="float32", device="cpu").model
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(saved(ids).logits, whole(input_ids=ids).logits)
+    assert [sublayer.units for sublayer in family_of_type("gemma3_text").sublayers(saved)] == [1, 8]
 
 
 def test_tutorial_calibration_keeps_the_mean_output() -> None:
@@ -490,6 +543,7 @@ def test_pruned_models_load_as_the_docs_say(page: str, tutorial: Path, monkeypat
     """Each example that loads a run's model; reading GGUF files has a test of its own in tests/export."""
     monkeypatch.chdir(tutorial)
     examples = [block for language, block in blocks(page) if language == "python" and "from_pretrained" in block]
+    examples = [block for block in examples if "ImageTextToText" not in block]
     assert examples
     for example in examples:
         exec(compile(example, page, "exec"), {"__name__": "documentation"})

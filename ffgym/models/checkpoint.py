@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
-from ffgym.models.families import family_of_type, register_saved
+from ffgym.models.families import check_config_family, register_saved
 from ffgym.models.loading_errors import AGAIN, loading_error, misfit, pickled, quiet
 
 LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
@@ -76,8 +76,8 @@ def check_folder(folder: Path) -> None:
 def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
     """Refuse a config of another family, or of no layers or more than ``depth``; make one of ours known."""
     register_saved(config)
-    if not any_family and isinstance(kind := config.get("model_type"), str) and "auto_map" not in config:
-        family_of_type(kind)
+    if not any_family and "auto_map" not in config:
+        check_config_family(config)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= depth:
         raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")

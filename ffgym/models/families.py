@@ -50,6 +50,10 @@ PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producer
          "intermediate", "head_count_attributes")  # fmt: skip
 
 
+# What configs call the number of their experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 class Family(Plugin):
     """One architecture: names of its parts, and what follows from them. The defaults are Llama's.
 
@@ -235,6 +239,34 @@ def dense_or_pruned_family_of(model: nn.Module) -> Family:
         ModelError: the architecture is not supported.
     """
     return family_of_type(_model_type(model))
+
+
+def check_config_family(config: Mapping[str, Any]) -> None:
+    """Refuse what no family stands for, by the content of a ``config.json``.
+
+    Raises:
+        ModelError: the architecture is not supported; says why where the config shows it.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return
+    try:
+        family_of_type(model_type)
+    except ModelError:
+        text = config.get("text_config")
+        if isinstance(text, Mapping):
+            inner = str(text.get("model_type"))
+            raise ModelError(
+                f"{model_type!r} is a checkpoint of several towers, and ffgym prunes language models alone; that of its"
+                f" text is {inner!r}",
+                hint="docs/models.md says how to save the text model by itself.",
+            ) from None
+        if any(isinstance(config.get(name), int) for name in EXPERT_COUNTS):
+            raise ModelError(
+                f"architecture {model_type!r} has mixtures of experts for MLPs, which ffgym cannot prune",
+                hint="Dense models of docs/models.md#families can be pruned. `ffgym eval` measures any.",
+            ) from None
+        raise
 
 
 def family_of_type(model_type: str) -> Family:

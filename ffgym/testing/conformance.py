@@ -14,17 +14,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from ffgym.costs.resource import standard_resources
+from ffgym.export.checkpoint import save_pruned
+from ffgym.models.cut import PrunableModel
+from ffgym.models.families import register
+from ffgym.models.walk import Walk
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
 from ffgym.plugins.discovery import MEASUREMENTS, NAME, STATISTICS
+from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
 
@@ -289,6 +296,84 @@ class AgentConformance(PluginConformance):
         assert len(recommended) == len(expected), "it recommends otherwise"
         for ours, theirs in zip(recommended, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg="it recommends otherwise")
+
+
+class FamilyConformance:
+    """What a family promises of its tiny model: set ``family`` to its name, with the package that has it installed."""
+
+    family: ClassVar[str]
+    ids: ClassVar[torch.Tensor] = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def test_order_of_units_does_not_matter(self) -> None:
+        """Sorting units by their scores leaves the function as it was."""
+        prunable = self._prunable()
+        dense = self._logits(prunable)
+        self._reverse(prunable)
+        torch.testing.assert_close(self._logits(prunable), dense, rtol=1e-4, atol=2e-4)
+
+    @pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+    def test_pruning_equals_masking(self, share: float) -> None:
+        """Without some units a model computes what it does when their consumer columns are zeros."""
+        prunable, masked = self._prunable(), self._prunable()
+        kept = self._kept(prunable, share)
+        for half, units in zip(masked.halves, kept, strict=True):
+            with torch.no_grad():
+                half.consumer.weight[:, units * half.sublayer.channels_per_unit :] = 0
+        prunable.cut(kept)
+        torch.testing.assert_close(self._logits(prunable), self._logits(masked), rtol=1e-4, atol=2e-4)
+
+    def test_restoring_is_bit_exact(self) -> None:
+        """After an episode the dense model is back."""
+        prunable = self._prunable()
+        dense = self._logits(prunable)
+        prunable.cut(self._kept(prunable, 0.4))
+        prunable.restore()
+        assert torch.equal(self._logits(prunable), dense), "a cut leaves something behind"
+
+    def test_runs_layer_by_layer(self) -> None:
+        """Layer by layer, also cut, a model gives the bits of an ordinary call."""
+        prunable = self._prunable()
+        prunable.cut(self._kept(prunable, 0.4))
+        walk = Walk(prunable.model)
+        with torch.no_grad():
+            entry = walk.enter(self.ids)
+            hidden = entry.hidden
+            for index in range(len(walk.layers)):
+                hidden = walk.layer(index, hidden, entry)
+            whole = prunable.model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
+        assert torch.equal(walk.leave(hidden, entry), whole), "a decoder layer depends on more than its arguments"
+
+    def test_a_saved_model_has_the_same_logits(self, tmp_path: Path) -> None:
+        """The checkpoint loads, also with sublayers that are gone, and generates."""
+        prunable = self._prunable()
+        kept = self._kept(prunable, 0.4)
+        prunable.cut(kept)
+        save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=prunable.family)
+        register([prunable.family])
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        with torch.no_grad():
+            assert torch.equal(loaded(self.ids).logits, self._logits(prunable))
+            tokens = [model.generate(self.ids, max_new_tokens=4, do_sample=False) for model in (loaded, prunable.model)]
+        assert torch.equal(*tokens)
+
+    def _prunable(self) -> PrunableModel:
+        return PrunableModel(tiny_model(self.family))
+
+    def _logits(self, prunable: PrunableModel) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = prunable.model(self.ids, use_cache=False).logits
+        return logits
+
+    @staticmethod
+    def _reverse(prunable: PrunableModel) -> None:
+        for half in prunable.halves:
+            half.permute(torch.arange(half.sublayer.units).flip(0))
+
+    @staticmethod
+    def _kept(prunable: PrunableModel, share: float) -> tuple[int, ...]:
+        """A share of the units of every sublayer; the first attention keeps one, as always."""
+        first, *others = (int(share * units) for units in prunable.dense_units)
+        return (max(1, first), *others)
 
 
 def _witnessed(env: ToyEnv) -> list[tuple[np.ndarray, np.ndarray]]:

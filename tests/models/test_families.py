@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from ffgym.errors import ModelError
 from ffgym.models.built_in_families import Llama
-from ffgym.models.families import family_of, family_of_type
+from ffgym.models.families import check_config_family, family_of, family_of_type
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 # hidden 32, 4 query heads of 8, 2 KV groups, 48 intermediate channels
@@ -86,6 +88,25 @@ def test_an_unsupported_architecture_is_answered_with_the_nearest():
         family_of_type("ffgym_gemma4")
     assert "Did you mean 'gemma'?" in raised.value.hint
     assert "docs/models.md says how to add a family" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "message", "hint"),
+    [
+        (
+            {"model_type": "llava", "text_config": {"model_type": "llama"}},
+            "'llava'.* several towers.*is 'llama'",
+            "text",
+        ),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' has mixtures of experts", "ffgym eval"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' has mixtures of experts", "ffgym eval"),
+        ({"model_type": "mistrall"}, "'mistrall' is not supported", "Did you mean 'mistral'.*how to add a family"),
+    ],
+)
+def test_a_config_that_no_family_stands_for_is_refused_with_the_reason(config, message, hint):
+    with pytest.raises(ModelError, match=message) as raised:
+        check_config_family(config)
+    assert re.search(hint, raised.value.hint)
 
 
 def test_a_part_that_a_layer_does_not_have_is_named():
