@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--limit", type=float, help="GiB of private memory; none where left out")
-    parser.add_argument("--placement", default="stream", choices=["stream", "resident"])
+    parser.add_argument("--placement", default="stream", choices=["auto", "stream", "resident"])
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=2560)
     parser.add_argument("--layers", type=int, default=45)

@@ -111,13 +111,21 @@ class LayerStream:
 
     def load(self, layer: int) -> Weights:
         """A layer's weights by their names in the layer, on the device. The next one is prefetched."""
-        expected, step = self._next, 1 if layer > self._last else -1
-        self._next = None
+        expected, self._next = self._next, None
         arriving = expected[1].result() if expected is not None and expected[0] == layer else self._fetch(layer)
-        self._last, following = layer, layer + step
-        if 0 <= following < len(self._names):
+        following = self._following(layer)
+        self._last = layer
+        if expected is not None and expected[0] == following:
+            self._next = expected
+        elif 0 <= following < len(self._names):
             self._next = following, self._thread.submit(self._fetch, following)
         return arriving.wait()
+
+    def _following(self, layer: int) -> int:
+        """The layer that will be asked for next: walks go forwards from the first, or back from the last."""
+        if layer == self._last:
+            return layer - 1 if layer == len(self._names) - 1 else layer + 1
+        return layer + 1 if layer == 0 or layer > self._last else layer - 1
 
     def keep(self, name: str, tensors: Weights) -> None:
         """Keep tensors in a temporary file, in place of what was kept under this name before."""
