@@ -24,7 +24,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 GIB = 2**30
-WINDOW = 512
 WORDS = [f"w{i}" for i in range(500)]
 
 
@@ -43,7 +42,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
         num_attention_heads=options.hidden // 128,
         num_key_value_heads=max(1, options.hidden // 512),
         vocab_size=options.vocabulary,
-        max_position_embeddings=WINDOW,
+        max_position_embeddings=options.window,
         tie_word_embeddings=False,
     )
     with init_empty_weights():
@@ -72,16 +71,16 @@ def _shard(name: str) -> str:
     return f"model-{int(parts[2]):03}.safetensors" if parts[1] == "layers" else f"model-{parts[-2]}.safetensors"
 
 
-def write_texts(folder: Path) -> None:
+def write_texts(folder: Path, window: int) -> None:
     """Random words: enough for the splits."""
     import numpy as np
 
     for seed, name in enumerate(("search.txt", "report.txt")):
-        text = " ".join(np.random.default_rng(seed).choice(WORDS, 8 * WINDOW))
+        text = " ".join(np.random.default_rng(seed).choice(WORDS, 8 * window))
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def run_in(folder: Path, placement: str) -> None:
+def run_in(folder: Path, placement: str, window: int) -> None:
     """The run, and what came out of it."""
     from rich.console import Console
 
@@ -94,17 +93,17 @@ def run_in(folder: Path, placement: str) -> None:
             "calibration": str(folder / "search.txt"),
             "search": str(folder / "search.txt"),
             "report": str(folder / "report.txt"),
-            "window": WINDOW,
-            "calibration_tokens": 2 * WINDOW,
-            "search_tokens": 2 * WINDOW,
-            "report_tokens": WINDOW,
+            "window": window,
+            "calibration_tokens": 2 * window,
+            "search_tokens": 2 * window,
+            "report_tokens": window,
         },
         prune={"ridge": 0.01, "sparsity": 0.2},
         search={
             "episodes": 8,
             "episodes_per_update": 4,
-            "episode_tokens": WINDOW,
-            "final_tokens": WINDOW,
+            "episode_tokens": window,
+            "final_tokens": window,
             "random_baseline": False,
         },
         output={"dir": str(folder / "runs" / placement), "sequential": False},
@@ -139,6 +138,8 @@ def _digest(files: Iterable[Path]) -> str:
 
 def _digest_weights(folder: Path) -> str:
     """Of names and bits, however they are spread over files."""
+    import torch
+
     from ffgym.models.stream import TensorFile
 
     tensors: dict[str, str] = {}
@@ -146,8 +147,6 @@ def _digest_weights(folder: Path) -> str:
     for path in folder.glob("*.safetensors"):
         file = TensorFile(path)
         for name in file.names:
-            import torch
-
             tensor = file.read(name)
             size += tensor.nbytes
             tensors[name] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
@@ -170,12 +169,13 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=2560)
     parser.add_argument("--layers", type=int, default=45)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--window", type=int, default=512, help="tokens of a window, and of an episode")
     parser.add_argument("--make-only", action="store_true", help="make model and text, run nothing")
     options = parser.parse_args()
     folder: Path = options.folder
     if not (folder / "search.txt").exists():
         make_model(folder / "model", options)
-        write_texts(folder)
+        write_texts(folder, options.window)
     if options.make_only:
         return
     if options.limit:
@@ -186,7 +186,7 @@ def main() -> None:
     shutil.rmtree(cache, ignore_errors=True)
     os.environ |= {"FFGYM_CACHE": str(cache), "FFGYM_CACHE_SIZE": "50GB"}
     try:
-        run_in(folder, options.placement)
+        run_in(folder, options.placement, options.window)
     finally:
         shutil.rmtree(cache, ignore_errors=True)
         shutil.rmtree(folder / "runs" / options.placement, ignore_errors=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "scale" / "streaming.py"
-SIZES = ["--hidden", "1024", "--intermediate", "1024", "--layers", "24", "--vocabulary", "1000"]
+SIZES = ["--hidden", "1024", "--intermediate", "1024", "--layers", "24", "--vocabulary", "1000", "--window", "128"]
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
