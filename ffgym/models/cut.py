@@ -37,7 +37,7 @@ class LayerSource(Protocol):
         """A layer's dense weights as the checkpoint has them, by their names in the layer."""
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep a refitted consumer outside of memory, in place of what was kept under this name before."""
+        """Keep tensors outside of memory, in place of what was kept under this name before."""
 
     def kept(self, name: str) -> Mapping[str, torch.Tensor]:
         """What was kept last."""

@@ -238,7 +238,11 @@ def _prepare(shape: ModelShape, load: Workload) -> Stage:
         sample = int(GRADIENT_SHARE * tokens)
         operations += Operations((2 + BACKWARD) * forward(shape, load)) * sample
         gradients = sum(4 * shape.hidden * (channels(s) + shape.hidden) for s in shape.sublayers)
-    memory = {**_prepared(shape, load), "gradients": gradients, "hidden states": carried + inputs}
+    memory = {
+        **_prepared(shape, load),
+        "gradients": _at_a_time(shape, load, gradients),
+        "hidden states": carried + inputs,
+    }
     memory["moments"] = (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2
     return Stage("prepare", tokens, operations, memory)
 

@@ -134,7 +134,7 @@ class Plan:
         load = self.load
         if load.workers > 1:
             yield f"--workers {load.workers - 1}", replace(load, workers=load.workers - 1)
-        if not load.streamed and not load.gradients:
+        if not load.streamed:
             yield "--set model.placement=stream", replace(load, streamed=True)
         if load.dtype == torch.float32:
             yield "--set model.dtype=bfloat16", replace(load, dtype=torch.bfloat16)

@@ -89,7 +89,7 @@ def prepare(
     Raises:
         PluginError: the criterion or the calibration broke its contract.
         CalibrationError: statistics that are not finite, a moment that cannot be factorised, or too few windows to hold
-            some out; gradients of a model whose layers are not in memory.
+            some out.
     """
     prunable, calibrates = PrunableModel(model, source), manager.create("calibration", calibration)
     if ridge is None and len(windows) < 2:
@@ -97,17 +97,13 @@ def prepare(
             "choosing the ridge needs at least 2 calibration windows",
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
         )
-    if source is not None and (first_order := GRADIENT_STATISTICS & (criterion.needs | keep)):
-        raise CalibrationError(
-            f"{' and '.join(sorted(first_order))} of all consumers take as much memory as the model, and "
-            "model.placement is 'stream'",
-            hint="Use a criterion and a heuristic that need no gradients, such as wanda, or model.placement resident.",
-        )
     steps = _Steps(on_progress, sublayers=len(prunable.halves))
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
-    gradients = gradient_statistics(
-        model, prunable.consumers, sample, criterion.needs | keep, on_progress=steps.counting("layers")
-    )
+    gradients = _Gradients(prunable)
+    for index, stats in gradient_statistics(
+        prunable, sample, criterion.needs | keep, on_progress=steps.counting("layers")
+    ):
+        gradients.add(index, stats)
     held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
     stream = stream_statistics(prunable, windows, held_out=held_out, tokens_per_batch=tokens_per_batch)
     ordered = steps.counting("sublayers")
@@ -122,7 +118,7 @@ def prepare(
                 sums.update(part)
         with _naming(half):
             chosen, view = _build_path(
-                half, criterion, calibrates, fit, sums.result(), gradients[index], apart, ridge, keep
+                half, criterion, calibrates, fit, sums.result(), gradients.pop(index), apart, ridge, keep
             )
         ridges.append(chosen)
         views.append(view)
@@ -133,6 +129,32 @@ def prepare(
         del sums, fit, apart, view  # before the moments of the next layer are collected
         ordered(len(ridges), len(prunable.halves))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
+
+
+class _Gradients:
+    """First-order statistics of all sublayers until their turn comes: in memory, or where the layers come from."""
+
+    def __init__(self, prunable: PrunableModel) -> None:
+        self._halves, self._source = prunable.halves, prunable.source
+        self._stats: dict[int, LayerStats] = {}
+
+    def add(self, index: int, stats: LayerStats) -> None:
+        """Those of a sublayer."""
+        self._stats[index] = stats
+        if self._source is not None:
+            tensors = {name: getattr(stats, name) for name in GRADIENT_STATISTICS if getattr(stats, name) is not None}
+            self._source.keep(self._name(index), tensors)
+            self._stats[index] = LayerStats(stats.tokens)
+
+    def pop(self, index: int) -> LayerStats:
+        """Those of a sublayer, which are not asked for again; empty ones where there are none."""
+        stats = self._stats.pop(index, LayerStats())
+        if self._source is not None and stats.tokens:
+            return LayerStats(stats.tokens, **self._source.kept(self._name(index)))
+        return stats
+
+    def _name(self, index: int) -> str:
+        return f"gradients of {self._halves[index].sublayer.name}"
 
 
 class _Steps:

@@ -47,7 +47,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
 def placed(config: RunConfig, plan: Plan) -> Plan:
     """The plan with its layers where the configuration says: ``auto`` streams them where only that fits."""
     table = config.model
-    if table.placement != "auto" or table.device == "balanced" or plan.fits or plan.load.gradients:
+    if table.placement != "auto" or table.device == "balanced" or plan.fits:
         return plan
     streamed = replace(plan, load=replace(plan.load, streamed=True))
     return streamed if streamed.fits else plan

@@ -7,6 +7,7 @@ pass serves a model of any size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -108,50 +109,55 @@ def _step(
 
 
 def gradient_statistics(
-    model: Any,
-    consumers: Sequence[nn.Linear],
+    prunable: PrunableModel,
     windows: torch.Tensor,
     needs: frozenset[str],
     *,
     tokens_per_pass: int = 512,
     on_progress: OnProgress | None = None,
-) -> list[LayerStats]:
-    """First-order statistics of every consumer, from one walk backwards.
+) -> Iterator[tuple[int, LayerStats]]:
+    """First-order statistics of the consumers, from one walk backwards; what was yielded is no longer held here.
 
     Args:
-        model: dense causal LM in eval mode, its parameters frozen.
-        consumers: its 2L consumers, in order of depth.
+        prunable: dense, in eval mode, its parameters frozen.
         windows: token ids, shape (windows, length), int64.
         needs: any of ``gradient``, ``output_gradient``.
         tokens_per_pass: longer windows are cut into pieces of this length, to bound the graph of a layer.
         on_progress: called with (layers done, layers).
 
-    Returns:
-        one ``LayerStats`` per consumer, float32 whatever the model's dtype; empty ones where nothing is needed.
+    Yields:
+        (index, statistics) of each consumer, those of the last layer first; float32 whatever the model's dtype. Nothing
+        where nothing is needed.
     """
     if not needs & GRADIENT_STATISTICS:
-        return [LayerStats() for _ in consumers]
+        return
     length = min(tokens_per_pass, windows.shape[1])
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    sums = [_FirstOrder(consumer, needs) for consumer in consumers]
+    sums: list[_FirstOrder] = []
 
-    def of(layer: int) -> list[_FirstOrder]:
-        return sums[2 * layer : 2 * layer + 2]
+    @contextmanager
+    def layer(index: int) -> Iterator[None]:
+        with prunable.layer(index) as halves:
+            sums[:] = [_FirstOrder(half.consumer, needs) for half in halves]
+            handles = [h.consumer.register_forward_hook(to.record) for h, to in zip(halves, sums, strict=True)]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
-    handles = [consumer.register_forward_hook(to.record) for consumer, to in zip(consumers, sums, strict=True)]
-    try:
-        walked = walk_back(
-            Walk(model), torch.split(pieces, 1), lambda layer: [to.output for to in of(layer)], scale=length - 1
-        )
-        for done, (layer, gradients) in enumerate(walked, start=1):
-            for to, gradient in zip(of(layer), gradients, strict=True):
-                to.update(gradient)
-            if on_progress is not None and done % len(pieces) == 0:
-                on_progress(done // len(pieces), len(consumers) // 2)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [to.result(pieces.shape[0] * (length - 1)) for to in sums]
+    walk, tokens = Walk(prunable.model), pieces.shape[0] * (length - 1)
+    walked = walk_back(
+        walk, torch.split(pieces, 1), lambda _: [to.output for to in sums], scale=length - 1, layer=layer
+    )
+    for done, (index, gradients) in enumerate(walked, start=1):
+        for to, gradient in zip(sums, gradients, strict=True):
+            to.update(gradient)
+        if done % len(pieces) == 0:
+            for sublayer in (2 * index + 1, 2 * index):
+                yield sublayer, sums.pop().result(tokens)
+            if on_progress is not None:
+                on_progress(done // len(pieces), len(walk.layers))
 
 
 class _FirstOrder:
@@ -159,7 +165,7 @@ class _FirstOrder:
 
     def __init__(self, consumer: nn.Linear, needs: frozenset[str]) -> None:
         outputs, inputs = consumer.weight.shape
-        zeros = partial(consumer.weight.new_zeros, dtype=torch.float32)
+        zeros = partial(torch.zeros, dtype=torch.float32, device=consumer.weight.device)
         self._weight = zeros((outputs, inputs)) if "gradient" in needs else None
         self._fisher = zeros((outputs, outputs)) if "output_gradient" in needs else None
         self._inputs = self.output = torch.empty(0)

@@ -13,14 +13,16 @@ import torch
 from distinct_families import DISTINCT_FAMILIES
 from safetensors.torch import load_file
 
+from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
-from ffgym.errors import CalibrationError, ConfigError, ModelError
+from ffgym.errors import ConfigError, ModelError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, evaluate_cut
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.models.stream import LayerStream, streamed_model
+from ffgym.plugins.bases import Criterion
 from ffgym.prepare.parts import load_parts, prepare_model
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.sequential import calibrate_sequentially
@@ -48,14 +50,23 @@ def on_disk(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.d
     return streamed_model(folder.name, folder, dtype, device)
 
 
-def prepared_from_disk(folder: Path, calibration: str = "ridge", **options: Any) -> Prepared:
-    model, stream = on_disk(folder, **options)
+def prepared_from_disk(
+    folder: Path,
+    calibration: str = "ridge",
+    *,
+    criterion: Criterion | None = None,
+    keep: frozenset[str] = frozenset(),
+    device: torch.device = CPU,
+) -> Prepared:
+    model, stream = on_disk(folder, device=device)
+    scores = criterion or Wanda()
+
+    facts: dict[str, Any] = {"ridge": 0.01, "calibration": calibration, "keep": keep}
 
     def make(on_layer: OnLayer) -> Prepared:
-        windows = WINDOWS
-        return prepare(model, Wanda(), windows, ridge=0.01, calibration=calibration, source=stream, on_layer=on_layer)
+        return prepare(model, scores, WINDOWS, source=stream, on_layer=on_layer, **facts)
 
-    place = store_place(model, Wanda(), WINDOWS, {"calibration": calibration}, stream)
+    place = store_place(model, scores, WINDOWS, facts, stream)
     assert place is not None
     return opened_or_prepared(place, model, make, {}, lambda line: None, stream)
 
@@ -140,6 +151,19 @@ def test_what_was_saved_a_layer_to_a_file_loads(folder: Path, tmp_path: Path, wo
     assert evaluate(model, WINDOWS).losses == losses
 
 
+def test_first_order_statistics_have_the_bits_too(folder: Path) -> None:
+    keep = frozenset({"gradient", "output_gradient"})
+    here = prepare(load_model(folder), Taylor(), WINDOWS, ridge=0.01, keep=keep)
+    there = prepared_from_disk(folder, criterion=Taylor(), keep=keep)
+    for view, other in zip(here.views, there.views, strict=True):
+        for name in keep:
+            assert torch.equal(getattr(view.stats, name), getattr(other.stats, name))
+        assert torch.equal(view.unit_scores, other.unit_scores)
+        assert view.loss_increase is not None
+        assert other.loss_increase is not None
+        assert np.array_equal(view.loss_increase, other.loss_increase)
+
+
 def test_both_placements_share_a_store(folder: Path) -> None:
     model, stream = on_disk(folder)
     assert store_place(model, Wanda(), WINDOWS, {}, stream) == store_place(load_model(folder), Wanda(), WINDOWS, {})
@@ -205,11 +229,6 @@ class TestRefuses:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         with pytest.raises(ModelError, match="balanced"):
             load(str(folder), device="balanced", dtype="float32", streamed=True)
-
-    def test_gradients_of_all_layers(self, folder: Path) -> None:
-        model, stream = on_disk(folder)
-        with pytest.raises(CalibrationError, match="gradient"):
-            prepare(model, Wanda(), WINDOWS, keep=frozenset({"gradient"}), ridge=0.01, source=stream)
 
     def test_where_nothing_may_be_kept(self, tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         from ffgym.config.toml import load_config

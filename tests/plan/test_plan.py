@@ -209,8 +209,3 @@ class TestPlacement:
         assert streamed.needed < tight.needed / 3
         assert "--set model.placement=stream" in tight.advice
         assert placed(AUTO, hopeless) == hopeless
-
-    def test_gradients_of_all_layers_need_them_in_memory(self, eight_billion: ModelShape) -> None:
-        plan = planned(eight_billion, free=30e9, gradients=True)
-        assert placed(AUTO, plan) == plan
-        assert "placement" not in plan.advice

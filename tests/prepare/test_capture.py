@@ -13,7 +13,6 @@ from ffgym.models.cut import PrunableModel
 from ffgym.prepare.statistics import gradient_statistics, stream_statistics
 from ffgym.pruning.statistics import Moments
 from ffgym.testing.models import tiny_model
-from ffgym.types import LayerStats
 
 FIRST_ORDER = frozenset({"gradient", "output_gradient"})
 
@@ -120,7 +119,14 @@ def test_every_layer_is_run_once_a_batch(llama, windows):
 def test_where_no_gradient_is_needed_nothing_runs(llama, windows):
     llama.model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
     needs = frozenset({"mean", "second_moment"})
-    assert gradient_statistics(llama.model, llama.consumers, windows, needs) == [LayerStats()] * 6
+    assert list(gradient_statistics(llama, windows, needs)) == []
+
+
+def gradients_of(prunable, windows, needs=FIRST_ORDER, **options):
+    """In order of depth; the walk goes from the last layer to the first."""
+    found = list(gradient_statistics(prunable, windows, needs, **options))
+    assert [index for index, _ in found] == list(reversed(range(len(found))))
+    return [stats for _, stats in reversed(found)]
 
 
 def reference_gradients(prunable, pieces):
@@ -148,9 +154,8 @@ def test_gradients_equal_float64_autograd(prunable, windows, tokens_per_pass):
     pieces = windows if tokens_per_pass > 16 else windows.reshape(-1, 8)
     gradients, fishers = reference_gradients(prunable, pieces)
     progress = []
-    got = gradient_statistics(
-        prunable.model,
-        prunable.consumers,
+    got = gradients_of(
+        prunable,
         windows,
         FIRST_ORDER,
         tokens_per_pass=tokens_per_pass,
@@ -180,16 +185,16 @@ def test_gradients_have_the_bits_of_a_backward_pass_through_the_model(prunable, 
             g = gradient.flatten(0, -2)
             sums[index][0].data.addmm_(g.T, seen[index][0].detach().flatten(0, -2))
             sums[index][1].addmm_(g.T, g)
-    got = gradient_statistics(prunable.model, prunable.consumers, windows, FIRST_ORDER)
+    got = gradients_of(prunable, windows)
     for stats, (weight, fisher) in zip(got, sums, strict=True):
         assert torch.equal(stats.gradient, weight / 90)
         assert torch.equal(stats.output_gradient, fisher / 90)
 
 
 def test_gradients_are_the_same_where_parameters_are_frozen(llama, windows):
-    wanted = gradient_statistics(llama.model, llama.consumers, windows, FIRST_ORDER)
+    wanted = gradients_of(llama, windows)
     llama.model.requires_grad_(False)
-    got = gradient_statistics(llama.model, llama.consumers, windows, FIRST_ORDER)
+    got = gradients_of(llama, windows)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.gradient, b.gradient)
         assert a.output_gradient is not None
@@ -197,12 +202,12 @@ def test_gradients_are_the_same_where_parameters_are_frozen(llama, windows):
 
 
 def test_only_the_gradients_that_are_needed(llama, windows):
-    got = gradient_statistics(llama.model, llama.consumers, windows, frozenset({"gradient"}))[0]
+    got = gradients_of(llama, windows, frozenset({"gradient"}))[0]
     assert got.gradient is not None
     assert got.output_gradient is None
 
 
-@pytest.mark.parametrize("collect", [collected, lambda p, w: gradient_statistics(p.model, p.consumers, w, FIRST_ORDER)])
+@pytest.mark.parametrize("collect", [collected, gradients_of])
 def test_no_hook_is_left_behind(llama, windows, collect):
     before = hooks(llama.model)
     collect(llama, windows)
@@ -222,6 +227,6 @@ def test_the_model_is_left_as_it_was(llama, windows):
     with torch.no_grad():
         before = llama.model(input_ids=windows).logits
     collected(llama, windows)
-    gradient_statistics(llama.model, llama.consumers, windows, FIRST_ORDER)
+    gradients_of(llama, windows)
     with torch.no_grad():
         assert torch.equal(llama.model(input_ids=windows).logits, before)

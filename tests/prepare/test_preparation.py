@@ -130,9 +130,9 @@ def test_gradients_reach_the_criterion_in_the_weights_order_and_views_in_path_or
 
     dense = PrunableModel(tiny_model("llama"))
     quarter = windows[:2]
-    wanted = gradient_statistics(dense.model, dense.consumers, quarter, frozenset({"gradient"}))
+    wanted = dict(gradient_statistics(dense, quarter, frozenset({"gradient"})))
     prepared = prepare(tiny_model("llama"), Seen(), windows, ridge=0.05, keep=frozenset({"gradient"}))
-    after = gradient_statistics(prepared.prunable.model, prepared.prunable.consumers, quarter, frozenset({"gradient"}))
+    after = dict(gradient_statistics(prepared.prunable, quarter, frozenset({"gradient"})))
     for index, view in enumerate(prepared.views):
         torch.testing.assert_close(seen[index], wanted[index].gradient)
         torch.testing.assert_close(view.stats.gradient, after[index].gradient, rtol=1e-3, atol=1e-4)
