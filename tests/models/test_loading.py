@@ -235,6 +235,17 @@ def test_what_lies_beside_a_gguf_is_not_read(gguf_file, tmp_path):
     assert loaded.tokenizer("hi you").input_ids == tiny_tokenizer()("hi you").input_ids
 
 
+@pytest.mark.parametrize(("name", "complaint"), [("gemma3", "cannot be read"), ("gemma4", "'gemma4' is not supported")])
+def test_a_gguf_names_its_family_as_llama_cpp_does(tmp_path, name, complaint):
+    """Without tensors: what is not refused for its name is refused for them."""
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", name)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=complaint):
+        load(str(tmp_path / "empty.gguf"), device="cpu")
+
+
 def test_a_damaged_gguf_is_an_error_and_leaves_nothing(tmp_path):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF and then nonsense")
