@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -22,16 +23,26 @@ from ffgym.bench.checks import check_benches, unanswered
 from ffgym.bench.file import Bench, read_bench
 from ffgym.bench.queue import compute
 from ffgym.bench.table import BenchTable, CellResult, bench_figure, bench_table, markdown
+from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import CONFIGURATION, flatten
 from ffgym.files import disk_errors, write_text
 from ffgym.pipeline.agent import make_agent
+from ffgym.prepare.parts import cluster_of
 from ffgym.report.progress import Reporter
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import JSONDict
 
+if TYPE_CHECKING:
+    from ffgym.execute.ray import Cluster
+
 
 def bench(
-    files: Sequence[str | Path], *, progress: Console | None = None, only_report: bool = False, jobs: int = 1
+    files: Sequence[str | Path],
+    *,
+    progress: Console | None = None,
+    only_report: bool = False,
+    workers: int = 1,
+    ray_address: str | None = None,
 ) -> list[BenchTable]:
     """Run what is missing of every bench, then write the tables and figures beside the results.
 
@@ -39,11 +50,14 @@ def bench(
         files: bench TOML files; they must agree on the model.
         progress: where progress goes; stderr where left out.
         only_report: compute nothing, show what is there.
-        jobs: cells that are computed at the same time, each in a process of its own, which share torch's threads.
+        workers: cells that are computed at the same time, each in a process of its own. On this machine they share
+            torch's threads.
+        ray_address: of the Ray cluster that the workers run on; this machine where left out.
 
     Raises:
         ConfigError: no agents, mixed models, unequal terms, updates that are too small, or results of another
             configuration.
+        WorkerError: see `cluster_of`; or workers are lost again and again.
     """
     reporter = Reporter(progress or Console(stderr=True))
     benches = [read_bench(Path(file)) for file in files]
@@ -60,10 +74,12 @@ def bench(
             with disk_errors():
                 share(benches)
                 missing = _missing(benches)
+                wanted = WorkersTable(count=workers, ray_address=ray_address)
+                cluster = stack.enter_context(_workers(wanted, missing, reporter))
                 runs = _open_runs(benches, missing, stack, reporter)
                 if missing:
                     parents = {file: tracker.run_id for file, tracker in runs.items()}
-                    compute(missing, parents, reporter, processes=jobs, threads=max(1, torch.get_num_threads() // jobs))
+                    compute(missing, parents, reporter, cluster)
                     share(benches)
         for each in benches:
             results = [read_cell(cell) for cell in each.cells if cell.path.exists()]
@@ -75,6 +91,23 @@ def bench(
             if each.file in runs:
                 _parent_note(each).unlink(missing_ok=True)
     return tables
+
+
+@contextmanager
+def _workers(
+    table: WorkersTable, missing: Sequence[tuple[Bench, Cell]], reporter: Reporter
+) -> Iterator[Cluster | None]:
+    """The workers for what is missing, and the number of threads that each of them, or this process, has."""
+    before = torch.get_num_threads()
+    threads = before if table.ray_address else max(1, before // table.count)
+    count = max(1, min(table.count, len(missing)))
+    device = missing[0][1].config.model.device if missing else "cpu"
+    torch.set_num_threads(threads)
+    try:
+        with cluster_of(table.model_copy(update={"count": count}), device, reporter.print) as cluster:
+            yield cluster
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:

@@ -42,6 +42,11 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 f"a bench compares searches, and {cell.label} has recover.method = {cell.config.recover.method!r}",
                 hint="Leave [recover] out, and recover a saved model with `ffgym recover`.",
             )
+        if cell.config.workers.count > 1:
+            raise ConfigError(
+                f"a worker computes a whole cell, and {cell.label} has workers.count = {cell.config.workers.count}",
+                hint="Leave [run.workers] out: ffgym bench --workers N computes N cells at a time.",
+            )
         check_plugins(cell.config)
         _check_measurements(cell)
         if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:

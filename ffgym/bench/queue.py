@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
-from ffgym.execute.workers import work
+from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.report.progress import Reporter, clock
 from ffgym.types import JSONDict
+
+if TYPE_CHECKING:
+    from ffgym.execute.ray import Cluster
+
+SECONDS_TO_END = 30.0  # of a cell that is interrupted
 
 
 def compute(
     cells: Sequence[tuple[Bench, Cell]],
     parents: Mapping[Path, str | None],
     reporter: Reporter,
-    *,
-    processes: int,
-    threads: int,
+    cluster: Cluster | None,
 ) -> None:
     """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
 
@@ -27,11 +31,23 @@ def compute(
         cells: what is missing, with the bench that each belongs to; at least one.
         parents: MLflow run of each bench file; ``None`` where tracking is off.
         reporter: where progress goes.
-        processes: how many cells are computed at the same time, >= 1.
-        threads: torch threads of each process.
+        cluster: whose workers compute, one cell each; this process alone where there is none.
     """
     queue = CellQueue(cells, parents, reporter)
-    work(queue, CellRunner, reporter, processes=min(processes, len(cells)), threads=threads)
+    if cluster is not None:
+        pool = cluster.pool(in_worker, reporter.print, SECONDS_TO_END)
+        pool.work(queue, len(cells))
+        return
+    runner = CellRunner(reporter)
+    while (job := queue.take(0)) is not None:
+        runner(job)
+        queue.done(0)
+
+
+def in_worker(reporter: Reporter) -> Callable[[Job, Any], None]:
+    """What a worker does: one cell after another."""
+    runner = CellRunner(reporter)
+    return lambda job, advance: runner(job)
 
 
 class CellQueue:
@@ -57,10 +73,16 @@ class CellQueue:
             if prior.name != "none" and (prior.name, prior.options) not in asked:
                 self._heuristics[cell.preparation] = (*asked, (prior.name, prior.options))
         self._count, self._begun = len(cells), time.monotonic()
-        self._running: dict[int, Cell] = {}
+        self._running: dict[int, tuple[Bench, Cell]] = {}
+        self._losses: dict[str, int] = {}
         self._done, self._total = 0, sum(_tokens(cell) for _, cell in cells)
 
-    def take(self, worker: int) -> Job | None:
+    @property
+    def is_finished(self) -> bool:
+        """Whether every cell is computed, or left to another bench."""
+        return not self._waiting and not self._running
+
+    def take(self, worker: int, alive: Set[int] = frozenset()) -> Job | None:
         """The next cell for a free worker, of those that no other bench has computed since."""
         for elsewhere in [pair for pair in self._waiting if pair[1].path.exists()]:
             self._waiting.remove(elsewhere)
@@ -74,7 +96,7 @@ class CellQueue:
         )
         self._waiting.remove((each, cell))
         self._prepared[worker] = cell.preparation
-        self._running[worker] = cell
+        self._running[worker] = each, cell
         left = ""
         if self._done:
             seconds = (time.monotonic() - self._begun) / self._done * (self._total - self._done)
@@ -83,13 +105,29 @@ class CellQueue:
         self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
         return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file], each.spec.title)
 
-    def done(self, worker: int) -> None:
+    def done(self, worker: int, answer: None = None) -> None:
         """Take note that the worker's cell is written, or that it was left to another bench, which took no time."""
-        cell = self._running.pop(worker)
+        _, cell = self._running.pop(worker)
         if cell.path.exists():
             self._done += _tokens(cell)
         else:
             self._total -= _tokens(cell)
+
+    def lost(self, worker: int) -> None:
+        """Have a cell computed again by another worker, which goes on from its log."""
+        each, cell = self._running.pop(worker)
+        self._prepared.pop(worker, None)
+        self._losses[cell.key] = self._losses.get(cell.key, 0) + 1
+        if self._losses[cell.key] >= ATTEMPTS:
+            raise too_often(f"{cell.label}, seed {cell.seed}")
+        self._waiting.insert(0, (each, cell))
+
+    def given_up(self, worker: int, share: float) -> None:
+        """Nobody else computes a worker's cell."""
+
+    def patience(self, worker: int) -> float | None:
+        """A cell may take any time."""
+        return None
 
 
 def _tokens(cell: Cell) -> int:

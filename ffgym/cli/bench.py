@@ -21,9 +21,12 @@ def bench(
         list[Path] | None, typer.Option("--config", help="the same; repeatable", show_default=False)
     ] = None,
     only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show the results so far")] = False,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="searches at the same time, each in a process with its share of the threads")
+    workers: Annotated[
+        int, typer.Option("--workers", "--jobs", min=1, help="searches at the same time; more than 1 need ffgym[ray]")
     ] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT", show_default="this machine")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run many searches on equal terms and compare them; earlier results are kept."""
@@ -36,7 +39,13 @@ def bench(
         raise typer.BadParameter("name at least one bench file, e.g. experiments/bench/sparsity-20.toml")
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            tables = run_bench(files, progress=Console(stderr=True), only_report=only_report, jobs=jobs)
+            tables = run_bench(
+                files,
+                progress=Console(stderr=True),
+                only_report=only_report,
+                workers=workers,
+                ray_address=ray_address,
+            )
     except KeyboardInterrupt:
         typer.echo(
             "finished episodes are kept: the same command continues, --report shows the results so far", err=True

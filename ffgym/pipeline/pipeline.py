@@ -73,7 +73,10 @@ def run(
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
     agent = make_agent(config)
-    with cluster_of(config, reporter.print) as cluster, Session.open(config, reporter, resume) as session:
+    with (
+        cluster_of(config.workers, config.model.device, reporter.print) as cluster,
+        Session.open(config, reporter, resume) as session,
+    ):
         plan = plan_run(config, agent)
         reporter.print(plan.summary)
         plan.check()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from ffgym.config.tables import DataTable, RunConfig
+from ffgym.config.tables import DataTable, RunConfig, WorkersTable
 from ffgym.config.toml import load_config
 from ffgym.costs.resource import (
     Costs,
@@ -402,14 +402,18 @@ def say_who_is_idle(episodes: int, workers: int, notify: Callable[[str], None]) 
 
 
 @contextmanager
-def cluster_of(config: RunConfig, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
-    """The workers that a configuration asks for, which end with the block; ``None`` for this process alone.
+def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
+    """The workers that a table asks for, which end with the block; ``None`` for this process alone.
+
+    Args:
+        table: how many, and where.
+        device: ``model.device`` of what they measure.
+        notify: told in a line what the user should know.
 
     Raises:
         ConfigError: more than one worker on one and the same GPU.
         WorkerError: see `connected`.
     """
-    table, device = config.workers, config.model.device
     if table.count == 1:
         yield None
         return

@@ -294,13 +294,13 @@ def test_files_that_each_ask_for_more_than_the_other_share_one_cell(
     assert len(steps) - 1 == EPISODES
 
 
-def test_a_single_cell_left_of_several_jobs_keeps_their_number_of_threads(
+def test_a_single_cell_left_of_several_workers_keeps_their_number_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        call(bench_file(tmp_path, agents=["uniform"]), jobs=2)
+        call(bench_file(tmp_path, agents=["uniform"]), workers=2)
         assert numbers(tmp_path / "small")["uniform-seed0"]["threads"] == 2
         assert torch.get_num_threads() == 4
     finally:
@@ -359,10 +359,11 @@ def test_the_first_seed_of_everything_comes_first_and_prepared_models_are_kept(t
 # several at a time
 
 
+@pytest.mark.slow
 def test_cells_computed_side_by_side_are_the_same(finished: Any, tmp_path: Path, steps: list[int]) -> None:
     new_store(tmp_path / "mlruns")
     file = bench_file(tmp_path, tables={"tracking": {"enabled": True}})
-    (table,), said = call(file, jobs=2)
+    (table,), said = call(file, workers=2)
     assert len(steps) == 1  # nothing in this process
     assert numbers(tmp_path / "small") == numbers(finished[0].parent / "small")
     assert [(row.label, row.perplexity) for row in table.rows] == [(r.label, r.perplexity) for r in finished[1].rows]
@@ -377,12 +378,14 @@ def test_cells_computed_side_by_side_are_the_same(finished: Any, tmp_path: Path,
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_the_benchs(tmp_path: Path) -> None:
     (tmp_path / "small").write_text("a file in the folder's place")
     with pytest.raises(OutputError, match="cannot write"):
-        call(bench_file(tmp_path, agents=["uniform", "mlp-first"]), jobs=2)
+        call(bench_file(tmp_path, agents=["uniform", "mlp-first"]), workers=2)
 
 
+@pytest.mark.slow
 def test_a_bench_that_is_killed_loses_the_episodes_in_flight_only(
     finished: Any, tmp_path: Path, steps: list[int]
 ) -> None:
@@ -397,7 +400,9 @@ def test_a_bench_that_is_killed_loses_the_episodes_in_flight_only(
         time.sleep(0.02)
     process.kill()
     process.wait()
-    time.sleep(1)
+    for lock in logs.glob("*.lock"):  # until the workers have noticed
+        with FileLock(lock, timeout=30):
+            pass
     lines = [path.read_text().splitlines(keepends=True) for path in logs.iterdir()]
     kept = sum(line.endswith("\n") for file_ in lines for line in file_)
     assert not list((tmp_path / "small").glob("*.json"))

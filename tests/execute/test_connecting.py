@@ -1,0 +1,80 @@
+"""What is refused before anything is computed, and that one worker needs no Ray."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ffgym.cli import app
+from ffgym.config.tables import WorkersTable
+from ffgym.config.toml import load_config
+from ffgym.errors import ConfigError, WorkerError
+from ffgym.execute.ray import Workers, connected
+from ffgym.prepare.parts import cluster_of, say_who_is_idle
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+
+
+def refusal(table: WorkersTable, device: str = "cpu") -> str:
+    with pytest.raises((ConfigError, WorkerError)) as raised, cluster_of(table, device, print):
+        pass
+    return str(raised.value)
+
+
+def test_one_worker_is_this_process(without_ray: None) -> None:
+    with cluster_of(WorkersTable(), "cpu", print) as cluster:
+        assert cluster is None
+
+
+def test_more_workers_name_the_extra(without_ray: None) -> None:
+    assert "pip install 'ffgym[ray]'" in refusal(WorkersTable(count=2))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no.such.host.invalid:6379"])
+def test_an_address_that_nobody_answers(address: str) -> None:
+    assert refusal(WorkersTable(count=2, ray_address=address)).startswith(f"no Ray cluster answers at {address}: ")
+
+
+def test_no_address() -> None:
+    assert "'here' is no Ray address" in refusal(WorkersTable(count=2, ray_address="here"))
+
+
+def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a cluster of this machine would be noted
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(WorkerError, match="no Ray cluster answers at auto: Could not find any running Ray"),
+        connected(Workers(2, address="auto"), print),
+    ):
+        pass
+
+
+def test_one_device_for_several_workers() -> None:
+    assert "model.device = 'cuda:1' is one device, and 2 workers need one each" in refusal(
+        WorkersTable(count=2), "cuda:1"
+    )
+
+
+def test_no_workers() -> None:
+    with pytest.raises(ConfigError, match=r"workers\.count = 0: should be greater than or equal to 1"):
+        load_config(workers={"count": 0})
+    refused = CliRunner().invoke(app, ["bench", "a.toml", "--workers", "0"])
+    assert refused.exit_code == 2
+    assert "--workers" in refused.output
+
+
+def test_surplus_workers_are_named() -> None:
+    said: list[str] = []
+    say_who_is_idle(8, 8, said.append)
+    say_who_is_idle(1, 3, said.append)
+    say_who_is_idle(2, 3, said.append)
+    assert said == [
+        "2 of 3 workers have nothing to do: an update is 1 episode",
+        "1 of 3 workers has nothing to do: an update is 2 episodes",
+    ]
