@@ -7,7 +7,7 @@ through ``reset(options=...)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,6 +106,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             measured on ``reward.examples`` of them.
         prices: budgets by resource, for a reward that needs ``cost``; only their prices are used.
         executor: has allocations measured; one in this process where left out.
+        on_close: called by ``close``.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012 - Gymnasium's own declaration
@@ -124,6 +125,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         examples: Sequence[EncodedExample] = (),
         prices: Mapping[str, Budget] | None = None,
         executor: Executor | None = None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         budget.check(sparsity)
         if not 1 <= episode_windows <= len(windows):
@@ -149,6 +151,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
             )
         )
+        self._on_close = on_close
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
@@ -263,6 +266,12 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             shape (height, width, 3), uint8; ``None`` without a render mode.
         """
         return self.picture(*self._last) if self.render_mode == "rgb_array" else None
+
+    def close(self) -> None:
+        """End the workers, where there are some."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
 
     def picture(self, allocation: Allocation, reward: float | None = None) -> np.ndarray:
         """An allocation and its reward as a picture, shape (height, width, 3), uint8."""

@@ -137,6 +137,10 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         last = self.history[-self.num_envs :]
         return tuple(self.env.picture(self.env.budget.allocation(e.kept), e.reward) for e in last)
 
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the workers, where there are some."""
+        self.env.close()
+
     def measure(self, actions: np.ndarray) -> Step:
         """Do what :meth:`step` does once it has checked: what is raised here is not the agent's doing."""
         last = np.tile(self.env.observation(), (self.num_envs, 1))

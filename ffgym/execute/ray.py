@@ -184,22 +184,30 @@ def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Clust
         WorkerError: Ray is missing, nobody answers, or the cluster has no room for the workers.
     """
     ray = _imported()
-    is_own = workers.address is None
-    begun = not ray.is_initialized()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM,)}
-    if begun:
+    if not ray.is_initialized():
+        ended = signal.getsignal(signal.SIGTERM)
         _begin(ray, workers.address)
+        _BEGUN.append(workers.address)
         if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # Ray's own would end the run without saving anything
-                signal.signal(number, handler)
-    cluster = Cluster(ray, workers, notify, is_own=is_own and begun)
+            signal.signal(signal.SIGTERM, ended)  # Ray's own would end the run without saving anything
+    is_own = _BEGUN[:1] == [None]
+    cluster = Cluster(ray, workers, notify, is_own=is_own)
+    _OPEN.append(cluster)
     try:
-        _check_room(ray, workers, is_own=is_own and begun)
+        _check_room(ray, workers, is_own=is_own)
         yield cluster
     finally:
         cluster.close()
-        if begun:
+        _OPEN.remove(cluster)
+        if _BEGUN and not _OPEN:
+            _BEGUN.clear()
             ray.shutdown()
+
+
+_BEGUN: list[str | None] = []
+"""The address of the Ray that was begun here; none where somebody else has called ``ray.init``."""
+_OPEN: list[Cluster] = []
+"""All that use it: two environments of one process share it."""
 
 
 def _imported() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,6 +295,7 @@ def build_env(
     loaded: LoadedModel | None = None,
     costs: Mapping[str, Costs] | None = None,
     executor: Executor | None = None,
+    on_close: Callable[[], None] | None = None,
 ) -> PruningEnv:
     """The stationary environment of a run.
 
@@ -306,6 +307,7 @@ def build_env(
         loaded: the model's tokenizer and context, for a reward that needs accuracy.
         costs: what the model costs, by resource; asked for where left out.
         executor: has allocations measured; one in this process where left out.
+        on_close: called when the environment is closed.
     """
     reward, model = make_reward(config), prepared.prunable.model
     examples = _examples(reward, loaded) if loaded is not None else ()
@@ -322,6 +324,7 @@ def build_env(
         examples=examples,
         prices={resource: budget_in(resource, config, model, costs) for resource in resources},
         executor=executor,
+        on_close=on_close,
     )
 
 
@@ -456,44 +459,73 @@ def task_examples(tasks: Sequence[str], loaded: LoadedModel) -> list[EncodedExam
 
 
 def make_pruning_env(
-    config: RunConfig | dict[str, Any] | None = None, *, render_mode: str | None = None, **tables: Any
+    config: RunConfig | dict[str, Any] | None = None,
+    *,
+    render_mode: str | None = None,
+    num_workers: int | None = None,
+    **tables: Any,
 ) -> PruningEnv:
     """Build the environment from plain data.
 
     Args:
         config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
         render_mode: ``"rgb_array"``, or ``None`` for no pictures.
+        num_workers: processes that measure, until the environment is closed: ``workers.count`` of the configuration.
         tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not beside a ``RunConfig``.
 
     Raises:
         FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
-            load.
+            load, or workers that there is no room for.
     """
     config = _resolved(config, tables)
+    if num_workers is not None:
+        config = load_config(
+            **{**config.model_dump(), "workers": {**config.workers.model_dump(), "count": num_workers}}
+        )
     if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
         raise UnknownNameError("render mode", str(render_mode), modes)
     make_reward(config)
     reporter = Reporter(Console(stderr=True))
-    with reporter.stage(LOADING, 1):
-        loaded, splits = load_parts(config)
-    budget = make_budget(config, loaded.model)
-    prepared = prepare_model(config, loaded, splits.calibration.windows, reporter=reporter)
-    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded)
+    closing = ExitStack()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(cluster_of(config.workers, config.model.device, reporter.print))
+        with reporter.stage(LOADING, 1):
+            loaded, splits = load_parts(config)
+        budget = make_budget(config, loaded.model)
+        prepared = prepare_model(config, loaded, splits.calibration.windows, reporter=reporter)
+        executor = None
+        if cluster is not None:
+            executor = shared_executor(cluster, evaluator_maker(config, loaded, prepared, splits), prepared)
+        env = build_env(
+            config,
+            prepared,
+            splits.search.windows,
+            budget,
+            loaded=loaded,
+            executor=executor,
+            on_close=closing.close,
+        )
+        closing.push(stack.pop_all())
     env.render_mode = render_mode
     return env
 
 
 def make_pruning_vector_env(
-    num_envs: int, config: RunConfig | dict[str, Any] | None = None, *, render_mode: str | None = None, **tables: Any
+    num_envs: int,
+    config: RunConfig | dict[str, Any] | None = None,
+    *,
+    render_mode: str | None = None,
+    num_workers: int | None = None,
+    **tables: Any,
 ) -> PruningVectorEnv:
-    """Build the vector environment: ``num_envs`` episodes a step, measured on the same text by one model.
+    """Build the vector environment: ``num_envs`` episodes a step, measured on the same text.
 
     What ``gymnasium.make_vec("ffgym/Pruning-v0", ...)`` calls. Its token budget is that of a run, ``search.episodes``
     full episodes: ramps follow it, ``tokens_left`` counts it, and nothing ends when it is spent.
-    The arguments and errors are those of `make_pruning_env`.
+    The arguments and errors are those of `make_pruning_env`; workers share the episodes of a step.
     """
     config = _resolved(config, tables)
-    env = make_pruning_env(config, render_mode=render_mode)
+    env = make_pruning_env(config, render_mode=render_mode, num_workers=num_workers)
     budget = config.search.episodes * env.episode_windows * env.window_tokens
     return PruningVectorEnv(env, make_schedule(config, env), num_envs=num_envs, token_budget=budget)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import OnProgress, Request
-from ffgym.report.progress import Reporter
 from ffgym.types import Evaluation
 
 
@@ -48,8 +46,9 @@ class Standin:
             time.sleep(0.05)
             if on_progress is not None:
                 on_progress((place + 1) / len(requests))
-        with (self.folder / "log").open("a") as log:
-            log.write(f"{os.getpid()} {len(requests)} {torch.get_num_threads()}\n")
+        if requests:
+            with (self.folder / "log").open("a") as log:
+                log.write(f"{os.getpid()} {len(requests)} {torch.get_num_threads()}\n")
         return [Evaluation((float(sum(request.kept)),), 1) for request in requests]
 
     def _misbehave(self) -> None:
@@ -59,25 +58,3 @@ class Standin:
             os.kill(os.getpid(), signal.SIGSTOP)
         if claimed(self.folder / "raise"):
             raise ZeroDivisionError("a mistake")
-
-
-@dataclass(frozen=True)
-class Talker:
-    """Makes a worker that says what it does, and does it until it is interrupted."""
-
-    folder: Path
-
-    def __call__(self, reporter: Reporter) -> Callable[[Any, Any], Any]:
-        def do(job: str, advance: Any) -> str:
-            reporter.print(f"begins {job}")
-            if job == "wait":
-                try:
-                    (self.folder / "waiting").touch()
-                    for _ in range(600):
-                        time.sleep(0.1)
-                except KeyboardInterrupt:
-                    (self.folder / "interrupted").touch()
-                    raise
-            return job.upper()
-
-        return do

@@ -56,7 +56,7 @@ def test_a_slower_worker_takes_less_from_the_second_update_on() -> None:
     pool.work(Shares(requests(8), speeds), 8)
     crew.given.clear()
     pool.work(Shares(requests(8), speeds), 8)
-    assert taken(crew) == {0: [6], 1: [2]}
+    assert [len(job) for _, job in crew.given[:2]] == [6, 2]
 
 
 def test_slopes_and_windows_weigh() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 from glass_runs import glass_config, untimed
 from ray_standins import Standin
@@ -115,6 +117,22 @@ def test_a_resume_with_another_number_ends_as_if_uninterrupted(alone: Path, tmp_
     steps[0] = 10**6
     run(tmp_path, 1, resume=tmp_path / "out")
     assert_same(alone, tmp_path / "out")
+
+
+def test_environments_have_workers_too(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    alone, shared = (
+        gymnasium.make_vec("ffgym/Pruning-v0", num_envs=3, num_workers=workers, **tiny_run) for workers in (1, 2)
+    )
+    actions = alone.action_space.sample()
+    steps = []
+    for envs in (alone, shared):
+        envs.reset(seed=3)
+        steps.append(envs.step(actions))
+    assert np.array_equal(steps[0][1], steps[1][1])
+    assert np.array_equal(steps[0][4]["final_info"]["loss"], steps[1][4]["final_info"]["loss"])
+    shared.close()
+    alone.close()
 
 
 # sharing

@@ -1,0 +1,109 @@
+"""Ray when more than a worker goes: machines that leave and join, and a run that is interrupted or killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from glass_runs import glass_config, glass_tables, untimed
+from ray_standins import Standin
+from rich.console import Console
+
+from ffgym.evaluation.evaluator import Request
+from ffgym.execute.ray import RayExecutor, Workers, _Measuring, connected
+from ffgym.pipeline import pipeline
+from ffgym.plugins import discovery
+
+pytestmark = pytest.mark.slow
+EPISODES = 240
+MARK = "FFGYM_TEST_MARK"
+
+
+def until(happened: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
+def test_a_machine_leaves_and_another_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    machine: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
+    machines = Cluster(initialize_head=True, head_node_args={**machine, "num_cpus": 0, "include_dashboard": False})
+    first, _ = machines.add_node(**machine), machines.add_node(**machine)
+    said: list[str] = []
+    try:
+        with connected(Workers(2, address=machines.address), said.append) as cluster:
+            executor = RayExecutor(cluster.pool(_Measuring(Standin(tmp_path))), Standin(tmp_path), (0,))
+            asked = [Request((i,), (0,)) for i in range(1, 5)]
+
+            def measured_by(workers: set[str]) -> bool:
+                assert [e.loss for e in executor.measure(asked)] == [1.0, 2.0, 3.0, 4.0]
+                workers |= {line.split()[0] for line in (tmp_path / "log").read_text().splitlines()}
+                return len(workers) == 2
+
+            until(lambda: measured_by(set()))
+            machines.remove_node(first)
+            until(lambda: measured_by(set()) and bool(said))
+            assert said[0].startswith("worker ")
+            (tmp_path / "log").unlink()
+            machines.add_node(**machine)
+            until(lambda: measured_by(set()))
+    finally:
+        machines.shutdown()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_interrupted_or_killed_goes_on_with_another_number_of_workers(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+    changes: dict[str, Any] = {"agent": {"name": "random"}, "search": {"episodes": EPISODES}}
+    changes["output"] = {"save_model": False, "sequential": False}
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(glass_tables(tmp_path, **changes)), encoding="utf-8")
+    command = [sys.executable, "-m", "ffgym", "run", "--config", str(file), "--workers", "2"]
+    mark = f"{tmp_path}"
+    run = subprocess.Popen(command, env={**os.environ, MARK: mark}, stderr=subprocess.PIPE, start_new_session=True)
+    log = tmp_path / "out" / "episodes.jsonl"
+    until(lambda: run.poll() is not None or (log.exists() and len(log.read_text().splitlines()) >= 4))
+    assert workers_of(mark)
+    if number == signal.SIGINT:
+        os.killpg(run.pid, number)  # as a terminal does
+        assert run.wait(60) == 130
+        assert (tmp_path / "out" / "allocation.json").exists()
+    else:
+        run.kill()
+        run.wait()
+    until(lambda: not workers_of(mark), 60)
+    assert len(log.read_text().splitlines()) < EPISODES
+
+    done, whole = tmp_path / "out", tmp_path / "whole"
+    quiet = Console(quiet=True)
+    pipeline.run(glass_config(tmp_path, **changes), progress=quiet, resume=done)
+    pipeline.run(glass_config(whole, **changes), progress=quiet)
+    assert untimed(log) == untimed(whole / "out" / "episodes.jsonl")
+    assert (done / "losses.json").read_bytes() == (whole / "out" / "losses.json").read_bytes()
+
+
+def workers_of(mark: str) -> list[str]:
+    """Workers that were started with the mark in their environment and have not ended."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_worker = (process / "cmdline").read_bytes().startswith(b"ray::_Worker")
+            if is_worker and f"{MARK}={mark}\0".encode() in (process / "environ").read_bytes():
+                found.append(process.name)
+    return found
