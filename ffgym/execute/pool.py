@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ffgym.errors import FFGymError, WorkerError
 
 LISTEN_SECONDS = 0.1
+PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
 ATTEMPTS = 3  # of starting a worker, and of a job
 KEPT = "What was measured is kept: the same command continues."
 
@@ -130,6 +131,7 @@ class Pool:
         self._notify = notify
         self._grace, self._patience = grace, patience
         self._starting: set[int] = set()
+        self._paused: dict[int, float] = {}  # until when
         self._ready: set[int] = set()
         self._busy: dict[int, _Busy] = {}
         self._attempts = dict.fromkeys(range(size), 0)
@@ -150,8 +152,12 @@ class Pool:
         self._heard = time.monotonic()
         for worker in range(min(wanted, self.size)):
             if not (worker in self._starting or worker in self._ready or worker in self._busy):
-                self._start(worker)
+                self._paused.setdefault(worker, 0.0)
         while not queue.is_finished:
+            for worker in [each for each, until in self._paused.items() if until <= time.monotonic()]:
+                del self._paused[worker]
+                self._starting.add(worker)
+                self._crew.start(worker)
             for worker in sorted(self._ready):
                 if (job := queue.take(worker, self._starting | self._ready | self._busy.keys())) is not None:
                     self._ready.remove(worker)
@@ -182,11 +188,7 @@ class Pool:
                 self._busy.pop(news.worker, None)
         for worker in range(self.size):
             self._crew.dismiss(worker)
-        self._starting, self._ready, self._busy = set(), set(), {}
-
-    def _start(self, worker: int) -> None:
-        self._starting.add(worker)
-        self._crew.start(worker)
+        self._starting, self._paused, self._ready, self._busy = set(), {}, set(), {}
 
     def _take_note(self, news: News, queue: Queue) -> None:
         worker = news.worker
@@ -225,7 +227,8 @@ class Pool:
         self._notify(f"worker {worker + 1} {why} {doing}; another one takes its place")
         if job is not None:
             job.queue.lost(worker)
-        self._start(worker)
+        # Ray may not have noticed yet that the machine is gone.
+        self._paused[worker] = time.monotonic() + PAUSE_SECONDS * self._attempts[worker]
 
     def _look_for_hung(self) -> None:
         now = time.monotonic()

@@ -365,8 +365,11 @@ class RayCrew:
 
 
 def _why(error: Exception) -> str:
-    if "node has died" in str(error):
+    text = str(error)
+    if "node has died" in text or "node is dead" in text:
         return "was lost with its machine"
+    if "low on memory" in text:
+        return "was ended because its machine ran low on memory"
     return "ended unexpectedly (killed, or out of memory)"
 
 

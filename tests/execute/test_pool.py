@@ -95,7 +95,8 @@ def test_work_that_no_worker_survives_stops() -> None:
     assert "the same command continues" in str(raised.value.hint)
 
 
-def test_loading_that_no_worker_survives_stops() -> None:
+def test_loading_that_no_worker_survives_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ffgym.execute.pool.PAUSE_SECONDS", MOMENT)
     crew = SleepingCrew(lambda worker: 0.0, dies=lambda worker, job: job == 0)
     with pytest.raises(WorkerError, match="worker 1 died, 3 times in a row while it was loading"):
         update(crew, 1, requests(2))

@@ -79,6 +79,7 @@ def test_a_run_that_is_interrupted_or_killed_goes_on_with_another_number_of_work
     run = subprocess.Popen(command, env={**os.environ, MARK: mark}, stderr=subprocess.PIPE, start_new_session=True)
     log = tmp_path / "out" / "episodes.jsonl"
     until(lambda: run.poll() is not None or (log.exists() and len(log.read_text().splitlines()) >= 4))
+    assert run.poll() is None, run.stderr and run.stderr.read()
     assert workers_of(mark)
     if number == signal.SIGINT:
         os.killpg(run.pid, number)  # as a terminal does
