@@ -84,7 +84,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 def some_cut(prepared: Prepared) -> tuple[int, ...]:
     """A sublayer of every kind: cut, emptied, whole."""
     units = prepared.prunable.dense_units
-    return (units[0] // 2, units[1] // 3, 0, 0, *units[4:])
+    return (max(1, units[0] // 2), units[1] // 3, 0, 0, *units[4:])
 
 
 def saved(prepared: Prepared, place: Path, **options: Any) -> dict[str, torch.Tensor]:
