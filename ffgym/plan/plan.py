@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -117,29 +117,29 @@ class Plan:
         """What would make it fit; empty where it does."""
         if self.fits:
             return ""
-        changes = [(text, replace(self, load=load)) for text, load in self._smaller()]
-        enough = [f"{text} ({size_text(plan.needed)})" for text, plan in changes if plan.fits]
-        if enough:
+        changes = self._smaller()
+        plans = {option: replace(self, load=replace(self.load, **change)) for option, change in changes.items()}
+        if enough := [f"{option} ({size_text(plan.needed)})" for option, plan in plans.items() if plan.fits]:
             return f"It fits with {', or with '.join(enough)}."
-        least = min(changes, key=lambda change: change[1].needed, default=None)
-        if least is None:
-            return "Use a machine with more memory, or a smaller model."
-        return (
-            f"Use a machine with more memory, or a smaller model; with {least[0]} it still needs "
-            f"{size_text(least[1].needed)}."
-        )
+        together: dict[str, Any] = {key: value for change in changes.values() for key, value in change.items()}
+        least = replace(self, load=replace(self.load, **together))
+        if changes and least.fits:
+            return f"It fits with {' '.join(changes)} ({size_text(least.needed)})."
+        with_all = f"; with {' '.join(changes)} it still needs {size_text(least.needed)}" if changes else ""
+        return f"Use a machine with more memory, or a smaller model{with_all}."
 
-    def _smaller(self) -> Iterator[tuple[str, Workload]]:
-        """Changes of the run that save memory."""
-        load = self.load
+    def _smaller(self) -> dict[str, dict[str, Any]]:
+        """Changes of the run that save memory: fields of its workload, by option."""
+        load, found = self.load, dict[str, dict[str, Any]]()
         if load.workers > 1:
-            yield f"--workers {load.workers - 1}", replace(load, workers=load.workers - 1)
+            found["--workers 1"] = {"workers": 1}
         if not load.streamed:
-            yield "--set model.placement=stream", replace(load, streamed=True)
+            found["--set model.placement=stream"] = {"streamed": True}
         if load.dtype == torch.float32:
-            yield "--set model.dtype=bfloat16", replace(load, dtype=torch.bfloat16)
+            found["--set model.dtype=bfloat16"] = {"dtype": torch.bfloat16}
         if (tokens := load.calibration_tokens // 4) >= 8 * load.window:
-            yield f"--set data.calibration_tokens={tokens}", replace(load, calibration_tokens=tokens)
+            found[f"--set data.calibration_tokens={tokens}"] = {"calibration_tokens": tokens}
+        return found
 
 
 def size_text(size: float) -> str:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from ffgym.data.cache import cache_dir
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan, size_text
@@ -42,6 +44,7 @@ def to_json(plan: Plan) -> JSONDict:
         "prunable_parameters": shape.prunable,
         "dtype": _dtype(load),
         "device": str(plan.device),
+        "placement": "stream" if load.streamed else "resident",
         "workers": load.workers,
         "sizes": _sizes(plan),
         "stages": [
@@ -68,12 +71,9 @@ def to_json(plan: Plan) -> JSONDict:
 def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     shape, load = plan.shape, plan.load
-    console.print(
-        f"{plan.name}: {shape.family}, {humane(shape.parameters)} parameters, {_dtype(load)} on {plan.device}",
-        highlight=False,
-        markup=False,
-    )
-    console.print()
+    layers = "streamed" if load.streamed else "resident"
+    size = f"{humane(shape.parameters)} parameters"
+    console.print(Text(f"{plan.name}: {shape.family}, {size}, {_dtype(load)} on {plan.device}, {layers}\n"))
     console.print(_stages(plan).terminal())
     console.print(_parts(plan).terminal())
 

@@ -116,7 +116,8 @@ def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_hel
 
 def test_advice_names_what_still_needs_too_much(eight_billion: ModelShape) -> None:
     plan = planned(eight_billion, free=1e9, dtype=torch.float32)
-    assert "--set model.placement=stream it still needs" in plan.advice
+    assert "--set model.placement=stream --set model.dtype=bfloat16 it still needs" in plan.advice
+    assert "It fits with --set" in planned(eight_billion, free=plan.needed - 1, dtype=torch.float32).advice
     assert planned(eight_billion).advice == ""
 
 
