@@ -50,13 +50,13 @@ CASES = {"demo": ("demo", "resident"), "demo, streamed": ("demo", "stream")} | {
 }
 SETTINGS = {
     "data.window": 512,
-    "data.calibration_tokens": 8192,
-    "data.search_tokens": 16384,
-    "data.report_tokens": 4096,
+    "data.calibration_tokens": 4096,
+    "data.search_tokens": 8192,
+    "data.report_tokens": 1024,
     "search.episodes": 8,
     "search.episodes_per_update": 4,
     "search.episode_tokens": 512,
-    "search.final_tokens": 2048,
+    "search.final_tokens": 1024,
     "search.random_baseline": "false",
     "tracking.enabled": "false",
 }

@@ -231,6 +231,10 @@ def test_the_result_is_printed_with_the_line_that_loads_the_model(finished: Fini
     assert str(finished.result.mlflow_run) in text
 
 
+def test_the_plan_is_said_first(finished: Finished) -> None:
+    assert re.match(r"plan: [\d.]+ k parameters, [\d.]+ MB of memory at the peak \(.* free\), \d+:\d\d", finished.said)
+
+
 def test_the_stages_are_those_that_the_run_announced(finished: Finished) -> None:
     stages = re.findall(r"^(.+): done in ", finished.said, re.MULTILINE)
     config = finished.config

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ffgym.config.tables import RunConfig
-from ffgym.errors import BudgetError, ConfigError, FFGymError, ModelError, UnknownNameError
+from ffgym.errors import BudgetError, ConfigError, FFGymError, FitError, ModelError, UnknownNameError
 from ffgym.models.built_in_families import Qwen3
 from ffgym.models.placement import tokens_per_batch
 from ffgym.prepare.parts import (
@@ -163,3 +163,9 @@ def test_build_env_takes_the_parts_it_is_given(tiny_run, parts):
 def test_batches_are_larger_on_an_accelerator():
     assert tokens_per_batch("cpu") == tokens_per_batch(torch.device("cpu")) == 4096
     assert tokens_per_batch("cuda:1") == 16384
+
+
+def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_run, monkeypatch):
+    monkeypatch.setattr("ffgym.prepare.planning.free_memory", lambda device: 1e6)
+    with pytest.raises(FitError, match=r"does not fit: .* needs .* of memory, most of it for libraries"):
+        make_pruning_env(RunConfig.model_validate(tiny_run))
