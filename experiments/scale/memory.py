@@ -142,7 +142,7 @@ def measured_case(case: str, work: Path) -> dict[str, Any]:
     shutil.rmtree(cache / "prepared", ignore_errors=True)
     shutil.rmtree(output, ignore_errors=True)
     settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
-    settings += ["--set=model.dtype=bfloat16"]
+    settings += [f"--set=model.placement={placement}", "--set=model.dtype=bfloat16"]
     model = "demo" if name == "demo" else str(folder)
     environment = {**os.environ, "FFGYM_CACHE": str(cache)}
     plan = subprocess.run(

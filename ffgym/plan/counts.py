@@ -18,6 +18,8 @@ from ffgym.pruning.factors import WIDE, factor_bytes, grid
 
 LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the text; measured
 TRACKING = 100_000_000  # what drawing pictures and saving load beside them; measured
+# Code that oneDNN makes for the products of a sublayer at one more width and keeps until the process ends: measured.
+KERNELS = 800_000
 # Bytes for each entry of an n x n moment while `ffgym.prepare.paths` factorises a sublayer: three moments in float32
 # (sums, fitted, reordered), and the moment, its copy and C in float64, or in float32 where the consumer is wide.
 FACTORISING, FACTORISING_WIDE = 40, 24
@@ -163,6 +165,13 @@ def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
     }
 
 
+def _searched(shape: ModelShape, load: Workload) -> dict[str, int]:
+    """A prepared model, and the code for the widths that a search has met."""
+    finals = load.finalists * load.targets
+    met = (load.episodes_per_update * load.updates + finals) * load.searches * len(shape.sublayers) // 2
+    return {**_prepared(shape, load), "kernels": KERNELS * load.makes_kernels * min(met, shape.widest("mlp"))}
+
+
 def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
     """Bytes of a forward pass through one layer."""
     tokens = min(tokens, max(load.batch_tokens, load.window))
@@ -254,7 +263,7 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
     own = -(-allocations // load.workers)
     kept = (1 - load.sparsity) * (shape.widest("attention") + shape.widest("mlp"))
     memory = {
-        **_prepared(shape, load),
+        **_searched(shape, load),
         "hidden states": 2 * own * hidden_states(shape, load, tokens),
         "refitted consumers": round(own * kept * shape.hidden * load.dtype.itemsize) + 12 * shape.hidden * round(kept),
         "activations": _activations(shape, load, tokens) + TILE_ROWS * TILE_COLUMNS * (4 + load.dtype.itemsize),
@@ -281,8 +290,9 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
     operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
     memory = {
-        **_prepared(shape, load),
+        **_searched(shape, load),
         "libraries": LIBRARIES + TRACKING,
+        "hidden states": hidden_states(shape, load, load.report_tokens),
         "refitted consumers": _consumers(shape, load),
         "activations": _activations(shape, load, load.report_tokens) + TILE_ROWS * TILE_COLUMNS * 6,
     }
@@ -301,7 +311,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
     memory = {
-        **_prepared(shape, load),
+        **_searched(shape, load),
         "libraries": LIBRARIES + TRACKING,
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
         "refitted consumers": _consumers(shape, load),
@@ -312,7 +322,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
 
 def _save(shape: ModelShape, load: Workload) -> Stage:
     memory = {
-        **_prepared(shape, load),
+        **_searched(shape, load),
         "libraries": LIBRARIES + TRACKING,
         "refitted consumers": _consumers(shape, load),
         "saved model": _at_a_time(shape, load, saved_model(shape, load), layers=2),

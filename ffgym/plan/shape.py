@@ -76,6 +76,7 @@ class Workload:
         train_tokens: to recover on; 0 for none.
         workers: processes that share the episodes of an update.
         elsewhere: they are on a cluster, and not all on this machine.
+        makes_kernels: products make code for every shape, as bfloat16 ones do on a CPU.
         streamed: layers are read from the checkpoint as they run (``model.placement``).
     """
 
@@ -102,6 +103,7 @@ class Workload:
     train_tokens: int = 0
     workers: int = 1
     elsewhere: bool = False
+    makes_kernels: bool = False
     streamed: bool = False
 
 

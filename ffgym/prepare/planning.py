@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from ffgym.config.tables import RunConfig
 from ffgym.models.loading import config_of
 from ffgym.models.placement import choose_device, choose_dtype, named_dtype, tokens_per_batch
@@ -27,17 +29,19 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     data, model, search = config.data, config.model, config.search
     device = choose_device(model.device)
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    dtype = choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype)
     load = Workload(
         window=data.window,
         calibration_tokens=-(-data.calibration_tokens // data.window) * data.window,
         sparsity=config.prune.ends[1],
-        dtype=choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype),
+        dtype=dtype,
         batch_tokens=tokens_per_batch(device),
         choose_ridge=config.prune.ridge == "auto",
         gradients=bool((criterion.needs | needs) & GRADIENT_STATISTICS),
         second_moments="second_moment" in needs,
         episode_tokens=-(-search.episode_tokens // data.window) * data.window,
         episodes_per_update=search.episodes_per_update,
+        makes_kernels=dtype is torch.bfloat16 and device.type == "cpu",
         streamed=model.placement == "stream",
     )
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
