@@ -1,6 +1,7 @@
 """Hold `ffgym plan` against what runs really need: peak memory, and time, of the demo and of random models.
 
     python experiments/scale/memory.py [--only NAME ...] [--work DIR]
+    python experiments/scale/memory.py --plan           plan what memory.json holds again, and run nothing
 
 Each case is planned and then run (two updates of 4 episodes of 512 tokens) in a process of its own, whose anonymous
 resident memory (RssAnon in /proc/PID/status: what it has written, without pages of files, which the system may drop) is
@@ -71,16 +72,21 @@ STAGES = {
 RSS = re.compile(r"RssAnon:\s*(\d+) kB")
 
 
+def configuration(name: str) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**MODELS[name], **LLAMA, **TOKENS, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+
+
 def make_model(name: str, folder: Path) -> None:
     """Write a random model with the demo's tokenizer."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     from ffgym.models.loading import checkpoint_folder
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(LlamaConfig(**MODELS[name], **LLAMA, **TOKENS), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    LlamaForCausalLM._from_config(configuration(name), dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(checkpoint_folder("demo")).save_pretrained(folder)
 
 
@@ -127,8 +133,25 @@ def measure(arguments: list[str], environment: dict[str, str]) -> dict[str, dict
     return found
 
 
+def settings_of(case: str) -> list[str]:
+    settings = SETTINGS | {"model.placement": CASES[case][1], "model.dtype": "bfloat16"}
+    return [f"--set={key}={value}" for key, value in settings.items()]
+
+
+def planned(case: str, work: Path) -> dict[str, Any]:
+    """What ``ffgym plan`` says of a case; a random model needs only its config."""
+    name, folder = CASES[case][0], work / "configs" / CASES[case][0]
+    if name != "demo":
+        configuration(name).save_pretrained(folder)
+    model = name if name == "demo" else str(folder)
+    command = [sys.executable, "-m", "ffgym", "plan", model, *settings_of(case), "--json"]
+    plan: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return plan
+
+
 def measured_case(case: str, work: Path) -> dict[str, Any]:
-    name, placement = CASES[case]
+    """Peak memory and seconds of every stage of a run."""
+    name = CASES[case][0]
     folder, cache, output = work / "models" / name, work / "cache", work / "run"
     from ffgym.data.cache import cache_dir
 
@@ -141,52 +164,31 @@ def measured_case(case: str, work: Path) -> dict[str, Any]:
         make_model(name, folder)
     shutil.rmtree(cache / "prepared", ignore_errors=True)
     shutil.rmtree(output, ignore_errors=True)
-    settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
-    settings += [f"--set=model.placement={placement}", "--set=model.dtype=bfloat16"]
-    model = "demo" if name == "demo" else str(folder)
+    model = name if name == "demo" else str(folder)
     environment = {**os.environ, "FFGYM_CACHE": str(cache)}
-    plan = subprocess.run(
-        [sys.executable, "-m", "ffgym", "plan", model, *settings, "--json"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
-    predicted = json.loads(plan.stdout)
-    found = measure(["run", "--model", model, "--output", str(output), *settings], environment)
+    found = measure(["run", "--model", model, "--output", str(output), *settings_of(case)], environment)
     shutil.rmtree(cache / "prepared", ignore_errors=True)
     shutil.rmtree(output, ignore_errors=True)
-    return {
-        "case": case,
-        "parameters": predicted["parameters"],
-        "placement": placement,
-        "predicted": predicted["peak"],
-        "measured": max(stage["peak"] for stage in found.values()),
-        "predicted_seconds": predicted["seconds"],
-        "measured_seconds": sum(stage["seconds"] for stage in found.values()),
-        "stages": {
-            stage["stage"]: {
-                "predicted": stage["peak"],
-                "measured": found[stage["stage"]]["peak"],
-                "predicted_seconds": stage["seconds"],
-                "measured_seconds": found[stage["stage"]]["seconds"],
-            }
-            for stage in predicted["stages"]
-            if stage["stage"] in found
-        },
-    }
+    return {"case": case, "placement": CASES[case][1], "measured": found}
+
+
+def with_plan(row: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """What was measured beside what is planned."""
+    stages = {stage["stage"]: {"peak": stage["peak"], "seconds": stage["seconds"]} for stage in plan["stages"]}
+    return row | {"parameters": plan["parameters"], "planned_peak": plan["peak"], "planned": stages}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | placement | predicted | measured | ratio | largest in |",
+        "| model | layers | planned | measured | planned / measured | most in |",
         "|---|---|---:|---:|---:|---|",
     ]
     for row in rows:
-        largest = max(row["stages"], key=lambda stage: row["stages"][stage]["measured"])
+        most = max(row["measured"], key=lambda stage: row["measured"][stage]["peak"])
+        peak = row["measured"][most]["peak"]
         lines.append(
-            f"| {row['case'].partition(',')[0]} | {row['placement']} | {row['predicted'] / 1e9:.2f} GB | "
-            f"{row['measured'] / 1e9:.2f} GB | {row['predicted'] / row['measured']:.2f} | {largest} |"
+            f"| {row['case'].partition(',')[0]} | {row['placement']} | {row['planned_peak'] / 1e9:.2f} GB | "
+            f"{peak / 1e9:.2f} GB | {row['planned_peak'] / peak:.2f} | {most} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -194,19 +196,19 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
+    parser.add_argument("--plan", action="store_true", help="run nothing")
     parser.add_argument("--work", type=Path, default=Path("scale-work"), help="folder for models, caches and runs")
     options = parser.parse_args()
-    file = HERE / "memory.json"
+    file, work = HERE / "memory.json", options.work.resolve()
     rows = {row["case"]: row for row in json.loads(file.read_text())} if file.exists() else {}
-    for case in options.only:
+    for case in [case for case in options.only if case in rows or not options.plan]:
         print(case, file=sys.stderr)
-        rows[case] = row = measured_case(case, options.work.resolve())
-        for stage, each in row["stages"].items():
-            print(f"{stage:12} {each}", file=sys.stderr)
+        row = rows[case] if options.plan else measured_case(case, work)
+        rows[case] = with_plan(row, planned(case, work))
         ordered = [rows[name] for name in CASES if name in rows]
         file.write_text(json.dumps(ordered, indent=1) + "\n")
         (HERE / "memory.md").write_text(markdown(ordered))
-    shutil.rmtree(options.work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

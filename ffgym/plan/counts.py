@@ -26,6 +26,9 @@ FACTORISING, FACTORISING_WIDE = 40, 24
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 # The same of `ffgym.prepare.sequential`: cross and own moments in float32 and float64, with the copies that become one.
 REFITTING = 68
+# Refitted consumers of a whole model are made and dropped row by row, and the allocator keeps what it got in pieces:
+# measured on the demo.
+CUT_MODELS = 4
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -331,9 +334,9 @@ def _save(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _consumers(shape: ModelShape, load: Workload) -> int:
-    """Bytes of the refitted consumers of a whole cut model."""
+    """Bytes that the refitted consumers of whole cut models take."""
     kept = (1 - load.sparsity) * sum(channels(s) for s in shape.sublayers)
-    return _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
+    return _at_a_time(shape, load, round(CUT_MODELS * kept * shape.hidden * load.dtype.itemsize))
 
 
 def _recover(shape: ModelShape, load: Workload) -> Stage:
