@@ -44,10 +44,12 @@ check: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-dev
 	$(BIN)/python experiments/speed/episode.py
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/speed/projection.py
 	$(BIN)/python experiments/speed/update.py
+	$(BIN)/python experiments/scale/scheduling.py
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/scale/throughput.py
 
 ui: $(VENV)/.installed
 	$(BIN)/ffgym ui

@@ -22,7 +22,8 @@ def bench(
     ] = None,
     only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show the results so far")] = False,
     workers: Annotated[
-        int, typer.Option("--workers", "--jobs", min=1, help="searches at the same time; more than 1 need ffgym[ray]")
+        int,
+        typer.Option("--workers", "--jobs", min=1, help="searches at the same time; more than 1 need the extra 'ray'"),
     ] = 1,
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT", show_default="this machine")

