@@ -72,7 +72,7 @@ class Family(Plugin):
             its config (``config.num_attention_heads``), of which it then gets a copy of its own.
         stock: shapes that its stock classes take; ``None`` where nobody has looked, so that uniform runs are refused.
         gguf: llama.cpp's architectures that may express it, names in ``ffgym.export.gguf.architectures``; the first
-            one that can is taken. Empty where llama.cpp has none.
+            one that can is taken. Empty where none is written.
         tiny: settings of the config that `ffgym.testing.models.tiny_model` needs beyond the sizes named above.
     """
 
