@@ -26,9 +26,6 @@ FACTORISING, FACTORISING_WIDE = 40, 24
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 # The same of `ffgym.prepare.sequential`: cross and own moments in float32 and float64, with the copies that become one.
 REFITTING = 68
-# Refitted consumers of a whole model are made and dropped row by row, and the allocator keeps what it got in pieces:
-# measured on the demo.
-CUT_MODELS = 4
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -168,10 +165,11 @@ def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
     }
 
 
-def _searched(shape: ModelShape, load: Workload) -> dict[str, int]:
-    """A prepared model, and the code for the widths that a search has met."""
+def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int]:
+    """A prepared model, and the code for the widths that a search and so many rows of the report have met."""
     finals = load.finalists * load.targets
-    met = (load.episodes_per_update * load.updates + finals) * load.searches * len(shape.sublayers) // 2
+    allocations = (load.episodes_per_update * load.updates + finals) * load.searches + rows
+    met = allocations * len(shape.sublayers) // 2
     return {**_prepared(shape, load), "kernels": KERNELS * load.makes_kernels * min(met, shape.widest("mlp"))}
 
 
@@ -293,7 +291,7 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
     operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
     memory = {
-        **_searched(shape, load),
+        **_searched(shape, load, load.report_rows),
         "libraries": LIBRARIES + TRACKING,
         "hidden states": hidden_states(shape, load, load.report_tokens),
         "refitted consumers": _consumers(shape, load),
@@ -314,7 +312,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
     memory = {
-        **_searched(shape, load),
+        **_searched(shape, load, load.report_rows),
         "libraries": LIBRARIES + TRACKING,
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
         "refitted consumers": _consumers(shape, load),
@@ -325,7 +323,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
 
 def _save(shape: ModelShape, load: Workload) -> Stage:
     memory = {
-        **_searched(shape, load),
+        **_searched(shape, load, load.report_rows),
         "libraries": LIBRARIES + TRACKING,
         "refitted consumers": _consumers(shape, load),
         "saved model": _at_a_time(shape, load, saved_model(shape, load), layers=2),
@@ -334,9 +332,9 @@ def _save(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _consumers(shape: ModelShape, load: Workload) -> int:
-    """Bytes that the refitted consumers of whole cut models take."""
+    """Bytes of the refitted consumers of a whole cut model."""
     kept = (1 - load.sparsity) * sum(channels(s) for s in shape.sublayers)
-    return _at_a_time(shape, load, round(CUT_MODELS * kept * shape.hidden * load.dtype.itemsize))
+    return _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
 
 
 def _recover(shape: ModelShape, load: Workload) -> Stage:
