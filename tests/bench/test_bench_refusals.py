@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce
-from ffgym.bench import queue as bench_module
+from ffgym.bench import bench as bench_module
 from ffgym.bench.bench import bench
 from ffgym.bench.cell import Cell, write_result
 from ffgym.bench.checks import check_benches
@@ -33,7 +33,7 @@ from ffgym.prepare.parts import table_digest
 @pytest.fixture(autouse=True)
 def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.setattr(bench_module, "work", lambda *args, **options: pytest.fail("something was computed"))
+    monkeypatch.setattr(bench_module, "compute", lambda *args, **options: pytest.fail("something was computed"))
 
 
 def bench_file(folder: Path, *, run: dict[str, Any] | None = None, **spec: Any) -> Path:
