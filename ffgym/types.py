@@ -212,7 +212,8 @@ class Episode:
 
     Attributes:
         index: from 0, over the whole search.
-        update: the vector step it belongs to, from 0; all episodes of one update share a token subset.
+        update: the vector step it belongs to, from 0; all episodes of one update share its text, or every mirrored
+            pair has text of its own.
         action: the importances, shape (2L,), float32, in [-1, 1].
         kept: units kept per sublayer.
         reward: what the agent was told.
@@ -227,6 +228,8 @@ class Episode:
         slopes: derivative of the loss by each importance at ``action``, length 2L, nats per token; empty where nobody
             asked for it.
         slope_tokens: how many of ``tokens`` the passes took that the slopes are from.
+        windows: indices of the search windows it was measured on.
+        examples: indices of the task examples it was measured on.
     """
 
     index: int
@@ -244,6 +247,8 @@ class Episode:
     objectives: dict[str, float] = field(default_factory=dict)
     slopes: tuple[float, ...] = ()
     slope_tokens: int = 0
+    windows: tuple[int, ...] = ()
+    examples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

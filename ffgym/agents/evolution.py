@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field, model_validator
 
+from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 MOST_TRIES = 50  # for a child that is none of the others
@@ -41,6 +42,10 @@ class EvolutionConfig(PluginConfig):
     crossover: float = Field(
         0.2, ge=0, le=1, description="share of children by crossover; what is left of 1 are random ones"
     )
+    smooth: float = Field(
+        0.0, ge=0, le=1, description="share of that change's variance that is shared by neighbouring layers of one kind"
+    )
+    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
     mutation_probability: float = Field(
         0.2, gt=0, le=1, description="probability that a mutation changes an importance, in (0, 1]"
     )
@@ -77,6 +82,8 @@ class Evolution(BatchAgent):
         self._batch, self._dimensions = batch, dimensions
         self._survivors = min(batch - 1, max(1, round(self.config.survivors * batch)))
         self._rng = np.random.default_rng(seed)
+        covariance = depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
+        self._root = square_root(covariance) if self.config.smooth else np.eye(dimensions)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """Survivors first, then their children, shape (batch, 2L), float32."""
@@ -116,7 +123,7 @@ class Evolution(BatchAgent):
 
     def _random(self) -> np.ndarray:
         if self._uses_prior:
-            step = self.config.initial_spread * self._rng.standard_normal(self._dimensions)
+            step = self.config.initial_spread * self._rng.standard_normal(self._dimensions) @ self._root
             return np.asarray(self._centre() + step)
         return np.asarray(self._rng.uniform(-1.0, 1.0, self._dimensions))
 
@@ -135,7 +142,7 @@ class Evolution(BatchAgent):
         one, other = self._parents[couple[0]], self._parents[couple[-1]]
         changed = self._rng.random(self._dimensions)
         if way < self.config.mutation:
-            step = self.config.mutation_spread * self._rng.standard_normal(self._dimensions)
+            step = self.config.mutation_spread * self._rng.standard_normal(self._dimensions) @ self._root
             return np.asarray(one + step * (changed < self.config.mutation_probability))
         if way < self.config.mutation + self.config.crossover:
             return np.asarray(np.where(changed < 0.5, one, other))

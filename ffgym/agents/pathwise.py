@@ -76,9 +76,8 @@ class Pathwise(BatchAgent):
         self._origin = self._start if self._origin is None else self._origin
         self._mean = self._start.copy()
         self._means = []
-        self._squares = np.zeros(dimensions)
         self._slope: np.ndarray | None = None
-        self._covariance = depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
+        self._descent = SlopeDescent(dimensions, self.config)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """The importances reached, for every episode, float32."""
@@ -92,11 +91,7 @@ class Pathwise(BatchAgent):
         """One step down the slope."""
         if self._slope is None:
             raise ConfigError("pathwise follows slopes, and this environment measures none", hint="Use reinforce.")
-        updates = len(self._means) + 1
-        self._squares += self._slope**2
-        scale = np.sqrt(smoothed_over_neighbours(self._squares) / updates)
-        scaled = np.divide(self._slope, scale, out=np.zeros_like(scale), where=self._slope != 0)
-        step = np.where(self._slope != 0, self.config.step / np.sqrt(updates) * (self._covariance @ scaled), 0.0)
+        step = self._descent.step(self._slope)
         self._mean = np.clip(self._mean - step, -1.0, 1.0)
         self._means.append(self._mean.copy())
         return {"policy/mean": float(self._mean.mean()), "policy/step": float(np.linalg.norm(step))}
@@ -121,6 +116,36 @@ class Pathwise(BatchAgent):
     def _settled(self) -> np.ndarray:
         assert self._start is not None, "begin comes first"
         return tail_mean(self._means, self.config.average) if self._means else self._start
+
+
+class SlopeDescent:
+    """Turns slopes into steps: each on its own scale, smaller from update to update, shared over depth.
+
+    Args:
+        dimensions: 2L.
+        config: step, smooth and length.
+
+    """
+
+    def __init__(self, dimensions: int, config: Any) -> None:
+        self._step = float(config.step)
+        self._updates = 0
+        self._squares = np.zeros(dimensions)
+        self._covariance = depth_covariance(dimensions, smooth=config.smooth, length=config.length)
+
+    @property
+    def has_slope(self) -> np.ndarray:
+        """Which sublayers have had a slope, shape (2L,), bool."""
+        return self._squares > 0
+
+    def step(self, slope: np.ndarray) -> np.ndarray:
+        """How far up the slope the next step goes, shape (2L,); 0 where there is no slope."""
+        self._updates += 1
+        self._squares += slope**2
+        scale = np.sqrt(smoothed_over_neighbours(self._squares) / self._updates)
+        scaled = np.divide(slope, scale, out=np.zeros_like(scale), where=slope != 0)
+        step = self._step / np.sqrt(self._updates) * (self._covariance @ scaled)
+        return np.asarray(np.where(slope != 0, step, 0.0))
 
 
 def smoothed_over_neighbours(squares: np.ndarray) -> np.ndarray:

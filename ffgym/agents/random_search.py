@@ -33,6 +33,7 @@ class RandomSearch(BatchAgent):
     """Importances drawn at random, every episode on its own: uniformly from [-1, 1], or around the prior."""
 
     name = "random"
+    pair_text = True
     Config: ClassVar[type[PluginConfig]] = RandomSearchConfig
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:

@@ -1,53 +1,65 @@
 """One-step REINFORCE over importances: our own, and what ffgym exists for (arXiv 2511.18977; docs/mathematics.md).
 
-The problem: maximise J = E_{a ~ N(mu(p), s^2 C)}[R(a)] over mu and s, where an episode is one action a (2L importances)
-and one reward, p is the target sparsity, and C says how noise is shared over depth. No discount, no bootstrapping.
+The problem: maximise J = E_{a ~ N(mu(p), s^2 C)}[R(a)] over mu, where an episode is one action a (2L importances) and
+one reward, p is the target sparsity, and C says how noise is shared over depth. No discount, no bootstrapping.
+
+A gradient has two parts, as in a stochastic computation graph. Where the reward has a derivative, the pathwise one is
+far less noisy: the first ``slope_share`` of the tokens follows slopes, one episode an update, as `pathwise` does. A
+sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
+function: the other tokens explore those sublayers, or all of them where every sublayer has a slope, or none.
 
 With a = mu + s S z, z ~ N(0, I), C = S S, the score-function gradient with respect to mu, taken in the Gaussian's own
-metric (natural gradient), is E[A (a - mu)]: no inverse, no Adam, steps in units of the policy's spread. For log s it is
-E[A (|z|^2 / d - 1)] / 2. A is the advantage among the episodes of one update, which share tokens and sparsity:
-
-    antithetic pairs mu +- s S z cancel what is even in the noise; each pair's own difference is its advantage.
+metric (natural gradient), is E[A (a - mu)]: no inverse, no Adam, steps in units of the policy's spread. Episodes come
+in antithetic pairs mu +- s S z, which cancel what is even in the noise. Every pair has text of its own. Its advantage A
+is half the difference of its rewards over the root mean square of the update's, clipped. A sublayer of which both
+episodes of a pair kept the same earns nothing: the noise on it changed nothing.
 
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
 the scale of p: here the range is [-1, 1], so that a step at one end leaves the other where it is.
 
-Sources: REINFORCE with a baseline, Williams 1992; natural gradients, Amari 1998, and for Gaussian search distributions,
-with rank-shaped rewards, natural evolution strategies (Wierstra et al. 2014, arXiv 1106.4487); antithetic pairs,
-Salimans et al. 2017 (arXiv 1703.03864); leave-one-out baselines, Kool et al. 2019; averaging, Polyak and Juditsky 1992.
+Sources: REINFORCE, Williams 1992; score-function and pathwise gradients in one graph, Schulman et al. 2015 (arXiv
+1506.05254); natural gradients, Amari 1998, and for Gaussian search distributions natural evolution strategies (Wierstra
+et al. 2014, arXiv 1106.4487); antithetic pairs, Salimans et al. 2017 (arXiv 1703.03864); averaging, Polyak and Juditsky
+1992.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from ffgym.agents.averaging import tail_mean
 from ffgym.agents.exploration import depth_covariance, square_root
+from ffgym.agents.pathwise import PathwiseConfig, SlopeDescent
 from ffgym.errors import ConfigError
-from ffgym.plugins.bases import BatchAgent, PluginConfig
+from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 
 # The mean is w_0 + w_1 (p - 0.2) / 0.2, in a saved policy too: of order 1 over the usual budgets.
 REFERENCE_SPARSITY = 0.2
 SLOPE_UNIT = 0.2
+GREATEST_ADVANTAGE = 2.0
+COARSE_SMOOTH = 0.3  # one layer's heads say little of its neighbours'
 
 
 class ReinforceConfig(PluginConfig):
     """Options of the agent."""
 
+    slope_share: float = Field(
+        0.5, ge=0, le=1, description="share of the tokens that follows slopes, where there are any; the rest explores"
+    )
     learning_rate: float = Field(
-        2.0, gt=0, description="step of the mean, in units of the policy's spread times the standardised advantage"
+        1.0, gt=0, description="step of the mean, in units of the policy's spread times the advantage"
     )
     spread: float = Field(
-        0.15,
-        gt=0,
-        description="standard deviation of the exploration at the start, in importance units (2 spans all keep ratios)",
+        0.15, gt=0, description="standard deviation of the exploration, in importance units (2 spans all keep ratios)"
     )
-    spread_rate: float = Field(0.0, ge=0, description="step of the log spread; 0 keeps it")
+    coarse_spread: float = Field(
+        0.225, gt=0, description="the same where sublayers without a slope are explored, whose units are coarse"
+    )
     smooth: float = Field(
         0.95,
         ge=0,
@@ -55,12 +67,6 @@ class ReinforceConfig(PluginConfig):
         description="share of the exploration's variance that is shared by neighbouring layers of one kind",
     )
     length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
-    antithetic: bool = Field(True, description="explore in mirrored pairs")
-    # R: the rewards of one update. Mean, standard deviation and ranks are its own; leave-one-out does not divide.
-    advantage: Literal["standard", "rank", "leave-one-out"] = Field(
-        "standard",
-        description="standard ((R - mean) / deviation) | rank (centred ranks) | leave-one-out (R - mean of the others)",
-    )
     average: float = Field(
         0.5,
         ge=0,
@@ -74,15 +80,26 @@ class Reinforce(BatchAgent):
 
     name = "reinforce"
     Config: ClassVar[type[PluginConfig]] = ReinforceConfig
+    edition = 2
     least_episodes = 2
+    pair_text = True
     budget_conditioned: ClassVar[bool] = True
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._weights: np.ndarray | None = None  # (2, 2L): mean = features(sparsity) @ weights
-        self._log_spread = float(np.log(self.config.spread))
         self._means: list[np.ndarray] = []
         self._measured_at: float | None = None  # the sparsity of the last update
+        self._slope_share = 0.0
+
+    def update_cost(self, episodes_per_update: int) -> int:
+        """Of its two kinds of update the dearer one."""
+        return max(episodes_per_update, 1 + SLOPE_PASSES)
+
+    def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
+        """Follow slopes where the environment has them, then explore."""
+        self._slope_share = self.config.slope_share if getattr(env, "has_slopes", False) else 0.0
+        super().learn(env, seed=seed, on_update=on_update)
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or zeros), unless a policy has been loaded."""
@@ -98,41 +115,48 @@ class Reinforce(BatchAgent):
         self._means = []
         self._batch = batch
         self._rng = np.random.default_rng(seed)
-        self._root = square_root(depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length))
+        self._descent = SlopeDescent(dimensions, PathwiseConfig.model_validate({}))
+        self._root = self.config.spread * square_root(
+            depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
+        )
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
-        """Mean plus noise, shape (batch, 2L), float32, clipped to [-1, 1]."""
-        noise = self._noise(self._batch)
-        means = np.stack([self._mean(float(o[0])) for o in observations])
-        asked = means + np.exp(self._log_spread) * noise @ self._root
-        self._noise_asked = noise
-        actions: np.ndarray = np.clip(asked, -1.0, 1.0).astype(np.float32)
-        return actions
+        """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1]."""
+        mean = self._mean(float(observations[0][0]))
+        if self.progress < self._slope_share:
+            self.slope_episodes = 1
+            return np.asarray(np.clip(mean[None], -1.0, 1.0), dtype=np.float32)
+        if self.slope_episodes:
+            self._end_of_slopes()
+        half = self._rng.standard_normal(((self._batch + 1) // 2, len(mean))) @ self._root
+        self._noise = half
+        actions: np.ndarray = np.clip(mean + np.concatenate([half, -half])[: self._batch], -1.0, 1.0)
+        return actions.astype(np.float32)
 
-    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
-        """One natural-gradient step on the mean, and on the log spread where it is learnt."""
+    def take_slopes(self, slopes: np.ndarray) -> None:
+        """Keep the slope for the step that follows."""
+        (self._slope,) = slopes
+
+    def tell(
+        self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, kept: np.ndarray | None = None
+    ) -> dict[str, float]:
+        """One step of the mean: down the slope, or along the natural gradient."""
         assert self._weights is not None, "begin comes first"
-        advantages = advantage(rewards, self.config.advantage)
-        spread = float(np.exp(self._log_spread))
-        steps = spread * self._noise_asked @ self._root
-        shares = np.stack([self._shares(float(o[0])) for o in observations])
-        gradient = shares.T @ (advantages[:, None] * steps) / len(rewards)
-        self._weights = self._weights + self.config.learning_rate * gradient
-        if self.config.spread_rate:
-            surprise = (self._noise_asked**2).mean(axis=1) - 1.0
-            step = self.config.spread_rate * float((advantages * surprise).mean()) / 2
-            self._log_spread += float(np.clip(step, -0.2, 0.2))
+        if self.slope_episodes:
+            step = -self._descent.step(self._slope)
+        else:
+            advantages = pair_advantages(rewards)
+            pairs = len(advantages)
+            moved = np.ones((pairs, 1)) if kept is None else kept[:pairs] != kept[-pairs:]
+            step = self.config.learning_rate * (advantages[:, None] * moved * self._noise[:pairs]).mean(axis=0)
         sparsity = float(observations[-1][0])
+        self._weights = self._weights + np.outer(self._shares(sparsity), step)
         mean = self._mean(sparsity)
         back = np.clip(mean, -1.0, 1.0) - mean
         self._weights = self._weights + np.outer([1.0, 0.0] if self.budgets is None else self._shares(sparsity), back)
         self._means.append(self._weights.copy())
         self._measured_at = sparsity
-        return {
-            "policy/mean": float(self._mean(sparsity).mean()),
-            "policy/spread": float(np.exp(self._log_spread)),
-            "policy/step": float(np.linalg.norm(self.config.learning_rate * gradient[0])),
-        }
+        return {"policy/mean": float(self._mean(sparsity).mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The mean averaged over the last updates: steadier than the last one, which finals cannot tell from luck."""
@@ -142,7 +166,7 @@ class Reinforce(BatchAgent):
         return [mean.astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
-        """Mean and spread of the policy (averaged as recommended, so that a run that starts from it starts well).
+        """Mean of the policy (averaged as recommended, so that a run that starts from it starts well).
 
         A search at one sparsity learns nothing of the slope: all sparsities get what was learnt there.
         """
@@ -152,13 +176,20 @@ class Reinforce(BatchAgent):
         if self.budgets is None and self._measured_at is not None:
             features, slope = _features(self._measured_at), self._start_slope
             weights = np.stack([features @ weights - features[1] * slope, slope])
-        return {"weights": weights.tolist(), "log_spread": self._log_spread}
+        return {"weights": weights.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Start from the mean of a policy that ``state`` returned; from its spread too where the spread is learnt."""
+        """Start from the mean of a policy that ``state`` returned."""
         self._weights = np.array(state["weights"], dtype=np.float64)
-        if self.config.spread_rate:
-            self._log_spread = float(state["log_spread"])
+
+    def _end_of_slopes(self) -> None:
+        """Go on from where the slopes led, on average, and explore what they could not move."""
+        self.slope_episodes = 0
+        self._weights, self._means = self._settled(), []
+        coarse = ~self._descent.has_slope
+        if coarse.any():
+            root = square_root(depth_covariance(len(coarse), smooth=COARSE_SMOOTH, length=self.config.length))
+            self._root = self.config.coarse_spread * root * coarse
 
     def _settled(self) -> np.ndarray:
         """Weights averaged over the last updates, shape (2, 2L)."""
@@ -186,38 +217,21 @@ class Reinforce(BatchAgent):
         assert self._weights is not None, "begin comes first"
         return np.asarray(_features(sparsity) @ self._weights)
 
-    def _noise(self, batch: int) -> np.ndarray:
-        assert self._weights is not None, "begin comes first"
-        dimensions = self._weights.shape[1]
-        if not self.config.antithetic:
-            return self._rng.standard_normal((batch, dimensions))
-        half = self._rng.standard_normal(((batch + 1) // 2, dimensions))
-        return np.concatenate([half, -half])[:batch]
 
-
-def advantage(rewards: np.ndarray, kind: str) -> np.ndarray:
-    """How much better each episode was than the others of its update.
+def pair_advantages(rewards: np.ndarray) -> np.ndarray:
+    """How much better the first episode of each mirrored pair was than the second.
 
     Args:
-        rewards: shape (batch,), of one subset and sparsity.
-        kind: ``standard``, ``rank`` or ``leave-one-out``.
+        rewards: shape (batch,), episodes i and i + n/2 of which are a pair; an odd one out counts for nothing.
 
     Returns:
-        shape (batch,), float64, sums to 0; all 0 where the rewards do not differ.
+        shape (batch // 2,), float64: half differences over their root mean square, within +-2; 0 where none differs.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
-    if np.ptp(rewards) == 0:  # the mean of equal numbers may be another one in the last bit
-        return np.zeros_like(rewards)
-    centred: np.ndarray = rewards - rewards.mean()
-    if kind == "rank":
-        ordered = np.sort(rewards)  # equal rewards share the mean of their ranks
-        first, behind = (np.searchsorted(ordered, rewards, side=side) for side in ("left", "right"))
-        return np.asarray((first + behind - len(rewards)) / (len(rewards) - 1))
-    if kind == "leave-one-out":
-        centred *= len(rewards) / max(1, len(rewards) - 1)
-        return centred
-    centred /= rewards.std()
-    return centred
+    pairs = len(rewards) // 2
+    halves = (rewards[:pairs] - rewards[len(rewards) - pairs :]) / 2
+    scale = float(np.sqrt(np.mean(halves**2)))
+    return np.asarray(np.clip(halves / scale, -GREATEST_ADVANTAGE, GREATEST_ADVANTAGE)) if scale else halves
 
 
 def _features(sparsity: float) -> np.ndarray:

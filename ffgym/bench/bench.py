@@ -82,7 +82,7 @@ def bench(
                     compute(missing, parents, reporter, cluster)
                     share(benches)
         for each in benches:
-            results = [read_cell(cell) for cell in each.cells if cell.path.exists()]
+            results = [read_cell(path) for path in each.results]
             if not results:
                 reporter.print(f"{each.spec.title}: no results yet")
                 continue
@@ -113,6 +113,9 @@ def _workers(
 def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:
     """The table and its picture beside the bench file, and in its MLflow run where there is one."""
     table = bench_table(bench.spec.title, results, baseline=bench.spec.baseline)
+    if bench.spec.dated:
+        note = f"Computed {bench.spec.dated} by an earlier version, with the settings in the result files"
+        table = replace(table, header=f"{note}. {table.header}")
     picture, text = bench.file.with_suffix(".png"), bench.file.with_suffix(".md")
     bench_figure(table, results, picture)
     write_text(text, markdown(table))
@@ -130,7 +133,7 @@ def share(benches: Sequence[Bench]) -> None:
     for cell in cells:
         if cell.path.exists():
             continue
-        twins = (read_cell(twin) for twin in finished if twin.digest == cell.digest)
+        twins = (read_cell(twin.path) for twin in finished if twin.digest == cell.digest)
         if result := next((twin for twin in twins if not unanswered(twin, cell)), None):
             write_result(cell.path, result.model_copy(update={"label": cell.label}))
 
@@ -161,7 +164,7 @@ def _open_runs(
         make_agent(cell.config)  # now, and not after the cells before it have been computed
     runs: dict[Path, Tracker] = {}
     computing = {owner.file for owner, _ in missing}
-    for each in benches:
+    for each in (each for each in benches if each.cells):
         tracking, note = each.cells[0].config.tracking, _parent_note(each)
         earlier = MLFLOW_NOTE.text(note) if note.exists() else None
         if each.file in runs or (each.file not in computing and earlier is None):

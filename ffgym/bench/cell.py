@@ -284,13 +284,13 @@ def _log_name(cell: Cell, task: Task) -> str:
     return f"{'-'.join(parts)}.jsonl"
 
 
-def read_cell(cell: Cell) -> CellResult:
+def read_cell(path: Path) -> CellResult:
     """The result file of a cell.
 
     Raises:
         DataError: it is damaged.
     """
-    return CELL_RESULT.read(cell.path)
+    return CELL_RESULT.read(path)
 
 
 def write_result(path: Path, result: CellResult) -> None:

@@ -55,7 +55,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 hint="Give each a `results` folder of its own.",
             )
         if cell.path.exists():
-            stored = read_cell(cell)
+            stored = read_cell(cell.path)
             changed = configured.changed_since(stored.settings, cell.config) + unanswered(stored, cell)
             changed += _outgrown(stored.editions, configured.editions(cell.config))
             policy = policy_digest(cell.config)
@@ -135,5 +135,6 @@ def _terms(config: RunConfig) -> JSONDict:
         "the search's tokens (episodes in whole updates, of whole windows)": (
             -(-search.episodes // update) * update * episode
         ),
-        "search.finalists x search.final_tokens": search.finalists * search.final_tokens,
+        "search.finalists": search.finalists,
+        "search.final_tokens": search.final_tokens,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ class BenchFile(Table):
         title: what the table is called.
         agents: names of agents or heuristics, or of entries of ``variants``.
         seeds: one cell per agent and seed; heuristics, which draw nothing, run the first seed only.
+        more_seeds: further seeds of some agents, by label.
         results: folder of the cells' JSON files, relative to the file.
         baseline: whose final quality the others' tokens are counted to.
         marks: at how many token marks, log-spaced, the incumbent is measured on the report split; the last is the end.
         plain: also measure what was found without any refit.
+        development: report on the windows that follow the search split in its corpus, so that settings can be chosen
+            without a look at the report text.
+        dated: when an earlier version computed the results, whose settings stand in the result files. They are shown as
+            they are; nothing is checked or computed again.
         run: tables of ``RunConfig`` that all cells share.
         variants: named changes of the configuration, each a set of tables (``agent.name`` says who searches).
     """
@@ -35,21 +41,47 @@ class BenchFile(Table):
     title: str
     agents: list[str] = Field(min_length=1, description="names of agents or heuristics (see: ffgym ls agents)")
     seeds: list[int] = Field(min_length=1, description="whole numbers, one cell per agent and seed, e.g. [0, 1, 2]")
+    more_seeds: dict[str, list[int]] = Field(default_factory=dict)
     results: str
     baseline: str = "evolution"
     marks: int = Field(default=6, ge=2)
     plain: bool = False
+    development: bool = False
+    dated: str = ""
     run: dict[str, Any] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def seeds_of(self, label: str) -> list[int]:
+        """The seeds that an agent runs."""
+        return [*self.seeds, *self.more_seeds.get(label, [])]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench file, read and expanded."""
+    """A bench file, read and expanded.
+
+    Attributes:
+        file: where it is.
+        spec: what it says.
+        cells: what it computes; none where its results are dated.
+    """
 
     file: Path
     spec: BenchFile
     cells: tuple[Cell, ...]
+
+    @property
+    def results(self) -> list[Path]:
+        """The result files that are there."""
+        labels = ((label, seed) for label in self.spec.agents for seed in self.spec.seeds_of(label))
+        dated = (result_file(self.file, self.spec, *each) for each in labels)
+        files = dated if self.spec.dated else (cell.path for cell in self.cells)
+        return [path for path in files if path.exists()]
+
+
+def result_file(file: Path, spec: BenchFile, label: str, seed: int) -> Path:
+    """Where the result of an agent with a seed is."""
+    return file.parent / spec.results / f"{label}-seed{seed}.json"
 
 
 def read_bench(file: Path) -> Bench:
@@ -60,14 +92,17 @@ def read_bench(file: Path) -> Bench:
     except ValidationError as error:
         problem = config_error(error, BenchFile)
         raise ConfigError(f"{file}: {problem.message}", hint=problem.hint) from None
-    for key, values in (("agents", spec.agents), ("seeds", spec.seeds)):
+    lists: dict[str, Sequence[object]] = {"agents": spec.agents, "seeds": spec.seeds}
+    lists |= {f"seeds and more_seeds.{label}": spec.seeds_of(label) for label in spec.more_seeds}
+    for key, values in lists.items():
         if len(set(values)) < len(values):
             raise ConfigError(f"{file}: {key} = {values} names one of them twice", hint="Name each once.")
-    if unused := sorted(set(spec.variants) - set(spec.agents)):
-        raise ConfigError(
-            f"{file}: variants has {', '.join(map(repr, unused))}, which agents does not name",
-            hint=f"Named in agents: {', '.join(spec.agents)}.",
-        )
+    for table in ("variants", "more_seeds"):
+        if unused := sorted(set(getattr(spec, table)) - set(spec.agents)):
+            raise ConfigError(
+                f"{file}: {table} has {', '.join(map(repr, unused))}, which agents does not name",
+                hint=f"Named in agents: {', '.join(spec.agents)}.",
+            )
     near = difflib.get_close_matches(spec.baseline, spec.agents, n=1, cutoff=0.75)
     if near and spec.baseline not in spec.agents:  # a typing error; one that is far from all of them is only said
         raise ConfigError(
@@ -76,24 +111,27 @@ def read_bench(file: Path) -> Bench:
         )
     if "seed" in spec.run or any("seed" in changes for changes in spec.variants.values()):
         raise ConfigError(f"{file} sets `seed` for a run, and a bench runs several", hint="Use `seeds`.")
-    folder = file.parent / spec.results
+    if spec.dated:
+        return Bench(file, spec, ())
     cells = []
     for label in spec.agents:
         if Path(label).name != label:
             raise ConfigError(f"{file}: agents has {label!r}, which cannot name a file", hint="Leave the slash out.")
         changes = spec.variants.get(label, {"agent": {"name": label}})
-        for seed in spec.seeds:
+        for seed in spec.seeds_of(label):
             try:
-                config = _resolved(spec.run, changes, seed)
+                config = _resolved(spec, changes, seed)
             except ConfigError as error:
                 raise ConfigError(f"{file}, {label}: {error.message}", hint=error.hint) from None
             if config.agent.name == "one-shot" and seed != spec.seeds[0]:
                 continue
-            cells.append(Cell(label, seed, config, folder / f"{label}-seed{seed}.json", spec.marks, spec.plain))
+            path = result_file(file, spec, label, seed)
+            cells.append(Cell(label, seed, config, path, spec.marks, spec.plain))
     return Bench(file, spec, tuple(cells))
 
 
-def _resolved(run: dict[str, Any], changes: dict[str, Any], seed: int) -> RunConfig:
+def _resolved(spec: BenchFile, changes: dict[str, Any], seed: int) -> RunConfig:
+    run = spec.run
     for name in PLUGIN_TABLES:
         run = without_foreign_options(run, changes, name)
     tables = dict(run)
@@ -104,4 +142,7 @@ def _resolved(run: dict[str, Any], changes: dict[str, Any], seed: int) -> RunCon
         config = RunConfig.model_validate({**tables, "seed": seed})
     except ValidationError as error:
         raise config_error(error, RunConfig) from None
+    if spec.development:
+        data = config.data.model_copy(update={"report": config.data.search})
+        config = config.model_copy(update={"data": data})
     return configured.with_options(configured.resolve_agent(config))

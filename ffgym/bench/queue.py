@@ -11,6 +11,7 @@ from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.report.progress import Reporter, clock
+from ffgym.search.finals import expected_tokens
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _tokens(cell: Cell) -> int:
     spent = search.episodes * search.episode_tokens
     if cell.config.agent.name == "one-shot":
         return spent + data.report_tokens
-    return spent + search.finalists * search.final_tokens + cell.marks * data.report_tokens
+    return spent + expected_tokens(search.finalists, search.final_tokens) + cell.marks * data.report_tokens
 
 
 def _round(pair: tuple[Bench, Cell]) -> int:

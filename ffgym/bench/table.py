@@ -263,8 +263,10 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
         "the same affine refit" if affine == {True} else "the same ridge" if affine == {False} else "ridge or affine"
     )
     data = first.settings.get("data", {})
+    corpus = data.get("report", "the run")
+    split = "Development windows" if corpus == data.get("search") else "Report split"
     header = (
-        f"Report split of {data.get('report', 'the run')}, {first.report_tokens:,} tokens in windows of "
+        f"{split} of {corpus}, {first.report_tokens:,} tokens in windows of "
         f"{data.get('window', 0):,}, {dtypes}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
         f"target sparsity {targets}; mean and standard error over seeds."
     )

@@ -214,8 +214,10 @@ class SearchTable(Table):
         default=2048, description="search tokens that one episode is measured on, at least one window"
     )
     episodes_per_update: Count = Field(default=8, description="episodes that one policy update learns from")
-    finalists: Count = Field(default=4, description="allocations that are measured again before one is chosen")
-    final_tokens: Count = Field(default=8192, description="search tokens that finalists are measured on")
+    finalists: Count = Field(default=8, description="allocations that are measured again before one is chosen")
+    final_tokens: Count = Field(
+        default=16384, description="search tokens that are reserved for the finals: half to thin out, half to decide"
+    )
     init_from: OptionalText = Field(
         default=None, description="run folder, policy.json or MLflow run id whose policy to start from; or empty"
     )
@@ -357,8 +359,8 @@ class RunConfig(Table):
         _at_least("data.report_tokens", data.report_tokens, "one window: data.window", data.window)
         _at_least("search.episode_tokens", search.episode_tokens, "one window: data.window", data.window)
         _at_least("search.final_tokens", search.final_tokens, "one window: data.window", data.window)
-        _at_least("data.search_tokens", data.search_tokens, "search.episode_tokens", search.episode_tokens)
-        _at_least("data.search_tokens", data.search_tokens, "search.final_tokens", search.final_tokens)
+        both = search.episode_tokens + search.final_tokens
+        _at_least("data.search_tokens", data.search_tokens, "search.episode_tokens + search.final_tokens", both)
         if schedule.sparsity != "none" and not self.prune.is_range:
             _at_least("prune.sparsity", self.prune.target, "schedule.sparsity_start", schedule.sparsity_start)
         if self.prune.uniform and self.prune.min_units == 0:

@@ -100,6 +100,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         budget: what an allocation may cost.
         sparsity: default target.
         episode_windows: windows of an episode at full fidelity.
+        reserved: how many of ``windows``, the last ones, are not drawn for rewards: the finals are measured on them.
         calibrated: whether episodes see refitted consumers ("calibration inside the reward").
         tokens_per_batch: tokens of one forward pass.
         examples: multiple-choice examples, for a reward that needs ``accuracy``; an episode at full fidelity is
@@ -120,6 +121,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         *,
         sparsity: float = 0.2,
         episode_windows: int = 2,
+        reserved: int = 0,
         calibrated: bool = True,
         tokens_per_batch: int = 4096,
         examples: Sequence[EncodedExample] = (),
@@ -128,10 +130,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         on_close: Callable[[], None] | None = None,
     ) -> None:
         budget.check(sparsity)
-        if not 1 <= episode_windows <= len(windows):
+        if not 1 <= episode_windows <= len(windows) - reserved:
+            kept_back = f", of which {reserved} are reserved for the finals" if reserved else ""
             raise DataError(
-                f"an episode of {episode_windows} windows does not fit the search split of {len(windows)}",
-                hint="Lower search.episode_tokens, or raise data.search_tokens.",
+                f"an episode of {episode_windows} windows does not fit the search split of {len(windows)}{kept_back}",
+                hint="Lower search.episode_tokens or search.final_tokens, or raise data.search_tokens.",
             )
         self._tasks = _by_task(reward, examples)
         self.examples = tuple(examples)
@@ -142,6 +145,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.budget = budget
         self.sparsity = sparsity
         self.episode_windows = episode_windows
+        self.reserved = reserved
         self.calibrated = calibrated
         self.tokens_per_batch = tokens_per_batch
         self.action_space = spaces.Box(-1.0, 1.0, (len(prunable.sublayers),), np.float32)
@@ -164,9 +168,14 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Tokens in one window: what the search is charged for evaluating it."""
         return int(self.windows.shape[1])
 
+    @property
+    def weighs_objectives(self) -> bool:
+        """Whether the reward has named objectives that it trades for each other, in any episode so far."""
+        return len(self._objectives or ()) > 1
+
     def draw(self, rng: np.random.Generator, windows: int) -> tuple[int, ...]:
-        """Indices of ``windows`` different search windows."""
-        return tuple(int(i) for i in np.sort(rng.choice(len(self.windows), windows, replace=False)))
+        """Indices of ``windows`` different search windows that are not reserved."""
+        return tuple(int(i) for i in np.sort(rng.choice(len(self.windows) - self.reserved, windows, replace=False)))
 
     def draw_examples(self, rng: np.random.Generator, windows: int) -> tuple[int, ...]:
         """Indices of different examples to go with ``windows`` windows, as many of every task, as far as it has them.

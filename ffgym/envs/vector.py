@@ -1,9 +1,10 @@
-"""The vector environment that agents see: one vector step is one update, all on the same task.
+"""The vector environment that agents see: one vector step is one update, all at the same target.
 
-It owns the schedule, redraws the token subset once an update (common random numbers within it), counts tokens, and
-keeps the history. Every episode ends after its step and the next one begins at once (SAME_STEP autoreset). All
-episodes of an update are measured in one call. Where their actions come to the same allocation, it is measured once and
-counts for each: the bits would be the same.
+It owns the schedule, redraws the text once an update (common random numbers within it), counts tokens, and keeps the
+history. With ``pair_text``, episodes i and i + n/2 of an update share text of their own: a mirrored pair cancels the
+level of its text, and the slopes of different texts average out over the pairs. Every episode ends after its step and
+the next one begins at once (SAME_STEP autoreset). All episodes of an update are measured in one call. Where they come
+to the same allocation on the same text, it is measured once and counts for each: the bits would be the same.
 
 Under a range of budgets every update has a target of its own, drawn evenly over the range from the seed. One target an
 update, not several: the advantage is taken among episodes of equal target, and it is the better the more there are.
@@ -25,10 +26,11 @@ from ffgym.envs.schedule import Schedule, Stage, stratified
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.contracts import check_actions
-from ffgym.types import Allocation, Episode
+from ffgym.types import Episode
 
 Infos = dict[str, Any]
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]
+Text = tuple[tuple[int, ...], tuple[int, ...]]  # search windows and task examples, as indices
 FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed")
 
 
@@ -42,14 +44,14 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         token_budget: tokens that the search may evaluate; the schedule's ramps are shares of it.
         on_episode: called after every episode, when its update has been measured.
         on_progress: called with the share of an update that has been measured, from 0 to 1.
-        slope_episodes: of how many episodes of every update, the first ones, slopes are measured too; ``final_info``
-            then holds ``slopes``, shape (num_envs, 2L), 0 for the others.
+        slope_episodes: of how many episodes of an update, the first ones, slopes are measured too; ``final_info`` then
+            holds ``slopes``, shape (num_envs, 2L), 0 for the others. It may be changed before any step.
+        pair_text: every pair of episodes i and i + n/2 has text of its own.
         replay: episodes of an earlier, interrupted search with the same seed: they are taken as they are instead of
             being measured again.
 
     Attributes:
         history: every episode so far.
-        texts: search windows and task examples of every update so far, as indices.
         tokens_spent: tokens evaluated so far.
     """
 
@@ -61,6 +63,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: int,
         token_budget: int,
         slope_episodes: int = 0,
+        pair_text: bool = False,
         on_episode: Callable[[Episode], None] | None = None,
         on_progress: OnProgress | None = None,
         replay: Sequence[Episode] = (),
@@ -71,8 +74,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.num_envs = num_envs
         self.token_budget = token_budget
         self.slope_episodes = slope_episodes
+        self.pair_text = pair_text
         self.history: list[Episode] = []
-        self.texts: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.tokens_spent = 0
         self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = env.render_mode
@@ -87,13 +90,18 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._update = 0
         self._first_place = 1.0
         self._stage = schedule.stage(0.0)
-        self._subset: tuple[int, ...] = ()
-        self._examples: tuple[int, ...] = ()
+        self._texts: list[Text] = []  # of the running update: one for all its episodes, or one for each pair
 
     @property
     def tokens_left(self) -> int:
         """Tokens that the search may still evaluate."""
         return max(0, self.token_budget - self.tokens_spent)
+
+    @property
+    def has_slopes(self) -> bool:
+        """Whether slopes can be asked for: not of layers that share one shape, or that are not in memory."""
+        in_memory = not any(parameter.is_meta for parameter in self.env.prunable.model.parameters())
+        return in_memory and not self.env.budget.tied
 
     @property
     def stage(self) -> Stage:
@@ -105,7 +113,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     ) -> tuple[np.ndarray, Infos]:
         """Begin an update: draw its subset. The seed fixes every subset that follows, and every target of a range.
 
-        Of a list of seeds the first one counts: all actions of an update are measured on one subset.
+        Of a list of seeds the first one counts.
 
         Raises:
             UnknownNameError: any option: the schedule sets what an update is measured at.
@@ -121,20 +129,23 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def step(self, actions: np.ndarray) -> Step:
         """Measure one update and begin the next.
 
+        Args:
+            actions: shape (num_envs, 2L), or fewer rows for a smaller update.
+
         Raises:
             ValueError: actions of another shape, not finite, or outside [-1, 1].
             ResetNeeded: before ``reset``.
         """
-        if not self._subset:
+        if not self._texts:
             raise ResetNeeded("Cannot call env.step() before calling env.reset()")
-        actions = check_actions(actions, (self.num_envs, len(self.env.budget.sublayers)))
-        return self.measure(actions)
+        shape = (self.num_envs, len(self.env.budget.sublayers))
+        return self.measure(check_actions(actions, shape, fewer=True))
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what every episode of the last update kept; see `PruningEnv.render`."""
         if self.render_mode != "rgb_array":
             return None
-        last = self.history[-self.num_envs :]
+        last = [episode for episode in self.history if episode.update == self.history[-1].update]
         return tuple(self.env.picture(self.env.budget.allocation(e.kept), e.reward) for e in last)
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -143,45 +154,51 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def measure(self, actions: np.ndarray) -> Step:
         """Do what :meth:`step` does once it has checked: what is raised here is not the agent's doing."""
-        last = np.tile(self.env.observation(), (self.num_envs, 1))
+        count = len(actions)
+        last = np.tile(self.env.observation(), (count, 1))
         episodes = self._episodes(actions)
-        self.texts.append((self._subset, self._examples))
         self._update += 1
         following = self._begin()
-        done = np.ones(self.num_envs, dtype=bool)
+        done = np.ones(count, dtype=bool)
         infos: Infos = {
             "final_obs": last,
             "final_info": {name: np.array([getattr(e, name) for e in episodes]) for name in FINAL_INFO},
             "_final_obs": done,
             "_final_info": done,
         }
-        if self.slope_episodes:
+        if any(episode.slopes for episode in episodes):
             none = (0.0,) * actions.shape[1]
             infos["final_info"]["slopes"] = np.array([episode.slopes or none for episode in episodes])
         rewards = np.array([episode.reward for episode in episodes])
-        return following, rewards, done, np.zeros(self.num_envs, dtype=bool), infos
+        return following, rewards, done, np.zeros(count, dtype=bool), infos
 
     def _begin(self) -> np.ndarray:
         place = stratified(self._first_place, self._update)
         self._stage = self.schedule.stage(self.tokens_spent / self.token_budget, place)
-        self._subset = self.env.draw(self.np_random, self._stage.windows)
-        self._examples = self.env.draw_examples(self.np_random, self._stage.windows)
-        task = {"sparsity": self._stage.sparsity, "subset": self._subset, "examples": self._examples}
+        pairs = (self.num_envs + 1) // 2
+        self._texts = [self._drawn() for _ in range(pairs if self.pair_text else 1)]
+        subset, examples = self._texts[0]
+        task = {"sparsity": self._stage.sparsity, "subset": subset, "examples": examples}
         observation, _ = self.env.reset(options=task)
         return np.tile(observation, (self.num_envs, 1))
+
+    def _drawn(self) -> Text:
+        windows = self._stage.windows
+        return self.env.draw(self.np_random, windows), self.env.draw_examples(self.np_random, windows)
 
     def _episodes(self, actions: np.ndarray) -> list[Episode]:
         """Replay and measure one update, and record its episodes in order."""
         allocations = [self.env.budget.project(action, self._stage.sparsity) for action in actions]
-        first, episodes = len(self.history), list[Episode]()
-        for i, episode in enumerate(self._replay[first : first + self.num_envs]):
-            self._check_replayed(episode, first + i, actions[i], allocations[i], slopes=i < self.slope_episodes)
-            episodes.append(self._recorded(episode))
+        first, pairs, episodes = len(self.history), (len(actions) + 1) // 2, list[Episode]()
+        texts = [self._texts[i % pairs % len(self._texts)] for i in range(len(actions))]
         trials = [
-            Trial(allocation, self._subset, self._examples, slopes_at=action if i < self.slope_episodes else None)
-            for i, (action, allocation) in enumerate(zip(actions, allocations, strict=True))
-            if i >= len(episodes)
+            Trial(allocation, *text, slopes_at=action if i < self.slope_episodes else None)
+            for i, (action, allocation, text) in enumerate(zip(actions, allocations, texts, strict=True))
         ]
+        for episode, trial, action in zip(self._replay[first:], trials, actions, strict=False):
+            self._check_replayed(episode, first + len(episodes), action, trial)
+            episodes.append(self._recorded(episode))
+        trials = trials[len(episodes) :]
         if trials:
             for trial, outcome in zip(trials, self.env.outcomes(trials, self._on_progress), strict=True):
                 measured = self._measured(actions[len(episodes)], trial, outcome)
@@ -195,15 +212,13 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             self._on_episode(episode)
         return episode
 
-    def _check_replayed(
-        self, episode: Episode, index: int, action: np.ndarray, allocation: Allocation, *, slopes: bool
-    ) -> None:
+    def _check_replayed(self, episode: Episode, index: int, action: np.ndarray, trial: Trial) -> None:
         """Raise ``DataError`` unless this search would measure what the episode was measured on."""
         stage = self._stage
-        task = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept, bool(episode.slopes))
-        if task != (self._update, stage.sparsity, stage.fidelity, allocation.kept, slopes) or not np.array_equal(
-            episode.action, action
-        ):
+        measured = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept, bool(episode.slopes))
+        asked = (self._update, stage.sparsity, stage.fidelity, trial.allocation.kept, trial.slopes_at is not None)
+        is_same_text = (episode.windows, episode.examples) == (trial.subset, trial.examples)
+        if measured != asked or not is_same_text or not np.array_equal(episode.action, action):
             raise DataError(
                 f"episode {index} of {self._log_name} differs from what this search proposes: it comes from another "
                 "configuration, starting policy, seed, version or thread count, or the agent does not follow its seed",
@@ -227,4 +242,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             objectives=outcome.judgement.objectives,
             slopes=() if outcome.slopes is None else tuple(outcome.slopes.tolist()),
             slope_tokens=outcome.slope_tokens,
+            windows=trial.subset,
+            examples=trial.examples,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, measurement
 from ffgym.search.finals import finals_loss
 from ffgym.search.loop import SearchResult
-from ffgym.types import Allocation, JSONDict
+from ffgym.types import Allocation, Episode, JSONDict
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
@@ -74,7 +75,7 @@ def heuristic_allocations(task: Task) -> dict[str, Allocation]:
 
 def random_allocation(baseline: SearchResult | None) -> dict[str, Allocation]:
     """The best of random allocations, by label; nothing where none were measured."""
-    return {} if baseline is None else {f"best of {len(baseline.history)} random": baseline.best.allocation}
+    return {} if baseline is None else {f"best of {len(baseline.history)} near the prior": baseline.best.allocation}
 
 
 def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[dict[int, float]]:
@@ -89,28 +90,34 @@ def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Report
         reporter: where progress goes.
 
     Returns:
-        for each search, rewards by update; of updates on other text there is none.
+        for each search, rewards by update, the mean over its texts; of updates on other text there is none.
     """
-    history, texts = searches[0].history, searches[0].texts
+    history = searches[0].history
     prior = task.config.prior
     rule = ("uniform", {}) if prior.name == "none" else (prior.name, prior.options)
-    targets = {episode.update: episode.target_sparsity for episode in history}
-    chosen = sorted(set(np.linspace(0, len(texts) - 1, min(len(texts), MEASURED_UPDATES)).round().astype(int).tolist()))
-    trials = {}
-    for update in chosen:
-        subset, examples = texts[update]
-        trials[subset, examples, targets[update]] = Trial(task.project(*rule, targets[update]), subset, examples)
+    updates = 1 + history[-1].update
+    chosen = set(np.linspace(0, updates - 1, min(updates, MEASURED_UPDATES)).round().astype(int).tolist())
+    trials = {
+        _text(episode): Trial(task.project(*rule, episode.target_sparsity), episode.windows, episode.examples)
+        for episode in history
+        if episode.update in chosen
+    }
     with reporter.stage("search: where it started, on the same text", 100) as stage:
         outcomes = task.env.outcomes(list(trials.values()), lambda share: stage(round(100 * share), 100))
-        earned = {key: outcome.judgement for key, outcome in zip(trials, outcomes, strict=True)}
-    return [
-        {
-            episode.update: judged.reward
-            for episode in found.history
-            if (judged := earned.get((*found.texts[episode.update], episode.target_sparsity))) and not judged.failed
-        }
-        for found in searches
-    ]
+        judged = {key: outcome.judgement for key, outcome in zip(trials, outcomes, strict=True)}
+    earned = {key: judgement.reward for key, judgement in judged.items() if not judgement.failed}
+    rewards = []
+    for found in searches:
+        by_update: dict[int, list[float]] = defaultdict(list)
+        for episode in found.history:
+            by_update[episode.update] += [earned[_text(episode)]] if _text(episode) in earned else []
+        rewards.append({update: float(np.mean(known)) for update, known in by_update.items() if known})
+    return rewards
+
+
+def _text(episode: Episode) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+    """What decides the reward of an allocation: windows, examples, and the target that it is projected at."""
+    return episode.windows, episode.examples, episode.target_sparsity
 
 
 def compared_rows(

@@ -14,6 +14,7 @@ from ffgym.prepare.parts import LOADING, PREPARING
 from ffgym.prepare.planning import placed, plan_of
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
+from ffgym.search.finals import expected_tokens
 
 
 def plan_run(config: RunConfig, agent: Agent) -> Plan:
@@ -44,7 +45,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         searches=1 + compared,
         start_updates=MEASURED_UPDATES if agent.searches else 0,
         finalists=search.finalists if agent.searches else 0,
-        final_tokens=max(1, search.final_tokens // window) * window,
+        final_tokens=-(-expected_tokens(search.finalists, search.final_tokens) // search.finalists // window) * window,
         targets=points,
         report_tokens=config.data.report_tokens,
         report_rows=rows + others + sequential + 3 * recovers,

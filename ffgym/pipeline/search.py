@@ -14,9 +14,12 @@ from ffgym.pipeline.task import Task, give_prior, search_settings
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_schedule
+from ffgym.search.finals import expected_tokens
 from ffgym.search.log import read_episodes
 from ffgym.search.loop import SearchInterrupted, SearchResult, search_front
 from ffgym.types import Episode, Update
+
+NEAR_PRIOR = 0.15  # spread of the random allocations that a search is compared with: they start where it starts
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def _random_baseline(task: Task, session: Session) -> SearchResult:
     search = task.config.search  # an agent with updates of its own size may have fewer episodes than one of these has
     size = min(search.episodes_per_update, search.episodes)
     config = task.config.model_copy(update={"search": search.model_copy(update={"episodes_per_update": size})})
-    agent, log = manager.create("agent", "random"), session.folder / "episodes-random.jsonl"
+    near = {} if config.prior.name == "none" else {"spread": NEAR_PRIOR}
+    agent, log = manager.create("agent", "random", near), session.folder / "episodes-random.jsonl"
+    give_prior(agent, task)
     (found,) = _run(replace(task, config=config), agent, session, "random", "search/random", log, config.targets)
     return found
 
@@ -77,7 +82,7 @@ def _run(
     config, progress, env = task.config, session.progress, task.env
     settings = search_settings(config)
     size = env.episode_windows * env.window_tokens
-    finals = settings.finalists * settings.final_tokens if agent.searches else 0
+    finals = expected_tokens(settings.finalists, settings.final_tokens) if agent.searches else 0
     earlier = len(read_episodes(log)) if log.exists() else 0
     if earlier:
         progress.print(f"search: {label}: {earlier} episodes of earlier sessions are read from {log.name}")

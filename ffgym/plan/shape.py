@@ -67,7 +67,7 @@ class Workload:
         searches: how many searches there are: the agent's, and that of random allocations.
         start_updates: updates on whose text the allocation that the search started from is measured.
         finalists: allocations that are measured together in the finals; 0 for none.
-        final_tokens: that each of them is measured on.
+        final_tokens: that each of them is measured on, on average.
         targets: points of the front.
         report_tokens: of the report split.
         report_rows: models that are measured on it.

@@ -163,7 +163,9 @@ class Agent(Plugin, ABC):
 
     Attributes:
         slope_episodes: of how many episodes of every update, the first ones, it wants the slopes of the loss too, the
-            derivative by each importance; such an episode costs four times the tokens.
+            derivative by each importance; such an episode costs four times the tokens. It may change between updates.
+        pair_text: episodes i and i + n/2 of an update are a pair that shares text of its own; otherwise all episodes of
+            an update share theirs.
         least_episodes: how many episodes an update must have at least.
         update_episodes: how many episodes its updates have, whatever ``search.episodes_per_update`` says; ``None`` for
             an agent that takes any number.
@@ -179,6 +181,7 @@ class Agent(Plugin, ABC):
 
     kind = "agent"
     slope_episodes: int = 0
+    pair_text: ClassVar[bool] = False
     least_episodes: int = 1
     update_episodes: ClassVar[int | None] = None
     needs_prior: ClassVar[bool] = False
@@ -241,7 +244,12 @@ class BatchAgent(Agent):
     """An agent that proposes a batch, is told the rewards, and proposes again. ``learn`` is that loop.
 
     Subclasses write ``begin``, ``ask`` and ``tell``; ``state`` and ``load_state`` if another search may start from it.
+
+    Attributes:
+        progress: share of the token budget that is spent, in [0, 1], set by ``learn`` before each ``ask``.
     """
+
+    progress: float = 0.0
 
     @abstractmethod
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
@@ -252,7 +260,10 @@ class BatchAgent(Agent):
 
     @abstractmethod
     def ask(self, observations: np.ndarray) -> np.ndarray:
-        """Propose importances, shape (batch, 2L), float32, in [-1, 1], for observations of shape (batch, 2)."""
+        """Propose importances, shape (batch, 2L), float32, in [-1, 1], for observations of shape (batch, 2).
+
+        Fewer rows make a smaller update.
+        """
 
     @abstractmethod
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
@@ -276,15 +287,17 @@ class BatchAgent(Agent):
         observations, _ = env.reset(seed=seed)
         tell: Any = self.tell
         takes_kept = "kept" in inspect.signature(tell).parameters
-        index = 0
+        index, tokens = 0, env.tokens_left
         while env.tokens_left > 0:
+            self.progress = 1.0 - env.tokens_left / tokens
             actions = self.ask(observations)
+            env.slope_episodes = self.slope_episodes
             following, rewards, _, _, infos = env.step(actions)
             final = infos.get("final_info", {})
             if self.slope_episodes and "slopes" in final:
                 self.take_slopes(final["slopes"][: self.slope_episodes])
             kept = {"kept": final["kept"]} if takes_kept and "kept" in final else {}
-            diagnostics = tell(observations, actions, rewards, **kept)
+            diagnostics = tell(observations[: len(actions)], actions, rewards, **kept)
             on_update(Update(index=index, rewards=rewards, diagnostics=diagnostics))
             observations = following
             index += 1

@@ -247,12 +247,13 @@ def _explained(
     return explained
 
 
-def check_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def check_actions(actions: np.ndarray, shape: tuple[int, ...], *, fewer: bool = False) -> np.ndarray:
     """What an agent lets an update measure; the environments hold it to this.
 
     Args:
         actions: what it passed to ``step``.
         shape: (episodes of an update, 2L).
+        fewer: whether it may have fewer episodes, at least one.
 
     Returns:
         the actions, float32.
@@ -263,7 +264,7 @@ def check_actions(actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     import numpy as np
 
     array = np.asarray(actions)
-    if array.shape != shape:
+    if array.shape != shape and not (fewer and array.shape[1:] == shape[1:] and 1 <= len(array) < shape[0]):
         raise ValueError(f"actions have shape {array.shape}, not {shape}: (episodes of an update, sublayers)")
     wrong = array[~(np.abs(array) <= 1 + ROUNDING)]
     if wrong.size:

@@ -1,20 +1,24 @@
-"""The finals: the best candidates of a search are measured again on equal terms, and one is chosen.
+"""The finals: what a search hands over is chosen on windows of the search split that no reward has seen.
 
-The search itself sees small, redrawn subsets, whose rewards must not be compared across updates. So what stood out
-among its own update, and what the agent itself recommends, is measured again: at the target, at full fidelity, all on
-the same larger part of the search split. The best of those is what was found. Under a range of budgets that is done for
-every point of the front: what the policy recommends there, and what stood out near it, projected at that target.
+The policy's recommendation is the default: it has learnt from all tokens, and a single episode has been lucky on few.
+The windows are cut in two. On the first half the other candidates are thinned out by successive halving (Karnin et al.
+2013), on the second half the one that is left meets the default, and replaces it only where it is better by more than
+``SIGNIFICANT`` standard errors of the paired difference. The prior, from which the search started, meets it too, so
+that no search ends behind its own start by more than the finals can tell. Under a range of budgets that is done for
+every point of the front.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 
-from ffgym.envs.pruning_env import PruningEnv, Trial
+from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.evaluation.evaluator import OnProgress
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.plugins.bases import Agent
@@ -22,7 +26,8 @@ from ffgym.plugins.contracts import check_recommendations
 from ffgym.search.pareto import non_dominated, thinned
 from ffgym.types import Allocation, Episode
 
-FINALS_SEED = 7_919  # finalists meet on windows of their own draw, the same for every agent of one seed
+FINALS_SEED = 7_919  # the same windows for every agent of one seed
+SIGNIFICANT = 2.0  # paired standard errors
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class Candidate:
     Attributes:
         importance: shape (2L,), float32.
         allocation: what the projection made of it, at the target.
-        origin: ``"episode 37"``, ``"policy"``, or ``"shape"`` for one that only the finals measured.
-        loss: nats per token on the finals' windows; ``None`` before they were run.
-        reward: what it earns there; ``None`` before.
-        objectives: what the reward weighs, measured there, by name; empty before, and where it weighs nothing.
+        origin: ``"episode 37"``, ``"policy"``, ``"prior"``, or ``"shape"`` for one that only the finals measured.
+        loss: nats per token on the last of the finals' windows; ``None`` for one that did not get there.
+        reward: mean over these windows of what it earns; ``None`` as well.
+        objectives: what the reward weighs, mean over these windows, by name; empty where it weighs nothing.
     """
 
     importance: np.ndarray
@@ -49,11 +54,17 @@ class Candidate:
 def contenders(
     env: PruningEnv, agent: Agent, history: Sequence[Episode], count: int, target: float, reach: float | None
 ) -> list[Candidate]:
-    """Whatever meets in the finals at a target: the finalists, and what must not be missed beside them.
+    """Whatever meets in the finals at a target: the finalists, the prior, and what must not be missed beside them.
 
     The arguments are those of :func:`finalists`.
     """
     candidates = finalists(env, agent, history, count, target=target, reach=reach)
+    if agent.searches and (start := _prior(agent, target)) is not None:
+        allocation = env.budget.project(start, target)
+        first = candidates[0]
+        if (first.origin, first.allocation.kept) != ("policy", allocation.kept):
+            candidates = [c for c in candidates if c.allocation.kept != allocation.kept]
+            candidates.append(Candidate(start, allocation, "prior"))
     if reach is None:  # over a range, the front over sparsity is what is traded off
         candidates = with_pareto(env, history, candidates)
     if agent.searches:
@@ -70,10 +81,9 @@ def finalists(
     target: float | None = None,
     reach: float | None = None,
 ) -> list[Candidate]:
-    """What the agent recommends, then what stood out most in its own update; distinct allocations, at most ``count``.
+    """What the agent recommends, then the episodes of the greatest reward; distinct allocations, at most ``count``.
 
-    Where every update is a single episode nothing can stand out: each was measured on other text. Then what the agent
-    recommends is all, unless it recommends nothing.
+    A reward compares with the dense model on the same text, so episodes of different text can be compared, if roughly.
 
     Args:
         env: projects importances at the target.
@@ -86,9 +96,9 @@ def finalists(
     target = env.sparsity if target is None else target
     observation = np.array([target, 1.0], dtype=np.float32)
     proposals = [(action, "policy") for action in check_recommendations(agent, observation, len(env.budget.sublayers))]
-    standing = by_standing(history) if reach is None else by_standing(near(history, target, reach))
-    if not proposals or len({episode.update for episode in history}) < len(history):
-        proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
+    eligible = hardest(history if reach is None else near(history, target, reach))
+    standing = sorted(eligible, key=lambda episode: episode.reward, reverse=True)
+    proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
     chosen: dict[tuple[int, ...], Candidate] = {}
     for importance, origin in proposals:
         allocation = env.budget.project(importance, target)
@@ -123,19 +133,12 @@ def near(history: Sequence[Episode], target: float, reach: float) -> list[Episod
     return [replace(e, target_sparsity=target) for e, d in zip(history, distances, strict=True) if d <= within]
 
 
-def by_standing(history: Sequence[Episode]) -> list[Episode]:
-    """Episodes of the hardest stage reached, by reward relative to the mean of their own update, best first."""
-    rewards: dict[int, list[float]] = defaultdict(list)
-    for episode in history:
-        rewards[episode.update].append(episode.reward)
-    eligible = hardest(history)
-    overall = float(np.mean([episode.reward for episode in eligible]))
-
-    def standing(episode: Episode) -> float:
-        own = rewards[episode.update]
-        return episode.reward - (float(np.mean(own)) if len(own) > 1 else overall)
-
-    return sorted(eligible, key=standing, reverse=True)
+def _prior(agent: Agent, target: float) -> np.ndarray | None:
+    """Where the agent started, shape (2L,); under a range, on the line between its ends."""
+    if agent.budgets is None or agent.prior_ends is None:
+        return agent.prior_mean
+    (low, high), (first, last) = agent.budgets, agent.prior_ends
+    return np.asarray(first + (target - low) / (high - low) * (last - first), dtype=np.float32)
 
 
 def with_pareto(env: PruningEnv, history: Sequence[Episode], chosen: Sequence[Candidate]) -> list[Candidate]:
@@ -164,8 +167,8 @@ def with_pareto(env: PruningEnv, history: Sequence[Episode], chosen: Sequence[Ca
 def objective_standings(history: Sequence[Episode]) -> list[tuple[Episode, np.ndarray]]:
     """Each allocation of the hardest stage: its first episode, and its objectives relative to its own updates.
 
-    Different updates are measured on different tokens. So objectives are taken relative to the mean of their update, as
-    rewards are in `by_standing`, and an allocation that came up more than once counts with the mean.
+    Different updates are measured on different tokens. So objectives are taken relative to the mean of their update,
+    and an allocation that came up more than once counts with the mean.
 
     Returns:
         nothing where the reward has less than two objectives; points have shape (objectives,).
@@ -186,29 +189,148 @@ def objective_standings(history: Sequence[Episode]) -> list[tuple[Episode, np.nd
 def run_finals(
     env: PruningEnv, candidates: Sequence[Candidate], tokens: int, seed: int, on_progress: OnProgress | None = None
 ) -> tuple[list[Candidate], float | None, int]:
-    """Measure candidates on the same windows and examples; best reward first, with the dense loss and tokens taken.
+    """Choose among candidates; the chosen one first, with the dense loss on the last windows and the tokens taken.
 
-    A single candidate is chosen without being measured.
+    A single candidate is chosen without being measured. Where the reward weighs objectives, or all layers share one
+    shape, all candidates are measured on all windows: there are few, and what they came to is shown.
+
+    Args:
+        env: measures and judges.
+        candidates: the default first; one of origin ``"prior"`` is not thinned out. Without a recommendation, the
+            default is the one that is left of them.
+        tokens: how many of the reserved ones to use, half of them to thin out and half to decide.
+        seed: of the windows.
+        on_progress: called with the share that is measured, from 0 to 1.
     """
     if len(candidates) == 1:
         return list(candidates), None, 0
-    subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
-    trials = [Trial(candidate.allocation, subset, examples) for candidate in candidates]
-    outcomes = list(env.outcomes(trials, on_progress))
-    measured: list[tuple[float, float, Candidate]] = []
-    for candidate, outcome in zip(candidates, outcomes, strict=True):
-        loss, judged = outcome.pruned.loss, outcome.judgement
-        known = replace(candidate, loss=loss, reward=judged.reward, objectives=judged.objectives)
-        measured.append((-judged.reward, np.inf if judged.failed else loss, known))
-    # Where losses are so large that rewards are equal, the smaller loss; what broke down comes last.
-    measured.sort(key=lambda each: each[:2])
-    return [c for _, _, c in measured], outcomes[0].dense.loss, sum(outcome.tokens for outcome in outcomes)
+    measured = _Measured(env, candidates, finals_windows(env, tokens, seed), finals_examples(env, tokens, seed))
+    count = len(measured.windows)
+    thinning, deciding = range(max(1, count // 2)), range(count // 2, count)
+    everyone = range(len(candidates))
+    default = [i for i in everyone[:1] if candidates[i].origin == "policy"]
+    start = [i for i in everyone if candidates[i].origin == "prior"]
+    others = [i for i in everyone if i not in (*default, *start)]
+    all_count = env.weighs_objectives or env.budget.tied
+    if all_count:
+        measured.add(everyone, (*thinning, *deciding))
+    seated = [*default, *_thinned_out(measured, others, thinning), *start]
+    measured.add(seated, deciding)
+    chosen = seated[0]
+    for rival in seated[1:]:
+        if _is_better(measured.rewards(rival, deciding) - measured.rewards(chosen, deciding)):
+            chosen = rival
+    if on_progress is not None:
+        on_progress(1.0)
+    shown = range(count) if all_count else deciding
+    order = sorted(everyone, key=lambda i: (i == chosen, *measured.standing(i, shown)), reverse=True)
+    return [measured.known(i, shown) for i in order], measured.dense_loss(chosen, shown), measured.tokens
+
+
+def expected_tokens(finalists: int, tokens: int) -> int:
+    """About what the finals of a search take, where ``tokens`` are reserved for them."""
+    rounds = math.ceil(math.log2(max(2, finalists)))
+    share = 2.0**rounds / (2.0**rounds - 1.0)
+    return round(tokens / 2 * (rounds * share + 3))
+
+
+def _thinned_out(measured: _Measured, candidates: Sequence[int], places: range) -> list[int]:
+    """The best of some candidates: part of them goes after every round, and rounds double in length."""
+    if not candidates:
+        return []
+    count = len(candidates)
+    rounds = min(math.ceil(math.log2(count)), math.floor(math.log2(len(places) + 1)))
+    left = list(candidates)
+    for number in range(rounds):
+        begin, end = ((2**n - 1) * len(places) // (2**rounds - 1) for n in (number, number + 1))
+        measured.add(left, places[begin:end])
+        left.sort(key=lambda i: measured.standing(i, places[:end]), reverse=True)
+        left = left[: math.ceil(float(count) ** (1 - (number + 1) / rounds) - 1e-9)]
+    return left
+
+
+def _is_better(differences: np.ndarray) -> bool:
+    """Whether paired differences are above 0 by more than ``SIGNIFICANT`` of their standard errors."""
+    if len(differences) < 2:
+        return False
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return float(differences.mean()) > SIGNIFICANT * error
+
+
+class _Measured:
+    """What candidates came to on single windows of the finals, each measured once.
+
+    Args:
+        env: measures and judges.
+        candidates: by their place.
+        windows: of the finals.
+        examples: task examples of the finals, which are dealt out to the windows.
+    """
+
+    def __init__(
+        self, env: PruningEnv, candidates: Sequence[Candidate], windows: Sequence[int], examples: Sequence[int]
+    ) -> None:
+        self.windows = windows
+        self.tokens = 0
+        self._env, self._candidates, self._examples = env, candidates, examples
+        self._outcomes: dict[tuple[int, int], Outcome] = {}
+
+    def add(self, indices: Iterable[int], places: Iterable[int]) -> None:
+        """Measure candidates on windows."""
+        new = [key for key in product(indices, places) if key not in self._outcomes]
+        trials = [
+            Trial(
+                self._candidates[i].allocation,
+                (self.windows[place],),
+                tuple(self._examples[place :: len(self.windows)]),
+            )
+            for i, place in new
+        ]
+        for key, outcome in zip(new, self._env.outcomes(trials), strict=True):
+            self._outcomes[key] = outcome
+            self.tokens += outcome.tokens
+
+    def rewards(self, index: int, places: Iterable[int]) -> np.ndarray:
+        """Of a candidate on windows, shape (windows,)."""
+        return np.array([self._outcomes[index, place].judgement.reward for place in places])
+
+    def standing(self, index: int, places: Sequence[int]) -> tuple[float, float]:
+        """To sort by: mean reward, then loss, where rewards have become too small to differ."""
+        if not self._has(index, places):
+            return -math.inf, -math.inf
+        loss = self._loss(index, places)
+        return float(self.rewards(index, places).mean()), -loss if math.isfinite(loss) else -math.inf
+
+    def known(self, index: int, places: Sequence[int]) -> Candidate:
+        """A candidate with what it came to on windows; as it was where it was not measured on them."""
+        candidate = self._candidates[index]
+        if not self._has(index, places):
+            return candidate
+        judged = [self._outcomes[index, place].judgement for place in places]
+        names = judged[0].objectives if all(j.objectives for j in judged) else {}
+        return replace(
+            candidate,
+            loss=self._loss(index, places),
+            reward=float(np.mean([j.reward for j in judged])),
+            objectives={name: float(np.mean([j.objectives[name] for j in judged])) for name in names},
+        )
+
+    def dense_loss(self, index: int, places: Sequence[int]) -> float:
+        """Of the dense model on windows that a candidate was measured on."""
+        return float(np.mean([self._outcomes[index, place].dense.loss for place in places]))
+
+    def _has(self, index: int, places: Sequence[int]) -> bool:
+        return all((index, place) in self._outcomes for place in places)
+
+    def _loss(self, index: int, places: Sequence[int]) -> float:
+        return float(np.mean([self._outcomes[index, place].pruned.loss for place in places]))
 
 
 def finals_windows(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
-    """Indices of the search windows that finalists, and later final refits, are compared on."""
-    windows = min(len(env.windows), max(1, tokens // env.window_tokens))
-    return env.draw(np.random.default_rng([FINALS_SEED, seed]), windows)
+    """Indices of the reserved search windows that finalists, and later final refits, are compared on, shuffled."""
+    reserve = np.arange(len(env.windows))[len(env.windows) - env.reserved if env.reserved else 0 :]
+    count = min(len(reserve), max(1, tokens // env.window_tokens))
+    return tuple(np.random.default_rng([FINALS_SEED, seed]).permutation(reserve)[:count].tolist())
 
 
 def finals_examples(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:

@@ -59,6 +59,8 @@ class Line(BaseModel):
     stopped_early: bool = False  # in older logs
     slopes: tuple[float, ...] = ()
     slope_tokens: Count = 0
+    windows: tuple[Count, ...] = ()
+    examples: tuple[Count, ...] = ()
     seconds: FiniteFloat = 0.0
     digest: str = ""
 

@@ -53,7 +53,6 @@ class SearchResult:
         final_tokens: tokens that the finals took.
         seconds: wall time of search and finals, including earlier sessions of an interrupted search.
         target: the target sparsity of the search, or of this point of a front.
-        texts: search windows and task examples that each update was measured on, as indices.
     """
 
     best: Candidate
@@ -64,7 +63,6 @@ class SearchResult:
     final_tokens: int
     seconds: float
     target: float
-    texts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def pareto(self) -> tuple[Candidate, ...]:
@@ -169,6 +167,7 @@ def search_front(
             num_envs=agent.update_size(settings.episodes_per_update),
             token_budget=settings.episodes * env.episode_windows * env.window_tokens,
             slope_episodes=agent.slope_episodes,
+            pair_text=agent.pair_text,
             on_episode=record,
             on_progress=on_progress,
             replay=recorder.earlier.episodes,
@@ -224,7 +223,6 @@ def _found(
         final_tokens=final_tokens,
         seconds=seconds,
         target=target,
-        texts=tuple(vector.texts),
     )
 
 

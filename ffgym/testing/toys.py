@@ -37,8 +37,11 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
 
     Attributes:
         optimum: the best action, shape (dimensions,), inside (-0.7, 0.7).
+        has_slopes: slopes can be asked for.
         tokens_spent: tokens used so far.
     """
+
+    has_slopes = True
 
     def __init__(
         self, num_envs: int, dimensions: int, tokens: int, *, tokens_per_episode: int = 1, noise: float = 0.0
@@ -79,7 +82,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         return self._observations(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Reward one update.
+        """Reward one update of ``num_envs`` episodes, or fewer.
 
         Raises:
             ValueError: actions of another shape, not finite, or outside [-1, 1].
@@ -87,18 +90,18 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         """
         if self.tokens_left == 0:
             raise RuntimeError("the token budget is spent: stop when tokens_left is 0")
-        actions = check_actions(actions, (self.num_envs, self.optimum.size))
-        self.tokens_spent += self.num_envs * self.tokens_per_episode
+        actions = check_actions(actions, (self.num_envs, self.optimum.size), fewer=True)
+        self.tokens_spent += len(actions) * self.tokens_per_episode
         offsets = actions.astype(np.float64) - self.optimum
         rewards = self.value(offsets) + self.noise * self.np_random.normal()
-        done = np.ones(self.num_envs, dtype=bool)
+        done = np.ones(len(actions), dtype=bool)
         infos = {
-            "final_obs": self._observations(),
+            "final_obs": self._observations()[: len(actions)],
             "_final_obs": done,
             "final_info": {"slopes": self._slopes(offsets)},
             "_final_info": done,
         }
-        return self._observations(), rewards, done, np.zeros(self.num_envs, dtype=bool), infos
+        return self._observations(), rewards, done, np.zeros(len(actions), dtype=bool), infos
 
     def _slopes(self, offsets: np.ndarray) -> np.ndarray:
         """Derivative of the negative reward by every importance, by central differences, shape (batch, dimensions)."""

@@ -731,13 +731,13 @@ def test_a_full_disk_in_the_middle_is_an_error(tmp_path: Path, monkeypatch: pyte
 
 def test_a_cell_can_be_read_back(finished: Any) -> None:
     for cell in read_bench(finished[0]).cells:
-        assert changed_settings(read_cell(cell).settings, cell.config) == []
+        assert changed_settings(read_cell(cell.path).settings, cell.config) == []
 
 
 def test_committed_results_belong_to_the_configuration_beside_them() -> None:
     """A key that is added later, or a default that moves, must not orphan what was measured."""
     for file in sorted((Path(__file__).parents[2] / "experiments" / "bench").glob("*.toml")):
         for cell in read_bench(file).cells:
-            assert not cell.path.exists() or configured.changed_since(read_cell(cell).settings, cell.config) == [], (
-                cell.path
-            )
+            assert (
+                not cell.path.exists() or configured.changed_since(read_cell(cell.path).settings, cell.config) == []
+            ), cell.path

@@ -127,4 +127,4 @@ def test_a_search_is_never_made_of_two_dtypes(
     measured[0] = 1000
     bench([file], progress=Console(quiet=True))
     assert measured[0] == 1000 + EPISODES, "nothing is taken from the bfloat16 search"
-    assert read_cell(read_bench(file).cells[0]).dtype == "float32"
+    assert read_cell(read_bench(file).cells[0].path).dtype == "float32"

@@ -102,7 +102,7 @@ def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
         ({"search": {"episodes": 16}}, r"1024 for random and 2048 for other"),
         ({"search": {"episode_tokens": 64}}, r"1024 for random and 512 for other"),
         ({"search": {"episodes": 9}}, r"whole updates.* is 1024 for random and 1536 for other"),
-        ({"search": {"finalists": 9}}, r"search\.finalists x search\.final_tokens is \d+ for random and \d+ for other"),
+        ({"search": {"finalists": 9}}, r"search\.final(ists|_tokens) is \d+ for random and \d+ for other"),
         ({"prune": {"resource": "kv"}}, r"prune\.resource is 'params' for random and 'kv' for other"),
     ],
 )

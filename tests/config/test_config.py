@@ -172,8 +172,14 @@ def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
         ("data.calibration_tokens=100", ["data.calibration_tokens = 100 is less than one window"]),
         ("data.report_tokens=100", ["data.report_tokens = 100 is less than one window"]),
         ("search.final_tokens=100", ["search.final_tokens = 100 is less than one window"]),
-        ("data.search_tokens=1024", ["data.search_tokens = 1024 is less than search.episode_tokens = 2048"]),
-        ("data.search_tokens=4096", ["data.search_tokens = 4096 is less than search.final_tokens = 8192"]),
+        (
+            "data.search_tokens=1024",
+            ["data.search_tokens = 1024 is less than search.episode_tokens + search.final_tokens = 18432"],
+        ),
+        (
+            "data.search_tokens=4096",
+            ["data.search_tokens = 4096 is less than search.episode_tokens + search.final_tokens = 18432"],
+        ),
         ("schedule.ramp_share=0", ["schedule.ramp_share = 0"]),
     ],
 )

@@ -261,7 +261,9 @@ class TestRange:
     def test_a_single_target_draws_the_subsets_that_it_always_drew(self, env):
         vector = vector_of(env)
         vector.reset(seed=5)
-        assert vector._subset == env.draw(np.random.default_rng(np.random.SeedSequence(5)), 4)
+        vector.step(np.zeros((3, 6), np.float32))
+        expected = env.draw(np.random.default_rng(np.random.SeedSequence(5)), 4)
+        assert {episode.windows for episode in vector.history} == {expected}
 
     def test_a_range_out_of_reach_is_refused(self, make_env):
         from ffgym.errors import BudgetError
@@ -402,6 +404,54 @@ class TestSlopes:
         played(plain)
         with pytest.raises(DataError, match="episode 0 of"):
             played(vector_of(env, episodes=12, slope_episodes=1, replay=plain.history))
+
+
+class TestPairText:
+    """Every mirrored pair of an update may have text of its own."""
+
+    def test_episodes_share_text_with_their_partner_only(self, env):
+        vector = vector_of(env, num_envs=6, episodes=12, pair_text=True)
+        played(vector)
+        windows = [episode.windows for episode in vector.history[:6]]
+        assert windows[:3] == windows[3:]
+        assert len(set(windows)) == 3
+        assert vector.tokens_spent == 12 * 4 * 32, "tokens are charged as without"
+
+    def test_equal_actions_on_other_text_are_other_measurements(self, env):
+        vector = vector_of(env, num_envs=4, pair_text=True)
+        vector.reset(seed=0)
+        rewards = vector.step(np.zeros((4, 6), np.float32))[1]
+        assert rewards[0] == rewards[2] != rewards[1] == rewards[3]
+
+    def test_is_replayed_and_other_text_is_refused(self, env):
+        whole = vector_of(env, num_envs=4, pair_text=True)
+        rewards = played(whole)
+        again = vector_of(env, num_envs=4, pair_text=True, replay=whole.history[:6])
+        np.testing.assert_array_equal(rewards, played(again))
+        with pytest.raises(DataError, match="differs from what this search proposes"):
+            played(vector_of(env, num_envs=4, replay=whole.history))
+
+
+class TestSmallerUpdates:
+    """An agent may ask for less than a whole update, and decide from step to step what has slopes."""
+
+    def test_fewer_actions_are_a_smaller_update(self, env):
+        vector = vector_of(env)
+        vector.reset(seed=0)
+        vector.slope_episodes = 1
+        _, rewards, terminated, _, infos = vector.step(np.zeros((1, 6), np.float32))
+        assert rewards.shape == terminated.shape == (1,)
+        assert infos["final_info"]["slopes"].shape == (1, 6)
+        vector.slope_episodes = 0
+        assert "slopes" not in vector.step(np.zeros((3, 6), np.float32))[4]["final_info"]
+        assert [episode.update for episode in vector.history] == [0, 1, 1, 1]
+
+    def test_more_or_none_are_refused(self, env):
+        vector = vector_of(env)
+        vector.reset(seed=0)
+        for count in (0, 4):
+            with pytest.raises(ValueError, match="actions have shape"):
+                vector.step(np.zeros((count, 6), np.float32))
 
 
 class TestTelling:

@@ -157,7 +157,7 @@ def test_the_table_has_its_rows(finished: Finished) -> None:
         "dense",
         "uniform + ridge",
         "MLPs only, ends spared + ridge",
-        f"best of {EPISODES} random + ridge",
+        f"best of {EPISODES} near the prior + ridge",
         "reinforce, plain",
         "reinforce + ridge",
         "reinforce + sequential ridge",
@@ -668,7 +668,7 @@ def test_the_random_baseline_takes_no_more_tokens_than_a_short_search(tmp_path: 
     """pathwise may have as few episodes as one with slopes costs, fewer than another update has."""
     short = {"episodes": 4, "episodes_per_update": 8}
     one = finish(glass_config(tmp_path, agent={"name": "pathwise"}, search=short, output={"save_model": False}))
-    assert "best of 4 random + ridge" in one.rows
+    assert "best of 4 near the prior + ridge" in one.rows
 
 
 def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def searched(env: Any, *, actions: float, updates: int, seed: int = 0) -> Any:
     vector.reset(seed=seed)
     for _ in range(updates):
         vector.step(np.full(vector.action_space.shape, actions, np.float32))
-    return SimpleNamespace(history=tuple(vector.history), texts=tuple(vector.texts))
+    return SimpleNamespace(history=tuple(vector.history))
 
 
 @pytest.fixture

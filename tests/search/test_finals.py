@@ -13,8 +13,9 @@ from measured_alone import Recording
 from ffgym.agents.random_search import RandomSearch
 from ffgym.search.finals import (
     Candidate,
-    by_standing,
+    contenders,
     finalists,
+    finals_windows,
     near,
     objective_standings,
     run_finals,
@@ -26,30 +27,6 @@ from ffgym.types import Evaluation
 @pytest.fixture
 def env(make_env):
     return make_env(sparsity=0.3)
-
-
-class TestStanding:
-    def test_compares_within_updates(self):
-        """0.9 is the worst of an easy subset, 0.4 the best of a hard one."""
-        history = [episode(0, 0, 0.95), episode(1, 0, 0.9), episode(2, 1, 0.4), episode(3, 1, 0.1)]
-        assert [e.index for e in by_standing(history)] == [2, 0, 1, 3]
-
-    def test_only_the_hardest_stage_counts(self):
-        history = [
-            episode(0, 0, 0.99, sparsity=0.1),
-            episode(1, 0, 0.10, sparsity=0.1),
-            episode(2, 1, 0.80, fidelity=0.5),
-            episode(3, 1, 0.20, fidelity=0.5),
-            episode(4, 2, 0.50),
-            episode(5, 2, 0.55),
-        ]
-        assert [e.index for e in by_standing(history)] == [5, 4]
-        assert [e.index for e in by_standing(history[:4])] == [2, 3]
-        assert [e.index for e in by_standing(history[:2])] == [0, 1]
-
-    def test_an_update_of_one_is_measured_by_all_of_its_stage(self):
-        history = [episode(0, 0, 0.5), episode(1, 1, 0.7), episode(2, 2, 0.6)]
-        assert [e.index for e in by_standing(history)] == [1, 2, 0]
 
 
 class TestFinalists:
@@ -65,40 +42,96 @@ class TestFinalists:
         assert all(c.loss is None for c in got)
         assert [c.origin for c in finalists(env, RandomSearch(), history, 2)] == ["episode 0", "episode 1"]
 
-    def test_episodes_that_were_each_measured_on_other_text_do_not_compete(self, env):
-        alone = [episode(i, i, 0.1 * i, action=np.eye(6)[i]) for i in range(4)]
-        assert [c.origin for c in finalists(env, Opinionated(np.zeros(6)), alone, 4)] == ["policy"]
-        assert [c.origin for c in finalists(env, RandomSearch(), alone, 2)] == ["episode 3", "episode 2"]
+    def test_only_the_hardest_stage_counts_and_the_greatest_reward_comes_first(self, env):
+        ramp = [(0.99, 0.1, 1.0), (0.8, 0.3, 0.5), (0.5, 0.3, 1.0), (0.55, 0.3, 1.0)]
+        history = [
+            episode(i, i, reward, sparsity=sparsity, fidelity=fidelity, action=np.eye(6)[i])
+            for i, (reward, sparsity, fidelity) in enumerate(ramp)
+        ]
+        assert [c.origin for c in finalists(env, RandomSearch(), history, 4)] == ["episode 3", "episode 2"]
+
+    def test_the_prior_is_one_of_them_unless_the_policy_is_still_there(self, env):
+        history = [episode(i, 0, 0.1 * i, action=np.eye(6)[i]) for i in range(4)]
+        agent = Opinionated(np.linspace(-1, 1, 6))
+        agent.prior_mean = np.linspace(1, -1, 6).astype(np.float32)
+        origins = [c.origin for c in contenders(env, agent, history, 2, 0.3, None)]
+        assert origins == ["policy", "episode 3", "prior"]
+        agent.believed = [agent.prior_mean]
+        assert [c.origin for c in contenders(env, agent, history, 2, 0.3, None)] == ["policy", "episode 3"]
 
     def test_are_projected_at_the_target_whatever_stage_they_were_found_at(self, env):
         got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3)
         assert got[0].allocation.sparsity >= 0.3
 
-    def test_the_least_loss_wins_and_a_broken_one_comes_last_in_one_call(self, env):
+
+class TestChoice:
+    """Losses by candidate and window are made up; the policy comes first, and the dense model has 0.5."""
+
+    @staticmethod
+    def run(env, losses, *, origins, windows=12, reserved=12):
         candidates = [
-            Candidate(np.zeros(6), env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3), f"episode {i}")
-            for i in range(4)
+            Candidate(np.zeros(6), env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3), origin)
+            for i, origin in enumerate(origins)
         ]
-        losses = {c.allocation.kept: loss for c, loss in zip(candidates, [2.0, math.nan, 1.0, 3.0], strict=True)}
-        losses[env.dense_units] = 0.5
+        table = {c.allocation.kept: loss for c, loss in zip(candidates, losses, strict=True)}
+        table[env.dense_units] = lambda window: 0.5
 
         class Known:
             def measure(self, requests, on_progress=None):
-                return [Evaluation((losses[request.kept],), 31) for request in requests]
+                return [Evaluation(tuple(table[r.kept](w) for w in r.windows), 31) for r in requests]
 
         env.executor = recording = Recording(Known())
-        got, dense, tokens = run_finals(env, candidates, 170, seed=0)
-        assert [c.origin for c in got] == ["episode 2", "episode 0", "episode 3", "episode 1"]
-        (call,) = recording.calls
-        assert len({request.windows for request in call}) == 1, "all on the same windows"
-        assert len(call[0].windows) == 5
-        assert tokens == 4 * 5 * 32
+        env.reserved = reserved
+        found, dense, tokens = run_finals(env, candidates, windows * 32, seed=0)
         assert dense == 0.5
+        measured = [(r.kept, r.windows) for call in recording.calls for r in call if r.kept != env.dense_units]
+        assert tokens == 32 * len(measured), "each is measured once on a window"
+        return found, measured
 
-    def test_more_tokens_than_the_split_has_means_all_of_it(self, env):
-        candidates = finalists(env, RandomSearch(), [episode(i, 0, i / 3, action=np.eye(6)[i]) for i in range(3)], 3)
-        _, _, tokens = run_finals(env, candidates, 10**6, seed=0)
-        assert tokens == len(candidates) * 12 * 32
+    @staticmethod
+    def about(loss, spread=0.01):
+        return lambda window: loss + spread * math.sin(7 * window)
+
+    def test_luck_does_not_replace_the_policy(self, env):
+        """Better on average, by less than it varies."""
+        lucky = lambda window: 1.0 + (0.1 if window % 2 else -0.102)  # noqa: E731
+        found, _ = self.run(env, [lambda window: 1.0, lucky], origins=["policy", "episode 3"])
+        assert found[0].origin == "policy"
+
+    def test_a_candidate_that_is_better_on_fresh_windows_does(self, env):
+        found, _ = self.run(env, [self.about(1.0), self.about(0.9, 0.02)], origins=["policy", "episode 3"])
+        assert [c.origin for c in found] == ["episode 3", "policy"]
+        assert found[0].loss < found[1].loss
+
+    def test_no_search_ends_behind_the_prior(self, env):
+        losses = [self.about(1.1), self.about(1.2, 0.02), self.about(1.0, 0.03)]
+        found, _ = self.run(env, losses, origins=["policy", "episode 3", "prior"])
+        assert found[0].origin == "prior"
+
+    def test_without_a_recommendation_the_best_of_all_is_the_default(self, env):
+        losses = [self.about(loss) for loss in (1.2, 1.0, 1.1, 1.3)]
+        found, _ = self.run(env, losses, origins=[f"episode {i}" for i in range(4)])
+        assert found[0].origin == "episode 1"
+
+    def test_what_chooses_among_candidates_does_not_decide(self, env):
+        losses = [self.about(1.0 + 0.1 * i) for i in range(5)]
+        found, measured = self.run(env, losses, origins=["policy", *(f"episode {i}" for i in range(4))])
+        policy = {windows for kept, windows in measured if kept == found[0].allocation.kept}
+        thinned = {windows for kept, windows in measured if kept == found[-1].allocation.kept}
+        assert len(policy) == 6
+        assert not policy & thinned
+        assert [c.loss is None for c in found] == [False, False, True, True, True]
+
+    def test_a_broken_one_is_never_chosen(self, env):
+        losses = [lambda window: math.nan, self.about(1.0), self.about(1.1)]
+        found, _ = self.run(env, losses, origins=["episode 0", "episode 1", "prior"])
+        assert found[0].origin == "episode 1"
+
+    def test_rewards_are_never_drawn_from_the_reserve(self, env):
+        env.reserved = 4
+        drawn = {i for seed in range(50) for i in env.draw(np.random.default_rng(seed), 3)}
+        assert drawn == set(range(8))
+        assert set(finals_windows(env, 10**6, 0)) == {8, 9, 10, 11}
 
 
 class TestShapes:
