@@ -3,16 +3,16 @@
 The problem: maximise J = E_{a ~ N(mu(p), s^2 C)}[R(a)] over mu, where an episode is one action a (2L importances) and
 one reward, p is the target sparsity, and C says how noise is shared over depth. No discount, no bootstrapping.
 
-A gradient has two parts, as in a stochastic computation graph. Where the reward has a derivative, the pathwise one is
-far less noisy: the first ``slope_share`` of the tokens follows slopes, one episode an update, as `pathwise` does. A
-sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
-function: the other tokens explore those sublayers, or all of them where every sublayer has a slope, or none.
-
 With a = mu + s S z, z ~ N(0, I), C = S S, the score-function gradient with respect to mu, taken in the Gaussian's own
 metric (natural gradient), is E[A (a - mu)]: no inverse, no Adam, steps in units of the policy's spread. Episodes come
 in antithetic pairs mu +- s S z, which cancel what is even in the noise. Every pair has text of its own. Its advantage A
 is half the difference of its rewards over the root mean square of the update's, clipped. A sublayer of which both
 episodes of a pair kept the same earns nothing: the noise on it changed nothing.
+
+A gradient has two parts, as in a stochastic computation graph. Where the reward has a derivative, the pathwise one is
+far less noisy. With ``slope_share``, that share of the tokens follows slopes first, one episode an update, as `pathwise`
+does. A sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
+function: the other tokens explore those sublayers, or all of them where every sublayer has a slope, or none.
 
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
@@ -49,7 +49,7 @@ class ReinforceConfig(PluginConfig):
     """Options of the agent."""
 
     slope_share: float = Field(
-        0.5, ge=0, le=1, description="share of the tokens that follows slopes, where there are any; the rest explores"
+        0.0, ge=0, le=1, description="share of the tokens that follows slopes, where there are any; the rest explores"
     )
     learning_rate: float = Field(
         1.0, gt=0, description="step of the mean, in units of the policy's spread times the advantage"
@@ -94,7 +94,7 @@ class Reinforce(BatchAgent):
 
     def update_cost(self, episodes_per_update: int) -> int:
         """Of its two kinds of update the dearer one."""
-        return max(episodes_per_update, 1 + SLOPE_PASSES)
+        return max(episodes_per_update, 1 + SLOPE_PASSES) if self.config.slope_share else episodes_per_update
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Follow slopes where the environment has them, then explore."""
