@@ -10,9 +10,9 @@ is half the difference of its rewards over the root mean square of the update's,
 episodes of a pair kept the same earns nothing: the noise on it changed nothing.
 
 A gradient has two parts, as in a stochastic computation graph. Where the reward has a derivative, the pathwise one is
-far less noisy. With ``slope_share``, that share of the tokens follows slopes first, one episode an update, as `pathwise`
-does. A sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
-function: the other tokens explore those sublayers, or all of them where every sublayer has a slope, or none.
+far less noisy. With ``slope_share``, that share of the tokens follows slopes first, one episode an update, as
+`pathwise` does. A sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has
+only the score function: the other tokens explore those sublayers, or all where every sublayer has a slope, or none.
 
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
