@@ -318,7 +318,7 @@ def test_a_setting_that_is_new_does_not_outdate_results(finished: Any, tmp_path:
     call(file)
     del result["settings"]["search"]["finalists"]
     path.write_text(json.dumps(result))
-    with pytest.raises(ConfigError, match=r"another configuration: search\.finalists was 4 and is 2 now"):
+    with pytest.raises(ConfigError, match=r"another configuration: search\.finalists was 8 and is 2 now"):
         call(file)
 
 
@@ -559,12 +559,12 @@ def test_a_cell_whose_agent_has_a_new_edition_starts_anew(
     steps[0] = 5
     with pytest.raises(KeyboardInterrupt):
         call(file)
-    monkeypatch.setattr(Reinforce, "edition", 2)
+    monkeypatch.setattr(Reinforce, "edition", Reinforce.edition + 1)
     steps[:] = [10**6]
     call(file)
     assert len(steps) - 1 == EPISODES
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
-    assert result["editions"] == {"agent": 2}
+    assert result["editions"] == {"agent": Reinforce.edition}
 
 
 def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) -> None:

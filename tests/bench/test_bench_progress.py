@@ -36,7 +36,7 @@ def bench_file(folder: Path, agents: list[str], **tables: dict[str, Any]) -> Pat
 
 
 def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 2 x 512 + 6 x 1,024: seven times as many."""
+    """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 1,280 (finals) + 6 x 1,024: seven times as many."""
     each = read_bench(bench_file(tmp_path, ["uniform", "random", "evolution"]))
     now = [0.0]
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
@@ -47,7 +47,7 @@ def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.M
         queue.done(0)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "left" not in lines[0]
-    assert lines[1].endswith("random, seed 0, 2:44 left in all")  # 16,384 tokens at 100 a second
+    assert lines[1].endswith("random, seed 0, 2:49 left in all")  # 16,896 tokens at 100 a second
     assert lines[2].endswith("evolution, seed 0, 1:22 left in all")
 
 

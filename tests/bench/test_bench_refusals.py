@@ -27,6 +27,7 @@ from ffgym.errors import ConfigError
 from ffgym.models.loading import load
 from ffgym.pipeline.agent import policy_digest
 from ffgym.plugins import discovery
+from ffgym.prepare.configured import editions
 from ffgym.prepare.parts import table_digest
 
 
@@ -57,6 +58,7 @@ def a_result(cell: Cell) -> CellResult:
     return CellResult(
         label="random",
         agent=cell.config.agent.name,
+        editions=editions(cell.config),
         seed=0,
         settings=settings(cell.config),
         target=0.2,

@@ -868,10 +868,12 @@ def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
 ) -> None:
     measure, count = LocalExecutor.measure, iter(range(10**6))
 
-    def broken(self: LocalExecutor, *args: Any) -> Any:
-        dense, *found = measure(self, *args)
-        lost = (math.nan,) * len(dense.losses)
-        return [dense, *(replace(e, losses=lost) if next(count) in (1, 4) else e for e in found)]
+    def broken(self: LocalExecutor, requests: Any, *args: Any) -> Any:
+        dense = max(sum(request.kept) for request in requests)
+        return [
+            replace(e, losses=(math.nan,) * len(e.losses)) if sum(r.kept) < dense and next(count) in (1, 4) else e
+            for r, e in zip(requests, measure(self, requests, *args), strict=True)
+        ]
 
     monkeypatch.setattr(LocalExecutor, "measure", broken)
     one = finish(glass_config(tmp_path, search={"random_baseline": False}))
