@@ -168,9 +168,9 @@ def test_the_committed_files_are_valid(script: Any, file: str) -> None:
 
     if file == "search.toml":
         bench = read_bench(SCRIPT.parent / file)
-        assert [cell.config.prune.calibration for cell in bench.cells] == ["ridge", "none"]
-        check_benches([bench])  # and the committed results are still those of these cells
-        assert all(cell.path.exists() for cell in bench.cells)
+        assert bench.spec.dated
+        check_benches([bench])
+        assert bench.results, "the committed results are shown"
     else:
         spec, config = script.read_experiment(SCRIPT.parent / file)
         assert spec.lora.tokens == spec.distil_mlp.tokens

@@ -155,9 +155,9 @@ def test_build_env_takes_the_parts_it_is_given(tiny_run, parts):
     config = RunConfig.model_validate(tiny_run)
     loaded, splits = load_parts(config)
     prepared = prepare_model(config, loaded, splits.calibration.windows)
-    env = build_env(config, prepared, splits.search.windows[:3], make_budget(config, loaded.model))
+    env = build_env(config, prepared, splits.search.windows[:5], make_budget(config, loaded.model))
     assert env.prunable is prepared.prunable
-    assert len(env.windows) == 3
+    assert len(env.windows) == 5
 
 
 def test_batches_are_larger_on_an_accelerator():

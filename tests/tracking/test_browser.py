@@ -55,7 +55,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             one_shot = {"agent": {"name": "one-shot"}, "prior": {"name": "uniform"}}
             track(agent, **(one_shot if agent == "uniform" else {"agent": {"name": agent}}))
         with contextlib.suppress(DataError):
-            track("too-long", data={"report_tokens": 10**9})
+            track("too-long", data={"report_tokens": 10**6})
         yield folder
 
 
