@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import refuse_occupied
 from ffgym.export.format import Exported, ExportFormat, Progress
-from ffgym.export.tensors import Checkpoint
+from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
 from ffgym.files import replacing
 from ffgym.models.checkpoint import check_folder
 from ffgym.models.families import family_of_type
-from ffgym.models.loading import load_config, load_tokenizer
+from ffgym.models.loading import load_tokenizer
 
 CHANNELS = 256  # engines round an MLP's width up to a multiple
-EMBEDDING, OUTPUT, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+NORM = "model.norm.weight"
 FAMILIES = ("llama", "mistral")
 SETTINGS = (
     "hidden_size",
@@ -70,15 +70,14 @@ class NemotronNas(ExportFormat):
         check_folder(folder)
         place = target.expanduser().resolve()
         refuse_occupied(place, overwrite)
-        config = load_config(folder)
+        config, checkpoint = read_checkpoint(folder)
         config.allow_global_per_layer_attribute_access = True  # the dense model's sizes
-        checkpoint = Checkpoint(folder)
         _check(config, checkpoint)
         layers = [_layer(index, config) for index in range(config.num_hidden_layers)]
         with replacing(place) as part:
             part.mkdir()
             written = _write(part, config, layers, checkpoint, progress)
-            _write_config(part, config, layers, checkpoint)
+            _write_config(part, config, layers)
             load_tokenizer(folder).save_pretrained(part)
             if (folder / "generation_config.json").is_file():
                 shutil.copyfile(folder / "generation_config.json", part / "generation_config.json")
@@ -171,13 +170,9 @@ def _write(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoi
 def _ends(config: Any, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     shape = (config.vocab_size, config.hidden_size)
     shapes = {EMBEDDING: shape, NORM: (config.hidden_size,)}
-    if not _is_tied(config, checkpoint):
+    if not config.tie_word_embeddings:
         shapes[OUTPUT] = shape
     return {name: checkpoint.take(name, size)() for name, size in shapes.items()}
-
-
-def _is_tied(config: Any, checkpoint: Checkpoint) -> bool:
-    return bool(config.tie_word_embeddings) and not checkpoint.differ(EMBEDDING, OUTPUT)
 
 
 def _read(layer: _Layer, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -186,7 +181,7 @@ def _read(layer: _Layer, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return weights | {name: checkpoint.take(name, (hidden,))() for name in layer.norms}
 
 
-def _write_config(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoint) -> None:
+def _write_config(folder: Path, config: Any, layers: list[_Layer]) -> None:
     rope = dict(config.rope_parameters or {})
     theta = rope.pop("rope_theta", 10000.0)
     said = {
@@ -198,7 +193,7 @@ def _write_config(folder: Path, config: Any, layers: list[_Layer], checkpoint: C
         "mlp_bias": False,
         "rope_theta": theta,
         "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
-        "tie_word_embeddings": _is_tied(config, checkpoint),
+        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(config.dtype).removeprefix("torch."),
     }
     (folder / "config.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")

@@ -11,8 +11,22 @@ from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import weight_files
+from ffgym.models.loading import load_config
 
 FLOATS = ("F32", "F16", "BF16")  # safetensors' names
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def read_checkpoint(folder: Path) -> tuple[Any, Checkpoint]:
+    """The config and the tensors of a saved model. Its ``tie_word_embeddings`` is what the weights say.
+
+    Raises:
+        ModelError: the folder holds no model, or a damaged one.
+    """
+    config, checkpoint = load_config(folder), Checkpoint(folder)
+    if config.tie_word_embeddings and checkpoint.differ(EMBEDDING, OUTPUT):  # then transformers uses both
+        config.tie_word_embeddings = False
+    return config, checkpoint
 
 
 class Checkpoint:

@@ -19,9 +19,9 @@ from ffgym.errors import ModelError, OutputError
 from ffgym.export.format import Exported, ExportFormat, Progress
 from ffgym.export.gguf.architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from ffgym.export.tensors import Checkpoint
+from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
 from ffgym.files import FileFormat, replacing
-from ffgym.models.loading import load_config, load_tokenizer
+from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import AGAIN
 from ffgym.plugins.bases import PluginConfig
 
@@ -32,7 +32,6 @@ DTYPES: dict[str, tuple[torch.dtype, str, Any, Any]] = {
     "f16": (torch.float16, "F16", gguf.GGMLQuantizationType.F16, FILE_TYPES.MOSTLY_F16),
     "bf16": (torch.bfloat16, "BF16", gguf.GGMLQuantizationType.BF16, FILE_TYPES.MOSTLY_BF16),
 }
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class _GenerationConfig(BaseModel):
@@ -107,10 +106,7 @@ def export_gguf(
     if dtype is not None and dtype not in DTYPES:
         raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
     _refuse_occupied(place, overwrite)
-    config = load_config(source)
-    checkpoint = Checkpoint(source)
-    if config.tie_word_embeddings and checkpoint.differ(EMBEDDING, OUTPUT):  # then transformers uses both
-        config.tie_word_embeddings = False
+    config, checkpoint = read_checkpoint(source)
     contents = read_contents(config, checkpoint)
     architecture = choose_architecture(contents)
     tensors = list(_tensors(architecture, contents, checkpoint))
