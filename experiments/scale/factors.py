@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from ffgym.plan.counts import factors, forward, refit
-from ffgym.plan.shape import ModelShape, Workload, channels, shape_of
+from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.factors import factor_dtype, packed_size
 
@@ -51,7 +51,7 @@ def config_of(name: str, layers: int | None = None, vocabulary: int | None = Non
 def one_by_one(shape: ModelShape) -> float:
     """Operations of an update's refits, each made directly from the whole square of D."""
     kept = 1 - SPARSITY
-    return EPISODES * sum(2 * shape.hidden * channels(s) ** 2 * kept * (1 - kept) for s in shape.sublayers)
+    return EPISODES * sum(2 * shape.hidden * s.channels**2 * kept * (1 - kept) for s in shape.sublayers)
 
 
 def tables() -> None:
@@ -65,7 +65,7 @@ def tables() -> None:
     for name in SIZES:
         shape = shape_of(config_of(name), name)
         load = Workload(WINDOW, 0, SPARSITY, torch.bfloat16, WINDOW)
-        before = sum(4 * channels(s) * (shape.hidden + channels(s)) for s in shape.sublayers)
+        before = sum(4 * s.channels * (shape.hidden + s.channels) for s in shape.sublayers)
         cells = [f"{factors(shape) / 2**30:.1f} ({before / 2**30:.1f})"]
         for tokens in TOKENS:
             others = EPISODES * tokens * forward(shape, load, sparsity=SPARSITY)

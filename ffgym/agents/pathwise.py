@@ -124,7 +124,6 @@ class SlopeDescent:
     Args:
         dimensions: 2L.
         config: step, smooth and length.
-
     """
 
     def __init__(self, dimensions: int, config: Any) -> None:

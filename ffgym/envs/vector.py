@@ -100,8 +100,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     @property
     def has_slopes(self) -> bool:
         """Whether slopes can be asked for: not of layers that share one shape, or that are not in memory."""
-        in_memory = not any(parameter.is_meta for parameter in self.env.prunable.model.parameters())
-        return in_memory and not self.env.budget.tied
+        return self.env.prunable.source is None and not self.env.budget.tied
 
     @property
     def stage(self) -> Stage:

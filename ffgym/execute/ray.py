@@ -62,6 +62,10 @@ class Workers:
     gpus: int = 0
     threads: int = 1
 
+    def cpus(self, *, is_own: bool) -> int:
+        """Processors that each asks a cluster for; none of one that nobody else uses."""
+        return 0 if is_own else 1 if self.gpus else self.threads
+
 
 class Cluster:
     """A connection to Ray.
@@ -88,8 +92,7 @@ class Cluster:
             on_line: told what the workers say, each line with their number; nobody where left out.
             grace: seconds that a worker whose job is interrupted may take to end it.
         """
-        cpus = 0 if self._is_own else 1 if self.workers.gpus else self.workers.threads
-        options = {"num_cpus": cpus, "num_gpus": self.workers.gpus}
+        options = {"num_cpus": self.workers.cpus(is_own=self._is_own), "num_gpus": self.workers.gpus}
         crew = RayCrew(self._ray, make, options, self.workers.threads, on_line or (lambda line: None))
         self._pools.append(pool := Pool(crew, self.workers.count, self._notify, grace))
         return pool
@@ -252,8 +255,7 @@ def _probe(address: str, hint: str) -> None:
 
 def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
     """Raise where the machines of a cluster have too few GPUs or CPUs for the workers."""
-    cpus = 0 if is_own else 1 if workers.gpus else workers.threads
-    wanted = {"GPU": workers.gpus, "CPU": cpus}
+    wanted = {"GPU": workers.gpus, "CPU": workers.cpus(is_own=is_own)}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(min((int(node.get(k, 0) // n) for k, n in wanted.items() if n), default=workers.count) for node in nodes)
     if room >= workers.count:

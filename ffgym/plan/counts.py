@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from ffgym.evaluation.perplexity import TILE_COLUMNS, TILE_ROWS
-from ffgym.plan.shape import ModelShape, Workload, channels
+from ffgym.plan.shape import ModelShape, Workload
 from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
 from ffgym.pruning.calibration import SKETCHED
 from ffgym.pruning.factors import WIDE, factor_bytes, grid
@@ -84,6 +84,11 @@ class Stage:
         """Bytes at the peak."""
         return sum(self.memory.values())
 
+    @property
+    def largest_part(self) -> str:
+        """What holds most of them; empty where that is not known."""
+        return max(self.memory, key=lambda name: self.memory[name], default="")
+
 
 def stages(shape: ModelShape, load: Workload) -> list[Stage]:
     """The stages of a run, in order; those that it does not have are left out.
@@ -116,7 +121,7 @@ def weights(shape: ModelShape, load: Workload) -> int:
 
 def factors(shape: ModelShape) -> int:
     """Bytes of the refit factors of all sublayers, B (m x n) and D (n x n, its triangle)."""
-    return sum(factor_bytes(shape.hidden, channels(sublayer)) for sublayer in shape.sublayers)
+    return sum(factor_bytes(shape.hidden, sublayer.channels) for sublayer in shape.sublayers)
 
 
 def moments(shape: ModelShape) -> int:
@@ -140,7 +145,7 @@ def hidden_states(shape: ModelShape, load: Workload, tokens: int) -> int:
 
 
 def _kept_statistics(shape: ModelShape, load: Workload) -> int:
-    return sum(4 * channels(s) ** 2 for s in shape.sublayers) if load.second_moments else 0
+    return sum(4 * s.channels**2 for s in shape.sublayers) if load.second_moments else 0
 
 
 def _at_a_time(shape: ModelShape, load: Workload, size: int, layers: int = 1) -> int:
@@ -153,7 +158,7 @@ def _own_weights(shape: ModelShape, load: Workload) -> int:
     if load.streamed:  # the layer at work, the next one, and what belongs to no layer
         layers = _at_a_time(shape, load, shape.prunable, layers=2)
         return (shape.parameters - shape.prunable + layers) * load.dtype.itemsize
-    is_converted = shape.saved_as != str(load.dtype).removeprefix("torch.")
+    is_converted = shape.saved_as != load.dtype_name
     return (shape.parameters if is_converted else shape.prunable) * load.dtype.itemsize
 
 
@@ -185,7 +190,7 @@ def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
 
 def forward(shape: ModelShape, load: Workload, *, sparsity: float = 0.0, head: bool = True) -> float:
     """Operations of one token through the layers, and through the head."""
-    attention = 2 * load.window * sum(channels(s) for s in shape.sublayers if s.kind == "attention")
+    attention = 2 * load.window * sum(s.channels for s in shape.sublayers if s.kind == "attention")
     layers = (1 - sparsity) * (2 * shape.prunable + attention)
     return layers + (2 * shape.head if head else 0)
 
@@ -197,7 +202,7 @@ def refit(shape: ModelShape, sparsity: float, allocations: int = 1) -> float:
     """
     total = 0.0
     for sublayer in shape.sublayers:
-        n = channels(sublayer)
+        n = sublayer.channels
         levels = grid(n)
         kept, least = (1 - sparsity) * n, max(0, 1 - 2 * sparsity) * n
         total += shape.hidden * (n**2 - least**2)
@@ -210,7 +215,7 @@ def factorise(shape: ModelShape, load: Workload) -> Operations:
     float32 = float64 = 0.0
     m = shape.hidden
     for sublayer in shape.sublayers:
-        n = channels(sublayer)
+        n = sublayer.channels
         own = 2 * n**3 / 3 + 2 * m * n**2
         float32, float64 = (float32 + own, float64) if n > WIDE else (float32, float64 + own)
         if load.choose_ridge:
@@ -235,7 +240,7 @@ def _load(shape: ModelShape, load: Workload) -> Stage:
 
 def _prepare(shape: ModelShape, load: Workload) -> Stage:
     tokens, n = load.calibration_tokens, max(shape.widest("attention"), shape.widest("mlp"))
-    products = sum(2 * channels(s) ** 2 for s in shape.sublayers)
+    products = sum(2 * s.channels**2 for s in shape.sublayers)
     operations = (Operations(forward(shape, load, head=False)) + _products(load, products)) * tokens
     operations += factorise(shape, load)
     carried = hidden_states(shape, load, tokens)
@@ -247,7 +252,7 @@ def _prepare(shape: ModelShape, load: Workload) -> Stage:
     if load.gradients:
         sample = int(GRADIENT_SHARE * tokens)
         operations += Operations((2 + BACKWARD) * forward(shape, load)) * sample
-        gradients = sum(4 * shape.hidden * (channels(s) + shape.hidden) for s in shape.sublayers)
+        gradients = sum(4 * shape.hidden * (s.channels + shape.hidden) for s in shape.sublayers)
     memory = {
         **_prepared(shape, load),
         "gradients": _at_a_time(shape, load, gradients),
@@ -304,7 +309,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     tokens, kept = load.calibration_tokens, 1 - load.sparsity
     products = float64 = 0.0
     for sublayer in shape.sublayers:
-        n = channels(sublayer)
+        n = sublayer.channels
         products += 2 * tokens * n * n * kept * (1 + kept)
         float64 += 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
     operations = Operations(2 * forward(shape, load, head=False)) * tokens + Operations(0, 0, float64)
@@ -333,7 +338,7 @@ def _save(shape: ModelShape, load: Workload) -> Stage:
 
 def _consumers(shape: ModelShape, load: Workload) -> int:
     """Bytes of the refitted consumers of a whole cut model."""
-    kept = (1 - load.sparsity) * sum(channels(s) for s in shape.sublayers)
+    kept = (1 - load.sparsity) * sum(s.channels for s in shape.sublayers)
     return _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
 
 

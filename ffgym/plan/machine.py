@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from ffgym.plan.counts import Operations
-from ffgym.plan.shape import ModelShape, channels
+from ffgym.plan.shape import ModelShape
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -103,7 +103,7 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
     tokens = min(2048, max(64, int(64 * SECONDS / _seconds(lambda: layer.run(64, window), device))))
     operations = layer.operations(tokens, window)
     model = operations / _seconds(lambda: layer.run(tokens, window), device)
-    n = min(768, max(map(channels, shape.sublayers)))
+    n = min(768, max(s.channels for s in shape.sublayers))
     square = torch.randn(n, n, device=device)
     float32 = 2 * n**3 / _seconds(lambda: square @ square, device)
     wide = torch.eye(n, dtype=torch.float64, device="cpu" if device.type == "mps" else device) * 2

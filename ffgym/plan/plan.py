@@ -103,12 +103,11 @@ class Plan:
         if self.needed <= TOLERANCE * self.free:
             return
         largest = self.largest
-        part = max(largest.memory, key=lambda name: largest.memory[name])
         workers = self.needed - largest.peak
         others = f", {self.load.workers} workers need {size_text(workers)}" if workers else ""
         raise FitError(
             f"{self.name!r} does not fit: {largest.name} needs {size_text(largest.peak)} of memory, most of it for "
-            f"{part}{others}, and {size_text(self.free)} are free on {self.device}",
+            f"{largest.largest_part}{others}, and {size_text(self.free)} are free on {self.device}",
             hint=self.advice,
         )
 

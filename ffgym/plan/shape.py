@@ -45,7 +45,7 @@ class ModelShape:
 
     def widest(self, kind: Kind) -> int:
         """Input channels of the widest consumer of a kind, n."""
-        return max(channels(s) for s in self.sublayers if s.kind == kind)
+        return max(s.channels for s in self.sublayers if s.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class Workload:
     makes_kernels: bool = False
     streamed: bool = False
 
-
-def channels(sublayer: Sublayer) -> int:
-    """Input channels of a consumer, n."""
-    return sublayer.units * sublayer.channels_per_unit
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as a config says it, e.g. ``"bfloat16"``."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 def shape_of(config: Any, name: str) -> ModelShape:

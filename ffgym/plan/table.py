@@ -11,7 +11,6 @@ from rich.text import Text
 from ffgym.data.cache import cache_dir
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan, size_text
-from ffgym.plan.shape import Workload
 from ffgym.report.layout import Table, humane, text_columns
 from ffgym.report.progress import clock
 from ffgym.types import JSONDict
@@ -42,7 +41,7 @@ def to_json(plan: Plan) -> JSONDict:
         "family": shape.family,
         "parameters": shape.parameters,
         "prunable_parameters": shape.prunable,
-        "dtype": _dtype(load),
+        "dtype": load.dtype_name,
         "device": str(plan.device),
         "placement": "stream" if load.streamed else "resident",
         "workers": load.workers,
@@ -73,7 +72,7 @@ def show(plan: Plan, console: Console) -> None:
     shape, load = plan.shape, plan.load
     layers = "streamed" if load.streamed else "resident"
     size = f"{humane(shape.parameters)} parameters"
-    console.print(Text(f"{plan.name}: {shape.family}, {size}, {_dtype(load)} on {plan.device}, {layers}\n"))
+    console.print(Text(f"{plan.name}: {shape.family}, {size}, {load.dtype_name} on {plan.device}, {layers}\n"))
     console.print(_stages(plan).terminal())
     console.print(_parts(plan).terminal())
 
@@ -86,7 +85,7 @@ def _stages(plan: Plan) -> Table[Sequence[str]]:
             humane(stage.operations.total) if stage.operations.total else "",
             clock(plan.seconds(stage)),
             size_text(stage.peak) if stage.peak else "",
-            max(stage.memory, key=lambda name: stage.memory[name], default=""),
+            stage.largest_part,
         )
         for stage in plan.stages
     ]
@@ -120,10 +119,6 @@ def _sizes(plan: Plan) -> dict[str, int]:
         "prepared_model_on_disk": counts.store(shape, load),
         "saved_model_on_disk": counts.saved_model(shape, load) if load.saves else 0,
     }
-
-
-def _dtype(load: Workload) -> str:
-    return str(load.dtype).removeprefix("torch.")
 
 
 def _free_disk(folder: Path) -> int:

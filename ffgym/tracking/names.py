@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ffgym.config.toml import flatten
+from ffgym.config.toml import INDIFFERENT, flatten
 
 # What people compare runs by has a short name, and those sort before all others: MLflow plots the first three.
 SHORT_NAMES = {
@@ -26,7 +26,6 @@ SHORT_NAMES = {
     "prune.sparsity": "sparsity",
 }
 OTHERS = "toml."  # before the names of all others, which are the keys of config.toml
-DECIDES_NOTHING = ("output", "tracking", "workers")
 SWITCHES = {"recover": ["method"], "prior": ["name"], "schedule": ["sparsity", "fidelity"]}  # all "none": unused
 
 
@@ -77,7 +76,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     named: dict[str, str] = {}
     for key, value in flat.items():
         table = key.partition(".")[0]
-        if value is None or table in DECIDES_NOTHING or (table in unused and key not in SHORT_NAMES):
+        if value is None or table in INDIFFERENT or (table in unused and key not in SHORT_NAMES):
             continue
         name = SHORT_NAMES.get(key) or OTHERS + re.sub(r"[^\w\-.:/ ]", "_", key)
         while name in named:  # keys that differ in nothing that MLflow takes
