@@ -232,18 +232,30 @@ def _begin(ray: Any, address: str | None) -> None:
         ray.init(address="local", **own, **quiet)
         return
     hint = "Start one with ray start --head, or leave --ray-address out to use this machine alone."
-    _probe(address, hint)
+    at = _noted() if address == "auto" else address
+    if at is None:
+        raise WorkerError("no Ray cluster has been started on this machine", hint=hint)
+    _probe(at, hint)
     try:
         ray.init(address=address, **quiet)
     except Exception as error:
         said = str(error).strip().splitlines()[0]
-        raise WorkerError(f"no Ray cluster answers at {address}: {said}", hint=hint) from None
+        hint = "Has it begun to work? If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token shows yours)."
+        raise WorkerError(f"the Ray cluster at {at} does not let this program in: {said}", hint=hint) from None
+
+
+def _noted() -> str | None:
+    """Address of the cluster that ``RAY_ADDRESS`` names or ``ray start`` has noted on this machine.
+
+    Ray's own ``auto`` also takes one that another program has begun for itself, and that ends when it does.
+    """
+    from ray._private.services import find_bootstrap_address
+
+    return os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
 
 
 def _probe(address: str, hint: str) -> None:
-    """Raise where nobody listens: Ray itself would try for two minutes, and then end the process."""
-    if address == "auto":
-        return
+    """Raise where nobody listens: Ray itself would try for minutes, and then end the process."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         raise WorkerError(f"{address!r} is no Ray address", hint="Give auto, HOST:PORT or ray://HOST:PORT.")

@@ -49,10 +49,15 @@ def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where a cluster of this machine would be noted
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with (
-        pytest.raises(WorkerError, match="no Ray cluster answers at auto: Could not find any running Ray"),
+        pytest.raises(WorkerError, match="no Ray cluster has been started on this machine"),
         connected(Workers(2, address="auto"), print),
     ):
         pass
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # as one that was killed leaves it
+    assert refusal(WorkersTable(count=2, ray_address="auto")).startswith("no Ray cluster answers at 127.0.0.1:1: ")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
+    assert refusal(WorkersTable(count=2, ray_address="auto")).startswith("no Ray cluster answers at 127.0.0.1:2: ")
 
 
 def test_one_device_for_several_workers() -> None:
