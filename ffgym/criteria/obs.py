@@ -37,13 +37,13 @@ class Obs(Criterion):
         Raises:
             CalibrationError: the damped second moment cannot be factorised.
         """
-        from ffgym.pruning.calibration import cholesky
+        from ffgym.pruning.calibration import cholesky_
         from ffgym.pruning.factors import inverse_
         from ffgym.pruning.precision import in_float64
 
         assert stats.second_moment is not None, "needs second_moment"
         try:
-            D = inverse_(cholesky(in_float64(stats.second_moment), self.config.ridge))
+            D = inverse_(cholesky_(in_float64(stats.second_moment).clone(), self.config.ridge))
         except CalibrationError as error:
             raise CalibrationError(f"criterion 'obs': {error.message}", hint="Raise criterion.ridge.") from error
         inverse_diagonal = D.square().sum(dim=0)  # A = C C^T and D = C^-1, so A^-1 = D^T D

@@ -38,7 +38,7 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
     "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
 }
-MEASURED_UPDATES = 16  # enough for a curve, and a small part of a long search
+MEASURED_TEXTS = 24  # enough for a curve, and a small part of a long search
 DEMO_LICENSE = "apache-2.0"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
@@ -81,12 +81,12 @@ def random_allocation(baseline: SearchResult | None) -> dict[str, Allocation]:
 def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[dict[int, float]]:
     """What the allocation that a search started from earns on the text of its updates, at their targets.
 
-    The reward of an update depends on its text, so a search's progress shows only against a fixed allocation on the
-    same text. The search is over: nothing of it depends on this.
+    A reward depends on its text, so a search's progress shows only against a fixed allocation on the same text. The
+    search is over: nothing of it depends on this.
 
     Args:
         task: of the run.
-        searches: the agent's first; at most `MEASURED_UPDATES` of its updates are measured, evenly spread.
+        searches: the agent's first; at most `MEASURED_TEXTS` of its texts are used, evenly spread.
         reporter: where progress goes.
 
     Returns:
@@ -95,12 +95,11 @@ def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Report
     history = searches[0].history
     prior = task.config.prior
     rule = ("uniform", {}) if prior.name == "none" else (prior.name, prior.options)
-    updates = 1 + history[-1].update
-    chosen = set(np.linspace(0, updates - 1, min(updates, MEASURED_UPDATES)).round().astype(int).tolist())
+    on = list({_text(episode): episode for episode in history}.values())
+    chosen = np.linspace(0, len(on) - 1, min(len(on), MEASURED_TEXTS)).round().astype(int)
     trials = {
         _text(episode): Trial(task.project(*rule, episode.target_sparsity), episode.windows, episode.examples)
-        for episode in history
-        if episode.update in chosen
+        for episode in (on[i] for i in chosen)
     }
     with reporter.stage("search: where it started, on the same text", 100) as stage:
         outcomes = task.env.outcomes(list(trials.values()), lambda share: stage(round(100 * share), 100))

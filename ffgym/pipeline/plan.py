@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ffgym.config.tables import RunConfig
-from ffgym.pipeline.compare import MEASURED_UPDATES, asked_rules, reference_rules
+from ffgym.pipeline.compare import MEASURED_TEXTS, asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
@@ -43,7 +43,9 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         episodes_per_update=size,
         updates=-(-search.episodes // size),
         searches=1 + compared,
-        start_updates=MEASURED_UPDATES if agent.searches else 0,
+        texts=max(1, size // 2) if agent.pair_text else 1,
+        search_tokens=config.data.search_tokens,
+        start_texts=MEASURED_TEXTS if agent.searches else 0,
         finalists=search.finalists if agent.searches else 0,
         final_tokens=-(-expected_tokens(search.finalists, search.final_tokens) // search.finalists // window) * window,
         targets=points,

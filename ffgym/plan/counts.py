@@ -20,12 +20,12 @@ LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the te
 TRACKING = 100_000_000  # what drawing pictures and saving load beside them; measured
 # Code that oneDNN makes for the products of a sublayer at one more width and keeps until the process ends: measured.
 KERNELS = 800_000
-# Bytes for each entry of an n x n moment while `ffgym.prepare.paths` factorises a sublayer: three moments in float32
-# (sums, fitted, reordered), and the moment, its copy and C in float64, or in float32 where the consumer is wide.
-FACTORISING, FACTORISING_WIDE = 40, 24
+# Bytes for each entry of an n x n moment while `ffgym.prepare.paths` chooses a lambda: two covariances and a moment in
+# float32, and of 3/4 of the channels a copy and its factor; in float64 the moment, unless the consumer is wide.
+FACTORISING, FACTORISING_WIDE = 25, 17
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
-# The same of `ffgym.prepare.sequential`: cross and own moments in float32 and float64, with the copies that become one.
-REFITTING = 68
+# The same of `ffgym.prepare.sequential`: cross and own moments in float64, and the factor, or the sums in float32.
+REFITTING = 24
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -102,7 +102,7 @@ def stages(shape: ModelShape, load: Workload) -> list[Stage]:
         _prepare: True,
         _search: load.episode_tokens,
         _finals: load.finalists,
-        _start: load.start_updates,
+        _start: load.start_texts,
         _report: load.report_rows,
         _sequential: load.sequential,
         _save: load.saves,
@@ -179,10 +179,11 @@ def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int
 
 
 def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
-    """Bytes of a forward pass through one layer."""
+    """Bytes of a forward pass through one layer, and of the tiles of logits after the last one."""
     tokens = min(tokens, max(load.batch_tokens, load.window))
     attention = FORWARD_ATTENTION * max(shape.hidden, shape.widest("attention"))
-    return tokens * load.dtype.itemsize * max(attention, FORWARD_MLP * shape.widest("mlp"))
+    tiles = TILE_ROWS * TILE_COLUMNS * (torch.float32.itemsize + load.dtype.itemsize)
+    return tokens * load.dtype.itemsize * max(attention, FORWARD_MLP * shape.widest("mlp")) + tiles
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -272,14 +273,15 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
         **_searched(shape, load),
         "hidden states": 2 * own * hidden_states(shape, load, tokens),
         "refitted consumers": round(own * kept * shape.hidden * load.dtype.itemsize) + 12 * shape.hidden * round(kept),
-        "activations": _activations(shape, load, tokens) + TILE_ROWS * TILE_COLUMNS * (4 + load.dtype.itemsize),
+        "activations": _activations(shape, load, tokens),
     }
     return Stage(name, allocations * tokens * times, operations * times, memory)
 
 
 def _search(shape: ModelShape, load: Workload) -> Stage:
     found = _measure(shape, load, "search", load.episodes_per_update, load.episode_tokens, load.updates * load.searches)
-    dense = Operations(forward(shape, load)) * (load.updates * load.episode_tokens)
+    measured_once = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
+    dense = Operations(forward(shape, load)) * measured_once
     return Stage(found.name, found.tokens, found.operations + dense, found.memory)
 
 
@@ -288,7 +290,7 @@ def _finals(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _start(shape: ModelShape, load: Workload) -> Stage:
-    return _measure(shape, load, "start", min(load.updates, load.start_updates), load.episode_tokens, 1)
+    return _measure(shape, load, "start", min(load.updates * load.texts, load.start_texts), load.episode_tokens, 1)
 
 
 def _report(shape: ModelShape, load: Workload) -> Stage:
@@ -300,7 +302,7 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
         "libraries": LIBRARIES + TRACKING,
         "hidden states": hidden_states(shape, load, load.report_tokens),
         "refitted consumers": _consumers(shape, load),
-        "activations": _activations(shape, load, load.report_tokens) + TILE_ROWS * TILE_COLUMNS * 6,
+        "activations": _activations(shape, load, load.report_tokens),
     }
     return Stage("report", tokens, operations, memory)
 

@@ -65,7 +65,9 @@ class Workload:
         episodes_per_update: episodes that are measured together.
         updates: of one search.
         searches: how many searches there are: the agent's, and that of random allocations.
-        start_updates: updates on whose text the allocation that the search started from is measured.
+        texts: on which the episodes of an update are measured; 1 where all share it.
+        search_tokens: of the search split; what the dense model loses on a window is measured once.
+        start_texts: on which the allocation that the search started from is measured.
         finalists: allocations that are measured together in the finals; 0 for none.
         final_tokens: that each of them is measured on, on average.
         targets: points of the front.
@@ -92,7 +94,9 @@ class Workload:
     episodes_per_update: int = 1
     updates: int = 1
     searches: int = 1
-    start_updates: int = 0
+    texts: int = 1
+    search_tokens: int = 0
+    start_texts: int = 0
     finalists: int = 0
     final_tokens: int = 0
     targets: int = 1

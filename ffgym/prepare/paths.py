@@ -25,7 +25,7 @@ from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_sta
 from ffgym.pruning.calibration import NestedRidge, pick_ridge
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
-from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, require_finite
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, Moments, require_finite
 from ffgym.types import LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
@@ -112,21 +112,16 @@ def prepare(
     for index, sums, apart in stream:
         half = prunable.halves[index]
         half.affine = calibrates.affine or half.consumer.bias is not None
-        fit = sums.result()
-        if apart is not None:
-            for part in torch.split(apart, tokens_per_batch):
-                sums.update(part)
+        parts = () if apart is None else torch.split(apart, tokens_per_batch)
         with _naming(half):
-            chosen, view = _build_path(
-                half, criterion, calibrates, fit, sums.result(), gradients.pop(index), apart, ridge, keep
-            )
+            chosen, view = _build_path(half, criterion, calibrates, sums, gradients.pop(index), parts, ridge, keep)
         ridges.append(chosen)
         views.append(view)
         if on_layer is not None and half.sublayer.kind == "mlp":
             on_layer(prunable.halves[index - 1 : index + 1], views[-2:], ridges[-2:])
         if source is not None and half.sublayer.kind == "mlp":
             views.clear()
-        del sums, fit, apart, view  # before the moments of the next layer are collected
+        del sums, apart, parts, view  # before the moments of the next layer are collected
         ordered(len(ridges), len(prunable.halves))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
 
@@ -179,10 +174,9 @@ def _build_path(
     half: PrunableSublayer,
     criterion: Criterion,
     calibration: Calibration,
-    fit: InputMoments,
-    moments: InputMoments,
+    sums: Moments,
     gradients: LayerStats,
-    apart: torch.Tensor | None,
+    apart: Sequence[torch.Tensor],
     ridge: float | None,
     keep: frozenset[str],
 ) -> tuple[float, SublayerView]:
@@ -192,22 +186,27 @@ def _build_path(
         half: the sublayer, dense; its path is set.
         criterion: scores the channels.
         calibration: refits the consumer.
-        fit: moments of the fitted windows, for choosing lambda.
-        moments: of all windows.
+        sums: of the fitted windows. The held-out ones are added, and the moments take the memory of the sums.
         gradients: first-order statistics.
-        apart: inputs of the held-out windows, shape (tokens, n); ``None`` where lambda is given.
+        apart: inputs of the held-out windows, batches of shape (tokens, n); none where lambda is given.
         ridge: lambda; ``None`` picks it.
         keep: statistics that the view holds.
     """
+    fitted = sums.result() if apart else None
+    for part in apart:
+        sums.update(part)
+    moments = sums.take()
     require_finite(moments, gradients)
     scores = _score(criterion, half, _stats(moments, gradients, criterion.needs))
     order = unit_order(scores)
     columns = expand_order(order, half.sublayer.channels_per_unit)
     half.permute(order)
-    moments, gradients = moments.reorder(columns), _reorder(gradients, columns)
     if ridge is None:
-        assert apart is not None, "windows were held out"
-        ridge = _pick(half, fit.reorder(columns), some_rows(apart)[:, columns])
+        assert fitted is not None, "windows were held out"
+        fitted = fitted.reorder(columns)
+        ridge = _pick(half, fitted, some_rows(torch.cat(list(apart)))[:, columns])
+        del fitted
+    moments, gradients = moments.reorder(columns), _reorder(gradients, columns)
     refit = _refit(half, moments, ridge)
     weight, bias = half.dense_consumer
     consumer = Consumer(weight.detach(), bias, moments.mean, moments.covariance, ridge, refit)

@@ -89,13 +89,9 @@ class _CrossMoments:
         assert self._shifts is not None, "nothing was added"
         moved = [torch.as_tensor(total) / self._tokens for total in self._sums]
         means = [in_float64(shift) + offset for shift, offset in zip(self._shifts, moved, strict=True)]
-        cross, products = (in_float64(torch.as_tensor(s)) / self._tokens for s in (self._cross, self._products))
-        return (
-            means[0],
-            means[1],
-            torch.addr(cross, moved[0], moved[1], alpha=-1),
-            torch.addr(products, moved[1], moved[1], alpha=-1),
-        )
+        cross, products = (in_float64(torch.as_tensor(s)).div_(self._tokens) for s in (self._cross, self._products))
+        cross.addr_(moved[0], moved[1], alpha=-1)
+        return means[0], means[1], cross, products.addr_(moved[1], moved[1], alpha=-1)
 
 
 def _refit(
@@ -114,10 +110,11 @@ def _refit(
     for target, given in zip(targets, inputs, strict=True):
         sums.update(target, given)
     x, y, cross, moment = sums.result()
+    del sums  # float32 sums of the same size
     anchor = half.path.weight_at(moment.shape[0]) if half.path is not None else None
     if not half.affine:
-        cross, moment = torch.addr(cross, x, y), torch.addr(moment, y, y)
-        half.set_consumer(sequential_refit(weight, cross, moment, ridge, anchor), bias)
+        refit = sequential_refit(weight, cross.addr_(x, y), moment.addr_(y, y), ridge, anchor)
+        half.set_consumer(refit, bias)
         return
     refit = sequential_refit(weight, cross, moment, ridge, anchor)
     moved = (0 if bias is None else in_float64(bias)) + in_float64(weight) @ x - in_float64(refit) @ y

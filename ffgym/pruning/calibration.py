@@ -99,11 +99,11 @@ def scale(moment: torch.Tensor) -> torch.Tensor:
     return moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def cholesky(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | None = None) -> torch.Tensor:
+def cholesky_(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | None = None) -> torch.Tensor:
     """C with C C^T = moment + ridge * scale(moment) * I.
 
     Args:
-        moment: shape (n, n), symmetric positive semi-definite up to rounding.
+        moment: shape (n, n), symmetric positive semi-definite up to rounding; its diagonal is overwritten.
         ridge: lambda, > 0.
         relative_to: in place of scale(moment): that of the whole, for a part of a moment.
 
@@ -115,10 +115,9 @@ def cholesky(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | Non
     """
     if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():  # NaN is the least and the greatest
         raise CalibrationError("the inputs' second moment holds NaN or infinity", hint=OVERFLOW_HINT)
-    regularised = moment.clone()
-    regularised.diagonal().add_(ridge * (scale(moment) if relative_to is None else relative_to).to(moment))
+    moment.diagonal().add_(ridge * (scale(moment) if relative_to is None else relative_to).to(moment))
     lower: torch.Tensor
-    lower, info = torch.linalg.cholesky_ex(regularised)
+    lower, info = torch.linalg.cholesky_ex(moment)
     if int(info) != 0:
         raise CalibrationError(
             f"the second moment ({moment.shape[0]} channels) with ridge {ridge:g} is not positive definite",
@@ -152,7 +151,7 @@ class NestedRidge(ConsumerPath):
     ) -> None:
         n, device = weight.shape[1], weight.device
         dtype = factor_dtype(n)
-        lower = cholesky(as_factor(moment, n), ridge)
+        lower = cholesky_(as_factor(moment, n), ridge)
         del moment
         projected = as_factor(weight, n) @ lower
         removal_error = suffix_energy(in_float64(projected.square().sum(dim=0)))
@@ -345,9 +344,9 @@ def sketch(weight: torch.Tensor) -> torch.Tensor:
 def _cholesky_in_float32(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor) -> torch.Tensor:
     """Exact enough to compare errors, and half the time, unless rounding leaves the moment indefinite."""
     try:
-        return cholesky(moment.float(), ridge, relative_to)
+        return cholesky_(moment.to(torch.float32, copy=True), ridge, relative_to)
     except CalibrationError:
-        return cholesky(in_float64(moment), ridge, relative_to).float()
+        return cholesky_(in_float64(moment).clone(), ridge, relative_to).float()
 
 
 def refit_outputs(
@@ -381,7 +380,7 @@ def sequential_refit(
     Args:
         weight: dense W, shape (m, n), path order.
         cross: E[x x~^T], dense inputs against the pruned model's k inputs, shape (n, k), float64 (centred for affine).
-        moment: E[x~ x~^T], shape (k, k), float64 (centred for affine).
+        moment: E[x~ x~^T], shape (k, k), float64 (centred for affine); its diagonal is overwritten.
         ridge: lambda, > 0.
         anchor: W_0, what a strong ridge pulls towards, shape (m, k); the dense columns W_K where left out.
 
@@ -390,6 +389,7 @@ def sequential_refit(
     """
     k = moment.shape[0]
     W = in_float64(weight)
-    lower = cholesky(moment, ridge)
-    right = W @ cross + ridge * scale(moment) * (W[:, :k] if anchor is None else in_float64(anchor))
+    strength = ridge * scale(moment)
+    lower = cholesky_(moment, ridge)
+    right = W @ cross + strength * (W[:, :k] if anchor is None else in_float64(anchor))
     return torch.cholesky_solve(right.T, lower).T.float()

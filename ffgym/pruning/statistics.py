@@ -36,10 +36,11 @@ class InputMoments:
     covariance: torch.Tensor
 
     def moment(self, *, centred: bool) -> torch.Tensor:
-        """Cov[x], or E[x x^T], shape (n, n), in the precision that factors of so many channels are computed in."""
-        covariance = as_factor(self.covariance, len(self.mean))
-        mean = self.mean.to(covariance)
-        return covariance if centred else torch.addr(covariance, mean, mean)
+        """Cov[x], or E[x x^T], shape (n, n), new, in the precision that factors of so many channels are computed in."""
+        moment = as_factor(self.covariance, len(self.mean))
+        moment = moment.clone() if moment is self.covariance else moment
+        mean = self.mean.to(moment)
+        return moment if centred else moment.addr_(mean, mean)
 
     def stats(self, names: Set[str]) -> LayerStats:
         """What criteria and heuristics are given: those of ``mean``, ``square``, ``second_moment`` that are named.
@@ -60,7 +61,8 @@ class InputMoments:
 
     def reorder(self, columns: torch.Tensor) -> InputMoments:
         """The same inputs with channels in another order: ``columns``, shape (n,), int64."""
-        return InputMoments(self.tokens, self.mean[columns], self.covariance[columns[:, None], columns])
+        covariance = self.covariance.index_select(0, columns).index_select(1, columns)
+        return InputMoments(self.tokens, self.mean[columns], covariance)
 
 
 class Moments:
@@ -97,13 +99,18 @@ class Moments:
 
     def result(self) -> InputMoments:
         """Mean and covariance of the tokens seen so far, at least one."""
+        return self._averaged(self._products / self.tokens)
+
+    def take(self) -> InputMoments:
+        """The same in the memory of the sums: nothing can be added afterwards."""
+        products, self._products = self._products, self._products.new_empty(0)
+        return self._averaged(products.div_(self.tokens))
+
+    def _averaged(self, products: torch.Tensor) -> InputMoments:
         assert self._shift is not None, "nothing was added"
-        here = (self._multiplied / self.tokens).float().to(self._products.device)
-        return InputMoments(
-            self.tokens,
-            mean=in_float64(self._shift) + self._sum / self.tokens,
-            covariance=(self._products / self.tokens).addr_(here, here, alpha=-1),
-        )
+        here = (self._multiplied / self.tokens).float().to(products.device)
+        mean = in_float64(self._shift) + self._sum / self.tokens
+        return InputMoments(self.tokens, mean, products.addr_(here, here, alpha=-1))
 
 
 def require_finite(*parts: InputMoments | LayerStats) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from ffgym.config.tables import RunConfig
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.pipeline.compare import MEASURED_UPDATES, start_rewards
+from ffgym.pipeline.compare import MEASURED_TEXTS, start_rewards
 from ffgym.report.progress import Reporter
 
 REPORTER = Reporter(Console(file=io.StringIO()))
@@ -54,5 +54,5 @@ def test_another_search_is_compared_where_its_text_is_the_same(task: Any) -> Non
 
 def test_a_long_search_is_measured_at_some_updates_from_first_to_last(task: Any) -> None:
     (rewards,) = start_rewards(task, [searched(task.env, actions=0.0, updates=40)], REPORTER)
-    assert MEASURED_UPDATES <= len(rewards) < 40, "more only where updates happen to share their text"
+    assert MEASURED_TEXTS <= len(rewards) < 40, "more only where updates happen to share their text"
     assert {0, 39} <= set(rewards)

@@ -15,7 +15,7 @@ from ffgym.pruning.calibration import (
     RIDGE_GRID,
     NestedRidge,
     PlainPath,
-    cholesky,
+    cholesky_,
     pick_ridge,
     refit_outputs,
     scale,
@@ -44,7 +44,7 @@ class Problem:
         self.l = ridge * self.moment.diagonal().mean()
 
     def path(self):
-        return NestedRidge(self.W.float(), self.moment, self.ridge, self.mean, self.bias)
+        return NestedRidge(self.W.float(), self.moment.clone(), self.ridge, self.mean, self.bias)
 
     def solved(self, k):
         """The normal equations, W_K + W_P G_PK (G_KK + l I)^-1."""
@@ -156,7 +156,7 @@ class TestNestedRidge:
 
     def test_the_affine_form_starts_a_bias_where_there_is_none(self):
         problem = Problem(8, 3, 0.1, seed=0, affine=True)
-        path = NestedRidge(problem.W.float(), problem.moment, problem.ridge, problem.mean, None)
+        path = NestedRidge(problem.W.float(), problem.moment.clone(), problem.ridge, problem.mean, None)
         problem.close(path.bias_at(5), problem.path().bias_at(5) - problem.bias)
         problem.close(path.bias_at(0), problem.W @ problem.mean)
 
@@ -172,7 +172,7 @@ class TestNestedRidge:
         """b' = b + W mu - W'_K mu_K in float64: in float32 its two products would cancel."""
         problem = Problem(12, 3, 0.1, seed=3, affine=True)
         mean = problem.mean + shift
-        path = NestedRidge(problem.W.float(), problem.moment, problem.ridge, mean, problem.bias)
+        path = NestedRidge(problem.W.float(), problem.moment.clone(), problem.ridge, mean, problem.bias)
         for k in range(13):
             wanted = problem.bias + problem.W @ mean - problem.solved(k) @ mean[:k]
             atol = 1e-6 * float(wanted.norm() + 1)
@@ -181,7 +181,7 @@ class TestNestedRidge:
     def test_without_a_mean_the_bias_stays(self):
         problem = Problem(8, 3, 0.1, seed=1, affine=False)
         bias = torch.randn(3)
-        assert torch.equal(NestedRidge(problem.W.float(), problem.moment, 0.1, None, bias).bias_at(4), bias)
+        assert torch.equal(NestedRidge(problem.W.float(), problem.moment.clone(), 0.1, None, bias).bias_at(4), bias)
 
     def test_loss_increase_is_the_second_order_term(self):
         """1/2 E[e^T F e] for the output error e = (W - W') x, plus the ridge's own share."""
@@ -204,7 +204,7 @@ class TestNestedRidge:
 class TestFactors:
     @given(problems)
     def test_cholesky_and_its_inverse(self, problem):
-        C = cholesky(problem.moment, problem.ridge)
+        C = cholesky_(problem.moment.clone(), problem.ridge)
         D = inverse_(C.clone())
         A = problem.moment + problem.l * torch.eye(problem.n, dtype=torch.float64)
         torch.testing.assert_close(C @ C.T, A)
@@ -220,12 +220,12 @@ class TestFactors:
         moment = torch.eye(3, dtype=torch.float64)
         moment[1, 1] = bad
         with pytest.raises(CalibrationError, match="NaN or infinity") as raised:
-            cholesky(moment, 0.01)
+            cholesky_(moment, 0.01)
         assert "dtype" in raised.value.hint
 
     def test_moments_that_are_not_positive_definite_are_refused(self):
         with pytest.raises(CalibrationError, match=r"3 channels\) with ridge 0.01") as raised:
-            cholesky(torch.diag(torch.tensor([5.0, 5.0, -1.0], dtype=torch.float64)), 0.01)
+            cholesky_(torch.diag(torch.tensor([5.0, 5.0, -1.0], dtype=torch.float64)), 0.01)
         assert "prune.ridge" in raised.value.hint
 
     def test_suffix_energy(self):
@@ -280,7 +280,10 @@ class TestPickRidge:
         W, fit, held_out = problem
         moment = fit.T @ fit / len(fit)
         k = data.draw(st.integers(1, len(moment)))
-        lower, lost = cholesky(moment[:k, :k], ridge, scale(moment)).float(), (W.double()[:, k:] @ moment[k:, :k])
+        lower, lost = (
+            cholesky_(moment[:k, :k].clone(), ridge, scale(moment)).float(),
+            (W.double()[:, k:] @ moment[k:, :k]),
+        )
         left = W.double() @ held_out.T - refit_outputs(W, lost.float(), lower, held_out.float(), k).double()
         wanted = errors_by_moment(W, moment, held_out, k, ridge)
         atol = 1e-4 * float((held_out @ W.double().T).square().sum())
@@ -321,7 +324,7 @@ class TestPickRidge:
     def test_float64_serves_where_float32_leaves_the_moment_indefinite(self):
         moment = torch.ones(30, 30, dtype=torch.float64)
         with pytest.raises(CalibrationError):
-            cholesky(moment.float(), 1e-9)
+            cholesky_(moment.float().clone(), 1e-9)
         assert pick_ridge(torch.ones(1, 30), moment, torch.ones(2, 30), grid=(1e-9,)) == 1e-9
 
     def test_half_precision_inputs_of_a_half_precision_weight(self):
@@ -355,7 +358,7 @@ class TestSequentialRefit:
     def test_a_strong_ridge_pulls_towards_the_anchor(self, anchored):
         problem = Problem(8, 3, 1e7, seed=0, affine=False)
         anchor = torch.randn(3, 5) if anchored else None
-        moment = problem.moment[:5, :5]
+        moment = problem.moment[:5, :5].clone()
         got = sequential_refit(problem.W.float(), problem.moment[:, :5], moment, 1e7, anchor)
         problem.close(got, anchor if anchored else problem.W[:, :5])
 
@@ -370,7 +373,7 @@ class TestSequentialRefit:
     def test_equals_nested_ridge_where_the_inputs_are_the_dense_ones(self, problem, data):
         """x~ = x_K; its lambda is relative to the kept channels' scale, so it is stated anew."""
         k = data.draw(st.integers(1, problem.n))
-        moment = problem.moment[:k, :k]
+        moment = problem.moment[:k, :k].clone()
         ridge = float(problem.l / moment.diagonal().mean())
         got = sequential_refit(problem.W.float(), problem.moment[:, :k], moment, ridge)
         problem.close(got, problem.path().weight_at(k))

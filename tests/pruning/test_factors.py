@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ffgym.pruning.calibration import NestedRidge, cholesky, scale
+from ffgym.pruning.calibration import NestedRidge, cholesky_, scale
 from ffgym.pruning.factors import WIDE, factor_bytes, factor_dtype, grid, inverse_, packed, products_in, unpacked
 
 
 def lower(n, dtype=torch.float64):
     x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(n), dtype=dtype)
-    return cholesky(x.T @ x / n, 0.01)
+    return cholesky_(x.T @ x / n, 0.01)
 
 
 class TestTriangle:
