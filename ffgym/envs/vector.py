@@ -99,8 +99,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @property
     def has_slopes(self) -> bool:
-        """Whether slopes can be asked for: not of layers that share one shape, or that are not in memory."""
-        return self.env.prunable.source is None and not self.env.budget.tied
+        """Whether slopes can be asked for: not of layers that share one shape."""
+        return not self.env.budget.tied
 
     @property
     def stage(self) -> Stage:

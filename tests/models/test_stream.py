@@ -13,10 +13,13 @@ import torch
 from distinct_families import DISTINCT_FAMILIES
 from safetensors.torch import load_file
 
+from ffgym.agents.pathwise import Pathwise
 from ffgym.config.toml import load_config
 from ffgym.costs.resource import resource_named
 from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
+from ffgym.envs.schedule import Schedule
+from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, ModelError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, evaluate_cut
@@ -25,7 +28,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.plugins.bases import Criterion
-from ffgym.prepare.parts import costs_in, load_parts, prepare_model
+from ffgym.prepare.parts import costs_in, load_parts, make_pruning_env, prepare_model
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.prepare.store import opened_or_prepared, store_place
@@ -164,6 +167,17 @@ def test_first_order_statistics_have_the_bits_too(folder: Path) -> None:
         assert view.loss_increase is not None
         assert other.loss_increase is not None
         assert np.array_equal(view.loss_increase, other.loss_increase)
+
+
+def test_an_agent_that_follows_slopes_searches_a_streamed_model_too(tiny_run: Any) -> None:
+    histories = []
+    for placement in ("resident", "stream"):
+        env = make_pruning_env(load_config(**tiny_run | {"model": tiny_run["model"] | {"placement": placement}}))
+        vector = PruningVectorEnv(env, Schedule(env.sparsity, 2), num_envs=1, token_budget=1200, slope_episodes=1)
+        Pathwise().learn(vector, seed=0, on_update=lambda update: None)
+        histories.append([(episode.kept, episode.reward, episode.slopes) for episode in vector.history])
+    assert len(histories[0]) > 1
+    assert histories[0] == histories[1]
 
 
 def test_both_placements_share_a_store(folder: Path) -> None:
