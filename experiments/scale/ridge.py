@@ -19,7 +19,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.criteria.wanda import Wanda
 from ffgym.prepare import paths
 from ffgym.prepare.parts import load_parts
-from ffgym.pruning.calibration import RIDGE_GRID, cholesky, pick_ridge, refit_outputs
+from ffgym.pruning.calibration import RIDGE_GRID, cholesky_, pick_ridge, refit_outputs
 
 LEVELS = (0.9, 0.75, 0.5)
 EVERY = 4  # layers
@@ -30,7 +30,7 @@ def errors(weight: torch.Tensor, moment: torch.Tensor, inputs: torch.Tensor) -> 
     W, X, G = weight.float(), inputs.float(), moment.float()
     found: dict[float, list[float]] = {}
     for ridge in RIDGE_GRID:
-        lower = cholesky(moment, ridge).float()
+        lower = cholesky_(moment.clone(), ridge).float()
         found[ridge] = []
         for k in (round(level * len(G)) for level in LEVELS):
             outputs = refit_outputs(W, W[:, k:] @ G[k:, :k], lower, X, k)
