@@ -154,7 +154,7 @@ def write_pictures(
     task: Task,
     allocations: Mapping[str, Allocation],
     searches: Mapping[str, SearchResult],
-    starts: Sequence[Mapping[int, float]],
+    starts: Sequence[Sequence[float]],
 ) -> None:
     """``units_kept.png``, ``reward.png`` and, of a search of several updates, ``allocations.png``.
 
@@ -163,8 +163,8 @@ def write_pictures(
         task: names the sublayers.
         allocations: to draw over depth, by label.
         searches: by agent, the run's own first.
-        starts: what the allocation that each search started from earns on the text of its updates, by update; empty
-            where that is not known.
+        starts: what the allocation that each search started from earns on the text of every episode; empty where that
+            is not known.
     """
     sublayers = task.prepared.prunable.sublayers
     units_kept_figure(sublayers, allocations, folder / "units_kept.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,19 +77,19 @@ def random_allocation(baseline: SearchResult | None) -> dict[str, Allocation]:
     return {} if baseline is None else {f"best of {len(baseline.history)} near the prior": baseline.best.allocation}
 
 
-def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[dict[int, float]]:
-    """What the allocation that a search started from earns on the text of its updates, at their targets.
+def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[list[float]]:
+    """What the allocation that a search started from earns on the text of each episode, at its target.
 
     A reward depends on its text, so a search's progress shows only against a fixed allocation on the same text. The
     search is over: nothing of it depends on this.
 
     Args:
         task: of the run.
-        searches: the agent's first; at most `MEASURED_TEXTS` of its texts are used, evenly spread.
+        searches: the agent's first; at most `MEASURED_TEXTS` of its texts are measured, evenly spread.
         reporter: where progress goes.
 
     Returns:
-        for each search, rewards by update, the mean over its texts; of updates on other text there is none.
+        for each search, a reward for every episode; NaN where it was not measured, or failed.
     """
     history = searches[0].history
     prior = task.config.prior
@@ -105,13 +104,7 @@ def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Report
         outcomes = task.env.outcomes(list(trials.values()), lambda share: stage(round(100 * share), 100))
         judged = {key: outcome.judgement for key, outcome in zip(trials, outcomes, strict=True)}
     earned = {key: judgement.reward for key, judgement in judged.items() if not judgement.failed}
-    rewards = []
-    for found in searches:
-        by_update: dict[int, list[float]] = defaultdict(list)
-        for episode in found.history:
-            by_update[episode.update] += [earned[_text(episode)]] if _text(episode) in earned else []
-        rewards.append({update: float(np.mean(known)) for update, known in by_update.items() if known})
-    return rewards
+    return [[earned.get(_text(episode), math.nan) for episode in found.history] for found in searches]
 
 
 def _text(episode: Episode) -> tuple[tuple[int, ...], tuple[int, ...], float]:

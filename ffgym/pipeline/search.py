@@ -90,7 +90,7 @@ def _run(
     with progress.stage(f"search: {label}", total, "tokens") as stage:
 
         def on_progress(share: float) -> None:
-            stage.partly(share * size * settings.episodes_per_update)
+            stage.partly(share * size * agent.update_cost(settings.episodes_per_update))
 
         def on_finals(share: float) -> None:
             stage.partly(share * finals)

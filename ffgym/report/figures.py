@@ -116,19 +116,20 @@ def _kept_title(sublayers: Sequence[Sublayer], found: Allocation) -> str:
 
 
 def reward_figure(
-    episodes: Mapping[str, Sequence[Episode]], path: Path, starts: Mapping[str, Mapping[int, float]] | None = None
+    episodes: Mapping[str, Sequence[Episode]], path: Path, starts: Mapping[str, Sequence[float]] | None = None
 ) -> None:
     """Draw rewards over the tokens evaluated so far: every episode faint, the mean of each update strong.
 
-    The reward of an update depends on its text. So what is drawn is how far it lies above the reward that the
-    allocation which the search started from earns on the same text, where that is known. Where the schedule moves, a
+    A reward depends on its text. So what is drawn is how far each episode lies above the reward that the allocation
+    which the search started from earns on the text of that episode, where that is known. Where the schedule moves, a
     second panel shows the target. Under a range of budgets, where every update has a target of its own, no line joins
     the means. Failed episodes are crosses on the lower edge and stay out of the means.
 
     Args:
         episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
         path: the PNG to write.
-        starts: the rewards of the allocation that a search started from, by label and update.
+        starts: the rewards of the allocation that a search started from, one for every episode by label; NaN where
+            that is not known.
 
     Raises:
         OutputError: the picture cannot be written.
@@ -142,22 +143,22 @@ def reward_figure(
         _draw_schedule(bottom, searches)
     else:
         rewards = bottom = figure.subplots()
-    levels = {label: dict(known) for label, known in (starts or {}).items() if known}
-    if levels:
+    levels = {label: np.array(known) for label, known in (starts or {}).items() if np.isfinite(known).any()}
+    if is_above_start := bool(levels):
         rewards.axhline(0, color=BLACK, linewidth=1)
     else:
-        levels = {label: {episode.update: 0.0 for episode in history} for label, history in searches.items()}
+        levels = {label: np.zeros(len(history)) for label, history in searches.items()}
     ends = []
     for number, label in enumerate(label for label in searches if label in levels):
         look = SERIES[number % len(SERIES)]
         end = _draw_rewards(rewards, searches[label], levels[label], label, look, joined=not ranged)
-        ends.append(f"{label} ends at {end:{'+' if starts else ''}.3f}")
+        ends.append(f"{label} ends at {end:{'+' if is_above_start else ''}.3f}")
     means = "large marks" if ranged else "lines"
     key = f"dots: episodes; {means}: mean of each update; crosses on the edge: failed episodes"
     rewards.set_title(key, fontsize=10, loc="left")
-    rewards.set_ylabel("reward above the start's" if starts else "reward (higher is better)")
-    lines = [line for line in rewards.lines if line.get_label() in levels]
-    if starts and lines:  # what lies far below would flatten the search itself
+    rewards.set_ylabel("reward above the start's" if is_above_start else "reward (higher is better)")
+    lines = [line for line in rewards.lines if line.get_label() in levels and len(line.get_ydata())]
+    if is_above_start and lines:  # what lies far below would flatten the search itself
         low, high = min(0.0, *lines[0].get_ydata()), max(0.0, *lines[0].get_ydata())
         rewards.set_ylim(bottom=max(rewards.get_ylim()[0], low - 2 * (high - low)))
         for line in lines:
@@ -168,7 +169,7 @@ def reward_figure(
     tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
-    what = "Reward above where the search started, on the same text" if starts else "Reward (text differs by update)"
+    what = "Reward above where the search started, on the same text" if is_above_start else "Reward (text differs)"
     figure.suptitle(f"{what}:\n{', '.join(ends)}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     save_figure(figure, path)
 
@@ -180,7 +181,7 @@ def _succeeded(episode: Episode) -> bool:
 def _draw_rewards(
     axes: Axes,
     history: Sequence[Episode],
-    levels: Mapping[int, float],
+    levels: NDArray[np.float64],
     label: str,
     look: Mapping[str, Any],
     *,
@@ -190,9 +191,8 @@ def _draw_rewards(
     tokens = _tokens_so_far(history)
     alive = np.array([_succeeded(episode) for episode in history])
     updates = np.array([episode.update for episode in history])
-    known = np.isin(updates, list(levels))
-    values = np.array([episode.reward - levels.get(episode.update, 0.0) for episode in history])
-    drawn, colour = alive & known, look["color"]
+    values = np.array([episode.reward for episode in history]) - levels
+    drawn, colour = alive & np.isfinite(values), look["color"]
     axes.scatter(tokens[drawn], values[drawn], s=14, color=colour, alpha=0.3, linewidths=0, zorder=2)
     # The y of a failed episode is the reward's "worst", which may lie far below: the lower edge stands for it.
     axes.scatter(

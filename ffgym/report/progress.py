@@ -108,7 +108,7 @@ class Stage:
             is_known: these steps are those of an earlier session, and say nothing of how long the others will take.
         """
         self.done = min(self.total, self.done + steps)
-        self._partly = 0.0
+        self._partly = max(0.0, self._partly - steps)
         if is_known:
             self._known += steps
             if self._plan is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 
@@ -204,14 +204,21 @@ def run_finals(
     """
     if len(candidates) == 1:
         return list(candidates), None, 0
-    measured = _Measured(env, candidates, finals_windows(env, tokens, seed), finals_examples(env, tokens, seed))
-    count = len(measured.windows)
+    windows, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    all_count, count = env.weighs_objectives or env.budget.tied, len(windows)
+    own = count * env.window_tokens
+    total = len(candidates) * own if all_count else expected_tokens(len(candidates) - 2, own)
+
+    def on_tokens(taken: float) -> None:
+        if on_progress is not None:
+            on_progress(min(1.0, taken / total))
+
+    measured = _Measured(env, candidates, windows, examples, on_tokens)
     thinning, deciding = range(max(1, count // 2)), range(count // 2, count)
     everyone = range(len(candidates))
     default = [i for i in everyone[:1] if candidates[i].origin == "policy"]
     start = [i for i in everyone if candidates[i].origin == "prior"]
     others = [i for i in everyone if i not in (*default, *start)]
-    all_count = env.weighs_objectives or env.budget.tied
     if all_count:
         measured.add(everyone, (*thinning, *deciding))
     seated = [*default, *_thinned_out(measured, others, thinning), *start]
@@ -220,8 +227,7 @@ def run_finals(
     for rival in seated[1:]:
         if _is_better(measured.rewards(rival, deciding) - measured.rewards(chosen, deciding)):
             chosen = rival
-    if on_progress is not None:
-        on_progress(1.0)
+    on_tokens(total)
     shown = range(count) if all_count else deciding
     order = sorted(everyone, key=lambda i: (i == chosen, *measured.standing(i, shown)), reverse=True)
     return [measured.known(i, shown) for i in order], measured.dense_loss(chosen, shown), measured.tokens
@@ -265,14 +271,20 @@ class _Measured:
         candidates: by their place.
         windows: of the finals.
         examples: task examples of the finals, which are dealt out to the windows.
+        on_tokens: called with the tokens taken so far.
     """
 
     def __init__(
-        self, env: PruningEnv, candidates: Sequence[Candidate], windows: Sequence[int], examples: Sequence[int]
+        self,
+        env: PruningEnv,
+        candidates: Sequence[Candidate],
+        windows: Sequence[int],
+        examples: Sequence[int],
+        on_tokens: Callable[[float], None],
     ) -> None:
         self.windows = windows
         self.tokens = 0
-        self._env, self._candidates, self._examples = env, candidates, examples
+        self._env, self._candidates, self._examples, self._on_tokens = env, candidates, examples, on_tokens
         self._outcomes: dict[tuple[int, int], Outcome] = {}
 
     def add(self, indices: Iterable[int], places: Iterable[int]) -> None:
@@ -286,7 +298,9 @@ class _Measured:
             )
             for i, place in new
         ]
-        for key, outcome in zip(new, self._env.outcomes(trials), strict=True):
+        before, own = self.tokens, len(new) * self._env.window_tokens
+        outcomes = self._env.outcomes(trials, lambda share: self._on_tokens(before + share * own))
+        for key, outcome in zip(new, outcomes, strict=True):
             self._outcomes[key] = outcome
             self.tokens += outcome.tokens
 

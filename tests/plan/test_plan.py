@@ -164,6 +164,8 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
         *("load", "prepare", "search", "finals", "start", "report", "sequential", "save"),
     ]
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
+    tokens = {stage["stage"]: stage["tokens"] for stage in plan["stages"]}
+    assert tokens["start"] == tokens["search"] // 8, "96 episodes of two searches; the start on 24 texts"
 
 
 def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:

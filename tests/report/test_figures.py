@@ -78,13 +78,15 @@ def drawn(monkeypatch, draw) -> Any:
 
 
 def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path, monkeypatch):
-    # the text of update 1 is hard: rewards fall, although the search has improved
-    history = [episode(i, reward=reward) for i, reward in enumerate((0.7,) * 4 + (0.6,) * 4)]
-    starts = {"agent": {0: 0.7, 1: 0.5}, "random": {0: 0.7}}
+    # the text of update 1 is hard, and hardest for its first two: rewards fall, although the search has improved
+    history = [episode(i, reward=reward) for i, reward in enumerate((0.7,) * 4 + (0.5,) * 2 + (0.7,) * 2)]
+    starts = {"agent": [0.7] * 4 + [0.4] * 2 + [0.6] * 2, "random": [0.7] * 4 + [math.nan] * 4}
     far = [episode(i, reward=-9.0) for i in range(8)]
     figure = drawn(monkeypatch, lambda: reward_figure({"agent": history, "random": far}, tmp_path / "a.png", starts))
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert lines["agent"] == pytest.approx([0.0, 0.1])
+    dots = figure.axes[0].collections[0].get_offsets()
+    assert dots[:, 1].tolist() == pytest.approx([0.0] * 4 + [0.1] * 4), "each against the start on its own text"
     assert len(lines["random (below the scale)"]) == 1, "an update whose level is not known is not drawn"
     assert "agent ends at +0.100" in figure.get_suptitle()
     assert figure.axes[0].get_ylim()[0] > -1, "what lies far below does not flatten the search"
@@ -123,6 +125,7 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
 def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
     failed = [episode(i, reward=reward, failed=True) for i, reward in enumerate((float("nan"), float("-inf"), -1e9))]
     reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png")
+    reward_figure({"agent": failed}, tmp_path / "reward.png", {"agent": [0.7] * 3})
     assert (tmp_path / "reward.png").is_file()
 
 

@@ -80,6 +80,11 @@ def test_steps_under_way_are_shown_but_counted_when_they_end(at: Callable[[float
         assert stage.share == pytest.approx(0.304)
         stage.advance(16)
         assert stage.share == 0.36
+        stage.partly(32)
+        stage.advance(8)  # the first episode of an update that is all measured
+        assert stage.share == 0.68, "it never goes back"
+        stage.advance(24)
+        assert stage.share == 0.68
         stage.partly(1e9)
         assert stage.share == 1.0
     assert text(out).splitlines()[1].startswith("search: 30/100 · ")

@@ -77,13 +77,18 @@ class TestChoice:
         table[env.dense_units] = lambda window: 0.5
 
         class Known:
-            def measure(self, requests, on_progress=None):
+            def measure(self, requests, on_progress):
+                on_progress(0.5)
+                on_progress(1.0)
                 return [Evaluation(tuple(table[r.kept](w) for w in r.windows), 31) for r in requests]
 
         env.executor = recording = Recording(Known())
         env.reserved = reserved
-        found, dense, tokens = run_finals(env, candidates, windows * 32, seed=0)
+        shares = []
+        found, dense, tokens = run_finals(env, candidates, windows * 32, seed=0, on_progress=shares.append)
         assert dense == 0.5
+        assert shares == sorted(shares)
+        assert 0 < shares[0] < shares[-2] <= shares[-1] == 1.0
         measured = [(r.kept, r.windows) for call in recording.calls for r in call if r.kept != env.dense_units]
         assert tokens == 32 * len(measured), "each is measured once on a window"
         return found, measured
