@@ -17,7 +17,7 @@ from ffgym.config.toml import parsed_overrides
 @app.command()
 def export(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="folder of the model, e.g. runs/mine/model", show_default=False)
+        Path, typer.Argument(metavar="DIR", help="saved model, or the folder of a run", show_default=False)
     ],
     name: Annotated[str, typer.Option("--format", help="what to write, one of `ffgym ls exports`")] = "gguf",
     output: Annotated[
@@ -42,7 +42,9 @@ def export(
 ) -> None:
     """Write a saved model for another program, e.g. as a GGUF file, which llama.cpp runs.
 
-    Example: ffgym export runs/mine/model --gguf mine.gguf --dtype f16
+    ffgym export runs/mine --gguf mine.gguf --dtype f16
+
+    ffgym export runs/mine --format nemotron-nas --output mine-nas
     """
     from rich.console import Console
 
@@ -57,7 +59,7 @@ def export(
         return
     target = output or gguf
     if target is None or (output and gguf) or (gguf and name != "gguf"):
-        raise typer.BadParameter("name what to write", param_hint="--output PATH or --gguf FILE")
+        raise typer.BadParameter("name what to write, once", param_hint="--output PATH or --gguf FILE")
     options = parsed_overrides(overrides or []) | ({} if dtype is None else {"dtype": dtype})
     with Reporter(Console(stderr=True)).stage(f"write {target.name}", 1) as stage:
         written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)

@@ -22,7 +22,7 @@ ResumeOption = Annotated[
         "--resume",
         metavar="DIR",
         help="folder of an interrupted run to go on with; its configuration is taken, and options may only repeat "
-        "it, but for those of \\[output] and \\[tracking]",
+        "it, but for those of \\[output], \\[tracking] and \\[workers]",
         show_default="none",
     ),
 ]

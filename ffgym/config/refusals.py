@@ -54,10 +54,10 @@ def _explain(
     place = f"[{table}]" if table else "the configuration"
     known = [*owner.model_fields, *_shared_keys(owner, table)]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        if owner is RunConfig:  # a key whose table was left out?
-            tables = [name for name in known if name != "seed"]
-            near = [f"{name}.{key}" for name in tables if key in table_model(name).model_fields] or near
+        tables = [name for name in RunConfig.model_fields if name != "seed"]
+        homes = [f"{name}.{key}" for name in tables if key in table_model(name).model_fields]
+        near = homes if owner is RunConfig or len(homes) == 1 else []  # its table was left out, or it is another one
+        near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         guess = f"Did you mean {near[0]!r}? " if near else ""
         kind_of_key = "key" if table else "table or key"
         return (

@@ -127,7 +127,8 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
 
     Args:
         folder: where the run's episodes are.
-        config: how it is to go on; ``output`` and ``tracking`` may differ from what they were, but for the folder.
+        config: how it is to go on; ``output``, ``tracking`` and ``workers`` may differ from what they were, but for the
+            folder.
 
     Raises:
         OutputError: it is no run's folder, cannot be written, or ``output.dir`` names another.

@@ -148,6 +148,7 @@ def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
     [
         ("prune.sparcity=0.3", ["unknown key 'sparcity' in [prune]", "Did you mean 'sparsity'?", "ridge, min_units"]),
         ("prunne.sparsity=0.3", ["unknown table or key 'prunne'", "Did you mean 'prune'?", "criterion, reward"]),
+        ("search.search_tokens=9", ["unknown key 'search_tokens' in [search]", "Did you mean 'data.search_tokens'?"]),
         ("prune.sparsity=0", ["prune.sparsity = 0", "greater than 0", "between 0 and 1"]),
         ("prune.sparsity=1", ["prune.sparsity = 1", "less than 1"]),
         ("prune.sparsity=nan", ["prune.sparsity = nan", "finite"]),
