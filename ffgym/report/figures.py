@@ -159,8 +159,9 @@ def reward_figure(
     rewards.set_ylabel("reward above the start's" if is_above_start else "reward (higher is better)")
     lines = [line for line in rewards.lines if line.get_label() in levels and len(line.get_ydata())]
     if is_above_start and lines:  # what lies far below would flatten the search itself
-        low, high = min(0.0, *lines[0].get_ydata()), max(0.0, *lines[0].get_ydata())
-        rewards.set_ylim(bottom=max(rewards.get_ylim()[0], low - 2 * (high - low)))
+        own = [0.0, *rewards.collections[0].get_offsets()[:, 1]]
+        low, high = min(own), max(own)
+        rewards.set_ylim(bottom=max(rewards.get_ylim()[0], low - 0.5 * (high - low)))
         for line in lines:
             if max(line.get_ydata()) < rewards.get_ylim()[0]:
                 line.set_label(f"{line.get_label()} (below the scale)")
@@ -193,7 +194,7 @@ def _draw_rewards(
     updates = np.array([episode.update for episode in history])
     values = np.array([episode.reward for episode in history]) - levels
     drawn, colour = alive & np.isfinite(values), look["color"]
-    axes.scatter(tokens[drawn], values[drawn], s=14, color=colour, alpha=0.3, linewidths=0, zorder=2)
+    axes.scatter(tokens[drawn], values[drawn], s=14, color=colour, alpha=0.5, linewidths=0, zorder=2)
     # The y of a failed episode is the reward's "worst", which may lie far below: the lower edge stands for it.
     axes.scatter(
         tokens[~alive],

@@ -125,7 +125,8 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
 def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
     failed = [episode(i, reward=reward, failed=True) for i, reward in enumerate((float("nan"), float("-inf"), -1e9))]
     reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png")
-    reward_figure({"agent": failed}, tmp_path / "reward.png", {"agent": [0.7] * 3})
+    searches = {"agent": failed, "random": [episode(i) for i in range(3)]}
+    reward_figure(searches, tmp_path / "reward.png", dict.fromkeys(searches, [0.7] * 3))
     assert (tmp_path / "reward.png").is_file()
 
 
