@@ -9,9 +9,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from ffgym.errors import AssetError, ConfigError, OutputError
-from ffgym.files import FileFormat, write_text
+from ffgym.files import FileFormat, exclusive_lock, write_text
 
 DEFAULT_SIZE = "50GB"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -124,6 +125,28 @@ def sha256(path: Path) -> str:
     """Digest of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Scratch:
+    """A temporary folder in the cache. Those of processes that were killed go when the next one is made.
+
+    Args:
+        name: what its name begins with.
+
+    Attributes:
+        folder: the folder, until the object is gone.
+    """
+
+    def __init__(self, name: str) -> None:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        for left in cache_dir().glob(f".{name}-*.lock"):
+            with exclusive_lock(left) as is_abandoned:
+                if is_abandoned:
+                    shutil.rmtree(left.with_suffix(""), ignore_errors=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache_dir(), ignore_cleanup_errors=True)
+        self.folder = Path(self._folder.name)
+        self._lock = ExitStack()
+        self._lock.enter_context(exclusive_lock(self.folder.with_suffix(".lock")))
 
 
 @dataclass(frozen=True)

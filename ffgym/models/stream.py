@@ -7,7 +7,6 @@ counts what is only passing through.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ffgym.data.cache import cache_dir
+from ffgym.data.cache import Scratch
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.families import family_of
@@ -97,7 +96,7 @@ class LayerStream:
         self._next: tuple[int, Future[_Arriving]] | None = None
         self._last = -1
         self._side: Any = None if device.type != "cuda" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Scratch | None = None
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter by its name in the model, in the model's dtype, on the CPU."""
@@ -130,8 +129,7 @@ class LayerStream:
     def keep(self, name: str, tensors: Weights) -> None:
         """Keep tensors in a temporary file, in place of what was kept under this name before."""
         if self._scratch is None:
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            self._scratch = tempfile.TemporaryDirectory(prefix=".refits-", dir=cache_dir(), ignore_cleanup_errors=True)
+            self._scratch = Scratch("refits")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self._kept_file(name))
 
     def kept(self, name: str) -> Weights:
@@ -141,7 +139,7 @@ class LayerStream:
 
     def _kept_file(self, name: str) -> Path:
         assert self._scratch is not None, "something was kept"
-        return Path(self._scratch.name) / f"{name}.safetensors"
+        return self._scratch.folder / f"{name}.safetensors"
 
     def _fetch(self, layer: int) -> _Arriving:
         weights = {short: self.read(name) for short, name in self._names[layer].items()}

@@ -1,0 +1,34 @@
+"""Temporary folders in the cache: nobody's is left behind, and nobody's is taken away."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ffgym.data.cache import Scratch
+
+KILLED = """
+import os, signal
+from ffgym.data.cache import Scratch
+kept = Scratch("refits")
+(kept.folder / "file").write_text("large")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_is_in_use_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
+    mine = Scratch("refits")
+    subprocess.run([sys.executable, "-c", KILLED], check=False)
+    assert len(list(tmp_path.glob(".refits-*/file"))) == 1
+    other = Scratch("refits")
+    assert list(tmp_path.glob(".refits-*/file")) == []
+    assert mine.folder.is_dir()
+    assert other.folder.is_dir()
+    del mine, other
+    assert list(tmp_path.iterdir()) == []
