@@ -13,7 +13,8 @@ from ffgym.interrupts import interruptible
 from ffgym.version import __version__
 
 OUT_OF_MEMORY = (
-    "Set model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or use a smaller model."
+    "Set model.placement=stream, model.dtype=bfloat16, model.device=cpu or model.device=balanced over several GPUs, or "
+    "use a smaller model."
 )
 COMMANDS = (
     *("run", "plan", "prepare", "recover", "bench", "eval", "measure", "latency", "export"),

@@ -113,5 +113,5 @@ def move(model: Any, device: torch.device) -> Any:
     except (RuntimeError, AssertionError) as error:  # out of memory, or a device this torch was not built for
         raise ModelError(
             f"the model cannot be moved to {device}: {str(error).splitlines()[0]}",
-            hint="Use a smaller model, model.device cpu, or balanced over several GPUs.",
+            hint="Use model.placement stream, model.device cpu, or balanced over several GPUs, or a smaller model.",
         ) from error
