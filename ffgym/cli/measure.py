@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,11 +28,26 @@ def measure(
         str | None,
         typer.Option(help="dense model to compare with, as --model of run", show_default="the one on record"),
     ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="batch sizes, separated by commas")] = "1,4",
+    engine: Annotated[
+        str | None,
+        typer.Option(help="measure serving instead: vllm, llama-cpp or transformers", show_default=False),
+    ] = None,
+    batch_sizes: Annotated[
+        str, typer.Option(help="batch sizes, separated by commas; of an engine: requests at the same time")
+    ] = "1,4",
     prompt_lengths: Annotated[
         str | None,
-        typer.Option(help="prompt lengths in tokens, separated by commas", show_default="128,512,1024, if they fit"),
+        typer.Option(
+            help="prompt lengths in tokens, separated by commas",
+            show_default="128,512,1024, if they fit; of an engine 128,512",
+        ),
     ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(help="tokens of every answer of an engine", show_default="64")
+    ] = None,
+    engine_args: Annotated[
+        str, typer.Option(help="more arguments of the engine, e.g. '--enforce-eager'", show_default=False)
+    ] = "",
     repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 7,
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
@@ -47,17 +63,47 @@ def measure(
     ffgym measure runs/x/model --output measure.md
 
     ffgym measure runs/x --dense demo --batch-sizes 1,8 --prompt-lengths 256
+
+    ffgym measure runs/x --engine vllm --batch-sizes 1,8 --output-tokens 128
     """
-    batches, lengths = _counts("--batch-sizes", batch_sizes), _counts("--prompt-lengths", prompt_lengths)
+    batches, lengths = _counts("--batch-sizes", batch_sizes) or (), _counts("--prompt-lengths", prompt_lengths)
     from rich.console import Console
 
-    from ffgym.measure.measure import Options
-    from ffgym.measure.measure import measure as run_measure
+    from ffgym.measure import measure as in_process
+    from ffgym.measure import serving
 
+    progress = Console(stderr=True)
     output = None if output is None else output.expanduser()
-    options = Options(folder, dense, batches or (), lengths, repetitions, dtype, device, threads, output, overwrite)
+    found: Any
     with contextlib.redirect_stdout(sys.stderr):
-        found = run_measure(options, progress=Console(stderr=True))
+        if engine is None:
+            for option, given in (("--output-tokens", output_tokens), ("--engine-args", engine_args)):
+                if given:
+                    raise typer.BadParameter("goes with --engine", param_hint=option)
+            options = in_process.Options(
+                folder, dense, batches, lengths, repetitions, dtype, device, threads, output, overwrite
+            )
+            found = in_process.measure(options, progress=progress)
+        else:
+            if device != "auto":
+                raise typer.BadParameter("an engine chooses its device itself", param_hint="--device")
+            found = serving.measure_serving(
+                serving.Options(
+                    folder=folder,
+                    engine=engine,
+                    dense=dense,
+                    requests=batches,
+                    prompt_lengths=lengths,
+                    output_tokens=64 if output_tokens is None else output_tokens,
+                    repetitions=repetitions,
+                    dtype=dtype,
+                    threads=threads,
+                    arguments=_arguments(engine_args),
+                    output=output,
+                    overwrite=overwrite,
+                ),
+                progress=progress,
+            )
     if as_json:
         print_json(asdict(found))
     else:
@@ -181,6 +227,14 @@ def evaluate(
                 Console().print(table.layout().terminal())
             if output is not None:
                 task_table.write_file(output, table)
+
+
+def _arguments(text: str) -> tuple[str, ...]:
+    """``"--a 'b c'"`` -> ``("--a", "b c")``."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: {error}", param_hint="--engine-args") from None
 
 
 def _counts(option: str, text: str | None) -> tuple[int, ...] | None:

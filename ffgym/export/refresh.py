@@ -38,10 +38,22 @@ def refresh(folder: Path) -> list[Path]:
             f"the model in {place} is of the stock architecture {model_type!r}: nothing lies beside its weights",
             hint="Only models with layers of different sizes have a class file.",
         )
-    register_saved(config)
     with tempfile.TemporaryDirectory() as scratch:
-        AutoConfig.from_pretrained(place, trust_remote_code=False).save_pretrained(scratch)
-        written = [place / made.name for made in sorted(Path(scratch).iterdir())]
-        for path in reversed(written):  # the class file first: the config names classes in it
-            write_text(path, (Path(scratch) / path.name).read_text(encoding="utf-8"))
-    return written
+        renewed = _renewed(place, Path(scratch))
+        for made in reversed(renewed):  # the class file first: the config names classes in it
+            write_text(place / made.name, made.read_text(encoding="utf-8"))
+        return [place / made.name for made in renewed]
+
+
+def is_current(folder: Path) -> bool:
+    """Whether the class file beside the weights of a saved model is the one that this ffgym writes, byte for byte."""
+    with tempfile.TemporaryDirectory() as scratch:
+        code = [made for made in _renewed(folder, Path(scratch)) if made.suffix == ".py"]
+        return all((folder / made.name).read_bytes() == made.read_bytes() for made in code)
+
+
+def _renewed(folder: Path, scratch: Path) -> list[Path]:
+    """Config and class file as this ffgym writes them, the config first."""
+    register_saved(MODEL_CONFIG.read(folder / "config.json"))
+    AutoConfig.from_pretrained(folder, trust_remote_code=False).save_pretrained(scratch)
+    return sorted(scratch.iterdir())

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -70,10 +71,10 @@ class Options:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _at_least_one("--batch-sizes", self.batch_sizes)
-        _at_least_one("--prompt-lengths", LENGTHS if self.prompt_lengths is None else self.prompt_lengths)
-        _at_least_one("--repetitions", [self.repetitions])
-        _at_least_one("--threads", [1 if self.threads is None else self.threads])
+        at_least_one("--batch-sizes", self.batch_sizes)
+        at_least_one("--prompt-lengths", LENGTHS if self.prompt_lengths is None else self.prompt_lengths)
+        at_least_one("--repetitions", [self.repetitions])
+        at_least_one("--threads", [1 if self.threads is None else self.threads])
 
 
 def measure(options: Options, *, progress: Console | None = None) -> Measurement:
@@ -134,9 +135,9 @@ class TableOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _at_least_one("--context", [self.context])
-        _at_least_one("--repetitions", [self.repetitions])
-        _at_least_one("--threads", [1 if self.threads is None else self.threads])
+        at_least_one("--context", [self.context])
+        at_least_one("--repetitions", [self.repetitions])
+        at_least_one("--threads", [1 if self.threads is None else self.threads])
 
 
 def latency_table(options: TableOptions, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
@@ -243,8 +244,8 @@ def _with_memory(
     )
 
 
-def write(found: Measurement, output: Path) -> None:
-    """Write a measurement as Markdown or JSON, as the suffix says.
+def write(found: Any, output: Path) -> None:
+    """Write a measurement, a dataclass with `tables`, as Markdown or JSON, as the suffix says.
 
     Raises:
         OutputError: it cannot be written.
@@ -319,7 +320,8 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _at_least_one(option: str, values: Sequence[int]) -> None:
+def at_least_one(option: str, values: Sequence[int]) -> None:
+    """Refuse an option that holds no number, or one below 1."""
     if not values:
         raise ConfigError(f"{option} is empty", hint="Give at least one number.")
     if min(values) < 1:

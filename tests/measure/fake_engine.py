@@ -1,0 +1,68 @@
+"""A server as the engines' are, without a model: tokens at a fixed pace, and what it was asked in the file FAKE_LOG.
+
+Run with ``-c`` it is a Python that has vLLM. FAKE_DIES, FAKE_TOKENS, FAKE_REFUSES, FAKE_HANGS change what it does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+FIRST_SECONDS, NEXT_SECONDS = 0.1, 0.01
+CACHE_TOKENS = 12_345
+
+
+def note(**what: Any) -> None:
+    with Path(os.environ["FAKE_LOG"]).open("a", encoding="utf-8") as log:
+        log.write(json.dumps(what) + "\n")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(503 if "FAKE_HANGS" in os.environ else 200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        note(asked=MODEL, prompt=body["prompt"], ignore_eos=body["ignore_eos"], arguments=sys.argv)
+        if "FAKE_REFUSES" in os.environ:
+            self.send_error(400, "no such prompt")
+            return
+        self.send_response(200)
+        self.end_headers()
+        tokens = int(os.environ.get("FAKE_TOKENS", body["max_tokens"]))
+        for index in range(tokens):
+            time.sleep(NEXT_SECONDS if index else FIRST_SECONDS)
+            self.say({"choices": [{"text": "" if index == 0 else "a"}]})
+        self.say({"choices": [], "usage": {"completion_tokens": tokens}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def say(self, chunk: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.wfile.flush()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def after(option: str) -> str:
+    return sys.argv[sys.argv.index(option) + 1]
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "-c":
+        print("a warning of a library", "vllm-fake 9.9", "False", sep="\n")
+        sys.exit()
+    MODEL = after("--model")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as engines have
+    note(started=MODEL, pids=[os.getpid(), child.pid])
+    if "FAKE_DIES" in os.environ:
+        sys.exit("cannot load this model: no room")
+    print(f"INFO CPU KV cache size: {CACHE_TOKENS:,} tokens, Maximum concurrency 2.00x", flush=True)
+    ThreadingHTTPServer(("127.0.0.1", int(after("--port"))), Handler).serve_forever()

@@ -1,0 +1,310 @@
+"""`ffgym measure --engine`: how a pruned model and the dense one are served. The engine is a fake one, with a pace."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fake_engine
+import psutil
+import pytest
+from glass_runs import glass_home
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.cli import app
+from ffgym.errors import ConfigError, ModelError, OutputError, UnknownNameError
+from ffgym.export.checkpoint import save_pruned
+from ffgym.measure import engines
+from ffgym.measure.serving import Options, ServingMeasurement, measure_serving
+from ffgym.models.cut import PrunableModel
+from ffgym.models.loading import load
+
+KEPT = (2, 200, 1, 300, 2, 256, 1, 128)
+ROLES = ["dense", "dense, as pruned", "pruned"]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a saved model whose layers differ in size; its tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    loaded = load(str(glass_home() / "glass"), dtype="float32", device="cpu")
+    prunable = PrunableModel(loaded.model)
+    kept = [min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)]
+    prunable.cut(kept)
+    save_pruned(loaded.model, loaded.tokenizer, folder, kept=kept, family=prunable.family)
+    return folder
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Python that seems to have vLLM; the file where its servers note what they are asked."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_engine.__file__} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setenv("VLLM_PYTHON", str(python))
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "asked.jsonl"))
+    return tmp_path / "asked.jsonl"
+
+
+def noted(log: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
+    return [line for line in lines if kind in line]
+
+
+def options(folder: Path, **changes: Any) -> Options:
+    quick: dict[str, Any] = {"requests": (2,), "prompt_lengths": (16,), "output_tokens": 4, "repetitions": 1}
+    return Options(folder, "vllm", **({"dense": str(glass_home() / "glass")} | quick | changes))
+
+
+def silently(given: Options) -> ServingMeasurement:
+    return measure_serving(given, progress=Console(file=io.StringIO()))
+
+
+def no_process_is_left(log: Path) -> bool:
+    """Nobody may have noticed yet that a child of a server has ended."""
+    pids = [pid for line in noted(log, "started") for pid in line["pids"] if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids], timeout=5)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+
+
+def test_models_are_served_in_turn_and_compared_within_a_repetition(pruned: Path, log: Path) -> None:
+    found = silently(options(pruned, repetitions=2, prompt_lengths=(8, 16)))
+    assert [(each.model, each.workload.batch, each.workload.length) for each in found.served] == [
+        (role, 2, length) for length in (8, 16) for role in ROLES
+    ]
+    assert [each.backend_ratio is not None for each in found.served] == [False, False, True] * 2
+    assert found.served[0].ratio.median == 1
+    assert found.together
+    asked = noted(log, "asked")
+    warm, measured = asked[:12], asked[12:]
+    assert len(warm) + len(measured) == 3 * 2 * 2 * 3  # servers, lengths, requests, and twice after the warm-up
+    folder = {"pruned": str(pruned)}
+    turns = [folder.get(role, str(glass_home() / "glass")) for _ in range(2 * 2) for role in ROLES for _ in range(2)]
+    assert [line["asked"] for line in measured] == turns
+    transformers = [line["arguments"][-6:-4] == ["--model-impl", "transformers"] for line in measured]
+    assert transformers == [role == "dense, as pruned" for _ in range(2 * 2) for role in ROLES for _ in range(2)]
+    assert no_process_is_left(log)
+
+
+def test_prompts_differ_among_requests_and_are_the_same_for_all_models(pruned: Path, log: Path) -> None:
+    silently(options(pruned))
+    asked = [line["prompt"] for line in noted(log, "asked")]
+    groups = [set(asked[index : index + 2]) for index in range(0, len(asked), 2)]
+    assert all(len(group) == 2 for group in groups)
+    assert groups[0] == groups[1] == groups[2]  # warm-up
+    assert groups[3] == groups[4] == groups[5]
+    assert not groups[0] & groups[3]
+    tokenizer = load(str(pruned)).tokenizer
+    assert {len(tokenizer(prompt).input_ids) for prompt in asked} == {16}
+
+
+def test_tokens_are_counted_and_timed(pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TOKENS", "3")  # it ends before what was asked for
+    found = silently(options(pruned, output_tokens=8))
+    assert found.answer_tokens == (3, 3)
+    paced = fake_engine.FIRST_SECONDS + 2 * fake_engine.NEXT_SECONDS
+    for each in found.served:
+        assert 0 < each.rate.median <= 2 * 3 / paced
+        assert each.first.median >= fake_engine.FIRST_SECONDS
+        assert each.following.median >= 0.9 * fake_engine.NEXT_SECONDS
+    assert found.cache_tokens == dict.fromkeys(ROLES, fake_engine.CACHE_TOKENS)
+    assert all(line["ignore_eos"] for line in noted(log, "asked"))
+
+
+def test_servers_that_do_not_fit_together_are_started_for_each_turn(
+    pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1 << 30}))
+    found = silently(options(pruned, repetitions=2, requests=(1,)))
+    assert not found.together
+    started = [line["pids"][0] for line in noted(log, "started")]
+    assert len(started) == 2 * 3
+    asked = noted(log, "asked")
+    assert len(asked) == 2 * len(started)  # each warms up
+    assert no_process_is_left(log)
+
+
+def test_a_stock_model_needs_no_other_backend(log: Path) -> None:
+    found = silently(options(glass_home() / "glass", requests=(1,)))
+    assert [each.model for each in found.served] == ["dense", "pruned"]
+    assert "--trust-remote-code" not in noted(log, "asked")[-1]["arguments"]
+
+
+STARTS_AND_WAITS = """
+import sys, time
+from pathlib import Path
+from ffgym.interrupts import interruptible
+from ffgym.measure.engines import Server, running
+with interruptible(), running(Server("dense", tuple(sys.argv[2:])), Path(sys.argv[1])):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+def interrupted(command: list[str], log: Path, stage: str, number: int) -> str:
+    """What a command says that is interrupted once servers note a stage; nothing of it may be left."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not noted(log, stage) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert no_process_is_left(log)
+    return err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("hangs", [False, True])
+def test_ctrl_c_ends_a_server_and_what_it_has_started(
+    log: Path, tmp_path: Path, hangs: bool, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if hangs:
+        monkeypatch.setenv("FAKE_HANGS", "1")
+    server = [sys.executable, fake_engine.__file__, "--model", "x"]
+    command = [sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path / "server.log"), *server]
+    assert "KeyboardInterrupt" in interrupted(command, log, "started", number)
+
+
+@pytest.mark.slow
+def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log: Path) -> None:
+    command = [sys.executable, "-m", "ffgym", "measure", str(pruned), "--dense", str(glass_home() / "glass")]
+    command += ["--engine", "vllm", "--prompt-lengths", "16", "--output-tokens", "50", "--repetitions", "1000"]
+    err = interrupted(command, log, "asked", signal.SIGINT)
+    assert "interrupted" in err
+    assert "Traceback" not in err
+
+
+# what is refused
+
+
+def test_a_server_that_dies_shows_what_it_said(pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DIES", "1")
+    with pytest.raises(ModelError, match="'dense' ended with exit status 1 before it answered") as caught:
+        silently(options(pruned))
+    assert "cannot load this model: no room" in caught.value.message
+    assert "--model" in str(caught.value.hint)
+    assert no_process_is_left(log)
+
+
+def test_a_server_that_does_not_answer_in_time_is_ended(
+    pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_HANGS", "1")
+    monkeypatch.setattr(engines, "START_SECONDS", 1)
+    with pytest.raises(ModelError, match="did not answer within"):
+        silently(options(pruned))
+    assert no_process_is_left(log)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [("FAKE_REFUSES", "1", "refused a request"), ("FAKE_TOKENS", "0", "served no token, or did not count them")],
+)
+def test_answers_that_are_none_are_errors(
+    pruned: Path, log: Path, variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ModelError, match=said):
+        silently(options(pruned))
+    assert no_process_is_left(log)
+
+
+def test_engines_that_are_not_installed_name_what_to_install(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
+    monkeypatch.setenv("PATH", "")
+    for engine, what in (("vllm", "VLLM_PYTHON="), ("llama-cpp", "llama-server on the PATH")):
+        with pytest.raises(ModelError, match="is not installed") as caught:
+            silently(Options(pruned, engine, str(glass_home() / "glass"), prompt_lengths=(16,)))
+        assert what in str(caught.value.hint)
+
+
+def test_a_foreign_class_file_is_not_run(pruned: Path, log: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pruned, folder)
+    with (folder / "modeling_ffgym.py").open("a", encoding="utf-8") as file:
+        file.write("print('hello')\n")
+    with pytest.raises(ModelError, match="is not the one that this ffgym writes") as caught:
+        silently(options(folder))
+    assert "--refresh" in str(caught.value.hint)
+    assert not noted(log, "started")
+
+
+def test_bad_arguments_are_named(pruned: Path, log: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="unknown engine 'vlm'") as caught:
+        Options(pruned, "vlm")
+    assert "Did you mean 'vllm'?" in str(caught.value.hint)
+    for changes, said in (
+        ({"requests": (0,)}, "--batch-sizes has 0"),
+        ({"prompt_lengths": ()}, "--prompt-lengths is empty"),
+        ({"repetitions": 0}, "--repetitions has 0"),
+        ({"threads": 0}, "--threads has 0"),
+        ({"output_tokens": 1}, "--output-tokens is 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            options(pruned, **changes)
+    with pytest.raises(ConfigError, match="--prompt-lengths 512 and --output-tokens 4 are more than the 120 tokens"):
+        silently(options(pruned, prompt_lengths=(512,)))
+    with pytest.raises(OutputError, match="ends in"):
+        silently(options(pruned, output=tmp_path / "x.txt"))
+    assert not noted(log, "started")
+
+
+# an engine itself
+
+
+@pytest.mark.slow
+def test_transformers_serves_both_models(pruned: Path) -> None:
+    pytest.importorskip("openai", reason="transformers serve needs transformers[serving]")
+    quick: dict[str, Any] = {"requests": (2,), "prompt_lengths": (16,), "output_tokens": 8, "repetitions": 1}
+    found = silently(Options(pruned, "transformers", str(glass_home() / "glass"), threads=1, **quick))
+    assert [each.model for each in found.served] == ["dense", "pruned"]
+    assert found.answer_tokens == (8, 8)
+
+
+# the command
+
+
+def ask(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["measure", *arguments])
+
+
+def test_the_table_fits_a_terminal_and_json_is_pure(pruned: Path, log: Path, tmp_path: Path) -> None:
+    given = [str(pruned), "--dense", str(glass_home() / "glass"), "--engine", "vllm", "--batch-sizes", "1"]
+    given += ["--prompt-lengths", "16", "--output-tokens", "4", "--repetitions", "1", "--engine-args", "--a 'b c'"]
+    done = ask(*given, "--output", str(tmp_path / "table.md"))
+    assert done.exit_code == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "dense, as pruned" in done.stdout
+    assert "More arguments of the engine: --a b c." in " ".join(done.stdout.split())
+    assert "| 1 x 16 | pruned |" in (tmp_path / "table.md").read_text()
+    assert "b c" in noted(log, "asked")[-1]["arguments"]
+    data = json.loads(ask(*given, "--json").stdout)
+    assert (data["engine"], data["answer_tokens"]) == ("vllm-fake 9.9", [4, 4])
+    assert [each["model"] for each in data["served"]] == ROLES
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--output-tokens", "8"], "goes with --engine"),
+        (["--engine-args", "--x"], "goes with --engine"),
+        (["--engine", "vllm", "--device", "cpu"], "chooses its device itself"),
+        (["--engine", "vllm", "--engine-args", "'"], "No closing quotation"),
+    ],
+)
+def test_options_that_do_not_go_together_are_usage_errors(pruned: Path, given: list[str], said: str) -> None:
+    done = ask(str(pruned), *given)
+    assert done.exit_code == 2
+    assert said in " ".join(done.stderr.replace("│", " ").split())
