@@ -25,14 +25,14 @@ from ffgym.errors import ConfigError, ModelError, UnknownNameError
 from ffgym.export.refresh import is_current
 from ffgym.files import check_file
 from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
-from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, PRUNED, Setting
+from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, GGUF_DTYPES, PRUNED, Setting
 from ffgym.measure.measure import at_least_one, write
 from ffgym.measure.pairs import HINT
 from ffgym.measure.speed import Workload
 from ffgym.measure.table import counted, rate
 from ffgym.models.loading import checkpoint_folder, load_config, load_tokenizer
 from ffgym.models.modeling_ffgym import PREFIX
-from ffgym.models.origin import dense_model, model_folder, weights_on_disk
+from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
 from ffgym.report.layout import Column, Table, text_columns
 from ffgym.report.progress import Reporter
 
@@ -200,9 +200,11 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
     reporter = Reporter(progress or Console(stderr=True))
     pruned = model_folder(options.folder)
     source = dense_model(pruned, options.dense)
-    dense = checkpoint_folder(source.name, revision=source.revision)
+    dense = _dense_folder(source)
     context, model_type = _checked(dense, pruned, options)
     dtype = weights_on_disk(pruned)[1] if options.dtype == "auto" else options.dtype
+    if dtype not in GGUF_DTYPES:
+        raise ConfigError(f"engines serve no {dtype!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}.")
     workloads = [Workload(count, length) for count, length in product(options.requests, _lengths(options))]
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
         scratch = Path(folder)
@@ -264,6 +266,16 @@ def _names(served: Served) -> tuple[str, str]:
 def _columns(*figures: str) -> list[Column[Sequence[str]]]:
     workload, model, *others = text_columns("requests, x prompt", "model", *figures, no_wrap=True)
     return [replace(workload, once=True), replace(model, left=True), *others]
+
+
+def _dense_folder(source: DenseModel) -> Path:
+    try:
+        return checkpoint_folder(source.name, revision=source.revision)
+    except OSError as error:  # servers are started offline
+        raise ModelError(
+            f"the dense model {source.name!r}, which {source.said_by} names, is not in the hub's cache",
+            hint=f"Download it: hf download {source.name}. Or name a folder with --dense.",
+        ) from error
 
 
 def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | None]:

@@ -256,6 +256,10 @@ def test_bad_arguments_are_named(pruned: Path, log: Path, tmp_path: Path) -> Non
             options(pruned, **changes)
     with pytest.raises(ConfigError, match="--prompt-lengths 512 and --output-tokens 4 are more than the 120 tokens"):
         silently(options(pruned, prompt_lengths=(512,)))
+    with pytest.raises(ConfigError, match="engines serve no 'int8'"):
+        silently(options(pruned, dtype="int8"))
+    with pytest.raises(ModelError, match="is not in the hub's cache"):
+        silently(options(pruned, dense="org/not-downloaded"))
     with pytest.raises(OutputError, match="ends in"):
         silently(options(pruned, output=tmp_path / "x.txt"))
     assert not noted(log, "started")
