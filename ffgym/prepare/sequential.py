@@ -17,6 +17,7 @@ from ffgym.prepare.statistics import OnProgress, linear_input
 from ffgym.pruning.calibration import sequential_refit
 from ffgym.pruning.factors import as_multiplied, products_in
 from ffgym.pruning.precision import in_float64, sum_in_float64
+from ffgym.pruning.statistics import shifted
 
 
 @torch.no_grad()
@@ -74,14 +75,13 @@ class _CrossMoments:
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         dtype = x.dtype
-        x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
         if self._shifts is None:
-            self._shifts = x.mean(dim=0), y.mean(dim=0)
-        x, y = (as_multiplied(each - shift, dtype) for each, shift in zip((x, y), self._shifts, strict=True))
+            self._shifts = x.flatten(0, -2).float().mean(dim=0), y.flatten(0, -2).float().mean(dim=0)
+        x, y = (as_multiplied(shifted(each, shift), dtype) for each, shift in zip((x, y), self._shifts, strict=True))
         self._tokens += len(x)
         with products_in(dtype):
-            self._cross = self._cross + x.T @ y
-            self._products = self._products + y.T @ y
+            self._cross = (x.T @ y).add_(self._cross)
+            self._products = (y.T @ y).add_(self._products)
         self._sums = self._sums[0] + sum_in_float64(x), self._sums[1] + sum_in_float64(y)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

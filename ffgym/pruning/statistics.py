@@ -86,10 +86,9 @@ class Moments:
         Args:
             inputs: shape (..., n), any floating dtype, not empty.
         """
-        x = inputs.reshape(-1, inputs.shape[-1]).float()
         if self._shift is None:
-            self._shift = x.mean(dim=0)
-        x = x - self._shift
+            self._shift = inputs.reshape(-1, inputs.shape[-1]).float().mean(dim=0)
+        x = shifted(inputs, self._shift)
         self.tokens += x.shape[0]
         self._sum += sum_in_float64(x)
         x = as_multiplied(x, inputs.dtype)
@@ -111,6 +110,11 @@ class Moments:
         here = (self._multiplied / self.tokens).float().to(products.device)
         mean = in_float64(self._shift) + self._sum / self.tokens
         return InputMoments(self.tokens, mean, products.addr_(here, here, alpha=-1))
+
+
+def shifted(inputs: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """x - s of every token, shape (tokens, n), float32, new."""
+    return inputs.reshape(-1, inputs.shape[-1]).to(torch.float32, copy=True).sub_(shift)
 
 
 def require_finite(*parts: InputMoments | LayerStats) -> None:
