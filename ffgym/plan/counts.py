@@ -24,11 +24,9 @@ KERNELS = 800_000
 # float32, and of 3/4 of the channels a copy and its factor; in float64 the moment, unless the consumer is wide.
 FACTORISING, FACTORISING_WIDE = 25, 17
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
-# The same of `ffgym.prepare.sequential`: cross and own moments in float64, and the factor.
-REFITTING = 24
-# The same while a batch is added to its sums: cross and own, and one more of either.
-SUMMING = 12
-SUMMED = 10  # bytes for each number of a batch of inputs meanwhile: it in float32, rounded, and in float32 again
+# The same of `ffgym.prepare.sequential`: cross and own moments and the factor in float64, with the copies that LAPACK
+# makes of them; measured.
+REFITTING = 46
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -320,13 +318,13 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     operations = Operations(2 * forward(shape, load, head=False)) * tokens + Operations(0, 0, float64)
     operations += _products(load, products)
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
-    n, batch = max(shape.widest("attention"), shape.widest("mlp")), min(tokens, max(load.batch_tokens, load.window))
+    n = max(shape.widest("attention"), shape.widest("mlp"))
     memory = {
         **_searched(shape, load, load.report_rows),
         "libraries": LIBRARIES + TRACKING,
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
         "refitted consumers": _consumers(shape, load),
-        "moments": round(kept * max(REFITTING * n**2, SUMMING * n**2 + SUMMED * n * (1 + 1 / kept) * batch)),
+        "moments": round(REFITTING * kept * n**2),
     }
     return Stage("sequential", tokens, operations, memory)
 
