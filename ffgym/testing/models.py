@@ -57,6 +57,8 @@ def tiny_model(
 
     own, config_class = manager.get_class("family", family), CONFIG_MAPPING[family]
     sizes: dict[str, Any] = {own.heads: 4, own.intermediate: 48, **own.tiny}
+    if "layer_types" in sizes:
+        sizes["layer_types"] = (sizes["layer_types"] * layers)[:layers]
     if own.kv_heads is not None:
         sizes[own.kv_heads] = 2 if grouped_query else 4
     if hasattr(config_class, "head_dim"):

@@ -11,7 +11,7 @@ import torch
 
 from ffgym.data.assets import GLASSLLM, fetch
 from ffgym.errors import UnknownNameError
-from ffgym.models.families import family_of_type
+from ffgym.models.families import family_of, family_of_type
 from ffgym.testing.models import TINY_FAMILIES, glass_model, tiny_model
 
 TEXT = (
@@ -63,9 +63,10 @@ def test_grouped_or_multi_head(family, grouped):
     assert rows == 32 + 2 * (16 if grouped and own.kv_heads else 32)
 
 
-def test_layers_and_dtype_are_as_asked():
-    model = tiny_model("llama", layers=5, dtype=torch.bfloat16)
-    assert len(model.model.layers) == 5
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_layers_and_dtype_are_as_asked(family):
+    model = tiny_model(family, layers=5, dtype=torch.bfloat16)
+    assert len(family_of(model).layers(model)) == 5
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
