@@ -14,13 +14,13 @@ import argparse
 import os
 import shutil
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ffgym.costs.timing import timed
 from ffgym.criteria.wanda import Wanda
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.models.placement import tokens_per_batch
@@ -104,15 +104,6 @@ def allocations(dense: tuple[int, ...]) -> list[tuple[int, ...]]:
     ]
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long it takes, queues drained."""
-    begun = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
-
-
 def measured(folder: Path, device: torch.device, *, streamed: bool) -> list[str]:
     """A row of the table."""
     if device.type == "cuda":
@@ -120,9 +111,8 @@ def measured(folder: Path, device: torch.device, *, streamed: bool) -> list[str]
         torch.cuda.reset_peak_memory_stats(device)
     vocabulary = SHAPES[folder.name][-1]
     tokens = torch.randint(3, vocabulary, (CALIBRATION + 4, WINDOW), generator=torch.Generator().manual_seed(1))
-    found: list[Prepared] = []
-    preparing = seconds(lambda: found.append(prepared(folder, tokens[:CALIBRATION], device, streamed=streamed)), device)
-    prunable = found[0].prunable
+    found, preparing = timed(lambda: prepared(folder, tokens[:CALIBRATION], device, streamed=streamed), {device})
+    prunable = found.prunable
     requests = [Request(kept, tuple(range(EPISODE_WINDOWS))) for kept in allocations(prunable.dense_units)]
     ways = [
         ModelEvaluator(prunable, tokens[CALIBRATION:], calibrated=refits, tokens_per_batch=tokens_per_batch(device))
@@ -131,7 +121,7 @@ def measured(folder: Path, device: torch.device, *, streamed: bool) -> list[str]
     times: list[list[float]] = [[], []]
     for _ in range(1 + REPETITIONS):  # the first one warms up
         for way, taken in zip(ways, times, strict=True):
-            taken.append(seconds(lambda way=way: way.measure(requests), device))  # type: ignore[misc]
+            taken.append(timed(partial(way.measure, requests), {device})[1])
     update, plain = (statistics.median(taken[1:]) for taken in times)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     plan = planned(folder, device, streamed=streamed)

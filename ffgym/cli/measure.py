@@ -69,9 +69,6 @@ def measure(
     batches, lengths = _counts("--batch-sizes", batch_sizes) or (), _counts("--prompt-lengths", prompt_lengths)
     from rich.console import Console
 
-    from ffgym.measure import measure as in_process
-    from ffgym.measure import serving
-
     progress = Console(stderr=True)
     output = None if output is None else output.expanduser()
     found: Any
@@ -80,6 +77,8 @@ def measure(
             for option, given in (("--output-tokens", output_tokens), ("--engine-args", engine_args)):
                 if given:
                     raise typer.BadParameter("goes with --engine", param_hint=option)
+            from ffgym.measure import measure as in_process
+
             options = in_process.Options(
                 folder, dense, batches, lengths, repetitions, dtype, device, threads, output, overwrite
             )
@@ -87,20 +86,22 @@ def measure(
         else:
             if device != "auto":
                 raise typer.BadParameter("an engine chooses its device itself", param_hint="--device")
+            from ffgym.measure import serving
+
+            chosen: dict[str, Any] = {"prompt_lengths": lengths, "output_tokens": output_tokens}
             found = serving.measure_serving(
                 serving.Options(
                     folder=folder,
                     engine=engine,
                     dense=dense,
                     requests=batches,
-                    prompt_lengths=lengths,
-                    output_tokens=64 if output_tokens is None else output_tokens,
                     repetitions=repetitions,
                     dtype=dtype,
                     threads=threads,
                     arguments=_arguments(engine_args),
                     output=output,
                     overwrite=overwrite,
+                    **{name: value for name, value in chosen.items() if value is not None},
                 ),
                 progress=progress,
             )

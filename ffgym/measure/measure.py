@@ -71,10 +71,7 @@ class Options:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        at_least_one("--batch-sizes", self.batch_sizes)
-        at_least_one("--prompt-lengths", LENGTHS if self.prompt_lengths is None else self.prompt_lengths)
-        at_least_one("--repetitions", [self.repetitions])
-        at_least_one("--threads", [1 if self.threads is None else self.threads])
+        check_counts(self.batch_sizes, self.prompt_lengths, self.repetitions, self.threads)
 
 
 def measure(options: Options, *, progress: Console | None = None) -> Measurement:
@@ -135,9 +132,9 @@ class TableOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        at_least_one("--context", [self.context])
-        at_least_one("--repetitions", [self.repetitions])
-        at_least_one("--threads", [1 if self.threads is None else self.threads])
+        _at_least_one("--context", [self.context])
+        _at_least_one("--repetitions", [self.repetitions])
+        _at_least_one("--threads", [1 if self.threads is None else self.threads])
 
 
 def latency_table(options: TableOptions, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
@@ -320,8 +317,21 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def at_least_one(option: str, values: Sequence[int]) -> None:
-    """Refuse an option that holds no number, or one below 1."""
+def check_counts(
+    batch_sizes: Sequence[int], prompt_lengths: Sequence[int] | None, repetitions: int, threads: int | None
+) -> None:
+    """Refuse an option that holds no number, or one below 1; ``None`` leaves a default in place.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    _at_least_one("--batch-sizes", batch_sizes)
+    _at_least_one("--prompt-lengths", [1] if prompt_lengths is None else prompt_lengths)
+    _at_least_one("--repetitions", [repetitions])
+    _at_least_one("--threads", [1 if threads is None else threads])
+
+
+def _at_least_one(option: str, values: Sequence[int]) -> None:
     if not values:
         raise ConfigError(f"{option} is empty", hint="Give at least one number.")
     if min(values) < 1:

@@ -26,7 +26,7 @@ from ffgym.export.refresh import is_current
 from ffgym.files import check_file
 from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
 from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, GGUF_DTYPES, PRUNED, Setting
-from ffgym.measure.measure import at_least_one, write
+from ffgym.measure.measure import check_counts, write
 from ffgym.measure.pairs import HINT
 from ffgym.measure.speed import Workload
 from ffgym.measure.table import counted, rate
@@ -36,7 +36,6 @@ from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_o
 from ffgym.report.layout import Column, Table, text_columns
 from ffgym.report.progress import Reporter
 
-LENGTHS = (128, 512)
 SPARE_TOKENS = 8  # an engine may count a prompt's tokens otherwise
 SERVER_BYTES = 3 << 30  # of a server beside the weights: libraries, KV cache
 AS_PRUNED = "through the backend that serves the pruned model, not the engine's own class"
@@ -52,7 +51,7 @@ class Options:
         engine: a name in `ENGINES`.
         dense: the dense model, as `load` takes it; ``None`` takes what the folder's own record names.
         requests: at the same time, each at least 1.
-        prompt_lengths: tokens of a prompt, each at least 1; ``None`` takes 128 and 512.
+        prompt_lengths: tokens of a prompt, each at least 1.
         output_tokens: of an answer, at least 2.
         repetitions: of which the figures are medians, at least 1.
         dtype: of weights and activations; ``"auto"`` takes that of the pruned model's files.
@@ -70,7 +69,7 @@ class Options:
     engine: str
     dense: str | None = None
     requests: Sequence[int] = (1, 4)
-    prompt_lengths: Sequence[int] | None = None
+    prompt_lengths: Sequence[int] = (128, 512)
     output_tokens: int = 64
     repetitions: int = 7
     dtype: str = "auto"
@@ -82,10 +81,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UnknownNameError("engine", self.engine, ENGINES)
-        at_least_one("--batch-sizes", self.requests)
-        at_least_one("--prompt-lengths", LENGTHS if self.prompt_lengths is None else self.prompt_lengths)
-        at_least_one("--repetitions", [self.repetitions])
-        at_least_one("--threads", [1 if self.threads is None else self.threads])
+        check_counts(self.requests, self.prompt_lengths, self.repetitions, self.threads)
         if self.output_tokens < 2:
             raise ConfigError(f"--output-tokens is {self.output_tokens}", hint="Use at least 2.")
 
@@ -205,7 +201,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
     dtype = weights_on_disk(pruned)[1] if options.dtype == "auto" else options.dtype
     if dtype not in GGUF_DTYPES:
         raise ConfigError(f"engines serve no {dtype!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}.")
-    workloads = [Workload(count, length) for count, length in product(options.requests, _lengths(options))]
+    workloads = [Workload(count, length) for count, length in product(options.requests, options.prompt_lengths)]
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
         scratch = Path(folder)
         setting = Setting(
@@ -292,17 +288,14 @@ def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | No
             hint=f"Read it; then bring it up to date: ffgym export {pruned} --refresh",
         )
     room = min(before.max_position_embeddings, after.max_position_embeddings) - options.output_tokens - SPARE_TOKENS
-    if max(_lengths(options)) > room:
+    longest = max(options.prompt_lengths)
+    if longest > room:
         raise ConfigError(
-            f"--prompt-lengths {max(_lengths(options))} and --output-tokens {options.output_tokens} are more than the "
+            f"--prompt-lengths {longest} and --output-tokens {options.output_tokens} are more than the "
             f"{room + options.output_tokens} tokens that the models take",
             hint=f"Use prompts of at most {room} tokens." if room > 0 else "Use fewer --output-tokens.",
         )
-    return max(_lengths(options)) + options.output_tokens + SPARE_TOKENS, model_type
-
-
-def _lengths(options: Options) -> Sequence[int]:
-    return LENGTHS if options.prompt_lengths is None else options.prompt_lengths
+    return longest + options.output_tokens + SPARE_TOKENS, model_type
 
 
 def _summarised(found: Bursts) -> Iterator[Served]:

@@ -112,16 +112,17 @@ def prepare(
     for index, sums, apart in stream:
         half = prunable.halves[index]
         half.affine = calibrates.affine or half.consumer.bias is not None
-        parts = () if apart is None else torch.split(apart, tokens_per_batch)
         with _naming(half):
-            chosen, view = _build_path(half, criterion, calibrates, sums, gradients.pop(index), parts, ridge, keep)
+            chosen, view = _build_path(
+                half, criterion, calibrates, sums, gradients.pop(index), apart, ridge, keep, tokens_per_batch
+            )
         ridges.append(chosen)
         views.append(view)
         if on_layer is not None and half.sublayer.kind == "mlp":
             on_layer(prunable.halves[index - 1 : index + 1], views[-2:], ridges[-2:])
         if source is not None and half.sublayer.kind == "mlp":
             views.clear()
-        del sums, apart, parts, view  # before the moments of the next layer are collected
+        del sums, apart, view  # before the moments of the next layer are collected
         ordered(len(ridges), len(prunable.halves))
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
 
@@ -176,9 +177,10 @@ def _build_path(
     calibration: Calibration,
     sums: Moments,
     gradients: LayerStats,
-    apart: Sequence[torch.Tensor],
+    apart: torch.Tensor | None,
     ridge: float | None,
     keep: frozenset[str],
+    tokens_per_batch: int,
 ) -> tuple[float, SublayerView]:
     """Score and order a sublayer's units, permute its weights, and factorise: its lambda, and what heuristics see.
 
@@ -188,13 +190,16 @@ def _build_path(
         calibration: refits the consumer.
         sums: of the fitted windows. The held-out ones are added, and the moments take the memory of the sums.
         gradients: first-order statistics.
-        apart: inputs of the held-out windows, batches of shape (tokens, n); none where lambda is given.
+        apart: inputs of the held-out windows, shape (tokens, n); ``None`` where lambda is given.
         ridge: lambda; ``None`` picks it.
         keep: statistics that the view holds.
+        tokens_per_batch: so many of the held-out inputs are added at once.
     """
-    fitted = sums.result() if apart else None
-    for part in apart:
-        sums.update(part)
+    fitted = None
+    if apart is not None:
+        fitted = sums.result()
+        for part in torch.split(apart, tokens_per_batch):
+            sums.update(part)
     moments = sums.take()
     require_finite(moments, gradients)
     scores = _score(criterion, half, _stats(moments, gradients, criterion.needs))
@@ -203,8 +208,9 @@ def _build_path(
     half.permute(order)
     if ridge is None:
         assert fitted is not None, "windows were held out"
+        assert apart is not None
         fitted = fitted.reorder(columns)
-        ridge = _pick(half, fitted, some_rows(torch.cat(list(apart)))[:, columns])
+        ridge = _pick(half, fitted, some_rows(apart)[:, columns])
         del fitted
     moments, gradients = moments.reorder(columns), _reorder(gradients, columns)
     refit = _refit(half, moments, ridge)
