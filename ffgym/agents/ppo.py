@@ -12,8 +12,9 @@ Runs on the CPU. Seeding SB3 seeds the global generators of Python, NumPy and to
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from ffgym.envs.sb3 import SB3VecEnv
+from ffgym.errors import ConfigError
 from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
 from ffgym.types import Update
 
@@ -31,6 +33,9 @@ class PPOConfig(PluginConfig):
     """Options of the agent."""
 
     learning_rate: float = Field(3e-3, gt=0, description="learning rate of Adam, above 0")
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (64, 64), min_length=1, description="widths of the hidden layers of the policy's network, and of the critic's"
+    )
     spread: float = Field(
         0.15,
         gt=0,
@@ -86,7 +91,18 @@ class PPO(Agent):
         return {"centre": self._vec.centre.tolist(), "policy": parameters}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Start the next search from this policy (with a fresh optimizer)."""
+        """Start the next search from this policy (with a fresh optimizer).
+
+        Raises:
+            ConfigError: its network has other layers.
+        """
+        biases = (name for name in state["policy"] if re.fullmatch(r"mlp_extractor\.policy_net\.\d+\.bias", name))
+        layers = [len(state["policy"][name]) for name in biases]
+        if layers != list(self.config.layers):
+            raise ConfigError(
+                f"the policy to start from has agent.layers = {layers}, and this run has {list(self.config.layers)}",
+                hint=f"Set agent.layers = {layers}, or start from another policy.",
+            )
         self._loaded = state
 
     def _made(self, vec: SB3VecEnv, seed: int) -> Any:
@@ -99,7 +115,7 @@ class PPO(Agent):
             n_epochs=self.config.epochs,
             clip_range=self.config.clip_range,
             ent_coef=self.config.entropy,
-            policy_kwargs={"log_std_init": math.log(self.config.spread)},
+            policy_kwargs={"net_arch": list(self.config.layers), "log_std_init": math.log(self.config.spread)},
             seed=seed,
             device="cpu",
         )

@@ -36,15 +36,16 @@ def plan(
     """
     from rich.console import Console
 
-    from ffgym.pipeline.agent import make_agent
     from ffgym.pipeline.plan import plan_run
     from ffgym.pipeline.settle import settle
     from ffgym.plan.table import show, to_json
+    from ffgym.plugins import manager
 
     if model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
     config = settle(config)
-    found = plan_run(config, make_agent(config))
+    # without the policy of search.init_from: a plan may come before the run that writes it
+    found = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
     if as_json:
         print_json(to_json(found))
     else:

@@ -23,6 +23,7 @@ OptionalShare = Annotated[
     Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(lambda value: None if value == "" else value)
 ]
 Count = Annotated[int, Field(ge=1)]
+OptionalCount = Annotated[Count | None, BeforeValidator(lambda value: None if value == "" else value)]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
 STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
 # Configurations of earlier versions list them under these methods too, where they mean nothing.
@@ -242,7 +243,7 @@ class SearchTable(Table):
 
 
 class ScheduleTable(Table):
-    """How the search gets harder: ramps over the share of the token budget that is spent."""
+    """How the search gets harder: ramps over the token budget, or over episodes."""
 
     sparsity: Ramp = Field(default="none", description="none | cubic | staircase: how sparsity rises to its target")
     sparsity_start: float = Field(
@@ -253,6 +254,9 @@ class ScheduleTable(Table):
     )
     ramp_share: float = Field(
         default=0.5, gt=0, le=1, description="share of the token budget that the ramps take, in (0, 1]"
+    )
+    ramp_episodes: OptionalCount = Field(
+        default=None, description="number of episodes that the ramps take; empty: ramp_share of the tokens"
     )
 
 

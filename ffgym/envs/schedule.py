@@ -1,8 +1,8 @@
 """The progressive schedule: from an easy start to the full task (arXiv 2511.18977, "Progressive Scheduling").
 
-Two ramps in the share of the token budget that is spent: sparsity rises from a gentle start to the target as
-p = target + (start - target) (1 - t)^3, fidelity from one window to all of an episode's windows as t^3. It is cheap to
-be wrong at the start, and the policy meets the real task with a sensible mean.
+Two ramps in the share of the token budget that is spent, or, as published, in episodes: sparsity rises from a gentle
+start to the target as p = target + (start - target) (1 - t)^3, fidelity from one window to all of an episode's windows
+as t^3. It is cheap to be wrong at the start, and the policy meets the real task with a sensible mean.
 
 A range of budgets has no single target to rise to: every update is given a place in the range instead.
 """
@@ -58,6 +58,7 @@ class Schedule:
         sparsity: form of the sparsity ramp.
         fidelity: form of the fidelity ramp.
         ramp_share: share of the token budget after which both ramps have arrived.
+        ramp_episodes: number of episodes after which they have, instead.
         low: lower end of a range of budgets; ``None`` for a single target.
     """
 
@@ -67,16 +68,18 @@ class Schedule:
     sparsity: Ramp = "none"
     fidelity: Ramp = "none"
     ramp_share: float = 0.5
+    ramp_episodes: int | None = None
     low: float | None = None
 
-    def stage(self, spent: float, place: float = 1.0) -> Stage:
+    def stage(self, spent: float, place: float = 1.0, episodes: int = 0) -> Stage:
         """What an update is measured at.
 
         Args:
             spent: share of the token budget that is gone, in [0, 1].
             place: under a range, the update's place in it: 0 is the lower end, 1 the upper.
+            episodes: measured so far.
         """
-        t = min(1.0, spent / self.ramp_share)
+        t = min(1.0, spent / self.ramp_share if self.ramp_episodes is None else episodes / self.ramp_episodes)
         start = min(self.start, self.target)
         sparsity = start + (self.target - start) * _rise(self.sparsity, t, lambda x: 1 - (1 - x) ** 3)
         if self.low is not None:

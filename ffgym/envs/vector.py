@@ -39,9 +39,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     Args:
         env: the stationary task.
-        schedule: sparsity and fidelity over the token budget.
+        schedule: sparsity and fidelity over the token budget, or over episodes.
         num_envs: episodes per update.
-        token_budget: tokens that the search may evaluate; the schedule's ramps are shares of it.
+        token_budget: tokens that the search may evaluate.
         on_episode: called after every episode, when its update has been measured.
         on_progress: called with the share of an update that has been measured, from 0 to 1.
         slope_episodes: of how many episodes of an update, the first ones, slopes are measured too; ``final_info`` then
@@ -173,7 +173,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _begin(self) -> np.ndarray:
         place = stratified(self._first_place, self._update)
-        self._stage = self.schedule.stage(self.tokens_spent / self.token_budget, place)
+        self._stage = self.schedule.stage(self.tokens_spent / self.token_budget, place, len(self.history))
         pairs = (self.num_envs + 1) // 2
         self._texts = [self._drawn() for _ in range(pairs if self.pair_text else 1)]
         subset, examples = self._texts[0]

@@ -361,6 +361,14 @@ class TestWhatIsTheirOwn:
         fresh.learn(SeparableEnv(num_envs=8, dimensions=6, tokens=8), seed=5, on_update=lambda update: None)
         np.testing.assert_allclose(fresh.recommend(OBSERVATION)[0], agent.recommend(OBSERVATION)[0], atol=1e-6)
 
+    def test_ppo_learns_with_a_network_of_any_size_and_starts_from_none_of_another(self):
+        wide = PPO.Config(layers=(32, 16, 8))
+        agent, _, _ = learned(PPO, SeparableEnv, tokens=16, config=wide)
+        fresh = PPO(wide)
+        fresh.load_state(agent.state())
+        with pytest.raises(ConfigError, match=r"has agent.layers = \[32, 16, 8\], and this run has \[64, 64\]"):
+            PPO().load_state(agent.state())
+
     def test_sensitivity_finds_a_separable_optimum_within_its_levels(self):
         wide = Sensitivity.Config(levels=(-0.7, 0.7))
         assert regret(Sensitivity, SeparableEnv, dimensions=60, tokens=200, config=wide) < 1e-3

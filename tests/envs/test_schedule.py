@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -55,6 +57,15 @@ def test_cubic_formulas():
         assert stage.windows - 1 < max(1, 8 * t**3) <= stage.windows
     assert CUBIC.stage(0.25).sparsity > 0.25, "fast at first"
     assert CUBIC.stage(0.25).windows == 1, "slow at first"
+
+
+def test_ramps_over_episodes_do_not_ask_how_many_tokens_those_took():
+    schedule = Schedule(0.2, 20, sparsity="cubic", fidelity="cubic", ramp_episodes=1000)
+    for spent in (0.0, 0.9):
+        assert schedule.stage(spent, episodes=500).sparsity == pytest.approx(0.2 - 0.15 * 0.5**3)
+        assert schedule.stage(spent, episodes=500).windows == math.ceil(20 * 0.5**3)
+        assert schedule.stage(spent, episodes=1000) == schedule.stage(spent, episodes=2000)
+    assert schedule.stage(1.0, episodes=1005).fidelity == 1.0
 
 
 def test_a_staircase_climbs_in_equal_steps():

@@ -68,6 +68,16 @@ def test_a_step_before_reset_is_gymnasiums_error(env):
         vector_of(env).step(np.zeros((3, 6), np.float32))
 
 
+def test_ramps_over_episodes_go_on_with_every_update(env):
+    schedule = Schedule(0.4, 4, start=0.1, sparsity="cubic", fidelity="cubic", ramp_episodes=9)
+    vector = vector_of(env, schedule, episodes=6)
+    played(vector)
+    stages = [(e.target_sparsity, e.fidelity) for e in vector.history]
+    expected = [schedule.stage(0.0, episodes=3 * (i // 3)) for i in range(len(stages))]
+    assert stages == [(stage.sparsity, stage.fidelity) for stage in expected]
+    assert stages[-1] == (0.4, 1.0)
+
+
 def test_reset_takes_no_options(env):
     with pytest.raises(UnknownNameError, match="unknown reset option of the vector environment 'sparsity'"):
         vector_of(env).reset(options={"sparsity": 0.2})
