@@ -103,6 +103,12 @@ def test_what_costs_more_is_planned_to_cost_more(eight_billion: ModelShape) -> N
     assert planned(eight_billion, sparsity=0.5).stages[-1].operations.model < plan.stages[-1].operations.model
 
 
+def test_a_plan_may_come_before_the_run_whose_policy_it_names(tmp_path: Path) -> None:
+    folder = folder_of(LLAMA_8B, tmp_path / "model")
+    done = call(str(folder), "--init-from", str(tmp_path / "not-run-yet"), "--json")
+    assert done.exit_code == 0, done.output
+
+
 def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_helps(eight_billion: ModelShape) -> None:
     needed = planned(eight_billion).needed
     with pytest.raises(FitError) as raised:
