@@ -13,6 +13,7 @@ import typer
 from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption
 from ffgym.cli.printing import print_columns, print_json
+from ffgym.config.mixture import EXAMPLE
 from ffgym.plugins import manager
 from ffgym.plugins.kinds import KINDS
 from ffgym.plugins.template import OPTIONS, NewKind, write_package
@@ -34,6 +35,8 @@ def list_names(
         print_json([{"name": name, "description": line} for name, line in found.items()])
     else:
         print_columns(found.items())
+        if kind.value == "corpora":
+            typer.echo(f"A corpus is also a file, a folder or a hub id; a list of corpora is a mixture: {EXAMPLE}")
     if broken := [record.name for record in manager.records() if record.failure is not None]:
         typer.echo(f"plugins that could not be loaded: {', '.join(broken)}; `ffgym plugins` says why", err=True)
 

@@ -13,12 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from ffgym.config.mixture import EXAMPLE, Corpora, checked, shares
 from ffgym.errors import ConfigError
 from ffgym.types import JSONDict, Ramp
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
 OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
 Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[Corpora, BeforeValidator(checked)]
 OptionalShare = Annotated[
     Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(lambda value: None if value == "" else value)
 ]
@@ -82,15 +84,31 @@ class ModelTable(Table):
 class DataTable(Table):
     """The three splits, which never touch."""
 
-    calibration: Text = Field(default="demo:c4", description="corpus for statistics and refit")
-    search: Text = Field(default="demo:c4", description="corpus for rewards")
-    report: Text = Field(default="demo:wiki", description="corpus for the final table; nothing is selected by it")
+    calibration: Texts = Field(
+        default="demo:c4", description=f"corpus for statistics and refit, or a mixture of several: {EXAMPLE}"
+    )
+    search: Texts = Field(default="demo:c4", description="corpus for rewards, or a mixture")
+    report: Texts = Field(
+        default="demo:wiki", description="corpus for the final table, or a mixture; nothing is selected by it"
+    )
     window: int = Field(default=1024, ge=2, description="tokens in one window, at least 2")
     calibration_tokens: Count = Field(default=32768, description="size of the calibration split, at least one window")
     search_tokens: Count = Field(
         default=131072, description="size of the search split; episodes and finals draw from it"
     )
     report_tokens: Count = Field(default=16384, description="size of the report split, at least one window")
+
+    @model_validator(mode="after")
+    def _every_corpus_has_a_window(self) -> DataTable:
+        for role in ("calibration", "search", "report"):
+            windows = -(-getattr(self, f"{role}_tokens") // self.window)
+            for name, share in shares(getattr(self, role)).items():
+                if share * windows < 1:
+                    raise ConfigError(
+                        f"data.{role} gives {name!r} {float(100 * share):.3g}% of {windows} windows, less than one",
+                        hint=f"Give it more weight, raise data.{role}_tokens, or leave it out.",
+                    )
+        return self
 
 
 def _sparsity(value: Any) -> float | str:

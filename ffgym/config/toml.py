@@ -105,7 +105,7 @@ def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
 
 def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
     """Where two configurations first differ in what decides a run: (key, value in one, in the other)."""
-    left, right = (flatten(config.model_dump(exclude=INDIFFERENT)) for config in (one, other))
+    left, right = (flatten(config.model_dump(mode="json", exclude=INDIFFERENT)) for config in (one, other))
     return next(_differences(left, right), None)
 
 

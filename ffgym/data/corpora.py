@@ -20,6 +20,7 @@ roles ``train``.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -388,11 +389,19 @@ def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:
     try:
         return datasets.load_dataset(path, subset, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise DataError(f"the hub has no dataset {path!r} (or it is private): {error}", hint=OFFLINE_HINT) from error
+        message = f"the hub has no dataset {path!r} (or it is private): {error}"
+        raise DataError(message, hint=_guess(path) + OFFLINE_HINT) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # ConnectionError is an OSError; an unknown subset and a folder without data files are ValueErrors or the like.
         place = "folder" if Path(path).is_dir() else "hub dataset"
-        raise DataError(f"{place} {path!r} cannot be loaded: {error}", hint=OFFLINE_HINT) from error
+        raise DataError(f"{place} {path!r} cannot be loaded: {error}", hint=_guess(path) + OFFLINE_HINT) from error
+
+
+def _guess(name: str) -> str:
+    """The corpus that may have been meant."""
+    known = [*manager.names("corpus"), *(f"{Demo.name}:{part}" for part in DEMO_CORPORA)]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]!r}? " if near and near[0] != name else ""
 
 
 def _choose_split(spec: str, parts: Any, split: str | None, role: Role) -> tuple[str | None, Any]:

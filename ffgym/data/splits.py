@@ -1,19 +1,23 @@
 """The three splits: windows of tokens for calibration, search and report, which never share a token.
 
 Documents are joined by a blank line and tokenised as one stream, the way WikiText perplexities are usually taken; the
-stream begins with BOS where the tokenizer adds one. It is cut into windows that do not overlap.
+stream begins with BOS where the tokenizer adds one. It is cut into windows that do not overlap. A mixture takes turns:
+any stretch of its windows has every corpus at its share.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ffgym.config.mixture import Corpora, described, shares
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.errors import DataError
@@ -32,24 +36,44 @@ MOST_REPEATED = 0.1
 
 
 @dataclass(frozen=True)
-class Split:
-    """Windows of one corpus for one role.
+class Part:
+    """What a split has of one corpus.
 
     Attributes:
-        name: ``"demo:c4/search"``: corpus and role.
+        corpus: where the text came from.
+        share: of the split, in (0, 1].
+        windows: token ids, shape (windows, window), int64, in the order of the text.
+    """
+
+    corpus: Corpus
+    share: Fraction
+    windows: torch.Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Windows of one corpus, or of a mixture, for one role.
+
+    Attributes:
+        text: what it is made of: ``"demo:c4"``, or ``"75% demo:c4 + 25% mine.txt"``.
         role: ``"calibration"``, ``"search"`` or ``"report"``.
-        corpus: where its text came from.
+        parts: what it has of each corpus.
         windows: token ids, shape (windows, window), int64. Each window predicts ``window - 1`` tokens.
         digest: sha256 of the windows: their shape, then the ids row by row.
         bos: its first window begins with a BOS token; where splits share a text, only that of the first one does.
     """
 
-    name: str
+    text: str
     role: Role
-    corpus: Corpus
+    parts: tuple[Part, ...]
     windows: torch.Tensor = field(repr=False)
     digest: str
     bos: bool
+
+    @property
+    def name(self) -> str:
+        """``"demo:c4/search"``: text and role."""
+        return f"{self.text}/{self.role}"
 
     @property
     def predicted_tokens(self) -> int:
@@ -67,15 +91,15 @@ class Splits:
 
 
 def make_splits(
-    names: Mapping[Role, str], tokens: Mapping[Role, int], window: int, tokenizer: Any, *, context_limit: int
+    corpora: Mapping[Role, Corpora], tokens: Mapping[Role, int], window: int, tokenizer: Any, *, context_limit: int
 ) -> Splits:
     """Load the corpora that a run names, tokenise no more than is needed, and cut the three splits.
 
     Roles that name the same text get consecutive windows of it, in the order calibration, search, report. Asked
-    tokens are rounded up to whole windows.
+    tokens are rounded up to whole windows. Of a mixture, every corpus gives its share to less than one window.
 
     Args:
-        names: the corpus of each role.
+        corpora: the corpus of each role, or its mixture.
         tokens: how many are wanted for each role.
         window: length of a window in tokens.
         tokenizer: a Hugging Face tokenizer.
@@ -85,32 +109,86 @@ def make_splits(
         DataError: a window shorter than 2 tokens or longer than the context, fewer than 1 token asked for, a corpus
             that is missing or too short, or two that hold the same text.
     """
+    import torch
+
     _check_window(window, context_limit)
-    wanted = {role: -(-tokens[role] // window) for role in ROLES}
-    corpora = _load_corpora(names)
-    taken: dict[Role, torch.Tensor] = {}
-    bos, firsts = adds_bos(tokenizer), {}
-    for digest in dict.fromkeys(corpus.digest for corpus in corpora.values()):
-        roles = [role for role in ROLES if corpora[role].digest == digest]
-        firsts[digest] = roles[0]
-        windows = _cut_windows(corpora[roles[0]], {role: wanted[role] for role in roles}, window, tokenizer, bos)
-        for role in roles:
-            taken[role], windows = windows[: wanted[role]], windows[wanted[role] :]
+    turns = {role: interleaved([*shares(corpora[role]).values()], -(-tokens[role] // window)) for role in ROLES}
+    loaded = _load_corpora(corpora)
+    demands = [
+        _Demand(role, corpus, share, turns[role].count(place))
+        for role in ROLES
+        for place, (corpus, share) in enumerate(zip(loaded[role], shares(corpora[role]).values(), strict=True))
+    ]
+    _check_named_once(demands)
+    parts: dict[Role, dict[str, Part]] = {role: {} for role in ROLES}  # by the digest of the text
+    bos, firsts = adds_bos(tokenizer), dict[str, Role]()
+    for digest in dict.fromkeys(demand.corpus.digest for demand in demands):
+        of_it = [demand for demand in demands if demand.corpus.digest == digest]
+        firsts[digest] = of_it[0].role
+        windows = _cut_windows(of_it, window, tokenizer, bos)
+        for demand in of_it:
+            parts[demand.role][digest] = Part(demand.corpus, demand.share, windows[: demand.count])
+            windows = windows[demand.count :]
 
     def split(role: Role) -> Split:
-        corpus, windows = corpora[role], taken[role]
-        return Split(
-            f"{corpus.name}/{role}",
-            role,
-            corpus,
-            windows,
-            windows_digest(windows),
-            bos and firsts[corpus.digest] == role,
-        )
+        own = [parts[role][corpus.digest] for corpus in loaded[role]]
+        following = [iter(part.windows) for part in own]
+        windows = torch.stack([next(following[place]) for place in turns[role]])
+        begins = own[turns[role][0]].corpus.digest
+        text = described(corpora[role])
+        return Split(text, role, tuple(own), windows, windows_digest(windows), bos and firsts[begins] == role)
 
     splits = Splits(split("calibration"), split("search"), split("report"))
     _check_apart((splits.calibration, splits.search, splits.report))
     return splits
+
+
+def interleaved(shares: Sequence[Fraction], count: int) -> list[int]:
+    """Whose turn it is: after any number of windows, every corpus is less than one window away from its share.
+
+    Of the corpora that are not ahead, it is the turn of the one whose next window is due first (Baruah et al. 1996,
+    Proportionate progress).
+
+    Args:
+        shares: above 0, together 1.
+        count: windows in all.
+
+    Returns:
+        indices into ``shares``, one for each window.
+    """
+    given, turns = [0] * len(shares), list[int]()
+    for position in range(1, count + 1):
+        behind = [i for i, share in enumerate(shares) if given[i] < share * position]
+        turns.append(min(behind, key=lambda i: math.ceil((given[i] + 1) / shares[i])))
+        given[turns[-1]] += 1
+    return turns
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """How many windows a role wants of a corpus, which is a share of its mixture."""
+
+    role: Role
+    corpus: Corpus
+    share: Fraction
+    count: int
+
+    def asked(self, window: int) -> str:
+        """``"calibration 16,384 as its share of 50%"``."""
+        share = f" as its share of {float(100 * self.share):.3g}%" if self.share < 1 else ""
+        return f"{self.role} {self.count * window:,}{share}"
+
+
+def _check_named_once(demands: Sequence[_Demand]) -> None:
+    """Refuse a mixture of a text with itself, such as one file by two paths."""
+    seen: dict[tuple[Role, str], str] = {}
+    for demand in demands:
+        name = demand.corpus.name
+        if (other := seen.setdefault((demand.role, demand.corpus.digest), name)) != name:
+            raise DataError(
+                f"data.{demand.role} mixes a text with itself: {other!r} and {name!r} are the same",
+                hint=f"Name it once, with a weight to have more of it, e.g. '2*{name}'.",
+            )
 
 
 def _check_apart(splits: Sequence[Split]) -> None:
@@ -118,17 +196,20 @@ def _check_apart(splits: Sequence[Split]) -> None:
 
     Quotations and boilerplate that two real corpora share are far less than ``MOST_REPEATED`` of either.
     """
-    runs = {split.role: run_hashes(split.windows.numpy().reshape(1, -1), REPEATED_TOKENS) for split in splits}
-    for split, other in permutations(splits, 2):
-        its = runs[split.role]
-        if split.corpus.digest == other.corpus.digest or not its.size:
+    members = [
+        (split.role, part.corpus, run_hashes(part.windows.numpy().reshape(1, -1), REPEATED_TOKENS))
+        for split in splits
+        for part in split.parts
+    ]
+    for (role, corpus, its), (other_role, other, others) in permutations(members, 2):
+        if role == other_role or corpus.digest == other.digest or not its.size:
             continue
-        repeated = float(np.isin(its, runs[other.role]).mean())
+        repeated = float(np.isin(its, others).mean())
         if repeated > MOST_REPEATED:
             raise DataError(
-                f"data.{split.role} = {split.corpus.name!r} and data.{other.role} = {other.corpus.name!r} hold the "
-                f"same text: {repeated:.0%} of the {split.role} split stands in the other one too, in runs of "
-                f"{REPEATED_TOKENS} tokens or more",
+                f"corpus {corpus.name!r} of data.{role} and corpus {other.name!r} of data.{other_role} hold the same "
+                f"text: {repeated:.0%} of what the {role} split has of it stands in the {other_role} split too, in "
+                f"runs of {REPEATED_TOKENS} tokens or more",
                 hint="Name one text once for both, which is then cut apart, or two different ones.",
             )
 
@@ -148,19 +229,24 @@ def _check_window(window: int, context_limit: int) -> None:
         )
 
 
-def _load_corpora(names: Mapping[Role, str]) -> dict[Role, Corpus]:
-    calibration = load_text(names["calibration"], role="calibration")
-    # One name means one text for both of these roles, so it is read once.
-    same = names["search"] == names["calibration"]
-    search = calibration if same else load_text(names["search"], role="search")
-    return {"calibration": calibration, "search": search, "report": load_text(names["report"], role="report")}
+def _load_corpora(corpora: Mapping[Role, Corpora]) -> dict[Role, list[Corpus]]:
+    """The corpora of each role; what both calibration and search name is one text, which is read once."""
+    read: dict[tuple[str, bool], Corpus] = {}
+    found: dict[Role, list[Corpus]] = {role: [] for role in ROLES}
+    for role in ROLES:
+        for name in shares(corpora[role]):
+            key = (name, role == "report")
+            if key not in read:
+                read[key] = load_text(name, role=role)
+            found[role].append(read[key])
+    return found
 
 
-def _cut_windows(corpus: Corpus, wanted: dict[Role, int], window: int, tokenizer: Any, bos: bool) -> torch.Tensor:
-    """The first ``sum(wanted)`` windows of a corpus, shape (windows, window), int64."""
+def _cut_windows(demands: Sequence[_Demand], window: int, tokenizer: Any, bos: bool) -> torch.Tensor:
+    """The first windows of a text, as many as all want together, shape (windows, window), int64."""
     import torch
 
-    total = sum(wanted.values())
+    corpus, total = demands[0].corpus, sum(demand.count for demand in demands)
     ids = first_tokens(corpus, total * window, tokenizer, bos)
     if len(ids) < window:
         raise DataError(
@@ -170,16 +256,17 @@ def _cut_windows(corpus: Corpus, wanted: dict[Role, int], window: int, tokenizer
             else "Name a longer corpus.",
         )
     if len(ids) < total * window:
-        asked = " + ".join(f"{role} {count * window:,}" for role, count in wanted.items())
-        largest = max(wanted, key=lambda role: wanted[role])
-        left = len(ids) // window - (total - wanted[largest])
-        advice = f"Lower data.{largest}_tokens to at most {left * window:,}"
+        asked = " + ".join(demand.asked(window) for demand in demands)
+        largest = max(demands, key=lambda demand: demand.count)
+        left = len(ids) // window - (total - largest.count)
+        advice = f"Lower data.{largest.role}_tokens to at most {int(left / largest.share) * window:,}"
         if left < 1:
-            advice = "Lower " + " and ".join(f"data.{role}_tokens" for role in wanted)
+            advice = "Lower " + " and ".join(f"data.{demand.role}_tokens" for demand in demands)
+        less = ", give this corpus less weight" if any(demand.share < 1 for demand in demands) else ""
         raise DataError(
             f"corpus {corpus.name!r} ({corpus.split}) holds {len(ids):,} tokens, but {total * window:,} were asked of"
             f" it ({asked}, in whole windows of {window:,})",
-            hint=f"{advice}, or name a longer corpus.",
+            hint=f"{advice}{less}, or name a longer corpus.",
         )
     return torch.tensor(ids[: total * window], dtype=torch.int64).view(total, window)
 

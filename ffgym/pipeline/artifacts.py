@@ -222,7 +222,7 @@ def log_splits(tracker: Tracker, splits: Splits) -> None:
             name=split.name,
             context=split.role,
             digest=split.digest,
-            corpus=split.corpus.name,
+            corpus=split.text,
             tokens=split.windows.numel(),
         )
 

@@ -248,7 +248,7 @@ def header(task: Task) -> str:
     report, calibration = task.splits.report, task.splits.calibration
     text = measurement(
         model=task.loaded.description,
-        corpus=report.corpus.name,
+        corpus=report.text,
         split="report",
         tokens=report.predicted_tokens,
         window=report.windows.shape[1],
@@ -299,4 +299,4 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
 
 def _described(split: Split) -> str:
     windows = split.windows
-    return f"{split.corpus.name}, {windows.numel():,} tokens in windows of {windows.shape[1]:,}"
+    return f"{split.text}, {windows.numel():,} tokens in windows of {windows.shape[1]:,}"

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, FiniteFloat
 
+from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import first_difference, load_config
 from ffgym.costs.resource import measured_resources
+from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
 from ffgym.files import FileFormat, exclusive_lock, write_text
 from ffgym.prepare import configured
@@ -245,14 +247,11 @@ def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
         "model.name": config.model.name,
         "search.init_from": config.search.init_from,
         "prune.latency_table": config.prune.latency_table,
-        "data.calibration": config.data.calibration,
-        "data.search": config.data.search,
-        "data.report": config.data.report,
         "recover.corpus": config.recover.corpus,
     }
-    for key, name in read.items():
-        if name is None:
-            continue
+    named = [(key, name) for key, name in read.items() if name is not None]
+    named += [(f"data.{role}", name) for role in ROLES for name in shares(getattr(config.data, role))]
+    for key, name in named:
         source = Path(name).expanduser()  # or something that is no path, such as the id of an MLflow run
         if source.exists() and source.resolve().is_relative_to(folder.resolve()):
             raise OutputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from ffgym.config.mixture import described
 from ffgym.export.checkpoint import load_line
 from ffgym.pipeline.artifacts import PICTURES
 from ffgym.pipeline.compare import model_folder
@@ -37,9 +38,9 @@ def run_page(run: StoredRun) -> Page:
             "started from": config.prior.name,
             "criterion": config.criterion.name,
             "reward": config.reward.name,
-            "search": f"{search.episodes:,} episodes of {search.episode_tokens:,} tokens of {data.search}",
-            "calibration": f"{data.calibration_tokens:,} tokens of {data.calibration}",
-            "report": f"{data.report_tokens:,} tokens of {data.report} in windows of {data.window:,}",
+            "search": f"{search.episodes:,} episodes of {search.episode_tokens:,} tokens of {described(data.search)}",
+            "calibration": f"{data.calibration_tokens:,} tokens of {described(data.calibration)}",
+            "report": f"{data.report_tokens:,} tokens of {described(data.report)} in windows of {data.window:,}",
             "seed": str(config.seed),
         },
         table=None if table is None else table.layout(),

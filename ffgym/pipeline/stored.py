@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.costs.resource import resource_named
@@ -155,4 +156,5 @@ def _share_windows(one: StoredRun, its: ReportTable, other: StoredRun, table: Re
 
 def _measured_on(run: StoredRun) -> str:
     data = run.config.data
-    return f"{data.report_tokens:,} tokens of {data.report} in windows of {data.window:,} for {run.config.model.name}"
+    text = f"{data.report_tokens:,} tokens of {described(data.report)} in windows of {data.window:,}"
+    return f"{text} for {run.config.model.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,7 @@ class Plan:
         load: what the run does.
         device: where the model lies.
         free: bytes of that device's memory that this process may have in all.
+        texts: what each split is made of, by role.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Plan:
     load: Workload
     device: torch.device
     free: int
+    texts: Mapping[str, str]
 
     @cached_property
     def stages(self) -> list[Stage]:

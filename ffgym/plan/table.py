@@ -43,6 +43,7 @@ def to_json(plan: Plan) -> JSONDict:
         "prunable_parameters": shape.prunable,
         "dtype": load.dtype_name,
         "device": str(plan.device),
+        "texts": dict(plan.texts),
         "placement": "stream" if load.streamed else "resident",
         "workers": load.workers,
         "sizes": _sizes(plan),
@@ -99,6 +100,7 @@ def _parts(plan: Plan) -> Table[Sequence[str]]:
     sizes = {name.replace("_", " "): size_text(size) for name, size in _sizes(plan).items()}
     workers = f", {size_text(plan.worker_peak)} of them by each worker" if plan.load.workers > 1 else ""
     notes = [
+        f"Text: {', '.join(f'{role} {text}' for role, text in plan.texts.items())}.",
         f"Memory: {size_text(plan.needed)} are needed{workers}; {size_text(plan.free)} are free on {plan.device}. "
         f"{plan.advice}".strip(),
         f"Disk: {size_text(_free_disk(cache_dir()))} are free for prepared models, {size_text(_free_disk(Path()))} "

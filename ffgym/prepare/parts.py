@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from ffgym.config.mixture import Corpora, shares
 from ffgym.config.tables import DataTable, RunConfig, WorkersTable
 from ffgym.config.toml import load_config
 from ffgym.costs.resource import (
@@ -81,9 +82,9 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
 
 def splits_of(data: DataTable, tokenizer: Any, *, context_limit: int) -> Splits:
     """The three splits that a table ``[data]`` describes; errors as in `make_splits`."""
-    names: dict[Role, str] = {role: getattr(data, role) for role in ROLES}
+    corpora: dict[Role, Corpora] = {role: getattr(data, role) for role in ROLES}
     tokens: dict[Role, int] = {role: getattr(data, f"{role}_tokens") for role in ROLES}
-    return make_splits(names, tokens, data.window, tokenizer, context_limit=context_limit)
+    return make_splits(corpora, tokens, data.window, tokenizer, context_limit=context_limit)
 
 
 def cut_splits(config: RunConfig, loaded: LoadedModel) -> Splits:
@@ -546,13 +547,14 @@ def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any])
 def shrunk(config: RunConfig) -> RunConfig:
     """The same run on a handful of short windows, for checks of the interface that do not look at the numbers.
 
-    Windows of at most 128 tokens, two of them for statistics and two to search on, one per episode. An automatic ridge
-    strength, whose search takes most of the time, is a number instead.
+    Windows of at most 128 tokens, two of them for statistics and two to search on, one per episode. A mixture is its
+    first corpus. An automatic ridge strength, whose search takes most of the time, is a number instead.
     """
     plain = config.model_dump()
     window = min(config.data.window, CHECKED_WINDOW)
     plain["data"] |= {"window": window, "report_tokens": window}
     plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
+    plain["data"] |= {role: next(iter(shares(getattr(config.data, role)))) for role in ROLES}
     plain["search"] |= {"episode_tokens": window, "final_tokens": window}
     if config.prune.ridge == "auto":
         plain["prune"] |= {"ridge": CHECKED_RIDGE}

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
+from ffgym.data.splits import ROLES
 from ffgym.models.loading import config_of
 from ffgym.models.placement import choose_device, choose_dtype, named_dtype, tokens_per_batch
 from ffgym.plan.machine import free_memory
@@ -45,7 +47,8 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
         streamed=model.placement == "stream",
     )
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
-    return placed(config, Plan(model.name, shape, load, device, free_memory(device)))
+    texts: dict[str, str] = {role: described(getattr(data, role)) for role in ROLES}
+    return placed(config, Plan(model.name, shape, load, device, free_memory(device), texts))
 
 
 def placed(config: RunConfig, plan: Plan) -> Plan:

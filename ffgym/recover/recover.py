@@ -243,10 +243,10 @@ class _Recovery:
         )
         self.tracker.set_tags({**tags, "recovery": name})
         self.tracker.log_dataset(
-            name=f"{text.corpus.name}/recovery",
+            name=f"{text.name}/recovery",
             context="recovery",
             digest=text.digest,
-            corpus=text.corpus.name,
+            corpus=text.name,
             tokens=text.windows.numel(),
         )
 
@@ -297,7 +297,7 @@ class _Recovery:
             self._measured(self.method.name, self.loaded),
         ]
         header = (
-            f"Perplexity on {report.corpus.name}, report split: {report.predicted_tokens:,} tokens "
+            f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens "
             f"in windows of {report.windows.shape[1]:,}, {self.loaded.dtype_name}, {bos_text(report.bos)}."
         )
         return RecoveryTable(tuple(rows), header)
@@ -323,7 +323,7 @@ class _Recovery:
     def save(self, outcome: TrainingOutcome, table: RecoveryTable, place: Path, overwrite: bool) -> RecoveredModel:
         """Save the model with all that is known of it, and delete the checkpoints."""
         text, method = self.texts.training, self.method.name
-        summary = (outcome.summary, _gain(outcome), f"Training text: {text.corpus.name} ({text.corpus.split}).")
+        summary = (outcome.summary, _gain(outcome), f"Training text: {text.source}.")
         files = self._write_results(outcome, table)
         old_card = self.source / "README.md"
         card = recovered_card(

@@ -16,7 +16,7 @@ import torch
 from ffgym.config.tables import RunConfig
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, repeats
-from ffgym.data.splits import ROLES, Split, Splits, first_tokens, windows_digest
+from ffgym.data.splits import ROLES, Split, Splits, first_tokens, interleaved, windows_digest
 from ffgym.errors import DataError, RecoveryError
 from ffgym.models.loading import LoadedModel
 from ffgym.prepare.parts import cut_splits
@@ -27,13 +27,15 @@ class TrainingText:
     """Windows to train on.
 
     Attributes:
-        corpus: where they are from.
+        name: where they are from: ``"demo:c4"``, or a mixture.
+        source: the same with what was read of it: ``"demo:c4 (c4.utf8)"``.
         windows: token ids, shape (windows, window), int64: as many as were asked for, or all that there are.
         left_out: windows that repeat text of the search or the report split, and are not among them.
         digest: sha256 of the windows.
     """
 
-    corpus: Corpus
+    name: str
+    source: str
     windows: torch.Tensor = field(repr=False)
     left_out: int
     digest: str
@@ -60,7 +62,7 @@ class RecoveryTexts:
         epochs = tokens / available
         left_out = f", {text.left_out} windows left out that repeat other splits" if text.left_out else ""
         return (
-            f"training text: {text.corpus.name} ({text.corpus.split}), {available:,} tokens outside the search and "
+            f"training text: {text.source}, {available:,} tokens outside the search and "
             f"report splits{left_out}; {tokens:,} to learn from, "
             f"{f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs"
         )
@@ -111,8 +113,8 @@ def training_text(
     """Read a corpus and leave out what other splits hold.
 
     Args:
-        spec: a corpus, see ``ffgym.data.corpora``; ``None`` for that of the calibration split, whose own windows may be
-            trained on: they are what the refits saw.
+        spec: a corpus, see ``ffgym.data.corpora``; ``None`` for what the calibration split is made of; its own
+            windows may be trained on: they are what the refits saw.
         splits: of the run.
         tokenizer: the one that the splits were made with.
         window: tokens in one window.
@@ -122,21 +124,43 @@ def training_text(
     Raises:
         DataError: the corpus is missing, too short, or another text that holds text of the report split.
     """
-    calibration = splits.calibration.corpus
-    corpus = calibration if spec in (None, calibration.name) else load_text(str(spec), role="calibration")
+    calibration = splits.calibration
+    known = {part.corpus.name: part.corpus for part in calibration.parts}
+    if spec is None:
+        name, corpora = calibration.text, [part.corpus for part in calibration.parts]
+        turns = interleaved([part.share for part in calibration.parts], -(-tokens // window))
+    else:
+        name, corpora = spec, [known.get(spec) or load_text(spec, role="calibration")]
+        turns = [0] * -(-tokens // window)
+    found = [
+        _free_windows(corpus, splits, tokenizer, window, turns.count(place)) for place, corpus in enumerate(corpora)
+    ]
+    free = np.concatenate([windows for windows, _ in found])
+    source = f"{name} ({', '.join(corpus.split for corpus in corpora)})"
+    if free.size < at_least:
+        raise DataError(
+            f"corpus {source} has {free.size:,} tokens to train on outside the search and report splits, in whole "
+            f"windows of {window:,}; one step needs {at_least:,}",
+            hint="Name a longer corpus with --corpus, or lower recover.batch_tokens.",
+        )
+    chosen = torch.from_numpy(free.copy())
+    return TrainingText(name, source, chosen, sum(left_out for _, left_out in found), windows_digest(chosen))
+
+
+def _free_windows(corpus: Corpus, splits: Splits, tokenizer: Any, window: int, wanted: int) -> tuple[np.ndarray, int]:
+    """Windows of a corpus that other splits do not hold, as many as are wanted or there are; how many were left out."""
     taken = _places(corpus, splits)
     begin = max((end for _, end in taken.values()), default=0)
-    wanted = -(-tokens // window)
     read = wanted * window
     while True:
         ids = np.array(first_tokens(corpus, begin + read, tokenizer, splits.calibration.bos), dtype=np.int64)
         windows = _windows(ids, [taken[role] for role in ("search", "report") if role in taken], window)
         run = min(REPEATED_TOKENS, window)
-        found = {role: repeats(windows, getattr(splits, role).windows.numpy(), run) for role in ("search", "report")}
+        found = {role: _repeats(windows, getattr(splits, role), run) for role in ("search", "report")}
         if "report" not in taken and found["report"].any():
             first = windows[int(np.argmax(found["report"]))]
             raise DataError(
-                f"corpus {corpus.name!r} holds text of the report split ({splits.report.corpus.name}): "
+                f"corpus {corpus.name!r} holds text of the report split ({splits.report.text}): "
                 f"{int(found['report'].sum())} of its windows repeat {run} tokens or more, the first one begins "
                 f"{tokenizer.decode(first[:12].tolist())!r}",
                 hint="Train on another corpus, or report on another: recover.corpus, data.report.",
@@ -144,16 +168,13 @@ def training_text(
         repeated = found["search"] | found["report"]
         free = windows[~repeated][:wanted]
         if len(free) == wanted or len(ids) < begin + read:  # or there is no more
-            break
+            return free, int(repeated.sum())
         read *= 2
-    if free.size < at_least:
-        raise DataError(
-            f"corpus {corpus.name!r} ({corpus.split}) has {free.size:,} tokens to train on outside the search and "
-            f"report splits, in whole windows of {window:,}; one step needs {at_least:,}",
-            hint="Name a longer corpus with --corpus, or lower recover.batch_tokens.",
-        )
-    chosen = torch.from_numpy(free.copy())
-    return TrainingText(corpus, chosen, int(repeated.sum()), windows_digest(chosen))
+
+
+def _repeats(windows: np.ndarray, split: Split, run: int) -> np.ndarray:
+    """Which windows share a run of tokens with a split, shape (windows,), bool."""
+    return repeats(windows, torch.cat([part.windows for part in split.parts]).numpy(), run)
 
 
 def _places(corpus: Corpus, splits: Splits) -> dict[Role, tuple[int, int]]:
@@ -162,9 +183,10 @@ def _places(corpus: Corpus, splits: Splits) -> dict[Role, tuple[int, int]]:
     begin = 0
     for role in ROLES:
         split: Split = getattr(splits, role)
-        if split.corpus.digest == corpus.digest:
-            places[role] = (begin, begin + split.windows.numel())
-            begin += split.windows.numel()
+        for part in split.parts:
+            if part.corpus.digest == corpus.digest:
+                places[role] = (begin, begin + part.windows.numel())
+                begin += part.windows.numel()
     return places
 
 

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,10 +7,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ffgym.config.mixture import shares
 from ffgym.config.tables import DataTable
 from ffgym.data import splits
 from ffgym.data.corpora import _corpus
-from ffgym.errors import DataError
+from ffgym.errors import DataError, UnknownNameError
 from ffgym.prepare.parts import splits_of
 
 WORDS = 3000
@@ -52,7 +55,7 @@ def test_splits_hold_what_was_asked(corpora):
     assert made.report.windows.shape == (3, 10)
     assert made.report.windows.dtype == torch.int64
     assert made.report.name == f"{corpora['b']}/report"
-    assert (made.search.role, made.search.corpus.split, made.search.bos) == ("search", "a.txt", False)
+    assert (made.search.role, made.search.parts[0].corpus.split, made.search.bos) == ("search", "a.txt", False)
     # consecutive windows of one text, in the order of the roles
     assert made.calibration.windows.flatten().tolist() == list(range(2, 42))
     assert made.search.windows.flatten().tolist() == list(range(42, 142))
@@ -64,11 +67,14 @@ def test_tokens_are_rounded_up_to_whole_windows(corpora):
     assert [len(split.windows) for split in (made.calibration, made.search, made.report)] == [1, 2, 1]
 
 
+NAMES = st.sampled_from(["0", "1", "2", ("0", "2"), ("3*2", "1"), ("2", "0.5*0")])
+
+
 @settings(deadline=None, max_examples=40)
 @given(
-    names=st.lists(st.integers(0, 2), min_size=3, max_size=3),
-    window=st.integers(2, 40),
-    tokens=st.lists(st.integers(1, 300), min_size=3, max_size=3),
+    names=st.lists(NAMES, min_size=3, max_size=3),
+    window=st.integers(2, 20),
+    tokens=st.lists(st.integers(80, 300), min_size=3, max_size=3),
 )
 def test_splits_never_touch(names, window, tokens):
     texts = [words(0, 1000), words(0, 1000), words(1000, 1000)]  # two names of one text, and another
@@ -79,7 +85,7 @@ def test_splits_never_touch(names, window, tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits, "load_text", load)
         asked = config(
-            *map(str, names),
+            *names,
             window=window,
             calibration_tokens=tokens[0],
             search_tokens=tokens[1],
@@ -89,7 +95,76 @@ def test_splits_never_touch(names, window, tokens):
     parts = [made.calibration, made.search, made.report]
     ids = [token for part in parts for token in part.windows.flatten().tolist()]
     assert len(ids) == len(set(ids))
-    assert all(part.windows.numel() >= asked_for for part, asked_for in zip(parts, tokens, strict=True))
+    for split, corpora, asked_for in zip(parts, names, tokens, strict=True):
+        windows = split.windows
+        assert 0 <= windows.numel() - asked_for < window
+        assert sorted(map(tuple, windows.tolist())) == sorted(
+            tuple(row) for part in split.parts for row in part.windows.tolist()
+        )
+        for part, share in zip(split.parts, shares(corpora).values(), strict=True):
+            assert part.share == share
+            assert abs(len(part.windows) - share * len(windows)) < 1
+            assert (part.windows.diff(dim=1) == 1).all()  # whole windows of the text, in its order
+            assert (part.windows[1:, 0] == part.windows[:-1, -1] + 1).all()
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(0, 150))
+def test_after_any_number_of_windows_every_corpus_has_its_share(weights, count):
+    parts = [Fraction(weight, sum(weights)) for weight in weights]
+    turns = splits.interleaved(parts, count)
+    assert len(turns) == count
+    assert turns == splits.interleaved(parts, count + 10)[:count]
+    assert all(abs(turns.count(i) - share * count) < 1 for i, share in enumerate(parts))
+
+
+def test_a_mixture_takes_turns(corpora):
+    asked = config(corpora["a"], ("3*" + corpora["a"], corpora["b"]), corpora["b"], search_tokens=80)
+    made = splits_of(asked, word_tokenizer(bos=True), context_limit=64)
+    assert made.search.text == f"75% {corpora['a']} + 25% {corpora['b']}"
+    # a after the four windows of calibration, b from its beginning, which has the BOS; the report follows it
+    assert made.search.windows[:, 1].tolist() == [42, 52, 62, 2002, 72, 82, 92, 2012]
+    assert not made.search.bos
+    assert made.report.windows[0, 0] == 2002 + 19
+    assert not made.report.bos
+    assert splits_of(asked, word_tokenizer(bos=True), context_limit=64).search.digest == made.search.digest
+
+
+def test_a_mixture_of_a_text_with_itself_is_refused(corpora):
+    asked = config((corpora["a"], corpora["copy"]), corpora["a"], corpora["b"])
+    with pytest.raises(DataError, match=r"data\.calibration mixes a text with itself: .*a\.txt' and .*copy\.txt'"):
+        splits_of(asked, PLAIN, context_limit=64)
+
+
+def test_a_copy_of_the_report_text_is_found_in_a_small_part_of_a_mixture(corpora, tmp_path):
+    """One window of twenty, which is less than a tenth of either split."""
+    part = tmp_path / "part.md"
+    part.write_text(words(2900, 70))
+    mixture = ("19*" + corpora["a"], str(part))
+    sizes = {"calibration_tokens": 1200, "search_tokens": 60, "report_tokens": 960}
+    with pytest.raises(DataError, match=r"part\.md' of data\.calibration and corpus .*b\.txt' of data\.report hold"):
+        splits_of(config(mixture, corpora["a"], corpora["b"], window=60, **sizes), PLAIN, context_limit=64)
+
+
+def test_a_corpus_too_short_for_its_share_is_named_with_what_it_has(corpora):
+    asked = config(corpora["a"], (corpora["a"], "3*" + corpora["b"]), corpora["b"], search_tokens=1600)
+    with pytest.raises(DataError) as caught:
+        splits_of(asked, PLAIN, context_limit=64)
+    assert (
+        "b.txt' (b.txt) holds 1,000 tokens, but 1,230 were asked of it (search 1,200 as its share of 75% + report 30"
+        in (caught.value.message)
+    )
+    assert caught.value.hint.startswith(
+        "Lower data.search_tokens to at most 1,290, give this corpus less weight, or name a"
+    )
+    fits = asked.model_copy(update={"search_tokens": 1290})
+    assert splits_of(fits, PLAIN, context_limit=64).search.windows.numel() == 1290
+
+
+def test_a_corpus_of_a_mixture_that_is_not_known_is_named(corpora):
+    for name, error in (("demo:c5", UnknownNameError), (corpora["a"] + ".txt", DataError)):
+        with pytest.raises(error, match=name) as caught:
+            splits_of(config((corpora["a"], name), corpora["a"], corpora["b"]), PLAIN, context_limit=64)
+        assert "demo:c4" in caught.value.hint
 
 
 def test_one_text_under_two_names_is_still_one_text(corpora):
@@ -106,7 +181,7 @@ def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, role):
     copy.write_text(words(0, 2000) + "\n")
     names = {"calibration": corpora["b"], "search": corpora["b"], role: corpora["a"], "report": str(copy)}
     asked = config(**names, window=60, calibration_tokens=600, search_tokens=300, report_tokens=300)
-    with pytest.raises(DataError, match=rf"data\.{role} = .* hold the same text: \d+% of the") as raised:
+    with pytest.raises(DataError, match=rf"data\.{role} .* hold the same text: \d+% of what") as raised:
         splits_of(asked, PLAIN, context_limit=64)
     assert "Name one text once" in raised.value.hint
 
@@ -116,7 +191,7 @@ def test_a_small_part_of_a_large_split_is_refused_as_well(corpora, tmp_path):
     part = tmp_path / "part.md"
     part.write_text(words(900, 70))
     asked = config(corpora["b"], str(part), corpora["a"], window=60, search_tokens=60, report_tokens=1200)
-    with pytest.raises(DataError, match="hold the same text: 100% of the search split"):
+    with pytest.raises(DataError, match="hold the same text: 100% of what the search split"):
         splits_of(asked, PLAIN, context_limit=64)
 
 

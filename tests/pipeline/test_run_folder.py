@@ -106,11 +106,16 @@ def test_several_may_write_the_same_file(tmp_path: Path) -> None:
     assert len((tmp_path / "table.md").read_text()) == 1000
 
 
-@pytest.mark.parametrize("key", ["model", "report"])
+@pytest.mark.parametrize("key", ["model", "report", "search"])
 def test_a_model_or_a_text_that_is_read_is_not_overwritten(tmp_path: Path, key: str) -> None:
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "model").mkdir()
-    tables = {"model": {"name": str(tmp_path / "model")}} if key == "model" else {"data": {key: str(tmp_path)}}
+    mine = str(tmp_path)
+    tables = {
+        "model": {"model": {"name": str(tmp_path / "model")}},
+        "report": {"data": {"report": mine}},
+        "search": {"data": {"search": ["demo:c4", mine]}},
+    }[key]
     with pytest.raises(OutputError, match=f"--overwrite would delete .* and .*{key}"):
         claim_folder(load_config(output={"dir": str(tmp_path), "overwrite": True}, **tables))
     assert (tmp_path / "model").exists()

@@ -62,7 +62,7 @@ def eight_billion(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
 
 
 def planned(shape: ModelShape, *, free: float = 1e12, **changes: Any) -> Plan:
-    return Plan("model", shape, replace(LOAD, **changes), CPU, int(free))
+    return Plan("model", shape, replace(LOAD, **changes), CPU, int(free), {"calibration": "demo:c4"})
 
 
 def call(*arguments: str) -> Any:
@@ -165,6 +165,7 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert plan["family"] == "llama"
+    assert plan["texts"]["search"] == "demo:c4"
     assert plan["peak"] == max(stage["peak"] for stage in plan["stages"])
     assert [stage["stage"] for stage in plan["stages"]] == [
         *("load", "prepare", "search", "finals", "start", "report", "sequential", "save"),
@@ -176,8 +177,9 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
 
 def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:
     folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
-    result = call(str(folder), "--set", "model.dtype=bfloat16")
+    result = call(str(folder), "--set", "model.dtype=bfloat16", "--set", 'data.search=["demo:c4", "mine.txt"]')
     assert result.exit_code == 0, result.output
+    assert "Text: calibration demo:c4, search 50% demo:c4 + 50% mine.txt, report" in result.stdout
     for word in ("prepare", "search", "finals", "report", "refit factors", "prepared model on disk", "are free"):
         assert word in result.stdout
 

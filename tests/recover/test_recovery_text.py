@@ -41,8 +41,8 @@ def write(path: Path, content: str) -> str:
     return str(path)
 
 
-def cut(tokenizer: Any, *, calibration: str, search: str, report: str) -> Splits:
-    sizes = {"window": WINDOW, "calibration_tokens": 128, "search_tokens": 256, "report_tokens": 192}
+def cut(tokenizer: Any, *, calibration: Any, search: Any, report: str, **changes: int) -> Splits:
+    sizes = {"window": WINDOW, "calibration_tokens": 128, "search_tokens": 256, "report_tokens": 192, **changes}
     settings = DataTable(calibration=calibration, search=search, report=report, **sizes)
     return splits_of(settings, tokenizer, context_limit=128)
 
@@ -99,6 +99,18 @@ def test_another_window_length_changes_nothing_of_that(tokenizer: Any, c4: str) 
     splits = cut(tokenizer, calibration=c4, search=c4, report=c4)
     found = train_on(tokenizer, splits, None, window=50)
     assert found.windows.shape == (128 // 50 + (1000 - 128 - 256 - 192) // 50, 50)
+    for split in (splits.search, splits.report):
+        assert not tokens_of(found.windows) & tokens_of(split.windows)
+
+
+def test_a_mixture_is_trained_on_in_its_shares(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:
+    code = write(tmp_path / "code.txt", text(3000, 2))
+    splits = cut(tokenizer, calibration=[c4, f"3*{code}"], search=[c4, code], report=wiki, calibration_tokens=256)
+    found = train_on(tokenizer, splits, None, tokens=16 * WINDOW)
+    assert (found.name, found.source) == (splits.calibration.text, f"25% {c4} + 75% {code} (c4.txt, code.txt)")
+    for corpus, windows in ((c4, 4), (code, 12)):
+        own = tokens_of(train_on(tokenizer, splits, corpus).windows)
+        assert sum(bool(tokens_of(window) & own) for window in found.windows) == windows
     for split in (splits.search, splits.report):
         assert not tokens_of(found.windows) & tokens_of(split.windows)
 
