@@ -365,10 +365,10 @@ def _sizes_per_layer(config: Any, kept: Sequence[int], family: Family) -> list[d
         size: dict[str, Any] = {}
         if skip := [kind for kind, units in zip(KINDS, (attention, mlp), strict=True) if units == 0]:
             size["skip"] = skip
-        if attention:
-            size[family.heads] = attention * (heads // groups)
-            if family.kv_heads is not None:
-                size[family.kv_heads] = attention * (kv_heads // groups)
+        # vLLM keeps keys and values of a skipped attention too: those of one head.
+        size[family.heads] = attention * (heads // groups) or 1
+        if family.kv_heads is not None:
+            size[family.kv_heads] = attention * (kv_heads // groups) or 1
         if mlp:
             size[family.intermediate] = mlp
         sizes.append(size)
@@ -380,15 +380,15 @@ def _checkpoint_weights(model: Any, kept: Sequence[int], family: Family) -> dict
     weights: dict[str, torch.Tensor] = dict(model.state_dict())
     for sublayer, units in enumerate(kept):
         layer, kind = sublayer // 2, KINDS[sublayer % 2]
-        holder = _holder(layer, kind, family)
-        if units or holder is None:
+        if units:
             continue
+        consumer = _consumer(layer, kind, family)
+        holder = consumer.rpartition(".")[0]
         empty = [name for name, weight in weights.items() if name.startswith(f"{holder}.") and not weight.numel()]
         for name in empty:
             del weights[name]
-        consumer_bias = f"{_consumer(layer, kind, family)}.bias"
-        if consumer_bias in weights:
-            weights[f"{holder}.bias"] = weights.pop(consumer_bias)
+        if f"{consumer}.bias" in weights:
+            weights[f"{_skipped(layer, kind, family)}.bias"] = weights.pop(f"{consumer}.bias")
     return weights
 
 
@@ -402,9 +402,8 @@ def _has_new_bias(
 ) -> bool:
     """Whether this consumer has a bias, as affine calibration gives it, that the stock architecture does not know."""
     consumer = _consumer(layer, kind, family)
-    holder = _holder(layer, kind, family)
-    emptied = kept[2 * layer + KINDS.index(kind)] == 0 and holder is not None
-    return f"{consumer}.bias" not in stock and f"{holder if emptied else consumer}.bias" in weights
+    holder = consumer if kept[2 * layer + KINDS.index(kind)] else _skipped(layer, kind, family)
+    return f"{consumer}.bias" not in stock and f"{holder}.bias" in weights
 
 
 def _consumer(layer: int, kind: Kind, family: Family) -> str:
@@ -412,10 +411,11 @@ def _consumer(layer: int, kind: Kind, family: Family) -> str:
     return f"{family.decoder}.layers.{layer}.{name}"
 
 
-def _holder(layer: int, kind: Kind, family: Family) -> str | None:
-    """The module that a skipped sublayer is replaced in whole; ``None`` where its linears live in the layer itself."""
-    parent = _consumer(layer, kind, family).rpartition(".")[0]
-    return None if parent == f"{family.decoder}.layers.{layer}" else parent
+def _skipped(layer: int, kind: Kind, family: Family) -> str:
+    """What `Skipped` replaces: the half's module, or its consumer where the decoder layer itself holds its linears."""
+    consumer = _consumer(layer, kind, family)
+    parent = consumer.rpartition(".")[0]
+    return consumer if parent == f"{family.decoder}.layers.{layer}" else parent
 
 
 def _count_written(folder: Path) -> int:

@@ -33,8 +33,7 @@ def units_kept(pruned: Any, dense: Any) -> tuple[int, ...]:
 def _units(family: Family, layer: nn.Module, dense: Sublayer) -> int:
     """Units of one half of a pruned layer."""
     name = family.attention_consumer if dense.kind == "attention" else family.mlp_consumer
-    holder = name.rpartition(".")[0]
-    if holder and isinstance(layer.get_submodule(holder), Skipped):
+    if isinstance(layer.get_submodule(name.rpartition(".")[0] or name), Skipped):
         return 0
     units, rest = divmod(family.consumer(layer, dense.kind).in_features, dense.channels_per_unit)
     rows = [sum(blocks) * units for blocks in family.rows_per_unit(dense)]

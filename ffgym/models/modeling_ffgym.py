@@ -81,6 +81,8 @@ class UnevenConfig:
     def __post_init__(self, **kwargs):
         if self.head_dim is None:  # from the dense head count, while there is still one for all layers
             self.head_dim = self.hidden_size // getattr(self, self.parts.heads)
+        if hasattr(self, "logits_scaling"):  # Granite divides the logits by it, vLLM multiplies them by this
+            self.logit_scale = 1 / self.logits_scaling
         super().__post_init__(**kwargs)
         self.validate()
 
@@ -106,6 +108,12 @@ class UnevenConfig:
             heads, kv_heads = head_counts(sizes, self.parts)
             if heads < 1 or kv_heads < 1 or heads % kv_heads:
                 raise ValueError(f"layer {index}: {heads} query heads cannot share {kv_heads} key/value heads")
+
+    def validate_rope(self):
+        """The stock checks, which may divide by the number of heads: the dense one is meant."""
+        even = copy.copy(self)
+        even.per_layer_config = None
+        super(UnevenConfig, even).validate_rope()
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves the config, and beside it the copy of this file that makes this architecture's classes."""
@@ -175,14 +183,16 @@ def count_heads(attention, heads, kv_heads, attributes):
 
 
 def resize_mlp(layer, sizes, parts):
-    """Cuts the MLP to the layer's intermediate channels: none of them where a skipped one is no module of its own."""
-    name, dot, _ = parts.mlp_consumer.partition(".")
+    """Cuts the MLP to the layer's intermediate channels."""
     consumer = layer.get_submodule(parts.mlp_consumer)
-    bias, skipped = bias_of(consumer, "mlp", sizes), is_skipped("mlp", sizes)
-    if skipped and dot:
+    bias = bias_of(consumer, "mlp", sizes)
+    if is_skipped("mlp", sizes):
+        name, dot, _ = parts.mlp_consumer.partition(".")
         setattr(layer, name, Skipped(bias, attention=False))
+        for producer in () if dot else parts.mlp_producers:  # no part of what was replaced
+            layer.set_submodule(producer, nn.Identity())
         return
-    channels = 0 if skipped else getattr(sizes, parts.intermediate)
+    channels = getattr(sizes, parts.intermediate)
     for producer, blocks in Counter(parts.mlp_producers).items():
         resize(layer.get_submodule(producer), out_features=blocks * channels)
     resize(consumer, in_features=channels)

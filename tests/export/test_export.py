@@ -13,6 +13,7 @@ import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -396,14 +397,23 @@ class TestOnDisk:
         assert config["model_type"] == "ffgym_llama"
         assert config["head_dim"] == 8
         several = json.loads((saved.root / "models" / "llama-gqa-several" / "config.json").read_text())
-        assert several["per_layer_config"]["1"] == {"skip": ["attention", "mlp"]}
+        one = {"num_attention_heads": 1, "num_key_value_heads": 1}
+        assert several["per_layer_config"]["1"] == {"skip": ["attention", "mlp"]} | one
         assert config["per_layer_config"] == {
             "0": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 17},
-            "1": {"skip": ["attention"]},
+            "1": {"skip": ["attention"]} | one,
             "2": {"skip": ["mlp"]},
         }
         for name in ("qwen2-gqa-uneven", "opt-gqa-uneven"):
             assert AutoConfig.from_pretrained(saved.root / "models" / name).head_dim == 8
+
+    def test_servers_find_what_they_look_for(self, saved):
+        for name in saved.names:
+            model = load(saved, name)
+            model.config.validate_rope()  # vLLM calls it; Phi-3's divides by the number of heads
+            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            assert all(linear.weight.numel() for linear in linears)  # vLLM divides by the number of channels
+        assert load(saved, "granite-gqa-uneven").config.logit_scale == 1 / 2.0  # what vLLM multiplies logits by
 
     def test_exporting_leaves_the_model_as_it_was(self):
         model = pruned("llama", EMPTIED)

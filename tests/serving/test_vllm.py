@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import socket
@@ -30,13 +29,12 @@ pytestmark = [
 ]
 NEW_TOKENS = 16
 PROMPTS = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(1)).tolist()
-KEPT = {
-    "uneven": (4, 47, 3, 31, 2, 17, 1, 1),  # every number of KV groups, odd widths
-    "biased": (4, 47, 3, 31, 2, 17, 1, 1),
-    "no MLP": (4, 47, 3, 0, 2, 17, 1, 1),
-    "no attention": (4, 47, 0, 31, 2, 17, 1, 1),
+KEPT = {  # every number of KV groups, odd widths; a norm behind an MLP of one channel would amplify rounding
+    "uneven": (4, 47, 3, 31, 2, 17, 1, 5),
+    "biased": (4, 47, 3, 31, 2, 17, 1, 5),
+    "no MLP": (4, 47, 3, 0, 2, 17, 1, 5),
+    "no attention": (4, 47, 0, 31, 2, 17, 1, 5),
 }
-REFUSED = [("opt", "no MLP")]  # vLLM divides by the number of its channels and dies: docs/serving.md
 
 
 def saved(family: str, kind: str, folder: Path) -> None:
@@ -62,37 +60,36 @@ def environment(work: Path) -> dict[str, str]:
     }
 
 
-def asked_in_vllm(folders: list[Path], work: Path) -> dict[str, Any]:
-    asked = work / "asked.json"
-    asked.write_text(
-        json.dumps({"models": list(map(str, folders)), "prompts": PROMPTS, "new_tokens": NEW_TOKENS}), encoding="utf-8"
-    )
-    command = [str(PYTHON), str(Path(__file__).with_name("vllm_answers.py")), str(asked)]
-    done = subprocess.run(command, env=environment(work), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+def asked_in_vllm(folders: list[Path], work: Path) -> dict[Path, Any]:
+    """What vLLM answers for each model, or how it failed on it: a string."""
+    found: dict[Path, Any] = {}
+    while left := [folder for folder in folders if folder not in found]:
+        asked = {"models": list(map(str, left)), "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
+        (work / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+        command = [str(PYTHON), str(Path(__file__).with_name("vllm_answers.py")), str(work / "asked.json")]
+        done = subprocess.run(command, env=environment(work), capture_output=True, text=True, check=False)
+        served = [folder for folder in left if (folder / "answers.json").exists()]
+        found |= {folder: json.loads((folder / "answers.json").read_text()) for folder in served}
+        if len(served) < len(left):
+            found[left[len(served)]] = f"vLLM ended with {done.returncode}: {done.stderr[-4000:]}"
     return found
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """All models, and what vLLM said of them."""
-    root = tmp_path_factory.mktemp("served")
-    folders = []
-    for family in TINY_FAMILIES:
-        for kind in KEPT:
-            if (family, kind) not in REFUSED:
-                folders.append(root / f"{family}-{kind.replace(' ', '-')}")
-                saved(family, kind, folders[-1])
-    return root, asked_in_vllm(folders, root)
+@pytest.fixture(scope="module", params=TINY_FAMILIES)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Models of a family, by kind, and what vLLM made of each."""
+    root = tmp_path_factory.mktemp(request.param)
+    folders = {kind: root / kind.replace(" ", "-") for kind in KEPT}
+    for kind, folder in folders.items():
+        saved(request.param, kind, folder)
+    found = asked_in_vllm(list(folders.values()), root)
+    return {kind: (folder, found[folder]) for kind, folder in folders.items()}
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [pair for pair in itertools.product(TINY_FAMILIES, KEPT) if pair not in REFUSED]
-)
-def test_says_what_transformers_says(family: str, kind: str, served: tuple[Path, dict[str, Any]]) -> None:
-    root, found = served
-    folder = root / f"{family}-{kind.replace(' ', '-')}"
+@pytest.mark.parametrize("kind", KEPT)
+def test_vllm_answers_as_transformers_does(kind: str, served: dict[str, tuple[Path, Any]]) -> None:
+    folder, answers = served[kind]
+    assert not isinstance(answers, str), answers
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.generation_config.eos_token_id = None  # vLLM was told to ignore it
     ids = torch.tensor(PROMPTS)
@@ -100,8 +97,8 @@ def test_says_what_transformers_says(family: str, kind: str, served: tuple[Path,
         made = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
         logits = model(ids).logits[:, :-1].log_softmax(dim=-1)
     expected = logits.gather(2, ids[:, 1:, None])[:, :, 0]
-    assert found[str(folder)]["tokens"] == made[:, ids.shape[1] :].tolist()
-    assert torch.allclose(torch.tensor(found[str(folder)]["log_probabilities"]), expected, atol=1e-4, rtol=0)
+    assert answers["tokens"] == made[:, ids.shape[1] :].tolist()
+    torch.testing.assert_close(torch.tensor(answers["log_probabilities"]), expected, atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")

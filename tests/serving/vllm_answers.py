@@ -1,7 +1,7 @@
-"""Runs in vLLM's own environment: what the server makes of saved models, as JSON on the last line of stdout.
+"""Runs in vLLM's own environment: what the server makes of saved models, as ``answers.json`` in the folder of each.
 
 Usage: python vllm_answers.py ASKED, where ASKED is a JSON file: {"models": [folder, ...], "prompts": [[id, ...], ...],
-"new_tokens": N}.
+"new_tokens": N}. The first model that vLLM cannot serve ends it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def log_probabilities(done: Any) -> list[float]:
 
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
-    found = {folder: answers(folder, asked["prompts"], asked["new_tokens"]) for folder in asked["models"]}
-    print("\n" + json.dumps(found))
+    for folder in asked["models"]:
+        found = answers(folder, asked["prompts"], asked["new_tokens"])
+        Path(folder, "answers.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
