@@ -9,6 +9,7 @@ from typing import Any
 from ffgym.bench.cell import Cell, read_cell
 from ffgym.bench.file import Bench
 from ffgym.bench.table import CellResult
+from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError
 from ffgym.pipeline.agent import policy_digest
@@ -122,10 +123,18 @@ def _check_equal_terms(bench: Bench) -> None:
 
 
 def _terms(config: RunConfig) -> JSONDict:
-    """What has to be the same in all cells of one table; a rule searches nothing, so its search may differ."""
+    """What has to be the same in all cells of one table; a rule searches nothing, so its search may differ.
+
+    Texts to prepare and search with may differ too. What they read of the report's own corpus may not: the report's
+    windows follow it.
+    """
     search, data = config.search, config.data
-    terms = {"prune.resource": config.prune.resource, "prune.latency_table": config.prune.latency_table}
+    prune = config.prune
+    terms: JSONDict = {"prune.resource": prune.resource, "prune.latency_table": prune.latency_table}
     terms |= {f"data.{key}": value for key, value in data.model_dump(mode="json").items()}
+    for key in ("data.calibration", "data.search"):
+        if not shares(terms[key]).keys() & shares(data.report).keys():
+            terms[key] = "no text of data.report"
     if config.agent.name == "one-shot":
         return terms
     episode = -(-search.episode_tokens // data.window) * data.window

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from ffgym.config.mixture import described
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, finite, stacked
 from ffgym.report.paired import Difference, paired_difference
@@ -263,8 +264,8 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
         "the same affine refit" if affine == {True} else "the same ridge" if affine == {False} else "ridge or affine"
     )
     data = first.settings.get("data", {})
-    corpus = data.get("report", "the run")
-    split = "Development windows" if corpus == data.get("search") else "Report split"
+    corpus = described(data.get("report", "the run"))
+    split = "Development windows" if data.get("report") == data.get("search", "") else "Report split"
     header = (
         f"{split} of {corpus}, {first.report_tokens:,} tokens in windows of "
         f"{data.get('window', 0):,}, {dtypes}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "

@@ -105,11 +105,20 @@ def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
         ({"search": {"episode_tokens": 64}}, r"1024 for random and 512 for other"),
         ({"search": {"episodes": 9}}, r"whole updates.* is 1024 for random and 1536 for other"),
         ({"search": {"finalists": 9}}, r"search\.final(ists|_tokens) is \d+ for random and \d+ for other"),
+        (
+            {"data": {"search": [str(glass_home() / "c4.txt"), str(glass_home() / "wiki.txt")]}},
+            r"data\.search is 'no text of data.report' for random and \[.*\] for other",
+        ),
         ({"prune": {"resource": "kv"}}, r"prune\.resource is 'params' for random and 'kv' for other"),
     ],
 )
 def test_unequal_terms(tmp_path: Path, tables: dict[str, Any], said: str) -> None:
     refused(tmp_path, said, **variant(**tables))
+
+
+def test_texts_to_prepare_and_search_with_may_differ(tmp_path: Path) -> None:
+    texts = {"calibration": "mine.txt", "search": [str(glass_home() / "c4.txt"), "3*mine.txt"]}
+    bench([bench_file(tmp_path, **variant(data=texts))], only_report=True)
 
 
 def test_slopes_count_in_the_tokens_of_an_update(tmp_path: Path) -> None:
