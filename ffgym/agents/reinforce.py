@@ -10,9 +10,10 @@ is half the difference of its rewards over the root mean square of the update's,
 episodes of a pair kept the same earns nothing: the noise on it changed nothing.
 
 A gradient has two parts, as in a stochastic computation graph. Where the reward has a derivative, the pathwise one is
-far less noisy. With ``slope_share``, that share of the tokens follows slopes first, one episode an update, as
-`pathwise` does. A sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has
-only the score function: the other tokens explore those sublayers, or all where every sublayer has a slope, or none.
+far less noisy. So ``slope_share`` of the tokens follows slopes first, one episode an update, as `pathwise` does. A
+sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
+function: the other tokens explore those sublayers, or all where every sublayer has a slope, or none. A reward that
+counts more than the loss has no slopes that lead where it rises: all tokens explore.
 
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
@@ -49,7 +50,11 @@ class ReinforceConfig(PluginConfig):
     """Options of the agent."""
 
     slope_share: float = Field(
-        0.0, ge=0, le=1, description="share of the tokens that follows slopes, where there are any; the rest explores"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the tokens that follows slopes of the loss, where there are any and nothing else is "
+        "rewarded; the rest explores",
     )
     learning_rate: float = Field(
         1.0, gt=0, description="step of the mean, in units of the policy's spread times the advantage"
@@ -97,8 +102,9 @@ class Reinforce(BatchAgent):
         return max(episodes_per_update, 1 + SLOPE_PASSES) if self.config.slope_share else episodes_per_update
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
-        """Follow slopes where the environment has them, then explore."""
-        self._slope_share = self.config.slope_share if getattr(env, "has_slopes", False) else 0.0
+        """Follow slopes where the environment has them and they lead where the reward rises, then explore."""
+        follows = getattr(env, "has_slopes", False) and getattr(env, "rewards_loss_alone", True)
+        self._slope_share = self.config.slope_share if follows else 0.0
         super().learn(env, seed=seed, on_update=on_update)
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:

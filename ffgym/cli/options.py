@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -111,7 +112,7 @@ def _annotation(flag: str, key: str) -> Any:
     panel = {"rich_help_panel": next(panel for panel, keys in PANELS.items() if flag in keys)}
     if declared in plain:
         return Annotated[plain[declared], key_option(flag, key, **panel)]
-    if _names(declared, float):
+    if _names(declared, float) or _names(declared, int):
         return Annotated[str | None, key_option(flag, key, parser=_number_or_text, **panel)]
     return Annotated[str | None, key_option(flag, key, **panel)]
 
@@ -147,9 +148,9 @@ def _stored(resume: Path | None) -> Path | None:
     return folder / "config.toml"
 
 
-def _number_or_text(text: str) -> float | str:
+def _number_or_text(text: str) -> int | float | str:
     """``"0.2"`` as a number; what is none, such as ``"0.1:0.5"``, stays text for the configuration to check."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    return text

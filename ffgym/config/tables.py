@@ -167,9 +167,10 @@ class PruneTable(Table):
     context: Count = Field(
         default=1024, description="context length in tokens at which MACs are counted and latency is timed"
     )
-    align: Count = Field(
-        default=1,
-        description="keep multiples of this many channels, e.g. 8, 32 or 64 for fast kernels; 1 allows any number",
+    align: Literal["auto"] | Count = Field(
+        default="auto",
+        description="keep multiples of this many channels, e.g. 8 or 64, or any number (1); auto: widths of MLPs that "
+        "kernels like, up to 64",
     )
     uniform: bool = Field(
         default=False, description="one shape for all layers, saved as a stock checkpoint that needs no code of its own"

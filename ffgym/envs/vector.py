@@ -103,6 +103,11 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return not self.env.budget.tied
 
     @property
+    def rewards_loss_alone(self) -> bool:
+        """Whether a reward needs nothing beside the losses, so that their slopes lead where it rises."""
+        return not self.env.reward.needs
+
+    @property
     def stage(self) -> Stage:
         """What the running update is measured at."""
         return self._stage

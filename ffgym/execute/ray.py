@@ -188,6 +188,8 @@ def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Clust
     """
     ray = _imported()
     if not ray.is_initialized():
+        place = "starting Ray on this machine" if workers.address is None else f"connecting to Ray at {workers.address}"
+        notify(f"{place} for {workers.count} workers")
         ended = signal.getsignal(signal.SIGTERM)
         _begin(ray, workers.address)
         _BEGUN.append(workers.address)

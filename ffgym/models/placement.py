@@ -15,9 +15,10 @@ from ffgym.errors import ModelError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
 WORTHWHILE_SPEEDUP = 1.5
-# oneDNN keeps the code that it makes for each shape of a product, 0.7 MB and more, of 1,024 shapes. A search brings new
-# shapes with every cut and comes back to few, so that the memory of a small model doubled.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# oneDNN keeps the code that it makes for each shape of a product, 0.4 MB and more, of 1,024 shapes. Where MLPs keep any
+# number of channels, every cut brings new shapes; where their widths are aligned, all shapes of a search find room.
+KEPT_KERNELS = 256
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_KERNELS))
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:

@@ -73,11 +73,11 @@ def run(
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
     agent = make_agent(config)
+    plan = plan_run(config, agent)  # before there is a folder or an MLflow run: a model that does not exist leaves none
     with (
         cluster_of(config.workers, config.model.device, reporter.print) as cluster,
         Session.open(config, reporter, resume) as session,
     ):
-        plan = plan_run(config, agent)
         reporter.print(plan.summary)
         plan.check()
         reporter.plan(planned_steps(config, plan))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from ffgym.evaluation.perplexity import TILE_COLUMNS, TILE_ROWS
+from ffgym.models.placement import KEPT_KERNELS
 from ffgym.plan.shape import ModelShape, Workload
 from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
 from ffgym.pruning.calibration import SKETCHED
@@ -18,8 +19,9 @@ from ffgym.pruning.factors import WIDE, factor_bytes, grid
 
 LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the text; measured
 TRACKING = 100_000_000  # what drawing pictures and saving load beside them; measured
-# Code that oneDNN makes for the products of a sublayer at one more width and keeps until the process ends: measured.
-KERNELS = 800_000
+# Code that oneDNN makes for the products of a sublayer at one more width and keeps until the process ends, and what it
+# keeps of each of the products that were used last: measured.
+KERNELS, LAST_KERNELS = 800_000, 400_000
 # Bytes for each entry of an n x n moment while `ffgym.prepare.paths` chooses a lambda: two covariances and a moment in
 # float32, and of 3/4 of the channels a copy and its factor; in float64 the moment, unless the consumer is wide.
 FACTORISING, FACTORISING_WIDE = 25, 17
@@ -176,7 +178,9 @@ def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int
     finals = load.finalists * load.targets
     allocations = (load.episodes_per_update * load.updates + finals) * load.searches + rows
     met = allocations * len(shape.sublayers) // 2
-    return {**_prepared(shape, load), "kernels": KERNELS * load.makes_kernels * min(met, shape.widest("mlp"))}
+    widths = min(met, shape.widest("mlp") // load.kernel_step) if load.kernel_step else 0
+    kernels = KERNELS * widths + LAST_KERNELS * min(2 * widths, KEPT_KERNELS)
+    return {**_prepared(shape, load), "kernels": kernels}
 
 
 def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:

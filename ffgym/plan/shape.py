@@ -78,7 +78,8 @@ class Workload:
         train_tokens: to recover on; 0 for none.
         workers: processes that share the episodes of an update.
         elsewhere: they are on a cluster, and not all on this machine.
-        makes_kernels: products make code for every shape, as bfloat16 ones do on a CPU.
+        kernel_step: channels by which the widths of MLPs differ, where products make code for every shape, as bfloat16
+            ones do on a CPU; 0 elsewhere.
         streamed: layers are read from the checkpoint as they run (``model.placement``).
     """
 
@@ -107,7 +108,7 @@ class Workload:
     train_tokens: int = 0
     workers: int = 1
     elsewhere: bool = False
-    makes_kernels: bool = False
+    kernel_step: int = 0
     streamed: bool = False
 
     @property

@@ -13,8 +13,9 @@ from ffgym.models.loading import config_of
 from ffgym.models.placement import choose_device, choose_dtype, named_dtype, tokens_per_batch
 from ffgym.plan.machine import free_memory
 from ffgym.plan.plan import Plan
-from ffgym.plan.shape import Workload, shape_of
+from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.plugins import manager
+from ffgym.pruning.budget import kernel_width
 from ffgym.pruning.statistics import GRADIENT_STATISTICS
 
 
@@ -32,6 +33,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     device = choose_device(model.device)
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     dtype = choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype)
+    shape = shape_of(config_of(model.name, revision=model.revision), model.name)
     load = Workload(
         window=data.window,
         calibration_tokens=-(-data.calibration_tokens // data.window) * data.window,
@@ -43,10 +45,9 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
         second_moments="second_moment" in needs,
         episode_tokens=-(-search.episode_tokens // data.window) * data.window,
         episodes_per_update=search.episodes_per_update,
-        makes_kernels=dtype is torch.bfloat16 and device.type == "cpu",
+        kernel_step=_mlp_step(config, shape) if dtype is torch.bfloat16 and device.type == "cpu" else 0,
         streamed=model.placement == "stream",
     )
-    shape = shape_of(config_of(model.name, revision=model.revision), model.name)
     texts: dict[str, str] = {role: described(getattr(data, role)) for role in ROLES}
     return placed(config, Plan(model.name, shape, load, device, free_memory(device), texts))
 
@@ -58,3 +59,11 @@ def placed(config: RunConfig, plan: Plan) -> Plan:
         return plan
     streamed = replace(plan, load=replace(plan.load, streamed=True))
     return streamed if streamed.fits else plan
+
+
+def _mlp_step(config: RunConfig, shape: ModelShape) -> int:
+    """Channels by which the widths of MLPs may differ."""
+    prune = config.prune
+    if prune.align != "auto":
+        return prune.align
+    return 1 if prune.uniform else kernel_width(shape.widest("mlp"))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from ffgym.errors import BudgetError
 from ffgym.pruning.sweep import Ladder, Sweep
 from ffgym.types import Allocation, Kind, Sublayer
 
+LEAST_LEVELS = 48  # that an MLP keeps to choose from where its widths are aligned to what kernels like
 REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged
 
 
@@ -36,6 +38,14 @@ def service_order(depth: int) -> np.ndarray:
     rank = np.empty(depth, dtype=np.int64)
     rank[np.argsort(reverse, kind="stable")] = np.arange(depth)
     return rank
+
+
+def kernel_width(channels: int) -> int:
+    """The largest power of two, 64 at most, of which an MLP of so many channels can keep ``LEAST_LEVELS`` multiples.
+
+    Kernels multiply in tiles: a width between two of their multiples takes as long as the next one, or longer.
+    """
+    return next(width for width in (64, 32, 16, 8, 4, 2, 1) if width == 1 or channels >= LEAST_LEVELS * width)
 
 
 def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, align: int) -> np.ndarray:
@@ -65,7 +75,8 @@ class Budget:
         resource: what messages and allocations call the costs.
         min_units: least units a sublayer keeps (the attention of layer 0 always keeps one).
         align: a sublayer keeps a multiple of this many channels, or all of them. ``min_units`` is rounded up to such a
-            multiple; a sublayer that has no smaller one stays whole.
+            multiple; a sublayer that has no smaller one stays whole. ``"auto"``: MLPs keep what `kernel_width` says,
+            attention any number of units, layers of one shape any shape.
         shapes: ties all layers to one shape: for each kind the numbers of units that they may keep, e.g.
             ``{"attention": (1, 2, 4), "mlp": range(1, 1537)}``. The importance of a kind is then the mean over its
             sublayers. ``None`` lets every sublayer have a size of its own.
@@ -82,12 +93,12 @@ class Budget:
         *,
         resource: str = "params",
         min_units: int = 1,
-        align: int = 1,
+        align: int | Literal["auto"] = 1,
         shapes: Mapping[Kind, Sequence[int]] | None = None,
     ) -> None:
         if min_units < 0:
             raise BudgetError(f"min_units is {min_units}", hint="Use 0 or more.")
-        if align < 1:
+        if align != "auto" and align < 1:
             raise BudgetError(f"align is {align}", hint="Use 1 or more, e.g. 8, 32 or 64.")
         self.sublayers = tuple(sublayers)
         self.resource = resource
@@ -97,7 +108,7 @@ class Budget:
             cost_tables = [np.arange(s.units + 1) * s.unit_params for s in self.sublayers]
         self._tables = check_tables(self.sublayers, cost_tables)
         groups = [(i,) for i in range(len(self.sublayers))] if shapes is None else _kinds(self.sublayers)
-        self._ladders = tuple(self._ladder(members, min_units, align, shapes) for members in groups)
+        self._ladders = tuple(self._ladder(members, min_units, shapes) for members in groups)
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
         self.dense_cost = float(sum(ladder.cost[-1] for ladder in self._ladders))
         self.least_cost = float(sum(ladder.cost[0] for ladder in self._ladders))
@@ -238,9 +249,7 @@ class Budget:
                 kept[member] = int(ladder.units[level])
         return kept
 
-    def _ladder(
-        self, members: tuple[int, ...], min_units: int, align: int, shapes: Mapping[Kind, Sequence[int]] | None
-    ) -> Ladder:
+    def _ladder(self, members: tuple[int, ...], min_units: int, shapes: Mapping[Kind, Sequence[int]] | None) -> Ladder:
         sublayers = [self.sublayers[i] for i in members]
         first = sublayers[0]
         if other := next((s for s in sublayers if (s.units, s.channels) != (first.units, first.channels)), None):
@@ -255,13 +264,16 @@ class Budget:
             holds_cache_length = any((s.kind, s.layer) == ("attention", 0) for s in sublayers)
             least = max(min_units, 1) if holds_cache_length else min_units
             levels = range(first.units) if shapes is None else shapes[first.kind]
+            align = self._align
+            if align == "auto":
+                align = kernel_width(first.channels) if first.kind == "mlp" and shapes is None else 1
             units = aligned_levels(first, levels, least=least, align=align)
         return Ladder(members, units, np.sum([self._tables[i][units] for i in members], axis=0))
 
     def _what_would_help(self, most: float) -> str:
         changes = [f"ask for at most {most:.4f}"] if most > 0 else []
         changes.append("lower prune.min_units")
-        if self._align > 1:
+        if self._align == "auto" or self._align > 1:
             changes.append("lower prune.align")
         if self.tied:
             changes.append("leave prune.uniform out")

@@ -199,9 +199,10 @@ def test_explores_only_what_had_no_slope():
     assert (np.ptp(last, axis=0) > 0).tolist() == [True, False, False, True, False, False]
 
 
-def test_explores_everything_where_nobody_measures_slopes():
+@pytest.mark.parametrize("missing", ["has_slopes", "rewards_loss_alone"])
+def test_explores_everything_where_slopes_are_missing_or_lead_elsewhere(missing):
     env = SeparableEnv(8, 6, 64)
-    env.has_slopes = False
+    setattr(env, missing, False)
     sizes = []
     agent = Reinforce(Reinforce.Config(slope_share=0.5))
     agent.learn(env, seed=0, on_update=lambda update: sizes.append(len(update.rewards)))

@@ -14,6 +14,7 @@ from measured_alone import Recording
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError, UnknownNameError
+from ffgym.plugins import manager
 from ffgym.plugins.bases import BatchAgent
 from ffgym.testing.toys import SeparableEnv
 
@@ -498,3 +499,9 @@ class TestTelling:
         curious = self.Curious()
         curious.learn(SeparableEnv(2, 4, tokens=4), seed=0, on_update=lambda update: None)
         assert curious.kept is None
+
+
+@pytest.mark.parametrize(("reward", "alone"), [("perplexity", True), ("kl", False)])
+def test_slopes_of_the_loss_are_the_rewards_where_it_counts_nothing_else(env, reward, alone):
+    env.reward = manager.create("reward", reward)
+    assert vector_of(env).rewards_loss_alone == alone

@@ -41,7 +41,7 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def settings_file(folder: Path, **changes: Any) -> Path:
     tables = glass_tables(folder)
-    run = {name: tables[name] for name in ("model", "data", "prune", "search", "tracking")}
+    run = {name: tables[name] for name in ("model", "data", "prune", "search", "tracking", "agent")}
     settings = {
         "title": "tiny",
         "results": "results",

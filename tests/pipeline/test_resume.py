@@ -103,6 +103,18 @@ def test_it_ends_with_the_numbers_of_an_uninterrupted_run_and_measures_nothing_t
     assert f"{min(after, EPISODES)} episodes of earlier sessions are read from episodes.jsonl" in said
 
 
+def test_one_that_follows_slopes_first_ends_the_same_too(tmp_path: Path, steps: list[int]) -> None:
+    slopes = {"agent": {"name": "reinforce"}, "search": {"episodes": 16}}
+    whole, _ = go(config(tmp_path / "whole", **slopes))
+    for number, after in enumerate((1, 3)):  # in the second slope, and while exploring
+        steps[:] = [after]
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, **slopes), resume=tmp_path / "out" if number else None)
+    steps[:] = [10**6]
+    result, _ = go(config(tmp_path, **slopes), resume=tmp_path / "out")
+    assert_same(result.folder, whole.folder)
+
+
 def test_interrupted_again_and_again(whole: Path, tmp_path: Path, steps: list[int]) -> None:
     for after in (2, 5, 9, 13):
         steps[0] = after
@@ -383,7 +395,10 @@ class TestRefusals:
         [
             ({"prune": {"sparsity": 0.3}}, "has prune.sparsity = 0.2, this one 0.3"),
             ({"search": {"episodes": 80}}, "has search.episodes = 8, this one 80"),
-            ({"agent": {"name": "reinforce", "spread": 0.3}}, "has agent.spread = 0.15, this one 0.3"),
+            (
+                {"agent": {"name": "reinforce", "slope_share": 0.0, "spread": 0.3}},
+                "has agent.spread = 0.15, this one 0.3",
+            ),
             ({"data": {"window": 32}, "prune": {"ridge": 0.2}}, "has data.window = 64, this one 32"),
         ],
     )

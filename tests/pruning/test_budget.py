@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ffgym.errors import BudgetError
-from ffgym.pruning.budget import Budget, aligned_levels, service_order
+from ffgym.pruning.budget import Budget, aligned_levels, kernel_width, service_order
 from ffgym.types import Sublayer
 
 ATTENTION = Sublayer(
@@ -512,3 +512,30 @@ class TestImportanceSlopes:
         budget = Budget(model_of(2), shapes={"attention": (2, 4), "mlp": range(1, 17)})
         with pytest.raises(BudgetError, match="each have a size of their own"):
             budget.importance_slopes(np.zeros(4), (2, 8, 2, 8), [np.zeros(4), np.zeros(16)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width"), [(14336, 64), (3072, 64), (2048, 32), (1536, 32), (1535, 16), (128, 2), (95, 1), (1, 1)]
+)
+def test_widths_that_kernels_like_leave_48_to_choose_from(channels, width):
+    assert kernel_width(channels) == width
+
+
+@given(seeds, shares)
+def test_auto_aligns_mlps_alone(seed, share):
+    sublayers = model_of(4, mlp=replace(MLP, units=1536))
+    budget = Budget(sublayers, align="auto")
+    kept = budget.project(spread_importances(sublayers, seed), share * budget.reachable[1]).kept
+    assert all(k % 32 == 0 for k in kept[1::2])
+    assert {k for seed in range(9) for k in budget.project(spread_importances(sublayers, seed), 0.3).kept[::2]} == {
+        1,
+        2,
+        3,
+        4,
+    }
+
+
+def test_auto_leaves_one_shape_of_all_layers_free():
+    sublayers = model_of(4, mlp=replace(MLP, units=1536))
+    shapes = {"attention": range(1, ATTENTION.units), "mlp": range(1, 1536)}
+    assert Budget(sublayers, align="auto", shapes=shapes).shapes(0.3) == Budget(sublayers, shapes=shapes).shapes(0.3)
