@@ -48,6 +48,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python experiments/speed/episode.py
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/speed/projection.py
 	$(BIN)/python experiments/speed/update.py
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/speed/widths.py
 	$(BIN)/python experiments/scale/scheduling.py
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/scale/throughput.py
 

@@ -40,7 +40,8 @@ def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, d
         "report": "demo:c4",
         "report_tokens": DEVELOPMENT_WINDOWS * WINDOW,
     }
-    config = load_config(seed=seed, data=data, prune={"sparsity": sparsity}, search=search, **tables)
+    prune = {"sparsity": sparsity, **tables.pop("prune", {})}
+    config = load_config(seed=seed, data=data, prune=prune, search=search, **tables)
     task = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(stderr=True)))
     agent, env = make_agent(config), task.env
     give_prior(agent, task)
@@ -67,6 +68,7 @@ def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, d
     gains = 1000 * (np.array(losses["prior"]) - np.array(losses["final"]))
     error = gains.std(ddof=1) / len(gains) ** 0.5
     print(f"{name}, {sparsity:.0%}, seed {seed}: {gains.mean():.1f} ± {error:.1f} mnats better than the prior")
+    tables = {**tables, "prune": prune}
     result = {"name": name, "sparsity": sparsity, "seed": seed, "tokens": vector.tokens_spent, "tables": tables}
     file = Path(__file__).parent / "results" / f"{name}-{sparsity * 100:.0f}-seed{seed}.json"
     file.parent.mkdir(exist_ok=True)
