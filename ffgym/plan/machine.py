@@ -18,7 +18,9 @@ from ffgym.plan.shape import ModelShape
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 WIDEST = 2048  # channels of the probe's residual stream: wider ones are hardly faster
-SECONDS = 0.1  # of one pass of the probe
+TOKENS = 2048  # of one pass of the probe
+# A pass on a CPU has so many operations at most: with few, a busy machine's threads do little but wait for each other.
+OPERATIONS = 1e10
 PASSES = 3
 HEAD = 64  # channels of its attention heads
 
@@ -99,10 +101,9 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
     hidden = round(shape.hidden * scale)
     attention, mlp = (max(HEAD, round(shape.widest(kind) * scale)) for kind in ("attention", "mlp"))
     layer = _Layer(hidden, attention // HEAD * HEAD, mlp, dtype, device)
-    operations = layer.operations(64, window)
-    tokens = min(2048, max(64, int(64 * SECONDS / _seconds(lambda: layer.run(64, window), device))))
-    operations = layer.operations(tokens, window)
-    model = operations / _seconds(lambda: layer.run(tokens, window), device)
+    affordable = int(64 * OPERATIONS / layer.operations(64, window)) if device.type == "cpu" else TOKENS
+    tokens = min(TOKENS, max(64, affordable))
+    model = layer.operations(tokens, window) / _seconds(lambda: layer.run(tokens, window), device)
     n = min(768, max(s.channels for s in shape.sublayers))
     square = torch.randn(n, n, device=device)
     float32 = 2 * n**3 / _seconds(lambda: square @ square, device)
