@@ -194,7 +194,8 @@ def _check_named_once(demands: Sequence[_Demand]) -> None:
 def _check_apart(splits: Sequence[Split]) -> None:
     """Refuse two corpora that hold the same text, such as a copy in another format; one text is cut apart anyway.
 
-    Quotations and boilerplate that two real corpora share are far less than ``MOST_REPEATED`` of either.
+    Within a mixture too, or windows for rewards could repeat those for the finals. Quotations and boilerplate that two
+    real corpora share are far less than ``MOST_REPEATED`` of either.
     """
     members = [
         (split.role, part.corpus, run_hashes(part.windows.numpy().reshape(1, -1), REPEATED_TOKENS))
@@ -202,14 +203,14 @@ def _check_apart(splits: Sequence[Split]) -> None:
         for part in split.parts
     ]
     for (role, corpus, its), (other_role, other, others) in permutations(members, 2):
-        if role == other_role or corpus.digest == other.digest or not its.size:
+        if corpus.digest == other.digest or not its.size:
             continue
         repeated = float(np.isin(its, others).mean())
         if repeated > MOST_REPEATED:
             raise DataError(
                 f"corpus {corpus.name!r} of data.{role} and corpus {other.name!r} of data.{other_role} hold the same "
-                f"text: {repeated:.0%} of what the {role} split has of it stands in the {other_role} split too, in "
-                f"runs of {REPEATED_TOKENS} tokens or more",
+                f"text: {repeated:.0%} of what is read of the first stands in the second too, in runs of "
+                f"{REPEATED_TOKENS} tokens or more",
                 hint="Name one text once for both, which is then cut apart, or two different ones.",
             )
 

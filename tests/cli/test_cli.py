@@ -344,6 +344,7 @@ def test_ls_lists_names_and_descriptions(plural: str, kind: kinds.PluginKind) ->
     rows = json.loads(call("ls", plural, "--json").stdout)
     assert {row["name"]: row["description"] for row in rows} == manager.names(kind)
     assert all(row["name"] in text and row["description"] in text for row in rows)
+    assert ("a list of corpora is a mixture" in text) == (kind == "corpus")
 
 
 def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,6 +248,10 @@ def test_a_hub_that_cannot_be_reached_says_what_works_without_it(monkeypatch):
         with pytest.raises(DataError, match="reach") as caught:
             load_text(spec, role="search")
         assert "demo:c4" in caught.value.hint
+        assert "Did you mean" not in caught.value.hint
+    with pytest.raises(DataError) as caught:
+        load_text("wikitxt", role="search")
+    assert caught.value.hint.startswith("Did you mean 'wikitext'? ")
 
 
 @pytest.mark.parametrize("name", ["someone/nothing", "someone/nothing-1.0"])

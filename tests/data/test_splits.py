@@ -135,6 +135,14 @@ def test_a_mixture_of_a_text_with_itself_is_refused(corpora):
         splits_of(asked, PLAIN, context_limit=64)
 
 
+def test_a_mixture_of_a_text_and_its_copy_in_another_format_is_refused(corpora, tmp_path):
+    copy = tmp_path / "copy.md"
+    copy.write_text(words(0, 2000) + "\n")
+    asked = config(corpora["b"], (corpora["a"], "3*" + str(copy)), corpora["b"], window=60, search_tokens=600)
+    with pytest.raises(DataError, match=r"of data\.search and corpus .* of data\.search hold the same text"):
+        splits_of(asked, PLAIN, context_limit=64)
+
+
 def test_a_copy_of_the_report_text_is_found_in_a_small_part_of_a_mixture(corpora, tmp_path):
     """One window of twenty, which is less than a tenth of either split."""
     part = tmp_path / "part.md"
@@ -181,7 +189,7 @@ def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, role):
     copy.write_text(words(0, 2000) + "\n")
     names = {"calibration": corpora["b"], "search": corpora["b"], role: corpora["a"], "report": str(copy)}
     asked = config(**names, window=60, calibration_tokens=600, search_tokens=300, report_tokens=300)
-    with pytest.raises(DataError, match=rf"data\.{role} .* hold the same text: \d+% of what") as raised:
+    with pytest.raises(DataError, match=rf"data\.{role} .* hold the same text: \d+% of what is") as raised:
         splits_of(asked, PLAIN, context_limit=64)
     assert "Name one text once" in raised.value.hint
 
@@ -191,7 +199,7 @@ def test_a_small_part_of_a_large_split_is_refused_as_well(corpora, tmp_path):
     part = tmp_path / "part.md"
     part.write_text(words(900, 70))
     asked = config(corpora["b"], str(part), corpora["a"], window=60, search_tokens=60, report_tokens=1200)
-    with pytest.raises(DataError, match="hold the same text: 100% of what the search split"):
+    with pytest.raises(DataError, match="hold the same text: 100% of what is read of the first"):
         splits_of(asked, PLAIN, context_limit=64)
 
 

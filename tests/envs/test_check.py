@@ -60,6 +60,8 @@ def test_it_is_checked_small_whatever_is_asked_for():
     assert checked.search.episode_tokens == checked.data.window
     assert checked.model == RunConfig().model
     assert checked.prune.model_copy(update={"ridge": "auto"}) == RunConfig().prune
+    mixed = RunConfig.model_validate({"data": {"search": ["demo:c4", "demo:wiki", "demo:code"]}})
+    assert shrunk(mixed).data.search == "demo:c4"
 
 
 def test_warnings_and_failures_become_complaints():
