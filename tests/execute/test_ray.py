@@ -93,7 +93,11 @@ def run(folder: Path, workers: int, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         config = glass_config(
-            folder, workers={"count": workers}, output={"save_model": False, "dir": str(folder / "out")}
+            folder,
+            agent={"name": "reinforce"},  # two updates that follow a slope, then two of PER_UPDATE episodes
+            search={"episodes": 16},
+            workers={"count": workers},
+            output={"save_model": False, "dir": str(folder / "out")},
         )
         pipeline.run(config, progress=Console(quiet=True), **options)
 
