@@ -52,15 +52,14 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
     if is_damaged:
         Console(stderr=True).print(f"{place} is damaged: making it again", soft_wrap=True, highlight=False)
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=place.parent, ignore_cleanup_errors=True) as scratch:
-            content = Path(scratch) / "content"
+        with Scratch("part", place.parent) as scratch:
+            content = scratch / "content"
             content.mkdir()
             fill(content)
             _record(content)
             if is_damaged:
                 with suppress(FileNotFoundError):  # where another process is faster
-                    os.replace(place, Path(scratch) / "damaged")
+                    os.replace(place, scratch / "damaged")
             try:
                 os.replace(content, place)
             except OSError:
@@ -128,25 +127,34 @@ def sha256(path: Path) -> str:
 
 
 class Scratch:
-    """A temporary folder in the cache. Those of processes that were killed go when the next one is made.
+    """A temporary folder. Those of processes that were killed go when the next one is made beside them.
 
     Args:
         name: what its name begins with.
+        parent: where it is made; in the cache if left out.
 
     Attributes:
-        folder: the folder, until the object is gone.
+        folder: the folder, until the object is gone or the ``with`` block ends.
     """
 
-    def __init__(self, name: str) -> None:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        for left in cache_dir().glob(f".{name}-*.lock"):
+    def __init__(self, name: str, parent: Path | None = None) -> None:
+        parent = cache_dir() if parent is None else parent
+        parent.mkdir(parents=True, exist_ok=True)
+        for left in parent.glob(f".{name}-*.lock"):
             with exclusive_lock(left) as is_abandoned:
                 if is_abandoned:
                     shutil.rmtree(left.with_suffix(""), ignore_errors=True)
-        self._folder = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache_dir(), ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent, ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
         self._lock = ExitStack()
         self._lock.enter_context(exclusive_lock(self.folder.with_suffix(".lock")))
+
+    def __enter__(self) -> Path:
+        return self.folder
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+        self._lock.close()
 
 
 @dataclass(frozen=True)
@@ -179,12 +187,8 @@ def entries(kind: str = "*") -> list[Entry]:
 
 def remove(entry: Entry) -> None:
     """Delete it, in one move: no other process sees a part of it."""
-    folder = entry.path.parent
-    with (
-        tempfile.TemporaryDirectory(prefix=".gone-", dir=folder, ignore_cleanup_errors=True) as scratch,
-        suppress(FileNotFoundError),
-    ):
-        os.replace(entry.path, Path(scratch) / "content")
+    with Scratch("gone", entry.path.parent) as scratch, suppress(FileNotFoundError):
+        os.replace(entry.path, scratch / "content")
 
 
 def size_limit() -> int:

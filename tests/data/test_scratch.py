@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ffgym.data.cache import Scratch
+from ffgym.data.cache import Scratch, write_folder_once
 
 KILLED = """
 import os, signal
@@ -32,3 +32,25 @@ def test_what_a_killed_process_left_goes_and_what_is_in_use_stays(
     assert other.folder.is_dir()
     del mine, other
     assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED = """
+import os, signal
+from ffgym.data.cache import cache_dir, write_folder_once
+
+def fill(folder):
+    (folder / "half").write_text("large")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_folder_once(cache_dir() / "prepared" / "model", fill)
+"""
+
+
+def test_what_was_half_written_when_its_process_was_killed_goes_with_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
+    subprocess.run([sys.executable, "-c", INTERRUPTED], check=False)
+    assert len(list(tmp_path.glob("prepared/.part-*/content/half"))) == 1
+    write_folder_once(tmp_path / "prepared" / "other", lambda folder: (folder / "file").touch())
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["other"]
