@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,9 @@ def model_folder(folder: Path) -> Path:
     for candidate in (place, place / "model"):
         if (candidate / "config.json").is_file():
             return candidate
+    if (place / "config.toml").is_file():
+        go_on = f"ffgym run --resume {shlex.quote(str(folder))} --set output.save_model=true"
+        raise ModelError(f"the run in {str(folder)!r} has saved no model", hint=f"Continue it: {go_on}")
     raise ModelError(
         f"{str(folder)!r} holds no model: config.json is missing, also from model/ in it",
         hint="Name the folder of a saved model, e.g. runs/x/model.",

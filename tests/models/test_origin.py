@@ -40,6 +40,12 @@ class TestFolder:
         with pytest.raises(ModelError, match=r"holds no model: config\.json is missing"):
             model_folder(tmp_path)
 
+    def test_a_run_that_has_saved_none_says_how_to_go_on(self, tmp_path):
+        (tmp_path / "config.toml").touch()
+        with pytest.raises(ModelError, match="has saved no model") as raised:
+            model_folder(tmp_path)
+        assert f"ffgym run --resume {tmp_path}" in str(raised.value.hint)
+
 
 class TestDense:
     def test_what_is_given_wins(self, run):
