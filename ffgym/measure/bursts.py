@@ -17,12 +17,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from string import ascii_lowercase
 from typing import Any
 
-from ffgym.measure.engines import HOST, Running, Server, running
+from ffgym.measure.engines import HOST, Running, Server, Setting, running
 from ffgym.measure.speed import Workload
 
 ANSWER_SECONDS = 900
@@ -78,23 +77,19 @@ def serve_in_turn(
     servers: Sequence[Server],
     workloads: Sequence[Workload],
     prompt: Callable[[int, str], str],
+    setting: Setting,
     *,
-    output_tokens: int,
-    repetitions: int,
     together: bool,
-    scratch: Path,
     on_progress: Callable[[int, str], None],
 ) -> tuple[Bursts, dict[str, int]]:
-    """Serve every workload several times, each time by all servers.
+    """Serve every workload several times, each time by all servers, and once more after a server's start.
 
     Args:
         servers: of the models.
         workloads: requests at the same time, and tokens of a prompt.
         prompt: makes a prompt of so many tokens from a seed.
-        output_tokens: of an answer.
-        repetitions: of all workloads; a server serves every workload once more after its start, which does not count.
+        setting: how long answers are, how often all is repeated, and where what servers print goes.
         together: all servers run at the same time; else each is started for its turn.
-        scratch: a folder for what servers print.
         on_progress: called with the bursts that have come to count, and what goes on.
 
     Returns:
@@ -109,7 +104,7 @@ def serve_in_turn(
 
     def burst(server: Server, workload: Workload, seed: str) -> Burst:
         prompts = [prompt(workload.length, f"{seed} {workload} {index}") for index in range(workload.batch)]
-        return send(up[server.role], prompts, output_tokens)
+        return send(up[server.role], prompts, setting.options.output_tokens)
 
     with ExitStack() as stack:
 
@@ -118,18 +113,17 @@ def serve_in_turn(
                 up.clear()
                 stack.close()
             on_progress(0, f"starting: {server.role}")
-            up[server.role] = stack.enter_context(running(server, scratch / f"{server.role}.log"))
+            up[server.role] = stack.enter_context(running(server, setting.scratch / f"{server.role}.log"))
             for workload in workloads:
                 burst(server, workload, "warm")
             if (tokens := up[server.role].cache_tokens) is not None:
                 cache_tokens[server.role] = tokens
 
-        if together:  # before anything counts
-            for server in servers:
-                start(server)
-            order = [(r, s, w) for r, w, s in product(range(repetitions), workloads, servers)]
-        else:
-            order = list(product(range(repetitions), servers, workloads))
+        for server in servers if together else ():  # before anything counts
+            start(server)
+        order = list(product(range(setting.options.repetitions), servers, workloads))
+        if together:
+            order.sort(key=lambda turn: (turn[0], workloads.index(turn[2])))
         for repetition, server, workload in order:
             if server.role not in up:
                 start(server)

@@ -23,10 +23,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffgym.errors import ModelError
 from ffgym.interrupts import held_back_interrupts
+
+if TYPE_CHECKING:
+    from ffgym.measure.serving import Options
 
 HOST = "127.0.0.1"
 START_SECONDS = 900
@@ -54,26 +57,20 @@ class Setting:
     """What all servers of a measurement share.
 
     Attributes:
+        options: what was asked for.
         dense, pruned: folders of the two models.
         model_type: of the class file beside the pruned model's weights; ``None`` for a stock model.
         dtype: of weights and activations, e.g. ``"bfloat16"``.
         context: tokens of the longest prompt with its answer.
-        output_tokens: of every answer.
-        requests: most requests at the same time.
-        threads: of the CPU; ``None`` leaves the engine's choice.
-        arguments: put on the engine's command line as they are.
         scratch: a folder for files that are gone afterwards.
     """
 
+    options: Options
     dense: Path
     pruned: Path
     model_type: str | None
     dtype: str
     context: int
-    output_tokens: int
-    requests: int
-    threads: int | None
-    arguments: tuple[str, ...]
     scratch: Path
 
 
@@ -130,7 +127,7 @@ def vllm(setting: Setting) -> Fleet:
         )
     version, on_gpu = said.strip().splitlines()[-2:]
     base = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "model"]
-    base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.arguments]
+    base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.options.arguments]
     environment: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in VLLM_DEFAULTS.items()}
     environment |= _threads(setting)
     if python != sys.executable:
@@ -163,9 +160,10 @@ def llama_cpp(setting: Setting) -> Fleet:
             hint="Install it (brew install llama.cpp, or a release of github.com/ggml-org/llama.cpp) and put the folder"
             " of llama-server on the PATH.",
         )
-    room = str(setting.requests * setting.context)
-    threads = [] if setting.threads is None else ["--threads", str(setting.threads)]
-    options = ["--parallel", str(setting.requests), "--ctx-size", room, *threads, *setting.arguments]
+    requests = max(setting.options.requests)
+    room = str(requests * setting.context)
+    threads = [] if setting.options.threads is None else ["--threads", str(setting.options.threads)]
+    options = ["--parallel", str(requests), "--ctx-size", room, *threads, *setting.options.arguments]
     servers = []
     for role, folder in ((DENSE, setting.dense), (PRUNED, setting.pruned)):
         file = setting.scratch / f"{role}.gguf"
@@ -192,12 +190,11 @@ def transformers(setting: Setting) -> Fleet:
             hint="Install what it needs: pip install 'transformers[serving]'.",
         )
     # An end of text must not end an answer: transformers has no switch for it, but a least number of tokens.
-    tokens = {"min_new_tokens": setting.output_tokens, "max_new_tokens": setting.output_tokens, "do_sample": False}
-
-    body = {"generation_config": json.dumps(tokens)}
+    length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), setting.options.output_tokens)
+    body = {"generation_config": json.dumps({**length, "do_sample": False})}
 
     def server(role: str, folder: Path, *program: str) -> Server:
-        command = (sys.executable, *program, "serve", str(folder), "--dtype", setting.dtype, *setting.arguments)
+        command = (sys.executable, *program, "serve", str(folder), "--dtype", setting.dtype, *setting.options.arguments)
         return Server(role, command, str(folder), body, _threads(setting))
 
     stock = ("-m", "transformers.cli.transformers")
@@ -300,7 +297,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _threads(setting: Setting) -> dict[str, str]:
-    return {} if setting.threads is None else {"OMP_NUM_THREADS": str(setting.threads)}
+    return {} if setting.options.threads is None else {"OMP_NUM_THREADS": str(setting.options.threads)}
 
 
 def _output(command: list[str]) -> str | None:

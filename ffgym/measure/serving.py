@@ -203,19 +203,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         raise ConfigError(f"engines serve no {dtype!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}.")
     workloads = [Workload(count, length) for count, length in product(options.requests, options.prompt_lengths)]
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
-        scratch = Path(folder)
-        setting = Setting(
-            dense=dense,
-            pruned=pruned,
-            model_type=model_type,
-            dtype=dtype,
-            context=context,
-            output_tokens=options.output_tokens,
-            requests=max(options.requests),
-            threads=options.threads,
-            arguments=tuple(options.arguments),
-            scratch=scratch,
-        )
+        setting = Setting(options, dense, pruned, model_type, dtype, context, Path(folder))
         with reporter.stage(f"prepare {options.engine}", 1):
             fleet = ENGINES[options.engine](setting)
         needed = sum(weights_on_disk(folder)[0] + SERVER_BYTES for folder in (dense, dense, pruned))
@@ -228,10 +216,8 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
                 fleet.servers,
                 workloads,
                 prompt_maker(load_tokenizer(pruned)),
-                output_tokens=options.output_tokens,
-                repetitions=options.repetitions,
+                setting,
                 together=together,
-                scratch=scratch,
                 on_progress=stage.advance,
             )
     tokens = [answer.tokens for bursts in found.values() for burst in bursts for answer in burst.answers]

@@ -114,7 +114,7 @@ def test_tokens_are_counted_and_timed(pruned: Path, log: Path, monkeypatch: pyte
     for each in found.served:
         assert 0 < each.rate.median <= 2 * 3 / paced
         assert each.first.median >= fake_engine.FIRST_SECONDS
-        assert each.following.median >= 0.9 * fake_engine.NEXT_SECONDS
+        assert each.first.median + 2 * each.following.median >= paced  # the first may be read late
     assert found.cache_tokens == dict.fromkeys(ROLES, fake_engine.CACHE_TOKENS)
     assert all(line["ignore_eos"] for line in noted(log, "asked"))
 
