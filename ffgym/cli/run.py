@@ -37,7 +37,7 @@ def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = Fa
 
     \b
     ffgym run --sparsity 0.3 --agent cma-es
-    ffgym run --model ./my-model --resource latency --align 32
+    ffgym run --model ./my-model --resource latency
     ffgym run --sparsity 0.1:0.5 --save-all    one policy for the whole range
     """
     from rich.console import Console
