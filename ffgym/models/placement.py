@@ -42,10 +42,10 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 @functools.cache
 def cpu_bfloat16_speedup() -> float:
-    """How many times faster than float32 this CPU multiplies bfloat16 matrices; probed once a process (30 ms or so)."""
+    """How many times faster than float32 this CPU multiplies bfloat16 matrices; probed once a process (0.1 s or so)."""
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
     # Taking turns: whatever else the machine does then slows both down, and the best of each is free of it.
-    for attempt in range(12):
+    for attempt in range(48):
         for dtype in best:
             seconds = _matmul_seconds(dtype)
             if attempt > 0:
