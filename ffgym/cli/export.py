@@ -54,6 +54,8 @@ def export(
     if renew:
         from ffgym.export.refresh import refresh
 
+        if output or gguf:
+            raise typer.BadParameter("--refresh changes DIR itself and writes nowhere else", param_hint="--output")
         for path in refresh(folder):
             typer.echo(f"wrote {path}")
         return

@@ -307,6 +307,12 @@ def test_a_path_that_the_system_refuses_is_said_without_a_traceback(path: str, s
     assert "hint: " in done.stderr
 
 
+def test_a_refresh_writes_nowhere_else(tmp_path: Path) -> None:
+    done = call("export", str(tmp_path), "--refresh", "--output", "elsewhere")
+    assert done.exit_code == 2
+    assert "--refresh changes DIR itself" in " ".join(done.stderr.replace("│", " ").split())
+
+
 def test_another_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("shapes do not match")
