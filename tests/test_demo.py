@@ -19,7 +19,7 @@ SETTINGS = {
     "data.search_tokens": 1024,
     "data.report_tokens": 512,
     "prune.ridge": 0.1,
-    "search.episodes": 2,
+    "search.episodes": 8,  # one that follows a slope, which costs four, then two updates
     "search.episode_tokens": 256,
     "search.episodes_per_update": 2,
     "search.final_tokens": 256,
