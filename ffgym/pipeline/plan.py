@@ -33,7 +33,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     plan = plan_of(config, needs)
     if config.prune.resource == "params":  # what others count, the model itself has to say
         prune = config.prune
-        Budget(plan.shape.sublayers, min_units=prune.min_units, align=prune.align).check(prune.ends[1])
+        align = 1 if prune.uniform and prune.align == "auto" else prune.align  # as one shape of all layers has it
+        Budget(plan.shape.sublayers, min_units=prune.min_units, align=align).check(prune.ends[1])
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)
     sequential, recovers = config.output.sequential, config.recover.method != "none"

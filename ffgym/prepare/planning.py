@@ -15,7 +15,7 @@ from ffgym.plan.machine import free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.plugins import manager
-from ffgym.pruning.budget import kernel_width
+from ffgym.pruning.budget import width_step
 from ffgym.pruning.statistics import GRADIENT_STATISTICS
 
 
@@ -63,7 +63,5 @@ def placed(config: RunConfig, plan: Plan) -> Plan:
 
 def _mlp_step(config: RunConfig, shape: ModelShape) -> int:
     """Channels by which the widths of MLPs may differ."""
-    prune = config.prune
-    if prune.align != "auto":
-        return prune.align
-    return 1 if prune.uniform else kernel_width(shape.widest("mlp"))
+    widest = max((s for s in shape.sublayers if s.kind == "mlp"), key=lambda mlp: mlp.channels)
+    return width_step(widest, config.prune.align, tied=config.prune.uniform)

@@ -48,6 +48,13 @@ def kernel_width(channels: int) -> int:
     return next(width for width in (64, 32, 16, 8, 4, 2, 1) if width == 1 or channels >= LEAST_LEVELS * width)
 
 
+def width_step(sublayer: Sublayer, align: int | Literal["auto"], *, tied: bool) -> int:
+    """The channels that a sublayer's sizes are multiples of; see `Budget` for ``align`` and layers that are tied."""
+    if align != "auto":
+        return align
+    return kernel_width(sublayer.channels) if sublayer.kind == "mlp" and not tied else 1
+
+
 def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, align: int) -> np.ndarray:
     """The levels at which a sublayer keeps a multiple of ``align`` channels, and the dense one whatever it is.
 
@@ -264,9 +271,7 @@ class Budget:
             holds_cache_length = any((s.kind, s.layer) == ("attention", 0) for s in sublayers)
             least = max(min_units, 1) if holds_cache_length else min_units
             levels = range(first.units) if shapes is None else shapes[first.kind]
-            align = self._align
-            if align == "auto":
-                align = kernel_width(first.channels) if first.kind == "mlp" and shapes is None else 1
+            align = width_step(first, self._align, tied=self.tied)
             units = aligned_levels(first, levels, least=least, align=align)
         return Ladder(members, units, np.sum([self._tables[i][units] for i in members], axis=0))
 
