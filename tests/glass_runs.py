@@ -35,7 +35,7 @@ def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
             "search_tokens": 2048,
             "report_tokens": 1024,
         },
-        "prune": {"ridge": 0.1, "context": WINDOW},
+        "prune": {"ridge": 0.1, "context": WINDOW, "align": 1},
         "search": {
             "episodes": EPISODES,
             "episodes_per_update": PER_UPDATE,
