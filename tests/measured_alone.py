@@ -26,7 +26,7 @@ def measured_alone(
     tokens_per_batch: int = 4096,
 ) -> Evaluation:
     """What one request comes to by ordinary calls of the model; the dense model gets one window or example a call."""
-    from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
+    from ffgym.evaluation.multiple_choice import task_accuracy
     from ffgym.evaluation.perplexity import evaluate
     from ffgym.evaluation.slopes import unit_slopes
 
@@ -55,6 +55,32 @@ def measured_alone(
         units = unit_slopes(prunable, text, request.kept, calibrated=calibrated)
         found = replace(found, slopes=tuple(each.numpy() for each in units))
     return found
+
+
+def answered_right(model: Any, examples: Sequence[EncodedExample], *, tokens_per_batch: int = 4096) -> list[bool]:
+    """Whether the right answer is the likeliest of each example."""
+    from ffgym.evaluation.multiple_choice import batches, right_answers
+
+    right = [False] * len(examples)
+    for batch in batches(examples, tokens_per_batch):
+        asked = [examples[i] for i in batch]
+        for index, answer in zip(batch, right_answers(asked, log_likelihoods(model, asked)), strict=True):
+            right[index] = answer
+    return right
+
+
+def log_likelihoods(model: Any, examples: Sequence[EncodedExample]) -> list[list[float]]:
+    """Log-likelihood of every answer given its context, in nats, by an ordinary call of the model."""
+    import torch
+
+    from ffgym.evaluation.multiple_choice import padded
+
+    rows = padded(model, examples)
+    with torch.inference_mode():
+        hidden = model.base_model(
+            input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.mask, use_cache=False
+        ).last_hidden_state
+        return rows.log_likelihoods(model, hidden)
 
 
 def final_hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,10 @@ BUFFERS = 3  # float32 numbers held per logit
 def window_divergences(
     model: Any, hidden: torch.Tensor, dense_hidden: torch.Tensor, targets: torch.Tensor, needs: frozenset[str]
 ) -> torch.Tensor:
-    """Mean loss, KL(P || Q) and KL(Q || P) of each window.
+    """Mean loss, KL(P || Q) and KL(Q || P) of each window, P from the dense hidden states, Q from the others.
 
     Args:
-        model: gives the output head, which is the dense model's.
+        model: gives the output head that both go through.
         hidden: final hidden states that predict a token, shape (windows, length - 1, d).
         dense_hidden: the dense model's, same shape.
         targets: the tokens, shape (windows, length - 1), int64.
@@ -32,39 +32,21 @@ def window_divergences(
     Returns:
         shape (3, windows), float64, on the CPU, nats per token; NaN in the row of a direction that was not asked for.
     """
-    flat = token_divergences(model, hidden.flatten(0, 1), dense_hidden.flatten(0, 1), targets.flatten(), needs)
-    return flat.view(3, *targets.shape).cpu().double().mean(dim=2)
-
-
-def token_divergences(
-    model: Any, hidden: torch.Tensor, dense_hidden: torch.Tensor, targets: torch.Tensor, needs: frozenset[str]
-) -> torch.Tensor:
-    """Loss, KL(P || Q) and KL(Q || P) at each position, P from the dense hidden states, Q from the others.
-
-    Args:
-        model: gives the output head that both go through.
-        hidden: final hidden states, shape (tokens, d).
-        dense_hidden: the dense model's, shape (tokens, d).
-        targets: next tokens, shape (tokens,), int64.
-        needs: ``kl``, ``reverse_kl`` or both.
-
-    Returns:
-        shape (3, tokens), float32, nats; NaN in the row of a direction that was not asked for.
-    """
     head = model.get_output_embeddings().weight
-    hidden, dense_hidden, targets = (part.to(head.device) for part in (hidden, dense_hidden, targets))
+    states, dense_states = (part.to(head.device).flatten(0, 1) for part in (hidden, dense_hidden))
+    following = targets.to(head.device).flatten()
     vocabulary = head.shape[0]
-    rows = min(len(hidden), max(1, LOGIT_BYTES // (4 * BUFFERS * vocabulary)))
-    logits_buffer = hidden.new_empty(rows * vocabulary)
-    log_p, log_q, work = (hidden.new_empty(rows, vocabulary, dtype=torch.float32) for _ in range(BUFFERS))
-    result = hidden.new_full((3, len(hidden)), torch.nan, dtype=torch.float32)
-    for start in range(0, len(hidden), rows):
-        here = slice(start, min(start + rows, len(hidden)))
+    rows = min(len(states), max(1, LOGIT_BYTES // (4 * BUFFERS * vocabulary)))
+    logits_buffer = states.new_empty(rows * vocabulary)
+    log_p, log_q, work = (states.new_empty(rows, vocabulary, dtype=torch.float32) for _ in range(BUFFERS))
+    result = states.new_full((3, len(states)), torch.nan, dtype=torch.float32)
+    for start in range(0, len(states), rows):
+        here = slice(start, min(start + rows, len(states)))
         count = here.stop - here.start
         p, q, spare = log_p[:count], log_q[:count], work[:count]
-        _log_softmax(project(model, dense_hidden[here], logits_buffer), p, spare)
-        _log_softmax(project(model, hidden[here], logits_buffer), q, spare)
-        result[0, here] = -q.gather(1, targets[here, None])[:, 0]
+        _log_softmax(project(model, dense_states[here], logits_buffer), p, spare)
+        _log_softmax(project(model, states[here], logits_buffer), q, spare)
+        result[0, here] = -q.gather(1, following[here, None])[:, 0]
         torch.exp(p, out=spare)
         # Term by term: the difference of two sums over the vocabulary would lose a small divergence in rounding.
         difference = p.sub_(q)
@@ -73,7 +55,7 @@ def token_divergences(
         if "reverse_kl" in needs:
             torch.exp(q, out=spare)
             result[2, here] = spare.mul_(difference).sum(dim=1).neg_().clamp_min_(0)
-    return result
+    return result.view(3, *targets.shape).cpu().double().mean(dim=2)
 
 
 def _log_softmax(logits: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:

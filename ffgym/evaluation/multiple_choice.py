@@ -19,25 +19,6 @@ from ffgym.errors import ModelError
 from ffgym.evaluation.perplexity import token_losses
 
 
-@torch.inference_mode()
-def answered_right(model: Any, examples: Sequence[EncodedExample], *, tokens_per_batch: int = 4096) -> np.ndarray:
-    """Whether the right answer is the likeliest of each example.
-
-    Args:
-        model: a Hugging Face causal LM in eval mode.
-        examples: questions as token ids.
-        tokens_per_batch: tokens in one forward pass, padding included (whole examples, at least one).
-
-    Returns:
-        shape (examples,), bool; see `right_answers`.
-    """
-    right = np.zeros(len(examples), dtype=bool)
-    for batch in batches(examples, tokens_per_batch):
-        asked = [examples[i] for i in batch]
-        right[batch] = right_answers(asked, log_likelihoods(model, asked))
-    return right
-
-
 def right_answers(examples: Sequence[EncodedExample], likelihoods: Sequence[Sequence[float]]) -> list[bool]:
     """Whether the right answer is the likeliest of each example.
 
@@ -49,35 +30,11 @@ def right_answers(examples: Sequence[EncodedExample], likelihoods: Sequence[Sequ
     ]
 
 
-def task_accuracy(examples: Sequence[EncodedExample], right: Sequence[bool] | np.ndarray) -> float:
+def task_accuracy(examples: Sequence[EncodedExample], right: Sequence[bool]) -> float:
     """Mean over tasks of the share of their examples that were answered right, in [0, 1]."""
     tasks = sorted({example.task for example in examples})
     shares = [np.mean([r for e, r in zip(examples, right, strict=True) if e.task == task]) for task in tasks]
     return float(np.mean(shares))
-
-
-@torch.inference_mode()
-def log_likelihoods(model: Any, examples: Sequence[EncodedExample]) -> list[list[float]]:
-    """Log-likelihood of every answer given its context, in nats, in one forward pass.
-
-    Args:
-        model: a Hugging Face causal LM in eval mode.
-        examples: questions as token ids.
-
-    Returns:
-        for each example a number per answer.
-
-    Raises:
-        ModelError: see `padded`.
-    """
-    batch, device = padded(model, examples), model.get_input_embeddings().weight.device
-    hidden = model.base_model(
-        input_ids=batch.ids.to(device),
-        position_ids=batch.positions.to(device),
-        attention_mask=batch.mask.to(device),
-        use_cache=False,
-    ).last_hidden_state
-    return batch.log_likelihoods(model, hidden)
 
 
 @dataclass(frozen=True)

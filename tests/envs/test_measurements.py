@@ -10,7 +10,7 @@ import made_up_tasks
 import numpy as np
 import pytest
 import torch
-from measured_alone import Recording, compared, final_hidden
+from measured_alone import Recording, answered_right, compared, final_hidden
 
 import ffgym
 from ffgym.config.tables import RunConfig
@@ -22,7 +22,7 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
-from ffgym.evaluation.multiple_choice import answered_right, task_accuracy
+from ffgym.evaluation.multiple_choice import task_accuracy
 from ffgym.plugins import manager
 from ffgym.prepare.parts import make_pruning_env, make_reward
 from ffgym.pruning.budget import Budget

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
+from measured_alone import answered_right, log_likelihoods
 
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
-from ffgym.evaluation.multiple_choice import answered_right, log_likelihoods, task_accuracy
+from ffgym.evaluation.multiple_choice import task_accuracy
 from ffgym.models.cut import PrunableModel
 from ffgym.testing.models import tiny_model
 
@@ -67,8 +68,8 @@ def test_batches_keep_the_order_of_the_examples(tokens_per_batch):
     model, examples = tiny_model("qwen2"), made_up(12)
     best = [int(np.argmax(plain(model, example))) for example in examples]
     got = answered_right(model, examples, tokens_per_batch=tokens_per_batch)
-    assert got.tolist() == [b == e.right for b, e in zip(best, examples, strict=True)]
-    assert 0 < got.sum() < 12, "some are right and some are wrong, or the test says nothing"
+    assert got == [b == e.right for b, e in zip(best, examples, strict=True)]
+    assert 0 < sum(got) < 12, "some are right and some are wrong, or the test says nothing"
 
 
 def test_a_batch_holds_no_more_tokens_than_allowed():
@@ -84,14 +85,14 @@ def test_a_batch_holds_no_more_tokens_than_allowed():
 
 def test_the_first_of_equally_likely_answers_counts():
     twice = EncodedExample("a", (5, 6), ((7, 8), (7, 8)), 1)
-    assert answered_right(tiny_model("llama"), [twice]).tolist() == [False]
+    assert answered_right(tiny_model("llama"), [twice]) == [False]
 
 
 def test_nothing_is_right_where_likelihoods_are_no_numbers():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
-    assert not answered_right(model, made_up()).any()
+    assert not any(answered_right(model, made_up()))
 
 
 def test_accuracy_is_the_mean_over_tasks():

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
+from measured_alone import log_likelihoods
 from transformers import AutoModelForCausalLM
 
 from ffgym.data.examples import EncodedExample
-from ffgym.evaluation.multiple_choice import log_likelihoods
 from ffgym.evaluation.perplexity import predicting, token_losses, window_losses
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
