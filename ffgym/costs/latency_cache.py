@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ffgym.costs.latency_table import LatencyTable, key_of, layer_shapes, model_shape, read_table, to_json
+from ffgym.costs.latency_table import FORMAT, LatencyTable, digest_of, layer_shapes, model_shape, read_table, to_json
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import write_text
 from ffgym.prepare.statistics import OnProgress
+from ffgym.types import JSONDict
 
 Notify = Callable[[str], None]
 # Quartiles further apart than this share of the median: the machine was doing something else.
@@ -73,24 +74,23 @@ def notify_if_busy(table: LatencyTable, notify: Notify | None) -> None:
 def place_of(model: Any, *, context: int) -> Path:
     """Where the cache keeps the table of this model on this machine, whether it is there yet or not."""
     head = model.get_output_embeddings().weight
-    key = key_of(
-        model_shape(model),
-        layer_shapes(model),
-        device=processors(model),
-        threads=threads_of(head.device),
-        torch=torch.__version__,
-        dtype=str(head.dtype).removeprefix("torch."),
-        context=context,
-    )
-    return cache_dir() / "latency" / f"{model.config.model_type}-{key[:16]}.json"
+    facts: JSONDict = {  # what times depend on
+        "format": FORMAT,
+        "model": model_shape(model).model_dump(),
+        "shapes": sorted({shape.model_dump_json() for shape in layer_shapes(model)}),
+        "device": processors(model),
+        "threads": threads_of(head.device),
+        "torch": torch.__version__,
+        "dtype": str(head.dtype).removeprefix("torch."),
+        "context": context,
+    }
+    return cache_dir() / "latency" / f"{model.config.model_type}-{digest_of(facts)[:16]}.json"
 
 
 def _read(path: Path, model: Any, context: int, notify: Notify | None) -> LatencyTable | None:
     """The table at this place; ``None``, and a word about it, where what lies there is not that table."""
     try:
         table = read_table(path)
-        if path.name != f"{table.model.family}-{table.key[:16]}.json":
-            raise ConfigError(f"{path} holds the table of another machine or model")
         table.check_fits(model, context=context, source=str(path))
     except (ConfigError, BudgetError) as error:
         if notify is not None:

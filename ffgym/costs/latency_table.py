@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -136,20 +136,7 @@ class LatencyTable(Strict):
     @property
     def digest(self) -> str:
         """SHA-256 of everything in it: equal digests, equal allocations."""
-        return _digest(self.model_dump(mode="json"))
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of what was timed and how, without the times that came out: see `key_of`."""
-        return key_of(
-            self.model,
-            [curve.shape for curve in self.curves],
-            device=self.device,
-            threads=self.threads,
-            torch=self.torch,
-            dtype=self.dtype,
-            context=self.context,
-        )
+        return digest_of(self.model_dump(mode="json"))
 
     @property
     def measured(self) -> str:
@@ -232,40 +219,6 @@ def _layer_shape(sublayer: Sublayer, layer_type: str) -> LayerShape:
     )
 
 
-def key_of(
-    model: ModelShape,
-    shapes: Iterable[LayerShape],
-    *,
-    device: str,
-    threads: int,
-    torch: str,
-    dtype: str,
-    context: int,
-) -> str:
-    """SHA-256 of what times depend on: the cache finds a table by it.
-
-    Args:
-        model: the shape of the model.
-        shapes: of its sublayers; order and repetition do not matter.
-        device: see `LatencyTable`, as for the rest.
-        threads: of the CPU.
-        torch: its version.
-        dtype: of weights and activations.
-        context: tokens in the window.
-    """
-    plain: JSONDict = {
-        "format": FORMAT,
-        "model": model.model_dump(),
-        "shapes": sorted({shape.model_dump_json() for shape in shapes}),
-        "device": device,
-        "threads": threads,
-        "torch": torch,
-        "dtype": dtype,
-        "context": context,
-    }
-    return _digest(plain)
-
-
 LATENCY_TABLE = FileFormat(
     "latency table",
     LatencyTable,
@@ -294,5 +247,6 @@ def _differences(there: Strict, here: Strict) -> list[str]:
     return [f"{name} {was!r}, here {now!r}" for name, was, now in pairs if was != now]
 
 
-def _digest(plain: JSONDict) -> str:
+def digest_of(plain: JSONDict) -> str:
+    """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

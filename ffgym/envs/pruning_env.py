@@ -22,7 +22,6 @@ from ffgym.envs.judging import Judgement, judge
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.evaluation.evaluator import ModelEvaluator, OnProgress, Request
 from ffgym.execute.base import Executor
-from ffgym.execute.local import LocalExecutor
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.pruning.budget import Budget
@@ -150,10 +149,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.tokens_per_batch = tokens_per_batch
         self.action_space = spaces.Box(-1.0, 1.0, (len(prunable.sublayers),), np.float32)
         self.observation_space = spaces.Box(0.0, 1.0, (2,), np.float32)
-        self.executor = executor or LocalExecutor(
-            lambda: ModelEvaluator(
-                prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
-            )
+        self.executor = executor or ModelEvaluator(
+            prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
         )
         self._on_close = on_close
         self._target = sparsity

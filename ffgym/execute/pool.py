@@ -15,6 +15,7 @@ from ffgym.errors import FFGymError, WorkerError
 
 LISTEN_SECONDS = 0.1
 PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
+START_SECONDS = 1800.0  # that workers may take to start while no other one works
 ATTEMPTS = 3  # of starting a worker, and of a job
 KEPT = "What was measured is kept: the same command continues."
 
@@ -120,16 +121,13 @@ class Pool:
         size: how many there may be, >= 1.
         notify: told in a line what the user should know.
         grace: seconds that a worker whose job is interrupted may take to end it.
-        patience: seconds that a worker may take to start while no other one works.
     """
 
-    def __init__(
-        self, crew: Crew, size: int, notify: Callable[[str], None], grace: float = 0.0, patience: float = 1800.0
-    ) -> None:
+    def __init__(self, crew: Crew, size: int, notify: Callable[[str], None], grace: float = 0.0) -> None:
         self.size = size
         self._crew = crew
         self._notify = notify
-        self._grace, self._patience = grace, patience
+        self._grace = grace
         self._starting: set[int] = set()
         self._paused: dict[int, float] = {}  # until when
         self._ready: set[int] = set()
@@ -238,9 +236,9 @@ class Pool:
             patience = job.queue.patience(worker)
             if patience is not None and now - job.moved > patience:
                 self._replace(worker, f"did nothing for {now - job.moved:,.0f} s")
-        if not self._busy and not self._ready and now - self._heard > self._patience:
+        if not self._busy and not self._ready and now - self._heard > START_SECONDS:
             raise WorkerError(
-                f"no worker has started within {self._patience:,.0f} s", hint=f"Is the cluster full? {KEPT}"
+                f"no worker has started within {START_SECONDS:,.0f} s", hint=f"Is the cluster full? {KEPT}"
             )
 
 

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,25 +22,13 @@ from torch.nn.functional import linear
 
 from ffgym.models.families import Family, family_of
 from ffgym.models.modeling_ffgym import Skipped, count_heads
+from ffgym.models.stream import LayerStream
 from ffgym.pruning.calibration import ConsumerPath, PlainPath
 from ffgym.pruning.ordering import expand_order
 from ffgym.types import Sublayer
 
 Refit = tuple[torch.Tensor, torch.Tensor | None]
 """A consumer's weight and bias at a level, the model's dtype."""
-
-
-class LayerSource(Protocol):
-    """Where layers that are not in memory come from, and where what was computed for them is kept."""
-
-    def load(self, layer: int) -> Mapping[str, torch.Tensor]:
-        """A layer's dense weights as the checkpoint has them, by their names in the layer."""
-
-    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep tensors outside of memory, in place of what was kept under this name before."""
-
-    def kept(self, name: str) -> Mapping[str, torch.Tensor]:
-        """What was kept last."""
 
 
 class PrunableSublayer:
@@ -323,7 +311,7 @@ class PrunableModel:
         ModelError: an unsupported architecture.
     """
 
-    def __init__(self, model: Any, source: LayerSource | None = None) -> None:
+    def __init__(self, model: Any, source: LayerStream | None = None) -> None:
         self.model = model
         self.source = source
         self.family = family_of(model)
@@ -356,7 +344,7 @@ class PrunableModel:
     # No inference tensors: slopes may want gradients of what is brought in, and sizes outlive the mode.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _bring(self, index: int, source: LayerSource) -> None:
+    def _bring(self, index: int, source: LayerStream) -> None:
         halves = self.halves[2 * index : 2 * index + 2]
         self._place(index, source.load(index))
         for half in halves:
@@ -380,11 +368,6 @@ class PrunableModel:
     def dense_units(self) -> tuple[int, ...]:
         """Units per sublayer before anything was cut."""
         return tuple(sublayer.units for sublayer in self.sublayers)
-
-    @property
-    def consumers(self) -> list[nn.Linear]:
-        """The 2L consumers, in order of depth."""
-        return [half.consumer for half in self.halves]
 
     def new_bias_params(self, *, stock: bool = False) -> int:
         """Parameters of all biases that calibration has added, as the model is cut now (of each sublayer, summed)."""

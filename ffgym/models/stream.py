@@ -41,19 +41,13 @@ class TensorFile:
         self.names = frozenset(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; raises ``KeyError`` where there is none of this name."""
-        self._check(name)
+        """The shape of a tensor; raises ``SafetensorError`` where there is none of this name."""
         return tuple(self._file.get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU; raises ``KeyError`` where there is none of this name."""
-        self._check(name)
+        """A tensor, on the CPU; raises ``SafetensorError`` where there is none of this name."""
         tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor
-
-    def _check(self, name: str) -> None:
-        if name not in self.names:
-            raise KeyError(name)
 
 
 class LayerStream:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.models.cut import LayerSource, PrunableModel, PrunableSublayer
+from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.stream import LayerStream
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
@@ -65,7 +66,7 @@ def prepare(
     ridge: float | None = None,
     keep: frozenset[str] = frozenset(),
     tokens_per_batch: int = 4096,
-    source: LayerSource | None = None,
+    source: LayerStream | None = None,
     on_layer: OnLayer | None = None,
     on_progress: OnProgress | None = None,
 ) -> Prepared:

@@ -13,7 +13,7 @@ import torch
 
 from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.walk import Stream, Walk
-from ffgym.prepare.statistics import OnProgress, linear_input
+from ffgym.prepare.statistics import OnProgress, inputs_handed_on, linear_input
 from ffgym.pruning.calibration import sequential_refit
 from ffgym.pruning.factors import as_multiplied, products_in
 from ffgym.pruning.precision import in_float64, sum_in_float64
@@ -47,7 +47,9 @@ def calibrate_sequentially(
     for index in range(len(walk.layers)):
         sublayers = 2 * index, 2 * index + 1
         with prunable.layer(index) as halves, ExitStack() as refitted:
-            targets = _consumer_inputs(dense, index, halves)
+            targets: list[list[torch.Tensor]] = [[] for _ in halves]
+            with inputs_handed_on([half.consumer for half in halves], [to.append for to in targets]):
+                dense.step(index)
             for half, sublayer in zip(halves, sublayers, strict=True):
                 half.cut(kept[sublayer], calibrated=False)
                 inputs = [linear_input(half.consumer, run) for run in pruned.runs(index)] if kept[sublayer] else []
@@ -119,18 +121,3 @@ def _refit(
     refit = sequential_refit(weight, cross, moment, ridge, anchor)
     moved = (0 if bias is None else in_float64(bias)) + in_float64(weight) @ x - in_float64(refit) @ y
     half.set_consumer(refit, moved)
-
-
-def _consumer_inputs(stream: Stream, index: int, halves: Sequence[PrunableSublayer]) -> list[list[torch.Tensor]]:
-    """Move the states behind a layer; what its consumers were given meanwhile, for every batch."""
-    seen: list[list[torch.Tensor]] = [[] for _ in halves]
-    handles = [
-        half.consumer.register_forward_pre_hook(lambda _, inputs, to=to: to.append(inputs[0]))
-        for half, to in zip(halves, seen, strict=True)
-    ]
-    try:
-        stream.step(index)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen

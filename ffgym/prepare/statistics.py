@@ -21,6 +21,8 @@ from ffgym.types import LayerStats
 
 OnProgress = Callable[[int, int], None]
 
+PIECE_TOKENS = 512  # longer windows are cut into pieces, to bound the graph of a layer
+
 
 class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
     """Raised by a hook that has seen what it was waiting for."""
@@ -49,6 +51,20 @@ def linear_input(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
     args, _ = arguments_of(linear, run)
     states: torch.Tensor = args[0]
     return states
+
+
+@contextmanager
+def inputs_handed_on(linears: Sequence[nn.Linear], receive: Sequence[Callable[[torch.Tensor], None]]) -> Iterator[None]:
+    """Within it, whatever each of the linears is given is passed to its receiver too."""
+    handles = [
+        linear.register_forward_pre_hook(lambda _, inputs, to=to: to(inputs[0]))
+        for linear, to in zip(linears, receive, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def stream_statistics(
@@ -82,30 +98,14 @@ def stream_statistics(
             linears = [half.consumer for half in halves]
             sums = [Moments(linear.in_features, linear.weight.device) for linear in linears]
             inputs: list[list[torch.Tensor]] = [[] for _ in linears]
-            _step(first, layer, linears, [to.update for to in sums])
-            _step(second, layer, linears, [to.append for to in inputs])
+            with torch.inference_mode(), inputs_handed_on(linears, [to.update for to in sums]):
+                first.step(layer)
+            with torch.inference_mode(), inputs_handed_on(linears, [to.append for to in inputs]):
+                second.step(layer)
             for index in (2 * layer, 2 * layer + 1):
                 batches = inputs.pop(0)
                 rows = torch.cat([batch.flatten(0, -2) for batch in batches]) if batches else None
                 yield index, sums.pop(0), rows
-
-
-def _step(
-    stream: Stream, layer: int, consumers: Sequence[nn.Linear], receive: Sequence[Callable[[torch.Tensor], None]]
-) -> None:
-    """Move the states behind a layer, and hand on what its consumers are given; nothing where there are no states."""
-    if not stream.hidden:
-        return
-    handles = [
-        consumer.register_forward_pre_hook(lambda _, inputs, to=to: to(inputs[0]))
-        for consumer, to in zip(consumers, receive, strict=True)
-    ]
-    try:
-        with torch.inference_mode():
-            stream.step(layer)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def gradient_statistics(
@@ -113,7 +113,6 @@ def gradient_statistics(
     windows: torch.Tensor,
     needs: frozenset[str],
     *,
-    tokens_per_pass: int = 512,
     on_progress: OnProgress | None = None,
 ) -> Iterator[tuple[int, LayerStats]]:
     """First-order statistics of the consumers, from one walk backwards; what was yielded is no longer held here.
@@ -122,7 +121,6 @@ def gradient_statistics(
         prunable: dense, in eval mode, its parameters frozen.
         windows: token ids, shape (windows, length), int64.
         needs: any of ``gradient``, ``output_gradient``.
-        tokens_per_pass: longer windows are cut into pieces of this length, to bound the graph of a layer.
         on_progress: called with (layers done, layers).
 
     Yields:
@@ -131,7 +129,7 @@ def gradient_statistics(
     """
     if not needs & GRADIENT_STATISTICS:
         return
-    length = min(tokens_per_pass, windows.shape[1])
+    length = min(PIECE_TOKENS, windows.shape[1])
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     sums: list[_FirstOrder] = []
 

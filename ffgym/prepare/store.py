@@ -272,7 +272,7 @@ class _Stored:
             raise KeyError(f"{half.sublayer.name}: factors of another size")
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the sublayer; raises ``KeyError`` where there is none."""
+        """A tensor by its name in the sublayer; raises ``SafetensorError`` where there is none."""
         return self._file.read(self._prefix + name).to(self._device)
 
     def stats(self, tokens: int) -> LayerStats:

@@ -285,11 +285,11 @@ def pick_ridge(
     mean: torch.Tensor | None = None,
     *,
     grid: Sequence[float] = RIDGE_GRID,
-    levels: Sequence[float] = HELD_OUT_LEVELS,
 ) -> float:
     """The lambda of the grid with the least output error on held-out inputs, which the moment has not seen.
 
-    The error is taken to fall and rise once along the grid: from its middle, lambdas are tried downhill.
+    What counts is the geometric mean of the errors at `HELD_OUT_LEVELS`, shares of the channels that are kept. It is
+    taken to fall and rise once along the grid: from its middle, lambdas are tried downhill.
 
     Args:
         weight: W, shape (m, n), path order.
@@ -297,7 +297,6 @@ def pick_ridge(
         held_out: X, shape (rows, n), path order, any floating dtype.
         mean: E[x] of the fitted inputs, shape (n,), for the affine form, whose bias carries it; else ``None``.
         grid: lambdas to try, rising.
-        levels: shares of channels kept at which the error is taken; the geometric mean over them counts.
 
     Returns:
         the chosen lambda.
@@ -309,7 +308,7 @@ def pick_ridge(
     if mean is not None:
         X = X - mean.to(X)
     n = W.shape[1]
-    kept = [min(max(round(level * n), 1), n) for level in levels]
+    kept = [min(max(round(level * n), 1), n) for level in HELD_OUT_LEVELS]
     wanted, G = W @ X.T, moment.float()
     lost = {k: W[:, k:] @ G[k:, :k] for k in kept}  # W_P G_PK
     top = max(kept)

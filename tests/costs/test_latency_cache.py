@@ -96,7 +96,7 @@ def test_the_table_of_something_else_in_its_place_is_timed_again(model, timed, o
     table = cached_table(model, context=64)
     place_of(model, context=64).write_text(to_json(made_up_table(other)))
     assert cached_table(model, context=64, notify=said.append) == table
-    assert "another machine or model; timing again" in said[0]
+    assert "was timed on another model" in said[0]
     assert len(timed) == 2
 
 

@@ -80,7 +80,7 @@ def test_slopes_have_the_bits_of_a_backward_pass_through_the_model(family, rando
     windows, kept = random_windows(3, seed=1), [max(1, s.units // 2) for s in prunable.sublayers]
     found = unit_slopes(prunable, windows, kept)
     pad(prunable, kept)
-    parameters = [parameter.requires_grad_() for c in prunable.consumers for parameter in c.parameters()]
+    parameters = [parameter.requires_grad_() for half in prunable.halves for parameter in half.consumer.parameters()]
     totals = {parameter: torch.zeros_like(parameter.data) for parameter in parameters}
     for window in windows.split(1):
         loss = prunable.model(input_ids=window, labels=window, use_cache=False).loss

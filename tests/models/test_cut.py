@@ -224,8 +224,8 @@ def test_names_facts_and_consumers_agree():
     assert [s.name for s in prunable.sublayers][:3] == ["layer 0 attention", "layer 0 mlp", "layer 1 attention"]
     assert prunable.dense_units == prunable.kept == (2, 48, 2, 48, 2, 48)
     layer = prunable.model.model.layers[1]
-    assert prunable.consumers[2] is layer.self_attn.o_proj
-    assert prunable.consumers[3] is layer.mlp.down_proj
+    assert prunable.halves[2].consumer is layer.self_attn.o_proj
+    assert prunable.halves[3].consumer is layer.mlp.down_proj
 
 
 def test_an_allocation_of_another_length_is_refused():

@@ -42,8 +42,8 @@ from ffgym.errors import (
     TrackingError,
     UnknownNameError,
 )
+from ffgym.evaluation.evaluator import ModelEvaluator
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.execute.local import LocalExecutor
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.folder import claim_folder
@@ -866,16 +866,16 @@ def test_a_plugin_that_breaks_its_contract_is_named_and_the_run_is_failed(
 def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, count = LocalExecutor.measure, iter(range(10**6))
+    measure, count = ModelEvaluator.measure, iter(range(10**6))
 
-    def broken(self: LocalExecutor, requests: Any, *args: Any) -> Any:
+    def broken(self: ModelEvaluator, requests: Any, *args: Any) -> Any:
         dense = max(sum(request.kept) for request in requests)
         return [
             replace(e, losses=(math.nan,) * len(e.losses)) if sum(r.kept) < dense and next(count) in (1, 4) else e
             for r, e in zip(requests, measure(self, requests, *args), strict=True)
         ]
 
-    monkeypatch.setattr(LocalExecutor, "measure", broken)
+    monkeypatch.setattr(ModelEvaluator, "measure", broken)
     one = finish(glass_config(tmp_path, search={"random_baseline": False}))
     failed = [episode for episode in one.result.found.history if episode.failed]
     assert [episode.index for episode in failed] == [1, 4]

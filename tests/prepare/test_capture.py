@@ -10,6 +10,7 @@ import torch
 from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.models.cut import PrunableModel
+from ffgym.prepare import statistics
 from ffgym.prepare.statistics import gradient_statistics, stream_statistics
 from ffgym.pruning.statistics import Moments
 from ffgym.testing.models import tiny_model
@@ -32,12 +33,16 @@ def windows(random_windows):
     return random_windows(6, 16)
 
 
+def consumers(prunable):
+    return [half.consumer for half in prunable.halves]
+
+
 def recorded(prunable, windows):
     """Inputs of every consumer over all windows, shape (tokens, n) each, one window at a time."""
-    inputs = [[] for _ in prunable.consumers]
+    inputs = [[] for _ in consumers(prunable)]
     handles = [
         consumer.register_forward_pre_hook(lambda _, args, to=to: to.append(args[0].reshape(-1, args[0].shape[-1])))
-        for consumer, to in zip(prunable.consumers, inputs, strict=True)
+        for consumer, to in zip(consumers(prunable), inputs, strict=True)
     ]
     with torch.no_grad():
         for window in windows:
@@ -79,10 +84,10 @@ def test_held_out_windows_are_the_last_and_kept_apart(llama, windows):
 
 
 def test_have_the_bits_of_ordinary_calls(prunable, windows):
-    sums = [Moments(consumer.in_features) for consumer in prunable.consumers]
+    sums = [Moments(consumer.in_features) for consumer in consumers(prunable)]
     handles = [
         consumer.register_forward_pre_hook(lambda _, args, to=to: to.update(args[0]))
-        for consumer, to in zip(prunable.consumers, sums, strict=True)
+        for consumer, to in zip(consumers(prunable), sums, strict=True)
     ]
     with torch.no_grad():
         for batch in windows.split(2):
@@ -133,7 +138,7 @@ def reference_gradients(prunable, pieces):
     """Float64 autograd: dL/dW of the mean token loss, and E[g g^T] of the summed loss's gradient at the outputs."""
     twin = PrunableModel(copy.deepcopy(prunable.model).double())
     outputs = {}
-    for index, consumer in enumerate(twin.consumers):
+    for index, consumer in enumerate(consumers(twin)):
         consumer.weight.requires_grad_(True)
         consumer.register_forward_hook(
             lambda _, __, output, i=index: (output.retain_grad(), outputs.__setitem__(i, output))[0]
@@ -146,19 +151,19 @@ def reference_gradients(prunable, pieces):
         for index, output in outputs.items():
             g = output.grad.reshape(-1, output.shape[-1])
             fishers[index] = fishers[index] + g.T @ g / tokens
-    return [consumer.weight.grad / tokens for consumer in twin.consumers], fishers
+    return [consumer.weight.grad / tokens for consumer in consumers(twin)], fishers
 
 
-@pytest.mark.parametrize("tokens_per_pass", [512, 8])
-def test_gradients_equal_float64_autograd(prunable, windows, tokens_per_pass):
-    pieces = windows if tokens_per_pass > 16 else windows.reshape(-1, 8)
+@pytest.mark.parametrize("piece", [512, 8])
+def test_gradients_equal_float64_autograd(prunable, windows, piece, monkeypatch):
+    monkeypatch.setattr(statistics, "PIECE_TOKENS", piece)
+    pieces = windows if piece > 16 else windows.reshape(-1, 8)
     gradients, fishers = reference_gradients(prunable, pieces)
     progress = []
     got = gradients_of(
         prunable,
         windows,
         FIRST_ORDER,
-        tokens_per_pass=tokens_per_pass,
         on_progress=lambda *at: progress.append(at),
     )
     for stats, gradient, fisher in zip(got, gradients, fishers, strict=True):
@@ -175,9 +180,9 @@ def test_gradients_equal_float64_autograd(prunable, windows, tokens_per_pass):
 
 def test_gradients_have_the_bits_of_a_backward_pass_through_the_model(prunable, windows):
     seen = {}
-    for index, consumer in enumerate(prunable.consumers):
+    for index, consumer in enumerate(consumers(prunable)):
         consumer.register_forward_hook(lambda _, args, output, index=index: seen.update({index: (args[0], output)}))
-    sums = [[torch.zeros_like(c.weight), torch.zeros(c.out_features, c.out_features)] for c in prunable.consumers]
+    sums = [[torch.zeros_like(c.weight), torch.zeros(c.out_features, c.out_features)] for c in consumers(prunable)]
     for window in windows.split(1):
         loss = prunable.model(input_ids=window, labels=window, use_cache=False).loss * 15
         gradients = torch.autograd.grad(loss, [seen[index][1] for index in range(6)])

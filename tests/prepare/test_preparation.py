@@ -79,8 +79,8 @@ def test_views_say_what_the_definitions_say(family, windows):
     model = tiny_model(family)
     prepared = prepare(model, Wanda(), windows, ridge=0.05, keep=frozenset({"mean", "second_moment"}))
     inputs = {}
-    for index, consumer in enumerate(prepared.prunable.consumers):
-        consumer.register_forward_pre_hook(
+    for index, half in enumerate(prepared.prunable.halves):
+        half.consumer.register_forward_pre_hook(
             lambda _, args, i=index: inputs.__setitem__(i, args[0].flatten(0, -2).double())
         )
     logits(model, windows)

@@ -46,7 +46,7 @@ def calibrate_slowly(prunable, kept, windows, ridges):
         weight, bias = half.dense_consumer
         W = weight.double()
         b = 0 if bias is None else bias.double()
-        x = inputs_of(dense.model, dense.consumers[index], windows)
+        x = inputs_of(dense.model, dense.halves[index].consumer, windows)
         if k == 0:
             if half.affine:
                 half.set_bias(b + W @ x.mean(0))
@@ -126,8 +126,8 @@ def test_starts_from_the_dense_model_whatever_is_cut(windows):
     used.cut([1] * 6)
     for prunable in (fresh, used):
         calibrate_sequentially(prunable, kept, windows, [0.01] * 6)
-    for a, b in zip(fresh.consumers, used.consumers, strict=True):
-        assert torch.equal(a.weight, b.weight)
+    for a, b in zip(fresh.halves, used.halves, strict=True):
+        assert torch.equal(a.consumer.weight, b.consumer.weight)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

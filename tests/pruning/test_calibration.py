@@ -332,10 +332,6 @@ class TestPickRidge:
         got = pick_ridge(torch.ones(2, 6).bfloat16(), x.double().T @ x.double(), x)
         assert got == pick_ridge(torch.ones(2, 6), x.double().T @ x.double(), x.float())
 
-    def test_own_grid_and_levels(self):
-        moment = torch.eye(4) + 0.5
-        assert pick_ridge(torch.ones(1, 4), moment, torch.eye(4), grid=(0.3,), levels=(0.5,)) == 0.3
-
 
 class TestSequentialRefit:
     @given(st.integers(0, 1000), st.integers(1, 8), st.sampled_from([1e-3, 0.1, 10.0]))
