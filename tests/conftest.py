@@ -63,8 +63,7 @@ def glass() -> tuple[Any, torch.Tensor]:
     It is asked to write them itself, so that calibration and evaluation text are of the kind it knows.
     """
     import torch
-
-    from ffgym.testing.models import glass_model
+    from glass_model import glass_model
 
     model, tokenizer = glass_model()
     start = tokenizer(["Alice", "The", "She", "He"] * 8, return_tensors="pt", padding=True)

@@ -65,10 +65,10 @@ def untimed(log: Path) -> str:
 @functools.cache
 def glass_home() -> Path:
     """A folder with the checkpoint ``glass`` and the texts ``c4.txt`` and ``wiki.txt``; made once."""
+    from glass_model import glass_model
     from transformers.utils import logging
 
     from ffgym.data.corpora import load_text
-    from ffgym.testing.models import glass_model
 
     home = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, home, ignore_errors=True)

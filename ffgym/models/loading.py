@@ -130,33 +130,33 @@ def load(
     target = choose_device(device)
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
-    source, description = _locate(name, any_family=any_family)
-    if revision is not None and not description.startswith("hub model"):
+    if streamed and device == "balanced":
+        raise ModelError(
+            "model.placement = 'stream' runs the layers one after another on one device, and model.device is "
+            "'balanced'",
+            hint="Use model.device cuda, or model.placement resident.",
+        )
+    source = _locate(name, any_family=any_family)
+    if revision is not None and source.folder is not None:
         raise ModelError(
             f"model.revision = {revision!r} only applies to hub models, and {name!r} is none",
             hint="Leave model.revision out.",
         )
-    options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
-    if description.startswith("hub model"):
-        options["local_files_only"] = only_cached(name, revision)
-        check_hub_config(name, revision, any_family=any_family, local_files_only=options["local_files_only"])
+    offline = source.folder is None and only_cached(name, revision)
+    if source.folder is None:
+        check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
     else:
-        check_sizes(name, Path(source), any_family=any_family)
+        check_sizes(name, source.folder, any_family=any_family)
     if streamed:
-        folder = Path(source)
-        if description.startswith("hub model"):
-            folder = hub_folder(name, revision, local_files_only=options["local_files_only"])
+        folder = source.folder or hub_folder(name, revision, local_files_only=offline)
+        if source.folder is None:
             check_sizes(name, folder, any_family=any_family)
-            description = f"{description} at {folder.name[:12]}"
-        if device == "balanced":
-            raise ModelError(
-                "model.placement = 'stream' runs the layers one after another on one device, and model.device is "
-                "'balanced'",
-                hint="Use model.device cuda, or model.placement resident.",
-            )
         model, stream = streamed_model(name, folder, chosen, target)
-        return LoadedModel(model, load_tokenizer(folder), name, description, chosen, target, stream)
-    model, tokenizer = _load_checkpoint(source, name, revision, chosen, options)
+        return LoadedModel(model, load_tokenizer(folder), name, source.described(folder), chosen, target, stream)
+    options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
+    if source.folder is None:
+        options["local_files_only"] = offline
+    model, tokenizer = _load_checkpoint(str(source.folder or name), name, revision, chosen, options)
     if device != "balanced":
         model = move(model, target)
     elif any(place.type != "cuda" for place in devices_of(model)):  # "meta": on the disk, brought in for each call
@@ -167,8 +167,7 @@ def load(
         )
     model.eval()
     model.requires_grad_(False)
-    if description.startswith("hub model"):
-        description = f"{description} at {checkpoint_folder(name, revision=revision).name[:12]}"  # a snapshot's commit
+    description = source.described(source.folder or checkpoint_folder(name, revision=revision))
     first = next(model.parameters())
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
 
@@ -193,12 +192,12 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
         name: see :func:`load`, which must have loaded it once.
         revision: of a hub model.
     """
-    source, description = _locate(name)
-    if not description.startswith("hub model"):
-        return Path(source)
     from transformers.utils import cached_file
 
-    return Path(cached_file(source, "config.json", revision=revision or "main", local_files_only=True)).parent
+    return (
+        _locate(name).folder
+        or Path(cached_file(name, "config.json", revision=revision or "main", local_files_only=True)).parent
+    )
 
 
 def config_of(name: str, *, revision: str | None = None) -> Any:
@@ -223,10 +222,10 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
     elif path.suffix.lower() == ".gguf" and path.is_file():
         source, options = str(path.parent), {"gguf_file": path.name}
     else:
-        source, _ = _locate(name)
-        only = only_cached(name, revision)
-        check_hub_config(name, revision, any_family=False, local_files_only=only)
-        options = {"revision": revision or "main", "local_files_only": only}
+        _locate(name)
+        source, offline = name, only_cached(name, revision)
+        check_hub_config(name, revision, any_family=False, local_files_only=offline)
+        options = {"revision": revision or "main", "local_files_only": offline}
     try:
         with quiet():
             return AutoConfig.from_pretrained(source, **options, trust_remote_code=False)
@@ -267,25 +266,41 @@ def load_tokenizer(folder: Path) -> Any:
     return _tokenizer(str(folder), str(folder), trust_remote_code=False)
 
 
-def _locate(name: str, *, any_family: bool = True) -> tuple[str, str]:
-    """Where to load from (a folder, or a hub id), and how to describe it."""
+@dataclass(frozen=True)
+class _Source:
+    """Where a model is loaded from, and how to describe it.
+
+    Attributes:
+        description: one line for tables.
+        folder: with its files; ``None`` for a hub model.
+    """
+
+    description: str
+    folder: Path | None = None
+
+    def described(self, snapshot: Path) -> str:
+        """The description; of a hub model with the commit, which its snapshot's folder is named by."""
+        return self.description if self.folder is not None else f"{self.description} at {snapshot.name[:12]}"
+
+
+def _locate(name: str, *, any_family: bool = True) -> _Source:
     if name == "demo":
-        folder = fetch(SMOLLM2)
-        return str(dequantised(next(folder.glob("*.gguf")), SMOLLM2.sha256)), DEMO_DESCRIPTION
+        file = next(fetch(SMOLLM2).glob("*.gguf"))
+        return _Source(DEMO_DESCRIPTION, dequantised(file, SMOLLM2.sha256))
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model file {name!r} does not exist", hint="Check the path.")
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        return str(dequantised(path, content, any_family=any_family)), f"{path.name}, dequantised from GGUF"
+        with path.open("rb") as opened:
+            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        return _Source(f"{path.name}, dequantised from GGUF", dequantised(path, content, any_family=any_family))
     if path.is_dir():
         check_folder(path)
-        return str(path), f"folder {path.resolve().name}"
+        return _Source(f"folder {path.resolve().name}", path)
     if path.exists():
         raise ModelError(f"model {name!r} is a file", hint="Name the folder that holds it, a .gguf file, or a hub id.")
     if HUB_ID.fullmatch(name) and not name.startswith("."):
-        return name, f"hub model {name}"
+        return _Source(f"hub model {name}")
     raise ModelError(
         f"model folder {name!r} does not exist", hint="Check the path, or name 'demo', a .gguf file or a hub id."
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.nn import functional
 
 from ffgym.plan.counts import Operations
 from ffgym.plan.shape import ModelShape
@@ -116,43 +115,40 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
 
 
 class _Layer:
-    """The products, norms and activations of a decoder layer, as most families have them."""
+    """A decoder layer of a Llama, with multi-head attention."""
 
     def __init__(self, hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: torch.device) -> None:
-        def weight(outputs: int, inputs: int) -> torch.Tensor:
-            return torch.full((outputs, inputs), 1 / inputs, dtype=dtype, device=device)
+        from accelerate import init_empty_weights
+        from transformers import LlamaConfig, LlamaModel
 
-        self._qkv = [weight(attention, hidden) for _ in range(3)]
-        self._out = weight(hidden, attention)
-        self._gate, self._up, self._down = weight(mlp, hidden), weight(mlp, hidden), weight(hidden, mlp)
+        heads, self._hidden, self._attention, self._mlp = attention // HEAD, hidden, attention, mlp
+        sizes = {
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "head_dim": HEAD,
+            "vocab_size": 1,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        with init_empty_weights(include_buffers=False):  # random numbers would take longer than the probe
+            model = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=heads))
+        state = {
+            name: torch.full(p.shape, 1 / p.shape[-1], dtype=dtype, device=device)
+            for name, p in model.named_parameters()
+        }
+        model.load_state_dict(state, assign=True)
+        self._model = model.to(device).eval()
 
     def operations(self, tokens: int, window: int) -> float:
         """Operations of a pass."""
-        matrices = [*self._qkv, self._out, self._gate, self._up, self._down]
-        return tokens * (2 * sum(w.numel() for w in matrices) + 2 * min(window, tokens) * self._out.shape[1])
+        weights = 4 * self._hidden * self._attention + 3 * self._hidden * self._mlp
+        return tokens * 2 * (weights + min(window, tokens) * self._attention)
 
     @torch.inference_mode()
     def run(self, tokens: int, window: int) -> None:
-        """Pass windows of random states through."""
-        x = torch.ones(tokens // (length := min(window, tokens)), length, self._out.shape[0], dtype=self._out.dtype,
-                       device=self._out.device)  # fmt: skip
-        q, k, v = (self._heads(functional.linear(_norm(x), w)) for w in self._qkv)
-        seen = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + functional.linear(seen.transpose(1, 2).flatten(2), self._out)
-        states = _norm(x)
-        inner = functional.silu(functional.linear(states, self._gate)) * functional.linear(states, self._up)
-        x + functional.linear(inner, self._down)
-
-    @staticmethod
-    def _heads(states: torch.Tensor) -> torch.Tensor:
-        heads = states.view(*states.shape[:-1], -1, HEAD).transpose(1, 2)
-        left, right = heads[..., : HEAD // 2], heads[..., HEAD // 2 :]
-        return heads * 0.5 + torch.cat([-right, left], dim=-1) * 0.5  # as rotary positions do
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        """Pass windows of states through."""
+        length, like = min(window, tokens), self._model.norm.weight
+        self._model(inputs_embeds=like.new_ones(tokens // length, length, self._hidden), use_cache=False)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

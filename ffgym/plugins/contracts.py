@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
-from ffgym.plugins.discovery import check_needs, place_of
+from ffgym.plugins.discovery import place_of
 from ffgym.plugins.manager import described, file_of
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
 
@@ -173,24 +173,6 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
             hint="Set worst to a number that no finite loss earns less than.",
         )
     return number
-
-
-def check_wishes(reward: Reward) -> None:
-    """Hold what a reward asks to be measured to its types; loads nothing.
-
-    Raises:
-        PluginError: names that are no tuple of strings, a count that is none, or ``needs`` and ``worst`` that an
-            instance has set to what no class may have.
-    """
-    check_needs("reward", reward.name, reward)
-    for attribute in ("tasks", "resources"):
-        value = getattr(reward, attribute)
-        if not isinstance(value, (tuple, list)) or not all(isinstance(name, str) for name in value):
-            raise PluginError(f"{described(reward)}: {attribute} is {value!r}, not a tuple of names")
-    for attribute, least in (("examples", 1), ("pareto", 0)):
-        value = getattr(reward, attribute)
-        if not isinstance(value, int) or value < least:
-            raise PluginError(f"{described(reward)}: {attribute} is {value!r}, not a whole number of at least {least}")
 
 
 def check_objectives(

@@ -23,7 +23,7 @@ import pluggy
 from ffgym.config.tables import table_model
 from ffgym.errors import PluginError
 from ffgym.plugins import hookspecs
-from ffgym.plugins.bases import Plugin, PluginConfig
+from ffgym.plugins.bases import Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.kinds import HOOKS, KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
@@ -37,6 +37,10 @@ STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_g
 
 MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
 """What a reward may need beside the losses."""
+
+AGENT_COUNTS = (("slope_episodes", 0), ("least_episodes", 1), ("update_episodes", 1))
+REWARD_COUNTS = (("examples", 1), ("pareto", 0))
+"""Attributes that are whole numbers, and the least that each may be."""
 
 SLOW_SECONDS = 2.0
 """A plugin that takes longer to import is named."""
@@ -251,36 +255,30 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
         raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
-    check_needs(kind, name, cls)
-    check_counts(kind, name, cls)
+    check_attributes(kind, name, cls)
 
 
-def check_counts(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
-    """Hold what an agent says in numbers of episodes to its range: of a class, or of an instance that has set it.
-
-    Raises:
-        PluginError: no whole number, or too small a one.
-    """
-    if kind != "agent":
-        return
-    for attribute, least in (("slope_episodes", 0), ("least_episodes", 1), ("update_episodes", 1)):
-        value = getattr(plugin, attribute)
-        if not (attribute == "update_episodes" and value is None) and not (isinstance(value, int) and value >= least):
-            raise PluginError(f"agent {name!r}: {attribute} is {value!r}, not a whole number from {least}")
-
-
-def check_needs(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
-    """Hold ``needs``, and a reward's ``worst``, to their types: of a class, or of an instance that has set them itself.
+def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
+    """Hold what a plugin says of itself to types and ranges: a class, or an instance that has set attributes itself.
 
     Raises:
-        PluginError: names that are no set, or that nobody measures; a worst reward that is no finite number.
+        PluginError: names the attribute, its value, and what it may be.
     """
+    who = f"{kind} {name!r}"
     needs: Any = getattr(plugin, "needs", frozenset())
     if not isinstance(needs, (set, frozenset)):
-        raise PluginError(f"{kind} {name!r}: needs is {needs!r}, not a frozenset of names")
+        raise PluginError(f"{who}: needs is {needs!r}, not a frozenset of names")
+    known, what = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
+    if not needs <= known:
+        raise PluginError(f"{who} needs unknown {what} {sorted(needs - known)}; known: {sorted(known)}")
     worst: Any = getattr(plugin, "worst", 0.0)
     if kind == "reward" and not (isinstance(worst, (int, float)) and math.isfinite(worst)):
-        raise PluginError(f"reward {name!r}: worst is {worst!r}, not a finite number")
-    known, called = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
-    if not needs <= known:
-        raise PluginError(f"{kind} {name!r} needs unknown {called} {sorted(needs - known)}; known: {sorted(known)}")
+        raise PluginError(f"{who}: worst is {worst!r}, not a finite number")
+    for attribute in ("tasks", "resources") if isinstance(plugin, Reward) else ():
+        value = getattr(plugin, attribute)
+        if not isinstance(value, (tuple, list)) or not all(isinstance(each, str) for each in value):
+            raise PluginError(f"{who}: {attribute} is {value!r}, not a tuple of names")
+    for attribute, least in AGENT_COUNTS if kind == "agent" else REWARD_COUNTS if isinstance(plugin, Reward) else ():
+        value = getattr(plugin, attribute)
+        if (attribute, value) != ("update_episodes", None) and not (isinstance(value, int) and value >= least):
+            raise PluginError(f"{who}: {attribute} is {value!r}, not a whole number from {least}")

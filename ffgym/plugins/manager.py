@@ -117,7 +117,7 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
         raise
     except Exception as error:
         raise PluginError(f"{described(cls)} could not be created: {_said(error, cls)}") from error
-    discovery.check_counts(kind, name, plugin)
+    discovery.check_attributes(kind, name, plugin)
     return plugin
 
 

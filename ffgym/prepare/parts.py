@@ -40,7 +40,6 @@ from ffgym.models.placement import choose_device, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.contracts import check_wishes
 from ffgym.prepare.calibrations import Ridge, calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
@@ -258,7 +257,6 @@ def make_reward(config: RunConfig) -> Reward:
         UnknownNameError: no such reward, task or resource.
     """
     reward = manager.create("reward", config.reward.name, config.reward.options)
-    check_wishes(reward)
     if "accuracy" in reward.needs:
         if not reward.tasks:
             raise ConfigError(

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
+from glass_model import glass_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -32,7 +33,7 @@ from ffgym.export.refresh import refresh
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of, family_of_type, register
 from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
-from ffgym.testing.models import TINY_FAMILIES, glass_model, tiny_model
+from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
 VARIANTS = [(f, True) for f in TINY_FAMILIES] + [(f, False) for f in DISTINCT_FAMILIES if family_of_type(f).kv_heads]

@@ -8,13 +8,13 @@ from typing import Any
 
 import gguf
 import pytest
+from glass_model import glass_model
 from tiny_tokenizers import PRE_TOKENIZERS, byte_level, sentencepiece
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ffgym.errors import ModelError
 from ffgym.export.gguf.vocabulary import read_vocabulary
-from ffgym.testing.models import glass_model
 
 ROWS = 400
 

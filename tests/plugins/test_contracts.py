@@ -21,8 +21,8 @@ from ffgym.plugins.contracts import (
     check_objectives,
     check_reward,
     check_scores,
-    check_wishes,
 )
+from ffgym.plugins.discovery import check_attributes
 from ffgym.testing.toys import toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView
 
@@ -213,8 +213,8 @@ def test_objectives_keep_their_names_and_their_order() -> None:
     [
         ("tasks", "arc_easy", "tasks is 'arc_easy', not a tuple of names"),
         ("resources", (1,), r"resources is \(1,\), not a tuple of names"),
-        ("examples", 0, "examples is 0, not a whole number of at least 1"),
-        ("pareto", "8", "pareto is '8', not a whole number of at least 0"),
+        ("examples", 0, "examples is 0, not a whole number from 1"),
+        ("pareto", "8", "pareto is '8', not a whole number from 0"),
         ("needs", ["kl"], r"needs is \['kl'\], not a frozenset of names"),
         ("needs", frozenset({"KL"}), r"needs unknown measurements \['KL'\]"),
         ("worst", None, "worst is None, not a finite number"),
@@ -223,10 +223,10 @@ def test_objectives_keep_their_names_and_their_order() -> None:
 )
 def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, said: str) -> None:
     reward = Number(1.0)
-    check_wishes(reward)
+    check_attributes("reward", "number", reward)
     setattr(reward, attribute, value)
     with pytest.raises(PluginError, match=f"reward 'number'.*{said}"):
-        check_wishes(reward)
+        check_attributes("reward", "number", reward)
 
 
 @pytest.mark.parametrize(
