@@ -48,7 +48,6 @@ def bench(
 
     Args:
         files: bench TOML files; they must agree on the model.
-        progress: where progress goes; stderr where left out.
         only_report: compute nothing, show what is there.
         workers: cells that are computed at the same time, each in a process of its own. On this machine they share
             torch's threads.

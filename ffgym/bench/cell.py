@@ -50,10 +50,8 @@ class Cell:
     """One agent, one seed, one configuration.
 
     Attributes:
-        label: what its row is called.
         seed: of everything random.
         config: the whole run, with that seed.
-        path: the result file.
         marks: at how many token marks the incumbent is measured, >= 2.
         plain: what was found is also measured without any refit.
     """
@@ -92,10 +90,8 @@ class Job:
     """A cell to compute.
 
     Attributes:
-        cell: which.
         heuristics: (name, options) of every heuristic that cells on the same prepared model ask for.
         parent: MLflow run that the cell's is a child of; ``None`` where tracking is off.
-        title: of the bench.
     """
 
     cell: Cell
@@ -105,11 +101,7 @@ class Job:
 
 
 class CellRunner:
-    """Computes cells one after another and keeps the prepared model for as long as the next cell can use it.
-
-    Args:
-        reporter: where progress goes.
-    """
+    """Computes cells one after another and keeps the prepared model for as long as the next cell can use it."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter

@@ -61,8 +61,6 @@ class Bench:
     """A bench file, read and expanded.
 
     Attributes:
-        file: where it is.
-        spec: what it says.
         cells: what it computes; none where its results are dated.
     """
 

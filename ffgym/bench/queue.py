@@ -31,7 +31,6 @@ def compute(
     Args:
         cells: what is missing, with the bench that each belongs to; at least one.
         parents: MLflow run of each bench file; ``None`` where tracking is off.
-        reporter: where progress goes.
         cluster: whose workers compute, one cell each; this process alone where there is none.
     """
     queue = CellQueue(cells, parents, reporter)
@@ -56,8 +55,6 @@ class CellQueue:
 
     Args:
         cells: what is missing, in the order of the files.
-        parents: MLflow run of each bench file.
-        reporter: where progress goes.
     """
 
     def __init__(

@@ -118,13 +118,10 @@ class BenchRow:
     """One agent over its seeds.
 
     Attributes:
-        label: the agent, heuristic or variant.
         perplexity: over seeds, report split.
         times_dense: the same as a multiple of the dense model's.
         difference: from the best heuristic on the same windows; ``None`` for itself, and where windows were not kept.
         plain: the same without any refit; ``None`` where no seed has it.
-        seeds: how many.
-        dtypes: of its cells, e.g. ``float32``.
         tokens: mean tokens of search and finals.
         seconds: mean wall time of search and finals.
         tokens_to_baseline: tokens until the mean incumbent was as good as the baseline's final quality (interpolated
@@ -222,7 +219,6 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
     """Summarise cells by label.
 
     Args:
-        title: of the bench.
         results: at least one cell.
         baseline: label whose final quality the tokens are counted to.
     """
@@ -383,11 +379,6 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
 
     At most `MOST_LINES` lines: the best searches, with the baseline among them, and the best heuristic. What is not
     drawn is named under the picture.
-
-    Args:
-        table: gives title and order.
-        results: the cells.
-        path: PNG to write.
     """
     from matplotlib.ticker import NullLocator  # slow to import, and not every command draws
 

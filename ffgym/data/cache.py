@@ -163,8 +163,6 @@ class Entry:
 
     Attributes:
         kind: the folder of the cache: ``"prepared"``, ``"models"``, ``"assets"``, ...
-        path: a folder, or a file.
-        bytes: of all its files.
         used: seconds since the epoch.
     """
 

@@ -63,7 +63,6 @@ class Corpus:
     Attributes:
         name: the spec that named it, e.g. ``"demo:c4"``.
         split: which part of it was read, e.g. ``"wiki.utf8"`` or ``"wikitext-2-raw-v1, test"``.
-        documents: the texts, in reading order.
         digest: sha256 over the documents; equal texts have equal digests, whatever they are called.
     """
 
@@ -97,7 +96,6 @@ def load_text(spec: str, *, role: Role) -> Corpus:
     Of a corpus longer than ``ENOUGH_CHARACTERS`` only the beginning is read.
 
     Args:
-        spec: what to read.
         role: what it is read for, which chooses the split where the spec does not.
 
     Raises:

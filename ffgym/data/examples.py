@@ -177,8 +177,6 @@ def encode(example: Example, tokenizer: Any, *, context_limit: int) -> EncodedEx
     A context that is too long loses its beginning; BOS comes first where the tokenizer adds one.
 
     Args:
-        example: the question.
-        tokenizer: a Hugging Face tokenizer.
         context_limit: the longest row that the model takes, in tokens.
 
     Raises:

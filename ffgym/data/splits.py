@@ -40,7 +40,6 @@ class Part:
     """What a split has of one corpus.
 
     Attributes:
-        corpus: where the text came from.
         share: of the split, in (0, 1].
         windows: token ids, shape (windows, window), int64, in the order of the text.
     """
@@ -101,8 +100,6 @@ def make_splits(
     Args:
         corpora: the corpus of each role, or its mixture.
         tokens: how many are wanted for each role.
-        window: length of a window in tokens.
-        tokenizer: a Hugging Face tokenizer.
         context_limit: the longest window that the model takes, in tokens.
 
     Raises:

@@ -42,7 +42,6 @@ class SavedModel:
     """What lies on the disk now.
 
     Attributes:
-        path: the folder.
         bytes: size of its safetensors files.
         parameters: numbers in them; tied weights count once.
         stock: transformers' own classes load it, with no code beside the weights.
@@ -111,10 +110,7 @@ def save_again(
 
     Args:
         model: of a class that ``save_pruned`` writes, which brings its own file along, or of a stock class.
-        tokenizer: saved beside it.
         directory: the folder; its parents are created.
-        card: text of the model card, Markdown.
-        files: copied beside the weights.
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
 
     Raises:
@@ -167,9 +163,6 @@ def _save_by_layer(
     Args:
         pruned: of the saved class; what is in no layer is in memory.
         weights: those of the model that is saved, with the values of the layer that has been brought in.
-        family: the model's family.
-        layer: brings one in.
-        folder: to write to.
     """
     pruned.save_pretrained(folder, state_dict={})
     for empty in folder.glob("*.safetensors"):
@@ -231,7 +224,6 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     Args:
         model: the stock causal LM, cut to ``kept``.
         kept: units per sublayer, length 2L.
-        family: the model's family.
 
     Returns:
         The model. Buffers that are not part of a checkpoint are on the meta device, so it cannot be run.
@@ -267,7 +259,6 @@ def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     Args:
         model: the stock causal LM, cut to ``kept``.
         kept: units per sublayer, length 2L, the same in all layers.
-        family: the model's family.
 
     Returns:
         The model. Buffers that are not part of a checkpoint are on the meta device, so it cannot be run.
@@ -429,12 +420,7 @@ def _count_written(folder: Path) -> int:
 
 
 def refuse_occupied(place: Path, overwrite: bool) -> None:
-    """Raise ``OutputError`` where a model may not be written: a file, or a folder that holds something.
-
-    Args:
-        place: the folder that is meant.
-        overwrite: allow a folder that holds a model.
-    """
+    """Raise ``OutputError`` where a model may not be written: a file, or a folder that holds something."""
     if place.exists() and not place.is_dir():
         raise OutputError(f"{place} is a file, not a folder", hint="Choose another folder.")
     if not place.is_dir() or not any(place.iterdir()):

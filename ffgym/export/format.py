@@ -77,9 +77,6 @@ def export(
 
     Args:
         folder: of a saved model, or of a run, whose model is meant.
-        target, overwrite, progress: see `ExportFormat.write`.
-        name: of the format.
-        options: of the format.
 
     Raises:
         ConfigError, UnknownNameError: an option or a name that is none.

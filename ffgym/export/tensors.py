@@ -32,9 +32,6 @@ def read_checkpoint(folder: Path) -> tuple[Any, Checkpoint]:
 class Checkpoint:
     """The tensors of a folder's safetensors files, read one at a time.
 
-    Args:
-        folder: where they lie.
-
     Raises:
         ModelError: a file is truncated or damaged.
     """

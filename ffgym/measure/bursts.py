@@ -44,11 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Burst:
-    """What the requests of one burst got.
-
-    Attributes:
-        answers: at least one.
-    """
+    """What the requests of one burst got."""
 
     answers: tuple[Answer, ...]
 
@@ -85,7 +81,6 @@ def serve_in_turn(
     """Serve every workload several times, each time by all servers, and once more after a server's start.
 
     Args:
-        servers: of the models.
         workloads: requests at the same time, and tokens of a prompt.
         prompt: makes a prompt of so many tokens from a seed.
         setting: how long answers are, how often all is repeated, and where what servers print goes.

@@ -57,12 +57,10 @@ class Setting:
     """What all servers of a measurement share.
 
     Attributes:
-        options: what was asked for.
         dense, pruned: folders of the two models.
         model_type: of the class file beside the pruned model's weights; ``None`` for a stock model.
         dtype: of weights and activations, e.g. ``"bfloat16"``.
         context: tokens of the longest prompt with its answer.
-        scratch: a folder for files that are gone afterwards.
     """
 
     options: Options
@@ -211,7 +209,6 @@ class Running:
     """A server that answers.
 
     Attributes:
-        server: which one.
         port: on loopback.
         log: what it has printed.
     """
@@ -239,10 +236,6 @@ class Running:
 @contextmanager
 def running(server: Server, log: Path) -> Iterator[Running]:
     """Start a server, wait until it answers, and end it with everything that it has started.
-
-    Args:
-        server: which one.
-        log: the file for what it prints.
 
     Raises:
         ModelError: it ends by itself, or does not answer within `START_SECONDS`.

@@ -50,10 +50,8 @@ class Options:
             take them.
         repetitions: of which the figures are medians, at least 1.
         dtype: of weights and activations, as `load` takes it.
-        device: as `load` takes it.
         threads: of the CPU, at least 1; ``None`` leaves torch's choice.
         output: a ``.md`` or ``.json`` file to write; ``None`` writes none.
-        overwrite: replace it where it is there.
 
     Raises:
         ConfigError: an empty list or a number below 1.
@@ -76,10 +74,6 @@ class Options:
 
 def measure(options: Options, *, progress: Console | None = None) -> Measurement:
     """Measure a saved model beside the dense one.
-
-    Args:
-        options: what is measured, and how.
-        progress: where progress goes; stderr where left out.
 
     Raises:
         ModelError: a folder that is no model, two models that do not belong together, or one that cannot be loaded.
@@ -110,12 +104,10 @@ class TableOptions:
         model: the dense model, as `load` takes it.
         context: tokens in the window, at least 1.
         dtype: of weights and activations, as `load` takes it.
-        device: as `load` takes it.
         threads: of the CPU, at least 1; ``None`` leaves torch's choice.
         repetitions: of which the figures are medians, at least 1.
         rebuild: time again, even if the cache has the times.
         output: a ``.json`` file to write; ``None`` writes none.
-        overwrite: replace it where it is there.
 
     Raises:
         ConfigError: a number below 1.
@@ -139,10 +131,6 @@ class TableOptions:
 
 def latency_table(options: TableOptions, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
     """The latency table of a model on this machine, and where the cache keeps it.
-
-    Args:
-        options: what is timed, and how.
-        progress: where progress goes; stderr where left out.
 
     Raises:
         ModelError: a model that cannot be loaded, or that is pruned already.

@@ -48,7 +48,6 @@ class Options:
 
     Attributes:
         folder: the saved model, or the folder of the run that saved it.
-        engine: a name in `ENGINES`.
         dense: the dense model, as `load` takes it; ``None`` takes what the folder's own record names.
         requests: at the same time, each at least 1.
         prompt_lengths: tokens of a prompt, each at least 1.
@@ -58,7 +57,6 @@ class Options:
         threads: of the CPU, at least 1; ``None`` leaves the engine's choice.
         arguments: put on the engine's command line.
         output: a ``.md`` or ``.json`` file to write; ``None`` writes none.
-        overwrite: replace it where it is there.
 
     Raises:
         ConfigError: an empty list or a number that is too small.
@@ -91,8 +89,6 @@ class Served:
     """One model under one workload.
 
     Attributes:
-        model: which one.
-        workload: requests at the same time, and tokens of a prompt.
         rate: output tokens per second, over all requests.
         first: seconds from a request to the first token of its answer; a repetition's is the median of its requests.
         following: seconds of every further token, likewise.
@@ -114,15 +110,11 @@ class ServingMeasurement:
     """Everything that was measured, and how.
 
     Attributes:
-        engine: name and version.
-        dense, pruned: which models.
         served: every model under every workload.
         answer_tokens: of the shortest and of the longest answer.
         cache_tokens: that the KV cache of each model holds; empty where the engine does not say.
-        device: name of the processor or GPU.
         processors: of the CPU.
         threads: that were asked for.
-        dtype: of weights and activations.
         repetitions: of which the figures are medians.
         together: the servers ran at the same time and took turns; else each was started for its turn.
         arguments: of the engine, beyond ffgym's own.
@@ -180,10 +172,6 @@ class ServingMeasurement:
 
 def measure_serving(options: Options, *, progress: Console | None = None) -> ServingMeasurement:
     """Measure how fast an engine serves a saved model and the dense one.
-
-    Args:
-        options: what is measured, and how.
-        progress: where progress goes; stderr where left out.
 
     Raises:
         ModelError: a folder that is no model, two models that do not belong together, an engine that is not installed

@@ -44,8 +44,6 @@ class Speed:
     """One phase of one workload, dense beside pruned.
 
     Attributes:
-        phase: prefill or decode.
-        workload: batch and length.
         dense: tokens per second, over the batch.
         pruned: the same of the pruned model.
         ratio: dense seconds over pruned seconds of the same repetition: how many times as fast the pruned model is.
@@ -90,7 +88,6 @@ def work_of(model: Any, kept: Sequence[int], meter: Callable[[int], SizeMeter]) 
 
     Args:
         model: the model itself: its parameters are counted as they are.
-        kept: units per sublayer, length 2L.
         meter: sizes of allocations of the dense model at a context.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -120,8 +117,6 @@ def time_in_turn(
     """Prefill and decode of both models on one workload.
 
     Args:
-        dense: causal LM in eval mode.
-        pruned: another one.
         workload: batch and length; the models must take 16 tokens more.
         work: of both, for the ceilings.
         repetitions: that count; one more, which warms up, does not.
@@ -160,7 +155,6 @@ def generate(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     """Fill a cache with prompts, then decode 16 tokens greedily.
 
     Args:
-        model: causal LM in eval mode.
         ids: prompts, shape (batch, length), int64.
 
     Returns:

@@ -45,16 +45,10 @@ class Measurement:
     """Everything that was measured, and how.
 
     Attributes:
-        dense: the dense model.
-        pruned: the pruned one.
         speeds: prefill and decode of every workload.
         context: tokens of context at which MACs are counted.
         memory_work: batch and prompt length of the work that peak memory was measured at.
-        device: name of the processor or GPU.
         threads: of the CPU; 0 for an accelerator.
-        dtype: of weights and activations.
-        torch: its version.
-        transformers: its version.
         repetitions: of which the figures are medians.
     """
 

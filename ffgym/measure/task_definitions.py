@@ -86,11 +86,6 @@ def harness_version() -> str:
 def check_request(tasks: Sequence[str], *, limit: int | None = None, batch_size: int = BATCH_SIZE) -> None:
     """Refuse what cannot be measured, before anything heavy is loaded.
 
-    Args:
-        tasks: lm-eval's names, and those of metrics.
-        limit: examples to measure a task; ``None`` for all.
-        batch_size: requests in one forward pass.
-
     Raises:
         ConfigError: no tasks, a task twice, a limit or a batch size below 1, a task that generates text, a group of
             tasks, or lm-eval is not installed.

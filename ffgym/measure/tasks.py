@@ -51,7 +51,6 @@ class TaskResult:
     """What one model did on one task.
 
     Attributes:
-        task: lm-eval's name.
         version: of lm-eval's task definition; figures compare within a version.
         split: the split that was measured.
         examples: documents measured.
@@ -94,10 +93,7 @@ def evaluate_task(
     """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does, or by a metric of ours.
 
     Args:
-        model: the model and its tokenizer.
-        task: from :func:`load_tasks`.
         limit: examples to measure, the first ones of the split; ``None`` for all.
-        batch_size: requests in one forward pass.
         on_progress: called with (requests done, requests in all).
 
     Raises:
@@ -209,9 +205,6 @@ class ModelScores:
 
     Attributes:
         name: what the user called it.
-        description: what it is and where it came from.
-        dtype: of its weights, e.g. ``"bfloat16"``.
-        device: where it was measured.
         results: one a task, in the order asked for.
     """
 
@@ -244,12 +237,7 @@ def evaluate_models(
 
     Args:
         names: what :func:`ffgym.models.loading.load` takes; ``"dense"`` is another name of the demo model.
-        tasks: from :func:`load_tasks`.
         limit: examples to measure a task, the first ones; ``None`` for all.
-        batch_size: requests in one forward pass.
-        dtype: see :func:`ffgym.models.loading.load`.
-        device: see :func:`ffgym.models.loading.load`.
-        stage: shows progress, a stage for each model and task.
 
     Yields:
         After every task, all figures so far: an interruption loses one task only.

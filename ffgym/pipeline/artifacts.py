@@ -159,8 +159,6 @@ def write_pictures(
     """``units_kept.png``, ``reward.png`` and, of a search of several updates, ``allocations.png``.
 
     Args:
-        folder: of the run.
-        task: names the sublayers.
         allocations: to draw over depth, by label.
         searches: by agent, the run's own first.
         starts: what the allocation that each search started from earns on the text of every episode; empty where that

@@ -84,9 +84,7 @@ def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Report
     search is over: nothing of it depends on this.
 
     Args:
-        task: of the run.
         searches: the agent's first; at most `MEASURED_TEXTS` of its texts are measured, evenly spread.
-        reporter: where progress goes.
 
     Returns:
         for each search, a reward for every episode; NaN where it was not measured, or failed.
@@ -125,9 +123,6 @@ def compared_rows(
     Args:
         task: of the run, at the target.
         heuristics: what the found allocation is compared with, by label; measured after the same refit.
-        random: the same of random allocations.
-        found: the search.
-        reporter: where progress goes.
         dense: the dense model's row where it has been measured.
     """
     refitted = refit_name(task.config)
@@ -148,9 +143,6 @@ def final_refits(
 
     Args:
         task: of the run, at the target.
-        rows: what comes before in the table.
-        found: the search.
-        reporter: where progress goes.
         model: folder of the checkpoint.
 
     Returns:

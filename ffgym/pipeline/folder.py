@@ -128,7 +128,6 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
     """Reopen the folder of a run that was interrupted.
 
     Args:
-        folder: where the run's episodes are.
         config: how it is to go on; ``output``, ``tracking`` and ``workers`` may differ from what they were, but for the
             folder.
 
@@ -217,7 +216,6 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
     """Whether the run in a folder has come to its end, and its results are still there.
 
     Args:
-        folder: of the run.
         config: how it is to go on: a run that left no model is not finished where one is wanted now.
     """
     stored = stored_config(folder)

@@ -27,11 +27,8 @@ def finish_front(
     """Measure every point of a front and the rules on the report split; save the models that are wanted.
 
     Args:
-        task: of the run over the range.
         points: what was found at every target.
         table: of the main target, which is not measured again.
-        folder: where models go.
-        reporter: where progress goes.
     """
     config, name, refitted = task.config, found_name(task.config), refit_name(task.config)
     measured = []

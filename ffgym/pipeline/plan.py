@@ -20,10 +20,6 @@ from ffgym.search.finals import expected_tokens
 def plan_run(config: RunConfig, agent: Agent) -> Plan:
     """What a run needs of this machine.
 
-    Args:
-        config: with all options of its plugins.
-        agent: who searches.
-
     Raises:
         BudgetError: the sparsity is out of reach.
         ModelError: the model's architecture is not supported, or its config is missing or damaged.

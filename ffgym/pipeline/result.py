@@ -30,8 +30,6 @@ class RunResult:
 
     Attributes:
         table: report-split figures, dense first.
-        found: the search.
-        folder: where everything was written.
         saved: the checkpoint, or ``None`` where none was wanted.
         recovered: what training after the final calibration brought, or ``None`` where none was wanted.
         mlflow_run: MLflow's run id, or ``None`` where tracking is off.
@@ -91,7 +89,6 @@ class FinishedRun:
     """Returned when a resumed run was already finished: where its results are.
 
     Attributes:
-        folder: where everything was written.
         model: the checkpoint, or ``None`` where there is none.
         recovered_model: the one that was trained afterwards, or ``None``.
         stock: transformers' own classes load the checkpoints.

@@ -40,10 +40,7 @@ class Session:
     """A run from the moment its folder is locked until it is finished, interrupted or failed.
 
     Attributes:
-        config: everything that decides the run.
         folder: where the run writes; locked against other runs.
-        tracker: its MLflow run.
-        progress: prints progress.
         resumed: whether this session continues an earlier one.
         record: what later sessions need to know.
     """
@@ -64,7 +61,6 @@ class Session:
 
         Args:
             config: with all options of its plugins.
-            progress: prints the run's progress.
             resume: folder of an earlier session; ``None`` for a new run.
 
         Raises:

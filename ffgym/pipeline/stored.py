@@ -27,13 +27,7 @@ TABLE = FileFormat("table of a run", list[JSONDict], OutputError, "Run again wit
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run as its folder has it.
-
-    Attributes:
-        folder: of the run.
-        config: how it was run.
-        table: what it came to; ``None`` where it has not come so far.
-    """
+    """A run as its folder has it."""
 
     folder: Path
     config: RunConfig
@@ -45,8 +39,6 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
 
     Args:
         text: the folder of a run, or what `ffgym.tracking.runs.find_run` takes.
-        root: folder of the MLflow store.
-        experiment: MLflow experiment.
 
     Raises:
         TrackingError: no such run, a deleted run, or several.

@@ -59,9 +59,6 @@ class Task:
     """What all searches of one configuration share: the model with its paths, the splits, the environment.
 
     Attributes:
-        config: the run.
-        loaded: model and tokenizer.
-        splits: calibration, search, report.
         prepared: pruning paths.
         env: the stationary environment.
         sizes: size of any allocation.
@@ -114,9 +111,7 @@ def open_task(
     """Load, split, prepare.
 
     Args:
-        config: the run.
         heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
-        reporter: where progress goes.
         recorded: folder of the run, where it goes on: what it has measured before is not measured again.
         cluster: whose workers measure; this process alone where left out.
     """

@@ -107,16 +107,7 @@ class Checkpoint:
             )
 
     def save(self, name: str, tensors: dict[str, torch.Tensor], facts: JSONDict) -> None:
-        """Write one part.
-
-        Args:
-            name: file name without its ending.
-            tensors: of any shape, dtype and device.
-            facts: JSON.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
+        """Write one part."""
         path = self.folder / f"{name}{SUFFIX}"
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with replacing(path) as unfinished:
@@ -132,7 +123,6 @@ class Checkpoint:
         """One part, or ``None`` where there is none.
 
         Args:
-            name: file name without its ending.
             facts: what the facts must be: a dataclass or another type that pydantic knows.
 
         Raises:

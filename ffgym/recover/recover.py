@@ -64,7 +64,6 @@ def recover(
         output: folder of the new model; beside the old one, with ``-recovered`` behind its name, where left out.
         overwrite: replace a model that is there, and an unfinished training with other settings.
         dense: name of the model that was pruned; ``None`` where it is not known. Some methods need it.
-        progress: where progress goes; stderr where left out.
 
     Raises:
         FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
@@ -99,10 +98,6 @@ def recover(
 def check_method(table: RecoverTable, dense: str | None) -> Recovery:
     """Make the method, and refuse, before anything is loaded, what it cannot do without.
 
-    Args:
-        table: names the method and holds its options.
-        dense: name of the dense model, where it is known.
-
     Raises:
         ConfigError: an option that the method refuses.
         RecoveryError: no method, something that is not installed, no dense model for a method that needs it.
@@ -136,11 +131,6 @@ def train_and_save(
 
     Args:
         config: with ``[recover]`` set, the method's options spelled out.
-        source: folder of the model.
-        place: folder of the new one.
-        tracker: gets the curve, the tags and the picture.
-        reporter: where progress goes.
-        overwrite: replace what is in the way.
         dense: name of the dense model, for methods that need it and for the table.
         texts: the text, where it has been gathered already.
     """

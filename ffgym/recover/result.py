@@ -16,14 +16,7 @@ CURVE, PICTURE = "recovery.json", "recovery.png"
 
 @dataclass(frozen=True)
 class RecoveredModel:
-    """A model that was trained and saved.
-
-    Attributes:
-        saved: the checkpoint.
-        table: before and after on the report split.
-        after: the last row's losses.
-        summary: sentences that say what was done.
-    """
+    """A model that was trained and saved."""
 
     saved: SavedModel
     table: RecoveryTable
@@ -46,12 +39,7 @@ class RecoveredModel:
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """What ``recover`` hands back.
-
-    Attributes:
-        recovered: the model and its figures.
-        mlflow_run: MLflow's run id, or ``None`` where tracking is off.
-    """
+    """What ``recover`` hands back."""
 
     recovered: RecoveredModel
     mlflow_run: str | None

@@ -20,7 +20,6 @@ class Measured:
     Attributes:
         label: ``"dense"``, ``"before"``, or how it was recovered.
         evaluation: losses of the windows, the same windows for all.
-        parameters: of the whole model.
     """
 
     label: str
@@ -34,7 +33,6 @@ class RecoveryTable:
 
     Attributes:
         rows: dense where it is known, then before, then recovered.
-        header: how the perplexities were measured.
     """
 
     rows: tuple[Measured, ...]
@@ -85,12 +83,7 @@ def recovered_card(
     """Write the model card of a recovered model.
 
     Args:
-        title: of the card.
         before: the card of the model as it was before; ``None`` where it had none.
-        summary: sentences that say what was done.
-        table: before and after.
-        command: the command that does it again.
-        stock: transformers' own classes load it.
 
     Returns:
         YAML front matter, that of the earlier card where it has one, and Markdown.

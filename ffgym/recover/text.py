@@ -31,7 +31,6 @@ class TrainingText:
         source: the same with what was read of it: ``"demo:c4 (c4.utf8)"``.
         windows: token ids, shape (windows, window), int64: as many as were asked for, or all that there are.
         left_out: windows that repeat text of the search or the report split, and are not among them.
-        digest: sha256 of the windows.
     """
 
     name: str
@@ -47,7 +46,6 @@ class RecoveryTexts:
 
     Attributes:
         splits: the run's; the report split is measured at the end.
-        training: what is trained on.
         held_out: the last windows of the search split, which decide what weights to keep, shape (windows, length).
     """
 
@@ -77,7 +75,6 @@ def gather(config: RunConfig, loaded: LoadedModel, splits: Splits | None = None)
     """Cut the splits, and find text to train on that none of them reports or chooses on.
 
     Args:
-        config: the run, with ``[recover]`` set.
         loaded: the model that is trained, or the dense one that it is made from: their tokens are the same.
         splits: of the run where they are there already.
 
@@ -115,9 +112,6 @@ def training_text(
     Args:
         spec: a corpus, see ``ffgym.data.corpora``; ``None`` for what the calibration split is made of; its own
             windows may be trained on: they are what the refits saw.
-        splits: of the run.
-        tokenizer: the one that the splits were made with.
-        window: tokens in one window.
         tokens: how many are wanted; fewer are handed out where the corpus holds fewer.
         at_least: how many there must be.
 

@@ -56,19 +56,13 @@ def model_card(
     """Write the model card of a pruned model.
 
     Args:
-        title: the model's name.
         base_model: the Hub id of the dense model; ``None`` for a model that the Hub does not know.
         license: the Hub's identifier of the dense model's licence, e.g. ``"apache-2.0"``; ``None`` if not known.
-        table: the run's table, dense row included.
-        saved: the row that the saved weights are.
         sublayers: the dense model's 2L sublayers, in the order of ``allocation.kept``.
         allocation: what the saved model keeps.
         quantity: what its budget counted, e.g. ``"KV-cache bytes"``.
-        command: the command that reruns the search.
-        seed: its seed.
         splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
         caveats: sentences that a user of the model must read, e.g. that the dense weights were dequantised.
-        stock: transformers' own classes load it.
 
     Returns:
         YAML front matter and Markdown.

@@ -17,15 +17,7 @@ from ffgym.types import JSONDict
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of a comparison.
-
-    Attributes:
-        name: as the table calls it.
-        agent: who searched.
-        criterion: what scored the units.
-        resource: what its budget counted.
-        table: of the run.
-    """
+    """One run of a comparison."""
 
     name: str
     agent: str
@@ -132,11 +124,6 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
 
     Args:
         differences: by label, from top to bottom; at least one.
-        reference: what they are differences from.
-        path: the PNG to write.
-
-    Raises:
-        OutputError: the picture cannot be written.
     """
     figure = new_figure(width=9.0, height=1.7 + 0.38 * len(differences))
     axes: Any = figure.add_subplot()
@@ -157,15 +144,7 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
 
 
 def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
-    """Draw perplexity against size, with the 95 % intervals of the perplexities and the dense models.
-
-    Args:
-        runs: at least one.
-        path: the PNG to write.
-
-    Raises:
-        OutputError: the picture cannot be written.
-    """
+    """Draw perplexity against size, with the 95 % intervals of the perplexities and the dense models."""
     figure = new_figure(width=9.0, height=5.0)
     axes: Any = figure.add_subplot()
     dense = list({row.perplexity: row for run in runs if (row := run.table.dense) is not None}.values())

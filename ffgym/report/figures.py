@@ -42,11 +42,7 @@ UNIT_NAMES: dict[Kind, tuple[str, str]] = {
 
 
 def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], path: Path) -> None:
-    """Write the picture of what a run found: see `draw_units_kept`.
-
-    Raises:
-        OutputError: the picture cannot be written.
-    """
+    """Write the picture of what a run found: see `draw_units_kept`."""
     found = next(iter(allocations.values()))
     save_figure(draw_units_kept(sublayers, allocations, _kept_title(sublayers, found)), path)
 
@@ -57,7 +53,6 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
     Args:
         sublayers: 2L sublayers, in the order of ``Allocation.kept``.
         allocations: by label; the first is the found one and drawn as bars, the others as lines for reference.
-        title: of the picture.
     """
     figure = new_figure(width=9.0, height=5.2)
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
@@ -127,12 +122,8 @@ def reward_figure(
 
     Args:
         episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
-        path: the PNG to write.
         starts: the rewards of the allocation that a search started from, one for every episode by label; NaN where
             that is not known.
-
-    Raises:
-        OutputError: the picture cannot be written.
     """
     searches = {label: history for label, history in episodes.items() if history}
     scheduled = any(len({episode.target_sparsity for episode in history}) > 1 for history in searches.values())
@@ -222,11 +213,6 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
     Args:
         sublayers: 2L sublayers, in the order of ``Episode.kept``.
         history: the episodes, in the order of evaluation; at least one.
-        title: of the picture.
-        path: the PNG to write.
-
-    Raises:
-        OutputError: the picture cannot be written.
     """
     updates = np.array([episode.update for episode in history])
     shares = 100 * np.array([e.kept for e in history]) / np.array([sublayer.units for sublayer in sublayers])

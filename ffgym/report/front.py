@@ -26,7 +26,6 @@ class FrontPoint:
         target: sparsity that was asked for.
         found: the chosen allocation on the report split.
         references: the rules on the report split, by label; the same labels at every point.
-        allocation: units kept.
         origin: where the choice came from, e.g. ``"policy"`` or ``"episode 37"``.
         finals_loss: its loss on the finals' windows of the search split, nats per token; ``None`` without finals.
     """
@@ -46,8 +45,6 @@ class Front:
     Attributes:
         label: what the found column is called: the agent.
         points: at least two.
-        dense: the dense model on the report split.
-        header: how the perplexities were measured.
         search_tokens: tokens of all episodes.
         final_tokens: tokens of the finals of all points.
         seconds: wall time of search and finals.
@@ -134,15 +131,7 @@ def as_dict(front: Front) -> JSONDict:
 
 
 def front_figure(front: Front, path: Path) -> None:
-    """Draw report perplexity against sparsity, the found allocations strong, the rules beside them.
-
-    Args:
-        front: the points.
-        path: the PNG to write.
-
-    Raises:
-        OutputError: the picture cannot be written.
-    """
+    """Draw report perplexity against sparsity, the found allocations strong, the rules beside them."""
     figure = new_figure(width=8.0, height=5.0)
     axes: Any = figure.add_subplot()
     targets = [100 * point.target for point in front.points]

@@ -27,7 +27,6 @@ class Column(Generic[R]):
     """One column of a table whose rows are ``R``.
 
     Attributes:
-        head: its name.
         text: writes a row's cell; `STAR` at its end marks it.
         left: it is text and stands on the left; numbers stand on the right.
         plain: what JSON has of it, by key; ``None`` for nothing.
@@ -54,8 +53,6 @@ class Table(Generic[R]):
     """Rows, and how every medium shows them.
 
     Attributes:
-        columns: from left to right.
-        rows: from top to bottom.
         notes: sentences that stand under it, one a line.
         space: columns of blanks after every cell on a console, beside the one that stands between two cells anyway.
         best: one of the rows, or ``None``.

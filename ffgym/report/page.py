@@ -18,7 +18,6 @@ class Page:
     """What a page shows.
 
     Attributes:
-        title: of the page.
         summary: sentences, the most important one first.
         settings: what was run, by name.
         table: the results; ``None`` where there are none yet.
@@ -41,11 +40,7 @@ class Page:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write the page as one HTML file, pictures included.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write the page as one HTML file, pictures included."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)

@@ -29,7 +29,6 @@ class ParetoPoint:
         reward: the weighted sum that chose the winner.
         objectives: by name, higher = better.
         dominated: another one is at least as good in every objective and better in one.
-        chosen: it is the run's result.
     """
 
     allocation: Allocation
@@ -46,7 +45,6 @@ def pareto_json(points: Sequence[ParetoPoint], dense: Mapping[str, float], *, to
 
     Args:
         points: best reward first.
-        dense: the dense model's objectives.
         tokens: text tokens that each was measured on.
         examples: task examples that each was measured on.
     """
@@ -81,12 +79,6 @@ def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], pat
 
     Args:
         points: best reward first; at least one not dominated.
-        dense: the dense model's objectives.
-        path: the PNG to write.
-        note: what the numbers were measured on.
-
-    Raises:
-        OutputError: the picture cannot be written.
     """
     pairs = list(combinations(dense, 2))
     figure = new_figure(width=max(6.5, 4.4 * len(pairs)), height=4.4)

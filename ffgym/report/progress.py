@@ -103,8 +103,6 @@ class Stage:
         """Move on.
 
         Args:
-            steps: how far.
-            note: shown from now on.
             is_known: these steps are those of an earlier session, and say nothing of how long the others will take.
         """
         self.done = min(self.total, self.done + steps)
@@ -184,13 +182,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, label: str, total: int, unit: str = "") -> Iterator[Stage]:
-        """Show one stage until the block ends, then a line with its duration.
-
-        Args:
-            label: what it does.
-            total: its steps.
-            unit: what a step is, in the plural.
-        """
+        """Show one stage until the block ends, then a line with its duration."""
         begun = time.monotonic()
         plan = self._plan if self._plan is not None and self._plan.enter(label) else None
         stage = Stage(label, total, unit, self.console, plan)

@@ -24,7 +24,6 @@ class Cost:
     Attributes:
         key: the resource's key in JSON, e.g. ``"macs_per_token"``.
         column: head of its column, e.g. ``"MACs/token"``.
-        value: the cost.
         text: the cost as tables print it.
     """
 
@@ -49,7 +48,6 @@ class Row:
         note: what a reader must know about this row alone, without a full stop; empty for nothing.
         is_heuristic: a rule gave the allocation, without any episode.
         is_found: the row holds the allocation that the agent found.
-        is_saved: its model is saved.
         refit: how it was refitted, e.g. ``"ridge"``; empty for not at all.
         same_as: label of the heuristic that keeps the very same units, where the agent found no others.
     """

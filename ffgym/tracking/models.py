@@ -27,9 +27,6 @@ def log_model(
     """Log a saved model as what a run has made; at most once.
 
     Args:
-        client: of MLflow.
-        run_id: the run.
-        path: folder of the model.
         params: to compare models by.
         result: metrics of the run that are the model's: name, value, step, and when, in milliseconds.
     """

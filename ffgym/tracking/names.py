@@ -35,9 +35,7 @@ class Result:
 
     Attributes:
         perplexity: of the model that was saved, or would be.
-        dense_perplexity: of the dense model.
         sparsity: share of the budget's resource removed over the prunable sublayers, in [0, 1].
-        params: parameters of the whole model.
         search_tokens: tokens that the agent's episodes took.
         seconds: wall time of search and finals.
         accuracy: share of task examples answered right, where the reward weighs it; on examples of the search split.

@@ -45,9 +45,6 @@ class Outbox:
     def forward(self, send: Callable[[JSONDict], None]) -> int:
         """Send what waits, in order; what could not be sent goes on waiting.
 
-        Args:
-            send: sends one record, or raises.
-
         Returns:
             how many were sent.
         """

@@ -24,13 +24,7 @@ DIGEST_CHARACTERS = 36
 
 
 def send(client: Any, run_id: str, record: JSONDict) -> None:
-    """Write one record.
-
-    Args:
-        client: of MLflow.
-        run_id: the run that it belongs to.
-        record: its kind under ``"write"``, and what that kind takes.
-    """
+    """Write one record."""
     values = {key: value for key, value in record.items() if key != "write"}
     KINDS[record["write"]](client, run_id, **values)
 

@@ -58,10 +58,6 @@ class TrackedRun:
 def list_runs(root: Path, experiment: str = "ffgym") -> list[TrackedRun]:
     """All runs of an experiment that were not deleted, newest first.
 
-    Args:
-        root: folder of the store; ``MLFLOW_TRACKING_URI`` wins.
-        experiment: MLflow experiment.
-
     Raises:
         TrackingError: no such store or experiment, or the store cannot be read.
     """
@@ -82,7 +78,6 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     """The run that a person means.
 
     Args:
-        root: folder of the store; ``MLFLOW_TRACKING_URI`` wins.
         text: MLflow's id, the first digits of one, a run's name, or the folder of a run.
         experiment: where names and first digits are looked for.
 
@@ -120,8 +115,6 @@ def run_with_id(root: Path, run_id: str, where: str = "") -> TrackedRun:
     """The run that has an id of MLflow's.
 
     Args:
-        root: folder of the store; ``MLFLOW_TRACKING_URI`` wins.
-        run_id: 32 hexadecimal digits.
         where: what says so, for messages, with a colon and a space behind it.
 
     Raises:

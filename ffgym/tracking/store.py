@@ -68,12 +68,6 @@ def tracking_uri(root: Path) -> str:
 def fetch_artifact(root: Path, run_id: str, name: str, folder: Path) -> Path:
     """Copy one artifact of an earlier run out of the store.
 
-    Args:
-        root: folder of the store.
-        run_id: MLflow's id of the run.
-        name: e.g. ``"policy.json"``.
-        folder: where the copy goes.
-
     Raises:
         TrackingError: no such run or artifact, or the store cannot be read.
     """
@@ -86,7 +80,6 @@ def reading_store(root: Path, action: str) -> Iterator[tuple[Any, str]]:
     """MLflow's client of a store that exists, and the store's address.
 
     Args:
-        root: folder of the store.
         action: what is done, for messages: ``"read policy.json of run '0a1b'"``.
 
     Raises:

@@ -15,11 +15,6 @@ from ffgym.tracking.store import reading_store
 def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> int:
     """Send all records that wait under some folders, those of each run in order.
 
-    Args:
-        root: folder of the store; ``MLFLOW_TRACKING_URI`` wins.
-        folders: where runs keep their files.
-        notify: is told what was sent.
-
     Returns:
         how many records were sent.
 

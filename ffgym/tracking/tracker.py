@@ -62,8 +62,6 @@ class Tracker:
 
     Args:
         root: folder of the store, made if it is missing.
-        experiment: MLflow experiment, made if it is missing.
-        run_name: what the run is called in the UI.
         enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
         unsent: file for what a server does not take; its folder must be there once there is something to keep.
         parent: ``run_id`` of the run that this one is a child of.
@@ -218,22 +216,13 @@ class Tracker:
         """Log a split as a dataset input of the run.
 
         Args:
-            name: e.g. ``"demo:c4"``.
             context: what it is used for: ``"calibration"``, ``"search"`` or ``"report"``.
             digest: of its token ids; MLflow keeps 36 characters in the digest, the whole is in the profile.
-            corpus: where the text is from.
-            tokens: how many.
         """
         self._write("dataset", name=name, context=context, digest=digest, corpus=corpus, tokens=tokens)
 
     def log_child(self, name: str, params: Mapping[str, str], result: Result) -> None:
-        """Log a point of a range as a finished run of its own, nested under this one; at most once.
-
-        Args:
-            name: of the point; the run's own is put before it.
-            params: its parameters.
-            result: what it came to.
-        """
+        """Log a point of a range as a finished run of its own, nested under this one; at most once."""
         now = _milliseconds()
         points = [(key, value, 0, now) for key, value in result.metrics.items()]
         name, tags = f"{self._run_name}: {name}", self._source()
@@ -423,7 +412,6 @@ def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[
     """Name the versions and the hardware settings that a result depends on.
 
     Args:
-        device: e.g. ``"cpu"``.
         dtype: of weights and activations, e.g. ``"bfloat16"``: what ``auto`` came to.
         threads: what ``torch.get_num_threads()`` says; sums, and so rewards, depend on it in the last bits.
         plugins: the plugins used, e.g. ``{"criterion.wanda": "ffgym 0.1.0"}``.

@@ -33,9 +33,6 @@ def open_ui(
 
     Args:
         root: folder of the store that :class:`Tracker` writes; ``MLFLOW_TRACKING_URI`` wins.
-        experiment: MLflow experiment.
-        port: TCP port on 127.0.0.1.
-        notify: is given the page's address.
         browser: open the page in a browser, where there is a screen.
 
     Raises:

@@ -34,12 +34,7 @@ TAGS = {
 
 
 def arrange(client: Any, experiment: Any) -> None:
-    """Give an experiment the view, where it does not have it yet and may be changed: nobody depends on it.
-
-    Args:
-        client: of MLflow.
-        experiment: MLflow's, as the client returns it.
-    """
+    """Give an experiment the view, where it does not have it yet and may be changed: nobody depends on it."""
     from mlflow.exceptions import MlflowException
 
     with contextlib.suppress(MlflowException):
@@ -49,11 +44,6 @@ def arrange(client: Any, experiment: Any) -> None:
 
 
 def page(server: str, experiment_id: str) -> str:
-    """Where a server shows the view.
-
-    Args:
-        server: its address, e.g. ``"http://127.0.0.1:5000"``.
-        experiment_id: MLflow's.
-    """
+    """Where a server shows the view."""
     view = f"workflowType=machine_learning&viewStateShareKey={VIEW}"
     return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{view}"
