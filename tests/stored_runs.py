@@ -10,6 +10,7 @@ import tomli_w
 from table_costs import table_costs
 
 from ffgym.pipeline.artifacts import write_table
+from ffgym.pipeline.folder import RunRecord, write_record
 from ffgym.report.table import ReportTable, Row
 
 LOSSES = {"one": (2.0, 3.0, 4.0), "better": (1.9, 2.91, 3.9), "tied": (1.9, 3.1, 4.05), "broken": (9.0, 9.0, math.inf)}
@@ -31,4 +32,5 @@ def write_run(parent: Path, name: str, *, windows: str = "abc", **data: Any) -> 
         row("reinforce + ridge", LOSSES.get(name, LOSSES["one"]), 0.2, is_found=True, is_saved=True, refit="ridge"),
     )
     write_table(folder, ReportTable(rows, "how it was measured", windows))
+    write_record(folder, RunRecord(results=("report.json",)))
     return folder

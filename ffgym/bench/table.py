@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ffgym.config.mixture import described
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, finite, stacked
-from ffgym.report.paired import Difference, paired_difference
+from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
 MOST_LINES = 6  # of a picture: more cannot be told apart
@@ -167,7 +167,7 @@ class BenchTable:
             Column("agent", lambda row: row.label, left=True, plain=lambda row: {"label": row.label}),
             _number("perplexity", lambda row: str(row.perplexity), _perplexity_data),
             _number("x dense", lambda row: f"{row.times_dense:.2f}", lambda row: {"ratio_to_dense": row.times_dense}),
-            _number("nats against best heuristic", self._against, _difference_data),
+            _number("nats against best heuristic", self._against, lambda row: difference_data(row.difference)),
             _number("without any refit", lambda row: str(row.plain or "—"), _plain_data),
             _number("seeds", lambda row: str(row.seeds), lambda row: {"seeds": row.seeds}, spare=True),
             Column("dtype", lambda row: row.dtypes, left=True, plain=lambda row: {"dtype": row.dtypes}, spare=True),
@@ -205,14 +205,6 @@ def _perplexity_data(row: BenchRow) -> JSONDict:
 
 def _plain_data(row: BenchRow) -> JSONDict:
     return {"perplexity_without_refit": None if row.plain is None else finite(row.plain.value)}
-
-
-def _difference_data(row: BenchRow) -> JSONDict:
-    found = row.difference
-    return {
-        "difference": None if found is None else found.mean,
-        "difference_margin": None if found is None else finite(found.margin),
-    }
 
 
 def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> BenchTable:

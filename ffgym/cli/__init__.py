@@ -3,22 +3,7 @@
 Everything heavy is imported inside the command that needs it.
 """
 
-from ffgym.cli import bench, cache, export, measure, plan, plugins, recover, results, run, runs, sync, ui
+from ffgym.cli import bench, cache, export, measure, plan, plugins, recover, results, run, runs, sync, ui  # noqa: F401
 from ffgym.cli.app import app, main
 
-__all__ = [
-    "app",
-    "bench",
-    "cache",
-    "export",
-    "main",
-    "measure",
-    "plan",
-    "plugins",
-    "recover",
-    "results",
-    "run",
-    "runs",
-    "sync",
-    "ui",
-]
+__all__ = ["app", "main"]

@@ -33,9 +33,9 @@ def _ended(message: str, hint: str | None) -> typer.Exit:
 
 
 class Guarded(TyperGroup):
-    """Turns errors raised on purpose, paths that the system refuses and too little memory into a message and exit 1.
+    """Ends a command with a message and exit 1 where it failed for a reason that the user can do something about.
 
-    And Ctrl-C into exit 130.
+    Such reasons are an `FFGymError`, a path that the system refuses, and too little memory. Ctrl-C means exit 130.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption
 from ffgym.cli.printing import print_columns, print_json
-
-if TYPE_CHECKING:
-    from ffgym.data.cache import Entry
 
 
 @app.command()
@@ -54,8 +51,3 @@ def cache(
     ]
     print_columns([("kind", "name", "size", "last used"), *rows])
     typer.echo(f"{sum(entry.bytes for entry in found) / 1e9:,.2f} GB in {cache_dir()}", err=True)
-
-
-def _row(entry: Entry) -> tuple[str, str, str, str]:
-    used = datetime.fromtimestamp(entry.used)
-    return entry.kind, entry.path.name, f"{entry.bytes / 1e6:,.1f} MB", f"{used:%Y-%m-%d %H:%M}"

@@ -177,7 +177,7 @@ def write_pictures(
 
 def description(table: ReportTable, saved: SavedModel | None) -> str:
     """What MLflow shows on the page of a run: its result, its table, how to load the model, how to repeat the run."""
-    row, dense = table.result, table.rows[0]
+    row, dense = table.result, table.dense
     reached = f"{row.perplexity / dense.perplexity:.2f} x dense, at {row.sparsity_prunable:.1%} sparsity"
     parts = [f"**Perplexity {perplexity_text(row)}**, {reached}", table.layout().markdown()]
     if saved is not None:

@@ -24,7 +24,7 @@ from ffgym.report.card import model_card
 from ffgym.report.front import point_names
 from ffgym.report.paired import standard_error
 from ffgym.report.progress import Reporter
-from ffgym.report.table import Cost, ReportTable, Row, measurement
+from ffgym.report.table import Cost, ReportTable, Row, bos_text
 from ffgym.search.finals import finals_loss
 from ffgym.search.loop import SearchResult
 from ffgym.types import Allocation, Episode, JSONDict
@@ -237,20 +237,16 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "",
 
 def header(task: Task) -> str:
     """How the table's numbers were measured."""
-    report, calibration = task.splits.report, task.splits.calibration
-    text = measurement(
-        model=task.loaded.description,
-        corpus=report.text,
-        split="report",
-        tokens=report.predicted_tokens,
-        window=report.windows.shape[1],
-        dtype=task.loaded.dtype_name,
-        bos=report.bos,
-        calibration=_described(calibration),
-        seed=task.config.seed,
-        context=task.config.prune.context,
-    )
-    return " ".join([text, *(f"{name.capitalize()}: {how.summary}." for name, how in task.measurements.items())])
+    report, config = task.splits.report, task.config
+    sentences = [
+        f"Model: {task.loaded.description}.",
+        f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens in windows of "
+        f"{report.windows.shape[1]:,}, {task.loaded.dtype_name}, {bos_text(report.bos)}.",
+        f"Calibration: {_described(task.splits.calibration)}.",
+        f"MACs at {config.prune.context:,} tokens of context. Seed {config.seed}.",
+        *(f"{name.capitalize()}: {how.summary}." for name, how in task.measurements.items()),
+    ]
+    return " ".join(sentences)
 
 
 def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> SavedModel | None:

@@ -172,13 +172,12 @@ class RunRecord:
     Attributes:
         mlflow_run: the MLflow run that they write to; ``None`` where there is none.
         dtype: what ``model.dtype = "auto"`` came to; ``None`` where the model has not been loaded.
-        results: names of the table and the models that the finished run left; empty before that, and ``None`` in the
-            file of a version that did not note it.
+        results: names of the table and the models that the finished run left; empty before that.
     """
 
     mlflow_run: str | None = None
     dtype: str | None = None
-    results: tuple[str, ...] | None = None
+    results: tuple[str, ...] = ()
 
 
 RECORD = FileFormat(
@@ -224,19 +223,7 @@ def is_finished(folder: Path, config: RunConfig) -> bool:
     if config.tracking.enabled and config.tracking != stored.tracking:
         return False
     results = read_record(folder).results
-    if results is None:  # of a version that did not note them
-        return _seems_finished(folder, config)
     return bool(results) and all((folder / name).exists() for name in results)
-
-
-def _seems_finished(folder: Path, config: RunConfig) -> bool:
-    """Whether the table and the models that a run makes last are there."""
-    wanted = [TABLE]
-    if config.output.save_model:
-        wanted.append("model-0.*/config.json" if config.output.save_all else "model/config.json")
-        if config.recover.method != "none":
-            wanted.append("model*-recovered/config.json")
-    return all(any(folder.glob(pattern)) for pattern in wanted) and not any(folder.glob("*.unfinished"))
 
 
 def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:

@@ -60,7 +60,7 @@ def finish_front(
     return Front(
         label=name,
         points=tuple(measured),
-        dense=next(row for row in table.rows if row.is_dense),
+        dense=table.dense,
         header=table.header,
         search_tokens=points[0].search_tokens,
         final_tokens=sum(found.final_tokens for found in points),

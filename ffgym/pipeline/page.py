@@ -8,7 +8,7 @@ from ffgym.config.mixture import described
 from ffgym.export.checkpoint import load_line
 from ffgym.pipeline.artifacts import PICTURES
 from ffgym.pipeline.compare import model_folder
-from ffgym.pipeline.folder import read_record
+from ffgym.pipeline.folder import read_record, resume_command
 from ffgym.pipeline.stored import StoredRun
 from ffgym.recover.folders import output_folder
 from ffgym.report.page import Page
@@ -23,8 +23,8 @@ def run_page(run: StoredRun) -> Page:
     model = model_folder(config, folder, config.main_target)
     trained = output_folder(model)
     saved = trained if trained.is_dir() else model
-    resume = f"ffgym run --resume {shlex.quote(str(folder))}"
-    unfinished = table is None or read_record(folder).results == ()
+    again = f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))} --output NEW"
+    unfinished = table is None or not read_record(folder).results
     warnings = ["This run is not finished. The command at the end of this page goes on with it."] if unfinished else []
     warnings += [table.warning] if table is not None and table.warning else []
     return Page(
@@ -46,6 +46,6 @@ def run_page(run: StoredRun) -> Page:
         table=None if table is None else table.layout(),
         pictures={folder / name: caption for name, caption in PICTURES.items()},
         load=load_line(saved, stock=config.prune.uniform).replace("; ", "\n") if saved.is_dir() else "",
-        repeat=resume if unfinished else f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))} --output NEW",
+        repeat=resume_command(folder) if unfinished else again,
         configuration=(folder / "config.toml").read_text(encoding="utf-8").partition("\n[output]")[0],
     )

@@ -126,7 +126,7 @@ def finish(task: Task, searched: Searched, rows: list[Row], session: Session) ->
         front = finish_front(task, searched.points, table, folder, session.progress)
         write_front(session.tracker, front, searched.points, config, folder)
     write_table(folder, table)
-    session.tracker.log_result(tracked_result(table.saved, table.rows[0], main))
+    session.tracker.log_result(tracked_result(table.saved, table.dense, main))
     if saved is not None:
         session.tracker.log_model(saved.path)
     return RunResult(table, main, folder, saved, session.tracker.run_id, front)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -15,7 +14,8 @@ from ffgym.config.toml import load_config
 from ffgym.costs.resource import resource_named
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
-from ffgym.pipeline.artifacts import WINDOW_LOSSES, WindowLosses
+from ffgym.pipeline.artifacts import WINDOW_LOSSES
+from ffgym.pipeline.folder import resume_command
 from ffgym.plugins import manager
 from ffgym.report.comparison import ComparedRun, Comparison
 from ffgym.report.table import Cost, ReportTable, Row
@@ -27,7 +27,7 @@ TABLE = FileFormat("table of a run", list[JSONDict], OutputError, "Run again wit
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run as its folder has it."""
+    """A run as its folder has it; an unfinished one has no table."""
 
     folder: Path
     config: RunConfig
@@ -35,10 +35,7 @@ class StoredRun:
 
 
 def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
-    """The run that a person means.
-
-    Args:
-        text: the folder of a run, or what `ffgym.tracking.runs.find_run` takes.
+    """A run as its user names it: by its folder, or by what `ffgym.tracking.runs.find_run` takes.
 
     Raises:
         TrackingError: no such run, a deleted run, or several.
@@ -62,14 +59,12 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
 
 
 def read_table(folder: Path) -> ReportTable:
-    """The table of a run; without losses of windows where an earlier version wrote it.
+    """The table of a run.
 
     Raises:
         OutputError: it is damaged.
     """
-    path, losses = folder / "losses.json", WindowLosses(windows="", measured="", losses={})
-    if path.is_file():
-        losses = WINDOW_LOSSES.read(path)
+    losses = WINDOW_LOSSES.read(folder / "losses.json")
     resources = {resource.key or resource.name: resource for resource in map(resource_named, manager.names("resource"))}
     rows = []
     for number, stored in enumerate(TABLE.read(folder / "report.json")):
@@ -87,13 +82,13 @@ def read_table(folder: Path) -> ReportTable:
                     sparsity_prunable=stored["sparsity_prunable"],
                     sparsity_model=stored["sparsity_model"],
                     costs=costs,
-                    losses=losses.losses.get(stored["label"], ()),
+                    losses=losses.losses[stored["label"]],
                     note=stored["note"],
-                    is_heuristic=stored.get("is_heuristic", False),
+                    is_heuristic=stored["is_heuristic"],
                     is_found=stored["is_found"],
-                    is_saved=stored.get("is_saved", bool(stored["note"])),
-                    refit=stored.get("refit", ""),
-                    same_as=stored.get("same_as", ""),
+                    is_saved=stored["is_saved"],
+                    refit=stored["refit"],
+                    same_as=stored["same_as"],
                 )
             )
         except (KeyError, TypeError) as error:
@@ -104,7 +99,7 @@ def read_table(folder: Path) -> ReportTable:
 
 
 def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
-    """Put finished runs side by side; the first one is what the others are compared with.
+    """Put finished runs side by side; the others are compared with the first one.
 
     Raises:
         OutputError: a run that is not finished.
@@ -118,9 +113,9 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
         if run.table is None:
             raise OutputError(
                 f"the run in {run.folder} is not finished: it has no table yet",
-                hint=f"Continue it: ffgym run --resume {shlex.quote(str(run.folder))}",
+                hint=f"Continue it: {resume_command(run.folder)}",
             )
-        if first.table is not None and not _share_windows(first, first.table, run, run.table):
+        if first.table is not None and first.table.windows != run.table.windows:
             raise DataError(
                 f"the runs in {first.folder} and {run.folder} share no windows of text: {_measured_on(first)}, and "
                 f"{_measured_on(run)}",
@@ -137,13 +132,6 @@ def _name(run: StoredRun, runs: Sequence[StoredRun]) -> str:
     """Its folder's name, with the parent's where two are called the same."""
     twins = [other for other in runs if other.folder.name == run.folder.name]
     return run.folder.name if len(twins) == 1 else f"{run.folder.parent.name}/{run.folder.name}"
-
-
-def _share_windows(one: StoredRun, its: ReportTable, other: StoredRun, table: ReportTable) -> bool:
-    """Whether two runs were measured on the same windows; by their settings where the digest of one was not kept."""
-    if its.windows and table.windows:
-        return its.windows == table.windows
-    return _measured_on(one) == _measured_on(other)
 
 
 def _measured_on(run: StoredRun) -> str:

@@ -27,8 +27,8 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         recovered = _recover(result.saved, texts, session)
         result = replace(result, recovered=recovered, table=with_recovered(result.table, recovered, session.config))
         write_table(session.folder, result.table)
-        rows = result.table.rows
-        session.tracker.log_result(tracked_result(rows[-1], rows[0], result.found), step=1)
+        last = tracked_result(result.table.result, result.table.dense, result.found)
+        session.tracker.log_result(last, step=1)
         session.tracker.log_model(recovered.saved.path)
     saved = result.saved if result.recovered is None else result.recovered.saved
     session.tracker.describe(description(result.table, saved))

@@ -70,7 +70,7 @@ def model_card(
     sections = [
         _front_matter(base_model, license),
         f"# {title}",
-        _summary(base_model, allocation, quantity, saved, table.rows[0]),
+        _summary(base_model, allocation, quantity, saved, table.dense),
         "## Load it",
         loading(stock=stock),
         "## What it costs",

@@ -10,7 +10,7 @@ from typing import Any
 
 from ffgym.report.figures import BLACK, BLUE, SERIES, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, finite, humane, stacked
-from ffgym.report.paired import Difference, margin, paired_difference
+from ffgym.report.paired import Difference, difference_data, margin, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
 from ffgym.types import JSONDict
 
@@ -43,11 +43,8 @@ class Comparison:
         return self.runs[0]
 
     def difference(self, run: ComparedRun) -> Difference | None:
-        """A run against the reference; ``None`` for itself, and where the losses of the windows were not kept."""
-        ours, theirs = run.result.losses, self.reference.result.losses
-        if run is self.reference or not ours or len(ours) != len(theirs):
-            return None
-        return paired_difference([ours], [theirs])
+        """A run against the reference; ``None`` for itself, and where a loss is not finite."""
+        return None if run is self.reference else paired_difference([run.result.losses], [self.reference.result.losses])
 
     def layout(self) -> Table[ComparedRun]:
         """What stands where."""
@@ -58,7 +55,7 @@ class Comparison:
             Column(
                 f"nats against {self.reference.name}",
                 self._against,
-                plain=self._difference,
+                plain=lambda run: difference_data(self.difference(run)),
                 console_head=stacked(f"nats against {self.reference.name}"),
             ),
             Column(
@@ -84,24 +81,12 @@ class Comparison:
     def _against(self, run: ComparedRun) -> str:
         return "reference" if run is self.reference else str(self.difference(run) or "—")
 
-    def _difference(self, run: ComparedRun) -> JSONDict:
-        found = self.difference(run)
-        return {
-            "difference": None if found is None else found.mean,
-            "difference_margin": None if found is None else finite(found.margin),
-        }
-
     def _notes(self) -> list[str]:
         notes = []
         if any(self.difference(run) for run in self.runs):
             notes.append(
                 f"Nats per token against {self.reference.name}, on the same {len(self.reference.result.losses)} "
                 "windows, ± half of the 95 % interval; below 0 is better, and a tie is an interval that holds 0."
-            )
-        if unknown := [run.name for run in self.runs if not run.result.losses]:
-            notes.append(
-                "How sure a difference is cannot be said: an earlier version, which did not keep the losses of the "
-                f"windows, made {', '.join(unknown)}."
             )
         return [*notes, *(f"{run.name}: {run.table.warning}" for run in self.runs if run.table.warning)]
 
@@ -147,7 +132,7 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     """Draw perplexity against size, with the 95 % intervals of the perplexities and the dense models."""
     figure = new_figure(width=9.0, height=5.0)
     axes: Any = figure.add_subplot()
-    dense = list({row.perplexity: row for run in runs if (row := run.table.dense) is not None}.values())
+    dense = {run.table.dense.perplexity: run.table.dense for run in runs}.values()
     points = [
         (f"dense: {perplexity_text(row)}", row, {"color": BLACK, "marker": "*", "markersize": 14}) for row in dense
     ]

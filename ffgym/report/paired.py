@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ffgym.report.layout import finite
+from ffgym.types import JSONDict
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -60,6 +63,14 @@ def paired_difference(losses: Sequence[Sequence[float]], reference: Sequence[Seq
     by_window = ours.mean(axis=0) - theirs.mean(axis=0)
     by_seed = [seeds.mean(axis=1) for seeds in (ours, theirs) if len(seeds) > 1]
     return Difference(float(by_window.mean()), math.hypot(*map(margin, (by_window, *by_seed))))
+
+
+def difference_data(found: Difference | None) -> JSONDict:
+    """What JSON has of a difference; both values are null where it is not known."""
+    return {
+        "difference": None if found is None else found.mean,
+        "difference_margin": None if found is None else finite(found.margin),
+    }
 
 
 def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | None:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ffgym.report.layout import STAR, Column, Table, finite, stacked
-from ffgym.report.paired import Difference, paired_difference
+from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
-DESTROYED = 10.0
-"""Times the dense model's perplexity from which on nobody should use a model."""
+DESTROYED = 10.0  # times the dense model's perplexity: nobody should use such a model
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,9 @@ class Row:
 class ReportTable:
     """Rows measured alike, and the sentence that says how.
 
-    The dense row is put first, whatever the order given; the others stay as they are.
-
     Attributes:
-        rows: at least one.
-        header: how the perplexities were measured, see :func:`measurement`.
+        rows: the dense model's first.
+        header: how the perplexities were measured.
         windows: digest of the windows that all rows were measured on; empty where it is not known.
     """
 
@@ -98,15 +95,10 @@ class ReportTable:
     header: str
     windows: str = ""
 
-    def __post_init__(self) -> None:
-        if not self.rows:
-            raise ValueError("a report table needs at least one row")
-        object.__setattr__(self, "rows", tuple(sorted(self.rows, key=lambda row: not row.is_dense)))
-
     @property
-    def dense(self) -> Row | None:
+    def dense(self) -> Row:
         """The dense model's row."""
-        return self.rows[0] if self.rows[0].is_dense else None
+        return self.rows[0]
 
     @property
     def best(self) -> Row | None:
@@ -129,8 +121,8 @@ class ReportTable:
         return next((row for row in reversed(self.rows) if row.is_saved), self.rows[-1])
 
     def times_dense(self, row: Row) -> float | None:
-        """A row's perplexity over the dense model's; ``None`` without a dense row, and where it is no number."""
-        ratio = math.nan if self.dense is None else row.perplexity / self.dense.perplexity
+        """A row's perplexity over the dense model's; ``None`` where it is no number."""
+        ratio = row.perplexity / self.dense.perplexity
         return None if math.isnan(ratio) else ratio
 
     def difference(self, row: Row) -> Difference | None:
@@ -165,7 +157,7 @@ class ReportTable:
     def warning(self) -> str | None:
         """Why the result should not be used; ``None`` where nothing speaks against it."""
         ratio = self.times_dense(self.result)
-        if self.dense is None or (ratio is not None and ratio < DESTROYED):
+        if ratio is not None and ratio < DESTROYED:
             return None
         return (
             f"The pruned model is destroyed: its perplexity is {perplexity_text(self.result)}, where the dense model "
@@ -226,14 +218,7 @@ class ReportTable:
         def cell(row: Row) -> str:
             return "best heuristic" if row is best else str(self.difference(row) or "")
 
-        def plain(row: Row) -> JSONDict:
-            found = self.difference(row)
-            return {
-                "difference": None if found is None else found.mean,
-                "difference_margin": None if found is None else finite(found.margin),
-            }
-
-        return _number("nats against best heuristic", cell, plain)
+        return _number("nats against best heuristic", cell, lambda row: difference_data(self.difference(row)))
 
     def _legend(self) -> list[str]:
         """Explain the signs that the table uses, and only those; then the rows' notes."""
@@ -275,40 +260,6 @@ def _cost(index: int, head: str) -> Column[Row]:
         lambda row: row.costs[index].text,
         lambda row: {row.costs[index].key: row.costs[index].value},
         spare=True,
-    )
-
-
-def measurement(
-    *,
-    model: str,
-    corpus: str,
-    split: str,
-    tokens: int,
-    window: int,
-    dtype: str,
-    bos: bool,
-    calibration: str,
-    seed: int,
-    context: int,
-) -> str:
-    """Say in one paragraph how the numbers of a table were measured: its ``header``.
-
-    Args:
-        model: what was pruned, e.g. ``"SmolLM2-135M-Instruct (dequantised Q4_1)"``.
-        corpus: the text that the perplexities are of.
-        split: the split of it.
-        tokens: predicted tokens.
-        window: tokens in one window.
-        dtype: of the weights and activations, e.g. ``"bfloat16"``.
-        bos: the first window starts with the beginning-of-sequence token.
-        calibration: corpus, split and tokens of the statistics and the refit.
-        seed: the run's seed.
-        context: tokens of context at which MACs per token are counted.
-    """
-    return (
-        f"Model: {model}. Perplexity on {corpus}, {split} split: {tokens:,} tokens in windows of {window:,}, {dtype}, "
-        f"{bos_text(bos)}. Calibration: {calibration}. "
-        f"MACs at {context:,} tokens of context. Seed {seed}."
     )
 
 

@@ -60,22 +60,6 @@ def test_a_destroyed_run_is_called_so(runs: dict[str, Path], tmp_path: Path) -> 
     assert "broken: The pruned model is destroyed" in " ".join(done.stdout.split())
 
 
-def test_a_run_of_an_earlier_version_is_compared_and_the_table_says_what_it_cannot(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
-    (runs["one"] / "losses.json").unlink()
-    stored = json.loads((runs["one"] / "report.json").read_text())
-    new = {"ratio_to_dense", "difference", "difference_margin", "refit", "same_as", "is_heuristic", "is_saved"}
-    old = [{key: value for key, value in line.items() if key not in new} for line in stored]
-    (runs["one"] / "report.json").write_text(json.dumps(old))
-    done = call(runs["better"], runs["one"], "--output", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    said = " ".join(done.stdout.split())
-    assert "How sure a difference is cannot be said: an earlier version" in said
-    assert "made one." in said
-    assert not (tmp_path / "out" / "differences.png").exists()
-
-
 def test_two_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
     twin = write_run(tmp_path / "others", "one")
     done = call(runs["one"], twin, "--output", tmp_path / "out")
@@ -93,8 +77,6 @@ def test_runs_without_shared_windows_are_refused(runs: dict[str, Path], tmp_path
     said = failure(call(runs["one"], other))
     assert "share no windows of text: 16,384 tokens of demo:wiki" in said
     assert "4,096 tokens of demo:wiki" in said
-    (other / "losses.json").unlink()
-    assert "share no windows" in failure(call(runs["one"], other)), "told by the settings, too"
 
 
 def test_an_unfinished_run_is_refused_with_the_command_that_goes_on(runs: dict[str, Path]) -> None:

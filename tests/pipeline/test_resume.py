@@ -158,15 +158,9 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("noted", [True, False], ids=["noted", "by a version that did not note it"])
-def test_a_finished_run_says_so_and_nothing_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
-) -> None:
+def test_a_finished_run_says_so_and_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = new_store(tmp_path / "mlruns")
     whole, _ = go(config(tmp_path, tracking=TRACKED))
-    if not noted:
-        note = whole.folder / "run.json"
-        note.write_text(json.dumps({**json.loads(note.read_text()), "results": None}))
     before = snapshot(tmp_path)
     monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
     result, said = finished(config(tmp_path, tracking=TRACKED), whole.folder)
