@@ -25,32 +25,12 @@ from ffgym.errors import RecoveryError
 from ffgym.models.families import Family, dense_or_pruned_family_of, family_of_pair
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import linear_input
-from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
 from ffgym.report.figures import BLUE, ORANGE
 from ffgym.types import JSONDict
 
 Weights = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class DistillationSettings:
-    """How each MLP is trained.
-
-    Attributes:
-        learning_rate: the highest of the schedule.
-        steps: optimiser steps a layer.
-        batch_tokens: tokens of one step, drawn from all windows.
-        seed: of the order of the tokens.
-        evaluate_every: steps between measurements on held-out text; the first and the last are always measured.
-    """
-
-    learning_rate: float
-    steps: int
-    batch_tokens: int
-    seed: int
-    evaluate_every: int
 
 
 @dataclass(frozen=True)
@@ -69,10 +49,6 @@ class LayerFit:
     after: float
     step: int
 
-    def to_json(self) -> JSONDict:
-        """Plain numbers."""
-        return asdict(self)
-
 
 class DistilMLP(Recovery):
     """Each MLP learns, layer by layer, what the dense MLP in its place puts out."""
@@ -83,46 +59,29 @@ class DistilMLP(Recovery):
 
     def train(self, setup: TrainingSetup) -> TrainingOutcome:
         """Train every MLP towards the dense one; each keeps the weights that fit held-out text best."""
-        settings = DistillationSettings(
-            learning_rate=setup.learning_rate,
-            steps=-(-setup.tokens // setup.batch_tokens),
-            batch_tokens=setup.batch_tokens,
-            seed=setup.seed,
-            evaluate_every=setup.evaluate_every,
-        )
-        family = dense_or_pruned_family_of(setup.model)
+        steps = steps_of(setup)
+        layers = dense_or_pruned_family_of(setup.model).layers(setup.model)
         before = setup.held_out_loss()
-        with setup.progress(len(family.layers(setup.model)) * settings.steps) as stage:
+        with setup.progress(len(layers) * steps) as stage:
 
             def on_step(layer: int, step: int, error: float) -> None:
-                stage.advance(layer * settings.steps + step - stage.done, f"layer {layer}, error {error:.4f}")
+                stage.advance(layer * steps + step - stage.done, f"layer {layer}, error {error:.4f}")
 
             def on_layer(fit: LayerFit) -> None:
-                stage.advance((fit.layer + 1) * settings.steps - stage.done)
+                stage.advance((fit.layer + 1) * steps - stage.done)
                 setup.log([("error_before", fit.before, fit.layer), ("error_after", fit.after, fit.layer)])
 
-            fits = distil_mlps(
-                setup.model,
-                setup.dense,
-                family,
-                setup.windows,
-                setup.held_out,
-                settings,
-                tokens_per_batch=setup.tokens_per_pass,
-                checkpoint=setup.checkpoint,
-                on_step=on_step,
-                on_layer=on_layer,
-            )
+            fits = distil_mlps(setup, on_step, on_layer)
         after = setup.held_out_loss()
         setup.log([("held_out_loss", before, 0), ("held_out_loss", after, 1)])
         return TrainingOutcome(
             before=before,
             after=after,
             summary=f"Every MLP was trained by Adam towards the output of the dense one, layer by layer on the pruned "
-            f"model's own states: {settings.steps} steps of {settings.batch_tokens:,} tokens each at up to "
-            f"{settings.learning_rate:g}, seed {settings.seed}.",
+            f"model's own states: {steps} steps of {setup.batch_tokens:,} tokens each at up to "
+            f"{setup.learning_rate:g}, seed {setup.seed}.",
             kept="the trained weights were kept",
-            curve={"held_out": [before, after], "layers": [fit.to_json() for fit in fits]},
+            curve={"held_out": [before, after], "layers": [asdict(fit) for fit in fits]},
         )
 
     def draw(self, axes: Any, curve: JSONDict) -> None:
@@ -136,6 +95,11 @@ class DistilMLP(Recovery):
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title("Each MLP against the dense one, given the pruned model's states", loc="left")
+
+
+def steps_of(setup: TrainingSetup) -> int:
+    """Optimiser steps of each layer."""
+    return -(-setup.tokens // setup.batch_tokens)
 
 
 class TwoLinears(nn.Module):
@@ -165,33 +129,17 @@ def mlp_of(layer: nn.Module, family: Family) -> nn.Module | None:
 
 @torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
 def distil_mlps(
-    pruned: Any,
-    dense: Any,
-    family: Family,
-    windows: torch.Tensor,
-    held_out: torch.Tensor,
-    settings: DistillationSettings,
-    *,
-    tokens_per_batch: int = 4096,
-    checkpoint: Checkpoint | None = None,
-    on_step: Callable[[int, int, float], None] | None = None,
-    on_layer: Callable[[LayerFit], None] | None = None,
+    setup: TrainingSetup, on_step: Callable[[int, int, float], None], on_layer: Callable[[LayerFit], None]
 ) -> list[LayerFit]:
     """Train every MLP of the pruned model, in place, layer by layer.
 
     A finished layer is a part of the checkpoint, so that Ctrl-C costs one layer at most, and the same call goes on; the
     result has then, on a CPU with the same number of threads, the same bits.
 
+    The hidden states of all windows are held for both models, and one MLP's inputs and targets beside them.
+
     Args:
-        pruned: causal LM of the family, float32 or bfloat16, in eval mode.
-        dense: the model that it was pruned from; the order of its units does not matter.
-        family: names of their parts.
-        windows: training token ids, shape (windows, length), int64. The hidden states of all of them are held for both
-            models, and one MLP's inputs and targets beside them.
-        held_out: token ids that decide which weights a layer keeps, shape (windows, length), int64.
-        settings: see there.
-        tokens_per_batch: tokens of one forward pass.
-        checkpoint: where to go on from and to write to.
+        setup: the order of the dense model's units does not matter. Each step draws its tokens from all windows.
         on_step: called with (layer, steps done, relative error of the batch) after every step.
         on_layer: called after every layer that was trained, also one that was read from the checkpoint.
 
@@ -199,9 +147,10 @@ def distil_mlps(
         ModelError: the two models do not fit.
         RecoveryError: an error that is not finite.
     """
-    family_of_pair(pruned, dense, hint="Name the model that was pruned, with --model.")
-    walks = Walk(dense), Walk(pruned)
-    streams = [_Streams(*walks, family, ids, tokens_per_batch) for ids in (windows, held_out)]
+    family_of_pair(setup.model, setup.dense, hint="Name the model that was pruned, with --model.")
+    family, checkpoint = dense_or_pruned_family_of(setup.model), setup.checkpoint
+    walks = Walk(setup.dense), Walk(setup.model)
+    streams = [_Streams(*walks, family, ids, setup.tokens_per_pass) for ids in (setup.windows, setup.held_out)]
     fits: list[LayerFit] = []
     for index, layer in enumerate(walks[1].layers):
         mlp = mlp_of(layer, family)
@@ -213,13 +162,12 @@ def distil_mlps(
                     _put(mlp, saved.tensors)
                 fit = saved.facts
             else:
-                best, fit = _train(mlp, index, pairs[0], pairs[1], settings, on_step)
+                best, fit = _train(mlp, index, pairs[0], pairs[1], setup, on_step)
                 _put(mlp, best)
                 if checkpoint is not None:
-                    checkpoint.save(_part(index), best, fit.to_json())
+                    checkpoint.save(_part(index), best, asdict(fit))
             fits.append(fit)
-            if on_layer is not None:
-                on_layer(fit)
+            on_layer(fit)
         for stream in streams:
             stream.pruned_step(index)
     return fits
@@ -269,35 +217,34 @@ def _train(
     layer: int,
     fitted: tuple[torch.Tensor, torch.Tensor],
     held_out: tuple[torch.Tensor, torch.Tensor],
-    settings: DistillationSettings,
-    on_step: Callable[[int, int, float], None] | None,
+    setup: TrainingSetup,
+    on_step: Callable[[int, int, float], None],
 ) -> tuple[Weights, LayerFit]:
     """The weights, in float32, that fitted the held-out pairs best."""
     inputs, targets = fitted
     scale = float(targets.float().square().mean()) or 1.0
     weights = {name: p.detach().float().clone().requires_grad_() for name, p in mlp.named_parameters()}
-    optimiser = torch.optim.Adam(weights.values(), lr=settings.learning_rate)
+    optimiser = torch.optim.Adam(weights.values(), lr=setup.learning_rate)
     before = least = _error(mlp, weights, *held_out)
     best, chosen = _copy(weights), 0
-    size = min(settings.batch_tokens, len(inputs))
-    for step in range(settings.steps if before != 0 else 0):
-        indices = torch.from_numpy(batch_at(step, size, len(inputs), [settings.seed, layer])).to(inputs.device)
+    size, steps = min(setup.batch_tokens, len(inputs)), steps_of(setup)
+    for step in range(steps if before != 0 else 0):
+        indices = torch.from_numpy(batch_at(step, size, len(inputs), [setup.seed, layer])).to(inputs.device)
         loss = (_output(mlp, weights, inputs[indices]) - targets[indices].float()).square().mean() / scale
         value = float(loss.detach())
         if not math.isfinite(value):
             raise RecoveryError(
                 f"training diverged: the error of layer {layer}'s MLP is {value} at step {step + 1}",
-                hint=f"Lower recover.learning_rate, now {settings.learning_rate:g}, and start anew with --overwrite.",
+                hint=f"Lower recover.learning_rate, now {setup.learning_rate:g}, and start anew with --overwrite.",
             )
         for group in optimiser.param_groups:
-            group["lr"] = rate_at(step, settings.steps, settings.learning_rate)
+            group["lr"] = rate_at(step, steps, setup.learning_rate)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(weights.values(), LARGEST_GRADIENT)
         optimiser.step()
-        if on_step is not None:
-            on_step(layer, step + 1, value)
-        if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
+        on_step(layer, step + 1, value)
+        if (step + 1) % setup.evaluate_every == 0 or step + 1 == steps:
             error = _error(mlp, weights, *held_out)
             if error < least:
                 least, best, chosen = error, _copy(weights), step + 1

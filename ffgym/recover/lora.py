@@ -24,7 +24,7 @@ from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import Family, dense_or_pruned_family_of
 from ffgym.models.placement import devices_of
 from ffgym.plugins.bases import PluginConfig
-from ffgym.recover.checkpoint import Checkpoint, own_randomness, random_state, set_random_state
+from ffgym.recover.checkpoint import own_randomness, random_state, set_random_state
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
 from ffgym.report.figures import BLUE, GREEN, ORANGE
@@ -34,35 +34,6 @@ ADAPTER = "default"
 PART = "lora"
 TOKENS_PER_PASS = 2048  # the logits of one pass, and their gradient, are held in float32
 SMOOTHED = 8  # steps that the strong line of the training loss averages
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """How adapters are trained.
-
-    Attributes:
-        rank: of the adapters.
-        alpha: adapters count alpha / rank.
-        dropout: before the adapters.
-        learning_rate: the highest of the schedule.
-        steps: optimiser steps.
-        batch_windows: windows of one step.
-        seed: of the adapters, their dropout and the order of the windows.
-        evaluate_every: steps between measurements on held-out text; the first and the last are always measured.
-        checkpoint_every: steps between checkpoints.
-        gradient_checkpointing: recompute activations in the backward pass.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    learning_rate: float
-    steps: int
-    batch_windows: int
-    seed: int
-    evaluate_every: int
-    checkpoint_every: int
-    gradient_checkpointing: bool = False
 
 
 @dataclass
@@ -78,10 +49,6 @@ class LoraCurve:
     train: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     chosen: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return asdict(self)
 
 
 class Lora(Recovery):
@@ -107,18 +74,8 @@ class Lora(Recovery):
 
     def train(self, setup: TrainingSetup) -> TrainingOutcome:
         """Train adapters, and merge those of the step with the least held-out loss."""
-        window = setup.windows.shape[1]
-        batch = max(1, setup.batch_tokens // window)
-        settings = LoraSettings(
-            learning_rate=setup.learning_rate,
-            steps=-(-setup.tokens // (batch * window)),
-            batch_windows=batch,
-            seed=setup.seed,
-            evaluate_every=setup.evaluate_every,
-            **self.config.model_dump(),
-        )
         logged = [0, 0]
-        with setup.progress(settings.steps) as stage:
+        with setup.progress(steps_of(setup)) as stage:
 
             def on_step(curve: LoraCurve) -> None:
                 stage.advance(len(curve.train) - stage.done, _note(curve))
@@ -127,24 +84,17 @@ class Lora(Recovery):
                 logged[:] = len(curve.train), len(curve.held_out)
                 setup.log(points)
 
-            curve = train_lora(
-                setup.model,
-                dense_or_pruned_family_of(setup.model),
-                setup.windows,
-                settings,
-                held_out_loss=setup.held_out_loss,
-                checkpoint=setup.checkpoint,
-                on_step=on_step,
-            )
-        losses = dict(curve.held_out)
+            curve = train_lora(setup, self.config, on_step)
+        losses, options = dict(curve.held_out), self.config
+        step_tokens = batch_windows(setup) * setup.windows.shape[1]
         return TrainingOutcome(
             before=losses[0],
             after=losses[curve.chosen],
-            summary=f"LoRA of rank {settings.rank} (alpha {settings.alpha:g}) on all linears of attention and MLP, "
-            f"merged: {settings.steps} steps of {batch * window:,} tokens at up to {settings.learning_rate:g}, "
-            f"seed {settings.seed}.",
+            summary=f"LoRA of rank {options.rank} (alpha {options.alpha:g}) on all linears of attention and MLP, "
+            f"merged: {steps_of(setup)} steps of {step_tokens:,} tokens at up to {setup.learning_rate:g}, "
+            f"seed {setup.seed}.",
             kept=f"the adapters of step {curve.chosen} were merged",
-            curve=curve.to_json(),
+            curve=asdict(curve),
         )
 
     def draw(self, axes: Any, curve: JSONDict) -> None:
@@ -167,6 +117,16 @@ class Lora(Recovery):
         axes.set_title(f"Held-out loss {held_out[0][1]:.3f} before, {kept:.3f} after", loc="left")
 
 
+def batch_windows(setup: TrainingSetup) -> int:
+    """Windows of one optimiser step."""
+    return max(1, setup.batch_tokens // setup.windows.shape[1])
+
+
+def steps_of(setup: TrainingSetup) -> int:
+    """Optimiser steps of the whole training."""
+    return -(-setup.tokens // (batch_windows(setup) * setup.windows.shape[1]))
+
+
 def _note(curve: LoraCurve) -> str:
     train = f"loss {curve.train[-1]:.3f}, " if curve.train else ""
     return f"{train}held-out {curve.held_out[-1][1]:.3f}" if curve.held_out else train
@@ -186,38 +146,26 @@ def _has_weights(module: nn.Module | None) -> bool:
 
 
 @torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
-def train_lora(
-    model: Any,
-    family: Family,
-    windows: torch.Tensor,
-    settings: LoraSettings,
-    *,
-    held_out_loss: Callable[[], float],
-    checkpoint: Checkpoint | None = None,
-    on_step: Callable[[LoraCurve], None] | None = None,
-) -> LoraCurve:
+def train_lora(setup: TrainingSetup, options: Any, on_step: Callable[[LoraCurve], None]) -> LoraCurve:
     """Train adapters and merge them; the model, in place, is then an ordinary one again, in eval mode and frozen.
 
     Ctrl-C at any moment leaves a checkpoint of the last whole step, if there is one to write to, and the same call goes
     on from there; on a CPU, with the same number of threads, the result has the same bits as without the interruption.
 
     Args:
-        model: causal LM, float32 or bfloat16, whole layers or pruned.
-        family: names of its parts.
-        windows: training token ids, shape (windows, length), int64.
-        settings: see there.
-        held_out_loss: measures the model as it is then; called in eval mode.
-        checkpoint: where to go on from and to write to.
+        setup: its model may have whole layers or pruned ones.
+        options: a `Lora.Config`.
         on_step: called after every step, and after every measurement.
 
     Raises:
         RecoveryError: the loss is not finite, or the memory of the device is exhausted.
     """
+    model, checkpoint = setup.model, setup.checkpoint
     saved = None if checkpoint is None else checkpoint.load(PART, LoraCurve)
-    devices = devices_of(model)
-    with own_randomness(settings.seed, devices), _checkpointed_activations(model, settings.gradient_checkpointing):
-        adapted = _add_adapters(model, family, settings)
-        training = _Training(model, windows, settings, held_out_loss, checkpoint, on_step)
+    recomputed = _checkpointed_activations(model, options.gradient_checkpointing)
+    with own_randomness(setup.seed, devices_of(model)), recomputed:
+        adapted = _add_adapters(model, dense_or_pruned_family_of(model), options)
+        training = _Training(setup, options.checkpoint_every, on_step)
         if checkpoint is not None and saved is not None:
             with checkpoint.taking_up(PART):
                 training.restore(saved.tensors, saved.facts)
@@ -235,26 +183,18 @@ def train_lora(
 class _Training:
     """Adapters on their way: parameters, optimiser, curve, and the best so far."""
 
-    def __init__(
-        self,
-        model: Any,
-        windows: torch.Tensor,
-        settings: LoraSettings,
-        held_out_loss: Callable[[], float],
-        checkpoint: Checkpoint | None,
-        on_step: Callable[[LoraCurve], None] | None,
-    ) -> None:
+    def __init__(self, setup: TrainingSetup, checkpoint_every: int, on_step: Callable[[LoraCurve], None]) -> None:
+        model = setup.model
         self.curve = LoraCurve()
         self._model = model
-        self._windows = windows
-        self._settings = settings
-        self._held_out_loss = held_out_loss
-        self._checkpoint = checkpoint
+        self._setup = setup
+        self._steps = steps_of(setup)
+        self._checkpoint_every = checkpoint_every
         self._on_step = on_step
         self._device = model.get_input_embeddings().weight.device
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+        self._optimiser = torch.optim.AdamW(self._parameters.values(), lr=setup.learning_rate, weight_decay=0.0)
         self._devices = devices_of(model)
         self._random = random_state(self._devices)
 
@@ -275,10 +215,10 @@ class _Training:
                 while True:
                     if self._is_due() and not any(step == self.step for step, _ in self.curve.held_out):
                         self._evaluate()
-                    if self.step == self._settings.steps:
+                    if self.step == self._steps:
                         break
                     self._learn()
-                    if self.step % self._settings.checkpoint_every == 0:
+                    if self.step % self._checkpoint_every == 0:
                         self.save()
                 self.save()
         except KeyboardInterrupt:
@@ -293,14 +233,14 @@ class _Training:
 
     def save(self) -> None:
         """Write everything that the next step depends on; valid between steps and within one that has not ended."""
-        if self._checkpoint is None:
+        if self._setup.checkpoint is None:
             return
         tensors = {f"adapter.{name}": p for name, p in self._parameters.items()} | self._random
         tensors |= {f"best.{name}": best for name, best in self._best.items()}
         for name, parameter in self._parameters.items():
             state = self._optimiser.state.get(parameter, {})
             tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
-        self._checkpoint.save(PART, tensors, self.curve.to_json())
+        self._setup.checkpoint.save(PART, tensors, asdict(self.curve))
 
     def restore(self, tensors: dict[str, torch.Tensor], curve: LoraCurve) -> None:
         """Go back to where ``save`` was."""
@@ -318,38 +258,38 @@ class _Training:
         set_random_state(self._random, self._devices)
 
     def _is_due(self) -> bool:
-        return self.step % self._settings.evaluate_every == 0 or self.step == self._settings.steps
+        return self.step % self._setup.evaluate_every == 0 or self.step == self._steps
 
     def _evaluate(self) -> None:
         self._model.eval()
-        loss = self._held_out_loss()
+        loss = self._setup.held_out_loss()
         with held_back_interrupts():
             least = dict(self.curve.held_out).get(self.curve.chosen, math.inf)
             self.curve.held_out.append((self.step, loss))
             if loss < least:
                 self.curve.chosen = self.step
                 self._best = {name: p.detach().clone() for name, p in self._parameters.items()}
-        self._tell()
+        self._on_step(self.curve)
 
     def _learn(self) -> None:
-        settings, step = self._settings, self.step
+        setup, step = self._setup, self.step
         self._model.train()
-        indices = batch_at(step, settings.batch_windows, len(self._windows), [settings.seed])
+        indices = batch_at(step, batch_windows(setup), len(setup.windows), [setup.seed])
         self._optimiser.zero_grad()
-        loss = self._gradient(self._windows[torch.from_numpy(indices)])
+        loss = self._gradient(setup.windows[torch.from_numpy(indices)])
         if not math.isfinite(loss):
             raise RecoveryError(
                 f"training diverged: the loss of step {step + 1} is {loss}",
-                hint=f"Lower recover.learning_rate, now {settings.learning_rate:g}, and start anew with --overwrite.",
+                hint=f"Lower recover.learning_rate, now {setup.learning_rate:g}, and start anew with --overwrite.",
             )
         nn.utils.clip_grad_norm_(self._parameters.values(), LARGEST_GRADIENT)
         with held_back_interrupts():
             for group in self._optimiser.param_groups:
-                group["lr"] = rate_at(step, settings.steps, settings.learning_rate)
+                group["lr"] = rate_at(step, self._steps, setup.learning_rate)
             self._optimiser.step()
             self.curve.train.append(loss)
             self._random = random_state(self._devices)
-        self._tell()
+        self._on_step(self.curve)
 
     def _gradient(self, batch: torch.Tensor) -> float:
         """Add the gradient of the batch's mean loss, a few windows at a time; the loss in nats per token."""
@@ -361,19 +301,15 @@ class _Training:
             mean += float(loss.detach())
         return mean
 
-    def _tell(self) -> None:
-        if self._on_step is not None:
-            self._on_step(self.curve)
 
-
-def _add_adapters(model: Any, family: Family, settings: LoraSettings) -> Any:
+def _add_adapters(model: Any, family: Family, options: Any) -> Any:
     """PEFT's model around this one, whose linears now hold adapters in float32."""
     import peft
 
     config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
         target_modules=target_modules(model, family),
         task_type="CAUSAL_LM",
     )

@@ -275,9 +275,6 @@ class _Recovery:
             checkpoint=self.checkpoint,
         )
 
-    def _log(self, metrics: Sequence[tuple[str, float, int]]) -> None:
-        self.tracker.log_metrics([(f"recover/{name}", value, step) for name, value, step in metrics])
-
     def compare(self) -> RecoveryTable:
         """Measure the dense model where it is known, the model before and the trained one on the report split."""
         report = self.texts.splits.report

@@ -21,15 +21,16 @@ from ffgym.models.families import dense_or_pruned_family_of, family_of_type
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.recover.checkpoint import Checkpoint
-from ffgym.recover.distill import DistillationSettings, LayerFit, distil_mlps, mlp_of
+from ffgym.recover.distill import LayerFit, distil_mlps, mlp_of
+from ffgym.recover.method import TrainingSetup
 from ffgym.testing.models import tiny_model
 
 UNEVEN, EMPTIED = (1, 17, 2, 30, 1, 5), (1, 17, 0, 48, 2, 0)
 
 
-def settings(**changes: Any) -> DistillationSettings:
-    wanted = {"learning_rate": 3e-3, "steps": 10, "batch_tokens": 64, "seed": 0, "evaluate_every": 5}
-    return DistillationSettings(**{**wanted, **changes})
+def settings(*, steps: int = 10, batch_tokens: int = 64, **changes: Any) -> dict[str, Any]:
+    shared = {"learning_rate": 3e-3, "seed": 0, "evaluate_every": 5, "tokens_per_pass": 4096}
+    return {**shared, "batch_tokens": batch_tokens, "tokens": steps * batch_tokens, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,18 @@ def pair(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
     return make
 
 
-def distil(pair: tuple[Any, Any], texts: Any, wanted: DistillationSettings, **options: Any) -> list[LayerFit]:
-    family = dense_or_pruned_family_of(pair[0])
-    return distil_mlps(pair[0], pair[1], family, *texts, wanted, **options)
+def distil(
+    pair: tuple[Any, Any],
+    texts: Any,
+    wanted: dict[str, Any],
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[int, int, float], Any] = lambda layer, step, error: None,
+) -> list[LayerFit]:
+    setup = {
+        **{"model": pair[0], "dense": pair[1], "windows": texts[0], "held_out": texts[1], "checkpoint": checkpoint},
+        **{"held_out_loss": None, "progress": None, "log": None},
+    }
+    return distil_mlps(TrainingSetup(**{**setup, **wanted}), on_step, lambda fit: None)
 
 
 @torch.no_grad()

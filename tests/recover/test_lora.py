@@ -20,30 +20,24 @@ from ffgym.errors import RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
-from ffgym.models.families import dense_or_pruned_family_of, family_of_type
+from ffgym.models.families import family_of_type
 from ffgym.models.loading import load
 from ffgym.recover import lora as module
 from ffgym.recover.checkpoint import Checkpoint
-from ffgym.recover.lora import LoraCurve, LoraSettings, merge, target_modules, train_lora
+from ffgym.recover.lora import Lora, LoraCurve, merge, target_modules, train_lora
+from ffgym.recover.method import TrainingSetup
 from ffgym.testing.models import tiny_model
 
 EMPTIED = (1, 17, 0, 48, 2, 0)
 STEPS = 6
 
 
-def settings(**changes: Any) -> LoraSettings:
-    wanted: dict[str, Any] = {
-        "rank": 4,
-        "alpha": 8.0,
-        "dropout": 0.1,
-        "learning_rate": 1e-3,
-        "steps": STEPS,
-        "batch_windows": 4,
-        "seed": 0,
-        "evaluate_every": 2,
-        "checkpoint_every": 4,
-    }
-    return LoraSettings(**{**wanted, **changes})
+OPTIONS = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "checkpoint_every": 4}  # of the method
+
+
+def settings(*, steps: int = STEPS, learning_rate: float = 1e-3, seed: int = 0, **options: Any) -> dict[str, Any]:
+    shared = {"tokens": steps * 64, "batch_tokens": 64, "learning_rate": learning_rate, "seed": seed}
+    return {"setup": {**shared, "evaluate_every": 2}, "options": Lora.Config(**{**OPTIONS, **options})}
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +67,18 @@ def texts(random_windows: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return random_windows(14, 16), random_windows(6, 16, seed=1)
 
 
-def train(model: Any, texts: tuple[torch.Tensor, torch.Tensor], wanted: LoraSettings, **options: Any) -> LoraCurve:
-    family = dense_or_pruned_family_of(model)
-    options = {"held_out_loss": lambda: evaluate(model, texts[1]).loss, **options}
-    return train_lora(model, family, texts[0], wanted, **options)
+def train(
+    model: Any,
+    texts: tuple[torch.Tensor, torch.Tensor],
+    wanted: dict[str, Any],
+    on_step: Callable[[LoraCurve], Any] = lambda curve: None,
+    **more: Any,
+) -> LoraCurve:
+    setup = {
+        **{"model": model, "dense": None, "windows": texts[0], "held_out": texts[1], "tokens_per_pass": 4096},
+        **{"held_out_loss": lambda: evaluate(model, texts[1]).loss, "progress": None, "log": None},
+    }
+    return train_lora(TrainingSetup(**{**setup, **wanted["setup"], **more}), wanted["options"], on_step)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -96,7 +98,7 @@ def test_every_linear_that_has_weights_gets_an_adapter(fresh: Any, family: str) 
     names = target_modules(model, family_of_type(family))
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() and ".layers." in n}
     assert set(names) == linears
-    adapted = module._add_adapters(model, family_of_type(family), settings())
+    adapted = module._add_adapters(model, family_of_type(family), Lora.Config())
     assert set(adapted.targeted_module_names) == linears
 
 
@@ -205,7 +207,7 @@ def test_merging_is_done_in_float32_and_rounded_once(fresh: Any) -> None:
     model, exact = fresh(dtype=torch.bfloat16), fresh()
     family = family_of_type("llama")
     for one in (model, exact):
-        module._add_adapters(one, family, settings())
+        module._add_adapters(one, family, Lora.Config())
     for (name, adapted), other in zip(model.named_modules(), exact.modules(), strict=True):
         if name.endswith("q_proj"):
             other.base_layer.weight.copy_(adapted.base_layer.weight.float())
@@ -336,7 +338,7 @@ def test_a_full_device_is_said_to_be(fresh: Any, texts: Any) -> None:
 def test_without_peft_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecoveryError, match="needs the package peft") as raised:
-        module.Lora.check_installed()
+        Lora.check_installed()
     assert "pip install 'ffgym[recover]'" in str(raised.value.hint)
 
 
@@ -345,6 +347,6 @@ def test_it_runs_on_a_gpu(folders: dict[str, Path], texts: Any, tmp_path: Path) 
     model = load(str(folders["llama"]), dtype="bfloat16", device="cuda").model
     curve = train(model, texts, settings(), checkpoint=checkpoint_in(tmp_path / "c"))
     assert all(math.isfinite(loss) for loss in curve.train)
-    part = checkpoint_in(tmp_path / "c").load(module.PART)
+    part = checkpoint_in(tmp_path / "c").load(module.PART, LoraCurve)
     assert part is not None
     assert any(name.startswith("random.cuda") for name in part.tensors)
