@@ -64,8 +64,14 @@ def distil(
     on_step: Callable[[int, int, float], Any] = lambda layer, step, error: None,
 ) -> list[LayerFit]:
     setup = {
-        **{"model": pair[0], "dense": pair[1], "windows": texts[0], "held_out": texts[1], "checkpoint": checkpoint},
-        **{"held_out_loss": None, "progress": None, "log": None},
+        "model": pair[0],
+        "dense": pair[1],
+        "windows": texts[0],
+        "held_out": texts[1],
+        "checkpoint": checkpoint,
+        "held_out_loss": None,
+        "progress": None,
+        "log": None,
     }
     return distil_mlps(TrainingSetup(**{**setup, **wanted}), on_step, lambda fit: None)
 

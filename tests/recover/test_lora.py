@@ -75,8 +75,14 @@ def train(
     **more: Any,
 ) -> LoraCurve:
     setup = {
-        **{"model": model, "dense": None, "windows": texts[0], "held_out": texts[1], "tokens_per_pass": 4096},
-        **{"held_out_loss": lambda: evaluate(model, texts[1]).loss, "progress": None, "log": None},
+        "model": model,
+        "dense": None,
+        "windows": texts[0],
+        "held_out": texts[1],
+        "tokens_per_pass": 4096,
+        "held_out_loss": lambda: evaluate(model, texts[1]).loss,
+        "progress": None,
+        "log": None,
     }
     return train_lora(TrainingSetup(**{**setup, **wanted["setup"], **more}), wanted["options"], on_step)
 
