@@ -69,7 +69,12 @@ class Options:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(self.batch_sizes, self.prompt_lengths, self.repetitions, self.threads)
+        check_counts(
+            batch_sizes=self.batch_sizes,
+            prompt_lengths=self.prompt_lengths,
+            repetitions=self.repetitions,
+            threads=self.threads,
+        )
 
 
 def measure(options: Options, *, progress: Console | None = None) -> Measurement:
@@ -124,9 +129,7 @@ class TableOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _at_least_one("--context", [self.context])
-        _at_least_one("--repetitions", [self.repetitions])
-        _at_least_one("--threads", [1 if self.threads is None else self.threads])
+        check_counts(context=self.context, repetitions=self.repetitions, threads=self.threads)
 
 
 def latency_table(options: TableOptions, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
@@ -305,25 +308,18 @@ def _threads(wanted: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check_counts(
-    batch_sizes: Sequence[int], prompt_lengths: Sequence[int] | None, repetitions: int, threads: int | None
-) -> None:
+def check_counts(**options: Sequence[int] | int | None) -> None:
     """Refuse an option that holds no number, or one below 1; ``None`` leaves a default in place.
 
     Raises:
         ConfigError: names the option.
     """
-    _at_least_one("--batch-sizes", batch_sizes)
-    _at_least_one("--prompt-lengths", [1] if prompt_lengths is None else prompt_lengths)
-    _at_least_one("--repetitions", [repetitions])
-    _at_least_one("--threads", [1 if threads is None else threads])
-
-
-def _at_least_one(option: str, values: Sequence[int]) -> None:
-    if not values:
-        raise ConfigError(f"{option} is empty", hint="Give at least one number.")
-    if min(values) < 1:
-        raise ConfigError(f"{option} has {min(values)}", hint="Every number must be at least 1.")
+    for name, given in options.items():
+        option, values = f"--{name.replace('_', '-')}", [given] if isinstance(given, int) else given
+        if values is not None and not values:
+            raise ConfigError(f"{option} is empty", hint="Give at least one number.")
+        if values is not None and min(values) < 1:
+            raise ConfigError(f"{option} has {min(values)}", hint="Every number must be at least 1.")
 
 
 def _name(dtype: torch.dtype) -> str:

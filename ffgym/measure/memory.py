@@ -25,17 +25,7 @@ CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Job:
-    """What the process does: load a model, prefill prompts, decode a few tokens.
-
-    Attributes:
-        name: as `ffgym.models.loading.load` takes it.
-        revision: of a hub model.
-        dtype: of weights and activations.
-        device: where it runs.
-        threads: of the CPU.
-        batch: sequences at a time.
-        length: tokens of each prompt.
-    """
+    """What the process does: `load` a model, prefill ``batch`` prompts of ``length`` tokens, decode a few tokens."""
 
     name: str
     revision: str | None

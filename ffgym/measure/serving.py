@@ -79,7 +79,12 @@ class Options:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise UnknownNameError("engine", self.engine, ENGINES)
-        check_counts(self.requests, self.prompt_lengths, self.repetitions, self.threads)
+        check_counts(
+            batch_sizes=self.requests,
+            prompt_lengths=self.prompt_lengths,
+            repetitions=self.repetitions,
+            threads=self.threads,
+        )
         if self.output_tokens < 2:
             raise ConfigError(f"--output-tokens is {self.output_tokens}", hint="Use at least 2.")
 

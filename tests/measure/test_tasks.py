@@ -258,12 +258,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(names, opt
     assert caught.value.hint
 
 
-def test_limit_and_batch_size_are_checked_where_they_are_used_too(model):
-    (task,) = load_tasks(["piqa"]).tasks
-    with pytest.raises(ConfigError, match="limit = 0"):
-        evaluate_task(model, task, limit=0)
-
-
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
