@@ -155,9 +155,6 @@ def _open_runs(
     """One MLflow run per bench file that has something to compute, open until the stack is left.
 
     A bench that was interrupted goes on in the run it had, even if only its table is left to write: a note says which.
-
-    Raises:
-        ConfigError: an agent's updates are too small for it, or there is no policy to start from.
     """
     for _, cell in missing:
         make_agent(cell.config)  # now, and not after the cells before it have been computed

@@ -141,11 +141,7 @@ def read_toml(path: Path) -> JSONDict:
 
 
 def parsed_overrides(overrides: Sequence[str]) -> JSONDict:
-    """``["prune.sparsity=0.3"]`` -> ``{"prune": {"sparsity": 0.3}}``; the last word on a key wins.
-
-    Raises:
-        ConfigError: one that is no ``key=value``.
-    """
+    """``["prune.sparsity=0.3"]`` -> ``{"prune": {"sparsity": 0.3}}``; the last word on a key wins."""
     nested: JSONDict = {}
     for text in overrides:
         nested = _merged(nested, _parse_override(text))

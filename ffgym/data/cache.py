@@ -187,11 +187,7 @@ def remove(entry: Entry) -> None:
 
 
 def size_limit() -> int:
-    """Bytes that prepared models may take: ``$FFGYM_CACHE_SIZE``, e.g. ``20GB``, or 50 GB; 0 keeps none.
-
-    Raises:
-        ConfigError: the variable holds no size.
-    """
+    """Bytes that prepared models may take: ``$FFGYM_CACHE_SIZE``, e.g. ``20GB``, or 50 GB; 0 keeps none."""
     chosen = os.environ.get("FFGYM_CACHE_SIZE") or DEFAULT_SIZE
     try:
         return int(TypeAdapter(ByteSize).validate_python(chosen))

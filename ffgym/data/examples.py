@@ -136,10 +136,6 @@ def search_examples(task: str) -> list[Example]:
     """Examples that a search may be rewarded on, in the order of the data set.
 
     A question that the reported split asks as well is left out.
-
-    Raises:
-        UnknownNameError, ConfigError: see `check_search_tasks`.
-        AssetError: the data could not be fetched.
     """
     check_search_tasks([task])
     split = search_split(task)
@@ -150,12 +146,7 @@ def search_examples(task: str) -> list[Example]:
 
 
 def reported_examples(task: str) -> list[Example]:
-    """Examples that figures are reported on, in the order of the data set; nothing selects on them.
-
-    Raises:
-        UnknownNameError: no such task.
-        AssetError: the data could not be fetched.
-    """
+    """Examples that figures are reported on, in the order of the data set; nothing selects on them."""
     if task not in PROMPTS:
         raise UnknownNameError("multiple-choice task", task, PROMPTS)
     return _examples(task, task_dataset(task)[reported_split(task)])

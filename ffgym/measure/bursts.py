@@ -128,11 +128,7 @@ def serve_in_turn(
 
 
 def send(server: Running, prompts: Sequence[str], output_tokens: int) -> Burst:
-    """Ask for the answers to all prompts at the same moment.
-
-    Raises:
-        ModelError: the server does not answer as it should.
-    """
+    """Ask for the answers to all prompts at the same moment."""
     pool = ThreadPoolExecutor(len(prompts))
     try:
         answers = pool.map(partial(ask, server, output_tokens=output_tokens), prompts)
@@ -142,11 +138,7 @@ def send(server: Running, prompts: Sequence[str], output_tokens: int) -> Burst:
 
 
 def ask(server: Running, prompt: str, *, output_tokens: int) -> Answer:
-    """Ask for one answer.
-
-    Raises:
-        ModelError: the server does not answer as it should.
-    """
+    """Ask for one answer."""
     body = {"model": server.server.model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "seed": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}, **server.server.body}
     times: list[float] = []

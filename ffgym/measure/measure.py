@@ -113,9 +113,6 @@ class TableOptions:
         repetitions: of which the figures are medians, at least 1.
         rebuild: time again, even if the cache has the times.
         output: a ``.json`` file to write; ``None`` writes none.
-
-    Raises:
-        ConfigError: a number below 1.
     """
 
     model: str
@@ -233,11 +230,7 @@ def _with_memory(
 
 
 def write(found: Any, output: Path) -> None:
-    """Write a measurement, a dataclass with `tables`, as Markdown or JSON, as the suffix says.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write a measurement, a dataclass with `tables`, as Markdown or JSON, as the suffix says."""
     markdown = "\n".join(table.markdown() for table in found.tables())
     write_text(output, markdown if output.suffix == ".md" else json.dumps(asdict(found), indent=2) + "\n")
 
@@ -255,11 +248,7 @@ def _load_dense(source: DenseModel, dtype: torch.dtype, device: str) -> LoadedMo
 
 
 def _workloads(options: Options, limit: int) -> list[Workload]:
-    """Every batch size with every prompt length.
-
-    Raises:
-        ConfigError: a prompt and what is decoded behind it are more than the models take.
-    """
+    """Every batch size with every prompt length."""
     room = limit - DECODE_TOKENS
     lengths = options.prompt_lengths
     if lengths is None:

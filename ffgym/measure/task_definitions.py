@@ -70,11 +70,7 @@ class TaskSet:
 
 
 def harness_version() -> str:
-    """The installed lm-eval's version.
-
-    Raises:
-        ConfigError: it is not installed; the hint says how.
-    """
+    """The installed lm-eval's version."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("zero-shot tasks need lm-eval, which is not installed", hint=f"Run: {INSTALL}")
     return importlib.metadata.version("lm_eval")
@@ -105,11 +101,7 @@ def check_request(tasks: Sequence[str], *, limit: int | None = None, batch_size:
 
 
 def _of_harness(tasks: Sequence[str]) -> list[str]:
-    """Those of the names that are no metric's, which lm-eval has to know.
-
-    Raises:
-        ConfigError: there are some, and lm-eval is not installed.
-    """
+    """Those of the names that are no metric's, which lm-eval has to know."""
     known = _definitions()[0] if importlib.util.find_spec("lm_eval") is not None else {}
     others = [task for task in tasks if not is_metric(task, known)]
     if others:

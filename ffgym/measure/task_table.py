@@ -142,11 +142,7 @@ def _notes(table: TaskTable) -> list[str]:
 
 
 def write_file(path: Path, table: TaskTable) -> None:
-    """Write the table to a ``.json`` or ``.md`` file, whole or not at all.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write the table to a ``.json`` or ``.md`` file, whole or not at all."""
     write_text(path, FILE_KINDS[path.suffix](table))
 
 

@@ -75,11 +75,7 @@ class TaskResult:
     not_finite: int = 0
 
     def metric(self, *names: str) -> Figure:
-        """The first of these metrics that the task has.
-
-        Raises:
-            KeyError: it has none of them.
-        """
+        """The first of these metrics that the task has."""
         for name in names:
             for metric in self.metrics:
                 if metric.name == name:

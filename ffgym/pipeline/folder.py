@@ -189,11 +189,7 @@ RECORD = FileFormat(
 
 
 def read_record(folder: Path) -> RunRecord:
-    """What the sessions of this folder's run have noted.
-
-    Raises:
-        OutputError: the note is damaged.
-    """
+    """What the sessions of this folder's run have noted."""
     path = folder / "run.json"
     return RECORD.read(path) if path.exists() else RunRecord()
 

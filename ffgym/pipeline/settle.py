@@ -10,11 +10,7 @@ from ffgym.recover.recover import check_method
 
 
 def settle(config: RunConfig) -> RunConfig:
-    """Let a heuristic stand in for an agent, check every plugin, and spell out all their options.
-
-    Raises:
-        ConfigError, PluginError, UnknownNameError: see `check_plugins`.
-    """
+    """Let a heuristic stand in for an agent, check every plugin, and spell out all their options."""
     config = configured.resolve_agent(config)
     check_plugins(config)
     return configured.with_options(config)

@@ -59,11 +59,7 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
 
 
 def read_table(folder: Path) -> ReportTable:
-    """The table of a run.
-
-    Raises:
-        OutputError: it is damaged.
-    """
+    """The table of a run."""
     losses = WINDOW_LOSSES.read(folder / "losses.json")
     resources = {resource.key or resource.name: resource for resource in map(resource_named, manager.names("resource"))}
     rows = []

@@ -124,9 +124,6 @@ class Checkpoint:
 
         Args:
             facts: what the facts must be: a dataclass or another type that pydantic knows.
-
-        Raises:
-            RecoveryError: it is damaged.
         """
         path = self.folder / f"{name}{SUFFIX}"
         if not path.exists():

@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_output, output_folder, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
-from ffgym.recover.result import CURVE, PICTURE, RecoveredModel, RecoveryResult
+from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
 from ffgym.recover.text import RecoveryTexts, gather, training_window
 from ffgym.report.figures import new_figure, save_figure, tidy
@@ -55,7 +55,7 @@ def recover(
     overwrite: bool = False,
     dense: str | None = None,
     progress: Console | None = None,
-) -> RecoveryResult:
+) -> RecoveredModel:
     """Train the model of a folder as ``config.recover`` says, and save it to another one.
 
     Args:
@@ -92,7 +92,7 @@ def recover(
         tracker.log_result(recovered.tracked)
         tracker.describe(recovered.description)
         tracker.log_model(recovered.saved.path)
-        return RecoveryResult(recovered, tracker.run_id)
+        return replace(recovered, mlflow_run=tracker.run_id)
 
 
 def check_method(table: RecoverTable, dense: str | None) -> Recovery:

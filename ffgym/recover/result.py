@@ -22,6 +22,7 @@ class RecoveredModel:
     table: RecoveryTable
     after: Evaluation
     summary: tuple[str, ...]
+    mlflow_run: str | None = None
 
     @property
     def description(self) -> str:
@@ -36,30 +37,21 @@ class RecoveredModel:
         dense = next((row.evaluation.perplexity for row in self.table.rows if row.label == "dense"), None)
         return Result(self.after.perplexity, dense, params=self.table.rows[-1].parameters)
 
-
-@dataclass(frozen=True)
-class RecoveryResult:
-    """What ``recover`` hands back."""
-
-    recovered: RecoveredModel
-    mlflow_run: str | None
-
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps``."""
         return {
-            "table": self.recovered.table.layout().as_dicts(),
-            "measured": self.recovered.table.header,
-            "summary": list(self.recovered.summary),
-            "model": str(self.recovered.saved.path),
+            "table": self.table.layout().as_dicts(),
+            "measured": self.table.header,
+            "summary": list(self.summary),
+            "model": str(self.saved.path),
             "mlflow_run": self.mlflow_run,
         }
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        console.print(self.recovered.table.layout().terminal())
-        saved = self.recovered.saved
-        lines = [*self.recovered.summary, f"Model, {CURVE} and {PICTURE}: {saved.path}"]
+        console.print(self.table.layout().terminal())
+        lines = [*self.summary, f"Model, {CURVE} and {PICTURE}: {self.saved.path}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
-        for line in [*lines, "Load the model with", f"  {load_line(saved.path, stock=saved.stock)}"]:
+        for line in [*lines, "Load the model with", f"  {load_line(self.saved.path, stock=self.saved.stock)}"]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
