@@ -46,6 +46,18 @@ def random_windows_fixture() -> Callable[..., torch.Tensor]:
     return random_windows
 
 
+@pytest.fixture(scope="module")
+def only_builtins() -> Iterator[None]:
+    """No plugins but ffgym's own, whatever is installed here, no tracking server, and a wide terminal."""
+    from ffgym.plugins import discovery
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("COLUMNS", "200")
+        yield
+
+
 @pytest.fixture
 def prepared_llama() -> Prepared:
     """A tiny random llama (3 layers, 2 KV groups, 48 channels) with its paths; fresh for every test."""

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import atexit
 import functools
+import io
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from ffgym.config.tables import RunConfig
+from ffgym.pipeline.pipeline import run
+from ffgym.pipeline.result import RunResult
+from ffgym.report.table import Row
 
 EPISODES, PER_UPDATE, WINDOW = 8, 4, 64
 
@@ -55,6 +62,37 @@ def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
 
 def glass_config(folder: Path, *, seed: int = 0, **changes: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate({"seed": seed, **glass_tables(folder, **changes)})
+
+
+def go(config: RunConfig, resume: Path | None = None) -> tuple[RunResult, str]:
+    """Run it; its result, and what it said."""
+    said = io.StringIO()
+    result = run(config, progress=Console(file=said, width=200), resume=resume)
+    assert isinstance(result, RunResult)
+    return result, said.getvalue()
+
+
+@dataclass
+class Finished:
+    config: RunConfig
+    result: RunResult
+    said: str
+
+    @property
+    def folder(self) -> Path:
+        return self.result.folder
+
+    @property
+    def root(self) -> Path:
+        return Path(self.config.tracking.root)
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        return {row.label: row for row in self.result.table.rows}
+
+
+def finish(config: RunConfig) -> Finished:
+    return Finished(config, *go(config))
 
 
 def untimed(log: Path) -> str:

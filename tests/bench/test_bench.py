@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +35,13 @@ from ffgym.cli import app
 from ffgym.config.toml import changed_settings
 from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
 from ffgym.pipeline import task
-from ffgym.plugins import discovery
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
 
+pytestmark = pytest.mark.usefixtures("only_builtins")
+
 AGENTS, SEEDS = ["random", "reinforce", "uniform"], [0, 1]
 CELLS = ["random-seed0", "random-seed1", "reinforce-seed0", "reinforce-seed1", "uniform-seed0"]
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
 def bench_file(folder: Path, *, stem: str = "small", tables: dict[str, Any] | None = None, **spec: Any) -> Path:
@@ -67,16 +61,13 @@ def call(*files: Path, **options: Any) -> tuple[list[BenchTable], str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, BenchTable, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchTable, str]:
     """A bench that ran through, tracked: its file, table and progress."""
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        new_store(folder / "mlruns")
-        file = bench_file(folder, tables={"tracking": {"enabled": True}})
-        (table,), said = call(file)
-        yield file, table, said
+    new_store(folder / "mlruns")
+    file = bench_file(folder, tables={"tracking": {"enabled": True}})
+    (table,), said = call(file)
+    return file, table, said
 
 
 def numbers(folder: Path) -> dict[str, Any]:

@@ -18,14 +18,9 @@ from ffgym.bench.cell import Job, read_cell
 from ffgym.bench.file import read_bench
 from ffgym.bench.queue import CellQueue
 from ffgym.models import placement
-from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+pytestmark = pytest.mark.usefixtures("only_builtins")
 
 
 def bench_file(folder: Path, agents: list[str], **tables: dict[str, Any]) -> Path:

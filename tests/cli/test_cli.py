@@ -25,6 +25,8 @@ from ffgym.errors import ModelError
 from ffgym.plugins import discovery, kinds, manager
 from ffgym.prepare import configured
 
+pytestmark = pytest.mark.usefixtures("only_builtins")
+
 HEAVY = (
     "torch",
     "transformers",
@@ -37,12 +39,6 @@ HEAVY = (
     "lm_eval",
     "peft",
 )
-
-
-@pytest.fixture(autouse=True)
-def _only_builtins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def call(*arguments: str) -> Any:

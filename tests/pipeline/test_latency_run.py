@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glass_runs import WINDOW, glass_config, glass_home
+from glass_runs import WINDOW, glass_config, glass_home, go
 from latency_tables import made_up_table
 from mlflow_store import client, new_store, runs
 from rich.console import Console
@@ -21,16 +21,11 @@ from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline, task
-from ffgym.plugins import discovery
 from ffgym.prepare import parts as parts_module
 from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+pytestmark = pytest.mark.usefixtures("only_builtins")
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +44,9 @@ def timed(folder: Path, table: LatencyTable | None, **changes: Any) -> RunConfig
     return glass_config(folder, **({"prune": prune, "search": {"random_baseline": False}} | changes))
 
 
-def finish(config: RunConfig) -> tuple[pipeline.RunResult, str]:
-    console = Console(file=io.StringIO(), width=200)
-    result = pipeline.run(config, progress=console)
-    return result, console.file.getvalue()  # type: ignore[attr-defined]
-
-
 def test_a_run_counts_records_and_repeats_its_latency(tmp_path: Path, table: LatencyTable) -> None:
     root = new_store(tmp_path / "mlruns")
-    result, said = finish(timed(tmp_path, table, tracking={"enabled": True}))
+    result, said = go(timed(tmp_path, table, tracking={"enabled": True}))
     allocation = json.loads((result.folder / "allocation.json").read_text())
     assert allocation["resource"] == "latency"
     assert 0.2 <= allocation["sparsity"] < 0.3
@@ -88,7 +77,7 @@ def test_a_run_counts_records_and_repeats_its_latency(tmp_path: Path, table: Lat
         },
         output={"dir": str(tmp_path / "again")},
     )
-    repeated, _ = finish(again)
+    repeated, _ = go(again)
     assert json.loads((repeated.folder / "allocation.json").read_text()) == allocation
 
 
@@ -103,7 +92,7 @@ def test_without_a_file_the_cache_is_asked_once(
         return table
 
     monkeypatch.setattr(latency_cache, "cached_table", cached)
-    result, _ = finish(timed(tmp_path, None, output={"save_model": False}))
+    result, _ = go(timed(tmp_path, None, output={"save_model": False}))
     assert asked == [WINDOW]
     assert read_table(result.folder / "latency.json") == table
 
@@ -114,7 +103,7 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(latency_cache, "cached_table", lambda *_, **__: table)
-    whole, _ = finish(timed(tmp_path / "whole", None))
+    whole, _ = go(timed(tmp_path / "whole", None))
     count = itertools.count()
 
     def interrupted() -> None:
@@ -124,7 +113,7 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
     before_episodes(interrupted)
     config = timed(tmp_path / "parts", None)
     with pytest.raises(KeyboardInterrupt):
-        finish(config)
+        go(config)
     # Timed anew since, on a busier machine.
     other = made_up_table(load(str(glass_home() / "glass"), dtype="float32").model, context=WINDOW, mlp=16e-3)
     assert other.digest != table.digest
@@ -151,14 +140,14 @@ def test_the_table_of_another_model_is_refused_before_statistics(
     monkeypatch.setattr(task, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
     config = timed(tmp_path, made_up_table(tiny_model("llama"), context=WINDOW))
     with pytest.raises(BudgetError, match=r"given\.json was timed on another model: hidden 32, here"):
-        finish(config)
+        go(config)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reward_that_weighs_latency_reads_and_records_the_table(tmp_path: Path, table: LatencyTable) -> None:
     reward = {"name": "multi-objective", "accuracy": 0, "resource": "latency"}
     prune = {"ridge": 0.1, "context": WINDOW, "latency_table": str(tmp_path / "given.json")}
-    result, said = finish(timed(tmp_path, table, prune=prune, reward=reward))
+    result, said = go(timed(tmp_path, table, prune=prune, reward=reward))
     assert json.loads((result.folder / "allocation.json").read_text())["resource"] == "params"
     assert f"table {table.digest[:12]}" in said
     assert read_table(result.folder / "latency.json").digest == table.digest
@@ -181,7 +170,7 @@ def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: Latenc
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=r"given\.json"):
-        finish(config)
+        go(config)
 
 
 def test_a_run_that_ends_before_its_search_leaves_no_table(
@@ -192,7 +181,7 @@ def test_a_run_that_ends_before_its_search_leaves_no_table(
 
     monkeypatch.setattr("ffgym.pipeline.search.search_front", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        finish(timed(tmp_path, table))
+        go(timed(tmp_path, table))
     assert not (tmp_path / "out").exists()
 
 
@@ -201,7 +190,7 @@ def test_out_of_reach_names_the_range(tmp_path: Path, table: LatencyTable) -> No
     path = tmp_path / "given.json"
     path.write_text(to_json(table))
     with pytest.raises(BudgetError, match=r"0\.95 of latency is out of reach"):
-        finish(glass_config(tmp_path, prune=prune | {"latency_table": str(path)}))
+        go(glass_config(tmp_path, prune=prune | {"latency_table": str(path)}))
 
 
 @pytest.mark.parametrize(

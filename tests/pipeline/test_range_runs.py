@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tomli_w
-from glass_runs import PER_UPDATE, glass_config, glass_tables
+from glass_runs import PER_UPDATE, glass_config, glass_tables, go
 from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
@@ -24,11 +23,13 @@ from ffgym.config.tables import RunConfig
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pipeline import compare, pipeline, task
-from ffgym.plugins import built_ins, discovery, manager
+from ffgym.plugins import built_ins, manager
 from ffgym.prepare.parts import load_parts
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 from ffgym.tracking.runs import list_runs
+
+pytestmark = pytest.mark.usefixtures("only_builtins")
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5)
 NAMES = ("0.10", "0.20", "0.30", "0.40", "0.50")
@@ -41,36 +42,19 @@ FILES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
 def ranged(folder: Path, **changes: dict[str, Any]) -> RunConfig:
     prune = {"sparsity": "0.1:0.5", **changes.pop("prune", {})}
     search = {"episodes": EPISODES, **changes.pop("search", {})}
     return glass_config(folder, prune=prune, search=search, **changes)
 
 
-def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
-    console = Console(file=io.StringIO(), width=200)
-    result = pipeline.run(config, progress=console, resume=resume)
-    assert isinstance(result, pipeline.RunResult)
-    return result, console.file.getvalue()  # type: ignore[attr-defined]
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunConfig, pipeline.RunResult]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, pipeline.RunResult]:
     """The run that most tests look at, tracked."""
     folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        new_store(folder / "mlruns")
-        config = ranged(folder, tracking={"enabled": True})
-        yield config, go(config)[0]
+    new_store(folder / "mlruns")
+    config = ranged(folder, tracking={"enabled": True})
+    return config, go(config)[0]
 
 
 def front_of(folder: Path) -> dict[str, Any]:

@@ -10,14 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import tomli_w
-from glass_runs import EPISODES, PER_UPDATE, glass_config, glass_tables
+from glass_runs import EPISODES, PER_UPDATE, glass_config, glass_tables, go
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 from typer.testing import CliRunner
@@ -29,9 +28,10 @@ from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.folder import folder_lock, read_record
-from ffgym.plugins import discovery
 from ffgym.search.log import read_log
 from ffgym.tracking.tracker import Tracker
+
+pytestmark = pytest.mark.usefixtures("only_builtins")
 
 TRACKED = {"enabled": True}
 SMALL = {"output": {"sequential": False}}
@@ -39,33 +39,15 @@ SAME = ("allocation.json", "policy.json", "report.json", "report.md", "losses.js
 LOGS = ("episodes.jsonl", "episodes-random.jsonl")
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
 def config(folder: Path, **changes: dict[str, Any]) -> RunConfig:
     output = {**SMALL["output"], **changes.pop("output", {})}
     return glass_config(folder, output={"dir": str(folder / "out"), **output}, **changes)
 
 
-def go(config: RunConfig, resume: Path | None = None) -> tuple[pipeline.RunResult, str]:
-    console = Console(file=io.StringIO(), width=200)
-    result = pipeline.run(config, progress=console, resume=resume)
-    assert isinstance(result, pipeline.RunResult)
-    return result, console.file.getvalue()  # type: ignore[attr-defined]
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield go(config(folder))[0].folder
+    return go(config(tmp_path_factory.mktemp("whole")))[0].folder
 
 
 def episodes(folder: Path, name: str) -> str:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import made_up_tasks
 import pytest
-from glass_runs import WINDOW, glass_config, untimed
+from glass_runs import WINDOW, Finished, finish, glass_config, untimed
 from mlflow_store import client, new_store, runs
-from rich.console import Console
 
 from ffgym.config.tables import RunConfig
-from ffgym.pipeline import pipeline
 from ffgym.pipeline.folder import WRITTEN
-from ffgym.plugins import discovery
+
+pytestmark = pytest.mark.usefixtures("only_builtins")
 
 PLAIN = {
     *("config.toml", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
@@ -26,39 +23,10 @@ PLAIN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@dataclass
-class Finished:
-    config: RunConfig
-    result: pipeline.RunResult
-    said: str
-
-    @property
-    def folder(self) -> Path:
-        return self.result.folder
-
-    @property
-    def root(self) -> Path:
-        return Path(self.config.tracking.root)
-
-
-def finish(config: RunConfig) -> Finished:
-    said = io.StringIO()
-    result = pipeline.run(config, progress=Console(file=said, width=200))
-    return Finished(config, result, said.getvalue())
-
-
 @pytest.fixture(scope="module")
 def traded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("traded")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         made_up_tasks.install(patch)
         new_store(folder / "mlruns")
         reward = {"name": "multi-objective", "examples": 8, "resource": "kv"}
