@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
 import torch
-from glass_runs import WINDOW, glass_config, glass_home, glass_tables
+from glass_runs import WINDOW, glass_config, glass_home, glass_tables, go
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 from safetensors.torch import load_file
@@ -31,24 +31,18 @@ from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputE
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline
-from ffgym.plugins import discovery
 from ffgym.prepare.parts import load_parts
 from ffgym.recover import lora as lora_module
 from ffgym.recover import recover
 from ffgym.recover.folders import find_run_config, unfinished_folder
-from ffgym.recover.result import RecoveryResult
+from ffgym.recover.result import RecoveredModel
 from ffgym.recover.text import gather
+
+pytestmark = pytest.mark.usefixtures("only_builtins")
 
 SHORT = {"tokens": 1024, "batch_tokens": 256, "evaluate_every": 2, "checkpoint_every": 2, "held_out_tokens": 256}
 STEPS = 4
 BESIDE = {"config.toml", "recovery.json", "recovery.png", "README.md", "modeling_ffgym.py", "model.safetensors"}
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 def changes(**recover: Any) -> dict[str, dict[str, Any]]:
@@ -58,10 +52,7 @@ def changes(**recover: Any) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, not to be written to."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-        config = glass_config(tmp_path_factory.mktemp("pruned"), **changes())
-        return pipeline.run(config, progress=Console(file=io.StringIO())).folder
+    return go(glass_config(tmp_path_factory.mktemp("pruned"), **changes()))[0].folder
 
 
 @pytest.fixture
@@ -76,7 +67,7 @@ def configured(folder: Path, method: str = "lora", **recover: Any) -> RunConfig:
     return load_config(folder / "config.toml", overrides)
 
 
-def recovered(folder: Path, method: str = "lora", **options: Any) -> RecoveryResult:
+def recovered(folder: Path, method: str = "lora", **options: Any) -> RecoveredModel:
     table = options.pop("recover", {})
     config = options.pop("config", None) or configured(folder, method, **table)
     options = {"dense": config.model.name, "progress": Console(file=io.StringIO(), width=200), **options}
@@ -96,53 +87,49 @@ def same_weights(left: Path, right: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, RecoveryResult]]:
+def finished(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RecoveredModel]:
     """LoRA on that run, tracked."""
     home = tmp_path_factory.mktemp("finished")
     shutil.copytree(pruned, home / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        new_store(home / "mlruns")
-        config = configured(home / "run")
-        tracking = config.tracking.model_copy(update={"enabled": True, "root": str(home / "mlruns")})
-        result = recovered(home / "run", config=config.model_copy(update={"tracking": tracking}))
-        yield home, result
+    new_store(home / "mlruns")
+    config = configured(home / "run")
+    tracking = config.tracking.model_copy(update={"enabled": True, "root": str(home / "mlruns")})
+    return home, recovered(home / "run", config=config.model_copy(update={"tracking": tracking}))
 
 
-def test_the_model_is_saved_beside_the_old_one(finished: tuple[Path, RecoveryResult]) -> None:
+def test_the_model_is_saved_beside_the_old_one(finished: tuple[Path, RecoveredModel]) -> None:
     home, result = finished
     place = home / "run" / "model-recovered"
-    assert result.recovered.saved.path == place
+    assert result.saved.path == place
     assert {path.name for path in place.iterdir()} >= BESIDE
     assert (place / "recovery.png").read_bytes().startswith(b"\x89PNG")
     assert not unfinished_folder(place).exists()
     assert not same_weights(place, home / "run" / "model")
 
 
-def test_the_saved_model_is_the_one_that_was_measured(finished: tuple[Path, RecoveryResult]) -> None:
+def test_the_saved_model_is_the_one_that_was_measured(finished: tuple[Path, RecoveredModel]) -> None:
     home, result = finished
     _, splits = load_parts(configured(home / "run"))
     for row, name in zip(
-        result.recovered.table.rows,
-        (str(glass_home() / "glass"), str(home / "run" / "model"), str(result.recovered.saved.path)),
+        result.table.rows,
+        (str(glass_home() / "glass"), str(home / "run" / "model"), str(result.saved.path)),
         strict=True,
     ):
         model = load(name, dtype="float32", device="cpu").model
         assert evaluate(model, splits.report.windows).losses == row.evaluation.losses
         assert sum(p.numel() for p in model.parameters()) == row.parameters
-    assert [row.label for row in result.recovered.table.rows] == ["dense", "before", "lora"]
-    _, before, after = result.recovered.table.rows
+    assert [row.label for row in result.table.rows] == ["dense", "before", "lora"]
+    _, before, after = result.table.rows
     assert after.evaluation.loss < before.evaluation.loss
 
 
-def test_it_loads_in_a_process_that_does_not_have_ffgym(finished: tuple[Path, RecoveryResult], tmp_path: Path) -> None:
+def test_it_loads_in_a_process_that_does_not_have_ffgym(finished: tuple[Path, RecoveredModel], tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['ffgym'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(finished[1].recovered.saved.path)!r}, "
+        f"model = AutoModelForCausalLM.from_pretrained({str(finished[1].saved.path)!r}, "
         "trust_remote_code=True)\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(finished[1].recovered.saved.path)!r}, "
+        f"tokenizer = AutoTokenizer.from_pretrained({str(finished[1].saved.path)!r}, "
         "trust_remote_code=True)\n"
         "print(len(model.generate(**tokenizer('Alice was', return_tensors='pt'), max_new_tokens=3, min_new_tokens=3)))"
     )
@@ -151,8 +138,8 @@ def test_it_loads_in_a_process_that_does_not_have_ffgym(finished: tuple[Path, Re
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
-def test_the_card_says_what_was_done_and_keeps_the_old_one(finished: tuple[Path, RecoveryResult]) -> None:
-    card = (finished[1].recovered.saved.path / "README.md").read_text()
+def test_the_card_says_what_was_done_and_keeps_the_old_one(finished: tuple[Path, RecoveredModel]) -> None:
+    card = (finished[1].saved.path / "README.md").read_text()
     for part in (
         "LoRA of rank 16 (alpha 32) on all linears",
         f"{STEPS} steps of 256 tokens at up to 0.0005, seed 0",
@@ -165,9 +152,9 @@ def test_the_card_says_what_was_done_and_keeps_the_old_one(finished: tuple[Path,
     assert card.startswith("---\nlibrary_name: transformers")
 
 
-def test_the_curve_is_in_mlflow_in_json_and_in_the_result(finished: tuple[Path, RecoveryResult]) -> None:
+def test_the_curve_is_in_mlflow_in_json_and_in_the_result(finished: tuple[Path, RecoveredModel]) -> None:
     home, result = finished
-    curve = json.loads((result.recovered.saved.path / "recovery.json").read_text())
+    curve = json.loads((result.saved.path / "recovery.json").read_text())
     assert len(curve["train"]) == STEPS
     assert [step for step, _ in curve["held_out"]] == [0, 2, STEPS]
     assert curve["chosen"] == STEPS
@@ -180,12 +167,12 @@ def test_the_curve_is_in_mlflow_in_json_and_in_the_result(finished: tuple[Path, 
     assert run.info.status == "FINISHED"
     assert run.data.params["toml.recover.rank"] == "16"
     assert run.data.tags["recovery"] == "lora"
-    assert run.data.metrics["result/perplexity"] == result.recovered.after.perplexity
+    assert run.data.metrics["result/perplexity"] == result.after.perplexity
     assert {item.tags[0].value for item in run.inputs.dataset_inputs} == {"recovery"}
     assert {item.path for item in store.list_artifacts(result.mlflow_run)} >= {"recovery.json", "recovery.png"}
 
 
-def test_the_result_is_printed_and_plain_data(finished: tuple[Path, RecoveryResult]) -> None:
+def test_the_result_is_printed_and_plain_data(finished: tuple[Path, RecoveredModel]) -> None:
     console = Console(file=io.StringIO(), width=300)
     finished[1].print(console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -195,8 +182,8 @@ def test_the_result_is_printed_and_plain_data(finished: tuple[Path, RecoveryResu
     assert [row["label"] for row in data["table"]] == ["dense", "before", "lora"]
 
 
-def test_another_round_on_a_recovered_model_needs_no_options(finished: tuple[Path, RecoveryResult]) -> None:
-    place = finished[1].recovered.saved.path
+def test_another_round_on_a_recovered_model_needs_no_options(finished: tuple[Path, RecoveredModel]) -> None:
+    place = finished[1].saved.path
     assert find_run_config(place) == place / "config.toml"
     assert load_config(place / "config.toml").recover.method == "lora"
 
@@ -204,10 +191,10 @@ def test_another_round_on_a_recovered_model_needs_no_options(finished: tuple[Pat
 def test_a_stock_model_stays_one_that_needs_no_trust(tmp_path: Path) -> None:
     tables = changes()
     tables["prune"] |= {"uniform": True}
-    run = pipeline.run(glass_config(tmp_path, **tables), progress=Console(file=io.StringIO())).folder
+    run = go(glass_config(tmp_path, **tables))[0].folder
     result = recovered(run)
-    place = result.recovered.saved.path
-    assert result.recovered.saved.stock
+    place = result.saved.path
+    assert result.saved.stock
     assert json.loads((place / "config.json").read_text())["model_type"] == "llama"
     assert not (place / "modeling_ffgym.py").exists()
     console = Console(file=io.StringIO(), width=300)
@@ -227,8 +214,8 @@ def test_the_training_text_is_said_with_its_size(folder: Path) -> None:
 
 def test_what_does_not_help_is_not_kept(folder: Path) -> None:
     result = recovered(folder, recover={"learning_rate": 1.0})
-    assert "nothing was kept" in " ".join(result.recovered.summary)
-    assert same_weights(result.recovered.saved.path, folder / "model")
+    assert "nothing was kept" in " ".join(result.summary)
+    assert same_weights(result.saved.path, folder / "model")
 
 
 # distillation
@@ -236,7 +223,7 @@ def test_what_does_not_help_is_not_kept(folder: Path) -> None:
 
 def test_distillation_writes_the_same_things(folder: Path) -> None:
     result = recovered(folder, "distil-mlp", recover={"learning_rate": 1e-3})
-    place = result.recovered.saved.path
+    place = result.saved.path
     assert {path.name for path in place.iterdir()} >= BESIDE
     curve = json.loads((place / "recovery.json").read_text())
     assert [layer["layer"] for layer in curve["layers"]] == [0, 1, 2, 3]
@@ -245,7 +232,7 @@ def test_distillation_writes_the_same_things(folder: Path) -> None:
     before, after = curve["held_out"]
     assert same_weights(place, folder / "model") == (after >= before)
     assert "Every MLP was trained by Adam" in (place / "README.md").read_text()
-    assert [row.label for row in result.recovered.table.rows] == ["dense", "before", "distil-mlp"]
+    assert [row.label for row in result.table.rows] == ["dense", "before", "distil-mlp"]
 
 
 # going on after Ctrl-C
@@ -286,7 +273,7 @@ def test_the_same_command_goes_on_and_ends_with_the_same_bits(
     undo()
     result = recovered(folder, method, output=tmp_path / "parts")
     assert same_weights(tmp_path / "parts", tmp_path / "whole")
-    assert result.recovered.after == expected.recovered.after
+    assert result.after == expected.after
     for name in ("recovery.json", "recovery.png"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / "parts.unfinished").exists()
@@ -344,7 +331,7 @@ def test_a_run_recovers_after_its_final_calibration(pruned: Path, tmp_path: Path
     assert result.to_json()["recovered_model"] == str(result.folder / "model-recovered")
     alone = recovered(pruned, output=tmp_path / "alone")
     assert same_weights(result.folder / "model-recovered", tmp_path / "alone")
-    assert alone.recovered.after == result.recovered.after
+    assert alone.after == result.recovered.after
     again = pipeline.run(config, progress=console, resume=result.folder)
     assert isinstance(again, pipeline.FinishedRun)
     assert again.to_json()["recovered_model"] == str(result.folder / "model-recovered")
@@ -372,10 +359,10 @@ def test_a_run_that_was_interrupted_while_training_goes_on_with_the_command(
 
 
 def test_a_run_with_recovery_can_be_overwritten(tmp_path: Path) -> None:
-    first = pipeline.run(glass_config(tmp_path, **changes(method="lora")), progress=Console(file=io.StringIO()))
+    first = go(glass_config(tmp_path, **changes(method="lora")))[0]
     tables = changes()
     again = glass_config(tmp_path, **tables, output={"overwrite": True, "dir": str(first.folder)})
-    pipeline.run(again, progress=Console(file=io.StringIO()))
+    go(again)
     assert not (first.folder / "model-recovered").exists()
 
 
@@ -391,13 +378,13 @@ def test_a_run_says_before_its_search_what_its_recovery_lacks(
 ) -> None:
     monkeypatch.setattr("ffgym.pipeline.search.search_front", lambda *_, **__: pytest.fail("searched"))
     with pytest.raises(error, match=complaint):
-        pipeline.run(glass_config(tmp_path, **changes(method="lora", **table)), progress=Console(file=io.StringIO()))
+        go(glass_config(tmp_path, **changes(method="lora", **table)))
 
 
 def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecoveryError, match="needs the package peft"):
-        pipeline.run(glass_config(tmp_path, **changes(method="lora")), progress=Console(file=io.StringIO()))
+        go(glass_config(tmp_path, **changes(method="lora")))
     assert not (tmp_path / "out").exists()
 
 
@@ -480,7 +467,7 @@ def test_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = recovered(folder).recovered.saved.path
+    place = recovered(folder).saved.path
     with monkeypatch.context() as patch:
         patch.setattr(recover, "load", lambda *_, **__: pytest.fail("loaded"))
         error = fails(folder, OutputError, "exists and is not empty")
@@ -509,7 +496,7 @@ def test_a_training_with_another_configuration_is_not_gone_on_with(
     assert "--overwrite" in str(error.hint)
     fails(folder, RecoveryError, "method = 'lora'", method="distil-mlp")
     fails(folder, RecoveryError, "training text", recover={"tokens": 512})
-    assert recovered(folder, recover={"rank": 8}, overwrite=True).recovered.saved
+    assert recovered(folder, recover={"rank": 8}, overwrite=True).saved
 
 
 def test_a_model_that_has_changed_meanwhile_is_not_gone_on_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,13 +581,13 @@ def test_the_dtype_is_that_of_the_saved_model_unless_said(folder: Path) -> None:
     assert recover._load(folder / "model", auto).dtype == torch.float32
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     result = recovered(folder, config=half)
-    assert {tensor.dtype for tensor in weights(result.recovered.saved.path).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(result.saved.path).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dense", [None, "no-such-folder/at/all"])
 def test_without_a_dense_model_the_table_has_two_rows(folder: Path, dense: str | None) -> None:
     result = recovered(folder, dense=dense)
-    assert [row.label for row in result.recovered.table.rows] == ["before", "lora"]
+    assert [row.label for row in result.table.rows] == ["before", "lora"]
 
 
 # the command
