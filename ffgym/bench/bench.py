@@ -126,7 +126,7 @@ def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | Non
 
 
 def share(benches: Sequence[Bench]) -> None:
-    """Copy results to the cells of other benches, or of other labels, that would compute the very same."""
+    """Copy results to the cells of other benches, or of other labels, that would compute the same."""
     cells = [cell for each in benches for cell in each.cells]
     finished = [cell for cell in cells if cell.path.exists()]
     for cell in cells:

@@ -65,7 +65,7 @@ class Cell:
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that decides the cell's numbers."""
+        """Digest of everything that decides the cell's numbers."""
         return digest(self.config)
 
     @property
@@ -287,7 +287,7 @@ def write_result(path: Path, result: CellResult) -> None:
 
 
 class _Incumbents:
-    """Notes whom the search would have handed over at each of the token marks."""
+    """Notes the allocation that the search would have returned at each of the token marks."""
 
     def __init__(self, task: Task, agent: Agent, marks: int) -> None:
         search, env = task.config.search, task.env
@@ -311,7 +311,7 @@ class _Incumbents:
             self._note()
 
     def end(self) -> None:
-        """Note whom the search handed over where it ended before the first mark: a rule's one episode may be short."""
+        """Note the result of a search that ended before the first mark, as the one episode of a rule may."""
         if not self.noted:
             self._note()
 

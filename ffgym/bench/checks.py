@@ -85,7 +85,7 @@ def _check_measurements(cell: Cell) -> None:
 
 
 def _outgrown(stored: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
-    """Which tables' plugins have come to give other numbers since a result was stored."""
+    """The plugins whose edition, and so their numbers, differ from those of a stored result; by table."""
     return [
         f"the plugin of [{table}] was of edition {stored.get(table, 1)} and is of edition {now.get(table, 1)} now"
         for table in sorted({*stored, *now})
@@ -94,7 +94,7 @@ def _outgrown(stored: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
 
 
 def unanswered(stored: CellResult, cell: Cell) -> list[str]:
-    """What a result of the same work does not say and the cell asks for."""
+    """What the cell asks for and a stored result of the same work does not hold."""
     unsaid = []
     if cell.plain and stored.final.plain_loss is None:
         unsaid.append("plain was false and is true now")

@@ -286,7 +286,7 @@ def _dtypes(cells: Sequence[CellResult]) -> str:
 
 
 def _standing(row: BenchRow) -> tuple[bool, float]:
-    """Best first; what came to no number comes last."""
+    """Best first; NaN comes last."""
     return math.isnan(row.perplexity.value), row.perplexity.value
 
 
@@ -432,7 +432,7 @@ def _scale(drawn: Sequence[_Curve], others: Sequence[float]) -> tuple[float, flo
 
 
 def _searches_and_rules(table: BenchTable, results: Sequence[CellResult]) -> tuple[list[_Curve], list[BenchRow]]:
-    """What can be drawn as a curve and what as a line, best first; what came to no number is neither."""
+    """Searches to draw as curves, and rules to draw as lines, best first; without what is not finite."""
     searches, rules = [], []
     for row in table.rows:
         cells = [cell for cell in results if cell.label == row.label]

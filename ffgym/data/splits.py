@@ -141,10 +141,10 @@ def make_splits(
 
 
 def interleaved(shares: Sequence[Fraction], count: int) -> list[int]:
-    """Whose turn it is: after any number of windows, every corpus is less than one window away from its share.
+    """The order of the corpora: after any number of windows, each is less than one window away from its share.
 
-    Of the corpora that are not ahead, it is the turn of the one whose next window is due first (Baruah et al. 1996,
-    Proportionate progress).
+    Of the corpora that are not ahead of their shares, the one whose next window is due first comes next (Baruah et al.
+    1996, Proportionate progress).
 
     Args:
         shares: above 0, together 1.

@@ -85,7 +85,7 @@ def serve_in_turn(
         prompt: makes a prompt of so many tokens from a seed.
         setting: how long answers are, how often all is repeated, and where what servers print goes.
         together: all servers run at the same time; else each is started for its turn.
-        on_progress: called with the bursts that have come to count, and what goes on.
+        on_progress: called with the number of bursts that have just been counted, and what is going on.
 
     Returns:
         all bursts, and the tokens that the KV cache of each model holds, where its server says so.

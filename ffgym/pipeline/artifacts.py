@@ -81,7 +81,7 @@ def write_table(folder: Path, table: ReportTable) -> None:
 
 
 def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task: Task, tracker: Tracker) -> None:
-    """Allocations and policy; ``allocation.json`` is that of the main target, or of what there is."""
+    """Write the allocations and the policy; ``allocation.json`` is that of the main target, or else of the first."""
     main = next((found for found in points if found.target == task.config.main_target), points[0])
     files = {"allocation.json": main}
     if len(points) > 1:
@@ -103,7 +103,7 @@ def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task
 
 
 def allocation_json(found: SearchResult) -> JSONDict:
-    """What ``allocation.json`` holds: units kept per sublayer, and how the search came to them."""
+    """What ``allocation.json`` holds: units kept per sublayer, and where the search found them."""
     best = found.best
     return {
         "kept": list(best.allocation.kept),

@@ -171,7 +171,7 @@ class RunRecord:
 
     Attributes:
         mlflow_run: the MLflow run that they write to; ``None`` where there is none.
-        dtype: what ``model.dtype = "auto"`` came to; ``None`` where the model has not been loaded.
+        dtype: what ``model.dtype = "auto"`` chose; ``None`` where the model has not been loaded.
         results: names of the table and the models that the finished run left; empty before that.
     """
 
@@ -208,7 +208,7 @@ def noting_results(folder: Path) -> Iterator[None]:
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
-    """Whether the run in a folder has come to its end, and its results are still there.
+    """Whether the run in a folder is finished, and its results are still there.
 
     Args:
         config: how it is to go on: a run that left no model is not finished where one is wanted now.

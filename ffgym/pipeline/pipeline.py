@@ -95,7 +95,7 @@ def run(
 def prepare(config: RunConfig, session: Session, plan: Plan, cluster: Cluster | None = None) -> Task:
     """Model, splits, pruning paths, budget and environment, with what the plan and an earlier session settled."""
     settled: dict[str, str] = {"placement": "stream" if plan.load.streamed else config.model.placement}
-    if session.record.dtype is not None and config.model.dtype == "auto":  # now it may come to another
+    if session.record.dtype is not None and config.model.dtype == "auto":  # which may choose another one now
         settled["dtype"] = session.record.dtype
     placed = config.model_copy(update={"model": config.model.model_copy(update=settled)})
     task = open_task(placed, asked_rules(config), session.progress, recorded=session.measured, cluster=cluster)

@@ -128,7 +128,7 @@ class FinishedRun:
 
 
 def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
-    """What the run in a folder left; ``None`` where it has not come to its end."""
+    """The results of the run in a folder; ``None`` where it is not finished."""
     if not is_finished(folder, config):
         return None
     model = model_folder(config, folder, config.main_target)

@@ -24,7 +24,7 @@ NEAR_PRIOR = 0.15  # spread of the random allocations that a search is compared 
 
 @dataclass(frozen=True)
 class Searched:
-    """What the searches of a run came to.
+    """The results of the searches of a run.
 
     Attributes:
         points: the agent's, one at every target, rising.

@@ -81,7 +81,7 @@ class Task:
         return {name: costs.measurement for name, costs in self.costs.items() if costs.measurement is not None}
 
     def project(self, heuristic: str, options: JSONDict, sparsity: float | None = None) -> Allocation:
-        """What a heuristic's importances come to at a sparsity, by default the target."""
+        """The allocation that a heuristic's importances give at a sparsity, by default the target."""
         target = self.env.sparsity if sparsity is None else sparsity
         return self.env.budget.project(self.importance(heuristic, options, target), target)
 
@@ -130,7 +130,7 @@ def open_task(
 
 
 def _costs(config: RunConfig, model: Any, reporter: Reporter, recorded: Path | None) -> dict[str, Costs]:
-    """What the model costs in every resource that is counted, with a word about where measurements are from."""
+    """What the model costs in every resource that is counted; prints where measurements come from."""
     found: dict[str, Costs] = {}
     for name, resource in counted_resources(config).items():
         if not resource.is_measured():
@@ -144,7 +144,7 @@ def _costs(config: RunConfig, model: Any, reporter: Reporter, recorded: Path | N
 
 
 def at_target(task: Task, target: float) -> Task:
-    """The same at one sparsity: a point of a front as a run at a single target would see it."""
+    """The task at one sparsity: a point of a front as a run at a single target would see it."""
     if not task.config.prune.is_range:
         return task
     config = task.config

@@ -27,7 +27,7 @@ class ComparedRun:
 
     @property
     def result(self) -> Row:
-        """What the run came to."""
+        """The row of the run's result."""
         return self.table.result
 
 

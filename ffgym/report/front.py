@@ -1,4 +1,4 @@
-"""What a range of budgets comes to: perplexity against sparsity, at every point of the front, beside the rules.
+"""The result of a run over a range of budgets: perplexity against sparsity at every point, beside the rules.
 
 One :class:`Front`: its table, :func:`as_dict` for JSON, :func:`front_figure`.
 """

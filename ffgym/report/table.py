@@ -117,7 +117,7 @@ class ReportTable:
 
     @property
     def result(self) -> Row:
-        """What the run came to: the saved model, after training where it was trained."""
+        """The run's result: the saved model, after training where it was trained."""
         return next((row for row in reversed(self.rows) if row.is_saved), self.rows[-1])
 
     def times_dense(self, row: Row) -> float | None:

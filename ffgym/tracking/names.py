@@ -31,7 +31,7 @@ SWITCHES = {"recover": ["method"], "prior": ["name"], "schedule": ["sparsity", "
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to, measured on the report split; ``None`` for what was not measured.
+    """The result of a run, measured on the report split; ``None`` for what was not measured.
 
     Attributes:
         perplexity: of the model that was saved, or would be.

@@ -192,7 +192,7 @@ class Tracker:
         self.log_metrics(self._moved(values, step))
 
     def log_result(self, result: Result, step: int = 0) -> None:
-        """Log what the run came to; a later step replaces an earlier one in MLflow's tables."""
+        """Log the run's result; a later step replaces an earlier one in MLflow's tables."""
         now = _milliseconds()
         self._result = [(name, _number(value), step, now) for name, value in result.metrics.items()]
         new = [point for point in self._result if not self._was_logged(*point[:3])]
@@ -269,7 +269,7 @@ class Tracker:
                 if self._uri == own_uri(self._root):
                     adopt(self._root)
                 experiment = self._experiment_id()
-                run = self._taken_up() or self._client.create_run(
+                run = self._earlier_run() or self._client.create_run(
                     experiment, run_name=self._run_name, tags=self._source()
                 )
                 self.run_id = run.info.run_id
@@ -280,13 +280,13 @@ class Tracker:
     def _source(self) -> dict[str, str]:
         """Tags that MLflow shows as who made the run, with what, and for which other run."""
         tags = {"mlflow.source.name": self._command, "mlflow.source.type": "LOCAL"}
-        with contextlib.suppress(OSError, KeyError, ImportError):  # of a user whom the system does not know
+        with contextlib.suppress(OSError, KeyError, ImportError):  # a user without an entry in the password database
             tags["mlflow.user"] = getpass.getuser()
         parent = self.run_id or self._parent
         return tags if parent is None else tags | {PARENT_TAG: parent}
 
-    def _taken_up(self) -> Any:
-        """The run of an earlier session, running again, with all that it still had to send; else ``None``."""
+    def _earlier_run(self) -> Any:
+        """The run of an earlier session, marked as running again once its unsent records are sent; else ``None``."""
         from mlflow.exceptions import MlflowException
 
         if self._resume is None:
@@ -412,7 +412,7 @@ def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[
     """Name the versions and the hardware settings that a result depends on.
 
     Args:
-        dtype: of weights and activations, e.g. ``"bfloat16"``: what ``auto`` came to.
+        dtype: of weights and activations, e.g. ``"bfloat16"``; never ``auto``.
         threads: what ``torch.get_num_threads()`` says; sums, and so rewards, depend on it in the last bits.
         plugins: the plugins used, e.g. ``{"criterion.wanda": "ffgym 0.1.0"}``.
     """
