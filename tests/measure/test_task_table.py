@@ -1,7 +1,6 @@
 import io
 import json
 import math
-import os
 
 import pytest
 from rich.console import Console
@@ -134,19 +133,3 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(tmp_path):
     check_file(path, FILE_KINDS, overwrite=True)
     write_file(path, TWO)
     assert json.loads(path.read_text()) == as_dict(TWO)
-
-
-@pytest.mark.parametrize("name", ["scores.txt", "scores", "folder.json"])
-def test_a_file_that_cannot_be_written_is_refused_before(tmp_path, name):
-    (tmp_path / "folder.json").mkdir()
-    with pytest.raises(OutputError):
-        check_file(tmp_path / name, FILE_KINDS, overwrite=True)
-
-
-@pytest.mark.parametrize("under", ["a-file/scores.json", "/proc/nowhere/scores.json"])
-def test_a_folder_that_cannot_be_written_is_refused_before(tmp_path, under):
-    if under.startswith("/proc") and not os.path.isdir("/proc"):
-        pytest.skip("no /proc here")
-    (tmp_path / "a-file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
-        check_file(tmp_path / under, FILE_KINDS, overwrite=False)
