@@ -268,17 +268,6 @@ def test_the_run_is_finished_and_has_its_parameters(finished: Finished, tracked:
     assert len(runs(finished.root)) == 1
 
 
-@pytest.mark.parametrize("metric", ["reward", "perplexity", "nats_above_dense"])
-def test_episodes_are_metrics_by_step(finished: Finished, metric: str) -> None:
-    run_id = finished.result.mlflow_run
-    for prefix in ("search", "search/random"):
-        history = client(finished.root).get_metric_history(run_id, f"{prefix}/{metric}")
-        assert [point.step for point in history] == list(range(EPISODES))
-    if metric == "reward":
-        history = client(finished.root).get_metric_history(run_id, "search/reward")
-        assert [point.value for point in history] == [e.reward for e in finished.result.found.history]
-
-
 def test_the_policys_step_is_a_metric_by_update_and_its_spread_which_never_changes_is_none(
     finished: Finished, tracked: Any
 ) -> None:
