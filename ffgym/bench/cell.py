@@ -50,8 +50,6 @@ class Cell:
     """One agent, one seed, one configuration.
 
     Attributes:
-        seed: of everything random.
-        config: the whole run, with that seed.
         marks: at how many token marks the incumbent is measured, >= 2.
         plain: what was found is also measured without any refit.
     """
@@ -179,9 +177,7 @@ class CellRunner:
 
             def on_update(episodes: Sequence[Episode], update: Update) -> None:
                 watch.update()
-                tracker.log_curves(
-                    {f"search/{name}": value for name, value in update.diagnostics.items()}, episodes[-1].index
-                )
+                tracker.log_update(update, episodes[-1].index)
 
             return search(
                 task.env,

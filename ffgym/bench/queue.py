@@ -29,7 +29,6 @@ def compute(
     """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
 
     Args:
-        cells: what is missing, with the bench that each belongs to; at least one.
         parents: MLflow run of each bench file; ``None`` where tracking is off.
         cluster: whose workers compute, one cell each; this process alone where there is none.
     """
@@ -51,11 +50,7 @@ def in_worker(reporter: Reporter) -> Callable[[Job, Any], None]:
 
 
 class CellQueue:
-    """Hands out cells: first seeds first, and within them what the worker has the prepared model for.
-
-    Args:
-        cells: what is missing, in the order of the files.
-    """
+    """Hands out cells: first seeds first, and within them what the worker has the prepared model for."""
 
     def __init__(
         self, cells: Sequence[tuple[Bench, Cell]], parents: Mapping[Path, str | None], reporter: Reporter

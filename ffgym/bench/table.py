@@ -211,7 +211,6 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
     """Summarise cells by label.
 
     Args:
-        results: at least one cell.
         baseline: label whose final quality the tokens are counted to.
     """
     groups: dict[str, list[CellResult]] = defaultdict(list)

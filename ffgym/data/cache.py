@@ -126,10 +126,6 @@ def sha256(path: Path) -> str:
 class Scratch:
     """A temporary folder. Those of processes that were killed go when the next one is made beside them.
 
-    Args:
-        name: what its name begins with.
-        parent: where it is made; in the cache if left out.
-
     Attributes:
         folder: the folder, until the object is gone or the ``with`` block ends.
     """

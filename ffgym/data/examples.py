@@ -23,7 +23,6 @@ class Example:
     """One question.
 
     Attributes:
-        task: lm-eval's name of the task.
         context: what stands before an answer.
         answers: the choices as they follow the context, leading space included.
         right: index of the right one.
@@ -40,10 +39,8 @@ class EncodedExample:
     """One question as token ids.
 
     Attributes:
-        task: lm-eval's name of the task.
         context: token ids before an answer, at least one.
         answers: token ids of each answer, at least one.
-        right: index of the right one.
     """
 
     task: str

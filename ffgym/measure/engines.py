@@ -206,12 +206,7 @@ ENGINES: dict[str, Callable[[Setting], Fleet]] = {"vllm": vllm, "llama-cpp": lla
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers.
-
-    Attributes:
-        port: on loopback.
-        log: what it has printed.
-    """
+    """A server that answers."""
 
     server: Server
     port: int

@@ -40,18 +40,7 @@ LENGTHS = (128, 512, 1024)
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how.
-
-    Attributes:
-        folder: the saved model, or the folder of the run that saved it.
-        dense: the dense model, as `load` takes it; ``None`` takes what the folder's own record names.
-        batch_sizes: sequences at a time, each at least 1.
-        prompt_lengths: tokens of a prompt, each at least 1; ``None`` takes 128, 512 and 1,024, as far as the models
-            take them.
-        repetitions: of which the figures are medians, at least 1.
-        dtype: of weights and activations, as `load` takes it.
-        threads: of the CPU, at least 1; ``None`` leaves torch's choice.
-        output: a ``.md`` or ``.json`` file to write; ``None`` writes none.
+    """The options of ``ffgym measure``, whose help explains them.
 
     Raises:
         ConfigError: an empty list or a number below 1.
@@ -103,17 +92,7 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What is timed for a latency table, and how.
-
-    Attributes:
-        model: the dense model, as `load` takes it.
-        context: tokens in the window, at least 1.
-        dtype: of weights and activations, as `load` takes it.
-        threads: of the CPU, at least 1; ``None`` leaves torch's choice.
-        repetitions: of which the figures are medians, at least 1.
-        rebuild: time again, even if the cache has the times.
-        output: a ``.json`` file to write; ``None`` writes none.
-    """
+    """The options of ``ffgym latency``, whose help explains them."""
 
     model: str
     context: int

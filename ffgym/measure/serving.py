@@ -44,19 +44,7 @@ ALIKE = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how.
-
-    Attributes:
-        folder: the saved model, or the folder of the run that saved it.
-        dense: the dense model, as `load` takes it; ``None`` takes what the folder's own record names.
-        requests: at the same time, each at least 1.
-        prompt_lengths: tokens of a prompt, each at least 1.
-        output_tokens: of an answer, at least 2.
-        repetitions: of which the figures are medians, at least 1.
-        dtype: of weights and activations; ``"auto"`` takes that of the pruned model's files.
-        threads: of the CPU, at least 1; ``None`` leaves the engine's choice.
-        arguments: put on the engine's command line.
-        output: a ``.md`` or ``.json`` file to write; ``None`` writes none.
+    """The options of ``ffgym measure --engine``, whose help explains them.
 
     Raises:
         ConfigError: an empty list or a number that is too small.

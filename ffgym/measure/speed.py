@@ -154,9 +154,6 @@ def prompt(model: Any, workload: Workload) -> torch.Tensor:
 def generate(model: Any, ids: torch.Tensor) -> tuple[float, float]:
     """Fill a cache with prompts, then decode 16 tokens greedily.
 
-    Args:
-        ids: prompts, shape (batch, length), int64.
-
     Returns:
         seconds of the prefill and of all decoding steps.
     """

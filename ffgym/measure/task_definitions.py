@@ -40,10 +40,7 @@ class LoadedTask:
     """One of lm-eval's tasks with its data, or a metric.
 
     Attributes:
-        name: lm-eval's name.
-        split: the split that will be measured.
         own_split: the split that lm-eval's definition names; another one where the wheel lacks it.
-        task: lm-eval's task object, or the metric.
     """
 
     name: str

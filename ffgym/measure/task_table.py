@@ -28,7 +28,6 @@ class TaskTable:
 
     Attributes:
         models: at least one, in the order asked for.
-        tasks: what was asked for, and where the data came from.
         limit: examples a task; ``None`` where all were measured.
         complete: nothing is missing; ``False`` after an interruption.
     """

@@ -198,12 +198,7 @@ def _harness(model: LoadedModel, batch_size: int, on_progress: Progress) -> Any:
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model's figures.
-
-    Attributes:
-        name: what the user called it.
-        results: one a task, in the order asked for.
-    """
+    """One model's figures."""
 
     name: str
     description: str

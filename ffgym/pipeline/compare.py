@@ -121,7 +121,6 @@ def compared_rows(
     """The rows that come before the final refits: the dense model, every reference, the found allocation cut plainly.
 
     Args:
-        task: of the run, at the target.
         heuristics: what the found allocation is compared with, by label; measured after the same refit.
         dense: the dense model's row where it has been measured.
     """
@@ -140,10 +139,6 @@ def final_refits(
     task: Task, rows: list[Row], found: SearchResult, reporter: Reporter, model: Path
 ) -> tuple[ReportTable, SavedModel | None]:
     """The found allocation with each final refit; the one with the lower loss on the search split is saved.
-
-    Args:
-        task: of the run, at the target.
-        model: folder of the checkpoint.
 
     Returns:
         the whole table, and the checkpoint, or ``None`` where none is wanted.

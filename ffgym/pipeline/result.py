@@ -86,14 +86,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """Returned when a resumed run was already finished: where its results are.
-
-    Attributes:
-        model: the checkpoint, or ``None`` where there is none.
-        recovered_model: the one that was trained afterwards, or ``None``.
-        stock: transformers' own classes load the checkpoints.
-        mlflow_run: MLflow's run id, or ``None`` where tracking was off.
-    """
+    """Returned when a resumed run was already finished: where its results are."""
 
     folder: Path
     model: Path | None

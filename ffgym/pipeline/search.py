@@ -28,7 +28,6 @@ class Searched:
 
     Attributes:
         points: the agent's, one at every target, rising.
-        main: the one at the main target.
         baseline: the best of random allocations; ``None`` where none were measured.
     """
 
@@ -100,9 +99,7 @@ def _run(
             session.tracker.log_episode(episode, search=prefix)
 
         def on_update(episodes: Sequence[Episode], update: Update) -> None:
-            session.tracker.log_curves(
-                {f"{prefix}/{name}": value for name, value in update.diagnostics.items()}, episodes[-1].index
-            )
+            session.tracker.log_update(update, episodes[-1].index, search=prefix)
 
         def on_point(found: SearchResult) -> None:
             stage.advance(finals, f"finals at {found.target:.0%} done")

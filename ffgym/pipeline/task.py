@@ -59,9 +59,6 @@ class Task:
     """What all searches of one configuration share: the model with its paths, the splits, the environment.
 
     Attributes:
-        prepared: pruning paths.
-        env: the stationary environment.
-        sizes: size of any allocation.
         costs: what the dense model costs in every resource that is counted, by name.
         executor: has allocations measured by workers; ``None`` for this process alone.
     """

@@ -30,12 +30,7 @@ _IDENTITY = FileFormat("identity of a training", JSONDict, RecoveryError, START_
 
 @dataclass(frozen=True)
 class Part(Generic[T]):
-    """One part of a checkpoint.
-
-    Attributes:
-        tensors: by name, as they were saved, on the CPU.
-        facts: what was saved beside them.
-    """
+    """One part of a checkpoint."""
 
     tensors: dict[str, torch.Tensor]
     facts: T

@@ -186,10 +186,6 @@ class _Streams:
     def dense_step(self, index: int, *, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Move the dense states behind a layer.
 
-        Args:
-            index: the layer.
-            wanted: whether to collect what is returned.
-
         Returns:
             x~ and y of the layer's MLP, each of shape (tokens, d), the models' dtype.
         """

@@ -153,7 +153,6 @@ def train_lora(setup: TrainingSetup, options: Any, on_step: Callable[[LoraCurve]
     on from there; on a CPU, with the same number of threads, the result has the same bits as without the interruption.
 
     Args:
-        setup: its model may have whole layers or pruned ones.
         options: a `Lora.Config`.
         on_step: called after every step, and after every measurement.
 
@@ -320,11 +319,7 @@ def _add_adapters(model: Any, family: Family, options: Any) -> Any:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add (alpha / rank) B A to every adapted weight: in float32, rounded once to the weight's dtype.
-
-    Args:
-        model: with PEFT's LoRA layers in it; the adapters stay where they are.
-    """
+    """Add (alpha / rank) B A to every adapted weight: in float32, rounded once to the weight's dtype."""
     from peft.tuners.lora import Linear
 
     for module in model.modules():

@@ -15,12 +15,7 @@ from ffgym.types import Evaluation, JSONDict
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on the report split.
-
-    Attributes:
-        label: ``"dense"``, ``"before"``, or how it was recovered.
-        evaluation: losses of the windows, the same windows for all.
-    """
+    """One model on the report split."""
 
     label: str
     evaluation: Evaluation

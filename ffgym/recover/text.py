@@ -76,7 +76,6 @@ def gather(config: RunConfig, loaded: LoadedModel, splits: Splits | None = None)
 
     Args:
         loaded: the model that is trained, or the dense one that it is made from: their tokens are the same.
-        splits: of the run where they are there already.
 
     Raises:
         DataError: a corpus that is missing, too short, or holds text of the report split.

@@ -32,7 +32,6 @@ def masked(text: str, uri: str = "") -> str:
     """A message without the secrets of the addresses in it.
 
     Args:
-        text: what a library said.
         uri: the address that it was given: its secrets are masked wherever they stand, quoted or not.
     """
     if uri and not uri.startswith(FILES):

@@ -24,12 +24,7 @@ SUFFIX = "unsent.jsonl"
 
 @dataclass(frozen=True)
 class Outbox:
-    """Records that wait in a file.
-
-    Attributes:
-        path: of the file; there is none while nothing waits.
-        run_id: MLflow's id of the run that they belong to.
-    """
+    """Records that wait in a file."""
 
     path: Path
     run_id: str

@@ -43,7 +43,7 @@ from ffgym.tracking.store import (
 )
 from ffgym.tracking.system import SystemMetrics
 from ffgym.tracking.view import TAGS, arrange
-from ffgym.types import Episode, JSONDict
+from ffgym.types import Episode, JSONDict, Update
 
 RESERVE_BYTES = 256 * 1024
 OPENING_SECONDS = 60  # to wait for another process that makes the same store; MLflow takes some 5
@@ -187,8 +187,9 @@ class Tracker:
             points + self._moved({f"{search}/{name}": value for name, value in curves.items()}, episode.index)
         )
 
-    def log_curves(self, values: Mapping[str, float], step: int) -> None:
-        """Log a point of every curve; one that has not moved yet is no curve, and is held back."""
+    def log_update(self, update: Update, step: int, *, search: str = "search") -> None:
+        """Log what an agent says of an update; a value that has not moved yet is no curve, and is held back."""
+        values = {f"{search}/{name}": value for name, value in update.diagnostics.items()}
         self.log_metrics(self._moved(values, step))
 
     def log_result(self, result: Result, step: int = 0) -> None:

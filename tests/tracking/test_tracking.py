@@ -26,7 +26,7 @@ from ffgym.tracking.runs import list_runs
 from ffgym.tracking.store import fetch_artifact
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.tracking.ui import open_ui
-from ffgym.types import Episode
+from ffgym.types import Episode, Update
 
 
 @pytest.fixture
@@ -196,7 +196,9 @@ def log_search():
         for each in episodes:
             tracker.log_episode(each, search=prefix)
             if each.index % 4 == 3:
-                tracker.log_curves({"search/policy/spread": 0.1 * each.index}, each.index)
+                tracker.log_update(
+                    Update(each.index // 4, np.zeros(4), {"policy/spread": 0.1 * each.index}), each.index
+                )
 
     return log
 
@@ -276,7 +278,7 @@ def test_what_never_moves_is_no_curve_and_what_moves_late_is_drawn_from_its_star
     with Tracker(root, "ffgym", "run") as tracker:
         for index in range(4):
             tracker.log_episode(episode(index, failed=index > 2))
-            tracker.log_curves({"search/policy/spread": 0.2}, index)
+            tracker.log_update(Update(index, np.zeros(1), {"policy/spread": 0.2}), index)
     names = run_of(root, tracker).data.metrics.keys()
     assert names == {f"search/{name}" for name in ("reward", "perplexity", "nats_above_dense", "failed")}
     failed = client(root).get_metric_history(tracker.run_id, "search/failed")
