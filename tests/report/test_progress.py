@@ -162,14 +162,6 @@ class TestPlan:
         assert any("114,688/229,376 tokens · reward 0.168 · 1:00 elapsed · 1:00 left" in line for line in lines)
 
 
-def test_quick_steps_stay_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1000.0)
-    out = console()
-    with Reporter(out).stage("search", 10) as stage:
-        stage.advance(5)
-    assert text(out).count("\n") == 1
-
-
 def test_a_terminal_sees_a_bar_that_goes_away() -> None:
     out = console(terminal=True)
     with Reporter(out).stage("measure", 4) as stage:
