@@ -28,9 +28,6 @@ Count = Annotated[int, Field(ge=1)]
 OptionalCount = Annotated[Count | None, BeforeValidator(lambda value: None if value == "" else value)]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
 STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
-# Configurations of earlier versions list them under these methods too, where they mean nothing.
-LORA_OPTIONS = frozenset({"rank", "alpha", "dropout", "checkpoint_every", "gradient_checkpointing"})
-METHODS_WITH_LORA_OPTIONS = ("none", "distil-mlp")
 
 
 def _count(value: Any) -> Any:
@@ -307,13 +304,6 @@ class RecoverTable(PluginTable):
     seed: Literal["auto"] | Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default="auto", description="auto (the run's seed) or a seed for the training and the order of the text"
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_options_of_lora(cls, table: Any) -> Any:
-        if isinstance(table, dict) and table.get("method", "none") in METHODS_WITH_LORA_OPTIONS:
-            return {key: value for key, value in table.items() if key not in LORA_OPTIONS}
-        return table
 
 
 class OutputTable(Table):

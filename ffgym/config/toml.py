@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from ffgym.config.refusals import config_error
-from ffgym.config.tables import LORA_OPTIONS, METHODS_WITH_LORA_OPTIONS, PluginTable, RunConfig, table_model
+from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.errors import ConfigError
 from ffgym.files import FileFormat, parse_toml
 from ffgym.types import JSONDict
@@ -205,9 +205,6 @@ def without_foreign_options(below: JSONDict, above: JSONDict, table: str) -> JSO
     key, shared = model.named_by, set(model.model_fields)
     if not isinstance(replaced, dict) or not isinstance(given, dict) or key not in given:
         return below
-    named = replaced.get(key, model.model_fields[key].default)
-    if given[key] == named:
+    if given[key] == replaced.get(key, model.model_fields[key].default):
         return below
-    if (table, given[key]) == ("recover", "lora") and named in METHODS_WITH_LORA_OPTIONS:
-        shared |= LORA_OPTIONS
     return {**below, table: {key: value for key, value in replaced.items() if key in shared}}

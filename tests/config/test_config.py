@@ -325,29 +325,6 @@ def test_a_target_to_save_takes_the_place_of_a_point_beside_it() -> None:
     assert config.targets == (0.1, third, 0.566667, 0.8)
 
 
-@pytest.mark.parametrize(
-    ("stored", "named", "options"),
-    [
-        ("none", None, {}),
-        ("none", "lora", {"rank": 8}),
-        ("none", "distil-mlp", {}),
-        ("none", "mine", {}),
-        ("distil-mlp", None, {}),
-        ("distil-mlp", "lora", {"rank": 8}),
-        ("lora", None, {"rank": 8}),
-        ("lora", "lora", {"rank": 8}),
-        ("lora", "distil-mlp", {}),
-    ],
-)
-def test_files_that_list_the_options_of_lora_under_every_method_still_load(
-    tmp_path: Path, stored: str, named: str | None, options: dict[str, object]
-) -> None:
-    """As those of earlier versions do."""
-    path = write(tmp_path, f'[recover]\nmethod = "{stored}"\nrank = 8\ntokens = 5000\n')
-    table = load_config(path, recover={"method": named}).recover
-    assert (table.method, table.options, table.tokens) == (named or stored, options, 5000)
-
-
 @pytest.mark.parametrize("method", ["lora", "distil-mlp"])
 def test_float16_is_not_trained_in(method: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.dtype = 'float16'"):
