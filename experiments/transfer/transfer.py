@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from analysis import Analysis, analyse, figure, markdown
 from pydantic import Field, ValidationError
 from rich.console import Console
@@ -37,7 +38,7 @@ from ffgym.costs.resource import standard_resources
 from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.errors import ConfigError, DataError, FFGymError
-from ffgym.evaluation.multiple_choice import answered_right
+from ffgym.evaluation.multiple_choice import batches, padded, right_answers
 from ffgym.pipeline import task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.settle import check_plugins
@@ -230,6 +231,24 @@ class Bench:
             "tokens": self.tokens_per_candidate,
             "seconds": round(time.monotonic() - begun, 1),
         }
+
+
+@torch.inference_mode()
+def answered_right(model: Any, questions: Sequence[EncodedExample], tokens_per_batch: int) -> list[bool]:
+    """Whether the right answer is the likeliest of each question."""
+    right = [False] * len(questions)
+    for batch in batches(questions, tokens_per_batch):
+        asked = [questions[i] for i in batch]
+        rows, device = padded(model, asked), model.get_input_embeddings().weight.device
+        hidden = model.base_model(
+            input_ids=rows.ids.to(device),
+            position_ids=rows.positions.to(device),
+            attention_mask=rows.mask.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        for index, answer in zip(batch, right_answers(asked, rows.log_likelihoods(model, hidden)), strict=True):
+            right[index] = answer
+    return right
 
 
 def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict[str, Any], list[Episode]]:
