@@ -27,6 +27,7 @@ OptionalShare = Annotated[
 Count = Annotated[int, Field(ge=1)]
 OptionalCount = Annotated[Count | None, BeforeValidator(lambda value: None if value == "" else value)]
 CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
+NARROWEST_RANGE = 0.001  # wide enough for 100 targets with names of their own
 STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
 
 
@@ -123,6 +124,8 @@ def _sparsity(value: Any) -> float | str:
         raise ValueError(f"should have two different ends; a single target is written {low}")
     if low > high:
         raise ValueError(f"should rise: write '{high}:{low}'")
+    if round(high - low, 9) < NARROWEST_RANGE:
+        raise ValueError(f"should have ends that are at least {NARROWEST_RANGE} apart")
     return f"{low}:{high}"
 
 

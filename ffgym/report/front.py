@@ -97,11 +97,8 @@ def _ties(row: Row, best: Row) -> bool:
 
 def point_names(targets: Sequence[float]) -> list[str]:
     """``[0.1, 0.2]`` -> ``["0.10", "0.20"]``: two decimals, or as many as tell the targets apart."""
-    for decimals in range(2, 7):
-        names = [f"{target:.{decimals}f}" for target in targets]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError(f"targets that differ by less than a millionth: {targets}")
+    by_decimals = ([f"{target:.{decimals}f}" for target in targets] for decimals in range(2, 7))
+    return next(names for names in by_decimals if len(set(names)) == len(names))
 
 
 def as_dict(front: Front) -> JSONDict:
