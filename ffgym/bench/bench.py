@@ -157,7 +157,7 @@ def _open_runs(
     A bench that was interrupted goes on in the run it had, even if only its table is left to write: a note says which.
     """
     for _, cell in missing:
-        make_agent(cell.config)  # now, and not after the cells before it have been computed
+        make_agent(cell.config)  # so that a wrong option is refused before any cell is computed
     runs: dict[Path, Tracker] = {}
     computing = {owner.file for owner, _ in missing}
     for each in (each for each in benches if each.cells):

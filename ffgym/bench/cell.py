@@ -156,9 +156,9 @@ class CellRunner:
             watch.end()
             result = self._result(cell, task, found, watch.noted)
             tracker.log_result(_tracked(result, task, found))
-            # The step is how many tokens had been evaluated: the bench's picture, as a chart of the MLflow UI.
+            # The step is the number of tokens evaluated, so that MLflow charts the same curve as the bench's picture.
             tracker.log_metrics([("search/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
-            # Once its file is there, nobody comes back to a cell to end its run.
+            # A cell whose file exists is never computed again, so its MLflow run has to end now.
             ending.enter_context(held_back_interrupts(first_only=True))
             write_result(cell.path, result)
             tracker.log_artifact(cell.path)

@@ -102,7 +102,7 @@ def read_bench(file: Path) -> Bench:
                 hint=f"Named in agents: {', '.join(spec.agents)}.",
             )
     near = difflib.get_close_matches(spec.baseline, spec.agents, n=1, cutoff=0.75)
-    if near and spec.baseline not in spec.agents:  # a typing error; one that is far from all of them is only said
+    if near and spec.baseline not in spec.agents:  # a typing error; any other unknown name only gets a note
         raise ConfigError(
             f"{file}: baseline {spec.baseline!r} is not one of its agents",
             hint=f"Did you mean {near[0]!r}? Named in agents: {', '.join(spec.agents)}.",

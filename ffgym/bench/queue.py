@@ -17,7 +17,7 @@ from ffgym.types import JSONDict
 if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
 
-SECONDS_TO_END = 30.0  # of a cell that is interrupted
+SECONDS_TO_END = 30.0  # that an interrupted cell gets to end
 
 
 def compute(
@@ -58,7 +58,7 @@ class CellQueue:
         self._waiting = list(cells)
         self._parents = parents
         self._reporter = reporter
-        self._prepared: dict[int, str] = {}  # what each worker has, or is computing with
+        self._prepared: dict[int, str] = {}  # the preparation that each worker holds
         self._heuristics: dict[str, tuple[tuple[str, JSONDict], ...]] = {}
         for _, cell in cells:
             prior = cell.config.prior
@@ -84,7 +84,7 @@ class CellQueue:
             return None
         own = self._prepared.get(worker)
         others = {key for other, key in self._prepared.items() if other != worker}
-        each, cell = min(  # the first one, where several are as good
+        each, cell = min(  # the first of several that are equally good
             self._waiting, key=lambda p: (_round(p), p[1].preparation != own, p[1].preparation in others)
         )
         self._waiting.remove((each, cell))

@@ -19,7 +19,7 @@ from ffgym.report.layout import Column, Table, finite, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
-MOST_LINES = 6  # of a picture: more cannot be told apart
+MOST_LINES = 6  # in a picture; more could not be told apart
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -245,7 +245,7 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
     first = results[0]
     targets = " and ".join(f"{target:.0%}" for target in sorted({result.target for result in results}))
     dtypes = _dtypes(results)
-    # "none" is what the rewards saw; the report is measured after ridge all the same
+    # prune.calibration = "none" is for rewards only: the report is measured after ridge then too
     affine = {result.settings.get("prune", {}).get("calibration") == "affine" for result in results}
     refit = (
         "the same affine refit" if affine == {True} else "the same ridge" if affine == {False} else "ridge or affine"

@@ -44,7 +44,7 @@ def plan(
     if model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
     config = settle(config)
-    # without the policy of search.init_from: a plan may come before the run that writes it
+    # search.init_from is not read: the run that writes that policy may come later
     found = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
     if as_json:
         print_json(to_json(found))

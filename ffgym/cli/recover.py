@@ -64,7 +64,7 @@ def recover(
     if known is None:
         typer.echo("found no config.toml of the run next to the model: the splits are those of your options", err=True)
     dense: str | None = config.model.name
-    if "name" not in config.model.model_fields_set:  # then it is the default, which nobody asked for
+    if "name" not in config.model.model_fields_set:  # the default, which nobody asked for
         record = recorded_dense_model(model_folder(folder).resolve())
         dense = None if record is None else record.name
         if record is not None:

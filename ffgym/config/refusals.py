@@ -55,7 +55,7 @@ def _explain(
     if kind == "extra_forbidden":
         tables = [name for name in RunConfig.model_fields if name != "seed"]
         homes = [f"{name}.{key}" for name in tables if key in table_model(name).model_fields]
-        near = homes if owner is RunConfig or len(homes) == 1 else []  # its table was left out, or it is another one
+        near = homes if owner is RunConfig or len(homes) == 1 else []  # the table is missing or wrong
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         guess = f"Did you mean {near[0]!r}? " if near else ""
         kind_of_key = "key" if table else "table or key"

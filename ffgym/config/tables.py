@@ -26,9 +26,9 @@ OptionalShare = Annotated[
 ]
 Count = Annotated[int, Field(ge=1)]
 OptionalCount = Annotated[Count | None, BeforeValidator(lambda value: None if value == "" else value)]
-CLOSEST_TARGETS = 2e-6  # of a front; files are named after them
+CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets
 NARROWEST_RANGE = 0.001  # wide enough for 100 targets with names of their own
-STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # keys of [search] that went, with their defaults
+STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # removed keys of [search], with their defaults
 
 
 def _count(value: Any) -> Any:
@@ -248,7 +248,7 @@ class SearchTable(Table):
     @model_validator(mode="before")
     @classmethod
     def _without_stopping(cls, table: Any) -> Any:
-        """Results from before hold the keys that went at their defaults; whoever sets them is told."""
+        """Earlier results hold the removed keys at their defaults; other values are refused."""
         if not isinstance(table, dict):
             return table
         for key, default in STOPPING.items():
@@ -396,7 +396,7 @@ class RunConfig(Table):
         (low, high), steps = self.prune.ends, self.prune.front_points - 1
         grid = {low, *(round(low + (high - low) * step / steps, 6) for step in range(1, steps)), high}
         save_at = self.output.save_at
-        if save_at is not None:  # takes the place of a point that no name could tell from it
+        if save_at is not None:  # replaces a point that would have the same name
             grid = {point for point in grid if abs(point - save_at) > CLOSEST_TARGETS} | {save_at}
         return tuple(sorted(grid))
 

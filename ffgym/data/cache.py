@@ -27,7 +27,7 @@ DEFAULT_SIZE = "50GB"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 RECORD = "sha256.json"  # in every folder, the digests of its files
 DIGESTS = FileFormat("record of digests", dict[str, str], AssetError, "Delete it: it is written again.")
-_verified: dict[Path, dict[str, tuple[int, int]]] = {}  # size and time of the files whose digests were right
+_verified: dict[Path, dict[str, tuple[int, int]]] = {}  # size and mtime of the files whose digests were verified
 
 
 def cache_dir() -> Path:
@@ -58,7 +58,7 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
             fill(content)
             _record(content)
             if is_damaged:
-                with suppress(FileNotFoundError):  # where another process is faster
+                with suppress(FileNotFoundError):  # another process may be faster
                     os.replace(place, scratch / "damaged")
             try:
                 os.replace(content, place)
@@ -169,7 +169,7 @@ def entries(kind: str = "*") -> list[Entry]:
     """What the cache holds, the last used first."""
     found = []
     for path in cache_dir().glob(f"{kind}/[!.]*"):
-        with suppress(FileNotFoundError):  # another process removes it
+        with suppress(FileNotFoundError):  # another process has removed it
             files = [path, *path.rglob("*")] if path.is_dir() else [path]
             size = sum(file.stat().st_size for file in files if file.is_file())
             found.append(Entry(path.parent.name, path, size, path.stat().st_mtime))

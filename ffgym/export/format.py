@@ -84,7 +84,7 @@ def export(
     def write() -> Exported:
         try:
             return plugin.write(source, place, overwrite=overwrite, progress=progress or (lambda done, total: None))
-        except OSError as error:  # nobody's mistake
+        except OSError as error:
             hint = "Check both paths, and that you may use them."
             raise OutputError(f"{source} could not be written as {place}: {error}", hint=hint) from error
 

@@ -40,7 +40,7 @@ def refresh(folder: Path) -> list[Path]:
         )
     with tempfile.TemporaryDirectory() as scratch:
         renewed = _renewed(place, Path(scratch))
-        for made in reversed(renewed):  # the class file first: the config names classes in it
+        for made in reversed(renewed):  # the class file first: config.json names classes in it
             write_text(place / made.name, made.read_text(encoding="utf-8"))
         return [place / made.name for made in renewed]
 

@@ -114,7 +114,7 @@ def serve_in_turn(
             if (tokens := up[server.role].cache_tokens) is not None:
                 cache_tokens[server.role] = tokens
 
-        for server in servers if together else ():  # before anything counts
+        for server in servers if together else ():  # warmed up before any turn is measured
             start(server)
         order = list(product(range(setting.options.repetitions), servers, workloads))
         if together:

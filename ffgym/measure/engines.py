@@ -187,7 +187,7 @@ def transformers(setting: Setting) -> Fleet:
             f"transformers serve needs {', '.join(missing)}, not installed for {sys.executable}",
             hint="Install what it needs: pip install 'transformers[serving]'.",
         )
-    # An end of text must not end an answer: transformers has no switch for it, but a least number of tokens.
+    # An end-of-text token must not end an answer. transformers has no switch for that; a minimum length does it.
     length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), setting.options.output_tokens)
     body = {"generation_config": json.dumps({**length, "do_sample": False})}
 
@@ -241,7 +241,7 @@ def running(server: Server, log: Path) -> Iterator[Running]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **server.environment}
     process: subprocess.Popen[bytes] | None = None
     try:
-        # A group of its own: Ctrl-C reaches this process alone, which ends the whole group.
+        # In a process group of its own: Ctrl-C reaches only this process, which then ends the whole group.
         with log.open("wb") as output, held_back_interrupts():
             process = subprocess.Popen(
                 [*server.command, "--host", HOST, "--port", str(port)],

@@ -93,7 +93,7 @@ def _run(job: Job) -> Memory | None:
     """Do the job in this process, which has done nothing else."""
     import torch
 
-    import ffgym.models  # noqa: F401 - what it imports belongs to what was there before
+    import ffgym.models  # noqa: F401 - its memory counts as taken before loading
     from ffgym.measure.speed import Workload, generate, prompt
     from ffgym.models.loading import load
     from ffgym.models.placement import devices_of
@@ -111,7 +111,7 @@ def _run(job: Job) -> Memory | None:
         generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
         return Memory("cuda", 0, held, sum(torch.cuda.max_memory_allocated(device) for device in devices), False)
     if loaded.device.type != "cpu":
-        return None  # what is resident is not what lies on such a device
+        return None  # resident memory says nothing of memory on an accelerator
     settled = _resident()
     with_loading = not _forget_peak()
     generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
@@ -133,7 +133,7 @@ def _resident() -> int | None:
 
 def _peak() -> int | None:
     """Most bytes of this process that were in memory; ``None`` where the system does not say."""
-    # Not ru_maxrss where it can be helped: on Linux a process inherits it from the one that started it.
+    # Preferred to ru_maxrss, which a process on Linux inherits from the one that started it.
     known = _status("VmHWM")
     if known is not None:
         return known
@@ -166,5 +166,5 @@ if __name__ == "__main__":
     try:
         outcome = _run(Job(**json.loads(sys.argv[1])))
     except FFGymError as failed:
-        sys.exit(failed.message)  # on one line, which is what is read of it
+        sys.exit(failed.message)  # the parent reads one line
     print(json.dumps(None if outcome is None else asdict(outcome)))

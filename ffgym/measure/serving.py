@@ -36,7 +36,7 @@ from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_o
 from ffgym.report.layout import Column, Table, text_columns
 from ffgym.report.progress import Reporter
 
-SPARE_TOKENS = 8  # an engine may count a prompt's tokens otherwise
+SPARE_TOKENS = 8  # an engine may count more tokens in a prompt than ffgym does
 SERVER_BYTES = 3 << 30  # of a server beside the weights: libraries, KV cache
 AS_PRUNED = "through the backend that serves the pruned model, not the engine's own class"
 ALIKE = ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -234,7 +234,7 @@ def _columns(*figures: str) -> list[Column[Sequence[str]]]:
 def _dense_folder(source: DenseModel) -> Path:
     try:
         return checkpoint_folder(source.name, revision=source.revision)
-    except OSError as error:  # servers are started offline
+    except OSError as error:  # servers run offline
         raise ModelError(
             f"the dense model {source.name!r}, which {source.said_by} names, is not in the hub's cache",
             hint=f"Download it: hf download {source.name}. Or name a folder with --dense.",

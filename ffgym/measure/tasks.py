@@ -28,9 +28,9 @@ Progress = Callable[[int, int], None]
 Stages = Callable[[str, int], AbstractContextManager[Progress]]
 """Opens a stage of work, by its label and its total."""
 
-# The first is the plain share of right answers; the second divides an answer's log-likelihood by its length first.
+# acc is the share of right answers; acc_norm first divides an answer's log-likelihood by its length.
 MEANS = {"acc": ("acc",), "acc_norm, else acc": ("acc_norm", "acc")}
-# Bench tables call the model that nothing was removed from "dense"; by default that is the demo model.
+# Tables call the unpruned model "dense"; by default that is the demo model.
 DENSE, DENSE_MODEL = "dense", "demo"
 
 
@@ -192,7 +192,7 @@ def _harness(model: LoadedModel, batch_size: int, on_progress: Progress) -> Any:
 
     with quiet():
         harness = Counting(pretrained=model.model, tokenizer=model.tokenizer, backend="causal", batch_size=batch_size)
-    harness.set_cache_hook(weakref.proxy(harness))  # not itself: the cycle would keep the model after its last use
+    harness.set_cache_hook(weakref.proxy(harness))  # a cycle would keep the model after its last use
     return harness
 
 

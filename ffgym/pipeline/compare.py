@@ -65,7 +65,7 @@ def heuristic_allocations(task: Task) -> dict[str, Allocation]:
     rules = reference_rules(task.config)
     allocations = {label: task.project(*rule) for label, rule in rules.items()}
     prior = task.config.prior
-    uniform = task.config.prune.uniform  # one shape for all layers: options that spare some of them change nothing
+    uniform = task.config.prune.uniform  # with one shape for all layers, options that spare some of them change nothing
     known = [name if uniform else (name, options) for name, options in rules.values()]
     if prior.name != "none" and (prior.name if uniform else (prior.name, prior.options)) not in known:
         allocations[f"{prior.name} (prior)"] = task.project(prior.name, prior.options)
@@ -276,7 +276,7 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
         files=[folder.parent / "config.toml"],  # what the command in the card reads
         stock=config.prune.uniform,
         layer=prunable.layer,
-        overwrite=True,  # of a resumed run that had saved it: a folder of anything else is never replaced
+        overwrite=True,  # a resumed run may have saved it before; a folder of anything else is never replaced
     )
 
 

@@ -32,12 +32,12 @@ WRITTEN = frozenset(
     | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
     | {"front.json", "front.md", "front.png", "model", "model-recovered", "model-recovered.unfinished"}
 )
-# Of every point of a front: allocation-0.20.json, model-0.20, what recovery made of it.
+# For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered.
 WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
-LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # of what was being written when a run was killed
+LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # files that were being written when a run was killed
 TABLE = "report.json"
-LOCK = ".lock"  # of the run that writes into a folder
-UNSENT = "unsent.jsonl"  # what an MLflow server has not taken
+LOCK = ".lock"  # held by the run that writes into the folder
+UNSENT = "unsent.jsonl"  # records that an MLflow server has not taken yet
 WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", UNSENT, LOCK})
 
 
@@ -167,7 +167,7 @@ def _require_writable(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a later session of a run must know about the earlier ones: the file ``run.json``.
+    """What later sessions of a run must know about earlier ones, kept in ``run.json``.
 
     Attributes:
         mlflow_run: the MLflow run that they write to; ``None`` where there is none.
@@ -233,7 +233,7 @@ def _keep_what_it_reads(config: RunConfig, folder: Path) -> None:
     named = [(key, name) for key, name in read.items() if name is not None]
     named += [(f"data.{role}", name) for role in ROLES for name in shares(getattr(config.data, role))]
     for key, name in named:
-        source = Path(name).expanduser()  # or something that is no path, such as the id of an MLflow run
+        source = Path(name).expanduser()  # need not be a path: the id of an MLflow run, say
         if source.exists() and source.resolve().is_relative_to(folder.resolve()):
             raise OutputError(
                 f"--overwrite would delete {source}, and {key} names it",
@@ -288,7 +288,7 @@ def removing_if_nothing_found(folder: Path) -> Iterator[None]:
 
 
 class BestSoFar(BaseModel):
-    """What is said of an ``allocation.json`` when a run ends early."""
+    """The parts of an ``allocation.json`` that are printed when a run ends early."""
 
     episodes: int
     origin: str
@@ -299,7 +299,7 @@ BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again wit
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with the run in a folder."""
+    """The command that continues the run in a folder."""
     return f"ffgym run --resume {shlex.quote(str(folder))}"
 
 

@@ -73,7 +73,7 @@ def run(
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
     agent = make_agent(config)
-    plan = plan_run(config, agent)  # before there is a folder or an MLflow run: a model that does not exist leaves none
+    plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
     with (
         cluster_of(config.workers, config.model.device, reporter.print) as cluster,
         Session.open(config, reporter, resume) as session,
@@ -83,19 +83,19 @@ def run(
         reporter.plan(planned_steps(config, plan))
         say_who_is_idle(agent.update_size(config.search.episodes_per_update), config.workers.count, reporter.print)
         task = prepare(config, session, plan, cluster)
-        text = gather_text(task)  # now, so that a corpus that will not do is known before the search
+        text = gather_text(task)  # before the search, so that an unfit corpus is refused early
         session.begin_search(task.loaded.dtype_name)
         searched = search(task, agent, session)
         rows = compare(task, searched, session)
         result = finish(task, searched, rows, session)
-        del task, agent  # the dense model and its factors: training needs the room
+        del task, agent  # frees the dense model and its factors: training needs the memory
         return train(result, text, session)
 
 
 def prepare(config: RunConfig, session: Session, plan: Plan, cluster: Cluster | None = None) -> Task:
     """Model, splits, pruning paths, budget and environment, with what the plan and an earlier session settled."""
     settled: dict[str, str] = {"placement": "stream" if plan.load.streamed else config.model.placement}
-    if session.record.dtype is not None and config.model.dtype == "auto":  # which may choose another one now
+    if session.record.dtype is not None and config.model.dtype == "auto":  # auto might choose another one now
         settled["dtype"] = session.record.dtype
     placed = config.model_copy(update={"model": config.model.model_copy(update=settled)})
     task = open_task(placed, asked_rules(config), session.progress, recorded=session.measured, cluster=cluster)

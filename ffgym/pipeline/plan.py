@@ -27,9 +27,9 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     search, window, points = config.search, config.data.window, len(config.targets)
     needs = frozenset[str]().union(*(manager.create("heuristic", *rule).needs for rule in asked_rules(config)))
     plan = plan_of(config, needs)
-    if config.prune.resource == "params":  # what others count, the model itself has to say
+    if config.prune.resource == "params":  # other resources need the model itself
         prune = config.prune
-        align = 1 if prune.uniform and prune.align == "auto" else prune.align  # as one shape of all layers has it
+        align = 1 if prune.uniform and prune.align == "auto" else prune.align  # auto means 1 there
         Budget(plan.shape.sublayers, min_units=prune.min_units, align=align).check(prune.ends[1])
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)

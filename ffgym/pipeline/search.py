@@ -64,7 +64,7 @@ def search(task: Task, agent: Agent, session: Session) -> Searched:
 
 
 def _random_baseline(task: Task, session: Session) -> SearchResult:
-    search = task.config.search  # an agent with updates of its own size may have fewer episodes than one of these has
+    search = task.config.search  # an agent that sets its own update size may run fewer episodes than one of these
     size = min(search.episodes_per_update, search.episodes)
     config = task.config.model_copy(update={"search": search.model_copy(update={"episodes_per_update": size})})
     near = {} if config.prior.name == "none" else {"spread": NEAR_PRIOR}

@@ -73,7 +73,7 @@ class Session:
         table = config.tracking
         with (
             folder_lock(folder),
-            noting_results(folder),  # when MLflow knows it too
+            noting_results(folder),  # after MLflow has the result too
             Tracker(
                 table.folder,
                 table.experiment,

@@ -47,7 +47,7 @@ from ffgym.types import Allocation, Evaluation, JSONDict
 if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
 
-# Sequential refits pull towards the nested ones this much harder than those pulled towards the dense weights: on the
+# Sequential refits are pulled towards the nested ones this much harder than those towards the dense weights: on the
 # demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
 SEQUENTIAL_STRENGTH = 100.0
 

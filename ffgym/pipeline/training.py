@@ -48,7 +48,7 @@ def _recover(saved: SavedModel, texts: RecoveryTexts, session: Session) -> Recov
             place,
             session.tracker,
             session.progress,
-            overwrite=True,  # what lies there is of an earlier session of this run, whose folder this is
+            overwrite=True,  # the folder is this run's: only an earlier session wrote there
             dense=session.config.model.name,
             texts=texts,
         )

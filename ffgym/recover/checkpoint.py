@@ -78,7 +78,7 @@ class Checkpoint:
         self.write(IDENTITY, json.dumps(self.identity, indent=2))
 
     def _holds_something(self) -> bool:
-        """More than what a claim leaves that a full disk has ended."""
+        """Whether it holds more than the leftovers of a claim that failed on a full disk."""
         return not self.folder.is_dir() or any(
             not path.name.startswith(f".{IDENTITY}.part") for path in self.folder.iterdir()
         )
@@ -90,7 +90,6 @@ class Checkpoint:
             if not overwrite:
                 raise
             other = {}
-        # What an earlier version noted beside these decides nothing any more.
         names = [name for name in self.identity if other.get(name) != self.identity[name]]
         if names and overwrite:
             self.remove()

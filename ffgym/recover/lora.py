@@ -135,7 +135,7 @@ def _note(curve: LoraCurve) -> str:
 def target_modules(model: nn.Module, family: Family) -> list[str]:
     """Dotted names of the linears that get adapters: all of attention and MLP that have something left."""
     parts = [family.query, family.key, family.value, family.attention_consumer]
-    parts = list(dict.fromkeys([*parts, *family.mlp_producers, family.mlp_consumer]))  # fused ones once
+    parts = list(dict.fromkeys([*parts, *family.mlp_producers, family.mlp_consumer]))  # each fused module once
     modules = dict(model.named_modules())
     names = [f"{family.decoder}.layers.{layer}.{part}" for layer in range(len(family.layers(model))) for part in parts]
     return [name for name in names if _has_weights(modules.get(name))]

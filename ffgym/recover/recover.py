@@ -44,7 +44,7 @@ from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Evaluation, JSONDict
 
-DECIDES = ("method", "tokens", "batch_tokens", "evaluate_every")  # what of [recover] decides the numbers of a training
+DECIDES = ("method", "tokens", "batch_tokens", "evaluate_every")  # keys of [recover] that decide a training's numbers
 
 
 def recover(
@@ -321,7 +321,7 @@ class _Recovery:
             command=f"ffgym recover {self.source.name} --config config.toml",
             stock=is_stock(self.loaded.model),
         )
-        with held_back_interrupts():  # between the two the same command would go on with what is done already
+        with held_back_interrupts():  # interrupted in between, the same command would train again
             model, tokenizer = self.loaded.model, self.loaded.tokenizer
             saved = save_again(model, tokenizer, place, card=card, files=files, overwrite=overwrite)
             self.checkpoint.remove()

@@ -160,7 +160,7 @@ def _free_windows(corpus: Corpus, splits: Splits, tokenizer: Any, window: int, w
             )
         repeated = found["search"] | found["report"]
         free = windows[~repeated][:wanted]
-        if len(free) == wanted or len(ids) < begin + read:  # or there is no more
+        if len(free) == wanted or len(ids) < begin + read:  # the corpus has no more
             return free, int(repeated.sum())
         read *= 2
 

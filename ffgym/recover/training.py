@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 WARM_UP_SHARE = 0.05
-LARGEST_GRADIENT = 1.0  # norm that gradients are clipped to
+LARGEST_GRADIENT = 1.0  # gradients are clipped to this norm
 
 
 def batch_at(step: int, size: int, count: int, seed: Sequence[int]) -> np.ndarray:

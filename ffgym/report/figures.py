@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DPI = 150
 BLACK, BLUE, ORANGE, GREEN, YELLOW, SKY = "#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
-# Of Okabe and Ito's colours, each with a marker of its own: told apart also by who sees no colour, and in grey.
+# Colours by Okabe and Ito, each with its own marker, so that colour-blind readers and grey prints tell them apart.
 SERIES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o"},
     {"color": ORANGE, "marker": "s"},
@@ -149,7 +149,7 @@ def reward_figure(
     rewards.set_title(key, fontsize=10, loc="left")
     rewards.set_ylabel("reward above the start's" if is_above_start else "reward (higher is better)")
     lines = [line for line in rewards.lines if line.get_label() in levels and len(line.get_ydata())]
-    if is_above_start and lines:  # what lies far below would flatten the search itself
+    if is_above_start and lines:  # values far below would flatten the search itself
         own = [0.0, *rewards.collections[0].get_offsets()[:, 1]]
         low, high = min(own), max(own)
         rewards.set_ylim(bottom=max(rewards.get_ylim()[0], low - 0.5 * (high - low)))
@@ -221,7 +221,7 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
     panels = figure.subplots(2, 1, sharex=True)
     for axes, (kind, (name, units)) in zip(panels, UNIT_NAMES.items(), strict=True):
         rows = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
-        # Lightness rises evenly in cividis: it reads the same in grey, and for who sees no red or green.
+        # In cividis lightness rises evenly, so it reads the same in grey and to colour-blind readers.
         image = axes.imshow(means[:, rows].T, aspect="auto", cmap="cividis", origin="lower", interpolation="nearest")
         axes.set_title(f"{name}: {units} kept (%)", fontsize=10, loc="left")
         axes.set_ylabel("decoder layer")

@@ -103,7 +103,7 @@ def _draw_pair(axes: Axes, points: Sequence[ParetoPoint], dense: Mapping[str, fl
     mark([p for p in points if p.dominated], "dominated", s=26, facecolors="none", edgecolors=GREY)
     mark(winners, "Pareto set", s=42, color=BLUE)
     mark([p for p in points if p.chosen], "chosen", s=130, facecolors="none", edgecolors=ORANGE, linewidths=2)
-    # The limits are those of the allocations: the dense model may lie far off, and would press them together.
+    # The allocations alone set the limits: the dense model may lie so far off that it would squeeze them together.
     axes.margins(0.12)
     axes.autoscale_view()
     axes.set_autoscale_on(False)

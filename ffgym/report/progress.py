@@ -44,7 +44,7 @@ class _Plan:
         self._steps = steps
         self._place = self._stages = 0
         self._begun = time.monotonic()
-        self._saved = 0.0  # cost of what need not be done
+        self._saved = 0.0  # cost of the work that an earlier session has done
 
     def enter(self, label: str) -> bool:
         """Move on to the step that a stage belongs to, if there is one from here on."""

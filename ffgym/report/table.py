@@ -13,7 +13,7 @@ from ffgym.report.layout import STAR, Column, Table, finite, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
-DESTROYED = 10.0  # times the dense model's perplexity: nobody should use such a model
+DESTROYED = 10.0  # times the dense perplexity; such a model is of no use
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote, unquote_plus
 
-FILES = ("sqlite:///", "file:")  # a path follows, which has no password, whatever signs it holds
+FILES = ("sqlite:///", "file:")  # followed by a path, which holds no password
 URI = re.compile(r"[A-Za-z][\w+.-]*:/+\S+")
-SHORTEST = 3  # what is shorter is no secret, and would tear words apart
+SHORTEST = 3  # a shorter text is no secret, and masking it would garble words
 
 
 def shown(uri: str) -> str:
@@ -19,7 +19,7 @@ def shown(uri: str) -> str:
         return uri.removeprefix("sqlite:///")
     start, rest = re.split(r"(?<=:)/+", uri, maxsplit=1)
     place, *query = re.split(r"[?#]", rest, maxsplit=1)
-    if query and "@" in query[0]:  # the sign may be a part of the password
+    if query and "@" in query[0]:  # the question mark may be part of the password
         return f"{start}//***"
     _, user, host = place.rpartition("@")
     name, colon, port = host.partition(":")

@@ -50,7 +50,7 @@ def log_model(
 
             get_external_mlflow_model_spec(model).save(str(Path(around) / "MLmodel"))
         client.log_model_artifacts(model.model_id, around)
-    for key, value, step, time in result:  # as the run has them, which are then not shown twice
+    for key, value, step, time in result:  # with the run's own time stamps, so that they are not shown twice
         client.log_metric(run_id, key, value, timestamp=time, step=step, model_id=model.model_id)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])

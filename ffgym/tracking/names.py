@@ -13,7 +13,7 @@ from typing import Any
 
 from ffgym.config.toml import INDIFFERENT, flatten
 
-# What people compare runs by has a short name, and those sort before all others: MLflow plots the first three.
+# Results that people compare have short names that sort before all others: MLflow plots the first three.
 SHORT_NAMES = {
     "agent.name": "agent",
     "criterion.name": "criterion",
@@ -25,7 +25,7 @@ SHORT_NAMES = {
     "seed": "seed",
     "prune.sparsity": "sparsity",
 }
-OTHERS = "toml."  # before the names of all others, which are the keys of config.toml
+OTHERS = "toml."  # prefix of all other parameters, which are keys of config.toml
 SWITCHES = {"recover": ["method"], "prior": ["name"], "schedule": ["sparsity", "fidelity"]}  # all "none": unused
 
 
@@ -67,7 +67,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     """
     flat = flatten(config)
     if flat.get("agent.name") == "one-shot":
-        flat["agent.name"] = f"{flat.get('prior.name')} (one-shot)"  # as the report calls it: the heuristic that it ran
+        flat["agent.name"] = f"{flat.get('prior.name')} (one-shot)"  # named as in the report, after the heuristic
     unused = {
         table for table, switches in SWITCHES.items() if all(flat.get(f"{table}.{key}") == "none" for key in switches)
     }
@@ -77,7 +77,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
         if value is None or table in INDIFFERENT or (table in unused and key not in SHORT_NAMES):
             continue
         name = SHORT_NAMES.get(key) or OTHERS + re.sub(r"[^\w\-.:/ ]", "_", key)
-        while name in named:  # keys that differ in nothing that MLflow takes
+        while name in named:  # keys that differ only in characters that MLflow does not take
             name += "_"
         named[name] = str(value)
     return named

@@ -15,7 +15,7 @@ from ffgym.tracking.models import log_model
 from ffgym.tracking.store import PARENT_TAG
 from ffgym.types import JSONDict
 
-METRICS_PER_BATCH = 1000  # the limits of MLflow's log_batch
+METRICS_PER_BATCH = 1000  # limits of MLflow's log_batch
 PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
 PARAM_NAME_CHARACTERS = 240  # and room for more
@@ -80,7 +80,7 @@ def _dataset(client: Any, run_id: str, name: str, context: str, digest: str, cor
     except MlflowException as error:
         if not re.search("unique|duplicate", str(error), re.IGNORECASE):
             raise
-        # Another run logged the same text between MLflow's look for it and its write: now it is found.
+        # Another run logged the same text between MLflow's lookup and its write; now the lookup finds it.
         client.log_inputs(run_id, datasets=inputs)
 
 

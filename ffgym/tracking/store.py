@@ -30,7 +30,7 @@ RESUME_TAG = "ffgym.resume"
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
 DATABASES = ("postgresql", "mysql", "mssql", "sqlite+")
-# That bring a database driver, where they are not called like it.
+# Packages of database drivers that are not named like the driver.
 PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
 
 MOVE_EXPERIMENTS = """
@@ -140,7 +140,7 @@ def adopt(root: Path) -> None:
 
 
 def _is_another_stores(location: str) -> bool:
-    """Whether a folder is that which another store keeps its artifacts in, or kept before it was moved."""
+    """Whether another store keeps its artifacts in this folder, or did so before it was moved."""
     path = Path(location)
     if not path.is_absolute() or path != artifacts(path.parent):
         return False
@@ -195,9 +195,9 @@ def import_mlflow() -> Any:
 
 
 def require_writable(root: Path) -> None:
-    """Try the store before MLflow does, which would retry for a minute and talk about it."""
+    """Try to write the store before MLflow does, which would retry for a minute and print warnings."""
     if unfit := set("?%") & set(str(root.resolve())):
-        # A URI's own signs: MLflow would open another file.
+        # These have a meaning in a URI: MLflow would open another file.
         raise TrackingError(
             f"MLflow cannot keep its store in {root.resolve()}: the path holds {' and '.join(sorted(unfit))}",
             hint="Choose another folder with --set tracking.root=DIR.",

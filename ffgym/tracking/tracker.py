@@ -46,7 +46,7 @@ from ffgym.tracking.view import TAGS, arrange
 from ffgym.types import Episode, JSONDict, Update
 
 RESERVE_BYTES = 256 * 1024
-OPENING_SECONDS = 60  # to wait for another process that makes the same store; MLflow takes some 5
+OPENING_SECONDS = 60  # to wait while another process makes the same store, which takes MLflow about 5
 RETRY_SECONDS = 60  # after which a server that went away is tried again
 VERSIONED = ("ffgym", "torch", "transformers")
 
@@ -101,11 +101,11 @@ class Tracker:
         self._command = command
         self._again = again
         self._notify = notify
-        self._earlier: dict[str, dict[int, float]] = {}  # what earlier sessions logged: by metric, values by step
+        self._earlier: dict[str, dict[int, float]] = {}  # values that earlier sessions logged, by metric and step
         self._uri = tracking_uri(root)
         self._client: Any = None
         self._params: dict[str, str] = {}
-        self._still: dict[str, list[tuple[float, int]]] = {}  # of every curve, until it moves: values, steps
+        self._still: dict[str, list[tuple[float, int]]] = {}  # (value, step) of each curve that has not moved yet
         self._description = ""
         self._result: list[tuple[str, float, int, int]] = []
         self._system = SystemMetrics()
@@ -342,7 +342,7 @@ class Tracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            found = self._client.get_experiment_by_name(self._experiment)  # another run has just made it on a server
+            found = self._client.get_experiment_by_name(self._experiment)  # another run may have made it just now
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"the MLflow experiment {self._experiment!r} in {shown(self._uri)} was deleted",
@@ -360,7 +360,7 @@ class Tracker:
 
     def _end(self, status: str) -> None:
         if self._retry_at is not None:
-            self._retry_at = 0.0  # once more, however short ago the last attempt was
+            self._retry_at = 0.0  # try once more, however recent the last attempt
         self._write("end", status=status, time=_milliseconds())
 
     def _end_early(self, error: BaseException) -> None:
@@ -372,7 +372,7 @@ class Tracker:
             reason, tag = masked(f"{type(error).__name__}: {error}", self._uri), FAILURE_TAG
         page = f"**{'Interrupted' if interrupted else 'Failed'}:** {reason}"
         tags = {tag: reason}
-        if self._again and self._unsent.parent.exists():  # nothing is left of a run that found nothing
+        if self._again and self._unsent.parent.exists():  # a run that found nothing leaves no folder
             tags[RESUME_TAG] = self._again
             page += f"\n\nGo on with\n\n```console\n$ {self._again}\n```"
         try:

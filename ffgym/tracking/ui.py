@@ -47,7 +47,7 @@ def open_ui(
     _require_free(port)
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--default-artifact-root", str(artifacts(root)), "--uvicorn-opts", "--log-level warning"]
-    # Everybody on this machine sees a command line, and the address of a database may hold its password.
+    # Every user of this machine can see command lines, and a database's address may hold its password.
     store = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_REGISTRY_STORE_URI": uri}
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     server = subprocess.Popen(command, env=quiet | os.environ | store)

@@ -169,7 +169,7 @@ def _norm(
 
 def _attention(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
     where, layer = f"model.layers.{index}", contents.layers[index]
-    if not layer.heads:  # what is left of it is with the MLP before
+    if not layer.heads:  # its remaining tensors belong to the MLP before it
         checkpoint.drop(f"{where}.input_layernorm.weight")
         checkpoint.drop(f"{where}.self_attn.bias")
         return

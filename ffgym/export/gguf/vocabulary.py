@@ -170,7 +170,7 @@ def _tokens(vocabulary: dict[str, int], added: dict[int, Any], rows: int) -> tup
         types[index] = kinds.NORMAL
         if index in added:
             types[index] = kinds.CONTROL if added[index]["special"] else kinds.USER_DEFINED
-    if len(set(tokens)) < rows:  # llama.cpp does not return from that
+    if len(set(tokens)) < rows:  # llama.cpp would loop forever
         raise _refusal("two of its tokens have the same text")
     return tokens, types
 
@@ -229,8 +229,8 @@ def _space_prefix(rules: dict[str, Any]) -> bool:
         case [[only], [] | [{"type": "Split", "pattern": {"String": " "}}]] if only == replace:
             return False  # a split at spaces, after which there are none
         case [[], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]]:
-            # What is left: "first" puts no space behind a special token, and none of them puts one before a space, as
-            # SentencePiece and llama.cpp do.
+            # Differences remain: unlike SentencePiece and llama.cpp, "first" puts no space behind a special token, and
+            # no scheme puts one before a space.
             return bool(scheme != "never")
     raise _refusal("llama.cpp has no counterpart of its way to treat spaces")
 
@@ -281,7 +281,7 @@ def _added_around(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def _special(tokenizer: Any, ends: Sequence[int]) -> dict[str, int]:
-    if tokenizer.eos_token_id is None:  # llama.cpp would take the token that has this id in the models it knew first
+    if tokenizer.eos_token_id is None:  # llama.cpp would take the id that its first models had
         raise ModelError(
             "the tokenizer names no token that ends a text, and llama.cpp would make one up",
             hint="Set eos_token in tokenizer_config.json.",
