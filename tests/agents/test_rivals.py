@@ -25,7 +25,6 @@ from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv
 
 OBSERVATION = np.array([0.2, 1.0], dtype=np.float32)
 RIVALS = [PPO, Evolution, CMAES, Bayesian, EvoPress, Sensitivity]
-BATCH_RIVALS = [Evolution, CMAES, Bayesian, EvoPress]
 
 
 class TestPPO(AgentConformance):
@@ -178,14 +177,6 @@ def test_cma_es_recommends_its_start_before_it_has_learned_anything():
     agent.begin(dimensions=6, batch=8, seed=0)
     np.testing.assert_array_equal(agent.recommend(OBSERVATION)[0], agent.prior_mean)
     assert agent.state() == {"mean": [0.5] * 6}
-
-
-@pytest.mark.parametrize("cls", BATCH_RIVALS)
-def test_whoever_takes_up_a_state_recommends_the_same(cls):
-    agent, _, _ = learned(cls, SeparableEnv, tokens=80)
-    fresh = cls()
-    fresh.load_state(json.loads(json.dumps(agent.state(), default=lambda value: value.tolist(), allow_nan=False)))
-    np.testing.assert_array_equal(fresh.recommend(OBSERVATION)[0], agent.recommend(OBSERVATION)[0])
 
 
 @pytest.mark.parametrize("cls", RIVALS)
@@ -346,13 +337,6 @@ class TestWhatIsTheirOwn:
         assert drawn.mean() == pytest.approx(0.4, abs=0.01)
         assert drawn.std() == pytest.approx(0.1, rel=0.1)
         assert np.corrcoef(drawn[:, 20], drawn[:, 22])[0, 1] > 0.8, "noise is shared by neighbouring layers"
-
-    def test_ppo_recommends_the_deterministic_action(self):
-        agent, _, _ = learned(PPO, SeparableEnv, tokens=16)
-        first, again = agent.recommend(OBSERVATION)[0], agent.recommend(OBSERVATION)[0]
-        np.testing.assert_array_equal(first, again)
-        assert first.shape == (6,)
-        assert first.dtype == np.float32
 
     def test_ppo_takes_up_a_policy_whole(self):
         agent, _, _ = learned(PPO, SeparableEnv, tokens=80, prior=0.3)

@@ -11,11 +11,9 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 import ffgym
-from ffgym.errors import BudgetError, DataError, ModelError, PluginError, UnknownNameError
+from ffgym.errors import BudgetError, DataError, UnknownNameError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.models.cut import PrunableModel
 from ffgym.pruning.calibration import PlainPath
-from ffgym.testing.models import tiny_model
 
 ACTION = np.linspace(-1, 1, 6).astype(np.float32)
 
@@ -127,19 +125,6 @@ def test_the_same_action_gives_the_bit_same_reward(env):
     assert env.step(ACTION)[1] == first
 
 
-@pytest.mark.parametrize("before", [[(4,)], [(2, 4, 5)], [(1, 2), (2, 3, 4)]])
-def test_the_reward_does_not_depend_on_what_was_measured_before(make_env, before):
-    """Dense losses are cached per window: the order in which windows first come up must not show in the bits."""
-    rewards = []
-    for subsets in ([], before):
-        env = make_env(sparsity=0.3)
-        for subset in [*subsets, (1, 2, 4)]:
-            env.reset(options={"subset": subset})
-            reward = env.step(ACTION)[1]
-        rewards.append((reward, env.dense((1, 2, 4)).losses))
-    assert rewards[0] == rewards[1]
-
-
 def test_reset_evaluates_nothing_and_is_seeded(env):
     calls = count_forwards(env)
     subsets = []
@@ -149,25 +134,6 @@ def test_reset_evaluates_nothing_and_is_seeded(env):
     assert calls == []
     assert subsets[0] == subsets[1] != subsets[2]
     assert len(set(subsets[0])) == 2
-
-
-def test_dense_losses_are_evaluated_once(env):
-    calls = count_forwards(env)
-    env.reset(options={"subset": (0, 1)})
-    env.step(ACTION)
-    first = len(calls)
-    env.reset(options={"subset": (0, 1)})
-    env.step(-ACTION)
-    assert len(calls) - first == 1, "only the pruned model"
-
-
-def test_the_model_is_dense_again_after_a_step(env):
-    before = {name: parameter.clone() for name, parameter in env.prunable.model.named_parameters()}
-    env.reset(seed=0)
-    env.step(ACTION)
-    assert env.prunable.kept == env.prunable.dense_units
-    after = dict(env.prunable.model.named_parameters())
-    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 class TestTasks:
@@ -220,17 +186,6 @@ class TestFailures:
         assert math.isfinite(info["dense_loss"])
         assert env.prunable.kept == env.prunable.dense_units
 
-    @pytest.mark.parametrize("loss", [math.nan, math.inf])
-    def test_a_dense_model_whose_loss_is_no_number_is_refused(self, env, loss):
-        with torch.no_grad():
-            env.prunable.model.get_output_embeddings().weight[0] = loss
-        env.reset(seed=0)
-        with pytest.raises(
-            ModelError, match="loss of the dense model is not finite on 2 of 2 search windows"
-        ) as raised:
-            env.step(ACTION)
-        assert "model.dtype" in raised.value.hint
-
     def test_a_reward_may_have_another_worst(self, env):
         class Logarithmic(ffgym.Reward):
             name = "log"
@@ -244,36 +199,7 @@ class TestFailures:
         env.reset(seed=0)
         assert env.step(ACTION)[1] == -50.0
 
-    def test_a_reward_that_is_not_finite_where_losses_are_is_the_plugins_fault(self, env):
-        class Odd(ffgym.Reward):
-            name = "odd"
-
-            def __call__(self, pruned, dense):
-                return math.nan
-
-        env.reward = Odd()
-        env.reset(seed=0)
-        with pytest.raises(PluginError, match="'odd'"):
-            env.step(ACTION)
-
     def test_actions_that_are_not_finite_are_refused(self, env):
         env.reset(seed=0)
         with pytest.raises(BudgetError, match="finite"):
             env.step(np.full(6, np.nan, np.float32))
-
-
-def test_half_a_budget_of_kv_cuts_attention_only(prepared_llama, random_windows):
-    from ffgym.costs.resource import standard_costs
-    from ffgym.envs.pruning_env import PruningEnv
-    from ffgym.pruning.budget import Budget
-    from ffgym.rewards.perplexity import Perplexity
-
-    prunable = prepared_llama.prunable
-    costs = standard_costs(prunable.model, context=1024)["kv"]
-    env = PruningEnv(prunable, Perplexity(), random_windows(4), Budget(prunable.sublayers, costs.tables), sparsity=0.5)
-    env.reset(seed=0)
-    assert env.step(ACTION)[4]["kept"].tolist() == [1, 48, 1, 48, 1, 48]
-
-
-def test_the_tiny_model_is_what_these_tests_think():
-    assert PrunableModel(tiny_model("llama")).dense_units == (2, 48) * 3

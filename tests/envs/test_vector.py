@@ -133,13 +133,6 @@ def test_an_update_is_one_call_and_its_subset_is_redrawn_and_common_to_its_episo
     assert all(len(found) == 1 for found in losses.values())
 
 
-def test_equal_actions_in_one_update_earn_bit_equal_rewards(env):
-    vector = vector_of(env)
-    vector.reset(seed=0)
-    rewards = vector.step(np.tile(np.linspace(-1, 1, 6, dtype=np.float32), (3, 1)))[1]
-    assert len(set(rewards.tolist())) == 1
-
-
 def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(env):
     env.executor = recording = Recording(env.executor)
     vector = vector_of(env, num_envs=4, episodes=8)
@@ -283,14 +276,6 @@ class TestRange:
         with pytest.raises(BudgetError, match="out of reach"):
             vector.reset(seed=0)
 
-    def test_goes_on_where_it_stopped(self, make_env):
-        options = {"sparsity": 0.3, "episode_windows": 4}
-        whole = vector_of(make_env(**options), self.RANGE)
-        played(whole)
-        rest = vector_of(make_env(**options), self.RANGE, replay=whole.history[:4])
-        played(rest)
-        assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
-
 
 class TestReplay:
     def test_gives_the_same_history_without_a_forward_pass(self, env):
@@ -306,15 +291,27 @@ class TestReplay:
         assert len(seen) == len(first.history)
         assert again.tokens_spent == first.tokens_spent
 
+    @pytest.mark.parametrize(
+        "options",
+        [{"schedule": RAMPS}, {"schedule": Schedule(0.5, 4, low=0.1)}, {"slope_episodes": 1}, {"pair_text": True}],
+        ids=["ramps", "range", "slopes", "pairs"],
+    )
     @pytest.mark.parametrize("stopped_after", [1, 4, 6])
-    def test_goes_on_where_it_stopped(self, make_env, stopped_after):
+    def test_goes_on_where_it_stopped(self, make_env, options, stopped_after):
         """Also within an update, and on another environment, whose dense losses are not known yet."""
-        options = {"sparsity": 0.4, "episode_windows": 4}
-        whole = vector_of(make_env(**options), RAMPS)
-        played(whole)
-        rest = vector_of(make_env(**options), RAMPS, replay=whole.history[:stopped_after])
-        played(rest)
-        assert all(same_episode(a, b) for a, b in zip(rest.history, whole.history, strict=True))
+        whole, rest = (make_env(sparsity=0.4, episode_windows=4) for _ in range(2))
+        first = vector_of(whole, episodes=12, **options)
+        rewards = played(first)
+        again = vector_of(rest, episodes=12, replay=first.history[:stopped_after], **options)
+        assert all(map(np.array_equal, played(again), rewards))
+        assert all(same_episode(a, b) for a, b in zip(again.history, first.history, strict=True))
+
+    @pytest.mark.parametrize("options", [{"slope_episodes": 1}, {"pair_text": True}], ids=["slopes", "pairs"])
+    def test_of_a_search_with_other_slopes_or_text_is_refused(self, env, options):
+        plain = vector_of(env, num_envs=4, episodes=12)
+        played(plain)
+        with pytest.raises(DataError, match=r"episode \d of the log differs from what this search proposes"):
+            played(vector_of(env, num_envs=4, episodes=12, replay=plain.history, **options))
 
     @pytest.mark.parametrize(
         "changed",
@@ -405,17 +402,6 @@ class TestSlopes:
         assert [e.tokens for e in vector.history] == [4 * 4 * 32, 4 * 32, 4 * 32]
         assert [len(e.slopes) for e in vector.history] == [6, 0, 0]
 
-    def test_they_are_replayed_and_a_log_without_them_is_refused(self, env):
-        whole = vector_of(env, episodes=12, slope_episodes=1)
-        rewards = played(whole)
-        again = vector_of(env, episodes=12, slope_episodes=1, replay=whole.history[:4])
-        np.testing.assert_array_equal(rewards, played(again))
-        assert all(same_episode(a, b) for a, b in zip(whole.history, again.history, strict=True))
-        plain = vector_of(env, episodes=12)
-        played(plain)
-        with pytest.raises(DataError, match="episode 0 of"):
-            played(vector_of(env, episodes=12, slope_episodes=1, replay=plain.history))
-
 
 class TestPairText:
     """Every mirrored pair of an update may have text of its own."""
@@ -433,14 +419,6 @@ class TestPairText:
         vector.reset(seed=0)
         rewards = vector.step(np.zeros((4, 6), np.float32))[1]
         assert rewards[0] == rewards[2] != rewards[1] == rewards[3]
-
-    def test_is_replayed_and_other_text_is_refused(self, env):
-        whole = vector_of(env, num_envs=4, pair_text=True)
-        rewards = played(whole)
-        again = vector_of(env, num_envs=4, pair_text=True, replay=whole.history[:6])
-        np.testing.assert_array_equal(rewards, played(again))
-        with pytest.raises(DataError, match="differs from what this search proposes"):
-            played(vector_of(env, num_envs=4, replay=whole.history))
 
 
 class TestSmallerUpdates:

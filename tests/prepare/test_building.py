@@ -11,7 +11,6 @@ from ffgym.errors import BudgetError, ConfigError, FFGymError, FitError, ModelEr
 from ffgym.models.built_in_families import Qwen3
 from ffgym.models.placement import tokens_per_batch
 from ffgym.prepare.parts import (
-    build_env,
     load_parts,
     make_budget,
     make_pruning_env,
@@ -149,15 +148,6 @@ def test_two_environments_from_one_configuration_agree_bit_for_bit(tiny_run):
         env.reset(seed=3)
         rewards.append(env.step(np.linspace(-1, 1, 6).astype(np.float32))[1])
     assert rewards[0] == rewards[1]
-
-
-def test_build_env_takes_the_parts_it_is_given(tiny_run, parts):
-    config = RunConfig.model_validate(tiny_run)
-    loaded, splits = load_parts(config)
-    prepared = prepare_model(config, loaded, splits.calibration.windows)
-    env = build_env(config, prepared, splits.search.windows[:5], make_budget(config, loaded.model))
-    assert env.prunable is prepared.prunable
-    assert len(env.windows) == 5
 
 
 def test_batches_are_larger_on_an_accelerator():

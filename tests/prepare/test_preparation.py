@@ -237,30 +237,10 @@ class TestCalibration:
         assert error < without
 
 
-class TestBrokenCriteria:
-    """The error names the plugin and the sublayer it was scoring."""
-
-    @pytest.mark.parametrize(
-        ("answer", "said"),
-        [
-            (lambda w: w[:, :3], r"shape \(32, 3\)"),
-            (lambda w: torch.full_like(w, torch.nan), "NaN"),
-            (lambda w: "high", "str"),
-            (lambda w: 1 / 0, "ZeroDivisionError"),
-            (lambda w: w.mul_(2), "changed the weight"),
-        ],
-    )
-    def test_name_plugin_and_sublayer(self, answer, said, windows):
-        with pytest.raises(PluginError, match=said) as raised:
-            prepare(tiny_model("llama"), Spoken(answer), windows, ridge=0.01)
-        assert "'spoken'" in raised.value.message
-        assert "layer 0 attention" in raised.value.message
-
-    def test_a_later_sublayer_is_named_too(self, windows):
-        with pytest.raises(PluginError, match="layer 0 mlp"):
-            prepare(
-                tiny_model("llama"), Spoken(lambda w: w.abs() if w.shape[1] == 32 else w[0, :2]), windows, ridge=0.01
-            )
+def test_a_broken_criterion_is_named_with_the_sublayer_it_was_scoring(windows):
+    broken = Spoken(lambda w: w.abs() if w.shape[1] == 32 else w[0, :2])
+    with pytest.raises(PluginError, match="'spoken'.*layer 0 mlp"):
+        prepare(tiny_model("llama"), broken, windows, ridge=0.01)
 
 
 @pytest.mark.parametrize("criterion", [Magnitude, Wanda, Flap, Obs, Taylor])

@@ -32,15 +32,27 @@ def model_of(depth, attention=ATTENTION, mlp=MLP):
 
 
 @st.composite
-def models(draw, smallest=1):
-    """Up to 5 layers whose halves all differ in size and price."""
-    sizes = st.integers(smallest, 24)
-    prices = st.integers(1, 60)
-    return [
-        replace(half, layer=layer, units=draw(sizes), unit_params=draw(prices))
+def models(draw):
+    """Up to 5 layers whose halves all differ in size, and what keeping 0 .. units units of each costs.
+
+    That is a price per unit, or a measured table: half of its steps up cost nothing, and some are jumps.
+    """
+    sublayers = [
+        replace(half, layer=layer, units=draw(st.integers(1, 24)), unit_params=draw(st.integers(1, 60)))
         for layer in range(draw(st.integers(1, 5)))
         for half in (ATTENTION, MLP)
     ]
+    if draw(st.booleans()):
+        return sublayers, linear(sublayers)
+    rng = np.random.default_rng(draw(seeds))
+    rises = [rng.choice([0, 0, 0, 1, 4, 10**6], s.units) for s in sublayers]
+    rises[0][0] = 1  # something costs something
+    return sublayers, [np.concatenate([[0], np.cumsum(each)]) for each in rises]
+
+
+def linear(sublayers):
+    """Costs of a price per unit."""
+    return [np.arange(s.units + 1) * s.unit_params for s in sublayers]
 
 
 @st.composite
@@ -72,16 +84,16 @@ def levels_of(sublayer, *, least=1, align=1, legal=None):
     ]
 
 
-def next_costs(sublayers, kept, **rules):
+def next_costs(sublayers, tables, kept, **rules):
     """What one level more costs, wherever there is one."""
     return [
-        (next(level for level in levels_of(s, **rules) if level > k) - k) * s.unit_params
-        for k, s in zip(kept, sublayers, strict=True)
+        table[next(level for level in levels_of(s, **rules) if level > k)] - table[k]
+        for k, s, table in zip(kept, sublayers, tables, strict=True)
         if k < s.units
     ]
 
 
-def slowly_projected(sublayers, importance, sparsity, *, tied=False, **rules):
+def slowly_projected(sublayers, tables, importance, sparsity, *, tied=False, **rules):
     """Raise nu from one event to the next; whoever's wanted ratio rounds to its next level gets it, if it fits."""
     rank = service_order(1 + max(s.layer for s in sublayers))
     in_turn = sorted(range(len(sublayers)), key=lambda i: (rank[sublayers[i].layer], sublayers[i].kind == "mlp"))
@@ -89,13 +101,16 @@ def slowly_projected(sublayers, importance, sparsity, *, tied=False, **rules):
     groups = list(kinds) if tied else [[i] for i in in_turn]
     wanted = [(Fraction(a) + 1) / 2 for a in importance]
     ratio = [sum(wanted[i] for i in group) / len(group) for group in groups]
-    price = [sum(sublayers[i].unit_params for i in group) for group in groups]
+    cost = [sum(tables[i] for i in group).tolist() for group in groups]
     units = [sublayers[group[0]].units for group in groups]
-    # Layer 0 decides for its group: it may keep least.
-    levels = [levels_of(min((sublayers[i] for i in group), key=lambda s: s.layer), **rules) for group in groups]
+    # Layer 0 decides for its group: it may keep least. What costs nothing stays whole.
+    levels = [
+        levels_of(min((sublayers[i] for i in group), key=lambda s: s.layer), **rules) if price[-1] else [most]
+        for group, price, most in zip(groups, cost, units, strict=True)
+    ]
     kept = [steps[0] for steps in levels]
-    room = (1 - Fraction(sparsity)) * sum(p * u for p, u in zip(price, units, strict=True))
-    room -= sum(p * k for p, k in zip(price, kept, strict=True))
+    room = (1 - Fraction(sparsity)) * sum(price[-1] for price in cost)
+    room -= sum(price[k] for price, k in zip(cost, kept, strict=True))
     events = {
         Fraction(low + high, 2 * u) - r
         for steps, u, r in zip(levels, units, ratio, strict=True)
@@ -108,8 +123,8 @@ def slowly_projected(sublayers, importance, sparsity, *, tied=False, **rules):
                 following = next(k for k in levels[g] if k > kept[g])
                 if ratio[g] + nu < Fraction(kept[g] + following, 2 * units[g]):
                     break
-                if price[g] * (following - kept[g]) <= room:
-                    room -= price[g] * (following - kept[g])
+                if (rise := cost[g][following] - cost[g][kept[g]]) <= room:
+                    room -= rise
                     kept[g] = following
                 else:
                     open_.discard(g)
@@ -125,62 +140,68 @@ def on_grid(data, sublayers):
 
 class TestPromises:
     @given(models(), seeds, shares, st.integers(0, 3), alignments)
-    def test_feasible_and_nothing_left_that_fits(self, sublayers, seed, share, least, align):
-        budget = Budget(sublayers, min_units=least, align=align)
+    def test_feasible_and_nothing_left_that_fits(self, model, seed, share, least, align):
+        sublayers, tables = model
+        budget = Budget(*model, min_units=least, align=align)
         sparsity = share * budget.reachable[1]
         got = budget.project(spread_importances(sublayers, seed), sparsity)
         limit = (1 - sparsity) * budget.dense_cost
-        assert got.cost == sum(k * s.unit_params for k, s in zip(got.kept, sublayers, strict=True))
+        assert got.cost == sum(table[k] for k, table in zip(got.kept, tables, strict=True))
         assert got.cost <= limit * (1 + 1e-9)
         assert got.sparsity >= sparsity - 1e-9
-        more = next_costs(sublayers, got.kept, least=least, align=align)
+        more = next_costs(sublayers, tables, got.kept, least=least, align=align)
         assert all(got.cost + one > limit for one in more), "a level that still fits was left out"
         assert not more or limit - got.cost < min(more), "within one smallest step of the budget"
 
     @given(models(), seeds, shares, st.integers(0, 3), alignments)
-    def test_only_allowed_levels_are_kept(self, sublayers, seed, share, least, align):
-        budget = Budget(sublayers, min_units=least, align=align)
+    def test_only_allowed_levels_are_kept(self, model, seed, share, least, align):
+        sublayers, _ = model
+        budget = Budget(*model, min_units=least, align=align)
         got = budget.project(spread_importances(sublayers, seed), share * budget.reachable[1])
         for k, sublayer in zip(got.kept, sublayers, strict=True):
             assert k in levels_of(sublayer, least=least, align=align)
             assert k == sublayer.units or k * sublayer.channels_per_unit % align == 0
 
     @given(models(), st.data(), shares, st.integers(1, 3), alignments)
-    def test_equals_the_slow_reference(self, sublayers, data, share, least, align):
+    def test_equals_the_slow_reference(self, model, data, share, least, align):
         """Importances on a grid, so that there are many ties, and exact fractions in the reference."""
+        sublayers, _ = model
         importance = on_grid(data, sublayers)
-        budget = Budget(sublayers, min_units=least, align=align)
+        budget = Budget(*model, min_units=least, align=align)
         sparsity = int(share * budget.reachable[1] * 1024) / 1024  # exact in floating point, and so is 1 - sparsity
         got = budget.project(np.array(importance), sparsity)
-        assert got.kept == slowly_projected(sublayers, importance, sparsity, least=least, align=align)
+        assert got.kept == slowly_projected(*model, importance, sparsity, least=least, align=align)
 
     @given(models(), seeds, shares, alignments)
-    def test_the_order_of_the_list_does_not_matter(self, sublayers, seed, share, align):
-        budget = Budget(sublayers, align=align)
+    def test_the_order_of_the_list_does_not_matter(self, model, seed, share, align):
+        sublayers, tables = model
+        budget = Budget(*model, align=align)
         importance = spread_importances(sublayers, seed)
         order = np.random.default_rng(seed).permutation(len(sublayers))
-        shuffled = Budget([sublayers[i] for i in order], align=align)
+        shuffled = Budget([sublayers[i] for i in order], [tables[i] for i in order], align=align)
         sparsity = share * budget.reachable[1]
         kept = budget.project(importance, sparsity).kept
         assert shuffled.project(importance[order], sparsity).kept == tuple(kept[i] for i in order)
 
     @given(models(), seeds, shares, alignments)
-    def test_where_in_the_model_a_sublayer_stands_does_not_matter(self, sublayers, seed, share, align):
+    def test_where_in_the_model_a_sublayer_stands_does_not_matter(self, model, seed, share, align):
         """Whole layers change places; no place is favoured where there are no ties."""
+        sublayers, tables = model
         depth = len(sublayers) // 2
         order = np.random.default_rng(seed).permutation(depth)
         halves = [2 * layer + half for layer in order for half in (0, 1)]
         moved = [replace(sublayers[i], layer=place // 2) for place, i in enumerate(halves)]
         importance = spread_importances(sublayers, seed)
-        budget = Budget(sublayers, align=align)
+        budget = Budget(*model, align=align)
         sparsity = share * budget.reachable[1]
         kept = budget.project(importance, sparsity).kept
-        again = Budget(moved, align=align).project(importance[halves], sparsity).kept
+        again = Budget(moved, [tables[i] for i in halves], align=align).project(importance[halves], sparsity).kept
         assert again == tuple(kept[i] for i in halves)
 
     @given(models(), seeds, shares, st.data(), st.floats(0, 2), st.booleans(), alignments)
-    def test_more_importance_never_costs_a_sublayer_units(self, sublayers, seed, share, data, raise_by, tied, align):
-        budget = Budget(sublayers, align=align)
+    def test_more_importance_never_costs_a_sublayer_units(self, model, seed, share, data, raise_by, tied, align):
+        sublayers, _ = model
+        budget = Budget(*model, align=align)
         importance = spread_importances(sublayers, seed)
         importance = np.round(importance * 2) / 2 if tied else importance
         which = data.draw(st.integers(0, len(sublayers) - 1))
@@ -190,8 +211,9 @@ class TestPromises:
         assert budget.project(raised, sparsity).kept[which] >= budget.project(importance, sparsity).kept[which]
 
     @given(models(), seeds, shares, st.integers(0, 3), alignments)
-    def test_a_second_projection_changes_nothing(self, sublayers, seed, share, least, align):
-        budget = Budget(sublayers, min_units=least, align=align)
+    def test_a_second_projection_changes_nothing(self, model, seed, share, least, align):
+        sublayers, _ = model
+        budget = Budget(*model, min_units=least, align=align)
         sparsity = share * budget.reachable[1]
         kept = budget.project(spread_importances(sublayers, seed), sparsity).kept
         ratios = np.array([k / s.units for k, s in zip(kept, sublayers, strict=True)])
@@ -199,9 +221,10 @@ class TestPromises:
             assert budget.project(importance, sparsity).kept == kept
 
     @given(models(), seeds, st.floats(0, 1), st.floats(0, 1), alignments)
-    def test_only_differences_of_importances_count(self, sublayers, seed, share, shift, align):
+    def test_only_differences_of_importances_count(self, model, seed, share, shift, align):
         """One shift of all of them is what nu is, as long as nothing is clipped."""
-        budget = Budget(sublayers, align=align)
+        sublayers, _ = model
+        budget = Budget(*model, align=align)
         importance = spread_importances(sublayers, seed) / 2
         sparsity = share * budget.reachable[1]
         shifted = budget.project(importance + (shift - 0.5), sparsity)
@@ -289,7 +312,9 @@ class TestTied:
         assert got.cost == sum(k * s.unit_params for k, s in zip(got.kept, sublayers, strict=True))
         assert got.cost <= limit * (1 + 1e-9)
         for half in (0, 1):  # all layers take the step together
-            step = next_costs(sublayers[half::2], got.kept[half::2], align=align, legal=legal)
+            step = next_costs(
+                sublayers[half::2], linear(sublayers)[half::2], got.kept[half::2], align=align, legal=legal
+            )
             assert not step or got.cost + sum(step) > limit
 
     @given(stock_models(), st.data(), shares, alignments)
@@ -299,7 +324,9 @@ class TestTied:
         budget = Budget(sublayers, shapes=legal, align=align)
         sparsity = int(share * budget.reachable[1] * 1024) / 1024
         got = budget.project(np.array(importance), sparsity)
-        assert got.kept == slowly_projected(sublayers, importance, sparsity, tied=True, align=align, legal=legal)
+        assert got.kept == slowly_projected(
+            sublayers, linear(sublayers), importance, sparsity, tied=True, align=align, legal=legal
+        )
 
     @given(stock_models(), seeds, shares, st.data(), st.floats(0, 2))
     def test_more_importance_never_costs_a_sublayer_units(self, model, seed, share, data, raise_by):
