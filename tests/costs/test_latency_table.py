@@ -94,21 +94,6 @@ class TestFile:
             read_table(path)
         assert "ffgym latency" in raised.value.hint
 
-    def test_a_file_that_is_cut_short_is_refused(self, table, tmp_path):
-        path = tmp_path / "latency.json"
-        path.write_text(to_json(table)[:-200])
-        with pytest.raises(ConfigError, match="damaged"):
-            read_table(path)
-
-    def test_bytes_that_are_no_text_are_refused(self, tmp_path):
-        (tmp_path / "latency.json").write_bytes(b"\xff\xfe\x00\x81")
-        with pytest.raises(ConfigError, match="no latency table, or a damaged one"):
-            read_table(tmp_path / "latency.json")
-
-    def test_no_file_is_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read: No such file"):
-            read_table(tmp_path / "latency.json")
-
     @pytest.mark.parametrize(
         ("field", "value"),
         [

@@ -66,6 +66,12 @@ def checkpoint(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "tiny")
 
 
+def edit(checkpoint, **values):
+    """Change values in a checkpoint's config.json."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | values))
+
+
 @pytest.fixture(autouse=True)
 def nothing_outside(tmp_path, monkeypatch, request):
     """Neither the hub nor the user's cache is touched, except by the demo."""
@@ -116,14 +122,10 @@ def test_the_probe_is_short_and_runs_once():
     assert placement.cpu_bfloat16_speedup.cache_info().misses == 1
 
 
-def test_nothing_is_printed(saved, capfd):
-    load(str(saved), dtype="float32", device="cpu")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_progress_bars_of_the_library_come_back(saved):
+def test_nothing_is_printed_and_the_librarys_progress_bars_come_back(saved, capfd):
     transformers.utils.logging.enable_progress_bar()
     load(str(saved), dtype="float32", device="cpu")
+    assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
@@ -282,13 +284,6 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(checkpoin
     assert torch.equal(converted.model.lm_head.weight, model.lm_head.weight)
 
 
-def test_truncated_weights_are_an_error(checkpoint):
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    with pytest.raises(ModelError, match="damaged or incomplete"):
-        load(str(checkpoint), device="cpu")
-
-
 def test_missing_weights_are_an_error_and_never_made_up(checkpoint):
     from safetensors.torch import load_file, save_file
 
@@ -300,8 +295,7 @@ def test_missing_weights_are_an_error_and_never_made_up(checkpoint):
 
 
 def test_weights_of_another_shape_are_an_error(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"intermediate_size": 100}))
+    edit(checkpoint, intermediate_size=100)
     with pytest.raises(ModelError, match=r"down_proj\.weight is \(\d+, \d+\) in the checkpoint and \(\d+, 100\) by"):
         load(str(checkpoint), device="cpu")
 
@@ -313,8 +307,7 @@ def test_weights_that_the_config_has_no_place_for_are_an_error(checkpoint, chang
     config = json.loads((checkpoint / "config.json").read_text())
     LlamaForCausalLM(LlamaConfig(**config | {"attention_bias": True})).save_pretrained(checkpoint)
     assert load(str(checkpoint), device="cpu").model.config.num_hidden_layers == 2
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | change))
+    edit(checkpoint, **change)
     with pytest.raises(ModelError, match="has no place for") as caught:
         load(str(checkpoint), device="cpu")
     assert surplus in caught.value.message
@@ -375,22 +368,18 @@ def test_an_adapter_is_never_unpickled(checkpoint):
         load(str(checkpoint), device="cpu")
 
 
-def test_a_config_that_is_not_json_is_an_error(checkpoint):
-    (checkpoint / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="is no model configuration, or a damaged one"):
-        load(str(checkpoint), device="cpu")
-
-
-def test_a_config_with_a_value_of_the_wrong_type_names_key_and_value(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
-    with pytest.raises(ModelError, match=r"'num_hidden_layers'.*'two'"):
-        load(str(checkpoint), device="cpu")
-
-
-def test_an_architecture_that_is_no_causal_lm_is_an_error(checkpoint):
-    (checkpoint / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ModelError, match="'vit' is not supported"):
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "is no model configuration, or a damaged one"),
+        (json.dumps(CONFIG | {"model_type": "llama", "num_hidden_layers": "two"}), "'num_hidden_layers'.*'two'"),
+        ('{"model_type": "vit"}', "'vit' is not supported"),
+    ],
+    ids=["no JSON", "a value of the wrong type", "no causal LM"],
+)
+def test_a_config_that_says_nothing_usable_is_an_error(checkpoint, content, complaint):
+    (checkpoint / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=complaint):
         load(str(checkpoint), device="cpu")
 
 
@@ -406,8 +395,7 @@ def test_an_architecture_that_cannot_be_pruned_is_loaded_where_any_will_do(tmp_p
 
 @pytest.mark.parametrize("layers", [10**12, 100_000, 3, 0, -1])
 def test_a_config_with_other_layers_than_the_weights_is_refused_before_any_is_built(checkpoint, layers):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    edit(checkpoint, num_hidden_layers=layers)
     with pytest.raises(ModelError, match=f"num_hidden_layers = {layers}, and the checkpoint has 2 layers"):
         load(str(checkpoint), dtype="float32", device="cpu")
 
@@ -417,8 +405,7 @@ def test_a_config_with_other_layers_than_the_weights_is_refused_before_any_is_bu
     "key", ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
 )
 def test_a_config_with_other_sizes_than_the_weights_is_refused_before_any_is_built(checkpoint, key, value, monkeypatch):
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {key: value}))
+    edit(checkpoint, **{key: value})
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("built"))
     with pytest.raises(ModelError, match=r"does not fit its config\.json|cannot be loaded"):
         load(str(checkpoint), dtype="float32", device="cpu")
@@ -645,19 +632,14 @@ def test_an_uneven_model_is_loaded_bit_by_bit(uneven):
         family_of(loaded.model)
 
 
-def test_a_truncated_shard_of_an_uneven_model_is_an_error(uneven, tmp_path):
-    copy = shutil.copytree(uneven[1], tmp_path / "cut")
-    shard = sorted(copy.glob("*.safetensors"))[1]
+def test_a_truncated_or_missing_shard_of_an_uneven_model_is_an_error(uneven, tmp_path):
+    shard = sorted(shutil.copytree(uneven[1], tmp_path / "copy").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ModelError, match="damaged or incomplete"):
-        load(str(copy), device="cpu")
-
-
-def test_a_missing_shard_of_an_uneven_model_is_an_error(uneven, tmp_path):
-    copy = shutil.copytree(uneven[1], tmp_path / "lost")
-    sorted(copy.glob("*.safetensors"))[1].unlink()
+        load(str(shard.parent), device="cpu")
+    shard.unlink()
     with pytest.raises(ModelError, match=r"damaged or incomplete|weights are missing"):
-        load(str(copy), device="cpu")
+        load(str(shard.parent), device="cpu")
 
 
 def test_sizes_that_do_not_match_the_weights_are_named(uneven, tmp_path):

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
-from measured_alone import log_likelihoods
 from transformers import AutoModelForCausalLM
 
 from ffgym.data.examples import EncodedExample
-from ffgym.evaluation.perplexity import predicting, token_losses, window_losses
+from ffgym.evaluation.multiple_choice import padded
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
-from ffgym.models.walk import Entry, Walk
+from ffgym.models.walk import Walk
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,30 +77,22 @@ def ordinary(model: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
     return states
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize("kept", [DENSE, CUT, SKIPPED], ids=["dense", "cut", "skipped"])
 @torch.inference_mode()
-def test_has_the_bits_of_an_ordinary_call(model: Any, windows: torch.Tensor, kept: tuple[int, ...] | None) -> None:
-    if kept is not None:
-        PrunableModel(model).cut(kept)
-    states = walked(model, windows)
-    assert torch.equal(states, ordinary(model, windows))
-    losses = token_losses(model, states[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).view(3, 15)
-    assert torch.equal(losses.double().mean(dim=1), window_losses(model, *predicting(model, windows)))
-
-
-@pytest.mark.parametrize("kept", [DENSE, CUT, SKIPPED], ids=["dense", "cut", "skipped"])
-@torch.inference_mode()
-def test_padding_is_masked_as_in_an_ordinary_call(
-    model: Any, windows: torch.Tensor, kept: tuple[int, ...] | None
+def test_has_the_bits_of_an_ordinary_call(
+    model: Any, windows: torch.Tensor, kept: tuple[int, ...] | None, is_padded: bool
 ) -> None:
     if kept is not None:
         PrunableModel(model).cut(kept)
-    mask = torch.ones_like(windows)
-    mask[1, :5] = 0
-    mask[2, 7:] = 0
-    states = walked(model, windows, attention_mask=mask)
-    assert torch.equal(states, ordinary(model, windows, attention_mask=mask))
-    assert not torch.equal(states, walked(model, windows)), "the mask tells"
+    inputs = {}
+    if is_padded:
+        inputs["attention_mask"] = mask = torch.ones_like(windows)
+        mask[1, :5] = 0
+        mask[2, 7:] = 0
+    states = walked(model, windows, **inputs)
+    assert torch.equal(states, ordinary(model, windows, **inputs))
+    assert torch.equal(states, walked(model, windows)) != is_padded, "the mask tells"
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)
@@ -110,17 +101,10 @@ def test_multiple_choice_can_be_walked(name: str) -> None:
     """Its rows are padded, its masks have four dimensions, and positions start again with every answer."""
     model = variant(name)
     PrunableModel(model).cut(CUT)
-    calls: list[dict[str, Any]] = []
-    hook = model.base_model.register_forward_pre_hook(
-        lambda _, __, inputs: calls.append(dict(inputs)), with_kwargs=True
-    )
     first = EncodedExample("t", (3, 4, 5, 6), ((7, 8), (9,)), 0)
-    log_likelihoods(model, [first, EncodedExample("t", (10, 11), ((12, 13, 14), (15,), (16, 17)), 1)])
-    hook.remove()
-    ids, mask, positions = (calls[0][name] for name in ("input_ids", "attention_mask", "position_ids"))
-    inputs = {"attention_mask": mask, "position_ids": positions}
-    assert mask.ndim == 4
-    assert torch.equal(walked(model, ids, **inputs), ordinary(model, ids, **inputs))
+    rows = padded(model, [first, EncodedExample("t", (10, 11), ((12, 13, 14), (15,), (16, 17)), 1)])
+    inputs = {"attention_mask": rows.mask, "position_ids": rows.positions}
+    assert torch.equal(walked(model, rows.ids, **inputs), ordinary(model, rows.ids, **inputs))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -167,21 +151,6 @@ def test_the_hooks_of_a_placed_model_are_called(name: str, windows: torch.Tensor
         assert torch.equal(walked(model, windows), ordinary(model, windows))
 
 
-def test_neither_end_needs_a_layers_weights(model: Any, windows: torch.Tensor) -> None:
-    with torch.inference_mode():
-        whole = walked(model, windows)
-        walk = Walk(model)
-        entry = walk.enter(windows)
-        hidden = entry.hidden
-        for index in range(3):
-            hidden = walk.layer(index, hidden, entry)
-        for layer in walk.layers:
-            layer.to("meta")
-        again = walk.enter(windows)
-        assert torch.equal(again.hidden, entry.hidden)
-        assert torch.equal(walk.leave(hidden, again), whole)
-
-
 def test_replaced_layers_and_sublayers_count(windows: torch.Tensor) -> None:
     prunable = PrunableModel(tiny_model("llama"))
     walk = Walk(prunable.model)
@@ -210,10 +179,3 @@ def test_the_model_keeps_its_layers_when_a_call_fails(windows: torch.Tensor) -> 
     with pytest.raises(IndexError):
         walk.enter(windows + 1000)
     assert walk.layers == layers
-
-
-def test_an_entry_is_plain_data(windows: torch.Tensor) -> None:
-    entry = Walk(tiny_model("llama")).enter(windows)
-    assert isinstance(entry, Entry)
-    assert (entry.hidden.shape, len(entry.calls), entry.mask, entry.positions) == ((3, 16, 32), 3, None, None)
-    assert torch.equal(entry.ids, windows)

@@ -239,7 +239,7 @@ class TestCalibration:
 
 def test_a_broken_criterion_is_named_with_the_sublayer_it_was_scoring(windows):
     broken = Spoken(lambda w: w.abs() if w.shape[1] == 32 else w[0, :2])
-    with pytest.raises(PluginError, match="'spoken'.*layer 0 mlp"):
+    with pytest.raises(PluginError, match=r"'spoken'.*layer 0 mlp"):
         prepare(tiny_model("llama"), broken, windows, ridge=0.01)
 
 
