@@ -35,9 +35,9 @@ WEIGHT_INDEX = FileFormat("index of weights", _WeightIndex, ModelError, AGAIN)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a folder, which may hold the weights in other layouts too.
+    """The safetensors files that transformers would read: a folder may hold the weights in other layouts too.
 
-    That is ``model.safetensors``, or else what its index names; where neither is there, all of them.
+    They are ``model.safetensors``, or what its index names, or, without either, all of them.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
@@ -74,7 +74,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
-    """Refuse a config of another family, or of no layers or more than ``depth``; make one of ours known."""
+    """Refuse a config of an unsupported family, or of no layers or more than ``depth``; register a family of ours."""
     register_saved(config)
     if not any_family and "auto_map" not in config:
         check_config_family(config)
@@ -84,7 +84,7 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
 
 
 def check_sizes(name: str, folder: Path, *, any_family: bool) -> None:
-    """Hold a folder's config against the shapes in its weight files, before anything of the config's sizes is made."""
+    """Compare a folder's config with the shapes in its weight files, before a model of the config's size is built."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = MODEL_CONFIG.read(folder / "config.json")
@@ -120,10 +120,7 @@ def depth_of(numbered: re.Pattern[str], names: Iterable[str]) -> int:
 
 
 def check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
-    """transformers makes up what a checkpoint lacks, and leaves out what its config has no place for.
-
-    A model like that would be measured in vain.
-    """
+    """Refuse a model with weights that transformers made up, or left out because its config has no place for them."""
     for key, in_file, by_config in sorted(report["mismatched_keys"]):
         raise misfit(name, f"{key} is {tuple(in_file)} in the checkpoint and {tuple(by_config)} by the config")
     if surplus := _surplus_in_layers(model, report["unexpected_keys"]):
@@ -137,9 +134,9 @@ def check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
 
 
 def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Weights that no place was found for, in the numbered blocks that the model is made of.
+    """Weights of the model's own numbered blocks that it has no place for.
 
-    What stands elsewhere (a vision tower, old rotary buffers) is nobody's loss.
+    Weights elsewhere (a vision tower, old rotary buffers) do not matter.
     """
     blocks = {match[0] for key in model.state_dict() if (match := NUMBERED_BLOCK.match(key))}
     weights = (key for key in unexpected if key.endswith((".weight", ".bias")))

@@ -4,7 +4,7 @@ Producers keep views of their first rows, so cutting copies nothing but the refi
 dense parameters back: the same tensors, bit for bit.
 
 The layers of a model larger than memory are on the meta device until ``PrunableModel.layer`` brings one in. A cut of
-what is not in memory changes its sizes; its values follow when it comes.
+such a layer changes its sizes at once, and its values when it is next in memory.
 """
 
 from __future__ import annotations
@@ -36,15 +36,10 @@ class PrunableSublayer:
 
     Attributes:
         order: where each unit was before `permute`, shape (units,), int64; ``None`` before.
-        load_path: reads the path each time that its layer is brought in and the path is asked for; ``None`` where the
-            path is in memory.
+        load_path: reads the path from disk, once each time that the layer is brought in; ``None`` where the path is
+            in memory.
         affine: whether calibration moves the consumer's bias too.
         is_refitted: whether `set_consumer` or `set_bias` has given the consumer values that no path has.
-
-    Args:
-        family: names of the parts.
-        layer: the decoder layer.
-        sublayer: which half of it.
     """
 
     def __init__(self, family: Family, layer: nn.Module, sublayer: Sublayer) -> None:
@@ -64,7 +59,7 @@ class PrunableSublayer:
         self._path: ConsumerPath | None = None
         self.affine = False
         self.is_refitted = False
-        self._asked: Callable[[PrunableSublayer], None] = PrunableSublayer.restore  # what it was last told to be
+        self._asked: Callable[[PrunableSublayer], None] = PrunableSublayer.restore  # how it was cut last
 
     @property
     def path(self) -> ConsumerPath | None:
@@ -108,11 +103,7 @@ class PrunableSublayer:
         return self.consumer.out_features + zeros
 
     def permute(self, order: torch.Tensor) -> None:
-        """Put the units in this order, in place and for good; the model's function is unchanged.
-
-        Args:
-            order: shape (units,), int64, a permutation.
-        """
+        """Put the units in this order, shape (units,), int64, for good; the model computes the same as before."""
         self.order = order if self.order is None else self.order[order]
         self._permute_weights(order)
 
@@ -149,18 +140,13 @@ class PrunableSublayer:
         self._place_attention(empty=units == 0)
 
     def refits(self, levels: Iterable[int], *, calibrated: bool = True) -> dict[int, Refit]:
-        """The consumer at several levels, formed together, by units kept; each has the bits that it has alone.
-
-        Args:
-            levels: units to keep.
-            calibrated: along the refitted path, not plain removal.
-        """
+        """The consumer at several levels, by units kept, formed together with the bits that each has alone."""
         path, step = self.path_for(calibrated=calibrated), self.sublayer.channels_per_unit
         swept = path.weights_at(units * step for units in levels)
         return {channels // step: self._in_dtype(weight, path.bias_at(channels)) for channels, weight in swept}
 
     def path_for(self, *, calibrated: bool) -> ConsumerPath:
-        """The refitted path, or plain removal where none was built or none is wanted; of what is away, its sizes."""
+        """The refitted path, or plain removal where none was built or wanted; only sizes where the layer is away."""
         weight, bias = self.dense_consumer
         if self.is_away:
             if bias is None and self.affine and calibrated:
@@ -170,14 +156,14 @@ class PrunableSublayer:
         return PlainPath(weight, bias) if path is None else path
 
     def pad(self, units: int, *, calibrated: bool = True) -> None:
-        """Compute what ``cut`` would at full width: the columns of the units that went are zeros.
+        """Compute what ``cut`` would, at full width: the columns of the removed units are zeros.
 
-        Unlike the cut sublayer, this one has a derivative with respect to what went.
+        So there is a derivative with respect to the removed units.
         """
         self.restore()
         self._asked = partial(PrunableSublayer.pad, units=units, calibrated=calibrated)
         if units == self.sublayer.units:
-            if calibrated and self.affine and self._consumer_bias is None:  # the path has one, and with it a derivative
+            if calibrated and self.affine and self._consumer_bias is None:  # the path gives it one
                 zeros = self._consumer_weight.new_zeros(self.consumer.out_features)
                 _set(self.consumer, self._consumer_weight, zeros)
             return
@@ -188,12 +174,7 @@ class PrunableSublayer:
         _set(self.consumer, *self._in_dtype(weight, path.bias_at(channels)))
 
     def set_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Give the consumer new values, converted to the model's dtype.
-
-        Args:
-            weight: shape (m, channels kept).
-            bias: shape (m,) or ``None``.
-        """
+        """Give the consumer a weight, shape (m, channels kept), and a bias, shape (m,), in the model's dtype."""
         _set(self.consumer, *self._in_dtype(weight, bias))
         self.is_refitted = True
 
@@ -209,7 +190,7 @@ class PrunableSublayer:
 
     @contextmanager
     def resumed(self, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Within it, each call of the layer takes the next of what its consumer was given, and does not make it again.
+        """Within it, each call of the layer gives its consumer the next of these inputs instead of computing it.
 
         Args:
             inputs: shape (windows, length, channels kept), the model's dtype.
@@ -243,7 +224,7 @@ class PrunableSublayer:
         self.hand_back()
 
     def hand_back(self) -> None:
-        """Put the dense parameters into the modules, whatever is to be there when the layer is next brought in."""
+        """Put the dense parameters into the modules; the next `arrive` cuts the sublayer as before."""
         for module, weight, bias in zip(
             [*self.producers, self.consumer],
             [*self._weights, self._consumer_weight],
@@ -260,7 +241,7 @@ class PrunableSublayer:
             count_heads(self._attention, heads, kv_heads, self._head_counts)  # type: ignore[no-untyped-call]
 
     def arrive(self, refit: Mapping[str, torch.Tensor] | None) -> None:
-        """Take the dense weights that were put into its modules, order them, and cut them as was asked for last.
+        """Order the dense weights that have been put into the modules, and cut them as they were cut last.
 
         Args:
             refit: the consumer's weight and bias where it `is_refitted`.
@@ -271,11 +252,7 @@ class PrunableSublayer:
         self._cut_again(refit)
 
     def leave(self, refit: Mapping[str, torch.Tensor] | None) -> None:
-        """Let go of everything but sizes: its modules were given their weights on the meta device.
-
-        Args:
-            refit: as for `arrive`, on the meta device.
-        """
+        """Keep nothing but sizes, now that the modules' weights are on the meta device; ``refit`` is there too."""
         self._keep_dense()
         self._path = None
         self._cut_again(refit)
@@ -323,9 +300,9 @@ class PrunableModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[tuple[PrunableSublayer, ...]]:
-        """The two halves of a layer, whose weights are in memory until the block ends.
+        """The two halves of a layer, whose weights are in memory within the block.
 
-        Whatever runs a layer or reads its weights does so in here. What is in memory anyway is not moved.
+        Whatever runs a layer or reads its weights does so in here. A model in memory is not moved.
         """
         halves = self.halves[2 * index : 2 * index + 2]
         if self.source is None:
@@ -341,7 +318,7 @@ class PrunableModel:
         finally:
             self._release(index)
 
-    # No inference tensors: slopes may want gradients of what is brought in, and sizes outlive the mode.
+    # No inference tensors: slopes take gradients of what is brought in, and sizes outlive the mode.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _bring(self, index: int, source: LayerStream) -> None:
@@ -370,7 +347,7 @@ class PrunableModel:
         return tuple(sublayer.units for sublayer in self.sublayers)
 
     def new_bias_params(self, *, stock: bool = False) -> int:
-        """Parameters of all biases that calibration has added, as the model is cut now (of each sublayer, summed)."""
+        """Parameters of all biases that calibration has added, as the model is cut now."""
         return sum(half.new_bias_params(stock=stock) for half in self.halves)
 
     def cut(self, kept: Sequence[int], *, calibrated: bool = True) -> None:

@@ -31,13 +31,7 @@ USE_THE_SOURCE = "Name the safetensors folder that it was made from, or start fr
 
 
 def dequantised(gguf: Path, content: str, *, any_family: bool = False) -> Path:
-    """The folder of a GGUF's safetensors copy, made on the first call.
-
-    Args:
-        gguf: the file.
-        content: a hash that names its content.
-        any_family: see :func:`load`.
-    """
+    """The folder of a GGUF's safetensors copy, made on the first call; ``content`` is a hash of the file."""
 
     def convert(folder: Path) -> None:
         Console(stderr=True).print(f"Converting {gguf.name} to safetensors, once", soft_wrap=True, highlight=False)
@@ -87,7 +81,7 @@ def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
 
 
 def _check_gguf_sizes(path: Path, fields: dict[str, Any], architecture: str, shapes: Shapes) -> None:
-    """Hold the sizes that a file states against its tensors, before anything of these sizes is made."""
+    """Compare the sizes that a file states with its tensors, before a model of these sizes is built."""
     rows = shapes.get("blk.0.attn_q.weight", (0,))[0]
     in_tensors = {
         "block_count": [depth_of(BLOCK, shapes)],
@@ -104,17 +98,17 @@ def _check_gguf_sizes(path: Path, fields: dict[str, Any], architecture: str, sha
 
 @contextlib.contextmanager
 def _alone(gguf: Path) -> Iterator[str]:
-    """A folder that holds the file alone: transformers also reads adapters and configs that lie beside it."""
+    """A folder with nothing but the file: transformers also reads adapters and configs that lie beside it."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / gguf.name).symlink_to(gguf.resolve())
         yield folder
 
 
 def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
-    """Refuse what transformers' reader leaves out without a word, or takes for something else.
+    """Refuse what transformers' reader would silently leave out or mistake.
 
     Returns:
-        how many numbers the tensors of the file hold; 0 where it is damaged, of which what reads it next says more.
+        how many numbers the tensors of the file hold; 0 for a damaged file, which fails when transformers reads it.
     """
     import gguf
 
@@ -133,7 +127,7 @@ def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
     for size in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
         field = fields.get(f"{architecture}.{size}")
         if field is not None and field.types[0] == gguf.GGUFValueType.ARRAY:
-            # It takes a size per layer for a size, and fails far from the reason.
+            # transformers would take the list for a number, and fail elsewhere.
             raise ModelError(
                 f"the layers in {str(path)!r} differ in size ({field.name} is a list): it was pruned or built that way,"
                 " and transformers cannot read it",
@@ -148,7 +142,7 @@ def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
     stretched += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
     if stretched:
         raise ModelError(
-            f"the rotary positions in {str(path)!r} are scaled ({stretched[0]}), and transformers would leave that out",
+            f"the rotary positions in {str(path)!r} are scaled ({stretched[0]}), which transformers would ignore",
             hint=USE_THE_SOURCE,
         )
     return sum(tensors.values())
@@ -159,7 +153,7 @@ def _refuse_lost_weights(path: Path, numbers: int, model: Any) -> None:
     lost = numbers - sum(parameter.numel() for parameter in model.parameters())
     if numbers and lost:
         raise ModelError(
-            f"{str(path)!r} holds {numbers:,} numbers, and transformers would take {numbers - lost:,} of them, without"
-            " the biases of linears, for one",
+            f"{str(path)!r} holds {numbers:,} numbers, and transformers would take {numbers - lost:,} of them: it leaves"
+            " out biases of linears, for example",
             hint=USE_THE_SOURCE,
         )

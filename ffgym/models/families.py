@@ -1,4 +1,4 @@
-"""What each supported architecture calls its parts, and whatever else ffgym has to know of it.
+"""What each supported architecture calls its parts, and whatever else ffgym has to know about it.
 
 The families that ship with ffgym are in ``built_in_families.py``.
 """
@@ -45,7 +45,7 @@ class Stock:
         return {"any": True, "divides hidden size": hidden % heads == 0, "dense": heads == dense_heads}[self.heads]
 
 
-# What `modeling_ffgym` has to know of a family.
+# What `modeling_ffgym` has to know about a family.
 PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producers", "mlp_consumer", "heads", "kv_heads",
          "intermediate", "head_count_attributes")  # fmt: skip
 
@@ -233,20 +233,12 @@ def family_of(model: nn.Module) -> Family:
 
 
 def dense_or_pruned_family_of(model: nn.Module) -> Family:
-    """The family of a loaded causal LM, whether ffgym has pruned it or not; in a pruned one, modules may be missing.
-
-    Raises:
-        ModelError: the architecture is not supported.
-    """
+    """The family of a loaded causal LM, pruned or not; raises ``ModelError`` where it is not supported."""
     return family_of_type(_model_type(model))
 
 
 def check_config_family(config: Mapping[str, Any]) -> None:
-    """Refuse what no family stands for, by the content of a ``config.json``.
-
-    Raises:
-        ModelError: the architecture is not supported; says why where the config shows it.
-    """
+    """Raise ``ModelError`` where a ``config.json`` is of no supported family, with the reason where it shows."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return
@@ -257,7 +249,7 @@ def check_config_family(config: Mapping[str, Any]) -> None:
         if isinstance(text, Mapping):
             inner = str(text.get("model_type"))
             raise ModelError(
-                f"{model_type!r} is a checkpoint of several towers, and ffgym prunes language models alone; that of its"
+                f"{model_type!r} is a checkpoint of several towers, and ffgym prunes only language models; the one for"
                 f" text is {inner!r}",
                 hint="docs/models.md says how to save the text model by itself.",
             ) from None
@@ -273,8 +265,7 @@ def family_of_type(model_type: str) -> Family:
     """The family of a config's ``model_type``, of a dense checkpoint or of one that ffgym saved.
 
     Raises:
-        ModelError: the architecture is not supported; says why where that is known, names the nearest one that is,
-            and all of them.
+        ModelError: the architecture is not supported; names the nearest one that is, and all of them.
     """
     try:
         family: Family = manager.create("family", model_type.removeprefix(PREFIX))
@@ -289,7 +280,7 @@ def family_of_type(model_type: str) -> Family:
 def register(families: Iterable[Family]) -> None:
     """Make transformers' auto classes know the saved models of these families; a second call changes nothing.
 
-    A family whose classes cannot be made is passed over: whoever uses it hears of it.
+    A family whose classes cannot be made is left out: its first use says why.
     """
     for family in families:
         with contextlib.suppress(PluginError):
@@ -300,11 +291,7 @@ def register(families: Iterable[Family]) -> None:
 
 
 def register_saved(config: Mapping[str, Any]) -> None:
-    """Register the family of a model that ffgym saved, which may be a plugin's.
-
-    Args:
-        config: content of a ``config.json``; of another model, or of a family that is not there, nothing is done.
-    """
+    """Register the family of a model that ffgym saved, by its ``config.json``; do nothing for any other model."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type.startswith(PREFIX):
         return

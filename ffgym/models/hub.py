@@ -11,9 +11,9 @@ HUB_SECONDS = 5.0
 
 
 def only_cached(name: str, revision: str | None) -> bool:
-    """Whether a hub model is taken from the hub's cache without asking the hub, which cannot be reached.
+    """Whether the hub cannot be reached and the model has to come from its cache.
 
-    One small question: transformers asks for every file of a model, and for each several times before it gives up.
+    One short request finds out. transformers would ask for every file, several times each, before it gives up.
 
     Raises:
         ModelError: the hub cannot be reached, and its cache does not have the model.

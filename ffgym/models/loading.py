@@ -173,14 +173,9 @@ def load(
 
 
 def check_source(name: str) -> None:
-    """Raise what :func:`load` would raise before it reads weights: for whoever loads several models in turn.
+    """Raise what :func:`load` would raise before it reads weights, so that no model waits in vain for an earlier one.
 
-    Args:
-        name: see :func:`load`. Of a hub id nothing is checked.
-
-    Raises:
-        ModelError: a folder that holds no model, a file that is not there, pickled weights.
-        AssetError: the embedded default could not be fetched.
+    A hub id is not checked.
     """
     _locate(name)
 
@@ -202,10 +197,6 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
 
 def config_of(name: str, *, revision: str | None = None) -> Any:
     """The config of whatever `load` takes; no weights are read or downloaded, and a folder need not hold any.
-
-    Args:
-        name: see `load`.
-        revision: of a hub model.
 
     Raises:
         ModelError: as `load`, as far as a config shows it.

@@ -12,13 +12,13 @@ AGAIN = "Write or download the model again."
 
 
 def loading_error(error: Exception, source: str, name: str, *, only_cached: bool = False) -> ModelError:
-    """What went wrong while a model was loaded, by what the libraries say about it.
+    """The error that says what a library's error means for the user.
 
     Args:
-        error: theirs.
+        error: the library's.
         source: the folder or hub id that was loaded from.
         name: what the user called it.
-        only_cached: the hub was not asked.
+        only_cached: whether the hub could not be asked.
     """
     said = first_line(error)
     if is_out_of_memory(error):
@@ -44,7 +44,7 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
 
 
 def not_from_hub(name: str, why: str) -> ModelError:
-    """A name that is no folder, and that the hub has nothing for."""
+    """The error for a name that is no folder and that the hub does not know."""
     return ModelError(
         f"model {name!r} is no folder here, and could not be loaded from the hub: {why}",
         hint="Check the name and the network; without a network use 'demo', a .gguf file, a downloaded folder,"
@@ -53,7 +53,7 @@ def not_from_hub(name: str, why: str) -> ModelError:
 
 
 def pickled(name: str, target: Path) -> ModelError:
-    """Pickled weights can run code while they load, so converting them is left to whoever trusts them."""
+    """The error for pickled weights, which can run code: whoever trusts them may convert them."""
     steps = (
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
         f"M.from_pretrained({name!r}, use_safetensors=False).save_pretrained({str(target)!r}); "
@@ -66,7 +66,7 @@ def pickled(name: str, target: Path) -> ModelError:
 
 
 def misfit(name: str, what: str) -> ModelError:
-    """Weights and config of a checkpoint that do not belong together."""
+    """The error for weights and a config that do not belong together."""
     return ModelError(
         f"model {name!r} does not fit its config.json: {what}",
         hint="Write or download the model again, config.json and weights together.",

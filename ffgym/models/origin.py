@@ -1,4 +1,4 @@
-"""Where a saved model lies, which dense model it was made from, and what its files hold."""
+"""Where a saved model is, which dense model it was made from, and what its files hold."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def recorded_dense_model(folder: Path) -> DenseModel | None:
     own, run = folder / "config.toml", folder.resolve().parent / "config.toml"
     for file in (own, run):
         model = RECORD.read(file).model if file.is_file() else _RecordedModel()
-        # A run's file holds every key; one that somebody wrote may leave out what is the default. What training wrote
-        # leaves the name out where nobody knew it.
+        # A run writes every key; somebody else may have left out a default. Training leaves the name out where it was
+        # not known.
         if model.name is not None or (file == run and file.is_file()):
             return DenseModel(model.name or "demo", model.revision or None, str(file))
     card = folder / "README.md"

@@ -1,4 +1,4 @@
-"""Where a model lies and in which numbers: devices and dtypes."""
+"""Devices and dtypes: where a model is put, and in which numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 def cpu_bfloat16_speedup() -> float:
     """How many times faster than float32 this CPU multiplies bfloat16 matrices; probed once a process (0.1 s or so)."""
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    # Taking turns: whatever else the machine does then slows both down, and the best of each is free of it.
+    # In turns, so that whatever else the machine does slows both down; the best time of each is free of that.
     for attempt in range(48):
         for dtype in best:
             seconds = _matmul_seconds(dtype)
@@ -67,18 +67,14 @@ def tokens_per_batch(device: torch.device | str) -> int:
 
 
 def named_dtype(dtype: str) -> torch.dtype:
-    """The dtype of a name in ``DTYPES``.
-
-    Raises:
-        ModelError: it is not there.
-    """
+    """The dtype of a name; raises ``ModelError`` where it is none of ``DTYPES``."""
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype = {dtype!r} is unknown", hint=f"Use one of auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
 
 
 def choose_device(device: str) -> torch.device:
-    """The device that a configuration means: of ``"balanced"``, the kind of device that layers are spread over.
+    """The device that a configuration means; for ``"balanced"``, the kind of device that layers are spread over.
 
     Raises:
         ModelError: no such device here.

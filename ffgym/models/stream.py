@@ -1,8 +1,8 @@
 """A model larger than memory: its decoder layers stay in the checkpoint's shards until they are needed.
 
 The model is built with its layers on the meta device; embeddings, final norm and head are in memory. The next layer is
-read in a thread of its own while a layer is at work. Files are read, not mapped, so that no limit on a process's memory
-counts what is only passing through.
+read in a thread of its own while a layer is at work. Files are read, not mapped, so that limits on a process's memory
+do not count pages that only pass through.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ Weights = Mapping[str, torch.Tensor]
 class TensorFile:
     """A safetensors file whose tensors are read one at a time, also after it was deleted.
 
-    Args:
-        path: the file.
-
     Raises:
         SafetensorError, OSError: it is none, or cannot be read.
     """
@@ -55,11 +52,8 @@ class LayerStream:
 
     Args:
         name: what the user called the model.
-        model: the model; its parameters say dtypes and shapes.
+        model: its parameters say dtypes and shapes.
         folder: of the checkpoint.
-        device: see above.
-
-    Attributes:
         device: where layers go.
 
     Raises:
@@ -98,7 +92,7 @@ class LayerStream:
         return file.read(key).to(self._dtypes[name])
 
     def outside(self) -> dict[str, torch.Tensor]:
-        """What belongs to no layer, by its names in the model, on the device."""
+        """The weights outside of the layers, by their names in the model, on the device."""
         inside = {name for layer in self._names for name in layer.values()}
         return {name: self.read(name).to(self.device) for name in self._places.keys() - inside}
 
@@ -161,17 +155,7 @@ class _Arriving:
 
 
 def streamed_model(name: str, folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, LayerStream]:
-    """A causal LM whose decoder layers are on the meta device, and what reads them.
-
-    Args:
-        name: what the user called it.
-        folder: of the checkpoint, whose sizes have been checked.
-        dtype: of its weights.
-        device: where it runs.
-
-    Raises:
-        ModelError: as `LayerStream`.
-    """
+    """A causal LM whose decoder layers are on the meta device, and what reads them; errors as in `LayerStream`."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 

@@ -28,7 +28,7 @@ class Entry:
 
     Attributes:
         hidden: enters layer 0, shape (windows, length, d), the model's dtype.
-        calls: the other arguments of every layer; batches of one shape without a mask share them.
+        calls: the other arguments of every layer, shared by all batches of one shape without a mask.
         ids: token ids, shape (windows, length), int64, on the embedding's device.
         mask: the attention mask that the model was called with, or ``None``.
         positions: the position ids that the model was called with, or ``None``.
@@ -139,11 +139,11 @@ class Stream:
         for batch in batches:
             entry = walk.enter(batch)
             self.hidden.append(entry.hidden)
-            # These states move on: nothing else shall hold on to the first ones.
+            # The states move on, so nothing else may keep the first ones in memory.
             self.entries.append(replace(entry, hidden=entry.hidden.new_empty(0)))
 
     def runs(self, index: int) -> Iterator[Callable[[], torch.Tensor]]:
-        """The layer's call on each batch, to be made or not; the states stay what they are."""
+        """For each batch, a function that runs the layer on it; the states stay what they are."""
         for hidden, entry in zip(self.hidden, self.entries, strict=True):
             yield partial(self.walk.layer, index, hidden, entry)
 
@@ -195,7 +195,7 @@ def walk_back(
 
 
 class _Stub(nn.Module):
-    """Stands for a decoder layer: notes what it is called with and returns ``hidden``, or what it was given."""
+    """Stands for a decoder layer: records its arguments, and returns ``hidden`` or the states it was given."""
 
     def __init__(self, calls: list[Arguments], hidden: torch.Tensor | None) -> None:
         super().__init__()
