@@ -153,7 +153,7 @@ def _refuse_lost_weights(path: Path, numbers: int, model: Any) -> None:
     lost = numbers - sum(parameter.numel() for parameter in model.parameters())
     if numbers and lost:
         raise ModelError(
-            f"{str(path)!r} holds {numbers:,} numbers, and transformers would take {numbers - lost:,} of them: it leaves"
-            " out biases of linears, for example",
+            f"{str(path)!r} holds {numbers:,} numbers, and transformers would take {numbers - lost:,} of them: it"
+            " leaves out biases of linears, for example",
             hint=USE_THE_SOURCE,
         )

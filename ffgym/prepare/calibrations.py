@@ -41,7 +41,7 @@ class Calibration(Plugin, ABC):
 
     Attributes:
         affine: the refit moves the consumer's bias too, giving one to consumers that have none.
-        in_reward: episodes see it; where not, they see plain removal.
+        in_reward: whether episodes see the refit; otherwise they see plain removal.
     """
 
     kind = "calibration"
@@ -50,7 +50,7 @@ class Calibration(Plugin, ABC):
 
     @abstractmethod
     def path(self, consumer: Consumer) -> ConsumerPath:
-        """Give a consumer its weights at every level; change nothing of what is given."""
+        """Give a consumer its weights at every level; do not change ``consumer``."""
 
 
 class Ridge(Calibration):
@@ -78,5 +78,5 @@ class NoCalibration(Ridge):
 
 
 def calibration_class(name: str) -> type[Calibration]:
-    """The class of that name; errors as `manager.get_class`."""
+    """The class of that name; errors as in `manager.get_class`."""
     return cast("type[Calibration]", manager.get_class("calibration", name))

@@ -20,17 +20,17 @@ ALL_TABLES = tuple(kind.table for kind in KINDS.values() if kind.table)
 
 
 def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunConfig:
-    """The same configuration with all options of its plugins spelled out, so that it means the same tomorrow.
+    """The same configuration with all options of its plugins spelled out.
 
-    What is stored beside numbers must say what decided them, also after a plugin's default has moved. An option whose
-    value is ``None`` is left out: TOML has no null.
+    So what is stored beside results says what decided them, even after a plugin's default has changed. An option whose
+    value is ``None`` is left out, because TOML has no null.
 
     Args:
         config: to spell out.
         only: the tables whose plugins are needed.
 
     Raises:
-        ConfigError, PluginError, UnknownNameError: as `create`; options of a plugin that is none.
+        ConfigError, PluginError, UnknownNameError: as `create`; options where the plugin is ``none``.
     """
     for key in only:
         _refuse_options_of_none(config, key)
@@ -58,12 +58,12 @@ def _refuse_options_of_none(config: RunConfig, key: str) -> None:
 
 
 def meanings(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str, dict[str, str]]:
-    """What the options of a configuration's plugins mean, by table and option; of ``only`` these tables."""
+    """What the options of a configuration's plugins mean, by table and option, for these tables."""
     return {key: cls.Config.meanings() for key, (_, cls) in _used(config, only).items()}
 
 
 def editions(config: RunConfig) -> dict[str, int]:
-    """The edition of the plugin that each table or key names, where it is not the first."""
+    """The editions of the plugins that a configuration names, by table or key; first editions are left out."""
     return {key: cls.edition for key, (_, cls) in _used(config, ALL_TABLES).items() if cls.edition != 1}
 
 
@@ -81,11 +81,11 @@ def _used(config: RunConfig, only: Collection[str]) -> dict[str, tuple[PluginKin
 
 
 def changed_since(stored: JSONDict, config: RunConfig) -> list[str]:
-    """Where a configuration that has all its options differs from `settings` that were stored earlier, one line a key.
+    """How a configuration with all its options differs from stored `settings`, one line a key; see `changed_settings`.
 
-    As `changed_settings`: an option that a plugin has learnt since they were stored counts as its default.
+    An option that a plugin did not have then counts as its default.
     """
-    with contextlib.suppress(ValidationError, FFGymError):  # the comparison says what is wrong with them
+    with contextlib.suppress(ValidationError, FFGymError):  # the comparison shows what is wrong with them
         stored = settings(with_options(RunConfig.model_validate(stored)))
     return changed_settings(stored, config)
 
@@ -113,7 +113,7 @@ def _is_heuristic(name: str) -> bool:
 
 
 def check_agent_fits(config: RunConfig) -> None:
-    """Refuse what an agent cannot do: fewer episodes than it learns from, a range, one shape for all layers.
+    """Refuse what an agent cannot do: too few episodes, a range of budgets, one shape for all layers.
 
     Args:
         config: as `resolve_agent` returns it.
@@ -135,8 +135,8 @@ def check_agent_fits(config: RunConfig) -> None:
         )
     if config.prune.uniform and agent.slope_episodes:
         raise ConfigError(
-            f"prune.uniform ties all layers to one shape, and agent {name!r} follows slopes, which are of layers that "
-            "each have a size of their own",
+            f"prune.uniform ties all layers to one shape, and agent {name!r} follows slopes, for which each layer "
+            "needs a size of its own",
             hint="Leave --uniform out, or take an agent that needs no slopes, such as reinforce.",
         )
     if config.prune.is_range and not agent.budget_conditioned:

@@ -187,18 +187,15 @@ def costs_in(
     on_progress: OnProgress | None = None,
     notify: Notify | None = None,
 ) -> Costs:
-    """What a dense model costs in a resource, under a configuration.
+    """What a dense model costs in a resource, under a configuration; see `costs_of` for progress, notes and errors.
 
     Args:
         resource: what is counted.
         config: the run.
         model: the dense model.
-        recorded: folder of the run, where it goes on and must count what it has counted before.
-        on_progress: hears how far a measurement is.
-        notify: hears what the user should know of it.
-
-    Raises:
-        BudgetError, ConfigError, PluginError: as `costs_of`.
+        recorded: folder of a run that is resumed: a measurement in it is used again.
+        on_progress: see `costs_of`.
+        notify: see `costs_of`.
     """
     if resource.is_measured() and any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
@@ -212,12 +209,7 @@ def costs_in(
 
 
 def make_budget(config: RunConfig, model: Any, costs: Mapping[str, Costs] | None = None) -> Budget:
-    """The budget of a run on a dense model.
-
-    Args:
-        config: the run.
-        model: the dense model.
-        costs: what it costs, by resource; asked for where left out.
+    """The budget of a run on a dense model; ``costs``, by resource, are computed where left out.
 
     Raises:
         BudgetError: the sparsity is out of reach.
@@ -229,7 +221,7 @@ def make_budget(config: RunConfig, model: Any, costs: Mapping[str, Costs] | None
 
 
 def budget_in(resource: str, config: RunConfig, model: Any, costs: Mapping[str, Costs] | None = None) -> Budget:
-    """What allocations of a dense model cost in a resource, which need not be the one that the run's budget is in.
+    """What allocations of a dense model cost in a resource, which may be another than that of the run's budget.
 
     Raises:
         ModelError: a stock checkpoint is asked for, which the family does not have, or not with this calibration.
@@ -249,10 +241,10 @@ def budget_in(resource: str, config: RunConfig, model: Any, costs: Mapping[str, 
 
 
 def make_reward(config: RunConfig) -> Reward:
-    """The reward of a run, with what it asks for checked; loads nothing.
+    """The reward of a run, checked against the configuration; loads nothing.
 
     Raises:
-        ConfigError: an option that it refuses, accuracy without tasks, a cost that the budget fixes already, or a
+        ConfigError: an option that it refuses, accuracy without tasks, a cost that the budget already fixes, or a
             latency table that nothing reads.
         UnknownNameError: no such reward, task or resource.
     """
@@ -304,8 +296,8 @@ def build_env(
         windows: search split, shape (windows, length), int64.
         budget: see ``make_budget``.
         loaded: the model's tokenizer and context, for a reward that needs accuracy.
-        costs: what the model costs, by resource; asked for where left out.
-        executor: has allocations measured; one in this process where left out.
+        costs: what the model costs, by resource; computed where left out.
+        executor: has allocations measured; this process measures them where left out.
         on_close: called when the environment is closed.
     """
     reward, model = make_reward(config), prepared.prunable.model
@@ -330,15 +322,15 @@ def build_env(
 
 @dataclass(frozen=True)
 class EvaluatorMaker:
-    """How a worker makes its evaluator: values that can be sent to it, from which it loads the model by itself.
+    """How a worker makes its evaluator: it is sent these values and loads the model by itself.
 
     Attributes:
         config: the run, with the dtype that the model was loaded in.
         calibration: calibration token ids, shape (windows, length), int64.
         windows: search token ids, the same.
         examples: task examples.
-        store: the prepared model; ``None`` where it was not written down: every worker prepares its own.
-        streamed: layers come from the checkpoint when they are reached.
+        store: the prepared model; ``None`` where it is not stored and every worker prepares its own.
+        streamed: whether layers stay in the checkpoint until they are needed.
     """
 
     config: RunConfig
@@ -349,12 +341,7 @@ class EvaluatorMaker:
     streamed: bool = False
 
     def __call__(self) -> ModelEvaluator:
-        """Load, open the store, make the evaluator.
-
-        Raises:
-            WorkerError: the store cannot be seen from here.
-            FFGymError: as `prepare_model`, or a model that does not load.
-        """
+        """Load the model, open the store, make the evaluator; raises ``WorkerError`` where the store is not there."""
         if self.store is not None and not self.store.is_dir():
             raise WorkerError(
                 f"a worker on {socket.gethostname()} does not see the prepared model {self.store}",
@@ -369,7 +356,7 @@ class EvaluatorMaker:
         return self.on(prepared)
 
     def on(self, prepared: Prepared) -> ModelEvaluator:
-        """The evaluator of a model that is prepared already."""
+        """The evaluator of a prepared model."""
         return ModelEvaluator(
             prepared.prunable,
             self.windows,
@@ -380,7 +367,7 @@ class EvaluatorMaker:
 
 
 def evaluator_maker(config: RunConfig, loaded: LoadedModel, prepared: Prepared, splits: Splits) -> EvaluatorMaker:
-    """How workers make the evaluator that a run has in its own process."""
+    """How workers make the same evaluator as a run's own process."""
     table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
     return EvaluatorMaker(
         config.model_copy(update={"model": table}),
@@ -398,7 +385,7 @@ def shared_executor(cluster: Cluster, maker: EvaluatorMaker, prepared: Prepared)
 
 
 def say_who_is_idle(episodes: int, workers: int, notify: Callable[[str], None]) -> None:
-    """Say so where an update has fewer episodes than there are workers."""
+    """Tell the user if an update has fewer episodes than there are workers."""
     if episodes < workers:
         have, episode = ("has" if workers - episodes == 1 else "have"), ("episode" if episodes == 1 else "episodes")
         notify(f"{workers - episodes} of {workers} workers {have} nothing to do: an update is {episodes} {episode}")
@@ -406,12 +393,12 @@ def say_who_is_idle(episodes: int, workers: int, notify: Callable[[str], None]) 
 
 @contextmanager
 def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
-    """The workers that a table asks for, which end with the block; ``None`` for this process alone.
+    """The workers that a table asks for, within the block; ``None`` where this process works alone.
 
     Args:
         table: how many, and where.
-        device: ``model.device`` of what they measure.
-        notify: told in a line what the user should know.
+        device: ``model.device``.
+        notify: called with lines for the user.
 
     Raises:
         ConfigError: more than one worker on one and the same GPU.
@@ -471,12 +458,12 @@ def make_pruning_env(
     Args:
         config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
         render_mode: ``"rgb_array"``, or ``None`` for no pictures.
-        num_workers: processes that measure, until the environment is closed: ``workers.count`` of the configuration.
-        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not beside a ``RunConfig``.
+        num_workers: processes that measure, in place of ``workers.count``; they end when the environment is closed.
+        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not together with a ``RunConfig``.
 
     Raises:
         FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
-            load, or workers that there is no room for.
+            load, or too little room for the workers.
     """
     config = _resolved(config, tables)
     if num_workers is not None:
@@ -543,10 +530,10 @@ def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any])
 
 
 def shrunk(config: RunConfig) -> RunConfig:
-    """The same run on a handful of short windows, for checks of the interface that do not look at the numbers.
+    """The same run on a few short windows, for checks of the interface that do not look at the numbers.
 
-    Windows of at most 128 tokens, two of them for statistics and two to search on, one per episode. A mixture is its
-    first corpus. An automatic ridge strength, whose search takes most of the time, is a number instead.
+    Windows have at most 128 tokens: two for statistics, two to search on, one per episode. A mixture is reduced to its
+    first corpus. The ridge strength is a number, because choosing it takes most of the time.
     """
     plain = config.model_dump()
     window = min(config.data.window, CHECKED_WINDOW)

@@ -1,6 +1,6 @@
 """From a dense model and calibration text to pruning paths: statistics -> scores -> order -> permuted weights -> refit.
 
-Sublayers stream through one at a time, and each one's moment is released as soon as its path is built.
+Sublayers are prepared one at a time, and each one's moment is released as soon as its path is built.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ffgym.types import LayerStats, SublayerView
 
 HELD_OUT_SHARE = 0.25
 HELD_OUT_TOKENS = 8192  # at most; their inputs are kept until the sublayer is prepared
-HELD_OUT_ROWS = 1024  # of these choose lambda: on the demo model as all 8,192 would, where it matters by 0.1 %
+HELD_OUT_ROWS = 1024  # of them choose lambda: on the demo model they choose as all 8,192 do, or within 0.1 % of it
 GRADIENT_SHARE = 0.25  # a backward pass costs three forward ones, and first-order averages settle early
 
 
@@ -40,14 +40,14 @@ OnLayer = Callable[[Sequence[PrunableSublayer], Sequence[SublayerView], Sequence
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model whose units stand in path order, with a refit for every level.
+    """A model whose units are in path order, with a refit for every level.
 
     Attributes:
         prunable: the model, ready to be cut.
         views: what heuristics see of each sublayer; read one at a time where the model is not in memory.
         ridges: the lambda of each sublayer.
         calibration_tokens: tokens that the statistics run over.
-        store: the folder that it can be opened from again; ``None`` where it was not written down.
+        store: the folder that it can be opened from again; ``None`` where it was not stored.
     """
 
     prunable: PrunableModel
@@ -82,8 +82,8 @@ def prepare(
         ridge: lambda; ``None`` picks it per sublayer on held-out calibration windows.
         keep: statistics to keep for heuristics beyond the preparation.
         tokens_per_batch: tokens of one forward pass.
-        source: where the model's layers come from, which are then on the meta device. What is prepared of a layer is
-            let go with it: ``on_layer`` has to write it down, and what is returned holds no views.
+        source: where the model's layers come from if they are on the meta device. What is prepared of a layer is then
+            released with it, so ``on_layer`` has to store it, and the result holds no views.
         on_layer: called with the halves of a layer, their views and lambdas, when it is prepared.
         on_progress: called with (steps done, steps): layers of a walk backwards where there is one, then sublayers.
 
@@ -129,14 +129,14 @@ def prepare(
 
 
 class _Gradients:
-    """First-order statistics of all sublayers until their turn comes: in memory, or where the layers come from."""
+    """First-order statistics of all sublayers until their turn comes: in memory, or in temporary files."""
 
     def __init__(self, prunable: PrunableModel) -> None:
         self._halves, self._source = prunable.halves, prunable.source
         self._stats: dict[int, LayerStats] = {}
 
     def add(self, index: int, stats: LayerStats) -> None:
-        """Those of a sublayer."""
+        """Keep those of a sublayer."""
         self._stats[index] = stats
         if self._source is not None:
             tensors = {name: getattr(stats, name) for name in GRADIENT_STATISTICS if getattr(stats, name) is not None}
@@ -144,7 +144,7 @@ class _Gradients:
             self._stats[index] = LayerStats(stats.tokens)
 
     def pop(self, index: int) -> LayerStats:
-        """Those of a sublayer, which are not asked for again; empty ones where there are none."""
+        """Those of a sublayer, once; empty ones where there are none."""
         stats = self._stats.pop(index, LayerStats())
         if self._source is not None and stats.tokens:
             return LayerStats(stats.tokens, **self._source.kept(self._name(index)))
@@ -155,14 +155,14 @@ class _Gradients:
 
 
 class _Steps:
-    """Counts the steps of several kinds of work as one."""
+    """Reports the progress of several kinds of work as one."""
 
     def __init__(self, on_progress: OnProgress | None, **known: int) -> None:
         self._on_progress = on_progress
         self._done, self._steps = Counter[str](), Counter[str](known)
 
     def counting(self, kind: str) -> OnProgress:
-        """What one kind of work calls with its own (steps done, steps)."""
+        """The callback of one kind of work, for its own (steps done, steps)."""
 
         def advance(done: int, steps: int) -> None:
             self._done[kind], self._steps[kind] = done, steps
@@ -223,7 +223,7 @@ def _build_path(
 
 
 def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) -> LayerStats:
-    """Those of the statistics that are named."""
+    """The named statistics."""
     return replace(
         moments.stats(names),
         gradient=gradients.gradient if "gradient" in names else None,
@@ -248,7 +248,7 @@ def held_out_windows(windows: int, length: int) -> int:
 
 
 def some_rows(inputs: torch.Tensor, rows: int = HELD_OUT_ROWS) -> torch.Tensor:
-    """At most so many of the inputs, shape (rows, n), from all windows: the same ones for the same number of tokens."""
+    """A random choice of inputs, shape (at most rows, n), the same for the same number of tokens."""
     chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:rows]
     return inputs[chosen.sort().values.to(inputs.device)]
 
@@ -289,7 +289,7 @@ def view_of(
 
 @contextmanager
 def _naming(half: PrunableSublayer) -> Iterator[None]:
-    """Add the sublayer's name to errors from the mathematics, which knows none."""
+    """Add the sublayer's name to errors from the mathematics, which does not know it."""
     try:
         yield
     except CalibrationError as error:

@@ -1,4 +1,4 @@
-"""Lets a calibration refit a consumer, and holds what it returns to the contract."""
+"""Lets a calibration refit a consumer, and checks that what it returns keeps the contract."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from ffgym.pruning.calibration import ConsumerPath
 
 
 def path_of(calibration: Calibration, consumer: Consumer, where: str) -> ConsumerPath:
-    """Let a calibration refit one consumer.
-
-    Args:
-        calibration: the plugin.
-        consumer: what it refits.
-        where: the sublayer, for messages.
+    """Let a calibration refit one consumer; ``where`` is the sublayer's name, for messages.
 
     Raises:
         PluginError: it raised, or its weights have another shape or are not finite.
@@ -40,7 +35,7 @@ def path_of(calibration: Calibration, consumer: Consumer, where: str) -> Consume
 
 
 class _Named(ConsumerPath):
-    """A plugin's path; what it raises, also in an episode, names the plugin."""
+    """A plugin's path, whose errors name the plugin, even in an episode."""
 
     def __init__(self, path: ConsumerPath, calibration: Calibration, doing: str) -> None:
         self._path = path

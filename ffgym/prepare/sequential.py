@@ -1,7 +1,7 @@
-"""Calibrate a cut model layer by layer, on what the pruned layers before really pass on (docs/mathematics.md).
+"""Calibrate a cut model layer by layer, on the outputs of the pruned layers before it (docs/mathematics.md).
 
-Two streams of hidden states walk through one model: the dense one gives the targets, the pruned one the inputs. What a
-refitted consumer was given is kept until its layer is done, so that nothing before it is run again.
+Two streams of hidden states walk through one model: the dense one gives the targets, the pruned one the inputs. The
+inputs of a refitted consumer are kept until its layer is done, so that nothing before it is run again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def calibrate_sequentially(
 class _CrossMoments:
     """Means and covariances of dense inputs x (n channels) and pruned inputs y (k channels).
 
-    Float32 products of what is left when the first batch's means are taken off, as in ``Moments``; float64 means.
+    As in ``Moments``, the first batch's means are subtracted before the float32 products; means are float64.
     """
 
     def __init__(self) -> None:

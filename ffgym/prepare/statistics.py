@@ -29,7 +29,7 @@ class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass 
 
 
 def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
-    """What ``run`` passes to a module that it calls; what comes from there on is not run."""
+    """What ``run`` passes to a module that it calls; the run ends there."""
     found: list[Arguments] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
 
 
 def linear_input(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
-    """What a linear is given in a run; what comes after it is not run."""
+    """The input of a linear in a run, which ends there."""
     args, _ = arguments_of(linear, run)
     states: torch.Tensor = args[0]
     return states
@@ -74,15 +74,15 @@ def stream_statistics(
     held_out: int = 0,
     tokens_per_batch: int = 4096,
 ) -> Iterator[tuple[int, Moments, torch.Tensor | None]]:
-    """Yield each consumer's statistics, first to last; what was yielded is no longer held here.
+    """Yield each consumer's statistics, first to last, without keeping them.
 
-    Units may be permuted once the statistics of their consumer were yielded: no layer is run again. The layer stays in
-    memory until the next is asked for.
+    Units may be permuted as soon as the statistics of their consumer are there: no layer is run again. A layer stays in
+    memory until the next one is asked for.
 
     Args:
         prunable: dense, in eval mode.
-        windows: calibration token ids, shape (windows, length), int64. The hidden states of all are held.
-        held_out: how many of the last windows to keep apart (for choosing the ridge).
+        windows: calibration token ids, shape (windows, length), int64. The hidden states of all are kept in memory.
+        held_out: how many of the last windows to hold out (for choosing the ridge).
         tokens_per_batch: tokens of one forward pass.
 
     Yields:
@@ -115,7 +115,7 @@ def gradient_statistics(
     *,
     on_progress: OnProgress | None = None,
 ) -> Iterator[tuple[int, LayerStats]]:
-    """First-order statistics of the consumers, from one walk backwards; what was yielded is no longer held here.
+    """Yield the first-order statistics of the consumers, from one walk backwards, without keeping them.
 
     Args:
         prunable: dense, in eval mode, its parameters frozen.
@@ -124,8 +124,7 @@ def gradient_statistics(
         on_progress: called with (layers done, layers).
 
     Yields:
-        (index, statistics) of each consumer, those of the last layer first; float32 whatever the model's dtype. Nothing
-        where nothing is needed.
+        (index, statistics) of each consumer, float32, the last layer's first; nothing where nothing is needed.
     """
     if not needs & GRADIENT_STATISTICS:
         return

@@ -1,7 +1,7 @@
-"""Prepared models on disk: what one run has prepared, the next one, a bench, an environment or ``--resume`` opens.
+"""Prepared models on disk, so that the next run, a bench, an environment or ``--resume`` need not prepare them again.
 
-A store is a folder of the cache, named by a digest of everything that decides its bits. It holds a safetensors file a
-layer (unit orders, refit factors, what heuristics asked for) and a JSON record.
+A store is a folder of the cache, named by a digest of everything that decides its bits. It holds one safetensors file a
+layer (unit orders, refit factors, statistics for heuristics) and a JSON record.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def store_place(
     facts: Mapping[str, Any],
     stream: LayerStream | None = None,
 ) -> Path | None:
-    """Where the store of a preparation belongs; ``None`` where none is kept, or the criterion's code cannot be read.
+    """The folder for the store of a preparation; ``None`` where none is kept or the criterion's code cannot be read.
 
     Args:
         model: the dense model.
         criterion: orders the units; a change of its code makes another store.
         windows: calibration token ids, shape (windows, length), int64.
         facts: everything else that decides the bits.
-        stream: reads what is not in memory; the place is that of the same model in memory.
+        stream: reads weights that are not in memory; the folder is the same as for the model in memory.
 
     Raises:
         ConfigError: ``FFGYM_CACHE_SIZE`` is no size.
@@ -96,7 +96,7 @@ def store_place(
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), ("windows", windows)):  # a tied weight once
         if tensor.is_meta:
-            assert stream is not None, "where else could it be"
+            assert stream is not None, "only a streamed model has weights on the meta device"
             tensor = stream.read(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -134,10 +134,10 @@ def opened_or_prepared(
     Args:
         place: from `store_place`.
         model: the dense model; its weights are permuted in place.
-        make: prepares the model, and hands on each layer when it is prepared.
-        what: what the store is of, for people.
-        notify: told where it came from.
-        stream: where the layers come from, which are then read from the store as the model runs.
+        make: prepares the model, and calls its argument for each layer when it is prepared.
+        what: what is prepared, for people.
+        notify: called with lines for the user.
+        stream: where the layers come from; their factors are then read from the store as the model runs.
 
     Raises:
         OutputError: the disk has too little room for it.
@@ -162,7 +162,7 @@ def opened_or_prepared(
         write_folder_once(place, fill)
         if stream is not None:
             prepared = _open(place, model, stream)
-        assert prepared is not None, "it was written just now"
+        assert prepared is not None, "it has just been written"
     for entry in shrink(KIND, size_limit(), spare=place):
         notify(f"removed {entry.path}, which was not used for longest (FFGYM_CACHE_SIZE)")
     return prepared
@@ -226,7 +226,7 @@ def _file(folder: Path, layer: int) -> Path:
 
 
 def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | None:
-    """The prepared model; ``None`` where the store does not hold one, and the model has not been touched."""
+    """The prepared model; ``None``, with the model unchanged, where the store does not hold one."""
     prunable = PrunableModel(model, stream)
     try:
         if not is_whole(place):
@@ -258,11 +258,7 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
 
 
 class _Stored:
-    """A sublayer's tensors in a store, read when they are asked for.
-
-    Raises:
-        KeyError: it has none of the sublayer's size.
-    """
+    """A sublayer's tensors in a store, read when they are asked for; raises ``KeyError`` where sizes do not fit."""
 
     def __init__(self, file: TensorFile, half: PrunableSublayer, device: torch.device) -> None:
         self._file, self._half, self._prefix, self._device = file, half, f"{half.sublayer.kind}.", device
@@ -276,7 +272,7 @@ class _Stored:
         return self._file.read(self._prefix + name).to(self._device)
 
     def stats(self, tokens: int) -> LayerStats:
-        """What heuristics asked for."""
+        """The statistics that heuristics asked for."""
         kept = {name: self.read(f"stats.{name}") for name in STATISTICS if self._has(f"stats.{name}")}
         return LayerStats(tokens, **kept)
 
@@ -292,7 +288,7 @@ class _Stored:
 
 
 class _Views(Sequence[SublayerView]):
-    """What heuristics see of a model that is not in memory: weights and statistics are read when they look at them."""
+    """What heuristics see of a streamed model: weights and statistics are read when they look at them."""
 
     def __init__(self, prunable: PrunableModel, stored: Sequence[_Stored], record: Record) -> None:
         self._prunable, self._stored, self._record = prunable, stored, record

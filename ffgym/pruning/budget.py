@@ -1,4 +1,4 @@
-"""From importances to an exact budget (docs/mathematics.md, The budget), whoever proposes the importances.
+"""From importances to an exact budget (docs/mathematics.md, The budget).
 
 Importance a maps to the wanted keep ratio r = (a + 1) / 2. As one shift nu rises, sublayer i reaches its level s as
 soon as r_i + nu is nearer to that level's keep ratio than to the one below, that is at time t_i(s) = (ratio_i(s) +
@@ -7,8 +7,8 @@ fit closes its sublayer, and the others go on (``sweep.py``). That is what makes
 nothing left that fits, monotone in a sublayer's own importance, a fixed point of itself. They hold for any levels:
 single units, multiples of ``align`` channels, or levels that all layers share.
 
-Rounding is to the nearest level, not down: an attention of 3 KV groups would lose one to the smallest doubt, while an
-MLP of 1,536 channels feels every change as it is meant.
+Rounding is to the nearest level, not down: otherwise an attention of 3 KV groups would lose one to the smallest change,
+while an MLP of 1,536 channels hardly notices it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ffgym.errors import BudgetError
 from ffgym.pruning.sweep import Ladder, Sweep
 from ffgym.types import Allocation, Kind, Sublayer
 
-LEAST_LEVELS = 48  # that an MLP keeps to choose from where its widths are aligned to what kernels like
+LEAST_LEVELS = 48  # that an MLP has to choose from when its widths are aligned for fast kernels
 REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged
 
 
@@ -79,7 +79,7 @@ class Budget:
         sublayers: the 2L sublayers.
         cost_tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing
             from 0 or more; the parameters of the units where left out. Whole numbers keep sums exact.
-        resource: what messages and allocations call the costs.
+        resource: name of the costs, for messages and allocations.
         min_units: least units a sublayer keeps (the attention of layer 0 always keeps one).
         align: a sublayer keeps a multiple of this many channels, or all of them. ``min_units`` is rounded up to such a
             multiple; a sublayer that has no smaller one stays whole. ``"auto"``: MLPs keep what `kernel_width` says,
@@ -89,8 +89,8 @@ class Budget:
             sublayers. ``None`` lets every sublayer have a size of its own.
 
     Raises:
-        BudgetError: a setting out of its range, cost tables that are none, or layers of different sizes
-            that should share one shape.
+        BudgetError: a setting out of its range, invalid cost tables, or layers of different sizes that should share
+            one shape.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Budget:
         if not 0.0 <= sparsity < 1.0:
             raise BudgetError(f"sparsity {sparsity:g} is outside [0, 1)", hint="Give the share to remove, e.g. 0.2.")
         if sparsity > most + 1e-12:
-            asked = math.floor(most * 1e4) / 1e4  # rounded up, it would be refused in its turn
+            asked = math.floor(most * 1e4) / 1e4  # not rounded up: that would be refused too
             raise BudgetError(
                 f"sparsity {sparsity:g} of {self.resource} is out of reach: every sublayer keeps its least units, "
                 f"so the reachable range is 0 to {asked:.4f}",
@@ -146,19 +146,16 @@ class Budget:
         return Allocation(tuple(int(k) for k in kept), cost, self.dense_cost, self.resource)
 
     def importance(self, kept: Sequence[int]) -> np.ndarray:
-        """The importances that say exactly these units, shape (2L,), float32: projecting them gives a projection back.
-
-        A sublayer that keeps everything has importance 1, the end of the range, whatever its heuristic answered.
-        """
+        """The importances that stand for exactly these units, shape (2L,), float32; they project to the same units."""
         units = np.array([sublayer.units for sublayer in self.sublayers])
         result: np.ndarray = (2 * np.array(kept) / units - 1).astype(np.float32)
         return result
 
     def shapes(self, sparsity: float) -> list[Allocation]:
-        """Every allocation that a projection can come to at this sparsity where layers are tied; else an empty list.
+        """Every allocation that a projection can give at this sparsity where layers are tied; else an empty list.
 
-        One shape of all layers is a pair of levels. Those that meet the budget and leave nothing that fits are at most
-        one for each level of the attention, so they can all be measured.
+        One shape of all layers is a pair of levels. At most one pair for each level of the attention meets the budget
+        with no further level that fits, so all of them can be measured.
         """
         self.check(sparsity)
         if not self.tied:
@@ -174,7 +171,7 @@ class Budget:
         return found
 
     def project(self, importance: np.ndarray, sparsity: float) -> Allocation:
-        """The allocation that these importances want at this sparsity.
+        """The allocation that these importances give at this sparsity.
 
         Args:
             importance: shape (2L,), in [-1, 1] (values outside are clipped).
@@ -202,28 +199,28 @@ class Budget:
     def importance_slopes(
         self, importance: np.ndarray, kept: Sequence[int], unit_slopes: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """Derivative of the loss by importance, through the projection, from what single units are worth.
+        """Derivative of the loss by importance, through the projection, from the slopes of single units.
 
-        Along its own path a sublayer's slope is the mean over the units within ``REACH`` of its level, since a single
-        unit says little. The projection answers a step of one keep ratio r_i with a shift of all that move, so that the
-        cost c stays: d loss / d a_i = (g_i - c_i sum_j g_j / sum_j c_j) / 2, g and c by keep ratio, a = 2 r - 1. What
-        is kept whole or gone altogether moves only where its ratio lies within ``REACH`` of the end.
+        A sublayer's slope g_i along its path is the mean over the units within ``REACH`` of its level, since a single
+        unit says little. If one keep ratio r_i changes, the projection shifts all ratios that can move, so that the
+        cost c stays: d loss / d a_i = (g_i - c_i sum_j g_j / sum_j c_j) / 2, g and c by keep ratio, a = 2 r - 1. A
+        sublayer that is whole or gone moves only if its ratio lies within ``REACH`` of that end.
 
         Args:
             importance: what was projected, shape (2L,).
-            kept: what it came to, length 2L.
+            kept: the units that it gave, length 2L.
             unit_slopes: first-order change of the loss as each unit joins, shape (units,) for every sublayer.
 
         Returns:
             shape (2L,), float64, nats per token and importance; 0 where a unit is more than ``REACH`` of its sublayer
-            (a derivative says nothing of so large a step), and where the sublayer costs nothing.
+            (too large a step for a derivative), and where the sublayer costs nothing.
 
         Raises:
             BudgetError: layers are tied to one shape.
         """
         if self.tied:
             raise BudgetError(
-                "slopes are of layers that each have a size of their own, and here all share one shape",
+                "slopes need layers that each have a size of their own, and here all share one shape",
                 hint="Leave prune.uniform out, or take an agent that needs no slopes, such as reinforce.",
             )
         units = np.array([sublayer.units for sublayer in self.sublayers])
@@ -265,8 +262,8 @@ class Budget:
                 hint="Leave prune.uniform out.",
             )
         units = np.array([first.units])
-        # A sublayer that costs nothing stays whole: there is nothing to gain from cutting it. Levels that cost nothing
-        # more (flat parts of a measured table) need no rule: they always fit, so they are granted in their turn.
+        # A sublayer that costs nothing stays whole, because cutting it gains nothing. Levels that cost nothing more
+        # (flat parts of a measured table) need no rule: they always fit, so they are granted in their turn.
         if any(self._tables[i][-1] > 0 for i in members):
             holds_cache_length = any((s.kind, s.layer) == ("attention", 0) for s in sublayers)
             least = max(min_units, 1) if holds_cache_length else min_units
@@ -287,7 +284,7 @@ class Budget:
 
 
 def check_tables(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The tables as float64, one per sublayer; raises ``BudgetError`` where one is no cost table."""
+    """The tables as float64, one per sublayer; raises ``BudgetError`` where one is invalid."""
     checked = tuple(np.asarray(table, dtype=np.float64) for table in tables)
     if len(checked) != len(sublayers):
         raise BudgetError(f"{len(checked)} cost tables for {len(sublayers)} sublayers", hint="Give one per sublayer.")

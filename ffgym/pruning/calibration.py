@@ -1,7 +1,7 @@
-"""Refit the consumer after units went: nested ridge for every level from one factorisation (docs/mathematics.md).
+"""Refit the consumer after units were removed: nested ridge for every level from one factorisation.
 
-The problem, for a consumer W (m x n) whose channels stand in path order, inputs x with second moment G = E[x x^T], the
-first k channels kept (K) and the rest dropped (P), l = lambda * mean(diag G):
+The problem (docs/mathematics.md): for a consumer W (m x n) with channels in path order, inputs x with second moment
+G = E[x x^T], the first k channels kept (K) and the rest dropped (P), l = lambda * mean(diag G):
 
     W'_K = argmin E||W x - W' x_K||^2 + l ||W' - W_K||^2 = W_K + W_P G_PK (A_KK)^-1,   A = G + l I
 
@@ -52,7 +52,7 @@ class ConsumerPath(ABC):
         """The consumer's bias at that level, shape (m,), float32; ``None`` where it has none."""
 
     def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
-        """What the loss changes by, to first order, as each channel joins those before it: <dL/dW, W_(k+1) - W_k>.
+        """First-order change of the loss as each channel joins those before it: <dL/dW, W_(k+1) - W_k>.
 
         Args:
             weight_gradient: dL/dW of the consumer at full width, shape (m, n), float32.
@@ -70,12 +70,7 @@ class ConsumerPath(ABC):
 
 
 class PlainPath(ConsumerPath):
-    """Plain removal: the kept columns as they are.
-
-    Args:
-        weight: shape (m, n), path order.
-        bias: shape (m,) or ``None``.
-    """
+    """Plain removal: the kept columns of the weight, shape (m, n), as they are, and the bias, shape (m,)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._weight = weight
@@ -90,12 +85,12 @@ class PlainPath(ConsumerPath):
         return self._bias
 
     def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
-        """A channel joins with its own column, and nothing else moves."""
+        """A channel joins with its own column, and no other column changes."""
         return (self._weight.float() * weight_gradient).sum(dim=0)
 
 
 def scale(moment: torch.Tensor) -> torch.Tensor:
-    """What lambda is relative to: the mean of the moment's diagonal, a 0-dim tensor, never 0."""
+    """The mean of the moment's diagonal, which lambda is relative to; a 0-dim tensor, never 0."""
     return moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -105,13 +100,13 @@ def cholesky_(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | No
     Args:
         moment: shape (n, n), symmetric positive semi-definite up to rounding; its diagonal is overwritten.
         ridge: lambda, > 0.
-        relative_to: in place of scale(moment): that of the whole, for a part of a moment.
+        relative_to: in place of scale(moment); for a part of a moment, the scale of the whole.
 
     Returns:
         lower triangular, shape (n, n), the moment's dtype.
 
     Raises:
-        CalibrationError: not positive definite even so, or not finite.
+        CalibrationError: not positive definite even with the ridge, or not finite.
     """
     if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():  # NaN is the least and the greatest
         raise CalibrationError("the inputs' second moment holds NaN or infinity", hint=OVERFLOW_HINT)
@@ -129,8 +124,8 @@ def cholesky_(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | No
 class NestedRidge(ConsumerPath):
     """The refit of one consumer at every level, from one factorisation.
 
-    A refit starts from the nearest level above it of a fixed grid, W'_k = W'_g[:, :k] - B[:, k:g] D[k:g, :k], which
-    starts from the one above in turn, down from the dense weight. So it depends on k alone, and not on what else was
+    A refit starts from the nearest level above it of a fixed grid, W'_k = W'_g[:, :k] - B[:, k:g] D[k:g, :k], and that
+    one from the next above, down from the dense weight. So it depends on k alone, and not on which other levels were
     asked for. Products round B and D to the model's dtype; sums, and the refits on the grid, are float32.
 
     Args:
@@ -188,7 +183,7 @@ class NestedRidge(ConsumerPath):
 
     @property
     def factors(self) -> dict[str, torch.Tensor]:
-        """What it was computed for: contiguous tensors by name."""
+        """The factors, contiguous tensors by name, from which `restored` makes the same path."""
         mean = {} if self._mean is None else {"mean": self._mean}
         return {
             "projected": self._projected,
@@ -208,7 +203,7 @@ class NestedRidge(ConsumerPath):
         return self._projected.nbytes + self._inverse.nbytes
 
     def loss_increase(self, output_gradient: torch.Tensor) -> torch.Tensor:
-        """Second-order estimate of what keeping the first k channels costs, for every k: 1/2 sum_{j >= k} b_j^T F b_j.
+        """Second-order estimate of the loss added by keeping the first k channels: 1/2 sum_{j >= k} b_j^T F b_j.
 
         The output error of level k has covariance B[:, k:] B[:, k:]^T (ridge term included), and F is the Fisher
         information of the output, in place of the loss's Hessian (as in K-FAC, arXiv 1503.05671).
@@ -228,7 +223,7 @@ class NestedRidge(ConsumerPath):
         return weight
 
     def weights_at(self, levels: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
-        """The weights at several levels, in one sweep down the grid, which each would make alone."""
+        """The weights at several levels, in one sweep down the grid."""
         wanted = sorted(set(levels), reverse=True)
         refit = self._weight.to(torch.float32, copy=True) if wanted else self._weight
         at, stops = self.channels, list(grid(self.channels))
@@ -266,14 +261,7 @@ class NestedRidge(ConsumerPath):
 
 
 def suffix_energy(columns: torch.Tensor) -> torch.Tensor:
-    """What is left out when the first k columns are kept: the sum over columns k .. n, for k = 0 .. n.
-
-    Args:
-        columns: energy of each column, shape (n,).
-
-    Returns:
-        shape (n + 1,), non-increasing, last entry 0.
-    """
+    """Energy of the columns from k on, for k = 0 .. n, given that of each, shape (n,) -> (n + 1,)."""
     reverse = torch.cumsum(columns.flip(0), dim=0).flip(0)
     return torch.cat([reverse, reverse.new_zeros(1)])
 
@@ -286,7 +274,7 @@ def pick_ridge(
     *,
     grid: Sequence[float] = RIDGE_GRID,
 ) -> float:
-    """The lambda of the grid with the least output error on held-out inputs, which the moment has not seen.
+    """The lambda of the grid with the least output error on held-out inputs, which are not part of the moment.
 
     What counts is the geometric mean of the errors at `HELD_OUT_LEVELS`, shares of the channels that are kept. It is
     taken to fall and rise once along the grid: from its middle, lambdas are tried downhill.
@@ -302,7 +290,7 @@ def pick_ridge(
         the chosen lambda.
 
     Raises:
-        CalibrationError: with none of the grid is the moment positive definite.
+        CalibrationError: the moment is not positive definite with any of them.
     """
     W, X = sketch(weight.to(moment.device).float()), held_out.to(moment.device).float()
     if mean is not None:
@@ -317,7 +305,7 @@ def pick_ridge(
     def error(index: int) -> float:
         try:
             lower = _cholesky_in_float32(moment[:top, :top], grid[index], scale(moment))
-        except CalibrationError:  # sums in float32 left it indefinite; a larger one may do
+        except CalibrationError:  # sums in float32 left it indefinite; a larger lambda may do
             if index == len(grid) - 1:
                 raise
             return math.inf
@@ -332,7 +320,7 @@ def pick_ridge(
 
 
 def sketch(weight: torch.Tensor) -> torch.Tensor:
-    """W as random sums of its outputs, `SKETCHED` at most: on average their errors are those of all outputs."""
+    """At most `SKETCHED` random sums of W's outputs, whose error is on average that of all outputs."""
     if len(weight) <= SKETCHED:
         return weight
     signs: torch.Tensor = torch.randn(SKETCHED, len(weight), generator=torch.Generator().manual_seed(0))
@@ -372,7 +360,7 @@ def sequential_refit(
     ridge: float,
     anchor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Refit a consumer on the inputs that the pruned model really gives it, towards the dense model's outputs.
+    """Refit a consumer on its inputs in the pruned model, towards the dense model's outputs.
 
         W' = (W E[x x~^T] + l W_0) (E[x~ x~^T] + l I)^-1,   l = ridge * mean(diag E[x~ x~^T])
 
@@ -381,7 +369,7 @@ def sequential_refit(
         cross: E[x x~^T], dense inputs against the pruned model's k inputs, shape (n, k), float64 (centred for affine).
         moment: E[x~ x~^T], shape (k, k), float64 (centred for affine); its diagonal is overwritten.
         ridge: lambda, > 0.
-        anchor: W_0, what a strong ridge pulls towards, shape (m, k); the dense columns W_K where left out.
+        anchor: W_0, which a strong ridge pulls towards, shape (m, k); the dense columns W_K where left out.
 
     Returns:
         W', shape (m, k), float32.

@@ -21,7 +21,7 @@ LEVELS = 16  # about as many refits on the grid, evenly spread
 
 
 def factor_dtype(channels: int) -> torch.dtype:
-    """How the factors of a consumer with so many channels are kept."""
+    """The dtype in which the factors of a consumer with so many channels are kept."""
     return torch.float32 if channels <= WIDE else torch.bfloat16
 
 
@@ -37,9 +37,9 @@ def as_factor(matrix: torch.Tensor, channels: int) -> torch.Tensor:
 
 @contextmanager
 def products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within it, float32 products round what they multiply to the model's dtype; sums stay float32.
+    """Within it, float32 products round their factors to the model's dtype; sums stay float32.
 
-    On CPUs bfloat16 units multiply for bfloat16 models, on CUDA devices TF32 for either half precision.
+    For a bfloat16 model a CPU then uses its bfloat16 units. A CUDA device uses TF32 for either half precision.
     """
     backends: Any = torch.backends  # whose attributes the stubs do not know
     cpu, cuda = backends.mkldnn.matmul, backends.cuda.matmul
@@ -53,7 +53,7 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def as_multiplied(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The numbers that `products_in` the dtype multiply where float32 ones are given, so that sums of them agree."""
+    """Float32 numbers rounded as `products_in` the dtype rounds them, so that sums agree with products."""
     return x.bfloat16().float() if dtype is torch.bfloat16 else x
 
 
@@ -99,6 +99,6 @@ def _blocks(n: int) -> Iterator[tuple[int, int]]:
 
 
 def grid(n: int) -> range:
-    """The levels whose refits others start from: multiples of whole blocks, about `LEVELS` of them, highest first."""
+    """The levels that other refits start from: about `LEVELS` multiples of a block, highest first."""
     step = ROWS * -(-n // (ROWS * LEVELS))
     return range((n - 1) // step * step, 0, -step)

@@ -10,40 +10,18 @@ import torch
 
 
 def channel_scores(scores: torch.Tensor) -> torch.Tensor:
-    """Sum element scores over a consumer's output rows.
-
-    Args:
-        scores: shape (m, n) elements, or (n,) channels (returned as they are).
-
-    Returns:
-        shape (n,), float32.
-    """
+    """Scores of channels, shape (n,), float32: those of elements, shape (m, n), are summed over the rows."""
     scores = scores.float()
     return scores.sum(dim=0) if scores.ndim == 2 else scores
 
 
 def unit_scores(channels: torch.Tensor, channels_per_unit: int) -> torch.Tensor:
-    """Sum channel scores over the contiguous block that each unit owns.
-
-    Args:
-        channels: shape (units * channels_per_unit,).
-        channels_per_unit: consumer columns that one unit owns.
-
-    Returns:
-        shape (units,).
-    """
+    """Sum channel scores over the contiguous block that each unit owns; shape (units,)."""
     return channels.reshape(-1, channels_per_unit).sum(dim=1)
 
 
 def unit_order(scores: torch.Tensor) -> torch.Tensor:
-    """Indices of the units from most to least important; equal scores keep their original order.
-
-    Args:
-        scores: shape (units,).
-
-    Returns:
-        shape (units,), int64, a permutation.
-    """
+    """Indices of the units, most important first, shape (units,), int64; equal scores keep their original order."""
     return torch.sort(scores, descending=True, stable=True).indices
 
 

@@ -11,14 +11,10 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, float64, on :func:`float64_device` of where they lie."""
-    return tensor.to(float64_device(tensor.device)).double()  # moved first: the other way round makes one over there
+    """The same numbers in float64, on `float64_device` of the tensor's device."""
+    return tensor.to(float64_device(tensor.device)).double()  # moved first: the device may have no float64
 
 
 def sum_in_float64(x: torch.Tensor) -> torch.Tensor:
-    """The sum over rows, shape (n,), float64, on :func:`float64_device`, to be added to those of other batches.
-
-    Args:
-        x: shape (tokens, n). These rows are added up in its own dtype, pairwise.
-    """
+    """The sum over the rows of (tokens, n), taken in their own dtype; float64, to be added to those of other batches."""
     return in_float64(x.sum(dim=0))

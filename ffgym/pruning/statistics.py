@@ -1,8 +1,8 @@
 """Running averages over a consumer's inputs, in float32 or wider whatever the model's dtype.
 
 Sums of x x^T in float32 lose the covariance where a channel's mean is 100 times its standard deviation, and real models
-have such channels. So sums are taken of x - s, where s is the mean of the first batch, and what is kept is centred.
-Products are made in the inputs' dtype (of bfloat16 inputs, x - s is rounded to bfloat16) and added up in float32.
+have such channels. So x - s is summed, where s is the mean of the first batch, and the result is centred. Products are
+made in the inputs' dtype (x - s of bfloat16 inputs is rounded to bfloat16) and added up in float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class InputMoments:
         return moment if centred else moment.addr_(mean, mean)
 
     def stats(self, names: Set[str]) -> LayerStats:
-        """What criteria and heuristics are given: those of ``mean``, ``square``, ``second_moment`` that are named.
+        """Statistics for criteria and heuristics: those of ``mean``, ``square``, ``second_moment`` that are named.
 
         Vectors are float64 (float32 on a device without it), so that variances follow from them; matrices float32.
         """
@@ -101,7 +101,7 @@ class Moments:
         return self._averaged(self._products / self.tokens)
 
     def take(self) -> InputMoments:
-        """The same in the memory of the sums: nothing can be added afterwards."""
+        """The same, but in the memory of the sums, so that nothing can be added afterwards."""
         products, self._products = self._products, self._products.new_empty(0)
         return self._averaged(products.div_(self.tokens))
 
@@ -118,11 +118,7 @@ def shifted(inputs: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def require_finite(*parts: InputMoments | LayerStats) -> None:
-    """Refuse statistics of a model that overflows, before a criterion or a factorisation trips over them.
-
-    Raises:
-        CalibrationError: names the first statistic that holds NaN or infinity.
-    """
+    """Raise ``CalibrationError``, naming the first statistic that holds NaN or infinity, where a model overflows."""
     for stats in parts:
         for name, value in vars(stats).items():
             if torch.is_tensor(value) and not torch.isfinite(value).all():

@@ -4,10 +4,10 @@ The problem: level s of ladder i is reached at the time t_i(s) = (ratio_i(s) + r
 granted in the order of these times while the budget lasts. A level that does not fit closes its ladder, and the others
 go on.
 
-How many levels of a ladder nu has reached is a closed form, and so is what they cost. So nu is found by bisection, down
-to a margin of a few hundred levels around the first one that does not fit. Only the margin is sorted and swept. Then
-the same starts again from there, with the ladders that are still open. Every round closes a ladder at least, and with
-it all whose next levels are as expensive: with a price per unit there are two or three rounds.
+How many levels of a ladder nu has reached has a closed form, and so has their cost. So nu is found by bisection, down to
+a margin of a few hundred levels around the first one that does not fit. Only the margin is sorted and swept. Then the
+same starts again from there, with the ladders that are still open. Every round closes at least one ladder, and all
+whose next levels cost as much: with a price per unit there are two or three rounds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TICK = (
-    1e9  # times are rounded to nine decimals: ties in exact arithmetic stay ties, where floats differ in the last bit
-)
+# Times are rounded to nine decimals, so that ties in exact arithmetic stay ties when floats differ in the last bit.
+TICK = 1e9
 MARGIN = 512  # levels that are cheaper to sort than to bisect further
 
 
