@@ -26,7 +26,7 @@ class Latency(Resource):
 
         Raises:
             ConfigError: the named file is no latency table.
-            BudgetError: it is of another model or context, or the model takes fewer than ``context`` tokens.
+            BudgetError: it is for another model or context, or the model takes fewer than ``context`` tokens.
         """
         from ffgym.costs.latency_cache import cached_table, notify_if_busy
         from ffgym.costs.latency_table import layer_shapes, read_table, to_json
@@ -43,7 +43,7 @@ class Latency(Resource):
         )
 
     def digest_of(self, file: Path) -> str:
-        """Digest of a table's file; raises ``ConfigError`` where it is none."""
+        """Digest of a table's file; raises ``ConfigError`` where it is no table."""
         from ffgym.costs.latency_table import read_table
 
         return read_table(file.expanduser()).digest

@@ -1,4 +1,4 @@
-"""Latency tables are timed once a machine and kept in the user's cache folder, as JSON."""
+"""Latency tables, timed once on a machine and kept in the user's cache folder, as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ffgym.prepare.statistics import OnProgress
 from ffgym.types import JSONDict
 
 Notify = Callable[[str], None]
-# Quartiles further apart than this share of the median: the machine was doing something else.
+# If quartiles are further apart than this share of the median, the machine was doing something else.
 BUSY = 0.25
 
 
@@ -30,15 +30,15 @@ def cached_table(
     on_progress: OnProgress | None = None,
     notify: Notify | None = None,
 ) -> LatencyTable:
-    """The table of a model on this machine: from the cache, or timed now and put there.
+    """The table of a model on this machine: from the cache, or timed now and kept there.
 
     Args:
         model: dense causal LM in eval mode.
         context: tokens in the window that is timed.
-        rebuild: time again even where the cache has a table.
+        rebuild: time again even if the cache has a table.
         repetitions: see `time_model`.
         on_progress: called with (rounds done, rounds) while it is timed.
-        notify: hears about a cache that is damaged or cannot be written; neither stops anything.
+        notify: called with lines for the user, e.g. about a cache that is damaged or cannot be written.
 
     Raises:
         BudgetError: the model takes fewer than ``context`` tokens.
@@ -63,7 +63,7 @@ def cached_table(
 
 
 def notify_if_busy(table: LatencyTable, notify: Notify | None) -> None:
-    """A word where a table's times were disturbed, whenever it was timed."""
+    """Tell the user if a table's times were disturbed, however old it is."""
     if table.noise > BUSY and notify is not None:
         notify(
             f"the times differ by {table.noise:.0%} from quartile to quartile: the machine was busy. Time again when it"
@@ -72,7 +72,7 @@ def notify_if_busy(table: LatencyTable, notify: Notify | None) -> None:
 
 
 def place_of(model: Any, *, context: int) -> Path:
-    """Where the cache keeps the table of this model on this machine, whether it is there yet or not."""
+    """Where the cache keeps, or would keep, the table of this model on this machine."""
     head = model.get_output_embeddings().weight
     facts: JSONDict = {  # what times depend on
         "format": FORMAT,
@@ -88,7 +88,7 @@ def place_of(model: Any, *, context: int) -> Path:
 
 
 def _read(path: Path, model: Any, context: int, notify: Notify | None) -> LatencyTable | None:
-    """The table at this place; ``None``, and a word about it, where what lies there is not that table."""
+    """The table at this place; ``None``, with a line for the user, where the file is not that table."""
     try:
         table = read_table(path)
         table.check_fits(model, context=context, source=str(path))
@@ -100,7 +100,7 @@ def _read(path: Path, model: Any, context: int, notify: Notify | None) -> Latenc
 
 
 def _write(path: Path, table: LatencyTable, notify: Notify | None) -> None:
-    """Put a table there, whole or not at all."""
+    """Write a table, completely or not at all."""
     try:
         write_text(path, to_json(table))
     except OutputError as error:

@@ -1,4 +1,4 @@
-"""From measured times to what a level costs: an isotonic fit, and straight lines between its points."""
+"""From measured times to the cost of every level: an isotonic fit, and straight lines between its points."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ GRID = 17
 
 
 def grid(units: int) -> list[int]:
-    """Sizes at which a sublayer is timed: all of them where there are few, else 1 and the sixteenths of all units.
-
-    Args:
-        units: how many units the dense sublayer has.
-
-    Returns:
-        strictly increasing, from 1 to ``units``, at most 17.
-    """
+    """Sizes at which a sublayer is timed, at most 17: all if they are few, else 1 and every sixteenth of its units."""
     if units <= GRID:
         return list(range(1, units + 1))
     return sorted({1, *(round(units * part / (GRID - 1)) for part in range(1, GRID))})
@@ -29,8 +22,8 @@ def cost_table(sizes: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
 
     Measured times are noisy and may fall where the size grows; a budget needs costs that do not. The isotonic
     regression is the non-decreasing sequence with the least squared distance from the times (Barlow et al., 1972;
-    scikit-learn's ``IsotonicRegression``). Sizes between the timed ones are interpolated. No units cost nothing:
-    there is nothing left to run.
+    scikit-learn's ``IsotonicRegression``). Sizes between the timed ones are interpolated. Keeping no units costs
+    nothing.
 
     Args:
         sizes: units kept at each timed size, strictly increasing from 1, last = all units.

@@ -1,4 +1,4 @@
-"""A latency table for the terminal: what was timed, and what the budget makes of it."""
+"""A latency table for the terminal: the times, and the costs that a budget derives from them."""
 
 from __future__ import annotations
 

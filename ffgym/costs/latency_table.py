@@ -1,7 +1,7 @@
-"""The latency table: how long each kind of sublayer takes at each size, on one machine, and what that makes it cost.
+"""The latency table: how long each kind of sublayer takes at each size on one machine, and the costs that follow.
 
-The table is data: timed once (`ffgym.costs.sublayer_times`), kept as JSON, recorded with every run that used it.
-The same table gives the same costs, and so the same allocations, on any machine.
+A table is timed once (`ffgym.costs.sublayer_times`), kept as JSON, and recorded with every run that uses it. The same
+table gives the same costs, and so the same allocations, on any machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Strict(BaseModel):
 
 
 class ModelShape(Strict):
-    """What decides how long the rest of a forward pass takes: all that is no attention and no MLP.
+    """What decides how long the rest of a forward pass takes, everything but attentions and MLPs.
 
     Attributes:
         family: e.g. ``"llama"``.
@@ -146,7 +146,7 @@ class LatencyTable(Strict):
 
     @property
     def noise(self) -> float:
-        """How far apart the quartiles of a time lie, as a share of it: the median over all that was timed."""
+        """Distance of the quartiles of a time as a share of it, the median over all times."""
         times = [(c.high[i] - c.low[i]) / c.seconds[i] for c in self.curves for i in range(len(c.sizes))]
         return float(np.median(times))
 
@@ -160,17 +160,14 @@ class LatencyTable(Strict):
         return [costs[shape] for shape in shapes]
 
     def rest(self, shapes: Sequence[LayerShape]) -> float:
-        """Picoseconds of the dense forward pass that no prunable sublayer takes: embedding, norms, output head."""
+        """Picoseconds of the dense forward pass outside of prunable sublayers: embedding, norms, output head."""
         prunable = sum(float(table[-1]) for table in self.cost_tables(shapes))
         return max(0.0, self.whole_seconds * PICOSECONDS - prunable)
 
     def check_fits(self, model: Any, *, context: int, source: str) -> None:
-        """Raise ``BudgetError``, naming what differs, where the table is of another model or context.
+        """Raise ``BudgetError``, naming what differs, where the table is for another model or ``prune.context``.
 
-        Args:
-            model: dense causal LM of a supported family.
-            context: ``prune.context``.
-            source: how messages call the table.
+        ``source`` is the table's name in messages.
         """
         differences = _differences(self.model, model_shape(model))
         known = [curve.shape for curve in self.curves]
@@ -228,11 +225,7 @@ LATENCY_TABLE = FileFormat(
 
 
 def read_table(path: Path) -> LatencyTable:
-    """Read a table that `ffgym latency --output`, a run or the cache wrote.
-
-    Raises:
-        ConfigError: nothing there, cut short, or something else.
-    """
+    """Read a table that `ffgym latency --output`, a run or the cache wrote; anything else is a ``ConfigError``."""
     return LATENCY_TABLE.read(path)
 
 

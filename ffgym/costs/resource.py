@@ -1,7 +1,7 @@
-"""What a resource says of itself, and what the units of a model cost in it.
+"""What a resource is, and what the units of a model cost in it.
 
-A resource has a price per unit, or it measures what every number of units costs. Everybody else asks here for the
-numbers, so that a resource is one file.
+A resource has a price per unit, or it measures what every number of units costs. All others get the numbers from here,
+so that a resource is one file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What costs depend on beside the model's shape.
+    """What costs depend on, apart from the model's shape.
 
     Attributes:
         context: tokens attended to: ``prune.context``.
@@ -40,7 +40,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """How costs were measured: what a run says about it and keeps, so that it can be repeated.
+    """How costs were measured: what a run reports and keeps, so that the same costs can be used again.
 
     Attributes:
         summary: where and how, in one line without a full stop.
@@ -60,7 +60,7 @@ class Costs:
     Attributes:
         tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing from 0
             or more. Whole numbers keep sums exact.
-        rest: what the model costs beside its prunable units.
+        rest: what the model costs without its prunable units.
         measurement: how that was measured; ``None`` where it was computed.
     """
 
@@ -75,11 +75,11 @@ class Costs:
 
 
 class Resource(Plugin):
-    """What a budget counts. A subclass defines ``unit_price``, or ``measure`` where a price per unit does not do.
+    """What a budget counts. A subclass defines ``unit_price``, or ``measure`` where no price per unit exists.
 
     Attributes:
-        quantity: what a model card calls it: "20 % of the *KV-cache bytes* of its sublayers"; the name where empty.
-        unit: behind the number of a cost; whole-model costs are written with an SI prefix.
+        quantity: its name in a model card: "20 % of the *KV-cache bytes* of its sublayers"; ``name`` where empty.
+        unit: of a cost; whole-model costs are written with an SI prefix.
         column: head of its column in the table of a run; empty for none.
         key: its key in ``report.json`` and the like; the name where empty.
         table_key: key of ``[prune]`` that names a file to take the measurement from; empty for none.
@@ -107,7 +107,7 @@ class Resource(Plugin):
         raise NotImplementedError
 
     def rest(self, model: Any, setting: Setting) -> float:
-        """What a dense causal LM costs beside its prunable units, where there is a price per unit."""
+        """What a dense causal LM costs without its prunable units, where there is a price per unit."""
         return 0
 
     def measure(
@@ -118,9 +118,9 @@ class Resource(Plugin):
         Args:
             model: in eval mode.
             setting: what else costs depend on.
-            file: an earlier measurement to take instead: what ``table_key`` names, or what the resumed run has kept.
+            file: an earlier measurement to use instead: the file that ``table_key`` names, or a resumed run's.
             on_progress: called with (steps done, steps).
-            notify: hears what the user should know.
+            notify: called with lines for the user.
         """
         raise NotImplementedError
 
@@ -164,11 +164,11 @@ def costs_of(
     on_progress: OnProgress | None = None,
     notify: Notify | None = None,
 ) -> Costs:
-    """What a dense causal LM costs in a resource; see `Resource.measure` for what is not said here.
+    """What a dense causal LM costs in a resource; see `Resource.measure` for the arguments.
 
     Raises:
-        PluginError: a third party's resource failed, or its costs are no costs.
-        BudgetError, ConfigError: a built-in says so of the model or the file.
+        PluginError: a third party's resource failed, or its costs are invalid.
+        BudgetError, ConfigError: a built-in refuses the model or the file.
     """
     import numpy as np
 

@@ -2,7 +2,7 @@
 
 One copy of each shape of sublayer is cut to one size after another, and called with the arguments that an ordinary
 call of the model passed to it. Repetitions are interleaved: every round times all sizes, and the whole model, once, in
-an order drawn anew, so that whatever else the machine does hits all of them alike.
+a new random order, so that whatever else the machine does affects all of them alike.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ffgym.models.placement import devices_of
 from ffgym.prepare.statistics import OnProgress, arguments_of
 
 REPETITIONS = 9
-# What takes less than this is called several times in a row, after a call that is not timed: the clock, the queue and
-# caches that the cut has left cold would count for much of it.
+# A call that takes less than this is repeated several times in a row, after one that is not timed. Otherwise the clock,
+# the queue and cold caches after the cut would be a large part of its time.
 LEAST_SECONDS = 5e-3
 MOST_CALLS = 100
 
@@ -62,7 +62,7 @@ def time_model(
     Args:
         model: dense causal LM in eval mode; it is left as it was.
         context: tokens in the window; the model must take as many.
-        repetitions: rounds that count; one more, which warms up, does not.
+        repetitions: rounds that count, after one that warms up.
         on_progress: called with (rounds done, rounds).
 
     Raises:
@@ -113,7 +113,7 @@ def time_model(
 
 
 def processor(device: torch.device) -> str:
-    """What computes: the GPU's name, or the CPU's with its vector instructions."""
+    """The GPU's name, or the CPU's with its vector instructions."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -124,13 +124,13 @@ def processor(device: torch.device) -> str:
 
 
 def processors(model: Any) -> str:
-    """What computes a model, e.g. ``"NVIDIA H100 80GB HBM3 x 2"``: the kind of its last device, and how many."""
+    """The processors of a model, e.g. ``"NVIDIA H100 80GB HBM3 x 2"``: the kind of its last device, and how many."""
     count = len(devices_of(model))
     return processor(model.get_output_embeddings().weight.device) + (f" x {count}" if count > 1 else "")
 
 
 def threads_of(device: torch.device) -> int:
-    """How many threads of the CPU compute; 0 where an accelerator does."""
+    """How many CPU threads compute; 0 on an accelerator."""
     return torch.get_num_threads() if device.type == "cpu" else 0
 
 
@@ -142,13 +142,13 @@ def _cpuinfo() -> str:
 
 
 def _seconds(call: Call, calls: int, devices: set[torch.device]) -> float:
-    """Seconds of one of several calls: their median on a CPU, which others may interrupt; else their mean."""
+    """Seconds of one of several calls: their median on a CPU, where others may interrupt; else their mean."""
     if calls > 1:
         call()
     if all(device.type == "cpu" for device in devices):
         return statistics.median(timed(call, devices)[1] for _ in range(calls))
 
-    def queued() -> None:  # as a model does it: one call is prepared while another is computed
+    def queued() -> None:  # as in a model: one call is prepared while another is computed
         for _ in range(calls):
             call()
 

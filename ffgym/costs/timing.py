@@ -35,15 +35,7 @@ class Spread:
 
 
 def timed(action: Callable[[], Result], devices: set[torch.device]) -> tuple[Result, float]:
-    """Run something once.
-
-    Args:
-        action: what is timed.
-        devices: where it computes; accelerators are waited for, before and after.
-
-    Returns:
-        what it returned, and seconds.
-    """
+    """What a call returns, and its seconds; accelerators among ``devices`` are waited for, before and after."""
     _synchronise(devices)
     begun = time.perf_counter()
     result = action()
@@ -52,7 +44,7 @@ def timed(action: Callable[[], Result], devices: set[torch.device]) -> tuple[Res
 
 
 def _synchronise(devices: set[torch.device]) -> None:
-    """Wait until accelerators have done what was asked of them; a CPU has done it when the call returns."""
+    """Wait until accelerators have finished; a CPU has when the call returns."""
     for device in devices:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)

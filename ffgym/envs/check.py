@@ -15,7 +15,7 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def complaints(env: gymnasium.Env[Any, Any]) -> list[str]:
-    """What both checkers have to say about an environment that is not wrapped."""
+    """What both checkers complain about in an environment without wrappers."""
     return [
         *_heard("Gymnasium", lambda: check_with_gymnasium(env, skip_render_check=True)),
         *_heard("Stable-Baselines3", lambda: check_with_sb3(env, warn=True)),
@@ -28,6 +28,6 @@ def _heard(checker: str, check: Callable[[], None]) -> list[str]:
         warnings.simplefilter("always")
         try:
             check()
-        except Exception as error:  # whatever a checker raises is its verdict
+        except Exception as error:  # whatever a checker raises is a complaint
             failure = [f"{checker}: {type(error).__name__}: {error}"]
     return [f"{checker}: {COLOUR.sub('', str(warning.message))}" for warning in caught] + failure

@@ -34,7 +34,7 @@ def judge(
         reward: the plugin.
         pruned: the cut model.
         dense: the dense model.
-        objectives: what it called its objectives before; ``None`` the first time.
+        objectives: the names of its objectives so far; ``None`` the first time.
 
     Raises:
         PluginError: the reward broke its contract.

@@ -1,8 +1,8 @@
 """One decision, one episode: importances in, reward out (docs/design.md, The environment).
 
 ``step`` projects the importances onto the budget, cuts the model, measures it on the subset that ``reset`` chose, puts
-the dense model back and ends the episode. Nothing in here changes over time: what is ramped or redrawn comes in
-through ``reset(options=...)``.
+the dense model back and ends the episode. Nothing here changes over time: ramps and new text come in through
+``reset(options=...)``.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from ffgym.types import Allocation, Evaluation
 
 Info = dict[str, Any]
 
-MEASURED = frozenset({"kl", "reverse_kl", "accuracy"})  # what rewards need of the model; costs follow from what is kept
+MEASURED = frozenset({"kl", "reverse_kl", "accuracy"})  # on the model; costs follow from the units kept
 OBJECTIVE = "objective/"  # prefix of the info's keys
 RESET_OPTIONS = ("sparsity", "subset", "examples", "slopes")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """An allocation that is to be measured and judged, on text of its own.
+    """An allocation to be measured and judged, on text of its own.
 
     Attributes:
         allocation: what is kept.
         subset: indices of search windows.
         examples: indices of task examples.
-        slopes_at: the importances that came to the allocation, shape (2L,), where the loss's slopes by them are wanted.
+        slopes_at: the importances that gave the allocation, shape (2L,), if slopes of the loss by them are wanted.
     """
 
     allocation: Allocation
@@ -60,9 +60,9 @@ class Outcome:
         pruned: the cut model.
         dense: the dense model on the same windows and examples.
         judgement: the verdict of the reward.
-        tokens: what the search is charged for it, slopes included.
+        tokens: what it costs the search, slopes included.
         slopes: derivative of the loss by importance, shape (2L,), float64, nats per token and importance, all 0 where
-            the cut model's loss is not finite; ``None`` where nobody asked for it.
+            the cut model's loss is not finite; ``None`` where they were not asked for.
         slope_tokens: how many of ``tokens`` the slopes took.
     """
 
@@ -105,7 +105,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         examples: multiple-choice examples, for a reward that needs ``accuracy``; an episode at full fidelity is
             measured on ``reward.examples`` of them.
         prices: budgets by resource, for a reward that needs ``cost``; only their prices are used.
-        executor: has allocations measured; one in this process where left out.
+        executor: has allocations measured; this process measures them where left out.
         on_close: called by ``close``.
     """
 
@@ -162,12 +162,12 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     @property
     def window_tokens(self) -> int:
-        """Tokens in one window: what the search is charged for evaluating it."""
+        """Tokens in one window, and so what evaluating it costs the search."""
         return int(self.windows.shape[1])
 
     @property
     def weighs_objectives(self) -> bool:
-        """Whether the reward has named objectives that it trades for each other, in any episode so far."""
+        """Whether the reward has named two or more objectives in an episode so far."""
         return len(self._objectives or ()) > 1
 
     def draw(self, rng: np.random.Generator, windows: int) -> tuple[int, ...]:
@@ -175,9 +175,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return tuple(int(i) for i in np.sort(rng.choice(len(self.windows) - self.reserved, windows, replace=False)))
 
     def draw_examples(self, rng: np.random.Generator, windows: int) -> tuple[int, ...]:
-        """Indices of different examples to go with ``windows`` windows, as many of every task, as far as it has them.
+        """Indices of different examples to go with ``windows`` windows; none for a reward that needs no accuracy.
 
-        Nothing is drawn where the reward needs no accuracy.
+        There are as many of every task, as far as it has them.
         """
         drawn: list[int] = []
         for owned in self._tasks.values():
@@ -186,7 +186,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return tuple(sorted(drawn))
 
     def tokens(self, subset: Sequence[int], examples: Sequence[int] = ()) -> int:
-        """Tokens that the search is charged for measuring one allocation on these windows and examples."""
+        """What measuring one allocation on these windows and examples costs the search, in tokens."""
         return len(subset) * self.window_tokens + sum(self.examples[i].tokens for i in examples)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
@@ -289,11 +289,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
     def outcomes(self, trials: Sequence[Trial], on_progress: OnProgress | None = None) -> Iterator[Outcome]:
-        """Measure all trials at once, then judge one after another.
+        """Measure all trials at once (equal ones only once), then judge one after another.
 
-        Args:
-            trials: those that are alike are measured once.
-            on_progress: called with the share that is measured, from 0 to 1.
+        ``on_progress`` is called with the share that has been measured, from 0 to 1.
         """
         requests = [self._request(t.allocation.kept, t, slopes=t.slopes_at is not None) for t in trials]
         references = [self._request(self.dense_units, trial) for trial in trials]
@@ -319,7 +317,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _measured(
         self, requests: Sequence[Request], on_progress: OnProgress | None = None
     ) -> dict[Request, Evaluation]:
-        """What requests come to, costs included, each asked for once."""
+        """The evaluation of each request, costs included; equal requests are measured once."""
         once = list(dict.fromkeys(requests))
         found = self.executor.measure(once, on_progress)
         return {request: replace(e, costs=self._costs(request.kept)) for request, e in zip(once, found, strict=True)}

@@ -1,7 +1,7 @@
-"""Our vector environment as Stable-Baselines3's own ``VecEnv``: SB3 takes nothing else.
+"""Our vector environment as Stable-Baselines3's own ``VecEnv``, the only one that SB3 takes.
 
-Both say the same in other words: SB3 wants one info dict per environment, the last observation of an episode under
-``terminal_observation``, float32 rewards, and an environment that begins its next episode in the step that ended one.
+SB3 wants one info dict per environment, the last observation of an episode under ``terminal_observation``, float32
+rewards, and an environment that begins its next episode in the step that ended one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
         return np.asarray(np.clip(self.centre + actions, space.low, space.high), dtype=np.float32)
 
     def reset(self) -> np.ndarray:
-        """Begin; the first of the seeds that ``seed`` set decides everything."""
+        """Begin; of the seeds that ``seed`` has set, the first one decides everything."""
         observations, _ = self.env.reset(seed=self._seeds[0])
         self._reset_seeds()
         self._reset_options()

@@ -2,9 +2,9 @@
 
 Two ramps in the share of the token budget that is spent, or, as published, in episodes: sparsity rises from a gentle
 start to the target as p = target + (start - target) (1 - t)^3, fidelity from one window to all of an episode's windows
-as t^3. It is cheap to be wrong at the start, and the policy meets the real task with a sensible mean.
+as t^3. So mistakes at the start are cheap, and the policy meets the full task with a sensible mean.
 
-A range of budgets has no single target to rise to: every update is given a place in the range instead.
+A range of budgets has no single target to rise to: every update gets a place in the range instead.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 def stratified(first: float, index: int) -> float:
     """Number ``index`` of a sequence whose every beginning covers [0, 1) evenly: frac(first + index * golden ratio).
 
-    The additive recurrence of least discrepancy (Knuth, The Art of Computer Programming 3, 6.4, theorem S): a new
-    number falls into one of the largest gaps that the earlier ones leave, so nobody has to know how many are needed.
-
-    Args:
-        first: where it starts, in [0, 1).
-        index: from 0.
+    The additive recurrence of least discrepancy (Knuth, The Art of Computer Programming 3, 6.4, theorem S): each number
+    falls into one of the largest gaps that the earlier ones leave, so their count need not be known beforehand.
+    ``first`` is in [0, 1), ``index`` counts from 0.
     """
     return (first + index * GOLDEN) % 1.0
 
@@ -57,8 +54,8 @@ class Schedule:
         start: sparsity at the very beginning, where the sparsity ramp is on (at most the target).
         sparsity: form of the sparsity ramp.
         fidelity: form of the fidelity ramp.
-        ramp_share: share of the token budget after which both ramps have arrived.
-        ramp_episodes: number of episodes after which they have, instead.
+        ramp_share: share of the token budget after which both ramps have reached their ends.
+        ramp_episodes: instead, the number of episodes after which they have.
         low: lower end of a range of budgets; ``None`` for a single target.
     """
 

@@ -3,11 +3,11 @@
 It owns the schedule, redraws the text once an update (common random numbers within it), counts tokens, and keeps the
 history. With ``pair_text``, episodes i and i + n/2 of an update share text of their own: a mirrored pair cancels the
 level of its text, and the slopes of different texts average out over the pairs. Every episode ends after its step and
-the next one begins at once (SAME_STEP autoreset). All episodes of an update are measured in one call. Where they come
-to the same allocation on the same text, it is measured once and counts for each: the bits would be the same.
+the next one begins at once (SAME_STEP autoreset). All episodes of an update are measured in one call. If several lead
+to the same allocation on the same text, it is measured once and counts for each, because the bits would be the same.
 
-Under a range of budgets every update has a target of its own, drawn evenly over the range from the seed. One target an
-update, not several: the advantage is taken among episodes of equal target, and it is the better the more there are.
+Under a range of budgets every update has one target, drawn evenly over the range from the seed. It is the same for all
+its episodes, because advantages compare episodes of equal target, and more of them compare better.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @property
     def has_slopes(self) -> bool:
-        """Whether slopes can be asked for: not of layers that share one shape."""
+        """Whether slopes can be asked for; layers that share one shape have none."""
         return not self.env.budget.tied
 
     @property
     def rewards_loss_alone(self) -> bool:
-        """Whether a reward needs nothing beside the losses, so that their slopes lead where it rises."""
+        """Whether the reward depends on the losses alone, so that it rises along their slopes."""
         return not self.env.reward.needs
 
     @property
@@ -120,7 +120,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Of a list of seeds the first one counts.
 
         Raises:
-            UnknownNameError: any option: the schedule sets what an update is measured at.
+            UnknownNameError: there are no options, because the schedule sets the task of every update.
         """
         for option in options or {}:
             raise UnknownNameError("reset option of the vector environment", option, ())
@@ -157,7 +157,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.env.close()
 
     def measure(self, actions: np.ndarray) -> Step:
-        """Do what :meth:`step` does once it has checked: what is raised here is not the agent's doing."""
+        """Do what `step` does after its checks; the agent is not to blame for what is raised here."""
         count = len(actions)
         last = np.tile(self.env.observation(), (count, 1))
         episodes = self._episodes(actions)
@@ -217,7 +217,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return episode
 
     def _check_replayed(self, episode: Episode, index: int, action: np.ndarray, trial: Trial) -> None:
-        """Raise ``DataError`` unless this search would measure what the episode was measured on."""
+        """Raise ``DataError`` unless this search would measure the same episode."""
         stage = self._stage
         measured = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept, bool(episode.slopes))
         asked = (self._update, stage.sparsity, stage.fidelity, trial.allocation.kept, trial.slopes_at is not None)

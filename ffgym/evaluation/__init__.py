@@ -1,1 +1,1 @@
-"""How good and how large a model is: perplexity and size."""
+"""How good a model is: losses, divergences, task accuracy, slopes; and the evaluator that measures allocations."""

@@ -1,8 +1,8 @@
 """Kullback-Leibler divergence from the dense model, without ever holding the logits of a whole window.
 
 The dense model's logits of all search text would be gigabytes. Its final hidden states are a few hundred numbers a
-token, and pruning leaves the output head alone: so the hidden states are kept, and the head is applied to them again, a
-few hundred positions at a time, beside those of the pruned model.
+token, and pruning does not change the output head. So the hidden states are kept, and the head is applied to them
+again, a few hundred positions at a time, together with those of the pruned model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from ffgym.evaluation.perplexity import project
 
-LOGIT_BYTES = 96 * 2**20  # of all buffers
+LOGIT_BYTES = 96 * 2**20  # all buffers together
 BUFFERS = 3  # float32 numbers held per logit
 
 

@@ -1,8 +1,8 @@
 """Measures allocations on tokens: the one place where a cut model runs during a search.
 
 An update is measured layer by layer: all its requests go through layer i before any goes through layer i + 1. So a
-layer is cut once for all requests that keep the same of it, and requests on the same text that agree on the first
-layers share the hidden states up to there. Batches are those of a request that is measured alone, and so are the bits.
+layer is cut once for all requests that keep the same units of it, and requests on the same text that agree on the first
+layers share the hidden states up to there. Batches are the same as for a request alone, and so are the bits.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Request:
 
 
 class Evaluator(Protocol):
-    """Measures allocations. Asking twice gives the same bits, whatever else is asked at the same time."""
+    """Measures allocations. The same request gives the same bits, whatever else is asked for at the same time."""
 
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
-        """Measure every request, in the order asked for.
+        """Measure every request, in the order given.
 
         Args:
             requests: any number.
@@ -74,7 +74,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Pass:
-    """A batch through the model cut to an allocation, and the divergences that are read off its end."""
+    """A batch through the model cut to an allocation, and the divergences to compute at its end."""
 
     batch: _Batch
     kept: tuple[int, ...]
@@ -87,7 +87,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Stream:
-    """Hidden states of a batch behind the layers so far, and the passes that have them in common."""
+    """Hidden states of a batch after the layers so far, and the passes that share them."""
 
     entry: Entry
     hidden: torch.Tensor
@@ -110,8 +110,8 @@ class _DenseWindow:
 
     Attributes:
         loss: nats per token.
-        hidden: final hidden states, which its distributions can be had from again, shape (length - 1, d), the model's
-            dtype, on the CPU; ``None`` before a divergence is asked for.
+        hidden: final hidden states, from which its distributions can be computed again, shape (length - 1, d), the
+            model's dtype, on the CPU; ``None`` until a divergence is asked for.
     """
 
     loss: float
@@ -121,11 +121,11 @@ class _DenseWindow:
 class ModelEvaluator:
     """Measures allocations of one prepared model, layer by layer; see `Evaluator`.
 
-    The dense model runs on one window, or one example, at a time, and what comes of it is kept: kernels round by batch
-    size, and what is still missing depends on what was asked before.
+    The dense model runs on one window, or one example, at a time, and its results are kept. In larger batches, which
+    depend on what earlier requests have left, kernels would round otherwise.
 
     Args:
-        prunable: the prepared model; it is dense again after every call, also one that was interrupted.
+        prunable: the prepared model; it is dense again after every call, even an interrupted one.
         windows: token ids, shape (windows, length), int64.
         examples: multiple-choice examples.
         calibrated: use refitted consumers, not plain removal.
@@ -207,7 +207,7 @@ class ModelEvaluator:
         return kept == self._prunable.dense_units
 
     def _is_known(self, each: _Pass, compared: Set[int]) -> bool:
-        """Whether it is one of the dense model that was made before, with the hidden states if they are wanted."""
+        """Whether it is a pass of the dense model whose results are known, with hidden states where they are needed."""
         if not self._is_dense(each.kept):
             return False
         (index,) = each.batch.indices
@@ -221,7 +221,7 @@ class ModelEvaluator:
         return len(each.batch.indices) * self._length
 
     def _run(self, passes: Sequence[_Pass], compared: Set[int], advance: OnProgress) -> dict[_Pass, torch.Tensor]:
-        """Losses and divergences of each pass over text, shape (1 or 3, windows); answers of others, (1, examples)."""
+        """Results by pass: losses and divergences, shape (1 or 3, windows), or what is right, (1, examples)."""
         tokens, depth = sum(map(self._tokens, passes)), len(self._prunable.halves) // 2
         own: dict[_Batch, list[_Pass]] = {}
         for each in passes:
@@ -247,7 +247,7 @@ class ModelEvaluator:
         return _Stream(entry, entry.hidden, passes)
 
     def _through(self, layer: int, streams: Sequence[_Stream]) -> list[_Stream]:
-        """All streams behind the next layer, which is cut to each level once."""
+        """All streams after the next layer, which is cut to each level once."""
 
         def level(stream: _Stream) -> tuple[int, ...]:
             return stream.passes[0].level(layer)
@@ -268,11 +268,7 @@ class ModelEvaluator:
         return behind
 
     def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int]) -> None:
-        """Keep what the dense model comes to.
-
-        Raises:
-            ModelError: a loss that is not finite.
-        """
+        """Keep the dense model's results; raises ``ModelError`` where a loss is not finite."""
         text = [stream for stream in streams if stream.asked is None]
         broken = 0
         for stream in streams:
@@ -292,7 +288,7 @@ class ModelEvaluator:
             )
 
     def _read(self, stream: _Stream, last: torch.Tensor) -> dict[_Pass, torch.Tensor]:
-        """What the passes of a stream come to, given the final hidden states."""
+        """The results of a stream's passes, given its final hidden states."""
         first = stream.passes[0]
         if stream.asked is not None:
             likelihoods = stream.asked.log_likelihoods(self._model, last)
@@ -337,7 +333,7 @@ class ModelEvaluator:
 
 
 def _counter(on_progress: OnProgress | None, total: float) -> OnProgress:
-    """Counts tokens, and says which share of them is done."""
+    """A function that adds up tokens and reports the share that is done."""
     done = 0.0
 
     def advance(tokens: float) -> None:

@@ -1,7 +1,7 @@
 """Multiple choice: which answer the model finds likeliest, by the summed log-likelihood of its tokens (``acc``).
 
-All answers to a question share its context, so they share one row: context, then the answers one after another, each
-at the positions that follow the context and blind to the other answers. The log-likelihoods are those of separate rows.
+All answers to a question share one row: first the context, then the answers. Each answer has the positions right after
+the context and cannot see the other answers. The log-likelihoods are those of separate rows.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def padded(model: Any, examples: Sequence[EncodedExample]) -> PaddedExamples:
     """Lay out examples for one forward pass.
 
     Raises:
-        ModelError: an example is longer than the model's sliding window, and its mask would be another one.
+        ModelError: an example is longer than the model's sliding window, which this mask does not know.
     """
     length = max(example.tokens for example in examples)
     window = getattr(model.config, "sliding_window", None)
@@ -110,7 +110,7 @@ def _mask(branches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         dtype: of the model.
 
     Returns:
-        shape (rows, 1, length, length): a token sees what stands before it in the context and in its own answer.
+        shape (rows, 1, length, length): a token sees what comes before it in the context and in its own answer.
     """
     own = branches[:, :, None] == branches[:, None, :]
     seen = (own | (branches[:, None, :] == 0)).tril()
@@ -118,7 +118,7 @@ def _mask(branches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def batches(examples: Sequence[EncodedExample], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices of each forward pass, the longest rows first: rows of about one length need little padding."""
+    """Indices for each forward pass, longest rows first, because rows of similar length need little padding."""
     order = sorted(range(len(examples)), key=lambda index: -examples[index].tokens)
     while order:
         size = max(1, tokens_per_batch // examples[order[0]].tokens)

@@ -1,8 +1,8 @@
 """Next-token loss on windows of text, without ever holding the logits of a whole window.
 
-The last token of a window has no successor, so it is not projected to the vocabulary. Of the others, a tile of some
-positions and some of the vocabulary is projected at a time, small enough to be summed up while the caches hold it. The
-logits stay in the model's dtype, sums and losses are float32.
+The last token of a window has no successor, so it is not projected to the vocabulary. The others are projected tile by
+tile, each a part of the positions and of the vocabulary that is small enough to be summed while the caches hold it. The
+logits stay in the model's dtype; sums and losses are float32.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def evaluate_cut(
     tokens_per_batch: int = 4096,
     on_layer: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """As `evaluate`, for a model as it is cut now: all windows go through a layer before any goes through the next.
+    """As `evaluate`, layer by layer, for a model as it is cut now: its layers need not be in memory.
 
     Args:
-        prunable: the model, whose layers need not be in memory.
-        windows: token ids, shape (windows, length), int64, length >= 2. The hidden states of all are held.
+        prunable: the model.
+        windows: token ids, shape (windows, length), int64, length >= 2. The hidden states of all are kept in memory.
         tokens_per_batch: tokens in one forward pass (whole windows, at least one).
         on_layer: called with 1 when a layer is done.
     """
@@ -111,7 +111,7 @@ def predicting(model: Any, windows: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def token_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each position, a tile of the logits at a time.
 
-    What is summed over the vocabulary stays relative to the highest logit seen so far, so that nothing overflows.
+    Sums over the vocabulary are relative to the highest logit so far, so that nothing overflows.
 
     Args:
         model: gives the output head and, where its config names one, the soft cap of the logits.

@@ -1,8 +1,8 @@
 """How the loss would change with one unit more or less in every sublayer, from a walk backwards through the cut model.
 
-The cut model is computed at full width, with zeros for the consumer columns that went: the same function, but with a
-derivative with respect to them. A pruning path says how the refitted consumer moves as a unit joins, so the derivative
-along the path is an inner product with dL/dW: the pathwise derivative of the loss, without sampling.
+The cut model is computed at full width, with zeros for the removed consumer columns: the same function, but with a
+derivative with respect to them. A pruning path says how the refitted consumer changes as a unit joins. So the
+derivative along the path is an inner product with dL/dW: the pathwise derivative of the loss, without sampling.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ffgym.models.walk import Walk, walk_back
 def unit_slopes(
     prunable: PrunableModel, windows: torch.Tensor, kept: Sequence[int], *, calibrated: bool = True
 ) -> list[torch.Tensor]:
-    """First-order change of the mean loss as each unit joins those that stand before it in its sublayer's path.
+    """First-order change of the mean loss as each unit joins those before it in its sublayer's path.
 
     Args:
-        prunable: the model; it is handed back dense.
+        prunable: the model; it is dense afterwards.
         windows: token ids, shape (windows, length), int64.
         kept: units per sublayer at which the derivative is taken, length 2L.
         calibrated: along the refitted paths, not plain removal.
 
     Returns:
-        for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Of units
-        that are kept it is what dropping them would undo.
+        for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Removing
+        a kept unit would undo its change.
     """
     slopes: list[torch.Tensor] = []  # from the last layer to the first
     totals: dict[torch.Tensor, torch.Tensor] = {}

@@ -1,7 +1,7 @@
 """Work through a queue with workers that may be slow, hang or die.
 
-A pool decides who does what. How a worker is started, told and listened to is a crew's business (`ffgym.execute.ray`
-has the one that runs on Ray), so this can be studied without a cluster. Jobs are pure: what was lost is done again.
+A pool decides who does what. A crew starts workers and talks to them (`ffgym.execute.ray` has one that runs on Ray), so
+a pool can be studied without a cluster. Jobs have no side effects: a job that was lost is done again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker lives, but what it was asked for raised; it would again."""
+    """A worker is alive, but its job raised an error, and would again."""
 
     worker: int
     error: Exception
@@ -45,7 +45,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker is gone, with whatever it was doing."""
+    """A worker is gone, and its job with it."""
 
     worker: int
     why: str
@@ -64,13 +64,13 @@ class Crew(Protocol):
         """Hand a job to a worker that is ready; `Answered`, `Failed` or `Lost` follows."""
 
     def interrupt(self, worker: int) -> None:
-        """Ask a worker to give up its job; what follows is the same as otherwise."""
+        """Ask a worker to give up its job; `Answered`, `Failed` or `Lost` still follows."""
 
     def dismiss(self, worker: int) -> None:
         """Kill a worker; nothing follows."""
 
     def hear(self, seconds: float) -> list[News]:
-        """What has happened, as soon as something has, or nothing after this time."""
+        """What has happened: returns as soon as something has, or after this time."""
 
     def share(self, worker: int) -> float:
         """How much of its job a worker has done, from 0 to 1, as far as is known."""
@@ -88,7 +88,7 @@ class Queue(Protocol):
         """
 
     def done(self, worker: int, answer: Any) -> None:
-        """Take note of the answer to a worker's job."""
+        """Record the answer to a worker's job."""
 
     def lost(self, worker: int) -> None:
         """A worker's job has to be done again."""
@@ -119,8 +119,8 @@ class Pool:
     Args:
         crew: the workers.
         size: how many there may be, >= 1.
-        notify: told in a line what the user should know.
-        grace: seconds that a worker whose job is interrupted may take to end it.
+        notify: called with lines for the user.
+        grace: seconds that an interrupted worker may take to end its job.
     """
 
     def __init__(self, crew: Crew, size: int, notify: Callable[[str], None], grace: float = 0.0) -> None:

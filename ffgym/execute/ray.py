@@ -1,7 +1,7 @@
 """Workers on Ray, on this machine or a cluster: the only module that knows Ray.
 
-Each worker is an actor, a process of its own, which loads the model and opens its store by itself: Ray carries unit
-counts there and numbers back. Actors do not restart and their calls are not repeated; the pool does both.
+Each worker is an actor, a process of its own that loads the model and opens its store: Ray only carries unit counts to
+it and numbers back. Ray neither restarts actors nor repeats calls; the pool does both.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ QUIET = {
 
 Report = Callable[[float], None]
 Reply = tuple[str, Any, list[str]]
-"""Its kind, its content, and what the worker has said since the last one."""
+"""Its kind, its content, and the lines that the worker has printed since the last one."""
 Make = Callable[[Reporter], Callable[[Any, Report], Any]]
-"""Loads what a worker needs; what it returns does a job, and says how far it is."""
+"""Loads what a worker needs; what it returns does a job and reports its progress."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Cluster:
     Args:
         ray: the module.
         workers: how many workers may be started on it.
-        notify: told in a line what the user should know.
+        notify: called with lines for the user.
         is_own: whether nobody else uses it.
     """
 
@@ -89,8 +89,8 @@ class Cluster:
 
         Args:
             make: loads what a worker needs; it is sent there, so it must be picklable.
-            on_line: told what the workers say, each line with their number; nobody where left out.
-            grace: seconds that a worker whose job is interrupted may take to end it.
+            on_line: called with each line that workers print, headed by their number.
+            grace: seconds that an interrupted worker may take to end its job.
         """
         options = {"num_cpus": self.workers.cpus(is_own=self._is_own), "num_gpus": self.workers.gpus}
         crew = RayCrew(self._ray, make, options, self.workers.threads, on_line or (lambda line: None))
@@ -110,8 +110,8 @@ class Cluster:
 class RayExecutor:
     """Shares requests out among workers; see `Executor`.
 
-    The dense model is measured in this process meanwhile, where what is known of a window is kept: shared out, every
-    worker would come to measure every window.
+    Meanwhile, this process measures the dense model and keeps its results by window. Shared out, every worker would end
+    up measuring every window.
 
     Args:
         pool: workers that each measure a list of requests.
@@ -152,7 +152,7 @@ class RayExecutor:
 
 @contextlib.contextmanager
 def _in_background(call: Callable[[OnProgress], Any]) -> Iterator[Callable[[], Any]]:
-    """Do something in a thread, which ends with the block; it is given what it has to call now and then."""
+    """Make a call in a thread that ends with the block; the call reports progress, and is stopped by that."""
     is_over = threading.Event()
 
     def stop_if_over(share: float) -> None:
@@ -194,7 +194,7 @@ def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Clust
         _begin(ray, workers.address)
         _BEGUN.append(workers.address)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ended)  # Ray's own would end the run without saving anything
+            signal.signal(signal.SIGTERM, ended)  # Ray's own handler would end the run without saving anything
     is_own = _BEGUN[:1] == [None]
     cluster = Cluster(ray, workers, notify, is_own=is_own)
     _OPEN.append(cluster)
@@ -210,9 +210,9 @@ def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Clust
 
 
 _BEGUN: list[str | None] = []
-"""The address of the Ray that was begun here; none where somebody else has called ``ray.init``."""
+"""The address of the Ray that was started here; empty where somebody else has called ``ray.init``."""
 _OPEN: list[Cluster] = []
-"""All that use it: two environments of one process share it."""
+"""Who uses it: two environments of one process share it."""
 
 
 def _imported() -> Any:
@@ -257,7 +257,7 @@ def _noted() -> str | None:
 
 
 def _probe(address: str, hint: str) -> None:
-    """Raise where nobody listens: Ray itself would try for minutes, and then end the process."""
+    """Raise where nobody listens; Ray itself would try for minutes and then end the process."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         raise WorkerError(f"{address!r} is no Ray address", hint="Give auto, HOST:PORT or ray://HOST:PORT.")
@@ -283,15 +283,7 @@ def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
 
 
 class RayCrew:
-    """Workers as Ray actors; see `Crew`.
-
-    Args:
-        ray: the module.
-        make: loads what a worker needs.
-        options: resources of each actor.
-        threads: torch threads of each.
-        on_line: told what the workers say.
-    """
+    """Workers as Ray actors; see `Crew`. ``options`` are the resources of each, ``on_line`` gets what they print."""
 
     def __init__(
         self, ray: Any, make: Make, options: dict[str, Any], threads: int, on_line: Callable[[str], None]
@@ -303,7 +295,7 @@ class RayCrew:
         self._actor = actor.options(max_restarts=0, max_task_retries=0, **options)
         self._actors: dict[int, Any] = {}
         self._processes: dict[int, tuple[str, int]] = {}
-        self._calls: dict[Any, tuple[int, str]] = {}  # what is awaited: of which worker, and what it is about
+        self._calls: dict[Any, tuple[int, str]] = {}  # the answers awaited: from which worker, and about what
         self._shares: dict[int, float] = {}
         self._jobs: dict[int, int] = {}
 
@@ -333,7 +325,7 @@ class RayCrew:
                 self._ray.kill(actor, no_restart=True)
         node, process = self._processes.pop(worker, ("", 0))
         if process and node == self._ray.get_runtime_context().get_node_id():
-            with contextlib.suppress(OSError):  # one that is stopped does not hear what Ray says
+            with contextlib.suppress(OSError):  # a stopped process does not react to Ray
                 os.kill(process, signal.SIGKILL)
 
     def share(self, worker: int) -> float:
@@ -390,7 +382,7 @@ def _why(error: Exception) -> str:
 
 
 class _Worker:
-    """A worker's process. What it is asked for runs in one thread, and a second one says how far it is."""
+    """A worker's process: one thread does its jobs, and a second one reports how far it is."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -434,12 +426,12 @@ class _Worker:
         return self._reply("share", self._share)
 
     def interrupt(self, number: int) -> None:
-        """Raise ``KeyboardInterrupt`` where a job is being done, unless it is another one by now."""
+        """Raise ``KeyboardInterrupt`` in the thread that does this job, unless it does another one by now."""
         with self._lock:
             if self._thread and self._job == number:
                 kind = ctypes.py_object(KeyboardInterrupt)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), kind)
-                self._thread = 0  # a second one would come while the first is dealt with
+                self._thread = 0  # a second interrupt would come while the first one is handled
 
     def _advance(self, share: float) -> None:
         self._share = share
@@ -461,11 +453,7 @@ def _portable(error: Exception) -> Exception:
 
 
 class _Lines:
-    """A text file that hands on whole lines.
-
-    Args:
-        send: called with each line, without its end.
-    """
+    """A text file that calls ``send`` with each complete line, without its end."""
 
     encoding = "utf-8"
 
@@ -474,14 +462,14 @@ class _Lines:
         self._rest = ""
 
     def write(self, text: str) -> int:
-        """Take text; hand on the lines that it completes."""
+        """Take text, and send the lines that it completes."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._send(line)
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing: lines are handed on at once."""
+        """Do nothing: lines are sent at once."""
 
     def isatty(self) -> bool:
         """Say no."""

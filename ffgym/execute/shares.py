@@ -12,19 +12,19 @@ from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins.bases import SLOPE_PASSES
 from ffgym.types import Evaluation
 
-OVERDUE = 1.1  # times what a share should take: then those who are idle measure it too
-HUNG = 5.0  # times what a share should take: so long without any progress, and its worker is replaced
-LEAST_PATIENCE, FIRST_PATIENCE = 60.0, 1800.0  # seconds, the second before anybody knows how long a share takes
+OVERDUE = 1.1  # times the expected duration: after that, idle workers measure the share too
+HUNG = 5.0  # times the expected duration: after so long without progress, its worker is replaced
+LEAST_PATIENCE, FIRST_PATIENCE = 60.0, 1800.0  # seconds; the second while no duration is known
 
 
 def cost(request: Request) -> float:
-    """What a request costs, in windows of a forward pass; examples count as they are few."""
+    """What a request costs, in windows of a forward pass; an example counts as an eighth."""
     return len(request.windows) * (1 + SLOPE_PASSES * ("slopes" in request.needs)) + len(request.examples) / 8
 
 
 @dataclass
 class Speeds:
-    """What is known of the workers from one update to the next: seconds for each unit of cost.
+    """What is known about the workers from one update to the next: seconds for each unit of cost.
 
     Attributes:
         least_patience: seconds without any progress that every worker is allowed.
@@ -34,16 +34,16 @@ class Speeds:
     known: dict[int, float] = field(default_factory=dict)
 
     def note(self, worker: int, seconds: float) -> None:
-        """Take note of one share; earlier ones count half."""
+        """Record one share; all earlier ones together count as much."""
         self.known[worker] = (self.known.get(worker, seconds) + seconds) / 2
 
     def of(self, worker: int) -> float | None:
-        """Of one worker, or of most where it has not shown it."""
+        """Of one worker; of a typical one where it is not known."""
         return self.known.get(worker, self.typical)
 
     @property
     def typical(self) -> float | None:
-        """Of most workers; ``None`` at first."""
+        """The median of all workers; ``None`` at first."""
         return statistics.median(self.known.values()) if self.known else None
 
 
@@ -61,12 +61,12 @@ class _Share:
 class Shares:
     """The queue of an update.
 
-    A worker that is as fast as the others takes an equal share of what is left. When all are taken, workers that
-    become idle measure the shares of those that are late too: whoever answers first counts.
+    A worker that is as fast as the others takes an equal share of what is left. When all is taken, idle workers also
+    measure the shares of those that are late, and the first answer counts.
 
     Args:
         requests: different ones, at least one.
-        speeds: what is known of the workers; learns from every share.
+        speeds: what is known about the workers; learns from every share.
     """
 
     def __init__(self, requests: Sequence[Request], speeds: Speeds) -> None:
@@ -74,7 +74,7 @@ class Shares:
         self.answers: dict[Request, Evaluation] = {}
         self.taken: dict[int, _Share] = {}
         self._left = list(requests)
-        self._served: set[int] = set()  # who has had a part of what is offered
+        self._served: set[int] = set()  # workers that have had a part of what is offered
         self._count = len(requests)
         self._speeds = speeds
         self._losses = dict.fromkeys(requests, 0)
@@ -99,7 +99,7 @@ class Shares:
         return share
 
     def done(self, worker: int, answer: Sequence[Evaluation] | None) -> None:
-        """Take note of a share; ``None`` where the worker was interrupted in it."""
+        """Record the answer to a share; ``None`` where the worker was interrupted."""
         share = self.taken.pop(worker)
         if answer is None:
             self._left += share.requests
@@ -109,7 +109,7 @@ class Shares:
             self.answers.setdefault(request, evaluation)
 
     def lost(self, worker: int) -> None:
-        """Offer a share again; its worker is another one now."""
+        """Offer a share again; another process takes the worker's place."""
         share = self.taken.pop(worker)
         self._speeds.known.pop(worker, None)
         for request in share.requests:
@@ -120,7 +120,7 @@ class Shares:
         self._served = set()
 
     def given_up(self, worker: int, share: float) -> None:
-        """Take note of how fast a late worker was, see `Queue`."""
+        """Record how fast a late worker was, see `Queue`."""
         if share:
             late = self.taken[worker]
             self._speeds.note(worker, (time.monotonic() - late.begun) / (late.cost * share))
@@ -131,7 +131,7 @@ class Shares:
         return FIRST_PATIENCE if expected is None else max(self._speeds.least_patience, HUNG * expected)
 
     def _fair(self, worker: int, alive: Set[int]) -> float:
-        """The cost that a worker should take of what is left, so that all who get a part end at the same time."""
+        """How much of what is left a worker should take, in cost, so that all end at the same time."""
         takers = {worker, *(alive - self._served)}
         pace = {each: 1.0 / (self._speeds.of(each) or 1.0) for each in takers}
         return sum(map(cost, self._left)) * pace[worker] / sum(pace.values())

@@ -1,7 +1,7 @@
 """What every stage of a run holds in memory and computes: pure functions of a shape and a workload.
 
-Memory is counted at the moment of each stage that needs most, in bytes that are alive at the same time. The counts
-follow the code that they name, and experiments/scale/memory.py holds them against what processes really need.
+Memory is counted at each stage's peak, in bytes that are alive at the same time. The counts follow the code that they
+name, and experiments/scale/memory.py compares them with what processes really need.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ffgym.pruning.calibration import SKETCHED
 from ffgym.pruning.factors import WIDE, factor_bytes, grid
 
 LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the text; measured
-TRACKING = 100_000_000  # what drawing pictures and saving load beside them; measured
+TRACKING = 100_000_000  # what drawing pictures and saving load in addition; measured
 # Code that oneDNN makes for the products of a sublayer at one more width and keeps until the process ends, and what it
-# keeps of each of the products that were used last: measured.
+# keeps for each of the products that were used last; both measured.
 KERNELS, LAST_KERNELS = 800_000, 400_000
 # Bytes for each entry of an n x n moment while `ffgym.prepare.paths` chooses a lambda: two covariances and a moment in
 # float32, and of 3/4 of the channels a copy and its factor; in float64 the moment, unless the consumer is wide.
 FACTORISING, FACTORISING_WIDE = 25, 17
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
-# The same of `ffgym.prepare.sequential`: cross and own moments and the factor in float64, with the copies that LAPACK
-# makes of them; measured.
+# The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, with LAPACK's copies of them;
+# measured.
 REFITTING = 46
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
@@ -65,15 +65,15 @@ class Operations:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of a run comes to.
+    """What one stage of a run needs.
 
     Attributes:
         name: ``"load"``, ``"prepare"``, ``"search"``, ``"finals"``, ``"start"`` (where the search started),
             ``"report"``, ``"sequential"``, ``"save"``, ``"recover"``.
-        tokens: that go through the model.
-        operations: for them.
-        memory: bytes at the peak, by what holds them; nothing where that is not known.
-        seconds: beside what the operations take.
+        tokens: how many go through the model.
+        operations: of the stage.
+        memory: bytes at the peak, by what holds them; empty where that is not known.
+        seconds: in addition to what the operations take.
     """
 
     name: str
@@ -152,12 +152,12 @@ def _kept_statistics(shape: ModelShape, load: Workload) -> int:
 
 
 def _at_a_time(shape: ModelShape, load: Workload, size: int, layers: int = 1) -> int:
-    """Bytes that are in memory at a time of what all layers take: everything, or so many layers where they stream."""
+    """Bytes in memory at a time, of the size of all layers: all of it, or so many layers where they are streamed."""
     return size * layers // (len(shape.sublayers) // 2) if load.streamed else size
 
 
 def _own_weights(shape: ModelShape, load: Workload) -> int:
-    """Bytes of the weights that are this process's own: what is neither converted nor permuted stays in the file."""
+    """Bytes of the weights in this process's own memory: those neither converted nor permuted stay in the file."""
     if load.streamed:  # the layer at work, the next one, and what belongs to no layer
         layers = _at_a_time(shape, load, shape.prunable, layers=2)
         return (shape.parameters - shape.prunable + layers) * load.dtype.itemsize
@@ -174,7 +174,7 @@ def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
 
 
 def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int]:
-    """A prepared model, and the code for the widths that a search and so many rows of the report have met."""
+    """A prepared model, and the code for the widths that a search and so many rows of the report have used."""
     finals = load.finalists * load.targets
     allocations = (load.episodes_per_update * load.updates + finals) * load.searches + rows
     met = allocations * len(shape.sublayers) // 2
@@ -231,7 +231,7 @@ def factorise(shape: ModelShape, load: Workload) -> Operations:
 
 
 def _products(load: Workload, operations: float) -> Operations:
-    """Products that round what they multiply to the model's dtype."""
+    """Operations of products that round their factors to the model's dtype."""
     return Operations(operations) if load.dtype is torch.bfloat16 else Operations(0, operations)
 
 
@@ -269,7 +269,7 @@ def _prepare(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tokens: int, times: int) -> Stage:
-    """Allocations that are measured together, each on so many tokens; so many times."""
+    """A number of allocations measured together, each on so many tokens, so many times."""
     operations = Operations(forward(shape, load, sparsity=load.sparsity), 0) * (allocations * tokens)
     operations += _products(load, refit(shape, load.sparsity, allocations))
     own = -(-allocations // load.workers)

@@ -1,4 +1,4 @@
-"""What the machine has: free memory, within the limits that it is given, and speed, from a short probe."""
+"""What the machine offers: free memory within its limits, and speed, from a short probe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 WIDEST = 2048  # channels of the probe's residual stream: wider ones are hardly faster
 TOKENS = 2048  # of one pass of the probe
-# A pass on a CPU has so many operations at most: with few, a busy machine's threads do little but wait for each other.
+# At most so many operations make a pass on a CPU; with very few, the threads of a busy machine mostly wait.
 OPERATIONS = 1e10
 PASSES = 3
 HEAD = 64  # channels of its attention heads
@@ -38,9 +38,9 @@ class Speed:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may have in all: what it has, and what is free beside it.
+    """Bytes that this process may have in all: what it has now, and what is free.
 
-    On a CPU within the limits of its control groups (containers, Slurm, systemd) and of ``ulimit -d`` and ``-v``.
+    On a CPU, the limits of control groups (containers, Slurm, systemd) and of ``ulimit -d`` and ``-v`` count.
     """
     if device.type == "cuda":
         unused, _ = torch.cuda.mem_get_info(device)
@@ -56,7 +56,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def group_limits(own: int) -> Iterator[int]:
-    """What each control group with a limit leaves to this process: its limit less what others in it hold."""
+    """What each control group with a limit leaves for this process: the limit less what others in the group use."""
     with suppress(OSError, ValueError):
         for line in OWN_GROUPS.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)

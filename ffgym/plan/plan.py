@@ -18,7 +18,7 @@ from ffgym.plan.shape import ModelShape, Workload
 from ffgym.report.layout import humane
 from ffgym.report.progress import clock
 
-TOLERANCE = 1.1  # a plan is within 10 % of what is measured: only what surely does not fit is refused
+TOLERANCE = 1.1  # plans are within 10 % of what is measured, and only what certainly does not fit is refused
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Plan:
         name: what the user called the model.
         shape: of the model.
         load: what the run does.
-        device: where the model lies.
+        device: where the model runs.
         free: bytes of that device's memory that this process may have in all.
         texts: what each split is made of, by role.
     """
@@ -98,11 +98,7 @@ class Plan:
         )
 
     def check(self) -> None:
-        """Refuse what cannot fit.
-
-        Raises:
-            FitError: says what is needed, what is free, and what to change.
-        """
+        """Raise ``FitError``, with what is needed, what is free and what to change, where the run cannot fit."""
         if self.needed <= TOLERANCE * self.free:
             return
         largest = self.largest

@@ -1,4 +1,4 @@
-"""The two things that a plan follows from: the shape of a model, and what a run does with it."""
+"""What a plan is computed from: the shape of a model, and what a run does with it."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Workload:
 
 
 def shape_of(config: Any, name: str) -> ModelShape:
-    """The shape of the model that a transformers config describes; nothing of its size is made.
+    """The shape of the model that a transformers config describes; no memory of its size is needed.
 
     Args:
         config: of a causal LM.

@@ -30,7 +30,7 @@ SLOPE_PASSES = 3
 class PluginConfig(BaseModel):
     """Base of every plugin's ``Config``: unknown keys are errors, values are frozen.
 
-    An empty string says "not given" where that is the default, since TOML has no null.
+    For an option whose default is ``None``, an empty string means ``None``, since TOML has no null.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,7 +56,7 @@ class Plugin:
 
     Attributes:
         kind: ``"agent"``, ``"criterion"``, ..., set by the base class of the kind.
-        edition: raised by its author when the same options come to give other numbers. A bench then refuses results of
+        edition: raised by its author when the same options begin to give other numbers. A bench then refuses results of
             an earlier edition instead of comparing them with new ones.
     """
 
@@ -97,7 +97,7 @@ class Heuristic(Plugin, ABC):
 
     Attributes:
         needs: statistics to keep for it, as for a criterion.
-        target: sparsity that the importances are wanted for, set by the runner; ``None`` where nobody says.
+        target: sparsity that the importances are for, set by the runner; ``None`` where there is none.
     """
 
     kind = "heuristic"
@@ -122,16 +122,16 @@ class Heuristic(Plugin, ABC):
 class Reward(Plugin, ABC):
     """Turns what an episode measured into one number, higher = better.
 
-    An instance may ask for less than its class does, where an option switches something off.
+    An instance may ask for less than its class, where an option switches something off.
 
     Attributes:
         worst: what an episode earns whose loss is NaN or infinite.
-        needs: what to measure beside the losses, any of ``{"kl", "reverse_kl", "accuracy", "cost"}``.
+        needs: what to measure in addition to the losses, any of ``{"kl", "reverse_kl", "accuracy", "cost"}``.
         tasks: names of the multiple-choice tasks that ``accuracy`` is measured on.
-        examples: how many of their examples one episode at full fidelity is measured on, as many of every task.
+        examples: how many of their examples an episode at full fidelity is measured on, equally many of every task.
         resources: names of the resources that ``cost`` is measured in, e.g. ``("macs",)``; empty for all built-ins
             that need no measurement.
-        pareto: how many non-dominated allocations are measured again beside the finalists, where there are objectives.
+        pareto: how many non-dominated allocations are measured again with the finalists, where there are objectives.
     """
 
     kind = "reward"
@@ -147,9 +147,9 @@ class Reward(Plugin, ABC):
         """Compare the pruned with the dense model on the same windows and examples."""
 
     def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
-        """Name the objectives that are traded for each other, each higher = better; a run then keeps their Pareto set.
+        """The aims that are traded against each other, by name, higher = better; a run then keeps their Pareto set.
 
-        Always the same names, and finite numbers. A reward with a single aim has none.
+        The names are always the same, and the numbers finite. A reward with a single aim has no objectives.
         """
         return {}
 
@@ -159,20 +159,20 @@ class Agent(Plugin, ABC):
 
     The environment is a ``gymnasium.vector.VectorEnv`` whose actions are (num_envs, 2L) importances in the order
     layer 0 attention, layer 0 mlp, layer 1 attention, ...; every episode takes one step. Beyond Gymnasium's interface
-    it says ``tokens_left`` (int), the evaluated tokens that the search may still spend.
+    it has ``tokens_left`` (int), the tokens that the search may still evaluate.
 
     Attributes:
-        slope_episodes: of how many episodes of every update, the first ones, it wants the slopes of the loss too, the
+        slope_episodes: for how many of an update's episodes, the first ones, slopes of the loss are measured too, the
             derivative by each importance; such an episode costs four times the tokens. It may change between updates.
-        pair_text: episodes i and i + n/2 of an update are a pair that shares text of its own; otherwise all episodes of
-            an update share theirs.
-        least_episodes: how many episodes an update must have at least.
+        pair_text: episodes i and i + n/2 of an update are a pair with text of its own; otherwise all episodes of an
+            update share theirs.
+        least_episodes: the least number of episodes of an update.
         update_episodes: how many episodes its updates have, whatever ``search.episodes_per_update`` says; ``None`` for
             an agent that takes any number.
-        needs_prior: it cannot run without a prior.
-        searches: it learns from episodes; ``False`` for a rule that is measured as it is.
-        budget_conditioned: what it proposes and recommends follows the target sparsity in the observation, so that one
-            search can serve a range of budgets; only such an agent is run under one.
+        needs_prior: whether it cannot run without a prior.
+        searches: whether it learns from episodes; ``False`` for a rule that is only measured.
+        budget_conditioned: whether its proposals and recommendations follow the target sparsity in the observation.
+            Only such an agent can run on a range of budgets.
         prior_mean: importances to start from, shape (2L,), set by the runner from ``prior``; ``None`` for no prior.
         budgets: under a range of budgets its ends, lower first, set by the runner; ``None`` for a single target.
         prior_ends: under a range, importances to start from at its lower and at its upper end; ``None`` for no prior.
@@ -221,7 +221,7 @@ class Agent(Plugin, ABC):
         """Run the search. Stop when ``env.tokens_left`` is 0; call ``on_update`` after every update."""
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """Importances that the agent itself believes in, e.g. its policy's mean; measured again before any is chosen.
+        """Importances that the agent believes in, e.g. its policy's mean; they are measured again in the finals.
 
         Args:
             observation: (target sparsity, fidelity), shape (2,), float32.
@@ -231,19 +231,19 @@ class Agent(Plugin, ABC):
     def state(self) -> dict[str, Any]:
         """What a later search may start from (``search.init_from``): arrays, numbers, strings, lists, dicts of them.
 
-        Whoever takes it up recommends what this agent does. To go on with an interrupted search no state is needed: it
-        is replayed from its log.
+        An agent that loads it recommends the same as this one. An interrupted search needs no state: it is replayed
+        from its log.
         """
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that the same class returned from ``state``; comes before ``learn``, which starts from it."""
+        """Load what ``state`` of the same class returned. This comes before ``learn``, which then starts from it."""
 
 
 class BatchAgent(Agent):
     """An agent that proposes a batch, is told the rewards, and proposes again. ``learn`` is that loop.
 
-    Subclasses write ``begin``, ``ask`` and ``tell``; ``state`` and ``load_state`` if another search may start from it.
+    Subclasses write ``begin``, ``ask`` and ``tell``, and ``state`` and ``load_state`` to start from another search.
 
     Attributes:
         progress: share of the token budget that is spent, in [0, 1], set by ``learn`` before each ``ask``.
@@ -255,7 +255,7 @@ class BatchAgent(Agent):
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Get ready for actions of shape (batch, dimensions); all randomness comes from ``seed``.
 
-        A state that was loaded before stays where the search starts.
+        If a state has been loaded, the search starts from it.
         """
 
     @abstractmethod
@@ -269,14 +269,14 @@ class BatchAgent(Agent):
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Learn from rewards, shape (batch,); return diagnostics, e.g. ``{"policy/spread": 0.2}``.
 
-        An agent that also wants to know what its actions came to adds a parameter, ``kept=None``: units per sublayer,
-        shape (batch, 2L), int64, where the environment says so.
+        With one more parameter, ``kept=None``, it also gets the units that each action kept, shape (batch, 2L), int64,
+        if the environment tells them.
         """
 
     def take_slopes(self, slopes: np.ndarray) -> None:
-        """Take the slopes that ``slope_episodes`` asked for, shape (slope_episodes, 2L); comes before ``tell``.
+        """Take the slopes that ``slope_episodes`` asked for, shape (slope_episodes, 2L), before ``tell``.
 
-        Not called where the environment has none.
+        Not called if the environment has none.
         """
         return
 

@@ -1,6 +1,6 @@
-"""Calls a plugin and holds it to its contract: shape, finiteness, range.
+"""Calls plugins and checks that they keep their contract: shape, finiteness, range.
 
-A plugin that breaks its contract is a `PluginError` that names the plugin, its package, and what was wrong.
+A broken contract is a `PluginError` that names the plugin, its package, and what was wrong.
 """
 
 from __future__ import annotations
@@ -34,13 +34,7 @@ METRIC_HINT = (
 
 
 def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, sublayer: Sublayer) -> torch.Tensor:
-    """Let a criterion score one consumer.
-
-    Args:
-        criterion: the plugin.
-        weight: the consumer's weight, shape (m, n), float32.
-        stats: what the criterion needs.
-        sublayer: whose consumer it is, for messages.
+    """Let a criterion score the consumer of a sublayer.
 
     Returns:
         shape (m, n) elements or (n,) channels as the criterion returned them, float32 or float64, finite, no gradient.
@@ -80,15 +74,15 @@ def _tensors(stats: LayerStats) -> dict[str, torch.Tensor]:
 
 
 def _missing(stats: LayerStats) -> str | None:
-    """The next step for a plugin that failed on a statistic that it had not asked for."""
+    """A hint for a plugin that failed, in case it used a statistic that it had not asked for."""
     absent = [name for name, value in vars(stats).items() if value is None]
     return f"Not collected, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 
 
 def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """What differs once a tensor was changed in place, by torch, through numpy or through ``.data``.
+    """Something that changes if a tensor is changed in place, by torch, through numpy or through ``.data``.
 
-    Sums of the bits over rows and over columns: exact, and cheaper than a copy.
+    Sums of the bits over rows and over columns are exact and cheaper than a copy.
     """
     import torch
 
@@ -110,11 +104,7 @@ def _check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mappin
 
 
 def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
-    """Let a heuristic give its importances.
-
-    Args:
-        heuristic: the plugin.
-        sublayers: 2L views; no list or tuple where each is read when it is asked for.
+    """Let a heuristic give its importances for 2L views; those of a streamed model are in no list or tuple.
 
     Returns:
         shape (2L,), float32, in [-1, 1].
@@ -127,7 +117,7 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
 
     given = {
         f"{name} of {view.sublayer.name}": tensor
-        for view in (sublayers if isinstance(sublayers, list | tuple) else ())  # others are read for whoever asks
+        for view in (sublayers if isinstance(sublayers, list | tuple) else ())  # others are read anew each time
         for name, tensor in {"weight": view.weight, "unit_scores": view.unit_scores, **_tensors(view.stats)}.items()
     }
     before = {name: _fingerprint(tensor) for name, tensor in given.items()}
@@ -183,8 +173,8 @@ def check_objectives(
     Args:
         reward: the plugin.
         pruned: what the episode measured.
-        dense: the dense model on the same.
-        names: what it called them before; ``None`` the first time.
+        dense: the dense model on the same text.
+        names: the names that it gave before; ``None`` the first time.
 
     Raises:
         PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
@@ -212,7 +202,7 @@ def check_objectives(
 def _explained(
     reward: Reward, call: Callable[[], Result], pruned: Evaluation, dense: Evaluation
 ) -> Callable[[], Result]:
-    """The call, which says what is wrong with the models where a built-in reward overflows: its formula is right."""
+    """The call, but where a built-in reward overflows, the error blames the losses and not the reward."""
 
     def explained() -> Result:
         try:
@@ -230,18 +220,12 @@ def _explained(
 
 
 def check_actions(actions: np.ndarray, shape: tuple[int, ...], *, fewer: bool = False) -> np.ndarray:
-    """What an agent lets an update measure; the environments hold it to this.
+    """The actions of an update as float32; raises ``ValueError`` for another shape, NaN, or values outside [-1, 1].
 
     Args:
-        actions: what it passed to ``step``.
+        actions: what an agent passed to ``step``.
         shape: (episodes of an update, 2L).
-        fewer: whether it may have fewer episodes, at least one.
-
-    Returns:
-        the actions, float32.
-
-    Raises:
-        ValueError: another shape, NaN, or outside [-1, 1].
+        fewer: whether there may be fewer episodes, at least one.
     """
     import numpy as np
 
@@ -255,12 +239,7 @@ def check_actions(actions: np.ndarray, shape: tuple[int, ...], *, fewer: bool = 
 
 
 def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int) -> list[np.ndarray]:
-    """Let an agent say what it believes in.
-
-    Args:
-        agent: the plugin.
-        observation: (target sparsity, fidelity), shape (2,), float32.
-        sublayers: 2L.
+    """Let an agent recommend importances for ``sublayers`` sublayers.
 
     Returns:
         importances, each of shape (2L,), float32, in [-1, 1].
@@ -286,11 +265,7 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
 
 
 def check_update(agent: Agent, update: Update) -> None:
-    """Hold what an agent says of an update to what can be logged.
-
-    Raises:
-        PluginError: no ``Update``, or its diagnostics are not numbers by name.
-    """
+    """Raise ``PluginError`` where an agent reports no ``Update``, or its diagnostics cannot be logged."""
     where = described(agent)
     if not isinstance(update, Update):
         raise PluginError(
@@ -314,7 +289,7 @@ def check_update(agent: Agent, update: Update) -> None:
 
 
 def _can_be_logged(name: str) -> bool:
-    """Whether MLflow takes it as the name of a metric, also behind a prefix."""
+    """Whether MLflow takes it as the name of a metric, with or without a prefix."""
     return len(name) <= METRIC_CHARACTERS and bool(METRIC_NAME.fullmatch(name)) and posixpath.normpath(name) == name
 
 
@@ -328,7 +303,7 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
         hint: the next step where the plugin failed on a ``None``.
 
     Raises:
-        PluginError: it raised, or left the process; what a built-in raises on purpose stays as it is.
+        PluginError: it raised, or called ``sys.exit``; an error that a built-in raises on purpose stays as it is.
     """
     try:
         return call()
@@ -337,7 +312,7 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
             raise
         raise PluginError(f"{described(plugin)}, {doing}: {error.message}", hint=error.hint) from error
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):  # nobody's mistake
+        if is_out_of_memory(error):  # not the plugin's fault
             raise
         missing = hint is not None and "None" in str(error)
         raise PluginError(

@@ -1,6 +1,6 @@
-"""What installed packages offer in the entry point group ``ffgym``, loaded one by one when asked for, and checked.
+"""What installed packages offer in the entry point group ``ffgym``, loaded one by one when needed, and checked.
 
-One that fails is recorded and stops only a run that asks for what it might provide.
+A failure is recorded. It only stops a run that needs something that the failed plugin might provide.
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Installed:
-    """The entry points that may be loaded; each is imported when somebody first asks for what it might provide.
+    """The entry points that may be loaded; each is imported when something that it might provide is first needed.
 
     Attributes:
         entries: in the order of their names.
-        missing: names that the environment variable asks for, and nobody has installed.
-        loaded: by the entry's place in ``entries``, what was imported so far.
+        missing: names in the environment variable that no installed package has.
+        loaded: what was imported so far, by place in ``entries``.
     """
 
     entries: tuple[EntryPoint, ...]
@@ -106,12 +106,12 @@ class Installed:
 
 
 def installed() -> Installed:
-    """The entry points of the installed packages; they are looked for once."""
+    """The entry points of the installed packages, found once."""
     return _installed(os.environ.get(ENVIRONMENT_VARIABLE))
 
 
 def forget() -> None:
-    """Look through the installed packages again at the next question, e.g. after one was installed."""
+    """Look through the installed packages again next time, e.g. after one was installed."""
     _installed.cache_clear()
 
 
@@ -127,9 +127,9 @@ def _installed(wanted: str | None) -> Installed:
 
 
 def providers(kind: PluginKind, name: str) -> list[Offer]:
-    """Who provides a name: an entry point that is called like it, or else everybody who offers it.
+    """Who provides a name: the entry points of that name, or else all that offer it.
 
-    So a plugin whose entry point has its name is found without an import of any other.
+    So a plugin whose entry point has the same name is found without importing any other.
     """
 
     def offered(loaded: Iterable[Loaded]) -> list[Offer]:
@@ -160,7 +160,7 @@ def _record(entry: EntryPoint, plugin: Loaded) -> PluginRecord:
 
 
 def clash(offer: Offer) -> str | None:
-    """Why an offer is not used: its name is a built-in's, or several packages provide it; ``None`` where it is."""
+    """Why an offer is not used (its name is taken, or has several owners); ``None`` if it is used."""
     name = offer.cls.name
     if name in BUILTINS[offer.kind]:
         return f"{offer.kind} {name!r} is a built-in, which is used; the plugin has to be renamed"
@@ -190,9 +190,9 @@ def place_of(error: BaseException, file: str = "") -> str:
 
 
 def _load(entry: EntryPoint) -> Loaded:
-    """Import one plugin and ask its hooks; whatever goes wrong is kept, and stops nobody."""
+    """Import one plugin and call its hooks; an error is recorded and not raised."""
     package = Package(entry.name, "")
-    if entry.dist is not None:  # of a broken installation it knows neither
+    if entry.dist is not None:  # a broken installation has neither name nor version
         package = Package(entry.dist.name or entry.name, entry.dist.version or "")
     start = time.perf_counter()
     try:
@@ -206,7 +206,7 @@ def _load(entry: EntryPoint) -> Loaded:
 
 
 def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
-    # A pluggy manager of its own: neither a bad signature nor an exception reaches another plugin.
+    # A pluggy manager of its own, so that neither a bad signature nor an exception reaches another plugin.
     pluggy_manager = pluggy.PluginManager(hookspecs.GROUP)
     pluggy_manager.add_hookspecs(hookspecs)
     module = entry.load()
@@ -234,7 +234,7 @@ def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
 
 
 def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
-    """Refuse what is not a complete plugin class, before anybody depends on it."""
+    """Raise ``PluginError`` for what is not a complete plugin class."""
     base: type[Plugin] = imported(KINDS[kind].base)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"{hook} returned {cls!r}, which is not a subclass of ffgym.{base.__name__}")

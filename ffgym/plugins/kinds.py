@@ -15,13 +15,13 @@ PluginKind = Literal["agent", "criterion", "heuristic", "reward"] | OtherKind
 
 
 class Kind(NamedTuple):
-    """What the plugin manager knows of a kind.
+    """What the plugin manager knows about a kind.
 
     Attributes:
-        plural: ``ffgym ls`` takes it, and the hook is ``ffgym_`` and it.
+        plural: argument of ``ffgym ls``; the hook is ``ffgym_`` and this word.
         base: the class that plugins of the kind subclass, as ``"module:Class"``.
-        table: the configuration's table that names one; empty where none does.
-        key: the key there that does. A table that is a `PluginTable` holds the options too; others have none.
+        table: the configuration's table that names a plugin of the kind; empty where none does.
+        key: the key in that table. A `PluginTable` holds the plugin's options too; other tables hold none.
     """
 
     plural: str

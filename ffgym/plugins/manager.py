@@ -27,7 +27,7 @@ def names(kind: PluginKind) -> dict[str, str]:
 
 
 def is_name(kind: PluginKind, name: str) -> bool:
-    """Whether somebody provides a name; that of a built-in is known without an import."""
+    """Whether somebody provides a name; nothing is imported for a built-in."""
     return name in BUILTINS[kind] or bool(providers(kind, name))
 
 
@@ -138,7 +138,7 @@ def _said(error: Exception, cls: type[Plugin]) -> str:
 
 
 def file_of(cls: type[Plugin]) -> str:
-    """The file that a class is written in; empty for one that was typed in."""
+    """The file that a class is written in; empty for one that was typed at a prompt."""
     try:
         return inspect.getfile(cls)
     except (OSError, TypeError):
@@ -162,7 +162,7 @@ def described(plugin: Plugin | type[Plugin]) -> str:
 
 
 def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
-    # A heuristic may stand where an agent is asked for, see `resolve_agent`; a prior and a recovery may be none.
+    # A heuristic may take an agent's place, see `resolve_agent`; a prior and a recovery may be none.
     also = {"agent": names("heuristic"), "heuristic": ["none"], "recovery": ["none"]}
     known = [*names(kind), *also.get(kind, ())]
     error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)

@@ -16,5 +16,5 @@ def in_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_in_float64(x: torch.Tensor) -> torch.Tensor:
-    """The sum over the rows of (tokens, n), taken in their own dtype; float64, to be added to those of other batches."""
+    """The sum over the rows, shape (n,), taken in their own dtype and widened, to be added to that of other batches."""
     return in_float64(x.sum(dim=0))

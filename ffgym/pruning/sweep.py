@@ -4,9 +4,9 @@ The problem: level s of ladder i is reached at the time t_i(s) = (ratio_i(s) + r
 granted in the order of these times while the budget lasts. A level that does not fit closes its ladder, and the others
 go on.
 
-How many levels of a ladder nu has reached has a closed form, and so has their cost. So nu is found by bisection, down to
-a margin of a few hundred levels around the first one that does not fit. Only the margin is sorted and swept. Then the
-same starts again from there, with the ladders that are still open. Every round closes at least one ladder, and all
+How many levels of a ladder nu has reached has a closed form, and so has their cost. So nu is found by bisection, down
+to a margin of a few hundred levels around the first one that does not fit. Only the margin is sorted and swept. Then
+the same starts again from there, with the ladders that are still open. Every round closes at least one ladder, and all
 whose next levels cost as much: with a price per unit there are two or three rounds.
 """
 
