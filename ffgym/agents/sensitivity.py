@@ -7,7 +7,9 @@ less than the prior m gives it, and the projection lets all the others pay or pr
 
 That payment is what makes the budgeted choice easy. With R = sum of l_i(keep ratio i) and a price p per unit of cost,
 f_i(x) = l_i(m_i + x) - l_i(m_i) - p c_i x to first order: the measured f_i is the Lagrangian of the budget, the price
-included. So the maximum of the model sum of f_i(x_i) is separable, and :mod:`ffgym.agents.additive` solves it exactly.
+included. So the maximum of the model sum of f_i(x_i) is separable, and is found exactly one sublayer at a time: the
+vertex of the parabola through the origin that fits f_i best, where that is a maximum between the changes measured, else
+the best change measured, else 0.
 
 The model holds near the prior and is blind to interactions, and every f_i has its noise. So what is left of the tokens
 checks the solution x*: m + t x* for several t, the same few points on subset after subset. The best mean wins.
@@ -25,7 +27,6 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from ffgym.agents.additive import one_at_a_time, solve
 from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
 from ffgym.types import Update
 
@@ -47,7 +48,7 @@ class SensitivityConfig(PluginConfig):
 
 
 class Sensitivity(Agent):
-    """One-at-a-time sensitivities around the prior, an exactly solved model, a check along its solution."""
+    """Measures each sublayer on its own around the prior, solves the model of their sum, and checks the solution."""
 
     name = "sensitivity"
     Config: ClassVar[type[PluginConfig]] = SensitivityConfig
@@ -61,21 +62,22 @@ class Sensitivity(Agent):
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Sweep, solve, check."""
         self.check_updates(env.num_envs)
-        measure = _Measure(env, seed, on_update)
+        env.reset(seed=seed)
+        self._updates = 0
         start = self.prior_mean if self._start is None else self._start
         prior = np.zeros(env.single_action_space.shape[0]) if start is None else start
         moves = one_at_a_time(prior, self.config.levels, np.random.default_rng(seed))
-        gains = self._sweep(measure, prior, moves, keep=self.config.check_share * env.tokens_left)
+        gains = self._sweep(env, on_update, prior, moves)
         direction = solve(len(prior), moves, gains)
         scales = np.linspace(0.0, self.config.scale, env.num_envs)
         ladder = np.clip(prior + scales[:, None] * direction, -1.0, 1.0)
         totals = np.zeros(env.num_envs)
         self._solution = ladder[int(np.argmin(np.abs(scales - 1.0)))]
         while env.tokens_left > 0:
-            rewards = measure(ladder)
+            rewards = self._measured(env, ladder)
             totals += rewards
             self._solution = ladder[int(np.argmax(totals))]
-            measure.report(rewards)  # now: who listens may ask what is recommended
+            self._report(on_update, rewards)  # last: a listener may ask what is recommended now
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The solution."""
@@ -89,43 +91,79 @@ class Sensitivity(Agent):
         """Take another run's solution as the point to measure around."""
         self._start = np.array(state["solution"])
 
-    def _sweep(
-        self, measure: _Measure, prior: np.ndarray, moves: list[tuple[int, float]], *, keep: float
-    ) -> np.ndarray:
+    def _sweep(self, env: Any, on_update: OnUpdate, prior: np.ndarray, moves: list[tuple[int, float]]) -> np.ndarray:
         """Mean gain of each move over the prior, shape (moves,), NaN where the tokens did not reach it."""
-        room = measure.env.num_envs - 1
+        room, keep = env.num_envs - 1, self.config.check_share * env.tokens_left
         totals, counts = np.zeros(len(moves)), np.zeros(len(moves))
         position = 0
-        while measure.env.tokens_left > keep and moves:
+        while env.tokens_left > keep and moves:
             chosen = [(position + k) % len(moves) for k in range(room)]
             position += room
             points = np.tile(prior, (room + 1, 1))
             for row, index in enumerate(chosen, start=1):
                 sublayer, change = moves[index]
                 points[row, sublayer] += change
-            rewards = measure(points)
+            rewards = self._measured(env, points)
             np.add.at(totals, chosen, rewards[1:] - rewards[0])
             np.add.at(counts, chosen, 1)
-            measure.report(rewards)
+            self._report(on_update, rewards)
         with np.errstate(invalid="ignore"):
             return np.asarray(totals / counts)
 
-
-class _Measure:
-    """Steps the environment, and says so."""
-
-    def __init__(self, env: Any, seed: int, on_update: OnUpdate) -> None:
-        self.env = env
-        self._on_update = on_update
-        self._index = 0
-        env.reset(seed=seed)
-
-    def __call__(self, points: np.ndarray) -> np.ndarray:
+    @staticmethod
+    def _measured(env: Any, points: np.ndarray) -> np.ndarray:
         """Rewards of importances, shape (num_envs, 2L) -> (num_envs,)."""
-        _, rewards, _, _, _ = self.env.step(np.clip(points, -1.0, 1.0).astype(np.float32))
+        _, rewards, _, _, _ = env.step(np.clip(points, -1.0, 1.0).astype(np.float32))
         return np.asarray(rewards, dtype=np.float64)
 
-    def report(self, rewards: np.ndarray) -> None:
-        """Report a step once it has been learnt from."""
-        self._on_update(Update(index=self._index, rewards=rewards))
-        self._index += 1
+    def _report(self, on_update: OnUpdate, rewards: np.ndarray) -> None:
+        on_update(Update(index=self._updates, rewards=rewards))
+        self._updates += 1
+
+
+def one_at_a_time(prior: np.ndarray, levels: tuple[float, ...], rng: np.random.Generator) -> list[tuple[int, float]]:
+    """What to measure: (sublayer, change) for every sublayer and level that [-1, 1] leaves room for.
+
+    Level by level, the sublayers of each in a random order, so that a sweep that is cut short is spread over depth.
+
+    Args:
+        prior: importances to move from, shape (2L,).
+        levels: changes of one importance.
+        rng: of the order.
+    """
+    moves: list[tuple[int, float]] = []
+    for level in levels:
+        for i in rng.permutation(len(prior)):
+            change = float(np.clip(prior[i] + level, -1.0, 1.0) - prior[i])
+            if abs(change) > 1e-6:
+                moves.append((int(i), change))
+    return moves
+
+
+def solve(dimensions: int, moves: list[tuple[int, float]], gains: np.ndarray) -> np.ndarray:
+    """The changes that maximise the sum of all sublayers' models.
+
+    Args:
+        dimensions: 2L.
+        moves: (sublayer, change).
+        gains: shape (moves,); NaN = not measured.
+
+    Returns:
+        shape (2L,).
+    """
+    best = np.zeros(dimensions)
+    for sublayer in range(dimensions):
+        known = [(x, g) for (i, x), g in zip(moves, gains, strict=True) if i == sublayer and np.isfinite(g)]
+        if known:
+            best[sublayer] = _peak(np.array([x for x, _ in known]), np.array([g for _, g in known]))
+    return best
+
+
+def _peak(changes: np.ndarray, gains: np.ndarray) -> float:
+    """Where a parabola through 0 and the gains peaks between the changes; else the best of them, or 0."""
+    low, high = min(0.0, changes.min()), max(0.0, changes.max())
+    if len(np.unique(changes)) > 1:
+        slope, bend = np.linalg.lstsq(np.stack([changes, changes**2], axis=1), gains, rcond=None)[0]
+        if bend < 0 and low < -slope / (2 * bend) < high:
+            return float(-slope / (2 * bend))
+    return float(changes[np.argmax(gains)]) if gains.max() > 0 else 0.0

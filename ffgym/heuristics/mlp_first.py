@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MlpFirst(Heuristic):
-    """cuts MLPs first; spares those at both ends, at most half of all.
+    """Cuts MLPs before attention, and spares those at both ends of the model.
 
     Attention has importance 1, an MLP -1, and the MLPs of the first ``spare_first`` and last ``spare_last`` layers have
     1 as well, so the budget is taken from the MLPs between them as long as these can pay for it. At most half of the

@@ -1,4 +1,4 @@
-"""At which sparsity a rule decides that has to decide at one."""
+"""The sparsity that a heuristic decides at, if its rule needs one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers at keeps both ends whole, cuts the rest equally."""
+"""Keep the layers at both ends whole, cut the others alike."""
 
 from __future__ import annotations
 

@@ -9,14 +9,13 @@ import time
 import numpy as np
 import pytest
 
-from ffgym.agents.additive import one_at_a_time, solve
 from ffgym.agents.bayesian import Bayesian
 from ffgym.agents.cma_es import CMAES
 from ffgym.agents.evolution import Evolution
 from ffgym.agents.evopress import EvoPress
 from ffgym.agents.ppo import PPO
 from ffgym.agents.random_search import RandomSearch
-from ffgym.agents.sensitivity import Sensitivity
+from ffgym.agents.sensitivity import Sensitivity, one_at_a_time, solve
 from ffgym.agents.surrogate import Surrogate, expected_improvement
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from ffgym.criteria.flap import Flap
 from ffgym.criteria.magnitude import Magnitude
+from ffgym.criteria.obs import Obs
 from ffgym.criteria.random import Random
+from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
-from ffgym.errors import ConfigError
+from ffgym.errors import CalibrationError, ConfigError
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Criterion
+from ffgym.plugins.built_ins import BUILTINS
 from ffgym.testing.conformance import CriterionConformance
 from ffgym.types import LayerStats
 
 WEIGHT = torch.tensor([[1.0, -2.0], [0.0, 3.0]])
 
 
-class TestWanda(CriterionConformance):
-    def make(self) -> Wanda:
-        return Wanda()
+class TestContract(CriterionConformance):
+    @pytest.fixture(params=BUILTINS["criterion"], autouse=True)
+    def _choose(self, request: Any) -> None:
+        self.name = request.param
 
-
-class TestMagnitude(CriterionConformance):
-    def make(self) -> Magnitude:
-        return Magnitude()
-
-
-class TestRandom(CriterionConformance):
-    def make(self) -> Random:
-        return Random(Random.Config(seed=4))
+    def make(self) -> Criterion:
+        return manager.create("criterion", self.name)
 
 
 def test_wanda_is_weight_times_input_norm() -> None:
@@ -51,7 +52,57 @@ def test_random_differs_between_seeds_and_sublayers() -> None:
     assert float(one.max()) < 1
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64, "x"])
-def test_random_refuses_impossible_seeds(seed: object) -> None:
-    with pytest.raises(ConfigError, match=r"criterion\.seed"):
-        manager.create("criterion", "random", {"seed": seed})
+def test_flap_is_variance_times_squared_column_norm() -> None:
+    stats = LayerStats(mean=torch.tensor([1.0, 2.0]), square=torch.tensor([3.0, 4.0]))
+    # The second channel is constant: its mean replaces it without loss.
+    torch.testing.assert_close(Flap().score(WEIGHT, stats), torch.tensor([2.0, 0.0]))
+
+
+def test_taylor_is_the_absolute_product() -> None:
+    stats = LayerStats(gradient=torch.tensor([[2.0, 1.0], [5.0, -1.0]]))
+    torch.testing.assert_close(Taylor().score(WEIGHT, stats), torch.tensor([[2.0, 2.0], [0.0, 3.0]]))
+
+
+def test_obs_is_the_error_left_after_the_best_refit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(400, 6, generator=generator) @ torch.randn(6, 6, generator=generator)).double()
+    W = torch.randn(3, 6, generator=generator)
+    y = x @ W.double().T
+    expected = []
+    for channel in range(6):
+        rest = torch.cat([x[:, :channel], x[:, channel + 1 :]], dim=1)
+        expected.append(float((y - rest @ torch.linalg.lstsq(rest, y).solution).square().sum() / len(x)))
+    scores = Obs(Obs.Config(ridge=1e-9)).score(W, LayerStats(second_moment=x.T @ x / len(x)))
+    torch.testing.assert_close(scores, torch.tensor(expected).double(), rtol=1e-5, atol=0)
+
+
+def test_obs_tends_to_plain_energy_for_a_large_ridge() -> None:
+    stats = LayerStats(second_moment=torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+    scores = Obs(Obs.Config(ridge=1e6)).score(WEIGHT, stats)
+    torch.testing.assert_close(scores / scores.sum(), torch.tensor([1 / 14, 13 / 14]).double(), rtol=1e-4, atol=0)
+
+
+def test_obs_lets_one_of_two_equal_channels_go_before_a_weak_one() -> None:
+    twins = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.3]])
+    scores = Obs(Obs.Config(ridge=1e-4)).score(torch.ones(1, 3), LayerStats(second_moment=twins))
+    assert float(scores[:2].max()) < float(scores[2])
+
+
+def test_obs_survives_inputs_that_are_zero() -> None:
+    scores = Obs().score(WEIGHT, LayerStats(second_moment=torch.zeros(2, 2)))
+    assert torch.isfinite(scores).all()
+
+
+def test_obs_names_its_own_option_when_the_moment_is_indefinite() -> None:
+    stats = LayerStats(second_moment=torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    with pytest.raises(CalibrationError, match=r"criterion\.ridge"):
+        Obs().score(WEIGHT, stats)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("random", "seed", value) for value in (-1, 2**64, "x")] + [("obs", "ridge", value) for value in (0, -1, "x")],
+)
+def test_impossible_options_are_refused_by_name(name: str, option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"criterion\.{option}"):
+        manager.create("criterion", name, {option: value})

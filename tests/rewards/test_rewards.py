@@ -10,36 +10,26 @@ import pytest
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
+from ffgym.plugins.built_ins import BUILTINS
 from ffgym.rewards.kl import KL
-from ffgym.rewards.multi_objective import MultiObjective
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.conformance import RewardConformance
 from ffgym.types import Evaluation
 
-
-class TestPerplexity(RewardConformance):
-    def make(self) -> Perplexity:
-        return Perplexity()
-
-
-class TestForwardKL(RewardConformance):
-    def make(self) -> KL:
-        return KL()
+OPTIONS = [
+    *((name, {}) for name in BUILTINS["reward"]),
+    ("kl", {"direction": "reverse"}),
+    ("multi-objective", {"accuracy": 0, "resource": "kv"}),
+]
 
 
-class TestReverseKL(RewardConformance):
-    def make(self) -> KL:
-        return KL(KL.Config(direction="reverse"))
+class TestContract(RewardConformance):
+    @pytest.fixture(params=OPTIONS, ids=str, autouse=True)
+    def _choose(self, request: Any) -> None:
+        self.name, self.options = request.param
 
-
-class TestMultiObjective(RewardConformance):
-    def make(self) -> MultiObjective:
-        return MultiObjective()
-
-
-class TestMultiObjectiveWithoutAccuracy(RewardConformance):
-    def make(self) -> MultiObjective:
-        return MultiObjective(MultiObjective.Config(accuracy=0, resource="kv"))
+    def make(self) -> Reward:
+        return manager.create("reward", self.name, self.options)
 
 
 def test_reward_is_dense_over_pruned_perplexity() -> None:
