@@ -10,7 +10,7 @@ from ffgym.costs import latency_cache, sublayer_times
 from ffgym.costs.latency_cache import cached_table, place_of
 from ffgym.costs.latency_table import to_json
 from ffgym.costs.sublayer_times import processors
-from ffgym.errors import BudgetError, ModelError
+from ffgym.errors import BudgetError
 from ffgym.testing.models import tiny_model
 
 
@@ -131,11 +131,3 @@ def test_a_context_that_the_model_does_not_take(model, timed):
         cached_table(model, context=1024)
     assert "prune.context=128" in raised.value.hint
     assert not timed
-
-
-def test_an_unsupported_architecture():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tiny = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
-    with pytest.raises(ModelError, match="'gpt2'"):
-        cached_table(tiny, context=8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ffgym.config.tables import RunConfig
-from ffgym.errors import BudgetError, ConfigError, FFGymError, FitError, ModelError, UnknownNameError
+from ffgym.errors import BudgetError, ConfigError, FitError, ModelError
 from ffgym.models.built_in_families import Qwen3
 from ffgym.models.placement import tokens_per_batch
 from ffgym.prepare.parts import (
@@ -126,19 +126,6 @@ def test_a_sparsity_out_of_reach_is_refused_before_anything_is_prepared(tiny_run
     config = configured(tiny_run, prune={"sparsity": 0.5, "min_units": 40})
     with pytest.raises(BudgetError, match="out of reach"):
         make_pruning_env(config)
-
-
-def test_unknown_names_are_answered_with_the_near_match(tiny_run):
-    with pytest.raises(UnknownNameError, match="'wandaa'") as raised:
-        make_pruning_env(configured(tiny_run, criterion={"name": "wandaa"}))
-    assert "Did you mean 'wanda'?" in raised.value.hint
-    with pytest.raises(UnknownNameError, match="'perplexityy'"):
-        make_pruning_env(configured(tiny_run, reward={"name": "perplexityy"}))
-
-
-def test_a_criterions_options_are_validated(tiny_run):
-    with pytest.raises(FFGymError, match="rigde"):
-        make_pruning_env(configured(tiny_run, criterion={"name": "obs", "rigde": 0.1}))
 
 
 def test_two_environments_from_one_configuration_agree_bit_for_bit(tiny_run):
