@@ -129,7 +129,6 @@ def one_at_a_time(prior: np.ndarray, levels: tuple[float, ...], rng: np.random.G
     Args:
         prior: importances to move from, shape (2L,).
         levels: changes of one importance.
-        rng: of the order.
     """
     moves: list[tuple[int, float]] = []
     for level in levels:

@@ -54,7 +54,6 @@ class LayerShape(Strict):
     """What decides how long a sublayer takes at each size: all sublayers of one shape share a curve.
 
     Attributes:
-        kind: attention or MLP.
         units: of the dense sublayer.
         channels_per_unit: input columns of the consumer that a unit owns.
         unit_params: parameters that go with a unit, biases included.
@@ -110,11 +109,8 @@ class LatencyTable(Strict):
     """Times of a model's sublayers, one forward pass of one window of ``context`` tokens each, and how they were taken.
 
     Attributes:
-        format: names this kind of file.
         device: the processor's or the GPU's name.
         threads: threads of a CPU; 0 for an accelerator.
-        torch: its version.
-        dtype: of weights and activations.
         context: tokens in the window.
         model: what was timed.
         curves: one for each shape of sublayer.

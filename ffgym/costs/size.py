@@ -12,7 +12,6 @@ class SizeMeter:
     """Whole-model costs of any allocation of one dense model.
 
     Args:
-        prunable: the model.
         costs: what it costs dense, by resource; ``params`` among them.
     """
 
@@ -24,7 +23,6 @@ class SizeMeter:
         """Costs with ``kept`` units per sublayer, length 2L, by resource.
 
         Args:
-            kept: units per sublayer.
             new_biases: parameters of the biases that calibration gave consumers without one
                 (``PrunableModel.new_bias_params``).
         """

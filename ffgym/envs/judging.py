@@ -31,9 +31,6 @@ def judge(
     """Let a reward compare the cut model with the dense one on the same windows and examples.
 
     Args:
-        reward: the plugin.
-        pruned: the cut model.
-        dense: the dense model.
         objectives: the names of its objectives so far; ``None`` the first time.
 
     Raises:

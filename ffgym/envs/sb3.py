@@ -24,7 +24,6 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
     environment's space.
 
     Args:
-        env: the vector environment.
         centre: importances that the action 0 stands for, shape (2L,); 0 where left out.
 
     Raises:

@@ -56,7 +56,6 @@ class Evaluator(Protocol):
         """Measure every request, in the order given.
 
         Args:
-            requests: any number.
             on_progress: called with the share that is done, from 0 to 1.
 
         Raises:
@@ -127,9 +126,7 @@ class ModelEvaluator:
     Args:
         prunable: the prepared model; it is dense again after every call, even an interrupted one.
         windows: token ids, shape (windows, length), int64.
-        examples: multiple-choice examples.
         calibrated: use refitted consumers, not plain removal.
-        tokens_per_batch: tokens of one forward pass.
     """
 
     def __init__(

@@ -42,7 +42,6 @@ class PaddedExamples:
     """Examples as the rows of one forward pass.
 
     Attributes:
-        examples: whose they are.
         ids: shape (examples, length), int64, 0 where padded.
         positions: of the tokens, shape (examples, length), int64.
         mask: what is added to attention scores, shape (examples, 1, length, length), the model's dtype.

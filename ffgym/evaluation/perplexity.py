@@ -59,7 +59,6 @@ def evaluate_cut(
     """As `evaluate`, layer by layer, for a model as it is cut now: its layers need not be in memory.
 
     Args:
-        prunable: the model.
         windows: token ids, shape (windows, length), int64, length >= 2. The hidden states of all are kept in memory.
         tokens_per_batch: tokens in one forward pass (whole windows, at least one).
         on_layer: called with 1 when a layer is done.

@@ -83,7 +83,6 @@ class Queue(Protocol):
         """The next job for a worker that is ready; ``None`` where there is none for it now.
 
         Args:
-            worker: which.
             alive: all workers that there are, busy ones and those that are starting included.
         """
 
@@ -117,9 +116,7 @@ class Pool:
     """Workers that are started when there is work for them, and replaced when they are lost.
 
     Args:
-        crew: the workers.
         size: how many there may be, >= 1.
-        notify: called with lines for the user.
         grace: seconds that an interrupted worker may take to end its job.
     """
 
@@ -139,7 +136,6 @@ class Pool:
         """Do every job of a queue.
 
         Args:
-            queue: hands out jobs.
             wanted: for how many workers it has work.
             on_tick: called several times a second.
 

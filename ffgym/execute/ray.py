@@ -71,9 +71,7 @@ class Cluster:
     """A connection to Ray.
 
     Args:
-        ray: the module.
         workers: how many workers may be started on it.
-        notify: called with lines for the user.
         is_own: whether nobody else uses it.
     """
 
@@ -117,7 +115,6 @@ class RayExecutor:
         pool: workers that each measure a list of requests.
         dense: measures the dense model here.
         dense_units: units per sublayer of the dense model.
-        speeds: what is known of the workers.
     """
 
     def __init__(

@@ -57,10 +57,8 @@ class LoadedModel:
 
     Attributes:
         model: the transformers model, in eval mode, without gradients.
-        tokenizer: its tokenizer.
         name: what the user called it.
         description: one line for tables: what it is and where it came from.
-        dtype: the weights' dtype.
         device: where its first parameter lies.
         stream: reads the decoder layers, which are then on the meta device; ``None`` where they are in memory.
     """
@@ -185,7 +183,6 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
 
     Args:
         name: see :func:`load`, which must have loaded it once.
-        revision: of a hub model.
     """
     from transformers.utils import cached_file
 

@@ -15,7 +15,6 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
     """The error that says what a library's error means for the user.
 
     Args:
-        error: the library's.
         source: the folder or hub id that was loaded from.
         name: what the user called it.
         only_cached: whether the hub could not be asked.

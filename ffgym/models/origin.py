@@ -40,7 +40,6 @@ class DenseModel:
 
     Attributes:
         name: as `load` takes it.
-        revision: of a hub model.
         said_by: an option or a file.
     """
 
@@ -77,7 +76,6 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
     else ``base_model`` in its model card.
 
     Args:
-        folder: of the saved model.
         given: what ``--dense`` says.
 
     Raises:

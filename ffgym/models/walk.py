@@ -128,7 +128,6 @@ class Stream:
         hidden: those that enter the next layer, one tensor a batch, shape (windows, length, d).
 
     Args:
-        walk: through the model.
         batches: token ids, each of shape (windows, length), int64.
     """
 

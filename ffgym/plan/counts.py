@@ -71,7 +71,6 @@ class Stage:
         name: ``"load"``, ``"prepare"``, ``"search"``, ``"finals"``, ``"start"`` (where the search started),
             ``"report"``, ``"sequential"``, ``"save"``, ``"recover"``.
         tokens: how many go through the model.
-        operations: of the stage.
         memory: bytes at the peak, by what holds them; empty where that is not known.
         seconds: in addition to what the operations take.
     """
@@ -94,12 +93,7 @@ class Stage:
 
 
 def stages(shape: ModelShape, load: Workload) -> list[Stage]:
-    """The stages of a run, in order; those that it does not have are left out.
-
-    Args:
-        shape: of the model.
-        load: what the run does.
-    """
+    """The stages of a run, in order; those that it does not have are left out."""
     wanted = {
         _load: True,
         _prepare: True,

@@ -92,7 +92,6 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
 
     Args:
         shape: of the model; a wide one is made narrower in proportion.
-        dtype: of its weights.
         device: where it will run.
         window: tokens that attend to each other.
     """

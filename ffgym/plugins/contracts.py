@@ -171,9 +171,6 @@ def check_objectives(
     """Let a reward name its objectives for two models whose losses are finite.
 
     Args:
-        reward: the plugin.
-        pruned: what the episode measured.
-        dense: the dense model on the same text.
         names: the names that it gave before; ``None`` the first time.
 
     Raises:
@@ -297,8 +294,6 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
     """What a call into a plugin returns.
 
     Args:
-        plugin: whose code is called.
-        call: the call.
         doing: for the message.
         hint: the next step where the plugin failed on a ``None``.
 

@@ -100,8 +100,6 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
     """Make an instance with validated options.
 
     Args:
-        kind: one of `KINDS`.
-        name: a registered name.
         options: the keys of its TOML table beside ``name``, e.g. ``config.criterion.options``.
 
     Raises:

@@ -29,7 +29,6 @@ def write_package(kind: NewKind, name: str, parent: Path) -> Path:
     """Write a package that installs, passes its conformance test and runs.
 
     Args:
-        kind: of the plugin.
         name: of the plugin; the package is called ``ffgym-NAME``.
         parent: where its folder is made.
 

@@ -26,7 +26,6 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
     value is ``None`` is left out, because TOML has no null.
 
     Args:
-        config: to spell out.
         only: the tables whose plugins are needed.
 
     Raises:

@@ -111,7 +111,6 @@ def prepare_model(
     """Statistics, order and refits as the configuration says, from the store where they have been computed before.
 
     Args:
-        config: the run.
         loaded: the model, whose units are brought into order.
         windows: calibration token ids, shape (windows, length), int64.
         keep: statistics that heuristics ask for.
@@ -190,12 +189,7 @@ def costs_in(
     """What a dense model costs in a resource, under a configuration; see `costs_of` for progress, notes and errors.
 
     Args:
-        resource: what is counted.
-        config: the run.
-        model: the dense model.
         recorded: folder of a run that is resumed: a measurement in it is used again.
-        on_progress: see `costs_of`.
-        notify: see `costs_of`.
     """
     if resource.is_measured() and any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
@@ -291,14 +285,10 @@ def build_env(
     """The stationary environment of a run.
 
     Args:
-        config: the run.
-        prepared: model with paths.
         windows: search split, shape (windows, length), int64.
-        budget: see ``make_budget``.
         loaded: the model's tokenizer and context, for a reward that needs accuracy.
         costs: what the model costs, by resource; computed where left out.
         executor: has allocations measured; this process measures them where left out.
-        on_close: called when the environment is closed.
     """
     reward, model = make_reward(config), prepared.prunable.model
     examples = _examples(reward, loaded) if loaded is not None else ()
@@ -328,7 +318,6 @@ class EvaluatorMaker:
         config: the run, with the dtype that the model was loaded in.
         calibration: calibration token ids, shape (windows, length), int64.
         windows: search token ids, the same.
-        examples: task examples.
         store: the prepared model; ``None`` where it is not stored and every worker prepares its own.
         streamed: whether layers stay in the checkpoint until they are needed.
     """
@@ -397,8 +386,6 @@ def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) 
 
     Args:
         table: how many, and where.
-        device: ``model.device``.
-        notify: called with lines for the user.
 
     Raises:
         ConfigError: more than one worker on one and the same GPU.

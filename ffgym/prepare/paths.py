@@ -43,7 +43,6 @@ class Prepared:
     """A model whose units are in path order, with a refit for every level.
 
     Attributes:
-        prunable: the model, ready to be cut.
         views: what heuristics see of each sublayer; read one at a time where the model is not in memory.
         ridges: the lambda of each sublayer.
         calibration_tokens: tokens that the statistics run over.
@@ -74,14 +73,12 @@ def prepare(
 
     Args:
         model: dense Hugging Face causal LM; its weights are permuted in place.
-        criterion: scores the channels.
         windows: calibration token ids, shape (windows, length), int64.
         calibration: name of the plugin that refits consumers. ``affine`` refits the consumer's bias too, giving one to
             consumers that have none; ``ridge`` does so only where there is a bias; ``none`` builds the ridge path all
             the same (final tables show it).
         ridge: lambda; ``None`` picks it per sublayer on held-out calibration windows.
         keep: statistics to keep for heuristics beyond the preparation.
-        tokens_per_batch: tokens of one forward pass.
         source: where the model's layers come from if they are on the meta device. What is prepared of a layer is then
             released with it, so ``on_layer`` has to store it, and the result holds no views.
         on_layer: called with the halves of a layer, their views and lambdas, when it is prepared.
@@ -187,10 +184,7 @@ def _build_path(
 
     Args:
         half: the sublayer, dense; its path is set.
-        criterion: scores the channels.
-        calibration: refits the consumer.
         sums: of the fitted windows. The held-out ones are added, and the moments take the memory of the sums.
-        gradients: first-order statistics.
         apart: inputs of the held-out windows, shape (tokens, n); ``None`` where lambda is given.
         ridge: lambda; ``None`` picks it.
         keep: statistics that the view holds.

@@ -23,7 +23,6 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     """The plan of preparing a model and measuring an update of episodes, on this machine.
 
     Args:
-        config: the run.
         needs: statistics that its heuristics ask for.
 
     Raises:

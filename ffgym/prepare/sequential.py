@@ -37,7 +37,6 @@ def calibrate_sequentially(
         kept: units per sublayer, length 2L.
         windows: calibration token ids, shape (windows, length), int64.
         ridges: lambda of each sublayer, length 2L.
-        tokens_per_batch: tokens of one forward pass.
         on_progress: called with (layers done, layers).
     """
     prunable.restore()

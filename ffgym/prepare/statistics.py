@@ -83,7 +83,6 @@ def stream_statistics(
         prunable: dense, in eval mode.
         windows: calibration token ids, shape (windows, length), int64. The hidden states of all are kept in memory.
         held_out: how many of the last windows to hold out (for choosing the ridge).
-        tokens_per_batch: tokens of one forward pass.
 
     Yields:
         (index, sums over the first windows, inputs of the held-out windows, if any: shape (tokens, n), the model's

@@ -75,7 +75,6 @@ def store_place(
     """The folder for the store of a preparation; ``None`` where none is kept or the criterion's code cannot be read.
 
     Args:
-        model: the dense model.
         criterion: orders the units; a change of its code makes another store.
         windows: calibration token ids, shape (windows, length), int64.
         facts: everything else that decides the bits.
@@ -136,7 +135,6 @@ def opened_or_prepared(
         model: the dense model; its weights are permuted in place.
         make: prepares the model, and calls its argument for each layer when it is prepared.
         what: what is prepared, for people.
-        notify: called with lines for the user.
         stream: where the layers come from; their factors are then read from the store as the model runs.
 
     Raises:

@@ -41,7 +41,6 @@ class Sweep:
     """Grants levels to ladders as nu rises. Exact where all costs are whole numbers.
 
     Args:
-        ladders: what is climbed.
         ties: which ladder comes first where times are equal, shape (ladders,), int64; then the order of the ladders.
         margin: at most this many levels are sorted at once, or those of one time.
     """
@@ -120,7 +119,6 @@ class Sweep:
         """Levels that fit, levels that do not, few or one tick's between them, and the tick of the latter.
 
         Args:
-            ratio: wanted keep ratios.
             levels: granted so far, at the tick ``before``.
             tops: how high each can still go.
             limit: what all may cost together; ``tops`` cost more.

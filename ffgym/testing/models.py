@@ -38,10 +38,6 @@ def tiny_model(
     Args:
         family: a registered name, e.g. one of ``TINY_FAMILIES``.
         grouped_query: two query heads share each of 2 key/value heads; otherwise 4 of them (OPT has only that).
-        layers: decoder layers.
-        head_dim: channels of a head.
-        seed: of the weights.
-        dtype: of the weights.
 
     Returns:
         The model, on the CPU.

@@ -38,7 +38,6 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
     Attributes:
         optimum: the best action, shape (dimensions,), inside (-0.7, 0.7).
         has_slopes: slopes can be asked for.
-        tokens_spent: tokens used so far.
     """
 
     has_slopes = True
@@ -149,13 +148,9 @@ class BudgetRangeEnv(ToyEnv):
     The bowl is steeper the more is removed, as losses are.
 
     Args:
-        num_envs: episodes per update.
-        dimensions: importances per action (2L).
-        tokens: token budget of the search.
         budgets: ends of the range, lower first.
         drift: how far the optimum moves from the middle of the range to an end, root mean square over importances.
-        tokens_per_episode: what one episode costs.
-        noise: as in :class:`ToyEnv`.
+        others: as in :class:`ToyEnv`.
     """
 
     def __init__(
@@ -223,7 +218,6 @@ def toy_stats(channels: int, outputs: int, needs: frozenset[str], *, seed: int =
         channels: n, inputs of the consumer.
         outputs: m, its outputs, for the shapes of ``gradient`` and ``output_gradient``.
         needs: any of ``mean``, ``square``, ``second_moment``, ``gradient``, ``output_gradient``.
-        seed: of the inputs.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = 4 * channels
@@ -248,7 +242,6 @@ def toy_views(layers: int, needs: frozenset[str], *, seed: int = 0) -> Sequence[
     Args:
         layers: decoder layers L.
         needs: statistics to give along.
-        seed: of weights and statistics.
     """
     attention = Sublayer(
         0, "attention", 4, 8, unit_params=768, unit_macs=768, query_heads_per_unit=1, head_dim=8, depth=layers
