@@ -68,6 +68,23 @@ def stock_models(draw):
     return sublayers, legal
 
 
+@st.composite
+def problems(draw, tied):
+    """A model, its costs, and the rules of its budget: every sublayer has its own size, or all layers one shape."""
+    align = draw(alignments)
+    if tied:
+        sublayers, legal = draw(stock_models())
+        return sublayers, linear(sublayers), {"align": align, "legal": legal}
+    return *draw(models()), {"align": align, "least": draw(st.integers(0, 3))}
+
+
+def budget_of(sublayers, tables, *, align, least=1, legal=None):
+    return Budget(sublayers, tables, min_units=least, align=align, shapes=legal)
+
+
+free_and_tied = pytest.mark.parametrize("tied", [False, True], ids=["free", "tied"])
+
+
 def spread_importances(sublayers, seed):
     """Importances without ties."""
     return np.random.default_rng(seed).uniform(-1, 1, len(sublayers))
@@ -162,15 +179,16 @@ class TestPromises:
             assert k in levels_of(sublayer, least=least, align=align)
             assert k == sublayer.units or k * sublayer.channels_per_unit % align == 0
 
-    @given(models(), st.data(), shares, st.integers(1, 3), alignments)
-    def test_equals_the_slow_reference(self, model, data, share, least, align):
+    @free_and_tied
+    @given(st.data(), shares)
+    def test_equals_the_slow_reference(self, tied, data, share):
         """Importances on a grid, so that there are many ties, and exact fractions in the reference."""
-        sublayers, _ = model
+        sublayers, tables, rules = data.draw(problems(tied))
         importance = on_grid(data, sublayers)
-        budget = Budget(*model, min_units=least, align=align)
+        budget = budget_of(sublayers, tables, **rules)
         sparsity = int(share * budget.reachable[1] * 1024) / 1024  # exact in floating point, and so is 1 - sparsity
         got = budget.project(np.array(importance), sparsity)
-        assert got.kept == slowly_projected(*model, importance, sparsity, least=least, align=align)
+        assert got.kept == slowly_projected(sublayers, tables, importance, sparsity, tied=tied, **rules)
 
     @given(models(), seeds, shares, alignments)
     def test_the_order_of_the_list_does_not_matter(self, model, seed, share, align):
@@ -198,22 +216,24 @@ class TestPromises:
         again = Budget(moved, [tables[i] for i in halves], align=align).project(importance[halves], sparsity).kept
         assert again == tuple(kept[i] for i in halves)
 
-    @given(models(), seeds, shares, st.data(), st.floats(0, 2), st.booleans(), alignments)
-    def test_more_importance_never_costs_a_sublayer_units(self, model, seed, share, data, raise_by, tied, align):
-        sublayers, _ = model
-        budget = Budget(*model, align=align)
+    @free_and_tied
+    @given(st.data(), seeds, shares, st.floats(0, 2), st.booleans())
+    def test_more_importance_never_costs_a_sublayer_units(self, tied, data, seed, share, raise_by, coarse):
+        sublayers, tables, rules = data.draw(problems(tied))
+        budget = budget_of(sublayers, tables, **rules)
         importance = spread_importances(sublayers, seed)
-        importance = np.round(importance * 2) / 2 if tied else importance
+        importance = np.round(importance * 2) / 2 if coarse else importance
         which = data.draw(st.integers(0, len(sublayers) - 1))
         raised = importance.copy()
         raised[which] = min(1.0, raised[which] + raise_by)
         sparsity = share * budget.reachable[1]
         assert budget.project(raised, sparsity).kept[which] >= budget.project(importance, sparsity).kept[which]
 
-    @given(models(), seeds, shares, st.integers(0, 3), alignments)
-    def test_a_second_projection_changes_nothing(self, model, seed, share, least, align):
-        sublayers, _ = model
-        budget = Budget(*model, min_units=least, align=align)
+    @free_and_tied
+    @given(st.data(), seeds, shares)
+    def test_a_second_projection_changes_nothing(self, tied, data, seed, share):
+        sublayers, tables, rules = data.draw(problems(tied))
+        budget = budget_of(sublayers, tables, **rules)
         sparsity = share * budget.reachable[1]
         kept = budget.project(spread_importances(sublayers, seed), sparsity).kept
         ratios = np.array([k / s.units for k, s in zip(kept, sublayers, strict=True)])
@@ -316,36 +336,6 @@ class TestTied:
                 sublayers[half::2], linear(sublayers)[half::2], got.kept[half::2], align=align, legal=legal
             )
             assert not step or got.cost + sum(step) > limit
-
-    @given(stock_models(), st.data(), shares, alignments)
-    def test_equals_the_slow_reference(self, model, data, share, align):
-        sublayers, legal = model
-        importance = on_grid(data, sublayers)
-        budget = Budget(sublayers, shapes=legal, align=align)
-        sparsity = int(share * budget.reachable[1] * 1024) / 1024
-        got = budget.project(np.array(importance), sparsity)
-        assert got.kept == slowly_projected(
-            sublayers, linear(sublayers), importance, sparsity, tied=True, align=align, legal=legal
-        )
-
-    @given(stock_models(), seeds, shares, st.data(), st.floats(0, 2))
-    def test_more_importance_never_costs_a_sublayer_units(self, model, seed, share, data, raise_by):
-        sublayers, legal = model
-        budget = Budget(sublayers, shapes=legal)
-        importance = spread_importances(sublayers, seed)
-        which = data.draw(st.integers(0, len(sublayers) - 1))
-        raised = importance.copy()
-        raised[which] = min(1.0, raised[which] + raise_by)
-        sparsity = share * budget.reachable[1]
-        assert budget.project(raised, sparsity).kept[which] >= budget.project(importance, sparsity).kept[which]
-
-    @given(stock_models(), seeds, shares)
-    def test_a_second_projection_changes_nothing(self, model, seed, share):
-        sublayers, legal = model
-        budget = Budget(sublayers, shapes=legal)
-        sparsity = share * budget.reachable[1]
-        kept = budget.project(spread_importances(sublayers, seed), sparsity).kept
-        assert budget.project(budget.importance(kept), sparsity).kept == kept
 
     @given(stock_models(), shares, alignments)
     def test_every_shape_is_found_by_listing_as_by_projecting(self, model, share, align):
