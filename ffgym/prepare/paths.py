@@ -241,9 +241,9 @@ def held_out_windows(windows: int, length: int) -> int:
     return max(1, min(int(HELD_OUT_SHARE * windows), HELD_OUT_TOKENS // length))
 
 
-def some_rows(inputs: torch.Tensor, rows: int = HELD_OUT_ROWS) -> torch.Tensor:
-    """A random choice of inputs, shape (at most rows, n), the same for the same number of tokens."""
-    chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:rows]
+def some_rows(inputs: torch.Tensor) -> torch.Tensor:
+    """A random choice of inputs, shape (at most ``HELD_OUT_ROWS``, n), the same for the same number of tokens."""
+    chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:HELD_OUT_ROWS]
     return inputs[chosen.sort().values.to(inputs.device)]
 
 

@@ -164,12 +164,12 @@ class TestRidge:
 
     def test_inputs_are_drawn_from_all_that_were_held_out(self):
         inputs = torch.arange(9000.0)[:, None].expand(-1, 2)
-        rows = some_rows(inputs, 1000)
-        assert rows.shape == (1000, 2)
+        rows = some_rows(inputs)
+        assert rows.shape == (1024, 2)
         assert (rows[1:] > rows[:-1]).all(), "none twice"
         assert torch.histc(rows[:, 0], bins=9, min=0, max=9000).min() > 70
-        assert torch.equal(rows, some_rows(inputs, 1000))
-        assert torch.equal(some_rows(inputs, 10_000), inputs)
+        assert torch.equal(rows, some_rows(inputs))
+        assert torch.equal(some_rows(inputs[:1000]), inputs[:1000])
 
     def test_statistics_run_over_all_windows_also_where_some_were_held_out(self, windows):
         picked = prepare(tiny_model("llama"), Wanda(), windows, keep=frozenset({"second_moment"}))
