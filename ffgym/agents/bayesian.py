@@ -1,8 +1,8 @@
 """Bayesian optimisation: a Gaussian-process surrogate and expected improvement (Jones et al. 1998; scikit-learn's GP).
 
-The problem: maximise R over importances, each episode being too dear to waste. A surrogate is fitted to all episodes so
-far (see :mod:`ffgym.agents.surrogate`: rewards of different updates are compared through a level for each); the next
-ones are the candidates that promise most.
+The problem: maximise R over importances when episodes are too expensive to waste. A surrogate is fitted to all episodes
+so far (see :mod:`ffgym.agents.surrogate`: it has a level for each update, so that rewards of different updates can be
+compared). The next episodes are the candidates with the highest expected improvement.
 
 * Every update measures the incumbent again, the best of the surrogate's means among the points measured. That costs an
   episode, and it ties the levels of the updates together.
@@ -55,7 +55,7 @@ class Bayesian(BatchAgent):
         self._rng = np.random.default_rng(seed)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
-        """The incumbent, then what promises most, shape (batch, 2L), float32."""
+        """The incumbent, then the most promising candidates, shape (batch, 2L), float32."""
         assert self._incumbent is not None, "begin comes first"
         others = self._rewards.shape[1] - 1
         if self._surrogate is None:

@@ -128,7 +128,7 @@ class Evolution(BatchAgent):
         return np.asarray(self._rng.uniform(-1.0, 1.0, self._dimensions))
 
     def _new_child(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """A child that is none of the rows: the same again would earn the same reward, and pay for it."""
+        """A child that equals none of the rows: a copy would cost tokens and earn the same reward."""
         for _ in range(MOST_TRIES):
             child = _inside(self._child())
             if not any(np.array_equal(child, row) for row in rows):
@@ -150,5 +150,5 @@ class Evolution(BatchAgent):
 
 
 def _inside(importances: np.ndarray) -> np.ndarray:
-    """Within [-1, 1], as the environment gets them, so that copies of them can be told."""
+    """Clip to [-1, 1] and round to float32, as the environment does, so that copies are equal."""
     return np.asarray(np.clip(importances, -1.0, 1.0), dtype=np.float32).astype(np.float64)

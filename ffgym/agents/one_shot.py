@@ -1,4 +1,4 @@
-"""A heuristic as an agent: its importances, measured once, nothing learnt (``--agent flap`` runs this)."""
+"""A heuristic as an agent: its importances are measured once, and nothing is learnt (``--agent flap``)."""
 
 from __future__ import annotations
 

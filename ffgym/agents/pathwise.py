@@ -11,7 +11,7 @@ than those in the middle, and on a common scale their noise would be most of eve
 neighbouring layers of one kind, as far as ``smooth`` says. What is recommended is the mean of the last half of the mu.
 A sublayer without slopes, its units too coarse for a derivative, stays where the prior has it.
 
-It follows the loss, whatever the reward: the reward has its say when the finalists are compared.
+It follows the loss, whatever the reward is: only the comparison of the finalists looks at the reward.
 
 Sources: deterministic policy gradients, Silver et al. 2014; a scale for each coordinate, Duchi et al. 2011 (AdaGrad);
 averaging, Polyak and Juditsky 1992.
@@ -97,7 +97,7 @@ class Pathwise(BatchAgent):
         return {"policy/mean": float(self._mean.mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The average of the last updates, and the prior: the finals see to it that no search ends behind it."""
+        """The average of the last updates, and the prior, so that the finals cannot end with anything worse."""
         if self._origin is None:
             return []
         return [self._settled().astype(np.float32), self._origin.astype(np.float32)]

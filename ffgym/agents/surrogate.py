@@ -62,7 +62,7 @@ class Surrogate:
         return f + level + WhiteKernel(noise)
 
     def _of_no_update(self, points: np.ndarray) -> np.ndarray:
-        """Inputs at which only f is asked for: no update's level comes to it."""
+        """Inputs for f alone, without the level of any update."""
         return np.hstack([np.zeros((len(points), self._updates)), points])
 
     def most_promising(self, candidates: np.ndarray, count: int) -> np.ndarray:
@@ -112,14 +112,14 @@ class OfColumns(Kernel):  # type: ignore[misc]  # scikit-learn has no types
     Args:
         kernel: of those columns.
         start: the first of them.
-        stop: the first that is none of them; ``None`` for all to the end.
+        stop: one past the last of them; ``None`` for all to the end.
     """
 
     def __init__(self, kernel: Kernel, start: int, stop: int | None) -> None:
         self.kernel, self.start, self.stop = kernel, start, stop
 
     def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
-        """The kernel's matrix; there is no gradient, for nothing here is optimised."""
+        """The kernel's matrix; there is no gradient, because nothing here is optimised."""
         here = slice(self.start, self.stop)
         return self.kernel(X[:, here], None if Y is None else Y[:, here])
 

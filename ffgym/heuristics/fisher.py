@@ -1,9 +1,8 @@
-"""Where a loss-aware, calibrated removal costs least: the budgeted choice on second-order loss estimates."""
+"""Fisher: cut where the loss is estimated, to second order and after calibration, to rise least."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -11,17 +10,6 @@ from pydantic import Field
 from ffgym.heuristics.reference import reference_sparsity
 from ffgym.plugins.bases import Heuristic, PluginConfig
 from ffgym.types import SublayerView
-
-
-class FisherConfig(PluginConfig):
-    """Options of the heuristic."""
-
-    reference: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="share of the prunable parameters that the choice is solved for; the target if left out",
-    )
 
 
 class Fisher(Heuristic):
@@ -32,9 +20,18 @@ class Fisher(Heuristic):
     1503.05671; the allocation by marginal costs is the optimality condition of a separable budget).
     """
 
-    name: ClassVar[str] = "fisher"
-    needs: ClassVar[frozenset[str]] = frozenset({"output_gradient"})
-    Config = FisherConfig
+    name = "fisher"
+    needs = frozenset({"output_gradient"})
+
+    class Config(PluginConfig):
+        """Options of the table ``[prior]``."""
+
+        reference: float | None = Field(
+            None,
+            gt=0,
+            lt=1,
+            description="share of the prunable parameters that the choice is solved for; the target if left out",
+        )
 
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """Keep ratios of the solution, mapped from [0, 1] to [-1, 1]."""

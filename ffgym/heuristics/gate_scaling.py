@@ -1,4 +1,4 @@
-"""Gate scaling: sublayers whose output the loss leans on keep more."""
+"""Gate scaling: sublayers keep more if the loss depends more on their output."""
 
 from __future__ import annotations
 

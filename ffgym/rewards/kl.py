@@ -17,13 +17,13 @@ class KL(Reward):
     P is the dense model's distribution of the next token, Q the pruned one's, both over the whole vocabulary; the
     divergence is the mean over the predicted tokens, in nats per token.
 
-        forward   KL(P || Q) = E_P[log P - log Q]   large where Q is sure that what P allows is out: covers all of P
-        reverse   KL(Q || P) = E_Q[log Q - log P]   large where Q allows what P is sure is out: stays inside P
+        forward   KL(P || Q) = E_P[log P - log Q]   large where Q rules out what P allows: Q has to cover P
+        reverse   KL(Q || P) = E_Q[log Q - log P]   large where Q allows what P rules out: Q has to stay inside P
 
     R = exp(-KL) is on the scale of the perplexity ratio: on text drawn from P itself, the expected loss difference that
-    `perplexity` exponentiates is KL(P || Q). Unlike it, R is at most 1, it sees all of the vocabulary at every position
-    and not only the one token that the text has, so it is less noisy on few tokens, and it pays nothing for fitting the
-    search text better than the dense model does. The price is a second product with the output head.
+    `perplexity` exponentiates is KL(P || Q). Unlike that reward, R is at most 1, so that fitting the search text better
+    than the dense model earns nothing. It looks at the whole vocabulary at every position, not only at the token that
+    the text has, so it is less noisy on few tokens. The price is a second product with the output head.
     """
 
     name = "kl"

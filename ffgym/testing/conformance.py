@@ -220,7 +220,7 @@ class AgentConformance(PluginConformance):
         return agent
 
     def learned(self, seed: int = 0) -> tuple[Agent, ToyEnv, list[Update]]:
-        """Run a whole search."""
+        """A whole search: the agent, its environment, and the updates that it reported."""
         agent, env, updates = self.ready(), self.environment(), list[Update]()
         agent.learn(env, seed=seed, on_update=updates.append)
         return agent, env, updates
@@ -380,7 +380,7 @@ class FamilyConformance:
 
 
 def _witnessed(env: ToyEnv) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What a toy hands out from here on: (the array itself, a copy of what it held then)."""
+    """All arrays that a toy hands out from now on, each with a copy of what it held then."""
     told: list[tuple[np.ndarray, np.ndarray]] = []
     step, reset = env.step, env.reset
 

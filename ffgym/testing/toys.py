@@ -1,7 +1,7 @@
 """Toy problems: vector environments whose optimum is known, and sublayers to try criteria and heuristics on.
 
 The environments look to an agent exactly like the pruning one: one-step episodes, importances in [-1, 1], a token
-budget. Their best reward is 1, at ``optimum``. Slopes are there for the taking: the derivative of the negative reward.
+budget. Their best reward is 1, at ``optimum``. They give slopes to any agent: the derivative of the negative reward.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def toy_views(layers: int, needs: frozenset[str], *, seed: int = 0) -> Sequence[
 
 
 def _view(sublayer: Sublayer, needs: frozenset[str], seed: int) -> SublayerView:
-    """Later units have smaller weights; what is left out costs its energy, as if inputs were independent."""
+    """Later units have smaller weights; leaving units out costs their energy, as if inputs were independent."""
     outputs = 16
     fading = torch.linspace(2.0, 0.2, sublayer.units).repeat_interleave(sublayer.channels_per_unit)
     weight = torch.randn(outputs, sublayer.channels, generator=torch.Generator().manual_seed(seed)) * fading
@@ -273,6 +273,6 @@ def _view(sublayer: Sublayer, needs: frozenset[str], seed: int) -> SublayerView:
 
 
 def _left_out(channels: torch.Tensor, sublayer: Sublayer) -> np.ndarray:
-    """What all units from the k-th on sum up to, for k = 0 .. units; shape (channels,) -> (units + 1,)."""
+    """The sum over all units from the k-th on, for k = 0 .. units; shape (channels,) -> (units + 1,)."""
     units = channels.double().reshape(sublayer.units, -1).sum(dim=1)
     return np.append(units.flip(0).cumsum(0).flip(0).numpy(), 0.0)
