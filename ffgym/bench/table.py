@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ffgym.config.mixture import described
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, finite, stacked
+from ffgym.report.layout import Column, Table, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
@@ -200,11 +200,11 @@ def _number(
 
 
 def _perplexity_data(row: BenchRow) -> JSONDict:
-    return {"perplexity": finite(row.perplexity.value), "perplexity_stderr": row.perplexity.stderr}
+    return {"perplexity": row.perplexity.value, "perplexity_stderr": row.perplexity.stderr}
 
 
 def _plain_data(row: BenchRow) -> JSONDict:
-    return {"perplexity_without_refit": None if row.plain is None else finite(row.plain.value)}
+    return {"perplexity_without_refit": None if row.plain is None else row.plain.value}
 
 
 def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> BenchTable:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
+
+from ffgym.report.layout import strict
 
 
 def print_columns(rows: Iterable[Sequence[str]]) -> None:
@@ -20,13 +21,4 @@ def print_columns(rows: Iterable[Sequence[str]]) -> None:
 
 def print_json(data: Any) -> None:
     """Print strict JSON: what is no number becomes null."""
-    typer.echo(json.dumps(_strict(data), indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def _strict(data: Any) -> Any:
-    """JSON has no NaN and no infinity: both become null."""
-    if isinstance(data, Mapping):
-        return {key: _strict(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_strict(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    typer.echo(json.dumps(strict(data), indent=2, ensure_ascii=False, allow_nan=False))

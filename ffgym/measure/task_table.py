@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ffgym.files import write_text
 from ffgym.measure.task_definitions import TaskSet
 from ffgym.measure.tasks import Figure, ModelScores, TaskResult, paper_means
-from ffgym.report.layout import Column, Table, finite
+from ffgym.report.layout import Column, Table, strict
 from ffgym.types import JSONDict
 
 MEAN_LABEL = "mean of the paper's seven"
@@ -146,8 +145,8 @@ def write_file(path: Path, table: TaskTable) -> None:
 
 
 def as_dict(table: TaskTable) -> JSONDict:
-    """Turn the table into plain data; a figure that is not finite becomes ``None`` (JSON knows none)."""
-    return {
+    """The table as plain data, see `strict`."""
+    data = {
         "lm_eval": table.tasks.harness or None,
         "num_fewshot": 0,
         "data": table.tasks.source,
@@ -156,6 +155,7 @@ def as_dict(table: TaskTable) -> JSONDict:
         "complete": table.complete,
         "models": [_model_dict(model, table.tasks) for model in table.models],
     }
+    return strict(data)
 
 
 def _model_dict(model: ModelScores, tasks: TaskSet) -> JSONDict:
@@ -174,19 +174,18 @@ def _model_dict(model: ModelScores, tasks: TaskSet) -> JSONDict:
                 "available": result.available,
                 "truncated": result.truncated,
                 "not_finite": result.not_finite,
-                "metrics": {metric.name: _metric_dict(metric) for metric in result.metrics},
+                "metrics": _figures(result.metrics),
             }
             for result in model.results
         },
-        "paper_means": {mean.name: _metric_dict(mean) for mean in paper_means(model.results)},
+        "paper_means": _figures(paper_means(model.results)),
     }
 
 
-def _metric_dict(metric: Figure) -> dict[str, Any]:
+def _figures(figures: Iterable[Figure]) -> JSONDict:
     return {
-        "value": finite(metric.value),
-        "stderr": finite(metric.stderr),
-        "higher_is_better": metric.higher_is_better,
+        figure.name: {"value": figure.value, "stderr": figure.stderr, "higher_is_better": figure.higher_is_better}
+        for figure in figures
     }
 
 

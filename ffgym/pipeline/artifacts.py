@@ -23,7 +23,7 @@ from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_names
 from ffgym.report.front import as_dict as front_as_dict
-from ffgym.report.layout import finite
+from ffgym.report.layout import strict
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, perplexity_text
@@ -105,16 +105,17 @@ def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task
 def allocation_json(found: SearchResult) -> JSONDict:
     """What ``allocation.json`` holds: units kept per sublayer, and where the search found them."""
     best = found.best
-    return {
+    data = {
         "kept": list(best.allocation.kept),
         "importance": [round(float(a), 6) for a in best.importance],
         "resource": best.allocation.resource,
         "sparsity": best.allocation.sparsity,
         "origin": best.origin,
-        "finals_loss": finite(best.loss),
-        "finals_dense_loss": finite(found.dense_loss),
+        "finals_loss": best.loss,
+        "finals_dense_loss": found.dense_loss,
         "episodes": len(found.history),
     }
+    return strict(data)
 
 
 def write_pareto(folder: Path, task: Task, found: SearchResult, tracker: Tracker, reporter: Reporter) -> None:

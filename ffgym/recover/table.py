@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ffgym.report.card import TAGS, loading
-from ffgym.report.layout import Column, Table, finite, humane
+from ffgym.report.layout import Column, Table, humane
 from ffgym.report.paired import standard_error
 from ffgym.types import Evaluation, JSONDict
 
@@ -66,9 +66,9 @@ def _perplexity(row: Measured) -> str:
 
 def _losses(row: Measured) -> JSONDict:
     return {
-        "perplexity": finite(row.evaluation.perplexity),
-        "loss": finite(row.evaluation.loss),
-        "loss_stderr": finite(standard_error(row.evaluation.losses)),
+        "perplexity": row.evaluation.perplexity,
+        "loss": row.evaluation.loss,
+        "loss_stderr": standard_error(row.evaluation.losses),
     }
 
 

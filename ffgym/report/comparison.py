@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.report.figures import BLACK, BLUE, SERIES, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, finite, humane, stacked
+from ffgym.report.layout import Column, Table, humane, stacked
 from ffgym.report.paired import Difference, difference_data, margin, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
-from ffgym.types import JSONDict
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,11 @@ class Comparison:
         """What stands where."""
         columns: list[Column[ComparedRun]] = [
             Column("run", lambda run: run.name, left=True, plain=lambda run: {"run": run.name}),
-            Column("perplexity", lambda run: perplexity_text(run.result), plain=_perplexity),
+            Column(
+                "perplexity",
+                lambda run: perplexity_text(run.result),
+                plain=lambda run: {"perplexity": run.result.perplexity, "loss_stderr": run.result.loss_stderr},
+            ),
             Column("x dense", _times_dense, plain=lambda run: {"ratio_to_dense": run.table.times_dense(run.result)}),
             Column(
                 f"nats against {self.reference.name}",
@@ -93,10 +96,6 @@ class Comparison:
 
 def _text(head: str, text: Callable[[ComparedRun], str]) -> Column[ComparedRun]:
     return Column(head, text, left=True, plain=lambda run: {head: text(run)}, spare=True)
-
-
-def _perplexity(run: ComparedRun) -> JSONDict:
-    return {"perplexity": finite(run.result.perplexity), "loss_stderr": finite(run.result.loss_stderr)}
 
 
 def _times_dense(run: ComparedRun) -> str:

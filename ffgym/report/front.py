@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.report.figures import BLUE, REFERENCE_LOOKS, new_figure, save_figure, tidy
-from ffgym.report.layout import STAR, Table, finite, humane, text_columns
+from ffgym.report.layout import STAR, Table, humane, strict, text_columns
 from ffgym.report.paired import paired_difference
 from ffgym.report.table import Row, perplexity_text
 from ffgym.types import Allocation, JSONDict
@@ -102,11 +102,11 @@ def point_names(targets: Sequence[float]) -> list[str]:
 
 
 def as_dict(front: Front) -> JSONDict:
-    """The front as plain data; a perplexity that is not finite is ``None``."""
-    return {
+    """The front as plain data, see `strict`."""
+    data = {
         "measured": front.header,
         "label": front.label,
-        "dense_perplexity": finite(front.dense.perplexity),
+        "dense_perplexity": front.dense.perplexity,
         "search_tokens": front.search_tokens,
         "final_tokens": front.final_tokens,
         "seconds": round(front.seconds, 1),
@@ -117,14 +117,15 @@ def as_dict(front: Front) -> JSONDict:
                 "resource": point.allocation.resource,
                 "kept": list(point.allocation.kept),
                 "origin": point.origin,
-                "finals_loss": finite(point.finals_loss),
+                "finals_loss": point.finals_loss,
                 **point.found.values,
-                "perplexity": {label: finite(front.row(point, label).perplexity) for label in front.labels},
-                "loss_stderr": {label: finite(front.row(point, label).loss_stderr) for label in front.labels},
+                "perplexity": {label: front.row(point, label).perplexity for label in front.labels},
+                "loss_stderr": {label: front.row(point, label).loss_stderr for label in front.labels},
             }
             for point in front.points
         ],
     }
+    return strict(data)
 
 
 def front_figure(front: Front, path: Path) -> None:

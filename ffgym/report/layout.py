@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ffgym.types import JSONDict
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 # A no-break space keeps the star from standing on a line of its own.
 STAR = "\N{NO-BREAK SPACE}*"
@@ -131,9 +132,9 @@ class Table(Generic[R]):
         return "".join([head, rule, *rows, notes and f"{notes}\n"])
 
     def as_dicts(self) -> list[JSONDict]:
-        """The rows as plain data."""
+        """The rows as plain data, see `strict`."""
         parts = [*(column.plain for column in self.columns if column.plain is not None), self.plain]
-        return [{key: value for part in parts for key, value in part(row).items()} for row in self.rows]
+        return strict([{key: value for part in parts for key, value in part(row).items()} for row in self.rows])
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,13 @@ def humane(value: float, unit: str = "") -> str:
     return f"{value:.0f} {unit}".rstrip()
 
 
-def finite(value: float | None) -> float | None:
-    """``None`` for what JSON has no number for."""
-    return value if value is not None and math.isfinite(value) else None
+def strict(data: T) -> T:
+    """The same data with ``None`` for NaN and the infinities, which JSON has no numbers for."""
+    found: Any = data
+    if isinstance(data, Mapping):
+        found = {key: strict(value) for key, value in data.items()}
+    elif isinstance(data, list | tuple):
+        found = [strict(value) for value in data]
+    elif isinstance(data, float) and not math.isfinite(data):
+        found = None
+    return cast(T, found)

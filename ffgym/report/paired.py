@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ffgym.report.layout import finite
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def difference_data(found: Difference | None) -> JSONDict:
     """What JSON has of a difference; both values are null where it is not known."""
     return {
         "difference": None if found is None else found.mean,
-        "difference_margin": None if found is None else finite(found.margin),
+        "difference_margin": None if found is None else found.margin,
     }
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ffgym.report.layout import STAR, Column, Table, finite, stacked
+from ffgym.report.layout import STAR, Column, Table, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
@@ -179,10 +179,10 @@ class ReportTable:
             _number(
                 "perplexity",
                 lambda row: perplexity_text(row) + (STAR if row is best else ""),
-                lambda row: {"perplexity": finite(row.perplexity), "loss_stderr": finite(row.loss_stderr)},
+                lambda row: {"perplexity": row.perplexity, "loss_stderr": row.loss_stderr},
                 bold=True,
             ),
-            _number("x dense", self._times_dense, lambda row: {"ratio_to_dense": finite(self.times_dense(row))}),
+            _number("x dense", self._times_dense, lambda row: {"ratio_to_dense": self.times_dense(row)}),
             *([self._against()] if any(self.difference(row) for row in self.rows) else []),
             _share("sparsity prunable", lambda row: row.sparsity_prunable),
             _share("sparsity model", lambda row: row.sparsity_model),
