@@ -45,7 +45,7 @@ class RunResult:
     recovered: RecoveredModel | None = None
 
     def to_json(self) -> JSONDict:
-        """Numbers and paths, ready for ``json.dumps`` (NaN aside)."""
+        """Numbers and paths, ready for ``json.dumps``."""
         return {
             "table": self.table.layout().as_dicts(),
             "measured": self.table.header,
