@@ -40,13 +40,15 @@ from ffgym.recover.text import gather
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
-SHORT = {"tokens": 1024, "batch_tokens": 256, "evaluate_every": 2, "checkpoint_every": 2, "held_out_tokens": 256}
+SHORT = {"tokens": 1024, "batch_tokens": 256, "evaluate_every": 2, "held_out_tokens": 256}
+OWN = {"lora": {"checkpoint_every": 2}}  # options of a method
 STEPS = 4
 BESIDE = {"config.toml", "recovery.json", "recovery.png", "README.md", "modeling_ffgym.py", "model.safetensors"}
 
 
-def changes(**recover: Any) -> dict[str, dict[str, Any]]:
-    return {"search": {"random_baseline": False}, "prune": {"sparsity": 0.4}, "recover": {**SHORT, **recover}}
+def changes(method: str = "none", **recover: Any) -> dict[str, dict[str, Any]]:
+    table = {**SHORT, "method": method, **OWN.get(method, {}), **recover}
+    return {"search": {"random_baseline": False}, "prune": {"sparsity": 0.4}, "recover": table}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,10 @@ def folder(pruned: Path, tmp_path: Path) -> Path:
 
 
 def configured(folder: Path, method: str = "lora", **recover: Any) -> RunConfig:
-    overrides = [f"recover.{key}={json.dumps(value)}" for key, value in {"method": method, **recover}.items()]
+    overrides = [
+        f"recover.{key}={json.dumps(value)}"
+        for key, value in {"method": method, **OWN.get(method, {}), **recover}.items()
+    ]
     return load_config(folder / "config.toml", overrides)
 
 
