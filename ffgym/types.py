@@ -10,28 +10,31 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-Kind = Literal["attention", "mlp"]
+Kind = Literal["attention", "mlp", "experts"]
 Ramp = Literal["none", "cubic", "staircase"]
 
 
 @dataclass(frozen=True)
 class Sublayer:
-    """The attention or the MLP half of one decoder layer, and what one of its units is made of.
+    """The attention or the other half of one decoder layer, and what one of its units is made of.
 
     A unit is a KV group (attention: one key/value head with all its query heads), the attention as a whole where its
-    family cannot be cut by heads, or an intermediate channel (MLP).
+    family cannot be cut by heads, an intermediate channel (MLP), or an expert (mixture of experts).
 
     Attributes:
         layer: index of the decoder layer, from 0.
-        kind: ``"attention"`` or ``"mlp"``.
+        kind: ``"attention"``, ``"mlp"`` or ``"experts"``.
         units: how many units the dense sublayer has.
-        channels_per_unit: consumer input columns that one unit owns, contiguous.
-        unit_params: parameters that go with one unit: producer rows, their biases and consumer columns.
-        unit_macs: multiply-accumulates per token of the unit's linear layers (no attention scores).
+        channels_per_unit: consumer input columns that one unit owns, contiguous; 1 for an expert.
+        unit_params: parameters that go with one unit: producer rows, their biases and consumer columns; an expert's
+            weights and its row of the router.
+        unit_macs: multiply-accumulates per token that go with one unit (no attention scores). A token passes through
+            as many experts as before when one is gone, so of an expert this is its row of the router.
         query_heads_per_unit: query heads in one unit of an attention; 0 for an MLP.
         kv_heads_per_unit: key/value heads in one unit of an attention: 1, or all of them.
         head_dim: channels of one head; 0 for an MLP.
         depth: decoder layers in the model, so that rules about ends need nothing else.
+        experts_per_token: experts that each token is sent to; so many have to stay. 0 for attention and MLPs.
     """
 
     layer: int
@@ -44,6 +47,7 @@ class Sublayer:
     kv_heads_per_unit: int = 1
     head_dim: int = 0
     depth: int = 1
+    experts_per_token: int = 0
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ def unit_slopes(
 
     Returns:
         for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Removing
-        a kept unit would undo its change.
+        a kept unit would undo its change. 0 for experts: a router chooses, which has no derivative.
     """
     slopes: list[torch.Tensor] = []  # from the last layer to the first
     totals: dict[torch.Tensor, torch.Tensor] = {}
@@ -58,6 +58,9 @@ def unit_slopes(
                 totals[parameter] = before + gradient.float() / len(windows)
             if done % len(windows) == 0:
                 for half in reversed(prunable.halves[2 * index : 2 * index + 2]):
+                    if not half.is_refittable:
+                        slopes.append(torch.zeros(half.sublayer.units))
+                        continue
                     of_weight, of_bias = totals[half.consumer.weight], totals.get(half.consumer.bias)
                     channels = half.path_for(calibrated=calibrated).slopes(of_weight, of_bias)
                     slopes.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
@@ -69,4 +72,5 @@ def unit_slopes(
 
 def _parameters(prunable: PrunableModel, layer: int) -> list[torch.Tensor]:
     """Weights and biases of a layer's two consumers."""
-    return [each for half in prunable.halves[2 * layer : 2 * layer + 2] for each in half.consumer.parameters()]
+    halves = prunable.halves[2 * layer : 2 * layer + 2]
+    return [each for half in halves if half.is_refittable for each in half.consumer.parameters()]

@@ -233,7 +233,7 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     """
     config_class, model_class, _ = family.saved_classes()
     settings = _settings(model)
-    sizes = _sizes_per_layer(model.config, kept, family)
+    sizes = _sizes_per_layer(model, kept, family)
     weights = _checkpoint_weights(model, kept, family)
     with _named_misfits():
         with torch.device("meta"):
@@ -310,12 +310,16 @@ def _settings(model: Any) -> dict[str, Any]:
 
 def _shared_sizes(model: Any, kept: Sequence[int], family: Family) -> dict[str, Any]:
     """What a stock config says about all layers: heads, KV heads, channels, and the width of a head."""
-    config, legal = model.config, family.stock_shapes(model)
-    sizes = _sizes_per_layer(config, kept, family)
+    legal = family.stock_shapes(model)
+    sizes = _sizes_per_layer(model, kept, family)
     hint = "Save it as an uneven checkpoint (stock=False), or search with --uniform."
-    if len(set(zip(kept[::2], kept[1::2], strict=True))) > 1:
-        raise ModelError("the layers differ in size, and a stock checkpoint has one shape for all", hint=hint)
-    for kind, units in zip(KINDS, kept[:2], strict=True):
+    shared: dict[str, Any] = {}
+    for size in sizes:
+        if any(shared.setdefault(name, number) != number for name, number in size.items()):
+            raise ModelError("the layers differ in size, and a stock checkpoint has one shape for all", hint=hint)
+    others: list[Kind] = ["experts" if family.expert_modules(layer) else "mlp" for layer in family.layers(model)]
+    for index, units in enumerate(kept):
+        kind = others[index // 2] if index % 2 else "attention"
         if units not in legal[kind]:
             raise ModelError(
                 f"a stock {family.name} checkpoint cannot keep {units} of {legal[kind][-1]} units of its {kind};"
@@ -323,8 +327,8 @@ def _shared_sizes(model: Any, kept: Sequence[int], family: Family) -> dict[str, 
                 hint=hint,
             )
     if family.known_stock().heads == "dense":  # its code divides the hidden size by the number of heads
-        return sizes[0]
-    return sizes[0] | {"head_dim": family.head_dim(model)}
+        return shared
+    return shared | {"head_dim": family.head_dim(model)}
 
 
 def _listed(units: Sequence[int]) -> str:
@@ -344,31 +348,31 @@ def _bias_switch(kind: Kind, family: Family) -> str:
     return switch
 
 
-def _sizes_per_layer(config: Any, kept: Sequence[int], family: Family) -> list[dict[str, Any]]:
+def _sizes_per_layer(model: Any, kept: Sequence[int], family: Family) -> list[dict[str, Any]]:
     """What ``per_layer_config`` says about each layer."""
+    config = model.config
     heads, kv_heads = family.head_counts(config)
     groups = 1 if family.whole_attention else kv_heads
-    channels = getattr(config, family.intermediate)
-    layers = config.num_hidden_layers
-    if len(kept) != 2 * layers or any(
-        not 0 <= units <= most for units, most in zip(kept, [groups, channels] * layers, strict=True)
-    ):
+    # What the other half of each layer consists of: experts or channels.
+    parts = [family.expert_count if family.expert_modules(x) else family.intermediate for x in family.layers(model)]
+    units = [number for part in parts for number in (groups, getattr(config, part))]
+    if len(kept) != len(units) or any(not 0 <= k <= most for k, most in zip(kept, units, strict=True)):
         raise ModelError(
-            f"an allocation of {len(kept)} sublayers, {tuple(kept)}, does not fit a model of {layers} layers with"
-            f" {groups} units of attention and {channels} intermediate channels each",
+            f"an allocation of {len(kept)} sublayers, {tuple(kept)}, does not fit a model of {len(parts)} layers with"
+            f" these units: {tuple(units)}",
             hint="It needs two numbers a layer, attention first.",
         )
     sizes: list[dict[str, Any]] = []
-    for attention, mlp in zip(kept[::2], kept[1::2], strict=True):
+    for part, attention, other in zip(parts, kept[::2], kept[1::2], strict=True):
         size: dict[str, Any] = {}
-        if skip := [kind for kind, units in zip(KINDS, (attention, mlp), strict=True) if units == 0]:
+        if skip := [kind for kind, k in zip(KINDS, (attention, other), strict=True) if k == 0]:
             size["skip"] = skip
         # vLLM keeps keys and values of a skipped attention too: those of one head.
         size[family.heads] = attention * (heads // groups) or 1
         if family.kv_heads is not None:
             size[family.kv_heads] = attention * (kv_heads // groups) or 1
-        if mlp:
-            size[family.intermediate] = mlp
+        if other:
+            size[part] = other
         sizes.append(size)
     return sizes
 

@@ -32,6 +32,8 @@ def units_kept(pruned: Any, dense: Any) -> tuple[int, ...]:
 
 def _units(family: Family, layer: nn.Module, dense: Sublayer) -> int:
     """Units of one half of a pruned layer."""
+    if dense.kind == "experts":
+        return int(family.expert_modules(layer)[0].num_experts)
     name = family.attention_consumer if dense.kind == "attention" else family.mlp_consumer
     if isinstance(layer.get_submodule(name.rpartition(".")[0] or name), Skipped):
         return 0

@@ -104,6 +104,39 @@ class Granite(Family):
     }
 
 
+class Mixtral(Family):
+    """As Mistral, with a mixture of experts in place of every MLP."""
+
+    name = "mixtral"
+    experts, router, expert_count = "mlp.experts", "mlp.gate", "num_local_experts"
+    stock = Stock()
+    tiny: ClassVar[Mapping[str, Any]] = {"num_local_experts": 6, "num_experts_per_tok": 2}
+
+
+class Qwen3MoE(Family):
+    """As Qwen3, with a mixture of experts in place of most MLPs."""
+
+    name = "qwen3_moe"
+    experts, router, expert_count = "mlp.experts", "mlp.gate", "num_local_experts"
+    stock = Stock(attention_bias="attention_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    }
+
+
+class OLMoE(Family):
+    """As OLMo 2 in its attention, with norms before each half and a mixture of experts in place of every MLP."""
+
+    name = "olmoe"
+    whole_attention = True
+    experts, router, expert_count = "mlp.experts", "mlp.gate", "num_experts"
+    stock = Stock(attention_bias="attention_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {"num_experts": 6, "num_experts_per_tok": 2}
+
+
 class Phi3(Family):
     """As Llama, with one linear for query, key and value, and one for gate and up."""
 

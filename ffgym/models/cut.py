@@ -14,14 +14,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.utils.hooks import RemovableHandle
 
 from ffgym.models.families import Family, family_of
-from ffgym.models.modeling_ffgym import Skipped, count_heads
+from ffgym.models.modeling_ffgym import Skipped, count_experts, count_heads
 from ffgym.models.stream import LayerStream
 from ffgym.pruning.calibration import ConsumerPath, PlainPath
 from ffgym.pruning.ordering import expand_order
@@ -35,12 +36,15 @@ class PrunableSublayer:
     """One sublayer's modules, their dense parameters, and the path that its consumer is cut along.
 
     Attributes:
+        is_refittable: whether a consumer reads the units, which can be refitted when some of them go.
         order: where each unit was before `permute`, shape (units,), int64; ``None`` before.
         load_path: reads the path from disk, once each time that the layer is brought in; ``None`` where the path is
             in memory.
         affine: whether calibration moves the consumer's bias too.
         is_refitted: whether `set_consumer` or `set_bias` has given the consumer values that no path has.
     """
+
+    is_refittable: ClassVar[bool] = True
 
     def __init__(self, family: Family, layer: nn.Module, sublayer: Sublayer) -> None:
         self.sublayer = sublayer
@@ -54,6 +58,9 @@ class PrunableSublayer:
         if any(attribute.startswith("config.") for attribute in self._head_counts):
             self._attention.config = copy.copy(self._attention.config)
         self._keep_dense()
+        self._begin()
+
+    def _begin(self) -> None:
         self.order: torch.Tensor | None = None
         self.load_path: Callable[[], ConsumerPath] | None = None
         self._path: ConsumerPath | None = None
@@ -85,7 +92,7 @@ class PrunableSublayer:
     @property
     def unit_free_params(self) -> int:
         """Parameters that no unit owns and that go with the last one: an attention's norms of queries and keys."""
-        if self.sublayer.kind == "mlp":
+        if self.sublayer.kind != "attention":
             return 0
         linears = {id(p) for linear in [*self.producers, self.consumer] for p in linear.parameters()}
         return sum(p.numel() for p in self._attention.parameters() if id(p) not in linears)
@@ -101,6 +108,10 @@ class PrunableSublayer:
             return 0
         zeros = sum(p.out_features for p in self.producers if p.bias is None) if stock else 0
         return self.consumer.out_features + zeros
+
+    def watch(self, receive: Callable[[torch.Tensor], object]) -> RemovableHandle:
+        """Call ``receive`` with what the consumer is given, shape (..., channels), each time that the layer runs."""
+        return self.consumer.register_forward_pre_hook(lambda _, inputs: _ignore(receive(inputs[0])))
 
     def permute(self, order: torch.Tensor) -> None:
         """Put the units in this order, shape (units,), int64, for good; the model computes the same as before."""
@@ -277,6 +288,109 @@ class PrunableSublayer:
         self._consumer_bias: torch.Tensor | None = self.consumer.bias
 
 
+class PrunableExperts(PrunableSublayer):
+    """The experts of a layer and the router that chooses among them; a unit is an expert.
+
+    No linear reads the experts, so there is none to refit. In its place stands one that no model computes with, and
+    that criteria and heuristics rank experts by: of each expert, its weight is the norm of the expert's own weights,
+    and its input at a token is the length of what the expert adds there, over that norm; 0 where the token is not sent
+    to it. So weight times input is the router's weight times the norm of the expert's output, as in REAP (arXiv
+    2510.13999). Removing experts is the same as router logits of minus infinity for them.
+
+    Args:
+        family: names of the parts.
+        layer: the decoder layer.
+        sublayer: its experts.
+    """
+
+    is_refittable = False
+
+    def __init__(self, family: Family, layer: nn.Module, sublayer: Sublayer) -> None:
+        self.sublayer = sublayer
+        self._modules = family.expert_modules(layer)
+        self.producers = []
+        self._keep_dense()
+        self.consumer = nn.Linear(sublayer.units, 1, bias=False, device="meta")
+        self.consumer.weight = _parameter(self._norms())
+        self._begin()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the experts are not in memory."""
+        return any(weight.is_meta for weight in self._dense.values())
+
+    @property
+    def dense_consumer(self) -> tuple[torch.Tensor, None]:
+        """The stand-in's weight, shape (1, experts), path order."""
+        return self.consumer.weight, None
+
+    @property
+    def unit_free_params(self) -> int:
+        """None: some experts always stay."""
+        return 0
+
+    def watch(self, receive: Callable[[torch.Tensor], object]) -> RemovableHandle:
+        """Call ``receive`` with what the stand-in is given, shape (tokens, experts), each time that the layer runs."""
+
+        def contributions(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            hidden, chosen, weights = inputs
+            lengths = hidden.new_zeros(len(hidden), self.sublayer.units)
+            alone = torch.ones_like(weights[:, :1])
+            for place in range(chosen.shape[1]):  # of the experts that a token is sent to, one after another
+                output = experts.forward(hidden, chosen[:, place : place + 1], alone).norm(dim=-1, keepdim=True)
+                lengths.scatter_(1, chosen[:, place : place + 1], (output * weights[:, place : place + 1]).to(lengths))
+            receive(lengths / self.consumer.weight.to(lengths))
+
+        handle: RemovableHandle = self._modules[0].register_forward_pre_hook(contributions)
+        return handle
+
+    def cut(self, units: int, *, calibrated: bool = True, refit: Refit | None = None) -> None:
+        """Keep the first ``units`` experts, and their rows of the router.
+
+        Args:
+            units: from as many as a token is sent to, to all.
+            calibrated: changes nothing here.
+            refit: there is none.
+        """
+        self._asked = partial(PrunableExperts.cut, units=units)
+        for (module, name), weight in self._dense.items():
+            setattr(module, name, weight if units == self.sublayer.units else _parameter(weight[:units]))
+        count_experts(self._modules, units)  # type: ignore[no-untyped-call]
+
+    def refits(self, levels: Iterable[int], *, calibrated: bool = True) -> dict[int, Refit]:
+        """None."""
+        return {}
+
+    def pad(self, units: int, *, calibrated: bool = True) -> None:
+        """As ``cut``: a router chooses, which has no derivative with respect to what went."""
+        self.cut(units)
+
+    def hand_back(self) -> None:
+        """Put the dense parameters into the modules, whatever is to be there when the layer is next brought in."""
+        self.cut(self.sublayer.units)
+
+    def _permute_weights(self, order: torch.Tensor) -> None:
+        with torch.no_grad():
+            for weight in (*self._dense.values(), self.consumer.weight.T):
+                weight.copy_(weight[order.to(weight.device)])
+
+    def _norms(self) -> torch.Tensor:
+        """Of the weights of each expert, shape (1, experts), float32."""
+        squares = [
+            weight.detach().float().square().flatten(1).sum(dim=1)
+            for (module, _), weight in self._dense.items()
+            if module is self._modules[0]
+        ]
+        return torch.stack(squares).sum(dim=0).sqrt().clamp_min(torch.finfo(torch.float32).tiny)[None]
+
+    def _keep_dense(self) -> None:
+        self._dense = {
+            (module, name): parameter
+            for module in self._modules
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+
 class PrunableModel:
     """A dense model that can be cut to any allocation and put back.
 
@@ -294,7 +408,10 @@ class PrunableModel:
         self.family = family_of(model)
         self.sublayers = tuple(self.family.sublayers(model))
         self._layers = layers = self.family.layers(model)
-        self.halves = tuple(PrunableSublayer(self.family, layers[s.layer], s) for s in self.sublayers)
+        self.halves = tuple(
+            (PrunableExperts if s.kind == "experts" else PrunableSublayer)(self.family, layers[s.layer], s)
+            for s in self.sublayers
+        )
         self.kept = self.dense_units
         self._sizes = [] if source is None else [layer.state_dict() for layer in layers]
 
@@ -390,6 +507,10 @@ class _Resumed(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         return self._output(), None
+
+
+def _ignore(_: object) -> None:
+    """A hook that returns something would replace what is given to the module."""
 
 
 def _no_channels(hidden: torch.Tensor) -> torch.Tensor:

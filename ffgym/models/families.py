@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ffgym.errors import ModelError, PluginError, UnknownNameError
-from ffgym.models.modeling_ffgym import PREFIX, make_classes
+from ffgym.models.modeling_ffgym import PREFIX, expert_modules, make_classes
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
@@ -47,7 +47,7 @@ class Stock:
 
 # What `modeling_ffgym` has to know about a family.
 PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producers", "mlp_consumer", "heads", "kv_heads",
-         "intermediate", "head_count_attributes")  # fmt: skip
+         "intermediate", "head_count_attributes", "experts", "router", "expert_count")  # fmt: skip
 
 
 # What configs call the number of their experts.
@@ -65,6 +65,9 @@ class Family(Plugin):
         decoder: dotted path from the causal LM to the module that holds ``layers``.
         query, key, value, attention_consumer: names of an attention's linears.
         mlp_producers, mlp_consumer: names of an MLP's.
+        experts, router: names of the modules that hold the experts of a layer and choose among them; empty where all
+            layers have an MLP. The first dimension of each of their parameters counts experts.
+        expert_count: the config's name for the number of experts.
         heads, kv_heads, intermediate: the config's names for the sizes (``kv_heads`` is ``None`` for multi-head only).
         whole_attention: an attention keeps all its heads or none, because something in it (a norm of all queries)
             depends on all of them.
@@ -89,6 +92,9 @@ class Family(Plugin):
     intermediate: ClassVar[str] = "intermediate_size"
     whole_attention: ClassVar[bool] = False
     head_count_attributes: ClassVar[tuple[str, ...]] = ()
+    experts: ClassVar[str] = ""
+    router: ClassVar[str] = ""
+    expert_count: ClassVar[str] = ""
     stock: ClassVar[Stock | None] = None
     gguf: ClassVar[tuple[str, ...]] = ()
     tiny: ClassVar[Mapping[str, Any]] = {}
@@ -109,8 +115,13 @@ class Family(Plugin):
         """The decoder layers, first to last."""
         return list(model.get_submodule(self.decoder).get_submodule("layers").children())
 
+    def expert_modules(self, layer: nn.Module) -> list[Any]:
+        """The experts of a layer and their router; nothing where it has an MLP."""
+        found: list[Any] = expert_modules(layer, self)  # type: ignore[no-untyped-call]
+        return found
+
     def consumer(self, layer: nn.Module, kind: Kind) -> nn.Linear:
-        """The linear that reads the units of one half of a layer."""
+        """The linear that reads the units of one half of a layer, which is not one of experts."""
         return _linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
 
     def producers(self, layer: nn.Module, kind: Kind) -> list[nn.Linear]:
@@ -153,7 +164,13 @@ class Family(Plugin):
         legal = [
             k for k in range(1, groups + 1) if stock.takes(k * per_group, dense_heads=heads, hidden=config.hidden_size)
         ]
-        return {"attention": tuple(legal), "mlp": tuple(range(1, getattr(config, self.intermediate) + 1))}
+        shapes: dict[Kind, tuple[int, ...]] = {"attention": tuple(legal)}
+        for found in map(self.expert_modules, self.layers(model)):
+            if found:
+                shapes["experts"] = tuple(range(found[1].top_k, getattr(config, self.expert_count) + 1))
+            else:
+                shapes["mlp"] = tuple(range(1, getattr(config, self.intermediate) + 1))
+        return shapes
 
     def check_stock_biases(self, model: nn.Module) -> None:
         """Refuse biases on all consumers, as affine calibration gives them, where a stock checkpoint cannot have them.
@@ -162,7 +179,7 @@ class Family(Plugin):
             ModelError: names the family and the linear.
         """
         stock, layer = self.known_stock(), self.layers(model)[0]
-        kinds: tuple[Kind, Kind] = ("attention", "mlp")
+        kinds: tuple[Kind, ...] = ("attention",) if self.expert_modules(layer) else ("attention", "mlp")
         for kind in kinds:
             if self.consumer(layer, kind).bias is None and not stock.bias_switch(kind):
                 name = self.attention_consumer if kind == "attention" else self.mlp_consumer
@@ -191,7 +208,6 @@ class Family(Plugin):
         rows = sum(producer.out_features for producer in self.producers(layer, "attention"))
         groups = (rows // head_dim - heads) // 2  # what is not of queries is of keys and values
         units = 1 if self.whole_attention else groups
-        channels = self.consumer(layer, "mlp").in_features
         yield self._priced(
             layer,
             Sublayer(
@@ -205,6 +221,11 @@ class Family(Plugin):
                 depth=depth,
             ),
         )
+        if found := self.expert_modules(layer):
+            experts, router = found
+            yield _experts(experts, router, index, depth)
+            return
+        channels = self.consumer(layer, "mlp").in_features
         yield self._priced(layer, Sublayer(layer=index, kind="mlp", units=channels, channels_per_unit=1, depth=depth))
 
     def _priced(self, layer: nn.Module, half: Sublayer) -> Sublayer:
@@ -255,8 +276,8 @@ def check_config_family(config: Mapping[str, Any]) -> None:
             ) from None
         if any(isinstance(config.get(name), int) for name in EXPERT_COUNTS):
             raise ModelError(
-                f"architecture {model_type!r} has mixtures of experts for MLPs, which ffgym cannot prune",
-                hint="Dense models of docs/models.md#families can be pruned. `ffgym eval` measures any.",
+                f"architecture {model_type!r} has mixtures of experts of a kind that ffgym does not know",
+                hint="docs/models.md#families lists those that it can prune. `ffgym eval` measures any.",
             ) from None
         raise
 
@@ -331,6 +352,20 @@ def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
         if count != theirs[what]:
             raise ModelError(f"the pruned model has {count} {what}, the dense one {theirs[what]}", hint=hint)
     return family
+
+
+def _experts(experts: Any, router: Any, index: int, depth: int) -> Sublayer:
+    count = int(experts.num_experts)
+    return Sublayer(
+        layer=index,
+        kind="experts",
+        units=count,
+        channels_per_unit=1,
+        unit_params=sum(p.numel() // count for module in (experts, router) for p in module.parameters()),
+        unit_macs=router.weight.numel() // count,
+        depth=depth,
+        experts_per_token=int(router.top_k),
+    )
 
 
 def _linear(layer: nn.Module, name: str) -> nn.Linear:

@@ -73,7 +73,7 @@ class UnevenConfig:
     """What `make_classes` adds to a stock config.
 
     ``per_layer_config`` holds, for layers that differ from the config's own (dense) sizes, the number of heads and of
-    intermediate channels; ``skip: ["attention"]`` or ``["mlp"]`` for sublayers with nothing left; and
+    intermediate channels or experts; ``skip: ["attention"]`` or ``["mlp"]`` for sublayers with nothing left; and
     ``consumer_bias``, with the same two words, where the output projection has a bias that the stock architecture
     does not know.
     """
@@ -183,7 +183,13 @@ def count_heads(attention, heads, kv_heads, attributes):
 
 
 def resize_mlp(layer, sizes, parts):
-    """Cuts the MLP to the layer's intermediate channels."""
+    """Cuts the MLP to the layer's intermediate channels, or the mixture of experts to its experts."""
+    if found := expert_modules(layer, parts):
+        count_experts(found, getattr(sizes, parts.expert_count))
+        for module in found:
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.detach()[: module.num_experts].clone()))
+        return
     consumer = layer.get_submodule(parts.mlp_consumer)
     bias = bias_of(consumer, "mlp", sizes)
     if is_skipped("mlp", sizes):
@@ -197,6 +203,21 @@ def resize_mlp(layer, sizes, parts):
         resize(layer.get_submodule(producer), out_features=blocks * channels)
     resize(consumer, in_features=channels)
     consumer.bias = bias
+
+
+def expert_modules(layer, parts):
+    """The experts of a layer and their router; nothing where it has an MLP."""
+    names = (parts.experts, parts.router) if parts.experts else ()
+    try:
+        return [layer.get_submodule(name) for name in names]
+    except AttributeError:
+        return []
+
+
+def count_experts(modules, experts):
+    """Tells the experts of a layer and their router how many there are now."""
+    for module in modules:
+        module.num_experts = experts
 
 
 def is_skipped(kind, sizes):

@@ -191,7 +191,8 @@ def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
 def forward(shape: ModelShape, load: Workload, *, sparsity: float = 0.0, head: bool = True) -> float:
     """Operations of one token through the layers, and through the head."""
     attention = 2 * load.window * sum(s.channels for s in shape.sublayers if s.kind == "attention")
-    layers = (1 - sparsity) * (2 * shape.prunable + attention)
+    experts = sum(s.units * s.unit_params for s in shape.sublayers if s.kind == "experts")
+    layers = (1 - sparsity) * (2 * (shape.prunable - experts) + attention) + 2 * shape.active_experts
     return layers + (2 * shape.head if head else 0)
 
 

@@ -44,8 +44,18 @@ class ModelShape:
         return self.vocabulary * self.hidden
 
     def widest(self, kind: Kind) -> int:
-        """Input channels of the widest consumer of a kind, n."""
-        return max(s.channels for s in self.sublayers if s.kind == kind)
+        """Input channels of the widest consumer of a kind, n; 0 where there is none."""
+        return max((s.channels for s in self.sublayers if s.kind == kind), default=0)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer has a mixture of experts in place of an MLP."""
+        return any(s.kind == "experts" for s in self.sublayers)
+
+    @property
+    def active_experts(self) -> int:
+        """Parameters of the experts that a token passes through."""
+        return sum(s.experts_per_token * s.unit_params for s in self.sublayers)
 
 
 @dataclass(frozen=True)

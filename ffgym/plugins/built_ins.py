@@ -54,8 +54,10 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     "family": {
         "llama": BuiltIn("ffgym.models.built_in_families:Llama", "multi-head or grouped-query attention, gated MLP"),
         "mistral": BuiltIn("ffgym.models.built_in_families:Mistral", "as llama"),
+        "mixtral": BuiltIn("ffgym.models.built_in_families:Mixtral", "as mistral, with experts in place of MLPs"),
         "qwen2": BuiltIn("ffgym.models.built_in_families:Qwen2", "as llama, with biases of query, key and value"),
         "qwen3": BuiltIn("ffgym.models.built_in_families:Qwen3", "as llama, with norms of queries and keys"),
+        "qwen3_moe": BuiltIn("ffgym.models.built_in_families:Qwen3MoE", "as qwen3, with experts in place of most MLPs"),
         "gemma": BuiltIn("ffgym.models.built_in_families:Gemma", "as llama, with another activation; only Gemma 1"),
         "gemma2": BuiltIn(
             "ffgym.models.built_in_families:Gemma2", "as gemma, with norms behind each half, soft caps, sliding windows"
@@ -66,6 +68,7 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "smollm3": BuiltIn("ffgym.models.built_in_families:SmolLM3", "as llama, some layers without rotary positions"),
         "olmo2": BuiltIn("ffgym.models.built_in_families:OLMo2", "norms of all heads together: attention whole or not"),
         "olmo3": BuiltIn("ffgym.models.built_in_families:OLMo3", "as olmo2, with sliding windows"),
+        "olmoe": BuiltIn("ffgym.models.built_in_families:OLMoE", "experts in place of MLPs, attention whole or not"),
         "granite": BuiltIn("ffgym.models.built_in_families:Granite", "as llama, with scaled embeddings and logits"),
         "phi3": BuiltIn("ffgym.models.built_in_families:Phi3", "as llama, with fused query/key/value and gate/up"),
         "ministral": BuiltIn("ffgym.models.built_in_families:Ministral", "as mistral, with sliding windows"),

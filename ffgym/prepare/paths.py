@@ -23,7 +23,7 @@ from ffgym.plugins.contracts import check_scores
 from ffgym.prepare.calibrations import Calibration, Consumer
 from ffgym.prepare.refits import path_of
 from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_statistics
-from ffgym.pruning.calibration import NestedRidge, pick_ridge
+from ffgym.pruning.calibration import NestedRidge, pick_ridge, suffix_energy
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, Moments, require_finite
@@ -44,7 +44,7 @@ class Prepared:
 
     Attributes:
         views: what heuristics see of each sublayer; read one at a time where the model is not in memory.
-        ridges: the lambda of each sublayer.
+        ridges: the lambda of each sublayer; 0 of experts, which no refit follows.
         calibration_tokens: tokens that the statistics run over.
         store: the folder that it can be opened from again; ``None`` where it was not stored.
     """
@@ -109,16 +109,16 @@ def prepare(
     ridges: list[float] = []
     for index, sums, apart in stream:
         half = prunable.halves[index]
-        half.affine = calibrates.affine or half.consumer.bias is not None
+        half.affine = half.is_refittable and (calibrates.affine or half.consumer.bias is not None)
         with _naming(half):
             chosen, view = _build_path(
                 half, criterion, calibrates, sums, gradients.pop(index), apart, ridge, keep, tokens_per_batch
             )
         ridges.append(chosen)
         views.append(view)
-        if on_layer is not None and half.sublayer.kind == "mlp":
+        if on_layer is not None and half.sublayer.kind != "attention":
             on_layer(prunable.halves[index - 1 : index + 1], views[-2:], ridges[-2:])
-        if source is not None and half.sublayer.kind == "mlp":
+        if source is not None and half.sublayer.kind != "attention":
             views.clear()
         del sums, apart, view  # before the moments of the next layer are collected
         ordered(len(ridges), len(prunable.halves))
@@ -201,6 +201,12 @@ def _build_path(
     order = unit_order(scores)
     columns = expand_order(order, half.sublayer.channels_per_unit)
     half.permute(order)
+    if not half.is_refittable:
+        moments = moments.reorder(columns)
+        squares = in_float64(moments.covariance.diagonal()) + moments.mean**2
+        lost = suffix_energy(in_float64(half.consumer.weight.detach()[0]) ** 2 * squares)
+        stats = _stats(moments, gradients, keep)
+        return 0.0, view_of(half, scores[order], stats, lost, float(lost[0]))
     if ridge is None:
         assert fitted is not None, "windows were held out"
         assert apart is not None
@@ -213,7 +219,8 @@ def _build_path(
     consumer = Consumer(weight.detach(), bias, moments.mean, moments.covariance, ridge, refit)
     half.path = path_of(calibration, consumer, half.sublayer.name)
     energy = _output_energy(weight.detach(), moments)
-    return ridge, view_of(half, scores[order], _stats(moments, gradients, keep), refit, energy)
+    stats = _stats(moments, gradients, keep)
+    return ridge, view_of(half, scores[order], stats, refit.removal_error, energy, refit)
 
 
 def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) -> LayerStats:
@@ -266,18 +273,32 @@ def _output_energy(weight: torch.Tensor, moments: InputMoments) -> float:
 
 
 def view_of(
-    half: PrunableSublayer, scores: torch.Tensor, stats: LayerStats, refit: NestedRidge, energy: float
+    half: PrunableSublayer,
+    scores: torch.Tensor,
+    stats: LayerStats,
+    removal_error: torch.Tensor,
+    energy: float,
+    refit: NestedRidge | None = None,
 ) -> SublayerView:
-    """What heuristics see of a sublayer in path order."""
+    """What heuristics see of a sublayer in path order.
+
+    Args:
+        half: the sublayer.
+        scores: of its units.
+        stats: what heuristics asked for.
+        removal_error: for every channel that may be the first to go, shape (n + 1,).
+        energy: E||W x||^2.
+        refit: for the second-order estimate, where its statistics are there.
+    """
     fisher, step = stats.output_gradient, half.sublayer.channels_per_unit
     return SublayerView(
         sublayer=half.sublayer,
         weight=half.consumer.weight.detach(),
         stats=stats,
         unit_scores=scores,
-        removal_error=refit.removal_error[::step].cpu().numpy(),
+        removal_error=removal_error[::step].cpu().numpy(),
         output_energy=energy,
-        loss_increase=None if fisher is None else refit.loss_increase(fisher)[::step].cpu().numpy(),
+        loss_increase=None if fisher is None or refit is None else refit.loss_increase(fisher)[::step].cpu().numpy(),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
 from ffgym.data.splits import ROLES
+from ffgym.errors import ConfigError
 from ffgym.models.loading import config_of
 from ffgym.models.placement import choose_device, choose_dtype, named_dtype, tokens_per_batch
 from ffgym.plan.machine import free_memory
@@ -54,7 +55,12 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
 def placed(config: RunConfig, plan: Plan) -> Plan:
     """The plan with its layers where the configuration says: ``auto`` streams them where only that fits."""
     table = config.model
-    if table.placement != "auto" or table.device == "balanced" or plan.fits:
+    if table.placement == "stream" and plan.shape.has_experts:
+        raise ConfigError(
+            f"model.placement = 'stream' cannot read the experts of {plan.shape.family!r} layer by layer",
+            hint="Set model.placement to 'resident', or use a larger machine.",
+        )
+    if table.placement != "auto" or table.device == "balanced" or plan.fits or plan.shape.has_experts:
         return plan
     streamed = replace(plan, load=replace(plan.load, streamed=True))
     return streamed if streamed.fits else plan
@@ -62,5 +68,5 @@ def placed(config: RunConfig, plan: Plan) -> Plan:
 
 def _mlp_step(config: RunConfig, shape: ModelShape) -> int:
     """Channels by which the widths of MLPs may differ."""
-    widest = max((s for s in shape.sublayers if s.kind == "mlp"), key=lambda mlp: mlp.channels)
+    widest = max(shape.sublayers, key=lambda sublayer: (sublayer.kind == "mlp", sublayer.channels))
     return width_step(widest, config.prune.align, tied=config.prune.uniform)

@@ -46,11 +46,14 @@ def calibrate_sequentially(
     for index in range(len(walk.layers)):
         sublayers = 2 * index, 2 * index + 1
         with prunable.layer(index) as halves, ExitStack() as refitted:
-            targets: list[list[torch.Tensor]] = [[] for _ in halves]
-            with inputs_handed_on([half.consumer for half in halves], [to.append for to in targets]):
+            refittable = [half for half in halves if half.is_refittable]
+            targets: list[list[torch.Tensor]] = [[] for _ in refittable]
+            with inputs_handed_on(refittable, [to.append for to in targets]):
                 dense.step(index)
             for half, sublayer in zip(halves, sublayers, strict=True):
                 half.cut(kept[sublayer], calibrated=False)
+                if not half.is_refittable:
+                    continue
                 inputs = [linear_input(half.consumer, run) for run in pruned.runs(index)] if kept[sublayer] else []
                 _refit(half, targets.pop(0), inputs, kept[sublayer], ridges[sublayer])
                 if inputs:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffgym.models.cut import PrunableModel
+from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.walk import Arguments, Stream, Walk, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments
 from ffgym.types import LayerStats
@@ -54,12 +54,11 @@ def linear_input(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
 
 
 @contextmanager
-def inputs_handed_on(linears: Sequence[nn.Linear], receive: Sequence[Callable[[torch.Tensor], None]]) -> Iterator[None]:
-    """Within it, whatever each of the linears is given is passed to its receiver too."""
-    handles = [
-        linear.register_forward_pre_hook(lambda _, inputs, to=to: to(inputs[0]))
-        for linear, to in zip(linears, receive, strict=True)
-    ]
+def inputs_handed_on(
+    halves: Sequence[PrunableSublayer], receive: Sequence[Callable[[torch.Tensor], None]]
+) -> Iterator[None]:
+    """Within it, whatever the consumer of each half is given is passed to its receiver too."""
+    handles = [half.watch(to) for half, to in zip(halves, receive, strict=True)]
     try:
         yield
     finally:
@@ -94,12 +93,11 @@ def stream_statistics(
         first, second = (Stream(walk, torch.split(part, size) if len(part) else ()) for part in (fitted, apart))
     for layer in range(len(walk.layers)):
         with prunable.layer(layer) as halves:
-            linears = [half.consumer for half in halves]
-            sums = [Moments(linear.in_features, linear.weight.device) for linear in linears]
-            inputs: list[list[torch.Tensor]] = [[] for _ in linears]
-            with torch.inference_mode(), inputs_handed_on(linears, [to.update for to in sums]):
+            sums = [Moments(half.consumer.in_features, half.consumer.weight.device) for half in halves]
+            inputs: list[list[torch.Tensor]] = [[] for _ in halves]
+            with torch.inference_mode(), inputs_handed_on(halves, [to.update for to in sums]):
                 first.step(layer)
-            with torch.inference_mode(), inputs_handed_on(linears, [to.append for to in inputs]):
+            with torch.inference_mode(), inputs_handed_on(halves, [to.append for to in inputs]):
                 second.step(layer)
             for index in (2 * layer, 2 * layer + 1):
                 batches = inputs.pop(0)

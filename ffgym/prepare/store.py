@@ -182,7 +182,7 @@ def _locked(place: Path, notify: Notify) -> Iterator[None]:
 
 
 def _check_room(place: Path, prunable: PrunableModel) -> None:
-    needed = sum(factor_bytes(*half.consumer.weight.shape) for half in prunable.halves)
+    needed = sum(factor_bytes(*half.consumer.weight.shape) for half in prunable.halves if half.is_refittable)
     free = shutil.disk_usage(place.parent).free
     if free < needed:
         raise OutputError(
@@ -203,10 +203,13 @@ class _Writer:
         """Write the next layer's file."""
         tensors: dict[str, torch.Tensor] = {}
         for half, view, ridge in zip(halves, views, ridges, strict=True):
-            assert isinstance(half.path, NestedRidge)
+            factors = {"removal_error": torch.from_numpy(view.removal_error)}
+            if half.is_refittable:
+                assert isinstance(half.path, NestedRidge)
+                factors = half.path.factors
             assert half.order is not None, "its units were ordered"
             stats = {f"stats.{name}": getattr(view.stats, name) for name in STATISTICS}
-            own = {"order": half.order, "unit_scores": view.unit_scores, **half.path.factors, **stats}
+            own = {"order": half.order, "unit_scores": view.unit_scores, **factors, **stats}
             tensors |= {f"{half.sublayer.kind}.{name}": t.contiguous() for name, t in own.items() if t is not None}
             self._facts.append((ridge, view.output_energy, half.affine, view.stats.tokens))
         save_file(tensors, _file(self._folder, self._layers))
@@ -248,9 +251,11 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
             half.order, half.load_path = order, each.path
             continue
         half.permute(order)
-        half.path = refit = each.path()
+        refit = None
+        if half.is_refittable:
+            half.path = refit = each.path()
         stats, energy = each.stats(record.tokens[index]), record.energies[index]
-        views.append(view_of(half, each.read("unit_scores"), stats, refit, energy))
+        views.append(view_of(half, each.read("unit_scores"), stats, each.read("removal_error"), energy, refit))
     seen = views if stream is None else _Views(prunable, stored, record)
     return Prepared(prunable, seen, record.ridges, record.calibration_tokens)
 
@@ -261,6 +266,10 @@ class _Stored:
     def __init__(self, file: TensorFile, half: PrunableSublayer, device: torch.device) -> None:
         self._file, self._half, self._prefix, self._device = file, half, f"{half.sublayer.kind}.", device
         n = half.consumer.in_features
+        if not half.is_refittable:
+            if file.shape(f"{self._prefix}removal_error") != (n + 1,):
+                raise KeyError(f"{half.sublayer.name}: another number of experts")
+            return
         shapes = file.shape(f"{self._prefix}inverse"), file.shape(f"{self._prefix}projected")
         if shapes != ((packed_size(n),), tuple(half.consumer.weight.shape)):
             raise KeyError(f"{half.sublayer.name}: factors of another size")

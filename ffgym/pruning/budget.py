@@ -50,6 +50,8 @@ def kernel_width(channels: int) -> int:
 
 def width_step(sublayer: Sublayer, align: int | Literal["auto"], *, tied: bool) -> int:
     """The channels that a sublayer's sizes are multiples of; see `Budget` for ``align`` and layers that are tied."""
+    if sublayer.kind == "experts":
+        return 1
     if align != "auto":
         return align
     return kernel_width(sublayer.channels) if sublayer.kind == "mlp" and not tied else 1
@@ -80,10 +82,11 @@ class Budget:
         cost_tables: what keeping k = 0 .. units units of each sublayer costs, each shape (units + 1,), non-decreasing
             from 0 or more; the parameters of the units where left out. Whole numbers keep sums exact.
         resource: name of the costs, for messages and allocations.
-        min_units: least units a sublayer keeps (the attention of layer 0 always keeps one).
-        align: a sublayer keeps a multiple of this many channels, or all of them. ``min_units`` is rounded up to such a
-            multiple; a sublayer that has no smaller one stays whole. ``"auto"``: MLPs keep what `kernel_width` says,
-            attention any number of units, layers of one shape any shape.
+        min_units: least units a sublayer keeps (the attention of layer 0 always keeps one, and as many experts stay as
+            a token is sent to).
+        align: an attention or MLP keeps a multiple of this many channels, or all of them. ``min_units`` is rounded up
+            to such a multiple; a sublayer that has no smaller one stays whole. ``"auto"``: MLPs keep what
+            `kernel_width` says, attention any number of units, layers of one shape any shape.
         shapes: ties all layers to one shape: for each kind the numbers of units that they may keep, e.g.
             ``{"attention": (1, 2, 4), "mlp": range(1, 1537)}``. The importance of a kind is then the mean over its
             sublayers. ``None`` lets every sublayer have a size of its own.
@@ -115,11 +118,18 @@ class Budget:
             cost_tables = [np.arange(s.units + 1) * s.unit_params for s in self.sublayers]
         self._tables = check_tables(self.sublayers, cost_tables)
         groups = [(i,) for i in range(len(self.sublayers))] if shapes is None else _kinds(self.sublayers)
+        if self.tied and len(groups) > 2:
+            raise BudgetError(
+                "some layers have an MLP and others experts, so they cannot share one shape",
+                hint="Leave prune.uniform out.",
+            )
         self._ladders = tuple(self._ladder(members, min_units, shapes) for members in groups)
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
         self.dense_cost = float(sum(ladder.cost[-1] for ladder in self._ladders))
         self.least_cost = float(sum(ladder.cost[0] for ladder in self._ladders))
-        ties = [rank[s.layer] * 2 + (s.kind == "mlp") for s in (self.sublayers[x.members[0]] for x in self._ladders)]
+        ties = [
+            rank[s.layer] * 2 + (s.kind != "attention") for s in (self.sublayers[x.members[0]] for x in self._ladders)
+        ]
         self._sweep = Sweep(self._ladders, np.array(ties))
 
     @property
@@ -266,7 +276,7 @@ class Budget:
         # (flat parts of a measured table) need no rule: they always fit, so they are granted in their turn.
         if any(self._tables[i][-1] > 0 for i in members):
             holds_cache_length = any((s.kind, s.layer) == ("attention", 0) for s in sublayers)
-            least = max(min_units, 1) if holds_cache_length else min_units
+            least = max(min_units, first.experts_per_token, 1 if holds_cache_length else 0)
             levels = range(first.units) if shapes is None else shapes[first.kind]
             align = width_step(first, self._align, tied=self.tied)
             units = aligned_levels(first, levels, least=least, align=align)
@@ -300,6 +310,7 @@ def check_tables(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) ->
 
 
 def _kinds(sublayers: Sequence[Sublayer]) -> list[tuple[int, ...]]:
-    """Indices of all attention sublayers, then of all MLPs."""
-    kinds: tuple[Kind, Kind] = ("attention", "mlp")
-    return [tuple(i for i, s in enumerate(sublayers) if s.kind == kind) for kind in kinds]
+    """Indices of all attention sublayers, of all MLPs, and of all that hold experts, where there are any."""
+    kinds: tuple[Kind, ...] = ("attention", "mlp", "experts")
+    groups = (tuple(i for i, s in enumerate(sublayers) if s.kind == kind) for kind in kinds)
+    return [group for group in groups if group]

@@ -123,6 +123,7 @@ def _kept(sublayers: Sequence[Sublayer], allocation: Allocation) -> str:
     columns: list[Column[int]] = [
         Column("layer", str),
         Column("attention: KV groups", lambda layer: kept[layer, "attention"]),
-        Column("MLP: intermediate channels", lambda layer: kept[layer, "mlp"]),
+        Column("MLP: intermediate channels", lambda layer: kept.get((layer, "mlp"), "")),
+        Column("experts", lambda layer: kept.get((layer, "experts"), "")),
     ]
     return Table(columns, sorted({sublayer.layer for sublayer in sublayers})).markdown().rstrip()

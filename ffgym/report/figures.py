@@ -38,6 +38,12 @@ REFERENCE_LOOKS: tuple[dict[str, Any], ...] = tuple(
 UNIT_NAMES: dict[Kind, tuple[str, str]] = {
     "attention": ("Attention", "KV groups"),
     "mlp": ("MLP", "intermediate channels"),
+    "experts": ("Mixture of experts", "experts"),
+}
+SHARES_KEPT: dict[Kind, str] = {
+    "attention": "attention keeps {:.0%} of its units",
+    "mlp": "the MLPs {:.0%}",
+    "experts": "{:.0%} of the experts stay",
 }
 
 
@@ -54,9 +60,9 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
         sublayers: 2L sublayers, in the order of ``Allocation.kept``.
         allocations: by label; the first is the found one and drawn as bars, the others as lines for reference.
     """
-    figure = new_figure(width=9.0, height=5.2)
-    panels = figure.subplots(2, 1, sharex=True, sharey=True)
-    kinds: tuple[Kind, ...] = ("attention", "mlp")
+    kinds = _kinds(sublayers)
+    figure = new_figure(width=9.0, height=2.6 * len(kinds))
+    panels = figure.subplots(len(kinds), 1, sharex=True, sharey=True)
     for axes, kind in zip(panels, kinds, strict=True):
         indices = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
         layers = [sublayers[index].layer for index in indices]
@@ -78,9 +84,9 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
         axes.set_ylim(0, 108)
         axes.set_yticks(range(0, 101, 25))
         tidy(axes)
-    panels[1].set_xlabel("decoder layer (0 = next to the embedding)")
-    panels[1].set_xlim(-0.7, max(sublayer.layer for sublayer in sublayers) + 0.7)
-    panels[1].xaxis.get_major_locator().set_params(integer=True)
+    panels[-1].set_xlabel("decoder layer (0 = next to the embedding)")
+    panels[-1].set_xlim(-0.7, max(sublayer.layer for sublayer in sublayers) + 0.7)
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     handles, labels = panels[0].get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
     _legend(figure, {label: by_label[label] for label in allocations})
@@ -96,18 +102,21 @@ def _unit_count(sublayers: Sequence[Sublayer], indices: Sequence[int]) -> str:
 
 def _kept_title(sublayers: Sequence[Sublayer], found: Allocation) -> str:
     """Say in numbers what the found allocation does."""
-    shares = {}
-    for kind in UNIT_NAMES:
+    shares = []
+    for kind in _kinds(sublayers):
         pairs = [
             (kept, sublayer.units)
             for kept, sublayer in zip(found.kept, sublayers, strict=True)
             if sublayer.kind == kind
         ]
-        shares[kind] = sum(kept for kept, _ in pairs) / sum(units for _, units in pairs)
-    return (
-        f"Found at {found.sparsity:.1%} sparsity ({found.resource}): attention keeps {shares['attention']:.0%} "
-        f"of its units, the MLPs {shares['mlp']:.0%}"
-    )
+        share = sum(kept for kept, _ in pairs) / sum(units for _, units in pairs)
+        shares.append(SHARES_KEPT[kind].format(share))
+    return f"Found at {found.sparsity:.1%} sparsity ({found.resource}): {', '.join(shares)}"
+
+
+def _kinds(sublayers: Sequence[Sublayer]) -> list[Kind]:
+    """The kinds of sublayers that a model has."""
+    return [kind for kind in UNIT_NAMES if any(sublayer.kind == kind for sublayer in sublayers)]
 
 
 def reward_figure(
@@ -217,9 +226,11 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
     updates = np.array([episode.update for episode in history])
     shares = 100 * np.array([e.kept for e in history]) / np.array([sublayer.units for sublayer in sublayers])
     means = np.array([shares[updates == update].mean(axis=0) for update in np.unique(updates)])
-    figure = new_figure(width=9.0, height=6.0)
-    panels = figure.subplots(2, 1, sharex=True)
-    for axes, (kind, (name, units)) in zip(panels, UNIT_NAMES.items(), strict=True):
+    kinds = _kinds(sublayers)
+    figure = new_figure(width=9.0, height=3.0 * len(kinds))
+    panels = figure.subplots(len(kinds), 1, sharex=True)
+    for axes, kind in zip(panels, kinds, strict=True):
+        name, units = UNIT_NAMES[kind]
         rows = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
         # In cividis lightness rises evenly, so it reads the same in grey and to colour-blind readers.
         image = axes.imshow(means[:, rows].T, aspect="auto", cmap="cividis", origin="lower", interpolation="nearest")
@@ -227,8 +238,8 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
         axes.set_ylabel("decoder layer")
         axes.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes, pad=0.01)
-    panels[1].set_xlabel("update of the search")
-    panels[1].xaxis.get_major_locator().set_params(integer=True)
+    panels[-1].set_xlabel("update of the search")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     save_figure(figure, path)
 

@@ -16,8 +16,11 @@ from ffgym.plugins.built_ins import BUILTINS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TINY_FAMILIES = tuple(BUILTINS["family"])
-"""Names of the families that ship with ffgym."""
+EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+"""Names of the families that ship with ffgym whose layers have a mixture of experts, most of them or all."""
+
+TINY_FAMILIES = tuple(name for name in BUILTINS["family"] if name not in EXPERT_FAMILIES)
+"""Names of those whose layers have an MLP."""
 
 
 def tiny_model(

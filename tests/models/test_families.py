@@ -69,8 +69,16 @@ def test_an_unsupported_architecture_is_answered_with_the_nearest():
             "'llava'.* several towers.*is 'llama'",
             "text",
         ),
-        ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' has mixtures of experts", "ffgym eval"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' has mixtures of experts", "ffgym eval"),
+        (
+            {"model_type": "glm4_moe", "n_routed_experts": 8},
+            "'glm4_moe' has mixtures of experts of a kind",
+            "ffgym eval",
+        ),
+        (
+            {"model_type": "gpt_oss", "num_local_experts": 8},
+            "'gpt_oss' has mixtures of experts of a kind",
+            "ffgym eval",
+        ),
         ({"model_type": "mistrall"}, "'mistrall' is not supported", "Did you mean 'mistral'.*how to add a family"),
     ],
 )

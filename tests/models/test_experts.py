@@ -1,0 +1,182 @@
+"""Mixtures of experts: which ones a token is sent to, what each adds, and what is left when some go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from ffgym.errors import ModelError
+from ffgym.export.checkpoint import save_pruned
+from ffgym.measure.pairs import units_kept
+from ffgym.models.cut import PrunableModel
+from ffgym.models.families import family_of
+from ffgym.models.walk import Stream, Walk
+from ffgym.plugins import manager
+from ffgym.prepare.paths import prepare
+from ffgym.pruning.budget import Budget
+from ffgym.testing.models import EXPERT_FAMILIES, tiny_model
+
+IDS = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
+EXPERTS, PER_TOKEN = 6, 2
+
+pytestmark = [pytest.mark.parametrize("family", EXPERT_FAMILIES)]
+
+
+@pytest.fixture
+def prunable(family):
+    return PrunableModel(tiny_model(family))
+
+
+def fewer(prunable, experts=3):
+    """An allocation: so many experts in every layer that has some, all else whole."""
+    return tuple(experts if s.kind == "experts" else s.units for s in prunable.sublayers)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def with_routers_that_refuse(model, prunable, kept):
+    """The dense model, whose routers give the experts after the first few logits of minus infinity."""
+    for half, count in zip(prunable.halves, kept, strict=True):
+        if half.sublayer.kind != "experts":
+            continue
+        router = half._modules[1]
+
+        def route(hidden, router=router, count=count):
+            scores = linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+            scores[:, count:] = -torch.inf
+            top, chosen = scores.softmax(-1, dtype=torch.float).topk(router.top_k)
+            if getattr(router, "norm_topk_prob", True):
+                top = top / top.sum(-1, keepdim=True)
+            return scores, top.to(scores.dtype), chosen
+
+        router.forward = route
+    return model
+
+
+def test_a_unit_is_an_expert_with_its_row_of_the_router(prunable):
+    half = next(half for half in prunable.halves if half.sublayer.kind == "experts")
+    sublayer, config = half.sublayer, prunable.model.config
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    assert (sublayer.units, sublayer.experts_per_token) == (EXPERTS, PER_TOKEN)
+    assert sublayer.unit_params == 3 * config.hidden_size * width + config.hidden_size
+    assert sublayer.unit_macs == config.hidden_size, "a token passes through as many experts as before"
+
+
+def test_their_order_does_not_change_the_function(prunable):
+    dense = logits(prunable.model)
+    for half in prunable.halves:
+        half.permute(torch.randperm(half.sublayer.units, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(logits(prunable.model), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_cutting_is_a_router_that_sends_no_token_there(family, prunable):
+    kept = fewer(prunable)
+    prunable.cut(kept)
+    found = logits(prunable.model)
+    prunable.restore()
+    expected = logits(with_routers_that_refuse(prunable.model, prunable, kept))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_dense_model_comes_back_bit_for_bit(prunable):
+    dense = logits(prunable.model)
+    prunable.cut(fewer(prunable))
+    assert not torch.equal(logits(prunable.model), dense)
+    prunable.restore()
+    torch.testing.assert_close(logits(prunable.model), dense, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["dense", "cut"])
+def test_a_walk_has_the_bits_of_an_ordinary_call(prunable, is_cut):
+    if is_cut:
+        prunable.cut(fewer(prunable))
+    walk = Walk(prunable.model)
+    with torch.no_grad():
+        stream = Stream(walk, [IDS])
+        for index in range(len(walk.layers)):
+            stream.step(index)
+        expected = prunable.model.base_model(IDS).last_hidden_state
+        torch.testing.assert_close(walk.leave(stream.hidden[0], stream.entries[0]), expected, rtol=0, atol=0)
+
+
+def test_an_expert_is_ranked_by_the_length_of_what_it_adds(prunable):
+    """Router's weight times norm of the output, token by token and expert by expert."""
+    half = next(half for half in prunable.halves if half.sublayer.kind == "experts")
+    experts, calls, seen = half._modules[0], [], []
+    handle = experts.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    watch = half.watch(seen.append)
+    logits(prunable.model)
+    handle.remove()
+    watch.remove()
+    ((hidden, chosen, weights),) = calls
+    expected = torch.zeros(len(hidden), EXPERTS)
+    with torch.no_grad():
+        for token, state in enumerate(hidden):
+            for place in range(PER_TOKEN):
+                expert = int(chosen[token, place])
+                gate, up = (experts.gate_up_proj[expert] @ state).chunk(2)
+                output = experts.down_proj[expert] @ (experts.act_fn(gate) * up)
+                expected[token, expert] = weights[token, place] * output.norm()
+    torch.testing.assert_close(seen[0] * half.consumer.weight, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prepared_experts_stand_in_the_order_of_the_criterion_and_have_no_refit(family):
+    """Wanda's score is weight times root mean square of the input: here the mean square of what an expert adds."""
+    model, windows = tiny_model(family), torch.randint(0, 128, (8, 32), generator=torch.Generator().manual_seed(2))
+    prepared = prepare(model, manager.create("criterion", "wanda", {}), windows)
+    for half, view, ridge in zip(prepared.prunable.halves, prepared.views, prepared.ridges, strict=True):
+        if half.sublayer.kind != "experts":
+            continue
+        assert (ridge, half.path) == (0.0, None)
+        assert (view.unit_scores.diff() <= 0).all()
+        added = []
+        watch = half.watch(added.append)
+        with torch.no_grad():
+            model(windows)
+        watch.remove()
+        squares = (added[0] * half.consumer.weight).double().square().mean(dim=0).detach()
+        assert view.output_energy == pytest.approx(float(squares.sum()), rel=1e-3)
+        assert view.removal_error == pytest.approx([float(squares[k:].sum()) for k in range(EXPERTS + 1)], rel=1e-3)
+
+
+def test_as_many_experts_stay_as_a_token_is_sent_to(prunable):
+    budget = Budget(prunable.sublayers, min_units=0)
+    importance = np.array([-1.0 if s.kind == "experts" else 1.0 for s in prunable.sublayers])
+    kept = budget.project(importance, 1 - budget.least_cost / budget.dense_cost).kept
+    assert {k for k, s in zip(kept, prunable.sublayers, strict=True) if s.kind == "experts"} == {PER_TOKEN}
+
+
+def test_a_saved_model_is_the_same_without_ffgym(family, prunable, tmp_path):
+    kept = tuple(2 + i // 2 if s.kind == "experts" else max(1, s.units // 2) for i, s in enumerate(prunable.sublayers))
+    prunable.cut(kept)
+    expected = logits(prunable.model)
+    saved = save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=family_of(prunable.model))
+    again = AutoModelForCausalLM.from_pretrained(saved.path, trust_remote_code=True).eval()
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+    assert saved.parameters == sum(parameter.numel() for parameter in again.parameters())
+    assert units_kept(again, tiny_model(family)) == kept
+
+
+def test_one_number_of_experts_in_all_layers_is_a_stock_checkpoint(family, prunable, tmp_path):
+    """As uniform runs keep them: engines that know the family need no code for it."""
+    kept = fewer(prunable, experts=4)
+    prunable.cut(kept)
+    expected, own = logits(prunable.model), family_of(prunable.model)
+    saved = save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=own, stock=True)
+    again = AutoModelForCausalLM.from_pretrained(saved.path).eval()
+    assert type(again) is type(prunable.model)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_different_numbers_of_experts_are_no_stock_checkpoint(prunable, tmp_path):
+    kept = list(fewer(prunable))
+    kept[1] = 4
+    prunable.cut(kept)
+    with pytest.raises(ModelError, match="the layers differ in size"):
+        save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=family_of(prunable.model), stock=True)
