@@ -201,6 +201,11 @@ def layer_shapes(model: Any) -> list[LayerShape]:
 
 
 def _layer_shape(sublayer: Sublayer, layer_type: str) -> LayerShape:
+    if sublayer.kind == "experts":
+        raise BudgetError(
+            f"{sublayer.name} takes a time that depends on the tokens that it is sent, so no table says what it costs",
+            hint="Use --resource params for models with mixtures of experts.",
+        )
     return LayerShape(
         kind=sublayer.kind,
         units=sublayer.units,

@@ -12,7 +12,7 @@ class Macs(Resource):
     """Multiply-accumulates for one token that attends to ``context`` tokens.
 
     Linears, attention scores over all of the context, also where a window slides over it, and output head count; norms,
-    activations and rotary embeddings do not.
+    activations and rotary embeddings do not. Of experts those count that a token is sent to, and the router.
     """
 
     name = "macs"
@@ -26,12 +26,13 @@ class Macs(Resource):
         return sublayer.unit_macs + scores
 
     def rest(self, model: Any, setting: Setting) -> float:
-        """The output head, and linears outside decoder layers: where OPT's embeddings are narrower than its layers."""
+        """The head, a token's experts, and linears between: where OPT's embeddings are narrower than its layers."""
         from torch import nn
 
         from ffgym.models.families import family_of
 
-        head = model.get_output_embeddings()
-        inside = {module for layer in family_of(model).layers(model) for module in layer.modules()} | {head}
+        head, family = model.get_output_embeddings(), family_of(model)
+        inside = {module for layer in family.layers(model) for module in layer.modules()} | {head}
         between = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
-        return float(head.weight.numel() + sum(linear.weight.numel() for linear in between))
+        experts = sum(s.experts_per_token * (s.unit_params - s.unit_macs) for s in family.sublayers(model))
+        return float(head.weight.numel() + experts + sum(linear.weight.numel() for linear in between))

@@ -99,8 +99,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @property
     def has_slopes(self) -> bool:
-        """Whether slopes can be asked for; layers that share one shape have none."""
-        return not self.env.budget.tied
+        """Whether slopes can be asked for; layers that share one shape have none, nor have experts."""
+        budget = self.env.budget
+        return not budget.tied and all(sublayer.kind != "experts" for sublayer in budget.sublayers)
 
     @property
     def rewards_loss_alone(self) -> bool:

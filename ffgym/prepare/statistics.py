@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffgym.errors import ModelError
 from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.walk import Arguments, Stream, Walk, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments
@@ -125,6 +126,12 @@ def gradient_statistics(
     """
     if not needs & GRADIENT_STATISTICS:
         return
+    if experts := next((half.sublayer for half in prunable.halves if not half.is_refittable), None):
+        raise ModelError(
+            f"{experts.name} has no {' and '.join(sorted(needs & GRADIENT_STATISTICS))}, which the criterion or a"
+            " heuristic needs",
+            hint="With mixtures of experts, use --criterion wanda and --prior mlp-first.",
+        )
     length = min(PIECE_TOKENS, windows.shape[1])
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     sums: list[_FirstOrder] = []

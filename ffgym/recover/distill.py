@@ -145,11 +145,16 @@ def distil_mlps(
 
     Raises:
         ModelError: the two models do not fit.
-        RecoveryError: an error that is not finite.
+        RecoveryError: an error that is not finite, or layers without an MLP.
     """
     family_of_pair(setup.model, setup.dense, hint="Name the model that was pruned, with --model.")
     family, checkpoint = dense_or_pruned_family_of(setup.model), setup.checkpoint
     walks = Walk(setup.dense), Walk(setup.model)
+    if any(family.expert_modules(layer) for layer in walks[0].layers):
+        raise RecoveryError(
+            f"distil-mlp trains MLPs, and layers of a {family.name} model have experts instead",
+            hint="Use lora, which trains the attention of such a model.",
+        )
     streams = [_Streams(*walks, family, ids, setup.tokens_per_pass) for ids in (setup.windows, setup.held_out)]
     fits: list[LayerFit] = []
     for index, layer in enumerate(walks[1].layers):

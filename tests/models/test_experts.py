@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-from ffgym.errors import ModelError
+from ffgym.costs.latency_table import layer_shapes
+from ffgym.errors import BudgetError, ModelError, RecoveryError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.measure.pairs import units_kept
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.walk import Stream, Walk
+from ffgym.plan.shape import shape_of
 from ffgym.plugins import manager
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
+from ffgym.recover.distill import distil_mlps
 from ffgym.testing.models import EXPERT_FAMILIES, tiny_model
 
 IDS = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -180,3 +185,21 @@ def test_different_numbers_of_experts_are_no_stock_checkpoint(prunable, tmp_path
     prunable.cut(kept)
     with pytest.raises(ModelError, match="the layers differ in size"):
         save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=family_of(prunable.model), stock=True)
+
+
+def test_what_experts_do_not_have_is_refused_with_its_name(family, prunable):
+    windows = torch.randint(0, 128, (4, 16))
+    with pytest.raises(ModelError, match="layer 0 experts has no gradient"):
+        prepare(prunable.model, manager.create("criterion", "taylor", {}), windows)
+    with pytest.raises(BudgetError, match="layer 0 experts takes a time that depends"):
+        layer_shapes(prunable.model)
+    with pytest.raises(RecoveryError, match="distil-mlp trains MLPs"):
+        distil_mlps(SimpleNamespace(model=prunable.model, dense=tiny_model(family), checkpoint=None), None, None)
+
+
+def test_a_plan_counts_the_experts_of_one_token_as_work_and_all_of_them_as_weights(family, prunable):
+    shape = shape_of(prunable.model.config, "tiny")
+    holding = [s for s in prunable.sublayers if s.kind == "experts"]
+    assert shape.has_experts
+    assert shape.parameters == prunable.model.num_parameters()
+    assert shape.active_experts == PER_TOKEN * sum(s.unit_params for s in holding)
