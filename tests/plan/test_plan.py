@@ -210,9 +210,9 @@ def test_what_no_run_would_take_is_refused(arguments: tuple[str, ...], said: str
 
 
 def test_an_unknown_architecture_names_the_nearest_family(tmp_path: Path) -> None:
-    result = call(str(folder_of(LLAMA_8B | {"model_type": "qwen2_moe"}, tmp_path)))
+    result = call(str(folder_of(LLAMA_8B | {"model_type": "qwen2_vl"}, tmp_path)))
     assert result.exit_code == 1
-    assert "'qwen2_moe' is not supported" in result.output
+    assert "'qwen2_vl' is not supported" in result.output
     assert "Did you mean 'qwen2'" in result.output
 
 
