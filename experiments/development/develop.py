@@ -54,12 +54,14 @@ def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, d
         slope_episodes=agent.slope_episodes,
         pair_text=agent.pair_text,
     )
-    agent.learn(vector, seed=seed, on_update=lambda update: None)
     observation = np.array([sparsity, 1.0], dtype=np.float32)
-    kept = {
-        "prior": task.project(config.prior.name, config.prior.options).kept,
-        "final": env.budget.project(agent.recommend(observation)[0], sparsity).kept,
-    }
+    kept = {"prior": task.project(config.prior.name, config.prior.options).kept}
+
+    def keep(label: str) -> None:
+        kept[label] = env.budget.project(agent.recommend(observation)[0], sparsity).kept
+
+    agent.learn(vector, seed=seed, on_update=lambda update: keep("slopes") if agent.slope_episodes else None)
+    keep("final")
     development = PruningEnv(
         env.prunable, env.reward, task.splits.report.windows, env.budget, sparsity=sparsity, calibrated=env.calibrated
     )

@@ -85,7 +85,7 @@ class Pathwise(BatchAgent):
 
     def take_slopes(self, slopes: np.ndarray) -> None:
         """Keep the slope for the step that follows."""
-        (self._slope,) = slopes
+        self._slope = slopes[0] if self.coarse is None else np.where(self.coarse, 0.0, slopes[0])
 
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """One step down the slope."""
@@ -131,11 +131,6 @@ class SlopeDescent:
         self._updates = 0
         self._squares = np.zeros(dimensions)
         self._covariance = depth_covariance(dimensions, smooth=config.smooth, length=config.length)
-
-    @property
-    def has_slope(self) -> np.ndarray:
-        """Which sublayers have had a slope, shape (2L,), bool."""
-        return self._squares > 0
 
     def step(self, slope: np.ndarray) -> np.ndarray:
         """How far up the slope the next step goes, shape (2L,); 0 where there is no slope."""

@@ -12,8 +12,10 @@ episodes of a pair kept the same earns nothing: the noise on it changed nothing.
 A gradient has two parts, as in a stochastic computation graph. Where the reward has a derivative, the pathwise one is
 far less noisy. So ``slope_share`` of the tokens follows slopes first, one episode an update, as `pathwise` does. A
 sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
-function: the other tokens explore those sublayers, or all where every sublayer has a slope, or none. A reward that
-counts more than the loss has no slopes that lead where it rises: all tokens explore.
+function. Its slope is an estimate of what its last unit is worth, so the other tokens try those whose last unit seems
+to be worth the least (`ffgym.agents.coarse`). Where all seem to be worth keeping, and over a range of budgets, all
+tokens follow slopes. Where none is coarse, the other tokens explore everything. A reward that counts more than the loss
+has no slopes that lead where it rises: all tokens explore.
 
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
@@ -34,6 +36,7 @@ import numpy as np
 from pydantic import Field
 
 from ffgym.agents.averaging import tail_mean
+from ffgym.agents.coarse import Trial, projection_shift
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.pathwise import PathwiseConfig, SlopeDescent
 from ffgym.errors import ConfigError
@@ -43,7 +46,6 @@ from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 REFERENCE_SPARSITY = 0.2
 SLOPE_UNIT = 0.2
 GREATEST_ADVANTAGE = 2.0
-COARSE_SMOOTH = 0.3  # one layer's heads say little of its neighbours'
 
 
 class ReinforceConfig(PluginConfig):
@@ -61,9 +63,6 @@ class ReinforceConfig(PluginConfig):
     )
     spread: float = Field(
         0.15, gt=0, description="standard deviation of the exploration, in importance units (2 spans all keep ratios)"
-    )
-    coarse_spread: float = Field(
-        0.225, gt=0, description="the same where sublayers without a slope are explored, whose units are coarse"
     )
     smooth: float = Field(
         0.95,
@@ -96,6 +95,8 @@ class Reinforce(BatchAgent):
         self._means: list[np.ndarray] = []
         self._measured_at: float | None = None  # the sparsity of the last update
         self._slope_share = 0.0
+        self._followed: np.ndarray | None = None  # the weights where slopes ended
+        self._trial: Trial | None = None
 
     def update_cost(self, episodes_per_update: int) -> int:
         """Of its two kinds of update the dearer one."""
@@ -105,6 +106,8 @@ class Reinforce(BatchAgent):
         """Follow slopes where the environment has them and they lead where the reward rises, then explore."""
         follows = getattr(env, "has_slopes", False) and getattr(env, "rewards_loss_alone", True)
         self._slope_share = self.config.slope_share if follows else 0.0
+        if self._slope_share and self.budgets is not None:
+            self._slope_share = 1.0
         super().learn(env, seed=seed, on_update=on_update)
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
@@ -119,6 +122,10 @@ class Reinforce(BatchAgent):
         self._start_slope = self._weights[1]
         self._measured_at = None
         self._means = []
+        self._followed, self._trial = None, None
+        self.slope_episodes = 0
+        self._shifts: list[np.ndarray] = []
+        self._worths: list[np.ndarray] = []
         self._batch = batch
         self._rng = np.random.default_rng(seed)
         self._descent = SlopeDescent(dimensions, PathwiseConfig.model_validate({}))
@@ -129,19 +136,28 @@ class Reinforce(BatchAgent):
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1]."""
         mean = self._mean(float(observations[0][0]))
+        if self.slope_episodes and self.progress >= self._slope_share:
+            self._end_of_slopes()
+            mean = self._mean(float(observations[0][0]))
         if self.progress < self._slope_share:
             self.slope_episodes = 1
             return np.asarray(np.clip(mean[None], -1.0, 1.0), dtype=np.float32)
-        if self.slope_episodes:
-            self._end_of_slopes()
-        half = self._rng.standard_normal(((self._batch + 1) // 2, len(mean))) @ self._root
-        self._noise = half
-        actions: np.ndarray = np.clip(mean + np.concatenate([half, -half])[: self._batch], -1.0, 1.0)
-        return actions.astype(np.float32)
+        pairs = (self._batch + 1) // 2
+        if self._trial is None:
+            self._noise = self._rng.standard_normal((pairs, len(mean))) @ self._root
+        else:
+            self._noise = self._trial.noise(pairs, self._rng)
+        actions = mean + np.concatenate([self._noise, -self._noise])[: self._batch]
+        if self._trial is not None:
+            actions = self._trial.on_levels(actions)
+        return np.asarray(np.clip(actions, -1.0, 1.0), dtype=np.float32)
 
     def take_slopes(self, slopes: np.ndarray) -> None:
         """Keep the slope for the step that follows."""
-        (self._slope,) = slopes
+        (slope,) = slopes
+        coarse = np.zeros(len(slope), bool) if self.coarse is None else self.coarse
+        self._slope = np.where(coarse, 0.0, slope)
+        self._worths.append(np.where(coarse, slope, 0.0))
 
     def tell(
         self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, kept: np.ndarray | None = None
@@ -150,26 +166,33 @@ class Reinforce(BatchAgent):
         assert self._weights is not None, "begin comes first"
         if self.slope_episodes:
             step = -self._descent.step(self._slope)
+            if kept is not None and self.units is not None:
+                self._shifts.append(projection_shift(actions[0], kept[0], self.units))
         else:
             advantages = pair_advantages(rewards)
             pairs = len(advantages)
-            moved = np.ones((pairs, 1)) if kept is None else kept[:pairs] != kept[-pairs:]
-            step = self.config.learning_rate * (advantages[:, None] * moved * self._noise[:pairs]).mean(axis=0)
+            noise = self._noise[:pairs]
+            moved = np.ones(noise.shape) if kept is None else kept[:pairs] != kept[-pairs:]
+            if self._trial is None:
+                step = self.config.learning_rate * (advantages[:, None] * moved * noise).mean(axis=0)
+            else:
+                step = self._trial.step(advantages, noise, moved)
         sparsity = float(observations[-1][0])
-        self._weights = self._weights + np.outer(self._shares(sparsity), step)
+        at_all = np.array([1.0, 0.0])
+        self._weights = self._weights + np.outer(self._shares(sparsity) if self._trial is None else at_all, step)
         mean = self._mean(sparsity)
         back = np.clip(mean, -1.0, 1.0) - mean
-        self._weights = self._weights + np.outer([1.0, 0.0] if self.budgets is None else self._shares(sparsity), back)
+        self._weights = self._weights + np.outer(at_all if self.budgets is None else self._shares(sparsity), back)
         self._means.append(self._weights.copy())
         self._measured_at = sparsity
         return {"policy/mean": float(self._mean(sparsity).mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The mean averaged over the last updates: steadier than the last one, which finals cannot tell from luck."""
+        """The policy's mean, averaged over the last updates, and what it was where slopes ended."""
         if self._weights is None:
             return []
-        mean = np.clip(_features(float(observation[0])) @ self._settled(), -1.0, 1.0)
-        return [mean.astype(np.float32)]
+        known = [self._settled()] if self._followed is None else [self._settled(), self._followed]
+        return [np.clip(_features(float(observation[0])) @ each, -1.0, 1.0).astype(np.float32) for each in known]
 
     def state(self) -> dict[str, Any]:
         """Mean of the policy (averaged as recommended, so that a run that starts from it starts well).
@@ -189,17 +212,31 @@ class Reinforce(BatchAgent):
         self._weights = np.array(state["weights"], dtype=np.float64)
 
     def _end_of_slopes(self) -> None:
-        """Go on from where the slopes led, on average, and explore what they could not move."""
+        """Go on from where the slopes led, on average, and try what they could not move."""
+        worth = tail_mean(self._worths, 1.0)
+        has_coarse = self.units is not None and self.coarse is not None and self.coarse.any()
+        if has_coarse and not (worth > 0).any():
+            self._slope_share = 1.0
+            return
         self.slope_episodes = 0
-        self._weights, self._means = self._settled(), []
-        coarse = ~self._descent.has_slope
-        if coarse.any():
-            root = square_root(depth_covariance(len(coarse), smooth=COARSE_SMOOTH, length=self.config.length))
-            self._root = self.config.coarse_spread * root * coarse
+        self._weights = self._settled()
+        if not has_coarse:
+            self._means = []
+            return
+        # Importances that say what is kept, without the shift that the projection would add.
+        assert self.units is not None, "has_coarse"
+        assert self._measured_at is not None, "slopes were measured"
+        moved = 2 * tail_mean(self._shifts, self.config.average)
+        mean = np.clip(self._mean(self._measured_at) + moved, -1.0, 1.0)
+        self._followed = self._weights
+        self._trial = Trial(worth, mean, self.units)
+        self._weights = np.stack([self._trial.start, np.zeros(len(mean))])
 
     def _settled(self) -> np.ndarray:
         """Weights averaged over the last updates, shape (2, 2L)."""
         assert self._weights is not None, "begin comes first"
+        if self._trial is not None:
+            return np.stack([self._trial.on_levels(self._weights[0], errors=1.0), self._weights[1]])
         return tail_mean(self._means, self.config.average) if self._means else self._weights
 
     def _prior(self, dimensions: int) -> np.ndarray:

@@ -104,6 +104,16 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return not budget.tied and all(sublayer.kind != "experts" for sublayer in budget.sublayers)
 
     @property
+    def units(self) -> np.ndarray:
+        """Units of each sublayer, shape (2L,), int64."""
+        return np.array([sublayer.units for sublayer in self.env.budget.sublayers])
+
+    @property
+    def coarse(self) -> np.ndarray:
+        """Which sublayers have so few units that a slope is but an estimate of what one is worth, shape (2L,), bool."""
+        return self.env.budget.coarse
+
+    @property
     def rewards_loss_alone(self) -> bool:
         """Whether the reward depends on the losses alone, so that it rises along their slopes."""
         return not self.env.reward.needs

@@ -247,9 +247,15 @@ class BatchAgent(Agent):
 
     Attributes:
         progress: share of the token budget that is spent, in [0, 1], set by ``learn`` before each ``ask``.
+        units: of each sublayer, shape (2L,), int64, set by ``learn`` before ``begin``; ``None`` where the environment
+            does not say.
+        coarse: sublayers whose units are so few that their slope is but an estimate of what the last unit is worth,
+            shape (2L,), bool; ``None`` as well.
     """
 
     progress: float = 0.0
+    units: np.ndarray | None = None
+    coarse: np.ndarray | None = None
 
     @abstractmethod
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
@@ -283,6 +289,7 @@ class BatchAgent(Agent):
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Ask, step, tell, until the environment's token budget is spent."""
         self.check_updates(env.num_envs)
+        self.units, self.coarse = getattr(env, "units", None), getattr(env, "coarse", None)
         self.begin(dimensions=env.single_action_space.shape[0], batch=env.num_envs, seed=seed)
         observations, _ = env.reset(seed=seed)
         tell: Any = self.tell

@@ -206,6 +206,11 @@ class Budget:
             clipped = np.array([clipped[list(ladder.members)].mean() for ladder in self._ladders])
         return self.allocation(self._spread(self._sweep.levels((clipped + 1.0) / 2.0, self._limit(sparsity))))
 
+    @property
+    def coarse(self) -> np.ndarray:
+        """Which sublayers have units that are more than ``REACH`` of them, shape (2L,), bool."""
+        return np.array([sublayer.units * REACH < 1 for sublayer in self.sublayers])
+
     def importance_slopes(
         self, importance: np.ndarray, kept: Sequence[int], unit_slopes: Sequence[np.ndarray]
     ) -> np.ndarray:
@@ -216,14 +221,17 @@ class Budget:
         cost c stays: d loss / d a_i = (g_i - c_i sum_j g_j / sum_j c_j) / 2, g and c by keep ratio, a = 2 r - 1. A
         sublayer that is whole or gone moves only if its ratio lies within ``REACH`` of that end.
 
+        Where a unit is more than ``REACH`` of its sublayer (`coarse`), a derivative says little of so large a step.
+        Its number is the first-order estimate for its last unit, by importance: above 0, the loss falls when that unit
+        goes and the others share what it cost.
+
         Args:
             importance: what was projected, shape (2L,).
             kept: the units that it gave, length 2L.
             unit_slopes: first-order change of the loss as each unit joins, shape (units,) for every sublayer.
 
         Returns:
-            shape (2L,), float64, nats per token and importance; 0 where a unit is more than ``REACH`` of its sublayer
-            (too large a step for a derivative), and where the sublayer costs nothing.
+            shape (2L,), float64, nats per token and importance; 0 where the sublayer costs nothing.
 
         Raises:
             BudgetError: layers are tied to one shape.
@@ -239,17 +247,17 @@ class Budget:
         value, cost = np.zeros(len(units)), np.zeros(len(units))
         for i, (slopes, table) in enumerate(zip(unit_slopes, self._tables, strict=True)):
             reach = int(units[i] * REACH)
-            low, high = max(0, levels[i] - reach), min(units[i], levels[i] + reach)
-            if reach:
+            low, high = max(0, levels[i] - max(1, reach)), min(units[i], levels[i] + reach)
+            if low < high:
                 value[i] = units[i] * float(np.mean(slopes[low:high]))
                 cost[i] = units[i] * float(table[high] - table[low]) / (high - low)
-        inside = (cost > 0) & (levels > 0) & (levels < units)
+        inside = ~self.coarse & (cost > 0) & (levels > 0) & (levels < units)
         shift = float(np.mean((levels / units - ratio)[inside])) if inside.any() else 0.0
-        moves = (cost > 0) & (ratio + shift > -REACH) & (ratio + shift < 1 + REACH)
+        moves = ~self.coarse & (cost > 0) & (ratio + shift > -REACH) & (ratio + shift < 1 + REACH)
         if not moves.any():
             return np.zeros(len(units))
         price = value[moves].sum() / cost[moves].sum()
-        return np.asarray(np.where(moves, (value - cost * price) / 2.0, 0.0))
+        return np.asarray(np.where(moves | self.coarse & (cost > 0), (value - cost * price) / 2.0, 0.0))
 
     def _limit(self, sparsity: float) -> float:
         """What an allocation may cost."""

@@ -28,6 +28,7 @@ from ffgym.types import Allocation, Episode
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
 SIGNIFICANT = 2.0  # paired standard errors
+RECOMMENDED = 2  # of an agent's recommendations, so many are level
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ def run_finals(
 
     Args:
         env: measures and judges.
-        candidates: the default first; one of origin ``"prior"`` is not thinned out. Without a recommendation, the
-            default is the one that is left of them.
+        candidates: the agent's recommendations first, the better of the first two of which is the default; one of
+            origin ``"prior"`` is not thinned out. Without a recommendation, the default is the one that is left of them.
         tokens: how many of the reserved ones to use, half of them to thin out and half to decide.
         seed: of the windows.
         on_progress: called with the share that is measured, from 0 to 1.
@@ -216,9 +217,13 @@ def run_finals(
     measured = _Measured(env, candidates, windows, examples, on_tokens)
     thinning, deciding = range(max(1, count // 2)), range(count // 2, count)
     everyone = range(len(candidates))
-    default = [i for i in everyone[:1] if candidates[i].origin == "policy"]
+    recommended = [i for i in everyone[:RECOMMENDED] if candidates[i].origin == "policy"]
+    if len(recommended) > 1:
+        measured.add(recommended, (*thinning, *deciding))
+        recommended.sort(key=lambda i: measured.standing(i, (*thinning, *deciding)), reverse=True)
+    default = recommended[:1]
     start = [i for i in everyone if candidates[i].origin == "prior"]
-    others = [i for i in everyone if i not in (*default, *start)]
+    others = [i for i in everyone if i not in (*recommended, *start)]
     if all_count:
         measured.add(everyone, (*thinning, *deciding))
     seated = [*default, *_thinned_out(measured, others, thinning), *start]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ffgym.agents.coarse import Trial
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce, pair_advantages
 from ffgym.errors import ConfigError
 from ffgym.plugins import manager
 from ffgym.testing.conformance import AgentConformance
-from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv
+from ffgym.testing.toys import BudgetRangeEnv, QuadraticEnv, RuggedEnv, SeparableEnv
 
 OBSERVATION = np.array([0.2, 1.0], dtype=np.float32)
 TOYS = [SeparableEnv, QuadraticEnv, RuggedEnv]
@@ -181,22 +182,91 @@ def test_follows_slopes_first_one_episode_an_update_and_explores_then():
     assert sizes == [1] * 32 + [8] * 4
 
 
-def test_explores_only_what_had_no_slope():
-    """A third of the sublayers is too coarse for a derivative: slopes move the others, rewards move these."""
+class CoarseEnv(SeparableEnv):
+    """Every other sublayer is an attention of 3 units, all kept at first, whose last unit is worth ``WORTH`` of reward.
 
-    class Coarse(SeparableEnv):
-        def _slopes(self, offsets):
-            return super()._slopes(offsets) * (np.arange(offsets.shape[1]) % 3 > 0)
+    The slope of such a sublayer says ``GUESSES``, which is right about some of them.
+    """
 
-    asked = []
-    env, agent = Coarse(8, 6, 64), Reinforce(Reinforce.Config(slope_share=0.5))
-    step = env.step
+    WORTH = np.array([0.03, -0.04, 0.02, -0.05, 0.04, -0.03])
+    GUESSES = np.array([0.02, -0.02, -0.01, -0.03, 0.01, 0.03])
+
+    def __init__(self, num_envs, dimensions, tokens, **settings):
+        super().__init__(num_envs, dimensions, tokens, **settings)
+        self.coarse = np.arange(dimensions) % 2 == 0
+        self.units = np.where(self.coarse, 3, 1000)
+
+    def kept(self, actions):
+        return np.rint((actions + 1) / 2 * self.units).astype(int)
+
+    def value(self, offsets):
+        lost = 3 - self.kept(offsets + self.optimum)[:, self.coarse]
+        return super().value(offsets[:, ~self.coarse]) - lost @ self.WORTH
+
+    def _slopes(self, offsets):
+        slopes = super()._slopes(offsets)
+        slopes[:, self.coarse] = -self.GUESSES
+        return slopes
+
+    def step(self, actions):
+        observations, rewards, *flags, infos = super().step(actions)
+        infos["final_info"]["kept"] = self.kept(actions)
+        return observations, rewards, *flags, infos
+
+
+def coarse_search(env, **options):
+    """The sizes of the updates, all that was asked for, and the agent."""
+    agent, sizes, asked, step = Reinforce(Reinforce.Config(**options)), [], [], env.step
+    agent.prior_mean = np.where(env.coarse, 1.0, 0.0)
     env.step = lambda actions: asked.append(np.array(actions)) or step(actions)
-    agent.learn(env, seed=0, on_update=lambda update: None)
-    first, last = np.concatenate(asked[:32]), asked[-1]
-    assert np.ptp(first, axis=0)[[0, 3]].tolist() == [0.0, 0.0]
-    assert (np.ptp(first, axis=0)[[1, 2, 4, 5]] > 0).all()
-    assert (np.ptp(last, axis=0) > 0).tolist() == [True, False, False, True, False, False]
+    agent.learn(env, seed=0, on_update=lambda update: sizes.append(len(update.rewards)))
+    return sizes, np.concatenate(asked), agent
+
+
+def test_tries_a_third_of_what_is_too_coarse_for_a_slope_and_drops_what_is_worth_nothing():
+    """Of the three whose unit seems to be worth nothing, the two that promise most are tried, 1 and 3, both rightly."""
+    env = CoarseEnv(8, 12, 160, noise=0.01)
+    sizes, asked, agent = coarse_search(env)
+    assert sizes == [1] * 80 + [8] * 10
+    kept = env.kept(asked)[:, env.coarse]
+    assert (kept[:80] == 3).all(), "slopes move only what has one"
+    assert np.ptp(kept[80:], axis=0).tolist() == [0, 1, 0, 1, 0, 0]
+    assert env.kept(agent.recommend(OBSERVATION)[0])[env.coarse].tolist() == [3, 2, 3, 2, 3, 3]
+    assert (env.kept(agent.recommend(OBSERVATION)[1])[env.coarse] == 3).all(), "the finals may undo it"
+
+
+def test_keeps_a_unit_that_only_seemed_to_be_worth_nothing():
+    env = CoarseEnv(8, 12, 160, noise=0.01)
+    env.GUESSES = -env.WORTH
+    _, asked, agent = coarse_search(env)
+    assert np.ptp(env.kept(asked)[:, env.coarse], axis=0).tolist() == [1, 0, 0, 0, 1, 0]
+    assert (env.kept(agent.recommend(OBSERVATION)[0])[env.coarse] == 3).all()
+
+
+def test_follows_slopes_to_the_end_where_every_unit_seems_to_be_worth_keeping():
+    env = CoarseEnv(8, 12, 64)
+    env.GUESSES = np.full(6, 0.01)
+    sizes, _, agent = coarse_search(env)
+    assert sizes == [1] * 64
+    assert len(agent.recommend(OBSERVATION)) == 1
+
+
+def test_a_unit_whose_worth_is_clear_is_no_longer_tried():
+    """Both episodes of a pair keep it, so that it is no noise in what is said of the others."""
+    trial = Trial(np.array([0.2, 0.2, 0.1, 0.1, 0.1, 0.1]), np.ones(6), np.full(6, 3))
+    coins = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]] * 3)
+    noise = trial.steps * np.pad(coins, ((0, 0), (0, 4)))
+    mean = trial.start + trial.step(2 * coins[:, 0], noise, np.ones(noise.shape))
+    levels = np.rint((trial.on_levels(mean + np.outer([1, -1], trial.steps)) + 1) / 2 * 3)
+    assert levels[:, 0].tolist() == [3, 3]
+    assert levels[:, 1].tolist() == [3, 2]
+
+
+def test_over_a_range_of_budgets_all_tokens_follow_slopes():
+    env, agent, sizes = BudgetRangeEnv(8, 6, 32), Reinforce(), []
+    agent.budgets = env.budgets
+    agent.learn(env, seed=0, on_update=lambda update: sizes.append(len(update.rewards)))
+    assert sizes == [1] * 32
 
 
 @pytest.mark.parametrize("missing", ["has_slopes", "rewards_loss_alone"])

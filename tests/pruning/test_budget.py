@@ -500,13 +500,18 @@ class TestImportanceSlopes:
         found = Budget(sublayers).importance_slopes(np.zeros(2), (500, 500), slopes)
         np.testing.assert_allclose(found, [-0.25, 0.25])
 
-    def test_coarse_units_have_none_and_do_not_count(self):
-        """A KV group is a quarter of its attention: no derivative says what it is worth."""
+    def test_a_coarse_one_says_what_its_last_unit_is_worth_and_is_no_part_of_the_price(self):
+        """A KV group is a quarter of its attention, and costs what 16 channels of an MLP cost."""
         sublayers = model_of(2, mlp=replace(MLP, units=1000))
         slopes = [np.full(s.units, -1.0 - i) for i, s in enumerate(sublayers)]
-        found = Budget(sublayers).importance_slopes(np.zeros(4), (2, 500, 2, 500), slopes)
-        assert found[0] == found[2] == 0
+        slopes[2][1] = -40.0
+        budget = Budget(sublayers)
+        found = budget.importance_slopes(np.zeros(4), (2, 500, 2, 500), slopes)
+        assert budget.coarse.tolist() == [True, False, True, False]
         np.testing.assert_allclose(found[[1, 3]], [500.0, -500.0])
+        price = -3.0 / MLP.unit_params  # of a parameter, by the mean of both MLPs
+        group = ATTENTION.unit_params
+        np.testing.assert_allclose(found[[0, 2]], 4 * np.array([-1.0 - price * group, -40.0 - price * group]) / 2)
 
     def test_what_is_whole_moves_only_near_the_end(self):
         sublayers = [replace(MLP, units=1000, layer=i) for i in range(3)]

@@ -1,0 +1,83 @@
+"""Whether units of coarse sublayers can go: a third of the sublayers is tried at once, by pairs of episodes.
+
+A derivative says little of a unit that is a third of its sublayer, but it ranks: of the sublayers whose last unit seems
+to be worth the least, some can give it up. Every episode keeps the last unit of each sublayer that is tried, or not, as
+a coin says, and its twin does the opposite. So the advantage of a pair, times the sign that a sublayer had in it, is
+the score-function estimate of what that unit is worth (REINFORCE for a policy of two levels, each with probability
+1/2), and all units are estimated from the same episodes. A unit whose estimate is clear is no longer tried: both
+episodes of a pair keep it, or drop it, which takes its noise away from the others. In the end a unit goes only where
+the estimate is more than one standard error on the side of going: most units are worth something.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+TRIED_SHARE = 1 / 3  # of the coarse sublayers
+CLEAR = 3.0  # standard errors
+
+
+class Trial:
+    """The policy while units are tried.
+
+    Attributes:
+        start: the mean importances at first, shape (2L,): of what is tried, between its two levels.
+        steps: from there to either level, shape (2L,); 0 where nothing is tried.
+
+    Args:
+        worth: first-order estimate of what the loss falls by as the last unit goes, in nats by importance, shape
+            (2L,); 0 for sublayers that are not coarse.
+        mean: importances that say which units are kept, shape (2L,).
+        units: of each sublayer, shape (2L,).
+    """
+
+    def __init__(self, worth: np.ndarray, mean: np.ndarray, units: np.ndarray) -> None:
+        gains = worth * 2 / units
+        count = max(1, round(TRIED_SHARE * int((worth != 0).sum())))
+        tried = (gains > 0) & (gains >= np.sort(gains)[-count])
+        level = np.rint((mean + 1) / 2 * units)
+        self.steps = np.where(tried, 1 / units, 0.0)
+        self.start = np.where(tried, 2 * level / units - 1 - self.steps, mean)
+        self._sums, self._pairs = np.zeros(len(mean)), np.zeros(len(mean))
+
+    def noise(self, pairs: int, rng: np.random.Generator) -> np.ndarray:
+        """A coin for each sublayer that is tried, shape (pairs, 2L): one step up or down."""
+        return np.asarray(self.steps * rng.choice([-1.0, 1.0], (pairs, len(self.steps))))
+
+    def on_levels(self, mean: np.ndarray, *, errors: float = 0.0) -> np.ndarray:
+        """The mean, or the mean with noise, with everything that is tried on one of its two levels.
+
+        Args:
+            mean: shape (..., 2L).
+            errors: standard errors by which a unit's estimate has to be on the side of going.
+        """
+        goes = mean < self.start - errors / CLEAR * self.steps
+        return np.asarray(np.where(self.steps > 0, self.start + np.where(goes, -self.steps, self.steps), mean))
+
+    def step(self, advantages: np.ndarray, noise: np.ndarray, moved: np.ndarray) -> np.ndarray:
+        """How far the mean goes, shape (2L,): it stands as far from its start as the evidence is clear.
+
+        Args:
+            advantages: of each pair, shape (pairs,).
+            noise: of each pair's first episode, shape (pairs, 2L).
+            moved: whether the episodes of the pair kept different units, shape (pairs, 2L).
+        """
+        before = self._place()
+        self._sums += (advantages[:, None] * np.sign(noise) * moved).sum(axis=0)
+        self._pairs += moved.sum(axis=0)
+        return np.asarray(self._place() - before)
+
+    def _place(self) -> np.ndarray:
+        return np.asarray(self.steps * self._sums / np.sqrt(np.maximum(self._pairs, 1)) / CLEAR)
+
+
+def projection_shift(importance: np.ndarray, kept: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """How much more of every sublayer a projection keeps than its importance says, as a share of its units; 0-dim.
+
+    Args:
+        importance: what was projected, shape (2L,).
+        kept: what it came to, shape (2L,).
+        units: of each sublayer, shape (2L,).
+    """
+    inside = (kept > 0) & (kept < units)
+    return np.asarray(np.mean((kept / units - (importance + 1) / 2)[inside]) if inside.any() else 0.0)
