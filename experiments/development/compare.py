@@ -1,6 +1,8 @@
 """Two settings that `develop.py` has searched with, seed by seed on the same windows.
 
 python experiments/development/compare.py NAME OTHER
+
+Without OTHER, what searches recommend that have tried units is held against where their slopes ended.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ def gains(worse: list[float], better: list[float]) -> str:
     return f"{each.mean():.1f} ± {each.std(ddof=1) / len(each) ** 0.5:.1f}"
 
 
-def main(name: str, other: str) -> None:
-    one, two = results(name), results(other)
+def main(name: str, other: str = "") -> None:
+    one = results(name)
+    two = results(other) if other else {key: {**losses, "final": losses["slopes"]} for key, losses in one.items()}
+    other = other or "slopes alone"
     print(f"| sparsity | seed | `{name}` | `{other}` | `{name}` better by |\n|---:|---:|---:|---:|---:|")
     for sparsity in sorted({sparsity for sparsity, _ in one.keys() & two.keys()}):
         differences = []

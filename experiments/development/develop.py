@@ -57,11 +57,10 @@ def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, d
     observation = np.array([sparsity, 1.0], dtype=np.float32)
     kept = {"prior": task.project(config.prior.name, config.prior.options).kept}
 
-    def keep(label: str) -> None:
-        kept[label] = env.budget.project(agent.recommend(observation)[0], sparsity).kept
-
-    agent.learn(vector, seed=seed, on_update=lambda update: keep("slopes") if agent.slope_episodes else None)
-    keep("final")
+    agent.learn(vector, seed=seed, on_update=lambda update: None)
+    labels = ("final", "clearer", "slopes")  # three of `reinforce` where it has tried units, one of others
+    for label, importance in zip(labels, agent.recommend(observation), strict=False):
+        kept[label] = env.budget.project(importance, sparsity).kept
     development = PruningEnv(
         env.prunable, env.reward, task.splits.report.windows, env.budget, sparsity=sparsity, calibrated=env.calibrated
     )

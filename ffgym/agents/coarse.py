@@ -5,8 +5,9 @@ to be worth the least, some can give it up. Every episode keeps the last unit of
 a coin says, and its twin does the opposite. So the advantage of a pair, times the sign that a sublayer had in it, is
 the score-function estimate of what that unit is worth (REINFORCE for a policy of two levels, each with probability
 1/2), and all units are estimated from the same episodes. A unit whose estimate is clear is no longer tried: both
-episodes of a pair keep it, or drop it, which takes its noise away from the others. In the end a unit goes only where
-the estimate is more than one standard error on the side of going: most units are worth something.
+episodes of a pair keep it, or drop it, which takes its noise away from the others. In the end the finals choose
+between all units that the evidence is against, those that it is clearer against, and none: the estimates are noisy, and
+units that go together cost more than each alone.
 """
 
 from __future__ import annotations

@@ -61,7 +61,6 @@ class Pathwise(BatchAgent):
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._start: np.ndarray | None = None
-        self._origin: np.ndarray | None = None
         self._means: list[np.ndarray] = []
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
@@ -73,7 +72,6 @@ class Pathwise(BatchAgent):
                 f"the loaded policy is for {self._start.size} sublayers, this model has {dimensions}",
                 hint="Start from a run of the same model, or leave --init-from out.",
             )
-        self._origin = self._start if self._origin is None else self._origin
         self._mean = self._start.copy()
         self._means = []
         self._slope: np.ndarray | None = None
@@ -97,21 +95,16 @@ class Pathwise(BatchAgent):
         return {"policy/mean": float(self._mean.mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The average of the last updates, and the prior, so that the finals cannot end with anything worse."""
-        if self._origin is None:
-            return []
-        return [self._settled().astype(np.float32), self._origin.astype(np.float32)]
+        """The average of the last updates."""
+        return [] if self._start is None else [self._settled().astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
         """The importances that are recommended."""
-        if self._origin is None:
-            return {}
-        return {"mean": self._settled().tolist(), "prior": self._origin.tolist()}
+        return {} if self._start is None else {"mean": self._settled().tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Start from what ``state`` returned."""
         self._start = np.array(state["mean"], dtype=np.float64)
-        self._origin = np.array(state["prior"], dtype=np.float64)
 
     def _settled(self) -> np.ndarray:
         assert self._start is not None, "begin comes first"

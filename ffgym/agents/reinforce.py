@@ -188,11 +188,18 @@ class Reinforce(BatchAgent):
         return {"policy/mean": float(self._mean(sparsity).mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The policy's mean, averaged over the last updates, and what it was where slopes ended."""
+        """The policy's mean, averaged over the last updates.
+
+        Where units were tried: without all those that the evidence is against, those that it is clearer against, none.
+        """
         if self._weights is None:
             return []
-        known = [self._settled()] if self._followed is None else [self._settled(), self._followed]
-        return [np.clip(_features(float(observation[0])) @ each, -1.0, 1.0).astype(np.float32) for each in known]
+        features = _features(float(observation[0]))
+        means = [features @ self._settled()]
+        if self._trial is not None and self._followed is not None:
+            clearer = np.stack([self._trial.on_levels(self._weights[0], errors=1.0), self._weights[1]])
+            means += [features @ clearer, features @ self._followed]
+        return [np.clip(mean, -1.0, 1.0).astype(np.float32) for mean in means]
 
     def state(self) -> dict[str, Any]:
         """Mean of the policy (averaged as recommended, so that a run that starts from it starts well).
@@ -236,7 +243,7 @@ class Reinforce(BatchAgent):
         """Weights averaged over the last updates, shape (2, 2L)."""
         assert self._weights is not None, "begin comes first"
         if self._trial is not None:
-            return np.stack([self._trial.on_levels(self._weights[0], errors=1.0), self._weights[1]])
+            return np.stack([self._trial.on_levels(self._weights[0]), self._weights[1]])
         return tail_mean(self._means, self.config.average) if self._means else self._weights
 
     def _prior(self, dimensions: int) -> np.ndarray:

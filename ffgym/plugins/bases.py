@@ -223,6 +223,8 @@ class Agent(Plugin, ABC):
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """Importances that the agent believes in, e.g. its policy's mean; they are measured again in the finals.
 
+        The best of the first three is what other candidates have to beat.
+
         Args:
             observation: (target sparsity, fidelity), shape (2,), float32.
         """

@@ -1,6 +1,7 @@
 """The finals: what a search hands over is chosen on windows of the search split that no reward has seen.
 
 The policy's recommendation is the default: it has learnt from all tokens, and a single episode has been lucky on few.
+Where an agent recommends several allocations, the best of the first three on all the windows is the default.
 The windows are cut in two. On the first half the other candidates are thinned out by successive halving (Karnin et al.
 2013), on the second half the one that is left meets the default, and replaces it only where it is better by more than
 ``SIGNIFICANT`` standard errors of the paired difference. The prior, from which the search started, meets it too, so
@@ -28,7 +29,7 @@ from ffgym.types import Allocation, Episode
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
 SIGNIFICANT = 2.0  # paired standard errors
-RECOMMENDED = 2  # of an agent's recommendations, so many are level
+RECOMMENDED = 3  # of an agent's recommendations, so many are level
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,8 @@ def run_finals(
 
     Args:
         env: measures and judges.
-        candidates: the agent's recommendations first, the better of the first two of which is the default; one of
-            origin ``"prior"`` is not thinned out. Without a recommendation, the default is the one that is left of them.
+        candidates: the agent's recommendations first, the best of the first three of which is the default; one of
+            origin ``"prior"`` is not thinned out. Without a recommendation, what is left of them is the default.
         tokens: how many of the reserved ones to use, half of them to thin out and half to decide.
         seed: of the windows.
         on_progress: called with the share that is measured, from 0 to 1.
@@ -208,7 +209,10 @@ def run_finals(
     windows, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
     all_count, count = env.weighs_objectives or env.budget.tied, len(windows)
     own = count * env.window_tokens
-    total = len(candidates) * own if all_count else expected_tokens(len(candidates) - 2, own)
+    recommended = [i for i, candidate in enumerate(candidates[:RECOMMENDED]) if candidate.origin == "policy"]
+    total = len(candidates) * own if all_count else expected_tokens(len(candidates) - 1 - len(recommended), own)
+    if len(recommended) > 1 and not all_count:
+        total += len(recommended) * own - own // 2  # of the default, the half that decides is expected
 
     def on_tokens(taken: float) -> None:
         if on_progress is not None:
@@ -217,7 +221,6 @@ def run_finals(
     measured = _Measured(env, candidates, windows, examples, on_tokens)
     thinning, deciding = range(max(1, count // 2)), range(count // 2, count)
     everyone = range(len(candidates))
-    recommended = [i for i in everyone[:RECOMMENDED] if candidates[i].origin == "policy"]
     if len(recommended) > 1:
         measured.add(recommended, (*thinning, *deciding))
         recommended.sort(key=lambda i: measured.standing(i, (*thinning, *deciding)), reverse=True)

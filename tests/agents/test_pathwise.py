@@ -88,7 +88,7 @@ def test_what_has_no_slope_stays_where_the_prior_has_it():
 
 def test_no_slopes_at_all_move_nothing():
     agent = told(Pathwise(), np.zeros((3, 6)), np.full(6, 0.25, np.float32))
-    np.testing.assert_array_equal(agent.recommend(OBSERVATION), np.full((2, 6), 0.25))
+    np.testing.assert_array_equal(agent.recommend(OBSERVATION), np.full((1, 6), 0.25))
 
 
 def test_it_recommends_the_average_of_the_last_half_and_its_prior():

@@ -232,7 +232,8 @@ def test_tries_a_third_of_what_is_too_coarse_for_a_slope_and_drops_what_is_worth
     assert (kept[:80] == 3).all(), "slopes move only what has one"
     assert np.ptp(kept[80:], axis=0).tolist() == [0, 1, 0, 1, 0, 0]
     assert env.kept(agent.recommend(OBSERVATION)[0])[env.coarse].tolist() == [3, 2, 3, 2, 3, 3]
-    assert (env.kept(agent.recommend(OBSERVATION)[1])[env.coarse] == 3).all(), "the finals may undo it"
+    assert len(agent.recommend(OBSERVATION)) == 3
+    assert (env.kept(agent.recommend(OBSERVATION)[2])[env.coarse] == 3).all(), "the finals may undo it"
 
 
 def test_keeps_a_unit_that_only_seemed_to_be_worth_nothing():
@@ -260,6 +261,14 @@ def test_a_unit_whose_worth_is_clear_is_no_longer_tried():
     levels = np.rint((trial.on_levels(mean + np.outer([1, -1], trial.steps)) + 1) / 2 * 3)
     assert levels[:, 0].tolist() == [3, 3]
     assert levels[:, 1].tolist() == [3, 2]
+
+
+def test_recommends_what_the_evidence_is_against_and_what_it_is_clearer_against():
+    trial = Trial(np.full(6, 0.1), np.ones(6), np.full(6, 3))
+    place = trial.steps[0] / 3  # of one standard error
+    mean = trial.start + place * np.array([-2, -0.5, 0.5, 0, 0, 0])
+    kept = [np.rint((trial.on_levels(mean, errors=errors) + 1) / 2 * 3)[:3].tolist() for errors in (0.0, 1.0)]
+    assert kept == [[2, 2, 3], [2, 3, 3]]
 
 
 def test_over_a_range_of_budgets_all_tokens_follow_slopes():

@@ -108,6 +108,16 @@ class TestChoice:
         assert [c.origin for c in found] == ["episode 3", "policy"]
         assert found[0].loss < found[1].loss
 
+    def test_of_what_an_agent_recommends_the_best_on_all_windows_is_the_default(self, env):
+        """By any difference: none of them was chosen by luck. A fourth is a candidate like others."""
+        losses = [self.about(loss) for loss in (1.02, 1.03, 1.01, 0.9, 1.0)]
+        found, measured = self.run(env, losses[:3], origins=["policy"] * 3)
+        assert len(measured) == 3 * 12
+        assert [round(c.loss, 1) for c in found] == [1.0, 1.0, 1.0]
+        assert found[0].loss == min(c.loss for c in found)
+        found, measured = self.run(env, losses, origins=[*["policy"] * 4, "episode 3"])
+        assert round(found[0].loss, 1) == 0.9
+
     def test_no_search_ends_behind_the_prior(self, env):
         losses = [self.about(1.1), self.about(1.2, 0.02), self.about(1.0, 0.03)]
         found, _ = self.run(env, losses, origins=["policy", "episode 3", "prior"])

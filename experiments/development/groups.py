@@ -1,0 +1,77 @@
+"""What one KV group of each layer is worth around a found allocation: measured, and by the first-order estimate.
+
+    python experiments/development/groups.py RESULT SPARSITY WINDOWS
+
+RESULT is the stem of a file in results/. In every layer one group is removed, and its cost goes to the other sublayers.
+Losses are of development windows, slopes of the first 16 search windows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from develop import DEVELOPMENT_WINDOWS, RESERVED, SEARCH_WINDOWS, WINDOW
+from rich.console import Console
+from scipy.stats import spearmanr
+
+from ffgym.config.toml import load_config
+from ffgym.envs.pruning_env import PruningEnv, Trial
+from ffgym.evaluation.slopes import unit_slopes
+from ffgym.pipeline.task import open_task
+from ffgym.pruning.budget import Budget
+from ffgym.report.progress import Reporter
+
+SLOPE_WINDOWS = 16
+
+
+def without_a_group(budget: Budget, kept: tuple[int, ...], index: int, sparsity: float) -> tuple[int, ...] | None:
+    """The allocation that has one unit less of a sublayer and is as large; ``None`` where it cannot lose one."""
+    start = budget.importance(kept)
+    for step in np.linspace(0, 2, 81):
+        importance = start.copy()
+        importance[index] -= step
+        found = budget.project(np.clip(importance, -1, 1), sparsity).kept
+        if found[index] == kept[index] - 1:
+            return found
+    return None
+
+
+def main(result: str, sparsity: float, windows: int) -> None:
+    """Print a line a layer, the greatest gain first."""
+    stored = json.loads((Path(__file__).parent / "results" / f"{result}.json").read_text(encoding="utf-8"))
+    data = {
+        "search_tokens": SEARCH_WINDOWS * WINDOW,
+        "report": "demo:c4",
+        "report_tokens": DEVELOPMENT_WINDOWS * WINDOW,
+    }
+    config = load_config(data=data, prune={"sparsity": sparsity}, search={"final_tokens": RESERVED * WINDOW})
+    task = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(stderr=True)))
+    env, budget = task.env, task.env.budget
+    base = budget.project(budget.importance(stored["kept"]["final"]), sparsity).kept
+    slopes = [each.numpy() for each in unit_slopes(env.prunable, env.windows[:SLOPE_WINDOWS], base)]
+    development = PruningEnv(
+        env.prunable, env.reward, task.splits.report.windows, budget, sparsity=sparsity, calibrated=env.calibrated
+    )
+
+    def losses(kept: tuple[int, ...]) -> np.ndarray:
+        (outcome,) = development.outcomes([Trial(budget.allocation(kept), tuple(range(windows)))])
+        return np.array(outcome.pruned.losses)
+
+    found, rows = losses(base), []
+    for index, sublayer in enumerate(budget.sublayers):
+        fewer = without_a_group(budget, base, index, sparsity) if sublayer.kind == "attention" else None
+        if fewer is not None:
+            gains = 1000 * (found - losses(fewer))
+            changes = zip(slopes, base, fewer, strict=True)
+            estimate = -1000 * sum(s[a:b].sum() if b > a else -s[b:a].sum() for s, a, b in changes)
+            rows.append((gains.mean(), gains.std(ddof=1) / windows**0.5, estimate, sublayer.name))
+    for gain, error, estimate, name in sorted(rows, reverse=True):
+        print(f"{gain:7.1f} ± {error:4.1f} mnats, first-order estimate {estimate:6.1f}  {name}")
+    print(f"rank correlation {spearmanr([row[0] for row in rows], [row[2] for row in rows]).statistic:.2f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
