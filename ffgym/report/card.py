@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from ffgym.report.layout import Column, Table, humane
 from ffgym.report.table import ReportTable, Row, perplexity_text
-from ffgym.types import Allocation, Sublayer
+from ffgym.types import Allocation, Kind, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
+UNITS: dict[Kind, str] = {
+    "attention": "attention: KV groups",
+    "mlp": "MLP: intermediate channels",
+    "experts": "experts",
+}
 
 LOADING = """\
 ```python
@@ -70,7 +76,7 @@ def model_card(
     sections = [
         _front_matter(base_model, license),
         f"# {title}",
-        _summary(base_model, allocation, quantity, saved, table.dense),
+        _summary(base_model, sublayers, allocation, quantity, saved, table.dense),
         "## Load it",
         loading(stock=stock),
         "## What it costs",
@@ -103,27 +109,34 @@ def loading(*, stock: bool) -> str:
     return LOADING.format(options=options, explanation=explanation)
 
 
-def _summary(base_model: str | None, allocation: Allocation, quantity: str, saved: Row, dense: Row) -> str:
+def _summary(
+    base_model: str | None,
+    sublayers: Sequence[Sublayer],
+    allocation: Allocation,
+    quantity: str,
+    saved: Row,
+    dense: Row,
+) -> str:
     """Say what the model is, and what the pruning cost."""
+    others = {"mlp": "MLP sublayers", "experts": "experts"}
+    there = {sublayer.kind for sublayer in sublayers}
+    halves = " and ".join(["attention", *(name for kind, name in others.items() if kind in there)])
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense language model"
     return (
-        f"This is {origin} with {allocation.sparsity:.1%} of the {quantity} of its attention and "
-        "MLP sublayers removed, by structured pruning. ffgym searched how much of each sublayer goes.\n\n"
+        f"This is {origin} with {allocation.sparsity:.1%} of the {quantity} of its {halves} removed, by structured "
+        "pruning. ffgym searched how much of each sublayer goes.\n\n"
         f'It is the row "{saved.label}" of the table: perplexity {perplexity_text(saved)}, where the dense model has '
         f"{perplexity_text(dense)}; {humane(saved.parameters)} parameters instead of {humane(dense.parameters)}."
     )
 
 
 def _kept(sublayers: Sequence[Sublayer], allocation: Allocation) -> str:
-    """List the units kept, a line per decoder layer."""
-    kept = {
-        (sublayer.layer, sublayer.kind): f"{count:,} of {sublayer.units:,}"
-        for sublayer, count in zip(sublayers, allocation.kept, strict=True)
-    }
+    """List the units kept, a line per decoder layer and a column per kind of sublayer that the model has."""
+    kept: defaultdict[Kind, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
+    for sublayer, count in zip(sublayers, allocation.kept, strict=True):
+        kept[sublayer.kind][sublayer.layer] = f"{count:,} of {sublayer.units:,}"
     columns: list[Column[int]] = [
         Column("layer", str),
-        Column("attention: KV groups", lambda layer: kept[layer, "attention"]),
-        Column("MLP: intermediate channels", lambda layer: kept.get((layer, "mlp"), "")),
-        Column("experts", lambda layer: kept.get((layer, "experts"), "")),
+        *(Column(UNITS[kind], by_layer.__getitem__) for kind, by_layer in kept.items()),
     ]
     return Table(columns, sorted({sublayer.layer for sublayer in sublayers})).markdown().rstrip()

@@ -90,3 +90,13 @@ def test_card_says_how_to_load_rerun_and_judge_the_model():
 def test_the_loading_example_is_python():
     (code,) = re.findall(r"```python\n(.*?)```", card(), re.DOTALL)
     compile(code, "card", "exec")
+
+
+def test_it_names_the_kinds_of_sublayers_that_the_model_has_and_no_others():
+    assert "| layer | attention: KV groups | MLP: intermediate channels |\n" in card()
+    assert "of its attention and MLP sublayers removed" in card()
+    mixed = [*SUBLAYERS[:3], Sublayer(1, "experts", 8, 1, 500, 5, depth=2, experts_per_token=2)]
+    text = card(sublayers=mixed, allocation=Allocation((3, 1200, 1, 5), 4964, 6204))
+    assert "of its attention and MLP sublayers and experts removed" in text
+    assert "| layer | attention: KV groups | MLP: intermediate channels | experts |\n" in text
+    assert "| 1 | 1 of 3 |  | 5 of 8 |" in text
