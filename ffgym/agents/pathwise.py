@@ -75,7 +75,7 @@ class Pathwise(BatchAgent):
         self._mean = self._start.copy()
         self._means = []
         self._slope: np.ndarray | None = None
-        self._descent = SlopeDescent(dimensions, self.config)
+        self._descent = SlopeDescent(dimensions, self.config, self.coarse)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """The importances reached, for every episode, float32."""
@@ -83,7 +83,7 @@ class Pathwise(BatchAgent):
 
     def take_slopes(self, slopes: np.ndarray) -> None:
         """Keep the slope for the step that follows."""
-        self._slope = slopes[0] if self.coarse is None else np.where(self.coarse, 0.0, slopes[0])
+        (self._slope,) = slopes
 
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """One step down the slope."""
@@ -117,17 +117,21 @@ class SlopeDescent:
     Args:
         dimensions: 2L.
         config: step, smooth and length.
+        coarse: sublayers that are not moved, because their slope is but an estimate for one unit, shape (2L,), bool;
+            ``None`` for none.
     """
 
-    def __init__(self, dimensions: int, config: Any) -> None:
+    def __init__(self, dimensions: int, config: Any, coarse: np.ndarray | None = None) -> None:
         self._step = float(config.step)
         self._updates = 0
         self._squares = np.zeros(dimensions)
+        self._is_followed = np.ones(dimensions, bool) if coarse is None else ~coarse
         self._covariance = depth_covariance(dimensions, smooth=config.smooth, length=config.length)
 
     def step(self, slope: np.ndarray) -> np.ndarray:
         """How far up the slope the next step goes, shape (2L,); 0 where there is no slope."""
         self._updates += 1
+        slope = np.where(self._is_followed, slope, 0.0)
         self._squares += slope**2
         scale = np.sqrt(smoothed_over_neighbours(self._squares) / self._updates)
         scaled = np.divide(slope, scale, out=np.zeros_like(scale), where=slope != 0)

@@ -125,10 +125,10 @@ class Reinforce(BatchAgent):
         self._followed, self._trial = None, None
         self.slope_episodes = 0
         self._shifts: list[np.ndarray] = []
-        self._worths: list[np.ndarray] = []
+        self._slopes: list[np.ndarray] = []
         self._batch = batch
         self._rng = np.random.default_rng(seed)
-        self._descent = SlopeDescent(dimensions, PathwiseConfig.model_validate({}))
+        self._descent = SlopeDescent(dimensions, PathwiseConfig.model_validate({}), self.coarse)
         self._root = self.config.spread * square_root(
             depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
         )
@@ -154,10 +154,8 @@ class Reinforce(BatchAgent):
 
     def take_slopes(self, slopes: np.ndarray) -> None:
         """Keep the slope for the step that follows."""
-        (slope,) = slopes
-        coarse = np.zeros(len(slope), bool) if self.coarse is None else self.coarse
-        self._slope = np.where(coarse, 0.0, slope)
-        self._worths.append(np.where(coarse, slope, 0.0))
+        (self._slope,) = slopes
+        self._slopes.append(self._slope)
 
     def tell(
         self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, kept: np.ndarray | None = None
@@ -220,18 +218,18 @@ class Reinforce(BatchAgent):
 
     def _end_of_slopes(self) -> None:
         """Go on from where the slopes led, on average, and try what they could not move."""
-        worth = tail_mean(self._worths, 1.0)
-        has_coarse = self.units is not None and self.coarse is not None and self.coarse.any()
-        if has_coarse and not (worth > 0).any():
+        if self.coarse is None or not self.coarse.any():
+            self.slope_episodes = 0
+            self._weights, self._means = self._settled(), []
+            return
+        worth = np.where(self.coarse, np.mean(self._slopes, axis=0), 0.0)
+        if not (worth > 0).any():
             self._slope_share = 1.0
             return
         self.slope_episodes = 0
         self._weights = self._settled()
-        if not has_coarse:
-            self._means = []
-            return
         # Importances that say what is kept, without the shift that the projection would add.
-        assert self.units is not None, "has_coarse"
+        assert self.units is not None, "the environment says which are coarse by it"
         assert self._measured_at is not None, "slopes were measured"
         moved = 2 * tail_mean(self._shifts, self.config.average)
         mean = np.clip(self._mean(self._measured_at) + moved, -1.0, 1.0)

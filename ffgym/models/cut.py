@@ -315,19 +315,9 @@ class PrunableExperts(PrunableSublayer):
         self._begin()
 
     @property
-    def is_away(self) -> bool:
-        """Whether the experts are not in memory."""
-        return any(weight.is_meta for weight in self._dense.values())
-
-    @property
     def dense_consumer(self) -> tuple[torch.Tensor, None]:
         """The stand-in's weight, shape (1, experts), path order."""
         return self.consumer.weight, None
-
-    @property
-    def unit_free_params(self) -> int:
-        """None: some experts always stay."""
-        return 0
 
     def watch(self, receive: Callable[[torch.Tensor], object]) -> RemovableHandle:
         """Call ``receive`` with what the stand-in is given, shape (tokens, experts), each time that the layer runs."""
@@ -352,7 +342,6 @@ class PrunableExperts(PrunableSublayer):
             calibrated: changes nothing here.
             refit: there is none.
         """
-        self._asked = partial(PrunableExperts.cut, units=units)
         for (module, name), weight in self._dense.items():
             setattr(module, name, weight if units == self.sublayer.units else _parameter(weight[:units]))
         count_experts(self._modules, units)  # type: ignore[no-untyped-call]

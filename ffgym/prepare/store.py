@@ -251,11 +251,12 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
             half.order, half.load_path = order, each.path
             continue
         half.permute(order)
-        refit = None
-        if half.is_refittable:
-            half.path = refit = each.path()
+        refit = each.path() if half.is_refittable else None
+        if refit is not None:
+            half.path = refit
+        lost = each.read("removal_error") if refit is None else refit.removal_error
         stats, energy = each.stats(record.tokens[index]), record.energies[index]
-        views.append(view_of(half, each.read("unit_scores"), stats, each.read("removal_error"), energy, refit))
+        views.append(view_of(half, each.read("unit_scores"), stats, lost, energy, refit))
     seen = views if stream is None else _Views(prunable, stored, record)
     return Prepared(prunable, seen, record.ridges, record.calibration_tokens)
 

@@ -242,7 +242,7 @@ class Budget:
                 hint="Leave prune.uniform out, or take an agent that needs no slopes, such as reinforce.",
             )
         units = np.array([sublayer.units for sublayer in self.sublayers])
-        levels = np.asarray(kept)
+        levels, coarse = np.asarray(kept), self.coarse
         ratio = (np.clip(np.asarray(importance, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0
         value, cost = np.zeros(len(units)), np.zeros(len(units))
         for i, (slopes, table) in enumerate(zip(unit_slopes, self._tables, strict=True)):
@@ -251,13 +251,13 @@ class Budget:
             if low < high:
                 value[i] = units[i] * float(np.mean(slopes[low:high]))
                 cost[i] = units[i] * float(table[high] - table[low]) / (high - low)
-        inside = ~self.coarse & (cost > 0) & (levels > 0) & (levels < units)
+        inside = ~coarse & (cost > 0) & (levels > 0) & (levels < units)
         shift = float(np.mean((levels / units - ratio)[inside])) if inside.any() else 0.0
-        moves = ~self.coarse & (cost > 0) & (ratio + shift > -REACH) & (ratio + shift < 1 + REACH)
+        moves = ~coarse & (cost > 0) & (ratio + shift > -REACH) & (ratio + shift < 1 + REACH)
         if not moves.any():
             return np.zeros(len(units))
         price = value[moves].sum() / cost[moves].sum()
-        return np.asarray(np.where(moves | self.coarse & (cost > 0), (value - cost * price) / 2.0, 0.0))
+        return np.asarray(np.where(moves | coarse & (cost > 0), (value - cost * price) / 2.0, 0.0))
 
     def _limit(self, sparsity: float) -> float:
         """What an allocation may cost."""
