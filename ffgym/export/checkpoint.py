@@ -317,9 +317,8 @@ def _shared_sizes(model: Any, kept: Sequence[int], family: Family) -> dict[str, 
     for size in sizes:
         if any(shared.setdefault(name, number) != number for name, number in size.items()):
             raise ModelError("the layers differ in size, and a stock checkpoint has one shape for all", hint=hint)
-    others: list[Kind] = ["experts" if family.expert_modules(layer) else "mlp" for layer in family.layers(model)]
-    for index, units in enumerate(kept):
-        kind = others[index // 2] if index % 2 else "attention"
+    kinds = [kind for layer in family.layers(model) for kind in family.halves(layer)]
+    for kind, units in zip(kinds, kept, strict=True):
         if units not in legal[kind]:
             raise ModelError(
                 f"a stock {family.name} checkpoint cannot keep {units} of {legal[kind][-1]} units of its {kind};"
@@ -353,8 +352,8 @@ def _sizes_per_layer(model: Any, kept: Sequence[int], family: Family) -> list[di
     config = model.config
     heads, kv_heads = family.head_counts(config)
     groups = 1 if family.whole_attention else kv_heads
-    # What the other half of each layer consists of: experts or channels.
-    parts = [family.expert_count if family.expert_modules(x) else family.intermediate for x in family.layers(model)]
+    counts = {"mlp": family.intermediate, "experts": family.expert_count}  # the config's names
+    parts = [counts[family.halves(layer)[1]] for layer in family.layers(model)]
     units = [number for part in parts for number in (groups, getattr(config, part))]
     if len(kept) != len(units) or any(not 0 <= k <= most for k, most in zip(kept, units, strict=True)):
         raise ModelError(

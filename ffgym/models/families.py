@@ -120,6 +120,10 @@ class Family(Plugin):
         found: list[Any] = expert_modules(layer, self)  # type: ignore[no-untyped-call]
         return found
 
+    def halves(self, layer: nn.Module) -> tuple[Kind, Kind]:
+        """The kinds of a layer's two sublayers, attention first."""
+        return "attention", "experts" if self.expert_modules(layer) else "mlp"
+
     def consumer(self, layer: nn.Module, kind: Kind) -> nn.Linear:
         """The linear that reads the units of one half of a layer, which is not one of experts."""
         return _linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
@@ -179,8 +183,9 @@ class Family(Plugin):
             ModelError: names the family and the linear.
         """
         stock, layer = self.known_stock(), self.layers(model)[0]
-        kinds: tuple[Kind, ...] = ("attention",) if self.expert_modules(layer) else ("attention", "mlp")
-        for kind in kinds:
+        for kind in self.halves(layer):
+            if kind == "experts":
+                continue
             if self.consumer(layer, kind).bias is None and not stock.bias_switch(kind):
                 name = self.attention_consumer if kind == "attention" else self.mlp_consumer
                 raise ModelError(
