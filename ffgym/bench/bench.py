@@ -62,10 +62,8 @@ def bench(
     benches = [read_bench(Path(file)) for file in files]
     check_benches(benches)
     for each in benches:
-        if each.spec.baseline not in each.spec.agents:
-            reporter.print(
-                f"{each.spec.title}: baseline {each.spec.baseline!r} is not one of its agents: no tokens are counted"
-            )
+        for baseline in set(each.spec.baseline) - set(each.spec.agents):
+            reporter.print(f"{each.spec.title}: baseline {baseline!r} is not one of its agents: no tokens are counted")
     tables = []
     with ExitStack() as stack:
         runs: dict[Path, Tracker] = {}
@@ -111,7 +109,7 @@ def _workers(
 
 def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:
     """The table and its picture beside the bench file, and in its MLflow run where there is one."""
-    table = bench_table(bench.spec.title, results, baseline=bench.spec.baseline)
+    table = bench_table(bench.spec.title, results, baselines=bench.spec.baseline)
     if bench.spec.dated:
         note = f"Computed {bench.spec.dated} by an earlier version, with the settings in the result files"
         table = replace(table, header=f"{note}. {table.header}")

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from ffgym.bench.cell import Cell
 from ffgym.config.refusals import config_error
@@ -27,7 +27,7 @@ class BenchFile(Table):
         seeds: one cell per agent and seed; heuristics, which draw nothing, run the first seed only.
         more_seeds: further seeds of some agents, by label.
         results: folder of the cells' JSON files, relative to the file.
-        baseline: whose final quality the others' tokens are counted to.
+        baseline: whose final quality the others' tokens are counted to; one label, or several.
         marks: at how many token marks, log-spaced, the incumbent is measured on the report split; the last is the end.
         plain: also measure what was found without any refit.
         development: report on the windows that follow the search split in its corpus, so that settings can be chosen
@@ -43,7 +43,9 @@ class BenchFile(Table):
     seeds: list[int] = Field(min_length=1, description="whole numbers, one cell per agent and seed, e.g. [0, 1, 2]")
     more_seeds: dict[str, list[int]] = Field(default_factory=dict)
     results: str
-    baseline: str = "evolution"
+    baseline: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        default_factory=lambda: ["evolution"]
+    )
     marks: int = Field(default=6, ge=2)
     plain: bool = False
     development: bool = False
@@ -101,12 +103,13 @@ def read_bench(file: Path) -> Bench:
                 f"{file}: {table} has {', '.join(map(repr, unused))}, which agents does not name",
                 hint=f"Named in agents: {', '.join(spec.agents)}.",
             )
-    near = difflib.get_close_matches(spec.baseline, spec.agents, n=1, cutoff=0.75)
-    if near and spec.baseline not in spec.agents:  # a typing error; any other unknown name only gets a note
-        raise ConfigError(
-            f"{file}: baseline {spec.baseline!r} is not one of its agents",
-            hint=f"Did you mean {near[0]!r}? Named in agents: {', '.join(spec.agents)}.",
-        )
+    for baseline in spec.baseline:
+        near = difflib.get_close_matches(baseline, spec.agents, n=1, cutoff=0.75)
+        if near and baseline not in spec.agents:  # a typing error; any other unknown name only gets a note
+            raise ConfigError(
+                f"{file}: baseline {baseline!r} is not one of its agents",
+                hint=f"Did you mean {near[0]!r}? Named in agents: {', '.join(spec.agents)}.",
+            )
     if "seed" in spec.run or any("seed" in changes for changes in spec.variants.values()):
         raise ConfigError(f"{file} sets `seed` for a run, and a bench runs several", hint="Use `seeds`.")
     if spec.dated:

@@ -35,7 +35,7 @@ def bench_page(file: Path) -> Page:
             "agents": ", ".join(read.spec.agents),
             "seeds": ", ".join(map(str, read.spec.seeds)),
             "searches": f"{done} of {len(read.cells)} done",
-            "baseline": read.spec.baseline,
+            "baseline": ", ".join(read.spec.baseline),
         },
         table=tables[0].layout(),
         pictures={file.with_suffix(".png"): "Report perplexity of each search's incumbent against the tokens it took."},

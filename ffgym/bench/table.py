@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,11 +124,9 @@ class BenchRow:
         plain: the same without any refit; ``None`` where no seed has it.
         tokens: mean tokens of search and finals.
         seconds: mean wall time of search and finals.
-        tokens_to_baseline: tokens until the mean incumbent was as good as the baseline's final quality (interpolated
+        tokens_to: by baseline, tokens until the mean incumbent was as good as that one's final quality (interpolated
             between marks, in log tokens); ``None`` where it never was.
-        at_first_mark: it was so at the first mark already: it may have taken fewer.
-        times_fewer: the tokens that the baseline took to its final quality over those; its whole search, where none of
-            its incumbents was as good as what its finals chose.
+        first_mark: tokens of the first mark: what was reached by then may have taken fewer.
     """
 
     label: str
@@ -140,9 +138,8 @@ class BenchRow:
     dtypes: str
     tokens: float
     seconds: float
-    tokens_to_baseline: float | None
-    at_first_mark: bool
-    times_fewer: float | None
+    tokens_to: Mapping[str, float | None]
+    first_mark: float
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class BenchTable:
     title: str
     rows: tuple[BenchRow, ...]
     header: str
-    baseline: str
+    baselines: tuple[str, ...]
     heuristic: str | None
     files: tuple[str, ...] = ()
 
@@ -173,19 +170,11 @@ class BenchTable:
             Column("dtype", lambda row: row.dtypes, left=True, plain=lambda row: {"dtype": row.dtypes}, spare=True),
             _number("tokens", lambda row: f"{row.tokens:,.0f}", lambda row: {"tokens": row.tokens}, spare=True),
             _number("seconds", lambda row: f"{row.seconds:.0f}", lambda row: {"seconds": row.seconds}, spare=True),
-            _number(
-                f"tokens to {self.baseline}'s final quality",
-                _tokens_to_baseline,
-                lambda row: {"tokens_to_baseline": row.tokens_to_baseline, "at_first_mark": row.at_first_mark},
-                spare=True,
-            ),
-            _number("times fewer", _times_fewer, lambda row: {"times_fewer": row.times_fewer}, spare=True),
+            *map(_tokens_to, self.baselines),
         ]
         unknown = {
             "without any refit": not any(row.plain for row in self.rows),
             "nats against best heuristic": not any(row.difference for row in self.rows),
-            f"tokens to {self.baseline}'s final quality": not any(row.tokens_to_baseline for row in self.rows),
-            "times fewer": not any(row.times_fewer for row in self.rows),
         }
         return Table([column for column in columns if not unknown.get(column.head)], self.rows)
 
@@ -199,6 +188,19 @@ def _number(
     return Column(head, text, plain=plain, spare=spare, console_head=stacked(head))
 
 
+def _tokens_to(baseline: str) -> Column[BenchRow]:
+    def cell(row: BenchRow) -> str:
+        tokens = row.tokens_to[baseline]
+        return "—" if tokens is None else f"{'≤ ' if tokens <= row.first_mark else ''}{tokens:,.0f}"
+
+    return _number(
+        f"tokens to {baseline}'s final quality",
+        cell,
+        lambda row: {f"tokens_to_{baseline}": row.tokens_to[baseline]},
+        spare=True,
+    )
+
+
 def _perplexity_data(row: BenchRow) -> JSONDict:
     return {"perplexity": row.perplexity.value, "perplexity_stderr": row.perplexity.stderr}
 
@@ -207,25 +209,23 @@ def _plain_data(row: BenchRow) -> JSONDict:
     return {"perplexity_without_refit": None if row.plain is None else row.plain.value}
 
 
-def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> BenchTable:
+def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequence[str]) -> BenchTable:
     """Summarise cells by label.
 
     Args:
-        baseline: label whose final quality the tokens are counted to.
+        baselines: labels whose final quality the tokens are counted to; those without results are left out.
     """
     groups: dict[str, list[CellResult]] = defaultdict(list)
     for result in results:
         groups[result.label].append(result)
-    rivals = groups.get(baseline, [])
-    goal = float(np.mean([cell.final.loss for cell in rivals])) if rivals else None
-    own = None if goal is None else tokens_until(rivals, goal)
-    price = own or float(np.mean([cell.search_tokens for cell in rivals] or [0]))
+    goals = {
+        label: float(np.mean([cell.final.loss for cell in groups[label]])) for label in baselines if label in groups
+    }
     rules = [cell for cell in results if cell.agent == "one-shot" and math.isfinite(cell.final.loss)]
     rule = min(rules, key=lambda cell: cell.final.loss, default=None)
     rows = []
     for label, cells in groups.items():
         plain = [_perplexity(cell.final.plain_loss) for cell in cells if cell.final.plain_loss is not None]
-        reached = None if goal is None else tokens_until(cells, goal)
         rows.append(
             BenchRow(
                 label=label,
@@ -237,9 +237,8 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
                 dtypes=_dtypes(cells),
                 tokens=float(np.mean([cell.search_tokens + cell.final_tokens for cell in cells])),
                 seconds=float(np.mean([cell.seconds for cell in cells])),
-                tokens_to_baseline=reached,
-                at_first_mark=reached is not None and reached <= float(curves(cells)[0][0]),
-                times_fewer=price / reached if reached else None,
+                tokens_to={baseline: tokens_until(cells, goal) for baseline, goal in goals.items()},
+                first_mark=float(curves(cells)[0][0]),
             )
         )
     first = results[0]
@@ -258,18 +257,14 @@ def bench_table(title: str, results: Sequence[CellResult], *, baseline: str) -> 
         f"{data.get('window', 0):,}, {dtypes}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
         f"target sparsity {targets}; mean and standard error over seeds."
     )
-    if rivals:
-        header += f" Times fewer than the {price:,.0f} tokens " + (
-            f"that {baseline} took to that quality itself."
-            if own is not None
-            else f"of {baseline}'s whole search: none of its incumbents was as good as what its finals chose."
-        )
     if any(row.difference for row in rows):
         header += (
             " Nats per token against the best heuristic on the same windows, ± half of the 95 % interval, which both "
             "windows and seeds widen; below 0 is better, and a tie is an interval that holds 0."
         )
-    return BenchTable(title, tuple(sorted(rows, key=_standing)), header, baseline, None if rule is None else rule.label)
+    return BenchTable(
+        title, tuple(sorted(rows, key=_standing)), header, tuple(goals), None if rule is None else rule.label
+    )
 
 
 def _difference(cells: Sequence[CellResult], rule: CellResult) -> Difference | None:
@@ -331,15 +326,6 @@ def markdown(table: BenchTable) -> str:
     return f"# {table.title}\n\n{table.header}\n\n{table.layout().markdown()}"
 
 
-def _tokens_to_baseline(row: BenchRow) -> str:
-    tokens = row.tokens_to_baseline
-    return "—" if tokens is None else f"{'≤ ' if row.at_first_mark else ''}{tokens:,.0f}"
-
-
-def _times_fewer(row: BenchRow) -> str:
-    return "—" if row.times_fewer is None else f"{'≥ ' if row.at_first_mark else ''}{row.times_fewer:.1f}"
-
-
 @dataclass(frozen=True)
 class _Curve:
     """One search to draw: marks in tokens, shape (marks,), and perplexities, shape (seeds, marks), NaN in a gap."""
@@ -368,7 +354,7 @@ class _Curve:
 def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
     """Report perplexity of the incumbent against search tokens: mean and range over seeds, and what the finals chose.
 
-    At most `MOST_LINES` lines: the best searches, with the baseline among them, and the best heuristic. What is not
+    At most `MOST_LINES` lines: the best searches, with the baselines among them, and the best heuristic. What is not
     drawn is named under the picture.
     """
     from matplotlib.ticker import NullLocator  # slow to import, and not every command draws
@@ -377,9 +363,9 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes: Any = figure.add_subplot()
     axes.set_xscale("log", base=2)
     searches, rules = _searches_and_rules(table, results)
-    rest = [curve for curve in searches if curve.label != table.baseline]
+    rest = [curve for curve in searches if curve.label not in table.baselines]
     drawn = rest[: MOST_LINES - bool(rules) - (len(rest) < len(searches))]
-    drawn = [curve for curve in searches if curve in drawn or curve.label == table.baseline]
+    drawn = [curve for curve in searches if curve in drawn or curve.label in table.baselines]
     labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order
     looks = {label: SERIES[number] for number, label in enumerate(sorted((c.label for c in drawn), key=labels.index))}
     final = {row.label: row.perplexity.value for row in table.rows}
