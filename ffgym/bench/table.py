@@ -124,6 +124,7 @@ class BenchRow:
         plain: the same without any refit; ``None`` where no seed has it.
         tokens: mean tokens of search and finals.
         seconds: mean wall time of search and finals.
+        differences: by baseline, from that search on the same windows, as ``difference``.
         tokens_to: by baseline, tokens until the mean incumbent was as good as that one's final quality (interpolated
             between marks, in log tokens); ``None`` where it never was.
         first_mark: tokens of the first mark: what was reached by then may have taken fewer.
@@ -138,6 +139,7 @@ class BenchRow:
     dtypes: str
     tokens: float
     seconds: float
+    differences: Mapping[str, Difference | None]
     tokens_to: Mapping[str, float | None]
     first_mark: float
 
@@ -170,11 +172,13 @@ class BenchTable:
             Column("dtype", lambda row: row.dtypes, left=True, plain=lambda row: {"dtype": row.dtypes}, spare=True),
             _number("tokens", lambda row: f"{row.tokens:,.0f}", lambda row: {"tokens": row.tokens}, spare=True),
             _number("seconds", lambda row: f"{row.seconds:.0f}", lambda row: {"seconds": row.seconds}, spare=True),
+            *map(_difference_from, self.baselines),
             *map(_tokens_to, self.baselines),
         ]
         unknown = {
             "without any refit": not any(row.plain for row in self.rows),
             "nats against best heuristic": not any(row.difference for row in self.rows),
+            **{_against(name): not any(row.differences[name] for row in self.rows) for name in self.baselines},
         }
         return Table([column for column in columns if not unknown.get(column.head)], self.rows)
 
@@ -186,6 +190,18 @@ def _number(
     head: str, text: Callable[[BenchRow], str], plain: Callable[[BenchRow], JSONDict], *, spare: bool = False
 ) -> Column[BenchRow]:
     return Column(head, text, plain=plain, spare=spare, console_head=stacked(head))
+
+
+def _against(baseline: str) -> str:
+    return f"nats against {baseline}"
+
+
+def _difference_from(baseline: str) -> Column[BenchRow]:
+    def plain(row: BenchRow) -> JSONDict:
+        found = row.differences[baseline]
+        return {f"{key}_from_{baseline}": value for key, value in difference_data(found).items()}
+
+    return _number(_against(baseline), lambda row: str(row.differences[baseline] or "—"), plain, spare=True)
 
 
 def _tokens_to(baseline: str) -> Column[BenchRow]:
@@ -231,12 +247,13 @@ def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequenc
                 label=label,
                 perplexity=mean_of([cell.final.perplexity for cell in cells]),
                 times_dense=float(np.mean([cell.final.perplexity / _perplexity(cell.dense_loss) for cell in cells])),
-                difference=None if rule is None or rule in cells else _difference(cells, rule),
+                difference=None if rule is None else _difference(cells, [rule]),
                 plain=mean_of(plain) if plain else None,
                 seeds=len(cells),
                 dtypes=_dtypes(cells),
                 tokens=float(np.mean([cell.search_tokens + cell.final_tokens for cell in cells])),
                 seconds=float(np.mean([cell.seconds for cell in cells])),
+                differences={baseline: _difference(cells, groups[baseline]) for baseline in goals},
                 tokens_to={baseline: tokens_until(cells, goal) for baseline, goal in goals.items()},
                 first_mark=float(curves(cells)[0][0]),
             )
@@ -257,22 +274,22 @@ def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequenc
         f"{data.get('window', 0):,}, {dtypes}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
         f"target sparsity {targets}; mean and standard error over seeds."
     )
-    if any(row.difference for row in rows):
+    if any(row.difference or any(row.differences.values()) for row in rows):
         header += (
-            " Nats per token against the best heuristic on the same windows, ± half of the 95 % interval, which both "
-            "windows and seeds widen; below 0 is better, and a tie is an interval that holds 0."
+            " Nats per token are differences on the same windows, ± half of the 95 % interval, which both windows and "
+            "seeds widen; below 0 is better, and a tie is an interval that holds 0."
         )
     return BenchTable(
         title, tuple(sorted(rows, key=_standing)), header, tuple(goals), None if rule is None else rule.label
     )
 
 
-def _difference(cells: Sequence[CellResult], rule: CellResult) -> Difference | None:
-    """Cells against the best heuristic; ``None`` where not all of them kept the losses of as many windows."""
-    losses, reference = [cell.final.losses for cell in cells], rule.final.losses
-    if not reference or any(len(each) != len(reference) for each in losses):
+def _difference(cells: Sequence[CellResult], others: Sequence[CellResult]) -> Difference | None:
+    """Cells against others; ``None`` for the same ones, and where not all kept the losses of as many windows."""
+    losses, reference = ([cell.final.losses for cell in each] for each in (cells, others))
+    if cells[0].label == others[0].label or not losses[0] or len({len(each) for each in losses + reference}) > 1:
         return None
-    return paired_difference(losses, [reference])
+    return paired_difference(losses, reference)
 
 
 def _dtypes(cells: Sequence[CellResult]) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from ffgym.bench import table as bench_module
 from ffgym.bench.table import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
+from ffgym.report.paired import paired_difference
 
 
 def cell(
@@ -201,6 +202,12 @@ def test_searches_are_compared_with_the_best_heuristic_on_the_same_windows() -> 
     assert re.search(r"\| tied \|.*\| -0\.017 ± 0\.259 tie \|", text)
     assert re.search(r"\| fisher \|.*\| best heuristic \|", text)
     assert "± half of the 95 % interval" in text
+    table = bench_table("Bench", some, baselines=["tied"])
+    found = {row.label: row.differences["tied"] for row in table.rows}
+    assert found["tied"] is None
+    assert found["good"] == paired_difference([each.final.losses for each in some[:2]], [some[2].final.losses])
+    assert re.search(r"\| agent \|.*\| nats against best heuristic \|.*\| nats against tied \|", markdown(table))
+    assert table.layout().as_dicts()[0]["difference_from_tied"] == pytest.approx(-0.0783, abs=1e-3)
     del some[0].final.losses[1:]
     assert re.search(r"\| good \|.*\| — \|", markdown(bench_table("Bench", some, baselines=["nobody"])))
 
