@@ -137,6 +137,26 @@ class OLMoE(Family):
     tiny: ClassVar[Mapping[str, Any]] = {"num_experts": 6, "num_experts_per_tok": 2}
 
 
+class GptOss(Family):
+    """Attention with biases and a sink for every head, kept whole or not at all; experts and routers with biases."""
+
+    name = "gpt_oss"
+    whole_attention = True
+    experts, router, expert_count = "mlp.experts", "mlp.router", "num_local_experts"
+    stock = Stock(attention_bias="attention_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4,
+        },
+    }
+
+
 class Phi3(Family):
     """As Llama, with one linear for query, key and value, and one for gate and up."""
 

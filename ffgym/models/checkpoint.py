@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
 from ffgym.models.families import check_config_family, register_saved
-from ffgym.models.loading_errors import AGAIN, loading_error, misfit, pickled, quiet
+from ffgym.models.loading_errors import AGAIN, loading_error, misfit, mxfp4, pickled, quiet
 
 LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
 MOST_LAYERS = 10_000  # where no weights are there to count them
@@ -74,10 +74,16 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
-    """Refuse a config of an unsupported family, or of no layers or more than ``depth``; register a family of ours."""
+    """Refuse a config of an unsupported family, of MXFP4 codes, or of no layers or more than ``depth``.
+
+    A family of ours is registered.
+    """
     register_saved(config)
     if not any_family and "auto_map" not in config:
         check_config_family(config)
+    quantisation = config.get("quantization_config")
+    if not any_family and isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4":
+        raise mxfp4(name)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= depth:
         raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")

@@ -53,15 +53,31 @@ def not_from_hub(name: str, why: str) -> ModelError:
 
 def pickled(name: str, target: Path) -> ModelError:
     """The error for pickled weights, which can run code: whoever trusts them may convert them."""
-    steps = (
-        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-        f"M.from_pretrained({name!r}, use_safetensors=False).save_pretrained({str(target)!r}); "
-        f"T.from_pretrained({name!r}).save_pretrained({str(target)!r})"
-    )
     return ModelError(
         f"model {name!r} has only pickled weights, which are not loaded",
-        hint=f'If you trust it, convert it once and name {str(target)!r} instead:\n  python -c "{steps}"',
+        hint=f"If you trust it, convert it once and name {str(target)!r} instead:\n"
+        f"  {_conversion(name, target, 'use_safetensors=False')}",
     )
+
+
+def mxfp4(name: str) -> ModelError:
+    """The error for experts whose weights are MXFP4 codes, as gpt-oss comes: whoever has the space may convert them."""
+    target = Path(f"{Path(name).resolve().name}-bfloat16")
+    return ModelError(
+        f"the experts of model {name!r} are quantised to MXFP4, and pruning needs plain weights",
+        hint=f"Dequantise it once, which takes four times its space, and name {str(target)!r} instead:\n"
+        f"  {_conversion(name, target, 'quantization_config=C(dequantize=True)', ', Mxfp4Config as C')}",
+    )
+
+
+def _conversion(name: str, target: Path, options: str, imports: str = "") -> str:
+    """The command that loads a model and its tokenizer with these options, and saves both."""
+    steps = (
+        f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T{imports}; "
+        f"M.from_pretrained({name!r}, {options}).save_pretrained({str(target)!r}); "
+        f"T.from_pretrained({name!r}).save_pretrained({str(target)!r})"
+    )
+    return f'python -c "{steps}"'
 
 
 def misfit(name: str, what: str) -> ModelError:

@@ -69,6 +69,9 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "olmo2": BuiltIn("ffgym.models.built_in_families:OLMo2", "norms of all heads together: attention whole or not"),
         "olmo3": BuiltIn("ffgym.models.built_in_families:OLMo3", "as olmo2, with sliding windows"),
         "olmoe": BuiltIn("ffgym.models.built_in_families:OLMoE", "experts in place of MLPs, attention whole or not"),
+        "gpt_oss": BuiltIn(
+            "ffgym.models.built_in_families:GptOss", "experts with biases, attention with sinks, whole or not"
+        ),
         "granite": BuiltIn("ffgym.models.built_in_families:Granite", "as llama, with scaled embeddings and logits"),
         "phi3": BuiltIn("ffgym.models.built_in_families:Phi3", "as llama, with fused query/key/value and gate/up"),
         "ministral": BuiltIn("ffgym.models.built_in_families:Ministral", "as mistral, with sliding windows"),

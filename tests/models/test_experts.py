@@ -53,7 +53,7 @@ def with_routers_that_refuse(model, prunable, kept):
         router = half._modules[1]
 
         def route(hidden, router=router, count=count):
-            scores = linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+            scores = linear(hidden.reshape(-1, hidden.shape[-1]), router.weight, getattr(router, "bias", None))
             scores[:, count:] = -torch.inf
             top, chosen = scores.softmax(-1, dtype=torch.float).topk(router.top_k)
             if getattr(router, "norm_topk_prob", True):
@@ -64,12 +64,13 @@ def with_routers_that_refuse(model, prunable, kept):
     return model
 
 
-def test_a_unit_is_an_expert_with_its_row_of_the_router(prunable):
+def test_a_unit_is_an_expert_with_its_row_of_the_router(family, prunable):
     half = next(half for half in prunable.halves if half.sublayer.kind == "experts")
     sublayer, config = half.sublayer, prunable.model.config
     width = getattr(config, "moe_intermediate_size", config.intermediate_size)
     assert (sublayer.units, sublayer.experts_per_token) == (EXPERTS, PER_TOKEN)
-    assert sublayer.unit_params == 3 * config.hidden_size * width + config.hidden_size
+    biases = 2 * width + config.hidden_size + 1 if family == "gpt_oss" else 0
+    assert sublayer.unit_params == 3 * config.hidden_size * width + config.hidden_size + biases
     assert sublayer.unit_macs == config.hidden_size, "a token passes through as many experts as before"
 
 
@@ -110,6 +111,16 @@ def test_a_walk_has_the_bits_of_an_ordinary_call(prunable, is_cut):
         torch.testing.assert_close(walk.leave(stream.hidden[0], stream.entries[0]), expected, rtol=0, atol=0)
 
 
+def output_of(experts, index, state):
+    """What one expert makes of a token."""
+
+    def project(name, inputs):
+        weight, bias = getattr(experts, name)[index], getattr(experts, f"{name}_bias", None)
+        return linear(inputs, weight.T if experts.is_transposed else weight, None if bias is None else bias[index])
+
+    return project("down_proj", experts._apply_gate(project("gate_up_proj", state)))
+
+
 def test_an_expert_is_ranked_by_the_length_of_what_it_adds(prunable):
     """Router's weight times norm of the output, token by token and expert by expert."""
     half = next(half for half in prunable.halves if half.sublayer.kind == "experts")
@@ -125,9 +136,7 @@ def test_an_expert_is_ranked_by_the_length_of_what_it_adds(prunable):
         for token, state in enumerate(hidden):
             for place in range(PER_TOKEN):
                 expert = int(chosen[token, place])
-                gate, up = (experts.gate_up_proj[expert] @ state).chunk(2)
-                output = experts.down_proj[expert] @ (experts.act_fn(gate) * up)
-                expected[token, expert] = weights[token, place] * output.norm()
+                expected[token, expert] = weights[token, place] * output_of(experts, expert, state).norm()
     torch.testing.assert_close(seen[0] * half.consumer.weight, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -75,8 +75,8 @@ def test_an_unsupported_architecture_is_answered_with_the_nearest():
             "ffgym eval",
         ),
         (
-            {"model_type": "gpt_oss", "num_local_experts": 8},
-            "'gpt_oss' has mixtures of experts of a kind",
+            {"model_type": "dbrx", "moe_num_experts": 8},
+            "'dbrx' has mixtures of experts of a kind",
             "ffgym eval",
         ),
         ({"model_type": "mistrall"}, "'mistrall' is not supported", "Did you mean 'mistral'.*how to add a family"),

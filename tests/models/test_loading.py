@@ -14,7 +14,7 @@ import transformers
 from distinct_families import DISTINCT_FAMILIES
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import save_pruned
@@ -282,6 +282,29 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(checkpoin
     exec(command.removeprefix('python -c "').removesuffix('"'), {})
     converted = load(f"{checkpoint}-safetensors", dtype="float32", device="cpu")
     assert torch.equal(converted.model.lm_head.weight, model.lm_head.weight)
+
+
+def test_mxfp4_codes_are_refused_with_a_command_that_dequantises_them(tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    config = random_model("gpt_oss").config
+    config.intermediate_size = 32  # a block of codes
+    folder = tmp_path / "quantised"
+    GptOssForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj")]:
+        experts, inputs, outputs = weights.pop(name).shape
+        ones, powers = (torch.full((experts, outputs, inputs // 32, n), 0x22, dtype=torch.uint8) for n in (16, 1))
+        weights |= {f"{name}_blocks": ones, f"{name}_scales": powers[..., 0].fill_(127)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(ModelError, match=r"the experts of model .* are quantised to MXFP4") as caught:
+        load(str(folder))
+    monkeypatch.chdir(tmp_path)
+    exec(caught.value.hint.splitlines()[-1].strip().removeprefix('python -c "').removesuffix('"'), {})
+    converted = load("quantised-bfloat16", dtype="float32", device="cpu")
+    assert (converted.model.model.layers[1].mlp.experts.gate_up_proj == 1).all()
 
 
 def test_missing_weights_are_an_error_and_never_made_up(checkpoint):

@@ -16,11 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ffgym.export.checkpoint import uneven_model
+from ffgym.export.checkpoint import stock_model, uneven_model
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.loading import load
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
 PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [
@@ -35,17 +35,24 @@ KEPT = {  # every number of KV groups, odd widths; a norm behind an MLP of one c
     "no MLP": (4, 47, 3, 0, 2, 17, 1, 5),
     "no attention": (4, 47, 0, 31, 2, 17, 1, 5),
 }
+KEPT_WITH_EXPERTS = {
+    "uneven": (4, 6, 3, 4, 2, 3, 1, 2),
+    "no attention": (4, 6, 0, 4, 2, 3, 1, 2),
+    "stock": (4, 4) * 4,  # served by vLLM's own classes
+}
+MODELS = dict.fromkeys(TINY_FAMILIES, KEPT) | dict.fromkeys(EXPERT_FAMILIES, KEPT_WITH_EXPERTS)
 
 
 def saved(family: str, kind: str, folder: Path) -> None:
     prunable = PrunableModel(tiny_model(family, grouped_query=False, layers=4, head_dim=32))
-    kept = tuple(map(min, KEPT[kind], prunable.dense_units))  # OLMo's attention has one unit
+    kept = tuple(map(min, MODELS[family][kind], prunable.dense_units))  # OLMo's attention has one unit
     prunable.cut(kept)
     if kind == "biased":  # as affine calibration leaves them
         for half, units, dense in zip(prunable.halves, kept, prunable.dense_units, strict=True):
             if 0 < units < dense:
                 half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, len(half.consumer.weight)))
-    uneven_model(prunable.model, kept=kept, family=family_of(prunable.model)).save_pretrained(folder)
+    in_class = stock_model if kind == "stock" else uneven_model
+    in_class(prunable.model, kept=kept, family=family_of(prunable.model)).save_pretrained(folder)
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -75,18 +82,20 @@ def asked_in_vllm(folders: list[Path], work: Path) -> dict[Path, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=TINY_FAMILIES)
+@pytest.fixture(scope="module")
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     """Models of a family, by kind, and what vLLM made of each."""
     root = tmp_path_factory.mktemp(request.param)
-    folders = {kind: root / kind.replace(" ", "-") for kind in KEPT}
+    folders = {kind: root / kind.replace(" ", "-") for kind in MODELS[request.param]}
     for kind, folder in folders.items():
         saved(request.param, kind, folder)
     found = asked_in_vllm(list(folders.values()), root)
     return {kind: (folder, found[folder]) for kind, folder in folders.items()}
 
 
-@pytest.mark.parametrize("kind", KEPT)
+@pytest.mark.parametrize(
+    ("served", "kind"), [(family, kind) for family, kinds in MODELS.items() for kind in kinds], indirect=["served"]
+)
 def test_vllm_answers_as_transformers_does(kind: str, served: dict[str, tuple[Path, Any]]) -> None:
     folder, answers = served[kind]
     assert not isinstance(answers, str), answers
