@@ -152,6 +152,9 @@ class GptOss(Family):
             "rope_type": "yarn",
             "rope_theta": 150000.0,
             "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
             "original_max_position_embeddings": 4,
         },
     }
