@@ -372,11 +372,6 @@ def test_the_text_model_of_a_vision_language_checkpoint_is_saved_as_the_docs_say
     )
     whole.eval().save_pretrained("vlm")
     word_tokenizer.save_pretrained("vlm")
-    with pytest.raises(
-        ModelError, match=r"'gemma3' is a checkpoint of several towers.*text is 'gemma3_text'"
-    ) as raised:
-        load("vlm", device="cpu")
-    assert "docs/models.md" in raised.value.hint
     passage = text("docs/models.md").partition("## Vision-language checkpoints")[2].partition("\n## ")[0]
     (program,) = re.findall(r"^```python\n(.*?)^```", passage, flags=re.MULTILINE | re.DOTALL)
     exec(program.replace("google/gemma-3-4b-it", "vlm"), {})

@@ -26,13 +26,12 @@ from safetensors.torch import save_file
 
 from ffgym.errors import ModelError, OutputError
 from ffgym.files import replacing, write_text
+from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import Family
+from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
 from ffgym.types import Kind
 
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
-# Keys of the dense checkpoint's config that are not true of the pruned one.
-ABOUT_THE_SOURCE = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path")
-
 
 Layer = Callable[[int], AbstractContextManager[object]]
 
@@ -66,6 +65,7 @@ def save_pruned(
     max_shard_size: str | int = "5GB",
     stock: bool = False,
     layer: Layer = nullcontext,
+    towers: Towers | None = None,
 ) -> SavedModel:
     """Write a pruned model to a folder, whole or not at all.
 
@@ -82,6 +82,7 @@ def save_pruned(
         max_shard_size: weights beyond it are written as several files, e.g. ``"5GB"``.
         stock: write a stock checkpoint of the family; all layers must have kept the same shape.
         layer: brings in a layer of a model that is not in memory. It is written with a layer to a file.
+        towers: what the model was taken out of: it is written with the model in it.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
@@ -90,6 +91,8 @@ def save_pruned(
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
     pruned = (stock_model if stock else uneven_model)(model, kept=kept, family=family)
+    if towers is not None:
+        pruned, files = towers.around(pruned, family), [*files, *towers.files]
     if any(parameter.is_meta for parameter in pruned.parameters()):
         write = partial(_save_by_layer, pruned, partial(_checkpoint_weights, model, kept, family), family, layer)
     else:
@@ -105,6 +108,7 @@ def save_again(
     card: str,
     files: Sequence[Path] = (),
     overwrite: bool = False,
+    towers: Towers | None = None,
 ) -> SavedModel:
     """Write a model that was loaded from a checkpoint and changed, whole or not at all.
 
@@ -112,12 +116,15 @@ def save_again(
         model: of a class that ``save_pruned`` writes, which brings its own file along, or of a stock class.
         directory: the folder; its parents are created.
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
+        towers: what the model was taken out of: it is written with the model in it.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
+    if towers is not None:
+        model, files = towers.whole, [*files, *towers.files]
     return _write(model, model.save_pretrained, tokenizer, place, card, files, stock=is_stock(model))
 
 
@@ -211,11 +218,10 @@ def _give_ordinary_modes(folder: Path) -> None:
 
 def load_line(directory: str | Path, *, stock: bool = False) -> str:
     """The one line of Python that loads a saved model, in a process that need not have ffgym."""
-    options = "" if stock else ", trust_remote_code=True"
-    return (
-        "from transformers import AutoModelForCausalLM; "
-        f"model = AutoModelForCausalLM.from_pretrained({str(directory)!r}{options})"
-    )
+    options, file = "" if stock else ", trust_remote_code=True", Path(directory) / "config.json"
+    has_towers = file.is_file() and "text_config" in MODEL_CONFIG.read(file)
+    loader = f"AutoModelFor{'ImageTextToText' if has_towers else 'CausalLM'}"
+    return f"from transformers import {loader}; model = {loader}.from_pretrained({str(directory)!r}{options})"
 
 
 def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:

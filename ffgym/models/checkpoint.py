@@ -15,6 +15,8 @@ from ffgym.errors import ModelError
 from ffgym.files import FileFormat
 from ffgym.models.families import check_config_family, register_saved
 from ffgym.models.loading_errors import AGAIN, loading_error, misfit, mxfp4, pickled, quiet
+from ffgym.models.modeling_ffgym import PREFIX
+from ffgym.models.towers import auto_class, check_towers
 
 LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
 MOST_LAYERS = 10_000  # where no weights are there to count them
@@ -79,19 +81,26 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
     A family of ours is registered.
     """
     register_saved(config)
-    if not any_family and "auto_map" not in config:
+    text, is_saved = config.get("text_config"), str(config.get("model_type")).startswith(PREFIX)
+    if isinstance(text, dict) and not is_saved and not any_family:
+        check_towers(config)
+    elif not any_family and "auto_map" not in config:
         check_config_family(config)
     quantisation = config.get("quantization_config")
     if not any_family and isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4":
         raise mxfp4(name)
-    layers = config.get("num_hidden_layers")
+    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= depth:
         raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")
 
 
-def check_sizes(name: str, folder: Path, *, any_family: bool) -> None:
-    """Compare a folder's config with the shapes in its weight files, before a model of the config's size is built."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
+    """Compare a folder's config with the shapes in its weight files, before a model of the config's size is built.
+
+    Returns:
+        The content of ``config.json``.
+    """
+    from transformers import AutoConfig
 
     config = MODEL_CONFIG.read(folder / "config.json")
     try:
@@ -100,15 +109,16 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> None:
         raise loading_error(error, str(folder), name) from error
     check_config(name, config, any_family=any_family, depth=depth_of(LAYER, shapes) or MOST_LAYERS)
     if any_family or "quantization_config" in config:  # names and shapes in the files may be others than the model's
-        return
+        return config
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+            model = auto_class(config).from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # wrong values fail in as many ways as there are layers
         raise loading_error(error, str(folder), name) from error
     for key, tensor in sorted(model.state_dict().items()):
         if (in_file := shapes.get(key, tuple(tensor.shape))) != tuple(tensor.shape):
             raise misfit(name, f"{key} is {in_file} in the checkpoint and {tuple(tensor.shape)} by the config")
+    return config
 
 
 def _shapes(folder: Path) -> Shapes:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ffgym.errors import ModelError, PluginError, UnknownNameError
-from ffgym.models.modeling_ffgym import PREFIX, expert_modules, make_classes
+from ffgym.models.modeling_ffgym import PREFIX, expert_modules, make_classes, make_towers
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
@@ -271,14 +271,6 @@ def check_config_family(config: Mapping[str, Any]) -> None:
     try:
         family_of_type(model_type)
     except ModelError:
-        text = config.get("text_config")
-        if isinstance(text, Mapping):
-            inner = str(text.get("model_type"))
-            raise ModelError(
-                f"{model_type!r} is a checkpoint of several towers, and ffgym prunes only language models; the one for"
-                f" text is {inner!r}",
-                hint="docs/models.md says how to save the text model by itself.",
-            ) from None
         if any(isinstance(config.get(name), int) for name in EXPERT_COUNTS):
             raise ModelError(
                 f"architecture {model_type!r} has mixtures of experts of a kind that ffgym does not know",
@@ -318,11 +310,20 @@ def register(families: Iterable[Family]) -> None:
 
 def register_saved(config: Mapping[str, Any]) -> None:
     """Register the family of a model that ffgym saved, by its ``config.json``; do nothing for any other model."""
-    model_type = config.get("model_type")
+    model_type, text = config.get("model_type"), config.get("text_config")
     if not isinstance(model_type, str) or not model_type.startswith(PREFIX):
         return
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
     with contextlib.suppress(ModelError, PluginError):
-        register([family_of_type(model_type)])
+        if inner is None:
+            register([family_of_type(model_type)])
+            return
+        family = family_of_type(str(inner))
+        made = make_towers(model_type.removeprefix(PREFIX), *family.saved_classes())
+        config_class, model_class, base_class = made
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+        AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
+        AutoModel.register(config_class, base_class, exist_ok=True)
 
 
 def _model_type(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ffgym.models.checkpoint import MODEL_CONFIG, MOST_LAYERS, check_config
 from ffgym.models.loading_errors import first_line, loading_error, not_from_hub
@@ -32,15 +33,21 @@ def only_cached(name: str, revision: str | None) -> bool:
     return False
 
 
-def check_hub_config(name: str, revision: str | None, *, any_family: bool, local_files_only: bool) -> None:
-    """Refuse what a hub model's config says before its weights are downloaded."""
+def check_hub_config(name: str, revision: str | None, *, any_family: bool, local_files_only: bool) -> dict[str, Any]:
+    """Refuse what a hub model's config says before its weights are downloaded.
+
+    Returns:
+        The content of its ``config.json``; nothing where there is none.
+    """
     from transformers.utils import cached_file
 
     try:
         file = cached_file(name, "config.json", revision=revision or "main", local_files_only=local_files_only)
     except OSError:  # loading says what is wrong
-        return
-    check_config(name, MODEL_CONFIG.read(Path(file)), any_family=any_family, depth=MOST_LAYERS)
+        return {}
+    config = MODEL_CONFIG.read(Path(file))
+    check_config(name, config, any_family=any_family, depth=MOST_LAYERS)
+    return config
 
 
 def hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path:

@@ -31,6 +31,7 @@ from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import loading_error, quiet
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
 from ffgym.models.stream import LayerStream, streamed_model
+from ffgym.models.towers import BY_ITSELF, PROCESSOR_FILES, Towers, auto_class, has_towers, text_model_of
 
 logger = logging.getLogger("ffgym")
 
@@ -61,6 +62,7 @@ class LoadedModel:
         description: one line for tables: what it is and where it came from.
         device: where its first parameter lies.
         stream: reads the decoder layers, which are then on the meta device; ``None`` where they are in memory.
+        towers: the checkpoint that the model is the text model of; ``None`` where it is the whole.
     """
 
     model: Any
@@ -70,6 +72,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     stream: LayerStream | None = None
+    towers: Towers | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -142,9 +145,15 @@ def load(
         )
     offline = source.folder is None and only_cached(name, revision)
     if source.folder is None:
-        check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
+        config = check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
     else:
-        check_sizes(name, source.folder, any_family=any_family)
+        config = check_sizes(name, source.folder, any_family=any_family)
+    if has_towers(config) and (streamed or device == "balanced"):
+        raise ModelError(
+            f"model {name!r} has several towers, so that it is loaded into memory as a whole: its layers can neither be"
+            " streamed nor spread over GPUs",
+            hint=f"Use model.placement resident and another model.device, or a larger machine. {BY_ITSELF}",
+        )
     if streamed:
         folder = source.folder or hub_folder(name, revision, local_files_only=offline)
         if source.folder is None:
@@ -154,7 +163,13 @@ def load(
     options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
     if source.folder is None:
         options["local_files_only"] = offline
-    model, tokenizer = _load_checkpoint(str(source.folder or name), name, revision, chosen, options)
+    place = str(source.folder or name)
+    model, tokenizer = _load_checkpoint(auto_class(config), place, name, revision, chosen, options)
+    model.eval()
+    model.requires_grad_(False)
+    towers = None
+    if has_towers(config):
+        model, towers = text_model_of(model, name, _processor_files(place, revision, offline))
     if device != "balanced":
         model = move(model, target)
     elif any(place.type != "cuda" for place in devices_of(model)):  # "meta": on the disk, brought in for each call
@@ -163,11 +178,9 @@ def load(
             " where it cannot be pruned",
             hint="Use more or larger GPUs, model.dtype bfloat16, or model.device cpu.",
         )
-    model.eval()
-    model.requires_grad_(False)
     description = source.described(source.folder or checkpoint_folder(name, revision=revision))
     first = next(model.parameters())
-    return LoadedModel(model, tokenizer, name, description, first.dtype, first.device)
+    return LoadedModel(model, tokenizer, name, description, first.dtype, first.device, towers=towers)
 
 
 def check_source(name: str) -> None:
@@ -193,7 +206,9 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
 
 
 def config_of(name: str, *, revision: str | None = None) -> Any:
-    """The config of whatever `load` takes; no weights are read or downloaded, and a folder need not hold any.
+    """The config of whatever `load` takes, of a checkpoint of several towers that of its text model.
+
+    No weights are read or downloaded, and a folder need not hold any.
 
     Raises:
         ModelError: as `load`, as far as a config shows it.
@@ -202,18 +217,26 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
 
     path = Path(name).expanduser()
     options: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     if name == "demo":
         return AutoConfig.for_model("llama", **DEMO_SIZES)
     if path.is_dir():
-        check_config(name, read_config(path), any_family=False, depth=MOST_LAYERS)
-        source = str(path)
+        source, content = str(path), read_config(path)
+        check_config(name, content, any_family=False, depth=MOST_LAYERS)
     elif path.suffix.lower() == ".gguf" and path.is_file():
         source, options = str(path.parent), {"gguf_file": path.name}
     else:
         _locate(name)
         source, offline = name, only_cached(name, revision)
-        check_hub_config(name, revision, any_family=False, local_files_only=offline)
+        content = check_hub_config(name, revision, any_family=False, local_files_only=offline)
         options = {"revision": revision or "main", "local_files_only": offline}
+    config = _config(source, name, options)
+    return config.text_config if has_towers(content) else config
+
+
+def _config(source: str, name: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
     try:
         with quiet():
             return AutoConfig.from_pretrained(source, **options, trust_remote_code=False)
@@ -222,22 +245,23 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
 
 
 def load_config(folder: Path) -> Any:
-    """The config of a folder that holds a model, without its weights.
+    """The config of a folder that holds a language model, without its weights.
 
     Raises:
-        ModelError: a folder that is missing or lacks a part, or a config that cannot be read.
+        ModelError: a folder that is missing or lacks a part, a config that cannot be read, or one of several towers.
     """
-    from transformers import AutoConfig
-
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
     check_folder(folder)
-    register_saved(MODEL_CONFIG.read(folder / "config.json"))
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # damaged files fail in as many ways as there are parsers
-        raise loading_error(error, str(folder), str(folder)) from error
+    content = MODEL_CONFIG.read(folder / "config.json")
+    if "text_config" in content:
+        raise ModelError(
+            f"the model in {str(folder)!r}, of type {content.get('model_type')!r}, has several towers, and this is for"
+            " language models alone",
+            hint=BY_ITSELF,
+        )
+    register_saved(content)
+    return _config(str(folder), str(folder), {})
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -295,14 +319,12 @@ def _locate(name: str, *, any_family: bool = True) -> _Source:
 
 
 def _load_checkpoint(
-    source: str, name: str, revision: str | None, dtype: torch.dtype, options: dict[str, Any]
+    loader: Any, source: str, name: str, revision: str | None, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
     origin = {"revision": revision or "main", "trust_remote_code": False}
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = loader.from_pretrained(
                 source,
                 dtype=dtype,
                 use_safetensors=True,
@@ -319,6 +341,19 @@ def _load_checkpoint(
     if Path(source).is_dir():
         return model, load_tokenizer(Path(source))
     return model, _tokenizer(source, name, local_files_only=options.get("local_files_only", False), **origin)
+
+
+def _processor_files(source: str, revision: str | None, offline: bool) -> tuple[Path, ...]:
+    """What a checkpoint of several towers holds for its images; of a hub model, downloaded."""
+    from transformers.utils import cached_file
+
+    options = {
+        "revision": revision or "main",
+        "local_files_only": offline,
+        "_raise_exceptions_for_missing_entries": False,
+    }
+    found = (cached_file(source, name, **options) for name in PROCESSOR_FILES)
+    return tuple(Path(file) for file in found if file is not None)
 
 
 def _tokenizer(source: str, name: str, **options: Any) -> Any:

@@ -13,7 +13,14 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "ffgym_"  # what the model_type of these models begins with
@@ -69,7 +76,24 @@ class SkippedAttention(Skipped):
         return super().forward(hidden_states)
 
 
-class UnevenConfig:
+class SavedConfig:
+    """A config that lies beside its weights together with the copy of this file that makes its classes."""
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves the config and the copy, which ends with ``self.call``."""
+        # Saving a model names its own class alone; servers such as vLLM ask for the one without a head.
+        stem = Path(__file__).stem
+        own = {auto_class: f"{stem}.{name}" for auto_class, name in self.model_classes.items()}
+        self.auto_map = {**getattr(self, "auto_map", {}), **own}
+        super().save_pretrained(save_directory, **kwargs)
+        copied = Path(save_directory) / Path(__file__).name
+        ending = f"\n\n{self.call}\n"
+        if ending not in copied.read_text(encoding="utf-8"):  # a copy copies itself
+            with copied.open("a", encoding="utf-8") as file:
+                file.write(ending)
+
+
+class UnevenConfig(SavedConfig):
     """What `make_classes` adds to a stock config.
 
     ``per_layer_config`` holds, for layers that differ from the config's own (dense) sizes, the number of heads and of
@@ -115,17 +139,22 @@ class UnevenConfig:
         even.per_layer_config = None
         super(UnevenConfig, even).validate_rope()
 
-    def save_pretrained(self, save_directory, **kwargs):
-        """Saves the config, and beside it the copy of this file that makes this architecture's classes."""
-        # Saving a model names its own class alone; servers such as vLLM ask for the one without a head.
-        self.auto_map = {**getattr(self, "auto_map", {}), "AutoModel": f"{Path(__file__).stem}.{self.base_class}"}
-        super().save_pretrained(save_directory, **kwargs)
-        copied = Path(save_directory) / Path(__file__).name
-        names = "".join(f"    {name}={value!r},\n" for name, value in vars(self.parts).items())
-        call = f"\n\nmake_classes(\n    {self.model_type.removeprefix(PREFIX)!r},\n{names})\n"
-        if call not in copied.read_text(encoding="utf-8"):  # a copy copies itself
-            with copied.open("a", encoding="utf-8") as file:
-                file.write(call)
+
+class TowersConfig(SavedConfig):
+    """What `make_towers` adds to the stock config of a text model with other towers, e.g. one for images."""
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):  # stock code would make the stock config from it
+            self.text_config = self.sub_configs["text_config"](**self.text_config)
+        super().__post_init__(**kwargs)
+
+
+class TowersModel:
+    """What `make_towers` adds to a stock model; its text model is one that `make_classes` made."""
+
+    def save_pretrained(self, *args, **kwargs):
+        """Saves the weights under the names of the modules: those of old files hold for the stock class alone."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
 
 class UnevenModel:
@@ -265,23 +294,58 @@ def make_classes(model_type, **parts):
     fields = {"consumer_bias": list[str] | None}
     if not hasattr(stock_config, "head_dim"):  # it would derive that from the number of heads, which now differs
         fields["head_dim"] = int | None
+    names = "".join(f"    {name}={value!r},\n" for name, value in parts.items())
+    content = {
+        "__annotations__": fields,
+        **dict.fromkeys(fields),
+        "parts": SimpleNamespace(**parts),
+        "call": f"make_classes(\n    {model_type!r},\n{names})",
+    }
+    return _classes(UnevenConfig, stock_config, content, UnevenModel, stock_models)
+
+
+@functools.cache
+def make_towers(model_type, text_config, text_model, text_base):
+    """Makes the classes of an architecture of several towers, as names of this module.
+
+    They are its config, its model, and the model below that one's head. Stock code builds the text model from its
+    config through ``AutoModel``, so that nothing else has to be changed.
+
+    Args:
+        model_type: of the stock config.
+        text_config, text_model, text_base: what `make_classes` made for the text model.
+    """
+    AutoModel.register(text_config, text_base, exist_ok=True)
+    AutoModelForCausalLM.register(text_config, text_model, exist_ok=True)
+    stock_config = CONFIG_MAPPING[model_type]
+    stock_models = {
+        "AutoModelForImageTextToText": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[stock_config],
+        "AutoModel": MODEL_MAPPING[stock_config],
+    }
+    content = {
+        "sub_configs": {**stock_config.sub_configs, "text_config": text_config},
+        "call": f"make_towers({model_type!r}, *{text_config.call})",
+    }
+    return _classes(TowersConfig, stock_config, content, TowersModel, stock_models)
+
+
+def _classes(config_mixin, stock_config, content, model_mixin, stock_models):
+    """The classes of one architecture: its config, and a model for each of the auto classes that load it."""
     config_class = type(
         f"FFGym{stock_config.__name__}",
-        (UnevenConfig, stock_config),
+        (config_mixin, stock_config),
         {
-            "__doc__": f"{stock_config.__name__} with ``per_layer_config``.",
-            "__annotations__": fields,
-            **dict.fromkeys(fields),
-            "model_type": PREFIX + model_type,
-            "parts": SimpleNamespace(**parts),
-            "base_class": f"FFGym{stock_models['AutoModel'].__name__}",
+            "__doc__": f"{stock_config.__name__} of layers that differ in size.",
+            "model_type": PREFIX + stock_config.model_type,
+            "model_classes": {auto_class: f"FFGym{stock.__name__}" for auto_class, stock in stock_models.items()},
             "_auto_class": "AutoConfig",
+            **content,
         },
     )
     model_classes = [
         type(
             f"FFGym{stock.__name__}",
-            (UnevenModel, stock),
+            (model_mixin, stock),
             {
                 "__doc__": f"{stock.__name__} with layers of different sizes.",
                 "config_class": config_class,

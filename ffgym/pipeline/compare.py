@@ -265,6 +265,7 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
         splits={s.role: _described(s) for s in (task.splits.calibration, task.splits.search, task.splits.report)},
         caveats=[DEMO_CAVEAT] if is_demo else [],
         stock=config.prune.uniform,
+        towers=task.loaded.towers is not None,
     )
     return save_pruned(
         prunable.model,
@@ -276,6 +277,7 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
         files=[folder.parent / "config.toml"],  # what the command in the card reads
         stock=config.prune.uniform,
         layer=prunable.layer,
+        towers=task.loaded.towers,
         overwrite=True,  # a resumed run may have saved it before; a folder of anything else is never replaced
     )
 

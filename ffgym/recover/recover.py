@@ -320,10 +320,11 @@ class _Recovery:
             table=table,
             command=f"ffgym recover {self.source.name} --config config.toml",
             stock=is_stock(self.loaded.model),
+            towers=self.loaded.towers is not None,
         )
         with held_back_interrupts():  # interrupted in between, the same command would train again
-            model, tokenizer = self.loaded.model, self.loaded.tokenizer
-            saved = save_again(model, tokenizer, place, card=card, files=files, overwrite=overwrite)
+            model, tokenizer, towers = self.loaded.model, self.loaded.tokenizer, self.loaded.towers
+            saved = save_again(model, tokenizer, place, card=card, files=files, overwrite=overwrite, towers=towers)
             self.checkpoint.remove()
         for name in (CURVE, PICTURE):
             self.tracker.log_artifact(saved.path / name)

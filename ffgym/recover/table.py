@@ -73,7 +73,14 @@ def _losses(row: Measured) -> JSONDict:
 
 
 def recovered_card(
-    *, title: str, before: str | None, summary: Sequence[str], table: RecoveryTable, command: str, stock: bool = False
+    *,
+    title: str,
+    before: str | None,
+    summary: Sequence[str],
+    table: RecoveryTable,
+    command: str,
+    stock: bool = False,
+    towers: bool = False,
 ) -> str:
     """Write the model card of a recovered model.
 
@@ -89,7 +96,7 @@ def recovered_card(
         f"# {title}",
         "A pruned model that was trained after pruning. " + " ".join(summary),
         "## Load it",
-        loading(stock=stock),
+        loading(stock=stock, towers=towers),
         "## What it brought",
         table.layout().markdown().rstrip(),
         f"```console\n$ {command}\n```",

@@ -19,19 +19,24 @@ UNITS: dict[Kind, str] = {
 
 LOADING = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder{options})
-model = AutoModelForCausalLM.from_pretrained(folder{options})
+model = {loader}.from_pretrained(folder{options})
 ```
 
 {explanation}"""
 
 UNEVEN = """\
 The layers differ in size, which the stock classes of transformers do not read; `trust_remote_code=True` lets it run
-the small model class that lies beside the weights. Where ffgym is installed, `import ffgym.models` registers the same
-class, and the flag is not needed."""
+the small model class that lies beside the weights."""
+
+REGISTERED = """\
+Where ffgym is installed, `import ffgym.models` registers the same class, and the flag is not needed."""
+
+TOWERS = """\
+Only the text model was pruned. The other parts, such as the one for images, are those of the dense model."""
 
 STOCK = """\
 All layers have the same shape: this is a stock checkpoint of its architecture, and transformers alone loads it."""
@@ -58,6 +63,7 @@ def model_card(
     splits: Mapping[str, str],
     caveats: Sequence[str] = (),
     stock: bool = False,
+    towers: bool = False,
 ) -> str:
     """Write the model card of a pruned model.
 
@@ -68,17 +74,18 @@ def model_card(
         allocation: what the saved model keeps.
         quantity: what its budget counted, e.g. ``"KV-cache bytes"``.
         splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
+        stock, towers: as `loading` takes them.
         caveats: sentences that a user of the model must read, e.g. that the dense weights were dequantised.
 
     Returns:
         YAML front matter and Markdown.
     """
     sections = [
-        _front_matter(base_model, license),
+        _front_matter(base_model, license, "image-text-to-text" if towers else "text-generation"),
         f"# {title}",
         _summary(base_model, sublayers, allocation, quantity, saved, table.dense),
         "## Load it",
-        loading(stock=stock),
+        loading(stock=stock, towers=towers),
         "## What it costs",
         table.layout().markdown().rstrip(),
         "## What was kept",
@@ -93,9 +100,9 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(base_model: str | None, license: str | None) -> str:
+def _front_matter(base_model: str | None, license: str | None, task: str) -> str:
     """Write the Hub's metadata; JSON strings are YAML strings, whatever they contain."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     if base_model is not None:
         lines.append(f"base_model: {json.dumps(base_model)}")
     if license is not None:
@@ -103,10 +110,19 @@ def _front_matter(base_model: str | None, license: str | None) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
 
 
-def loading(*, stock: bool) -> str:
-    """Show the code that loads a saved model; ``stock``: transformers' own classes do."""
-    options, explanation = ("", STOCK) if stock else (", trust_remote_code=True", UNEVEN)
-    return LOADING.format(options=options, explanation=explanation)
+def loading(*, stock: bool, towers: bool = False) -> str:
+    """Show the code that loads a saved model.
+
+    Args:
+        stock: transformers' own classes do.
+        towers: the model is saved with what it was taken out of.
+    """
+    explanation = [STOCK] if stock else [UNEVEN] if towers else [UNEVEN, REGISTERED]
+    return LOADING.format(
+        loader="AutoModelForImageTextToText" if towers else "AutoModelForCausalLM",
+        options="" if stock else ", trust_remote_code=True",
+        explanation="\n".join([*explanation, *([TOWERS] if towers else [])]),
+    )
 
 
 def _summary(

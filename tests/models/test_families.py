@@ -65,11 +65,6 @@ def test_an_unsupported_architecture_is_answered_with_the_nearest():
     ("config", "message", "hint"),
     [
         (
-            {"model_type": "llava", "text_config": {"model_type": "llama"}},
-            "'llava'.* several towers.*is 'llama'",
-            "text",
-        ),
-        (
             {"model_type": "glm4_moe", "n_routed_experts": 8},
             "'glm4_moe' has mixtures of experts of a kind",
             "ffgym eval",
