@@ -373,7 +373,7 @@ def test_the_text_model_of_a_vision_language_checkpoint_is_saved_as_the_docs_say
     whole.eval().save_pretrained("vlm")
     word_tokenizer.save_pretrained("vlm")
     passage = text("docs/models.md").partition("## Vision-language checkpoints")[2].partition("\n## ")[0]
-    (program,) = re.findall(r"^```python\n(.*?)^```", passage, flags=re.MULTILINE | re.DOTALL)
+    *_, program = re.findall(r"^```python\n(.*?)^```", passage, flags=re.MULTILINE | re.DOTALL)
     exec(program.replace("google/gemma-3-4b-it", "vlm"), {})
     saved = load("gemma-3-4b-text", dtype="float32", device="cpu").model
     ids = torch.arange(4, 12)[None]

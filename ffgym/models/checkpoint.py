@@ -81,17 +81,17 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
     A family of ours is registered.
     """
     register_saved(config)
-    text, is_saved = config.get("text_config"), str(config.get("model_type")).startswith(PREFIX)
-    if isinstance(text, dict) and not is_saved and not any_family:
-        check_towers(config)
-    elif not any_family and "auto_map" not in config:
+    text: dict[str, Any] | None = config.get("text_config")
+    if not any_family and text is None and "auto_map" not in config:
         check_config_family(config)
     quantisation = config.get("quantization_config")
     if not any_family and isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4":
         raise mxfp4(name)
-    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    layers = (text or config).get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= depth:
         raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")
+    if not any_family and text is not None and not str(config.get("model_type")).startswith(PREFIX):
+        check_towers(config)
 
 
 def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
