@@ -68,7 +68,9 @@ def tiny_model(
         eos_token_id=2,
         **sizes,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # model.to(dtype) would round the rotary angles too
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # gpt-oss draws its sinks, and vectors are only shifted below
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # .to(dtype) would round the rotary angles too
     _fill(model, torch.Generator().manual_seed(seed))
     return model.eval()
 

@@ -9,7 +9,7 @@ import torch
 from glass_model import glass_model
 
 from ffgym.models.families import family_of_type
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
 TEXT = (
     "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: "
@@ -23,7 +23,7 @@ def glass():
     return glass_model()
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", TINY_FAMILIES + EXPERT_FAMILIES)
 def test_the_same_arguments_give_the_same_model_and_another_seed_another(family):
     ids = torch.arange(3, 19).unsqueeze(0)
     with torch.no_grad():

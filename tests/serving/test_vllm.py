@@ -83,7 +83,7 @@ def asked_in_vllm(folders: list[Path], work: Path) -> dict[Path, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=MODELS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     """Models of a family, by kind, and what vLLM made of each."""
     root = tmp_path_factory.mktemp(request.param)
@@ -94,10 +94,10 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return {kind: (folder, found[folder]) for kind, folder in folders.items()}
 
 
-@pytest.mark.parametrize(
-    ("served", "kind"), [(family, kind) for family, kinds in MODELS.items() for kind in kinds], indirect=["served"]
-)
+@pytest.mark.parametrize("kind", [*KEPT, "stock"])
 def test_vllm_answers_as_transformers_does(kind: str, served: dict[str, tuple[Path, Any]]) -> None:
+    if kind not in served:
+        pytest.skip("the family has no such model")
     folder, answers = served[kind]
     assert not isinstance(answers, str), answers
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -107,8 +107,10 @@ def test_vllm_answers_as_transformers_does(kind: str, served: dict[str, tuple[Pa
         made = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
         logits = model(ids).logits[:, :-1].log_softmax(dim=-1)
     expected = logits.gather(2, ids[:, 1:, None])[:, :, 0]
+    # A random gpt-oss amplifies rounding: transformers in float32 is up to 3e-4 from itself in float64.
+    tolerance = 1e-3 if "gpt_oss" in model.config.model_type else 1e-4
     assert answers["tokens"] == made[:, ids.shape[1] :].tolist()
-    torch.testing.assert_close(torch.tensor(answers["log_probabilities"]), expected, atol=1e-4, rtol=5e-5)
+    torch.testing.assert_close(torch.tensor(answers["log_probabilities"]), expected, atol=tolerance, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +143,15 @@ def server(demo: Path) -> Iterator[str]:
     process = subprocess.Popen(command, env=environment(demo.parent), stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
+        for _ in range(900):
             assert process.poll() is None, (demo.parent / "server.log").read_text()[-4000:]
             try:
                 with urllib.request.urlopen(f"{address}/health", timeout=5):
                     break
             except OSError:
                 time.sleep(1)
+        else:
+            pytest.fail("the server did not answer within 15 minutes")
         yield address
     finally:
         process.terminate()
