@@ -152,7 +152,7 @@ def load(
         raise ModelError(
             f"model {name!r} has several towers, so that it is loaded into memory as a whole: its layers can neither be"
             " streamed nor spread over GPUs",
-            hint=f"Use model.placement resident and another model.device, or a larger machine. {BY_ITSELF}",
+            hint=f"Use model.placement resident and one device, or a larger machine. {BY_ITSELF}",
         )
     if streamed:
         folder = source.folder or hub_folder(name, revision, local_files_only=offline)
@@ -179,6 +179,8 @@ def load(
             hint="Use more or larger GPUs, model.dtype bfloat16, or model.device cpu.",
         )
     description = source.described(source.folder or checkpoint_folder(name, revision=revision))
+    if towers is not None:
+        description += ", its text model"
     first = next(model.parameters())
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device, towers=towers)
 
@@ -256,8 +258,8 @@ def load_config(folder: Path) -> Any:
     content = MODEL_CONFIG.read(folder / "config.json")
     if "text_config" in content:
         raise ModelError(
-            f"the model in {str(folder)!r}, of type {content.get('model_type')!r}, has several towers, and this is for"
-            " language models alone",
+            f"the model in {str(folder)!r}, of type {content.get('model_type')!r}, has several towers, and only"
+            " language models can be exported or served",
             hint=BY_ITSELF,
         )
     register_saved(content)

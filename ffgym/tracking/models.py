@@ -16,7 +16,7 @@ from typing import Any
 
 from ffgym.tracking.store import FOLDER_TAG
 
-MOST_COPIED_BYTES = 10**9  # a larger model stays where it is, and MLflow has its path
+MOST_COPIED_BYTES = 10**9  # a larger model stays where it is, as one of several towers does, and MLflow has its path
 TOKENIZER_FILES = ("token", "special_tokens", "chat_template", "vocab", "merges", "added_tokens", "config.json")
 REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate")
 
@@ -38,7 +38,8 @@ def log_model(
     logged = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
     if any((model.name, str(model.status)) == (name, "READY") for model in logged):
         return
-    is_copied = sum(file.stat().st_size for file in folder.iterdir()) <= MOST_COPIED_BYTES
+    is_small = sum(file.stat().st_size for file in folder.iterdir()) <= MOST_COPIED_BYTES
+    is_copied = is_small and "text_config" not in _config(folder)  # its pipeline is for language models alone
     tags = {FOLDER_TAG: path} | ({} if is_copied else {"mlflow.model.isExternal": "true"})
     model = client.create_logged_model(experiment, name, run_id, tags, dict(params))
     with tempfile.TemporaryDirectory() as around:
@@ -56,6 +57,11 @@ def log_model(
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return content
+
+
 def _write_beside(folder: Path, around: Path, logged: Any, run_id: str) -> None:
     """What MLflow needs beside the checkpoint: ``MLmodel``, the tokenizer by itself, and the packages."""
     import mlflow
@@ -69,7 +75,7 @@ def _write_beside(folder: Path, around: Path, logged: Any, run_id: str) -> None:
         "transformers",
         task="text-generation",
         instance_type="TextGenerationPipeline",
-        pipeline_model_type=json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0],
+        pipeline_model_type=_config(folder)["architectures"][0],
         source_model_name=str(folder),
         model_binary="model",
         components=["tokenizer"],
