@@ -108,19 +108,21 @@ def _workers(
 
 
 def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:
-    """The table and its picture beside the bench file, and in its MLflow run where there is one."""
+    """The table, and a picture of its searches, beside the bench file, and in its MLflow run where there is one."""
     table = bench_table(bench.spec.title, results, baselines=bench.spec.baseline)
     if bench.spec.dated:
         note = f"Computed {bench.spec.dated} by an earlier version, with the settings in the result files"
         table = replace(table, header=f"{note}. {table.header}")
-    picture, text = bench.file.with_suffix(".png"), bench.file.with_suffix(".md")
-    bench_figure(table, results, picture)
-    write_text(text, markdown(table))
+    files = [bench.file.with_suffix(".md")]
+    write_text(files[0], markdown(table))
+    if any(len(result.marks) > 1 for result in results):  # rules take one episode: there is nothing to draw over tokens
+        files.append(bench.file.with_suffix(".png"))
+        bench_figure(table, results, files[1])
     if run is not None:
         run.describe(markdown(table))
-        run.log_artifact(text)
-        run.log_artifact(picture)
-    return replace(table, files=(str(text), str(picture)))
+        for file in files:
+            run.log_artifact(file)
+    return replace(table, files=tuple(map(str, files)))
 
 
 def share(benches: Sequence[Bench]) -> None:
