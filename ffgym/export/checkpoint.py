@@ -219,7 +219,7 @@ def _give_ordinary_modes(folder: Path) -> None:
 def load_line(directory: str | Path, *, stock: bool = False) -> str:
     """The one line of Python that loads a saved model, in a process that need not have ffgym."""
     options, file = "" if stock else ", trust_remote_code=True", Path(directory) / "config.json"
-    has_towers = file.is_file() and "text_config" in MODEL_CONFIG.read(file)
+    has_towers = file.is_file() and MODEL_CONFIG.read(file).get("text_config") is not None
     loader = f"AutoModelFor{'ImageTextToText' if has_towers else 'CausalLM'}"
     return f"from transformers import {loader}; model = {loader}.from_pretrained({str(directory)!r}{options})"
 

@@ -81,7 +81,9 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
     A family of ours is registered.
     """
     register_saved(config)
-    text: dict[str, Any] | None = config.get("text_config")
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise misfit(name, f"text_config = {text!r} is no table")
     if not any_family and text is None and "auto_map" not in config:
         check_config_family(config)
     quantisation = config.get("quantization_config")

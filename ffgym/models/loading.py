@@ -256,7 +256,7 @@ def load_config(folder: Path) -> Any:
         raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
     check_folder(folder)
     content = MODEL_CONFIG.read(folder / "config.json")
-    if "text_config" in content:
+    if content.get("text_config") is not None:
         raise ModelError(
             f"the model in {str(folder)!r}, of type {content.get('model_type')!r}, has several towers, and only"
             " language models can be exported or served",

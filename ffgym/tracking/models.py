@@ -39,7 +39,7 @@ def log_model(
     if any((model.name, str(model.status)) == (name, "READY") for model in logged):
         return
     is_small = sum(file.stat().st_size for file in folder.iterdir()) <= MOST_COPIED_BYTES
-    is_copied = is_small and "text_config" not in _config(folder)  # its pipeline is for language models alone
+    is_copied = is_small and _config(folder).get("text_config") is None  # its pipeline is for language models alone
     tags = {FOLDER_TAG: path} | ({} if is_copied else {"mlflow.model.isExternal": "true"})
     model = client.create_logged_model(experiment, name, run_id, tags, dict(params))
     with tempfile.TemporaryDirectory() as around:
