@@ -74,7 +74,9 @@ class TestDense:
     @pytest.mark.parametrize(("base", "name"), [(DEMO_BASE, "demo"), ("a/b", "a/b")])
     def test_the_card_names_it(self, run, base, name):
         card = run / "model" / "README.md"
-        card.write_text(_front_matter(base, "apache-2.0") + "\n\n# A model\n\nbase_model: not/this\n")
+        card.write_text(
+            _front_matter(base, "apache-2.0", "text-generation") + "\n\n# A model\n\nbase_model: not/this\n"
+        )
         found = dense_model(run / "model", None)
         assert (found.name, found.said_by) == (name, str(card))
 
