@@ -149,6 +149,7 @@ class BenchTable:
     """Rows, best first, and how they were measured.
 
     Attributes:
+        baselines: labels that every row is compared with, as far as they have results.
         heuristic: label of the best one, where there is one.
         files: where the table and its picture were written.
     """
