@@ -74,9 +74,7 @@ def measure(
     found: Any
     with contextlib.redirect_stdout(sys.stderr):
         if engine is None:
-            for option, given in (("--output-tokens", output_tokens), ("--engine-args", engine_args)):
-                if given:
-                    raise typer.BadParameter("goes with --engine", param_hint=option)
+            _refuse_without_engine(output_tokens=output_tokens, engine_args=engine_args)
             from ffgym.measure import measure as in_process
 
             options = in_process.Options(
@@ -84,8 +82,7 @@ def measure(
             )
             found = in_process.measure(options, progress=progress)
         else:
-            if device != "auto":
-                raise typer.BadParameter("an engine chooses its device itself", param_hint="--device")
+            _refuse_device(device)
             from ffgym.measure import serving
 
             chosen: dict[str, Any] = {"prompt_lengths": lengths, "output_tokens": output_tokens}
@@ -115,11 +112,27 @@ def measure(
 @app.command()
 def latency(
     model: Annotated[str, typer.Argument(help="the dense model, as --model of run", show_default=False)],
+    engine: Annotated[
+        str | None,
+        typer.Option(help="time it in an engine instead: vllm, llama-cpp or transformers", show_default=False),
+    ] = None,
     context: Annotated[int, key_option("--context", "prune.context")] = PruneTable().context,
+    batch_size: Annotated[
+        int | None, typer.Option(help="of an engine: requests at the same time", show_default="1")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(help="of an engine: tokens of every answer, of the context", show_default="64")
+    ] = None,
+    engine_args: Annotated[
+        str, typer.Option(help="more arguments of the engine, e.g. '--enforce-eager'", show_default=False)
+    ] = "",
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default")] = None,
-    repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 9,
+    repetitions: Annotated[
+        int | None,
+        typer.Option(help="how often each is timed; the table has medians", show_default="9; in an engine 5"),
+    ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="time again, even if the cache has the times")] = False,
     output: Annotated[
         Path | None,
@@ -133,20 +146,70 @@ def latency(
     ffgym latency demo
 
     ffgym latency demo --rebuild --output here.json
+
+    ffgym latency demo --engine vllm --batch-size 4 --output-tokens 128 --output served.json
     """
     from rich.console import Console
 
     from ffgym.costs.latency_report import layout
-    from ffgym.measure.measure import TableOptions, latency_table
 
+    progress = Console(stderr=True)
     output = None if output is None else output.expanduser()
-    options = TableOptions(model, context, dtype, device, threads, repetitions, rebuild, output, overwrite)
+    given: dict[str, Any] = {"requests": batch_size, "output_tokens": output_tokens, "repetitions": repetitions}
+    chosen = {name: value for name, value in given.items() if value is not None}
     with contextlib.redirect_stdout(sys.stderr):
-        table, place = latency_table(options, progress=Console(stderr=True))
+        if engine is None:
+            _refuse_without_engine(batch_size=batch_size, output_tokens=output_tokens, engine_args=engine_args)
+            from ffgym.measure import measure as in_process
+
+            table, place = in_process.latency_table(
+                in_process.TableOptions(
+                    model,
+                    context,
+                    dtype,
+                    device,
+                    threads,
+                    rebuild=rebuild,
+                    output=output,
+                    overwrite=overwrite,
+                    **chosen,
+                ),
+                progress=progress,
+            )
+        else:
+            _refuse_device(device)
+            from ffgym.measure import served_latency
+
+            table, place = served_latency.served_latency_table(
+                served_latency.Options(
+                    model,
+                    engine,
+                    context,
+                    dtype=dtype,
+                    threads=threads,
+                    arguments=_arguments(engine_args),
+                    rebuild=rebuild,
+                    output=output,
+                    overwrite=overwrite,
+                    **chosen,
+                ),
+                progress=progress,
+            )
     if as_json:
-        print_json(table.model_dump(mode="json"))
+        print_json(table.model_dump(mode="json", exclude_none=True))
     else:
         Console().print(layout(table, place).terminal())
+
+
+def _refuse_without_engine(**options: object) -> None:
+    for name, given in options.items():
+        if given:
+            raise typer.BadParameter("goes with --engine", param_hint=f"--{name.replace('_', '-')}")
+
+
+def _refuse_device(device: str) -> None:
+    if device != "auto":
+        raise typer.BadParameter("an engine chooses its device itself", param_hint="--device")
 
 
 class DataSources(StrEnum):

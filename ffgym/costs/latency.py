@@ -1,4 +1,4 @@
-"""Latency: how long a forward pass takes on one machine, from times of its sublayers."""
+"""Latency: how long a model takes on one machine or in one engine, from times of its sublayers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ffgym.costs.resource import Costs, Measurement, Notify, OnProgress, Resourc
 
 
 class Latency(Resource):
-    """Picoseconds of one forward pass of one window of ``context`` tokens, measured sublayer by sublayer.
+    """Picoseconds of a forward pass of one window of ``context`` tokens or, of an engine, of a burst of requests.
 
-    The times are those of a named file, or else this machine's own from the cache, timed now if they are missing.
+    The times are those of a named file, or else this machine's own forward passes from the cache, timed now if they
+    are missing.
     """
 
     name = "latency"

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from ffgym.costs.latency_table import FORMAT, LatencyTable, digest_of, layer_shapes, model_shape, read_table, to_json
+from ffgym.costs.latency_table import (
+    FORMAT,
+    LatencyTable,
+    Serving,
+    digest_of,
+    layer_shapes,
+    model_shape,
+    read_table,
+    to_json,
+)
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
@@ -50,13 +59,29 @@ def cached_table(
             f"latency is timed on windows of prune.context = {context} tokens, and this model takes at most {limit}",
             hint=f"Take {limit}: --context {limit} of `ffgym latency`, or --set prune.context={limit} of a run.",
         )
-    path = place_of(model, context=context)
+
+    def time() -> LatencyTable:
+        return time_model(model, context=context, repetitions=repetitions, on_progress=on_progress)
+
+    return timed_once(place_of(model, context=context), model, context, time, rebuild=rebuild, notify=notify)
+
+
+def timed_once(
+    path: Path,
+    model: Any,
+    context: int,
+    time: Callable[[], LatencyTable],
+    *,
+    rebuild: bool = False,
+    notify: Notify | None = None,
+) -> LatencyTable:
+    """The table that the cache keeps at ``path``, or else what ``time`` returns, which is then kept there."""
     if path.exists() and not rebuild:
         table = _read(path, model, context, notify)
         if table is not None:
             notify_if_busy(table, notify)
             return table
-    table = time_model(model, context=context, repetitions=repetitions, on_progress=on_progress)
+    table = time()
     notify_if_busy(table, notify)
     _write(path, table, notify)
     return table
@@ -71,18 +96,24 @@ def notify_if_busy(table: LatencyTable, notify: Notify | None) -> None:
         )
 
 
-def place_of(model: Any, *, context: int) -> Path:
-    """Where the cache keeps, or would keep, the table of this model on this machine."""
+def place_of(model: Any, *, context: int, serving: Serving | None = None, threads: int | None = None) -> Path:
+    """Where the cache keeps, or would keep, the table of this model on this machine.
+
+    Args:
+        serving: the engine that it is timed in; ``None`` for forward passes.
+        threads: that the engine was given.
+    """
     head = model.get_output_embeddings().weight
     facts: JSONDict = {  # what times depend on
         "format": FORMAT,
         "model": model_shape(model).model_dump(),
         "shapes": sorted({shape.model_dump_json() for shape in layer_shapes(model)}),
         "device": processors(model),
-        "threads": threads_of(head.device),
+        "threads": threads_of(head.device) if serving is None else threads,
         "torch": torch.__version__,
         "dtype": str(head.dtype).removeprefix("torch."),
         "context": context,
+        **({} if serving is None else {"serving": serving.model_dump(mode="json")}),
     }
     return cache_dir() / "latency" / f"{model.config.model_type}-{digest_of(facts)[:16]}.json"
 

@@ -17,6 +17,22 @@ def grid(units: int) -> list[int]:
     return sorted({1, *(round(units * part / (GRID - 1)) for part in range(1, GRID))})
 
 
+def seconds_without(sizes: Sequence[int], seconds: Sequence[float]) -> float:
+    """How long a whole model takes without the units of one shape of sublayer, from its times with some of them.
+
+    It is where the line of least squares through the times meets zero units, at most the least of the times. A single
+    size says nothing about that; the time itself comes back.
+
+    Args:
+        sizes: units that every sublayer of the shape keeps, rising.
+        seconds: of the whole model at each size, shape (sizes,).
+    """
+    if len(sizes) == 1:
+        return seconds[0]
+    _, at_zero = np.polyfit(np.asarray(sizes, dtype=np.float64), np.asarray(seconds), 1)
+    return min(float(at_zero), *seconds)
+
+
 def cost_table(sizes: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
     """What keeping 0 .. units units costs.
 

@@ -1,7 +1,8 @@
 """The latency table: how long each kind of sublayer takes at each size on one machine, and the costs that follow.
 
-A table is timed once (`ffgym.costs.sublayer_times`), kept as JSON, and recorded with every run that uses it. The same
-table gives the same costs, and so the same allocations, on any machine.
+A table is timed once (`ffgym.costs.sublayer_times`, or in an engine by `ffgym.measure.served_latency`), kept as JSON,
+and recorded with every run that uses it. The same table gives the same costs, and so the same allocations, on any
+machine.
 """
 
 from __future__ import annotations
@@ -105,17 +106,37 @@ class Curve(Strict):
         return cost_table(self.sizes, self.seconds)
 
 
+class Serving(Strict):
+    """The engine that times were taken in, and what it was asked: bursts of requests of ``context`` tokens each.
+
+    Attributes:
+        engine: with its version.
+        requests: at the same moment.
+        output_tokens: of every answer; the rest of the context is the prompt.
+        arguments: of the engine, beyond ffgym's own.
+    """
+
+    engine: str
+    requests: Count
+    output_tokens: Count
+    arguments: tuple[str, ...]
+
+
 class LatencyTable(Strict):
-    """Times of a model's sublayers, one forward pass of one window of ``context`` tokens each, and how they were taken.
+    """Times of a model's sublayers and how they were taken.
+
+    They are shares of a forward pass of one window of ``context`` tokens or, of an engine, of a burst of requests.
 
     Attributes:
         device: the processor's or the GPU's name.
-        threads: threads of a CPU; 0 for an accelerator.
-        context: tokens in the window.
+        threads: threads of a CPU; 0 for an accelerator, and where an engine chose them.
+        torch: its version; empty for an engine.
+        context: tokens in the window, or of a request with its answer.
         model: what was timed.
         curves: one for each shape of sublayer.
-        whole_seconds: median time of the dense model's forward pass, logits of the last token only.
+        whole_seconds: median time of the dense model, logits of the last token only in a forward pass.
         repetitions: how many times each was timed; the first, which warms up, aside.
+        serving: how an engine was asked; ``None`` for forward passes.
     """
 
     format: Literal["ffgym latency table 1"] = FORMAT
@@ -128,17 +149,26 @@ class LatencyTable(Strict):
     curves: tuple[Curve, ...] = Field(min_length=1)
     whole_seconds: Seconds
     repetitions: Count
+    serving: Serving | None = None
 
     @property
     def digest(self) -> str:
         """SHA-256 of everything in it: equal digests, equal allocations."""
-        return digest_of(self.model_dump(mode="json"))
+        return digest_of(self.model_dump(mode="json", exclude_none=True))
 
     @property
     def measured(self) -> str:
         """How the times were taken, in one line."""
         threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
-        return f"{self.device}{threads}, {self.dtype}, torch {self.torch}, one window of {self.context:,} tokens"
+        if self.serving is None:
+            return f"{self.device}{threads}, {self.dtype}, torch {self.torch}, one window of {self.context:,} tokens"
+        asked, answers = self.serving, self.serving.output_tokens
+        requests = f"{asked.requests} request{'s' * (asked.requests > 1)} at the same moment"
+        more = f", {' '.join(asked.arguments)}" if asked.arguments else ""
+        return (
+            f"{asked.engine}, {self.device}{threads}, {self.dtype}{more}, {requests}, prompts of "
+            f"{self.context - answers:,} tokens and answers of {answers:,}"
+        )
 
     @property
     def noise(self) -> float:
@@ -232,7 +262,7 @@ def read_table(path: Path) -> LatencyTable:
 
 def to_json(table: LatencyTable) -> str:
     """The text of a table's file; `read_table` gives the same table back, bit for bit."""
-    return table.model_dump_json(indent=1) + "\n"
+    return table.model_dump_json(indent=1, exclude_none=True) + "\n"
 
 
 def _differences(there: Strict, here: Strict) -> list[str]:

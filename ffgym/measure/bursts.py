@@ -49,10 +49,14 @@ class Burst:
     answers: tuple[Answer, ...]
 
     @property
+    def seconds(self) -> float:
+        """From the first request to the last token."""
+        return max(answer.last for answer in self.answers) - min(answer.begun for answer in self.answers)
+
+    @property
     def rate(self) -> float:
         """Tokens per second, from the first request to the last token."""
-        seconds = max(answer.last for answer in self.answers) - min(answer.begun for answer in self.answers)
-        return sum(answer.tokens for answer in self.answers) / seconds
+        return sum(answer.tokens for answer in self.answers) / self.seconds
 
     @property
     def first(self) -> float:
@@ -99,7 +103,7 @@ def serve_in_turn(
 
     def burst(server: Server, workload: Workload, seed: str) -> Burst:
         prompts = [prompt(workload.length, f"{seed} {workload} {index}") for index in range(workload.batch)]
-        return send(up[server.role], prompts, setting.options.output_tokens)
+        return send(up[server.role], prompts, setting.output_tokens)
 
     with ExitStack() as stack:
 
@@ -116,7 +120,7 @@ def serve_in_turn(
 
         for server in servers if together else ():  # warmed up before any turn is measured
             start(server)
-        order = list(product(range(setting.options.repetitions), servers, workloads))
+        order = list(product(range(setting.repetitions), servers, workloads))
         if together:
             order.sort(key=lambda turn: (turn[0], workloads.index(turn[2])))
         for repetition, server, workload in order:

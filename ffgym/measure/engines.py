@@ -19,17 +19,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
 
 from ffgym.errors import ModelError
 from ffgym.interrupts import held_back_interrupts
-
-if TYPE_CHECKING:
-    from ffgym.measure.serving import Options
+from ffgym.models.origin import weights_on_disk
 
 HOST = "127.0.0.1"
 START_SECONDS = 900
@@ -53,22 +53,41 @@ SERVE_SAVED = (
 
 
 @dataclass(frozen=True)
+class ServedModel:
+    """A saved model that an engine is to serve.
+
+    Attributes:
+        role: what it is called in tables, e.g. ``"dense"``.
+        model_type: of the class file beside its weights; ``None`` for a stock model.
+    """
+
+    role: str
+    folder: Path
+    model_type: str | None = None
+
+
+@dataclass(frozen=True)
 class Setting:
     """What all servers of a measurement share.
 
     Attributes:
-        dense, pruned: folders of the two models.
-        model_type: of the class file beside the pruned model's weights; ``None`` for a stock model.
         dtype: of weights and activations, e.g. ``"bfloat16"``.
         context: tokens of the longest prompt with its answer.
+        requests: most of them at the same moment.
+        output_tokens: of every answer.
+        repetitions: how often every burst is measured.
+        threads: of a CPU; ``None`` leaves them to the engine.
+        arguments: put on the engine's command line as they are.
+        scratch: folder for files of the servers.
     """
 
-    options: Options
-    dense: Path
-    pruned: Path
-    model_type: str | None
     dtype: str
     context: int
+    requests: int
+    output_tokens: int
+    repetitions: int
+    threads: int | None
+    arguments: Sequence[str]
     scratch: Path
 
 
@@ -97,20 +116,27 @@ class Fleet:
 
     Attributes:
         version: of the engine, with its name.
-        servers: in the order of their turns, the dense model first.
+        servers: in the order of their turns, that of the models.
         on_gpu: an engine takes most of a GPU's memory for itself.
+        bytes_beside_weights: memory of a server beside the weights, about: libraries, KV cache.
     """
 
     version: str
     servers: tuple[Server, ...]
     on_gpu: bool
+    bytes_beside_weights: int = 3 << 30
+
+    def fits_memory(self, weights: Iterable[Path]) -> bool:
+        """Whether all servers can run at the same time, with the weights in these folders."""
+        needed = sum(weights_on_disk(folder)[0] + self.bytes_beside_weights for folder in weights)
+        return not self.on_gpu and needed < psutil.virtual_memory().available
 
 
-def vllm(setting: Setting) -> Fleet:
+def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     """vLLM of the Python that the variable ``VLLM_PYTHON`` names, or else of this one.
 
-    A pruned model with a class file runs in vLLM's Transformers backend. The dense model then runs there too, and in
-    the class that vLLM has for it.
+    A model with a class file runs in vLLM's Transformers backend. The dense model beside it then runs there too, and
+    in the class that vLLM has for it.
 
     Raises:
         ModelError: that Python has no vLLM.
@@ -125,7 +151,7 @@ def vllm(setting: Setting) -> Fleet:
         )
     version, on_gpu = said.strip().splitlines()[-2:]
     base = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "model"]
-    base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.options.arguments]
+    base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.arguments]
     environment: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in VLLM_DEFAULTS.items()}
     environment |= _threads(setting)
     if python != sys.executable:
@@ -134,15 +160,16 @@ def vllm(setting: Setting) -> Fleet:
     def server(role: str, folder: Path, *more: str) -> Server:
         return Server(role, (*base, "--model", str(folder), *more), body={"ignore_eos": True}, environment=environment)
 
-    servers = [server(DENSE, setting.dense)]
-    if setting.model_type is not None:
-        servers.append(server(DENSE_AS_PRUNED, setting.dense, "--model-impl", "transformers"))
-    more = ("--trust-remote-code",) if setting.model_type is not None else ()
-    return Fleet(version, (*servers, server(PRUNED, setting.pruned, *more)), on_gpu == "True")
+    servers = []
+    for model in models:
+        servers.append(server(model.role, model.folder, *["--trust-remote-code"] * (model.model_type is not None)))
+        if model.model_type is None and any(other.model_type for other in models):
+            servers.append(server(DENSE_AS_PRUNED, model.folder, "--model-impl", "transformers"))
+    return Fleet(version, tuple(servers), on_gpu == "True")
 
 
-def llama_cpp(setting: Setting) -> Fleet:
-    """llama.cpp's ``llama-server``, from the PATH; both models are written as GGUF files for it.
+def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
+    """llama.cpp's ``llama-server``, from the PATH; the models are written as GGUF files for it.
 
     Raises:
         ModelError: there is no ``llama-server``, or a model that GGUF cannot say.
@@ -158,21 +185,21 @@ def llama_cpp(setting: Setting) -> Fleet:
             hint="Install it (brew install llama.cpp, or a release of github.com/ggml-org/llama.cpp) and put the folder"
             " of llama-server on the PATH.",
         )
-    requests = max(setting.options.requests)
-    room = str(requests * setting.context)
-    threads = [] if setting.options.threads is None else ["--threads", str(setting.options.threads)]
-    options = ["--parallel", str(requests), "--ctx-size", room, *threads, *setting.options.arguments]
+    room = str(setting.requests * setting.context)
+    threads = [] if setting.threads is None else ["--threads", str(setting.threads)]
+    options = ["--parallel", str(setting.requests), "--ctx-size", room, *threads, *setting.arguments]
     servers = []
-    for role, folder in ((DENSE, setting.dense), (PRUNED, setting.pruned)):
-        file = setting.scratch / f"{role}.gguf"
-        export(folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
+    for model in models:
+        file = setting.scratch / f"{model.role}.gguf"
+        export(model.folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
         command = (program, "--model", str(file), *options)
-        servers.append(Server(role, command, body={"ignore_eos": True, "cache_prompt": False}))
+        servers.append(Server(model.role, command, body={"ignore_eos": True, "cache_prompt": False}))
     found = re.search(r"version: (.+)", _output([program, "--version"]) or "")
-    return Fleet(f"llama.cpp {found[1] if found else ''}".strip(), tuple(servers), torch.cuda.is_available())
+    version = f"llama.cpp {found[1] if found else ''}".strip()
+    return Fleet(version, tuple(servers), torch.cuda.is_available(), bytes_beside_weights=1 << 30)
 
 
-def transformers(setting: Setting) -> Fleet:
+def transformers(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     """``transformers serve`` of this Python.
 
     Raises:
@@ -188,20 +215,20 @@ def transformers(setting: Setting) -> Fleet:
             hint="Install what it needs: pip install 'transformers[serving]'.",
         )
     # An end-of-text token must not end an answer. transformers has no switch for that; a minimum length does it.
-    length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), setting.options.output_tokens)
+    length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), setting.output_tokens)
     body = {"generation_config": json.dumps({**length, "do_sample": False})}
 
-    def server(role: str, folder: Path, *program: str) -> Server:
-        command = (sys.executable, *program, "serve", str(folder), "--dtype", setting.dtype, *setting.options.arguments)
-        return Server(role, command, str(folder), body, _threads(setting))
+    def server(model: ServedModel) -> Server:
+        stock, saved = ("-m", "transformers.cli.transformers"), ("-c", SERVE_SAVED.format(model.model_type))
+        program, folder = stock if model.model_type is None else saved, str(model.folder)
+        command = (sys.executable, *program, "serve", folder, "--dtype", setting.dtype, *setting.arguments)
+        return Server(model.role, command, folder, body, _threads(setting))
 
-    stock = ("-m", "transformers.cli.transformers")
-    own = stock if setting.model_type is None else ("-c", SERVE_SAVED.format(setting.model_type))
-    servers = (server(DENSE, setting.dense, *stock), server(PRUNED, setting.pruned, *own))
-    return Fleet(f"transformers {__version__}", servers, torch.cuda.is_available())
+    return Fleet(f"transformers {__version__}", tuple(map(server, models)), torch.cuda.is_available())
 
 
-ENGINES: dict[str, Callable[[Setting], Fleet]] = {"vllm": vllm, "llama-cpp": llama_cpp, "transformers": transformers}
+Engine = Callable[[Setting, Sequence[ServedModel]], Fleet]
+ENGINES: dict[str, Engine] = {"vllm": vllm, "llama-cpp": llama_cpp, "transformers": transformers}
 
 
 @dataclass(frozen=True)
@@ -285,7 +312,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _threads(setting: Setting) -> dict[str, str]:
-    return {} if setting.options.threads is None else {"OMP_NUM_THREADS": str(setting.options.threads)}
+    return {} if setting.threads is None else {"OMP_NUM_THREADS": str(setting.threads)}
 
 
 def _output(command: list[str]) -> str | None:

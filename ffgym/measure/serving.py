@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 
@@ -25,7 +24,7 @@ from ffgym.errors import ConfigError, ModelError, UnknownNameError
 from ffgym.export.refresh import is_current
 from ffgym.files import check_file
 from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
-from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, GGUF_DTYPES, PRUNED, Setting
+from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, GGUF_DTYPES, PRUNED, ServedModel, Setting
 from ffgym.measure.measure import check_counts, write
 from ffgym.measure.pairs import HINT
 from ffgym.measure.speed import Workload
@@ -37,7 +36,6 @@ from ffgym.report.layout import Column, Table, text_columns
 from ffgym.report.progress import Reporter
 
 SPARE_TOKENS = 8  # an engine may count more tokens in a prompt than ffgym does
-SERVER_BYTES = 3 << 30  # of a server beside the weights: libraries, KV cache
 AS_PRUNED = "through the backend that serves the pruned model, not the engine's own class"
 ALIKE = ("vocab_size", "hidden_size", "num_hidden_layers")
 
@@ -184,11 +182,20 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         raise ConfigError(f"engines serve no {dtype!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}.")
     workloads = [Workload(count, length) for count, length in product(options.requests, options.prompt_lengths)]
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
-        setting = Setting(options, dense, pruned, model_type, dtype, context, Path(folder))
+        setting = Setting(
+            dtype=dtype,
+            context=context,
+            requests=max(options.requests),
+            output_tokens=options.output_tokens,
+            repetitions=options.repetitions,
+            threads=options.threads,
+            arguments=options.arguments,
+            scratch=Path(folder),
+        )
+        models = [ServedModel(DENSE, dense), ServedModel(PRUNED, pruned, model_type)]
         with reporter.stage(f"prepare {options.engine}", 1):
-            fleet = ENGINES[options.engine](setting)
-        needed = sum(weights_on_disk(folder)[0] + SERVER_BYTES for folder in (dense, dense, pruned))
-        together = not fleet.on_gpu and needed < psutil.virtual_memory().available
+            fleet = ENGINES[options.engine](setting, models)
+        together = fleet.fits_memory((dense, dense, pruned))
         reporter.print(f"dense: {source.name}, named by {source.said_by}; pruned: {pruned}")
         reporter.print(f"{fleet.version}, {dtype}, {counted(len(fleet.servers), 'server')}")
         turns = options.repetitions * len(fleet.servers) * len(workloads)

@@ -103,7 +103,7 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "params": BuiltIn("ffgym.costs.params:Params", "parameters"),
         "macs": BuiltIn("ffgym.costs.macs:Macs", "multiply-accumulates of one token at a context length"),
         "kv": BuiltIn("ffgym.costs.kv:KV", "bytes that one token adds to the KV cache"),
-        "latency": BuiltIn("ffgym.costs.latency:Latency", "time of a forward pass, measured on one machine"),
+        "latency": BuiltIn("ffgym.costs.latency:Latency", "time on one machine, of a forward pass or in an engine"),
     },
     "reward": {
         "perplexity": BuiltIn("ffgym.rewards.perplexity:Perplexity", "dense perplexity over pruned perplexity"),

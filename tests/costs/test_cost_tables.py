@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.isotonic import isotonic_regression
 
-from ffgym.costs.latency_fit import cost_table, grid
+from ffgym.costs.latency_fit import cost_table, grid, seconds_without
 from ffgym.errors import BudgetError
 from ffgym.pruning.budget import Budget
 from ffgym.types import Sublayer
@@ -105,3 +105,12 @@ class TestFromTimes:
         table = cost_table([1, 2, 3, 4, 5], seconds)
         assert table[1:] == pytest.approx(isotonic_regression(seconds) * 1e12)
         assert table.tolist() == [0, 2e12, 2e12, 2e12, 4.5e12, 4.5e12]
+
+    @given(st.integers(2, 6), st.floats(0, 9), st.floats(0, 3))
+    def test_the_time_without_units_is_where_the_line_through_the_others_meets_none(self, count, rest, each):
+        sizes = [2**power for power in range(count)]
+        assert seconds_without(sizes, [rest + each * size for size in sizes]) == pytest.approx(rest, abs=1e-9)
+
+    def test_no_sublayer_takes_less_than_nothing(self):
+        assert seconds_without([1, 2, 3], [3.0, 2.0, 1.0]) == 1.0
+        assert seconds_without([4], [3.0]) == 3.0

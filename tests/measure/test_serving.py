@@ -15,6 +15,7 @@ from typing import Any
 import fake_engine
 import psutil
 import pytest
+from fake_engine import noted
 from glass_runs import glass_home
 from rich.console import Console
 from typer.testing import CliRunner
@@ -41,22 +42,6 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prunable.cut(kept)
     save_pruned(loaded.model, loaded.tokenizer, folder, kept=kept, family=prunable.family)
     return folder
-
-
-@pytest.fixture
-def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Python that seems to have vLLM; the file where its servers note what they are asked."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_engine.__file__} "$@"\n', encoding="utf-8")
-    python.chmod(0o755)
-    monkeypatch.setenv("VLLM_PYTHON", str(python))
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "asked.jsonl"))
-    return tmp_path / "asked.jsonl"
-
-
-def noted(log: Path, kind: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
-    return [line for line in lines if kind in line]
 
 
 def options(folder: Path, **changes: Any) -> Options:

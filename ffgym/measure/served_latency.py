@@ -1,0 +1,224 @@
+"""``served_latency_table(options)``: how long the sublayers of a dense model take in the engine that will serve it.
+
+An engine runs whole models. So for each shape of sublayer, and a few sizes of it, a model is saved in which all
+sublayers of that shape have that size and everything else is dense. Servers of all of them, and of the dense model, get
+the same bursts of requests in turn. What a sublayer takes is its share of what the whole model takes longer than one
+without such units.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ffgym.costs.latency_cache import place_of, timed_once
+from ffgym.costs.latency_fit import seconds_without
+from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, Serving, layer_shapes, model_shape, to_json
+from ffgym.costs.sublayer_times import processor
+from ffgym.costs.timing import Spread
+from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.export.checkpoint import save_pruned
+from ffgym.files import check_file, write_text
+from ffgym.measure.bursts import prompt_maker, serve_in_turn
+from ffgym.measure.engines import DENSE, ENGINES, GGUF_DTYPES, ServedModel, Setting
+from ffgym.measure.measure import check_counts
+from ffgym.measure.serving import SPARE_TOKENS
+from ffgym.measure.speed import Workload
+from ffgym.measure.table import counted
+from ffgym.models.cut import PrunableModel
+from ffgym.models.loading import LoadedModel, load
+from ffgym.report.progress import Reporter, Stage
+
+PARTS = 4
+LEAST_SECONDS = 1e-12  # a table's times are above 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``ffgym latency --engine``, whose help explains them.
+
+    Raises:
+        ConfigError: a number that is too small, or answers that leave nothing of the context to a prompt.
+        UnknownNameError: an engine that is none.
+    """
+
+    model: str
+    engine: str
+    context: int
+    requests: int = 1
+    output_tokens: int = 64
+    repetitions: int = 5
+    dtype: str = "auto"
+    threads: int | None = None
+    arguments: Sequence[str] = ()
+    rebuild: bool = False
+    output: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise UnknownNameError("engine", self.engine, ENGINES)
+        check_counts(context=self.context, batch_size=self.requests, repetitions=self.repetitions, threads=self.threads)
+        if not 2 <= self.output_tokens < self.context:
+            raise ConfigError(
+                f"--output-tokens is {self.output_tokens}, and a request has --context = {self.context} tokens with its"
+                " answer",
+                hint="Use at least 2, and fewer than the context.",
+            )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A size of one shape of sublayer: a model in which all sublayers of the shape have that size."""
+
+    shape: LayerShape
+    size: int
+
+    @property
+    def role(self) -> str:
+        return " ".join(filter(None, (self.shape.kind, self.shape.attends, f"{self.size:,}")))
+
+
+def served_latency_table(options: Options, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
+    """The latency table of a model in an engine on this machine, and where the cache keeps it.
+
+    Raises:
+        ModelError: a model that cannot be loaded or is pruned already, an engine that is not installed or cannot say
+            the model, a server that dies or does not answer.
+        BudgetError: a model with mixtures of experts.
+        ConfigError: it takes fewer tokens than ``context``, or its dtype is none that engines serve.
+        OutputError: the output is no ``.json``, is there already, or cannot be written.
+    """
+    if options.output is not None:
+        check_file(options.output, (".json",), overwrite=options.overwrite)
+    reporter = Reporter(progress or Console(stderr=True))
+    with reporter.stage("load the model", 1):
+        loaded = load(options.model, dtype=options.dtype, device="cpu")
+    room = loaded.context_limit - SPARE_TOKENS
+    if options.context > room:
+        raise ConfigError(
+            f"--context {options.context}: the model takes at most {loaded.context_limit} tokens, and an engine may "
+            f"count {SPARE_TOKENS} more in a prompt",
+            hint=f"Use at most {room}.",
+        )
+    if loaded.dtype_name not in GGUF_DTYPES:
+        raise ConfigError(
+            f"engines serve no {loaded.dtype_name!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}."
+        )
+    with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
+        setting = Setting(
+            dtype=loaded.dtype_name,
+            context=options.context + SPARE_TOKENS,
+            requests=options.requests,
+            output_tokens=options.output_tokens,
+            repetitions=options.repetitions,
+            threads=options.threads,
+            arguments=options.arguments,
+            scratch=Path(folder),
+        )
+        serving = Serving(
+            engine=ENGINES[options.engine](setting, ()).version,
+            requests=options.requests,
+            output_tokens=options.output_tokens,
+            arguments=tuple(options.arguments),
+        )
+        place = place_of(loaded.model, context=options.context, serving=serving, threads=options.threads)
+        table = timed_once(
+            place,
+            loaded.model,
+            options.context,
+            lambda: _timed(loaded, options, setting, serving, reporter),
+            rebuild=options.rebuild,
+            notify=reporter.print,
+        )
+    if options.output is not None:
+        write_text(options.output, to_json(table))
+    return table, place
+
+
+def _timed(
+    loaded: LoadedModel, options: Options, setting: Setting, serving: Serving, reporter: Reporter
+) -> LatencyTable:
+    shapes = layer_shapes(loaded.model)
+    probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in _sizes(shape.units)[:-1]]
+    with reporter.stage("save the models", len(probes) + 1, "models") as stage:
+        models = list(_saved(loaded, shapes, probes, setting.scratch, stage))
+    with reporter.stage(f"prepare {options.engine}", 1):
+        fleet = ENGINES[options.engine](setting, models)
+    together = fleet.fits_memory(model.folder for model in models)
+    turns = "taking turns" if together else "started anew for each turn"
+    reporter.print(f"{fleet.version}, {setting.dtype}, {counted(len(fleet.servers), 'server')}, {turns}")
+    workload = Workload(options.requests, options.context - options.output_tokens)
+    with reporter.stage("serve, in turn", options.repetitions * len(fleet.servers), "bursts") as stage:
+        found, _ = serve_in_turn(
+            fleet.servers,
+            [workload],
+            prompt_maker(loaded.tokenizer),
+            setting,
+            together=together,
+            on_progress=stage.advance,
+        )
+    seconds = {role: np.array([burst.seconds for burst in bursts]) for (role, _), bursts in found.items()}
+    whole = Spread.of(seconds[DENSE]).median
+    # A machine that gets slower makes the dense model slower too: what counts is the ratio within a repetition.
+    times = {role: Spread.of(each / seconds[DENSE] * whole) for role, each in seconds.items()}
+    return LatencyTable(
+        device=processor(torch.device("cuda" if fleet.on_gpu and torch.cuda.is_available() else "cpu")),
+        threads=options.threads or 0,
+        torch="",
+        dtype=setting.dtype,
+        context=options.context,
+        model=model_shape(loaded.model),
+        curves=tuple(_curve(shape, shapes.count(shape), times) for shape in dict.fromkeys(shapes)),
+        whole_seconds=whole,
+        repetitions=options.repetitions,
+        serving=serving,
+    )
+
+
+def _sizes(units: int) -> list[int]:
+    """Sizes at which a shape is timed: all up to 5 units, else 1 and every quarter."""
+    if units <= PARTS + 1:
+        return list(range(1, units + 1))
+    return sorted({1, *(round(units * part / PARTS) for part in range(1, PARTS + 1))})
+
+
+def _saved(
+    loaded: LoadedModel, shapes: Sequence[LayerShape], probes: Sequence[_Probe], scratch: Path, stage: Stage
+) -> Iterator[ServedModel]:
+    """Save the dense model and one for each probe, all with the class that pruned models have."""
+    prunable = PrunableModel(loaded.model)
+    for index, probe in enumerate([None, *probes]):
+        sizes = zip(shapes, prunable.dense_units, strict=True)
+        kept = [units if probe is None or shape != probe.shape else probe.size for shape, units in sizes]
+        prunable.cut(kept, calibrated=False)
+        folder = scratch / str(index)
+        save_pruned(loaded.model, loaded.tokenizer, folder, kept=kept, family=prunable.family)
+        model_type = prunable.family.saved_classes()[0].model_type
+        yield ServedModel(DENSE if probe is None else probe.role, folder, model_type)
+        stage.advance()
+    prunable.restore()
+
+
+def _curve(shape: LayerShape, count: int, times: dict[str, Spread]) -> Curve:
+    """Times of one of ``count`` sublayers, from those of the models that differ in all of them."""
+    sizes = _sizes(shape.units)
+    spreads = [times[_Probe(shape, size).role] for size in sizes[:-1]] + [times[DENSE]]
+    without = seconds_without(sizes, [spread.median for spread in spreads])
+
+    def share(seconds: float) -> float:
+        return max(LEAST_SECONDS, (seconds - without) / count)
+
+    return Curve(
+        shape=shape,
+        sizes=tuple(sizes),
+        seconds=tuple(share(spread.median) for spread in spreads),
+        low=tuple(share(spread.low) for spread in spreads),
+        high=tuple(share(spread.high) for spread in spreads),
+    )

@@ -1,0 +1,101 @@
+"""`ffgym latency --engine`: the times of sublayers in an engine. The engine is a fake one, with a pace."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import noted
+from glass_runs import glass_home
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ffgym.cli import app
+from ffgym.costs.latency_table import LatencyTable, read_table
+from ffgym.errors import BudgetError, ConfigError, ModelError, UnknownNameError
+from ffgym.measure.served_latency import Options, served_latency_table
+
+GLASS = str(glass_home() / "glass")
+QUICK: dict[str, Any] = {"context": 24, "output_tokens": 2, "repetitions": 2, "requests": 2}
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+
+
+def timed(**changes: Any) -> LatencyTable:
+    given = {"model": GLASS, "engine": "vllm"} | QUICK | changes
+    return served_latency_table(Options(**given), progress=Console(file=io.StringIO()))[0]
+
+
+def test_a_sublayer_takes_its_share_of_what_its_units_add(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CHANNEL_SECONDS", "2e-4")
+    table = timed()
+    attention, mlp = table.curves
+    assert mlp.sizes[0] == 1
+    assert len(mlp.sizes) == 5
+    for size, seconds in zip(mlp.sizes[1:], mlp.seconds[1:], strict=True):
+        assert seconds == pytest.approx(2e-4 * size, rel=0.3)
+    assert max(attention.seconds) < 0.5 * mlp.seconds[-1]
+    assert table.whole_seconds > 4 * mlp.seconds[-1]
+    asked = [line["asked"] for line in noted(log, "asked")]
+    servers = 1 + len(mlp.sizes) - 1 + len(attention.sizes) - 1
+    assert len(set(asked)) == servers
+    assert len(asked) == servers * 3 * 2  # a warm-up and two repetitions, of two requests
+
+
+def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path, tmp_path: Path) -> None:
+    output = tmp_path / "served.json"
+    table = timed(output=output)
+    started = len(noted(log, "started"))
+    assert timed() == table == read_table(output)
+    assert len(noted(log, "started")) == started
+    assert "vllm-fake 9.9" in table.measured
+    assert "2 requests at the same moment, prompts of 22 tokens and answers of 2" in table.measured
+    timed(requests=1)
+    assert len(noted(log, "started")) == 2 * started
+
+
+def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_CHANNEL_SECONDS", "2e-4")
+    output = tmp_path / "served.json"
+    asked = ["--context", "24", "--output-tokens", "2", "--repetitions", "1", "--output", str(output)]
+    done = CliRunner().invoke(app, ["latency", GLASS, "--engine", "vllm", *asked])
+    assert done.exit_code == 0, done.stderr
+    assert "vllm-fake 9.9" in done.stdout
+    from ffgym.costs.resource import Setting, resource_named
+    from ffgym.models.loading import load
+
+    model = load(GLASS).model
+    resource = resource_named("latency")
+    costs = resource.measure(model, Setting(24, 4), file=output, on_progress=None, notify=None)
+    assert costs.measurement is not None
+    assert "prompts of 22 tokens" in costs.measurement.summary
+    with pytest.raises(BudgetError, match="timed on 24 tokens"):
+        resource.measure(model, Setting(48, 4), file=output, on_progress=None, notify=None)
+
+
+def test_bad_arguments_are_named(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UnknownNameError, match="unknown engine 'vlm'"):
+        timed(engine="vlm")
+    for changes, said in (
+        ({"requests": 0}, "--batch-size has 0"),
+        ({"output_tokens": 24}, "--output-tokens is 24, and a request has --context = 24 tokens"),
+        ({"output_tokens": 1}, "--output-tokens is 1"),
+        ({"context": 128}, "--context 128: the model takes at most 128 tokens"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            timed(**changes)
+    monkeypatch.setenv("FAKE_DIES", "1")
+    with pytest.raises(ModelError, match="'dense' ended with exit status 1 before it answered"):
+        timed()
+    for given, said in (
+        (["--batch-size", "2"], "goes with --engine"),
+        (["--engine", "vllm", "--device", "cpu"], "itself"),
+    ):
+        done = CliRunner().invoke(app, ["latency", GLASS, *given])
+        assert done.exit_code == 2
+        assert said in done.stderr
