@@ -71,7 +71,7 @@ class FileFormat(Generic[T]):
     def text(self, path: Path) -> str:
         """The text (UTF-8) of a file."""
         try:
-            return self._bytes(path).decode("utf-8")
+            return self._bytes(path).decode("utf-8-sig")  # some editors begin a file with a byte order mark
         except UnicodeDecodeError as error:
             raise self.refused(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from None
 

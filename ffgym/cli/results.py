@@ -21,7 +21,7 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="RUN RUN ...",
+            metavar="RUN",
             help="folders, names or ids of runs; the first one is what the others are compared with",
             show_default=False,
         ),
@@ -43,7 +43,7 @@ def compare(
     from ffgym.report.comparison import differences_figure, size_figure
 
     if len(runs) < 2:
-        raise typer.BadParameter("name at least two runs", param_hint="RUN RUN ...")
+        raise typer.BadParameter("name at least two runs", param_hint="RUN")
     found = compare_runs([stored_run(run, Path(root).expanduser(), experiment) for run in runs])
     table = found.layout()
     write_text(output / "comparison.md", table.markdown())

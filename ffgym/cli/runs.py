@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -47,7 +48,7 @@ def runs(
     found = [
         run
         for run in list_runs(Path(root).expanduser(), experiment)
-        if all(_matches(getattr(run, key), value) for key, value in wanted)
+        if all(_matches(run, column, value) for column, value in wanted)
     ]
     known = [run for run in found if getattr(run, column) is not None]
     known.sort(key=lambda run: getattr(run, column), reverse=sort.startswith("-"))
@@ -75,14 +76,14 @@ def _condition(text: str) -> tuple[str, str]:
     return _column(key.strip()), value.strip()
 
 
-def _matches(value: Any, wanted: str) -> bool:
-    """Whether a cell is what was asked for: text by its pattern, a number to the decimals that were typed."""
+def _matches(run: TrackedRun, column: str, wanted: str) -> bool:
+    """Whether a value is what was asked for: by a pattern, in full or as shown, or a number to the decimals typed."""
+    value = getattr(run, column)
     if isinstance(value, int | float):
-        try:
+        with suppress(ValueError):
             return round(value, len(wanted.partition(".")[2])) == float(wanted)
-        except ValueError:
-            return False
-    return value is not None and fnmatch(str(value).lower(), wanted.lower())
+    texts = [] if value is None else [str(value), _cell(run, column)]
+    return any(fnmatch(text.lower(), wanted.lower()) for text in texts)
 
 
 def _cell(run: TrackedRun, column: str) -> str:

@@ -228,7 +228,9 @@ class SearchTable(Table):
     """The length of the search, and what to compare it with."""
 
     episodes: Count = Field(
-        default=96, description="episodes at full fidelity: episodes x episode_tokens is the token budget"
+        default=96,
+        description="episodes at full fidelity: episodes x episode_tokens is the token budget; the update that crosses "
+        "it is the last",
     )
     episode_tokens: Count = Field(
         default=2048, description="search tokens that one episode is measured on, at least one window"

@@ -101,10 +101,9 @@ def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
     return [f"{key} was {before!r} and is {after!r} now" for key, before, after in changes]
 
 
-def first_difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
-    """Where two configurations first differ in what decides a run: (key, value in one, in the other)."""
-    left, right = (flatten(config.model_dump(mode="json", exclude=INDIFFERENT)) for config in (one, other))
-    return next(_differences(left, right), None)
+def differences(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Where two configurations differ in what decides a run: (key, value in one, in the other)."""
+    return _differences(*(flatten(config.model_dump(mode="json", exclude=INDIFFERENT)) for config in (one, other)))
 
 
 def _differences(one: JSONDict, other: JSONDict) -> Iterator[tuple[str, Any, Any]]:
@@ -135,7 +134,9 @@ def _comment(table: str, line: str) -> str:
 
 
 def read_toml(path: Path) -> JSONDict:
-    """Read a TOML file; raise ``ConfigError`` where it is missing, unreadable or malformed."""
+    """Read a TOML file, or JSON by that name; raise ``ConfigError`` where it is missing, unreadable or malformed."""
+    if path.is_file() and path.suffix not in (".toml", ".json"):
+        raise CONFIGURATION.refused(str(path), "its name does not end in .toml")
     return CONFIGURATION.read(path)
 
 

@@ -108,7 +108,7 @@ def make_splits(
     """
     import torch
 
-    _check_window(window, context_limit)
+    check_window(window, context_limit)
     turns = {role: interleaved([*shares(corpora[role]).values()], -(-tokens[role] // window)) for role in ROLES}
     loaded = _load_corpora(corpora)
     demands = [
@@ -219,7 +219,8 @@ def windows_digest(windows: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _check_window(window: int, context_limit: int) -> None:
+def check_window(window: int, context_limit: int) -> None:
+    """Refuse windows that the model cannot take."""
     if window > context_limit:
         raise DataError(
             f"data.window = {window} is longer than the model's context of {context_limit} tokens",

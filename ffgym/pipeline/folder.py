@@ -17,7 +17,7 @@ from pydantic import BaseModel, FiniteFloat
 
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import first_difference, load_config
+from ffgym.config.toml import differences, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
@@ -137,8 +137,7 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
     """
     folder = folder.expanduser()
     stored = configured.with_options(stored_config(folder))
-    if difference := first_difference(stored, config):
-        key, there, here = difference
+    for key, there, here in differences(stored, config):
         raise ConfigError(
             f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes cannot be reused",
             hint=f"Give it {key} = {there!r}, or start in another folder with --output DIR.",

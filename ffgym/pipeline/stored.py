@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import load_config
+from ffgym.config.toml import PLUGIN_TABLES, differences, load_config
 from ffgym.costs.resource import resource_named
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
@@ -117,11 +117,17 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
                 f"{_measured_on(run)}",
                 hint="Perplexities of different text cannot be compared: repeat one run with the other's report split.",
             )
-        config = run.config
-        compared.append(
-            ComparedRun(_name(run, runs), config.agent.name, config.criterion.name, config.prune.resource, run.table)
-        )
+        config, changes = run.config, _changes(first.config, run.config)
+        names = (_name(run, runs), config.agent.name, config.criterion.name, config.prune.resource)
+        compared.append(ComparedRun(*names, run.table, changes))
     return Comparison(tuple(compared))
+
+
+def _changes(first: RunConfig, config: RunConfig) -> str:
+    """``"search.episodes = 48 (not 96)"``; of a plugin that is another one, without its options."""
+    found = {key: f"{key} = {here!r} (not {there!r})" for key, there, here in differences(first, config)}
+    others = tuple(f"{table}." for table in PLUGIN_TABLES if f"{table}.name" in found)
+    return ", ".join(text for key, text in found.items() if key.endswith(".name") or not key.startswith(others))
 
 
 def _name(run: StoredRun, runs: Sequence[StoredRun]) -> str:

@@ -23,6 +23,7 @@ class ModelShape:
         hidden: channels of the residual stream, m of every consumer.
         vocabulary: tokens that the head projects to.
         sublayers: its 2L sublayers, in order of depth.
+        context_limit: the longest window that the model takes, in tokens.
         saved_as: dtype of its checkpoint, e.g. ``"bfloat16"``; empty where the config does not say.
     """
 
@@ -31,6 +32,7 @@ class ModelShape:
     hidden: int
     vocabulary: int
     sublayers: tuple[Sublayer, ...]
+    context_limit: int
     saved_as: str = ""
 
     @property
@@ -154,5 +156,6 @@ def shape_of(config: Any, name: str) -> ModelShape:
         model.get_input_embeddings().weight.shape[1],
         model.get_output_embeddings().weight.shape[0],
         tuple(family.sublayers(model)),
+        int(config.max_position_embeddings),
         "" if saved_as is None else str(saved_as).removeprefix("torch."),
     )

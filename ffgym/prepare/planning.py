@@ -8,7 +8,7 @@ import torch
 
 from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
-from ffgym.data.splits import ROLES
+from ffgym.data.splits import ROLES, check_window
 from ffgym.errors import ConfigError
 from ffgym.models.loading import config_of
 from ffgym.models.placement import choose_device, choose_dtype, named_dtype, tokens_per_batch
@@ -28,12 +28,14 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
 
     Raises:
         ModelError: the model's architecture is not supported, or its config is missing or damaged.
+        DataError: windows that are longer than the model's context.
     """
     data, model, search = config.data, config.model, config.search
     device = choose_device(model.device)
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     dtype = choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype)
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
+    check_window(data.window, shape.context_limit)
     load = Workload(
         window=data.window,
         calibration_tokens=-(-data.calibration_tokens // data.window) * data.window,

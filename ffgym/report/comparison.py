@@ -16,13 +16,18 @@ from ffgym.report.table import ReportTable, Row, perplexity_text
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of a comparison."""
+    """One run of a comparison.
+
+    Attributes:
+        changes: where its configuration is another than the reference's; empty where it is not.
+    """
 
     name: str
     agent: str
     criterion: str
     resource: str
     table: ReportTable
+    changes: str
 
     @property
     def result(self) -> Row:
@@ -85,10 +90,11 @@ class Comparison:
         return "reference" if run is self.reference else str(self.difference(run) or "—")
 
     def _notes(self) -> list[str]:
-        notes = []
+        name = self.reference.name
+        notes = [f"{run.name} differs from {name}: {run.changes}." for run in self.runs if run.changes]
         if any(self.difference(run) for run in self.runs):
             notes.append(
-                f"Nats per token against {self.reference.name}, on the same {len(self.reference.result.losses)} "
+                f"Nats per token against {name}, on the same {len(self.reference.result.losses)} "
                 "windows, ± half of the 95 % interval; below 0 is better, and a tie is an interval that holds 0."
             )
         return [*notes, *(f"{run.name}: {run.table.warning}" for run in self.runs if run.table.warning)]

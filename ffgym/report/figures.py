@@ -152,7 +152,7 @@ def reward_figure(
     for number, label in enumerate(label for label in searches if label in levels):
         look = SERIES[number % len(SERIES)]
         end = _draw_rewards(rewards, searches[label], levels[label], label, look, joined=not ranged)
-        ends.append(f"{label} ends at {end:{'+' if is_above_start else ''}.3f}")
+        ends.append(f"{label} ends at {end:{'+' if is_above_start else ''}z.3f}")
     means = "large marks" if ranged else "lines"
     key = f"dots: episodes; {means}: mean of each update; crosses on the edge: failed episodes"
     rewards.set_title(key, fontsize=10, loc="left")

@@ -39,7 +39,7 @@ class Difference:
         return abs(self.mean) <= self.margin
 
     def __str__(self) -> str:
-        text = f"{self.mean:+.3f}" + (f" ± {self.margin:.3f}" if math.isfinite(self.margin) else "")
+        text = f"{self.mean:+z.3f}" + (f" ± {self.margin:.3f}" if math.isfinite(self.margin) else "")
         return f"{text} tie" if self.is_tie else text
 
 

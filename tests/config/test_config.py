@@ -227,6 +227,13 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_config(binary)
+    binary.rename(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"its name does not end in \.toml"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "\ufeffseed = 3\n")).seed == 3
 
 
 # a range of budgets

@@ -55,6 +55,15 @@ def test_json_has_the_differences(runs: dict[str, Path], tmp_path: Path) -> None
     assert better["difference_margin"] == pytest.approx(0.0143, abs=1e-4)
 
 
+def test_what_the_runs_were_told_differently_is_said(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = write_run(tmp_path, "other")
+    (other / "config.toml").write_text("[agent]\nname = 'random'\nspread = 0.1\n[search]\nepisodes = 48\n")
+    done = call(runs["one"], runs["better"], other, "--output", tmp_path / "out")
+    said = "other differs from one: agent.name = 'random' (not 'reinforce'), search.episodes = 48 (not 96)."
+    assert said in " ".join(done.stdout.split())
+    assert "better differs" not in done.stdout
+
+
 def test_a_destroyed_run_is_called_so(runs: dict[str, Path], tmp_path: Path) -> None:
     done = call(runs["one"], runs["broken"], "--output", tmp_path / "out")
     assert "broken: The pruned model is destroyed" in " ".join(done.stdout.split())

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import first_difference
+from ffgym.config.toml import differences
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
@@ -422,13 +422,13 @@ def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list
     assert (tmp_path / "out" / "config.toml").exists()
 
 
-def test_the_first_difference_is_in_the_order_of_the_configuration(tmp_path: Path) -> None:
+def test_differences_are_in_the_order_of_the_configuration(tmp_path: Path) -> None:
     one = config(tmp_path)
-    assert first_difference(one, config(tmp_path, tracking=TRACKED, output={"dir": "elsewhere"})) is None
+    assert not [*differences(one, config(tmp_path, tracking=TRACKED, output={"dir": "elsewhere"}))]
     other = config(tmp_path, search={"episodes": 16}, data={"window": 32})
-    assert first_difference(one, other) == ("data.window", 64, 32)
+    assert next(differences(one, other)) == ("data.window", 64, 32)
     options = config(tmp_path, criterion={"name": "random", "seed": 3})
-    assert first_difference(one, options) == ("criterion.name", "wanda", "random")
+    assert next(differences(one, options)) == ("criterion.name", "wanda", "random")
 
 
 # the command

@@ -201,6 +201,7 @@ def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:
         (("--sparsity", "0.99"), "sparsity 0.99"),
         (("--agent", "reinforcee"), "unknown agent"),
         (("--workers", "0"), "workers.count"),
+        (("--set", "data.window=9000", "--set", "search.episode_tokens=9000"), "context of 2048 tokens"),
     ],
 )
 def test_what_no_run_would_take_is_refused(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def test_it_is_sorted_with_what_has_no_value_last(root):
         ("status=FAILED", {"fourth"}),
         ("sparsity=0.2", {"first", "second", "twice"}),
         ("sparsity=0.3", {"third"}),
+        ("sparsity=30.0%", {"third"}),
+        ("tokens=196,608", {"first"}),
         ("result=30.19", {"first"}),
         ("result=much", set()),
     ],
