@@ -26,8 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
-from ffgym.errors import ModelError
+from ffgym.costs.sublayer_times import processor
+from ffgym.errors import ConfigError, ModelError
+from ffgym.export.format import export
 from ffgym.interrupts import held_back_interrupts
 from ffgym.models.origin import weights_on_disk
 
@@ -126,6 +129,11 @@ class Fleet:
     on_gpu: bool
     bytes_beside_weights: int = 3 << 30
 
+    @property
+    def device(self) -> str:
+        """The name of the processor or GPU that it computes on."""
+        return processor(torch.device("cuda" if self.on_gpu and torch.cuda.is_available() else "cpu"))
+
     def fits_memory(self, weights: Iterable[Path]) -> bool:
         """Whether all servers can run at the same time, with the weights in these folders."""
         needed = sum(weights_on_disk(folder)[0] + self.bytes_beside_weights for folder in weights)
@@ -174,10 +182,6 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     Raises:
         ModelError: there is no ``llama-server``, or a model that GGUF cannot say.
     """
-    import torch
-
-    from ffgym.export.format import export
-
     program = shutil.which("llama-server")
     if program is None:
         raise ModelError(
@@ -205,7 +209,6 @@ def transformers(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     Raises:
         ModelError: what it needs is not installed.
     """
-    import torch
     from transformers import __version__
 
     missing = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
@@ -225,6 +228,12 @@ def transformers(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         return Server(model.role, command, folder, body, _threads(setting))
 
     return Fleet(f"transformers {__version__}", tuple(map(server, models)), torch.cuda.is_available())
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ``ConfigError`` for a dtype that engines do not serve."""
+    if dtype not in GGUF_DTYPES:
+        raise ConfigError(f"engines serve no {dtype!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}.")
 
 
 Engine = Callable[[Setting, Sequence[ServedModel]], Fleet]

@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from ffgym.costs.latency_cache import place_of, timed_once
 from ffgym.costs.latency_fit import seconds_without
 from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, Serving, layer_shapes, model_shape, to_json
-from ffgym.costs.sublayer_times import processor
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.files import check_file, write_text
 from ffgym.measure.bursts import prompt_maker, serve_in_turn
-from ffgym.measure.engines import DENSE, ENGINES, GGUF_DTYPES, ServedModel, Setting
+from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Setting, check_dtype
 from ffgym.measure.measure import check_counts
 from ffgym.measure.serving import SPARE_TOKENS
 from ffgym.measure.speed import Workload
@@ -107,10 +105,7 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
             f"count {SPARE_TOKENS} more in a prompt",
             hint=f"Use at most {room}.",
         )
-    if loaded.dtype_name not in GGUF_DTYPES:
-        raise ConfigError(
-            f"engines serve no {loaded.dtype_name!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}."
-        )
+    check_dtype(loaded.dtype_name)
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
         setting = Setting(
             dtype=loaded.dtype_name,
@@ -169,7 +164,7 @@ def _timed(
     # A machine that gets slower makes the dense model slower too: what counts is the ratio within a repetition.
     times = {role: Spread.of(each / seconds[DENSE] * whole) for role, each in seconds.items()}
     return LatencyTable(
-        device=processor(torch.device("cuda" if fleet.on_gpu and torch.cuda.is_available() else "cpu")),
+        device=fleet.device,
         threads=options.threads or 0,
         torch="",
         dtype=setting.dtype,

@@ -15,16 +15,14 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 
-from ffgym.costs.sublayer_times import processor
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError, ModelError, UnknownNameError
 from ffgym.export.refresh import is_current
 from ffgym.files import check_file
 from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
-from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, GGUF_DTYPES, PRUNED, ServedModel, Setting
+from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, PRUNED, ServedModel, Setting, check_dtype
 from ffgym.measure.measure import check_counts, write
 from ffgym.measure.pairs import HINT
 from ffgym.measure.speed import Workload
@@ -178,8 +176,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
     dense = _dense_folder(source)
     context, model_type = _checked(dense, pruned, options)
     dtype = weights_on_disk(pruned)[1] if options.dtype == "auto" else options.dtype
-    if dtype not in GGUF_DTYPES:
-        raise ConfigError(f"engines serve no {dtype!r}", hint=f"Choose with --dtype: {', '.join(GGUF_DTYPES)}.")
+    check_dtype(dtype)
     workloads = [Workload(count, length) for count, length in product(options.requests, options.prompt_lengths)]
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
         setting = Setting(
@@ -216,7 +213,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         served=tuple(_summarised(found)),
         answer_tokens=(min(tokens), max(tokens)),
         cache_tokens=cache_tokens,
-        device=processor(torch.device("cuda" if fleet.on_gpu and torch.cuda.is_available() else "cpu")),
+        device=fleet.device,
         processors=os.cpu_count() or 1,
         threads=options.threads,
         dtype=dtype,
