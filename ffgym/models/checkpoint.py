@@ -18,8 +18,12 @@ from ffgym.models.loading_errors import AGAIN, loading_error, misfit, mxfp4, pic
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.towers import auto_class, check_towers
 
+LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
+MOST_LAYERS = 10_000  # where no weights are there to count them
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 PICKLED = ("*.bin", "*.pt", "*.pth")
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 class _WeightIndex(BaseModel):
@@ -71,15 +75,23 @@ def check_folder(folder: Path) -> None:
     )
 
 
-def check_config(name: str, config: dict[str, Any], *, any_family: bool) -> None:
-    """Refuse a config of an unsupported family, or of MXFP4 codes. A family of ours is registered."""
+def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
+    """Refuse a config of an unsupported family, of MXFP4 codes, or of no layers or more than ``depth``.
+
+    A family of ours is registered.
+    """
     register_saved(config)
     text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise misfit(name, f"text_config = {text!r} is no table")
     if not any_family and text is None and "auto_map" not in config:
         check_config_family(config)
     quantisation = config.get("quantization_config")
     if not any_family and isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4":
         raise mxfp4(name)
+    layers = (text or config).get("num_hidden_layers")
+    if isinstance(layers, int) and not 0 < layers <= depth:
+        raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")
     if not any_family and text is not None and not str(config.get("model_type")).startswith(PREFIX):
         check_towers(config)
 
@@ -97,7 +109,7 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
         shapes = _shapes(folder)
     except (SafetensorError, OSError) as error:
         raise loading_error(error, str(folder), name) from error
-    check_config(name, config, any_family=any_family)
+    check_config(name, config, any_family=any_family, depth=depth_of(LAYER, shapes) or MOST_LAYERS)
     if any_family or "quantization_config" in config:  # names and shapes in the files may be others than the model's
         return config
     try:
@@ -111,13 +123,18 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
     return config
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(folder: Path) -> Shapes:
     """The shape of every tensor in a folder's weight files, from their headers."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     return shapes
+
+
+def depth_of(numbered: re.Pattern[str], names: Iterable[str]) -> int:
+    """How many decoder layers there are by the names of their tensors."""
+    return max((int(match[1]) + 1 for name in names if (match := numbered.match(name))), default=0)
 
 
 def check_complete(name: str, model: Any, report: dict[str, Any]) -> None:

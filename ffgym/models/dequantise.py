@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +17,16 @@ from safetensors import SafetensorError
 
 from ffgym.data.cache import cache_dir, write_folder_once
 from ffgym.errors import ModelError
-from ffgym.models.checkpoint import check_complete
+from ffgym.models.checkpoint import Shapes, check_complete, depth_of
 from ffgym.models.families import family_of_type
-from ffgym.models.loading_errors import first_line, quiet
+from ffgym.models.loading_errors import AGAIN, first_line, quiet
 
 # float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
 # moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.
 GGUF_DTYPE = torch.float16
 GGUF_NAMES = {"gemma3": "gemma3_text"}
 """Families by llama.cpp's names, where they differ from those of transformers."""
+BLOCK = re.compile(r"blk\.(\d+)\.")
 USE_THE_SOURCE = "Name the safetensors folder that it was made from, or start from the dense model."
 
 
@@ -78,6 +80,22 @@ def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def _check_gguf_sizes(path: Path, fields: dict[str, Any], architecture: str, shapes: Shapes) -> None:
+    """Compare the sizes that a file states with its tensors, before a model of these sizes is built."""
+    rows = shapes.get("blk.0.attn_q.weight", (0,))[0]
+    in_tensors = {
+        "block_count": [depth_of(BLOCK, shapes)],
+        "embedding_length": shapes.get("token_embd.weight", ())[1:],
+        "feed_forward_length": shapes.get("blk.0.ffn_up.weight", ())[:1],
+        "attention.head_count": range(1, rows + 1),
+        "attention.head_count_kv": range(1, rows + 1),
+    }
+    for size, possible in in_tensors.items():
+        key = f"{architecture}.{size}"
+        if possible and key in fields and fields[key] not in possible:
+            raise ModelError(f"{str(path)!r}: {key} = {fields[key]} does not fit its tensors", hint=AGAIN)
+
+
 @contextlib.contextmanager
 def _alone(gguf: Path) -> Iterator[str]:
     """A folder with nothing but the file: transformers also reads adapters and configs that lie beside it."""
@@ -97,6 +115,7 @@ def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
     try:
         reader = gguf.GGUFReader(path)
         fields, tensors = reader.fields, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
         architecture = fields["general.architecture"].contents()
         stretched = [
             fields[key].name
@@ -119,6 +138,7 @@ def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
             family_of_type(GGUF_NAMES.get(architecture, architecture))
         except ModelError as error:
             raise ModelError(f"{str(path)!r}: {error.message}", hint=error.hint) from None
+    _check_gguf_sizes(path, {key: field.contents() for key, field in fields.items()}, architecture, shapes)
     stretched += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
     if stretched:
         raise ModelError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ffgym.models.checkpoint import MODEL_CONFIG, check_config
+from ffgym.models.checkpoint import MODEL_CONFIG, MOST_LAYERS, check_config
 from ffgym.models.loading_errors import first_line, loading_error, not_from_hub
 
 HUB_SECONDS = 5.0
@@ -46,7 +46,7 @@ def check_hub_config(name: str, revision: str | None, *, any_family: bool, local
     except OSError:  # loading says what is wrong
         return {}
     config = MODEL_CONFIG.read(Path(file))
-    check_config(name, config, any_family=any_family)
+    check_config(name, config, any_family=any_family, depth=MOST_LAYERS)
     return config
 
 

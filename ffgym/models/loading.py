@@ -18,6 +18,7 @@ from ffgym.data.assets import SMOLLM2, fetch
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import (
     MODEL_CONFIG,
+    MOST_LAYERS,
     check_complete,
     check_config,
     check_folder,
@@ -223,7 +224,7 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
         return AutoConfig.for_model("llama", **DEMO_SIZES)
     if path.is_dir():
         source, content = str(path), read_config(path)
-        check_config(name, content, any_family=False)
+        check_config(name, content, any_family=False, depth=MOST_LAYERS)
     elif path.suffix.lower() == ".gguf" and path.is_file():
         source, options = str(path.parent), {"gguf_file": path.name}
     else:

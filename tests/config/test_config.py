@@ -221,7 +221,7 @@ def test_bad_toml_names_file_and_line(tmp_path: Path) -> None:
 
 
 def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"configuration .* cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match=r"configuration .* is a folder"):
         load_config(tmp_path)
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")

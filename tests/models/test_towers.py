@@ -30,6 +30,7 @@ from ffgym.errors import ModelError
 from ffgym.export.checkpoint import load_line, save_again, save_pruned
 from ffgym.export.format import export
 from ffgym.export.refresh import is_current
+from ffgym.models.checkpoint import check_config
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.loading import config_of, load, load_config
@@ -273,6 +274,11 @@ def test_what_cannot_be_saved_is_refused_from_its_config(config: dict[str, Any],
     with pytest.raises(ModelError, match=message) as raised:
         check_towers(config)
     assert hint in raised.value.hint
+
+
+def test_a_text_config_that_is_no_table_is_refused() -> None:
+    with pytest.raises(ModelError, match="text_config = 5 is no table"):
+        check_config("damaged", {"model_type": "llava", "text_config": 5}, any_family=False, depth=3)
 
 
 def test_code_that_builds_its_text_model_from_no_config_is_refused() -> None:
