@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import os
 import signal
@@ -339,13 +338,6 @@ def test_a_full_device_is_said_to_be(fresh: Any, texts: Any) -> None:
     with pytest.raises(RecoveryError, match="out of memory on cpu") as raised:
         train(model, texts, settings())
     assert "gradient_checkpointing" in str(raised.value.hint)
-
-
-def test_without_peft_the_pip_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RecoveryError, match="needs the package peft") as raised:
-        Lora.check_installed()
-    assert "pip install 'ffgym[recover]'" in str(raised.value.hint)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -533,24 +533,14 @@ def test_a_corpus_with_text_of_the_report_split_is_refused(folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("recover.tokens=0", "recover.tokens = 0"),
-        ("recover.tokens=-5", "recover.tokens = -5"),
         ("recover.tokens=many", "recover.tokens = 'many'"),
         ("recover.tokens=100", "recover.tokens = 100 is less than one step: recover.batch_tokens = 256"),
         ("recover.batch_tokens=10", "recover.batch_tokens = 10 is less than one window: data.window = 64"),
-        ("recover.rank=0", "recover.rank = 0"),
-        ("recover.rank=5000", "recover.rank = 5000"),
-        ("recover.learning_rate=0", "recover.learning_rate = 0"),
-        ("recover.learning_rate=3", "recover.learning_rate = 3"),
-        ("recover.learning_rate=nan", "recover.learning_rate = nan"),
-        ("recover.alpha=0", "recover.alpha = 0"),
-        ("recover.dropout=1.0", "recover.dropout = 1.0"),
-        ("recover.window=1", "recover.window = 1"),
         ("output.save_model=false", "output.save_model = false saves none"),
         ("recover.ranks=4", "Did you mean 'rank'"),
     ],
 )
-def test_settings_out_of_range_are_refused(folder: Path, override: str, complaint: str) -> None:
+def test_settings_that_cannot_be_are_refused(folder: Path, override: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as raised:
         recover.check_method(load_config(folder / "config.toml", ["recover.method=lora", override]).recover, None)
     assert complaint in str(raised.value)
@@ -672,7 +662,6 @@ def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: 
         (["--method", "lorra"], "Did you mean 'lora'?"),
         (["--method", "lora", "--tokens", "lots"], "recover.tokens = 'lots'"),
         (["--method", "lora", "--rank", "0"], "recover.rank = 0"),
-        ([], "recover.method is none"),
     ],
 )
 def test_errors_are_a_message_a_hint_and_exit_1(pruned: Path, arguments: list[str], complaint: str) -> None:
