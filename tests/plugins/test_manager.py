@@ -107,7 +107,6 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         ("import sys\nsys.exit(3)", "SystemExit: 3"),
         ("def f(:", "SyntaxError"),
         ("x = 1", "implements no hook"),
-        (HOOK + "1 / 0", "ZeroDivisionError"),
         (HOOK + "7", "not a list of classes"),
         (HOOK + "None", "ffgym_criteria returned None, not a list of classes"),
         (HOOK + "[int]", "not a subclass of ffgym.Criterion"),
@@ -119,18 +118,9 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
             "needs is 'square', not a frozenset",
         ),
         (
-            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': ('square',)})]",
-            "needs is ('square',), not a frozenset",
-        ),
-        (
             HOOK.replace("criteria", "rewards")
             + "[type('A', (ffgym.Reward,), {'__call__': 1, 'name': 'a', 'worst': float('-inf')})]",
             "reward 'a': worst is -inf, not a finite number",
-        ),
-        (
-            HOOK.replace("criteria", "rewards")
-            + "[type('A', (ffgym.Reward,), {'__call__': 1, 'name': 'a', 'needs': {'kl', 'acuracy'}})]",
-            "reward 'a' needs unknown measurements ['acuracy']",
         ),
         (
             HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'edition': 'new'})]",
