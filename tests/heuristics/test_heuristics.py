@@ -207,19 +207,7 @@ def test_equal_values_share_a_rank() -> None:
     np.testing.assert_array_equal(ranks(np.array([5.0, 1.0, 5.0, 0.0])), [2.5, 1.0, 2.5, 0.0])
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("skip-ends", {"first": -1}),
-        ("flap", {"reference": 0}),
-        ("flap", {"reference": 1}),
-        ("owl", {"threshold": 0}),
-        ("owl", {"span": 0.6}),
-        ("alpha", {"tail": 1}),
-        ("alpha", {"span": 0}),
-        ("gate-scaling", {"span": -0.1}),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), [("flap", {"reference": 1}), ("owl", {"span": 0.6})])
 def test_impossible_options_are_refused_by_name(name: str, options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"prior\.{next(iter(options))}"):
         manager.create("heuristic", name, options)
