@@ -135,20 +135,8 @@ def read_experiment(file: Path) -> tuple[Experiment, RunConfig]:
 
 def read_kept(path: Path) -> tuple[int, ...]:
     """Units per sublayer from ``allocation.json`` of a run, or from a cell of a bench."""
-    try:
-        content = ALLOCATION.read(path)
-        return tuple(int(units) for units in content.get("final", content)["kept"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ALLOCATION.refused(str(path), repr(error)) from error
-
-
-def check_kept(label: str, kept: Sequence[int], dense: Sequence[int]) -> None:
-    """Refuse an allocation of another model."""
-    if len(kept) != len(dense) or any(not 0 <= k <= most for k, most in zip(kept, dense, strict=True)):
-        raise ConfigError(
-            f"the allocation {label!r}, {tuple(kept)}, does not fit a model whose sublayers have {tuple(dense)} units",
-            hint="It belongs to another model.",
-        )
+    content = ALLOCATION.read(path)
+    return tuple(content.get("final", content)["kept"])
 
 
 def make_cells(spec: Experiment, config: RunConfig, folder: Path, kept: dict[str, tuple[int, ...]]) -> list[Cell]:
@@ -469,7 +457,6 @@ def measure(file: Path, *, only_report: bool = False, reporter: Reporter | None 
             for label, name in spec.allocations.items():
                 if label not in kept:
                     kept[label] = bed.space.project(name, {}).kept
-                check_kept(label, kept[label], bed.space.prepared.prunable.dense_units)
             cells = make_cells(spec, config, folder, {label: kept[label] for label in spec.allocations})
             compute([cell for cell in cells if read_cell(cell) is None], bed)
     found = [RESULT.read(path) for path in sorted(folder.glob("*.json"))]

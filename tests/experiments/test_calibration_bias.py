@@ -15,7 +15,7 @@ import tomli_w
 from glass_runs import glass_tables
 from rich.console import Console
 
-from ffgym.errors import ConfigError, DataError
+from ffgym.errors import ConfigError
 from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
 
@@ -138,27 +138,6 @@ def test_an_estimate_has_both_errors(script: Any) -> None:
     assert found.windows == pytest.approx(1 / np.sqrt(3))
     assert found.seeds == pytest.approx(1.0)
     assert found.error == pytest.approx(np.hypot(1 / np.sqrt(3), 1.0))
-
-
-@pytest.mark.parametrize("content", [None, "{", "[1]", '{"keep": [1]}', '{"kept": "all"}'])
-def test_a_file_without_an_allocation_is_named(script: Any, home: Path, content: str | None) -> None:
-    (home / "cell.json").unlink()
-    if content is not None:
-        (home / "cell.json").write_text(content)
-    with pytest.raises(DataError, match=r"cell\.json.* (is no allocation|cannot be read)|cell\.json is no allocation"):
-        script.measure(home / "bias.toml", reporter=quiet())
-
-
-@pytest.mark.parametrize("kept", [[1, 2], [2, 400] * 4])
-def test_an_allocation_of_another_model_is_refused(script: Any, home: Path, kept: list[int]) -> None:
-    (home / "cell.json").write_text(json.dumps({"kept": kept}))
-    with pytest.raises(ConfigError, match=r"the allocation 'without', .* does not fit"):
-        script.measure(home / "bias.toml", reporter=quiet())
-
-
-def test_one_seed_is_too_few_and_errors_exit_1(script: Any, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main([str(write(home, seeds=[0]))]) == 1
-    assert "seeds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["demo.toml", "search.toml"])

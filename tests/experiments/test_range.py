@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import math
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,6 @@ import tomli_w
 from glass_runs import PER_UPDATE, glass_tables
 from rich.console import Console
 
-from ffgym.errors import ConfigError, DataError
 from ffgym.pipeline import task
 from ffgym.plugins import discovery
 from ffgym.report.progress import Reporter
@@ -116,26 +114,3 @@ def test_differences_are_paired_by_seed_and_averaged_over_targets(script: Module
     assert "worse: +0.1500 ± 0.0500" in sentence
     (alone,) = script.verdicts(script.Losses([each for each in results if each.seed == 0]))
     assert "worse: +0.2000 nats per token, mean over targets (one seed" in alone
-
-
-def test_wrong_files_are_refused_before_anything_is_loaded(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
-    with pytest.raises(ConfigError, match=r"'0\.3': should be .* a range of budgets"):
-        script.compare(write(tmp_path, range="0.3"))
-    with pytest.raises(ConfigError, match="unknown table or key 'seed'"):
-        script.compare(write(tmp_path, seed=[0]))
-    with pytest.raises(DataError, match=r"no seed of .* is complete"):
-        script.compare(write(tmp_path), only_report=True)
-    file = write(tmp_path)
-    (search, *_) = script.read_experiment(file)[1]
-    search.path.parent.mkdir()
-    search.path.write_text("{}")
-    with pytest.raises(DataError, match="is no result"):
-        script.compare(file)
-    foreign = {**json.loads(json.dumps(script.settings(search.config))), "seed": 9}
-    one = result(script, script.ONE, 0, {0.2: 3.0}, 10).model_copy(update={"settings": foreign})
-    search.path.write_text(one.model_dump_json())
-    with pytest.raises(ConfigError, match="seed was 9 and is 0 now"):
-        script.compare(file)

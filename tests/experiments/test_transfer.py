@@ -20,7 +20,7 @@ from made_up_episodes import episode
 from rich.console import Console
 
 from ffgym.config.toml import read_toml
-from ffgym.errors import ConfigError, DataError, UnknownNameError
+from ffgym.errors import DataError
 
 QUESTIONS = {"arc_easy": 20, "piqa": 12, "sciq": 10}
 FOLDER = Path(__file__).parents[2] / "experiments" / "transfer"
@@ -182,27 +182,6 @@ class TestTheExperiment:
         copied(whole, tmp_path)
         with pytest.raises(DataError, match="results of other settings"):
             transfer.run(settings_file(tmp_path, seeds=[1]), progress=quiet())
-
-    def test_bad_settings_are_refused_before_anything_is_loaded(
-        self, transfer: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(UnknownNameError, match="perplexityy"):
-            transfer.run(settings_file(tmp_path, rewards={"a": {"name": "perplexityy"}}), progress=quiet())
-        with pytest.raises(ConfigError, match="unknown key 'sparsitty'"):
-            transfer.run(settings_file(tmp_path, run={"prune": {"sparsitty": 0.2}}), progress=quiet())
-        with pytest.raises(ConfigError, match="per_serch"):
-            transfer.run(settings_file(tmp_path, per_serch=3), progress=quiet())
-        assert transfer.main([str(tmp_path / "nothing.toml")]) == 1
-        assert "error: configuration " in capsys.readouterr().err
-
-    def test_rewards_on_different_tasks_cannot_be_compared(self, transfer: ModuleType, tmp_path: Path) -> None:
-        first, second = ({"name": "multi-objective", "tasks": [task]} for task in ("arc_easy", "openbookqa"))
-        with pytest.raises(ConfigError, match="must be measured on the same tasks"):
-            transfer.run(settings_file(tmp_path, rewards={"a": first, "b": second}), progress=quiet())
-
-    def test_more_questions_than_there_are_is_an_error(self, transfer: ModuleType, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="'sciq' has 24 reported questions, not 25"):
-            transfer.run(settings_file(tmp_path, report={"sciq": 25}), progress=quiet())
 
     def test_the_committed_settings_are_valid(self, transfer: ModuleType) -> None:
         for file in FOLDER.glob("*.toml"):
