@@ -92,8 +92,7 @@ class Budget:
             sublayers. ``None`` lets every sublayer have a size of its own.
 
     Raises:
-        BudgetError: a setting out of its range, invalid cost tables, or layers of different sizes that should share
-            one shape.
+        BudgetError: invalid cost tables, or layers of different sizes that should share one shape.
     """
 
     def __init__(
@@ -106,10 +105,6 @@ class Budget:
         align: int | Literal["auto"] = 1,
         shapes: Mapping[Kind, Sequence[int]] | None = None,
     ) -> None:
-        if min_units < 0:
-            raise BudgetError(f"min_units is {min_units}", hint="Use 0 or more.")
-        if align != "auto" and align < 1:
-            raise BudgetError(f"align is {align}", hint="Use 1 or more, e.g. 8, 32 or 64.")
         self.sublayers = tuple(sublayers)
         self.resource = resource
         self.tied = shapes is not None
