@@ -10,8 +10,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ffgym.data.assets import Asset, fetch
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+GLASSLLM = Asset(
+    name="glassllm-en",
+    package="glassllm",
+    version="0.1.0",
+    sha256="1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b",
+    size=3_196_628,
+    members=("glassllm/weights/en.*", "*.dist-info/licenses/LICENSE"),
+    license="MIT",
+    source="glassllm's English model, 852,608 trained parameters",
+)
 
 
 def glass_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -21,8 +34,6 @@ def glass_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     and similar prose, and converted: it knows English a little, so that pruning it costs something. Trained without a
     BOS token.
     """
-    from ffgym.data.assets import GLASSLLM, fetch
-
     folder = fetch(GLASSLLM)
     with np.load(folder / "en.npz", allow_pickle=False) as arrays:
         model = llama_from_glass(arrays)

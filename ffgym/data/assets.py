@@ -81,16 +81,6 @@ DEMO_TEXT = Asset(
     license="MIT (the collection); C4 is ODC-BY, Wikipedia CC-BY-SA",
     source="exllamav3's calibration texts: excerpts of C4, Wikipedia, source code and technical prose",
 )
-GLASSLLM = Asset(
-    name="glassllm-en",
-    package="glassllm",
-    version="0.1.0",
-    sha256="1611801c031d0fc300dc89d3c07cd6be56dc1784e38e24422b2242d0761a333b",
-    size=3_196_628,
-    members=("glassllm/weights/en.*", "*.dist-info/licenses/LICENSE"),
-    license="MIT",
-    source="glassllm's English model, 852,608 trained parameters",
-)
 
 
 def fetch(asset: Asset, *, cache: Path | None = None) -> Path:
