@@ -34,7 +34,7 @@ from ffgym.plugins.bases import Agent
 from ffgym.prepare import configured
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
-from ffgym.search.finals import finalists
+from ffgym.search.finals import expected_tokens, finalists
 from ffgym.search.loop import SearchResult, search
 from ffgym.tracking.names import Result
 from ffgym.tracking.tracker import Tracker
@@ -168,7 +168,9 @@ class CellRunner:
     def _search(
         self, cell: Cell, task: Task, agent: Agent, log: Path, tracker: Tracker, watch: _Incumbents
     ) -> SearchResult:
-        with self._reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget, "tokens") as stage:
+        settings = search_settings(cell.config)
+        finals = expected_tokens(settings.finalists, settings.final_tokens) if agent.searches else 0
+        with self._reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget + finals, "tokens") as stage:
 
             def on_episode(episode: Episode) -> None:
                 watch.episode(episode)
@@ -182,12 +184,13 @@ class CellRunner:
             return search(
                 task.env,
                 agent,
-                search_settings(cell.config),
+                settings,
                 make_schedule(cell.config, task.env),
                 seed=cell.seed,
                 log=log,
                 on_episode=on_episode,
                 on_update=on_update,
+                on_finals=lambda share: stage.partly(share * finals),
             )
 
     def _result(

@@ -97,6 +97,7 @@ def search(
     log: Path | None = None,
     on_episode: Callable[[Episode], None] | None = None,
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
+    on_finals: OnProgress | None = None,
 ) -> SearchResult:
     """Let the agent spend its tokens, then choose: :func:`search_front` for the environment's own target alone."""
     (found,) = search_front(
@@ -109,6 +110,7 @@ def search(
         log=log,
         on_episode=on_episode,
         on_update=on_update,
+        on_finals=on_finals,
     )
     return found
 
