@@ -22,6 +22,11 @@ from ffgym.report.table import Cost, ReportTable, Row
 from ffgym.tracking.runs import find_run
 from ffgym.types import JSONDict
 
+AS_STORED = (
+    *("label", "loss_stderr", "sparsity_prunable", "sparsity_model", "note"),
+    *("is_heuristic", "is_found", "is_saved", "refit", "same_as"),
+)
+"""What a row of ``report.json`` says as `Row` does."""
 TABLE = FileFormat("table of a run", list[JSONDict], OutputError, "Run again with --overwrite.")
 
 
@@ -70,23 +75,9 @@ def read_table(folder: Path) -> ReportTable:
                 for key, value in stored.items()
                 if key in resources and resources[key].column
             )
-            rows.append(
-                Row(
-                    label=stored["label"],
-                    perplexity=math.nan if stored["perplexity"] is None else stored["perplexity"],
-                    loss_stderr=stored["loss_stderr"],
-                    sparsity_prunable=stored["sparsity_prunable"],
-                    sparsity_model=stored["sparsity_model"],
-                    costs=costs,
-                    losses=losses.losses[stored["label"]],
-                    note=stored["note"],
-                    is_heuristic=stored["is_heuristic"],
-                    is_found=stored["is_found"],
-                    is_saved=stored["is_saved"],
-                    refit=stored["refit"],
-                    same_as=stored["same_as"],
-                )
-            )
+            perplexity = math.nan if stored["perplexity"] is None else stored["perplexity"]
+            as_stored = {name: stored[name] for name in AS_STORED}
+            rows.append(Row(perplexity=perplexity, costs=costs, losses=losses.losses[stored["label"]], **as_stored))
         except (KeyError, TypeError) as error:
             raise TABLE.refused(str(folder / "report.json"), f"row {number}: {error}") from None
     if not rows:
