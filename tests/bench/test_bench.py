@@ -33,7 +33,7 @@ from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
 from ffgym.config.toml import changed_settings
-from ffgym.errors import ConfigError, DataError, OutputError, UnknownNameError
+from ffgym.errors import ConfigError, OutputError, UnknownNameError
 from ffgym.pipeline import task
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
@@ -516,33 +516,6 @@ def test_ctrl_c_while_a_finished_cell_is_written_leaves_nothing_open(
     assert numbers(tmp_path / "small")["reinforce-seed1"] == numbers(finished[0].parent / "small")["reinforce-seed1"]
 
 
-def test_a_line_cut_off_by_a_crash_is_measured_again(finished: Any, tmp_path: Path, steps: list[int]) -> None:
-    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
-    steps[0] = 5
-    with pytest.raises(KeyboardInterrupt):
-        call(file)
-    steps[0] = 10**6
-    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
-    log.write_text(log.read_text()[:-20])
-    call(file)
-    assert len(steps) - 1 == EPISODES + 1
-    assert numbers(tmp_path / "small")["reinforce-seed1"] == numbers(finished[0].parent / "small")["reinforce-seed1"]
-
-
-def test_seconds_of_all_sittings_are_added_up(tmp_path: Path, steps: list[int]) -> None:
-    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
-    steps[0] = 5
-    with pytest.raises(KeyboardInterrupt):
-        call(file)
-    steps[0] = 10**6
-    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    log.write_text("".join(json.dumps({**row, "seconds": 100.0}) + "\n" for row in rows))
-    call(file)
-    (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
-    assert 500 < result["seconds"] < 600
-
-
 def test_a_cell_whose_agent_has_a_new_edition_starts_anew(
     tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,22 +529,6 @@ def test_a_cell_whose_agent_has_a_new_edition_starts_anew(
     assert len(steps) - 1 == EPISODES
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
     assert result["editions"] == {"agent": Reinforce.edition}
-
-
-def test_a_log_of_another_search_is_refused(tmp_path: Path, steps: list[int]) -> None:
-    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
-    steps[0] = 2
-    with pytest.raises(KeyboardInterrupt):
-        call(file)
-    steps[0] = 10**6
-    (log,) = (tmp_path / "mlruns" / "bench").glob("*.jsonl")
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows = [{key: value for key, value in row.items() if key != "digest"} for row in rows]
-    rows[1]["action"][0] += 0.1
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"episode 1 of .*\.jsonl differs from what this search proposes") as raised:
-        call(file)
-    assert raised.value.hint
 
 
 # variants, many files

@@ -399,11 +399,6 @@ class TestRefusals:
         assert "leave --resume out" in str(raised.value.hint)
         assert not (tmp_path / "nowhere").exists()
 
-    def test_a_damaged_configuration(self, tmp_path: Path) -> None:
-        (tmp_path / "config.toml").write_text("seed = ")
-        with pytest.raises(ConfigError, match=r"config\.toml is no configuration, or a damaged one: not valid TOML"):
-            go(config(tmp_path), resume=tmp_path)
-
 
 def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list[int]) -> None:
     steps[0] = 5
