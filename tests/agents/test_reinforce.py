@@ -10,7 +10,6 @@ from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce, pair_advantages
 from ffgym.errors import ConfigError
-from ffgym.plugins import manager
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import BudgetRangeEnv, QuadraticEnv, RuggedEnv, SeparableEnv
 
@@ -315,11 +314,3 @@ def test_what_is_asked_has_that_covariance():
     agent, observations = begun(dimensions=8, batch=60_000)
     found = np.cov(agent.ask(observations).T / 0.15)
     np.testing.assert_allclose(found, depth_covariance(8, smooth=0.95, length=0.15), atol=0.02)
-
-
-@pytest.mark.parametrize(
-    "options", [{"learning_rate": 0}, {"spread": 0}, {"smooth": 1.1}, {"length": 0}, {"slope_share": 1.5}]
-)
-def test_impossible_options_are_refused_by_name(options):
-    with pytest.raises(ConfigError, match=rf"agent\.{next(iter(options))}"):
-        manager.create("agent", "reinforce", options)

@@ -116,15 +116,6 @@ def test_calibration_is_inside_the_reward_or_not(make_env):
     assert losses[0] != losses[1]
 
 
-def test_the_same_action_gives_the_bit_same_reward(env):
-    env.reset(seed=0)
-    first = env.step(ACTION)[1]
-    env.reset(seed=1)
-    env.step(-ACTION)
-    env.reset(seed=0)
-    assert env.step(ACTION)[1] == first
-
-
 def test_reset_evaluates_nothing_and_is_seeded(env):
     calls = count_forwards(env)
     subsets = []

@@ -334,12 +334,6 @@ class TestReplay:
             played(vector_of(env, replay=history))
         assert "Delete the log" in raised.value.hint
 
-    def test_of_a_search_at_another_sparsity_is_refused(self, make_env):
-        first = vector_of(make_env(sparsity=0.4, episode_windows=4))
-        played(first)
-        with pytest.raises(DataError, match="episode 0"):
-            played(vector_of(make_env(sparsity=0.3, episode_windows=4), replay=first.history))
-
 
 def test_a_failed_episode_is_recorded_and_the_others_go_on(env):
     import torch

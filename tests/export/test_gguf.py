@@ -566,16 +566,6 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, tmp_path
     assert [path.name for path in place.parent.iterdir()] == ["m.gguf"]
 
 
-def test_an_interruption_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
-        if done == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        export_gguf(folder, tmp_path / "out" / "m.gguf", progress=interrupt)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_progress_reaches_the_end(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     export_gguf(folder, tmp_path / "m.gguf", progress=lambda done, total: seen.append((done, total)))

@@ -185,14 +185,6 @@ def test_a_run_that_ends_before_its_search_leaves_no_table(
     assert not (tmp_path / "out").exists()
 
 
-def test_out_of_reach_names_the_range(tmp_path: Path, table: LatencyTable) -> None:
-    prune = {"sparsity": 0.95, "resource": "latency", "context": WINDOW}
-    path = tmp_path / "given.json"
-    path.write_text(to_json(table))
-    with pytest.raises(BudgetError, match=r"0\.95 of latency is out of reach"):
-        go(glass_config(tmp_path, prune=prune | {"latency_table": str(path)}))
-
-
 @pytest.mark.parametrize(
     "reward", [{}, {"name": "multi-objective", "resource": "latency", "cost": 0}, {"name": "multi-objective"}]
 )

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from glass_runs import EPISODES, PER_UPDATE, WINDOW, Finished, finish, glass_config, glass_home, glass_tables, untimed
+from glass_runs import EPISODES, PER_UPDATE, WINDOW, Finished, finish, glass_config, glass_tables, untimed
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 from safetensors.torch import load_file
@@ -234,13 +234,6 @@ def test_the_saved_model_is_the_one_that_was_measured(finished: Finished) -> Non
     assert last.label in (finished.folder / "model" / "README.md").read_text()
 
 
-def test_it_is_smaller_on_disk_by_what_the_parameters_say(finished: Finished) -> None:
-    dense, last = finished.result.table.rows[0], finished.result.table.saved
-    saved = (finished.folder / "model" / "model.safetensors").stat().st_size
-    removed = (glass_home() / "glass" / "model.safetensors").stat().st_size - saved
-    assert removed == pytest.approx(4 * (dense.parameters - last.parameters), abs=2048)  # the header differs
-
-
 def test_it_generates_with_its_tokenizer(finished: Finished) -> None:
     from transformers import AutoTokenizer
 
@@ -369,12 +362,6 @@ def test_the_same_seed_is_the_same_run_bit_for_bit(finished: Finished, tmp_path:
     for name in ("episodes.jsonl", "episodes-random.jsonl"):
         assert untimed(again.folder / name) == untimed(finished.folder / name), name
     assert again.result.mlflow_run is None
-
-
-def test_another_seed_is_another_search(finished: Finished, tmp_path: Path) -> None:
-    other = finish(glass_config(tmp_path, seed=1))
-    rewards = [episode.reward for episode in other.result.found.history]
-    assert rewards != [episode.reward for episode in finished.result.found.history]
 
 
 @pytest.mark.parametrize(

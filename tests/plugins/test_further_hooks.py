@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ffgym.data.corpora import load_text
-from ffgym.errors import PluginError, UnknownNameError
+from ffgym.errors import PluginError
 from ffgym.measure.metrics import Loss
 from ffgym.measure.task_definitions import load_tasks
 from ffgym.measure.task_table import TaskTable, as_dict
@@ -122,11 +122,6 @@ def test_a_broken_calibration_is_named(install: Install, tiny_run: dict[str, Any
     with pytest.raises(PluginError, match=complaint) as caught:
         make_pruning_env(tiny_run, prune={"calibration": "shift", "ridge": 0.01})
     assert "calibration 'shift' (package acme-shift 1.0)" in str(caught.value)
-
-
-def test_an_unknown_calibration_is_refused_with_the_nearest(tiny_run: dict[str, Any]) -> None:
-    with pytest.raises(UnknownNameError, match="unknown calibration 'afine'\n  Did you mean 'affine'"):
-        make_pruning_env(tiny_run, prune={"calibration": "afine"})
 
 
 def test_a_corpus_is_read_by_its_name_and_part(install: Install) -> None:

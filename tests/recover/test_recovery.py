@@ -444,31 +444,6 @@ def fails(folder: Path, error: type[FFGymError], complaint: str, **options: Any)
     return raised.value
 
 
-def test_a_folder_that_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    config = configured(folder)
-    fails(tmp_path / "nowhere", ModelError, "does not exist", config=config)
-    (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", ModelError, r"holds no model: config\.json is missing", config=config)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_truncated_weights_are_refused(folder: Path, share: float) -> None:
-    path = folder / "model" / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    fails(folder, ModelError, "damaged or incomplete")
-    assert not (folder / "model-recovered").exists()
-
-
-def test_another_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=1100, n_embd=8, n_layer=1, n_head=2, n_positions=128))
-    shutil.copytree(folder / "model", tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    model.save_pretrained(tmp_path / "gpt2")
-    fails(tmp_path / "gpt2", ModelError, "architecture 'gpt2'", config=configured(folder))
-
-
 def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
