@@ -269,13 +269,6 @@ class TestRange:
         expected = env.draw(np.random.default_rng(np.random.SeedSequence(5)), 4)
         assert {episode.windows for episode in vector.history} == {expected}
 
-    def test_a_range_out_of_reach_is_refused(self, make_env):
-        from ffgym.errors import BudgetError
-
-        vector = vector_of(make_env(sparsity=0.4, episode_windows=4), Schedule(0.999, 4, low=0.99))
-        with pytest.raises(BudgetError, match="out of reach"):
-            vector.reset(seed=0)
-
 
 class TestReplay:
     def test_gives_the_same_history_without_a_forward_pass(self, env):

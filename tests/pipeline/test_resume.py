@@ -214,18 +214,6 @@ def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch:
 # it goes on, whatever changed
 
 
-def test_seconds_of_all_sessions_are_added_up(tmp_path: Path, steps: list[int]) -> None:
-    steps[0] = 5
-    with pytest.raises(KeyboardInterrupt):
-        go(config(tmp_path))
-    log = tmp_path / "out" / "episodes.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    log.write_text("".join(json.dumps({**row, "seconds": 100.0}) + "\n" for row in rows))
-    steps[0] = 10**6
-    result, _ = go(config(tmp_path), resume=tmp_path / "out")
-    assert 500 < result.found.seconds < 600
-
-
 def test_output_and_tracking_may_change(whole: Path, tmp_path: Path, steps: list[int]) -> None:
     steps[0] = 5
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ffgym.errors import OutputError, RecoveryError
-from ffgym.recover import checkpoint as module
 from ffgym.recover.checkpoint import Checkpoint, own_randomness, random_state, set_random_state, weights_digest
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1.5], dtype=torch.bfloat16), "r": torch.ones(0)}
@@ -93,23 +92,6 @@ def test_a_damaged_part_is_said_to_be(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c" / "lora.safetensors").write_bytes(content)
     with pytest.raises(RecoveryError, match="damaged"):
         checkpoint.load("lora", dict[str, Any])
-
-
-def test_a_full_disk_leaves_the_part_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = claimed(tmp_path / "c")
-    checkpoint.save("lora", TENSORS, {"step": 1})
-
-    def full(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OutputError, match="No space left"):
-        checkpoint.save("lora", TENSORS, {"step": 2})
-    part = checkpoint.load("lora", dict[str, Any])
-    assert part is not None
-    assert part.facts == {"step": 1}
-    assert not list((tmp_path / "c").glob(".*"))
 
 
 def test_random_states_come_back() -> None:
