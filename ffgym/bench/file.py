@@ -13,9 +13,12 @@ from pydantic import BeforeValidator, Field, ValidationError
 from ffgym.bench.cell import Cell
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, Table
-from ffgym.config.toml import PLUGIN_TABLES, read_toml, without_foreign_options
+from ffgym.config.toml import PLUGIN_TABLES, without_foreign_options
 from ffgym.errors import ConfigError
+from ffgym.files import FileFormat
 from ffgym.prepare import configured
+
+BENCH_FILE = FileFormat("bench file", dict[str, Any], ConfigError, "docs/bench.md shows one.")
 
 
 class BenchFile(Table):
@@ -88,7 +91,7 @@ def read_bench(file: Path) -> Bench:
     """Read one bench file and expand its cells, every configuration validated."""
     file = file.expanduser()
     try:
-        spec = BenchFile.model_validate(read_toml(file))
+        spec = BenchFile.model_validate(BENCH_FILE.read(file))
     except ValidationError as error:
         problem = config_error(error, BenchFile)
         raise ConfigError(f"{file}: {problem.message}", hint=problem.hint) from None

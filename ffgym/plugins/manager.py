@@ -165,7 +165,9 @@ def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
     known = [*names(kind), *also.get(kind, ())]
     error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)
     broken = [row for row in discovery.records() if row.failure is not None and not row.provides]
-    if broken:
+    if own := [row.failure for row in broken if row.name == name]:
+        error.hint = f"The plugin of this name could not be loaded: {own[0]}. See: ffgym plugins --traceback {name}"
+    elif broken:
         plugins = "; ".join(f"{Package(row.package or row.name, row.version)} ({row.failure})" for row in broken)
         error.hint = f"{error.hint} Plugins that could not be loaded and might provide it: {plugins}."
     return error

@@ -129,8 +129,8 @@ class Stage:
         done, elapsed = self.done + self._partly, time.monotonic() - self._begun
         parts = [f"{done:,.0f}/{self.total:,} {self._unit}".rstrip()] if self.total > 1 else []
         parts += [self._note, f"{clock(elapsed)} elapsed"]
-        if done > self._known:
-            parts.append(f"{clock(elapsed / (done - self._known) * (self.total - done))} left")
+        if (left := self._own_left()) is not None:
+            parts.append(f"{clock(left)} left")
         return " · ".join(filter(None, parts))
 
     def __rich__(self) -> RenderableType:
@@ -143,9 +143,15 @@ class Stage:
         line.add_row(Text(head), ProgressBar(1.0, bar, width=24), Text(left))
         return Group(line, Text(self.status(), style="dim", no_wrap=True, overflow="ellipsis"))
 
+    def _own_left(self) -> float | None:
+        """Seconds until the stage ends; ``None`` while nothing says how fast it is."""
+        done, elapsed = self.done + self._partly, time.monotonic() - self._begun
+        return elapsed / (done - self._known) * (self.total - done) if done > self._known else None
+
     def _left(self) -> str:
         left = self._plan.left(self.share) if self._plan is not None else None
-        return "" if left is None else f"{clock(left)} left in all"
+        # A stage that the plan took for short may last longer than the plan says all will.
+        return "" if left is None else f"{clock(max(left, self._own_left() or 0.0))} left in all"
 
     def _print_line(self) -> None:
         if self._console.is_terminal or time.monotonic() - self._last <= SECONDS_BETWEEN_LINES:

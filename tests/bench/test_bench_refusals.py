@@ -81,6 +81,11 @@ def variant(**tables: Any) -> dict[str, Any]:
     return {"agents": ["random", "other"], "variants": {"other": {"agent": {"name": "random"}, **tables}}}
 
 
+def test_a_missing_file_is_called_a_bench_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bench file '.*nowhere\.toml' cannot be read"):
+        read_bench(tmp_path / "nowhere.toml")
+
+
 @pytest.mark.parametrize("agent", ["ppo", "evopress"])
 def test_updates_that_are_too_small_for_one_of_the_agents(tmp_path: Path, agent: str) -> None:
     small = {"search": {**glass_tables(tmp_path)["search"], "episodes_per_update": 1}}

@@ -223,6 +223,10 @@ def test_a_failure_names_file_and_line_and_has_a_traceback(install: Install) -> 
     install("acme-broken", "x = 1\n1 / 0\n")
     assert str(record("acme-broken").failure).startswith("ZeroDivisionError: division by zero (")
     assert str(record("acme-broken").failure).endswith("acme_broken.py, line 2)")
+    with pytest.raises(UnknownNameError) as raised:
+        manager.get_class("criterion", "acme-broken-entry")
+    assert raised.value.hint is not None
+    assert raised.value.hint.startswith("The plugin of this name could not be loaded: ZeroDivisionError")
     said = manager.traceback_of("acme-broken-entry")
     assert said.startswith("Traceback")
     assert "1 / 0" in said

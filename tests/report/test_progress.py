@@ -116,6 +116,17 @@ class TestPlan:
             stage.advance(3)
         assert text(out).splitlines()[1] == "stage 2/3: search: a: 3/6 · 0:03 elapsed · 0:03 left · 0:06 left in all"
 
+    def test_all_takes_no_less_than_a_stage_that_was_planned_to_be_short(self, at: Callable[[float], None]) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan([Step("load", 90.0), Step("search", 1.0)])
+        with reporter.stage("load", 1):
+            at(1)
+        with reporter.stage("search", 100) as stage:
+            at(11)
+            stage.advance(10)
+        assert text(out).splitlines()[1].endswith(" · 1:30 left · 1:30 left in all")
+
     def test_a_step_may_have_several_stages(self, at: Callable[[float], None]) -> None:
         out = console()
         reporter = Reporter(out)
