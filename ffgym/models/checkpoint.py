@@ -91,7 +91,8 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
         raise mxfp4(name)
     layers = (text or config).get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= depth:
-        raise misfit(name, f"num_hidden_layers = {layers}, and the checkpoint has {depth} layers")
+        allowed = f"not 1 to {depth:,}" if depth == MOST_LAYERS else f"and the checkpoint has {depth} layers"
+        raise misfit(name, f"num_hidden_layers = {layers}, {allowed}")
     if not any_family and text is not None and not str(config.get("model_type")).startswith(PREFIX):
         check_towers(config)
 

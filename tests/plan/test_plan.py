@@ -217,6 +217,11 @@ def test_an_unknown_architecture_names_the_nearest_family(tmp_path: Path) -> Non
     assert "Did you mean 'qwen2'" in result.output
 
 
+def test_a_config_of_no_layers_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
+    result = call(str(folder_of(LLAMA_8B | {"num_hidden_layers": 0}, tmp_path)))
+    assert "num_hidden_layers = 0, not 1 to 10,000" in result.output
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         config_of(str(tmp_path))
