@@ -160,5 +160,7 @@ def rate(spread: Spread, unit: float = 1.0) -> str:
 
 
 def _digits(value: float) -> str:
+    if value >= 10_000:
+        return f"{value / 1000:,.{0 if value >= 100_000 else 1}f}k"
     places = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
     return f"{value:,.{min(places, 2)}f}"

@@ -15,6 +15,7 @@ from ffgym.measure.table import (
     Footprint,
     Measurement,
     footnotes,
+    rate,
     size_rows,
     speed_rows,
 )
@@ -154,3 +155,8 @@ def test_json_has_the_numbers():
     assert plain["pruned"]["parameters"] == 113_300_000
     assert plain["speeds"][0]["ratio"] == {"median": 1.134, "low": 1.1, "high": 1.2}
     assert plain["speeds"][1]["workload"] == {"batch": 4, "length": 128}
+
+
+def test_speeds_have_three_digits_and_fit_a_column():
+    assert rate(Spread(25.04, 24.96, 25.14)) == "25.0 (25.0-25.1)"
+    assert rate(Spread(17_022, 999.4, 247_000)) == "17.0k (999-247k)"
