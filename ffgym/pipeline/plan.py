@@ -29,8 +29,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     plan = plan_of(config, needs)
     if config.prune.resource == "params":  # other resources need the model itself
         prune = config.prune
-        align = 1 if prune.uniform and prune.align == "auto" else prune.align  # auto means 1 there
-        Budget(plan.shape.sublayers, min_units=prune.min_units, align=align).check(prune.ends[1])
+        Budget(plan.shape.sublayers, min_units=prune.min_units, align=prune.align).check(prune.ends[1])
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)
     sequential, recovers = config.output.sequential, config.recover.method != "none"

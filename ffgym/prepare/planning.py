@@ -71,4 +71,4 @@ def placed(config: RunConfig, plan: Plan) -> Plan:
 def _mlp_step(config: RunConfig, shape: ModelShape) -> int:
     """Channels by which the widths of MLPs may differ."""
     widest = max(shape.sublayers, key=lambda sublayer: (sublayer.kind == "mlp", sublayer.channels))
-    return width_step(widest, config.prune.align, tied=config.prune.uniform)
+    return width_step(widest, config.prune.align)

@@ -48,13 +48,13 @@ def kernel_width(channels: int) -> int:
     return next(width for width in (64, 32, 16, 8, 4, 2, 1) if width == 1 or channels >= LEAST_LEVELS * width)
 
 
-def width_step(sublayer: Sublayer, align: int | Literal["auto"], *, tied: bool) -> int:
-    """The channels that a sublayer's sizes are multiples of; see `Budget` for ``align`` and layers that are tied."""
+def width_step(sublayer: Sublayer, align: int | Literal["auto"]) -> int:
+    """The channels that a sublayer's sizes are multiples of; see `Budget` for ``align``."""
     if sublayer.kind == "experts":
         return 1
     if align != "auto":
         return align
-    return kernel_width(sublayer.channels) if sublayer.kind == "mlp" and not tied else 1
+    return kernel_width(sublayer.channels) if sublayer.kind == "mlp" else 1
 
 
 def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, align: int) -> np.ndarray:
@@ -86,7 +86,7 @@ class Budget:
             a token is sent to).
         align: an attention or MLP keeps a multiple of this many channels, or all of them. ``min_units`` is rounded up
             to such a multiple; a sublayer that has no smaller one stays whole. ``"auto"``: MLPs keep what
-            `kernel_width` says, attention any number of units, layers of one shape any shape.
+            `kernel_width` says, attention any number of units.
         shapes: ties all layers to one shape: for each kind the numbers of units that they may keep, e.g.
             ``{"attention": (1, 2, 4), "mlp": range(1, 1537)}``. The importance of a kind is then the mean over its
             sublayers. ``None`` lets every sublayer have a size of its own.
@@ -281,7 +281,7 @@ class Budget:
             holds_cache_length = any((s.kind, s.layer) == ("attention", 0) for s in sublayers)
             least = max(min_units, first.experts_per_token, 1 if holds_cache_length else 0)
             levels = range(first.units) if shapes is None else shapes[first.kind]
-            align = width_step(first, self._align, tied=self.tied)
+            align = width_step(first, self._align)
             units = aligned_levels(first, levels, least=least, align=align)
         return Ladder(members, units, np.sum([self._tables[i][units] for i in members], axis=0))
 

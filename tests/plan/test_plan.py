@@ -22,7 +22,6 @@ from ffgym.plan.machine import Speed, free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.prepare.planning import placed
-from ffgym.pruning.budget import Budget
 from ffgym.pruning.factors import factor_bytes
 from ffgym.testing.models import tiny_model
 
@@ -102,15 +101,6 @@ def test_what_costs_more_is_planned_to_cost_more(eight_billion: ModelShape) -> N
     assert both.needed == both.largest.peak + 2 * both.worker_peak > plan.needed
     assert planned(eight_billion, workers=2, elsewhere=True).needed <= plan.needed
     assert planned(eight_billion, sparsity=0.5).stages[-1].operations.model < plan.stages[-1].operations.model
-
-
-def test_layers_of_one_shape_reach_what_any_width_reaches(eight_billion: ModelShape, tmp_path: Path) -> None:
-    """They are not aligned unless that is asked for."""
-    aligned, free = (Budget(eight_billion.sublayers, align=align).reachable[1] for align in ("auto", 1))
-    between = f"{(aligned + free) / 2:.6f}"
-    folder = folder_of(LLAMA_8B, tmp_path / "model")
-    assert call(str(folder), "--uniform", "--sparsity", between, "--json").exit_code == 0
-    assert call(str(folder), "--sparsity", between, "--json").exit_code == 1
 
 
 def test_a_plan_may_come_before_the_run_whose_policy_it_names(tmp_path: Path) -> None:

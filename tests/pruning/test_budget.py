@@ -545,7 +545,9 @@ def test_auto_aligns_mlps_alone(seed, share):
     assert {k for kept in drawn for k in kept} == set(range(1, ATTENTION.units + 1))
 
 
-def test_auto_leaves_one_shape_of_all_layers_free():
+def test_auto_aligns_the_one_shape_of_all_layers():
     sublayers = model_of(4, mlp=replace(MLP, units=1536))
     shapes = {"attention": range(1, ATTENTION.units), "mlp": range(1, 1536)}
-    assert Budget(sublayers, align="auto", shapes=shapes).shapes(0.3) == Budget(sublayers, shapes=shapes).shapes(0.3)
+    found = Budget(sublayers, align="auto", shapes=shapes).shapes(0.3)
+    assert found
+    assert all(each.kept[1] % 32 == 0 and each.sparsity >= 0.3 for each in found)
