@@ -43,7 +43,7 @@ def test_a_sublayer_takes_its_share_of_what_its_units_add(log: Path, monkeypatch
     asked = [line["asked"] for line in noted(log, "asked")]
     servers = 1 + len(mlp.sizes) - 1 + len(attention.sizes) - 1
     assert len(set(asked)) == servers
-    assert len(asked) == servers * 3 * 2  # a warm-up and two repetitions, of two requests
+    assert len(asked) >= servers * 3 * 2  # warmed up once or, where memory is short, for each repetition
 
 
 def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     with torch.no_grad():
         found[folder.name] = {
             "text": torch.equal(model(input_ids=ids).logits, text),
-            "image and text": torch.equal(model(**expected).logits, seen),
+            # Some processors' convolutions depend on where in memory an image lies.
+            "image and text": torch.allclose(model(**expected).logits, seen, rtol=0, atol=1e-5),
             "tokens": torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens),
             "nothing left over": not [name for name in left if not name.endswith("lm_head.weight")],
         }
