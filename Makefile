@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 PLUGINS := $(wildcard plugins/ffgym-*)
 # Modules share what they prepare, so each stays in one process. On models this small, threads only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes on two cores: a third of the time, tests wait for servers and for other processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
