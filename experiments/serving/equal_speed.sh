@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 share=${1:-0.2}
 here=experiments/serving
-served=(--batch-sizes 4 --prompt-lengths 256 --output-tokens 64)
+served=(--batch-sizes 4 --prompt-lengths 256 --output-tokens 64 --repetitions 15)
 latency=(--resource latency --latency-table $here/llama-cpp.json --set prune.context=320 --sparsity "$share")
 
 test -e $here/llama-cpp.json ||
