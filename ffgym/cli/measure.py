@@ -18,6 +18,11 @@ from ffgym.cli.printing import print_json
 from ffgym.config.tables import PruneTable
 from ffgym.errors import ConfigError
 
+EngineArgsOption = Annotated[
+    str, typer.Option(help="more arguments of the engine, e.g. '--enforce-eager'", show_default=False)
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default")]
+
 
 @app.command()
 def measure(
@@ -45,13 +50,11 @@ def measure(
     output_tokens: Annotated[
         int | None, typer.Option(help="tokens of every answer of an engine", show_default="64")
     ] = None,
-    engine_args: Annotated[
-        str, typer.Option(help="more arguments of the engine, e.g. '--enforce-eager'", show_default=False)
-    ] = "",
+    engine_args: EngineArgsOption = "",
     repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 7,
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default")] = None,
+    threads: ThreadsOption = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="also write FILE.md or FILE.json", show_default=False)
     ] = None,
@@ -123,12 +126,10 @@ def latency(
     output_tokens: Annotated[
         int | None, typer.Option(help="of an engine: tokens of every answer, of the context", show_default="64")
     ] = None,
-    engine_args: Annotated[
-        str, typer.Option(help="more arguments of the engine, e.g. '--enforce-eager'", show_default=False)
-    ] = "",
+    engine_args: EngineArgsOption = "",
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default")] = None,
+    threads: ThreadsOption = None,
     repetitions: Annotated[
         int | None,
         typer.Option(help="how often each is timed; the table has medians", show_default="9; in an engine 5"),

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.costs.latency_table import LatencyTable, read_table
+from ffgym.costs.resource import Setting, resource_named
 from ffgym.errors import BudgetError, ConfigError, ModelError, UnknownNameError
 from ffgym.measure.served_latency import Options, served_latency_table
+from ffgym.models.loading import load
 
 GLASS = str(glass_home() / "glass")
 QUICK: dict[str, Any] = {"context": 24, "output_tokens": 2, "repetitions": 2, "requests": 2}
@@ -65,9 +67,6 @@ def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path, monkeypa
     done = CliRunner().invoke(app, ["latency", GLASS, "--engine", "vllm", *asked])
     assert done.exit_code == 0, done.stderr
     assert "vllm-fake 9.9" in done.stdout
-    from ffgym.costs.resource import Setting, resource_named
-    from ffgym.models.loading import load
-
     model = load(GLASS).model
     resource = resource_named("latency")
     costs = resource.measure(model, Setting(24, 4), file=output, on_progress=None, notify=None)
