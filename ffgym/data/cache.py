@@ -9,8 +9,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -137,17 +138,29 @@ class Scratch:
             with exclusive_lock(left) as is_abandoned:
                 if is_abandoned:
                     shutil.rmtree(left.with_suffix(""), ignore_errors=True)
-        self._folder = tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent, ignore_cleanup_errors=True)
-        self.folder = Path(self._folder.name)
-        self._lock = ExitStack()
-        self._lock.enter_context(exclusive_lock(self.folder.with_suffix(".lock")))
+        # The lock comes before the folder: a folder without one would be taken for abandoned.
+        self.folder, lock = _locked_name(parent / f".{name}")
+        self.folder.mkdir(mode=0o700)
+        self._drop = weakref.finalize(self, _drop, self.folder, lock)
 
     def __enter__(self) -> Path:
         return self.folder
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
-        self._lock.close()
+        self._drop()
+
+
+def _locked_name(start: Path) -> tuple[Path, ExitStack]:
+    while True:
+        lock, folder = ExitStack(), start.with_name(f"{start.name}-{secrets.token_hex(4)}")
+        if lock.enter_context(exclusive_lock(folder.with_suffix(".lock"))):
+            return folder, lock
+        lock.close()  # another process is looking at the new lock: take another name
+
+
+def _drop(folder: Path, lock: ExitStack) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def test_two_at_once_leave_one_whole_folder(tmp_path):
     together = threading.Barrier(4)
 
     def fill(folder):
-        together.wait(timeout=10)  # all four are writing before any of them finishes
+        together.wait(timeout=60)  # all four are writing before any of them finishes
         for name in "abc":
             (folder / name).write_text(name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,13 @@ def test_what_was_half_written_when_its_process_was_killed_goes_with_the_next_on
     assert len(list(tmp_path.glob("prepared/.part-*/content/half"))) == 1
     write_folder_once(tmp_path / "prepared" / "other", lambda folder: (folder / "file").touch())
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["other"]
+
+
+def test_folders_made_at_once_are_not_taken_for_abandoned(tmp_path: Path) -> None:
+    def make_and_use(_: int) -> None:
+        with Scratch("part", tmp_path) as folder:
+            (folder / "file").touch()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(make_and_use, range(400)))
+    assert list(tmp_path.iterdir()) == []
