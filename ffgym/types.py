@@ -64,6 +64,12 @@ class Sublayer:
         """Consumer input columns of the dense sublayer."""
         return self.units * self.channels_per_unit
 
+    @property
+    def idle_params(self) -> int:
+        """Parameters of the dense sublayer that one token does not pass through: all experts but its own."""
+        others = self.units - self.experts_per_token if self.kind == "experts" else 0
+        return others * (self.unit_params - self.unit_macs)
+
 
 @dataclass(frozen=True)
 class LayerStats:

@@ -22,6 +22,7 @@ from ffgym.prepare.calibrations import calibration_class
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names
+from ffgym.report.layout import humane
 from ffgym.report.paired import standard_error
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, bos_text
@@ -232,12 +233,14 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "",
 
 def header(task: Task) -> str:
     """How the table's numbers were measured."""
-    report, config = task.splits.report, task.config
+    report, config, prunable = task.splits.report, task.config, task.prepared.prunable
+    dense, idle = task.sizes(prunable.dense_units)["params"], sum(s.idle_params for s in prunable.sublayers)
     sentences = [
         f"Model: {task.loaded.description}.",
         f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens in windows of "
         f"{report.windows.shape[1]:,}, {task.loaded.dtype_name}, {bos_text(report.bos)}.",
         f"Calibration: {_described(task.splits.calibration)}.",
+        *([f"A token passes through {humane(dense - idle)} of the dense model's parameters."] if idle else []),
         f"MACs at {config.prune.context:,} tokens of context. Seed {config.seed}.",
         *(f"{name.capitalize()}: {how.summary}." for name, how in task.measurements.items()),
     ]

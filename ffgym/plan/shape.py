@@ -55,6 +55,11 @@ class ModelShape:
         return any(s.kind == "experts" for s in self.sublayers)
 
     @property
+    def active_parameters(self) -> int:
+        """Parameters that a token passes through: all of them but other tokens' experts."""
+        return self.parameters - sum(s.idle_params for s in self.sublayers)
+
+    @property
     def active_experts(self) -> int:
         """Parameters of the experts that a token passes through."""
         return sum(s.experts_per_token * s.unit_params for s in self.sublayers)

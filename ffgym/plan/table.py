@@ -40,6 +40,7 @@ def to_json(plan: Plan) -> JSONDict:
         "model": plan.name,
         "family": shape.family,
         "parameters": shape.parameters,
+        "active_parameters": shape.active_parameters,
         "prunable_parameters": shape.prunable,
         "dtype": load.dtype_name,
         "device": str(plan.device),
@@ -73,6 +74,8 @@ def show(plan: Plan, console: Console) -> None:
     shape, load = plan.shape, plan.load
     layers = "streamed" if load.streamed else "resident"
     size = f"{humane(shape.parameters)} parameters"
+    if shape.has_experts:
+        size += f" ({humane(shape.active_parameters)} active)"
     console.print(Text(f"{plan.name}: {shape.family}, {size}, {load.dtype_name} on {plan.device}, {layers}\n"))
     console.print(_stages(plan).terminal())
     console.print(_parts(plan).terminal())

@@ -212,3 +212,7 @@ def test_a_plan_counts_the_experts_of_one_token_as_work_and_all_of_them_as_weigh
     assert shape.has_experts
     assert shape.parameters == prunable.model.num_parameters()
     assert shape.active_experts == PER_TOKEN * sum(s.unit_params for s in holding)
+    experts = sum(p.numel() for name, p in prunable.model.named_parameters() if ".experts." in name)
+    idle = experts * (EXPERTS - PER_TOKEN) // EXPERTS
+    # A router's biases count as its experts' (gpt-oss).
+    assert shape.active_parameters == pytest.approx(shape.parameters - idle, abs=EXPERTS * len(holding))
