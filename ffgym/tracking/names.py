@@ -1,7 +1,4 @@
-"""What a run's numbers and settings are called in MLflow, the same in runs, cells of a bench and points of a range.
-
-Runs of earlier versions have other names, which `earlier_result` knows.
-"""
+"""What a run's numbers and settings are called in MLflow, the same in runs, cells of a bench and points of a range."""
 
 from __future__ import annotations
 
@@ -81,38 +78,3 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
             name += "_"
         named[name] = str(value)
     return named
-
-
-def setting(params: Mapping[str, str], key: str) -> str | None:
-    """A setting of a tracked run by its key in ``config.toml``, whatever version logged it."""
-    return params.get(SHORT_NAMES.get(key, OTHERS + key), params.get(key))
-
-
-def earlier_result(params: Mapping[str, str], metrics: Mapping[str, float]) -> Result | None:
-    """The result of a run that was tracked before there were metrics under ``result/``.
-
-    A run had ``report/perplexity/LABEL`` for every row of its table, a cell of a bench ``report/perplexity``, a run
-    over a range ``front/perplexity/LABEL``. The row that was saved was not marked: of the found allocation's refits,
-    the one with the lowest perplexity is taken.
-    """
-    if (cell := metrics.get("report/perplexity")) is not None:
-        return Result(cell)
-    agent = params.get("agent.name", "")
-    found = slug(f"{params.get('prior.name')} (one-shot)" if agent == "one-shot" else agent)
-    own = re.compile(rf"(report|front)/perplexity/{re.escape(found)}(-.+)?")
-    rows = {name: value for name, value in metrics.items() if own.fullmatch(name) and not name.endswith("-plain")}
-    if not agent or not rows:
-        return None
-    best = min(rows, key=lambda name: (name.startswith("front/"), math.isnan(rows[name]), rows[name]))
-    row = best.rpartition("/")[2]
-    return Result(
-        rows[best],
-        metrics.get("report/perplexity/dense"),
-        metrics.get(f"report/sparsity_prunable/{row}"),
-        metrics.get(f"report/parameters/{row}"),
-    )
-
-
-def slug(label: str) -> str:
-    """What the label of a row became in a name: ``"uniform + ridge"`` is ``"uniform-ridge"``."""
-    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")

@@ -13,7 +13,6 @@ from typing import Any
 
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import shown
-from ffgym.tracking.names import earlier_result, setting
 from ffgym.tracking.store import FOLDER_TAG, PARENT_TAG, reading_store
 
 ID_CHARACTERS = 8  # of an id, in a list; MLflow's have 32
@@ -22,7 +21,7 @@ PAGE = 1000
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """One MLflow run of ffgym's, whichever version logged it; ``None`` for what it does not have.
+    """One MLflow run of ffgym's; ``None`` for what it does not have.
 
     Attributes:
         id: MLflow's, 32 hexadecimal digits.
@@ -150,18 +149,16 @@ def _noted_run(note: Path) -> str | None:
 
 def _tracked(run: Any) -> TrackedRun:
     params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
-    if "result/perplexity" not in metrics and (earlier := earlier_result(params, metrics)) is not None:
-        metrics = metrics | earlier.metrics
     tokens, folder = metrics.get("result/search_tokens"), tags.get(FOLDER_TAG)
     return TrackedRun(
         id=run.info.run_id,
         name=run.info.run_name,
         status=run.info.status.lower(),
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
-        agent=setting(params, "agent.name"),
-        criterion=setting(params, "criterion.name"),
-        model=setting(params, "model.name"),
-        sparsity=metrics.get("result/sparsity", _number(setting(params, "prune.sparsity"))),
+        agent=params.get("agent"),
+        criterion=params.get("criterion"),
+        model=params.get("model"),
+        sparsity=metrics.get("result/sparsity", _number(params.get("sparsity"))),
         result=metrics.get("result/perplexity"),
         ratio=metrics.get("result/ratio_to_dense"),
         tokens=None if tokens is None else round(tokens),
