@@ -26,8 +26,9 @@ def rows(table: LatencyTable) -> list[tuple[str, ...]]:
 def layout(table: LatencyTable, place: Path) -> Table[Sequence[str]]:
     """What a console shows of a table that is kept at ``place``."""
     columns = text_columns("sublayer", "units", "milliseconds", "quartiles", "cost", "of all")
+    times = "repetition" if table.repetitions == 1 else "repetitions"
     notes = [
-        f"{table.measured}; medians of {table.repetitions} repetitions in turn. The whole dense model takes "
+        f"{table.measured}; medians of {table.repetitions} {times} in turn. The whole dense model takes "
         f"{_milliseconds(table.whole_seconds)} ms. Cost: the isotonic fit that a latency budget counts.",
         f"Digest {table.digest[:12]}, kept in {place}",
     ]
