@@ -63,7 +63,7 @@ class CMAES(BatchAgent):
 
     name = "cma-es"
     Config: ClassVar[type[PluginConfig]] = CMAESConfig
-    least_episodes = 2
+    least_episodes = 4
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)

@@ -18,7 +18,7 @@ TRIED_SHARE = 1 / 3  # of the coarse sublayers
 CLEAR = 3.0  # standard errors
 
 
-class Trial:
+class UnitTrial:
     """The policy while units are tried.
 
     Attributes:
@@ -45,14 +45,15 @@ class Trial:
         """A coin for each sublayer that is tried, shape (pairs, 2L): one step up or down."""
         return np.asarray(self.steps * rng.choice([-1.0, 1.0], (pairs, len(self.steps))))
 
-    def on_levels(self, mean: np.ndarray, *, errors: float = 0.0) -> np.ndarray:
-        """The mean, or the mean with noise, with everything that is tried on one of its two levels.
+    def on_levels(self, mean: np.ndarray, noise: np.ndarray | float = 0.0, *, errors: float = 0.0) -> np.ndarray:
+        """The mean, with everything that is tried on one of its two levels, as the evidence and the noise say.
 
         Args:
             mean: shape (..., 2L).
+            noise: shape (..., 2L).
             errors: standard errors by which a unit's estimate has to be on the side of going.
         """
-        goes = mean < self.start - errors / CLEAR * self.steps
+        goes = self._place() + noise < -errors / CLEAR * self.steps
         return np.asarray(np.where(self.steps > 0, self.start + np.where(goes, -self.steps, self.steps), mean))
 
     def step(self, advantages: np.ndarray, noise: np.ndarray, moved: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ import numpy as np
 from pydantic import Field
 
 from ffgym.agents.averaging import tail_mean
-from ffgym.agents.coarse import Trial, projection_shift
+from ffgym.agents.coarse import UnitTrial, projection_shift
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.pathwise import PathwiseConfig, SlopeDescent
 from ffgym.errors import ConfigError
@@ -96,7 +96,7 @@ class Reinforce(BatchAgent):
         self._measured_at: float | None = None  # the sparsity of the last update
         self._slope_share = 0.0
         self._followed: np.ndarray | None = None  # the weights where slopes ended
-        self._trial: Trial | None = None
+        self._trial: UnitTrial | None = None
 
     def update_cost(self, episodes_per_update: int) -> int:
         """Of its two kinds of update the dearer one."""
@@ -147,9 +147,8 @@ class Reinforce(BatchAgent):
             self._noise = self._rng.standard_normal((pairs, len(mean))) @ self._root
         else:
             self._noise = self._trial.noise(pairs, self._rng)
-        actions = mean + np.concatenate([self._noise, -self._noise])[: self._batch]
-        if self._trial is not None:
-            actions = self._trial.on_levels(actions)
+        noise = np.concatenate([self._noise, -self._noise])[: self._batch]
+        actions = mean + noise if self._trial is None else self._trial.on_levels(mean, noise)
         return np.asarray(np.clip(actions, -1.0, 1.0), dtype=np.float32)
 
     def take_slopes(self, slopes: np.ndarray) -> None:
@@ -222,7 +221,8 @@ class Reinforce(BatchAgent):
             self.slope_episodes = 0
             self._weights, self._means = self._settled(), []
             return
-        worth = np.where(self.coarse, np.mean(self._slopes, axis=0), 0.0)
+        can_go = self.coarse & (self._slope != 0)
+        worth = np.where(can_go, np.mean(self._slopes, axis=0), 0.0)
         if not (worth > 0).any():
             self._slope_share = 1.0
             return
@@ -234,7 +234,7 @@ class Reinforce(BatchAgent):
         moved = 2 * tail_mean(self._shifts, self.config.average)
         mean = np.clip(self._mean(self._measured_at) + moved, -1.0, 1.0)
         self._followed = self._weights
-        self._trial = Trial(worth, mean, self.units)
+        self._trial = UnitTrial(worth, mean, self.units)
         self._weights = np.stack([self._trial.start, np.zeros(len(mean))])
 
     def _settled(self) -> np.ndarray:

@@ -7,6 +7,7 @@ the dense model back and ends the episode. Nothing here changes over time: ramps
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,7 +136,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
                 f"an episode of {episode_windows} windows does not fit the search split of {len(windows)}{kept_back}",
                 hint="Lower search.episode_tokens or search.final_tokens, or raise data.search_tokens.",
             )
-        self._tasks = _by_task(reward, examples)
+        self._tasks, self._finals_tasks = _by_task(reward, examples, reserved / episode_windows)
         self.examples = tuple(examples)
         self.prices = dict(prices or {})
         self.prunable = prunable
@@ -170,17 +171,22 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Whether the reward has named two or more objectives in an episode so far."""
         return len(self._objectives or ()) > 1
 
+    def recall(self, objectives: Sequence[str]) -> None:
+        """Take note of what an episode that was measured before called its objectives."""
+        self._objectives = tuple(objectives)
+
     def draw(self, rng: np.random.Generator, windows: int) -> tuple[int, ...]:
         """Indices of ``windows`` different search windows that are not reserved."""
         return tuple(int(i) for i in np.sort(rng.choice(len(self.windows) - self.reserved, windows, replace=False)))
 
-    def draw_examples(self, rng: np.random.Generator, windows: int) -> tuple[int, ...]:
+    def draw_examples(self, rng: np.random.Generator, windows: int, *, finals: bool = False) -> tuple[int, ...]:
         """Indices of different examples to go with ``windows`` windows; none for a reward that needs no accuracy.
 
-        There are as many of every task, as far as it has them.
+        There are as many of every task, as far as it has them. Those of the finals are reserved for them, as windows
+        are.
         """
         drawn: list[int] = []
-        for owned in self._tasks.values():
+        for owned in (self._finals_tasks if finals else self._tasks).values():
             wanted = -(-self.reward.examples * windows // (self.episode_windows * len(self._tasks)))
             drawn.extend(rng.choice(owned, min(len(owned), wanted), replace=False).tolist())
         return tuple(sorted(drawn))
@@ -341,10 +347,21 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return {resource: prices.allocation(kept).cost for resource, prices in self.prices.items()}
 
 
-def _by_task(reward: Reward, examples: Sequence[EncodedExample]) -> dict[str, list[int]]:
-    """Indices of the examples of each task; raises ``DataError`` where the reward needs some and there are none."""
+def _by_task(
+    reward: Reward, examples: Sequence[EncodedExample], reserved: float
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Indices of the examples of each task: those for episodes, and those that are reserved for the finals.
+
+    The finals get the last ones, at most half; where a task has too few to share, both have them all.
+
+    Args:
+        reserved: for how many episodes' windows the finals want examples.
+
+    Raises:
+        DataError: the reward needs some and there are none, or fewer than it asks for.
+    """
     if "accuracy" not in reward.needs:
-        return {}
+        return {}, {}
     found: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         found.setdefault(example.task, []).append(index)
@@ -353,11 +370,17 @@ def _by_task(reward: Reward, examples: Sequence[EncodedExample]) -> dict[str, li
             f"reward {reward.name!r} needs accuracy, and the environment was given no task examples",
             hint="Give PruningEnv examples, or use a reward that does not need accuracy.",
         )
-    short = [task for task, owned in found.items() if len(owned) < -(-reward.examples // len(found))]
+    asked = -(-reward.examples // len(found))
+    short = [task for task, owned in found.items() if len(owned) < asked]
     if short:
         raise DataError(
             f"reward {reward.name!r} asks for {reward.examples} examples an episode from {len(found)} tasks, and "
             f"{short[0]} has {len(found[short[0]])}",
             hint="Ask for fewer examples.",
         )
-    return found
+    episodes, finals = {}, {}
+    for task, owned in found.items():
+        kept_back = min(math.ceil(asked * reserved), len(owned) // 2, len(owned) - asked)
+        episodes[task] = owned[: len(owned) - kept_back]
+        finals[task] = owned[len(owned) - kept_back :] or owned
+    return episodes, finals

@@ -99,9 +99,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     @property
     def has_slopes(self) -> bool:
-        """Whether slopes can be asked for; layers that share one shape have none, nor have experts."""
-        budget = self.env.budget
-        return not budget.tied and all(sublayer.kind != "experts" for sublayer in budget.sublayers)
+        """Whether slopes can be asked for; see `Budget.has_slopes`."""
+        return self.env.budget.has_slopes
 
     @property
     def units(self) -> np.ndarray:
@@ -212,6 +211,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         ]
         for episode, trial, action in zip(self._replay[first:], trials, actions, strict=False):
             self._check_replayed(episode, first + len(episodes), action, trial)
+            if episode.objectives:
+                self.env.recall(tuple(episode.objectives))
             episodes.append(self._recorded(episode))
         trials = trials[len(episodes) :]
         if trials:

@@ -10,7 +10,7 @@ from ffgym.pipeline.search import compares_with_random
 from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.prepare.parts import LOADING, PREPARING
+from ffgym.prepare.parts import LOADING, PREPARING, make_reward
 from ffgym.prepare.planning import placed, plan_of
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
@@ -39,7 +39,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         episodes_per_update=size,
         updates=-(-search.episodes // size),
         searches=1 + compared,
-        texts=max(1, size // 2) if agent.pair_text else 1,
+        texts=max(1, size // 2) if agent.pair_text and not make_reward(config).has_objectives else 1,
         search_tokens=config.data.search_tokens,
         start_texts=MEASURED_TEXTS if agent.searches else 0,
         finalists=search.finalists if agent.searches else 0,

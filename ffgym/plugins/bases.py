@@ -153,6 +153,11 @@ class Reward(Plugin, ABC):
         """
         return {}
 
+    @property
+    def has_objectives(self) -> bool:
+        """Whether it weighs aims against each other."""
+        return type(self).objectives is not Reward.objectives
+
 
 class Agent(Plugin, ABC):
     """Searches: proposes importances to a vector environment until its token budget is spent.

@@ -108,7 +108,7 @@ class Budget:
         self.sublayers = tuple(sublayers)
         self.resource = resource
         self.tied = shapes is not None
-        self._align = align
+        self._align, self._min_units = align, min_units
         if cost_tables is None:
             cost_tables = [np.arange(s.units + 1) * s.unit_params for s in self.sublayers]
         self._tables = check_tables(self.sublayers, cost_tables)
@@ -206,6 +206,12 @@ class Budget:
         """Which sublayers have units that are more than ``REACH`` of them, shape (2L,), bool."""
         return np.array([sublayer.units * REACH < 1 for sublayer in self.sublayers])
 
+    @property
+    def has_slopes(self) -> bool:
+        """Whether importances have slopes: where each layer has its own size, no experts, and something fine to cut."""
+        fine = (table[-1] > 0 and not coarse for table, coarse in zip(self._tables, self.coarse, strict=True))
+        return not self.tied and all(sublayer.kind != "experts" for sublayer in self.sublayers) and any(fine)
+
     def importance_slopes(
         self, importance: np.ndarray, kept: Sequence[int], unit_slopes: Sequence[np.ndarray]
     ) -> np.ndarray:
@@ -217,8 +223,8 @@ class Budget:
         sublayer that is whole or gone moves only if its ratio lies within ``REACH`` of that end.
 
         Where a unit is more than ``REACH`` of its sublayer (`coarse`), a derivative says little of so large a step.
-        Its number is the first-order estimate for its last unit, by importance: above 0, the loss falls when that unit
-        goes and the others share what it cost.
+        What is returned for it is the first-order estimate for its last unit, by importance: above 0, the loss falls
+        when that unit goes and the others share what it cost.
 
         Args:
             importance: what was projected, shape (2L,).
@@ -226,15 +232,21 @@ class Budget:
             unit_slopes: first-order change of the loss as each unit joins, shape (units,) for every sublayer.
 
         Returns:
-            shape (2L,), float64, nats per token and importance; 0 where the sublayer costs nothing.
+            shape (2L,), float64, nats per token and importance; 0 where the sublayer costs nothing, or is coarse and
+            keeps no more than it has to.
 
         Raises:
-            BudgetError: layers are tied to one shape.
+            BudgetError: there are no slopes; see `has_slopes`.
         """
         if self.tied:
             raise BudgetError(
                 "slopes need layers that each have a size of their own, and here all share one shape",
                 hint="Leave prune.uniform out, or take an agent that needs no slopes, such as reinforce.",
+            )
+        if not self.has_slopes:
+            raise BudgetError(
+                f"everything that costs {self.resource} comes in a few large units, which have no slopes",
+                hint="Take an agent that needs none, such as reinforce, or another resource.",
             )
         units = np.array([sublayer.units for sublayer in self.sublayers])
         levels, coarse = np.asarray(kept), self.coarse
@@ -252,7 +264,8 @@ class Budget:
         if not moves.any():
             return np.zeros(len(units))
         price = value[moves].sum() / cost[moves].sum()
-        return np.asarray(np.where(moves | coarse & (cost > 0), (value - cost * price) / 2.0, 0.0))
+        may_lose_one = coarse & (cost > 0) & (levels > [ladder.units[0] for ladder in self._ladders])
+        return np.asarray(np.where(moves | may_lose_one, (value - cost * price) / 2.0, 0.0))
 
     def _limit(self, sparsity: float) -> float:
         """What an allocation may cost."""
@@ -287,12 +300,13 @@ class Budget:
 
     def _what_would_help(self, most: float) -> str:
         changes = [f"ask for at most {most:.4f}"] if most > 0 else []
-        changes.append("lower prune.min_units")
+        if self._min_units:
+            changes.append("lower prune.min_units")
         if self._align == "auto" or self._align > 1:
             changes.append("lower prune.align")
         if self.tied:
             changes.append("leave prune.uniform out")
-        text = ", or ".join(changes)
+        text = ", or ".join(changes or ["count another resource"])
         return f"{text[0].upper()}{text[1:]}."
 
 

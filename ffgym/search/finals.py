@@ -29,7 +29,7 @@ from ffgym.types import Allocation, Episode
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
 SIGNIFICANT = 2.0  # paired standard errors
-RECOMMENDED = 3  # of an agent's recommendations, so many are level
+RECOMMENDED = 3  # the default is the best of so many recommendations, the first ones
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class _Measured:
             Trial(
                 self._candidates[i].allocation,
                 (self.windows[place],),
-                tuple(self._examples[place :: len(self.windows)]),
+                self._dealt(place),
             )
             for i, place in new
         ]
@@ -322,6 +322,11 @@ class _Measured:
             return -math.inf, -math.inf
         loss = self._loss(index, places)
         return float(self.rewards(index, places).mean()), -loss if math.isfinite(loss) else -math.inf
+
+    def _dealt(self, place: int) -> tuple[int, ...]:
+        """Examples that go with a window; where there are fewer than windows, they go round."""
+        dealt = tuple(self._examples[place :: len(self.windows)])
+        return dealt or tuple(self._examples[place % max(1, len(self._examples)) :][:1])
 
     def known(self, index: int, places: Sequence[int]) -> Candidate:
         """A candidate with what it came to on windows; as it was where it was not measured on them."""
@@ -357,7 +362,8 @@ def finals_windows(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
 
 def finals_examples(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
     """Indices of the task examples that finalists are compared on: as many to a window as an episode has."""
-    return env.draw_examples(np.random.default_rng([FINALS_SEED, seed, 1]), len(finals_windows(env, tokens, seed)))
+    windows = len(finals_windows(env, tokens, seed))
+    return env.draw_examples(np.random.default_rng([FINALS_SEED, seed, 1]), windows, finals=True)
 
 
 def finals_loss(env: PruningEnv, tokens: int, seed: int) -> float:

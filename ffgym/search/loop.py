@@ -169,7 +169,8 @@ def search_front(
             num_envs=agent.update_size(settings.episodes_per_update),
             token_budget=settings.episodes * env.episode_windows * env.window_tokens,
             slope_episodes=agent.slope_episodes,
-            pair_text=agent.pair_text,
+            # Objectives are compared within an update: what they come to depends on the text and the examples.
+            pair_text=agent.pair_text and not env.reward.has_objectives,
             on_episode=record,
             on_progress=on_progress,
             replay=recorder.earlier.episodes,

@@ -13,7 +13,8 @@ import torch
 from measured_alone import Recording, answered_right, compared, final_hidden
 
 import ffgym
-from ffgym.config.tables import RunConfig
+from ffgym.agents.random_search import RandomSearch
+from ffgym.config.tables import RunConfig, SearchTable
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.data.examples import EncodedExample
@@ -27,6 +28,8 @@ from ffgym.plugins import manager
 from ffgym.prepare.parts import make_pruning_env, make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import PlainPath
+from ffgym.rewards.multi_objective import MultiObjective
+from ffgym.search.loop import search
 from ffgym.types import Evaluation
 
 ACTION = np.linspace(-1, 1, 6).astype(np.float32)
@@ -208,6 +211,26 @@ class TestExamplesAreDrawn:
     def test_no_more_than_there_are(self, measuring):
         drawn = measuring().draw_examples(np.random.default_rng(0), 100)
         assert drawn == tuple(range(30))
+
+    def test_those_of_the_finals_are_reserved_for_them(self, measuring):
+        env = measuring(reserved=4)
+        finals = env.draw_examples(np.random.default_rng(0), 4, finals=True)
+        assert [EXAMPLES[i].task for i in finals] == ["a"] * 3 + ["b"] * 3
+        drawn = {i for seed in range(20) for i in env.draw_examples(np.random.default_rng(seed), 4)}
+        assert not drawn & set(finals)
+        assert drawn == set(range(30)) - set(finals), "no more is kept back than they take"
+
+    def test_a_task_that_has_too_few_to_share_serves_both(self, measuring):
+        env = measuring(reserved=4, examples=[*made_up_examples(3, "a", 0), *made_up_examples(9, "b", 1)])
+        assert env.draw_examples(np.random.default_rng(0), 4)[:3] == (0, 1, 2)
+        assert env.draw_examples(np.random.default_rng(0), 4, finals=True)[:3] == (0, 1, 2)
+
+    def test_finals_have_an_example_for_every_window_however_few_there_are(self, measuring):
+        reward = MultiObjective(MultiObjective.Config(examples=1, resource="kv"))
+        env = measuring(reward, reserved=6, episode_windows=2)
+        settings = SearchTable(episodes=4, episode_tokens=64, episodes_per_update=4, finalists=2, final_tokens=192)
+        found = search(env, RandomSearch(), settings, Schedule(0.3, 2), seed=0)
+        assert all(0 <= candidate.objectives["accuracy"] <= 1 for candidate in found.finalists)
 
     def test_anew_for_every_update_and_the_same_within_it(self, measuring):
         env = measuring()

@@ -522,6 +522,23 @@ class TestImportanceSlopes:
         found = budget.importance_slopes(np.zeros(2), (1000, 500), [np.full(1000, -1.0)] * 2)
         np.testing.assert_array_equal(found, [0.0, 0.0])
 
+    def test_a_coarse_one_that_may_lose_no_unit_has_none(self):
+        sublayers = model_of(2, mlp=replace(MLP, units=1000))
+        slopes = [np.full(s.units, 1.0) for s in sublayers]
+        kept = (1, 500, 2, 500)
+        found = Budget(sublayers).importance_slopes(np.zeros(4), kept, slopes)
+        assert (found[[0, 2]] != 0).tolist() == [False, True]
+
+    def test_where_nothing_fine_costs_anything_there_are_none(self):
+        """As with the KV cache of a model with few heads."""
+        sublayers = model_of(2, mlp=replace(MLP, units=1000))
+        free = [np.arange(s.units + 1.0) * (s.kind == "attention") for s in sublayers]
+        budget = Budget(sublayers, cost_tables=free, resource="kv")
+        assert Budget(sublayers).has_slopes
+        assert not budget.has_slopes
+        with pytest.raises(BudgetError, match="everything that costs kv comes in a few large units"):
+            budget.importance_slopes(np.zeros(4), (2, 1000, 2, 1000), [np.zeros(s.units) for s in sublayers])
+
     def test_tied_layers_are_refused(self):
         budget = Budget(model_of(2), shapes={"attention": (2, 4), "mlp": range(1, 17)})
         with pytest.raises(BudgetError, match="each have a size of their own"):

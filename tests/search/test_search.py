@@ -207,6 +207,19 @@ class TestPareto:
         settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
         assert len(searched(traded, settings=settings).finalists) == 2
 
+    def test_a_search_that_is_read_from_its_log_ends_in_the_same_finals(self, traded, make_env, tmp_path):
+        log, settings = tmp_path / "episodes.jsonl", SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
+        first = searched(traded, settings=settings, schedule=Schedule(0.3, 2), log=log)
+        again = make_env(sparsity=0.3)
+        again.reward, again.prices = traded.reward, traded.prices
+        assert bits(searched(again, settings=settings, schedule=Schedule(0.3, 2), log=log)) == bits(first)
+
+    def test_episodes_of_an_update_share_their_text_so_that_objectives_compare(self, traded, env):
+        history = searched(traded, schedule=Schedule(0.3, 2)).history
+        assert len({(e.update, e.windows) for e in history}) == len({e.update for e in history})
+        alone = searched(env, schedule=Schedule(0.3, 2)).history
+        assert len({(e.update, e.windows) for e in alone}) == 2 * len({e.update for e in alone}), "pairs have their own"
+
     def test_objectives_survive_the_log(self, traded, tmp_path):
         log = tmp_path / "episodes.jsonl"
         found = searched(traded, log=log)
