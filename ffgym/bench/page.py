@@ -26,15 +26,15 @@ def bench_page(file: Path) -> Page:
     command = f"ffgym bench {shlex.quote(str(file))}"
     if not tables:
         raise DataError(f"the bench {file} has no results yet", hint=f"Run it: {command}")
-    done = sum(cell.path.exists() for cell in read.cells)
-    missing = len(read.cells) - done
+    done = len(read.results)
+    missing = 0 if read.spec.dated else len(read.cells) - done
     return Page(
         title=read.spec.title,
         summary=[_best(tables[0]), tables[0].header],
         settings={
             "agents": ", ".join(read.spec.agents),
             "seeds": ", ".join(map(str, read.spec.seeds)),
-            "searches": f"{done} of {len(read.cells)} done",
+            "searches": f"{done} of {len(read.cells)} done" if missing else str(done),
             "baseline": ", ".join(read.spec.baseline),
         },
         table=tables[0].layout(),

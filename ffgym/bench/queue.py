@@ -134,4 +134,4 @@ def _tokens(cell: Cell) -> int:
 
 def _round(pair: tuple[Bench, Cell]) -> int:
     """Which of its bench's seeds a cell has."""
-    return pair[0].spec.seeds.index(pair[1].seed)
+    return pair[0].spec.seeds_of(pair[1].label).index(pair[1].seed)

@@ -54,9 +54,12 @@ def export(
     if renew:
         from ffgym.export.refresh import refresh
 
-        if output or gguf:
-            raise typer.BadParameter("--refresh changes DIR itself and writes nowhere else", param_hint="--output")
-        for path in refresh(folder):
+        if output or gguf or dtype or overrides or overwrite or name != "gguf":
+            raise typer.BadParameter("--refresh changes DIR itself, takes no options and writes nowhere else")
+        files = [str(path) for path in refresh(folder)]
+        if as_json:
+            print_json({"files": files})
+        for path in [] if as_json else files:
             typer.echo(f"wrote {path}")
         return
     target = output or gguf

@@ -44,6 +44,7 @@ def compare(
 
     if len(runs) < 2:
         raise typer.BadParameter("name at least two runs", param_hint="RUN")
+    output = output.expanduser()
     found = compare_runs([stored_run(run, Path(root).expanduser(), experiment) for run in runs])
     table = found.layout()
     write_text(output / "comparison.md", table.markdown())

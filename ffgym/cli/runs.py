@@ -50,9 +50,9 @@ def runs(
         for run in list_runs(Path(root).expanduser(), experiment)
         if all(_matches(run, column, value) for column, value in wanted)
     ]
-    known = [run for run in found if getattr(run, column) is not None]
+    known = [run for run in found if not _is_missing(getattr(run, column))]
     known.sort(key=lambda run: getattr(run, column), reverse=sort.startswith("-"))
-    found = [*known, *(run for run in found if getattr(run, column) is None)]
+    found = [*known, *(run for run in found if _is_missing(getattr(run, column)))]
     if as_json:
         print_json([_plain(run) for run in found])
     elif found:
@@ -61,6 +61,11 @@ def runs(
         )
     else:
         typer.echo("no runs", err=True)
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a run has no such value, or one that is no number because its model broke."""
+    return value is None or value != value
 
 
 def _column(name: str) -> str:

@@ -10,6 +10,7 @@ import typer
 from ffgym.cli.app import app
 from ffgym.cli.options import RootOption
 from ffgym.config.tables import TrackingTable
+from ffgym.errors import TrackingError
 
 
 @app.command()
@@ -23,6 +24,8 @@ def sync(
     """Send what runs kept on disk while their MLflow server was away."""
     from ffgym.tracking.sync import sync as send_all
 
-    store = Path(root).expanduser()
-    if not send_all(store, folders or [Path("runs"), store], typer.echo):
+    store, named = Path(root).expanduser(), [folder.expanduser() for folder in folders or []]
+    if missing := next((folder for folder in named if not folder.is_dir()), None):
+        raise TrackingError(f"there is no folder {missing}", hint="Name the folder of a run, or of several.")
+    if not send_all(store, named or [Path("runs"), store], typer.echo):
         typer.echo("nothing is waiting to be sent", err=True)

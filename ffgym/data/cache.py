@@ -49,6 +49,8 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
     """
     is_damaged = place.is_dir() and not is_whole(place)
     if place.is_dir() and not is_damaged:
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(place)  # `ffgym cache` says when it was used
         return place
     if is_damaged:
         Console(stderr=True).print(f"{place} is damaged: making it again", soft_wrap=True, highlight=False)

@@ -61,6 +61,11 @@ def model_folder(folder: Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if (place / "config.toml").is_file():
+        if points := sorted(path.parent.name for path in place.glob("model-*/config.json")):
+            raise ModelError(
+                f"the run in {str(folder)!r} has saved several models: {', '.join(points)}",
+                hint=f"Name one, e.g. {folder / points[0]}.",
+            )
         go_on = f"ffgym run --resume {shlex.quote(str(folder))} --set output.save_model=true"
         raise ModelError(f"the run in {str(folder)!r} has saved no model", hint=f"Continue it: {go_on}")
     raise ModelError(

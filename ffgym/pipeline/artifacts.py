@@ -72,9 +72,9 @@ def write_table(folder: Path, table: ReportTable) -> None:
     losses = WindowLosses(
         windows=table.windows, measured=table.header, losses={row.label: row.losses for row in table.rows}
     )
+    write_text(folder / "losses.json", losses.model_dump_json() + "\n")  # first: the table is read with it
     write_text(folder / "report.md", table.layout().markdown())
     write_text(folder / "report.json", json.dumps(table.layout().as_dicts(), indent=2))
-    write_text(folder / "losses.json", losses.model_dump_json() + "\n")
     differences = [(row.label, found) for row in table.rows if (found := table.difference(row)) is not None]
     if differences and table.best_heuristic is not None:
         differences_figure(differences, f"the best heuristic, {table.best_heuristic.label}", folder / "differences.png")

@@ -30,11 +30,14 @@ WRITTEN = frozenset(
     | {"allocation.json", "policy.json", "pareto.json", "pareto.png"}
     | {"report.md", "report.json", "losses.json", "report.html"}
     | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
-    | {"front.json", "front.md", "front.png", "model", "model-recovered", "model-recovered.unfinished"}
+    | {"front.json", "front.md", "front.png", "model"}
 )
-# For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered.
-WRITTEN_PER_POINT = re.compile(r"allocation-0\.\d+\.json|model-0\.\d+(-recovered(\.unfinished)?)?")
-LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}")  # files that were being written when a run was killed
+# For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered. What ffgym recover writes.
+WRITTEN_PER_POINT = re.compile(
+    r"allocation-0\.\d+\.json|model-0\.\d+|model(-0\.\d+)?-recovered(\.unfinished|\.unsent\.jsonl)?"
+)
+# Files that were being written, or replaced, when a run was killed.
+LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}(?:\.old)?")
 TABLE = "report.json"
 LOCK = ".lock"  # held by the run that writes into the folder
 UNSENT = "unsent.jsonl"  # records that an MLflow server has not taken yet
@@ -273,8 +276,12 @@ def clear_folder(folder: Path) -> None:
 
 
 @contextmanager
-def removing_if_nothing_found(folder: Path) -> Iterator[None]:
-    """Remove a folder in which a run that ended early found nothing: the corrected command needs it."""
+def removing_if_nothing_found(folder: Path, *, made: bool = True) -> Iterator[None]:
+    """Remove a folder in which a run that ended early found nothing: the corrected command needs it.
+
+    Args:
+        made: the run made the folder; it only empties one that was there before.
+    """
     try:
         yield
     except BaseException:
@@ -282,7 +289,10 @@ def removing_if_nothing_found(folder: Path) -> Iterator[None]:
             # A log that was opened and holds no episode is empty.
             found = {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size}
             if found <= WITHOUT_FINDINGS | _measurements():
-                shutil.rmtree(folder)
+                for path in contents(folder):
+                    path.unlink()
+                if made:
+                    shutil.rmtree(folder)
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from ffgym.config.mixture import described
+from ffgym.config.tables import DataTable
 from ffgym.export.checkpoint import load_line
 from ffgym.pipeline.artifacts import PICTURES
 from ffgym.pipeline.compare import model_folder
@@ -22,7 +23,7 @@ def run_page(run: StoredRun) -> Page:
     found = f"{share} of the {config.prune.resource} of {config.model.name}, found by {config.agent.name}"
     model = model_folder(config, folder, config.main_target)
     trained = output_folder(model)
-    saved = trained if trained.is_dir() else model
+    saved = trained if config.recover.method != "none" and trained.is_dir() else model
     again = f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))} --output NEW"
     unfinished = table is None or not read_record(folder).results
     warnings = ["This run is not finished. The command at the end of this page goes on with it."] if unfinished else []
@@ -39,8 +40,9 @@ def run_page(run: StoredRun) -> Page:
             "criterion": config.criterion.name,
             "reward": config.reward.name,
             "search": f"{search.episodes:,} episodes of {search.episode_tokens:,} tokens of {described(data.search)}",
-            "calibration": f"{data.calibration_tokens:,} tokens of {described(data.calibration)}",
-            "report": f"{data.report_tokens:,} tokens of {described(data.report)} in windows of {data.window:,}",
+            "calibration": f"{_whole(data.calibration_tokens, data)} tokens of {described(data.calibration)}",
+            "report": f"{_whole(data.report_tokens, data)} tokens of {described(data.report)} in windows of "
+            f"{data.window:,}",
             "seed": str(config.seed),
         },
         table=None if table is None else table.layout(),
@@ -49,3 +51,8 @@ def run_page(run: StoredRun) -> Page:
         repeat=resume_command(folder) if unfinished else again,
         configuration=(folder / "config.toml").read_text(encoding="utf-8").partition("\n[output]")[0],
     )
+
+
+def _whole(tokens: int, data: DataTable) -> str:
+    """Of a split that was asked for: it has whole windows."""
+    return f"{-(-tokens // data.window) * data.window:,}"

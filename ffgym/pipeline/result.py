@@ -129,7 +129,7 @@ def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
     return FinishedRun(
         folder,
         model if model.is_dir() else None,
-        recovered if recovered.is_dir() else None,
+        recovered if config.recover.method != "none" and recovered.is_dir() else None,
         config.prune.uniform,
         read_record(folder).mlflow_run,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class Session:
     record: RunRecord
     _ending: ExitStack
     _overwrites: bool
+    _made_folder: bool
 
     @classmethod
     @contextmanager
@@ -67,7 +68,8 @@ class Session:
             OutputError: a folder that is occupied, locked or not writable; nothing in it has changed.
             ConfigError: the run in the folder is of another configuration.
         """
-        resumed = resume is not None
+        resumed, named = resume is not None, config.output.dir
+        made = named is None or not Path(named).expanduser().exists()
         folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
         earlier = read_record(folder) if resumed else RunRecord()
         table = config.tracking
@@ -90,7 +92,7 @@ class Session:
         ):
             record = RunRecord(tracker.run_id or earlier.mlflow_run, earlier.dtype, results=())
             overwrites = not resumed and bool(contents(folder))
-            session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites)
+            session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites, made)
             session._start()
             yield session
 
@@ -106,7 +108,7 @@ class Session:
         """
         if self._overwrites:
             clear_folder(self.folder)
-            self._ending.enter_context(removing_if_nothing_found(self.folder))
+            self._ending.enter_context(self._removing_if_nothing_found())
             self._write_config()
         self.record = replace(self.record, dtype=dtype)
         write_record(self.folder, self.record)
@@ -117,12 +119,15 @@ class Session:
                 self.progress.print("the search of this run is complete; only the later steps are done again")
             remove_half_written(self.folder)
         elif not self._overwrites:
-            self._ending.enter_context(removing_if_nothing_found(self.folder))
+            self._ending.enter_context(self._removing_if_nothing_found())
         self.tracker.describe(REPEAT)
         self.tracker.set_tags({FOLDER_TAG: str(self.folder)})
         self.tracker.log_config(self.config.model_dump(mode="json"), self._toml)
         if not self._overwrites:
             self._write_config()
+
+    def _removing_if_nothing_found(self) -> AbstractContextManager[None]:
+        return removing_if_nothing_found(self.folder, made=self._made_folder)
 
     def _write_config(self) -> None:
         """From here on the folder is this run's."""

@@ -122,9 +122,12 @@ def _changes(first: RunConfig, config: RunConfig) -> str:
 
 
 def _name(run: StoredRun, runs: Sequence[StoredRun]) -> str:
-    """Its folder's name, with the parent's where two are called the same."""
-    twins = [other for other in runs if other.folder.name == run.folder.name]
-    return run.folder.name if len(twins) == 1 else f"{run.folder.parent.name}/{run.folder.name}"
+    """Its folder's name, behind as many of the folders above as it takes to tell it from the others."""
+    parts = run.folder.parts
+    for count in range(1, len(parts)):
+        if sum(other.folder.parts[-count:] == parts[-count:] for other in runs) == 1:
+            return "/".join(parts[-count:])
+    return str(run.folder)
 
 
 def _measured_on(run: StoredRun) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,6 +71,7 @@ class Task:
     sizes: SizeMeter
     costs: Mapping[str, Costs]
     executor: Executor | None = None
+    _asked: dict[tuple[str, str, float], np.ndarray] = field(default_factory=dict)
 
     @property
     def measurements(self) -> dict[str, Measurement]:
@@ -91,10 +92,13 @@ class Task:
         return self.env.budget.importance(self.project(heuristic, options, sparsity).kept)
 
     def importance(self, heuristic: str, options: JSONDict, sparsity: float) -> np.ndarray:
-        """Importances of a heuristic that are wanted for a sparsity, shape (2L,), float32."""
-        rule = manager.create("heuristic", heuristic, options)
-        rule.target = sparsity
-        return check_importance(rule, self.prepared.views)
+        """Importances of a heuristic that are wanted for a sparsity, shape (2L,), float32; it is asked once."""
+        key = heuristic, repr(options), sparsity
+        if key not in self._asked:
+            rule = manager.create("heuristic", heuristic, options)
+            rule.target = sparsity
+            self._asked[key] = check_importance(rule, self.prepared.views)
+        return self._asked[key]
 
 
 def open_task(

@@ -70,6 +70,7 @@ def recover(
         KeyboardInterrupt: Ctrl-C; the same call goes on where this one was.
     """
     check_method(config.recover, dense)
+    asked = config.recover.model_dump(mode="json", exclude_defaults=True)
     config = configured.with_options(config, ["recover"])
     source = model_folder(Path(folder)).resolve()
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
@@ -82,7 +83,10 @@ def recover(
         tracking.enabled,
         unsent=place.with_name(f"{place.name}.unsent.jsonl"),
         command="ffgym recover",
-        again=f"ffgym recover {shlex.quote(str(source))} --output {shlex.quote(str(place))}",
+        again=shlex.join(
+            ["ffgym", "recover", str(source), "--output", str(place)]
+            + [part for key, value in asked.items() for part in ("--set", f"recover.{key}={value}")]
+        ),
         notify=reporter.print,
     ) as tracker:
         tracker.set_tags({FOLDER_TAG: str(place)})

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock
@@ -47,6 +48,9 @@ class Outbox:
             return 0
         with self._lock():
             complete = [(source, line) for source, line in LINE.lines(self.path) if line.endswith(b"\n")]
+            if not complete:  # the process was killed while it began the file
+                self.path.unlink()
+                return 0
             head, *records = [LINE.parse(line, source) for source, line in complete]
             sent = 0
             try:
@@ -64,20 +68,22 @@ class Outbox:
     def __len__(self) -> int:
         if not self.path.exists():
             return 0
-        return len(self.path.read_bytes().splitlines()) - 1
+        return max(0, len(self.path.read_bytes().splitlines()) - 1)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         lock = self.path.with_suffix(".lock")
         with FileLock(lock):
-            yield
-            lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
 
 
 def outboxes(folder: Path) -> list[Outbox]:
     """All files of records under a folder."""
     found = []
     for path in sorted(folder.rglob(f"*{SUFFIX}")):
-        source, line = next(LINE.lines(path))
-        found.append(Outbox(path, LINE.parse(line, source)["run"]))
+        for source, line in islice(LINE.lines(path), 1):  # of an empty file there is none
+            found.append(Outbox(path, LINE.parse(line, source)["run"]))
     return found

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from ffgym.tracking.models import log_model
 from ffgym.tracking.store import PARENT_TAG
@@ -24,7 +27,11 @@ DIGEST_CHARACTERS = 36
 
 
 def send(client: Any, run_id: str, record: JSONDict) -> None:
-    """Write one record."""
+    """Write one record; of a file that was moved or deleted meanwhile, say so and go on."""
+    if "path" in record and not Path(record["path"]).exists():
+        line = f"{record['path']} is not there any more, so MLflow does not get it"
+        Console(stderr=True).print(line, soft_wrap=True, highlight=False, markup=False)
+        return
     values = {key: value for key, value in record.items() if key != "write"}
     KINDS[record["write"]](client, run_id, **values)
 

@@ -96,6 +96,7 @@ class Tracker:
         self._run_name = run_name
         self._enabled = enabled
         self._unsent = unsent or root / f"{run_name}.{SUFFIX}"
+        self._had_folder = False
         self._parent = parent
         self._resume = resume
         self._command = command
@@ -225,7 +226,7 @@ class Tracker:
     def log_child(self, name: str, params: Mapping[str, str], result: Result) -> None:
         """Log a point of a range as a finished run of its own, nested under this one; at most once."""
         now = _milliseconds()
-        points = [(key, value, 0, now) for key, value in result.metrics.items()]
+        points = [(key, _number(value), 0, now) for key, value in result.metrics.items()]
         name, tags = f"{self._run_name}: {name}", self._source()
         self._write("child", name=name, params=dict(params), tags=tags, metrics=points)
 
@@ -276,6 +277,7 @@ class Tracker:
                 self.run_id = run.info.run_id
             if is_server(self._uri):
                 self._outbox = Outbox(self._unsent, run.info.run_id)
+                self._had_folder = self._unsent.parent.exists()
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
     def _source(self) -> dict[str, str]:
@@ -393,15 +395,20 @@ class Tracker:
             if self._retry_at is None:
                 self._send(record)
                 return
-            self._outbox.add(record)
+            self._keep(record)
             if time.monotonic() >= self._retry_at:
                 self._outbox.forward(self._send)
                 self._retry_at = None
         except TrackingError as error:
             self._retry_at = time.monotonic() + RETRY_SECONDS
             if not is_away:
-                self._outbox.add(record)
+                self._keep(record)
                 self._notify(f"{error.message}; the run goes on, and keeps what it logs in {self._outbox.path}")
+
+    def _keep(self, record: JSONDict) -> None:
+        """Keep a record on disk; of a run that found nothing, whose folder has been removed, nothing is kept."""
+        if self._outbox is not None and (self._unsent.parent.exists() or not self._had_folder):
+            self._outbox.add(record)
 
     def _send(self, record: JSONDict) -> None:
         assert self.run_id is not None, "the run has begun"

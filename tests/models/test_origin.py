@@ -46,6 +46,15 @@ class TestFolder:
             model_folder(tmp_path)
         assert f"ffgym run --resume {tmp_path}" in str(raised.value.hint)
 
+    def test_a_run_that_has_saved_several_names_them(self, tmp_path):
+        (tmp_path / "config.toml").touch()
+        for point in ("model-0.20", "model-0.30"):
+            (tmp_path / point).mkdir()
+            (tmp_path / point / "config.json").touch()
+        with pytest.raises(ModelError, match=r"several models: model-0\.20, model-0\.30") as raised:
+            model_folder(tmp_path)
+        assert f"{tmp_path}/model-0.20" in str(raised.value.hint)
+
 
 class TestDense:
     def test_what_is_given_wins(self, run):

@@ -74,6 +74,10 @@ def test_two_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Pa
     done = call(runs["one"], twin, "--output", tmp_path / "out")
     assert "others/one" in done.stdout
     assert "runs/one" in done.stdout
+    third = write_run(tmp_path / "more" / "runs", "one")
+    (third / "config.toml").write_text("[search]\nepisodes = 48\n")
+    said = " ".join(call(runs["one"], third, "--output", tmp_path / "out").stdout.split())
+    assert f"more/runs/one differs from {tmp_path.name}/runs/one" in said
 
 
 def failure(done: Any) -> str:

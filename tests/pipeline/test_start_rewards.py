@@ -14,7 +14,9 @@ from rich.console import Console
 from ffgym.config.tables import RunConfig
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
+from ffgym.heuristics.uniform import Uniform
 from ffgym.pipeline.compare import MEASURED_TEXTS, start_rewards
+from ffgym.pipeline.task import Task
 from ffgym.report.progress import Reporter
 
 REPORTER = Reporter(Console(file=io.StringIO()))
@@ -42,6 +44,20 @@ def test_a_search_that_stays_where_it_started_earns_exactly_that(task: Any) -> N
     (rewards,) = start_rewards(task, [found], REPORTER)
     assert rewards == [episode.reward for episode in found.history]
     assert len(set(rewards)) == 5, "every update has text of its own"
+
+
+def test_a_heuristic_is_asked_once_for_a_target(
+    task: Any, prepared_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some take seconds: an eigendecomposition of every weight."""
+    asked: list[float] = []
+    once = Uniform.importance
+    monkeypatch.setattr(Uniform, "importance", lambda self, views: asked.append(self.target) or once(self, views))
+    nothing: Any = None
+    whole = Task(task.config, nothing, nothing, prepared_llama, task.env, nothing, {})
+    for target in (0.3, 0.3, 0.2):
+        whole.project("uniform", {}, target)
+    assert asked == [0.3, 0.2]
 
 
 def test_every_pair_is_compared_on_its_own_text(task: Any) -> None:

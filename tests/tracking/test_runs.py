@@ -1,4 +1,5 @@
 import json
+import math
 import re
 
 import pytest
@@ -36,6 +37,7 @@ def root(tmp_path_factory):
             raise ValueError("NaN")
         track(root, "twice")
         track(root, "twice")
+        track(root, "broken", "random", Result(math.inf, 20.0))
         yield root
 
 
@@ -114,6 +116,7 @@ def test_the_list_shows_what_runs_are_compared_by(root):
 def test_it_is_sorted_with_what_has_no_value_last(root):
     assert names(root, "--sort", "result")[:3] == ["third", "first", "second"]
     assert names(root, "--sort=-result")[:3] == ["second", "first", "third"]
+    assert "broken" in names(root, "--sort", "result")[3:]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_it_is_sorted_with_what_has_no_value_last(root):
     [
         ("agent=re*", {"first", "twice"}),
         ("status=FAILED", {"fourth"}),
-        ("sparsity=0.2", {"first", "second", "twice"}),
+        ("sparsity=0.2", {"first", "second", "twice", "broken"}),
         ("sparsity=0.3", {"third"}),
         ("sparsity=30.0%", {"third"}),
         ("tokens=196,608", {"first"}),

@@ -360,6 +360,12 @@ def test_a_point_of_a_range_is_a_finished_child_however_often_it_is_logged(root)
     assert (child.agent, child.sparsity, child.result, child.ratio) == ("ppo", 0.2, 30.0, 1.5)
 
 
+def test_a_point_of_a_range_that_broke_has_no_huge_number(root):
+    with Tracker(root, "ffgym", "run") as tracker:
+        tracker.log_child("sparsity 50.0%", {"agent": "ppo"}, Result(math.inf, 20.0))
+    assert math.isnan(list_runs(root)[0].result)
+
+
 def test_files_and_folders_become_artifacts(root, tmp_path):
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "state.npz").write_bytes(b"1")

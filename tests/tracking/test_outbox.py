@@ -1,0 +1,56 @@
+"""Records that wait for a server survive whatever happens to their file, and to the files that they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffgym.errors import TrackingError
+from ffgym.tracking.outbox import Outbox, outboxes
+from ffgym.tracking.records import send
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Outbox:
+    return Outbox(tmp_path / "unsent.jsonl", "a" * 32)
+
+
+def test_what_could_not_be_sent_goes_on_waiting_and_no_lock_is_left(box: Outbox) -> None:
+    for number in range(3):
+        box.add({"write": "text", "number": number})
+
+    def fail_at_the_second(record: Any) -> None:
+        if record["number"] == 1:
+            raise TrackingError("away")
+
+    with pytest.raises(TrackingError, match="away"):
+        box.forward(fail_at_the_second)
+    assert len(box) == 2
+    assert [path.name for path in box.path.parent.iterdir()] == ["unsent.jsonl"]
+    sent: list[Any] = []
+    assert box.forward(sent.append) == 2
+    assert [record["number"] for record in sent] == [1, 2]
+    assert list(box.path.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("left", ["", '{"run": "aaa'], ids=["empty", "half a line"])
+def test_a_file_that_was_only_begun_holds_nothing(box: Outbox, left: str) -> None:
+    box.path.write_text(left)
+    assert len(box) == 0
+    assert box.forward(lambda record: None) == 0
+    assert not box.path.exists()
+
+
+def test_an_empty_file_is_no_outbox(box: Outbox) -> None:
+    box.path.touch()
+    assert outboxes(box.path.parent) == []
+
+
+def test_a_record_of_a_file_that_is_gone_does_not_hold_up_the_others(
+    box: Outbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    box.add({"write": "artifact", "path": str(box.path.parent / "moved.png")})
+    assert box.forward(lambda record: send(None, box.run_id, record)) == 1
+    assert "moved.png is not there any more, so MLflow does not get it" in " ".join(capsys.readouterr().err.split())
