@@ -3,7 +3,7 @@
     python experiments/serving/quantised.py RUN [TYPE ...] > quantised.md
 
 RUN is a folder of `ffgym run --align 256`; types are those of llama-quantize (Q8_0, Q4_K_M and Q4_0 where none is
-named). It needs llama-quantize and llama-perplexity on the PATH. The text is the whole of demo:wiki, in windows of
+named). It needs llama-quantize and llama-perplexity on the PATH. The text is the beginning of demo:wiki, in windows of
 1,024 tokens of which llama-perplexity counts the second half.
 """
 
