@@ -37,7 +37,6 @@ class Surrogate:
     Attributes:
         length: length scale of the likeliest kernel, in importance units.
         noise: its noise variance.
-        shared: its variance of the updates' levels.
         means: f at ``points``, shape (updates * batch,).
     """
 
@@ -53,7 +52,7 @@ class Surrogate:
         self._process = GaussianProcessRegressor(self._kernel(*likeliest), optimizer=None).fit(inputs, target)
         kernel = self._process.kernel_
         self.length = float(kernel.k1.k1.k2.kernel.length_scale)
-        self.shared, self.noise = float(kernel.k1.k2.k1.constant_value), float(kernel.k2.noise_level)
+        self.noise = float(kernel.k2.noise_level)
         self.means: np.ndarray = self._process.predict(self._of_no_update(points))
 
     def _kernel(self, signal: float, length: float, shared: float, noise: float) -> Kernel:

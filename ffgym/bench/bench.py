@@ -58,7 +58,7 @@ def bench(
             configuration.
         WorkerError: see `cluster_of`; or workers are lost again and again.
     """
-    reporter = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress)
     benches = [read_bench(Path(file)) for file in files]
     check_benches(benches)
     for each in benches:

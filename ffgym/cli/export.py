@@ -46,7 +46,6 @@ def export(
 
     ffgym export runs/mine --format nemotron-nas --output mine-nas
     """
-    from rich.console import Console
 
     from ffgym.export.format import export as write
     from ffgym.report.progress import Reporter
@@ -66,7 +65,7 @@ def export(
     if target is None or (output and gguf) or (gguf and name != "gguf"):
         raise typer.BadParameter("name what to write, once", param_hint="--output PATH or --gguf FILE")
     options = parsed_overrides(overrides or []) | ({} if dtype is None else {"dtype": dtype})
-    with Reporter(Console(stderr=True)).stage(f"write {target.name}", 1) as stage:
+    with Reporter().stage(f"write {target.name}", 1) as stage:
         written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)
     if as_json:
         print_json({**asdict(written), "path": str(written.path)})

@@ -267,7 +267,7 @@ def evaluate(
         output = output.expanduser()
         check_file(output, task_table.FILE_KINDS, overwrite=overwrite)
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
-    reporter = Reporter(Console(stderr=True))
+    reporter = Reporter()
     scores: list[ModelScores] = []
     complete = False
     try:

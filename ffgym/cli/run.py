@@ -59,7 +59,6 @@ def prepare_model(config: RunConfig) -> None:
 
     A run with the same model, criterion, calibration and text then starts within seconds.
     """
-    from rich.console import Console
 
     from ffgym.pipeline.compare import asked_rules
     from ffgym.pipeline.settle import settle
@@ -67,7 +66,7 @@ def prepare_model(config: RunConfig) -> None:
     from ffgym.report.progress import Reporter
 
     config = settle(config)
-    open_task(config, asked_rules(config), Reporter(Console(stderr=True)))
+    open_task(config, asked_rules(config), Reporter())
 
 
 @app.command("config")

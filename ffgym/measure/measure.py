@@ -76,7 +76,7 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
     """
     if options.output is not None:
         check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
-    reporter = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress)
     folder = model_folder(options.folder)
     source = dense_model(folder, options.dense)
     with _threads(options.threads):
@@ -118,7 +118,7 @@ def latency_table(options: TableOptions, *, progress: Console | None = None) -> 
     """
     if options.output is not None:
         check_file(options.output, (".json",), overwrite=options.overwrite)
-    reporter = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress)
     with _threads(options.threads):
         with reporter.stage("load the model", 1):
             loaded = load(options.model, dtype=options.dtype, device=options.device)

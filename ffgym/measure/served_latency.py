@@ -95,7 +95,7 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
     """
     if options.output is not None:
         check_file(options.output, (".json",), overwrite=options.overwrite)
-    reporter = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress)
     with reporter.stage("load the model", 1):
         loaded = load(options.model, dtype=options.dtype, device="cpu")
     room = loaded.context_limit - SPARE_TOKENS

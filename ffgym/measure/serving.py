@@ -170,7 +170,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
     """
     if options.output is not None:
         check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
-    reporter = Reporter(progress or Console(stderr=True))
+    reporter = Reporter(progress)
     pruned = model_folder(options.folder)
     source = dense_model(pruned, options.dense)
     dense = _dense_folder(source)

@@ -28,12 +28,13 @@ from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
-from ffgym.pipeline.session import Session, on_console
+from ffgym.pipeline.session import Session
 from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
 from ffgym.plan.plan import Plan
 from ffgym.prepare.parts import cluster_of, say_who_is_idle
+from ffgym.report.progress import Reporter
 from ffgym.report.table import Row
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(
         FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
         KeyboardInterrupt: Ctrl-C; what was found so far is saved and printed, the MLflow run is marked KILLED.
     """
-    reporter = on_console(progress)
+    reporter = Reporter(progress)
     config = settle(config)
     if resume is not None and (finished := finished_run(reopen_folder(Path(resume), config), config)):
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")

@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.files import disk_errors, write_text
@@ -138,8 +136,3 @@ class Session:
     @property
     def _toml(self) -> str:
         return to_toml(self.config, meanings(self.config))
-
-
-def on_console(console: Console | None) -> Reporter:
-    """Progress on a console; on stderr where none is given."""
-    return Reporter(console or Console(stderr=True))

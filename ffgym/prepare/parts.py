@@ -117,7 +117,7 @@ def prepare_model(
         reporter: where progress goes; stderr where left out.
         store: where it is known that the store is; otherwise it follows from all that decides its bits.
     """
-    reporter = reporter or Reporter(Console(stderr=True))
+    reporter = reporter or Reporter()
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     facts: dict[str, Any] = {
         "calibration": config.prune.calibration,
@@ -460,7 +460,7 @@ def make_pruning_env(
     if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
         raise UnknownNameError("render mode", str(render_mode), modes)
     make_reward(config)
-    reporter = Reporter(Console(stderr=True))
+    reporter = Reporter()
     closing = ExitStack()
     with ExitStack() as stack:
         cluster = stack.enter_context(cluster_of(config.workers, config.model.device, reporter.print))

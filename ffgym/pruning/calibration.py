@@ -197,11 +197,6 @@ class NestedRidge(ConsumerPath):
         """n, the dense width."""
         return self._weight.shape[1]
 
-    @property
-    def bytes(self) -> int:
-        """Memory that the factors hold."""
-        return self._projected.nbytes + self._inverse.nbytes
-
     def loss_increase(self, output_gradient: torch.Tensor) -> torch.Tensor:
         """Second-order estimate of the loss added by keeping the first k channels: 1/2 sum_{j >= k} b_j^T F b_j.
 

@@ -75,7 +75,7 @@ def recover(
     source = model_folder(Path(folder)).resolve()
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
     check_output(source, place, overwrite)
-    reporter, tracking = Reporter(progress or Console(stderr=True)), config.tracking
+    reporter, tracking = Reporter(progress), config.tracking
     with Tracker(
         tracking.folder,
         tracking.experiment,

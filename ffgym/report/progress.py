@@ -175,11 +175,11 @@ class Reporter:
     """Where a job says what it is doing.
 
     Args:
-        console: usually on stderr; live lines are drawn only where it is a terminal.
+        console: live lines are drawn only where it is a terminal; stderr where none is given.
     """
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
         self._plan: _Plan | None = None
 
     def plan(self, steps: Sequence[Step]) -> None:

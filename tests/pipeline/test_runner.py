@@ -887,7 +887,8 @@ def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path
     assert "Traceback" not in err
     assert "best so far" in err
     allocation = json.loads((tmp_path / "out" / "allocation.json").read_text())
-    assert allocation["episodes"] == len(read_episodes(log))
+    # The signal may have come between the end of an episode and its line, and it is then measured again.
+    assert allocation["episodes"] - len(read_episodes(log)) in (0, 1)
     assert (tmp_path / "out" / "policy.json").exists()
     assert runs(root)[0].info.status == "KILLED"
 
