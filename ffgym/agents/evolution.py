@@ -42,16 +42,16 @@ class EvolutionConfig(PluginConfig):
     crossover: float = Field(
         0.2, ge=0, le=1, description="share of children by crossover; what is left of 1 are random ones"
     )
-    smooth: float = Field(
-        0.0, ge=0, le=1, description="share of that change's variance that is shared by neighbouring layers of one kind"
-    )
-    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
     mutation_probability: float = Field(
         0.2, gt=0, le=1, description="probability that a mutation changes an importance, in (0, 1]"
     )
     mutation_spread: float = Field(
         0.2, gt=0, description="standard deviation of that change, in importance units (2 spans all keep ratios)"
     )
+    smooth: float = Field(
+        0.0, ge=0, le=1, description="share of that change's variance that is shared by neighbouring layers of one kind"
+    )
+    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
     initial_spread: float = Field(
         0.3, gt=0, description="standard deviation of random ones around the prior, in importance units"
     )

@@ -62,7 +62,8 @@ def bench(
     benches = [read_bench(Path(file)) for file in files]
     check_benches(benches)
     for each in benches:
-        for baseline in (name for name in each.spec.baseline if name not in each.spec.agents):
+        named = each.spec.baseline if "baseline" in each.spec.model_fields_set else []
+        for baseline in (name for name in named if name not in each.spec.agents):
             reporter.print(f"{each.spec.title}: baseline {baseline!r} is not one of its agents: no tokens are counted")
     tables = []
     with ExitStack() as stack:

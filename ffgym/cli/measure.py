@@ -124,7 +124,7 @@ def latency(
         int | None, typer.Option(help="of an engine: requests at the same time", show_default="1")
     ] = None,
     output_tokens: Annotated[
-        int | None, typer.Option(help="of an engine: tokens of every answer, of the context", show_default="64")
+        int | None, typer.Option(help="of an engine: how many tokens of the context are the answer", show_default="64")
     ] = None,
     engine_args: EngineArgsOption = "",
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",

@@ -238,7 +238,9 @@ class SearchTable(Table):
     episodes_per_update: Count = Field(default=8, description="episodes that one policy update learns from")
     finalists: Count = Field(default=8, description="allocations that are measured again before one is chosen")
     final_tokens: Count = Field(
-        default=16384, description="search tokens that are reserved for the finals: half to thin out, half to decide"
+        default=16384,
+        description="search tokens that are reserved for the finals, half to thin out and half to decide; with less "
+        "than 3 windows, nothing replaces what the agent recommends",
     )
     init_from: OptionalText = Field(
         default=None, description="run folder, policy.json or MLflow run id whose policy to start from; or empty"

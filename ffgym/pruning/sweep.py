@@ -42,7 +42,7 @@ class Sweep:
 
     Args:
         ties: which ladder comes first where times are equal, shape (ladders,), int64; then the order of the ladders.
-        margin: at most this many levels are sorted at once, or those of one time.
+        margin: at most this many levels are sorted at once; levels of equal times always are, however many.
     """
 
     def __init__(self, ladders: Sequence[Ladder], ties: np.ndarray, *, margin: int = MARGIN) -> None:

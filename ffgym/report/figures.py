@@ -1,4 +1,4 @@
-"""The two pictures of a run: what each sublayer keeps, and how the reward grew.
+"""The pictures of a run: what each sublayer keeps, how the reward grew, and how allocations differ.
 
 PNG at 150 dpi, in the Okabe-Ito colours that colour-blind readers tell apart. matplotlib is imported when a picture is
 drawn, draws without a screen, and is told nothing globally, so that a caller's own figures stay as they are.
