@@ -221,7 +221,7 @@ class Reinforce(BatchAgent):
             self.slope_episodes = 0
             self._weights, self._means = self._settled(), []
             return
-        can_go = self.coarse & (self._slope != 0)
+        can_go = self.coarse & (self._slope != 0)  # 0 where the budget holds the last unit by now
         worth = np.where(can_go, np.mean(self._slopes, axis=0), 0.0)
         if not (worth > 0).any():
             self._slope_share = 1.0

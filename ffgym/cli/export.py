@@ -46,7 +46,6 @@ def export(
 
     ffgym export runs/mine --format nemotron-nas --output mine-nas
     """
-
     from ffgym.export.format import export as write
     from ffgym.report.progress import Reporter
 

@@ -59,7 +59,6 @@ def prepare_model(config: RunConfig) -> None:
 
     A run with the same model, criterion, calibration and text then starts within seconds.
     """
-
     from ffgym.pipeline.compare import asked_rules
     from ffgym.pipeline.settle import settle
     from ffgym.pipeline.task import open_task

@@ -96,10 +96,15 @@ class DataTable(Table):
     )
     report_tokens: Count = Field(default=16384, description="size of the report split, at least one window")
 
+    def whole_tokens(self, role: str) -> int:
+        """Tokens of the split of a role, which has whole windows: at least as many as were asked for."""
+        asked: int = getattr(self, f"{role}_tokens")
+        return -(-asked // self.window) * self.window
+
     @model_validator(mode="after")
     def _every_corpus_has_a_window(self) -> DataTable:
         for role in ("calibration", "search", "report"):
-            windows = -(-getattr(self, f"{role}_tokens") // self.window)
+            windows = self.whole_tokens(role) // self.window
             for name, share in shares(getattr(self, role)).items():
                 if share * windows < 1:
                     raise ConfigError(

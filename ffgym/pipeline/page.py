@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 
 from ffgym.config.mixture import described
-from ffgym.config.tables import DataTable
 from ffgym.export.checkpoint import load_line
 from ffgym.pipeline.artifacts import PICTURES
 from ffgym.pipeline.compare import model_folder
@@ -40,8 +39,8 @@ def run_page(run: StoredRun) -> Page:
             "criterion": config.criterion.name,
             "reward": config.reward.name,
             "search": f"{search.episodes:,} episodes of {search.episode_tokens:,} tokens of {described(data.search)}",
-            "calibration": f"{_whole(data.calibration_tokens, data)} tokens of {described(data.calibration)}",
-            "report": f"{_whole(data.report_tokens, data)} tokens of {described(data.report)} in windows of "
+            "calibration": f"{data.whole_tokens('calibration'):,} tokens of {described(data.calibration)}",
+            "report": f"{data.whole_tokens('report'):,} tokens of {described(data.report)} in windows of "
             f"{data.window:,}",
             "seed": str(config.seed),
         },
@@ -51,8 +50,3 @@ def run_page(run: StoredRun) -> Page:
         repeat=resume_command(folder) if unfinished else again,
         configuration=(folder / "config.toml").read_text(encoding="utf-8").partition("\n[output]")[0],
     )
-
-
-def _whole(tokens: int, data: DataTable) -> str:
-    """Of a split that was asked for: it has whole windows."""
-    return f"{-(-tokens // data.window) * data.window:,}"

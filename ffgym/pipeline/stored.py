@@ -132,5 +132,5 @@ def _name(run: StoredRun, runs: Sequence[StoredRun]) -> str:
 
 def _measured_on(run: StoredRun) -> str:
     data = run.config.data
-    text = f"{data.report_tokens:,} tokens of {described(data.report)} in windows of {data.window:,}"
+    text = f"{data.whole_tokens('report'):,} tokens of {described(data.report)} in windows of {data.window:,}"
     return f"{text} for {run.config.model.name}"

@@ -38,7 +38,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     check_window(data.window, shape.context_limit)
     load = Workload(
         window=data.window,
-        calibration_tokens=-(-data.calibration_tokens // data.window) * data.window,
+        calibration_tokens=data.whole_tokens("calibration"),
         sparsity=config.prune.ends[1],
         dtype=dtype,
         batch_tokens=tokens_per_batch(device),

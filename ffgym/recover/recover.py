@@ -85,7 +85,7 @@ def recover(
         command="ffgym recover",
         again=shlex.join(
             ["ffgym", "recover", str(source), "--output", str(place)]
-            + [part for key, value in asked.items() for part in ("--set", f"recover.{key}={value}")]
+            + [part for key, value in asked.items() for part in ("--set", f"recover.{key}={json.dumps(value)}")]
         ),
         notify=reporter.print,
     ) as tracker:

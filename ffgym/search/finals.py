@@ -325,8 +325,8 @@ class _Measured:
 
     def _dealt(self, place: int) -> tuple[int, ...]:
         """Examples that go with a window; where there are fewer than windows, they go round."""
-        dealt = tuple(self._examples[place :: len(self.windows)])
-        return dealt or tuple(self._examples[place % max(1, len(self._examples)) :][:1])
+        windows, count = len(self.windows), len(self._examples)
+        return tuple(self._examples[i % count] for i in range(place, max(windows, count), windows)) if count else ()
 
     def known(self, index: int, places: Sequence[int]) -> Candidate:
         """A candidate with what it came to on windows; as it was where it was not measured on them."""
