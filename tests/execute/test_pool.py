@@ -50,13 +50,19 @@ def test_equal_workers_take_equal_shares_once(size: int, counts: list[int]) -> N
     assert {request: answer.loss for request, answer in shares.answers.items()} == {r: r.kept[0] for r in asked}
 
 
+def test_a_worker_three_times_as_slow_takes_a_third() -> None:
+    shares, alive = Shares(requests(8), Speeds(known={0: 1.0, 1: 3.0})), {0, 1}
+    assert [len(shares.take(worker, alive) or []) for worker in (0, 1)] == [6, 2]
+
+
 def test_a_slower_worker_takes_less_from_the_second_update_on() -> None:
     crew, speeds = SleepingCrew(lambda worker: (1 + 2 * worker) * 5 * MOMENT), Speeds()
     pool = Pool(crew, 2, print)
     pool.work(Shares(requests(8), speeds), 8)
     crew.given.clear()
     pool.work(Shares(requests(8), speeds), 8)
-    assert [len(job) for _, job in crew.given[:2]] == [6, 2]
+    took = {worker: len(job) for worker, job in reversed(crew.given)}  # the first job of each
+    assert took[0] > took[1]
 
 
 def test_slopes_and_windows_weigh() -> None:
