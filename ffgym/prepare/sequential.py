@@ -17,7 +17,7 @@ from ffgym.prepare.statistics import OnProgress, inputs_handed_on, linear_input
 from ffgym.pruning.calibration import sequential_refit
 from ffgym.pruning.factors import as_multiplied, products_in
 from ffgym.pruning.precision import in_float64, sum_in_float64
-from ffgym.pruning.statistics import shifted
+from ffgym.pruning.statistics import add_products_, mirror_, shifted
 
 
 @torch.no_grad()
@@ -73,19 +73,20 @@ class _CrossMoments:
     def __init__(self) -> None:
         self._tokens = 0
         self._shifts: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._cross: torch.Tensor | float = 0.0
-        self._products: torch.Tensor | float = 0.0
+        self._cross = self._products = torch.empty(0)
         self._sums: tuple[torch.Tensor | float, torch.Tensor | float] = (0.0, 0.0)
 
     def update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         dtype = x.dtype
         if self._shifts is None:
             self._shifts = x.flatten(0, -2).float().mean(dim=0), y.flatten(0, -2).float().mean(dim=0)
+            n, k = x.shape[-1], y.shape[-1]
+            self._cross, self._products = (torch.zeros(rows, k, device=x.device) for rows in (n, k))
         x, y = (as_multiplied(shifted(each, shift), dtype) for each, shift in zip((x, y), self._shifts, strict=True))
         self._tokens += len(x)
         with products_in(dtype):
-            self._cross = (x.T @ y).add_(self._cross)
-            self._products = (y.T @ y).add_(self._products)
+            self._cross.addmm_(x.T, y)
+            add_products_(self._products, y)
         self._sums = self._sums[0] + sum_in_float64(x), self._sums[1] + sum_in_float64(y)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,7 +94,7 @@ class _CrossMoments:
         assert self._shifts is not None, "nothing was added"
         moved = [torch.as_tensor(total) / self._tokens for total in self._sums]
         means = [in_float64(shift) + offset for shift, offset in zip(self._shifts, moved, strict=True)]
-        cross, products = (in_float64(torch.as_tensor(s)).div_(self._tokens) for s in (self._cross, self._products))
+        cross, products = (in_float64(s).div_(self._tokens) for s in (self._cross, mirror_(self._products)))
         cross.addr_(moved[0], moved[1], alpha=-1)
         return means[0], means[1], cross, products.addr_(moved[1], moved[1], alpha=-1)
 

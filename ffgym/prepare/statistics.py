@@ -17,7 +17,7 @@ from torch import nn
 from ffgym.errors import ModelError
 from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.walk import Arguments, Stream, Walk, walk_back
-from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments
+from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments, add_products_, mirror_
 from ffgym.types import LayerStats
 
 OnProgress = Callable[[int, int], None]
@@ -181,7 +181,7 @@ class _FirstOrder:
         if self._weight is not None:
             self._weight.addmm_(g.T, self._inputs.flatten(0, -2).float())
         if self._fisher is not None:
-            self._fisher.addmm_(g.T, g)
+            add_products_(self._fisher, g)
         self._inputs = self.output = torch.empty(0)  # the graph of the layer goes
 
     def result(self, tokens: int) -> LayerStats:
@@ -189,5 +189,5 @@ class _FirstOrder:
         return LayerStats(
             tokens=tokens,
             gradient=None if self._weight is None else self._weight / tokens,
-            output_gradient=None if self._fisher is None else self._fisher / tokens,
+            output_gradient=None if self._fisher is None else mirror_(self._fisher / tokens),
         )

@@ -18,6 +18,7 @@ from ffgym.pruning.precision import WITHOUT_FLOAT64, float64_device, in_float64,
 from ffgym.types import LayerStats
 
 GRADIENT_STATISTICS = frozenset({"gradient", "output_gradient"})
+BLOCK = 256  # rows of symmetric sums: few enough to leave out nearly half of the products
 OVERFLOW_HINT = "The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16."
 
 
@@ -94,7 +95,7 @@ class Moments:
         x = as_multiplied(x, inputs.dtype)
         self._multiplied += sum_in_float64(x)
         with products_in(inputs.dtype):
-            self._products.addmm_(x.T, x)
+            add_products_(self._products, x)
 
     def result(self) -> InputMoments:
         """Mean and covariance of the tokens seen so far, at least one."""
@@ -109,7 +110,25 @@ class Moments:
         assert self._shift is not None, "nothing was added"
         here = (self._multiplied / self.tokens).float().to(products.device)
         mean = in_float64(self._shift) + self._sum / self.tokens
-        return InputMoments(self.tokens, mean, products.addr_(here, here, alpha=-1))
+        return InputMoments(self.tokens, mean, mirror_(products).addr_(here, here, alpha=-1))
+
+
+def add_products_(sums: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x to symmetric sums, but only to blocks on and above the diagonal, see `mirror_`.
+
+    Args:
+        sums: shape (n, n), float32.
+        x: shape (tokens, n), float32.
+    """
+    for start in range(0, len(sums), BLOCK):
+        sums[start : start + BLOCK, start:].addmm_(x[:, start : start + BLOCK].T, x[:, start:])
+
+
+def mirror_(sums: torch.Tensor) -> torch.Tensor:
+    """Fill in the blocks below the diagonal, shape (n, n)."""
+    for end in range(BLOCK, len(sums), BLOCK):
+        sums[end:, end - BLOCK : end] = sums[end - BLOCK : end, end:].T
+    return sums
 
 
 def shifted(inputs: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

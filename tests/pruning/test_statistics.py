@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffgym.pruning.calibration import NestedRidge, cholesky_
-from ffgym.pruning.statistics import InputMoments, Moments, require_finite
+from ffgym.pruning.statistics import BLOCK, InputMoments, Moments, require_finite
 
 ALL = frozenset({"mean", "square", "second_moment"})
 
@@ -42,6 +42,12 @@ def test_are_the_averages_over_all_tokens(x):
     close(averaged(x), x)
     close(averaged(x[:7], x[7:20], x[20:].reshape(4, 10, 5)), x)
     close(averaged(*x.split(1)), x)
+
+
+@pytest.mark.parametrize("channels", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
+def test_blocks_that_are_left_out_are_filled_in(channels):
+    inputs = torch.randn(50, channels, generator=torch.Generator().manual_seed(0))
+    close(averaged(inputs[:7], inputs[7:]), inputs)
 
 
 def test_statistics_follow(x):
