@@ -16,6 +16,7 @@ from ffgym.plan.shape import ModelShape, Workload
 from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
 from ffgym.pruning.calibration import SKETCHED
 from ffgym.pruning.factors import WIDE, factor_bytes, grid
+from ffgym.pruning.statistics import BLOCK
 
 LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the text; measured
 TRACKING = 100_000_000  # what drawing pictures and saving load in addition; measured
@@ -225,6 +226,11 @@ def factorise(shape: ModelShape, load: Workload) -> Operations:
     return Operations(0, float32, float64)
 
 
+def _own_products(n: float) -> float:
+    """Operations that a token's n inputs add to their second moments: blocks on and above the diagonal."""
+    return n * (n + min(n, BLOCK))
+
+
 def _products(load: Workload, operations: float) -> Operations:
     """Operations of products that round their factors to the model's dtype."""
     return Operations(operations) if load.dtype is torch.bfloat16 else Operations(0, operations)
@@ -241,7 +247,7 @@ def _load(shape: ModelShape, load: Workload) -> Stage:
 
 def _prepare(shape: ModelShape, load: Workload) -> Stage:
     tokens, n = load.calibration_tokens, max(shape.widest("attention"), shape.widest("mlp"))
-    products = sum(2 * s.channels**2 for s in shape.sublayers)
+    products = sum(_own_products(s.channels) for s in shape.sublayers)
     operations = (Operations(forward(shape, load, head=False)) + _products(load, products)) * tokens
     operations += factorise(shape, load)
     carried = hidden_states(shape, load, tokens)
@@ -312,7 +318,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     products = float64 = 0.0
     for sublayer in shape.sublayers:
         n = sublayer.channels
-        products += 2 * tokens * n * n * kept * (1 + kept)
+        products += tokens * (2 * n * n * kept + _own_products(n * kept))
         float64 += 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
     operations = Operations(2 * forward(shape, load, head=False)) * tokens + Operations(0, 0, float64)
     operations += _products(load, products)
