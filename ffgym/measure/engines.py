@@ -7,6 +7,7 @@ streams completions from ``/v1/completions``. Its servers are child processes on
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import importlib.util
 import json
@@ -150,7 +151,7 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         ModelError: that Python has no vLLM.
     """
     python = os.environ.get("VLLM_PYTHON", sys.executable)
-    said = _output([python, "-c", VLLM_PROBE])
+    said = _output(python, "-c", VLLM_PROBE)
     if said is None:
         raise ModelError(
             f"vLLM is not installed for {python}",
@@ -198,7 +199,7 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         export(model.folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
         command = (program, "--model", str(file), *options)
         servers.append(Server(model.role, command, body={"ignore_eos": True, "cache_prompt": False}))
-    found = re.search(r"version: (.+)", _output([program, "--version"]) or "")
+    found = re.search(r"version: (.+)", _output(program, "--version") or "")
     version = f"llama.cpp {found[1] if found else ''}".strip()
     return Fleet(version, tuple(servers), torch.cuda.is_available(), bytes_beside_weights=1 << 30)
 
@@ -324,7 +325,8 @@ def _threads(setting: Setting) -> dict[str, str]:
     return {} if setting.threads is None else {"OMP_NUM_THREADS": str(setting.threads)}
 
 
-def _output(command: list[str]) -> str | None:
+@functools.cache
+def _output(*command: str) -> str | None:
     """What a command prints; ``None`` where it fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -8,24 +8,21 @@ which models -> load both -> do they belong together -> sizes -> speed, in turn 
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from ffgym.costs.latency_cache import cached_table, place_of
-from ffgym.costs.latency_table import LatencyTable, to_json
+from ffgym.costs.latency_table import LatencyTable
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.costs.sublayer_times import REPETITIONS, processor, threads_of
 from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
-from ffgym.files import check_file, write_text
 from ffgym.measure.memory import Job, measure_memory
 from ffgym.measure.pairs import units_kept
 from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
@@ -40,11 +37,7 @@ LENGTHS = (128, 512, 1024)
 
 @dataclass(frozen=True)
 class Options:
-    """The options of ``ffgym measure``, whose help explains them.
-
-    Raises:
-        ConfigError: an empty list or a number below 1.
-    """
+    """The options of ``ffgym measure``, whose help explains them."""
 
     folder: Path
     dense: str | None = None
@@ -54,16 +47,6 @@ class Options:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
-    output: Path | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        check_counts(
-            batch_sizes=self.batch_sizes,
-            prompt_lengths=self.prompt_lengths,
-            repetitions=self.repetitions,
-            threads=self.threads,
-        )
 
 
 def measure(options: Options, *, progress: Console | None = None) -> Measurement:
@@ -72,10 +55,7 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
     Raises:
         ModelError: a folder that is no model, two models that do not belong together, or one that cannot be loaded.
         ConfigError: no record of the dense model, or prompts that are too long for the models.
-        OutputError: the output is neither ``.md`` nor ``.json``, is there already, or cannot be written.
     """
-    if options.output is not None:
-        check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
     reporter = Reporter(progress)
     folder = model_folder(options.folder)
     source = dense_model(folder, options.dense)
@@ -84,10 +64,7 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        found = _with_memory(found, options, folder, source, reporter)
-    if options.output is not None:
-        write(found, options.output)
-    return found
+        return _with_memory(found, options, folder, source, reporter)
 
 
 @dataclass(frozen=True)
@@ -101,11 +78,6 @@ class TableOptions:
     threads: int | None = None
     repetitions: int = REPETITIONS
     rebuild: bool = False
-    output: Path | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        check_counts(context=self.context, repetitions=self.repetitions, threads=self.threads)
 
 
 def latency_table(options: TableOptions, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
@@ -114,10 +86,7 @@ def latency_table(options: TableOptions, *, progress: Console | None = None) -> 
     Raises:
         ModelError: a model that cannot be loaded, or that is pruned already.
         BudgetError: it takes fewer tokens than ``context``.
-        OutputError: the output is no ``.json``, is there already, or cannot be written.
     """
-    if options.output is not None:
-        check_file(options.output, (".json",), overwrite=options.overwrite)
     reporter = Reporter(progress)
     with _threads(options.threads):
         with reporter.stage("load the model", 1):
@@ -133,10 +102,7 @@ def latency_table(options: TableOptions, *, progress: Console | None = None) -> 
             )
         if table.repetitions != options.repetitions:
             reporter.print(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
-        place = place_of(loaded.model, context=options.context)
-    if options.output is not None:
-        write_text(options.output, to_json(table))
-    return table, place
+        return table, place_of(loaded.model, context=options.context)
 
 
 def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: Reporter) -> Measurement:
@@ -208,12 +174,6 @@ def _with_memory(
     )
 
 
-def write(found: Any, output: Path) -> None:
-    """Write a measurement, a dataclass with `tables`, as Markdown or JSON, as the suffix says."""
-    markdown = "\n".join(table.markdown() for table in found.tables())
-    write_text(output, markdown if output.suffix == ".md" else json.dumps(asdict(found), indent=2) + "\n")
-
-
 def _load_dense(source: DenseModel, dtype: torch.dtype, device: str) -> LoadedModel:
     try:
         return load(source.name, revision=source.revision, dtype=_name(dtype), device=device)
@@ -274,20 +234,6 @@ def _threads(wanted: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def check_counts(**options: Sequence[int] | int | None) -> None:
-    """Refuse an option that holds no number, or one below 1; ``None`` leaves a default in place.
-
-    Raises:
-        ConfigError: names the option.
-    """
-    for name, given in options.items():
-        option, values = f"--{name.replace('_', '-')}", [given] if isinstance(given, int) else given
-        if values is not None and not values:
-            raise ConfigError(f"{option} is empty", hint="Give at least one number.")
-        if values is not None and min(values) < 1:
-            raise ConfigError(f"{option} has {min(values)}", hint="Every number must be at least 1.")
 
 
 def _name(dtype: torch.dtype) -> str:

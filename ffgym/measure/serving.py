@@ -18,12 +18,10 @@ import numpy as np
 from rich.console import Console
 
 from ffgym.costs.timing import Spread
-from ffgym.errors import ConfigError, ModelError, UnknownNameError
+from ffgym.errors import ConfigError, ModelError
 from ffgym.export.refresh import is_current
-from ffgym.files import check_file
 from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
 from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, PRUNED, ServedModel, Setting, check_dtype
-from ffgym.measure.measure import check_counts, write
 from ffgym.measure.pairs import HINT
 from ffgym.measure.speed import Workload
 from ffgym.measure.table import counted, rate
@@ -40,12 +38,7 @@ ALIKE = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 @dataclass(frozen=True)
 class Options:
-    """The options of ``ffgym measure --engine``, whose help explains them.
-
-    Raises:
-        ConfigError: an empty list or a number that is too small.
-        UnknownNameError: an engine that is none.
-    """
+    """The options of ``ffgym measure --engine``, whose help explains them."""
 
     folder: Path
     engine: str
@@ -57,20 +50,6 @@ class Options:
     dtype: str = "auto"
     threads: int | None = None
     arguments: Sequence[str] = ()
-    output: Path | None = None
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UnknownNameError("engine", self.engine, ENGINES)
-        check_counts(
-            batch_sizes=self.requests,
-            prompt_lengths=self.prompt_lengths,
-            repetitions=self.repetitions,
-            threads=self.threads,
-        )
-        if self.output_tokens < 2:
-            raise ConfigError(f"--output-tokens is {self.output_tokens}", hint="Use at least 2.")
 
 
 @dataclass(frozen=True)
@@ -166,10 +145,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         ModelError: a folder that is no model, two models that do not belong together, an engine that is not installed
             or cannot say a model, a server that dies or does not answer.
         ConfigError: no record of the dense model, or prompts that are too long for the models.
-        OutputError: the output is neither ``.md`` nor ``.json``, is there already, or cannot be written.
     """
-    if options.output is not None:
-        check_file(options.output, (".md", ".json"), overwrite=options.overwrite)
     reporter = Reporter(progress)
     pruned = model_folder(options.folder)
     source = dense_model(pruned, options.dense)
@@ -206,7 +182,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
                 on_progress=stage.advance,
             )
     tokens = [answer.tokens for bursts in found.values() for burst in bursts for answer in burst.answers]
-    measured = ServingMeasurement(
+    return ServingMeasurement(
         engine=fleet.version,
         dense=source.name,
         pruned=str(pruned),
@@ -221,9 +197,6 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         together=together,
         arguments=tuple(options.arguments),
     )
-    if options.output is not None:
-        write(measured, options.output)
-    return measured
 
 
 def _names(served: Served) -> tuple[str, str]:

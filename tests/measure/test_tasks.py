@@ -9,6 +9,7 @@ import math
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 from ffgym.errors import ConfigError, DataError, ModelError, UnknownNameError
 from ffgym.measure import task_definitions as tasks
-from ffgym.measure.task_definitions import PAPER_TASKS, check_request, load_tasks
+from ffgym.measure.task_definitions import PAPER_TASKS, load_tasks
 from ffgym.measure.tasks import Figure, TaskResult, check_models, evaluate_models, evaluate_task, paper_means
 from ffgym.models.loading import LoadedModel, load
 
@@ -240,21 +241,18 @@ def test_a_group_is_no_task():
 
 
 @pytest.mark.parametrize(
-    ("names", "options", "complaint"),
+    ("names", "complaint"),
     [
-        ([], {}, "no tasks"),
-        (["piqa", "boolq", "piqa"], {}, "'piqa' is named twice"),
-        (["piqa"], {"limit": 0}, "limit = 0 examples"),
-        (["piqa"], {"limit": -3}, "limit = -3 examples"),
-        (["piqa"], {"batch_size": 0}, "batch_size = 0"),
-        (["gsm8k"], {}, "'gsm8k' is of the type generate_until"),
-        (["wikitext"], {}, "loglikelihood_rolling"),
-        (["squadv2"], {}, "of the type class"),
+        ([], "no tasks"),
+        (["piqa", "boolq", "piqa"], "'piqa' is named twice"),
+        (["piqa", "gsm8k"], "'gsm8k' is of the type generate_until"),
+        (["wikitext"], "loglikelihood_rolling"),
+        (["squadv2"], "of the type class"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(names, options, complaint):
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(names, complaint):
     with pytest.raises(ConfigError, match=complaint) as caught:
-        check_request(names, **options)
+        load_tasks(names)
     assert caught.value.hint
 
 
@@ -266,9 +264,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(names, opt
     ],
 )
 def test_downloaded_code_is_never_run(monkeypatch, settings, what):
-    monkeypatch.setattr(tasks, "_definition", lambda task: {"output_type": "multiple_choice", **settings})
+    odd = SimpleNamespace(cfg={"output_type": "multiple_choice", **settings})
+    monkeypatch.setattr(tasks, "_manager", lambda names: SimpleNamespace(task_index={"odd": odd}))
     with pytest.raises(DataError, match=f"'odd' needs code that is downloaded with its {what}, which is never run"):
-        check_request(["odd"])
+        load_tasks(["odd"])
 
 
 def test_a_task_of_lm_evals_that_asks_for_remote_code_is_refused():
@@ -279,7 +278,7 @@ def test_a_task_of_lm_evals_that_asks_for_remote_code_is_refused():
 def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="not installed") as caught:
-        check_request(["piqa"])
+        load_tasks(["piqa"])
     assert "pip install 'ffgym[eval]'" in caught.value.hint
 
 
