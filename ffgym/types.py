@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,6 +154,11 @@ class Allocation:
         return 1.0 - self.cost / self.dense_cost
 
 
+def perplexity_of(loss: float) -> float:
+    """exp(loss); infinite where it overflows."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What one model was measured to be: its losses on some windows of one split, and what a reward ``needs`` beside.
@@ -192,8 +198,6 @@ class Evaluation:
     @property
     def finite(self) -> bool:
         """Whether losses and divergences are numbers: whether the model still works."""
-        import math
-
         return all(map(math.isfinite, (*self.losses, *(self.kls or ()), *(self.reverse_kls or ()))))
 
     @property
@@ -211,9 +215,7 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where it overflows."""
-        import math
-
-        return math.exp(self.loss) if self.loss < 700 else (math.inf if self.loss == self.loss else math.nan)
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from ffgym.search.finals import expected_tokens, finalists
 from ffgym.search.loop import SearchResult, search
 from ffgym.tracking.names import Result
 from ffgym.tracking.tracker import Tracker
-from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Update
+from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Update, perplexity_of
 
 DELETE_IT = "Delete it to compute it again."
 CELL_RESULT = FileFormat("bench result", CellResult, DataError, DELETE_IT)
@@ -157,7 +156,7 @@ class CellRunner:
             result = self._result(cell, task, found, watch.noted)
             tracker.log_result(_tracked(result, task, found))
             # The step is the number of tokens evaluated, so that MLflow charts the same curve as the bench's picture.
-            tracker.log_metrics([("search/incumbent", mark.perplexity, mark.tokens) for mark in result.marks])
+            tracker.log_metrics([("search/incumbent", perplexity_of(mark.loss), mark.tokens) for mark in result.marks])
             # A cell whose file exists is never computed again, so its MLflow run has to end now.
             ending.enter_context(held_back_interrupts(first_only=True))
             write_result(cell.path, result)
@@ -247,8 +246,8 @@ class CellRunner:
 def _tracked(result: CellResult, task: Task, found: SearchResult) -> Result:
     """What MLflow calls the result of the cell."""
     return Result(
-        perplexity=result.final.perplexity,
-        dense_perplexity=math.exp(min(result.dense_loss, 700)),
+        perplexity=perplexity_of(result.final.loss),
+        dense_perplexity=perplexity_of(result.dense_loss),
         sparsity=result.final.sparsity,
         params=task.sizes(result.final.kept)["params"],
         search_tokens=result.search_tokens,

@@ -17,7 +17,7 @@ from ffgym.config.mixture import described
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
-from ffgym.types import JSONDict
+from ffgym.types import JSONDict, perplexity_of
 
 MOST_LINES = 6  # in a picture; more could not be told apart
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -35,11 +35,6 @@ class Mark(_Stored):
     tokens: Count
     loss: float
 
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where it overflows."""
-        return _perplexity(self.loss)
-
 
 class Final(_Stored):
     """The chosen allocation: units kept per sublayer, report loss (nats per token), sparsity reached, origin.
@@ -54,11 +49,6 @@ class Final(_Stored):
     origin: str
     losses: list[float] = []
     plain_loss: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss); infinite where it overflows."""
-        return _perplexity(self.loss)
 
 
 class CellResult(_Stored):
@@ -89,10 +79,6 @@ class CellResult(_Stored):
     asked_marks: Count
     marks: list[Mark]
     final: Final
-
-
-def _perplexity(loss: float) -> float:
-    return math.inf if loss > 700 else math.exp(loss)
 
 
 @dataclass(frozen=True)
@@ -165,10 +151,18 @@ class BenchTable:
         """What stands where."""
         columns: list[Column[BenchRow]] = [
             Column("agent", lambda row: row.label, left=True, plain=lambda row: {"label": row.label}),
-            _number("perplexity", lambda row: str(row.perplexity), _perplexity_data),
+            _number(
+                "perplexity",
+                lambda row: str(row.perplexity),
+                lambda row: {"perplexity": row.perplexity.value, "perplexity_stderr": row.perplexity.stderr},
+            ),
             _number("x dense", lambda row: f"{row.times_dense:.2f}", lambda row: {"ratio_to_dense": row.times_dense}),
             _number("nats against best heuristic", self._against, lambda row: difference_data(row.difference)),
-            _number("without any refit", lambda row: str(row.plain or "—"), _plain_data),
+            _number(
+                "without any refit",
+                lambda row: str(row.plain or "—"),
+                lambda row: {"perplexity_without_refit": row.plain and row.plain.value},
+            ),
             _number("seeds", lambda row: str(row.seeds), lambda row: {"seeds": row.seeds}, spare=True),
             Column("dtype", lambda row: row.dtypes, left=True, plain=lambda row: {"dtype": row.dtypes}, spare=True),
             _number("tokens", lambda row: f"{row.tokens:,.0f}", lambda row: {"tokens": row.tokens}, spare=True),
@@ -218,14 +212,6 @@ def _tokens_to(baseline: str) -> Column[BenchRow]:
     )
 
 
-def _perplexity_data(row: BenchRow) -> JSONDict:
-    return {"perplexity": row.perplexity.value, "perplexity_stderr": row.perplexity.stderr}
-
-
-def _plain_data(row: BenchRow) -> JSONDict:
-    return {"perplexity_without_refit": None if row.plain is None else row.plain.value}
-
-
 def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequence[str]) -> BenchTable:
     """Summarise cells by label.
 
@@ -242,12 +228,14 @@ def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequenc
     rule = min(rules, key=lambda cell: cell.final.loss, default=None)
     rows = []
     for label, cells in groups.items():
-        plain = [_perplexity(cell.final.plain_loss) for cell in cells if cell.final.plain_loss is not None]
+        plain = [perplexity_of(cell.final.plain_loss) for cell in cells if cell.final.plain_loss is not None]
+        perplexities = [perplexity_of(cell.final.loss) for cell in cells]
+        ratios = [value / perplexity_of(cell.dense_loss) for value, cell in zip(perplexities, cells, strict=True)]
         rows.append(
             BenchRow(
                 label=label,
-                perplexity=mean_of([cell.final.perplexity for cell in cells]),
-                times_dense=float(np.mean([cell.final.perplexity / _perplexity(cell.dense_loss) for cell in cells])),
+                perplexity=mean_of(perplexities),
+                times_dense=float(np.mean(ratios)),
                 difference=None if rule is None else _difference(cells, [rule]),
                 plain=mean_of(plain) if plain else None,
                 seeds=len(cells),
@@ -280,9 +268,8 @@ def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequenc
             " Nats per token are differences on the same windows, ± half of the 95 % interval, which both windows and "
             "seeds widen; below 0 is better, and a tie is an interval that holds 0."
         )
-    return BenchTable(
-        title, tuple(sorted(rows, key=_standing)), header, tuple(goals), None if rule is None else rule.label
-    )
+    rows.sort(key=lambda row: (math.isnan(row.perplexity.value), row.perplexity.value))
+    return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label)
 
 
 def _difference(cells: Sequence[CellResult], others: Sequence[CellResult]) -> Difference | None:
@@ -295,11 +282,6 @@ def _difference(cells: Sequence[CellResult], others: Sequence[CellResult]) -> Di
 
 def _dtypes(cells: Sequence[CellResult]) -> str:
     return " and ".join(dict.fromkeys(cell.dtype for cell in cells))
-
-
-def _standing(row: BenchRow) -> tuple[bool, float]:
-    """Best first; NaN comes last."""
-    return math.isnan(row.perplexity.value), row.perplexity.value
 
 
 def tokens_until(cells: Sequence[CellResult], goal: float) -> float | None:
@@ -358,16 +340,6 @@ class _Curve:
         mean: np.ndarray = self.values.mean(axis=0)
         return mean
 
-    @property
-    def lowest(self) -> float:
-        """Of the mean."""
-        return float(np.nanmin(self.mean))
-
-    @property
-    def highest(self) -> float:
-        """Of the mean."""
-        return float(np.nanmax(self.mean))
-
 
 def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
     """Report perplexity of the incumbent against search tokens: mean and range over seeds, and what the finals chose.
@@ -391,7 +363,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     for curve in drawn:
         look, count, value = looks[curve.label], len(curve.values), final[curve.label]
         label = f"{curve.label}: {value:.2f}, {count} seed{'s' * (count > 1)}"
-        label += ", above the scale" if curve.lowest > high else ""
+        label += ", above the scale" if np.nanmin(curve.mean) > high else ""
         axes.plot(curve.tokens, curve.mean, markersize=6, label=label, **look)
         band = curve.values.min(axis=0), curve.values.max(axis=0)
         axes.fill_between(curve.tokens, *band, alpha=0.12, color=look["color"], linewidth=0)
@@ -426,7 +398,7 @@ def _scale(drawn: Sequence[_Curve], others: Sequence[float]) -> tuple[float, flo
     """Limits that the better half of the curves sets: one bad beginning would flatten all the others."""
     top = max(others, default=1.0)
     if drawn:
-        top = 1.15 * sorted(curve.highest for curve in drawn)[(len(drawn) - 1) // 2]
+        top = 1.15 * sorted(float(np.nanmax(curve.mean)) for curve in drawn)[(len(drawn) - 1) // 2]
     values = np.concatenate([*(curve.values[curve.values <= top] for curve in drawn), [v for v in others if v <= top]])
     if not len(values):
         return 0.0, top

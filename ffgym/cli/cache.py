@@ -38,7 +38,7 @@ def cache(
             typer.echo(f"deleted {entry.path}", err=True)
         found = [entry for entry in found if entry not in chosen]
     if as_json:
-        print_json([{**asdict(entry), "path": str(entry.path)} for entry in found])
+        print_json([asdict(entry) for entry in found])
         return
     rows = [
         (

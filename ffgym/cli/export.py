@@ -54,7 +54,7 @@ def export(
 
         if output or gguf or dtype or overrides or overwrite or name != "gguf":
             raise typer.BadParameter("--refresh changes DIR itself, takes no options and writes nowhere else")
-        files = [str(path) for path in refresh(folder)]
+        files = refresh(folder)
         if as_json:
             print_json({"files": files})
         for path in [] if as_json else files:
@@ -67,7 +67,7 @@ def export(
     with Reporter().stage(f"write {target.name}", 1) as stage:
         written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)
     if as_json:
-        print_json({**asdict(written), "path": str(written.path)})
+        print_json(asdict(written))
         return
     typer.echo(
         f"{written.path}: {written.bytes / 1e6:.1f} MB, {written.parameters / 1e6:.1f} M parameters in {written.dtype},"

@@ -272,7 +272,7 @@ def evaluate(
             else:
                 Console().print(table.layout().terminal())
             if output is not None:
-                task_table.write_file(output, table)
+                write_text(output, task_table.FILE_KINDS[output.suffix](table))
 
 
 def _arguments(text: str) -> tuple[str, ...]:

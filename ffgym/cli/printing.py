@@ -20,5 +20,5 @@ def print_columns(rows: Iterable[Sequence[str]]) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print strict JSON: what is no number becomes null."""
-    typer.echo(json.dumps(strict(data), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print strict JSON: what is no number becomes null, a path its text."""
+    typer.echo(json.dumps(strict(data), indent=2, ensure_ascii=False, allow_nan=False, default=str))

@@ -54,7 +54,7 @@ def runs(
     known.sort(key=lambda run: getattr(run, column), reverse=sort.startswith("-"))
     found = [*known, *(run for run in found if _is_missing(getattr(run, column)))]
     if as_json:
-        print_json([_plain(run) for run in found])
+        print_json([{**asdict(run), "started": run.started.isoformat()} for run in found])
     elif found:
         print_columns(
             [[HEADS.get(key, key) for key in COLUMNS], *([_cell(run, key) for key in COLUMNS] for run in found)]
@@ -96,8 +96,3 @@ def _cell(run: TrackedRun, column: str) -> str:
     if value is None:
         return ""
     return run.id[:ID_CHARACTERS] if column == "id" else FORMATS.get(column, "{}").format(value)
-
-
-def _plain(run: TrackedRun) -> dict[str, Any]:
-    folder = None if run.folder is None else str(run.folder)
-    return {**asdict(run), "started": run.started.isoformat(), "folder": folder}

@@ -18,14 +18,13 @@ from ffgym.errors import ConfigError
 from ffgym.types import JSONDict, Ramp
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
-OptionalText = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
+NotGiven = BeforeValidator(lambda value: None if value == "" else value)
+OptionalText = Annotated[str | None, NotGiven]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Corpora, BeforeValidator(checked)]
-OptionalShare = Annotated[
-    Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(lambda value: None if value == "" else value)
-]
+OptionalShare = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, NotGiven]
 Count = Annotated[int, Field(ge=1)]
-OptionalCount = Annotated[Count | None, BeforeValidator(lambda value: None if value == "" else value)]
+OptionalCount = Annotated[Count | None, NotGiven]
 CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets
 NARROWEST_RANGE = 0.001  # wide enough for 100 targets with names of their own
 STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # removed keys of [search], with their defaults

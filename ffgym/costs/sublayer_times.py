@@ -8,6 +8,7 @@ a new random order, so that whatever else the machine does affects all of them a
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import platform
 import re
@@ -185,12 +186,13 @@ def _probes(model: Any, ids: torch.Tensor) -> list[_Probe]:
     for shape, index in first.items():
         sublayer = sublayers[index]
         layer = layers[sublayer.layer]
-        entered = _entered(family, layer, shape)
+        # The module whose arguments are the sublayer's: the attention module, or the MLP's first producer.
+        entered = _attention(family, layer) if shape.kind == "attention" else family.producers(layer, "mlp")[0]
         args, kwargs = arguments_of(entered, lambda: model.base_model(input_ids=ids, use_cache=False))
         twin = _copied(layer)
         call = _attention(family, twin) if shape.kind == "attention" else _mlp(family, twin)
         half = PrunableSublayer(family, twin, sublayer)
-        probes.append(_Probe(shape, half, _bound(call, args, kwargs), devices_of(twin)))
+        probes.append(_Probe(shape, half, functools.partial(call, *args, **kwargs), devices_of(twin)))
     return probes
 
 
@@ -199,17 +201,6 @@ def _copied(layer: nn.Module) -> nn.Module:
     hooks = (getattr(module, "_hf_hook", None) for module in layer.modules())
     shared = (getattr(hook, "tied_params_map", None) for hook in hooks)
     return copy.deepcopy(layer, {id(tied): tied for tied in shared if tied is not None})
-
-
-def _bound(call: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    return lambda: call(*args, **kwargs)
-
-
-def _entered(family: Family, layer: nn.Module, shape: LayerShape) -> nn.Module:
-    """The module whose arguments are the sublayer's: the attention module, or the MLP's first producer."""
-    if shape.kind == "attention":
-        return _attention(family, layer)
-    return family.producers(layer, "mlp")[0]
 
 
 def _attention(family: Family, layer: nn.Module) -> nn.Module:

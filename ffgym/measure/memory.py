@@ -17,6 +17,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from ffgym.errors import FFGymError, ModelError
 
 STATUS = Path("/proc/self/status")
@@ -99,7 +101,8 @@ def _run(job: Job) -> Memory | None:
     from ffgym.models.placement import devices_of
 
     torch.set_num_threads(job.threads)
-    before = _resident()
+    process = psutil.Process()
+    before = int(process.memory_info().rss)
     loaded = load(job.name, revision=job.revision, dtype=job.dtype, device=job.device)
     generate(loaded.model, prompt(loaded.model, Workload(1, 1)))
     _release()
@@ -112,11 +115,11 @@ def _run(job: Job) -> Memory | None:
         return Memory("cuda", 0, held, sum(torch.cuda.max_memory_allocated(device) for device in devices), False)
     if loaded.device.type != "cpu":
         return None  # resident memory says nothing of memory on an accelerator
-    settled = _resident()
+    settled = int(process.memory_info().rss)
     with_loading = not _forget_peak()
     generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
     peak = _peak()
-    return None if peak is None else Memory("resident", before or 0, settled or peak, peak, with_loading)
+    return None if peak is None else Memory("resident", before, settled, peak, with_loading)
 
 
 def _release() -> None:
@@ -126,15 +129,10 @@ def _release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _resident() -> int | None:
-    """Bytes of this process that are in memory now; ``None`` off Linux."""
-    return _status("VmRSS")
-
-
 def _peak() -> int | None:
     """Most bytes of this process that were in memory; ``None`` where the system does not say."""
     # Preferred to ru_maxrss, which a process on Linux inherits from the one that started it.
-    known = _status("VmHWM")
+    known = _high_water()
     if known is not None:
         return known
     try:
@@ -151,12 +149,12 @@ def _forget_peak() -> bool:
         CLEAR.write_text("5", encoding="ascii")
     except OSError:
         return False
-    return _status("VmHWM") is not None
+    return _high_water() is not None
 
 
-def _status(field: str) -> int | None:
+def _high_water() -> int | None:
     try:
-        found = re.search(rf"^{field}:\s*(\d+) kB", STATUS.read_text(encoding="ascii"), flags=re.MULTILINE)
+        found = re.search(r"^VmHWM:\s*(\d+) kB", STATUS.read_text(encoding="ascii"), flags=re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None

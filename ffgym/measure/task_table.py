@@ -10,9 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from ffgym.files import write_text
 from ffgym.measure.task_definitions import TaskSet
 from ffgym.measure.tasks import Figure, ModelScores, TaskResult, paper_means
 from ffgym.report.layout import Column, Table, strict
@@ -92,17 +90,14 @@ def _result(model: ModelScores, task: str) -> TaskResult | None:
     return next((result for result in model.results if result.task == task), None)
 
 
-def figure_text(metric: Figure | None) -> str:
+def _figure(model: int, line: Line) -> str:
     """Four decimals, as lm-eval prints them, and the standard error where there is one."""
+    metric = line.figures[model]
     if metric is None:
         return "-"
     if not math.isfinite(metric.value):
         return "NaN" if math.isnan(metric.value) else "inf"
     return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
-
-
-def _figure(model: int, line: Line) -> str:
-    return figure_text(line.figures[model])
 
 
 def _notes(table: TaskTable) -> list[str]:
@@ -137,11 +132,6 @@ def _notes(table: TaskTable) -> list[str]:
                     " and lost their beginning."
                 )
     return list(dict.fromkeys(notes))
-
-
-def write_file(path: Path, table: TaskTable) -> None:
-    """Write the table to a ``.json`` or ``.md`` file, whole or not at all."""
-    write_text(path, FILE_KINDS[path.suffix](table))
 
 
 def as_dict(table: TaskTable) -> JSONDict:

@@ -22,14 +22,8 @@ if TYPE_CHECKING:
 
 LABELS = {
     "load": "load model and text",
-    "prepare": "prepare",
-    "search": "search",
-    "finals": "finals",
     "start": "where it started",
-    "report": "report",
     "sequential": "sequential calibration",
-    "save": "save",
-    "recover": "recover",
 }
 
 
@@ -84,7 +78,7 @@ def show(plan: Plan, console: Console) -> None:
 def _stages(plan: Plan) -> Table[Sequence[str]]:
     rows = [
         (
-            LABELS[stage.name],
+            LABELS.get(stage.name, stage.name),
             f"{stage.tokens:,}" if stage.tokens else "",
             humane(stage.operations.total) if stage.operations.total else "",
             clock(plan.seconds(stage)),

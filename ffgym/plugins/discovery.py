@@ -59,9 +59,7 @@ class Package(NamedTuple):
         return f"{self.name} {self.version}".strip()
 
 
-def built_in_package() -> Package:
-    """ffgym itself."""
-    return Package("ffgym", __version__)
+OWN = Package("ffgym", __version__)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import discovery
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, Package, built_in_package, installed, place_of, providers
+from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, installed, place_of, providers
 from ffgym.plugins.kinds import KINDS, OtherKind, PluginKind, imported
 from ffgym.types import PluginRecord
 
@@ -34,7 +34,7 @@ def is_name(kind: PluginKind, name: str) -> bool:
 def records() -> list[PluginRecord]:
     """What ``ffgym plugins`` shows: the built-ins, then one row per entry point, broken and refused ones included."""
     provides: dict[str, list[str]] = {kind: list(table) for kind, table in BUILTINS.items()}
-    built_in = PluginRecord("built-in", *built_in_package(), provides=provides)
+    built_in = PluginRecord("built-in", *OWN, provides=provides)
     return [built_in, *discovery.records()]
 
 
@@ -91,11 +91,7 @@ def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | N
 @overload
 def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
 @overload
-def create(
-    kind: OtherKind,
-    name: str,
-    options: Mapping[str, Any] | None = None,
-) -> Any: ...
+def create(kind: OtherKind, name: str, options: Mapping[str, Any] | None = None) -> Any: ...
 def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
     """Make an instance with validated options.
 
@@ -148,7 +144,7 @@ def package_of(plugin: Plugin | type[Plugin]) -> Package:
     cls = plugin if isinstance(plugin, type) else type(plugin)
     module = cls.__module__.partition(".")[0]
     if module == "ffgym":
-        return built_in_package()
+        return OWN
     offers = (offer for plugin in installed().loaded.values() for offer in plugin.offers)
     return next((offer.package for offer in offers if offer.cls is cls), Package(module, ""))
 

@@ -134,7 +134,7 @@ def front_figure(front: Front, path: Path) -> None:
     axes: Any = figure.add_subplot()
     targets = [100 * point.target for point in front.points]
     for number, label in enumerate(front.labels):
-        values = [_gap(front.row(point, label).perplexity) for point in front.points]
+        values = [front.row(point, label).perplexity for point in front.points]  # matplotlib leaves a gap at infinity
         if number == 0:
             look: dict[str, Any] = {"color": BLUE, "marker": "o", "linewidth": 2.4, "zorder": 4}
         else:
@@ -158,7 +158,3 @@ def front_figure(front: Front, path: Path) -> None:
     axes.legend(frameon=False, fontsize=9)
     tidy(axes)
     save_figure(figure, path)
-
-
-def _gap(perplexity: float) -> float:
-    return perplexity if math.isfinite(perplexity) else math.nan

@@ -11,7 +11,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -43,12 +43,12 @@ from ffgym.tracking.store import (
 )
 from ffgym.tracking.system import SystemMetrics
 from ffgym.tracking.view import TAGS, arrange
-from ffgym.types import Episode, JSONDict, Update
+from ffgym.types import Episode, JSONDict, Update, perplexity_of
+from ffgym.version import __version__
 
 RESERVE_BYTES = 256 * 1024
 OPENING_SECONDS = 60  # to wait while another process makes the same store, which takes MLflow about 5
 RETRY_SECONDS = 60  # after which a server that went away is tried again
-VERSIONED = ("ffgym", "torch", "transformers")
 
 
 class Tracker:
@@ -180,7 +180,7 @@ class Tracker:
         }
         shown = {
             "reward": episode.reward,
-            "perplexity": math.exp(episode.loss) if episode.loss < 700 else math.nan,
+            "perplexity": perplexity_of(episode.loss),
             "nats_above_dense": episode.loss - episode.dense_loss,
         }
         points = [(f"{search}/{name}", value, episode.index) for name, value in shown.items()]
@@ -424,7 +424,7 @@ def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[
         threads: what ``torch.get_num_threads()`` says; sums, and so rewards, depend on it in the last bits.
         plugins: the plugins used, e.g. ``{"criterion.wanda": "ffgym 0.1.0"}``.
     """
-    tags = {f"version.{package}": _version(package) for package in VERSIONED}
+    tags = {"version.ffgym": __version__, **{f"version.{name}": version(name) for name in ("torch", "transformers")}}
     tags |= {f"plugin.{name}": distribution for name, distribution in plugins.items()}
     return tags | {"device": device, "dtype": dtype, "threads": str(threads)}
 
@@ -440,13 +440,6 @@ def _milliseconds() -> int:
 
 def _same(before: float, value: float) -> bool:
     return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # e.g. run from a checkout that was never installed
-        return "not installed"
 
 
 def _fill(reserve: IO[bytes]) -> None:

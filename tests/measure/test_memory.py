@@ -126,7 +126,7 @@ class TestOffLinux:
         found = memory._run(job)
         assert isinstance(found, Memory)
         assert found.with_loading
-        assert (found.before, found.loaded) == (0, found.peak)
+        assert 0 < found.before < found.loaded <= found.peak
         assert found.peak > 2**24
 
     def test_without_getrusage_there_is_none(self, job, monkeypatch):

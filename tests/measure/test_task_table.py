@@ -2,13 +2,10 @@ import io
 import json
 import math
 
-import pytest
 from rich.console import Console
 
-from ffgym.errors import OutputError
-from ffgym.files import check_file
 from ffgym.measure.task_definitions import PAPER_TASKS, LoadedTask, TaskSet
-from ffgym.measure.task_table import FILE_KINDS, TaskTable, as_dict, write_file
+from ffgym.measure.task_table import FILE_KINDS, TaskTable, as_dict
 from ffgym.measure.tasks import Figure, ModelScores, TaskResult
 
 
@@ -114,22 +111,6 @@ def test_data_is_what_json_takes():
     )
 
 
-def test_a_file_is_json_or_markdown_by_its_ending(tmp_path):
-    for name in ("new/folder/scores.json", "scores.md"):
-        check_file(tmp_path / name, FILE_KINDS, overwrite=False)
-        write_file(tmp_path / name, TWO)
-    assert json.loads((tmp_path / "new/folder/scores.json").read_text()) == as_dict(TWO)
-    assert (tmp_path / "scores.md").read_text() == TWO.layout().markdown()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "scores.md"]
-
-
-def test_a_file_that_is_there_is_kept_unless_told_otherwise(tmp_path):
-    path = tmp_path / "scores.json"
-    path.write_text("mine")
-    with pytest.raises(OutputError, match="exists") as caught:
-        check_file(path, FILE_KINDS, overwrite=False)
-    assert "--overwrite" in caught.value.hint
-    assert path.read_text() == "mine"
-    check_file(path, FILE_KINDS, overwrite=True)
-    write_file(path, TWO)
-    assert json.loads(path.read_text()) == as_dict(TWO)
+def test_a_file_is_json_or_markdown_by_its_ending():
+    assert json.loads(FILE_KINDS[".json"](TWO)) == as_dict(TWO)
+    assert FILE_KINDS[".md"](TWO) == TWO.layout().markdown()
