@@ -113,7 +113,6 @@ class UnknownNameError(FFGymError):
         shown = names if listed is None else list(listed)
         label = "Known" if listed is None else "Among those known"
         super().__init__(f"unknown {kind} {name!r}", hint=f"{guess}{label}: {', '.join(shown) or 'none'}.")
-        self.name = name
 
 
 class OutputError(FFGymError):

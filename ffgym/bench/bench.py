@@ -25,6 +25,7 @@ from ffgym.bench.queue import compute
 from ffgym.bench.table import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import CONFIGURATION, flatten
+from ffgym.costs.timing import computing_threads
 from ffgym.files import disk_errors, write_text
 from ffgym.pipeline.agent import make_agent
 from ffgym.prepare.parts import cluster_of
@@ -100,12 +101,9 @@ def _workers(
     threads = before if table.ray_address else max(1, before // table.count)
     count = max(1, min(table.count, len(missing)))
     device = missing[0][1].config.model.device if missing else "cpu"
-    torch.set_num_threads(threads)
-    try:
-        with cluster_of(table.model_copy(update={"count": count}), device, reporter.print) as cluster:
-            yield cluster
-    finally:
-        torch.set_num_threads(before)
+    wanted = table.model_copy(update={"count": count})
+    with computing_threads(threads), cluster_of(wanted, device, reporter.print) as cluster:
+        yield cluster
 
 
 def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:

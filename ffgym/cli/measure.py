@@ -166,8 +166,14 @@ def latency(
             from ffgym.measure import measure as in_process
 
             table, place = in_process.latency_table(
-                in_process.TableOptions(model, context, dtype, device, threads, rebuild=rebuild, **chosen),
+                model,
+                context,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                rebuild=rebuild,
                 progress=progress,
+                **chosen,
             )
         else:
             _refuse_device(device)

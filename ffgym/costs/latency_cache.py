@@ -37,7 +37,7 @@ def cached_table(
     rebuild: bool = False,
     repetitions: int = REPETITIONS,
     on_progress: OnProgress | None = None,
-    notify: Notify | None = None,
+    notify: Notify = lambda line: None,
 ) -> LatencyTable:
     """The table of a model on this machine: from the cache, or timed now and kept there.
 
@@ -72,24 +72,31 @@ def timed_once(
     context: int,
     time: Callable[[], LatencyTable],
     *,
-    rebuild: bool = False,
-    notify: Notify | None = None,
+    rebuild: bool,
+    notify: Notify,
 ) -> LatencyTable:
     """The table that the cache keeps at ``path``, or else what ``time`` returns, which is then kept there."""
     if path.exists() and not rebuild:
-        table = _read(path, model, context, notify)
-        if table is not None:
+        try:
+            table = read_table(path)
+            table.check_fits(model, context=context, source=str(path))
+        except (ConfigError, BudgetError) as error:
+            notify(f"{error.message}; timing again")
+        else:
             notify_if_busy(table, notify)
             return table
     table = time()
     notify_if_busy(table, notify)
-    _write(path, table, notify)
+    try:
+        write_text(path, to_json(table))
+    except OutputError as error:
+        notify(f"the latency table could not be saved: {error.message}")
     return table
 
 
-def notify_if_busy(table: LatencyTable, notify: Notify | None) -> None:
+def notify_if_busy(table: LatencyTable, notify: Notify) -> None:
     """Tell the user if a table's times were disturbed, however old it is."""
-    if table.noise > BUSY and notify is not None:
+    if table.noise > BUSY:
         notify(
             f"the times differ by {table.noise:.0%} from quartile to quartile: the machine was busy. Time again when it"
             " is quiet: ffgym latency MODEL --rebuild"
@@ -116,24 +123,3 @@ def place_of(model: Any, *, context: int, serving: Serving | None = None, thread
         **({} if serving is None else {"serving": serving.model_dump(mode="json")}),
     }
     return cache_dir() / "latency" / f"{model.config.model_type}-{digest_of(facts)[:16]}.json"
-
-
-def _read(path: Path, model: Any, context: int, notify: Notify | None) -> LatencyTable | None:
-    """The table at this place; ``None``, with a line for the user, where the file is not that table."""
-    try:
-        table = read_table(path)
-        table.check_fits(model, context=context, source=str(path))
-    except (ConfigError, BudgetError) as error:
-        if notify is not None:
-            notify(f"{error.message}; timing again")
-        return None
-    return table
-
-
-def _write(path: Path, table: LatencyTable, notify: Notify | None) -> None:
-    """Write a table, completely or not at all."""
-    try:
-        write_text(path, to_json(table))
-    except OutputError as error:
-        if notify is not None:
-            notify(f"the latency table could not be saved: {error.message}")

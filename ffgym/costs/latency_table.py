@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ffgym.costs.latency_fit import PICOSECONDS, cost_table
+from ffgym.costs.timing import Spread
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.files import FileFormat
 from ffgym.models.families import family_of
@@ -99,6 +100,12 @@ class Curve(Strict):
         if {len(self.seconds), len(self.low), len(self.high)} != {len(sizes)}:
             raise ValueError("one time and two quartiles belong to every size")
         return self
+
+    @classmethod
+    def of(cls, shape: LayerShape, sizes: Sequence[int], times: Sequence[Spread]) -> Curve:
+        """The curve of measured times, one for each size."""
+        seconds, low, high = zip(*((time.median, time.low, time.high) for time in times), strict=True)
+        return cls(shape=shape, sizes=tuple(sizes), seconds=seconds, low=low, high=high)
 
     @property
     def costs(self) -> np.ndarray:

@@ -105,7 +105,11 @@ def time_model(
         context=context,
         model=model_shape(model),
         curves=tuple(
-            _curve(probe.shape, times[:, [index for index, (owner, _) in enumerate(points) if owner is probe]])
+            Curve.of(
+                probe.shape,
+                grid(probe.shape.units),
+                [Spread.of(column) for (owner, _), column in zip(points, times.T, strict=True) if owner is probe],
+            )
             for probe in probes
         ),
         whole_seconds=Spread.of(whole_times).median,
@@ -158,18 +162,6 @@ def _seconds(call: Call, calls: int, devices: set[torch.device]) -> float:
 
 def _calls(seconds: float) -> int:
     return max(1, min(MOST_CALLS, math.ceil(LEAST_SECONDS / seconds)))
-
-
-def _curve(shape: LayerShape, times: np.ndarray) -> Curve:
-    """Times of shape (repetitions, sizes) as a curve."""
-    spreads = [Spread.of(column) for column in times.T]
-    return Curve(
-        shape=shape,
-        sizes=tuple(grid(shape.units)),
-        seconds=tuple(spread.median for spread in spreads),
-        low=tuple(spread.low for spread in spreads),
-        high=tuple(spread.high for spread in spreads),
-    )
 
 
 # --- calling a sublayer by itself -------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""How long something takes: wall-clock seconds, device queues drained, and the spread of repetitions."""
+"""How long something takes: wall-clock seconds, device queues drained, the spread of repetitions, and threads."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -41,6 +42,17 @@ def timed(action: Callable[[], Result], devices: set[torch.device]) -> tuple[Res
     result = action()
     _synchronise(devices)
     return result, time.perf_counter() - begun
+
+
+@contextmanager
+def computing_threads(wanted: int | None) -> Iterator[None]:
+    """Let torch compute with that many threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _synchronise(devices: set[torch.device]) -> None:

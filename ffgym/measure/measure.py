@@ -8,8 +8,8 @@ which models -> load both -> do they belong together -> sizes -> speed, in turn 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from ffgym.costs.latency_table import LatencyTable
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.costs.sublayer_times import REPETITIONS, processor, threads_of
+from ffgym.costs.timing import computing_threads
 from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
 from ffgym.measure.memory import Job, measure_memory
 from ffgym.measure.pairs import units_kept
@@ -59,7 +60,7 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
     reporter = Reporter(progress)
     folder = model_folder(options.folder)
     source = dense_model(folder, options.dense)
-    with _threads(options.threads):
+    with computing_threads(options.threads):
         found = _side_by_side(options, folder, source, reporter)
         gc.collect()
         if torch.cuda.is_available():
@@ -67,42 +68,39 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
         return _with_memory(found, options, folder, source, reporter)
 
 
-@dataclass(frozen=True)
-class TableOptions:
-    """The options of ``ffgym latency``, whose help explains them."""
-
-    model: str
-    context: int
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-    repetitions: int = REPETITIONS
-    rebuild: bool = False
-
-
-def latency_table(options: TableOptions, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
-    """The latency table of a model on this machine, and where the cache keeps it.
+def latency_table(
+    model: str,
+    context: int,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    repetitions: int = REPETITIONS,
+    rebuild: bool = False,
+    progress: Console | None = None,
+) -> tuple[LatencyTable, Path]:
+    """The latency table of a model on this machine, and where the cache keeps it: what ``ffgym latency`` shows.
 
     Raises:
         ModelError: a model that cannot be loaded, or that is pruned already.
         BudgetError: it takes fewer tokens than ``context``.
     """
     reporter = Reporter(progress)
-    with _threads(options.threads):
+    with computing_threads(threads):
         with reporter.stage("load the model", 1):
-            loaded = load(options.model, dtype=options.dtype, device=options.device)
-        with reporter.stage("time the sublayers", options.repetitions + 1) as stage:
+            loaded = load(model, dtype=dtype, device=device)
+        with reporter.stage("time the sublayers", repetitions + 1) as stage:
             table = cached_table(
                 loaded.model,
-                context=options.context,
-                rebuild=options.rebuild,
-                repetitions=options.repetitions,
+                context=context,
+                rebuild=rebuild,
+                repetitions=repetitions,
                 on_progress=stage,
                 notify=reporter.print,
             )
-        if table.repetitions != options.repetitions:
+        if table.repetitions != repetitions:
             reporter.print(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
-        return table, place_of(loaded.model, context=options.context)
+        return table, place_of(loaded.model, context=context)
 
 
 def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: Reporter) -> Measurement:
@@ -110,10 +108,10 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
     with reporter.stage("load both models", 2) as stage:
         pruned = load(str(folder), dtype=options.dtype, device=options.device)
         stage.advance()
-        dense = _load_dense(source, pruned.dtype, options.device)
+        dense = _load_dense(source, pruned.dtype_name, options.device)
         kept = units_kept(pruned.model, dense.model)
     reporter.print(f"dense: {dense.description}, named by {source.said_by}; pruned: {folder}")
-    reporter.print(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {_name(dense.dtype)}")
+    reporter.print(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {dense.dtype_name}")
     workloads = _workloads(options, min(dense.context_limit, pruned.context_limit))
     prunable = PrunableModel(dense.model)
 
@@ -148,7 +146,7 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
         memory_work=(largest.batch, largest.length),
         device=processor(dense.device),
         threads=threads_of(dense.device),
-        dtype=_name(dense.dtype),
+        dtype=dense.dtype_name,
         torch=torch.__version__,
         transformers=version("transformers"),
         repetitions=options.repetitions,
@@ -174,9 +172,9 @@ def _with_memory(
     )
 
 
-def _load_dense(source: DenseModel, dtype: torch.dtype, device: str) -> LoadedModel:
+def _load_dense(source: DenseModel, dtype: str, device: str) -> LoadedModel:
     try:
-        return load(source.name, revision=source.revision, dtype=_name(dtype), device=device)
+        return load(source.name, revision=source.revision, dtype=dtype, device=device)
     except ModelError as error:
         if source.said_by == "--dense":
             raise
@@ -223,18 +221,3 @@ def _within_memory(workload: Workload) -> AbstractContextManager[None]:
             hint="Use smaller --batch-sizes or --prompt-lengths, or --device cpu.",
         )
     )
-
-
-@contextmanager
-def _threads(wanted: int | None) -> Iterator[None]:
-    """Let torch compute with that many threads, and with as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -197,10 +197,6 @@ def _curve(shape: LayerShape, count: int, times: dict[str, Spread]) -> Curve:
     def share(seconds: float) -> float:
         return max(LEAST_SECONDS, (seconds - without) / count)
 
-    return Curve(
-        shape=shape,
-        sizes=tuple(sizes),
-        seconds=tuple(share(spread.median) for spread in spreads),
-        low=tuple(share(spread.low) for spread in spreads),
-        high=tuple(share(spread.high) for spread in spreads),
+    return Curve.of(
+        shape, sizes, [Spread(share(spread.median), share(spread.low), share(spread.high)) for spread in spreads]
     )

@@ -76,11 +76,7 @@ class TaskResult:
 
     def metric(self, *names: str) -> Figure:
         """The first of these metrics that the task has."""
-        for name in names:
-            for metric in self.metrics:
-                if metric.name == name:
-                    return metric
-        raise KeyError(f"{self.task} has no metric {names}")
+        return next(metric for name in names for metric in self.metrics if metric.name == name)
 
 
 def evaluate_task(
@@ -234,8 +230,7 @@ def evaluate_models(
     done: list[ModelScores] = []
     for name in names:
         model = load(_own_name(name), dtype=dtype, device=device, any_family=True)
-        kind = str(model.dtype).removeprefix("torch.")
-        scores = ModelScores(name, model.description, kind, str(model.device))
+        scores = ModelScores(name, model.description, model.dtype_name, str(model.device))
         done.append(scores)
         for task in tasks.tasks:
             with stage(f"{name}, {task.name}", 1) as progress:

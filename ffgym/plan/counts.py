@@ -178,6 +178,14 @@ def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int
     return {**_prepared(shape, load), "kernels": kernels}
 
 
+def _finished(shape: ModelShape, load: Workload) -> dict[str, int]:
+    """What the stages after a search hold: the libraries that draw and save too, and the consumers of a cut model."""
+    kept = (1 - load.sparsity) * sum(s.channels for s in shape.sublayers)
+    consumers = _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
+    held = _searched(shape, load, load.report_rows)
+    return held | {"libraries": LIBRARIES + TRACKING, "refitted consumers": consumers}
+
+
 def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
     """Bytes of a forward pass through one layer, and of the tiles of logits after the last one."""
     tokens = min(tokens, max(load.batch_tokens, load.window))
@@ -304,10 +312,8 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
     operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
     memory = {
-        **_searched(shape, load, load.report_rows),
-        "libraries": LIBRARIES + TRACKING,
+        **_finished(shape, load),
         "hidden states": hidden_states(shape, load, load.report_tokens),
-        "refitted consumers": _consumers(shape, load),
         "activations": _activations(shape, load, load.report_tokens),
     }
     return Stage("report", tokens, operations, memory)
@@ -325,29 +331,16 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
     memory = {
-        **_searched(shape, load, load.report_rows),
-        "libraries": LIBRARIES + TRACKING,
+        **_finished(shape, load),
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
-        "refitted consumers": _consumers(shape, load),
         "moments": round(REFITTING * kept * n**2),
     }
     return Stage("sequential", tokens, operations, memory)
 
 
 def _save(shape: ModelShape, load: Workload) -> Stage:
-    memory = {
-        **_searched(shape, load, load.report_rows),
-        "libraries": LIBRARIES + TRACKING,
-        "refitted consumers": _consumers(shape, load),
-        "saved model": _at_a_time(shape, load, saved_model(shape, load), layers=2),
-    }
-    return Stage("save", 0, Operations(), memory)
-
-
-def _consumers(shape: ModelShape, load: Workload) -> int:
-    """Bytes of the refitted consumers of a whole cut model."""
-    kept = (1 - load.sparsity) * sum(s.channels for s in shape.sublayers)
-    return _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
+    saved = _at_a_time(shape, load, saved_model(shape, load), layers=2)
+    return Stage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
 
 
 def _recover(shape: ModelShape, load: Workload) -> Stage:

@@ -21,7 +21,7 @@ from ffgym.costs.latency_table import read_table
 from ffgym.errors import BudgetError, ConfigError, ModelError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.measure import measure as measure_module
-from ffgym.measure.measure import Options, TableOptions, latency_table, measure
+from ffgym.measure.measure import Options, latency_table, measure
 from ffgym.measure.memory import Memory
 from ffgym.measure.table import Measurement
 from ffgym.models.cut import PrunableModel
@@ -288,9 +288,9 @@ def test_latency_is_timed_once_shown_and_written(table_cache: list[int], tmp_pat
 def test_latency_of_what_cannot_be_timed(table_cache: list[int], run: Path, tmp_path: Path) -> None:
     glass, quiet = str(glass_home() / "glass"), Console(file=io.StringIO())
     with pytest.raises(ModelError, match="already pruned by ffgym"):
-        latency_table(TableOptions(str(run / "model"), 64), progress=quiet)
+        latency_table(str(run / "model"), 64, progress=quiet)
     with pytest.raises(BudgetError, match="at most 128"):
-        latency_table(TableOptions(glass, 1024), progress=quiet)
+        latency_table(glass, 1024, progress=quiet)
     done = call("latency", glass, "--output", str(tmp_path / "table.md"))
     assert done.exit_code == 1
     assert "Use a name that ends in .json" in done.stderr
