@@ -5,7 +5,7 @@ Sublayers are prepared one at a time, and each one's moment is released as soon 
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -82,7 +82,7 @@ def prepare(
         source: where the model's layers come from if they are on the meta device. What is prepared of a layer is then
             released with it, so ``on_layer`` has to store it, and the result holds no views.
         on_layer: called with the halves of a layer, their views and lambdas, when it is prepared.
-        on_progress: called with (steps done, steps): layers of a walk backwards where there is one, then sublayers.
+        on_progress: called with (steps done, steps): sublayers, twice where there is a walk backwards.
 
     Raises:
         PluginError: the criterion or the calibration broke its contract.
@@ -95,16 +95,20 @@ def prepare(
             "choosing the ridge needs at least 2 calibration windows",
             hint="Raise data.calibration_tokens, or set prune.ridge to a number such as 0.01.",
         )
-    steps = _Steps(on_progress, sublayers=len(prunable.halves))
+    needs, done = criterion.needs | keep, itertools.count(1)
+    steps = len(prunable.halves) * (2 if needs & GRADIENT_STATISTICS else 1)
+
+    def advance() -> None:
+        if on_progress is not None:
+            on_progress(next(done), steps)
+
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
     gradients = _Gradients(prunable)
-    for index, stats in gradient_statistics(
-        prunable, sample, criterion.needs | keep, on_progress=steps.counting("layers")
-    ):
+    for index, stats in gradient_statistics(prunable, sample, needs):
         gradients.add(index, stats)
+        advance()
     held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
     stream = stream_statistics(prunable, windows, held_out=held_out, tokens_per_batch=tokens_per_batch)
-    ordered = steps.counting("sublayers")
     views: list[SublayerView] = []
     ridges: list[float] = []
     for index, sums, apart in stream:
@@ -121,7 +125,7 @@ def prepare(
         if source is not None and half.sublayer.kind != "attention":
             views.clear()
         del sums, apart, view  # before the moments of the next layer are collected
-        ordered(len(ridges), len(prunable.halves))
+        advance()
     return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
 
 
@@ -149,24 +153,6 @@ class _Gradients:
 
     def _name(self, index: int) -> str:
         return f"gradients of {self._halves[index].sublayer.name}"
-
-
-class _Steps:
-    """Reports the progress of several kinds of work as one."""
-
-    def __init__(self, on_progress: OnProgress | None, **known: int) -> None:
-        self._on_progress = on_progress
-        self._done, self._steps = Counter[str](), Counter[str](known)
-
-    def counting(self, kind: str) -> OnProgress:
-        """The callback of one kind of work, for its own (steps done, steps)."""
-
-        def advance(done: int, steps: int) -> None:
-            self._done[kind], self._steps[kind] = done, steps
-            if self._on_progress is not None:
-                self._on_progress(self._done.total(), self._steps.total())
-
-        return advance
 
 
 def _build_path(

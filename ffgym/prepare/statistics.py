@@ -7,7 +7,7 @@ pass serves a model of any size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -37,13 +37,8 @@ def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
         found.append((args, kwargs))
         raise _Reached
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
         run()
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     return found[0]
 
 
@@ -59,12 +54,10 @@ def inputs_handed_on(
     halves: Sequence[PrunableSublayer], receive: Sequence[Callable[[torch.Tensor], None]]
 ) -> Iterator[None]:
     """Within it, whatever the consumer of each half is given is passed to its receiver too."""
-    handles = [half.watch(to) for half, to in zip(halves, receive, strict=True)]
-    try:
+    with ExitStack() as hooks:
+        for half, to in zip(halves, receive, strict=True):
+            hooks.enter_context(half.watch(to))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def stream_statistics(
@@ -110,8 +103,6 @@ def gradient_statistics(
     prunable: PrunableModel,
     windows: torch.Tensor,
     needs: frozenset[str],
-    *,
-    on_progress: OnProgress | None = None,
 ) -> Iterator[tuple[int, LayerStats]]:
     """Yield the first-order statistics of the consumers, from one walk backwards, without keeping them.
 
@@ -119,7 +110,6 @@ def gradient_statistics(
         prunable: dense, in eval mode, its parameters frozen.
         windows: token ids, shape (windows, length), int64.
         needs: any of ``gradient``, ``output_gradient``.
-        on_progress: called with (layers done, layers).
 
     Yields:
         (index, statistics) of each consumer, float32, the last layer's first; nothing where nothing is needed.
@@ -138,27 +128,20 @@ def gradient_statistics(
 
     @contextmanager
     def layer(index: int) -> Iterator[None]:
-        with prunable.layer(index) as halves:
+        with prunable.layer(index) as halves, ExitStack() as hooks:
             sums[:] = [_FirstOrder(half.consumer, needs) for half in halves]
-            handles = [h.consumer.register_forward_hook(to.record) for h, to in zip(halves, sums, strict=True)]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+            for half, to in zip(halves, sums, strict=True):
+                hooks.enter_context(half.consumer.register_forward_hook(to.record))
+            yield
 
-    walk, tokens = Walk(prunable.model), pieces.shape[0] * (length - 1)
-    walked = walk_back(
-        walk, torch.split(pieces, 1), lambda _: [to.output for to in sums], scale=length - 1, layer=layer
-    )
+    walk, tokens, batches = Walk(prunable.model), pieces.shape[0] * (length - 1), torch.split(pieces, 1)
+    walked = walk_back(walk, batches, lambda _: [to.output for to in sums], scale=length - 1, layer=layer)
     for done, (index, gradients) in enumerate(walked, start=1):
         for to, gradient in zip(sums, gradients, strict=True):
             to.update(gradient)
         if done % len(pieces) == 0:
             for sublayer in (2 * index + 1, 2 * index):
                 yield sublayer, sums.pop().result(tokens)
-            if on_progress is not None:
-                on_progress(done // len(pieces), len(walk.layers))
 
 
 class _FirstOrder:

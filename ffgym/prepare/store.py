@@ -14,10 +14,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -249,6 +250,7 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
         half.affine = record.affine[index]
         if stream is not None:
             half.order, half.load_path = order, each.path
+            views.append(_StoredView(prunable, each, record.tokens[index], record.energies[index]))
             continue
         half.permute(order)
         refit = each.path() if half.is_refittable else None
@@ -257,15 +259,14 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
         lost = each.read("removal_error") if refit is None else refit.removal_error
         stats, energy = each.stats(record.tokens[index]), record.energies[index]
         views.append(view_of(half, each.read("unit_scores"), stats, lost, energy, refit))
-    seen = views if stream is None else _Views(prunable, stored, record)
-    return Prepared(prunable, seen, record.ridges, record.calibration_tokens)
+    return Prepared(prunable, views, record.ridges, record.calibration_tokens)
 
 
 class _Stored:
     """A sublayer's tensors in a store, read when they are asked for; raises ``KeyError`` where sizes do not fit."""
 
     def __init__(self, file: TensorFile, half: PrunableSublayer, device: torch.device) -> None:
-        self._file, self._half, self._prefix, self._device = file, half, f"{half.sublayer.kind}.", device
+        self._file, self.half, self._prefix, self._device = file, half, f"{half.sublayer.kind}.", device
         n = half.consumer.in_features
         if not half.is_refittable:
             if file.shape(f"{self._prefix}removal_error") != (n + 1,):
@@ -281,63 +282,49 @@ class _Stored:
 
     def stats(self, tokens: int) -> LayerStats:
         """The statistics that heuristics asked for."""
-        kept = {name: self.read(f"stats.{name}") for name in STATISTICS if self._has(f"stats.{name}")}
-        return LayerStats(tokens, **kept)
+        there = [name for name in STATISTICS if f"{self._prefix}stats.{name}" in self._file.names]
+        return LayerStats(tokens, **{name: self.read(f"stats.{name}") for name in there})
 
     def path(self) -> NestedRidge:
         """The refit for every level of the sublayer, whose weights are in memory."""
-        weight, bias = self._half.dense_consumer
+        weight, bias = self.half.dense_consumer
         names = [name for name in self._file.names if name.startswith(self._prefix)]
         factors = [name.removeprefix(self._prefix) for name in names if ".stats." not in name]
         return NestedRidge.restored(weight.detach(), {name: self.read(name) for name in factors}, bias)
 
-    def _has(self, name: str) -> bool:
-        return self._prefix + name in self._file.names
-
-
-class _Views(Sequence[SublayerView]):
-    """What heuristics see of a streamed model: weights and statistics are read when they look at them."""
-
-    def __init__(self, prunable: PrunableModel, stored: Sequence[_Stored], record: Record) -> None:
-        self._prunable, self._stored, self._record = prunable, stored, record
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    @overload
-    def __getitem__(self, index: int) -> SublayerView: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[SublayerView]: ...
-    def __getitem__(self, index: int | slice) -> SublayerView | Sequence[SublayerView]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
-        half, stored, record = self._prunable.halves[index], self._stored[index], self._record
-        stats = stored.stats(record.tokens[index])
-        increase = None
-        if stats.output_gradient is not None:
-            with self._prunable.layer(half.sublayer.layer):
-                increase = stored.path().loss_increase(stats.output_gradient)[:: half.sublayer.channels_per_unit]
-        return _StoredView(
-            partial(self._weight, half),
-            sublayer=half.sublayer,
-            stats=stats,
-            unit_scores=stored.read("unit_scores"),
-            removal_error=stored.read("removal_error")[:: half.sublayer.channels_per_unit].cpu().numpy(),
-            output_energy=record.energies[index],
-            loss_increase=None if increase is None else increase.cpu().numpy(),
-        )
-
-    def _weight(self, half: PrunableSublayer) -> torch.Tensor:
-        with self._prunable.layer(half.sublayer.layer):
-            return half.dense_consumer[0].detach()
-
 
 class _StoredView(SublayerView):
-    """A view whose weight is read when somebody looks at it: many heuristics do not."""
+    """What heuristics see of a sublayer of a streamed model: tensors are read each time that they look at them."""
 
-    def __init__(self, read: Callable[[], torch.Tensor], **fields: Any) -> None:
-        vars(self).update(fields, _read=read)
+    _prunable: PrunableModel
+    _stored: _Stored
+    _tokens: int
+
+    def __init__(self, prunable: PrunableModel, stored: _Stored, tokens: int, output_energy: float) -> None:
+        sublayer = stored.half.sublayer
+        vars(self).update(
+            _prunable=prunable,
+            _stored=stored,
+            _tokens=tokens,
+            sublayer=sublayer,
+            unit_scores=stored.read("unit_scores"),
+            removal_error=stored.read("removal_error")[:: sublayer.channels_per_unit].cpu().numpy(),
+            output_energy=output_energy,
+        )
 
     @property
     def weight(self) -> torch.Tensor:
-        return cast("torch.Tensor", vars(self)["_read"]())
+        with self._prunable.layer(self.sublayer.layer):
+            return self._stored.half.dense_consumer[0].detach()
+
+    @property
+    def stats(self) -> LayerStats:
+        return self._stored.stats(self._tokens)
+
+    @cached_property
+    def loss_increase(self) -> np.ndarray | None:
+        fisher, step = self.stats.output_gradient, self.sublayer.channels_per_unit
+        if fisher is None:
+            return None
+        with self._prunable.layer(self.sublayer.layer):
+            return self._stored.path().loss_increase(fisher)[::step].cpu().numpy()

@@ -196,11 +196,8 @@ class _Streams:
         """
         outputs: list[torch.Tensor] = []
         consumer = self._family.consumer(self._dense.walk.layers[index], "mlp")
-        handle = consumer.register_forward_hook(lambda _, __, output: outputs.append(output.flatten(0, -2)))
-        try:
+        with consumer.register_forward_hook(lambda _, __, output: outputs.append(output.flatten(0, -2))):
             self._dense.step(index)
-        finally:
-            handle.remove()
         if not wanted:
             return torch.empty(0), torch.empty(0)
         producer = self._family.producers(self._pruned.walk.layers[index], "mlp")[0]
