@@ -8,7 +8,6 @@ layers share the hidden states up to there. Batches are the same as for a reques
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -103,20 +102,6 @@ class _Stream:
             yield replace(self, passes=tuple(own))
 
 
-@dataclass(frozen=True)
-class _DenseWindow:
-    """What is kept of the dense model on a window.
-
-    Attributes:
-        loss: nats per token.
-        hidden: final hidden states, from which its distributions can be computed again, shape (length - 1, d), the
-            model's dtype, on the CPU; ``None`` until a divergence is asked for.
-    """
-
-    loss: float
-    hidden: torch.Tensor | None
-
-
 class ModelEvaluator:
     """Measures allocations of one prepared model, layer by layer; see `Evaluator`.
 
@@ -145,8 +130,10 @@ class ModelEvaluator:
         self._examples = tuple(examples)
         self._calibrated = calibrated
         self._tokens_per_batch = tokens_per_batch
-        self._dense: dict[int, _DenseWindow] = {}
-        self._dense_right: dict[int, bool] = {}
+        self._dense: dict[_Pass, torch.Tensor] = {}
+        # Of windows on which a divergence was asked for: final hidden states of the dense model, from which its
+        # distributions can be computed again, shape (length - 1, d), the model's dtype, on the CPU.
+        self._dense_hidden: dict[int, torch.Tensor] = {}
 
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Evaluator`."""
@@ -205,12 +192,8 @@ class ModelEvaluator:
 
     def _is_known(self, each: _Pass, compared: Set[int]) -> bool:
         """Whether it is a pass of the dense model whose results are known, with hidden states where they are needed."""
-        if not self._is_dense(each.kept):
-            return False
-        (index,) = each.batch.indices
-        if each.batch.examples:
-            return index in self._dense_right
-        return index in self._dense and not (index in compared and self._dense[index].hidden is None)
+        hidden = set[int]() if each.batch.examples else compared & set(each.batch.indices)
+        return each in self._dense and self._dense_hidden.keys() >= hidden
 
     def _tokens(self, each: _Pass) -> int:
         if each.batch.examples:
@@ -218,7 +201,10 @@ class ModelEvaluator:
         return len(each.batch.indices) * self._length
 
     def _run(self, passes: Sequence[_Pass], compared: Set[int], advance: OnProgress) -> dict[_Pass, torch.Tensor]:
-        """Results by pass: losses and divergences, shape (1 or 3, windows), or what is right, (1, examples)."""
+        """Results by pass: losses and divergences, shape (1 or 3, windows), or what is right, (1, examples).
+
+        All that are known of the dense model are among them.
+        """
         tokens, depth = sum(map(self._tokens, passes)), len(self._prunable.halves) // 2
         own: dict[_Batch, list[_Pass]] = {}
         for each in passes:
@@ -230,7 +216,7 @@ class ModelEvaluator:
         dense = [stream for stream in streams if self._is_dense(stream.passes[0].kept)]
         others = [stream for stream in streams if not self._is_dense(stream.passes[0].kept)]
         self._keep_dense(dense, compared)  # first: the divergences of the others need its hidden states
-        read: dict[_Pass, torch.Tensor] = {}
+        read = dict(self._dense)
         for stream in others:
             read |= self._read(stream, self._walk.leave(stream.hidden, stream.entry))
         return read
@@ -270,14 +256,13 @@ class ModelEvaluator:
         broken = 0
         for stream in streams:
             last = self._walk.leave(stream.hidden, stream.entry)
-            (index,), (row,) = stream.passes[0].batch.indices, self._read(stream, last).values()
-            value = float(row)
-            if stream.asked is not None:
-                self._dense_right[index] = bool(value)
-            elif math.isfinite(value):
-                self._dense[index] = _DenseWindow(value, last[0, :-1].cpu() if index in compared else None)
-            else:
+            ((each, row),) = self._read(stream, last).items()
+            if not row.isfinite().all():
                 broken += 1
+                continue
+            self._dense[each] = row
+            if stream.asked is None:
+                self._dense_hidden |= {i: last[0, :-1].cpu() for i in each.batch.indices if i in compared}
         if broken:
             raise ModelError(
                 f"the loss of the dense model is not finite on {broken} of {len(text)} search windows",
@@ -294,37 +279,29 @@ class ModelEvaluator:
         read = {}
         for each in stream.passes:
             if each.divergences:
-                dense = torch.stack([self._dense_hidden(i) for i in each.batch.indices])
+                dense = torch.stack([self._dense_hidden[i] for i in each.batch.indices])
                 read[each] = window_divergences(self._model, hidden, dense, targets, each.divergences)
             else:
                 read[each] = window_losses(self._model, hidden, targets)[None]
         return read
 
-    def _dense_hidden(self, window: int) -> torch.Tensor:
-        hidden = self._dense[window].hidden
-        assert hidden is not None, "read before"
-        return hidden
-
     def _evaluation(self, request: Request, read: Mapping[_Pass, torch.Tensor]) -> Evaluation:
-        if self._is_dense(request.kept):
-            nothing = (0.0,) * len(request.windows)
-            columns = [tuple(self._dense[i].loss for i in request.windows), nothing, nothing]
-            right = self._dense_right
-        else:
-            rows = torch.cat([read[each] for each in self._of_text(request)], dim=1).tolist()
-            columns = [tuple(row) for row in rows]
-            answered = ((each.batch.indices, read[each][0].tolist()) for each in self._of_examples(request))
-            right = {i: answer for indices, answers in answered for i, answer in zip(indices, answers, strict=True)}
+        rows = torch.cat([read[each] for each in self._of_text(request)], dim=1).tolist()
+        losses, *divergences = map(tuple, rows)
+        kls, reverse_kls = divergences or [(0.0,) * len(losses)] * 2  # of the dense model
         accuracy = None
         if "accuracy" in request.needs and request.examples:
+            right: dict[int, bool] = {}
+            for each in self._of_examples(request):
+                right.update(zip(each.batch.indices, read[each][0].tolist(), strict=True))
             accuracy = task_accuracy(
                 [self._examples[i] for i in request.examples], [right[i] for i in request.examples]
             )
         return Evaluation(
-            columns[0],
+            losses,
             self._length - 1,
-            kls=columns[1] if "kl" in request.needs else None,
-            reverse_kls=columns[2] if "reverse_kl" in request.needs else None,
+            kls=kls if "kl" in request.needs else None,
+            reverse_kls=reverse_kls if "reverse_kl" in request.needs else None,
             accuracy=accuracy,
         )
 
