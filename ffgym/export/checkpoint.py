@@ -27,6 +27,7 @@ from ffgym.errors import ModelError, OutputError
 from ffgym.files import replacing, write_text
 from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import Family
+from ffgym.models.loading_errors import quiet
 from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
 from ffgym.types import Kind
 
@@ -144,7 +145,7 @@ def _write(
 ) -> SavedModel:
     with replacing(place) as folder:
         folder.mkdir()
-        with _no_progress_bar():
+        with quiet():  # our own bar may be on the screen
             write(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -236,11 +237,17 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
     settings = _settings(model)
     sizes = _sizes_per_layer(model, kept, family)
     weights = _checkpoint_weights(model, kept, family)
+
+    def has_new_bias(layer: int, kind: Kind) -> bool:
+        consumer = _consumer(layer, kind, family)
+        holder = consumer if kept[2 * layer + KINDS.index(kind)] else _skipped(layer, kind, family)
+        return f"{consumer}.bias" not in stock and f"{holder}.bias" in weights
+
     with _named_misfits():
         with torch.device("meta"):
             stock = model_class(config_class(**settings)).state_dict()
             for index, size in enumerate(sizes):
-                if biased := [kind for kind in KINDS if _has_new_bias(index, kind, kept, family, weights, stock)]:
+                if biased := [kind for kind in KINDS if has_new_bias(index, kind)]:
                     size["consumer_bias"] = biased
             pruned = model_class(config_class(**settings, per_layer_config=dict(enumerate(sizes))))
         return _filled(pruned, weights, model)
@@ -394,20 +401,6 @@ def _checkpoint_weights(model: Any, kept: Sequence[int], family: Family) -> dict
     return weights
 
 
-def _has_new_bias(
-    layer: int,
-    kind: Kind,
-    kept: Sequence[int],
-    family: Family,
-    weights: dict[str, torch.Tensor],
-    stock: dict[str, torch.Tensor],
-) -> bool:
-    """Whether this consumer has a bias, as affine calibration gives it, that the stock architecture does not know."""
-    consumer = _consumer(layer, kind, family)
-    holder = consumer if kept[2 * layer + KINDS.index(kind)] else _skipped(layer, kind, family)
-    return f"{consumer}.bias" not in stock and f"{holder}.bias" in weights
-
-
 def _consumer(layer: int, kind: Kind, family: Family) -> str:
     name = family.attention_consumer if kind == "attention" else family.mlp_consumer
     return f"{family.decoder}.layers.{layer}.{name}"
@@ -433,17 +426,3 @@ def refuse_occupied(place: Path, overwrite: bool) -> None:
             f"{place} is not empty and holds no model: replacing it would delete other files",
             hint="Choose another folder, or empty this one yourself.",
         )
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Silence transformers' own bar: ours may be on the screen."""
-    from transformers.utils import logging
-
-    was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            logging.enable_progress_bar()

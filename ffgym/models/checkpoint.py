@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
 from ffgym.models.families import check_config_family, register_saved
-from ffgym.models.loading_errors import AGAIN, loading_error, misfit, mxfp4, pickled, quiet
+from ffgym.models.loading_errors import AGAIN, explained, loading_error, misfit, mxfp4, pickled
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.towers import auto_class, check_towers
 
@@ -113,11 +113,8 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
     check_config(name, config, any_family=any_family, depth=depth_of(LAYER, shapes) or MOST_LAYERS)
     if any_family or "quantization_config" in config:  # names and shapes in the files may be others than the model's
         return config
-    try:
-        with quiet(), torch.device("meta"):
-            model = auto_class(config).from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except Exception as error:  # wrong values fail in as many ways as there are layers
-        raise loading_error(error, str(folder), name) from error
+    with explained(str(folder), name), torch.device("meta"):
+        model = auto_class(config).from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     for key, tensor in sorted(model.state_dict().items()):
         if (in_file := shapes.get(key, tuple(tensor.shape))) != tuple(tensor.shape):
             raise misfit(name, f"{key} is {in_file} in the checkpoint and {tuple(tensor.shape)} by the config")

@@ -28,7 +28,7 @@ from ffgym.models.checkpoint import (
 from ffgym.models.dequantise import dequantised
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, hub_folder, only_cached
-from ffgym.models.loading_errors import loading_error, quiet
+from ffgym.models.loading_errors import explained
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.models.towers import BY_ITSELF, PROCESSOR_FILES, Towers, auto_class, has_towers, text_model_of
@@ -239,11 +239,8 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
 def _config(source: str, name: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(source, **options, trust_remote_code=False)
-    except Exception as error:  # damaged files fail in as many ways as there are parsers
-        raise loading_error(error, source, name) from error
+    with explained(source, name):
+        return AutoConfig.from_pretrained(source, **options, trust_remote_code=False)
 
 
 def load_config(folder: Path) -> Any:
@@ -324,25 +321,23 @@ def _load_checkpoint(
     loader: Any, source: str, name: str, revision: str | None, dtype: torch.dtype, options: dict[str, Any]
 ) -> tuple[Any, Any]:
     origin = {"revision": revision or "main", "trust_remote_code": False}
-    try:
-        with quiet():
-            model, report = loader.from_pretrained(
-                source,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                return_dict=True,  # whatever config.json says: results are read by name
-                output_attentions=False,
-                **options,
-                **origin,
-            )
-    except Exception as error:  # damaged files fail in as many ways as there are parsers
-        raise loading_error(error, source, name, only_cached=options.get("local_files_only", False)) from error
+    only_cached = options.get("local_files_only", False)
+    with explained(source, name, only_cached=only_cached):
+        model, report = loader.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            return_dict=True,  # whatever config.json says: results are read by name
+            output_attentions=False,
+            **options,
+            **origin,
+        )
     check_complete(name, model, report)
     if Path(source).is_dir():
         return model, load_tokenizer(Path(source))
-    return model, _tokenizer(source, name, local_files_only=options.get("local_files_only", False), **origin)
+    return model, _tokenizer(source, name, local_files_only=only_cached, **origin)
 
 
 def _processor_files(source: str, revision: str | None, offline: bool) -> tuple[Path, ...]:
@@ -361,8 +356,5 @@ def _processor_files(source: str, revision: str | None, offline: bool) -> tuple[
 def _tokenizer(source: str, name: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # damaged files fail in as many ways as there are parsers
-        raise loading_error(error, source, name) from error
+    with explained(source, name):
+        return AutoTokenizer.from_pretrained(source, **options)

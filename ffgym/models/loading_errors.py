@@ -42,6 +42,16 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
     return not_from_hub(name, said)
 
 
+@contextlib.contextmanager
+def explained(source: str, name: str, *, only_cached: bool = False) -> Iterator[None]:
+    """Within it transformers is quiet, and whatever it raises becomes a `loading_error`."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:  # damaged files fail in as many ways as there are parsers
+        raise loading_error(error, source, name, only_cached=only_cached) from error
+
+
 def not_from_hub(name: str, why: str) -> ModelError:
     """The error for a name that is no folder and that the hub does not know."""
     return ModelError(
