@@ -269,20 +269,6 @@ def test_losses_of_a_log_that_were_altered_are_found(tmp_path: Path) -> None:
         read_log(path)
 
 
-def test_a_log_from_before_digests_is_read_and_gone_on_with(tmp_path: Path) -> None:
-    path = _episodes(tmp_path)
-    old = re.sub(rb', "digest": "\w+"', b"", path.read_bytes())
-    path.write_bytes(old)
-    with Recorder(path) as recorder:
-        assert len(recorder.earlier.episodes) == 3
-        recorder.record(episode(3, 1, 0.5))
-    assert path.read_bytes().startswith(old)
-    assert len(read_log(path).episodes) == 4
-    path.write_bytes(path.read_bytes().replace(b'"loss": 1.0', b'"loss": 1.5', 1))
-    with pytest.raises(DataError, match="line 4 is no episode"):
-        read_log(path)
-
-
 @pytest.mark.parametrize("facts", [{}, {**FACTS, "train": "x"}, {**FACTS, "held_out": [[0]]}, []])
 def test_a_checkpoint_with_other_facts_is_damaged(facts: Any, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path, {})

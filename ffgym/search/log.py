@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from ffgym.files import FileFormat
 from ffgym.types import Episode
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-SIGNATURE = re.compile(rb'(, "seconds": [-+.e\d]+)?, "digest": "[0-9a-f]{16}"}\n$')
 
 
 @dataclass(frozen=True)
@@ -54,44 +52,23 @@ class Line(BaseModel):
     sparsity: FiniteFloat
     fidelity: FiniteFloat
     tokens: Count
-    failed: bool = False
-    objectives: dict[str, float] = {}
-    stopped_early: bool = False  # in older logs
-    slopes: tuple[float, ...] = ()
-    slope_tokens: Count = 0
-    windows: tuple[Count, ...] = ()
-    examples: tuple[Count, ...] = ()
-    seconds: FiniteFloat = 0.0
-    digest: str = ""
+    failed: bool
+    objectives: dict[str, float]
+    slopes: tuple[float, ...]
+    slope_tokens: Count
+    windows: tuple[Count, ...]
+    examples: tuple[Count, ...]
+    seconds: FiniteFloat
+    digest: str
 
     def episode(self) -> Episode:
         """What it says; float32 importances survive the round trip bit for bit."""
         fields = dict(self)
-        del fields["seconds"], fields["digest"], fields["stopped_early"]
+        del fields["seconds"], fields["digest"]
         return Episode(**{**fields, "action": np.array(self.action, dtype=np.float32)})
 
 
 LINE = FileFormat("episode", Line, DataError, "Delete the file to search from the start.")
-
-
-class Clock:
-    """Wall time of a search over all its sessions."""
-
-    def __init__(self, total: float) -> None:
-        self.total = total
-        self._since = time.monotonic()
-
-    def lap(self) -> float:
-        """Seconds since the last call, counted nowhere."""
-        now = time.monotonic()
-        seconds, self._since = now - self._since, now
-        return seconds
-
-    def count(self) -> float:
-        """Seconds since the last call, added to the total."""
-        seconds = self.lap()
-        self.total += seconds
-        return seconds
 
 
 class Recorder:
@@ -102,7 +79,7 @@ class Recorder:
 
     Attributes:
         earlier: what earlier sessions wrote.
-        clock: of all sessions.
+        seconds: wall time of all sessions, as far as it was counted.
 
     Raises:
         DataError: see :func:`read_log`.
@@ -110,7 +87,8 @@ class Recorder:
 
     def __init__(self, path: Path | None) -> None:
         self.earlier = read_log(path) if path is not None and path.exists() else Log()
-        self.clock = Clock(self.earlier.seconds)
+        self.seconds = self.earlier.seconds
+        self._since = time.monotonic()
         self._file = path.open("ab") if path is not None else None
         self._digest = self.earlier.digest
 
@@ -123,12 +101,19 @@ class Recorder:
         if self._file is not None:
             self._file.close()
 
+    def count(self) -> float:
+        """Add the time since the last call, or the last episode, to `seconds`, and return it."""
+        now = time.monotonic()
+        taken, self._since = now - self._since, now
+        self.seconds += taken
+        return taken
+
     def record(self, episode: Episode) -> None:
         """Take note of the episode that the search has just come to."""
         if episode.index < len(self.earlier.episodes):
-            self.clock.lap()  # what a replay takes is no part of the search
+            self._since = time.monotonic()  # what a replay takes is no part of the search
             return
-        seconds = self.clock.count()
+        seconds = self.count()
         if self._file is not None:
             body = json.dumps(episode_to_json(episode)).encode()[:-1]
             self._digest.update(body)
@@ -156,18 +141,16 @@ def read_log(path: Path) -> Log:
         DataError: any other line that is not an episode, is not the next one, or was changed.
     """
     episodes: list[Episode] = []
-    seconds, digest, is_signed, end = 0.0, hashlib.sha256(), False, 0
+    seconds, digest, end = 0.0, hashlib.sha256(), 0
     for source, line in LINE.lines(path):
         if not line.endswith(b"\n"):
             os.truncate(path, end)  # or the next line would be glued to it
             break
         end += len(line)
         row = LINE.parse(line, source)
-        signature = SIGNATURE.search(line)
-        digest.update(line[: signature.start()] if signature else line)
-        if (row.digest or is_signed) and row.digest != _short(digest):
+        digest.update(line.rpartition(b', "seconds": ')[0])
+        if row.digest != _short(digest):
             raise LINE.refused(source, "it or a line before it was changed after it was written")
-        is_signed = bool(row.digest)
         if row.index != len(episodes):
             raise LINE.refused(source, f"index: {row.index}, not {len(episodes)}")
         seconds += row.seconds

@@ -181,8 +181,8 @@ def search_front(
             for target in targets:
                 candidates = contenders(env, agent, vector.history, settings.finalists, target, reach)
                 ranked, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed, on_finals)
-                recorder.clock.count()
-                points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.clock.total))
+                recorder.count()
+                points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.seconds))
                 if on_point is not None:
                     on_point(points[-1])
         except KeyboardInterrupt as stop:
@@ -201,12 +201,12 @@ def _interrupted(
     """Ctrl-C with what was found so far; as it came where that is nothing."""
     if len(vector.history) < max(1, len(recorder.earlier.episodes)):  # an earlier session handed over more
         return stop
-    recorder.clock.count()
+    recorder.count()
     try:
         best = finalists(env, agent, vector.history, 1, reach=reach)
     except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
         return stop
-    return SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.clock.total))
+    return SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.seconds))
 
 
 def _found(

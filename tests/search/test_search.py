@@ -456,12 +456,6 @@ class TestSeconds:
         assert found.seconds == len(found.history) + found.final_tokens / 32 + measured - (stop + 1)
         assert searched(slow(), log=log).seconds == found.seconds, "a replay takes no time"
 
-    def test_a_log_that_does_not_say_is_read(self, slow, tmp_path):
-        log = tmp_path / "episodes.jsonl"
-        found = searched(slow(), log=log)
-        log.write_text(untimed(log.read_text()))
-        assert searched(slow(), log=log).seconds == found.final_tokens / 32
-
     def test_are_real(self, env):
         begun = time.monotonic()
         found = searched(env)
