@@ -67,11 +67,6 @@ class Pathwise(BatchAgent):
         """Start from the prior (or zeros), unless a state has been loaded; nothing here is random."""
         if self._start is None:
             self._start = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
-        elif self._start.size != dimensions:
-            raise ConfigError(
-                f"the loaded policy is for {self._start.size} sublayers, this model has {dimensions}",
-                hint="Start from a run of the same model, or leave --init-from out.",
-            )
         self._mean = self._start.copy()
         self._means = []
         self._slope: np.ndarray | None = None

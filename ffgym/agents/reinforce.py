@@ -39,7 +39,6 @@ from ffgym.agents.averaging import tail_mean
 from ffgym.agents.coarse import UnitTrial, projection_shift
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.pathwise import PathwiseConfig, SlopeDescent
-from ffgym.errors import ConfigError
 from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 
 # The mean is w_0 + w_1 (p - 0.2) / 0.2, in a saved policy too: of order 1 over the usual budgets.
@@ -114,11 +113,6 @@ class Reinforce(BatchAgent):
         """Start from the prior (or zeros), unless a policy has been loaded."""
         if self._weights is None:
             self._weights = self._prior(dimensions)
-        elif self._weights.shape[1] != dimensions:
-            raise ConfigError(
-                f"the loaded policy is for {self._weights.shape[1]} sublayers, this model has {dimensions}",
-                hint="Start from a run of the same model, or leave --init-from out.",
-            )
         self._start_slope = self._weights[1]
         self._measured_at = None
         self._means = []

@@ -16,13 +16,13 @@ from ffgym.types import JSONDict, Sublayer
 
 
 class Policy(BaseModel):
-    """The content of a ``policy.json``: an agent, its state, and for which sublayers (``None`` if it does not say)."""
+    """The content of a ``policy.json``: an agent, its state, and for which sublayers."""
 
     model_config = ConfigDict(strict=True)
 
     agent: str
     state: JSONDict
-    sublayers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    sublayers: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 POLICY = FileFormat(
@@ -71,8 +71,6 @@ def policy_text(agent: str, sparsity: float | str, sublayers: Sequence[Sublayer]
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")

@@ -54,7 +54,8 @@ def config(agent: str, **tables: Any) -> RunConfig:
 
 def policy(folder: Path, **changes: Any) -> str:
     path = folder / "policy.json"
-    path.write_text(json.dumps({"agent": "picky", "state": {"place": "here"}, **changes}))
+    content = {"agent": "picky", "state": {"place": "here"}, "sublayers": ["layer 0 attention"]}
+    path.write_text(json.dumps({**content, **changes}))
     return str(path)
 
 
@@ -85,6 +86,7 @@ def test_a_state_of_another_form_is_said_to_be_one(tmp_path: Path, state: dict[s
         ("[1, 2]", "Input should be an object"),
         ('{"agent": "picky"}', "state: Field required"),
         ('{"agent": "picky", "state": null}', "state: Input should be an object, not None"),
+        ('{"agent": "picky", "state": {}}', "sublayers: Field required"),
         ('{"agent": "picky", "state": {}, "sublayers": 3}', "sublayers: Input should be a valid array, not 3"),
         ('{"agent": "picky", "state": {}, "sublayers": []}', "sublayers: Tuple should have at least 1 item"),
     ],
