@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
@@ -19,12 +19,12 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
-from ffgym.envs.judging import Judgement, judge
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.evaluation.evaluator import ModelEvaluator, OnProgress, Request
 from ffgym.execute.base import Executor
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
+from ffgym.plugins.contracts import check_objectives, check_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.figures import draw_units_kept
 from ffgym.types import Allocation, Evaluation
@@ -60,8 +60,10 @@ class Outcome:
     Attributes:
         pruned: the cut model.
         dense: the dense model on the same windows and examples.
-        judgement: the verdict of the reward.
         tokens: what it costs the search, slopes included.
+        reward: what it earns: the reward's ``worst`` where it failed.
+        failed: the cut model's losses or divergences are not finite.
+        objectives: what the reward weighs, by name, higher = better; empty where it weighs nothing, or failed.
         slopes: derivative of the loss by importance, shape (2L,), float64, nats per token and importance, all 0 where
             the cut model's loss is not finite; ``None`` where they were not asked for.
         slope_tokens: how many of ``tokens`` the slopes took.
@@ -69,8 +71,10 @@ class Outcome:
 
     pruned: Evaluation
     dense: Evaluation
-    judgement: Judgement
     tokens: int
+    reward: float
+    failed: bool = False
+    objectives: dict[str, float] = field(default_factory=dict)
     slopes: np.ndarray | None = None
     slope_tokens: int = 0
 
@@ -257,19 +261,19 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         allocation = self.budget.project(action, self._target)
         trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
         (outcome,) = self.outcomes([trial])
-        self._last = allocation, outcome.judgement.reward
+        self._last = allocation, outcome.reward
         info: Info = {
             "kept": np.array(allocation.kept, dtype=np.int64),
             "sparsity": allocation.sparsity,
             "loss": outcome.pruned.loss,
             "dense_loss": outcome.dense.loss,
             "tokens": outcome.tokens,
-            "failed": int(outcome.judgement.failed),
-            **{OBJECTIVE + name: value for name, value in outcome.judgement.objectives.items()},
+            "failed": int(outcome.failed),
+            **{OBJECTIVE + name: value for name, value in outcome.objectives.items()},
         }
         if outcome.slopes is not None:
             info |= {"slopes": outcome.slopes, "slope_tokens": outcome.slope_tokens}
-        return self.observation(), outcome.judgement.reward, True, False, info
+        return self.observation(), outcome.reward, True, False, info
 
     def render(self) -> np.ndarray | None:
         """Draw what the last episode kept of every sublayer, or the dense model before the first.
@@ -329,17 +333,20 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return {request: replace(e, costs=self._costs(request.kept)) for request, e in zip(once, found, strict=True)}
 
     def _outcome(self, trial: Trial, pruned: Evaluation, dense: Evaluation) -> Outcome:
-        judgement = judge(self.reward, pruned, dense, objectives=self._objectives)
-        if not judgement.failed:
-            self._objectives = tuple(judgement.objectives)
         tokens = self.tokens(trial.subset, trial.examples)
+        outcome = Outcome(pruned, dense, tokens, float(self.reward.worst), failed=True)
+        if pruned.finite:
+            reward = check_reward(self.reward, pruned, dense)
+            objectives = check_objectives(self.reward, pruned, dense, names=self._objectives)
+            outcome = Outcome(pruned, dense, tokens, reward, objectives=objectives)
+            self._objectives = tuple(objectives)
         if trial.slopes_at is None or pruned.slopes is None:
-            return Outcome(pruned, dense, judgement, tokens)
+            return outcome
         slope_tokens = SLOPE_PASSES * len(trial.subset) * self.window_tokens
         slopes = self.budget.importance_slopes(trial.slopes_at, trial.allocation.kept, pruned.slopes)
         if not np.isfinite(slopes).all():
             slopes = np.zeros_like(slopes)
-        return Outcome(pruned, dense, judgement, tokens + slope_tokens, slopes, slope_tokens)
+        return replace(outcome, tokens=tokens + slope_tokens, slopes=slopes, slope_tokens=slope_tokens)
 
     def _costs(self, kept: Sequence[int]) -> dict[str, float] | None:
         if "cost" not in self.reward.needs:

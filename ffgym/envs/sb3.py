@@ -6,7 +6,6 @@ rewards, and an environment that begins its next episode in the step that ended 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,7 +81,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The vector environment's attribute, once per index: it stands for all of its environments."""
-        return [getattr(self.env, attr_name)] * len(self._chosen(indices))
+        return [getattr(self.env, attr_name)] * len(self._get_indices(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set the vector environment's attribute."""
@@ -90,11 +89,8 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
         """Call the vector environment's method once; its answer once per index."""
-        return [getattr(self.env, method_name)(*args, **kwargs)] * len(self._chosen(indices))
+        return [getattr(self.env, method_name)(*args, **kwargs)] * len(self._get_indices(indices))
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         """No environment is wrapped."""
-        return [False] * len(self._chosen(indices))
-
-    def _chosen(self, indices: Any) -> Sequence[int]:
-        return list(self._get_indices(indices))
+        return [False] * len(self._get_indices(indices))

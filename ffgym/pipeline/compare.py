@@ -101,8 +101,8 @@ def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Report
     }
     with reporter.stage("search: where it started, on the same text", 100) as stage:
         outcomes = task.env.outcomes(list(trials.values()), lambda share: stage(round(100 * share), 100))
-        judged = {key: outcome.judgement for key, outcome in zip(trials, outcomes, strict=True)}
-    earned = {key: judgement.reward for key, judgement in judged.items() if not judgement.failed}
+        judged = dict(zip(trials, outcomes, strict=True))
+    earned = {key: outcome.reward for key, outcome in judged.items() if not outcome.failed}
     return [[earned.get(_text(episode), math.nan) for episode in found.history] for found in searches]
 
 

@@ -314,7 +314,7 @@ class _Measured:
 
     def rewards(self, index: int, places: Iterable[int]) -> np.ndarray:
         """Of a candidate on windows, shape (windows,)."""
-        return np.array([self._outcomes[index, place].judgement.reward for place in places])
+        return np.array([self._outcomes[index, place].reward for place in places])
 
     def standing(self, index: int, places: Sequence[int]) -> tuple[float, float]:
         """To sort by: mean reward, then loss, where rewards have become too small to differ."""
@@ -333,7 +333,7 @@ class _Measured:
         candidate = self._candidates[index]
         if not self._has(index, places):
             return candidate
-        judged = [self._outcomes[index, place].judgement for place in places]
+        judged = [self._outcomes[index, place] for place in places]
         names = judged[0].objectives if all(j.objectives for j in judged) else {}
         return replace(
             candidate,

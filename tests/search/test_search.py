@@ -179,7 +179,7 @@ class TestPareto:
         for candidate in found.finalists:
             (outcome,) = traded.outcomes([Trial(candidate.allocation, subset)])
             assert candidate.loss == pytest.approx(outcome.pruned.loss, rel=1e-6)
-            assert candidate.objectives.keys() == outcome.judgement.objectives.keys()
+            assert candidate.objectives.keys() == outcome.objectives.keys()
 
     def test_what_nothing_dominates_is_named(self, traded):
         found = searched(traded, settings=SETTINGS.model_copy(update={"episodes": 40}), schedule=Schedule(0.3, 2))
