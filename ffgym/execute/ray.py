@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO, cast
 
 import torch
@@ -97,7 +99,7 @@ class Cluster:
 
     def executor(self, make: Callable[[], Evaluator], dense: Evaluator, dense_units: tuple[int, ...]) -> RayExecutor:
         """An executor whose workers each make an evaluator; see `RayExecutor`."""
-        return RayExecutor(self.pool(_Measuring(make)), dense, dense_units)
+        return RayExecutor(self.pool(partial(measuring, make)), dense, dense_units)
 
     def close(self) -> None:
         """End all workers."""
@@ -164,14 +166,9 @@ def _in_background(call: Callable[[OnProgress], Any]) -> Iterator[Callable[[], A
             is_over.set()
 
 
-@dataclass(frozen=True)
-class _Measuring:
-    """Makes a worker that measures requests."""
-
-    make_evaluator: Callable[[], Evaluator]
-
-    def __call__(self, reporter: Reporter) -> Callable[[Any, Report], Any]:
-        return self.make_evaluator().measure
+def measuring(make_evaluator: Callable[[], Evaluator], reporter: Reporter) -> Callable[[Any, Report], Any]:
+    """What a worker that measures requests does; the first argument bound, it is a `Make`."""
+    return make_evaluator().measure
 
 
 @contextlib.contextmanager
@@ -449,12 +446,11 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-class _Lines:
+class _Lines(io.TextIOBase):
     """A text file that calls ``send`` with each complete line, without its end."""
 
-    encoding = "utf-8"
-
     def __init__(self, send: Callable[[str], None]) -> None:
+        super().__init__()
         self._send = send
         self._rest = ""
 
@@ -464,10 +460,3 @@ class _Lines:
         for line in lines:
             self._send(line)
         return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: lines are sent at once."""
-
-    def isatty(self) -> bool:
-        """Say no."""
-        return False

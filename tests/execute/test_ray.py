@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from ffgym.errors import ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
-from ffgym.execute.ray import Cluster, RayExecutor, Workers, connected
+from ffgym.execute.ray import Cluster, RayExecutor, Workers, connected, measuring
 from ffgym.execute.shares import Speeds
 from ffgym.pipeline import pipeline
 from ffgym.plugins import discovery
@@ -55,9 +56,7 @@ def cluster(said: list[str]) -> Iterator[Cluster]:
 
 
 def standin(cluster: Cluster, folder: Path, said: list[str], speeds: Speeds | None = None) -> RayExecutor:
-    from ffgym.execute.ray import _Measuring
-
-    pool = cluster.pool(_Measuring(Standin(folder)))
+    pool = cluster.pool(partial(measuring, Standin(folder)))
     return RayExecutor(pool, Standin(folder, is_worker=False), DENSE, speeds)
 
 

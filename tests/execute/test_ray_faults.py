@@ -19,7 +19,7 @@ from ray_standins import Standin
 from rich.console import Console
 
 from ffgym.evaluation.evaluator import Request
-from ffgym.execute.ray import RayExecutor, Workers, _Measuring, connected
+from ffgym.execute.ray import Workers, connected
 from ffgym.pipeline import pipeline
 from ffgym.plugins import discovery
 
@@ -46,7 +46,7 @@ def test_a_machine_leaves_and_another_joins(tmp_path: Path, monkeypatch: pytest.
     said: list[str] = []
     try:
         with connected(Workers(2, address=machines.address), said.append) as cluster:
-            executor = RayExecutor(cluster.pool(_Measuring(Standin(tmp_path))), Standin(tmp_path), (0,))
+            executor = cluster.executor(Standin(tmp_path), Standin(tmp_path), (0,))
             asked = [Request((i,), (0,)) for i in range(1, 5)]
 
             def measured_by(workers: set[str]) -> bool:
