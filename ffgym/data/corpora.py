@@ -110,7 +110,7 @@ def load_text(spec: str, *, role: Role) -> Corpus:
     if spec in BUILTINS["corpus"] or name == Demo.name:
         return _from_source(spec, name, part, role)
     if spec and path.is_dir():  # first, since a folder's name may hold @ and :, as a spec may
-        return _folder(spec, path, None, None, role)
+        return _table(spec, _load_folder(path, None), None, None, role)
     if name not in BUILTINS["corpus"] and NAME.fullmatch(name) and manager.is_name("corpus", name):
         return _from_source(spec, name, part, role)
     return _dataset(spec, role)
@@ -346,15 +346,11 @@ def _dataset(spec: str, role: Role) -> Corpus:
     name, subset, split = match["path"], match["subset"], match["split"]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _folder(spec, folder, subset, split, role)
+        return _table(spec, _load_folder(folder, subset), subset, split, role)
     is_file = folder.suffix.lower() in FILE_SUFFIXES
     if not HUB_ID.fullmatch(name) or is_file or name.startswith("."):
         raise DataError(f"corpus file or folder {name!r} does not exist", hint="Check the path, or name demo:c4.")
     return _table(spec, _load_dataset(name, subset), subset, split, role)
-
-
-def _folder(spec: str, folder: Path, subset: str | None, split: str | None, role: Role) -> Corpus:
-    return _table(spec, _load_folder(folder, subset), subset, split, role)
 
 
 def _table(spec: str, parts: Any, subset: str | None, split: str | None, role: Role) -> Corpus:

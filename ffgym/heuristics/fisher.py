@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field
 
-from ffgym.heuristics.reference import reference_sparsity
-from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.heuristics.reference import ReferenceConfig, reference_sparsity
+from ffgym.plugins.bases import Heuristic
 from ffgym.types import SublayerView
 
 
@@ -22,16 +21,7 @@ class Fisher(Heuristic):
 
     name = "fisher"
     needs = frozenset({"output_gradient"})
-
-    class Config(PluginConfig):
-        """Options of the table ``[prior]``."""
-
-        reference: float | None = Field(
-            None,
-            gt=0,
-            lt=1,
-            description="share of the prunable parameters that the choice is solved for; the target if left out",
-        )
+    Config = ReferenceConfig
 
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """Keep ratios of the solution, mapped from [0, 1] to [-1, 1]."""

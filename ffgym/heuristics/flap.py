@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field
 
-from ffgym.heuristics.reference import reference_sparsity
-from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.heuristics.reference import ReferenceConfig, reference_sparsity
+from ffgym.plugins.bases import Heuristic
 from ffgym.pruning.precision import in_float64
 from ffgym.types import SublayerView
 
@@ -28,16 +27,7 @@ class Flap(Heuristic):
 
     name = "flap"
     needs = frozenset({"mean", "square"})
-
-    class Config(PluginConfig):
-        """Options of the table ``[prior]``."""
-
-        reference: float | None = Field(
-            None,
-            gt=0,
-            lt=1,
-            description="share of the prunable parameters that the cut removes; the target if left out",
-        )
+    Config = ReferenceConfig
 
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """Keep ratios of the global cut, mapped from [0, 1] to [-1, 1], shape (2L,)."""

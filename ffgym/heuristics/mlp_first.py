@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import Field
 
 from ffgym.plugins.bases import Heuristic, PluginConfig
-from ffgym.types import Sublayer, SublayerView
-
-if TYPE_CHECKING:
-    import numpy as np
+from ffgym.types import SublayerView
 
 
 class MlpFirst(Heuristic):
@@ -35,13 +32,10 @@ class MlpFirst(Heuristic):
 
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """1 for what is spared, -1 for the rest, shape (2L,)."""
-        import numpy as np
-
-        return np.array([1.0 if self._spared(view.sublayer) else -1.0 for view in sublayers])
-
-    def _spared(self, sublayer: Sublayer) -> bool:
-        first, last = fitting_ends(self.config.spare_first, self.config.spare_last, sublayer.depth)
-        return sublayer.kind == "attention" or not first <= sublayer.layer < sublayer.depth - last
+        depth = sublayers[0].sublayer.depth
+        first, last = fitting_ends(self.config.spare_first, self.config.spare_last, depth)
+        cut = [view.sublayer.kind != "attention" and first <= view.sublayer.layer < depth - last for view in sublayers]
+        return np.where(cut, -1.0, 1.0)
 
 
 def fitting_ends(first: int, last: int, depth: int) -> tuple[int, int]:

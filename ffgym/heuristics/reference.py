@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from ffgym.plugins.bases import Heuristic
+from pydantic import Field
+
+from ffgym.plugins.bases import Heuristic, PluginConfig
+
+
+class ReferenceConfig(PluginConfig):
+    """Options of the table ``[prior]``."""
+
+    reference: float | None = Field(
+        None, gt=0, lt=1, description="share of the prunable parameters that the cut removes; the target if left out"
+    )
 
 
 def reference_sparsity(heuristic: Heuristic) -> float:

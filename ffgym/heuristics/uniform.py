@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ffgym.plugins.bases import Heuristic
 from ffgym.types import SublayerView
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class Uniform(Heuristic):
@@ -19,6 +17,4 @@ class Uniform(Heuristic):
 
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """All zeros, shape (2L,)."""
-        import numpy as np
-
         return np.zeros(len(sublayers))

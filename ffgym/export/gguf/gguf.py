@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 from gguf import MODEL_TENSOR
 from pydantic import BaseModel, Field
 
-from ffgym.errors import ModelError, OutputError
+from ffgym.errors import ModelError
 from ffgym.export.format import Exported, ExportFormat, Progress
 from ffgym.export.gguf.architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
-from ffgym.files import FileFormat, replacing
+from ffgym.files import FileFormat, check_file, replacing
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import AGAIN
 from ffgym.plugins.bases import PluginConfig
@@ -76,7 +77,7 @@ class Gguf(ExportFormat):
         place, dtype = target.resolve(), self.config.dtype
         if dtype is not None and dtype not in DTYPES:
             raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
-        _refuse_occupied(place, overwrite)
+        check_file(place, [".gguf"], overwrite=overwrite)
         config, checkpoint = read_checkpoint(folder)
         contents = read_contents(config, checkpoint)
         architecture = choose_architecture(contents)
@@ -215,7 +216,7 @@ def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint:
     }
     for name, (kind, shape) in linears.items():
         linear = f"{where}.mlp.{name}"
-        weight = checkpoint.take(f"{linear}.weight", shape) if layer.channels else _zeros(shape)
+        weight = checkpoint.take(f"{linear}.weight", shape) if layer.channels else partial(torch.zeros, shape)
         yield _tensor(kind, shape, weight, layer=index)
         if name != "down_proj" and layer.channels and f"{linear}.bias" in checkpoint:
             read = checkpoint.take(f"{linear}.bias", (channels,))
@@ -223,10 +224,6 @@ def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint:
     if names := contents.shifts(index):
         reads = [checkpoint.take(name, (hidden,)) for name in names]
         yield _tensor(MODEL_TENSOR.FFN_DOWN, (hidden,), lambda: _sum(reads), layer=index, bias=True)
-
-
-def _zeros(shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-    return lambda: torch.zeros(shape)
 
 
 def _sum(reads: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
@@ -306,12 +303,3 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype == torch.float16 and not torch.equal(converted.isfinite(), read.isfinite()):
         raise ModelError(f"{tensor.name} has weights that float16 cannot hold", hint="Use --dtype bf16.")
     return converted
-
-
-def _refuse_occupied(place: Path, overwrite: bool) -> None:
-    if place.suffix.lower() != ".gguf":
-        raise OutputError(f"{place} does not end in .gguf", hint="Name a file that does.")
-    if place.is_dir():
-        raise OutputError(f"{place} is a folder", hint="Name a file.")
-    if place.exists() and not overwrite:
-        raise OutputError(f"{place} exists", hint="Choose another name, or pass --overwrite.")
