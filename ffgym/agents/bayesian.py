@@ -1,4 +1,4 @@
-"""Bayesian optimisation: a Gaussian-process surrogate and expected improvement (Jones et al. 1998; scikit-learn's GP).
+"""Bayesian optimisation: a Gaussian-process surrogate and expected improvement (Jones et al. 1998).
 
 The problem: maximise R over importances when episodes are too expensive to waste. A surrogate is fitted to all episodes
 so far (see :mod:`ffgym.agents.surrogate`: it has a level for each update, so that rewards of different updates can be

@@ -2,7 +2,8 @@
 
 R = f(a) + b_u + noise: f ~ GP(0, Matern 5/2) of the importances a, b_u ~ N(0, shared) a level for each update's token
 subset. Both are Gaussian, so f given all rewards is exact: the level is one more term of the kernel, which is the same
-for all episodes of an update (a mixed model). Points measured in several updates tie their levels.
+for all episodes of an update (a mixed model). Points measured in several updates tie their levels. What is known of f
+follows from one factorisation (Rasmussen and Williams 2006, algorithm 2.1).
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ import itertools
 import math
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
-from scipy.linalg import cholesky, solve_triangular
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel, Matern, WhiteKernel
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from sklearn.gaussian_process.kernels import Matern
 
 # A grid instead of an optimiser: cheap, and with no start to depend on.
 LENGTHS = (0.15, 0.4, 1.0, 2.5)  # times the square root of the dimensions: distances grow with it
@@ -25,6 +24,7 @@ LENGTHS = (0.15, 0.4, 1.0, 2.5)  # times the square root of the dimensions: dist
 SIGNALS = (1.0, 10.0)
 SHARED = (0.1, 1.0, 10.0, 100.0)
 NOISES = (0.001, 0.01, 0.1)
+JITTER = 1e-10
 
 
 class Surrogate:
@@ -45,24 +45,19 @@ class Surrogate:
         within[np.ptp(rewards, axis=1) == 0] = 0  # the mean of equal numbers may be another one in the last bit
         scale = float(within.std()) or 1.0
         target = ((rewards - rewards.mean()) / scale).ravel()
-        self._updates = len(rewards)
-        updates = np.repeat(np.eye(self._updates), rewards.shape[1], axis=0)
-        inputs = np.hstack([updates, points])
-        likeliest = max(_likelihoods(points, updates, target), key=itemgetter(1))[0]
-        self._process = GaussianProcessRegressor(self._kernel(*likeliest), optimizer=None).fit(inputs, target)
-        kernel = self._process.kernel_
-        self.length = float(kernel.k1.k1.k2.kernel.length_scale)
-        self.noise = float(kernel.k2.noise_level)
-        self.means: np.ndarray = self._process.predict(self._of_no_update(points))
+        updates = np.repeat(np.eye(len(rewards)), rewards.shape[1], axis=0)
+        levels, identity = updates @ updates.T, np.eye(len(points))
+        likeliest = max(_likelihoods(points, levels, target), key=itemgetter(1))[0]
+        self._signal, self.length, shared, self.noise = likeliest
+        self._points = points
+        covariance = self._signal * self._near(points) + shared * levels + self.noise * identity
+        self._factor = cholesky(covariance + JITTER * identity, lower=True, check_finite=False)
+        self._weights = cho_solve((self._factor, True), target, check_finite=False)
+        self.means: np.ndarray = self._signal * self._near(points, points) @ self._weights
 
-    def _kernel(self, signal: float, length: float, shared: float, noise: float) -> Kernel:
-        f = ConstantKernel(signal) * OfColumns(Matern(length_scale=length, nu=2.5), self._updates, None)
-        level = ConstantKernel(shared) * OfColumns(DotProduct(sigma_0=0.0), 0, self._updates)
-        return f + level + WhiteKernel(noise)
-
-    def _of_no_update(self, points: np.ndarray) -> np.ndarray:
-        """Inputs for f alone, without the level of any update."""
-        return np.hstack([np.zeros((len(points), self._updates)), points])
+    def _near(self, points: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+        """The correlation of f at points with f at others, or at the same."""
+        return np.asarray(Matern(length_scale=self.length, nu=2.5)(points, others))
 
     def most_promising(self, candidates: np.ndarray, count: int) -> np.ndarray:
         """Candidates with the highest expected improvement on the best point measured, E[max(0, f - f*)].
@@ -77,8 +72,10 @@ class Surrogate:
         Returns:
             shape (count, 2L).
         """
-        means, covariance = self._process.predict(self._of_no_update(candidates), return_cov=True)
-        covariance = covariance - self.noise * np.eye(len(means))  # scikit-learn counts the white kernel into it
+        known = self._signal * self._near(candidates, self._points)
+        means = known @ self._weights
+        whitened = solve_triangular(self._factor, known.T, lower=True, check_finite=False)
+        covariance = self._signal * self._near(candidates) - whitened.T @ whitened
         best = float(self.means.max())
         chosen: list[int] = []
         for _ in range(count):
@@ -93,42 +90,16 @@ class Surrogate:
 
 
 def _likelihoods(
-    points: np.ndarray, updates: np.ndarray, target: np.ndarray
+    points: np.ndarray, levels: np.ndarray, target: np.ndarray
 ) -> Iterator[tuple[tuple[float, float, float, float], float]]:
     """Signal, length, shared and noise of every kernel of the grid, with the log-likelihood but for a constant."""
-    levels, identity = updates @ updates.T, np.eye(len(points))
+    identity = np.eye(len(points))
     for length in np.multiply(LENGTHS, math.sqrt(points.shape[1])).tolist():
         near = Matern(length_scale=length, nu=2.5)(points)
         for signal, shared, noise in itertools.product(SIGNALS, SHARED, NOISES):
             factor = cholesky(signal * near + shared * levels + noise * identity, lower=True, check_finite=False)
             whitened = solve_triangular(factor, target, lower=True, check_finite=False)
             yield (signal, length, shared, noise), float(-0.5 * whitened @ whitened - np.log(np.diag(factor)).sum())
-
-
-class OfColumns(Kernel):  # type: ignore[misc]  # scikit-learn has no types
-    """A kernel of some columns of its inputs.
-
-    Args:
-        kernel: of those columns.
-        start: the first of them.
-        stop: one past the last of them; ``None`` for all to the end.
-    """
-
-    def __init__(self, kernel: Kernel, start: int, stop: int | None) -> None:
-        self.kernel, self.start, self.stop = kernel, start, stop
-
-    def __call__(self, X: np.ndarray, Y: np.ndarray | None = None, eval_gradient: bool = False) -> Any:
-        """The kernel's matrix; there is no gradient, because nothing here is optimised."""
-        here = slice(self.start, self.stop)
-        return self.kernel(X[:, here], None if Y is None else Y[:, here])
-
-    def diag(self, X: np.ndarray) -> Any:
-        """The diagonal of that matrix."""
-        return self.kernel.diag(X[:, self.start : self.stop])
-
-    def is_stationary(self) -> bool:
-        """Whether the kernel depends on differences only."""
-        return bool(self.kernel.is_stationary())
 
 
 def expected_improvement(gain: np.ndarray, deviation: np.ndarray) -> np.ndarray:
