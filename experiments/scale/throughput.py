@@ -22,7 +22,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.evaluation.evaluator import OnProgress, Request
 from ffgym.execute.ray import Workers, connected
 from ffgym.pipeline.task import open_task
-from ffgym.prepare.parts import evaluator_maker, shared_executor
+from ffgym.prepare.parts import shared_executor
 from ffgym.report.progress import Reporter
 from ffgym.types import Evaluation
 
@@ -69,9 +69,8 @@ def throughput(config: RunConfig) -> None:
     actions = rng.uniform(-1, 1, (EPISODES, *env.action_space.shape)).astype(np.float32)
     subset = tuple(range(env.episode_windows))
     asked = [Request(env.budget.project(action, config.prune.target).kept, subset) for action in actions]
-    maker = evaluator_maker(config, task.loaded, task.prepared, task.splits)
     with connected(Workers(2), print) as cluster:
-        executor = shared_executor(cluster, maker, task.prepared)
+        executor = shared_executor(cluster, config, task.loaded, task.prepared, task.splits)
         executor.measure(asked)
         ratios = []
         for _ in range(REPETITIONS):

@@ -22,7 +22,6 @@ from ffgym.export.checkpoint import refuse_occupied
 from ffgym.export.format import Exported, ExportFormat, Progress
 from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
 from ffgym.files import replacing
-from ffgym.models.checkpoint import check_folder
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
 
@@ -67,7 +66,6 @@ class NemotronNas(ExportFormat):
 
     def write(self, folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> Exported:
         """Write a folder of safetensors files, one a layer, with config and tokenizer."""
-        check_folder(folder)
         place = target.expanduser().resolve()
         refuse_occupied(place, overwrite)
         config, checkpoint = read_checkpoint(folder)

@@ -32,7 +32,6 @@ from ffgym.prepare.parts import (
     build_env,
     costs_in,
     counted_resources,
-    evaluator_maker,
     load_parts,
     make_budget,
     prepare_model,
@@ -125,7 +124,7 @@ def open_task(
     prepared = prepare_model(config, loaded, splits.calibration.windows, keep=needs, reporter=reporter)
     executor = None
     if cluster is not None:
-        executor = shared_executor(cluster, evaluator_maker(config, loaded, prepared, splits), prepared)
+        executor = shared_executor(cluster, config, loaded, prepared, splits)
     env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs, executor=executor)
     return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs, executor)
 

@@ -355,10 +355,12 @@ class EvaluatorMaker:
         )
 
 
-def evaluator_maker(config: RunConfig, loaded: LoadedModel, prepared: Prepared, splits: Splits) -> EvaluatorMaker:
-    """How workers make the same evaluator as a run's own process."""
+def shared_executor(
+    cluster: Cluster, config: RunConfig, loaded: LoadedModel, prepared: Prepared, splits: Splits
+) -> Executor:
+    """An executor that shares measurements out among the workers of a cluster, who measure as this process does."""
     table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
-    return EvaluatorMaker(
+    maker = EvaluatorMaker(
         config.model_copy(update={"model": table}),
         splits.calibration.windows,
         splits.search.windows,
@@ -366,10 +368,6 @@ def evaluator_maker(config: RunConfig, loaded: LoadedModel, prepared: Prepared, 
         prepared.store,
         loaded.stream is not None,
     )
-
-
-def shared_executor(cluster: Cluster, maker: EvaluatorMaker, prepared: Prepared) -> Executor:
-    """An executor that shares measurements out among the workers of a cluster."""
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
 
 
@@ -470,7 +468,7 @@ def make_pruning_env(
         prepared = prepare_model(config, loaded, splits.calibration.windows, reporter=reporter)
         executor = None
         if cluster is not None:
-            executor = shared_executor(cluster, evaluator_maker(config, loaded, prepared, splits), prepared)
+            executor = shared_executor(cluster, config, loaded, prepared, splits)
         env = build_env(
             config,
             prepared,

@@ -193,18 +193,22 @@ def _build_path(
         lost = suffix_energy(in_float64(half.consumer.weight.detach()[0]) ** 2 * squares)
         stats = _stats(moments, gradients, keep)
         return 0.0, view_of(half, scores[order], stats, lost, float(lost[0]))
+    weight, bias = half.consumer.weight.detach(), half.consumer.bias
     if ridge is None:
         assert fitted is not None, "windows were held out"
         assert apart is not None
         fitted = fitted.reorder(columns)
-        ridge = _pick(half, fitted, some_rows(apart)[:, columns])
+        mean = fitted.mean if half.affine else None
+        ridge = pick_ridge(weight, fitted.moment(centred=half.affine), some_rows(apart)[:, columns], mean)
         del fitted
-    moments, gradients = moments.reorder(columns), _reorder(gradients, columns)
-    refit = _refit(half, moments, ridge)
-    weight, bias = half.dense_consumer
-    consumer = Consumer(weight.detach(), bias, moments.mean, moments.covariance, ridge, refit)
+    moments = moments.reorder(columns)
+    if gradients.gradient is not None:
+        gradients = replace(gradients, gradient=gradients.gradient[:, columns])
+    mean = moments.mean if half.affine else None
+    refit = NestedRidge(weight, moments.moment(centred=half.affine), ridge, mean, bias)
+    consumer = Consumer(weight, bias, moments.mean, moments.covariance, ridge, refit)
     half.path = path_of(calibration, consumer, half.sublayer.name)
-    energy = _output_energy(weight.detach(), moments)
+    energy = _output_energy(weight, moments)
     stats = _stats(moments, gradients, keep)
     return ridge, view_of(half, scores[order], stats, refit.removal_error, energy, refit)
 
@@ -216,11 +220,6 @@ def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) 
         gradient=gradients.gradient if "gradient" in names else None,
         output_gradient=gradients.output_gradient if "output_gradient" in names else None,
     )
-
-
-def _reorder(gradients: LayerStats, columns: torch.Tensor) -> LayerStats:
-    gradient = gradients.gradient
-    return replace(gradients, gradient=None if gradient is None else gradient[:, columns])
 
 
 def _score(criterion: Criterion, half: PrunableSublayer, stats: LayerStats) -> torch.Tensor:
@@ -238,17 +237,6 @@ def some_rows(inputs: torch.Tensor) -> torch.Tensor:
     """A random choice of inputs, shape (at most ``HELD_OUT_ROWS``, n), the same for the same number of tokens."""
     chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:HELD_OUT_ROWS]
     return inputs[chosen.sort().values.to(inputs.device)]
-
-
-def _pick(half: PrunableSublayer, fit: InputMoments, held_out: torch.Tensor) -> float:
-    weight, mean = half.consumer.weight.detach(), fit.mean if half.affine else None
-    return pick_ridge(weight, fit.moment(centred=half.affine), held_out, mean)
-
-
-def _refit(half: PrunableSublayer, moments: InputMoments, ridge: float) -> NestedRidge:
-    consumer = half.consumer
-    mean = moments.mean if half.affine else None
-    return NestedRidge(consumer.weight.detach(), moments.moment(centred=half.affine), ridge, mean, consumer.bias)
 
 
 def _output_energy(weight: torch.Tensor, moments: InputMoments) -> float:
