@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ffgym.config.mixture import described
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, stacked
-from ffgym.report.paired import Difference, difference_data, paired_difference
+from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
 
 MOST_LINES = 6  # in a picture; more could not be told apart
@@ -94,9 +94,7 @@ class Mean:
 
 def mean_of(values: Sequence[float]) -> Mean:
     """Mean of at least one value."""
-    array = np.array(values)
-    has_spread = len(array) > 1 and bool(np.isfinite(array).all())
-    return Mean(float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))) if has_spread else None)
+    return Mean(float(np.mean(values)), standard_error(values) if np.isfinite(values).all() else None)
 
 
 @dataclass(frozen=True)

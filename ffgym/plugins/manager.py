@@ -23,7 +23,8 @@ def names(kind: PluginKind) -> dict[str, str]:
     """Every usable name of a kind with its one-line description, built-ins first."""
     lines = {name: built_in.description for name, built_in in BUILTINS[kind].items()}
     offers = (offer for plugin in installed().load() for offer in plugin.offers if offer.kind == kind)
-    return lines | {offer.cls.name: _first_line(offer.cls) for offer in offers if discovery.clash(offer) is None}
+    used = (offer.cls for offer in offers if discovery.clash(offer) is None)
+    return lines | {cls.name: (cls.__doc__ or "").strip().partition("\n")[0] for cls in used}
 
 
 def is_name(kind: PluginKind, name: str) -> bool:
@@ -167,8 +168,3 @@ def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
         plugins = "; ".join(f"{Package(row.package or row.name, row.version)} ({row.failure})" for row in broken)
         error.hint = f"{error.hint} Plugins that could not be loaded and might provide it: {plugins}."
     return error
-
-
-def _first_line(cls: type[Plugin]) -> str:
-    lines = (cls.__doc__ or "").strip().splitlines()
-    return lines[0] if lines else ""

@@ -54,7 +54,6 @@ def model_card(
     base_model: str | None,
     license: str | None,
     table: ReportTable,
-    saved: Row,
     sublayers: Sequence[Sublayer],
     allocation: Allocation,
     quantity: str,
@@ -83,7 +82,7 @@ def model_card(
     sections = [
         _front_matter(base_model, license, "image-text-to-text" if towers else "text-generation"),
         f"# {title}",
-        _summary(base_model, sublayers, allocation, quantity, saved, table.dense),
+        _summary(base_model, sublayers, allocation, quantity, table.saved, table.dense),
         "## Load it",
         loading(stock=stock, towers=towers),
         "## What it costs",

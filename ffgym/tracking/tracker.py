@@ -10,7 +10,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +46,8 @@ from ffgym.tracking.view import TAGS, arrange
 from ffgym.types import Episode, JSONDict, Update, perplexity_of
 from ffgym.version import __version__
 
+Point = tuple[str, float, int, int]
+"""Of a curve: name, value, step, and when, in milliseconds."""
 RESERVE_BYTES = 256 * 1024
 OPENING_SECONDS = 60  # to wait while another process makes the same store, which takes MLflow about 5
 RETRY_SECONDS = 60  # after which a server that went away is tried again
@@ -108,7 +110,7 @@ class Tracker:
         self._params: dict[str, str] = {}
         self._still: dict[str, list[tuple[float, int]]] = {}  # (value, step) of each curve that has not moved yet
         self._description = ""
-        self._result: list[tuple[str, float, int, int]] = []
+        self._result: list[Point] = []
         self._system = SystemMetrics()
         self._outbox: Outbox | None = None  # of a run on a server
         self._retry_at: float | None = None  # when a server that went away is tried again
@@ -195,24 +197,13 @@ class Tracker:
 
     def log_result(self, result: Result, step: int = 0) -> None:
         """Log the run's result; a later step replaces an earlier one in MLflow's tables."""
-        now = _milliseconds()
-        self._result = [(name, _number(value), step, now) for name, value in result.metrics.items()]
-        new = [point for point in self._result if not self._was_logged(*point[:3])]
-        if new:
-            self._write("metrics", points=new)
+        self._result = _points((name, value, step) for name, value in result.metrics.items())
+        self._write_points(self._result)
 
     def log_metrics(self, metrics: Sequence[tuple[str, float, int]]) -> None:
         """Log (name, value, step) triples that no earlier session logged, and from time to time the machine's load."""
-        if self.run_id is None:
-            return
-        now = _milliseconds()
-        points = [
-            (name, _number(value), step, now)
-            for name, value, step in (*metrics, *self._system.sample())
-            if not self._was_logged(name, value, step)
-        ]
-        if points:
-            self._write("metrics", points=points)
+        if self.run_id is not None:
+            self._write_points(_points((*metrics, *self._system.sample())))
 
     def log_dataset(self, *, name: str, context: str, digest: str, corpus: str, tokens: int) -> None:
         """Log a split as a dataset input of the run.
@@ -225,8 +216,7 @@ class Tracker:
 
     def log_child(self, name: str, params: Mapping[str, str], result: Result) -> None:
         """Log a point of a range as a finished run of its own, nested under this one; at most once."""
-        now = _milliseconds()
-        points = [(key, _number(value), 0, now) for key, value in result.metrics.items()]
+        points = _points((key, value, 0) for key, value in result.metrics.items())
         name, tags = f"{self._run_name}: {name}", self._source()
         self._write("child", name=name, params=dict(params), tags=tags, metrics=points)
 
@@ -314,10 +304,12 @@ class Tracker:
                 self._earlier[name] = {point.step: point.value for point in history}
         return run
 
-    def _was_logged(self, name: str, value: float, step: int) -> bool:
-        """Whether an earlier session logged the same: MLflow would show it twice."""
-        before = self._earlier.get(name, {}).get(step)
-        return before is not None and _same(before, value)
+    def _write_points(self, points: Sequence[Point]) -> None:
+        """Send points of curves, but for those that an earlier session logged: MLflow would show them twice."""
+        earlier = self._earlier
+        new = [point for point in points if not _same(earlier.get(point[0], {}).get(point[2]), point[1])]
+        if new:
+            self._write("metrics", points=new)
 
     def _moved(self, values: Mapping[str, float], step: int) -> list[tuple[str, float, int]]:
         """The points of those curves that have moved by now, of one that has just done so with all before."""
@@ -429,16 +421,19 @@ def environment_tags(*, device: str, dtype: str, threads: int, plugins: Mapping[
     return tags | {"device": device, "dtype": dtype, "threads": str(threads)}
 
 
-def _number(value: float) -> float:
-    """MLflow would turn infinity into 1.8e308 and spoil the chart."""
-    return float(value) if math.isfinite(value) else math.nan
+def _points(metrics: Iterable[tuple[str, float, int]]) -> list[Point]:
+    """Metrics as (name, value, step) with the time; MLflow would turn infinity into 1.8e308 and spoil the chart."""
+    now = _milliseconds()
+    return [(name, float(value) if math.isfinite(value) else math.nan, step, now) for name, value, step in metrics]
 
 
 def _milliseconds() -> int:
     return int(time.time() * 1000)
 
 
-def _same(before: float, value: float) -> bool:
+def _same(before: float | None, value: float) -> bool:
+    if before is None:
+        return False
     return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
 
 

@@ -28,7 +28,6 @@ def card(**kwargs) -> str:
         "base_model": "someone/tiny",
         "license": "apache-2.0",
         "table": TABLE,
-        "saved": TABLE.rows[1],
         "sublayers": SUBLAYERS,
         "allocation": Allocation((3, 1200, 1, 1001), 4964, 6204),
         "quantity": "parameters",
