@@ -51,7 +51,7 @@ def new(
     ffgym new criterion my-criterion
     """
     folder = write_package(kind, name, output.expanduser())
-    typer.echo(f"{folder} has a {kind} that works. Install it, test it, run it:\n")
+    typer.echo(f"{folder} has {'an' if kind == 'agent' else 'a'} {kind} that works. Install it, test it, run it:\n")
     for command in (f"pip install --editable {folder}", f"pytest {folder}", f"ffgym run {OPTIONS[kind]} {name}"):
         typer.echo(f"  {command}")
 

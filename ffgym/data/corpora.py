@@ -104,16 +104,29 @@ def load_text(spec: str, *, role: Role) -> Corpus:
         UnknownNameError: a ``demo:`` corpus that does not exist.
         AssetError: the embedded default could not be fetched.
     """
+    return _found(spec)(role)
+
+
+def check_text(spec: str) -> None:
+    """Refuse what `load_text` would refuse without reading: a missing file, an unknown ``demo:`` corpus, no spec."""
+    _found(spec)
+
+
+def _found(spec: str) -> Callable[[Role], Corpus]:
+    """What reads a corpus; nothing is read or fetched yet."""
     path, (name, _, part) = Path(spec).expanduser(), spec.partition(":")
     if path.is_file():
-        return _corpus(spec, path.name, _read_file(path))
+        reader = _file_reader(path)
+        return lambda role: _corpus(spec, path.name, reader(path))
+    if name == Demo.name and part not in DEMO_CORPORA:
+        raise UnknownNameError("demo corpus", f"demo:{part}", [f"demo:{known}" for known in DEMO_CORPORA])
     if spec in BUILTINS["corpus"] or name == Demo.name:
-        return _from_source(spec, name, part, role)
+        return lambda role: _from_source(spec, name, part, role)
     if spec and path.is_dir():  # first, since a folder's name may hold @ and :, as a spec may
-        return _table(spec, _load_folder(path, None), None, None, role)
+        return lambda role: _table(spec, _load_folder(path, None), None, None, role)
     if name not in BUILTINS["corpus"] and NAME.fullmatch(name) and manager.is_name("corpus", name):
-        return _from_source(spec, name, part, role)
-    return _dataset(spec, role)
+        return lambda role: _from_source(spec, name, part, role)
+    return _dataset(spec)
 
 
 def _from_source(spec: str, name: str, part: str, role: Role) -> Corpus:
@@ -151,10 +164,8 @@ class Demo(CorpusSource):
 
     def read(self, part: str | None, role: Role) -> tuple[str, Iterable[str]]:
         """One of its four corpora, whatever the role."""
-        if part not in DEMO_CORPORA:
-            raise UnknownNameError("demo corpus", f"demo:{part or ''}", [f"demo:{known}" for known in DEMO_CORPORA])
         text = _read_text(fetch(DEMO_TEXT) / f"{part}.utf8")
-        parse = {"c4": _c4_documents, "wiki": _wiki_documents}.get(part)
+        parse = {"c4": _c4_documents, "wiki": _wiki_documents}.get(str(part))
         return f"{part}.utf8", parse(text) if parse else [text]
 
 
@@ -172,7 +183,7 @@ def _wiki_documents(text: str) -> list[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> Iterable[str]:
+def _file_reader(path: Path) -> Callable[[Path], Iterable[str]]:
     readers: dict[str, Callable[[Path], Iterable[str]]] = {
         ".txt": lambda path: [_read_text(path)],
         ".utf8": lambda path: [_read_text(path)],
@@ -187,7 +198,7 @@ def _read_file(path: Path) -> Iterable[str]:
             f"corpus file {str(path)!r} ends in {path.suffix!r}, which cannot be read",
             hint=f"Use a file that ends in one of {', '.join(readers)}.",
         )
-    return reader(path)
+    return reader
 
 
 @contextmanager
@@ -337,7 +348,7 @@ class C4(HubCorpus):
     }
 
 
-def _dataset(spec: str, role: Role) -> Corpus:
+def _dataset(spec: str) -> Callable[[Role], Corpus]:
     match = SPEC.fullmatch(spec)
     if match is None:
         raise DataError(
@@ -346,11 +357,11 @@ def _dataset(spec: str, role: Role) -> Corpus:
     name, subset, split = match["path"], match["subset"], match["split"]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _table(spec, _load_folder(folder, subset), subset, split, role)
+        return lambda role: _table(spec, _load_folder(folder, subset), subset, split, role)
     is_file = folder.suffix.lower() in FILE_SUFFIXES
     if not HUB_ID.fullmatch(name) or is_file or name.startswith("."):
         raise DataError(f"corpus file or folder {name!r} does not exist", hint="Check the path, or name demo:c4.")
-    return _table(spec, _load_dataset(name, subset), subset, split, role)
+    return lambda role: _table(spec, _load_dataset(name, subset), subset, split, role)
 
 
 def _table(spec: str, parts: Any, subset: str | None, split: str | None, role: Role) -> Corpus:

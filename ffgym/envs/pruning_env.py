@@ -199,6 +199,10 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """What measuring one allocation on these windows and examples costs the search, in tokens."""
         return len(subset) * self.window_tokens + sum(self.examples[i].tokens for i in examples)
 
+    def slope_tokens(self, trial: Trial) -> int:
+        """What the slopes of a trial cost in addition, in tokens."""
+        return 0 if trial.slopes_at is None else SLOPE_PASSES * len(trial.subset) * self.window_tokens
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, Info]:
         """Set the task; evaluates nothing.
 
@@ -342,7 +346,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self._objectives = tuple(objectives)
         if trial.slopes_at is None or pruned.slopes is None:
             return outcome
-        slope_tokens = SLOPE_PASSES * len(trial.subset) * self.window_tokens
+        slope_tokens = self.slope_tokens(trial)
         slopes = self.budget.importance_slopes(trial.slopes_at, trial.allocation.kept, pruned.slopes)
         if not np.isfinite(slopes).all():
             slopes = np.zeros_like(slopes)

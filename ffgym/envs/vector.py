@@ -43,7 +43,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         num_envs: episodes per update.
         token_budget: tokens that the search may evaluate.
         on_episode: called after every episode, when its update has been measured.
-        on_progress: called with the share of an update that has been measured, from 0 to 1.
+        on_progress: called with the tokens of the running update that have been measured.
         slope_episodes: of how many episodes of an update, the first ones, slopes are measured too; ``final_info`` then
             holds ``slopes``, shape (num_envs, 2L), 0 for the others. It may be changed before any step.
         pair_text: every pair of episodes i and i + n/2 has text of its own.
@@ -84,7 +84,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = batch_space(env.action_space, num_envs)
         self.observation_space = batch_space(env.observation_space, num_envs)
         self._on_episode = on_episode
-        self._on_progress = on_progress
+        self._on_progress = on_progress or (lambda tokens: None)
         self._replay = replay
         self._log_name = log_name
         self._update = 0
@@ -216,7 +216,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             episodes.append(self._recorded(episode))
         trials = trials[len(episodes) :]
         if trials:
-            for trial, outcome in zip(trials, self.env.outcomes(trials, self._on_progress), strict=True):
+            tokens = sum(self.env.tokens(t.subset, t.examples) + self.env.slope_tokens(t) for t in trials)
+            outcomes = self.env.outcomes(trials, lambda share: self._on_progress(share * tokens))
+            for trial, outcome in zip(trials, outcomes, strict=True):
                 measured = self._measured(actions[len(episodes)], trial, outcome)
                 episodes.append(self._recorded(measured))
         return episodes

@@ -88,9 +88,6 @@ def _run(
     total = settings.episodes * size + finals * len(targets)
     with progress.stage(f"search: {label}", total, "tokens") as stage:
 
-        def on_progress(share: float) -> None:
-            stage.partly(share * size * agent.update_cost(settings.episodes_per_update))
-
         def on_finals(share: float) -> None:
             stage.partly(share * finals)
 
@@ -115,7 +112,7 @@ def _run(
             on_episode=on_episode,
             on_update=on_update,
             on_point=on_point,
-            on_progress=on_progress,
+            on_progress=stage.partly,
             on_finals=on_finals,
         )
 

@@ -144,7 +144,7 @@ def search_front(
         on_episode: called after each episode.
         on_update: called after each update with its episodes and what the agent said.
         on_point: called after the finals of each target.
-        on_progress: called with the share of an update that has been measured, from 0 to 1.
+        on_progress: called with the tokens of the running update that have been measured.
         on_finals: called with the share of the finals of a target that has been measured, from 0 to 1.
 
     Returns:

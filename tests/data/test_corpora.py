@@ -1,5 +1,6 @@
 import gzip
 import json
+from functools import partial
 
 import datasets
 import pyarrow
@@ -7,7 +8,7 @@ import pyarrow.feather
 import pytest
 
 from ffgym.data import corpora
-from ffgym.data.corpora import load_text
+from ffgym.data.corpora import check_text, load_text
 from ffgym.errors import DataError, UnknownNameError
 
 TEXTS = ["The first document.", "The second one, a little longer.", "Third."]
@@ -265,9 +266,10 @@ def test_a_hub_dataset_that_does_not_exist_is_named(monkeypatch, name):
 
 
 @pytest.mark.parametrize("spec", ["missing.txt", "folder/missing.jsonl", "/no/such/folder", "./nothing", "a.b/c/d"])
-def test_a_missing_file_or_folder_is_an_error(spec):
-    with pytest.raises(DataError, match="does not exist"):
-        load_text(spec, role="search")
+def test_a_missing_file_or_folder_is_an_error_that_a_check_finds(spec):
+    for refuse in (check_text, partial(load_text, role="search")):
+        with pytest.raises(DataError, match="does not exist"):
+            refuse(spec)
 
 
 @pytest.mark.parametrize("spec", ["", "a@b@c", "wikitext@train[:50%]"])

@@ -179,14 +179,16 @@ def test_tokens_are_counted_and_end_the_search(env):
     assert [e.update for e in seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_says_how_far_an_update_is_while_it_is_measured(env):
+@pytest.mark.parametrize(("episodes", "slopes"), [(3, 0), (1, 1)])
+def test_says_how_many_tokens_of_an_update_are_measured(env, episodes, slopes):
     seen = []
-    vector = vector_of(env, on_progress=seen.append, on_episode=lambda episode: seen.append("episode"))
+    vector = vector_of(env, slope_episodes=slopes, on_progress=seen.append, on_episode=lambda _: seen.append("episode"))
     vector.reset(seed=0)
-    vector.step(np.random.default_rng(0).uniform(-1, 1, (3, 6)).astype(np.float32))
-    assert seen[-3:] == ["episode"] * 3
-    assert seen[:-3] == sorted(seen[:-3])
-    assert seen[-4] == pytest.approx(1)
+    vector.step(np.random.default_rng(0).uniform(-1, 1, (episodes, 6)).astype(np.float32))
+    tokens, ended = seen[:-episodes], seen[-episodes:]
+    assert ended == ["episode"] * episodes
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == pytest.approx(vector.tokens_spent), "an update of few episodes or with slopes costs its own"
 
 
 def test_the_schedule_ticks_once_an_update(env):

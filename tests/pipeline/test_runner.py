@@ -595,13 +595,21 @@ def test_the_random_baseline_takes_no_more_tokens_than_a_short_search(tmp_path: 
 def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(tmp_path: Path) -> None:
     first = finish(glass_config(tmp_path, search={"random_baseline": False}))
     before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    (tmp_path / "short.txt").write_text("too short")
     for mistake in (
         {"model": {"name": str(tmp_path / "nowhere")}},
         {"data": {"report": str(tmp_path / "nothing.txt")}},
+        {"data": {"report": str(tmp_path / "short.txt")}},
     ):
         with pytest.raises((ModelError, DataError)):
             finish(glass_config(tmp_path, output={"overwrite": True}, **mistake))
         assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_text_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.txt' does not exist"):
+        finish(glass_config(tmp_path, data={"report": str(tmp_path / "nothing.txt")}))
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_of_single_points_are_cleared_too(tmp_path: Path) -> None:
