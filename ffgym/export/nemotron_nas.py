@@ -24,6 +24,7 @@ from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
 from ffgym.files import replacing
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
+from ffgym.models.loading_errors import quiet
 
 CHANNELS = 256  # engines round an MLP's width up to a multiple
 NORM = "model.norm.weight"
@@ -70,9 +71,9 @@ class NemotronNas(ExportFormat):
         refuse_occupied(place, overwrite)
         config, checkpoint = read_checkpoint(folder)
         config.allow_global_per_layer_attribute_access = True  # the dense model's sizes
-        _check(config, checkpoint)
-        layers = [_layer(index, config) for index in range(config.num_hidden_layers)]
-        with replacing(place) as part:
+        with quiet(), replacing(place) as part:  # transformers warns wherever those sizes are read
+            _check(config, checkpoint)
+            layers = [_layer(index, config) for index in range(config.num_hidden_layers)]
             part.mkdir()
             written = _write(part, config, layers, checkpoint, progress)
             _write_config(part, config, layers)

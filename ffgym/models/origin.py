@@ -66,7 +66,9 @@ def model_folder(folder: Path) -> Path:
                 f"the run in {str(folder)!r} has saved several models: {', '.join(points)}",
                 hint=f"Name one, e.g. {folder / points[0]}.",
             )
-        go_on = f"ffgym run --resume {shlex.quote(str(folder))} --set output.save_model=true"
+        go_on = f"ffgym run --resume {shlex.quote(str(folder))}"
+        if (place / "report.json").is_file():
+            go_on += " --set output.save_model=true"
         raise ModelError(f"the run in {str(folder)!r} has saved no model", hint=f"Continue it: {go_on}")
     raise ModelError(
         f"{str(folder)!r} holds no model: config.json is missing, also from model/ in it",

@@ -25,7 +25,7 @@ from ffgym.costs.resource import (
     resource_named,
     standard_resources,
 )
-from ffgym.data.corpora import Role
+from ffgym.data.corpora import Role, check_text
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
@@ -61,9 +61,11 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
 
     Raises:
         FitError: preparing it needs more memory than there is.
+        DataError, UnknownNameError: text that is not there.
     """
     model, plan = config.model, plan_of(config)
     plan.check()
+    check_texts(config.data)
     if plan.load.streamed and config.recover.method != "none":
         raise ConfigError(
             f"recover.method = {config.recover.method!r} trains a model in memory, and model.placement is 'stream'",
@@ -77,6 +79,13 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
         streamed=plan.load.streamed,
     )
     return loaded, cut_splits(config, loaded)
+
+
+def check_texts(data: DataTable) -> None:
+    """Refuse corpora that are not there, before a model is loaded or fetched; errors as in `check_text`."""
+    for role in ROLES:
+        for name in shares(getattr(data, role)):
+            check_text(name)
 
 
 def splits_of(data: DataTable, tokenizer: Any, *, context_limit: int) -> Splits:

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from ffgym.config.mixture import described, shares
+from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
-from ffgym.data.corpora import check_text
 from ffgym.data.splits import ROLES, check_window
 from ffgym.errors import ConfigError
 from ffgym.models.loading import config_of
@@ -29,7 +28,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
 
     Raises:
         ModelError: the model's architecture is not supported, or its config is missing or damaged.
-        DataError, UnknownNameError: windows that are longer than the model's context, text that is not there.
+        DataError: windows that are longer than the model's context.
     """
     data, model, search = config.data, config.model, config.search
     device = choose_device(model.device)
@@ -37,8 +36,6 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     dtype = choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype)
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
     check_window(data.window, shape.context_limit)
-    for corpus in {name: None for role in ROLES for name in shares(getattr(data, role))}:
-        check_text(corpus)
     load = Workload(
         window=data.window,
         calibration_tokens=data.whole_tokens("calibration"),
