@@ -58,11 +58,11 @@ class RecoveryTexts:
         text = self.training
         available = text.windows.numel()
         epochs = tokens / available
+        times = f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}"
         left_out = f", {text.left_out} windows left out that repeat other splits" if text.left_out else ""
         return (
             f"training text: {text.source}, {available:,} tokens outside the search and "
-            f"report splits{left_out}; {tokens:,} to learn from, "
-            f"{f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs"
+            f"report splits{left_out}; {tokens:,} to learn from, {times} epoch{'s' * (times != '1')}"
         )
 
 
