@@ -7,8 +7,7 @@ layers share the hidden states up to there. Batches are the same as for a reques
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -91,15 +90,6 @@ class _Stream:
     hidden: torch.Tensor
     passes: tuple[_Pass, ...]
     asked: PaddedExamples | None = None
-
-    def split(self, layer: int) -> Iterator[_Stream]:
-        """The same for each level at which its passes cut the next layer."""
-
-        def level(each: _Pass) -> tuple[int, ...]:
-            return each.level(layer)
-
-        for _, own in itertools.groupby(sorted(self.passes, key=level), level):
-            yield replace(self, passes=tuple(own))
 
 
 class ModelEvaluator:
@@ -231,20 +221,22 @@ class ModelEvaluator:
 
     def _through(self, layer: int, streams: Sequence[_Stream]) -> list[_Stream]:
         """All streams after the next layer, which is cut to each level once."""
-
-        def level(stream: _Stream) -> tuple[int, ...]:
-            return stream.passes[0].level(layer)
-
-        split = sorted((part for stream in streams for part in stream.split(layer)), key=level)
+        split: dict[tuple[int, ...], list[_Stream]] = {}
+        for stream in streams:
+            passes: dict[tuple[int, ...], list[_Pass]] = {}
+            for each in stream.passes:
+                passes.setdefault(each.level(layer), []).append(each)
+            for units, own in passes.items():
+                split.setdefault(units, []).append(replace(stream, passes=tuple(own)))
         behind = []
         with self._prunable.layer(layer) as halves:
             refits = [
-                half.refits({level(part)[i] for part in split} - {half.sublayer.units}, calibrated=self._calibrated)
+                half.refits({units[i] for units in split} - {half.sublayer.units}, calibrated=self._calibrated)
                 for i, half in enumerate(halves)
             ]
-            for units, parts in itertools.groupby(split, level):
-                for half, kept, own in zip(halves, units, refits, strict=True):
-                    half.cut(kept, refit=own.get(kept))
+            for units, parts in split.items():
+                for half, kept, refit in zip(halves, units, refits, strict=True):
+                    half.cut(kept, refit=refit.get(kept))
                 behind += [replace(each, hidden=self._walk.layer(layer, each.hidden, each.entry)) for each in parts]
             for half in halves:
                 half.restore()
