@@ -46,7 +46,7 @@ from ffgym.plugins.bases import Reward
 from ffgym.prepare.parts import budget_in, make_reward, make_schedule, task_examples
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
-from ffgym.search.loop import search
+from ffgym.search.loop import search_front
 from ffgym.types import Episode, Evaluation
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
@@ -255,11 +255,12 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
         task.give_prior(agent, space)
         budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
         with bench.reporter.stage(f"search: {name}", budget) as stage:
-            found = search(
+            (found,) = search_front(
                 space.env,
                 agent,
                 task.search_settings(config),
                 make_schedule(config, space.env),
+                [space.env.sparsity],
                 seed=seed,
                 log=log,
                 on_episode=lambda e: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),

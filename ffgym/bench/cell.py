@@ -34,7 +34,7 @@ from ffgym.prepare import configured
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import expected_tokens, finalists
-from ffgym.search.loop import SearchResult, search
+from ffgym.search.loop import SearchResult, search_front
 from ffgym.tracking.names import Result
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Update, perplexity_of
@@ -180,17 +180,19 @@ class CellRunner:
                 watch.update()
                 tracker.log_update(update, episodes[-1].index)
 
-            return search(
+            (found,) = search_front(
                 task.env,
                 agent,
                 settings,
                 make_schedule(cell.config, task.env),
+                [task.env.sparsity],
                 seed=cell.seed,
                 log=log,
                 on_episode=on_episode,
                 on_update=on_update,
                 on_finals=lambda share: stage.partly(share * finals),
             )
+            return found
 
     def _result(
         self,

@@ -87,34 +87,6 @@ class SearchInterrupted(KeyboardInterrupt):
         self.found = found
 
 
-def search(
-    env: PruningEnv,
-    agent: Agent,
-    settings: SearchSettings,
-    schedule: Schedule,
-    *,
-    seed: int,
-    log: Path | None = None,
-    on_episode: Callable[[Episode], None] | None = None,
-    on_update: Callable[[Sequence[Episode], Update], None] | None = None,
-    on_finals: OnProgress | None = None,
-) -> SearchResult:
-    """Let the agent spend its tokens, then choose: :func:`search_front` for the environment's own target alone."""
-    (found,) = search_front(
-        env,
-        agent,
-        settings,
-        schedule,
-        [env.sparsity],
-        seed=seed,
-        log=log,
-        on_episode=on_episode,
-        on_update=on_update,
-        on_finals=on_finals,
-    )
-    return found
-
-
 def search_front(
     env: PruningEnv,
     agent: Agent,
@@ -154,7 +126,8 @@ def search_front(
         SearchInterrupted: Ctrl-C after at least one episode.
         DataError: the log belongs to another search.
     """
-    reach = _reach(targets)
+    # How far from its target an episode may stand for a point of a front: half the way to the next point.
+    reach = None if len(targets) == 1 else float(np.diff(targets).max()) / 2
     points: list[SearchResult] = []
     with Recorder(log) as recorder:
 
@@ -300,8 +273,3 @@ def _learn(
             f"{described(agent)}: learn never called on_update, so its episodes were not reported",
             hint="Call on_update(ffgym.Update(index, rewards)) after every step, index from 0.",
         )
-
-
-def _reach(targets: Sequence[float]) -> float | None:
-    """How far from its target an episode may stand for a point of a front: half the way to the next point."""
-    return None if len(targets) == 1 else float(np.diff(targets).max()) / 2

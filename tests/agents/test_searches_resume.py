@@ -14,7 +14,7 @@ from ffgym.plugins import manager
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
-from ffgym.search.loop import search
+from ffgym.search.loop import search_front
 from ffgym.testing.models import tiny_model
 
 SETTINGS = SearchTable(episodes=24, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=128)
@@ -30,7 +30,9 @@ def env():
 def found(env, name, log):
     agent = manager.create("agent", name)
     agent.prior_mean = np.linspace(-0.5, 0.5, env.action_space.shape[0]).astype(np.float32)
-    return search(env, agent, SETTINGS, Schedule(0.2, env.episode_windows, sparsity="cubic"), seed=3, log=log)
+    schedule = Schedule(0.2, env.episode_windows, sparsity="cubic")
+    (found,) = search_front(env, agent, SETTINGS, schedule, [env.sparsity], seed=3, log=log)
+    return found
 
 
 @pytest.mark.parametrize("name", ["ppo", "evolution", "cma-es", "bayesian", "evopress", "sensitivity"])

@@ -29,7 +29,7 @@ from ffgym.prepare.parts import make_pruning_env, make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import PlainPath
 from ffgym.rewards.multi_objective import MultiObjective
-from ffgym.search.loop import search
+from ffgym.search.loop import search_front
 from ffgym.types import Evaluation
 
 ACTION = np.linspace(-1, 1, 6).astype(np.float32)
@@ -229,7 +229,7 @@ class TestExamplesAreDrawn:
         reward = MultiObjective(MultiObjective.Config(examples=1, resource="kv"))
         env = measuring(reward, reserved=6, episode_windows=2)
         settings = SearchTable(episodes=4, episode_tokens=64, episodes_per_update=4, finalists=2, final_tokens=192)
-        found = search(env, RandomSearch(), settings, Schedule(0.3, 2), seed=0)
+        (found,) = search_front(env, RandomSearch(), settings, Schedule(0.3, 2), [env.sparsity], seed=0)
         assert all(0 <= candidate.objectives["accuracy"] <= 1 for candidate in found.finalists)
 
     def test_anew_for_every_update_and_the_same_within_it(self, measuring):

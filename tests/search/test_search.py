@@ -18,14 +18,14 @@ from ffgym.config.tables import SearchTable
 from ffgym.costs.resource import standard_costs
 from ffgym.envs.pruning_env import Trial
 from ffgym.envs.schedule import Schedule
-from ffgym.errors import ConfigError, DataError, PluginError
+from ffgym.errors import DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.pruning.budget import Budget
 from ffgym.search.finals import finals_windows
 from ffgym.search.log import read_episodes, read_log
-from ffgym.search.loop import SearchInterrupted, search, search_front
+from ffgym.search.loop import SearchInterrupted, search_front
 
 SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=160)
 RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
@@ -37,7 +37,8 @@ def env(make_env):
 
 
 def searched(env, agent=None, *, seed=3, schedule=RAMPS, settings=SETTINGS, **options):
-    return search(env, agent or RandomSearch(), settings, schedule, seed=seed, **options)
+    (found,) = search_front(env, agent or RandomSearch(), settings, schedule, [env.sparsity], seed=seed, **options)
+    return found
 
 
 def bits(found):
@@ -134,10 +135,6 @@ class TestSearch:
         assert found.best.allocation.kept == env.budget.project(agent.prior_mean, 0.3).kept
         assert found.best.origin == "policy"
         assert (found.final_tokens, found.dense_loss, found.best.loss) == (0, None, None)
-
-    def test_one_shot_without_a_heuristic_is_refused(self, env):
-        with pytest.raises(ConfigError, match="none is named"):
-            searched(env, OneShot())
 
     def test_random_search_draws_importances_that_are_allowed(self):
         agent = RandomSearch()
