@@ -13,6 +13,7 @@ weights as they are. Each layer keeps the weights that fitted held-out text best
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -102,20 +103,7 @@ def steps_of(setup: TrainingSetup) -> int:
     return -(-setup.tokens // setup.batch_tokens)
 
 
-class TwoLinears(nn.Module):
-    """OPT's MLP, whose parts live in the decoder layer itself."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.fc1, self.activation, self.fc2 = layer.fc1, layer.activation_fn, layer.fc2
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """From the layer's normed states to what is added to them, shape (..., d)."""
-        output: torch.Tensor = self.fc2(self.activation(self.fc1(inputs)))
-        return output
-
-
-def mlp_of(layer: nn.Module, family: Family) -> nn.Module | None:
+def mlp_of(layer: Any, family: Family) -> nn.Module | None:
     """A decoder layer's MLP as a module of its inputs; ``None`` where nothing of it is left."""
     holder = family.mlp_consumer.rpartition(".")[0]
     try:
@@ -124,7 +112,10 @@ def mlp_of(layer: nn.Module, family: Family) -> nn.Module | None:
         return None
     if not isinstance(consumer, nn.Linear) or consumer.in_features == 0:
         return None
-    return layer.get_submodule(holder) if holder else TwoLinears(layer)
+    if not holder:  # OPT's, whose parts live in the decoder layer itself
+        return nn.Sequential(OrderedDict(fc1=layer.fc1, activation=layer.activation_fn, fc2=layer.fc2))
+    mlp: nn.Module = layer.get_submodule(holder)
+    return mlp
 
 
 @torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
@@ -163,9 +154,9 @@ def distil_mlps(
         pairs = [stream.dense_step(index, wanted=saved is None and mlp is not None) for stream in streams]
         if mlp is not None:
             if checkpoint is not None and saved is not None:
+                tensors, fit = saved
                 with checkpoint.taking_up(_part(index)):
-                    _put(mlp, saved.tensors)
-                fit = saved.facts
+                    _put(mlp, tensors)
             else:
                 best, fit = _train(mlp, index, pairs[0], pairs[1], setup, on_step)
                 _put(mlp, best)

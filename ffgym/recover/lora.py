@@ -138,11 +138,8 @@ def target_modules(model: nn.Module, family: Family) -> list[str]:
     parts = list(dict.fromkeys([*parts, *family.mlp_producers, family.mlp_consumer]))  # each fused module once
     modules = dict(model.named_modules())
     names = [f"{family.decoder}.layers.{layer}.{part}" for layer in range(len(family.layers(model))) for part in parts]
-    return [name for name in names if _has_weights(modules.get(name))]
-
-
-def _has_weights(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.numel() > 0
+    linears = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Linear)}
+    return [name for name, linear in linears.items() if linear.weight.numel() > 0]
 
 
 @torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
@@ -167,7 +164,7 @@ def train_lora(setup: TrainingSetup, options: Any, on_step: Callable[[LoraCurve]
         training = _Training(setup, options.checkpoint_every, on_step)
         if checkpoint is not None and saved is not None:
             with checkpoint.taking_up(PART):
-                training.restore(saved.tensors, saved.facts)
+                training.restore(*saved)
         try:
             training.run()
         finally:

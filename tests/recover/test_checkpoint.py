@@ -29,9 +29,10 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     part = again.load("lora", dict[str, Any])
     assert again.exists
     assert part is not None
-    assert part.facts == {"step": 3, "losses": [0.1, 0.2]}
-    assert part.tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(part.tensors[name], tensor) for name, tensor in TENSORS.items())
+    tensors, facts = part
+    assert facts == {"step": 3, "losses": [0.1, 0.2]}
+    assert tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
     again.remove()
     assert not (tmp_path / "c").exists()
 

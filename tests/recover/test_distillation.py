@@ -182,7 +182,7 @@ def test_bfloat16_weights_are_trained_in_float32_and_rounded_once(pair: Any, tex
     assert all(fit.after < fit.before for fit in fits)
     part = checkpoint.load("layer-001", LayerFit)
     assert part is not None
-    for name, master in part.tensors.items():
+    for name, master in part[0].items():
         assert master.dtype == torch.float32
         assert not torch.equal(master, master.bfloat16().float())
         assert torch.equal(pruned.get_parameter(f"model.layers.1.mlp.{name}"), master.bfloat16())
