@@ -335,7 +335,7 @@ def _shared_sizes(model: Any, kept: Sequence[int], family: Family) -> dict[str, 
             )
     if family.known_stock().heads == "dense":  # its code divides the hidden size by the number of heads
         return shared
-    return shared | {"head_dim": family.head_dim(model)}
+    return shared | {"head_dim": family.head_dim(model.config)}
 
 
 def _listed(units: Sequence[int]) -> str:

@@ -94,12 +94,12 @@ class NemotronNas(ExportFormat):
 
 def _check(config: Any, checkpoint: Checkpoint) -> None:
     """Refuse what the format cannot say."""
-    family = family_of_type(str(config.model_type)).name
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family = family_of_type(str(config.model_type))
+    head_dim = family.head_dim(config)
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     window = getattr(config, "sliding_window", None)
-    if family not in FAMILIES:
-        reason = f"it computes as Llama does, and this is a {family} model"
+    if family.name not in FAMILIES:
+        reason = f"it computes as Llama does, and this is a {family.name} model"
     elif head_dim * config.num_attention_heads != config.hidden_size:
         reason = f"its heads have hidden size / heads channels each, and those of this model {head_dim}"
     elif rope not in ("default", "llama3"):

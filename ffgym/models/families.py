@@ -145,9 +145,8 @@ class Family(Plugin):
     def _producer_names(self, kind: Kind) -> tuple[str, ...]:
         return (self.query, self.key, self.value) if kind == "attention" else self.mlp_producers
 
-    def head_dim(self, model: nn.Module) -> int:
+    def head_dim(self, config: Any) -> int:
         """Channels of one attention head."""
-        config: Any = model.config
         return int(getattr(config, "head_dim", None) or config.hidden_size // getattr(config, self.heads))
 
     def head_counts(self, config: Any) -> tuple[int, int]:
@@ -204,7 +203,7 @@ class Family(Plugin):
 
     def sublayers(self, model: nn.Module) -> list[Sublayer]:
         """The 2L sublayers of a dense model: layer 0 attention, layer 0 mlp, layer 1 attention, ..."""
-        head_dim = self.head_dim(model)
+        head_dim = self.head_dim(model.config)
         layers = self.layers(model)
         return [s for i, layer in enumerate(layers) for s in self._halves(layer, i, head_dim, len(layers))]
 
@@ -350,7 +349,7 @@ def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
             "decoder layers": len(family.layers(model)),
             "hidden channels": model.config.hidden_size,
             "tokens in the vocabulary": model.config.vocab_size,
-            "channels of a head": family.head_dim(model),
+            "channels of a head": family.head_dim(model.config),
         }
         for model in (pruned, dense)
     )

@@ -103,8 +103,7 @@ class Contents:
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
-        config = self.config
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        return self.family.head_dim(self.config)
 
     @property
     def rope(self) -> dict[str, Any]:
