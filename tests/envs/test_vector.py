@@ -142,7 +142,7 @@ def test_an_allocation_is_measured_once_an_update_and_counts_for_each_episode(en
     actions = np.stack([first, second, near, second]).astype(np.float32)
     a, b = (env.budget.project(action, 0.4).kept for action in (first, second))
     rewards = vector.step(actions)[1]
-    assert [[request.kept for request in call] for call in recording.calls] == [[env.dense_units, a, b]]
+    assert [[request.kept for request in call] for call in recording.calls] == [[env.prunable.dense_units, a, b]]
     assert rewards[0] == rewards[2] != rewards[1] == rewards[3]
     assert [e.index for e in vector.history] == [0, 1, 2, 3]
     np.testing.assert_array_equal([e.action for e in vector.history], actions)

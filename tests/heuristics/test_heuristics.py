@@ -13,7 +13,7 @@ from ffgym.errors import ConfigError
 from ffgym.heuristics.alpha import Alpha, eigenvalues, hill_exponent
 from ffgym.heuristics.fisher import Fisher
 from ffgym.heuristics.flap import Flap, keep_ratios, standardised_units
-from ffgym.heuristics.gate_scaling import GateScaling, gate_sensitivity, ranks
+from ffgym.heuristics.gate_scaling import GateScaling, gate_sensitivity
 from ffgym.heuristics.mlp_first import MlpFirst, fitting_ends
 from ffgym.heuristics.owl import Owl, outlier_ratio, spread
 from ffgym.heuristics.skip_ends import SkipEnds
@@ -201,10 +201,6 @@ def test_gate_sensitivity_is_the_derivative_of_a_factor_on_the_output() -> None:
     assert gate_sensitivity(replace(view, stats=LayerStats(gradient=by_weight))) == pytest.approx(
         abs(float(by_gate)), rel=1e-4
     )
-
-
-def test_equal_values_share_a_rank() -> None:
-    np.testing.assert_array_equal(ranks(np.array([5.0, 1.0, 5.0, 0.0])), [2.5, 1.0, 2.5, 0.0])
 
 
 @pytest.mark.parametrize(("name", "options"), [("flap", {"reference": 1}), ("owl", {"span": 0.6})])
