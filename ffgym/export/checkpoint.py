@@ -293,7 +293,11 @@ def _named_misfits() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, StrictDataclassError) as error:
-        raise ModelError(f"the model does not fit the allocation that it is to be saved with: {error}") from error
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise ModelError(
+            f"the model does not fit the allocation that it is to be saved with: {' '.join(lines[:2])}",
+            hint="Cut the model to this allocation first, and save it before it is restored.",
+        ) from error
 
 
 def _filled(pruned: Any, weights: dict[str, torch.Tensor], model: Any) -> Any:

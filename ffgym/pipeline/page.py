@@ -18,7 +18,7 @@ def run_page(run: StoredRun) -> Page:
     """The page about a run; one that is not finished gets a page that says so."""
     config, folder, table = run.config, run.folder, run.table
     search, data = config.search, config.data
-    share = config.prune.sparsity if config.prune.is_range else f"{config.prune.target:.0%}"
+    share = " to ".join(f"{end:.0%}" for end in dict.fromkeys(config.prune.ends))
     found = f"{share} of the {config.prune.resource} of {config.model.name}, found by {config.agent.name}"
     model = model_folder(config, folder, config.main_target)
     trained = output_folder(model)

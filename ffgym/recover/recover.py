@@ -44,6 +44,7 @@ from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Evaluation, JSONDict
 
+DIGITS = 12  # of a digest, enough to tell two texts apart
 DECIDES = ("method", "tokens", "batch_tokens", "evaluate_every")  # keys of [recover] that decide a training's numbers
 
 
@@ -191,9 +192,9 @@ def _identity(
         "seed": _seed(config),
         "window": training_window(config),
         "dtype": loaded.dtype_name,
-        "weights": weights_digest(source),
-        "training text": texts.training.digest,
-        "held-out text": windows_digest(texts.held_out),
+        "weights": weights_digest(source)[:DIGITS],
+        "training text": texts.training.digest[:DIGITS],
+        "held-out text": windows_digest(texts.held_out)[:DIGITS],
     }
     if method.needs_dense:
         facts |= {"dense model": dense, "revision": config.model.revision}

@@ -54,15 +54,15 @@ class RecoveryTexts:
     held_out: torch.Tensor
 
     def describe(self, tokens: int) -> str:
-        """What is trained on, how much of it there is, and how often ``tokens`` tokens go through it."""
+        """What is trained on, and how often ``tokens`` tokens go through it where it holds fewer."""
         text = self.training
         available = text.windows.numel()
         epochs = tokens / available
-        times = f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}"
+        repeats = f", {f'{epochs:.2g}' if epochs < 10 else f'{epochs:,.0f}'} epochs" if epochs > 1 else ""
         left_out = f", {text.left_out} windows left out that repeat other splits" if text.left_out else ""
         return (
             f"training text: {text.source}, {available:,} tokens outside the search and "
-            f"report splits{left_out}; {tokens:,} to learn from, {times} epoch{'s' * (times != '1')}"
+            f"report splits{left_out}; {tokens:,} to learn from{repeats}"
         )
 
 

@@ -137,7 +137,8 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     """Draw perplexity against size, with the 95 % intervals of the perplexities and the dense models."""
     figure = new_figure(width=9.0, height=5.0)
     axes: Any = figure.add_subplot()
-    dense = {run.table.dense.perplexity: run.table.dense for run in runs}.values()
+    # Another order of the units rounds otherwise: one dense model may have losses that differ in their last bits.
+    dense = {(row.parameters, perplexity_text(row)): row for row in (run.table.dense for run in runs)}.values()
     points = [
         (f"dense: {perplexity_text(row)}", row, {"color": BLACK, "marker": "*", "markersize": 14}) for row in dense
     ]
