@@ -234,6 +234,8 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
         rows = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
         # In cividis lightness rises evenly, so it reads the same in grey and to colour-blind readers.
         image = axes.imshow(means[:, rows].T, aspect="auto", cmap="cividis", origin="lower", interpolation="nearest")
+        if np.ptp(means[:, rows]) == 0:  # a scale around a single value would go beyond 100 %
+            image.set_clim(0, 100)
         axes.set_title(f"{name}: {units} kept (%)", fontsize=10, loc="left")
         axes.set_ylabel("decoder layer")
         axes.yaxis.get_major_locator().set_params(integer=True)

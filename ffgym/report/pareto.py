@@ -86,7 +86,7 @@ def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], pat
         _draw_pair(axes, points, dense, across, up)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    lines = [f"{len(_winners(points))} of {len(points)} allocations are in the Pareto set"]
+    lines = [f"Pareto set: {len(_winners(points))} of {len(points)} allocations"]
     chosen = next((point for point in points if point.chosen), None)
     if chosen is not None:
         lines.append(f"chosen: {_values(chosen.objectives)}")
