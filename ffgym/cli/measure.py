@@ -107,7 +107,7 @@ def measure(
     tables = found.tables()
     if output is not None:
         markdown = "\n".join(table.markdown() for table in tables)
-        write_text(output, markdown if output.suffix == ".md" else json.dumps(asdict(found), indent=2) + "\n")
+        _write(output, markdown if output.suffix == ".md" else json.dumps(asdict(found), indent=2) + "\n")
     if as_json:
         print_json(asdict(found))
     else:
@@ -193,7 +193,7 @@ def latency(
                 progress=progress,
             )
     if output is not None:
-        write_text(output, to_json(table))
+        _write(output, to_json(table))
     if as_json:
         print_json(table.model_dump(mode="json", exclude_none=True))
     else:
@@ -278,7 +278,7 @@ def evaluate(
             else:
                 Console().print(table.layout().terminal())
             if output is not None:
-                write_text(output, task_table.FILE_KINDS[output.suffix](table))
+                _write(output, task_table.FILE_KINDS[output.suffix](table))
 
 
 def _arguments(text: str) -> tuple[str, ...]:
@@ -306,3 +306,9 @@ def _checked(output: Path | None, endings: Collection[str], overwrite: bool) -> 
         output = output.expanduser()
         check_file(output, endings, overwrite=overwrite)
     return output
+
+
+def _write(output: Path, text: str) -> None:
+    """Write a checked file, and say so where it mixes with no JSON."""
+    write_text(output, text)
+    typer.echo(f"written to {output}", err=True)

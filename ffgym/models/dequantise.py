@@ -51,7 +51,7 @@ def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    numbers = _refuse_what_would_be_lost(gguf, any_family=any_family)
+    numbers = refuse_what_would_be_lost(gguf, any_family=any_family)
     # Newer versions keep the blocks packed where they find a kernel for them, unless told not to.
     dense = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
@@ -104,7 +104,7 @@ def _alone(gguf: Path) -> Iterator[str]:
         yield folder
 
 
-def _refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
+def refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
     """Refuse what transformers' reader would silently leave out or mistake.
 
     Returns:

@@ -25,7 +25,7 @@ from ffgym.models.checkpoint import (
     check_sizes,
     read_config,
 )
-from ffgym.models.dequantise import dequantised
+from ffgym.models.dequantise import dequantised, refuse_what_would_be_lost
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import explained
@@ -226,6 +226,7 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
         source, content = str(path), read_config(path)
         check_config(name, content, any_family=False, depth=MOST_LAYERS)
     elif path.suffix.lower() == ".gguf" and path.is_file():
+        refuse_what_would_be_lost(path, any_family=False)
         source, options = str(path.parent), {"gguf_file": path.name}
     else:
         _locate(name)

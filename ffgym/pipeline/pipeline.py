@@ -33,7 +33,7 @@ from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
 from ffgym.plan.plan import Plan
-from ffgym.prepare.parts import check_texts, cluster_of, say_who_is_idle
+from ffgym.prepare.parts import check_texts, cluster_of, say_who_is_idle, table_digest
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Row
 
@@ -76,6 +76,8 @@ def run(
     agent = make_agent(config)
     plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
     check_texts(config.data)
+    if resume is None:
+        table_digest(config)  # of a latency table; a resumed run has its own
     with (
         cluster_of(config.workers, config.model.device, reporter.print) as cluster,
         Session.open(config, reporter, resume) as session,

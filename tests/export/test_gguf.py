@@ -30,7 +30,7 @@ from ffgym.export.gguf.architectures import ARCHITECTURES
 from ffgym.export.gguf.gguf import run_line
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
-from ffgym.models.loading import load
+from ffgym.models.loading import config_of, load
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 IDS = torch.randint(3, 128, (100,), generator=torch.Generator().manual_seed(7))
@@ -356,9 +356,10 @@ def test_a_file_of_alike_layers_is_loaded_again(kept: Sequence[int] | None, tmp_
 @pytest.mark.parametrize("name", ["llama-uneven", "qwen3-tied-uneven"])
 def test_a_file_of_uneven_layers_is_refused_by_name(name: str, tmp_path: Path) -> None:
     written = export_gguf(save(WRITTEN[name][0](), tmp_path / "m"), tmp_path / "m.gguf")
-    with pytest.raises(ModelError, match=r"m\.gguf' differ in size .*feed_forward_length is a list") as raised:
-        load(str(written.path), device="cpu")
-    assert "dense model" in raised.value.hint
+    for read in (load, config_of):
+        with pytest.raises(ModelError, match=r"m\.gguf' differ in size .*feed_forward_length is a list") as raised:
+            read(str(written.path))
+        assert "dense model" in raised.value.hint
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-even", "qwen2-mlps"])
