@@ -25,10 +25,9 @@ def config_error(error: ValidationError, model: type[BaseModel], table: str = ""
         if model is RunConfig and len(path) > 1:
             owner, where, path = table_model(path[0]), path[0], path[1:]
         key = path[0] if path else ""
-        problem, expected, hint = _explain(item["type"], item["msg"], item["input"], owner, where, key)
+        problem, expected, *advice = _explain(item["type"], item["msg"], item["input"], owner, where, key)
         problems.setdefault(problem, []).extend([expected] if expected else [])
-        if hint is not None and hint not in hints:
-            hints.append(hint)
+        hints += [hint for hint in advice if hint and hint not in hints]
     message = "\n".join(problem + _either(expected) for problem, expected in problems.items())
     return ConfigError(message, hint=" ".join(hints) or None)
 
@@ -45,10 +44,8 @@ def _shared_keys(owner: type[BaseModel], table: str) -> list[str]:
     return [] if model is owner else [key for key in model.model_fields if key != named_by]
 
 
-def _explain(
-    kind: str, message: str, value: Any, owner: type[BaseModel], table: str, key: str
-) -> tuple[str, str, str | None]:
-    """(problem, what was expected, hint) for one pydantic error."""
+def _explain(kind: str, message: str, value: Any, owner: type[BaseModel], table: str, key: str) -> tuple[str, ...]:
+    """(problem, what was expected, hints, one after another) for one pydantic error."""
     full_key = ".".join(part for part in (table, key) if part)
     place = f"[{table}]" if table else "the configuration"
     known = [*owner.model_fields, *_shared_keys(owner, table)]
@@ -57,18 +54,19 @@ def _explain(
         homes = [f"{name}.{key}" for name in tables if key in table_model(name).model_fields]
         near = homes if owner is RunConfig or len(homes) == 1 else []  # the table is missing or wrong
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        guess = f"Did you mean {near[0]!r}? " if near else ""
+        guess = f"Did you mean {near[0]!r}?" if near else ""
         kind_of_key = "key" if table else "table or key"
         return (
             f"unknown {kind_of_key} {key!r} in {place}",
             "",
-            f"{guess}Known in {place}: {', '.join(known) or 'none'}.",
+            guess,
+            f"Known in {place}: {', '.join(known) or 'none'}.",
         )
     if kind == "missing":
-        hint = f"Write `{key} = ...` under {place}, or give a run --set {full_key}=VALUE." if table else None
+        hint = f"Write `{key} = ...` under {place}, or give a run --set {full_key}=VALUE." if table else ""
         return f"{place} needs a value for {key!r}", "", hint
     field = owner.model_fields.get(key)
-    described = f"{full_key}: {field.description}." if field is not None and field.description else None
+    described = f"{full_key}: {field.description}." if field is not None and field.description else ""
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     if kind in ("model_type", "dict_type"):
         return f"{full_key} = {shown}: ", "should be a table", f"Write [{full_key}] and its keys below it."

@@ -162,6 +162,8 @@ def _harness(model: LoadedModel, batch_size: int, on_progress: Progress) -> Any:
             hint="Set tokenizer.eos_token and save the tokenizer again.",
         )
 
+    name = model.name  # a class that named the model would keep it after its last use
+
     class Counting(HFLM):  # type: ignore[misc]
         """HFLM that reports progress, and counts what would otherwise go unseen."""
 
@@ -176,6 +178,12 @@ def _harness(model: LoadedModel, batch_size: int, on_progress: Progress) -> Any:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, override_bs: Any = None) -> Any:
             room = self.max_length + 1  # the last token is predicted, never read
             self.truncated += sum(len(context) + len(answer) > room for _, context, answer in requests)
+            longest = max(len(answer) for _, _, answer in requests)
+            if longest > self.max_length:
+                raise ModelError(
+                    f"model {name!r} takes {self.max_length} tokens, and an answer of this task has {longest}",
+                    hint="Leave the task out with --tasks, or take a model with a longer context.",
+                )
             self.done, self.total = 0, len(requests)
             on_progress(0, self.total)
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
