@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 PICOSECONDS = 1e12
-GRID = 17
 
 
-def grid(units: int) -> list[int]:
-    """Sizes at which a sublayer is timed, at most 17: all if they are few, else 1 and every sixteenth of its units."""
-    if units <= GRID:
+def grid(units: int, parts: int = 16) -> list[int]:
+    """Sizes at which a sublayer is timed: all if they are few, else 1 and as many equal parts of its units."""
+    if units <= parts + 1:
         return list(range(1, units + 1))
-    return sorted({1, *(round(units * part / (GRID - 1)) for part in range(1, GRID))})
+    return sorted({1, *(round(units * part / parts) for part in range(1, parts + 1))})
 
 
 def seconds_without(sizes: Sequence[int], seconds: Sequence[float]) -> float:

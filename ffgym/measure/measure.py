@@ -124,16 +124,17 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
         _footprint(dense, sizes(prunable.dense_units), dense_folder),
         _footprint(pruned, sizes(kept), folder),
     )
-    work = (work_of(dense.model, prunable.dense_units, meter), work_of(pruned.model, kept, meter))
     speeds: list[Speed] = []
     with reporter.stage("speed, in turn", 2 * (options.repetitions + 1) * len(workloads)) as stage:
         for workload in workloads:
+            before = work_of(dense.model, prunable.dense_units, meter, workload)
+            after = work_of(pruned.model, kept, meter, workload)
             with _within_memory(workload):
                 speeds += time_in_turn(
                     dense.model,
                     pruned.model,
                     workload,
-                    work,
+                    (before[0] / after[0], before[1] / after[1]),
                     repetitions=options.repetitions,
                     on_turn=stage.advance,
                 )

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from ffgym.costs.latency_cache import place_of, timed_once
-from ffgym.costs.latency_fit import seconds_without
+from ffgym.costs.latency_fit import grid, seconds_without
 from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, Serving, layer_shapes, model_shape
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError
@@ -128,7 +128,7 @@ def _timed(
     loaded: LoadedModel, options: Options, setting: Setting, serving: Serving, reporter: Reporter
 ) -> LatencyTable:
     shapes = layer_shapes(loaded.model)
-    probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in _sizes(shape.units)[:-1]]
+    probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in grid(shape.units, PARTS)[:-1]]
     with reporter.stage("save the models", len(probes) + 1, "models") as stage:
         models = list(_saved(loaded, shapes, probes, setting.scratch, stage))
     with reporter.stage(f"prepare {options.engine}", 1):
@@ -164,13 +164,6 @@ def _timed(
     )
 
 
-def _sizes(units: int) -> list[int]:
-    """Sizes at which a shape is timed: all up to 5 units, else 1 and every quarter."""
-    if units <= PARTS + 1:
-        return list(range(1, units + 1))
-    return sorted({1, *(round(units * part / PARTS) for part in range(1, PARTS + 1))})
-
-
 def _saved(
     loaded: LoadedModel, shapes: Sequence[LayerShape], probes: Sequence[_Probe], scratch: Path, stage: Stage
 ) -> Iterator[ServedModel]:
@@ -190,7 +183,7 @@ def _saved(
 
 def _curve(shape: LayerShape, count: int, times: dict[str, Spread]) -> Curve:
     """Times of one of ``count`` sublayers, from those of the models that differ in all of them."""
-    sizes = _sizes(shape.units)
+    sizes = grid(shape.units, PARTS)
     spreads = [times[_Probe(shape, size).role] for size in sizes[:-1]] + [times[DENSE]]
     without = seconds_without(sizes, [spread.median for spread in spreads])
 

@@ -58,46 +58,26 @@ class Speed:
     ceiling: float
 
 
-@dataclass(frozen=True)
-class Work:
-    """What the phases of one model have to do at least.
-
-    Attributes:
-        weight_bytes: read in every step: all parameters but an input embedding that is not the output head too.
-        kv_bytes: that one token of one sequence adds to the cache.
-        macs: multiply-accumulates per token at a context length, ``macs(context)``, output head left out.
-        head_macs: of the output head, for one token.
-    """
-
-    weight_bytes: int
-    kv_bytes: float
-    macs: Callable[[int], float]
-    head_macs: float
-
-    def prefill(self, workload: Workload) -> float:
-        """Multiply-accumulates of one sequence: a token attends to half the prompt on average, one is projected."""
-        return workload.length * self.macs((workload.length + 1) // 2) + self.head_macs
-
-    def decode(self, workload: Workload) -> float:
-        """Bytes read in an average step: the weights once, the cache of every sequence."""
-        return self.weight_bytes + workload.batch * (workload.length + DECODE_TOKENS / 2) * self.kv_bytes
-
-
-def work_of(model: Any, kept: Sequence[int], meter: Callable[[int], SizeMeter]) -> Work:
-    """The work of a model, dense or pruned.
+def work_of(
+    model: Any, kept: Sequence[int], meter: Callable[[int], SizeMeter], workload: Workload
+) -> tuple[float, float]:
+    """What a model, dense or pruned, has to do at least.
 
     Args:
         model: the model itself: its parameters are counted as they are.
         meter: sizes of allocations of the dense model at a context.
+
+    Returns:
+        multiply-accumulates of the prefill of one sequence: a token attends to half the prompt on average, and one is
+        projected. Bytes that an average step of decoding reads: all parameters but an input embedding that is not the
+        output head too, once, and the cache of every sequence.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    head_macs = float(head.numel())
-
-    def macs(context: int) -> float:
-        return meter(context)(kept)["macs"] - head_macs
-
+    size = meter((workload.length + 1) // 2)(kept)
+    prefill = workload.length * (size["macs"] - head.numel()) + head.numel()
     unread = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
-    return Work(parameter_bytes(model) - unread, meter(1)(kept)["kv"], macs, head_macs)
+    cached = workload.batch * (workload.length + DECODE_TOKENS / 2)
+    return prefill, parameter_bytes(model) - unread + cached * size["kv"]
 
 
 def parameter_bytes(model: torch.nn.Module) -> int:
@@ -109,7 +89,7 @@ def time_in_turn(
     dense: Any,
     pruned: Any,
     workload: Workload,
-    work: tuple[Work, Work],
+    ceilings: tuple[float, float],
     *,
     repetitions: int,
     on_turn: Callable[[], None] | None = None,
@@ -118,7 +98,7 @@ def time_in_turn(
 
     Args:
         workload: batch and length; the models must take 16 tokens more.
-        work: of both, for the ceilings.
+        ceilings: of prefill and decode, see `Speed`.
         repetitions: that count; one more, which warms up, does not.
         on_turn: called after every turn of a model, 2 * (repetitions + 1) times.
     """
@@ -133,12 +113,10 @@ def time_in_turn(
     tokens = workload.batch * np.array([workload.length, DECODE_TOKENS])
     rates = tokens / seconds
     ratios = seconds[:, 0] / seconds[:, 1]
-    before, after = work
-    bounds = (before.prefill(workload) / after.prefill(workload), before.decode(workload) / after.decode(workload))
     phases: tuple[Phase, Phase] = ("prefill", "decode")
     return [
-        Speed(phase, workload, Spread.of(rates[:, 0, i]), Spread.of(rates[:, 1, i]), Spread.of(ratios[:, i]), bounds[i])
-        for i, phase in enumerate(phases)
+        Speed(phase, workload, Spread.of(rates[:, 0, i]), Spread.of(rates[:, 1, i]), Spread.of(ratios[:, i]), ceiling)
+        for i, (phase, ceiling) in enumerate(zip(phases, ceilings, strict=True))
     ]
 
 

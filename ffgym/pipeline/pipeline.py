@@ -70,7 +70,8 @@ def run(
     """
     reporter = Reporter(progress)
     config = settle(config)
-    if resume is not None and (finished := finished_run(reopen_folder(Path(resume), config), config)):
+    earlier = None if resume is None else reopen_folder(Path(resume), config)
+    if earlier is not None and (finished := finished_run(earlier, config)):
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
     agent = make_agent(config)
@@ -80,7 +81,7 @@ def run(
         table_digest(config)  # of a latency table; a resumed run has its own
     with (
         cluster_of(config.workers, config.model.device, reporter.print) as cluster,
-        Session.open(config, reporter, resume) as session,
+        Session.open(config, reporter, earlier) as session,
     ):
         reporter.print(plan.summary)
         plan.check()

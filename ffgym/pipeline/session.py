@@ -22,7 +22,6 @@ from ffgym.pipeline.folder import (
     read_record,
     remove_half_written,
     removing_if_nothing_found,
-    reopen_folder,
     resume_command,
     saying_what_is_kept,
     write_record,
@@ -55,20 +54,19 @@ class Session:
 
     @classmethod
     @contextmanager
-    def open(cls, config: RunConfig, progress: Reporter, resume: str | Path | None) -> Iterator[Session]:
+    def open(cls, config: RunConfig, progress: Reporter, resume: Path | None) -> Iterator[Session]:
         """Lock the run's folder, and start or continue its MLflow run.
 
         Args:
             config: with all options of its plugins.
-            resume: folder of an earlier session; ``None`` for a new run.
+            resume: folder of an earlier session, reopened; ``None`` for a new run.
 
         Raises:
             OutputError: a folder that is occupied, locked or not writable; nothing in it has changed.
-            ConfigError: the run in the folder is of another configuration.
         """
         resumed, named = resume is not None, config.output.dir
         made = named is None or not Path(named).expanduser().exists()
-        folder = claim_folder(config) if resume is None else reopen_folder(Path(resume), config)
+        folder = claim_folder(config) if resume is None else resume
         earlier = read_record(folder) if resumed else RunRecord()
         table = config.tracking
         with (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
@@ -12,7 +11,6 @@ from ffgym.costs.size import SizeMeter
 from ffgym.measure import speed
 from ffgym.measure.speed import (
     DECODE_TOKENS,
-    Work,
     Workload,
     generate,
     parameter_bytes,
@@ -22,8 +20,6 @@ from ffgym.measure.speed import (
 )
 from ffgym.models.cut import PrunableModel
 from ffgym.testing.models import tiny_model
-
-FLAT = Work(weight_bytes=1, kv_bytes=0.0, macs=lambda context: 1.0, head_macs=0.0)
 
 
 def counted(model, log, name=""):
@@ -68,14 +64,14 @@ def test_the_models_take_turns():
     counted(pruned, log, "pruned")
     turns = []
     found = time_in_turn(
-        dense, pruned, Workload(1, 8), (FLAT, FLAT), repetitions=3, on_turn=lambda: turns.append(len(log))
+        dense, pruned, Workload(1, 8), (1.5, 1.2), repetitions=3, on_turn=lambda: turns.append(len(log))
     )
     order = [name for name, shape, _ in log if shape == (1, 8)]
     assert order == ["dense", "pruned"] * 4  # one repetition warms up
     assert len(turns) == 8
     assert [(each.phase, each.workload, each.ceiling) for each in found] == [
-        ("prefill", Workload(1, 8), 1.0),
-        ("decode", Workload(1, 8), 1.0),
+        ("prefill", Workload(1, 8), 1.5),
+        ("decode", Workload(1, 8), 1.2),
     ]
 
 
@@ -84,7 +80,7 @@ def test_rates_and_ratios_are_those_of_the_repetitions(monkeypatch):
     seconds = iter([(99, 99), (99, 99), (2, 4), (1, 1), (2, 4), (1, 1), (20, 40), (10, 10)])
     monkeypatch.setattr(speed, "generate", lambda model, ids: next(seconds))
     model = tiny_model("llama")
-    prefill, decode = time_in_turn(model, model, Workload(3, 10), (FLAT, FLAT), repetitions=3)
+    prefill, decode = time_in_turn(model, model, Workload(3, 10), (1.0, 1.0), repetitions=3)
     assert (prefill.dense.median, prefill.pruned.median) == (30 / 2, 30 / 1)
     assert (decode.dense.median, decode.pruned.median) == (3 * DECODE_TOKENS / 4, 3 * DECODE_TOKENS)
     assert (prefill.ratio.low, prefill.ratio.median, prefill.ratio.high) == (2, 2, 2)
@@ -107,29 +103,29 @@ class TestWork:
     """Llama: hidden 32, 4 query heads of 8 in 2 groups, 48 channels, 128 tokens, 3 layers, untied; float32."""
 
     linears = 3 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48)
+    cache = 3 * 2 * 2 * 8 * 4
 
-    def work(self, kept=(2, 48) * 3, cut=False):
+    def work(self, workload, kept=(2, 48) * 3, cut=False):
         prunable = PrunableModel(tiny_model("llama"))
         if cut:
             prunable.cut(kept)
-        return work_of(prunable.model, kept, meter)
+        return work_of(prunable.model, kept, meter, workload)
 
     def test_prefill_counts_a_head_of_one_token_and_half_the_prompt_as_context(self):
         scores = 3 * 2 * 4 * 8 * 6  # q k^T and p v of 4 heads, 6 tokens on average
-        assert self.work().prefill(Workload(4, 11)) == 11 * (self.linears + scores) + 32 * 128
+        assert self.work(Workload(4, 11))[0] == 11 * (self.linears + scores) + 32 * 128
 
     def test_decode_reads_the_weights_once_and_the_cache_of_every_sequence(self):
         weights = 4 * (self.linears + 128 * 32 + 7 * 32)  # the untied embedding is looked up, not read
-        cache = 3 * 2 * 2 * 8 * 4
-        assert self.work().decode(Workload(4, 11)) == weights + 4 * (11 + DECODE_TOKENS / 2) * cache
+        assert self.work(Workload(4, 11))[1] == weights + 4 * (11 + DECODE_TOKENS / 2) * self.cache
 
     def test_of_a_cut_model_less(self):
         kept = (1, 48, 2, 24, 2, 48)
-        dense, pruned = self.work(), self.work(kept, cut=True)
+        one = Workload(1, 1)
+        dense, pruned = self.work(one), self.work(one, kept, cut=True)
         group, half = 32 * (16 + 8 + 8 + 16), 24 * 3 * 32
-        assert dense.weight_bytes - pruned.weight_bytes == 4 * (group + half)
-        assert dense.kv_bytes - pruned.kv_bytes == 2 * 8 * 4
-        assert dense.prefill(Workload(1, 1)) - pruned.prefill(Workload(1, 1)) == group + half + 2 * 2 * 8
+        assert dense[0] - pruned[0] == group + half + 2 * 2 * 8
+        assert dense[1] - pruned[1] == 4 * (group + half) + (1 + DECODE_TOKENS / 2) * 2 * 8 * 4
 
     def test_a_tied_embedding_is_read_as_the_head(self):
         model = tiny_model("llama")
@@ -137,6 +133,5 @@ class TestWork:
         model.config.tie_word_embeddings = True
         model.tie_weights()
         assert untied - parameter_bytes(model) == 4 * 128 * 32
-        work = work_of(model, (2, 48) * 3, meter)
-        assert work.weight_bytes == parameter_bytes(model)
-        assert np.isclose(work.head_macs, 128 * 32)
+        _, decode = work_of(model, (2, 48) * 3, meter, Workload(1, 1))
+        assert decode == parameter_bytes(model) + (1 + DECODE_TOKENS / 2) * self.cache
