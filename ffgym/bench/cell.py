@@ -28,16 +28,16 @@ from ffgym.files import FileFormat, disk_errors, exclusive_lock, write_text
 from ffgym.interrupts import held_back_interrupts
 from ffgym.pipeline.agent import make_agent, policy_digest
 from ffgym.pipeline.artifacts import log_splits, run_tags
-from ffgym.pipeline.task import Task, give_prior, on_report, open_task, search_settings, with_config
+from ffgym.pipeline.search import tracked_search
+from ffgym.pipeline.task import Task, give_prior, on_report, open_task, with_config
 from ffgym.plugins.bases import Agent
 from ffgym.prepare import configured
-from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
-from ffgym.search.finals import expected_tokens, finalists
-from ffgym.search.loop import SearchResult, search_front
+from ffgym.search.finals import finalists
+from ffgym.search.loop import SearchResult
 from ffgym.tracking.names import Result
 from ffgym.tracking.tracker import Tracker
-from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Update, perplexity_of
+from ffgym.types import Allocation, Episode, Evaluation, JSONDict, perplexity_of
 
 DELETE_IT = "Delete it to compute it again."
 CELL_RESULT = FileFormat("bench result", CellResult, DataError, DELETE_IT)
@@ -151,7 +151,10 @@ class CellRunner:
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
             tracker.set_tags(run_tags(task, agent))
             log_splits(tracker, task.splits)
-            found = self._search(cell, task, agent, log, tracker, watch)
+            label = f"{cell.label}, seed {cell.seed}"
+            (found,) = tracked_search(
+                task, agent, self._reporter, tracker, label, log, on_episode=watch.episode, on_update=watch.update
+            )
             watch.end()
             result = self._result(cell, task, found, watch.noted)
             tracker.log_result(_tracked(result, task, found))
@@ -163,36 +166,6 @@ class CellRunner:
             tracker.log_artifact(cell.path)
             for path in (log, note):
                 path.unlink(missing_ok=True)
-
-    def _search(
-        self, cell: Cell, task: Task, agent: Agent, log: Path, tracker: Tracker, watch: _Incumbents
-    ) -> SearchResult:
-        settings = search_settings(cell.config)
-        finals = expected_tokens(settings.finalists, settings.final_tokens) if agent.searches else 0
-        with self._reporter.stage(f"{cell.label}, seed {cell.seed}", watch.budget + finals, "tokens") as stage:
-
-            def on_episode(episode: Episode) -> None:
-                watch.episode(episode)
-                tracker.log_episode(episode)
-                stage.advance(episode.tokens, f"reward {episode.reward:.3f}")
-
-            def on_update(episodes: Sequence[Episode], update: Update) -> None:
-                watch.update()
-                tracker.log_update(update, episodes[-1].index)
-
-            (found,) = search_front(
-                task.env,
-                agent,
-                settings,
-                make_schedule(cell.config, task.env),
-                [task.env.sparsity],
-                seed=cell.seed,
-                log=log,
-                on_episode=on_episode,
-                on_update=on_update,
-                on_finals=lambda share: stage.partly(share * finals),
-            )
-            return found
 
     def _result(
         self,
@@ -291,13 +264,13 @@ class _Incumbents:
 
     def __init__(self, task: Task, agent: Agent, marks: int) -> None:
         search, env = task.config.search, task.env
-        self.budget = search.episodes * env.episode_windows * env.window_tokens
+        budget = search.episodes * env.episode_windows * env.window_tokens
         self.noted: list[tuple[int, Allocation]] = []
         self._task, self._agent = task, agent
         self._history: list[Episode] = []
         self._spent = 0
         update = agent.update_cost(search.episodes_per_update) * env.episode_windows * env.window_tokens
-        self._marks = np.unique(np.geomspace(min(update, self.budget), self.budget, marks).astype(int)).tolist()
+        self._marks = np.unique(np.geomspace(min(update, budget), budget, marks).astype(int)).tolist()
 
     def episode(self, episode: Episode) -> None:
         """Take note of one episode."""

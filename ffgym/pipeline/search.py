@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from ffgym.pipeline.task import Task, give_prior, search_settings
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_schedule
+from ffgym.report.progress import Reporter
 from ffgym.search.finals import expected_tokens
 from ffgym.search.log import read_episodes
 from ffgym.search.loop import SearchInterrupted, SearchResult, search_front
+from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, Update
 
 NEAR_PRIOR = 0.15  # spread of the random allocations that a search is compared with: they start where it starts
@@ -53,7 +55,8 @@ def search(task: Task, agent: Agent, session: Session) -> Searched:
         tracker.log_params({f"{resource}.digest": measurement.digest})
         tracker.log_artifact(folder / f"{resource}.json")
     try:
-        points = _run(task, agent, session, config.agent.name, "search", folder / "episodes.jsonl", config.targets)
+        log, label = folder / "episodes.jsonl", f"search: {config.agent.name}"
+        points = tracked_search(task, agent, session.progress, tracker, label, log)
     except SearchInterrupted as stop:
         write_found(folder, [stop.found], agent, task, tracker)
         raise
@@ -70,33 +73,53 @@ def _random_baseline(task: Task, session: Session) -> SearchResult:
     near = {} if config.prior.name == "none" else {"spread": NEAR_PRIOR}
     agent, log = manager.create("agent", "random", near), session.folder / "episodes-random.jsonl"
     give_prior(agent, task)
-    (found,) = _run(replace(task, config=config), agent, session, "random", "search/random", log, config.targets)
+    (found,) = tracked_search(
+        replace(task, config=config), agent, session.progress, session.tracker, "search: random", log, "search/random"
+    )
     return found
 
 
-def _run(
-    task: Task, agent: Agent, session: Session, label: str, prefix: str, log: Path, targets: Sequence[float]
+def tracked_search(
+    task: Task,
+    agent: Agent,
+    progress: Reporter,
+    tracker: Tracker,
+    label: str,
+    log: Path,
+    prefix: str = "search",
+    *,
+    on_episode: Callable[[Episode], None] = lambda episode: None,
+    on_update: Callable[[], None] = lambda: None,
 ) -> list[SearchResult]:
-    """One search with its progress, its log and its metrics, which MLflow keeps under ``prefix``."""
-    config, progress, env = task.config, session.progress, task.env
+    """Search at the targets of a task's configuration, with progress, a log and metrics.
+
+    Args:
+        label: of the stage that progress shows.
+        log: of the episodes; what it holds is not measured again.
+        prefix: what MLflow's names of the metrics begin with.
+        on_episode, on_update: called after each.
+    """
+    config, env = task.config, task.env
     settings = search_settings(config)
     size = env.episode_windows * env.window_tokens
     finals = expected_tokens(settings.finalists, settings.final_tokens) if agent.searches else 0
     earlier = len(read_episodes(log)) if log.exists() else 0
     if earlier:
-        progress.print(f"search: {label}: {earlier} episodes of earlier sessions are read from {log.name}")
-    total = settings.episodes * size + finals * len(targets)
-    with progress.stage(f"search: {label}", total, "tokens") as stage:
+        progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")
+    total = settings.episodes * size + finals * len(config.targets)
+    with progress.stage(label, total, "tokens") as stage:
 
         def on_finals(share: float) -> None:
             stage.partly(share * finals)
 
-        def on_episode(episode: Episode) -> None:
+        def episode_done(episode: Episode) -> None:
+            on_episode(episode)
             stage.advance(episode.tokens, f"reward {episode.reward:.3f}", is_known=episode.index < earlier)
-            session.tracker.log_episode(episode, search=prefix)
+            tracker.log_episode(episode, search=prefix)
 
-        def on_update(episodes: Sequence[Episode], update: Update) -> None:
-            session.tracker.log_update(update, episodes[-1].index, search=prefix)
+        def update_done(episodes: Sequence[Episode], update: Update) -> None:
+            on_update()
+            tracker.log_update(update, episodes[-1].index, search=prefix)
 
         def on_point(found: SearchResult) -> None:
             stage.advance(finals, f"finals at {found.target:.0%} done")
@@ -106,11 +129,11 @@ def _run(
             agent,
             settings,
             make_schedule(config, env),
-            targets,
+            config.targets,
             seed=config.seed,
             log=log,
-            on_episode=on_episode,
-            on_update=on_update,
+            on_episode=episode_done,
+            on_update=update_done,
             on_point=on_point,
             on_progress=stage.partly,
             on_finals=on_finals,
