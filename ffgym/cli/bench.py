@@ -64,4 +64,4 @@ def bench(
     for table in tables:
         console.print(f"\n{table.title}", style="bold", highlight=False, markup=False)
         console.print(table.header, highlight=False, markup=False)
-        console.print(table.layout().terminal())
+        console.print(table.layout())

@@ -112,7 +112,7 @@ def measure(
         print_json(asdict(found))
     else:
         for table in tables:
-            Console().print(table.terminal())
+            Console().print(table)
 
 
 @app.command()
@@ -197,7 +197,7 @@ def latency(
     if as_json:
         print_json(table.model_dump(mode="json", exclude_none=True))
     else:
-        Console().print(layout(table, place).terminal())
+        Console().print(layout(table, place))
 
 
 def _refuse_without_engine(**options: object) -> None:
@@ -276,7 +276,7 @@ def evaluate(
             if as_json:
                 print_json(task_table.as_dict(table))
             else:
-                Console().print(table.layout().terminal())
+                Console().print(table.layout())
             if output is not None:
                 _write(output, task_table.FILE_KINDS[output.suffix](table))
 

@@ -82,7 +82,7 @@ def plugins(
     columns = [Column(head, itemgetter(i), left=True, once=i < 2, look=look) for i, head in enumerate(heads)]
     notes = [f"{record.name} FAILED: {record.failure}" for record in records if record.failure is not None]
     notes += ["`ffgym plugins --traceback NAME` shows where."] if notes else []
-    Console().print(Table(columns, rows, notes).terminal())
+    Console().print(Table(columns, rows, notes))
 
 
 def _rows(record: PluginRecord) -> list[tuple[str, str, str, str]]:

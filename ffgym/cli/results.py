@@ -58,7 +58,7 @@ def compare(
         print_json({"runs": table.as_dicts(), "notes": table.notes, "files": [str(output / name) for name in written]})
         return
     console = Console()
-    console.print(table.terminal())
+    console.print(table)
     console.print(f"Written to {output}: {', '.join(written)}", highlight=False, soft_wrap=True, markup=False)
 
 

@@ -63,8 +63,8 @@ class RunResult:
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
         if self.front is not None:
-            console.print(self.front.layout().terminal())
-        console.print(self.table.layout().terminal())
+            console.print(self.front.layout())
+        console.print(self.table.layout())
         if self.table.warning is not None:
             console.print(f"Warning: {self.table.warning}", style="bold red", highlight=False, markup=False)
         lines = [f"Results and pictures: {self.folder}"]
@@ -109,7 +109,7 @@ class FinishedRun:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        console.print(read_table(self.folder).layout().terminal())
+        console.print(read_table(self.folder).layout())
         lines = [f"Results and pictures: {self.folder}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")

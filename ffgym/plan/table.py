@@ -71,8 +71,8 @@ def show(plan: Plan, console: Console) -> None:
     if shape.has_experts:
         size += f" ({humane(shape.active_parameters)} active)"
     console.print(Text(f"{plan.name}: {shape.family}, {size}, {load.dtype_name} on {plan.device}, {layers}\n"))
-    console.print(_stages(plan).terminal())
-    console.print(_parts(plan).terminal())
+    console.print(_stages(plan))
+    console.print(_parts(plan))
 
 
 def _stages(plan: Plan) -> Table[Sequence[str]]:

@@ -49,7 +49,7 @@ class RecoveredModel:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        console.print(self.table.layout().terminal())
+        console.print(self.table.layout())
         lines = [*self.summary, f"Model, {CURVE} and {PICTURE}: {self.saved.path}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table as Grid
     from rich.text import Text
 
@@ -94,9 +94,26 @@ class Table(Generic[R]):
         before = "".join(f" ({self.columns[0].text(row)} {column.text(row)})" for row in others)
         return f"{column.head} {cells.pop()}{before}"
 
-    def terminal(self) -> RenderableType:
-        """Lay the table out for a ``rich`` console, the notes dim under it."""
-        return _OnConsole(self)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Spare columns are left out, the last first, where the console is too narrow for them; notes are dim."""
+        from rich.measure import Measurement
+        from rich.padding import Padding
+        from rich.text import Text
+
+        columns, left_out = self.shown, list[str]()
+        wide = options.update(max_width=1_000)
+        while Measurement.get(console, wide, grid := self.grid(columns)).maximum > options.max_width:
+            spare = [column for column in columns if column.spare]
+            if not spare:
+                break
+            columns.remove(spare[-1])
+            left_out.insert(0, spare[-1].head)
+        yield grid
+        yield ""
+        notes = self.all_notes
+        if left_out:
+            notes = [f"Left out, because the console is narrow: {', '.join(left_out)}.", *notes]
+        yield from (Padding(Text(note, style="dim"), (0, 1)) for note in notes)
 
     def grid(self, columns: Sequence[Column[R]]) -> Grid:
         """Some of the columns, as ``rich`` draws them."""
@@ -135,33 +152,6 @@ class Table(Generic[R]):
         """The rows as plain data, see `strict`."""
         parts = [*(column.plain for column in self.columns if column.plain is not None), self.plain]
         return strict([{key: value for part in parts for key, value in part(row).items()} for row in self.rows])
-
-
-@dataclass(frozen=True)
-class _OnConsole(Generic[R]):
-    """A table that leaves out spare columns, the last first, where the console is too narrow for them."""
-
-    table: Table[R]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.measure import Measurement
-        from rich.padding import Padding
-        from rich.text import Text
-
-        columns, left_out = self.table.shown, list[str]()
-        wide = options.update(max_width=1_000)
-        while Measurement.get(console, wide, grid := self.table.grid(columns)).maximum > options.max_width:
-            spare = [column for column in columns if column.spare]
-            if not spare:
-                break
-            columns.remove(spare[-1])
-            left_out.insert(0, spare[-1].head)
-        yield grid
-        yield ""
-        notes = self.table.all_notes
-        if left_out:
-            notes = [f"Left out, because the console is narrow: {', '.join(left_out)}.", *notes]
-        yield from (Padding(Text(note, style="dim"), (0, 1)) for note in notes)
 
 
 def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:

@@ -24,7 +24,7 @@ def test_every_size_has_its_time_and_its_cost():
 def test_the_terminal_says_where_it_is_from():
     table = made_up_table(tiny_model("llama"))
     console = Console(file=io.StringIO(), width=200)
-    console.print(layout(table, Path("somewhere/table.json")).terminal())
+    console.print(layout(table, Path("somewhere/table.json")))
     text = console.file.getvalue()
     for part in ("made up, 1 thread, float32", "50.000 ms", table.digest[:12], "somewhere/table.json"):
         assert part in text

@@ -69,7 +69,7 @@ FOUND = Measurement(
 def rendered(found=FOUND, width=100):
     console = Console(file=io.StringIO(), width=width)
     for table in found.tables():
-        console.print(table.terminal())
+        console.print(table)
     return console.file.getvalue()
 
 

@@ -27,7 +27,7 @@ def scores(name: str, *results: TaskResult) -> ModelScores:
 
 def rendered(table: TaskTable, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(table.layout().terminal())
+    console.print(table.layout())
     return console.file.getvalue()
 
 

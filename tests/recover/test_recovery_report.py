@@ -54,7 +54,7 @@ def test_the_table_compares_with_before(dense: bool) -> None:
     assert ("| dense | 7.39 ± 4.27 | -1.0000 ± 0.0000 | 2.0 k |" in text) == dense
     assert "a\\_b" in text
     console = Console(file=io.StringIO(), width=120)
-    console.print(table(dense=dense).layout().terminal())
+    console.print(table(dense=dense).layout())
     assert "-0.2000 ± 0.1000" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -73,7 +73,7 @@ def test_where_everything_broke_down_nothing_is_best_and_the_data_are_json(front
 
 def test_terminal_shows_the_same_numbers(front: Front) -> None:
     console = Console(file=io.StringIO(), width=120)
-    console.print(front.layout().terminal())
+    console.print(front.layout())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("10.0%", "22.00", "39.00", "90.00", "One policy for all points", "uniform"):
         assert part in text

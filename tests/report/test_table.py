@@ -20,7 +20,7 @@ def row(label: str, perplexity: float, sparsity: float = 0.2, **kwargs) -> Row:
 
 def rendered(table: ReportTable, width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(table.layout().terminal())
+    console.print(table.layout())
     return console.file.getvalue()
 
 
