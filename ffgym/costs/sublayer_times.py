@@ -14,6 +14,7 @@ import platform
 import re
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,9 @@ def processor(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return f"{device.type} ({platform.machine()})"
-    name = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), flags=re.MULTILINE)
+    name = None
+    with suppress(OSError):  # not Linux
+        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), flags=re.MULTILINE)
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{name[1].strip() if name else platform.processor() or platform.machine()} ({capability})"
 
@@ -137,13 +140,6 @@ def processors(model: Any) -> str:
 def threads_of(device: torch.device) -> int:
     """How many CPU threads compute; 0 on an accelerator."""
     return torch.get_num_threads() if device.type == "cpu" else 0
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return ""
 
 
 def _seconds(call: Call, calls: int, devices: set[torch.device]) -> float:

@@ -73,11 +73,6 @@ def heuristic_allocations(task: Task) -> dict[str, Allocation]:
     return allocations
 
 
-def random_allocation(baseline: SearchResult | None) -> dict[str, Allocation]:
-    """The best of random allocations, by label; nothing where none were measured."""
-    return {} if baseline is None else {f"best of {len(baseline.history)} near the prior": baseline.best.allocation}
-
-
 def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[list[float]]:
     """What the allocation that a search started from earns on the text of each episode, at its target.
 

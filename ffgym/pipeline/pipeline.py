@@ -20,7 +20,6 @@ from ffgym.pipeline.compare import (
     final_refits,
     heuristic_allocations,
     model_folder,
-    random_allocation,
     start_rewards,
 )
 from ffgym.pipeline.folder import reopen_folder
@@ -103,7 +102,8 @@ def prepare(config: RunConfig, session: Session, plan: Plan, cluster: Cluster | 
     if session.record.dtype is not None and config.model.dtype == "auto":  # auto might choose another one now
         settled["dtype"] = session.record.dtype
     placed = config.model_copy(update={"model": config.model.model_copy(update=settled)})
-    task = open_task(placed, asked_rules(config), session.progress, recorded=session.measured, cluster=cluster)
+    recorded = session.folder if session.resumed else None
+    task = open_task(placed, asked_rules(config), session.progress, recorded=recorded, cluster=cluster)
     return replace(task, config=config)
 
 
@@ -111,8 +111,10 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
     """Measure the dense model, the references and the plainly cut model on the report split, and draw the pictures."""
     main, baseline, progress = searched.main, searched.baseline, session.progress
     at_main = at_target(task, main.target)
-    heuristics, random = heuristic_allocations(at_main), random_allocation(baseline)
-    searches = {task.config.agent.name: main} | ({} if baseline is None else {"random": baseline})
+    heuristics, random, searches = heuristic_allocations(at_main), {}, {task.config.agent.name: main}
+    if baseline is not None:
+        random = {f"best of {len(baseline.history)} near the prior": baseline.best.allocation}
+        searches["random"] = baseline
     starts = start_rewards(task, list(searches.values()), progress) if len(main.history) > 1 else []
     allocations = {"found": main.best.allocation, **heuristics, **random}
     write_pictures(session.folder, task, allocations, searches, starts)

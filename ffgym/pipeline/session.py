@@ -92,11 +92,6 @@ class Session:
             session._start()
             yield session
 
-    @property
-    def measured(self) -> Path | None:
-        """Folder where an earlier session saved its measurements of resources; ``None`` if there was none."""
-        return self.folder if self.resumed else None
-
     def begin_search(self, dtype: str) -> None:
         """Take over the folder, now that model and text have been loaded, and record the dtype that ``auto`` chose.
 

@@ -175,10 +175,6 @@ def reward_figure(
     save_figure(figure, path)
 
 
-def _succeeded(episode: Episode) -> bool:
-    return not episode.failed and math.isfinite(episode.reward)
-
-
 def _draw_rewards(
     axes: Axes,
     history: Sequence[Episode],
@@ -190,7 +186,7 @@ def _draw_rewards(
 ) -> float:
     """Draw one search where its level is known; return the mean of its last update above that, or NaN."""
     tokens = _tokens_so_far(history)
-    alive = np.array([_succeeded(episode) for episode in history])
+    alive = np.array([not episode.failed and math.isfinite(episode.reward) for episode in history])
     updates = np.array([episode.update for episode in history])
     values = np.array([episode.reward for episode in history]) - levels
     drawn, colour = alive & np.isfinite(values), look["color"]

@@ -62,14 +62,6 @@ def _tags(client: Any, run_id: str, values: Mapping[str, str]) -> None:
         client.log_batch(run_id, tags=entities[start : start + PARAMS_PER_BATCH])
 
 
-def _text(client: Any, run_id: str, text: str, file: str) -> None:
-    client.log_text(run_id, text, file)
-
-
-def _artifact(client: Any, run_id: str, path: str) -> None:
-    client.log_artifact(run_id, path)
-
-
 def _dataset(client: Any, run_id: str, name: str, context: str, digest: str, corpus: str, tokens: int) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
@@ -111,20 +103,16 @@ def _child(
         client.set_terminated(child.info.run_id)
 
 
-def _end(client: Any, run_id: str, status: str, time: int) -> None:
-    client.set_terminated(run_id, status, time)
-
-
 KINDS: dict[str, Callable[..., None]] = {
     "metrics": _metrics,
     "params": _params,
     "tags": _tags,
-    "text": _text,
-    "artifact": _artifact,
+    "text": lambda client, run_id, text, file: client.log_text(run_id, text, file),
+    "artifact": lambda client, run_id, path: client.log_artifact(run_id, path),
     "model": log_model,
     "dataset": _dataset,
     "child": _child,
-    "end": _end,
+    "end": lambda client, run_id, status, time: client.set_terminated(run_id, status, time),
 }
 
 
