@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from ffgym.bench.cell import Cell
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, Table
-from ffgym.config.toml import PLUGIN_TABLES, without_foreign_options
+from ffgym.config.toml import layered
 from ffgym.errors import ConfigError
 from ffgym.files import FileFormat
 from ffgym.prepare import configured
@@ -135,15 +135,8 @@ def read_bench(file: Path) -> Bench:
 
 
 def _resolved(spec: BenchFile, changes: dict[str, Any], seed: int) -> RunConfig:
-    run = spec.run
-    for name in PLUGIN_TABLES:
-        run = without_foreign_options(run, changes, name)
-    tables = dict(run)
-    for name, table in changes.items():
-        shared = run.get(name)
-        tables[name] = {**shared, **table} if isinstance(shared, dict) and isinstance(table, dict) else table
     try:
-        config = RunConfig.model_validate({**tables, "seed": seed})
+        config = RunConfig.model_validate(layered(spec.run, {**changes, "seed": seed}))
     except ValidationError as error:
         raise config_error(error, RunConfig) from None
     if spec.development:

@@ -40,10 +40,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     """
     command_line = _merged(parsed_overrides(overrides), _given(values, RunConfig))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
-    for table in PLUGIN_TABLES:
-        file = without_foreign_options(file, command_line, table)
     try:
-        return RunConfig.model_validate(_merged(file, command_line))
+        return RunConfig.model_validate(layered(file, command_line))
     except ValidationError as error:
         raise config_error(error, RunConfig) from None
 
@@ -193,19 +191,20 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
     return result
 
 
-def without_foreign_options(below: JSONDict, above: JSONDict, table: str) -> JSONDict:
-    """The tables ``below`` without the options of a plugin that ``above`` replaces by another one.
+def layered(below: JSONDict, above: JSONDict) -> JSONDict:
+    """The tables ``above`` on top of those ``below``, without the options of plugins that ``above`` replaces by others.
 
     Args:
         below: tables of a configuration, e.g. of its file.
         above: tables that win over them, e.g. of the command line.
-        table: one of `PLUGIN_TABLES`.
     """
-    replaced, given, model = below.get(table), above.get(table), table_model(table)
-    assert issubclass(model, PluginTable)
-    key, shared = model.named_by, set(model.model_fields)
-    if not isinstance(replaced, dict) or not isinstance(given, dict) or key not in given:
-        return below
-    if given[key] == replaced.get(key, model.model_fields[key].default):
-        return below
-    return {**below, table: {key: value for key, value in replaced.items() if key in shared}}
+    kept = dict(below)
+    for table in PLUGIN_TABLES:
+        replaced, given, model = below.get(table), above.get(table), table_model(table)
+        assert issubclass(model, PluginTable)
+        key, shared = model.named_by, model.model_fields
+        if not isinstance(replaced, dict) or not isinstance(given, dict) or key not in given:
+            continue
+        if given[key] != replaced.get(key, shared[key].default):
+            kept[table] = {key: value for key, value in replaced.items() if key in shared}
+    return _merged(kept, above)

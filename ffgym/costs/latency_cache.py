@@ -18,14 +18,13 @@ from ffgym.costs.latency_table import (
     read_table,
     to_json,
 )
+from ffgym.costs.resource import Notify, OnProgress
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import write_text
-from ffgym.prepare.statistics import OnProgress
 from ffgym.types import JSONDict
 
-Notify = Callable[[str], None]
 # If quartiles are further apart than this share of the median, the machine was doing something else.
 BUSY = 0.25
 
