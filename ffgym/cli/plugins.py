@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from enum import StrEnum
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,7 @@ from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption
 from ffgym.cli.printing import print_columns, print_json
 from ffgym.config.mixture import EXAMPLE
+from ffgym.errors import UnknownNameError
 from ffgym.plugins import manager
 from ffgym.plugins.kinds import KINDS
 from ffgym.plugins.template import OPTIONS, NewKind, write_package
@@ -21,20 +21,23 @@ from ffgym.report.layout import Column, Table
 from ffgym.types import PluginRecord
 
 _PLURALS = {kind.plural: name for name, kind in KINDS.items()}
-Kinds = StrEnum("Kinds", list(_PLURALS))  # type: ignore[misc]
 
 
 @app.command("ls")
 def list_names(
-    kind: Annotated[Kinds, typer.Argument(help="what to list", show_default=False)], as_json: JsonOption = False
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=", ".join(_PLURALS), show_default=False)],
+    as_json: JsonOption = False,
 ) -> None:
     """List the names of a kind of plugin, built-in and installed, each with what it is."""
+    if kind not in _PLURALS:
+        unknown = UnknownNameError("kind", kind, _PLURALS)
+        raise typer.BadParameter(f"{unknown.message}. {unknown.hint}", param_hint="KIND")
     found = manager.names(_PLURALS[kind])
     if as_json:
         print_json([{"name": name, "description": line} for name, line in found.items()])
     else:
         print_columns(found.items())
-        if kind.value == "corpora":
+        if kind == "corpora":
             typer.echo(f"A corpus is also a file, a folder or a hub id; a list of corpora is a mixture: {EXAMPLE}")
     if broken := [record.name for record in manager.records() if record.failure is not None]:
         typer.echo(f"plugins that could not be loaded: {', '.join(broken)}; `ffgym plugins` says why", err=True)

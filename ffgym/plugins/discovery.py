@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pluggy
@@ -180,11 +181,12 @@ def place_of(error: BaseException, file: str = "") -> str:
     """Where something failed: the last line of ``file`` that was running, or else the last line of all.
 
     Returns:
-        ``"/path/my_plugin.py, line 12"``
+        ``"/path/my_plugin.py, line 12"``; the file alone where a check of ours refused what it had returned.
     """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
-    return f"{frame.filename}, line {frame.lineno}"
+    is_check = Path(frame.filename).parent == Path(__file__).parent
+    return file if file and is_check and frame.filename != file else f"{frame.filename}, line {frame.lineno}"
 
 
 def _load(entry: EntryPoint) -> Loaded:

@@ -43,7 +43,13 @@ def read_policy(source: Path, agent: str) -> Policy:
     Raises:
         ConfigError: nothing there, damaged, or of another agent.
     """
-    policy = POLICY.read(source / "policy.json" if source.is_dir() else source)
+    file = source / "policy.json" if source.is_dir() else source
+    if not file.exists() and (source / "episodes.jsonl").exists():
+        raise ConfigError(
+            f"the run in {str(source)!r} has left no policy: it ended too early, or its agent hands none on",
+            hint="Continue it with --resume, or start from a run of an agent that has a `state`, e.g. 'reinforce'.",
+        )
+    policy = POLICY.read(file)
     if policy.agent != agent:
         raise ConfigError(
             f"search.init_from = {str(source)!r} holds a policy of agent {policy.agent!r}, this run is {agent!r}",

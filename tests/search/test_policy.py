@@ -65,6 +65,12 @@ def test_an_agent_that_needs_a_prior_is_not_made_without_one() -> None:
         make_agent(config("picky", prior={"name": "none"}))
 
 
+def test_a_run_without_a_policy_says_why(tmp_path: Path) -> None:
+    (tmp_path / "episodes.jsonl").touch()
+    with pytest.raises(ConfigError, match="has left no policy: it ended too early, or its agent hands none on"):
+        read_policy(tmp_path, "reinforce")
+
+
 def test_a_policy_for_an_agent_that_takes_up_none_is_refused_and_not_forgotten(tmp_path: Path) -> None:
     source = policy(tmp_path, agent="forgetful")
     with pytest.raises(ConfigError, match=r"agent 'forgetful' cannot start from a policy"):
