@@ -136,9 +136,14 @@ def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
     cache = batch * length * (found.dense.kv_bytes - found.pruned.kv_bytes)
     more = f", and the cache at the peak {humane(cache, 'B')}" if cache else ""
     return (
-        f"Memory: {what}{libraries}; peak at {batch} x {length:,} tokens{loading}. Smaller by {humane(loaded, 'B')} "
-        f"once loaded and {humane(peak, 'B')} at the peak; the parameters say {humane(weights, 'B')}{more}."
+        f"Memory: {what}{libraries}; peak at {batch} x {length:,} tokens{loading}. The pruned model takes "
+        f"{_less(loaded)} once loaded and {_less(peak)} at the peak; the parameters say {humane(weights, 'B')}{more}."
     )
+
+
+def _less(saved: float) -> str:
+    """``"42.0 MB less"``; of a small model, what the process takes may hide what was saved."""
+    return f"{humane(abs(saved), 'B')} {'less' if saved >= 0 else 'more'}"
 
 
 def counted(number: int, thing: str) -> str:

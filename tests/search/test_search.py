@@ -71,7 +71,9 @@ class TestUniform:
         uniform_env.executor = recording = Recording(uniform_env.executor)
         found = searched(uniform_env, schedule=Schedule(0.3, 2))
         assert len(found.history) == 12
-        measured = [request for call in recording.calls for request in call if request.kept != uniform_env.dense_units]
+        measured = [
+            request for call in recording.calls for request in call if request.kept != uniform_env.prunable.dense_units
+        ]
         assert all(len(call) == len(set(call)) for call in recording.calls), "nothing is measured twice at once"
         assert len(measured) <= 3 * 2 * 2 + 2 * 5, "of two shapes: three updates of two texts, five windows of finals"
 
