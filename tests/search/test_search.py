@@ -425,7 +425,7 @@ class TestSeconds:
 
             class Slow:
                 def measure(self, requests, on_progress=None):
-                    now[0] += sum(request.kept != env.dense_units for request in requests)
+                    now[0] += sum(request.kept != env.prunable.dense_units for request in requests)
                     return executor.measure(requests, on_progress)
 
             env.executor = Slow()
