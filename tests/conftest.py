@@ -22,10 +22,21 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["FFGYM_CACHE_SIZE"] = "0"  # a test that wants the store says so
 
+# Ray ends workers that take a minute to start, and some of them where the whole machine is short of memory.
+os.environ |= {"RAY_worker_register_timeout_seconds": "900", "RAY_memory_monitor_refresh_ms": "0"}
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # else each server starts ten processes that nobody asks
+
 # A shell has what it puts in the background ignore Ctrl-C, and so would every process that the tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-hypothesis.settings.register_profile("ffgym", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.register_profile(
+    "ffgym",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # busy machines are
+)
 hypothesis.settings.load_profile("ffgym")
 
 
@@ -172,6 +183,42 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     discovery.forget()
     for module in modules:
         sys.modules.pop(module, None)
+
+
+PATIENT = """
+import os, time
+import ffgym
+from ffgym.rewards.perplexity import Perplexity
+
+class Patient(Perplexity):
+    \"\"\"Holds a process up after as many episodes as its environment says.\"\"\"
+
+    name = "patient"
+    episodes = 0
+
+    def __call__(self, pruned, dense):
+        type(self).episodes += 1
+        if self.episodes > int(os.environ.get("FFGYM_PATIENT_EPISODES", 10**9)):
+            time.sleep(3600)
+        return super().__call__(pruned, dense)
+
+@ffgym.hookimpl
+def ffgym_rewards():
+    return [Patient]
+"""
+
+
+@pytest.fixture
+def patient(
+    install: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], dict[str, str]]:
+    """Install the reward ``patient``; ``patient(episodes)`` is the environment of a process that it holds up there."""
+    from ffgym.plugins import discovery
+
+    install("acme-patient", PATIENT)
+    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "acme-patient-entry")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return lambda episodes: {**os.environ, "PYTHONPATH": path, "FFGYM_PATIENT_EPISODES": str(episodes)}
 
 
 WORDS = [f"w{i}" for i in range(120)]

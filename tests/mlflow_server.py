@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from processes import answers, free_port, until
 
 
 class MLflowServer:
@@ -21,9 +20,7 @@ class MLflowServer:
     """
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -42,12 +39,9 @@ class MLflowServer:
         self._process = subprocess.Popen(
             command, env=environment | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                return
-            time.sleep(0.1)
-        raise TimeoutError("the MLflow server did not come up")
+        process = self._process
+        until(lambda: process.poll() is not None or answers(f"{self.uri}/health"))
+        assert process.poll() is None, "the MLflow server has ended"
 
     def stop(self) -> None:
         if self._process is not None:
@@ -61,8 +55,8 @@ class MLflowServer:
 def serving(folder: Path) -> Iterator[MLflowServer]:
     """A server that is stopped when the block ends."""
     server = MLflowServer(folder)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop()

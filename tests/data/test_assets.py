@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE
 
 from ffgym.data import assets
 from ffgym.data import cache as cache_module
@@ -157,7 +158,7 @@ def test_two_at_once_leave_one_whole_folder(tmp_path):
     together = threading.Barrier(4)
 
     def fill(folder):
-        together.wait(timeout=60)  # all four are writing before any of them finishes
+        together.wait(timeout=PATIENCE)  # all four are writing before any of them finishes
         for name in "abc":
             (folder / name).write_text(name)
 

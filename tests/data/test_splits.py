@@ -70,7 +70,7 @@ def test_tokens_are_rounded_up_to_whole_windows(corpora):
 NAMES = st.sampled_from(["0", "1", "2", ("0", "2"), ("3*2", "1"), ("2", "0.5*0")])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     names=st.lists(NAMES, min_size=3, max_size=3),
     window=st.integers(2, 20),

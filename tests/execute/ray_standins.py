@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import OnProgress, Request
 from ffgym.types import Evaluation
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start something of Ray's. It gives itself 30 seconds, which may not do on a busy machine."""
+    for _ in range(4):
+        with contextlib.suppress(Exception):
+            return start()
+    return start()
 
 
 def claimed(path: Path) -> bool:

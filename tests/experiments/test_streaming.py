@@ -16,7 +16,7 @@ SIZES = ["--hidden", "1024", "--intermediate", "1024", "--layers", "24", "--voca
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder), *SIZES, *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.slow

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_engine
+import psutil
 import pytest
 
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Python that seems to have vLLM; the file where its servers note what they are asked."""
+    """A Python that seems to have vLLM, and memory for any number of its servers; the file of what they are asked."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 50))
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_engine.__file__} "$@"\n', encoding="utf-8")
     python.chmod(0o755)

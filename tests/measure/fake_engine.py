@@ -1,7 +1,6 @@
 """A server as the engines' are, without a model: tokens at a fixed pace, and what it was asked in the file FAKE_LOG.
 
-Run with ``-c`` it is a Python that has vLLM. FAKE_DIES, FAKE_TOKENS, FAKE_REFUSES, FAKE_HANGS change what it does;
-FAKE_CHANNEL_SECONDS is what each channel of each MLP adds to an answer.
+Run with ``-c`` it is a Python that has vLLM. FAKE_DIES, FAKE_TOKENS, FAKE_REFUSES, FAKE_HANGS change what it does.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         tokens = int(os.environ.get("FAKE_TOKENS", body["max_tokens"]))
-        time.sleep(float(os.environ.get("FAKE_CHANNEL_SECONDS", 0)) * channels())
         for index in range(tokens):
             time.sleep(NEXT_SECONDS if index else FIRST_SECONDS)
             self.say({"choices": [{"text": "" if index == 0 else "a"}]})
@@ -53,19 +51,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def channels() -> int:
-    """Of all MLPs of the model, as its config says."""
-    config = json.loads((Path(MODEL) / "config.json").read_text(encoding="utf-8"))
-    uneven = config.get("per_layer_config", {})
-    dense = config["intermediate_size"]
-    return sum(
-        uneven.get(str(layer), {}).get("intermediate_size", dense) for layer in range(config["num_hidden_layers"])
-    )
-
-
 def noted(log: Path, kind: str) -> list[dict[str, Any]]:
     """What servers have noted of this kind."""
-    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     return [line for line in lines if kind in line]
 
 

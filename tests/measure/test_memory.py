@@ -59,8 +59,8 @@ def test_a_pruned_model_takes_less_memory_by_what_its_parameters_say(job, tmp_pa
     said = 4 * (parameters["dense"] - parameters["pruned"])
     assert said == 4 * 4 * 3 * 512 * (2048 - 256)
     print(said, found)  # shown where the test fails
-    assert found["dense"].net_loaded - found["pruned"].net_loaded == pytest.approx(said, rel=0.15)
-    assert found["dense"].net_peak - found["pruned"].net_peak == pytest.approx(said, rel=0.15)
+    assert found["dense"].net_loaded - found["pruned"].net_loaded == pytest.approx(said, rel=0.25)
+    assert found["dense"].net_peak - found["pruned"].net_peak == pytest.approx(said, rel=0.25)
 
 
 def test_a_process_that_fails_is_an_error(job):

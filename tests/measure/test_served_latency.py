@@ -16,6 +16,9 @@ from ffgym.cli import app
 from ffgym.costs.latency_table import LatencyTable
 from ffgym.costs.resource import Setting, resource_named
 from ffgym.errors import BudgetError, ConfigError, ModelError
+from ffgym.measure import served_latency
+from ffgym.measure.bursts import Answer, Burst
+from ffgym.measure.engines import Server
 from ffgym.measure.served_latency import Options, served_latency_table
 from ffgym.models.loading import load
 
@@ -34,23 +37,29 @@ def timed(**changes: Any) -> LatencyTable:
 
 
 def test_a_sublayer_takes_its_share_of_what_its_units_add(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_CHANNEL_SECONDS", "5e-4")
+    """An answer takes 0.1 s and half a millisecond for every channel of the 4 MLPs."""
+
+    def serve(servers: Any, workloads: Any, *_: Any, **__: Any) -> Any:
+        def burst(server: Server) -> Burst:
+            size = int(server.role.removeprefix("mlp ")) if server.role.startswith("mlp") else 341
+            return Burst((Answer(2, 7.0, 7.1, 7.1 + 4 * 5e-4 * size),))
+
+        return {(server.role, load): [burst(server)] * 2 for server in servers for load in workloads}, {}
+
+    monkeypatch.setattr(served_latency, "serve_in_turn", serve)
     table = timed()
-    attention, mlp = table.curves
-    assert mlp.sizes[0] == 1
-    assert len(mlp.sizes) == 5
-    for size, seconds in list(zip(mlp.sizes, mlp.seconds, strict=True))[2:]:
-        assert seconds == pytest.approx(5e-4 * size, rel=0.5)  # machines are noisy
-    assert table.whole_seconds > 3 * mlp.seconds[-1]
-    asked = [line["asked"] for line in noted(log, "asked")]
-    servers = 1 + len(mlp.sizes) - 1 + len(attention.sizes) - 1
-    assert len(set(asked)) == servers
-    assert len(asked) >= servers * 3 * 2  # warmed up once or, where memory is short, for each repetition
+    _, mlp = table.curves
+    assert mlp.sizes == (1, 85, 170, 256, 341)
+    assert mlp.seconds == pytest.approx([5e-4 * size for size in mlp.sizes])
+    assert table.whole_seconds == pytest.approx(0.1 + 4 * mlp.seconds[-1])
 
 
 def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> None:
     table = timed()
     started = len(noted(log, "started"))
+    assert started == 1 + sum(len(curve.sizes) - 1 for curve in table.curves)
+    assert len({line["asked"] for line in noted(log, "asked")}) == started
+    assert len(noted(log, "asked")) == started * 3 * 2, "twice after a warm-up"
     assert timed() == table
     assert len(noted(log, "started")) == started
     assert "vllm-fake 9.9" in table.measured
@@ -59,8 +68,7 @@ def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> 
     assert len(noted(log, "started")) == 2 * started
 
 
-def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_CHANNEL_SECONDS", "2e-4")
+def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path) -> None:
     output = tmp_path / "served.json"
     asked = ["--context", "24", "--output-tokens", "2", "--repetitions", "1", "--output", str(output)]
     done = CliRunner().invoke(app, ["latency", GLASS, "--engine", "vllm", *asked])

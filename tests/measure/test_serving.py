@@ -6,10 +6,9 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_engine
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from fake_engine import noted
 from glass_runs import glass_home
+from processes import interrupted, until
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -53,11 +53,16 @@ def silently(given: Options) -> ServingMeasurement:
     return measure_serving(given, progress=Console(file=io.StringIO()))
 
 
-def no_process_is_left(log: Path) -> bool:
+def assert_no_process_is_left(log: Path) -> None:
     """Nobody may have noticed yet that a child of a server has ended."""
-    pids = [pid for line in noted(log, "started") for pid in line["pids"] if psutil.pid_exists(pid)]
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids], timeout=5)
-    return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
+
+    def has_ended(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    until(lambda: all(has_ended(pid) for line in noted(log, "started") for pid in line["pids"]))
 
 
 def test_models_are_served_in_turn_and_compared_within_a_repetition(pruned: Path, log: Path) -> None:
@@ -76,7 +81,7 @@ def test_models_are_served_in_turn_and_compared_within_a_repetition(pruned: Path
     assert [line["asked"] for line in measured] == turns
     transformers = [line["arguments"][-6:-4] == ["--model-impl", "transformers"] for line in measured]
     assert transformers == [role == "dense, as pruned" for _ in range(2 * 2) for role in ROLES for _ in range(2)]
-    assert no_process_is_left(log)
+    assert_no_process_is_left(log)
 
 
 def test_prompts_differ_among_requests_and_are_the_same_for_all_models(pruned: Path, log: Path) -> None:
@@ -107,14 +112,14 @@ def test_tokens_are_counted_and_timed(pruned: Path, log: Path, monkeypatch: pyte
 def test_servers_that_do_not_fit_together_are_started_for_each_turn(
     pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1 << 30}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
     found = silently(options(pruned, repetitions=2, requests=(1,)))
     assert not found.together
     started = [line["pids"][0] for line in noted(log, "started")]
     assert len(started) == 2 * 3
     asked = noted(log, "asked")
     assert len(asked) == 2 * len(started)  # each warms up
-    assert no_process_is_left(log)
+    assert_no_process_is_left(log)
 
 
 def test_a_stock_model_needs_no_other_backend(log: Path) -> None:
@@ -134,22 +139,6 @@ with interruptible(), running(Server("dense", tuple(sys.argv[2:])), Path(sys.arg
 """
 
 
-def interrupted(command: list[str], log: Path, stage: str, number: int) -> str:
-    """What a command says that is interrupted once servers note a stage; nothing of it may be left."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not noted(log, stage) and time.monotonic() < deadline:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert no_process_is_left(log)
-    return err
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("hangs", [False, True])
 def test_ctrl_c_ends_a_server_and_what_it_has_started(
@@ -159,16 +148,19 @@ def test_ctrl_c_ends_a_server_and_what_it_has_started(
         monkeypatch.setenv("FAKE_HANGS", "1")
     server = [sys.executable, fake_engine.__file__, "--model", "x"]
     command = [sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path / "server.log"), *server]
-    assert "KeyboardInterrupt" in interrupted(command, log, "started", number)
+    done = interrupted(command, number, lambda: noted(log, "started"))
+    assert "KeyboardInterrupt" in done.stderr
+    assert_no_process_is_left(log)
 
 
 @pytest.mark.slow
 def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log: Path) -> None:
     command = [sys.executable, "-m", "ffgym", "measure", str(pruned), "--dense", str(glass_home() / "glass")]
     command += ["--engine", "vllm", "--prompt-lengths", "16", "--output-tokens", "50", "--repetitions", "1000"]
-    err = interrupted(command, log, "asked", signal.SIGINT)
-    assert "interrupted" in err
-    assert "Traceback" not in err
+    done = interrupted(command, signal.SIGINT, lambda: noted(log, "asked"))
+    assert "interrupted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert_no_process_is_left(log)
 
 
 # what is refused
@@ -180,7 +172,7 @@ def test_a_server_that_dies_shows_what_it_said(pruned: Path, log: Path, monkeypa
         silently(options(pruned))
     assert "cannot load this model: no room" in caught.value.message
     assert "--model" in str(caught.value.hint)
-    assert no_process_is_left(log)
+    assert_no_process_is_left(log)
 
 
 def test_a_server_that_does_not_answer_in_time_is_ended(
@@ -190,7 +182,7 @@ def test_a_server_that_does_not_answer_in_time_is_ended(
     monkeypatch.setattr(engines, "START_SECONDS", 1)
     with pytest.raises(ModelError, match="did not answer within"):
         silently(options(pruned))
-    assert no_process_is_left(log)
+    assert_no_process_is_left(log)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +195,7 @@ def test_answers_that_are_none_are_errors(
     monkeypatch.setenv(variable, value)
     with pytest.raises(ModelError, match=said):
         silently(options(pruned))
-    assert no_process_is_left(log)
+    assert_no_process_is_left(log)
 
 
 def test_engines_that_are_not_installed_name_what_to_install(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:

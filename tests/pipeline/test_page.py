@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import PATIENCE
 from stored_runs import write_run
 from typer.testing import CliRunner
 
@@ -116,6 +117,7 @@ def test_a_browser_shows_it_on_phone_and_desktop_light_and_dark_without_an_error
         for width, scheme in ((390, "light"), (1280, "light"), (390, "dark")):
             context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
             page, said, asked = context.new_page(), list[str](), list[str]()
+            page.set_default_timeout(PATIENCE * 1000)
             page.on("console", lambda message, said=said: said.append(message.text))
             page.on("pageerror", lambda error, said=said: said.append(str(error)))
             page.on("request", lambda request, asked=asked: asked.append(request.url))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +16,13 @@ import pytest
 import tomli_w
 from glass_runs import EPISODES, PER_UPDATE, glass_config, glass_tables, go
 from mlflow_store import client, new_store, runs
+from processes import interrupted, lines
 from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import differences
+from ffgym.config.toml import differences, load_config
 from ffgym.errors import ConfigError, DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
@@ -95,17 +94,6 @@ def test_one_that_follows_slopes_first_ends_the_same_too(tmp_path: Path, steps: 
     steps[:] = [10**6]
     result, _ = go(config(tmp_path, **slopes), resume=tmp_path / "out")
     assert_same(result.folder, whole.folder)
-
-
-def test_interrupted_again_and_again(whole: Path, tmp_path: Path, steps: list[int]) -> None:
-    for after in (2, 5, 9, 13):
-        steps[0] = after
-        with pytest.raises(KeyboardInterrupt):
-            go(config(tmp_path), resume=tmp_path / "out" if after > 2 else None)
-    steps[0] = 10**6
-    result, _ = go(config(tmp_path), resume=tmp_path / "out")
-    assert len(steps) - 1 == 2 * EPISODES
-    assert_same(result.folder, whole)
 
 
 @pytest.mark.parametrize(
@@ -457,27 +445,15 @@ def test_what_cannot_go_on_is_a_message_and_a_hint(
     assert "Traceback" not in done.stderr
 
 
-def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+def test_a_killed_process_goes_on(tmp_path: Path, patient: Callable[[int], dict[str, str]]) -> None:
     """SIGKILL leaves nothing but what was written: the log of episodes and the configuration."""
     new_store(tmp_path / "mlruns")
-    file = toml(tmp_path, tracking=TRACKED, search={"random_baseline": False, "episodes": 120})
+    file = toml(tmp_path, tracking=TRACKED, search={"random_baseline": False}, reward={"name": "patient"})
     command = [sys.executable, "-m", "ffgym", "run", "--config", file]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
     log = tmp_path / "out" / "episodes.jsonl"
-    try:
-        deadline = time.monotonic() + 120
-        while not (log.exists() and log.read_text().count("\n") > PER_UPDATE + 1) and time.monotonic() < deadline:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
-    finally:
-        process.kill()
-    done = len(read_log(log).episodes)
-    assert PER_UPDATE < done < 120
-    from ffgym.config.toml import load_config
-
+    interrupted(command, signal.SIGKILL, lambda: lines(log) >= PER_UPDATE, env=patient(PER_UPDATE + 2))
+    assert PER_UPDATE <= len(read_log(log).episodes) < EPISODES
     result, _ = go(load_config(Path(file)), resume=tmp_path / "out")
-    assert len(result.found.history) == 120
+    assert len(result.found.history) == EPISODES
     history = client(tmp_path / "mlruns").get_metric_history(result.mlflow_run, "search/reward")
-    assert sorted(point.step for point in history) == list(range(120))
+    assert sorted(point.step for point in history) == list(range(EPISODES))

@@ -13,7 +13,7 @@ import pytest
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
-from ffgym.plugins import built_ins, kinds, manager
+from ffgym.plugins import built_ins, discovery, kinds, manager
 from ffgym.plugins.bases import Plugin
 from ffgym.prepare import configured
 from ffgym.types import PluginRecord
@@ -214,8 +214,11 @@ def test_plugins_are_imported_when_a_name_of_theirs_or_a_listing_is_asked_for(in
     assert "acme_other" in sys.modules
 
 
-def test_a_plugin_that_is_slow_to_import_is_named(install: Install, capsys: pytest.CaptureFixture[str]) -> None:
-    install("acme-slow", "import time\ntime.sleep(2.01)\n" + CRITERION.format(name="slow"))
+def test_a_plugin_that_is_slow_to_import_is_named(
+    install: Install, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "SLOW_SECONDS", 0.0)
+    install("acme-slow", CRITERION.format(name="slow"))
     manager.names("criterion")
     said = r"plugin 'acme-slow-entry' \(acme-slow 1\.0\) took \d+\.\d s to import"
     assert re.search(said, capsys.readouterr().err)

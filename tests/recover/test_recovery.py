@@ -8,9 +8,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import tomli_w
 import torch
 from glass_runs import WINDOW, glass_config, glass_home, glass_tables, go
 from mlflow_store import client, new_store, runs
+from processes import fresh, interrupted
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -138,9 +137,7 @@ def test_it_loads_in_a_process_that_does_not_have_ffgym(finished: tuple[Path, Re
         "trust_remote_code=True)\n"
         "print(len(model.generate(**tokenizer('Alice was', return_tensors='pt'), max_new_tokens=3, min_new_tokens=3)))"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    assert fresh(code, hub=tmp_path) == 1
 
 
 def test_the_card_says_what_was_done_and_keeps_the_old_one(finished: tuple[Path, RecoveredModel]) -> None:
@@ -287,16 +284,11 @@ def test_the_same_command_goes_on_and_ends_with_the_same_bits(
 def test_ctrl_c_in_the_terminal_saves_and_exits_130(folder: Path, tmp_path: Path) -> None:
     options = ["--method", "lora", "--set", "recover.checkpoint_every=1", "--tokens", "200k"]
     command = [sys.executable, "-m", "ffgym", "recover", str(folder), *options, "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     part = tmp_path / "out.unfinished" / "lora.safetensors"
-    deadline = time.monotonic() + 120
-    while not part.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (130, ""), err
-    assert "the same command continues it" in err
-    assert "Traceback" not in err
+    done = interrupted(command, signal.SIGINT, part.exists)
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert "the same command continues it" in done.stderr
+    assert "Traceback" not in done.stderr
     assert part.exists()
 
 
@@ -635,7 +627,6 @@ def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: 
     ("arguments", "complaint"),
     [
         (["--method", "lorra"], "Did you mean 'lora'?"),
-        (["--method", "lora", "--tokens", "lots"], "recover.tokens = 'lots'"),
         (["--method", "lora", "--rank", "0"], "recover.rank = 0"),
     ],
 )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import answers, free_port, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffgym.export.checkpoint import stock_model, uneven_model
@@ -133,9 +132,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(demo: Path) -> Iterator[str]:
     """Address of a server that answers as OpenAI's does."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(demo), "--trust-remote-code"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pruned"]
@@ -143,15 +140,8 @@ def server(demo: Path) -> Iterator[str]:
     process = subprocess.Popen(command, env=environment(demo.parent), stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(900):
-            assert process.poll() is None, (demo.parent / "server.log").read_text()[-4000:]
-            try:
-                with urllib.request.urlopen(f"{address}/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(1)
-        else:
-            pytest.fail("the server did not answer within 15 minutes")
+        until(lambda: process.poll() is not None or answers(f"{address}/health"))
+        assert process.poll() is None, (demo.parent / "server.log").read_text()[-4000:]
         yield address
     finally:
         process.terminate()

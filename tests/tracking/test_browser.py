@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 from glass_runs import glass_config, glass_home
 from mlflow_store import new_store
+from processes import PATIENCE, free_port
 from rich.console import Console
 
 from ffgym.errors import DataError
@@ -77,10 +77,7 @@ def track(name: str, data: dict[str, Any] | None = None, **tables: Any) -> None:
 @pytest.fixture(scope="module")
 def address(home: Path) -> Iterator[str]:
     """What `ffgym ui` prints: the page of the runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ffgym", "ui", "--port", str(port), "--no-browser"]
+    command = [sys.executable, "-m", "ffgym", "ui", "--port", str(free_port()), "--no-browser"]
     server = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
@@ -89,7 +86,7 @@ def address(home: Path) -> Iterator[str]:
         yield found[0]
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0, "Ctrl-C is the way to end it"
+        assert server.wait(PATIENCE) == 0, "Ctrl-C is the way to end it"
 
 
 # MLflow moves columns while it loads, and its document has them in no particular order: from left to right, then.
@@ -101,6 +98,12 @@ COLUMNS_STAND_IN_ORDER = """wanted => {
 }"""
 
 
+CELLS_ARE_FILLED = """([column, count]) => {
+    const cells = [...document.querySelectorAll(`.ag-row ${column}`)];
+    return cells.length === count && cells.every(cell => cell.innerText.trim());
+}"""
+
+
 @pytest.fixture
 def page(address: str) -> Iterator[Any]:
     """The page of the runs, loaded."""
@@ -108,7 +111,7 @@ def page(address: str) -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1440, "height": 640})
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(PATIENCE * 1000)
         page.add_init_script(VISITED)
         page.goto(address)
         page.get_by_role("link", name="reinforce", exact=True).wait_for()
@@ -127,14 +130,15 @@ def test_the_runs_are_sorted_by_result_with_the_columns_that_tell(page: Any) -> 
     wanted = ["agent", "criterion", "model", "sparsity"]
     wanted += ["result/perplexity", "result/ratio_to_dense", "result/search_tokens"]
     page.wait_for_function(COLUMNS_STAND_IN_ORDER, arg=wanted)
-    results = page.locator(".ag-row [col-id='metrics.`result/perplexity`']").all_inner_texts()
+    column = "[col-id='metrics.`result/perplexity`']"
+    page.wait_for_function(CELLS_ARE_FILLED, arg=[column, len(AGENTS) + 2])
+    results = [page.locator(f".ag-row[row-index='{row}'] {column}").inner_text() for row in range(len(AGENTS) + 2)]
     assert results[-1] == "-", "the run that failed has none, and comes last"
     numbers = [float(result.rstrip("…")) for result in results[:-1]]
     assert len(numbers) == 4
     assert numbers == sorted(numbers)
     page.locator(".ag-header-cell", has_text="result/perplexity").click()
-    best = ".ag-row[row-index='0'] [col-id='metrics.`result/perplexity`']"
-    page.locator(best).filter(has_text=results[-2][:6]).wait_for()
+    page.locator(f".ag-row[row-index='0'] {column}").filter(has_text=results[-2][:6]).wait_for()
 
 
 def test_three_runs_of_different_agents_are_compared_in_one_column(page: Any) -> None:
@@ -147,18 +151,18 @@ def test_three_runs_of_different_agents_are_compared_in_one_column(page: Any) ->
     page.get_by_role("button", name="Compare").click()
     label = page.get_by_role("link", name="result/perplexity")
     label.scroll_into_view_if_needed()
-    beside = page.evaluate(
-        """() => {
+    page.wait_for_function(
+        """count => {
             const top = element => element.getBoundingClientRect().top;
             const links = [...document.querySelectorAll('a')];
             const label = links.find(link => link.innerText.startsWith('result/perplexity'));
-            return [...document.querySelectorAll("div[style*='position: absolute'] *")]
+            const beside = [...document.querySelectorAll("div[style*='position: absolute'] *")]
                 .filter(element => !element.children.length && Math.abs(top(element) - top(label)) < 12)
                 .map(element => element.innerText.trim()).filter(text => /^[0-9]/.test(text));
-        }"""
+            return beside.length === count && new Set(beside).size === count;
+        }""",
+        arg=len(AGENTS),
     )
-    assert len(beside) == len(AGENTS)
-    assert len(set(beside)) == len(AGENTS)
     picture(page, "compare")
 
 
@@ -166,7 +170,7 @@ def test_the_page_of_a_run_says_what_it_is_and_shows_its_pictures(page: Any) -> 
     page.get_by_role("link", name="reinforce", exact=True).click()
     page.get_by_text("reinforce + ridge").first.wait_for()
     assert page.get_by_text("<br>").count() == 0
-    assert page.get_by_text("ffgym run --config config.toml --output NEW_FOLDER").count() == 1
+    page.get_by_text("ffgym run --config config.toml --output NEW_FOLDER").wait_for()
     picture(page, "run")
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("units_kept.png").first.click()
@@ -176,7 +180,7 @@ def test_the_page_of_a_run_says_what_it_is_and_shows_its_pictures(page: Any) -> 
 def test_the_page_of_a_run_that_failed_says_why(page: Any) -> None:
     page.get_by_role("link", name="too-long", exact=True).click()
     page.get_by_text("Failed:").first.wait_for()
-    assert page.get_by_text(re.compile("DataError: .*report")).count() >= 1
+    page.get_by_text(re.compile("DataError: .*report")).first.wait_for()
 
 
 def test_the_pruned_model_is_listed_and_opened(page: Any) -> None:

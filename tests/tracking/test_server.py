@@ -8,6 +8,7 @@ from glass_runs import glass_config
 from mlflow import MlflowClient
 from mlflow_server import serving
 from mlflow_store import new_store
+from processes import PATIENCE
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -33,6 +34,7 @@ def server(tmp_path_factory):
 def address(server, monkeypatch):
     """With a name and a password, which this server does not ask for."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(PATIENCE)))
     uri = server.uri.replace("://", f"://{SECRETS[0]}:{SECRETS[1]}@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     server.start()
