@@ -21,7 +21,6 @@ import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.errors import ModelError
 from ffgym.plugins import discovery, kinds, manager
 from ffgym.prepare import configured
 
@@ -118,11 +117,6 @@ for command in {QUICK!r}:
 def test_quick_commands_import_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-
-
-def test_module_is_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "ffgym", "--version"], capture_output=True, text=True, env=os.environ)
-    assert done.stdout == f"ffgym {ffgym.__version__}\n"
 
 
 def test_version_is_the_projects() -> None:
@@ -250,16 +244,6 @@ def test_an_agent_that_follows_slopes_and_one_shape_for_all_layers_are_refused_a
     assert "Leave --uniform out" in done.stderr
 
 
-def test_error_of_the_runner_is_a_message_a_hint_and_exit_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: RunConfig, progress: Any, resume: Path | None) -> None:
-        raise ModelError("no such folder", hint="Look again.")
-
-    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=run)
-    done = call("run")
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == "error: no such folder\nhint: Look again.\n"
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -311,16 +295,6 @@ def test_another_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
     replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=broken)
     assert isinstance(call("run").exception, RuntimeError)
-
-
-def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: RunConfig, progress: Any, resume: Path | None) -> None:
-        raise KeyboardInterrupt
-
-    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=run)
-    done = call("run")
-    assert done.exit_code == 130
-    assert "Traceback" not in done.stderr
 
 
 # config, ls, plugins, check-env, ui

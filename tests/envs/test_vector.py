@@ -256,14 +256,6 @@ class TestRange:
             counts, _ = np.histogram([e.target_sparsity for e in vector.history], bins=5, range=(0.1, 0.5))
             assert counts.min() >= 1
 
-    def test_the_seed_decides_them(self, env):
-        targets = []
-        for seed in (1, 1, 2):
-            vector = vector_of(env, self.RANGE)
-            played(vector, seed)
-            targets.append([e.target_sparsity for e in vector.history])
-        assert targets[0] == targets[1] != targets[2]
-
     def test_a_single_target_draws_the_subsets_that_it_always_drew(self, env):
         vector = vector_of(env)
         vector.reset(seed=5)

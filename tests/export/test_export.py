@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from glass_model import glass_model
+from processes import fresh
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -103,8 +102,8 @@ def saved(tmp_path_factory):
             models[f"{family}-{'gqa' if grouped else 'mha'}-{name}"] = pruned(family, kept, grouped_query=grouped), kept
     for family in DISTINCT_FAMILIES:
         models[f"{family}-gqa-several"] = pruned(family, SEVERAL), SEVERAL
-    models["llama-affine"] = pruned("llama", UNEVEN, biases=True), UNEVEN
-    models["qwen3-affine-emptied"] = pruned("qwen3", EMPTIED, biases=True), EMPTIED
+        models[f"{family}-affine"] = pruned(family, UNEVEN, biases=True), UNEVEN
+        models[f"{family}-affine-emptied"] = pruned(family, EMPTIED, biases=True), EMPTIED
     for name, (model, kept) in models.items():
         family = name.split("-")[0]
         kept = fitting(kept, family)
@@ -134,11 +133,7 @@ def pytest_generate_tests(metafunc):
 class TestFreshProcess:
     @pytest.mark.parametrize("way", ["remote", "registered"])
     def test_every_saved_model_is_bit_equal_and_generates_the_same(self, saved, way):
-        environment = {**os.environ, "HF_HOME": str(saved.root / f"hub-{way}"), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", CHECK, str(saved.root / "models"), way]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
+        found = fresh(CHECK, saved.root / "models", way, hub=saved.root / f"hub-{way}")
         assert sorted(found) == sorted(saved.names)
         for name, result in found.items():
             assert result == {

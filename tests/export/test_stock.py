@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from huggingface_hub.errors import StrictDataclassError
+from processes import fresh
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -106,11 +104,7 @@ def config_of(saved, name):
 
 class TestFreshProcess:
     def test_every_family_is_bit_equal_without_ffgym_and_without_custom_code(self, saved):
-        environment = {**os.environ, "HF_HOME": str(saved / "hub"), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", CHECK, str(saved / "models")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
+        found = fresh(CHECK, saved / "models", hub=saved / "hub")
         assert sorted(found) == sorted(VARIANTS)
         for name, result in found.items():
             family = VARIANTS[name][0]

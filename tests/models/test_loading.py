@@ -416,14 +416,14 @@ def test_an_architecture_that_cannot_be_pruned_is_loaded_where_any_will_do(tmp_p
     assert load(str(tmp_path), device="cpu", any_family=True).model.config.model_type == "gpt2"
 
 
-@pytest.mark.parametrize("layers", [10**12, 100_000, 3, 0, -1])
+@pytest.mark.parametrize("layers", [10**12, 3, 0, -1])
 def test_a_config_with_other_layers_than_the_weights_is_refused_before_any_is_built(checkpoint, layers):
     edit(checkpoint, num_hidden_layers=layers)
     with pytest.raises(ModelError, match=f"num_hidden_layers = {layers}, and the checkpoint has 2 layers"):
         load(str(checkpoint), dtype="float32", device="cpu")
 
 
-@pytest.mark.parametrize("value", [10**30, 10**9, 0, -1])
+@pytest.mark.parametrize("value", [10**30, 0, -1])
 @pytest.mark.parametrize(
     "key", ["hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
 )

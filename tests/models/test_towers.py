@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from processes import fresh
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -204,11 +201,7 @@ def test_dense_text_has_the_logits_of_the_whole(tmp_path: Path, word_tokenizer: 
 
 @pytest.mark.slow
 def test_a_fresh_process_without_ffgym_has_the_same_logits_and_tokens(saved: SimpleNamespace) -> None:
-    environment = {**os.environ, "HF_HOME": str(saved.root / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", CHECK, str(saved.root / "models")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = fresh(CHECK, saved.root / "models", hub=saved.root / "hub")
     assert {name: all(each.values()) for name, each in found.items()} == dict.fromkeys(saved.loaded, True), found
 
 

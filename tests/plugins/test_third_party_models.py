@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import fresh
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -80,7 +78,7 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(model(expected["ids"]).logits, expected["logits"]), folder
-print(len(sys.argv) - 1, "models")
+print(len(sys.argv) - 1)
 """
 
 
@@ -114,11 +112,7 @@ class TestFamily:
             loaded.save_pretrained(f"{folder}-again")
             for place in (folder, Path(f"{folder}-again")):
                 save_file({"ids": IDS, "logits": expected}, place / "expected")
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", CHECK, *map(str, (tmp_path / "models").iterdir())]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == "4 models\n"
+        assert fresh(CHECK, *(tmp_path / "models").iterdir(), hub=tmp_path / "hub") == 4
 
     def test_runs(self, tiny_run: dict[str, Any], tmp_path: Path, word_tokenizer: Any) -> None:
         tiny_model("starcoder2").save_pretrained(tmp_path / "model")

@@ -247,12 +247,9 @@ def checkpoint_in(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("steps_done", [0, 1, 4, 5])
-def test_going_on_after_ctrl_c_ends_with_the_same_bits(
-    fresh: Any, texts: Any, tmp_path: Path, steps_done: int, dropout: float
-) -> None:
-    wanted = settings(dropout=dropout)
+def test_going_on_after_ctrl_c_ends_with_the_same_bits(fresh: Any, texts: Any, tmp_path: Path, steps_done: int) -> None:
+    wanted = settings(dropout=0.2)
     whole = fresh()
     expected = train(whole, texts, wanted)
     model = fresh()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from distinct_families import DISTINCT_FAMILIES
+from processes import fresh
 
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
@@ -78,16 +76,7 @@ def test_adapters_train_merge_and_reload_without_ffgym(saved: Path) -> None:
     gated = ["q_proj", "v_proj", "gate_proj", "down_proj"]
     targets = {name: "all-linear" if "uneven" in name else gated for name in names}
     targets["opt-emptied"] = ["q_proj", "v_proj"]
-    environment = {**os.environ, "HF_HOME": str(saved / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", USE, str(saved / "models"), json.dumps(targets)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = fresh(USE, saved / "models", json.dumps(targets), hub=saved / "hub")
     assert sorted(found) == names
     for name, result in found.items():
         assert all(result.values()), (name, result)
