@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import free_port
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -36,7 +37,12 @@ def test_more_workers_name_the_extra(without_ray: None) -> None:
     assert "pip install 'ffgym[ray]'" in refusal(WorkersTable(count=2))
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "no.such.host.invalid:6379"])
+NOBODY, NO_ONE = (f"127.0.0.1:{free_port()}" for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    "address", [NOBODY, f"ray://{NOBODY}", "no.such.host.invalid:6379"], ids=["port", "ray", "host"]
+)
 def test_an_address_that_nobody_answers(address: str) -> None:
     assert refusal(WorkersTable(count=2, ray_address=address)).startswith(f"no Ray cluster answers at {address}: ")
 
@@ -54,10 +60,10 @@ def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ):
         pass
     (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # as one that was killed leaves it
-    assert refusal(WorkersTable(count=2, ray_address="auto")).startswith("no Ray cluster answers at 127.0.0.1:1: ")
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
-    assert refusal(WorkersTable(count=2, ray_address="auto")).startswith("no Ray cluster answers at 127.0.0.1:2: ")
+    (tmp_path / "ray" / "ray_current_cluster").write_text(NOBODY)  # as one that was killed leaves it
+    assert refusal(WorkersTable(count=2, ray_address="auto")).startswith(f"no Ray cluster answers at {NOBODY}: ")
+    monkeypatch.setenv("RAY_ADDRESS", NO_ONE)
+    assert refusal(WorkersTable(count=2, ray_address="auto")).startswith(f"no Ray cluster answers at {NO_ONE}: ")
 
 
 def test_one_device_for_several_workers() -> None:
