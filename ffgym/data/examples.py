@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ffgym.data.splits import adds_bos
-from ffgym.data.task_data import reported_split, task_dataset, task_splits
+from ffgym.data.task_data import TASKS, reported_split, task_dataset
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 
 Row = Mapping[str, Any]
@@ -100,14 +100,12 @@ PROMPTS: Mapping[str, Callable[[Row], tuple[str, list[str], int]]] = {
 
 def search_split(task: str) -> str | None:
     """The split of a task that a search may be rewarded on, or ``None`` where all its data are reported."""
-    others = [split for split in task_splits()[task] if split != reported_split(task)]
-    return "validation" if "validation" in others else None
+    return "validation" if "validation" in TASKS[task] and reported_split(task) != "validation" else None
 
 
 def searchable_tasks() -> list[str]:
     """Every task that a reward may name. Fetches nothing."""
-    known = task_splits()
-    return [task for task in PROMPTS if task in known and search_split(task) is not None]
+    return [task for task in PROMPTS if search_split(task) is not None]
 
 
 def check_search_tasks(tasks: Sequence[str]) -> None:

