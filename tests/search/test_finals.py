@@ -74,7 +74,7 @@ class TestChoice:
             for i, origin in enumerate(origins)
         ]
         table = {c.allocation.kept: loss for c, loss in zip(candidates, losses, strict=True)}
-        table[env.dense_units] = lambda window: 0.5
+        table[env.prunable.dense_units] = lambda window: 0.5
 
         class Known:
             def measure(self, requests, on_progress):
@@ -89,7 +89,7 @@ class TestChoice:
         assert dense == 0.5
         assert shares == sorted(shares)
         assert 0 < shares[0] < shares[-2] <= shares[-1] == 1.0
-        measured = [(r.kept, r.windows) for call in recording.calls for r in call if r.kept != env.dense_units]
+        measured = [(r.kept, r.windows) for call in recording.calls for r in call if r.kept != env.prunable.dense_units]
         assert tokens == 32 * len(measured), "each is measured once on a window"
         return found, measured
 
