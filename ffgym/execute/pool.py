@@ -16,7 +16,7 @@ from ffgym.errors import FFGymError, WorkerError
 LISTEN_SECONDS = 0.1
 PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
 START_SECONDS = 1800.0  # that workers may take to start while no other one works
-ATTEMPTS = 3  # of starting a worker, and of a job
+ATTEMPTS = 3  # of starting Ray, of starting a worker, and of a job
 KEPT = "What was measured is kept: the same command continues."
 
 

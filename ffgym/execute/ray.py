@@ -26,7 +26,7 @@ from rich.console import Console
 
 from ffgym.errors import FFGymError, WorkerError
 from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
-from ffgym.execute.pool import Answered, Failed, Lost, News, Pool, Ready
+from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
 from ffgym.execute.shares import Shares, Speeds, cost
 from ffgym.report.progress import Reporter
 from ffgym.types import Evaluation
@@ -225,7 +225,7 @@ def _begin(ray: Any, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         own = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        ray.init(address="local", **own, **quiet)
+        _start(lambda: ray.init(address="local", **own, **quiet))
         return
     hint = "Start one with ray start --head, or leave --ray-address out to use this machine alone."
     at = _noted() if address == "auto" else address
@@ -238,6 +238,19 @@ def _begin(ray: Any, address: str | None) -> None:
         said = str(error).strip().splitlines()[0]
         hint = "Has it begun to work? If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token shows yours)."
         raise WorkerError(f"the Ray cluster at {at} does not let this program in: {said}", hint=hint) from None
+
+
+def _start(start: Callable[[], object]) -> None:
+    """Start Ray; its processes have 30 seconds for it, which a busy machine may exceed once or twice."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            start()
+            return
+        except Exception as error:
+            if attempt == ATTEMPTS:
+                said = str(error).strip().splitlines()[0]
+                hint = "If the machine is very busy, run it again later; or leave --workers out."
+                raise WorkerError(f"Ray did not start on this machine: {said}", hint=hint) from error
 
 
 def _noted() -> str | None:

@@ -17,6 +17,7 @@ from processes import PATIENCE, lines, until
 from ray_standins import Standin, patiently
 from rich.console import Console
 
+from ffgym.errors import WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.execute.ray import Workers, connected
 from ffgym.pipeline import pipeline
@@ -25,6 +26,25 @@ from ffgym.plugins import discovery
 pytestmark = pytest.mark.slow
 EPISODES = 100_000
 MARK = "FFGYM_TEST_MARK"
+
+
+def test_ray_may_take_long_to_start_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    starts: list[str] = []
+
+    def too_late(**options: Any) -> None:
+        starts.append(options["address"])
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", too_late)
+    with (
+        pytest.raises(WorkerError, match=r"Ray did not start on this machine: The current node timed out") as raised,
+        connected(Workers(2), print),
+    ):
+        pass
+    assert len(starts) > 1
+    assert "busy" in str(raised.value.hint)
 
 
 def test_a_machine_leaves_and_another_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
