@@ -25,18 +25,25 @@ _PLURALS = {kind.plural: name for name, kind in KINDS.items()}
 
 @app.command("ls")
 def list_names(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help=", ".join(_PLURALS), show_default=False)],
+    kind: Annotated[
+        str | None, typer.Argument(metavar="KIND", help=", ".join(_PLURALS), show_default="all, by name alone")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the names of a kind of plugin, built-in and installed, each with what it is."""
-    if kind not in _PLURALS:
+    if kind is not None and kind not in _PLURALS:
         unknown = UnknownNameError("kind", kind, _PLURALS)
         raise typer.BadParameter(f"{unknown.message}. {unknown.hint}", param_hint="KIND")
-    found = manager.names(_PLURALS[kind])
-    if as_json:
-        print_json([{"name": name, "description": line} for name, line in found.items()])
+    if kind is None:
+        names = {plural: list(manager.names(name)) for plural, name in _PLURALS.items()}
+        if as_json:
+            print_json(names)
+        else:
+            print_columns((plural, ", ".join(found)) for plural, found in names.items())
+    elif as_json:
+        print_json([{"name": name, "description": line} for name, line in manager.names(_PLURALS[kind]).items()])
     else:
-        print_columns(found.items())
+        print_columns(manager.names(_PLURALS[kind]).items())
         if kind == "corpora":
             typer.echo(f"A corpus is also a file, a folder or a hub id; a list of corpora is a mixture: {EXAMPLE}")
     if broken := [record.name for record in manager.records() if record.failure is not None]:

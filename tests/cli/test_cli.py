@@ -155,7 +155,7 @@ def test_help_shows_defaults_and_choices() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["walk"], ["run", "--sparsty", "0.2"], ["run", "--episodes", "lots"], ["ls", "models"], ["ls"], ["bench"]],
+    [["walk"], ["run", "--sparsty", "0.2"], ["run", "--episodes", "lots"], ["ls", "models"], ["bench"]],
 )
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
     assert call(*arguments).exit_code == 2
@@ -317,6 +317,12 @@ def test_ls_lists_names_and_descriptions(plural: str, kind: kinds.PluginKind) ->
     assert {row["name"]: row["description"] for row in rows} == manager.names(kind)
     assert all(row["name"] in text and row["description"] in text for row in rows)
     assert ("a list of corpora is a mixture" in text) == (kind == "corpus")
+
+
+def test_ls_alone_lists_all_kinds() -> None:
+    names = {row.plural: list(manager.names(kind)) for kind, row in kinds.KINDS.items()}
+    assert json.loads(call("ls", "--json").stdout) == names
+    assert [line.split()[0] for line in call("ls").stdout.splitlines()] == list(names)
 
 
 def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
