@@ -50,6 +50,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Names with these suffixes are files; org/text-1.0 is a hub id.
 FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
 FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
+FOLDER_HINT = "Name a .txt or .jsonl file, or a folder that holds nothing but such files or was written by save_to_disk."
 OFFLINE_HINT = (
     "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
     " Dataset.save_to_disk on a machine that has the network."
@@ -398,8 +399,10 @@ def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:
         raise DataError(message, hint=_guess(path) + OFFLINE_HINT) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # ConnectionError is an OSError; an unknown subset and a folder without data files are ValueErrors or the like.
-        place = "folder" if Path(path).is_dir() else "hub dataset"
-        raise DataError(f"{place} {path!r} cannot be loaded: {error}", hint=_guess(path) + OFFLINE_HINT) from error
+        if Path(path).is_dir():
+            why = str(error.__cause__ or error).strip().splitlines()[0]
+            raise DataError(f"folder {path!r} cannot be loaded as text: {why}", hint=FOLDER_HINT) from error
+        raise DataError(f"hub dataset {path!r} cannot be loaded: {error}", hint=_guess(path) + OFFLINE_HINT) from error
 
 
 def _guess(name: str) -> str:
