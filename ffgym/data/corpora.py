@@ -50,7 +50,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Names with these suffixes are files; org/text-1.0 is a hub id.
 FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
 FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
-FOLDER_HINT = "Name a .txt or .jsonl file, or a folder that holds nothing but such files or was written by save_to_disk."
+FOLDER_HINT = "Name a .txt or .jsonl file, or a folder that holds nothing but these or that save_to_disk has written."
 OFFLINE_HINT = (
     "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
     " Dataset.save_to_disk on a machine that has the network."

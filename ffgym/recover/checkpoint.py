@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,13 @@ START_ANEW = "Delete it, or start anew with --overwrite."
 
 T = TypeVar("T")
 _IDENTITY = FileFormat("identity of a training", JSONDict, RecoveryError, START_ANEW)
+
+
+class Part(NamedTuple, Generic[T]):
+    """One part of a checkpoint."""
+
+    tensors: dict[str, torch.Tensor]
+    facts: T
 
 
 class Checkpoint:
@@ -104,8 +111,8 @@ class Checkpoint:
         write_text(path, text)
         return path
 
-    def load(self, name: str, facts: type[T]) -> tuple[dict[str, torch.Tensor], T] | None:
-        """The tensors and the facts of one part, or ``None`` where there is none.
+    def load(self, name: str, facts: type[T]) -> Part[T] | None:
+        """One part, or ``None`` where there is none.
 
         Args:
             facts: what the facts must be: a dataclass or another type that pydantic knows.
@@ -119,7 +126,7 @@ class Checkpoint:
                 tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (not a dictionary)
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise RecoveryError(f"the checkpoint {path} is damaged: {error}", hint=START_ANEW) from error
-        return tensors, FileFormat("checkpoint", facts, RecoveryError, START_ANEW).parse(stored, str(path))
+        return Part(tensors, FileFormat("checkpoint", facts, RecoveryError, START_ANEW).parse(stored, str(path)))
 
     @contextmanager
     def taking_up(self, name: str) -> Iterator[None]:
