@@ -31,6 +31,13 @@ class FFGymError(Exception):
         return _restored, (type(self), self.args, self.__dict__)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, and the second where the first only announces it; or the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *others = lines or [type(error).__name__]
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was too small, a device's or the machine's.
 

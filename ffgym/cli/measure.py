@@ -309,6 +309,6 @@ def _checked(output: Path | None, endings: Collection[str], overwrite: bool) -> 
 
 
 def _write(output: Path, text: str) -> None:
-    """Write a checked file, and say so where it mixes with no JSON."""
+    """Write a checked file, and say so on stderr: stdout may hold JSON."""
     write_text(output, text)
     typer.echo(f"written to {output}", err=True)

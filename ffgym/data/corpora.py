@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TextIO
 
 from ffgym.data.assets import DEMO_TEXT, fetch
-from ffgym.errors import DataError, UnknownNameError
+from ffgym.errors import DataError, UnknownNameError, first_line
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
@@ -50,7 +50,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Names with these suffixes are files; org/text-1.0 is a hub id.
 FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
 FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
-FOLDER_HINT = "Name a .txt or .jsonl file, or a folder that holds nothing but these or that save_to_disk has written."
+FOLDER_HINT = "Name a .txt or .jsonl file, a folder of nothing but such files, or one that save_to_disk has written."
 OFFLINE_HINT = (
     "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
     " Dataset.save_to_disk on a machine that has the network."
@@ -400,7 +400,7 @@ def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # ConnectionError is an OSError; an unknown subset and a folder without data files are ValueErrors or the like.
         if Path(path).is_dir():
-            why = str(error.__cause__ or error).strip().splitlines()[0]
+            why = first_line(error.__cause__ or error)
             raise DataError(f"folder {path!r} cannot be loaded as text: {why}", hint=FOLDER_HINT) from error
         raise DataError(f"hub dataset {path!r} cannot be loaded: {error}", hint=_guess(path) + OFFLINE_HINT) from error
 

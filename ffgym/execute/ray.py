@@ -24,7 +24,7 @@ from typing import Any, TextIO, cast
 import torch
 from rich.console import Console
 
-from ffgym.errors import FFGymError, WorkerError
+from ffgym.errors import FFGymError, WorkerError, first_line
 from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
 from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
 from ffgym.execute.shares import Shares, Speeds, cost
@@ -235,9 +235,10 @@ def _begin(ray: Any, address: str | None) -> None:
     try:
         ray.init(address=address, **quiet)
     except Exception as error:
-        said = str(error).strip().splitlines()[0]
         hint = "Has it begun to work? If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token shows yours)."
-        raise WorkerError(f"the Ray cluster at {at} does not let this program in: {said}", hint=hint) from None
+        raise WorkerError(
+            f"the Ray cluster at {at} does not let this program in: {first_line(error)}", hint=hint
+        ) from None
 
 
 def _start(start: Callable[[], object]) -> None:
@@ -248,9 +249,8 @@ def _start(start: Callable[[], object]) -> None:
             return
         except Exception as error:
             if attempt == ATTEMPTS:
-                said = str(error).strip().splitlines()[0]
                 hint = "If the machine is very busy, run it again later; or leave --workers out."
-                raise WorkerError(f"Ray did not start on this machine: {said}", hint=hint) from error
+                raise WorkerError(f"Ray did not start on this machine: {first_line(error)}", hint=hint) from error
 
 
 def _noted() -> str | None:

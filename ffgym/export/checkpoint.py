@@ -23,7 +23,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
-from ffgym.errors import ModelError, OutputError
+from ffgym.errors import ModelError, OutputError, first_line
 from ffgym.files import replacing, write_text
 from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import Family
@@ -293,9 +293,8 @@ def _named_misfits() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, StrictDataclassError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
         raise ModelError(
-            f"the model does not fit the allocation that it is to be saved with: {' '.join(lines[:2])}",
+            f"the model does not fit the allocation that it is to be saved with: {first_line(error)}",
             hint="Cut the model to this allocation first, and save it before it is restored.",
         ) from error
 

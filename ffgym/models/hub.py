@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ffgym.errors import first_line
 from ffgym.models.checkpoint import MODEL_CONFIG, MOST_LAYERS, check_config
-from ffgym.models.loading_errors import first_line, loading_error, not_from_hub
+from ffgym.models.loading_errors import loading_error, not_from_hub
 
 HUB_SECONDS = 5.0
 

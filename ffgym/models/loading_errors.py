@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ffgym.errors import ModelError, is_out_of_memory
+from ffgym.errors import ModelError, first_line, is_out_of_memory
 
 AGAIN = "Write or download the model again."
 
@@ -96,13 +96,6 @@ def misfit(name: str, what: str) -> ModelError:
         f"model {name!r} does not fit its config.json: {what}",
         hint="Write or download the model again, config.json and weights together.",
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, and the second where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first, *others = lines or [type(error).__name__]
-    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffgym.errors import ModelError
+from ffgym.errors import ModelError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
@@ -109,6 +109,6 @@ def move(model: Any, device: torch.device) -> Any:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # out of memory, or a device this torch was not built for
         raise ModelError(
-            f"the model cannot be moved to {device}: {str(error).splitlines()[0]}",
+            f"the model cannot be moved to {device}: {first_line(error)}",
             hint="Use model.placement stream, model.device cpu, or balanced over several GPUs, or a smaller model.",
         ) from error

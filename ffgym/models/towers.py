@@ -22,9 +22,9 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from ffgym.errors import ModelError
+from ffgym.errors import ModelError, first_line
 from ffgym.models.families import Family, family_of_type
-from ffgym.models.loading_errors import first_line, quiet
+from ffgym.models.loading_errors import quiet
 from ffgym.models.modeling_ffgym import PREFIX, make_towers
 
 # Keys of the dense checkpoint's config that are not true of the pruned one.

@@ -77,7 +77,7 @@ def run(
     plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
     check_texts(config.data)
     if resume is None:
-        table_digest(config)  # of a latency table; a resumed run has its own
+        table_digest(config)  # refuses a latency table that is missing; a resumed run has its own
     with (
         cluster_of(config.workers, config.model.device, reporter.print) as cluster,
         Session.open(config, reporter, earlier) as session,
