@@ -11,6 +11,7 @@ import typer
 from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption
 from ffgym.cli.printing import print_columns, print_json
+from ffgym.report.layout import humane
 
 
 @app.command()
@@ -44,10 +45,10 @@ def cache(
         (
             entry.kind,
             entry.path.name,
-            f"{entry.bytes / 1e6:,.1f} MB",
+            humane(entry.bytes, "B"),
             f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}",
         )
         for entry in found
     ]
     print_columns([("kind", "name", "size", "last used"), *rows])
-    typer.echo(f"{sum(entry.bytes for entry in found) / 1e9:,.2f} GB in {cache_dir()}", err=True)
+    typer.echo(f"{humane(sum(entry.bytes for entry in found), 'B')} in {cache_dir()}", err=True)

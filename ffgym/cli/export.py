@@ -12,6 +12,7 @@ from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption, OverwriteFileOption
 from ffgym.cli.printing import print_json
 from ffgym.config.toml import parsed_overrides
+from ffgym.report.layout import humane
 
 
 @app.command()
@@ -70,7 +71,7 @@ def export(
         print_json(asdict(written))
         return
     typer.echo(
-        f"{written.path}: {written.bytes / 1e6:.1f} MB, {written.parameters / 1e6:.1f} M parameters in {written.dtype},"
+        f"{written.path}: {humane(written.bytes, 'B')}, {humane(written.parameters)} parameters in {written.dtype},"
         f" architecture {written.architecture}"
     )
     for note in written.notes:

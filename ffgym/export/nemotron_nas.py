@@ -25,6 +25,7 @@ from ffgym.files import replacing
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import quiet
+from ffgym.report.layout import humane
 
 CHANNELS = 256  # engines round an MLP's width up to a multiple
 NORM = "model.norm.weight"
@@ -202,5 +203,5 @@ def _notes(layers: list[_Layer]) -> Iterator[str]:
         if padded:
             yield (
                 f"The format cannot say the number of {what} of {len(filled)} layers: zeros fill them up,"
-                f" {padded / 1e6:.1f} M parameters that change no result."
+                f" {humane(padded)} parameters that change no result."
             )

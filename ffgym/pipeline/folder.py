@@ -321,14 +321,11 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
             best = BEST_SO_FAR.read(path)
-            reporter(
-                f"interrupted after {best.episodes} episodes of the search; best so far ({best.origin}, sparsity "
-                f"{best.sparsity:.4f}) is in {path}"
-            )
+            reporter(f"the best of {best.episodes} episodes ({best.origin}, sparsity {best.sparsity:.4f}) is in {path}")
         elif log.exists() and log.stat().st_size:
-            reporter(f"interrupted; the episodes so far are in {log}")
+            reporter(f"the episodes so far are in {log}")
         else:
-            reporter("interrupted before the first episode ended: there is nothing to keep")
+            reporter("no episode has ended: there is nothing to keep")
             raise
         reporter(f"continue where it stopped: {resume_command(folder)}")
         raise

@@ -155,9 +155,7 @@ def train_and_save(
         return recovery.save(outcome, recovery.compare(), place, overwrite)
     except KeyboardInterrupt:
         if checkpoint.exists:
-            reporter.print(
-                f"interrupted; the training so far is in {checkpoint.folder}, and the same command continues it"
-            )
+            reporter.print(f"the training so far is in {checkpoint.folder}, and the same command continues it")
         raise
 
 

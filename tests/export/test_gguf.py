@@ -584,7 +584,9 @@ def call(*arguments: str) -> Any:
 def test_the_command_says_what_it_wrote_and_how_to_run_it(folder: Path, tmp_path: Path) -> None:
     done = call(str(folder), "--gguf", str(tmp_path / "m.gguf"), "--dtype", "bf16")
     assert done.exit_code == 0, done.output
-    assert f"{tmp_path / 'm.gguf'}: 0.0 MB, 0.0 M parameters in bf16, architecture deci" in done.stdout
+    size = (tmp_path / "m.gguf").stat().st_size
+    assert f"{tmp_path / 'm.gguf'}: {size / 1e3:.1f} kB, " in done.stdout
+    assert " k parameters in bf16, architecture deci" in done.stdout
     assert run_line(tmp_path / "m.gguf") in done.stdout
     assert "write m.gguf: done" in done.stderr
 

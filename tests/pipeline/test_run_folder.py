@@ -59,7 +59,7 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), saying_what_is_kept(tmp_path, said.append):
         raise KeyboardInterrupt
     assert said == [
-        f"interrupted; the episodes so far are in {tmp_path / 'episodes.jsonl'}",
+        f"the episodes so far are in {tmp_path / 'episodes.jsonl'}",
         f"continue where it stopped: ffgym run --resume {tmp_path}",
     ]
 
