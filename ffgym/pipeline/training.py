@@ -31,7 +31,8 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
         session.tracker.log_result(last, step=1)
         session.tracker.log_model(recovered.saved.path)
     saved = result.saved if result.recovered is None else result.recovered.saved
-    session.tracker.describe(description(result.table, saved))
+    front = None if result.front is None else result.front.layout().markdown()
+    session.tracker.describe("\n\n".join(filter(None, [front, description(result.table, saved)])))
     session.tracker.log_table(result.table.layout().as_dicts())
     for name in ("report.md", "losses.json", *PICTURES):
         if (session.folder / name).is_file():

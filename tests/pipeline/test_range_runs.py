@@ -144,6 +144,7 @@ def test_mlflow_has_it_all(finished: Any) -> None:
     names = {item.path for item in store.list_artifacts(result.mlflow_run)}
     assert FILES - {"run.json", "episodes.jsonl", "model"} <= names
     assert store.get_run(result.mlflow_run).data.params["sparsity"] == "0.1:0.5"
+    assert (result.folder / "front.md").read_text() in store.get_run(result.mlflow_run).data.tags["mlflow.note.content"]
 
 
 def test_another_run_starts_from_its_policy_at_one_target_or_over_another_range(finished: Any, tmp_path: Path) -> None:
