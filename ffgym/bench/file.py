@@ -90,8 +90,14 @@ def result_file(file: Path, spec: BenchFile, label: str, seed: int) -> Path:
 def read_bench(file: Path) -> Bench:
     """Read one bench file and expand its cells, every configuration validated."""
     file = file.expanduser()
+    content = BENCH_FILE.read(file)
+    if "agents" not in content and content.keys() & set(RunConfig.model_fields):
+        raise ConfigError(
+            f"{file} configures one run: it names no agents and seeds, as a bench file does",
+            hint=f"Run it: ffgym run --config {file}. To bench it, put its tables below [run]; docs/bench.md shows how.",
+        )
     try:
-        spec = BenchFile.model_validate(BENCH_FILE.read(file))
+        spec = BenchFile.model_validate(content)
     except ValidationError as error:
         problem = config_error(error, BenchFile)
         raise ConfigError(f"{file}: {problem.message}", hint=problem.hint) from None
