@@ -94,7 +94,7 @@ def read_bench(file: Path) -> Bench:
     if "agents" not in content and content.keys() & set(RunConfig.model_fields):
         raise ConfigError(
             f"{file} configures one run: it names no agents and seeds, as a bench file does",
-            hint=f"Run it: ffgym run --config {file}. To bench it, put its tables below [run]; docs/bench.md shows how.",
+            hint=f"Run it: ffgym run --config {file}. To bench it, put its tables below [run]; see docs/bench.md.",
         )
     try:
         spec = BenchFile.model_validate(content)
