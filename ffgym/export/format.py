@@ -17,6 +17,8 @@ from ffgym.plugins.contracts import call_plugin
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
 
+OTHERWISE = "The folder itself loads with transformers and vLLM."
+
 
 @dataclass(frozen=True)
 class Exported:

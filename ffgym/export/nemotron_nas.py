@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import refuse_occupied
-from ffgym.export.format import Exported, ExportFormat, Progress
+from ffgym.export.format import OTHERWISE, Exported, ExportFormat, Progress
 from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
 from ffgym.files import replacing
 from ffgym.models.families import family_of_type
@@ -44,7 +44,6 @@ SETTINGS = (
     "pad_token_id",
 )
 TRY = "--ignore-chat-template --max-tokens 32 --prompt 'Once upon a time'"
-OTHERWISE = "The folder itself loads with transformers and vLLM."
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,10 @@ def _check(config: Any, checkpoint: Checkpoint) -> None:
     """Refuse what the format cannot say."""
     family = family_of_type(str(config.model_type))
     head_dim = family.head_dim(config)
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     window = getattr(config, "sliding_window", None)
     if family.name not in FAMILIES:
-        reason = f"it computes as Llama does, and this is a {family.name} model"
+        reason = f"it computes as Llama does, and this is of family {family.name!r}"
     elif head_dim * config.num_attention_heads != config.hidden_size:
         reason = f"its heads have hidden size / heads channels each, and those of this model {head_dim}"
     elif rope not in ("default", "llama3"):

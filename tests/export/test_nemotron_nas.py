@@ -30,7 +30,7 @@ def saved(folder: Path, kept: Sequence[int], family: str = "llama", **config: An
     for name, value in config.items():
         setattr(model.config, name, value)
     if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.weight = model.get_input_embeddings().weight
     prunable = PrunableModel(model)
     prunable.cut(kept)
     save_pruned(model, byte_level(), folder, kept=kept, family=prunable.family)
@@ -85,9 +85,10 @@ def test_removed_sublayers_are_blocks_without_operation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "config", "reason"),
     [
-        ("gemma", {}, "this is a gemma model"),
+        ("gemma", {}, "of family 'gemma'"),
         ("mistral", {"sliding_window": 64}, "it attends to everything, and this model to 64 tokens"),
-        ("qwen2", {}, "this is a qwen2 model"),
+        ("opt", {}, "of family 'opt'"),
+        ("qwen2", {}, "of family 'qwen2'"),
     ],
 )
 def test_what_it_cannot_say_is_refused_by_name(

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ffgym.errors import ModelError, UnknownNameError
+from ffgym.export.format import OTHERWISE
 from ffgym.models.families import Family, family_of_type
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL_LINEARS = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
 ROPE_TYPES = ("default", "linear", "llama3")
-OTHERWISE = "The folder itself loads with transformers."
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def read_contents(config: Any, tensors: Container[str]) -> Contents:
     family = family_of_type(str(config.model_type))
     if not family.gguf:
         raise ModelError(
-            f"architecture {family.name!r} cannot be written as a GGUF file: ffgym knows no code of llama.cpp for it",
+            f"ffgym does not write models of family {family.name!r} as GGUF files",
             hint=f"docs/models.md says what can be written. {OTHERWISE}",
         )
     if getattr(config, "quantization_config", None) is not None:
@@ -192,15 +192,17 @@ def choose_architecture(contents: Contents) -> Architecture:
 def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[str, str]]:
     """What an architecture cannot say about the model, each with the way round it or nothing."""
     config, layers = contents.config, contents.layers
-    if not architecture.uneven and len({(lay.heads, lay.kv_heads, lay.written_channels) for lay in layers}) > 1:
-        yield "reads one size for all layers", ""
+    sizes = [(layer.heads, layer.kv_heads, layer.written_channels) for layer in layers]
+    if not architecture.uneven and (other := next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)):
+        yield f"reads one size for all layers (layer {other} has another than layer 0)", ""
     if not architecture.skips_attention and not all(layer.heads for layer in layers):
         index = next(index for index, layer in enumerate(layers) if not layer.heads)
         yield f"needs attention in every layer (layer {index} has none)", "Prune with --set prune.min_units=1."
     if not architecture.untied and not config.tie_word_embeddings:
         yield "has no output matrix of its own", ""
-    if not architecture.wide_heads and any(lay.heads * contents.head_dim != config.hidden_size for lay in layers):
-        yield "needs heads times their channels to be the hidden size", ""
+    wide = [i for i, layer in enumerate(layers) if layer.heads * contents.head_dim != config.hidden_size]
+    if wide and not architecture.wide_heads:
+        yield f"needs heads times their channels to be the hidden size (layer {wide[0]})", ""
     if config.hidden_act != architecture.activation:
         yield f"computes {architecture.activation}, not {config.hidden_act}", ""
     unread = [

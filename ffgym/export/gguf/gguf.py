@@ -17,8 +17,8 @@ from gguf import MODEL_TENSOR
 from pydantic import BaseModel, Field
 
 from ffgym.errors import ModelError
-from ffgym.export.format import Exported, ExportFormat, Progress
-from ffgym.export.gguf.architectures import OTHERWISE, Architecture, Contents, choose_architecture, read_contents
+from ffgym.export.format import OTHERWISE, Exported, ExportFormat, Progress
+from ffgym.export.gguf.architectures import Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
 from ffgym.files import FileFormat, check_file, replacing
