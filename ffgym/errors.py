@@ -115,8 +115,10 @@ class UnknownNameError(FFGymError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, listed: Iterable[str] | None = None) -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        guess = f"Did you mean {near[0]!r}? " if near else ""
+        head = name.partition("_")[0]  # qwen2 for qwen2_5_vl_text
+        alike = [head] if head in names else difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+        near = max(alike, key=lambda word: sum(name.startswith(word[: n + 1]) for n in range(len(word))), default=None)
+        guess = f"Did you mean {near!r}? " if near else ""
         shown = names if listed is None else list(listed)
         label = "Known" if listed is None else "Among those known"
         super().__init__(f"unknown {kind} {name!r}", hint=f"{guess}{label}: {', '.join(shown) or 'none'}.")

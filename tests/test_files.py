@@ -24,8 +24,9 @@ from ffgym.config.toml import load_config, to_toml
 from ffgym.costs.latency_table import read_table, to_json
 from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
 from ffgym.files import FileFormat, replacing
-from ffgym.models.checkpoint import MODEL_CONFIG, weight_files
+from ffgym.models.checkpoint import weight_files
 from ffgym.pipeline.folder import BEST_SO_FAR, RunRecord, read_record, write_record
+from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.lora import LoraCurve
 from ffgym.search.log import Recorder, read_log

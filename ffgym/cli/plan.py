@@ -10,6 +10,7 @@ from ffgym.cli.app import app
 from ffgym.cli.options import KEYS, JsonOption, configured
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
+from ffgym.plugins.architectures import check_folder_architecture
 
 NO_COST = {"--model", "--seed", "--output", "--overwrite", "--save-at"}
 
@@ -34,6 +35,9 @@ def plan(
     ffgym plan ./my-model --sparsity 0.3
     ffgym plan meta-llama/Llama-3.1-70B --set data.calibration_tokens=8192
     """
+    if model is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
+    check_folder_architecture(config.model.name)
     from rich.console import Console
 
     from ffgym.pipeline.plan import plan_run
@@ -41,8 +45,6 @@ def plan(
     from ffgym.plan.table import show, to_json
     from ffgym.plugins import manager
 
-    if model is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
     config = settle(config)
     # search.init_from is not read: the run that writes that policy may come later
     found = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))

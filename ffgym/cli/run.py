@@ -14,6 +14,7 @@ from ffgym.cli.options import KEYS, JsonOption, configured
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
+from ffgym.plugins.architectures import check_folder_architecture
 from ffgym.prepare.configured import check_agent_fits, meanings, with_options
 
 ResumeOption = Annotated[
@@ -40,6 +41,7 @@ def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = Fa
     ffgym run --model ./my-model --resource latency
     ffgym run --sparsity 0.1:0.5 --save-all    one policy for the whole range
     """
+    check_folder_architecture(config.model.name)
     from rich.console import Console
 
     from ffgym.pipeline import pipeline
@@ -59,6 +61,7 @@ def prepare_model(config: RunConfig) -> None:
 
     A run with the same model, criterion, calibration and text then starts within seconds.
     """
+    check_folder_architecture(config.model.name)
     from ffgym.pipeline.compare import asked_rules
     from ffgym.pipeline.settle import settle
     from ffgym.pipeline.task import open_task

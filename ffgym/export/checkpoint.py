@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 
 from ffgym.errors import ModelError, OutputError, first_line
 from ffgym.files import replacing, write_text
-from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import Family
 from ffgym.models.loading_errors import quiet
 from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
+from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.types import Kind
 
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")

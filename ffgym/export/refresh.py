@@ -9,10 +9,10 @@ from transformers import AutoConfig
 
 from ffgym.errors import ModelError
 from ffgym.files import write_text
-from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import register_saved
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.origin import model_folder
+from ffgym.plugins.architectures import MODEL_CONFIG
 
 
 def refresh(folder: Path) -> list[Path]:

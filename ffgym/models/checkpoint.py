@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
-from ffgym.models.families import check_config_family, register_saved
+from ffgym.models.families import register_saved
 from ffgym.models.loading_errors import AGAIN, explained, loading_error, misfit, mxfp4, pickled
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.towers import auto_class, check_towers
+from ffgym.plugins.architectures import MODEL_CONFIG, check_architecture
 
 LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
 MOST_LAYERS = 10_000  # where no weights are there to count them
@@ -32,7 +33,6 @@ class _WeightIndex(BaseModel):
     weight_map: dict[str, str]
 
 
-MODEL_CONFIG = FileFormat("model configuration", dict[str, Any], ModelError, AGAIN)
 WEIGHT_INDEX = FileFormat("index of weights", _WeightIndex, ModelError, AGAIN)
 
 
@@ -84,8 +84,8 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
     text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
         raise misfit(name, f"text_config = {text!r} is no table")
-    if not any_family and text is None and "auto_map" not in config:
-        check_config_family(config)
+    if not any_family:
+        check_architecture(config)
     quantisation = config.get("quantization_config")
     if not any_family and isinstance(quantisation, dict) and quantisation.get("quant_method") == "mxfp4":
         raise mxfp4(name)

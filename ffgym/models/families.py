@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from ffgym.errors import ModelError, PluginError, UnknownNameError
+from ffgym.errors import ModelError, PluginError
 from ffgym.models.modeling_ffgym import PREFIX, expert_modules, make_classes, make_towers
 from ffgym.plugins import manager
+from ffgym.plugins.architectures import family_name
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
 from ffgym.types import Kind, Sublayer
@@ -48,10 +49,6 @@ class Stock:
 # What `modeling_ffgym` has to know about a family.
 PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producers", "mlp_consumer", "heads", "kv_heads",
          "intermediate", "head_count_attributes", "experts", "router", "expert_count")  # fmt: skip
-
-
-# What configs call the number of their experts.
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Family(Plugin):
@@ -262,35 +259,13 @@ def dense_or_pruned_family_of(model: nn.Module) -> Family:
     return family_of_type(_model_type(model))
 
 
-def check_config_family(config: Mapping[str, Any]) -> None:
-    """Raise ``ModelError`` where a ``config.json`` is of no supported family, with the reason where it shows."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        return
-    try:
-        family_of_type(model_type)
-    except ModelError:
-        if any(isinstance(config.get(name), int) for name in EXPERT_COUNTS):
-            raise ModelError(
-                f"architecture {model_type!r} has mixtures of experts of a kind that ffgym does not know",
-                hint="docs/models.md#families lists those that it can prune. `ffgym eval` measures any.",
-            ) from None
-        raise
-
-
 def family_of_type(model_type: str) -> Family:
     """The family of a config's ``model_type``, of a dense checkpoint or of one that ffgym saved.
 
     Raises:
         ModelError: the architecture is not supported; names the nearest one that is, and all of them.
     """
-    try:
-        family: Family = manager.create("family", model_type.removeprefix(PREFIX))
-    except UnknownNameError as error:
-        raise ModelError(
-            f"architecture {model_type!r} is not supported",
-            hint=f"{error.hint} docs/models.md says how to add a family.",
-        ) from None
+    family: Family = manager.create("family", family_name(model_type))
     return family
 
 

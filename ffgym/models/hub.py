@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.errors import first_line
-from ffgym.models.checkpoint import MODEL_CONFIG, MOST_LAYERS, check_config
+from ffgym.models.checkpoint import MOST_LAYERS, check_config
 from ffgym.models.loading_errors import loading_error, not_from_hub
+from ffgym.plugins.architectures import MODEL_CONFIG
 
 HUB_SECONDS = 5.0
 

@@ -17,7 +17,6 @@ import torch
 from ffgym.data.assets import SMOLLM2, fetch
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import (
-    MODEL_CONFIG,
     MOST_LAYERS,
     check_complete,
     check_config,
@@ -32,6 +31,7 @@ from ffgym.models.loading_errors import explained
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.models.towers import BY_ITSELF, PROCESSOR_FILES, Towers, auto_class, has_towers, text_model_of
+from ffgym.plugins.architectures import MODEL_CONFIG
 
 logger = logging.getLogger("ffgym")
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ffgym.errors import ModelError, first_line, is_out_of_memory
+from ffgym.plugins.architectures import MODEL_CONFIG
 
-AGAIN = "Write or download the model again."
+AGAIN = MODEL_CONFIG.hint
 
 
 def loading_error(error: Exception, source: str, name: str, *, only_cached: bool = False) -> ModelError:

@@ -107,13 +107,7 @@ def check_towers(config: Mapping[str, Any]) -> None:
     """
     text, kind = dict(config["text_config"]), str(config.get("model_type"))
     inner = str(text.get("model_type"))
-    try:
-        family = family_of_type(inner)
-    except ModelError as error:
-        raise ModelError(
-            f"{kind!r} is a checkpoint of several towers, and the one for text, {inner!r}, is of no supported family",
-            hint=error.hint,
-        ) from None
+    family = family_of_type(inner)
     if not has_towers(config):
         raise ModelError(
             f"{kind!r} is a checkpoint of several towers, and transformers has no image-text-to-text model of it",

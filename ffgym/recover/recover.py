@@ -23,12 +23,12 @@ from ffgym.errors import FFGymError, PluginError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
-from ffgym.models.checkpoint import MODEL_CONFIG
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder
 from ffgym.models.placement import DTYPES, tokens_per_batch
 from ffgym.plugins import manager
+from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest

@@ -94,6 +94,7 @@ QUICK = (
     "plugins",
     "config --agent uniform",
 )
+REFUSED = ("plan model", "run --model model", "prepare --model ./model")
 STARTED = f"""
 import sys
 
@@ -111,12 +112,22 @@ for command in {QUICK!r}:
     except SystemExit as left:
         assert not left.code
     heavy(command)
+for command in {REFUSED!r}:
+    try:
+        app(command.split(), standalone_mode=False)
+    except SystemExit as left:
+        assert left.code == 1
+    heavy(command)
 """
 
 
-def test_quick_commands_import_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, env=os.environ)
+def test_quick_commands_and_refused_models_import_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "starcoder2"}')
+    root = {**os.environ, "PYTHONPATH": str(Path(ffgym.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, env=root, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("architecture 'starcoder2' is not supported") == len(REFUSED)
 
 
 def test_version_is_the_projects() -> None:

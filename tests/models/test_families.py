@@ -9,7 +9,8 @@ from torch import nn
 
 from ffgym.errors import ModelError
 from ffgym.models.built_in_families import Llama
-from ffgym.models.families import check_config_family, family_of, family_of_type
+from ffgym.models.families import family_of, family_of_type
+from ffgym.plugins.architectures import check_architecture
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 # hidden 32, 4 query heads of 8, 2 KV groups, 48 intermediate channels
@@ -58,7 +59,7 @@ def test_an_unsupported_architecture_is_answered_with_the_nearest():
     with pytest.raises(ModelError, match="'ffgym_gemma4' is not supported") as raised:
         family_of_type("ffgym_gemma4")
     assert "Did you mean 'gemma'?" in raised.value.hint
-    assert "docs/models.md says how to add a family" in raised.value.hint
+    assert "docs/models.md#adding-a-family" in raised.value.hint
 
 
 @pytest.mark.parametrize(
@@ -67,19 +68,27 @@ def test_an_unsupported_architecture_is_answered_with_the_nearest():
         (
             {"model_type": "glm4_moe", "n_routed_experts": 8},
             "'glm4_moe' has mixtures of experts of a kind",
-            "ffgym eval",
+            "adding-a-family.*ffgym eval",
         ),
         (
             {"model_type": "dbrx", "moe_num_experts": 8},
             "'dbrx' has mixtures of experts of a kind",
             "ffgym eval",
         ),
-        ({"model_type": "mistrall"}, "'mistrall' is not supported", "Did you mean 'mistral'.*how to add a family"),
+        ({"model_type": "mistrall"}, "'mistrall' is not supported", "Did you mean 'mistral'.*adding-a-family"),
+        ({"model_type": "qwen2_5_vl_text"}, "is not supported", "Did you mean 'qwen2'"),
+        ({"model_type": "qwen3_next", "num_experts": 8}, "has mixtures of experts", "Did you mean 'qwen3'"),
+        ({"model_type": "llama4_text"}, "is not supported", "Did you mean 'llama'"),
+        (
+            {"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}},
+            "'qwen3_vl' is a checkpoint of several towers, .* 'qwen3_vl_text', is of no supported family",
+            "Did you mean 'qwen3'",
+        ),
     ],
 )
 def test_a_config_that_no_family_stands_for_is_refused_with_the_reason(config, message, hint):
     with pytest.raises(ModelError, match=message) as raised:
-        check_config_family(config)
+        check_architecture(config)
     assert re.search(hint, raised.value.hint)
 
 

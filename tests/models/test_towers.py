@@ -259,7 +259,6 @@ def test_the_text_model_alone_is_planned(tmp_path: Path, word_tokenizer: Any) ->
 @pytest.mark.parametrize(
     ("config", "message", "hint"),
     [
-        ({"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}}, "of no supported", "Did you mean"),
         ({"model_type": "voxtral", "text_config": {"model_type": "llama"}}, "no image-text-to-text model", "by itself"),
         ({"model_type": "blip-2", "text_config": {"model_type": "opt"}}, "'blip-2'.*cannot be saved", "by itself"),
     ],
