@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,17 +34,23 @@ from ffgym.costs.sublayer_times import processor
 from ffgym.errors import ConfigError, ModelError
 from ffgym.export.format import export
 from ffgym.interrupts import held_back_interrupts
+from ffgym.models.families import family_of_type
+from ffgym.models.loading import load_config
 from ffgym.models.origin import weights_on_disk
 
 HOST = "127.0.0.1"
 START_SECONDS = 900
 END_SECONDS = 15
 LAST_LINES = 15
+MOST_REASONS = 4
+REASON = re.compile(r"(?:\b[\w.]*(?:Error|Exception): |Value error, ).*")  # the second is under one of pydantic's
 DENSE, PRUNED = "dense", "pruned"
 DENSE_AS_PRUNED = "dense, as pruned"
 GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Several servers share the cores and the memory of a CPU.
 VLLM_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+VLLM_BEFORE_LAYERS = re.compile(r"\S+ 0\.(?:1?\d|2[0-7])\.\d")  # before 0.28 it knows one size for all layers
+VLLM_SHARDS = re.compile(r"(?:^|\s)(?:--tensor[-_]parallel[-_]size|-tp)[\s=]([1-9]\d*)")
 VLLM_PROBE = (
     "import importlib.metadata as m, torch; n = m.packages_distributions()['vllm'][0]; "
     "print(n, m.version(n)); print(torch.cuda.is_available())"
@@ -148,7 +155,7 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     in the class that vLLM has for it.
 
     Raises:
-        ModelError: that Python has no vLLM.
+        ModelError: that Python has no vLLM, or one that cannot serve a model.
     """
     python = os.environ.get("VLLM_PYTHON", sys.executable)
     said = _output(python, "-c", VLLM_PROBE)
@@ -171,6 +178,8 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
 
     servers = []
     for model in models:
+        if model.model_type is not None:
+            _check_layers(model, version, setting.arguments)
         servers.append(server(model.role, model.folder, *["--trust-remote-code"] * (model.model_type is not None)))
         if model.model_type is None and any(other.model_type for other in models):
             servers.append(server(DENSE_AS_PRUNED, model.folder, "--model-impl", "transformers"))
@@ -196,7 +205,10 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     servers = []
     for model in models:
         file = setting.scratch / f"{model.role}.gguf"
-        export(model.folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
+        try:
+            export(model.folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
+        except ModelError as error:
+            raise ModelError(f"the model {model.role!r}: {error.message}", hint=error.hint) from error
         command = (program, "--model", str(file), *options)
         servers.append(Server(model.role, command, body={"ignore_eos": True, "cache_prompt": False}))
     found = re.search(r"version: (.+)", _output(program, "--version") or "")
@@ -231,6 +243,32 @@ def transformers(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     return Fleet(f"transformers {__version__}", tuple(map(server, models)), torch.cuda.is_available())
 
 
+def _check_layers(model: ServedModel, version: str, arguments: Sequence[str]) -> None:
+    """Refuse a model with a class file whose layers this vLLM cannot serve; vLLM looks at one size for all layers."""
+    if VLLM_BEFORE_LAYERS.match(version):
+        raise ModelError(
+            f"{version} knows one size for all layers, and those of the model {model.role!r} may differ",
+            hint="Install vLLM 0.28 or later.",
+        )
+    if not (found := VLLM_SHARDS.findall(" ".join(arguments))):
+        return
+    config, shards = load_config(model.folder), int(found[-1])
+    family = family_of_type(config.model_type)
+    for index, sizes in enumerate(config.per_layer_config):
+        skip = getattr(sizes, "skip", ())
+        heads, kv_heads = (0, 0) if "attention" in skip else family.head_counts(sizes)
+        channels = 0 if "mlp" in skip or family.experts else getattr(sizes, family.intermediate)
+        copied = kv_heads > 0 and shards % kv_heads == 0  # where there are fewer of them than GPUs
+        counts = {"query heads": heads, "key/value heads": 0 if copied else kv_heads, "MLP channels": channels}
+        for what, count in counts.items():
+            if count % shards:
+                raise ModelError(
+                    f"layer {index} of the model {model.role!r} has {count} {what}, which {shards} GPUs"
+                    " (--tensor-parallel-size) cannot share equally",
+                    hint="docs/serving.md says how to find a number that fits all layers.",
+                )
+
+
 def check_dtype(dtype: str) -> None:
     """Raise ``ConfigError`` for a dtype that engines do not serve."""
     if dtype not in GGUF_DTYPES:
@@ -257,11 +295,14 @@ class Running:
 
     def failed(self, what: str) -> ModelError:
         """The error for a server that does not do what it should."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
-        said = "\n".join(f"  {line}" for line in lines) or "  nothing"
+        text = self.log.read_text(encoding="utf-8", errors="replace").strip()
+        last = text.splitlines()[1:][-LAST_LINES:] or ["nothing"]
+        reasons = list(dict.fromkeys(REASON.findall(text)))[:MOST_REASONS] or last
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".log", prefix="ffgym-", delete=False) as log:
+            log.write(text)
         return ModelError(
-            f"the server of the model {self.server.role!r} {what}; the last that it printed:\n{said}",
-            hint=f"Start it by hand to see more: {shlex.join(self.server.command)}",
+            "\n  ".join([f"the server of the model {self.server.role!r} {what}; it printed:", *reasons]),
+            hint=f"Read its log, which begins with the command that started it: {log.name}",
         )
 
 
@@ -275,17 +316,20 @@ def running(server: Server, log: Path) -> Iterator[Running]:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **server.environment}
+    changes = {"HF_HUB_OFFLINE": "1", **server.environment}
+    command = (*server.command, "--host", HOST, "--port", str(port))
+    by_hand = ["env", *(f"-u{name}" if value is None else f"{name}={value}" for name, value in changes.items())]
     process: subprocess.Popen[bytes] | None = None
     try:
         # In a process group of its own: Ctrl-C reaches only this process, which then ends the whole group.
-        with log.open("wb") as output, held_back_interrupts():
+        with log.open("wb", buffering=0) as output, held_back_interrupts():
+            output.write(f"{shlex.join([*by_hand, *command])}\n".encode())
             process = subprocess.Popen(
-                [*server.command, "--host", HOST, "--port", str(port)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={name: value for name, value in environment.items() if value is not None},
+                env={name: value for name, value in {**os.environ, **changes}.items() if value is not None},
                 start_new_session=True,
             )
         started = Running(server, port, log)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,13 @@ from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.measure.bursts import prompt_maker, serve_in_turn
-from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Setting, check_dtype
+from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Server, Setting, check_dtype
 from ffgym.measure.serving import SPARE_TOKENS
 from ffgym.measure.speed import Workload
 from ffgym.measure.table import counted
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import LoadedModel, load
-from ffgym.report.progress import Reporter, Stage
+from ffgym.report.progress import Reporter
 
 PARTS = 4
 LEAST_SECONDS = 1e-12  # a table's times are above 0
@@ -85,19 +85,9 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
         ConfigError: it takes fewer tokens than ``context``, or its dtype is none that engines serve.
     """
     reporter = Reporter(progress)
-    with reporter.stage("load the model", 1):
-        loaded = load(options.model, dtype=options.dtype, device="cpu")
-    room = loaded.context_limit - SPARE_TOKENS
-    if options.context > room:
-        raise ConfigError(
-            f"--context {options.context}: the model takes at most {loaded.context_limit} tokens, and an engine may "
-            f"count {SPARE_TOKENS} more in a prompt",
-            hint=f"Use at most {room}.",
-        )
-    check_dtype(loaded.dtype_name)
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
         setting = Setting(
-            dtype=loaded.dtype_name,
+            dtype=options.dtype,
             context=options.context + SPARE_TOKENS,
             requests=options.requests,
             output_tokens=options.output_tokens,
@@ -107,11 +97,22 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
             scratch=Path(folder),
         )
         serving = Serving(
-            engine=ENGINES[options.engine](setting, ()).version,
+            engine=ENGINES[options.engine](setting, ()).version,  # before anything is loaded: is it installed?
             requests=options.requests,
             output_tokens=options.output_tokens,
             arguments=tuple(options.arguments),
         )
+        with reporter.stage("load the model", 1):
+            loaded = load(options.model, dtype=options.dtype, device="cpu")
+        room = loaded.context_limit - SPARE_TOKENS
+        if options.context > room:
+            raise ConfigError(
+                f"--context {options.context}: the model takes at most {loaded.context_limit} tokens, and an engine may"
+                f" count {SPARE_TOKENS} more in a prompt",
+                hint=f"Use at most {room}.",
+            )
+        check_dtype(loaded.dtype_name)
+        setting = replace(setting, dtype=loaded.dtype_name)
         place = place_of(loaded.model, context=options.context, serving=serving, threads=options.threads)
         table = timed_once(
             place,
@@ -129,10 +130,14 @@ def _timed(
 ) -> LatencyTable:
     shapes = layer_shapes(loaded.model)
     probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in grid(shape.units, PARTS)[:-1]]
-    with reporter.stage("save the models", len(probes) + 1, "models") as stage:
-        models = list(_saved(loaded, shapes, probes, setting.scratch, stage))
-    with reporter.stage(f"prepare {options.engine}", 1):
-        fleet = ENGINES[options.engine](setting, models)
+    models, servers = list[ServedModel](), list[Server]()
+    with reporter.stage(f"save the models for {options.engine}", len(probes) + 1, "models") as stage:
+        for model in _saved(loaded, shapes, probes, setting.scratch):
+            fleet = ENGINES[options.engine](setting, [model])  # refuses what it cannot say before more are saved
+            models.append(model)
+            servers += fleet.servers
+            stage.advance()
+    fleet = replace(fleet, servers=tuple(servers))
     together = fleet.fits_memory(model.folder for model in models)
     turns = "taking turns" if together else "started anew for each turn"
     reporter.print(f"{fleet.version}, {setting.dtype}, {counted(len(fleet.servers), 'server')}, {turns}")
@@ -165,7 +170,7 @@ def _timed(
 
 
 def _saved(
-    loaded: LoadedModel, shapes: Sequence[LayerShape], probes: Sequence[_Probe], scratch: Path, stage: Stage
+    loaded: LoadedModel, shapes: Sequence[LayerShape], probes: Sequence[_Probe], scratch: Path
 ) -> Iterator[ServedModel]:
     """Save the dense model and one for each probe, all with the class that pruned models have."""
     prunable = PrunableModel(loaded.model)
@@ -177,7 +182,6 @@ def _saved(
         folder = scratch / str(index)
         save_pruned(loaded.model, loaded.tokenizer, folder, kept=kept, family=prunable.family)
         yield ServedModel(DENSE if probe is None else probe.role, folder, model_type)
-        stage.advance()
     prunable.restore()
 
 

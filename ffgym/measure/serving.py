@@ -221,10 +221,13 @@ def _dense_folder(source: DenseModel) -> Path:
 def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | None]:
     """Tokens of the longest prompt with its answer, and the type of a pruned model that has a class file."""
     before, after = load_config(dense), load_config(pruned)
-    for name in ALIKE:
-        if getattr(before, name) != getattr(after, name):
-            what = f"{name} is {getattr(before, name)} in the dense model and {getattr(after, name)} in the pruned one"
-            raise ModelError(what, hint=HINT)
+    facts, others = (
+        {"family": str(config.model_type).removeprefix(PREFIX), **{name: getattr(config, name) for name in ALIKE}}
+        for config in (before, after)
+    )
+    for name, fact in facts.items():
+        if fact != others[name]:
+            raise ModelError(f"{name} is {fact} in the dense model and {others[name]} in the pruned one", hint=HINT)
     model_type = after.model_type if str(after.model_type).startswith(PREFIX) else None
     if model_type is not None and not is_current(pruned):
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Python that seems to have vLLM, and memory for any number of its servers; the file of what they are asked."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 50))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs of servers that died stay there
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_engine.__file__} "$@"\n', encoding="utf-8")
     python.chmod(0o755)

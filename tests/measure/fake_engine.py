@@ -1,6 +1,7 @@
 """A server as the engines' are, without a model: tokens at a fixed pace, and what it was asked in the file FAKE_LOG.
 
-Run with ``-c`` it is a Python that has vLLM. FAKE_DIES, FAKE_TOKENS, FAKE_REFUSES, FAKE_HANGS change what it does.
+Run with ``-c`` it is a Python that has vLLM FAKE_VERSION. FAKE_DIES (what it says then), FAKE_TOKENS, FAKE_REFUSES,
+FAKE_HANGS change what it does.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ def after(option: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "-c":
-        print("a warning of a library", "vllm-fake 9.9", "False", sep="\n")
+        print("a warning of a library", f"vllm-fake {os.environ.get('FAKE_VERSION', '9.9')}", "False", sep="\n")
         sys.exit()
     MODEL = after("--model")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as engines have
     note(started=MODEL, pids=[os.getpid(), child.pid])
     if "FAKE_DIES" in os.environ:
-        sys.exit("cannot load this model: no room")
+        sys.exit(os.environ["FAKE_DIES"])
     print(f"INFO CPU KV cache size: {CACHE_TOKENS:,} tokens, Maximum concurrency 2.00x", flush=True)
     ThreadingHTTPServer(("127.0.0.1", int(after("--port"))), Handler).serve_forever()

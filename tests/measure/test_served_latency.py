@@ -10,6 +10,7 @@ import pytest
 from fake_engine import noted
 from glass_runs import glass_home
 from rich.console import Console
+from tiny_tokenizers import byte_level
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -21,6 +22,7 @@ from ffgym.measure.bursts import Answer, Burst
 from ffgym.measure.engines import Server
 from ffgym.measure.served_latency import Options, served_latency_table
 from ffgym.models.loading import load
+from ffgym.testing.models import tiny_model
 
 GLASS = str(glass_home() / "glass")
 QUICK: dict[str, Any] = {"context": 24, "output_tokens": 2, "repetitions": 2, "requests": 2}
@@ -83,6 +85,22 @@ def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path) -> None:
         resource.measure(model, Setting(48, 4), file=output, on_progress=None, notify=None)
 
 
+def test_an_engine_that_is_not_installed_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
+    with pytest.raises(ModelError, match="vLLM is not installed for /no/such/python"):
+        timed(model="no/such/model")
+
+
+def test_a_model_that_llama_cpp_cannot_say_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llama-server").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = tmp_path / "model"
+    tiny_model("gemma3_text").save_pretrained(folder)
+    byte_level().save_pretrained(folder)
+    with pytest.raises(ModelError, match="the model 'dense': ffgym does not write models of family 'gemma3_text'"):
+        timed(model=str(folder), engine="llama-cpp")
+
+
 def test_bad_arguments_are_named(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for changes, said in (
         ({"output_tokens": 24}, "--output-tokens is 24, and a request has --context = 24 tokens"),
@@ -90,7 +108,9 @@ def test_bad_arguments_are_named(log: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         with pytest.raises(ConfigError, match=said):
             timed(**changes)
-    monkeypatch.setenv("FAKE_DIES", "1")
+    with pytest.raises(ModelError, match="'dense' has 341 MLP channels, which 2 GPUs"):
+        timed(arguments=("-tp", "2"))
+    monkeypatch.setenv("FAKE_DIES", "no room")
     with pytest.raises(ModelError, match="'dense' ended with exit status 1 before it answered"):
         timed()
     for given, said in (

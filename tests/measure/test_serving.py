@@ -28,7 +28,7 @@ from ffgym.measure.serving import Options, ServingMeasurement, measure_serving
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 
-KEPT = (2, 200, 1, 300, 2, 256, 1, 128)
+KEPT = (2, 200, 1, 300, 2, 256, 1, 127)
 ROLES = ["dense", "dense, as pruned", "pruned"]
 
 
@@ -166,12 +166,38 @@ def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log:
 # what is refused
 
 
-def test_a_server_that_dies_shows_what_it_said(pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_DIES", "1")
+TRACEBACK = (
+    """\
+(Core pid=7) ERROR 11-29 [core.py:8] Traceback (most recent call last):
+(Core pid=7) ERROR 11-29 [core.py:8]   raise ValueError(f"{what}: no room")
+(Core pid=7) ERROR 11-29 [core.py:8] pydantic_core.ValidationError: 1 validation error for Model
+(Core pid=7) ERROR 11-29 [core.py:8]   Value error, heads: no room [type=value_error]
+Traceback (most recent call last):
+"""
+    + 20 * "  File 'x.py', line 1, in <module>\n"
+)
+NO_ROOM = [
+    "pydantic_core.ValidationError: 1 validation error for Model",
+    "Value error, heads: no room [type=value_error]",
+]
+SEE_ABOVE = "RuntimeError: See root cause above."
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [("cannot load: no room", ["cannot load: no room"]), (TRACEBACK + SEE_ABOVE, [*NO_ROOM, SEE_ABOVE])],
+)
+def test_a_server_that_dies_shows_its_errors_and_leaves_its_log(
+    pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch, printed: str, shown: list[str]
+) -> None:
+    monkeypatch.setenv("FAKE_DIES", printed)
     with pytest.raises(ModelError, match="'dense' ended with exit status 1 before it answered") as caught:
         silently(options(pruned))
-    assert "cannot load this model: no room" in caught.value.message
-    assert "--model" in str(caught.value.hint)
+    assert [line.strip() for line in caught.value.message.splitlines()[1:]] == shown
+    command, _, rest = Path(str(caught.value.hint).split(": ")[1]).read_text().partition("\n")
+    assert command.startswith("env HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 ")
+    assert f"--model {glass_home() / 'glass'}" in command
+    assert rest == printed
     assert_no_process_is_left(log)
 
 
@@ -215,6 +241,37 @@ def test_a_foreign_class_file_is_not_run(pruned: Path, log: Path, tmp_path: Path
     with pytest.raises(ModelError, match="is not the one that this ffgym writes") as caught:
         silently(options(folder))
     assert "--refresh" in str(caught.value.hint)
+    assert not noted(log, "started")
+
+
+def test_a_model_of_another_family_is_refused(pruned: Path, log: Path, tmp_path: Path) -> None:
+    dense = shutil.copytree(glass_home() / "glass", tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text()) | {"model_type": "qwen2"}
+    (dense / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="family is qwen2 in the dense model and llama in the pruned one"):
+        silently(options(pruned, dense=str(dense)))
+    assert not noted(log, "started")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--tensor-parallel-size 2", "layer 3 of the model 'pruned' has 127 MLP channels, which 2 GPUs"),
+        ("-tp 2 --tensor_parallel_size=4", "layer 1 of the model 'pruned' has 2 query heads, which 4 GPUs"),
+    ],
+)
+def test_layers_that_gpus_cannot_share_are_refused(pruned: Path, log: Path, given: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        silently(options(pruned, arguments=given.split()))
+    assert not noted(log, "started")
+
+
+def test_a_vllm_that_knows_one_size_for_all_layers_is_refused(
+    pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_VERSION", "0.27.1")
+    with pytest.raises(ModelError, match=r"vllm-fake 0\.27\.1 knows one size for all layers"):
+        silently(options(pruned))
     assert not noted(log, "started")
 
 
