@@ -28,7 +28,7 @@ from ffgym.models.stream import streamed_model
 from ffgym.plan.counts import stages
 from ffgym.plan.shape import Workload, shape_of
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
-from ffgym.prepare.store import opened_or_prepared, store_place
+from ffgym.prepare.store import opened_or_prepared, store_key
 
 WINDOW, EPISODE_WINDOWS, EPISODES, CALIBRATION, SPARSITY, RIDGE = 1024, 2, 16, 32, 0.2, 0.01
 REPETITIONS = 3
@@ -66,14 +66,13 @@ def prepared(folder: Path, windows: torch.Tensor, device: torch.device, *, strea
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
         return prepare(model.eval().requires_grad_(False), criterion, windows, ridge=RIDGE, tokens_per_batch=size)
     model, stream = streamed_model(folder.name, folder, torch.bfloat16, device)
-    place = store_place(model, criterion, windows, {}, stream)
-    assert place is not None, "FFGYM_CACHE_SIZE leaves room for a store"
+    key = store_key(model, criterion, windows, {}, stream)
 
     def make(on_layer: OnLayer) -> Prepared:
         options = {"ridge": RIDGE, "tokens_per_batch": size}
         return prepare(model, criterion, windows, source=stream, on_layer=on_layer, **options)
 
-    return opened_or_prepared(place, model, make, {"model": folder.name}, lambda line: None, stream)
+    return opened_or_prepared(key, model, make, {"model": folder.name}, lambda line: None, stream)
 
 
 def planned(folder: Path, device: torch.device, *, streamed: bool) -> int:

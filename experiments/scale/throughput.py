@@ -64,6 +64,7 @@ def overhead() -> None:
 
 
 def throughput(config: RunConfig) -> None:
+    torch.set_num_threads(1)  # workers open what is prepared here, and have one each
     task = open_task(config, [], Reporter(Console(stderr=True)))
     env, rng = task.env, np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (EPISODES, *env.action_space.shape)).astype(np.float32)

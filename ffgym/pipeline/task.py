@@ -124,7 +124,7 @@ def open_task(
     prepared = prepare_model(config, loaded, splits.calibration.windows, keep=needs, reporter=reporter)
     executor = None
     if cluster is not None:
-        executor = shared_executor(cluster, config, loaded, prepared, splits)
+        executor = shared_executor(cluster, config, loaded, prepared, splits, needs)
     env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs, executor=executor)
     return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs, executor)
 

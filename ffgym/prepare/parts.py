@@ -40,10 +40,10 @@ from ffgym.models.placement import choose_device, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.prepare.calibrations import Ridge, calibration_class
+from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
-from ffgym.prepare.store import opened_or_prepared, store_place
+from ffgym.prepare.store import is_stored, opened_or_prepared, store_key
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
 
@@ -115,7 +115,7 @@ def prepare_model(
     *,
     keep: frozenset[str] = frozenset(),
     reporter: Reporter | None = None,
-    store: Path | None = None,
+    key: str | None = None,
 ) -> Prepared:
     """Statistics, order and refits as the configuration says, from the store where they have been computed before.
 
@@ -124,7 +124,10 @@ def prepare_model(
         windows: calibration token ids, shape (windows, length), int64.
         keep: statistics that heuristics ask for.
         reporter: where progress goes; stderr where left out.
-        store: where it is known that the store is; otherwise it follows from all that decides its bits.
+        key: what `store_key` must come to, where another process has prepared the same model.
+
+    Raises:
+        WorkerError: it comes to something else.
     """
     reporter = reporter or Reporter()
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
@@ -141,22 +144,25 @@ def prepare_model(
                 loaded.model, criterion, windows, source=loaded.stream, on_layer=on_layer, on_progress=stage, **facts
             )
 
-    place = None
-    # The path of another calibration is its author's own, and nobody else could write it down.
-    if issubclass(calibration_class(config.prune.calibration), Ridge):
-        asked = {**facts, "keep": sorted(keep)}
-        place = store or store_place(loaded.model, criterion, windows, asked, loaded.stream)
-    if place is None and loaded.stream is not None:
+    own = store_key(loaded.model, criterion, windows, {**facts, "keep": sorted(keep)}, loaded.stream)
+    if key not in (None, own):
+        raise WorkerError(
+            f"model {loaded.name!r} of a worker on {socket.gethostname()} is not the one that this run has prepared, or"
+            " ffgym, torch or the number of threads is another there",
+            hint="Give all machines the same model folder and versions, or name a hub model and its revision.",
+        )
+    is_kept = is_stored(criterion, config.prune.calibration)
+    if not is_kept and loaded.stream is not None:
         raise ConfigError(
             "model.placement = 'stream' reads what was prepared from the cache, and this cannot be kept there",
             hint="Give FFGYM_CACHE_SIZE a size, use a calibration and a criterion that are files of a package, or set "
             "model.placement to resident.",
         )
-    if place is None:
-        return make()
+    if not is_kept:
+        return replace(make(), key=own)
     what = {"model": loaded.description, "criterion": config.criterion.name, "calibration": config.prune.calibration}
-    prepared = opened_or_prepared(place, loaded.model, make, what, reporter.print, loaded.stream)
-    return replace(prepared, store=place)
+    prepared = opened_or_prepared(own, loaded.model, make, what, reporter.print, loaded.stream)
+    return replace(prepared, key=own)
 
 
 def counted_resources(config: RunConfig) -> dict[str, Resource]:
@@ -327,7 +333,9 @@ class EvaluatorMaker:
         config: the run, with the dtype that the model was loaded in.
         calibration: calibration token ids, shape (windows, length), int64.
         windows: search token ids, the same.
+        keep: statistics that were kept for heuristics.
         store: the prepared model; ``None`` where it is not stored and every worker prepares its own.
+        key: of what this run has prepared.
         streamed: whether layers stay in the checkpoint until they are needed.
     """
 
@@ -335,11 +343,13 @@ class EvaluatorMaker:
     calibration: torch.Tensor
     windows: torch.Tensor
     examples: tuple[EncodedExample, ...]
+    keep: frozenset[str]
     store: Path | None
+    key: str
     streamed: bool = False
 
     def __call__(self) -> ModelEvaluator:
-        """Load the model, open the store, make the evaluator; raises ``WorkerError`` where the store is not there."""
+        """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
         if self.store is not None and not self.store.is_dir():
             raise WorkerError(
                 f"a worker on {socket.gethostname()} does not see the prepared model {self.store}",
@@ -350,7 +360,7 @@ class EvaluatorMaker:
             table.name, revision=table.revision, dtype=table.dtype, device=table.device, streamed=self.streamed
         )
         nobody = Reporter(Console(quiet=True))
-        prepared = prepare_model(self.config, loaded, self.calibration, reporter=nobody, store=self.store)
+        prepared = prepare_model(self.config, loaded, self.calibration, keep=self.keep, reporter=nobody, key=self.key)
         return self.on(prepared)
 
     def on(self, prepared: Prepared) -> ModelEvaluator:
@@ -365,16 +375,27 @@ class EvaluatorMaker:
 
 
 def shared_executor(
-    cluster: Cluster, config: RunConfig, loaded: LoadedModel, prepared: Prepared, splits: Splits
+    cluster: Cluster,
+    config: RunConfig,
+    loaded: LoadedModel,
+    prepared: Prepared,
+    splits: Splits,
+    keep: frozenset[str] = frozenset(),
 ) -> Executor:
-    """An executor that shares measurements out among the workers of a cluster, who measure as this process does."""
+    """An executor that shares measurements out among the workers of a cluster, who measure as this process does.
+
+    Args:
+        keep: as for `prepare_model`.
+    """
     table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
     maker = EvaluatorMaker(
         config.model_copy(update={"model": table}),
         splits.calibration.windows,
         splits.search.windows,
         tuple(_examples(make_reward(config), loaded)),
+        keep,
         prepared.store,
+        prepared.key,
         loaded.stream is not None,
     )
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)

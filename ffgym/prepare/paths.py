@@ -46,6 +46,7 @@ class Prepared:
         ridges: the lambda of each sublayer; 0 of experts, which no refit follows.
         calibration_tokens: tokens that the statistics run over.
         store: the folder that it can be opened from again; ``None`` where it was not stored.
+        key: of the store that it has or would have; empty where nobody asked for it.
     """
 
     prunable: PrunableModel
@@ -53,6 +54,7 @@ class Prepared:
     ridges: tuple[float, ...]
     calibration_tokens: int
     store: Path | None = None
+    key: str = ""
 
 
 def prepare(

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ffgym.files import FileFormat, write_text, writing
 from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.stream import LayerStream, TensorFile
 from ffgym.plugins.bases import Criterion
+from ffgym.prepare.calibrations import Ridge, calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.factors import factor_bytes, packed_size
@@ -47,6 +48,7 @@ class Record:
     """What a store holds beside tensors.
 
     Attributes:
+        key: its `store_key`.
         what: what it is, for people.
         ridges: lambda of each sublayer.
         energies: E||W x||^2 of each sublayer's dense consumer.
@@ -55,6 +57,7 @@ class Record:
         calibration_tokens: tokens that the statistics run over.
     """
 
+    key: str
     what: dict[str, str]
     ridges: tuple[float, ...]
     energies: tuple[float, ...]
@@ -66,29 +69,41 @@ class Record:
 RECORD = FileFormat("record of a prepared model", Record, AssetError, "Delete its folder: it is written again.")
 
 
-def store_place(
+def is_stored(criterion: Criterion, calibration: str) -> bool:
+    """Whether what is prepared is kept: the cache has room for it, and the code that decides its bits can be read.
+
+    The path of a calibration that is no `Ridge` is its author's own, and nobody else could write it down.
+
+    Raises:
+        ConfigError: ``FFGYM_CACHE_SIZE`` is no size.
+    """
+    is_readable = _source(type(criterion)) is not None
+    return size_limit() > 0 and is_readable and issubclass(calibration_class(calibration), Ridge)
+
+
+def store_key(
     model: Any,
     criterion: Criterion,
     windows: torch.Tensor,
     facts: Mapping[str, Any],
     stream: LayerStream | None = None,
-) -> Path | None:
-    """The folder for the store of a preparation; ``None`` where none is kept or the criterion's code cannot be read.
+) -> str:
+    """Digest of all that decides the bits of a preparation, headed by the model's type: the name of its store.
 
     Args:
+        model: as it was loaded, its units not yet in order.
         criterion: orders the units; a change of its code makes another store.
         windows: calibration token ids, shape (windows, length), int64.
         facts: everything else that decides the bits.
-        stream: reads weights that are not in memory; the folder is the same as for the model in memory.
-
-    Raises:
-        ConfigError: ``FFGYM_CACHE_SIZE`` is no size.
+        stream: reads weights that are not in memory; the key is the same as for the model in memory.
     """
-    source = _source(type(criterion))
-    if size_limit() == 0 or source is None:
-        return None
     digest = hashlib.sha256()
-    for part in (_code(), source, criterion.config.model_dump_json(), json.dumps(facts, sort_keys=True, default=str)):
+    for part in (
+        _code(),
+        _source(type(criterion)) or "",
+        criterion.config.model_dump_json(),
+        json.dumps(facts, sort_keys=True, default=str),
+    ):
         digest.update(part.encode())
         digest.update(b"\0")
     config = model.config.to_dict()
@@ -101,7 +116,7 @@ def store_place(
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())  # kernels round by them
-    return cache_dir() / KIND / f"{model.config.model_type}-{digest.hexdigest()[:24]}"
+    return f"{model.config.model_type}-{digest.hexdigest()[:24]}"
 
 
 def _source(cls: type) -> str | None:
@@ -122,7 +137,7 @@ def _code() -> str:
 
 
 def opened_or_prepared(
-    place: Path,
+    key: str,
     model: Any,
     make: Callable[[OnLayer], Prepared],
     what: Mapping[str, str],
@@ -132,7 +147,7 @@ def opened_or_prepared(
     """Open a store, or prepare and write it; of several processes that want the same, one prepares.
 
     Args:
-        place: from `store_place`.
+        key: from `store_key`.
         model: the dense model; its weights are permuted in place.
         make: prepares the model, and calls its argument for each layer when it is prepared.
         what: what is prepared, for people.
@@ -141,13 +156,14 @@ def opened_or_prepared(
     Raises:
         OutputError: the disk has too little room for it.
     """
+    place = cache_dir() / KIND / key
     with _locked(place, notify):
         if place.is_dir():
             if stored := _open(place, model, stream):
                 os.utime(place)
                 notify(f"prepared before: opened {place}")
-                return stored
-            notify(f"{place} is damaged, or not a prepared model: preparing again")
+                return replace(stored, store=place)
+            notify(f"{place} is damaged, or not what its name says: preparing again")
             shutil.rmtree(place, ignore_errors=True)
         _check_room(place, PrunableModel(model))
         prepared: Prepared | None = None
@@ -156,7 +172,7 @@ def opened_or_prepared(
             nonlocal prepared
             writer = _Writer(folder)
             prepared = make(writer.write)
-            writer.finish(what, prepared.calibration_tokens)
+            writer.finish(key, what, prepared.calibration_tokens)
 
         write_folder_once(place, fill)
         if stream is not None:
@@ -164,7 +180,7 @@ def opened_or_prepared(
         assert prepared is not None, "it has just been written"
     for entry in shrink(KIND, size_limit(), spare=place):
         notify(f"removed {entry.path}, which was not used for longest (FFGYM_CACHE_SIZE)")
-    return prepared
+    return replace(prepared, store=place)
 
 
 @contextmanager
@@ -216,10 +232,10 @@ class _Writer:
         save_file(tensors, _file(self._folder, self._layers))
         self._layers += 1
 
-    def finish(self, what: Mapping[str, str], calibration_tokens: int) -> None:
+    def finish(self, key: str, what: Mapping[str, str], calibration_tokens: int) -> None:
         """Write the record."""
         ridges, energies, affine, tokens = zip(*self._facts, strict=True)
-        record = Record(dict(what), ridges, energies, affine, tokens, calibration_tokens)
+        record = Record(key, dict(what), ridges, energies, affine, tokens, calibration_tokens)
         write_text(self._folder / "record.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
@@ -243,7 +259,7 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
         orders = [each.read("order") for each in stored]
     except (AssetError, SafetensorError, OSError, KeyError):
         return None
-    if len(record.ridges) != len(prunable.halves):
+    if record.key != place.name or len(record.ridges) != len(prunable.halves):
         return None
     views: list[SublayerView] = []
     for index, (half, each, order) in enumerate(zip(prunable.halves, stored, orders, strict=True)):

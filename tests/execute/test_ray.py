@@ -206,7 +206,9 @@ def test_a_store_that_a_worker_cannot_see(tmp_path: Path) -> None:
     import torch
 
     nothing = torch.zeros(0, 2, dtype=torch.int64)
-    maker = EvaluatorMaker(glass_config(tmp_path), nothing, nothing, (), tmp_path / "prepared" / "llama-12")
+    maker = EvaluatorMaker(
+        glass_config(tmp_path), nothing, nothing, (), frozenset(), tmp_path / "prepared" / "llama-12", "llama-12"
+    )
     with pytest.raises(WorkerError, match=r"does not see the prepared model .*llama-12") as raised:
         maker()
     assert "FFGYM_CACHE" in str(raised.value.hint)

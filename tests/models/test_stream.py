@@ -31,7 +31,7 @@ from ffgym.plugins.bases import Criterion
 from ffgym.prepare.parts import costs_in, load_parts, make_pruning_env, prepare_model
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.sequential import calibrate_sequentially
-from ffgym.prepare.store import opened_or_prepared, store_place
+from ffgym.prepare.store import opened_or_prepared, store_key
 from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -71,9 +71,8 @@ def prepared_from_disk(
     def make(on_layer: OnLayer) -> Prepared:
         return prepare(model, scores, WINDOWS, source=stream, on_layer=on_layer, **facts)
 
-    place = store_place(model, scores, WINDOWS, facts, stream)
-    assert place is not None
-    return opened_or_prepared(place, model, make, {}, lambda line: None, stream)
+    key = store_key(model, scores, WINDOWS, facts, stream)
+    return opened_or_prepared(key, model, make, {}, lambda line: None, stream)
 
 
 def in_memory(folder: Path, calibration: str = "ridge") -> Prepared:
@@ -182,7 +181,7 @@ def test_an_agent_that_follows_slopes_searches_a_streamed_model_too(tiny_run: An
 
 def test_both_placements_share_a_store(folder: Path) -> None:
     model, stream = on_disk(folder)
-    assert store_place(model, Wanda(), WINDOWS, {}, stream) == store_place(load_model(folder), Wanda(), WINDOWS, {})
+    assert store_key(model, Wanda(), WINDOWS, {}, stream) == store_key(load_model(folder), Wanda(), WINDOWS, {})
 
 
 def test_between_layers_nothing_but_sizes_is_in_memory(folder: Path) -> None:

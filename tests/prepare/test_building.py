@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from ffgym.config.tables import RunConfig
-from ffgym.errors import BudgetError, ConfigError, FitError, ModelError
+from ffgym.errors import BudgetError, ConfigError, FitError, ModelError, WorkerError
+from ffgym.evaluation.evaluator import Request
 from ffgym.models.built_in_families import Qwen3
 from ffgym.models.placement import tokens_per_batch
 from ffgym.prepare.parts import (
+    EvaluatorMaker,
     load_parts,
     make_budget,
     make_pruning_env,
@@ -23,6 +27,23 @@ from ffgym.testing.models import tiny_model
 def configured(tiny_run, **tables):
     merged = {**tiny_run, **{name: {**tiny_run.get(name, {}), **table} for name, table in tables.items()}}
     return RunConfig.model_validate(merged)
+
+
+@pytest.mark.parametrize("size", ["1GB", "0"])
+def test_a_worker_whose_model_folder_holds_other_weights_is_refused(tiny_run, tmp_path, monkeypatch, size):
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", size)
+    folder = shutil.copytree(tiny_run["model"]["name"], tmp_path / "model")
+    config, kept = configured(tiny_run, model={"name": str(folder)}), frozenset({"square"})
+    loaded, splits = load_parts(config)
+    calibration, search = splits.calibration.windows, splits.search.windows
+    prepared = prepare_model(config, loaded, calibration, keep=kept)
+    maker = EvaluatorMaker(config, calibration, search, (), kept, prepared.store, prepared.key)
+    asked = [Request(prepared.prunable.dense_units, (0,))]
+    assert maker().measure(asked)[0].loss == maker.on(prepared).measure(asked)[0].loss
+    tiny_model("llama", seed=1).save_pretrained(folder)
+    with pytest.raises(WorkerError, match="is not the one that this run has prepared"):
+        maker()
 
 
 @pytest.fixture(scope="module")

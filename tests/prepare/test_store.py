@@ -20,7 +20,7 @@ from ffgym.errors import ConfigError, OutputError
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare import store
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
-from ffgym.prepare.store import opened_or_prepared, store_place
+from ffgym.prepare.store import is_stored, opened_or_prepared, store_key
 from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -54,9 +54,8 @@ def go(
         told.prepared += 1
         return prepare(model, criterion, WINDOWS, ridge=0.01, calibration=how, keep=KEEP, on_layer=on_layer)
 
-    place = store_place(model, criterion, WINDOWS, {"calibration": how, **facts})
-    assert place is not None
-    return opened_or_prepared(place, model, make, {"model": "tiny"}, told.append)
+    key = store_key(model, criterion, WINDOWS, {"calibration": how, **facts})
+    return opened_or_prepared(key, model, make, {"model": "tiny"}, told.append)
 
 
 def bits(prepared: Prepared) -> list[torch.Tensor]:
@@ -130,7 +129,7 @@ class TestAnotherPreparationHasAnotherStore:
 def test_a_criterion_without_code_to_read_has_no_store() -> None:
     made: dict[str, Any] = {"__name__": "nowhere", "Criterion": Criterion}
     exec("class Typed(Criterion):\n    name = 'typed'\n    def score(self, weight, stats): return weight", made)
-    assert store_place(tiny_model("llama"), made["Typed"](), WINDOWS, {}) is None
+    assert not is_stored(made["Typed"](), "ridge")
 
 
 @pytest.mark.parametrize(
@@ -149,10 +148,22 @@ def test_what_is_damaged_or_foreign_is_prepared_again_and_said(damage: Any, told
     damage(place)
     second = go(told)
     assert told.prepared == 2
-    assert told[-1] == f"{place} is damaged, or not a prepared model: preparing again"
+    assert told[-1] == f"{place} is damaged, or not what its name says: preparing again"
     assert all(torch.equal(one, other) for one, other in zip(bits(first), bits(second), strict=True))
     go(told)
     assert told.prepared == 2
+
+
+def test_the_store_of_another_model_of_the_same_shape_is_prepared_again(told: Told, folder: Path) -> None:
+    go(told)
+    (other,) = folder.glob("llama-*")
+    first = go(told, tiny_model("llama", seed=1))
+    (place,) = set(folder.glob("llama-*")) - {other}
+    shutil.rmtree(place)
+    other.rename(place)
+    second = go(told, tiny_model("llama", seed=1))
+    assert told.prepared == 3
+    assert all(torch.equal(one, other) for one, other in zip(bits(first), bits(second), strict=True))
 
 
 def test_a_flipped_bit_is_found(told: Told, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +216,7 @@ class TestSize:
 
     def test_0_keeps_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
-        assert store_place(tiny_model("llama"), Wanda(), WINDOWS, {}) is None
+        assert not is_stored(Wanda(), "ridge")
 
     def test_what_was_not_used_for_longest_goes_first(
         self, told: Told, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,4 +242,4 @@ class TestSize:
     def test_no_size_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FFGYM_CACHE_SIZE", "plenty")
         with pytest.raises(ConfigError, match="'plenty' is no size"):
-            store_place(tiny_model("llama"), Wanda(), WINDOWS, {})
+            is_stored(Wanda(), "ridge")
