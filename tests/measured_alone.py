@@ -26,9 +26,12 @@ def measured_alone(
     tokens_per_batch: int = 4096,
 ) -> Evaluation:
     """What one request comes to by ordinary calls of the model; the dense model gets one window or example a call."""
+    import torch
+
     from ffgym.evaluation.multiple_choice import task_accuracy
     from ffgym.evaluation.perplexity import evaluate
     from ffgym.evaluation.slopes import unit_slopes
+    from ffgym.models.walk import Stream, Walk, all_states
 
     text, asked = windows[list(request.windows)], [examples[i] for i in request.examples]
     divergences = request.needs & {"kl", "reverse_kl"}
@@ -52,7 +55,11 @@ def measured_alone(
         reverse_kls=found.reverse_kls if "reverse_kl" in divergences else None,
     )
     if "slopes" in request.needs:
-        units = unit_slopes(prunable, text, request.kept, calibrated=calibrated)
+        prunable.cut(request.kept, calibrated=calibrated)
+        with torch.no_grad():
+            states = all_states(Stream(Walk(prunable.model), torch.split(text, max(1, batch // text.shape[1]))))
+        states = [[window for each in layer for window in each.split(1)] for layer in states]
+        units = unit_slopes(prunable, text, request.kept, states, calibrated=calibrated)
         found = replace(found, slopes=tuple(each.numpy() for each in units))
     return found
 

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from ffgym.config.toml import load_config
 from ffgym.envs.pruning_env import PruningEnv, Trial
-from ffgym.evaluation.slopes import unit_slopes
+from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.pipeline.task import open_task
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
@@ -51,7 +51,10 @@ def main(result: str, sparsity: float, windows: int) -> None:
     task = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(stderr=True)))
     env, budget = task.env, task.env.budget
     base = budget.project(budget.importance(stored["kept"]["final"]), sparsity).kept
-    slopes = [each.numpy() for each in unit_slopes(env.prunable, env.windows[:SLOPE_WINDOWS], base)]
+    evaluator = ModelEvaluator(env.prunable, env.windows, calibrated=env.calibrated)
+    request = Request(base, tuple(range(SLOPE_WINDOWS)), needs=frozenset({"slopes"}))
+    slopes = evaluator.measure([request])[0].slopes
+    assert slopes is not None
     development = PruningEnv(
         env.prunable, env.reward, task.splits.report.windows, budget, sparsity=sparsity, calibrated=env.calibrated
     )

@@ -128,20 +128,24 @@ class ModelEvaluator:
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Evaluator`."""
         compared = {i for request in requests if request.needs & DIVERGENCES for i in request.windows}
-        passes = [each for each in self._passes(requests) if not self._is_known(each, compared)]
-        sloped = dict.fromkeys((r.kept, r.windows) for r in requests if "slopes" in r.needs)
-        slope_tokens = {each: SLOPE_PASSES * len(each[1]) * self._length for each in sloped}
-        advance = _counter(on_progress, sum(map(self._tokens, passes)) + sum(slope_tokens.values()))
+        # Requests for slopes are measured one by one, after the others.
+        sloped = {(r.kept, r.windows): self._of_text(r) for r in requests if "slopes" in r.needs}
+        later = [each for own in sloped.values() for each in own]
+        own_walk = {each for each in later if not self._is_dense(each.kept)}
+        passes = [p for p in self._passes(requests) if p not in own_walk and not self._is_known(p, compared)]
+        tokens = sum(map(self._tokens, passes)) + (1 + SLOPE_PASSES) * sum(map(self._tokens, later))
+        advance = _counter(on_progress, tokens)
         slopes: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[np.ndarray, ...]] = {}
         try:
             self._prunable.restore()
             with torch.inference_mode():
                 read = self._run(passes, compared, advance)
-            for kept, windows in sloped:
-                ids = self._windows[list(windows)]
-                units = unit_slopes(self._prunable, ids, kept, calibrated=self._calibrated)
-                slopes[kept, windows] = tuple(each.numpy() for each in units)
-                advance(slope_tokens[kept, windows])
+            for (kept, windows), own in sloped.items():
+                states: list[dict[_Batch, torch.Tensor]] = []
+                with torch.no_grad():  # no inference tensors: the graphs of slopes begin with the states
+                    read |= self._run(own, compared, advance, states)
+                slopes[kept, windows] = self._slopes(kept, own, states)
+                advance(SLOPE_PASSES * sum(map(self._tokens, own)))
         finally:
             self._prunable.restore()
         answers = (self._evaluation(request, read) for request in requests)
@@ -190,19 +194,29 @@ class ModelEvaluator:
             return sum(self._examples[i].tokens for i in each.batch.indices)
         return len(each.batch.indices) * self._length
 
-    def _run(self, passes: Sequence[_Pass], compared: Set[int], advance: OnProgress) -> dict[_Pass, torch.Tensor]:
+    def _run(
+        self,
+        passes: Sequence[_Pass],
+        compared: Set[int],
+        advance: OnProgress,
+        states: list[dict[_Batch, torch.Tensor]] | None = None,
+    ) -> dict[_Pass, torch.Tensor]:
         """Results by pass: losses and divergences, shape (1 or 3, windows), or what is right, (1, examples).
 
-        All that are known of the dense model are among them.
+        All that are known of the dense model are among them. ``states`` is given the hidden states of every batch
+        before each layer and behind the last one; the passes are those of one request then.
         """
         tokens, depth = sum(map(self._tokens, passes)), len(self._prunable.halves) // 2
         own: dict[_Batch, list[_Pass]] = {}
         for each in passes:
             own.setdefault(each.batch, []).append(each)
         streams = [self._entered(batch, tuple(members)) for batch, members in own.items()]
-        for layer in range(depth):
-            streams = self._through(layer, streams)
-            advance(tokens / depth)
+        for layer in range(depth + 1):
+            if states is not None:
+                states.append({stream.passes[0].batch: stream.hidden for stream in streams})
+            if layer < depth:
+                streams = self._through(layer, streams)
+                advance(tokens / depth)
         dense = [stream for stream in streams if self._is_dense(stream.passes[0].kept)]
         others = [stream for stream in streams if not self._is_dense(stream.passes[0].kept)]
         self._keep_dense(dense, compared)  # first: the divergences of the others need its hidden states
@@ -210,6 +224,16 @@ class ModelEvaluator:
         for stream in others:
             read |= self._read(stream, self._walk.leave(stream.hidden, stream.entry))
         return read
+
+    def _slopes(
+        self, kept: tuple[int, ...], passes: Sequence[_Pass], states: list[dict[_Batch, torch.Tensor]]
+    ) -> tuple[np.ndarray, ...]:
+        """Slopes of every sublayer's units, given the states of a request's passes."""
+        ids = self._windows[[index for each in passes for index in each.batch.indices]]
+        by_window = [[w for each in passes for w in torch.split(layer[each.batch], 1)] for layer in states]
+        states.clear()
+        units = unit_slopes(self._prunable, ids, kept, by_window, calibrated=self._calibrated)
+        return tuple(each.numpy() for each in units)
 
     def _entered(self, batch: _Batch, passes: tuple[_Pass, ...]) -> _Stream:
         if batch.examples:

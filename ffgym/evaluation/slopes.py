@@ -7,37 +7,48 @@ derivative along the path is an inner product with dL/dW: the pathwise derivativ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
-from ffgym.models.cut import PrunableModel
-from ffgym.models.walk import Walk, walk_back
+from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.walk import Stream, Walk, walk_back
+from ffgym.pruning.budget import within_reach
 
 
 def unit_slopes(
-    prunable: PrunableModel, windows: torch.Tensor, kept: Sequence[int], *, calibrated: bool = True
+    prunable: PrunableModel,
+    windows: torch.Tensor,
+    kept: Sequence[int],
+    states: list[list[torch.Tensor]],
+    *,
+    calibrated: bool = True,
 ) -> list[torch.Tensor]:
     """First-order change of the mean loss as each unit joins those before it in its sublayer's path.
 
     Args:
-        prunable: the model; it is dense afterwards.
+        prunable: the model; it is dense afterwards. Layers are padded one at a time.
         windows: token ids, shape (windows, length), int64.
         kept: units per sublayer at which the derivative is taken, length 2L.
+        states: hidden states of the model that is cut so, before each layer and behind the last one, of each window,
+            shape (1, length, d), the model's dtype; each is forgotten when it has been used.
         calibrated: along the refitted paths, not plain removal.
 
     Returns:
         for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Removing
-        a kept unit would undo its change. 0 for experts: a router chooses, which has no derivative.
+        a kept unit would undo its change. 0 for units that are not `within_reach` of the level, and for experts: a
+        router chooses, which has no derivative.
     """
     slopes: list[torch.Tensor] = []  # from the last layer to the first
     totals: dict[torch.Tensor, torch.Tensor] = {}
 
     @contextmanager
     def layer(index: int) -> Iterator[None]:
-        with prunable.layer(index):
+        with prunable.layer(index) as halves:
+            for half, units in zip(halves, kept[2 * index : 2 * index + 2], strict=True):
+                half.pad(units, calibrated=calibrated)
             frozen = [each for each in _parameters(prunable, index) if not each.requires_grad]
             try:
                 for parameter in frozen:
@@ -46,28 +57,39 @@ def unit_slopes(
             finally:
                 for parameter in frozen:
                     parameter.requires_grad_(False)
+                for half in halves:
+                    half.restore()
 
     try:
-        for half, units in zip(prunable.halves, kept, strict=True):
-            half.pad(units, calibrated=calibrated)
         # One window at a time, to bound the graph of a layer.
-        walked = walk_back(Walk(prunable.model), torch.split(windows, 1), partial(_parameters, prunable), layer=layer)
+        with torch.no_grad():
+            stream = Stream(Walk(prunable.model), torch.split(windows, 1))
+        walked = walk_back(stream, states, partial(_parameters, prunable), layer=layer)
         for done, (index, gradients) in enumerate(walked, start=1):
             for parameter, gradient in zip(_parameters(prunable, index), gradients, strict=True):
                 before = totals.get(parameter, torch.zeros_like(parameter, dtype=torch.float32))
                 totals[parameter] = before + gradient.float() / len(windows)
             if done % len(windows) == 0:
-                for half in reversed(prunable.halves[2 * index : 2 * index + 2]):
-                    if not half.is_refittable:
-                        slopes.append(torch.zeros(half.sublayer.units))
-                        continue
-                    of_weight, of_bias = totals[half.consumer.weight], totals.get(half.consumer.bias)
-                    channels = half.path_for(calibrated=calibrated).slopes(of_weight, of_bias)
-                    slopes.append(channels.view(half.sublayer.units, -1).sum(dim=1).cpu())
+                for at in (2 * index + 1, 2 * index):
+                    slopes.append(_along_path(prunable.halves[at], kept[at], totals, calibrated))
                 totals.clear()
         return slopes[::-1]
     finally:
         prunable.restore()
+
+
+def _along_path(
+    half: PrunableSublayer, level: int, gradients: Mapping[torch.Tensor, torch.Tensor], calibrated: bool
+) -> torch.Tensor:
+    """The slopes of a sublayer's units, given the loss's gradients of the consumer's parameters."""
+    near, step = within_reach(half.sublayer.units, level), half.sublayer.channels_per_unit
+    slopes = torch.zeros(half.sublayer.units)
+    if near and half.is_refittable:
+        of_weight, of_bias = gradients[half.consumer.weight], gradients.get(half.consumer.bias)
+        path = half.path_for(calibrated=calibrated)
+        channels = path.slopes(of_weight, of_bias, near.start * step, near.stop * step)
+        slopes[near.start : near.stop] = channels.view(len(near), step).sum(dim=1).cpu()
+    return slopes
 
 
 def _parameters(prunable: PrunableModel, layer: int) -> list[torch.Tensor]:

@@ -152,9 +152,27 @@ class Stream:
             self.hidden[batch] = run()
 
 
+@torch.no_grad()
+def all_states(
+    stream: Stream, layer: Callable[[int], AbstractContextManager[object]] = nullcontext
+) -> list[list[torch.Tensor]]:
+    """The hidden states of all batches before each layer, and behind the last one.
+
+    Args:
+        stream: which has just been made; it is behind the last layer afterwards.
+        layer: entered before a layer is run, left when nothing more is asked of it.
+    """
+    states = [list(stream.hidden)]
+    for index in range(len(stream.walk.layers)):
+        with layer(index):
+            stream.step(index)
+        states.append(list(stream.hidden))
+    return states
+
+
 def walk_back(
-    walk: Walk,
-    batches: Iterable[torch.Tensor],
+    stream: Stream,
+    states: list[list[torch.Tensor]],
     wanted: Callable[[int], Sequence[torch.Tensor]],
     *,
     scale: float = 1.0,
@@ -163,11 +181,12 @@ def walk_back(
     """Gradients of the loss, layer by layer from the last to the first, and batch by batch within each.
 
     Memory is the input of every layer for every batch and the graph of one layer for one batch: each layer is run again
-    from its input, as gradient checkpointing does. The gradients have the bits of a backward pass through the model.
+    from its input, as gradient checkpointing does. With the states of the same layers, the gradients have the bits of a
+    backward pass through the model.
 
     Args:
-        walk: through a model in eval mode.
-        batches: token ids, each of shape (windows, length), int64.
+        stream: of the batches, through a model in eval mode.
+        states: as `all_states` gives them; each is forgotten when it has been used.
         wanted: for a layer that has just been run, tensors of its graph.
         scale: factor of each batch's mean loss.
         layer: entered before a layer is run, left when nothing more is asked of it.
@@ -175,19 +194,12 @@ def walk_back(
     Yields:
         (layer, gradients of one batch's loss with respect to what is wanted).
     """
-    with torch.no_grad():
-        stream = Stream(walk, batches)
-        inputs: list[list[torch.Tensor]] = []
-        for index in range(len(walk.layers)):
-            inputs.append(list(stream.hidden))
-            with layer(index):
-                stream.step(index)
-    gradients: list[torch.Tensor] = []
-    for hidden, entry in zip(stream.hidden, stream.entries, strict=True):
+    walk, gradients = stream.walk, list[torch.Tensor]()
+    for hidden, entry in zip(states.pop(), stream.entries, strict=True):
         gradients += _pull_back(partial(_scaled_loss, walk, entry, scale), hidden)
-    for index in reversed(range(len(inputs))):
+    for index in reversed(range(len(states))):
         with layer(index):
-            for batch, hidden in enumerate(inputs.pop()):
+            for batch, hidden in enumerate(states.pop()):
                 run = partial(walk.layer, index, entry=stream.entries[batch])
                 gradients[batch], *found = _pull_back(run, hidden, gradients[batch], partial(wanted, index))
                 yield index, found

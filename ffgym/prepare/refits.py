@@ -47,8 +47,10 @@ class _Named(ConsumerPath):
     def bias_at(self, channels: int) -> torch.Tensor | None:
         return self._call(lambda: self._path.bias_at(channels))
 
-    def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
-        return self._call(lambda: self._path.slopes(weight_gradient, bias_gradient))
+    def slopes(
+        self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None, start: int, end: int
+    ) -> torch.Tensor:
+        return self._call(lambda: self._path.slopes(weight_gradient, bias_gradient, start, end))
 
 
 def _check(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ffgym.errors import ModelError
 from ffgym.models.cut import PrunableModel, PrunableSublayer
-from ffgym.models.walk import Arguments, Stream, Walk, walk_back
+from ffgym.models.walk import Arguments, Stream, Walk, all_states, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments, add_products_, mirror_
 from ffgym.types import LayerStats
 
@@ -134,8 +134,10 @@ def gradient_statistics(
                 hooks.enter_context(half.consumer.register_forward_hook(to.record))
             yield
 
-    walk, tokens, batches = Walk(prunable.model), pieces.shape[0] * (length - 1), torch.split(pieces, 1)
-    walked = walk_back(walk, batches, lambda _: [to.output for to in sums], scale=length - 1, layer=layer)
+    with torch.no_grad():
+        stream = Stream(Walk(prunable.model), torch.split(pieces, 1))
+    states, tokens = all_states(stream, layer), pieces.shape[0] * (length - 1)
+    walked = walk_back(stream, states, lambda _: [to.output for to in sums], scale=length - 1, layer=layer)
     for done, (index, gradients) in enumerate(walked, start=1):
         for to, gradient in zip(sums, gradients, strict=True):
             to.update(gradient)

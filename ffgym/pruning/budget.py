@@ -74,6 +74,12 @@ def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, ali
     return np.array([*sorted(fitting), sublayer.units], dtype=np.int64)
 
 
+def within_reach(units: int, level: int) -> range:
+    """The units whose slopes tell how good a level is: those within ``REACH`` of it, and at least the last one kept."""
+    reach = int(units * REACH)
+    return range(max(0, level - max(1, reach)), min(units, level + reach))
+
+
 class Budget:
     """Projects importances onto allocations that meet a sparsity exactly.
 
@@ -229,7 +235,8 @@ class Budget:
         Args:
             importance: what was projected, shape (2L,).
             kept: the units that it gave, length 2L.
-            unit_slopes: first-order change of the loss as each unit joins, shape (units,) for every sublayer.
+            unit_slopes: first-order change of the loss as each unit joins, shape (units,) for every sublayer; those
+                `within_reach` of its level count.
 
         Returns:
             shape (2L,), float64, nats per token and importance; 0 where the sublayer costs nothing, or is coarse and
@@ -253,11 +260,9 @@ class Budget:
         ratio = (np.clip(np.asarray(importance, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0
         value, cost = np.zeros(len(units)), np.zeros(len(units))
         for i, (slopes, table) in enumerate(zip(unit_slopes, self._tables, strict=True)):
-            reach = int(units[i] * REACH)
-            low, high = max(0, levels[i] - max(1, reach)), min(units[i], levels[i] + reach)
-            if low < high:
-                value[i] = units[i] * float(np.mean(slopes[low:high]))
-                cost[i] = units[i] * float(table[high] - table[low]) / (high - low)
+            if near := within_reach(units[i], levels[i]):
+                value[i] = units[i] * float(np.mean(slopes[near.start : near.stop]))
+                cost[i] = units[i] * float(table[near.stop] - table[near.start]) / len(near)
         inside = ~coarse & (cost > 0) & (levels > 0) & (levels < units)
         shift = float(np.mean((levels / units - ratio)[inside])) if inside.any() else 0.0
         moves = ~coarse & (cost > 0) & (ratio + shift > -REACH) & (ratio + shift < 1 + REACH)

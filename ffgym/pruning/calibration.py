@@ -51,18 +51,22 @@ class ConsumerPath(ABC):
     def bias_at(self, channels: int) -> torch.Tensor | None:
         """The consumer's bias at that level, shape (m,), float32; ``None`` where it has none."""
 
-    def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
-        """First-order change of the loss as each channel joins those before it: <dL/dW, W_(k+1) - W_k>.
+    def slopes(
+        self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None, start: int, end: int
+    ) -> torch.Tensor:
+        """First-order change of the loss as each of some channels joins those before it: <dL/dW, W_(k+1) - W_k>.
 
         Args:
             weight_gradient: dL/dW of the consumer at full width, shape (m, n), float32.
             bias_gradient: dL/db, shape (m,), float32; ``None`` where it has no bias.
+            start: the first of them.
+            end: one past the last, > start.
 
         Returns:
-            shape (n,), float32; negative where the channel helps.
+            shape (end - start,), float32; negative where the channel helps.
         """
         losses = []
-        for channels in range(weight_gradient.shape[1] + 1):
+        for channels in range(start, end + 1):
             loss = (self.weight_at(channels).float() * weight_gradient[:, :channels]).sum()
             bias = self.bias_at(channels)
             losses.append(loss if bias is None or bias_gradient is None else loss + bias.float() @ bias_gradient)
@@ -84,9 +88,11 @@ class PlainPath(ConsumerPath):
         """The dense bias."""
         return self._bias
 
-    def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
+    def slopes(
+        self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None, start: int, end: int
+    ) -> torch.Tensor:
         """A channel joins with its own column, and no other column changes."""
-        return (self._weight.float() * weight_gradient).sum(dim=0)
+        return (self._weight[:, start:end].float() * weight_gradient[:, start:end]).sum(dim=0)
 
 
 def scale(moment: torch.Tensor) -> torch.Tensor:
@@ -241,16 +247,18 @@ class NestedRidge(ConsumerPath):
             return self._bias
         return self._bias + self._projected[:, channels:].float() @ self._mean[channels:]
 
-    def slopes(self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None) -> torch.Tensor:
+    def slopes(
+        self, weight_gradient: torch.Tensor, bias_gradient: torch.Tensor | None, start: int, end: int
+    ) -> torch.Tensor:
         """Channel k joins with a change B[:, k] D[k, :] of the whole weight, and takes its mean off the bias."""
-        n, step = self.channels, ROWS * LEVELS
-        parts = []
-        for start in range(0, n, step):
-            end = min(start + step, n)
-            B = self._projected[:, start:end].float()
-            part = ((B.T @ weight_gradient[:, :end]) * unpacked(self._inverse, n, start, end)).sum(dim=1)
+        step, parts = ROWS * LEVELS, []
+        for first in range(start, end, step):
+            last = min(first + step, end)
+            B = self._projected[:, first:last].float()
+            D = unpacked(self._inverse, self.channels, first, last)
+            part = ((B.T @ weight_gradient[:, :last]) * D).sum(dim=1)
             if self._mean is not None and bias_gradient is not None:
-                part -= (B.T @ bias_gradient) * self._mean[start:end]
+                part -= (B.T @ bias_gradient) * self._mean[first:last]
             parts.append(part)
         return torch.cat(parts)
 

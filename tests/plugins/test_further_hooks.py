@@ -99,7 +99,7 @@ def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Instal
             return None
 
     weight, gradient = (torch.randn(4, 6, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    torch.testing.assert_close(Prefix().slopes(gradient, None), PlainPath(weight).slopes(gradient, None))
+    torch.testing.assert_close(Prefix().slopes(gradient, None, 1, 5), PlainPath(weight).slopes(gradient, None, 1, 5))
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ class TestNestedRidge:
             value = ((change @ problem.moment) * change).sum() + problem.l * change.square().sum()
             torch.testing.assert_close(path.removal_error[k], value, rtol=1e-6, atol=1e-6)
 
-    @given(problems, st.integers(0, 100))
-    def test_slopes_are_what_a_linear_loss_changes_by_from_level_to_level(self, problem, seed):
+    @given(problems, st.integers(0, 100), st.data())
+    def test_slopes_are_what_a_linear_loss_changes_by_from_level_to_level(self, problem, seed, data):
         generator = torch.Generator().manual_seed(seed)
         gradient = torch.randn(problem.W.shape, generator=generator)
         of_bias = torch.randn(len(problem.W), generator=generator) if problem.affine else None
@@ -115,9 +115,11 @@ class TestNestedRidge:
                 value = (path.weight_at(k).double() * gradient[:, :k].double()).sum()
                 return value if of_bias is None else value + path.bias_at(k).double() @ of_bias.double()
 
-            wanted = torch.stack([loss(k + 1) - loss(k) for k in range(problem.n)])
+            start = data.draw(st.integers(0, problem.n - 1))
+            end = data.draw(st.integers(start + 1, problem.n))
+            wanted = torch.stack([loss(k + 1) - loss(k) for k in range(start, end)])
             scale = float(problem.W.norm() * gradient.norm())
-            got = path.slopes(gradient, of_bias).double()
+            got = path.slopes(gradient, of_bias, start, end).double()
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4 * scale)
 
     @given(problems)
