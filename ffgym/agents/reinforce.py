@@ -97,9 +97,14 @@ class Reinforce(BatchAgent):
         self._followed: np.ndarray | None = None  # the weights where slopes ended
         self._trial: UnitTrial | None = None
 
+    @property
+    def asks_slopes(self) -> bool:
+        """Unless all tokens explore."""
+        return bool(self.config.slope_share)
+
     def update_cost(self, episodes_per_update: int) -> int:
         """Of its two kinds of update the dearer one."""
-        return max(episodes_per_update, 1 + SLOPE_PASSES) if self.config.slope_share else episodes_per_update
+        return max(episodes_per_update, 1 + SLOPE_PASSES) if self.asks_slopes else episodes_per_update
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Follow slopes where the environment has them and they lead where the reward rises, then explore."""

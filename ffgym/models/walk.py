@@ -15,8 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from ffgym.models.families import dense_or_pruned_family_of
+
+LOGIT_ROWS = 256  # positions of a window whose logits are in memory together
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with: by position, by name."""
@@ -104,11 +107,27 @@ class Walk:
         last: torch.Tensor = output.last_hidden_state
         return last
 
-    def loss(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
-        """The model's own mean loss of the next token, over a batch without a mask; a scalar, in nats."""
-        with self._stubs(hidden):
-            loss: torch.Tensor = self._model(**_inputs(entry.ids), labels=entry.ids).loss
-        return loss
+    @torch.enable_grad()
+    def loss_gradient(self, hidden: torch.Tensor, entry: Entry, scale: float = 1.0) -> torch.Tensor:
+        """Gradient of the mean loss of the next token, over a batch without a mask, a few positions' logits at a time.
+
+        Args:
+            hidden: behind the last layer, shape (windows, length, d), the model's dtype.
+            scale: factor of the loss.
+
+        Returns:
+            as ``hidden``.
+        """
+        hidden.requires_grad_(True)
+        gradient, last = torch.zeros_like(hidden), entry.ids.shape[1] - 1
+        for start in range(0, last, LOGIT_ROWS):
+            rows = torch.arange(start, min(start + LOGIT_ROWS, last), device=hidden.device)
+            with self._stubs(hidden):
+                logits = self._model(**_inputs(entry.ids), logits_to_keep=rows).logits.float()
+            targets = entry.ids[:, rows + 1].to(logits.device)
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / (len(hidden) * last)
+            gradient += torch.autograd.grad(scale * loss, hidden)[0]
+        return gradient
 
     @contextmanager
     def _stubs(self, hidden: torch.Tensor | None = None) -> Iterator[list[Arguments]]:
@@ -194,9 +213,8 @@ def walk_back(
     Yields:
         (layer, gradients of one batch's loss with respect to what is wanted).
     """
-    walk, gradients = stream.walk, list[torch.Tensor]()
-    for hidden, entry in zip(states.pop(), stream.entries, strict=True):
-        gradients += _pull_back(partial(_scaled_loss, walk, entry, scale), hidden)
+    walk, last = stream.walk, zip(states.pop(), stream.entries, strict=True)
+    gradients = [walk.loss_gradient(hidden, entry, scale) for hidden, entry in last]
     for index in reversed(range(len(states))):
         with layer(index):
             for batch, hidden in enumerate(states.pop()):
@@ -229,10 +247,6 @@ def _pull_back(
     hidden.requires_grad_(True)
     output = run(hidden)
     return torch.autograd.grad(output, [hidden, *wanted()], gradient)
-
-
-def _scaled_loss(walk: Walk, entry: Entry, scale: float, hidden: torch.Tensor) -> torch.Tensor:
-    return scale * walk.loss(hidden, entry)
 
 
 def _inputs(

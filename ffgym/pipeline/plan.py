@@ -38,6 +38,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         plan.load,
         episodes_per_update=size,
         updates=-(-search.episodes // size),
+        slopes=agent.asks_slopes,
         searches=1 + compared,
         texts=max(1, size // 2) if agent.pair_text and not make_reward(config).has_objectives else 1,
         search_tokens=config.data.search_tokens,

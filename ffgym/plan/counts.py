@@ -12,6 +12,7 @@ import torch
 
 from ffgym.evaluation.perplexity import TILE_COLUMNS, TILE_ROWS
 from ffgym.models.placement import KEPT_KERNELS
+from ffgym.models.walk import LOGIT_ROWS
 from ffgym.plan.shape import ModelShape, Workload
 from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
 from ffgym.pruning.calibration import SKETCHED
@@ -36,6 +37,9 @@ LOADED_BYTES = 1e9  # a second
 BACKWARD = 2  # a walk backwards in forward passes
 FORWARD_ATTENTION = 5  # tensors of the residual stream's width that are alive in the attention of a batch
 FORWARD_MLP = 3  # of the intermediate width in its MLP
+# What a layer's graph keeps for its backward pass, in tensors of each width, those in float32 counted twice; and the
+# bytes for each logit of the loss: the model's, in float32, its logarithm, and their gradients.
+GRAPH_RESIDUALS, GRAPH_ATTENTION, GRAPH_MLP, LOGIT_BYTES = 12, 8, 6, 16
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,16 @@ def _search(shape: ModelShape, load: Workload) -> Stage:
     found = _measure(shape, load, "search", load.episodes_per_update, load.episode_tokens, load.updates * load.searches)
     measured_once = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
     dense = Operations(forward(shape, load)) * measured_once
-    return Stage(found.name, found.tokens, found.operations + dense, found.memory)
+    memory = found.memory | ({"slopes": _slopes(shape, load)} if load.slopes else {})
+    return Stage(found.name, found.tokens, found.operations + dense, memory)
+
+
+def _slopes(shape: ModelShape, load: Workload) -> int:
+    """Bytes of the states before each layer, of the graph of a layer for one window, and of some rows of logits."""
+    states = (len(shape.sublayers) // 2 + 1) * hidden_states(shape, load, load.episode_tokens)
+    attention, mlp = shape.widest("attention"), shape.widest("mlp")
+    graph = load.window * (GRAPH_RESIDUALS * shape.hidden + GRAPH_ATTENTION * attention + GRAPH_MLP * mlp)
+    return states + graph * load.dtype.itemsize + LOGIT_ROWS * shape.vocabulary * LOGIT_BYTES
 
 
 def _finals(shape: ModelShape, load: Workload) -> Stage:

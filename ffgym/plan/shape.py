@@ -81,6 +81,7 @@ class Workload:
         episode_tokens: of an episode; 0 for no search.
         episodes_per_update: episodes that are measured together.
         updates: of one search.
+        slopes: an episode of a search may be measured with slopes.
         searches: how many searches there are: the agent's, and that of random allocations.
         texts: on which the episodes of an update are measured; 1 where all share it.
         search_tokens: of the search split; what the dense model loses on a window is measured once.
@@ -111,6 +112,7 @@ class Workload:
     episode_tokens: int = 0
     episodes_per_update: int = 1
     updates: int = 1
+    slopes: bool = False
     searches: int = 1
     texts: int = 1
     search_tokens: int = 0

@@ -200,6 +200,11 @@ class Agent(Plugin, ABC):
         self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
         self.policy_sublayers: tuple[str, ...] | None = None
 
+    @property
+    def asks_slopes(self) -> bool:
+        """Whether an update may ask for slopes."""
+        return self.slope_episodes > 0
+
     def update_size(self, episodes_per_update: int) -> int:
         """Episodes in an update, where ``search.episodes_per_update`` is this."""
         return episodes_per_update if self.update_episodes is None else self.update_episodes
