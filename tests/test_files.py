@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_tables import made_up_table
 from made_up_episodes import episode
+from stored_runs import write_run
 
 from ffgym.bench.cell import CELL_RESULT
+from ffgym.bench.file import read_bench
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
 from ffgym.costs.latency_table import read_table, to_json
+from ffgym.data.cache import DIGESTS, write_folder_once
 from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
-from ffgym.files import FileFormat, replacing
+from ffgym.files import FileFormat, replacing, write_text
 from ffgym.models.checkpoint import weight_files
+from ffgym.models.origin import recorded_dense_model
 from ffgym.pipeline.folder import BEST_SO_FAR, RunRecord, read_record, write_record
+from ffgym.pipeline.result import RESULT
+from ffgym.pipeline.stored import read_table as read_run_table
 from ffgym.plugins.architectures import MODEL_CONFIG
+from ffgym.prepare.store import RECORD as PREPARED_RECORD
+from ffgym.prepare.store import Record as PreparedRecord
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.lora import LoraCurve
 from ffgym.search.log import Recorder, read_log
 from ffgym.search.policy import read_policy
 from ffgym.testing.models import tiny_model
+from ffgym.tracking.outbox import Outbox, outboxes
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PLAIN = FileFormat("thing", dict[str, Any], DataError, "Make another one.")
@@ -192,6 +202,41 @@ def _index(folder: Path) -> Path:
     return folder / "model.safetensors.index.json"
 
 
+def _report(folder: Path) -> Path:
+    return write_run(folder, "one") / "report.json"
+
+
+def _losses(folder: Path) -> Path:
+    return write_run(folder, "one") / "losses.json"
+
+
+def _bench(folder: Path) -> Path:
+    (folder / "bench.toml").write_bytes((EXPERIMENTS / "bench" / "final-20.toml").read_bytes())
+    return folder / "bench.toml"
+
+
+def _prepared(folder: Path) -> Path:
+    record = PreparedRecord("key", {"model": "tiny"}, (0.5, 0.25), (1.0, 2.0), (False, True), (8, 8), 64)
+    (folder / "record.json").write_text(json.dumps(asdict(record)))
+    return folder / "record.json"
+
+
+def _digests(folder: Path) -> Path:
+    return write_folder_once(folder / "asset", lambda content: write_text(content / "a", "a")) / "sha256.json"
+
+
+def _outbox(folder: Path) -> Path:
+    box = Outbox(folder / "unsent.jsonl", "0" * 32)
+    for step in range(2):
+        box.add({"write": "metrics", "points": [["loss", 2.5, step, 0]]})
+    return box.path
+
+
+def _forwarded(path: Path) -> None:
+    for box in outboxes(path.parent):
+        box.forward(lambda record: None)
+
+
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "episodes": (_episodes, read_log),
     "policy": (_policy, lambda path: read_policy(path, CONFIG.agent.name)),
@@ -204,6 +249,14 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "configuration": (_config, load_config),
     "model": (_model, MODEL_CONFIG.read),
     "index": (_index, lambda path: weight_files(path.parent)),
+    "table of a run": (_report, lambda path: read_run_table(path.parent).layout().as_dicts()),
+    "window losses": (_losses, lambda path: read_run_table(path.parent).layout().as_dicts()),
+    "result of a run": (_allocation, RESULT.read),
+    "bench file": (_bench, read_bench),
+    "prepared model": (_prepared, PREPARED_RECORD.read),
+    "digests": (_digests, DIGESTS.read),
+    "record of the dense model": (_config, lambda path: recorded_dense_model(path.parent)),
+    "records for MLflow": (_outbox, _forwarded),
 }
 FOREIGN = [
     b"null",

@@ -22,7 +22,12 @@ from ffgym.types import JSONDict
 
 PLUGIN_TABLES = ("criterion", "reward", "agent", "prior", "recover")
 INDIFFERENT = {"output", "tracking", "workers"}  # tables that decide no number
-CONFIGURATION = FileFormat("configuration", dict[str, Any], ConfigError, "Print one to start from: ffgym config")
+CONFIGURATION = FileFormat(
+    "configuration",
+    dict[str, Any],
+    ConfigError,
+    "Correct it, or print another: ffgym config. Of a run's, MLflow and the saved model's folder have copies.",
+)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:

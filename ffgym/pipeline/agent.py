@@ -7,10 +7,13 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from ffgym.config.tables import RunConfig
-from ffgym.errors import ConfigError, FFGymError, is_out_of_memory
+from ffgym.errors import ConfigError, FFGymError, PluginError, is_out_of_memory
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
+from ffgym.plugins.contracts import check_recommendations
 from ffgym.search.policy import read_policy
 from ffgym.tracking.store import fetch_artifact
 
@@ -42,14 +45,15 @@ def make_agent(config: RunConfig) -> Agent:
         agent.policy_sublayers = start.sublayers
         try:
             agent.load_state(start.state)
-        except FFGymError:
-            raise
+            observation = np.array([config.main_target, 1.0], dtype=np.float32)
+            check_recommendations(agent, observation, len(start.sublayers))
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or (isinstance(error, FFGymError) and not isinstance(error, PluginError)):
                 raise
+            said = error.message if isinstance(error, PluginError) else repr(error)
             raise ConfigError(
                 f"search.init_from = {source!r}: its policy does not have the form that agent "
-                f"{config.agent.name!r} writes ({error!r})",
+                f"{config.agent.name!r} writes ({said})",
                 hint="Start from another run, or leave --init-from out.",
             ) from error
     return agent

@@ -15,6 +15,7 @@ from ffgym.data.splits import Splits
 from ffgym.errors import OutputError
 from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.files import FileFormat, write_text
+from ffgym.pipeline.folder import MEASURE_AGAIN
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
@@ -57,7 +58,7 @@ PICTURES = {
     "pareto.png": "Allocations that no other one beats in all objectives.",
 }
 """What a run draws, with captions."""
-WINDOW_LOSSES = FileFormat("record of window losses", WindowLosses, OutputError, "Run again with --overwrite.")
+WINDOW_LOSSES = FileFormat("record of window losses", WindowLosses, OutputError, MEASURE_AGAIN)
 
 
 REPEAT = """Repeat the run with its artifact `config.toml`:

@@ -39,6 +39,9 @@ WRITTEN_PER_POINT = re.compile(
 # Files that were being written, or replaced, when a run was killed.
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}(?:\.old)?")
 TABLE = "report.json"
+MEASURE_AGAIN = (
+    f"Delete {TABLE} in that folder; `ffgym run --resume FOLDER` then makes all results again without a search."
+)
 LOCK = ".lock"  # held by the run that writes into the folder
 UNSENT = "unsent.jsonl"  # records that an MLflow server has not taken yet
 WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", UNSENT, LOCK})
@@ -304,7 +307,7 @@ class BestSoFar(BaseModel):
     sparsity: FiniteFloat
 
 
-BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, "Search again with --overwrite.")
+BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, MEASURE_AGAIN)
 
 
 def resume_command(folder: Path) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
+from ffgym.errors import OutputError
 from ffgym.export.checkpoint import SavedModel, load_line
+from ffgym.files import FileFormat
 from ffgym.pipeline.artifacts import allocation_json
 from ffgym.pipeline.compare import model_folder
-from ffgym.pipeline.folder import is_finished, read_record
+from ffgym.pipeline.folder import MEASURE_AGAIN, is_finished, read_record
 from ffgym.pipeline.stored import read_table
 from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
@@ -22,6 +22,8 @@ from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.table import ReportTable
 from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
+
+RESULT = FileFormat("result of a run", JSONDict, OutputError, MEASURE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ class FinishedRun:
         """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""
         front = self.folder / "front.json"
         return {
-            "table": _read_json(self.folder / "report.json"),
-            "allocation": _read_json(self.folder / "allocation.json"),
-            "front": _read_json(front) if front.is_file() else None,
+            "table": read_table(self.folder).layout().as_dicts(),
+            "allocation": RESULT.read(self.folder / "allocation.json"),
+            "front": RESULT.read(front) if front.is_file() else None,
             "folder": str(self.folder),
             "model": None if self.model is None else str(self.model),
             "recovered_model": None if self.recovered_model is None else str(self.recovered_model),
@@ -133,7 +135,3 @@ def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
         config.prune.uniform,
         read_record(folder).mlflow_run,
     )
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat
 
 from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
@@ -15,19 +18,33 @@ from ffgym.costs.resource import resource_named
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
 from ffgym.pipeline.artifacts import WINDOW_LOSSES
-from ffgym.pipeline.folder import resume_command
+from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command
 from ffgym.plugins import manager
 from ffgym.report.comparison import ComparedRun, Comparison
 from ffgym.report.table import Cost, ReportTable, Row
 from ffgym.tracking.runs import find_run
-from ffgym.types import JSONDict
 
-AS_STORED = (
-    *("label", "loss_stderr", "sparsity_prunable", "sparsity_model", "note"),
-    *("is_heuristic", "is_found", "is_saved", "refit", "same_as"),
-)
-"""What a row of ``report.json`` says as `Row` does."""
-TABLE = FileFormat("table of a run", list[JSONDict], OutputError, "Run again with --overwrite.")
+
+class StoredRow(BaseModel):
+    """What a row of ``report.json`` says as `Row` does; the costs are among its other keys."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[int, Field(lt=2**63)] | FiniteFloat | str | None]
+
+    label: str
+    perplexity: PositiveFloat | None
+    loss_stderr: float | None
+    sparsity_prunable: float
+    sparsity_model: float
+    note: str
+    is_heuristic: bool
+    is_found: bool
+    is_saved: bool
+    refit: str
+    same_as: str
+
+
+TABLE = FileFormat("table of a run", list[StoredRow], OutputError, MEASURE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -65,23 +82,22 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
 
 def read_table(folder: Path) -> ReportTable:
     """The table of a run."""
-    losses = WINDOW_LOSSES.read(folder / "losses.json")
+    table, losses = folder / "report.json", WINDOW_LOSSES.read(folder / "losses.json")
     resources = {resource.key or resource.name: resource for resource in map(resource_named, manager.names("resource"))}
     rows = []
-    for number, stored in enumerate(TABLE.read(folder / "report.json")):
-        try:
-            costs = tuple(
-                Cost(key, resources[key].column, value, resources[key].text(value))
-                for key, value in stored.items()
-                if key in resources and resources[key].column
-            )
-            perplexity = math.nan if stored["perplexity"] is None else stored["perplexity"]
-            as_stored = {name: stored[name] for name in AS_STORED}
-            rows.append(Row(perplexity=perplexity, costs=costs, losses=losses.losses[stored["label"]], **as_stored))
-        except (KeyError, TypeError) as error:
-            raise TABLE.refused(str(folder / "report.json"), f"row {number}: {error}") from None
-    if not rows:
-        raise TABLE.refused(str(folder / "report.json"), "it has no rows")
+    for stored in TABLE.read(table):
+        costs = tuple(
+            Cost(key, resources[key].column, value, resources[key].text(value))
+            for key, value in (stored.model_extra or {}).items()
+            if key in resources and resources[key].column and isinstance(value, int | float)
+        )
+        known = stored.model_dump(include=set(StoredRow.model_fields))
+        known["perplexity"] = math.nan if stored.perplexity is None else stored.perplexity
+        rows.append(Row(costs=costs, losses=losses.losses.get(stored.label, ()), **known))
+    if not rows or any(row.values.keys() != rows[0].values.keys() or "parameters" not in row.values for row in rows):
+        raise TABLE.refused(str(table), "a table has rows, and each of them the same costs, parameters among them")
+    if any(len(row.losses) != max(1, len(rows[0].losses)) for row in rows):
+        raise WINDOW_LOSSES.refused(str(folder / "losses.json"), "not every row has a loss for every window")
     return ReportTable(tuple(rows), losses.measured, losses.windows)
 
 

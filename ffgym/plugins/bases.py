@@ -241,7 +241,7 @@ class Agent(Plugin, ABC):
         return []
 
     def state(self) -> dict[str, Any]:
-        """What a later search may start from (``search.init_from``): arrays, numbers, strings, lists, dicts of them.
+        """What a later search may start from (``search.init_from``): arrays, finite numbers, strings, lists, dicts.
 
         An agent that loads it recommends the same as this one. An interrupted search needs no state: it is replayed
         from its log.
@@ -249,7 +249,10 @@ class Agent(Plugin, ABC):
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Load what ``state`` of the same class returned. This comes before ``learn``, which then starts from it."""
+        """Load what ``state`` of the same class returned.
+
+        ``recommend`` works from then on, and ``learn``, which comes later, starts from it.
+        """
 
 
 class BatchAgent(Agent):

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ffgym.errors import ConfigError
 from ffgym.files import FileFormat
 from ffgym.types import JSONDict, Sublayer
+
+
+def _finite(state: JSONDict) -> JSONDict:
+    """Refuse NaN and infinities, however deep in it."""
+    json.dumps(state, allow_nan=False)
+    return state
 
 
 class Policy(BaseModel):
@@ -21,7 +27,7 @@ class Policy(BaseModel):
     model_config = ConfigDict(strict=True)
 
     agent: str
-    state: JSONDict
+    state: Annotated[JSONDict, AfterValidator(_finite)]
     sublayers: Annotated[tuple[str, ...], Field(min_length=1)]
 
 

@@ -293,8 +293,9 @@ class AgentConformance(PluginConformance):
         fresh = self.ready()
         assert isinstance(fresh, BatchAgent)
         fresh.load_state(agent.state())
-        fresh.begin(dimensions=env.optimum.size, batch=env.num_envs, seed=99)
         observation = np.array([0.2, 1.0], dtype=np.float32)
+        fresh.recommend(observation)  # by which a run sees that the state fits its model
+        fresh.begin(dimensions=env.optimum.size, batch=env.num_envs, seed=99)
         recommended, expected = fresh.recommend(observation), agent.recommend(observation)
         assert len(recommended) == len(expected), "it recommends otherwise"
         for ours, theirs in zip(recommended, expected, strict=True):

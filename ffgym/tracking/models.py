@@ -6,7 +6,6 @@ the few lines that it would write beside the files are written here.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.tracking.store import FOLDER_TAG
 
 MOST_COPIED_BYTES = 10**9  # a larger model stays where it is, as one of several towers does, and MLflow has its path
@@ -39,12 +39,14 @@ def log_model(
     if any((model.name, str(model.status)) == (name, "READY") for model in logged):
         return
     is_small = sum(file.stat().st_size for file in folder.iterdir()) <= MOST_COPIED_BYTES
-    is_copied = is_small and _config(folder).get("text_config") is None  # its pipeline is for language models alone
+    is_copied = (
+        is_small and MODEL_CONFIG.read(folder / "config.json").get("text_config") is None
+    )  # its pipeline is for language models alone
     tags = {FOLDER_TAG: path} | ({} if is_copied else {"mlflow.model.isExternal": "true"})
     model = client.create_logged_model(experiment, name, run_id, tags, dict(params))
     with tempfile.TemporaryDirectory() as around:
         if is_copied:
-            _write_beside(folder, Path(around), model, run_id)
+            _add_description(folder, Path(around), model, run_id)
             client.log_model_artifacts(model.model_id, path, artifact_path="model")
         else:
             from mlflow.models.utils import get_external_mlflow_model_spec
@@ -57,12 +59,7 @@ def log_model(
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return content
-
-
-def _write_beside(folder: Path, around: Path, logged: Any, run_id: str) -> None:
+def _add_description(folder: Path, around: Path, logged: Any, run_id: str) -> None:
     """What MLflow needs beside the checkpoint: ``MLmodel``, the tokenizer by itself, and the packages."""
     import mlflow
     import transformers
@@ -75,7 +72,7 @@ def _write_beside(folder: Path, around: Path, logged: Any, run_id: str) -> None:
         "transformers",
         task="text-generation",
         instance_type="TextGenerationPipeline",
-        pipeline_model_type=_config(folder)["architectures"][0],
+        pipeline_model_type=MODEL_CONFIG.read(folder / "config.json")["architectures"][0],
         source_model_name=str(folder),
         model_binary="model",
         components=["tokenizer"],

@@ -14,11 +14,20 @@ from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock
+from pydantic import BaseModel
 
 from ffgym.errors import TrackingError
 from ffgym.files import FileFormat, write_text
 from ffgym.types import JSONDict
 
+
+class _Head(BaseModel):
+    """The first line."""
+
+    run: str
+
+
+HEAD = FileFormat("head of an MLflow run's records", _Head, TrackingError, "Remove the file.")
 LINE = FileFormat("record of an MLflow run", dict, TrackingError, "Remove the line, or the whole file.")
 SUFFIX = "unsent.jsonl"
 
@@ -85,5 +94,5 @@ def outboxes(folder: Path) -> list[Outbox]:
     found = []
     for path in sorted(folder.rglob(f"*{SUFFIX}")):
         for source, line in islice(LINE.lines(path), 1):  # of an empty file there is none
-            found.append(Outbox(path, LINE.parse(line, source)["run"]))
+            found.append(Outbox(path, HEAD.parse(line, source).run))
     return found

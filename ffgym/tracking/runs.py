@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ffgym.errors import TrackingError
+from ffgym.files import FileFormat
 from ffgym.tracking.masking import shown
 from ffgym.tracking.store import FOLDER_TAG, PARENT_TAG, reading_store
 
 ID_CHARACTERS = 8  # of an id, in a list; MLflow's have 32
 PAGE = 1000
+
+
+class _Note(BaseModel):
+    """What the ``run.json`` of a run's folder says of MLflow."""
+
+    mlflow_run: str | None = None
+
+
+NOTE = FileFormat(
+    "record of a run's sessions", _Note, TrackingError, "Name the run by its id instead: `ffgym runs` lists them."
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     """
     folder = Path(text).expanduser()
     if (note := folder / "run.json").is_file():
-        run_id = _noted_run(note)
+        run_id = NOTE.read(note).mlflow_run
         if run_id is None:
             raise TrackingError(f"the run in {folder} was not tracked", hint="Name one that `ffgym runs` lists.")
         return run_with_id(root, run_id, f"{folder}: ")
@@ -137,14 +149,6 @@ def run_with_id(root: Path, run_id: str, where: str = "") -> TrackedRun:
                 hint=f"Restore it: MLFLOW_TRACKING_URI=... mlflow runs restore --run-id {run_id}",
             )
         return _tracked(run)
-
-
-def _noted_run(note: Path) -> str | None:
-    """The MLflow run that a run's folder notes; ``None`` where it has none, or is damaged."""
-    with contextlib.suppress(ValueError, AttributeError):
-        noted = json.loads(note.read_text(encoding="utf-8")).get("mlflow_run")
-        return noted if isinstance(noted, str) else None
-    return None
 
 
 def _tracked(run: Any) -> TrackedRun:

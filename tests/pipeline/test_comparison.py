@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,31 @@ def test_an_unfinished_run_is_refused_with_the_command_that_goes_on(runs: dict[s
 @pytest.mark.parametrize("damage", ["not json", "[]", '[{"label": "dense"}]', '{"rows": 1}'])
 def test_a_damaged_table_is_named(runs: dict[str, Path], damage: str) -> None:
     (runs["better"] / "report.json").write_text(damage)
-    assert "better/report.json" in failure(call(runs["one"], runs["better"]))
+    said = failure(call(runs["one"], runs["better"]))
+    assert "better/report.json" in said
+    assert "ffgym run --resume FOLDER" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "damage"),
+    [
+        ("report.json", r'"perplexity": [\d.]+', '"perplexity": "x"'),
+        ("report.json", r'"parameters": [\d.]+', '"parameters": null'),
+        ("losses.json", r'"dense":\[[^]]+\]', '"dense":[]'),
+        ("losses.json", r'("dense":\[[^],]+),[^]]+\]', r"\1]"),
+    ],
+)
+def test_a_value_that_no_table_has_is_named(runs: dict[str, Path], file: str, pattern: str, damage: str) -> None:
+    path = runs["better"] / file
+    path.write_text(re.sub(pattern, damage, path.read_text(), count=1))
+    assert f"better/{file}" in failure(call(runs["one"], runs["better"]))
+
+
+@pytest.mark.parametrize("file", ["report.json", "allocation.json"])
+def test_the_results_of_a_finished_run_that_are_damaged_are_named(runs: dict[str, Path], file: str) -> None:
+    (runs["one"] / file).write_text("[" * 3000)
+    done = CliRunner().invoke(app, ["run", "--resume", str(runs["one"]), "--json"])
+    assert f"one/{file} is no" in failure(done)
 
 
 def test_a_folder_of_something_else_one_run_twice_and_one_run_alone_are_refused(

@@ -86,12 +86,20 @@ def test_a_state_of_another_form_is_said_to_be_one(tmp_path: Path, state: dict[s
         make_agent(config("picky", search={"init_from": source}))
 
 
+@pytest.mark.parametrize("weights", [[[0.5, 0.5]], [[0.5], [0.5]], 1.0], ids=["one row", "one sublayer", "a number"])
+def test_a_state_of_another_shape_is_refused_before_anything_is_prepared(tmp_path: Path, weights: Any) -> None:
+    source = policy(tmp_path, agent="reinforce", state={"weights": weights}, sublayers=["attention", "mlp"])
+    with pytest.raises(ConfigError, match="its policy does not have the form that agent 'reinforce' writes"):
+        make_agent(config("reinforce", search={"init_from": source}))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("[1, 2]", "Input should be an object"),
         ('{"agent": "picky"}', "state: Field required"),
         ('{"agent": "picky", "state": null}', "state: Input should be an object, not None"),
+        ('{"agent": "picky", "state": {"mean": [1e400]}, "sublayers": ["a"]}', "state: .* not JSON compliant"),
         ('{"agent": "picky", "state": {}}', "sublayers: Field required"),
         ('{"agent": "picky", "state": {}, "sublayers": 3}', "sublayers: Input should be a valid array, not 3"),
         ('{"agent": "picky", "state": {}, "sublayers": []}', "sublayers: Tuple should have at least 1 item"),

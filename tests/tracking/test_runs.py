@@ -82,10 +82,18 @@ def test_what_is_no_run_or_several_is_refused(root, text, complaint):
         find_run(root, text)
 
 
-@pytest.mark.parametrize("noted", ['{"mlflow_run": null}', "{}", "[]", "not JSON"])
-def test_a_folder_whose_run_was_not_tracked_is_refused(root, tmp_path, noted):
+@pytest.mark.parametrize(
+    ("noted", "complaint"),
+    [
+        ('{"mlflow_run": null}', "was not tracked"),
+        ("{}", "was not tracked"),
+        ("not JSON", "run.json is no record of a run's sessions"),
+        ("[" * 3000, "run.json is no record of a run's sessions"),
+    ],
+)
+def test_a_folder_that_names_no_tracked_run_is_refused(root, tmp_path, noted, complaint):
     (tmp_path / "run.json").write_text(noted)
-    with pytest.raises(TrackingError, match="was not tracked"):
+    with pytest.raises(TrackingError, match=complaint):
         find_run(root, str(tmp_path))
 
 
