@@ -175,6 +175,13 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_room(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Raise ``OutputError`` where the disk of a folder has less room than something needs, in bytes."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        sizes = f"takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {folder}"
+        raise OutputError(f"{what} {sizes}", hint=hint)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give the block a hidden place beside ``path`` to write a file or a folder to.

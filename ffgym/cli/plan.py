@@ -12,7 +12,7 @@ from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
 from ffgym.plugins.architectures import check_folder_architecture
 
-NO_COST = {"--model", "--seed", "--output", "--overwrite", "--save-at"}
+NO_COST = {"--seed", "--output", "--overwrite", "--save-at"}
 
 
 @app.command()
@@ -22,7 +22,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="demo, a hub id, a .gguf file, or a folder, which needs only its config.json", show_default="demo"
+            help="in place of --model: demo, a hub id, a .gguf file, or a folder, which needs only its config.json",
+            show_default="demo",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -33,7 +34,7 @@ def plan(
 
     \b
     ffgym plan ./my-model --sparsity 0.3
-    ffgym plan meta-llama/Llama-3.1-70B --set data.calibration_tokens=8192
+    ffgym plan meta-llama/Llama-3.1-70B --set model.placement=stream
     """
     if model is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})

@@ -69,7 +69,7 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
                 if not place.is_dir():  # else another process finished first, and its copy is as good as ours
                     raise
     except OSError as error:
-        raise _storage_error(error, place) from error
+        raise storage_error(error, place) from error
     except AssetError as error:
         if not is_damaged:
             raise
@@ -108,7 +108,8 @@ def _record(folder: Path) -> None:
     write_text(folder / RECORD, json.dumps(digests, indent=1) + "\n")
 
 
-def _storage_error(error: OSError, place: Path) -> AssetError:
+def storage_error(error: OSError, place: Path) -> AssetError:
+    """What to raise where a place in the cache cannot be written."""
     if error.errno in FULL_DISK:
         return AssetError(
             f"the disk is full: {place} could not be written",

@@ -131,12 +131,6 @@ def load(
     target = choose_device(device)
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
-    if streamed and device == "balanced":
-        raise ModelError(
-            "model.placement = 'stream' runs the layers one after another on one device, and model.device is "
-            "'balanced'",
-            hint="Use model.device cuda, or model.placement resident.",
-        )
     source = _locate(name, any_family=any_family)
     if revision is not None and source.folder is not None:
         raise ModelError(

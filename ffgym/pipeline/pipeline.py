@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
+from ffgym.files import check_room
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, write_pictures, write_table
 from ffgym.pipeline.compare import (
@@ -31,6 +32,7 @@ from ffgym.pipeline.session import Session
 from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
+from ffgym.plan import counts
 from ffgym.plan.plan import Plan
 from ffgym.prepare.parts import check_texts, cluster_of, say_who_is_idle, table_digest
 from ffgym.report.progress import Reporter
@@ -88,6 +90,8 @@ def run(
         say_who_is_idle(agent.update_size(config.search.episodes_per_update), config.workers.count, reporter.print)
         task = prepare(config, session, plan, cluster)
         text = gather_text(task)  # before the search, so that an unfit corpus is refused early
+        hint = "Free some space, name a folder on a larger disk (--output), or set output.save_model to false."
+        check_room(session.folder, counts.saved_models(plan.shape, plan.load), "the saved model", hint)
         session.begin_search(task.loaded.dtype_name)
         searched = search(task, agent, session)
         rows = compare(task, searched, session)

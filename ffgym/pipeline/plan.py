@@ -49,7 +49,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         report_tokens=config.data.report_tokens,
         report_rows=rows + others + sequential + 3 * recovers,
         sequential=sequential,
-        saves=config.output.save_model,
+        saves=config.output.save_model * (points if config.output.save_all else 1) + recovers,
         train_tokens=config.recover.tokens if recovers else 0,
         workers=config.workers.count,
         elsewhere=config.workers.ray_address is not None,

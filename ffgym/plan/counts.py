@@ -17,7 +17,7 @@ from ffgym.plan.shape import ModelShape, Workload
 from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
 from ffgym.pruning.calibration import SKETCHED
 from ffgym.pruning.factors import WIDE, factor_bytes, grid
-from ffgym.pruning.statistics import BLOCK
+from ffgym.pruning.statistics import BLOCK, kept_bytes
 
 LIBRARIES = 390_000_000  # Python, torch, transformers, the tokenizer and the text; measured
 TRACKING = 100_000_000  # what drawing pictures and saving load in addition; measured
@@ -137,8 +137,13 @@ def store(shape: ModelShape, load: Workload) -> int:
 
 
 def saved_model(shape: ModelShape, load: Workload) -> int:
-    """Bytes of the saved model."""
+    """Bytes of a saved model."""
     return round((shape.parameters - load.sparsity * shape.prunable) * load.dtype.itemsize)
+
+
+def saved_models(shape: ModelShape, load: Workload) -> int:
+    """Bytes of all models that are saved."""
+    return load.saves * saved_model(shape, load)
 
 
 def hidden_states(shape: ModelShape, load: Workload, tokens: int) -> int:
@@ -147,7 +152,7 @@ def hidden_states(shape: ModelShape, load: Workload, tokens: int) -> int:
 
 
 def _kept_statistics(shape: ModelShape, load: Workload) -> int:
-    return sum(4 * s.channels**2 for s in shape.sublayers) if load.second_moments else 0
+    return sum(kept_bytes(shape.hidden, s.channels, load.kept) for s in shape.sublayers)
 
 
 def _at_a_time(shape: ModelShape, load: Workload, size: int, layers: int = 1) -> int:

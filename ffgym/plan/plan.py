@@ -30,8 +30,9 @@ class Plan:
         shape: of the model.
         load: what the run does.
         device: where the model runs.
-        free: bytes of that device's memory that this process may have in all.
+        free: bytes of that device's memory, or of all GPUs that layers are spread over, that this process may have.
         texts: what each split is made of, by role.
+        unstreamable: why its layers cannot be streamed; empty where they can.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Plan:
     device: torch.device
     free: int
     texts: Mapping[str, str]
+    unstreamable: str = ""
 
     @cached_property
     def stages(self) -> list[Stage]:
@@ -64,8 +66,9 @@ class Plan:
     @property
     def needed(self) -> int:
         """Bytes that this process needs at most, and the workers that share its memory."""
-        has_workers = self.load.workers > 1 and not self.load.elsewhere and self.device.type == "cpu"
-        return self.largest.peak + has_workers * self.load.workers * self.worker_peak
+        load = self.load
+        sharing = load.workers if self.device.type == "cpu" else load.gpu_workers
+        return self.largest.peak + (load.workers > 1 and not load.elsewhere) * sharing * self.worker_peak
 
     @property
     def fits(self) -> bool:
@@ -103,7 +106,7 @@ class Plan:
             return
         largest = self.largest
         workers = self.needed - largest.peak
-        others = f", {self.load.workers} workers need {size_text(workers)}" if workers else ""
+        others = f", workers that share it need {size_text(workers)}" if workers else ""
         raise FitError(
             f"{self.name!r} does not fit: {largest.name} needs {size_text(largest.peak)} of memory, most of it for "
             f"{largest.largest_part}{others}, and {size_text(self.free)} are free on {self.device}",
@@ -124,17 +127,20 @@ class Plan:
         if changes and least.fits:
             return f"It fits with {' '.join(changes)} ({size_text(least.needed)})."
         with_all = f"; with {' '.join(changes)} it still needs {size_text(least.needed)}" if changes else ""
-        return f"Use a machine with more memory, or a smaller model{with_all}."
+        pinned = f" Layers cannot be streamed: {self.unstreamable}." if self.unstreamable else ""
+        return f"Use a machine with more memory, or a smaller model{with_all}.{pinned}"
 
     def _smaller(self) -> dict[str, dict[str, Any]]:
         """Changes of the run that save memory: fields of its workload, by option."""
         load, found = self.load, dict[str, dict[str, Any]]()
         if load.workers > 1:
             found["--workers 1"] = {"workers": 1}
-        if not load.streamed:
+        if not load.streamed and not self.unstreamable:
             found["--set model.placement=stream"] = {"streamed": True}
         if load.dtype == torch.float32:
             found["--set model.dtype=bfloat16"] = {"dtype": torch.bfloat16}
+        if load.sequential:
+            found["--set output.sequential=false"] = {"sequential": False}
         if (tokens := load.calibration_tokens // 4) >= 8 * load.window:
             found[f"--set data.calibration_tokens={tokens}"] = {"calibration_tokens": tokens}
         return found

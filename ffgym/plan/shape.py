@@ -77,7 +77,7 @@ class Workload:
         batch_tokens: tokens of one forward pass.
         choose_ridge: lambda is chosen on held-out windows.
         gradients: first-order statistics are wanted.
-        second_moments: sublayers keep their second moment for heuristics.
+        kept: statistics that sublayers keep for heuristics.
         episode_tokens: of an episode; 0 for no search.
         episodes_per_update: episodes that are measured together.
         updates: of one search.
@@ -92,10 +92,11 @@ class Workload:
         report_tokens: of the report split.
         report_rows: models that are measured on it.
         sequential: the result is refitted layer by layer at the end.
-        saves: the result is saved.
+        saves: models that are saved.
         train_tokens: to recover on; 0 for none.
         workers: processes that share the episodes of an update.
         elsewhere: they are on a cluster, and not all on this machine.
+        gpu_workers: of those on this machine, how many find room on the GPUs that this process uses.
         kernel_step: channels by which the widths of MLPs differ, where products make code for every shape, as bfloat16
             ones do on a CPU; 0 elsewhere.
         streamed: layers are read from the checkpoint as they run (``model.placement``).
@@ -108,7 +109,7 @@ class Workload:
     batch_tokens: int
     choose_ridge: bool = True
     gradients: bool = False
-    second_moments: bool = False
+    kept: frozenset[str] = frozenset()
     episode_tokens: int = 0
     episodes_per_update: int = 1
     updates: int = 1
@@ -123,10 +124,11 @@ class Workload:
     report_tokens: int = 0
     report_rows: int = 0
     sequential: bool = False
-    saves: bool = False
+    saves: int = 0
     train_tokens: int = 0
     workers: int = 1
     elsewhere: bool = False
+    gpu_workers: int = 1
     kernel_step: int = 0
     streamed: bool = False
 

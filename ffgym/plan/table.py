@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from ffgym.data.cache import cache_dir
+from ffgym.data.cache import cache_dir, size_limit
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan, size_text
 from ffgym.report.layout import Table, humane, text_columns
@@ -101,11 +101,24 @@ def _parts(plan: Plan) -> Table[Sequence[str]]:
         f"Memory: {size_text(plan.needed)} are needed{workers}; {size_text(plan.free)} are free on {plan.device}. "
         f"{plan.advice}".strip(),
         f"Disk: {size_text(_free_disk(cache_dir()))} are free for prepared models, {size_text(_free_disk(Path()))} "
-        "here.",
+        f"here. {_disk_advice(plan)}".strip(),
         f"Time: at the speed that this machine had just now, {humane(plan.speed.model)} operations a second in the "
         "model's layers. What has been prepared before is opened within seconds.",
     ]
     return Table(text_columns("what", "size"), list(sizes.items()), notes)
+
+
+def _disk_advice(plan: Plan) -> str:
+    """What is too small for the prepared and the saved model; empty where nothing is."""
+    sizes, said = _sizes(plan), list[str]()
+    prepared, saved, limit = sizes["prepared_model_on_disk"], sizes["saved_model_on_disk"], size_limit()
+    if limit > 0 and prepared > _free_disk(cache_dir()):
+        said.append("The prepared model does not fit: set FFGYM_CACHE to a folder on a larger disk.")
+    if 0 < limit < prepared:
+        said.append(f"It takes more than FFGYM_CACHE_SIZE ({size_text(limit)}): all other prepared models would go.")
+    if saved > _free_disk(Path()):
+        said.append("The saved model does not fit: name a folder on a larger disk with --output.")
+    return " ".join(said)
 
 
 def _sizes(plan: Plan) -> dict[str, int]:
@@ -116,7 +129,7 @@ def _sizes(plan: Plan) -> dict[str, int]:
         "moments_of_a_layer": counts.moments(shape),
         "hidden_states_of_the_calibration_text": counts.hidden_states(shape, load, load.calibration_tokens),
         "prepared_model_on_disk": counts.store(shape, load),
-        "saved_model_on_disk": counts.saved_model(shape, load) if load.saves else 0,
+        "saved_model_on_disk": counts.saved_models(shape, load),
     }
 
 

@@ -61,16 +61,12 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
 
     Raises:
         FitError: preparing it needs more memory than there is.
+        ConfigError: it is to be streamed, and something needs it in memory.
         DataError, UnknownNameError: text that is not there.
     """
     model, plan = config.model, plan_of(config)
     plan.check()
     check_texts(config.data)
-    if plan.load.streamed and config.recover.method != "none":
-        raise ConfigError(
-            f"recover.method = {config.recover.method!r} trains a model in memory, and model.placement is 'stream'",
-            hint="Run without it; where the saved model fits, ffgym recover trains it later.",
-        )
     loaded = load(
         model.name,
         revision=model.revision,
@@ -151,17 +147,10 @@ def prepare_model(
             " ffgym, torch or the number of threads is another there",
             hint="Give all machines the same model folder and versions, or name a hub model and its revision.",
         )
-    is_kept = is_stored(criterion, config.prune.calibration)
-    if not is_kept and loaded.stream is not None:
-        raise ConfigError(
-            "model.placement = 'stream' reads what was prepared from the cache, and this cannot be kept there",
-            hint="Give FFGYM_CACHE_SIZE a size, use a calibration and a criterion that are files of a package, or set "
-            "model.placement to resident.",
-        )
-    if not is_kept:
+    if not is_stored(criterion, config.prune.calibration):
         return replace(make(), key=own)
     what = {"model": loaded.description, "criterion": config.criterion.name, "calibration": config.prune.calibration}
-    prepared = opened_or_prepared(own, loaded.model, make, what, reporter.print, loaded.stream)
+    prepared = opened_or_prepared(own, loaded.model, make, what, reporter.print, loaded.stream, keep)
     return replace(prepared, key=own)
 
 
@@ -206,11 +195,6 @@ def costs_in(
     Args:
         recorded: folder of a run that is resumed: a measurement in it is used again.
     """
-    if resource.is_measured() and any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError(
-            f"{resource.name} is measured on a model in memory, and model.placement is 'stream'",
-            hint="Budget another resource, such as params, or set model.placement to resident.",
-        )
     file = named_table(config, resource.name)
     if recorded is not None and (recorded / f"{resource.name}.json").is_file():
         file = recorded / f"{resource.name}.json"

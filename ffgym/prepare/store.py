@@ -24,9 +24,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ffgym.data.cache import cache_dir, is_whole, shrink, size_limit, write_folder_once
-from ffgym.errors import AssetError, OutputError
-from ffgym.files import FileFormat, write_text, writing
+from ffgym.data.cache import cache_dir, is_whole, shrink, size_limit, storage_error, write_folder_once
+from ffgym.errors import AssetError
+from ffgym.files import FileFormat, check_room, write_text
 from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.stream import LayerStream, TensorFile
 from ffgym.plugins.bases import Criterion
@@ -34,6 +34,7 @@ from ffgym.prepare.calibrations import Ridge, calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.factors import factor_bytes, packed_size
+from ffgym.pruning.statistics import kept_bytes
 from ffgym.types import LayerStats, SublayerView
 
 KIND = "prepared"
@@ -143,6 +144,7 @@ def opened_or_prepared(
     what: Mapping[str, str],
     notify: Notify,
     stream: LayerStream | None = None,
+    keep: frozenset[str] = frozenset(),
 ) -> Prepared:
     """Open a store, or prepare and write it; of several processes that want the same, one prepares.
 
@@ -152,6 +154,7 @@ def opened_or_prepared(
         make: prepares the model, and calls its argument for each layer when it is prepared.
         what: what is prepared, for people.
         stream: where the layers come from; their factors are then read from the store as the model runs.
+        keep: statistics that are kept for heuristics.
 
     Raises:
         OutputError: the disk has too little room for it.
@@ -165,7 +168,7 @@ def opened_or_prepared(
                 return replace(stored, store=place)
             notify(f"{place} is damaged, or not what its name says: preparing again")
             shutil.rmtree(place, ignore_errors=True)
-        _check_room(place, PrunableModel(model))
+        _check_room(place, PrunableModel(model), keep)
         prepared: Prepared | None = None
 
         def fill(folder: Path) -> None:
@@ -186,26 +189,28 @@ def opened_or_prepared(
 @contextmanager
 def _locked(place: Path, notify: Notify) -> Iterator[None]:
     lock = FileLock(place.parent / f".{place.name}.lock")
-    with writing(place):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            notify("another process prepares the same model: waiting for it")
-            lock.acquire()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        notify("another process prepares the same model: waiting for it")
+        lock.acquire()
+    except OSError as error:
+        raise storage_error(error, place) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def _check_room(place: Path, prunable: PrunableModel) -> None:
-    needed = sum(factor_bytes(*half.consumer.weight.shape) for half in prunable.halves if half.is_refittable)
-    free = shutil.disk_usage(place.parent).free
-    if free < needed:
-        raise OutputError(
-            f"the prepared model takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {place.parent}",
-            hint="Free some space, set FFGYM_CACHE to a folder on a larger disk, or FFGYM_CACHE_SIZE=0 to keep none.",
-        )
+def _check_room(place: Path, prunable: PrunableModel, keep: frozenset[str]) -> None:
+    shapes = [half.consumer.weight.shape for half in prunable.halves if half.is_refittable]
+    check_room(
+        place.parent,
+        sum(factor_bytes(m, n) + kept_bytes(m, n, keep) for m, n in shapes),
+        "the prepared model",
+        hint="Free some space, set FFGYM_CACHE to a folder on a larger disk, or FFGYM_CACHE_SIZE=0 to keep none.",
+    )
 
 
 class _Writer:

@@ -22,6 +22,12 @@ BLOCK = 256  # rows of symmetric sums: few enough to leave out nearly half of th
 OVERFLOW_HINT = "The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16."
 
 
+def kept_bytes(outputs: int, channels: int, names: Set[str]) -> int:
+    """Bytes that the statistics with these names take of a consumer of shape (outputs, channels), vectors aside."""
+    sizes = {"second_moment": channels**2, "gradient": outputs * channels, "output_gradient": outputs**2}
+    return sum(size * torch.float32.itemsize for name, size in sizes.items() if name in names)
+
+
 @dataclass(frozen=True)
 class InputMoments:
     """Mean and covariance of a consumer's inputs x (n channels).

@@ -163,11 +163,11 @@ class Stage:
 
 
 def clock(seconds: float) -> str:
-    """``"0:09"``, ``"12:40"``, ``"3:05:00"`` or ``"39 days"``."""
+    """``"0:09"``, ``"12:40"``, ``"3:05:00"`` or ``"1.6 days"``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours / 24:,.0f} days"
+    if hours >= 24:
+        return f"{seconds / 86400:,.1f} days"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 

@@ -104,8 +104,9 @@ def test_a_file_and_the_table_give_the_same_figures_of_the_paper(model: str, per
 
 
 @pytest.mark.parametrize(("model", "percent"), ROWS)
-def test_the_table_has_the_plan(model: str, percent: int) -> None:
+def test_the_table_has_the_plan(model: str, percent: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a CPU; within what a plan promises, so that better counts need not come with a new table."""
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "50GB")
     parameters, tokens, *sizes = PLANS[f"{model}-{percent}"]
     planned = []
     for placement in ("resident", "stream"):

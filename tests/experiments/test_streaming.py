@@ -22,7 +22,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_model_that_does_not_fit_runs_with_the_same_bits(tmp_path: Path) -> None:
-    """280 MB of weights and 400 MB of factors; the libraries alone have asked for 600 MB."""
+    """280 MB of weights and 320 MB of factors; the libraries alone have asked for 600 MB."""
     refused = run(tmp_path, "--placement", "resident", "--limit", "1")
     assert refused.returncode != 0
     assert "does not fit" in refused.stderr

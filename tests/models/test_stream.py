@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 
 from ffgym.agents.pathwise import Pathwise
 from ffgym.config.toml import load_config
-from ffgym.costs.resource import resource_named
 from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import ConfigError, ModelError
+from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, evaluate_cut
 from ffgym.export.checkpoint import save_pruned
@@ -28,7 +27,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.plugins.bases import Criterion
-from ffgym.prepare.parts import costs_in, load_parts, make_pruning_env, prepare_model
+from ffgym.prepare.parts import make_pruning_env
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.prepare.store import opened_or_prepared, store_key
@@ -239,27 +238,6 @@ class TestRefuses:
         index.write_text(json.dumps(content))
         with pytest.raises(ModelError, match="weights are not in the checkpoint"):
             on_disk(folder)
-
-    def test_several_gpus(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        with pytest.raises(ModelError, match="balanced"):
-            load(str(folder), device="balanced", dtype="float32", streamed=True)
-
-    def test_where_nothing_may_be_kept(self, tiny_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
-        config = load_config(**tiny_run | {"model": tiny_run["model"] | {"placement": "stream"}})
-        loaded, splits = load_parts(config)
-        with pytest.raises(ConfigError, match=r"model\.placement = 'stream'"):
-            prepare_model(config, loaded, splits.calibration.windows)
-
-    def test_what_needs_the_model_in_memory(self, tiny_run: Any) -> None:
-        tables = tiny_run | {"model": tiny_run["model"] | {"placement": "stream"}}
-        with pytest.raises(ConfigError, match="trains a model in memory"):
-            load_parts(load_config(**tables, recover={"method": "lora"}))
-        config = load_config(**tables, prune={"resource": "latency"})
-        loaded, _ = load_parts(config)
-        with pytest.raises(ConfigError, match="latency is measured on a model in memory"):
-            costs_in(resource_named("latency"), config, loaded.model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

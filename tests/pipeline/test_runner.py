@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -675,6 +676,24 @@ def test_a_run_that_fails_at_once_leaves_its_folder_free(tmp_path: Path) -> None
         with pytest.raises(ModelError):
             finish(config)
     assert not Path(str(config.output.dir)).exists()
+
+
+def test_what_cannot_be_streamed_is_refused_before_a_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    with pytest.raises(ConfigError, match="latency is measured on a model in memory"):
+        finish(glass_config(tmp_path, model={"placement": "stream"}, prune={"resource": "latency"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_for_the_saved_model_is_an_error_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(OutputError, match="the saved model takes"):
+        finish(glass_config(tmp_path))
+    assert not (tmp_path / "out").exists(), "no episode was logged"
 
 
 # failures during the run

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +16,16 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
 from ffgym.errors import FitError, ModelError
 from ffgym.models.families import family_of
 from ffgym.models.loading import DEMO_SIZES, config_of
+from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
 from ffgym.plan.machine import Speed, free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
+from ffgym.plugins import manager
 from ffgym.prepare.planning import placed
 from ffgym.pruning.factors import factor_bytes
 from ffgym.testing.models import tiny_model
@@ -46,6 +51,11 @@ LOAD = Workload(
     episode_tokens=2048,
     episodes_per_update=8,
 )
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
 
 
 def folder_of(config: dict[str, Any], place: Path) -> Path:
@@ -113,11 +123,55 @@ def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_hel
     needed = planned(eight_billion).needed
     with pytest.raises(FitError) as raised:
         planned(eight_billion, free=needed * 1.5, workers=2).check()
-    assert "2 workers need" in raised.value.message
+    assert "workers that share it need" in raised.value.message
     assert "are free on cpu" in raised.value.message
     assert raised.value.hint is not None
     assert "--workers 1" in raised.value.hint
     planned(eight_billion, free=needed * 1.05).check()
+
+
+def test_the_sequential_refit_is_given_up_where_only_its_moments_do_not_fit(eight_billion: ModelShape) -> None:
+    changes: dict[str, Any] = {"streamed": True, "sequential": True}
+    least = planned(eight_billion, **changes | {"sequential": False}).needed
+    assert "output.sequential=false" in planned(eight_billion, free=least, **changes).advice
+
+
+def test_statistics_that_heuristics_ask_for_are_counted(eight_billion: ModelShape) -> None:
+    plain, fisher = (planned(eight_billion, kept=frozenset(kept)) for kept in ((), ("output_gradient",)))
+    more = 64 * 4096**2 * 4
+    assert counts.store(eight_billion, fisher.load) == counts.store(eight_billion, plain.load) + more
+    assert fisher.needed == plain.needed + more
+
+
+class TestFourGpus:
+    @pytest.fixture(autouse=True)
+    def _four(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.folder = str(folder_of(LLAMA_8B, tmp_path))
+        for name, value in (
+            ("is_available", True),
+            ("device_count", 4),
+            ("mem_get_info", (23_000_000_000, 24_000_000_000)),
+            ("memory_reserved", 0),
+        ):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+
+    def plan(self, device: str, **workers: int) -> Plan:
+        model = {"name": self.folder, "dtype": "bfloat16", "device": device}
+        config = load_config(model=model, workers=workers)
+        return plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
+
+    def test_their_memory_counts_together_where_layers_are_spread_over_them(self) -> None:
+        one, spread = self.plan("cuda"), self.plan("balanced")
+        assert one.load.streamed
+        assert not spread.load.streamed
+        assert spread.free == 4 * one.free
+        spread.check()
+
+    def test_a_worker_shares_the_first_one_with_this_process(self) -> None:
+        alone, eight = self.plan("cuda"), self.plan("cuda", count=8)
+        assert eight.needed == alone.largest.peak + eight.worker_peak
+        spread = self.plan("balanced", count=2, gpus=2)
+        assert spread.needed == spread.largest.peak + 2 * spread.worker_peak
 
 
 def test_advice_names_what_still_needs_too_much(eight_billion: ModelShape) -> None:
@@ -161,7 +215,7 @@ def test_a_control_group_leaves_its_limit_less_what_others_hold(
 
 def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> None:
     folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
-    result = call(str(folder), "--set", "model.dtype=bfloat16", "--json")
+    result = call("--model", str(folder), "--set", "model.dtype=bfloat16", "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert plan["family"] == "llama"
@@ -200,6 +254,14 @@ def test_what_no_run_would_take_is_refused(arguments: tuple[str, ...], said: str
     assert said in result.output
 
 
+def test_the_table_says_which_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1MB")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    said = " ".join(call(str(folder_of(LLAMA_8B | {"num_hidden_layers": 1}, tmp_path))).output.split())
+    for word in ("set FFGYM_CACHE to a folder", "all other prepared models would go", "disk with --output"):
+        assert word in said
+
+
 def test_an_unknown_architecture_names_the_nearest_family(tmp_path: Path) -> None:
     result = call(str(folder_of(LLAMA_8B | {"model_type": "qwen2_vl"}, tmp_path)))
     assert result.exit_code == 1
@@ -217,7 +279,33 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         config_of(str(tmp_path))
 
 
+STREAMED = ("--set", "model.placement=stream")
+
+
 class TestPlacement:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (("--recover", "lora"), "'lora' trains a model in memory"),
+            (("--resource", "latency"), "latency is measured on a model in memory"),
+            (("--set", "reward.name=multi-objective", "--set", "reward.resource=latency"), "latency is measured on"),
+        ],
+    )
+    def test_what_needs_the_model_in_memory_is_not_streamed(
+        self, arguments: tuple[str, ...], said: str, tmp_path: Path
+    ) -> None:
+        folder = str(folder_of(LLAMA_8B, tmp_path))
+        assert said in call(folder, *STREAMED, *arguments).output
+        assert not json.loads(call(folder, *arguments, "--json").stdout)["advice"].count("stream=")
+
+    def test_nor_is_what_may_not_be_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = str(folder_of(LLAMA_8B, tmp_path))
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
+        refused = call(folder, *STREAMED)
+        assert "cannot be kept" in refused.output
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", "plenty")
+        assert "'plenty' is no size" in call(folder).output
+
     def test_layers_are_streamed_where_only_that_fits(self, eight_billion: ModelShape) -> None:
         resident, tight, hopeless = (planned(eight_billion, free=free) for free in (1e12, 20e9, 1e9))
         assert placed(AUTO, resident) == resident

@@ -16,7 +16,7 @@ from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.data import cache
-from ffgym.errors import ConfigError, OutputError
+from ffgym.errors import AssetError, ConfigError, OutputError
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare import store
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
@@ -55,7 +55,7 @@ def go(
         return prepare(model, criterion, WINDOWS, ridge=0.01, calibration=how, keep=KEEP, on_layer=on_layer)
 
     key = store_key(model, criterion, WINDOWS, {"calibration": how, **facts})
-    return opened_or_prepared(key, model, make, {"model": "tiny"}, told.append)
+    return opened_or_prepared(key, model, make, {"model": "tiny"}, told.append, keep=KEEP)
 
 
 def bits(prepared: Prepared) -> list[torch.Tensor]:
@@ -213,6 +213,20 @@ class TestSize:
             go(told)
         assert "FFGYM_CACHE_SIZE=0" in (caught.value.hint or "")
         assert told.prepared == 0
+
+    def test_statistics_for_heuristics_need_room_too(self, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+        go(told)
+        (entry,) = cache.entries("prepared")
+        cache.remove(entry)
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0.8 * entry.bytes))
+        with pytest.raises(OutputError, match="the prepared model takes"):
+            go(told)
+
+    def test_a_cache_that_cannot_be_written_is_named(self, told: Told, folder: Path) -> None:
+        folder.parent.write_text("a file where the cache should be")
+        with pytest.raises(AssetError, match="cannot be written") as caught:
+            go(told)
+        assert "FFGYM_CACHE" in (caught.value.hint or "")
 
     def test_0_keeps_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")

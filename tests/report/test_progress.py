@@ -59,7 +59,15 @@ def test_a_long_stage_says_now_and_then_how_far_it_is(at: Callable[[float], None
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0.4, "0:00"), (89, "1:29"), (760.2, "12:40"), (3599.6, "1:00:00"), (11_100, "3:05:00"), (3.4e6, "39 days")],
+    [
+        (0.4, "0:00"),
+        (89, "1:29"),
+        (760.2, "12:40"),
+        (3599.6, "1:00:00"),
+        (11_100, "3:05:00"),
+        (120_000, "1.4 days"),
+        (3.4e6, "39.4 days"),
+    ],
 )
 def test_durations_read_like_a_clock(seconds: float, said: str) -> None:
     assert clock(seconds) == said
