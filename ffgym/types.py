@@ -65,10 +65,9 @@ class Sublayer:
         """Consumer input columns of the dense sublayer."""
         return self.units * self.channels_per_unit
 
-    @property
-    def idle_params(self) -> int:
-        """Parameters of the dense sublayer that one token does not pass through: all experts but its own."""
-        others = self.units - self.experts_per_token if self.kind == "experts" else 0
+    def idle_params(self, kept: int) -> int:
+        """Parameters that one token does not pass through where so many units are kept: all experts but its own."""
+        others = kept - self.experts_per_token if self.kind == "experts" else 0
         return others * (self.unit_params - self.unit_macs)
 
 

@@ -46,6 +46,9 @@ class Guarded(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # typer shows what pydantic calls it
+            raise
         except FFGymError as error:
             raise _ended(error.message, error.hint) from None
         except OSError as error:

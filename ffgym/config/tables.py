@@ -180,7 +180,9 @@ class PruneTable(Table):
         default=False, description="one shape for all layers, saved as a stock checkpoint that needs no code of its own"
     )
     latency_table: OptionalText = Field(
-        default=None, description="file with the times that budget or reward count; empty: time this machine once"
+        default=None,
+        description="file with the times that budget or reward count, from ffgym latency, or of a serving engine from "
+        "ffgym latency --engine; empty: time this machine once",
     )
 
     @property

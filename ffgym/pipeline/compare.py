@@ -19,6 +19,7 @@ from ffgym.models.loading import DEMO_BASE
 from ffgym.models.placement import tokens_per_batch
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.prepare.calibrations import calibration_class
+from ffgym.pruning.budget import width_step
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names
@@ -28,7 +29,7 @@ from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, bos_text
 from ffgym.search.finals import finals_loss
 from ffgym.search.loop import SearchResult
-from ffgym.types import Allocation, Episode, JSONDict
+from ffgym.types import Allocation, Episode, JSONDict, Sublayer
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
@@ -227,15 +228,21 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "",
 
 
 def header(task: Task) -> str:
-    """How the table's numbers were measured."""
+    """How the table's numbers were measured; asked while the model is cut to what was found."""
     report, config, prunable = task.splits.report, task.config, task.prepared.prunable
-    dense, idle = task.sizes(prunable.dense_units)["params"], sum(s.idle_params for s in prunable.sublayers)
+    widths = {width_step(s, config.prune.align) for s in prunable.sublayers if s.kind == "mlp"} - {1}
+    active = {
+        name: humane(task.sizes(kept)["params"] - sum(map(Sublayer.idle_params, prunable.sublayers, kept)))
+        for name, kept in {"dense": prunable.dense_units, "pruned": prunable.kept}.items()
+        if any(s.kind == "experts" for s in prunable.sublayers)
+    }
     sentences = [
         f"Model: {task.loaded.description}.",
         f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens in windows of "
         f"{report.windows.shape[1]:,}, {task.loaded.dtype_name}, {bos_text(report.bos)}.",
         f"Calibration: {_described(task.splits.calibration)}.",
-        *([f"A token passes through {humane(dense - idle)} of the dense model's parameters."] if idle else []),
+        *(f"A token passes through {count} of the {name} model's parameters." for name, count in active.items()),
+        *(f"MLPs keep multiples of {width} channels." for width in sorted(widths)),
         f"MACs at {config.prune.context:,} tokens of context. Seed {config.seed}.",
         *(f"{name.capitalize()}: {how.summary}." for name, how in task.measurements.items()),
     ]

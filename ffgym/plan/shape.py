@@ -57,7 +57,7 @@ class ModelShape:
     @property
     def active_parameters(self) -> int:
         """Parameters that a token passes through: all of them but other tokens' experts."""
-        return self.parameters - sum(s.idle_params for s in self.sublayers)
+        return self.parameters - sum(s.idle_params(s.units) for s in self.sublayers)
 
     @property
     def active_experts(self) -> int:

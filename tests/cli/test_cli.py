@@ -241,6 +241,12 @@ def test_bad_configuration_is_a_message_and_exit_1(
     assert not runner
 
 
+def test_a_wrong_choice_is_a_usage_error_with_the_right_ones() -> None:
+    done = call("eval", "model", "--data", "foo")
+    assert done.exit_code == 2
+    assert "Invalid value for '--data': 'foo' is not one of 'auto', 'hub', 'wheel'." in done.stderr
+
+
 def test_an_unknown_calibration_is_refused_with_the_nearest() -> None:
     done = call("config", "--calibration", "rigde")
     assert done.exit_code == 1

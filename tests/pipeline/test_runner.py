@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from glass_runs import EPISODES, PER_UPDATE, WINDOW, Finished, finish, glass_config, glass_tables, untimed
+from glass_runs import EPISODES, PER_UPDATE, WINDOW, Finished, finish, glass_config, glass_home, glass_tables, untimed
 from mlflow_store import client, new_store, runs
 from processes import interrupted, lines
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -50,6 +51,7 @@ from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.plugins import built_ins, manager
 from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
+from ffgym.report.layout import humane
 from ffgym.search import log
 from ffgym.search.log import read_episodes
 from ffgym.search.policy import read_policy
@@ -140,6 +142,28 @@ def test_the_header_says_how_it_was_measured(finished: Finished) -> None:
     header = finished.result.table.header
     for part in ("wiki.txt, report split", "1,008 tokens in windows of 64", "float32, without BOS", "Seed 0"):
         assert part in header
+
+
+def test_the_header_names_the_step_of_widths_that_auto_chose(tmp_path: Path) -> None:
+    one = finish(configured.resolve_agent(glass_config(tmp_path, prune={"align": "auto"}, agent={"name": "uniform"})))
+    assert "MLPs keep multiples of 4 channels." in one.result.table.header
+    assert {kept % 4 for kept in one.result.found.best.allocation.kept[1::2]} == {0}
+
+
+def test_the_header_says_how_much_of_a_mixture_a_token_passes_through(tmp_path: Path) -> None:
+    shutil.copytree(glass_home() / "glass", tmp_path / "mixture")
+    words = AutoConfig.from_pretrained(tmp_path / "mixture").vocab_size
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 16, "num_local_experts": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = MixtralForCausalLM(MixtralConfig(vocab_size=words, max_position_embeddings=128, **sizes, **heads))
+    dense.save_pretrained(tmp_path / "mixture")
+    config = glass_config(tmp_path, model={"name": str(tmp_path / "mixture")}, agent={"name": "uniform"})
+    one = finish(configured.resolve_agent(config))
+    for name, model in ("dense", dense), ("pruned", reloaded(one)):
+        experts = [layer.mlp.experts for layer in model.model.layers]
+        idle = sum((1 - 2 / each.num_experts) * sum(p.numel() for p in each.parameters()) for each in experts)
+        passed = humane(model.num_parameters() - idle)
+        assert f"A token passes through {passed} of the {name} model's parameters." in one.result.table.header
 
 
 def test_every_row_is_within_the_budget_and_close_to_it(finished: Finished) -> None:
@@ -870,7 +894,7 @@ def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path
     done = interrupted(command, number, lambda: lines(log) > PER_UPDATE)
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert "Traceback" not in done.stderr
-    assert "best so far" in done.stderr
+    assert "the best of " in done.stderr
     allocation = json.loads((tmp_path / "out" / "allocation.json").read_text())
     # The signal may have come between the end of an episode and its line, and it is then measured again.
     assert allocation["episodes"] - len(read_episodes(log)) in (0, 1)
