@@ -208,6 +208,10 @@ def test_the_house_is_drawn_as_the_imports_are_held() -> None:
     rooms = {path.parent.name for path in (ROOT / "ffgym").glob("*/__init__.py")}
     beside = {path.stem for path in (ROOT / "ffgym").glob("*.py")} - {"__init__", "__main__", "version"}
     assert {name for row in drawn for name in row} == rooms | beside
+    flow = re.search(r"Data flows .*?```\n(.*?)```", house, re.DOTALL)
+    assert flow is not None
+    named = [re.findall(r"[a-z]{2,}", line) for line in flow[1].splitlines() if "->" not in line]
+    assert {name for line in named for name in line} <= rooms, "the data flow names a room that is not there"
 
 
 def test_what_a_run_writes_is_documented() -> None:

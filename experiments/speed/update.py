@@ -27,9 +27,9 @@ WANTED = 0.90
 
 def main() -> None:
     config = RunConfig.model_validate({"search": {"episode_tokens": TOKENS}})
-    space = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(quiet=True)))
-    env, agent = space.env, Reinforce()
-    give_prior(agent, space)
+    task = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(quiet=True)))
+    env, agent = task.env, Reinforce()
+    give_prior(agent, task)
     agent.begin(dimensions=len(env.budget.sublayers), batch=EPISODES, seed=config.seed)
     actions = agent.ask(np.array([[config.prune.target, 1.0]] * EPISODES, np.float32))
     subset = tuple(range(TOKENS // config.data.window))
@@ -45,7 +45,7 @@ def main() -> None:
 
     times = [(seconds(dense), seconds(update)) for _ in range(REPETITIONS + 1)][1:]  # the first one warms up
     ratio = statistics.median(one / eight for eight, one in times)
-    print(f"threads {torch.get_num_threads()}, {space.loaded.dtype}, {EPISODES} episodes of {TOKENS} tokens at 20 %")
+    print(f"threads {torch.get_num_threads()}, {task.loaded.dtype}, {EPISODES} episodes of {TOKENS} tokens at 20 %")
     print(f"dense, {EPISODES} times  {spread([eight for eight, _ in times])}")
     print(f"update          {spread([one for _, one in times])}")
     print(f"update / dense  {ratio:.3f}, wanted at most {WANTED:.2f}")

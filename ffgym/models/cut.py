@@ -325,9 +325,9 @@ class PrunableExperts(PrunableSublayer):
         def contributions(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             hidden, chosen, weights = inputs
             lengths = hidden.new_zeros(len(hidden), self.sublayer.units)
-            alone = torch.ones_like(weights[:, :1])
+            ones = torch.ones_like(weights[:, :1])
             for place in range(chosen.shape[1]):  # of the experts that a token is sent to, one after another
-                output = experts.forward(hidden, chosen[:, place : place + 1], alone).norm(dim=-1, keepdim=True)
+                output = experts.forward(hidden, chosen[:, place : place + 1], ones).norm(dim=-1, keepdim=True)
                 lengths.scatter_(1, chosen[:, place : place + 1], (output * weights[:, place : place + 1]).to(lengths))
             receive(lengths / self.consumer.weight.to(lengths))
 

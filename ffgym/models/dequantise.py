@@ -58,7 +58,7 @@ def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
     )
     try:
         # transformers' bar over the tensors knows no switch.
-        with quiet(), contextlib.redirect_stderr(io.StringIO()), _alone(gguf) as place:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), _in_own_folder(gguf) as place:
             model, report = AutoModelForCausalLM.from_pretrained(
                 place, gguf_file=gguf.name, dtype=GGUF_DTYPE, output_loading_info=True, trust_remote_code=False, **dense
             )
@@ -97,7 +97,7 @@ def _check_gguf_sizes(path: Path, fields: dict[str, Any], architecture: str, sha
 
 
 @contextlib.contextmanager
-def _alone(gguf: Path) -> Iterator[str]:
+def _in_own_folder(gguf: Path) -> Iterator[str]:
     """A folder with nothing but the file: transformers also reads adapters and configs that lie beside it."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / gguf.name).symlink_to(gguf.resolve())

@@ -160,14 +160,14 @@ def text_model_of(whole: Any, name: str, files: tuple[Path, ...]) -> tuple[Any, 
 def _check_same_logits(whole: Any, text: Any, name: str) -> None:
     ids = torch.arange(PROBE)[None] % text.config.vocab_size
     with torch.no_grad():
-        alone = text(ids).logits.float()
+        separate = text(ids).logits.float()
         try:
             together = whole(input_ids=ids).logits.float()
         except Exception as error:  # whatever it needs beside text
             raise ModelError(
                 f"model {name!r}, a {type(whole).__name__}, computes nothing from text alone: {error}", hint=BY_ITSELF
             ) from error
-    if (alone - together).abs().max() > TOLERANCE * alone.abs().max():
+    if (separate - together).abs().max() > TOLERANCE * separate.abs().max():
         raise ModelError(
             f"model {name!r}, a {type(whole).__name__}, computes other logits from text than its text model, a"
             f" {type(text).__name__}, so that what is measured of one is not true of the other",

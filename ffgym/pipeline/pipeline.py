@@ -34,7 +34,7 @@ from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import gather_text, train
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan
-from ffgym.prepare.parts import check_texts, cluster_of, say_who_is_idle, table_digest
+from ffgym.prepare.parts import check_texts, cluster_of, report_idle_workers, table_digest
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Row
 
@@ -87,7 +87,7 @@ def run(
         reporter.print(plan.summary)
         plan.check()
         reporter.plan(planned_steps(config, plan))
-        say_who_is_idle(agent.update_size(config.search.episodes_per_update), config.workers.count, reporter.print)
+        report_idle_workers(agent.update_size(config.search.episodes_per_update), config.workers.count, reporter.print)
         task = prepare(config, session, plan, cluster)
         text = gather_text(task)  # before the search, so that an unfit corpus is refused early
         hint = "Free some space, name a folder on a larger disk (--output), or set output.save_model to false."

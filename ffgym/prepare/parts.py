@@ -385,7 +385,7 @@ def shared_executor(
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
 
 
-def say_who_is_idle(episodes: int, workers: int, notify: Callable[[str], None]) -> None:
+def report_idle_workers(episodes: int, workers: int, notify: Callable[[str], None]) -> None:
     """Tell the user if an update has fewer episodes than there are workers."""
     if episodes < workers:
         have, episode = ("has" if workers - episodes == 1 else "have"), ("episode" if episodes == 1 else "episodes")

@@ -202,7 +202,7 @@ class AgentConformance(PluginConformance):
     """What every agent promises, on a toy problem with a known optimum."""
 
     _finished: ClassVar[tuple[Agent, ToyEnv, list[Update]]]
-    _told: ClassVar[list[tuple[np.ndarray, np.ndarray]]]
+    _handed_out: ClassVar[list[tuple[np.ndarray, np.ndarray]]]
 
     @abstractmethod
     def make(self) -> Agent:
@@ -232,7 +232,7 @@ class AgentConformance(PluginConformance):
             np.random.seed(0)
             torch.manual_seed(0)
             agent, env, updates = self.ready(), self.environment(), list[Update]()
-            own._told = _witnessed(env)
+            own._handed_out = _witnessed(env)
             agent.learn(env, seed=0, on_update=updates.append)
             own._finished = agent, env, updates
         return own._finished
@@ -268,7 +268,7 @@ class AgentConformance(PluginConformance):
     def test_leaves_what_it_is_told_unchanged(self) -> None:
         """Observations and rewards belong to the environment, whose log and other listeners still use them."""
         self.finished()
-        for given, before in type(self)._told:
+        for given, before in type(self)._handed_out:
             assert np.array_equal(given, before), "it changed observations or rewards in place: copy them first"
 
     def test_recommends_importances(self) -> None:
@@ -382,21 +382,21 @@ class FamilyConformance:
 
 def _witnessed(env: ToyEnv) -> list[tuple[np.ndarray, np.ndarray]]:
     """All arrays that a toy hands out from now on, each with a copy of what it held then."""
-    told: list[tuple[np.ndarray, np.ndarray]] = []
+    handed_out: list[tuple[np.ndarray, np.ndarray]] = []
     step, reset = env.step, env.reset
 
     def stepped(actions: np.ndarray) -> Any:
         answer = step(actions)
-        told.extend((array, array.copy()) for array in answer[:2])
+        handed_out.extend((array, array.copy()) for array in answer[:2])
         return answer
 
     def begun(**options: Any) -> Any:
         answer = reset(**options)
-        told.append((answer[0], answer[0].copy()))
+        handed_out.append((answer[0], answer[0].copy()))
         return answer
 
     env.step, env.reset = stepped, begun  # type: ignore[method-assign]
-    return told
+    return handed_out
 
 
 def _permuted(stats: LayerStats, order: torch.Tensor) -> LayerStats:

@@ -16,7 +16,7 @@ from ffgym.plugins.built_ins import BUILTINS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
+EXPERT_FAMILIES = tuple(name for name in BUILTINS["family"] if manager.get_class("family", name).experts)
 """Names of the families that ship with ffgym whose layers have a mixture of experts, most of them or all."""
 
 TINY_FAMILIES = tuple(name for name in BUILTINS["family"] if name not in EXPERT_FAMILIES)

@@ -14,7 +14,7 @@ from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, WorkerError
 from ffgym.execute.ray import Workers, connected
-from ffgym.prepare.parts import cluster_of, say_who_is_idle
+from ffgym.prepare.parts import cluster_of, report_idle_workers
 
 
 @pytest.fixture
@@ -82,9 +82,9 @@ def test_no_workers() -> None:
 
 def test_surplus_workers_are_named() -> None:
     said: list[str] = []
-    say_who_is_idle(8, 8, said.append)
-    say_who_is_idle(1, 3, said.append)
-    say_who_is_idle(2, 3, said.append)
+    report_idle_workers(8, 8, said.append)
+    report_idle_workers(1, 3, said.append)
+    report_idle_workers(2, 3, said.append)
     assert said == [
         "2 of 3 workers have nothing to do: an update is 1 episode",
         "1 of 3 workers has nothing to do: an update is 2 episodes",
