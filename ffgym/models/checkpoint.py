@@ -21,6 +21,7 @@ from ffgym.plugins.architectures import MODEL_CONFIG, check_architecture
 
 LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
 MOST_LAYERS = 10_000  # where no weights are there to count them
+POSITIVE = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
@@ -76,7 +77,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
-    """Refuse a config of an unsupported family, of MXFP4 codes, or of no layers or more than ``depth``.
+    """Refuse a config of an unsupported family, of MXFP4 codes, of no layers or more than ``depth``, of no heads.
 
     A family of ours is registered.
     """
@@ -93,6 +94,9 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
     if isinstance(layers, int) and not 0 < layers <= depth:
         allowed = f"not 1 to {depth:,}" if depth == MOST_LAYERS else f"and the checkpoint has {depth} layers"
         raise misfit(name, f"num_hidden_layers = {layers}, {allowed}")
+    for key in () if any_family else POSITIVE:
+        if isinstance(value := (text or config).get(key), int) and value < 1:
+            raise misfit(name, f"{key} = {value}, and it should be 1 or more")
     if not any_family and text is not None and not str(config.get("model_type")).startswith(PREFIX):
         check_towers(config)
 

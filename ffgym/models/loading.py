@@ -23,6 +23,7 @@ from ffgym.models.checkpoint import (
     check_folder,
     check_sizes,
     read_config,
+    weight_files,
 )
 from ffgym.models.dequantise import dequantised, refuse_what_would_be_lost
 from ffgym.models.families import register_saved
@@ -204,7 +205,7 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
 def config_of(name: str, *, revision: str | None = None) -> Any:
     """The config of whatever `load` takes, of a checkpoint of several towers that of its text model.
 
-    No weights are read or downloaded, and a folder need not hold any.
+    No weights are read or downloaded, and a folder need not hold any; the shapes of those that it holds are checked.
 
     Raises:
         ModelError: as `load`, as far as a config shows it.
@@ -218,7 +219,10 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
         return AutoConfig.for_model("llama", **DEMO_SIZES)
     if path.is_dir():
         source, content = str(path), read_config(path)
-        check_config(name, content, any_family=False, depth=MOST_LAYERS)
+        if all(file.is_file() for file in weight_files(path)):
+            check_sizes(name, path, any_family=False)
+        else:  # the config and an index of weights are enough for a plan
+            check_config(name, content, any_family=False, depth=MOST_LAYERS)
     elif path.suffix.lower() == ".gguf" and path.is_file():
         refuse_what_would_be_lost(path, any_family=False)
         source, options = str(path.parent), {"gguf_file": path.name}

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import gguf
 import numpy as np
@@ -21,7 +22,7 @@ from ffgym.export.checkpoint import save_pruned
 from ffgym.models import dequantise, loading, placement
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
-from ffgym.models.loading import load
+from ffgym.models.loading import config_of, load
 from ffgym.testing.models import tiny_model as random_model
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -430,8 +431,13 @@ def test_a_config_with_other_layers_than_the_weights_is_refused_before_any_is_bu
 def test_a_config_with_other_sizes_than_the_weights_is_refused_before_any_is_built(checkpoint, key, value, monkeypatch):
     edit(checkpoint, **{key: value})
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("built"))
-    with pytest.raises(ModelError, match=r"does not fit its config\.json|cannot be loaded"):
-        load(str(checkpoint), dtype="float32", device="cpu")
+    named = value < 1 and key != "intermediate_size"
+    said = (
+        f"{key} = {value}, and it should be 1 or more" if named else r"does not fit its config\.json|cannot be loaded"
+    )
+    for read in (config_of, partial(load, dtype="float32", device="cpu")):
+        with pytest.raises(ModelError, match=said):
+            read(str(checkpoint))
 
 
 @pytest.mark.parametrize("size", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
