@@ -41,6 +41,7 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
 
     Raises:
         PluginError: it raised, returned something else, or changed what it was given.
+        ModelError: the weight is not finite, and so no score can be.
     """
     import torch
 
@@ -63,6 +64,11 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
     scores = scores.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if bad := int((~torch.isfinite(scores)).sum()):
+        if not torch.isfinite(weight).all():
+            raise ModelError(
+                f"{sublayer.name}: its output weights hold NaN or infinity",
+                hint="The model's files are damaged: write or download it again.",
+            )
         raise PluginError(f"{where}: {bad} of {scores.numel()} scores are NaN or infinite")
     return scores
 

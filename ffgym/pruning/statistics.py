@@ -19,7 +19,10 @@ from ffgym.types import LayerStats
 
 GRADIENT_STATISTICS = frozenset({"gradient", "output_gradient"})
 BLOCK = 256  # rows of symmetric sums: few enough to leave out nearly half of the products
-OVERFLOW_HINT = "The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16."
+OVERFLOW_HINT = (
+    "The model overflows on the calibration text: use --set model.dtype=float32 or bfloat16. If it does so with "
+    "these too, its weights are damaged: write or download it again."
+)
 
 
 def kept_bytes(outputs: int, channels: int, names: Set[str]) -> int:

@@ -116,6 +116,11 @@ def test_bad_scores_name_plugin_package_and_sublayer(answer: Callable[[torch.Ten
     assert "layer 3 mlp" in str(caught.value)
 
 
+def test_damaged_weights_are_not_the_fault_of_the_criterion() -> None:
+    with pytest.raises(ModelError, match="layer 3 mlp: its output weights hold NaN or infinity"):
+        check_scores(Scores(torch.abs), torch.tensor([[1.0, torch.nan]]), LayerStats(), SUBLAYER)
+
+
 def test_a_nan_that_was_there_before_is_no_change() -> None:
     stats = LayerStats(mean=torch.full((5,), torch.nan))
     assert check_scores(Scores(torch.abs), torch.ones(4, 5), stats, SUBLAYER).shape == (4, 5)
