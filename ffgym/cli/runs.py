@@ -30,6 +30,10 @@ FORMATS = {
 
 @app.command()
 def runs(
+    place: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="only the runs whose folders lie there", show_default=False),
+    ] = None,
     filters: Annotated[
         list[str] | None,
         typer.Option("--filter", metavar="COLUMN=VALUE", help="only these, e.g. agent=rein*; repeatable"),
@@ -48,7 +52,8 @@ def runs(
     found = [
         run
         for run in list_runs(Path(root).expanduser(), experiment)
-        if all(_matches(run, column, value) for column, value in wanted)
+        if (place is None or (run.folder is not None and run.folder.is_relative_to(place.expanduser().resolve())))
+        and all(_matches(run, column, value) for column, value in wanted)
     ]
     known = [run for run in found if not _is_missing(getattr(run, column))]
     known.sort(key=lambda run: getattr(run, column), reverse=sort.startswith("-"))

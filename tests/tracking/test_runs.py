@@ -144,6 +144,12 @@ def test_it_is_filtered(root, condition, found):
     assert set(names(root, "--filter", condition)) == found
 
 
+def test_a_folder_lists_the_runs_that_lie_there(root):
+    assert names(root, str(root.parent / "first")) == ["first"]
+    assert set(names(root, str(root.parent))) >= {"first", "second", "twice"}
+    assert names(root, str(root.parent / "fir")) == []
+
+
 def test_json_has_all_there_is(root):
     (run,) = json.loads(listed(root, "--json", "--filter", "name=first"))
     assert run["ratio"] == pytest.approx(30.19 / 19.6)
