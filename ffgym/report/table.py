@@ -191,7 +191,13 @@ class ReportTable:
         return Table(
             columns,
             self.rows,
-            [*self.verdict, *([self.warning] if self.warning else []), *self._legend(), self.header],
+            [
+                *self.verdict,
+                *self._refit_notes(),
+                *([self.warning] if self.warning else []),
+                *self._legend(),
+                self.header,
+            ],
             best=best,
             row_style=lambda row: "bold green" if row is best else "bold" if row.is_found else "",
             is_reference=lambda row: row.is_dense,
@@ -219,6 +225,19 @@ class ReportTable:
             return "best heuristic" if row is best else str(self.difference(row) or "")
 
         return _number("nats against best heuristic", cell, lambda row: difference_data(self.difference(row)))
+
+    def _refit_notes(self) -> list[str]:
+        """Say so where the saved refit is clearly worse than none."""
+        plain, saved = next((row for row in self.rows if row.is_found and not row.refit), None), self.saved
+        if plain is None or not (plain.losses and saved.losses):
+            return []
+        found = paired_difference([saved.losses], [plain.losses])
+        if found is None or found.mean <= 0 or found.is_tie:
+            return []
+        return [
+            f"The refit that is saved made the result worse: {plain.label} has the lower loss. Calibrate on more text "
+            "(data.calibration_tokens), or on text like that of the report (data.calibration)."
+        ]
 
     def _legend(self) -> list[str]:
         """Explain the signs that the table uses, and only those; then the rows' notes."""

@@ -137,6 +137,13 @@ def test_the_search_is_compared_with_the_best_heuristic_on_the_same_windows(loss
     assert verdict in text
 
 
+@pytest.mark.parametrize(("losses", "is_said"), [((2.4, 3.4, 4.41), True), ((2.4, 3.9, 4.3), False), (HARD, False)])
+def test_a_refit_that_made_the_result_worse_is_pointed_out(losses, is_said):
+    plain = replace(found(*losses), label="reinforce, plain", refit="")
+    text = compared(WEAK, plain, found(*HARD, is_saved=True)).layout().markdown()
+    assert ("made the result worse: reinforce, plain has the lower loss" in text) == is_said
+
+
 def test_one_window_cannot_tell():
     table = compared(measured("uniform + ridge", 3.0, is_heuristic=True), found(2.0))
     assert "One window cannot say" in table.verdict[0]
