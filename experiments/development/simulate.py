@@ -18,7 +18,7 @@ import numpy as np
 
 from ffgym.agents.averaging import tail_mean
 from ffgym.agents.exploration import depth_covariance, square_root
-from ffgym.agents.pathwise import PathwiseConfig, SlopeDescent
+from ffgym.agents.pathwise import SlopeDescent
 from ffgym.agents.reinforce import pair_advantages
 from ffgym.pruning.budget import Budget
 from ffgym.types import Sublayer
@@ -118,8 +118,8 @@ def gained(variant: Variant, sparsity: float, seed: int, tokens: int) -> float:
     """Mnats that a search gains over its prior."""
     world, rng = World(sparsity, seed), np.random.default_rng([seed, 5])
     mean, means, spent, budget = world.prior.copy(), list[np.ndarray](), 0, tokens // 1024
-    descent = SlopeDescent(2 * LAYERS, PathwiseConfig.model_validate({}))
-    root = variant.spread * square_root(depth_covariance(2 * LAYERS, smooth=variant.smooth, length=0.15))
+    descent = SlopeDescent(2 * LAYERS)
+    root = variant.spread * square_root(depth_covariance(2 * LAYERS, smooth=variant.smooth))
     root = root * ~MLP if variant.coarse_only else root
     follows, pairs = False, BATCH // 2
 

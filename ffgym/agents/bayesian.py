@@ -13,33 +13,21 @@ compared). The next episodes are the candidates with the highest expected improv
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from ffgym.agents.surrogate import Surrogate
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
-
-class BayesianConfig(PluginConfig):
-    """Options of the agent."""
-
-    spread: float = Field(
-        0.2,
-        gt=0,
-        description="largest standard deviation of perturbations, in importance units (2 spans all keep ratios)",
-    )
-    candidates: int = Field(
-        512, ge=16, description="how many candidates expected improvement chooses among, at least 16"
-    )
+SPREAD = 0.2  # largest standard deviation of perturbations, in importance units (2 spans all keep ratios)
+CANDIDATES = 512  # that expected improvement chooses among
 
 
 class Bayesian(BatchAgent):
     """Gaussian process with expected improvement."""
 
     name = "bayesian"
-    Config: ClassVar[type[PluginConfig]] = BayesianConfig
     least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:
@@ -61,7 +49,7 @@ class Bayesian(BatchAgent):
         if self._surrogate is None:
             chosen = self._perturbed(self._centre, others)
         else:
-            half = max(others, self.config.candidates // 2)
+            half = max(others, CANDIDATES // 2)
             pool = np.vstack([self._perturbed(self._incumbent, half), self._perturbed(self._centre, half)])
             chosen = self._surrogate.most_promising(pool, others)
         return np.vstack([self._incumbent[None], chosen]).astype(np.float32)
@@ -87,9 +75,9 @@ class Bayesian(BatchAgent):
         self._incumbent = np.array(state["incumbent"])
 
     def _perturbed(self, centre: np.ndarray, count: int) -> np.ndarray:
-        """Perturbations of all sizes up to ``spread``, half of them of all importances, half of about a fifth."""
+        """Perturbations of all sizes up to ``SPREAD``, half of them of all importances, half of about a fifth."""
         shape = (count, len(centre))
-        size = self.config.spread * 2.0 ** self._rng.uniform(-3.0, 0.0, (count, 1))
+        size = SPREAD * 2.0 ** self._rng.uniform(-3.0, 0.0, (count, 1))
         share = np.where(np.arange(count) % 2 == 0, 1.0, 0.2)[:, None]
         step = size * self._rng.standard_normal(shape) * (self._rng.random(shape) < share)
         return np.asarray(np.clip(centre + step, -1.0, 1.0))

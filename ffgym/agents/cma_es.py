@@ -4,8 +4,7 @@ The problem: maximise E_{a ~ N(m, s^2 C)}[R(a)] over the mean m, the step size s
 the rewards within an update counts, so it does not mind that every update has its own token subset. One update is one
 generation: the population is all the episodes of an update. Nothing is carried over but the distribution.
 
-``separable`` keeps C diagonal (Ros and Hansen 2008): fewer numbers to learn, which pays where importances outnumber
-updates. What is sampled outside [-1, 1] is measured at the edge and not drawn again: in 60 dimensions with a prior on
+What is sampled outside [-1, 1] is measured at the edge and not drawn again: in 60 dimensions with a prior on
 the edge no sample would ever be inside. The update sees the sample as it was drawn; told of the clipped ones, the mean
 would leave the edge whatever the rewards say.
 
@@ -17,45 +16,32 @@ recommendation averaged over the last means.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
-from cmaes import CMA, SepCMA
-from pydantic import Field, model_validator
+from cmaes import CMA
+from pydantic import Field
 
 from ffgym.agents.averaging import tail_mean
 from ffgym.agents.exploration import depth_covariance
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
+SIGMA = 0.15  # step size at the start, in importance units
 SMALLEST_VARIANCE = 1e-6
 
 
 class CMAESConfig(PluginConfig):
     """Options of the agent."""
 
-    sigma: float = Field(
-        0.15, gt=0, description="step size at the start, in importance units (2 spans all keep ratios)"
-    )
-    separable: bool = Field(False, description="adapt the variances only")
     smooth: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the starting covariance shared by neighbouring layers of one kind; not with separable",
+        0.0, ge=0, le=1, description="share of the starting covariance shared by neighbouring layers of one kind"
     )
-    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
     average: float = Field(
         0.0,
         ge=0,
         le=1,
         description="share of the last means that are averaged into the recommended one; 0 takes the last",
     )
-
-    @model_validator(mode="after")
-    def _one_covariance(self) -> Self:
-        if self.separable and self.smooth:
-            raise ValueError(f"separable keeps variances only, which smooth = {self.smooth:g} cannot start from")
-        return self
 
 
 class CMAES(BatchAgent):
@@ -73,7 +59,7 @@ class CMAES(BatchAgent):
         self._means: list[np.ndarray] = []
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
-        """Start from the prior, or from the mean of the state that was loaded, with the configured step size."""
+        """Start from the prior, or from the mean of the state that was loaded, with the first step size."""
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
         self._start = mean = prior if self._start is None else self._start
         self._means = []
@@ -115,14 +101,9 @@ class CMAES(BatchAgent):
         return tail_mean(self._means, self.config.average) if self._means else self._start
 
     def _made(self, mean: np.ndarray, batch: int) -> Any:
-        start = {
-            "mean": np.clip(mean, -1.0, 1.0).astype(np.float64),
-            "sigma": self.config.sigma,
-            "population_size": batch,
-        }
-        if self.config.separable:
-            return SepCMA(**start)
+        covariance = None
         if self.config.smooth:
-            shared = depth_covariance(len(mean), smooth=self.config.smooth, length=self.config.length)
-            start["cov"] = shared + SMALLEST_VARIANCE * np.eye(len(mean))  # which has to have an inverse
-        return CMA(**start)
+            shared = depth_covariance(len(mean), smooth=self.config.smooth)
+            covariance = shared + SMALLEST_VARIANCE * np.eye(len(mean))  # which has to have an inverse
+        start = np.clip(mean, -1.0, 1.0).astype(np.float64)
+        return CMA(mean=start, sigma=SIGMA, population_size=batch, cov=covariance)

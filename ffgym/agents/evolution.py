@@ -27,6 +27,10 @@ from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 MOST_TRIES = 50  # for a child that is none of the others
+MUTATION_PROBABILITY = 0.2  # that a mutation changes an importance
+# Standard deviations, in importance units: of that change, and of random ones around the prior.
+MUTATION_SPREAD = 0.2
+RANDOM_SPREAD = 0.3
 
 
 class EvolutionConfig(PluginConfig):
@@ -42,21 +46,8 @@ class EvolutionConfig(PluginConfig):
     crossover: float = Field(
         0.2, ge=0, le=1, description="share of children by crossover; what is left of 1 are random ones"
     )
-    mutation_probability: float = Field(
-        0.2, gt=0, le=1, description="probability that a mutation changes an importance, in (0, 1]"
-    )
-    mutation_spread: float = Field(
-        0.2, gt=0, description="standard deviation of that change, in importance units (2 spans all keep ratios)"
-    )
     smooth: float = Field(
-        0.0, ge=0, le=1, description="share of that change's variance that is shared by neighbouring layers of one kind"
-    )
-    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
-    initial_spread: float = Field(
-        0.3, gt=0, description="standard deviation of random ones around the prior, in importance units"
-    )
-    use_prior: bool = Field(
-        True, description="start around the prior; otherwise random ones are uniform in [-1, 1], as in the paper"
+        0.0, ge=0, le=1, description="share of a change's variance that is shared by neighbouring layers of one kind"
     )
 
     @model_validator(mode="after")
@@ -82,13 +73,13 @@ class Evolution(BatchAgent):
         self._batch, self._dimensions = batch, dimensions
         self._survivors = min(batch - 1, max(1, round(self.config.survivors * batch)))
         self._rng = np.random.default_rng(seed)
-        covariance = depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
+        covariance = depth_covariance(dimensions, smooth=self.config.smooth)
         self._root = square_root(covariance) if self.config.smooth else np.eye(dimensions)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """Survivors first, then their children, shape (batch, 2L), float32."""
         if self._parents is None:
-            first = [self._centre()] if self._uses_prior else []
+            first = [] if self.prior_mean is None else [self.prior_mean.astype(np.float64)]
             rows = [*first, *(_inside(self._random()) for _ in range(self._batch - len(first)))]
         else:
             rows = list(self._parents[: self._survivors])
@@ -114,18 +105,12 @@ class Evolution(BatchAgent):
         """Take up survivors."""
         self._parents = np.array(state["parents"], dtype=np.float64)
 
-    @property
-    def _uses_prior(self) -> bool:
-        return bool(self.config.use_prior) and self.prior_mean is not None
-
-    def _centre(self) -> np.ndarray:
-        return np.zeros(self._dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
-
     def _random(self) -> np.ndarray:
-        if self._uses_prior:
-            step = self.config.initial_spread * self._rng.standard_normal(self._dimensions) @ self._root
-            return np.asarray(self._centre() + step)
-        return np.asarray(self._rng.uniform(-1.0, 1.0, self._dimensions))
+        """Around the prior, or anywhere where there is none, as in the paper."""
+        if self.prior_mean is None:
+            return np.asarray(self._rng.uniform(-1.0, 1.0, self._dimensions))
+        step = RANDOM_SPREAD * self._rng.standard_normal(self._dimensions) @ self._root
+        return np.asarray(self.prior_mean + step)
 
     def _new_child(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         """A child that equals none of the rows: a copy would cost tokens and earn the same reward."""
@@ -142,8 +127,8 @@ class Evolution(BatchAgent):
         one, other = self._parents[couple[0]], self._parents[couple[-1]]
         changed = self._rng.random(self._dimensions)
         if way < self.config.mutation:
-            step = self.config.mutation_spread * self._rng.standard_normal(self._dimensions) @ self._root
-            return np.asarray(one + step * (changed < self.config.mutation_probability))
+            step = MUTATION_SPREAD * self._rng.standard_normal(self._dimensions) @ self._root
+            return np.asarray(one + step * (changed < MUTATION_PROBABILITY))
         if way < self.config.mutation + self.config.crossover:
             return np.asarray(np.where(changed < 0.5, one, other))
         return self._random()

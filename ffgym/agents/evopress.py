@@ -21,48 +21,25 @@ How that maps to a vector environment, whose every step measures all its episode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator
 
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
-
-class EvoPressConfig(PluginConfig):
-    """Options of the agent."""
-
-    step: float = Field(
-        0.2, gt=0, description="how far a level switch moves, in importance units (2 spans all keep ratios)"
-    )
-    switches: int = Field(
-        3,
-        ge=1,
-        description="most level switches of a child; the number is the smaller of two uniform draws, as in the paper",
-    )
-    survivors: tuple[PositiveInt, ...] = Field(
-        (2, 1),
-        min_length=1,
-        description="how many survive each round; the last round's one replaces the parent if it is better",
-    )
-
-    @field_validator("survivors")
-    @classmethod
-    def _ends_with_one(cls, survivors: tuple[int, ...]) -> tuple[int, ...]:
-        if survivors[-1] != 1:
-            raise ValueError("the last round has one survivor, e.g. [2, 1]")
-        return survivors
+STEP = 0.2  # how far a level switch moves, in importance units (2 spans all keep ratios)
+MOST_SWITCHES = 3  # of a child; the number is the smaller of two uniform draws, as in the paper
+SURVIVORS = (2, 1)  # of each round; the last round's one replaces the parent if it is better
 
 
 class EvoPress(BatchAgent):
     """(1 + lambda) evolution by level switches with successive halving."""
 
     name = "evopress"
-    Config: ClassVar[type[PluginConfig]] = EvoPressConfig
+    least_episodes = 2 + sum(SURVIVORS[:-1])  # parent, survivors, a child
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
-        self.least_episodes = 2 + sum(self.config.survivors[:-1])  # parent, survivors, a child
         self._actions: np.ndarray | None = None  # parent, then survivors, shape (1 + survivors, 2L)
         self._rewards: list[list[float]] = [[]]  # of each of them, over its latest steps
 
@@ -84,12 +61,12 @@ class EvoPress(BatchAgent):
         """Select in every round; replace the parent where the last round's winner is better."""
         seen = self._rewards + [[] for _ in range(self._batch - len(self._rewards))]
         seen = [[*past, float(reward)] for past, reward in zip(seen, rewards, strict=True)]
-        rounds = len(self.config.survivors)
+        rounds = len(SURVIVORS)
         best = self._best(seen, age=rounds, parent=0, count=1)
         replaced = bool(best) and _gain(seen, best[0], parent=0) > 0
         parent = best[0] if replaced else 0
         chosen = [parent]
-        for age, count in enumerate(self.config.survivors[:-1], start=1):
+        for age, count in enumerate(SURVIVORS[:-1], start=1):
             chosen += self._best(seen, age=age, parent=parent, count=count)
         self._actions, self._rewards = actions[chosen], [seen[i][-rounds:] for i in chosen]
         return {"population/replaced": float(replaced)}
@@ -113,13 +90,13 @@ class EvoPress(BatchAgent):
 
     def _child(self, parent: np.ndarray) -> np.ndarray:
         child = parent.astype(np.float64)
-        for _ in range(int(self._rng.integers(1, self.config.switches + 1, size=2).min())):
+        for _ in range(int(self._rng.integers(1, MOST_SWITCHES + 1, size=2).min())):
             # What is at an edge of [-1, 1] cannot move further; what it does not take, the projection spreads over all.
             less = self._rng.choice(_or_all(child > -1))
             others = np.delete(np.arange(len(child)), less)
             more = others[self._rng.choice(_or_all(child[others] < 1))]
-            child[more] += self.config.step
-            child[less] -= self.config.step
+            child[more] += STEP
+            child[less] -= STEP
             child = np.clip(child, -1.0, 1.0)
         return child
 

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import numpy as np
 
+LENGTH = 0.15  # over which share of the depth layers share their noise
 
-def depth_covariance(dimensions: int, *, smooth: float, length: float) -> np.ndarray:
+
+def depth_covariance(dimensions: int, *, smooth: float) -> np.ndarray:
     """Covariance of unit-variance noise over 2L sublayers (attention and MLP alternate).
 
-    ``smooth`` of the variance is a Gaussian-process component per kind, exp(-(i - j)^2 / (2 (length L)^2)) over layers
+    ``smooth`` of the variance is a Gaussian-process component per kind, exp(-(i - j)^2 / (2 (0.15 L)^2)) over layers
     i, j; the rest is private. What would move all sublayers alike is taken out: the projection undoes it.
 
     Args:
         dimensions: 2L.
         smooth: share of variance that is smooth over depth, in [0, 1].
-        length: length scale as a share of the depth, > 0.
 
     Returns:
         shape (2L, 2L), float64, positive semi-definite.
     """
     layer = np.arange(dimensions) // 2
     kind = np.arange(dimensions) % 2
-    distance = (layer[:, None] - layer[None, :]) / (length * max(1, dimensions // 2))
+    distance = (layer[:, None] - layer[None, :]) / (LENGTH * max(1, dimensions // 2))
     shared = np.exp(-0.5 * distance**2) * (kind[:, None] == kind[None, :])
     covariance = smooth * shared + (1 - smooth) * np.eye(dimensions)
     centre = np.eye(dimensions) - 1.0 / dimensions

@@ -7,8 +7,8 @@ pass of the model cut as mu says. Each update is measured on tokens of its own, 
     mu_(t+1) = mu_t - step / sqrt(t) * C (h_t / v_t),    v_t^2 = mean of h^2 over updates so far and the layers beside
 
 Every sublayer has a scale v of its own: the slopes of the first and last layers change several times more with the text
-than those in the middle, and on a common scale their noise would be most of every step. C shares a slope among
-neighbouring layers of one kind, as far as ``smooth`` says. What is recommended is the mean of the last half of the mu.
+than those in the middle, and on a common scale their noise would be most of every step. C shares half of
+a step among neighbouring layers of one kind. What is recommended is the mean of the last half of the mu.
 A sublayer without slopes, its units too coarse for a derivative, stays where the prior has it.
 
 It follows the loss, whatever the reward is: only the comparison of the finalists looks at the reward.
@@ -20,41 +20,24 @@ averaging, Polyak and Juditsky 1992.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from ffgym.agents.averaging import tail_mean
 from ffgym.agents.exploration import depth_covariance
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
-
-class PathwiseConfig(PluginConfig):
-    """Options of the agent."""
-
-    # What a sublayer's neighbours have in common with it comes on top.
-    step: float = Field(
-        0.1, gt=0, description="how far a sublayer goes in the first update by its own slope, in importance units"
-    )
-    smooth: float = Field(
-        0.5, ge=0, le=1, description="share of a step that neighbouring layers of one kind have in common"
-    )
-    length: float = Field(0.15, gt=0, description="over which share of the depth they have it in common, above 0")
-    average: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="share of the last updates whose importances are averaged for recommending; 0 takes the last",
-    )
+STEP = 0.1  # how far the first update moves a sublayer by its own slope, in importance units
+SMOOTH = 0.5  # share of a step that neighbouring layers of one kind have in common
+AVERAGE = 0.5  # share of the last updates whose importances are averaged for recommending
 
 
 class Pathwise(BatchAgent):
     """Descends the loss along its slopes, one episode an update."""
 
     name = "pathwise"
-    Config: ClassVar[type[PluginConfig]] = PathwiseConfig
     slope_episodes = 1
     update_episodes = 1
 
@@ -70,7 +53,7 @@ class Pathwise(BatchAgent):
         self._mean = self._start.copy()
         self._means = []
         self._slope: np.ndarray | None = None
-        self._descent = SlopeDescent(dimensions, self.config, self.coarse)
+        self._descent = SlopeDescent(dimensions, self.coarse)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """The importances reached, for every episode, float32."""
@@ -103,7 +86,7 @@ class Pathwise(BatchAgent):
 
     def _settled(self) -> np.ndarray:
         assert self._start is not None, "begin comes first"
-        return tail_mean(self._means, self.config.average) if self._means else self._start
+        return tail_mean(self._means, AVERAGE) if self._means else self._start
 
 
 class SlopeDescent:
@@ -111,17 +94,15 @@ class SlopeDescent:
 
     Args:
         dimensions: 2L.
-        config: step, smooth and length.
         coarse: sublayers that are not moved, because their slope is but an estimate for one unit, shape (2L,), bool;
             ``None`` for none.
     """
 
-    def __init__(self, dimensions: int, config: Any, coarse: np.ndarray | None = None) -> None:
-        self._step = float(config.step)
+    def __init__(self, dimensions: int, coarse: np.ndarray | None = None) -> None:
         self._updates = 0
         self._squares = np.zeros(dimensions)
         self._is_followed = np.ones(dimensions, bool) if coarse is None else ~coarse
-        self._covariance = depth_covariance(dimensions, smooth=config.smooth, length=config.length)
+        self._covariance = depth_covariance(dimensions, smooth=SMOOTH)
 
     def step(self, slope: np.ndarray) -> np.ndarray:
         """How far up the slope the next step goes, shape (2L,); 0 where there is no slope."""
@@ -130,7 +111,7 @@ class SlopeDescent:
         self._squares += slope**2
         scale = np.sqrt(smoothed_over_neighbours(self._squares) / self._updates)
         scaled = np.divide(slope, scale, out=np.zeros_like(scale), where=slope != 0)
-        step = self._step / np.sqrt(self._updates) * (self._covariance @ scaled)
+        step = STEP / np.sqrt(self._updates) * (self._covariance @ scaled)
         return np.asarray(np.where(slope != 0, step, 0.0))
 
 

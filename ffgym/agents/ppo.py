@@ -28,6 +28,8 @@ from ffgym.errors import ConfigError
 from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
 from ffgym.types import Update
 
+SPREAD = 0.15  # standard deviation of the exploration at the start, in importance units
+
 
 class PPOConfig(PluginConfig):
     """Options of the agent."""
@@ -36,14 +38,6 @@ class PPOConfig(PluginConfig):
     layers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (64, 64), min_length=1, description="widths of the hidden layers of the policy's network, and of the critic's"
     )
-    spread: float = Field(
-        0.15,
-        gt=0,
-        description="standard deviation of the exploration at the start, in importance units (2 spans all keep ratios)",
-    )
-    epochs: int = Field(10, ge=1, description="passes over each rollout, at least 1")
-    clip_range: float = Field(0.2, gt=0, description="how far the probability ratio may leave 1, above 0")
-    entropy: float = Field(0.0, ge=0, description="weight of the entropy bonus, at least 0")
 
 
 class PPO(Agent):
@@ -112,10 +106,7 @@ class PPO(Agent):
             learning_rate=self.config.learning_rate,
             n_steps=1,
             batch_size=vec.num_envs,
-            n_epochs=self.config.epochs,
-            clip_range=self.config.clip_range,
-            ent_coef=self.config.entropy,
-            policy_kwargs={"net_arch": list(self.config.layers), "log_std_init": math.log(self.config.spread)},
+            policy_kwargs={"net_arch": list(self.config.layers), "log_std_init": math.log(SPREAD)},
             seed=seed,
             device="cpu",
         )

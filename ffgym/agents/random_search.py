@@ -14,6 +14,8 @@ from pydantic import Field
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
+SMOOTH = 0.95  # share of the variance around the prior that neighbouring layers of one kind share, as in reinforce
+
 
 class RandomSearchConfig(PluginConfig):
     """Options of the agent."""
@@ -23,10 +25,6 @@ class RandomSearchConfig(PluginConfig):
         gt=0,
         description="standard deviation around the prior (or 0), in importance units; uniform in [-1, 1] if left out",
     )
-    smooth: float = Field(
-        0.95, ge=0, le=1, description="share of that variance that is shared by neighbouring layers of one kind"
-    )
-    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
 
 
 class RandomSearch(BatchAgent):
@@ -41,8 +39,7 @@ class RandomSearch(BatchAgent):
         self._shape = (batch, dimensions)
         self._rng = np.random.default_rng(seed)
         if self.config.spread is not None:
-            covariance = depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
-            self._root = square_root(covariance)
+            self._root = square_root(depth_covariance(dimensions, smooth=SMOOTH))
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """Draw a batch, shape (batch, 2L), float32."""

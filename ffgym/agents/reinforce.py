@@ -38,7 +38,7 @@ from pydantic import Field
 from ffgym.agents.averaging import tail_mean
 from ffgym.agents.coarse import UnitTrial, projection_shift
 from ffgym.agents.exploration import depth_covariance, square_root
-from ffgym.agents.pathwise import PathwiseConfig, SlopeDescent
+from ffgym.agents.pathwise import SlopeDescent
 from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 
 # The mean is w_0 + w_1 (p - 0.2) / 0.2, in a saved policy too: of order 1 over the usual budgets.
@@ -69,7 +69,6 @@ class ReinforceConfig(PluginConfig):
         le=1,
         description="share of the exploration's variance that is shared by neighbouring layers of one kind",
     )
-    length: float = Field(0.15, gt=0, description="over which share of the depth it is shared, above 0")
     average: float = Field(
         0.5,
         ge=0,
@@ -127,10 +126,8 @@ class Reinforce(BatchAgent):
         self._slopes: list[np.ndarray] = []
         self._batch = batch
         self._rng = np.random.default_rng(seed)
-        self._descent = SlopeDescent(dimensions, PathwiseConfig.model_validate({}), self.coarse)
-        self._root = self.config.spread * square_root(
-            depth_covariance(dimensions, smooth=self.config.smooth, length=self.config.length)
-        )
+        self._descent = SlopeDescent(dimensions, self.coarse)
+        self._root = self.config.spread * square_root(depth_covariance(dimensions, smooth=self.config.smooth))
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1]."""

@@ -22,36 +22,22 @@ sublayers not reached keep the prior's importance.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from ffgym.plugins.bases import Agent, OnUpdate, PluginConfig
 from ffgym.types import Update
 
-
-class SensitivityConfig(PluginConfig):
-    """Options of the agent."""
-
-    levels: tuple[float, ...] = Field(
-        (-0.4, 0.4),
-        min_length=1,
-        description="by how much a sublayer's importance is moved, in importance units (2 spans all keep ratios)",
-    )
-    check_share: float = Field(
-        0.2, gt=0, lt=1, description="share of the tokens kept for checking the solution, in (0, 1)"
-    )
-    scale: float = Field(
-        1.5, gt=0, description="largest t of the check, above 0; t = 0 is the prior, t = 1 the solution"
-    )
+LEVELS = (-0.4, 0.4)  # by how much a sublayer's importance is moved (2 spans all keep ratios)
+CHECK_SHARE = 0.2  # of the tokens, kept for checking the solution
+LARGEST_SCALE = 1.5  # largest t of the check: 0 is the prior, 1 the solution
 
 
 class Sensitivity(Agent):
     """Measures each sublayer on its own around the prior, solves the model of their sum, and checks the solution."""
 
     name = "sensitivity"
-    Config: ClassVar[type[PluginConfig]] = SensitivityConfig
     least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:
@@ -66,10 +52,10 @@ class Sensitivity(Agent):
         self._updates = 0
         start = self.prior_mean if self._start is None else self._start
         prior = np.zeros(env.single_action_space.shape[0]) if start is None else start
-        moves = one_at_a_time(prior, self.config.levels, np.random.default_rng(seed))
+        moves = one_at_a_time(prior, np.random.default_rng(seed))
         gains = self._sweep(env, on_update, prior, moves)
         direction = solve(len(prior), moves, gains)
-        scales = np.linspace(0.0, self.config.scale, env.num_envs)
+        scales = np.linspace(0.0, LARGEST_SCALE, env.num_envs)
         ladder = np.clip(prior + scales[:, None] * direction, -1.0, 1.0)
         totals = np.zeros(env.num_envs)
         self._solution = ladder[int(np.argmin(np.abs(scales - 1.0)))]
@@ -93,7 +79,7 @@ class Sensitivity(Agent):
 
     def _sweep(self, env: Any, on_update: OnUpdate, prior: np.ndarray, moves: list[tuple[int, float]]) -> np.ndarray:
         """Mean gain of each move over the prior, shape (moves,), NaN where the tokens did not reach it."""
-        room, keep = env.num_envs - 1, self.config.check_share * env.tokens_left
+        room, keep = env.num_envs - 1, CHECK_SHARE * env.tokens_left
         totals, counts = np.zeros(len(moves)), np.zeros(len(moves))
         position = 0
         while env.tokens_left > keep and moves:
@@ -121,17 +107,16 @@ class Sensitivity(Agent):
         self._updates += 1
 
 
-def one_at_a_time(prior: np.ndarray, levels: tuple[float, ...], rng: np.random.Generator) -> list[tuple[int, float]]:
+def one_at_a_time(prior: np.ndarray, rng: np.random.Generator) -> list[tuple[int, float]]:
     """What to measure: (sublayer, change) for every sublayer and level that [-1, 1] leaves room for.
 
     Level by level, the sublayers of each in a random order, so that a sweep that is cut short is spread over depth.
 
     Args:
         prior: importances to move from, shape (2L,).
-        levels: changes of one importance.
     """
     moves: list[tuple[int, float]] = []
-    for level in levels:
+    for level in LEVELS:
         for i in rng.permutation(len(prior)):
             change = float(np.clip(prior[i] + level, -1.0, 1.0) - prior[i])
             if abs(change) > 1e-6:

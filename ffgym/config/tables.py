@@ -27,7 +27,30 @@ Count = Annotated[int, Field(ge=1)]
 OptionalCount = Annotated[Count | None, NotGiven]
 CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets
 NARROWEST_RANGE = 0.001  # wide enough for 100 targets with names of their own
-STOPPING = {"stop_hopeless": False, "stop_margin": 1.0}  # removed keys of [search], with their defaults
+REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults that earlier results hold
+    "search": {"stop_hopeless": False, "stop_margin": 1.0},
+    "schedule": {"ramp_share": 0.5},
+    "recover": {"seed": "auto"},
+    "agent.reinforce": {"length": 0.15},
+    "agent.pathwise": {"step": 0.1, "smooth": 0.5, "length": 0.15, "average": 0.5},
+    "agent.random": {"smooth": 0.95, "length": 0.15},
+    "agent.ppo": {"spread": 0.15, "epochs": 10, "clip_range": 0.2, "entropy": 0.0},
+    "agent.evolution": {
+        "mutation_probability": 0.2,
+        "mutation_spread": 0.2,
+        "length": 0.15,
+        "initial_spread": 0.3,
+        "use_prior": True,
+    },
+    "agent.cma-es": {"sigma": 0.15, "separable": False, "length": 0.15},
+    "agent.bayesian": {"spread": 0.2, "candidates": 512},
+    "agent.evopress": {"step": 0.2, "switches": 3, "survivors": [2, 1]},
+    "agent.sensitivity": {"levels": [-0.4, 0.4], "check_share": 0.2, "scale": 1.5},
+    "prior.skip-ends": {"first": 3, "last": 1},
+    "prior.owl": {"threshold": 5.0, "span": 0.08},
+    "prior.alpha": {"tail": 0.5},
+    "prior.gate-scaling": {"span": 0.15},
+}
 
 
 def _count(value: Any) -> Any:
@@ -255,21 +278,6 @@ class SearchTable(Table):
         default=True, description="also measure random allocations with as many tokens; not with a range of budgets"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_stopping(cls, table: Any) -> Any:
-        """Earlier results hold the removed keys at their defaults; other values are refused."""
-        if not isinstance(table, dict):
-            return table
-        for key, default in STOPPING.items():
-            if table.get(key, default) != default:
-                raise ConfigError(
-                    f"search.{key} = {table[key]!r}: episodes are no longer stopped early; it compared losses on one "
-                    "text with those on another, and the ablation showed no gain",
-                    hint=f"Leave search.{key} out.",
-                )
-        return {key: value for key, value in table.items() if key not in STOPPING}
-
 
 class ScheduleTable(Table):
     """How the search gets harder: ramps over the token budget, or over episodes."""
@@ -281,11 +289,8 @@ class ScheduleTable(Table):
     fidelity: Ramp = Field(
         default="none", description="none | cubic | staircase: how the measured share of episode_tokens rises to 1"
     )
-    ramp_share: float = Field(
-        default=0.5, gt=0, le=1, description="share of the token budget that the ramps take, in (0, 1]"
-    )
     ramp_episodes: OptionalCount = Field(
-        default=None, description="number of episodes that the ramps take; empty: ramp_share of the tokens"
+        default=None, description="number of episodes that the ramps take; empty: half of the tokens"
     )
 
 
@@ -314,9 +319,6 @@ class RecoverTable(PluginTable):
         default=8192, description="held-out search tokens on which the weights to keep are chosen"
     )
     evaluate_every: Count = Field(default=16, description="steps between measurements on held-out tokens")
-    seed: Literal["auto"] | Annotated[int, Field(ge=0, lt=2**32)] = Field(
-        default="auto", description="auto (the run's seed) or a seed for the training and the order of the text"
-    )
 
 
 class OutputTable(Table):
@@ -376,6 +378,12 @@ class RunConfig(Table):
     output: OutputTable = Field(default_factory=OutputTable)
     tracking: TrackingTable = Field(default_factory=TrackingTable)
     workers: WorkersTable = Field(default_factory=WorkersTable)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_removed(cls, tables: Any) -> Any:
+        """Removed keys may hold their defaults; other values are refused like any unknown key."""
+        return {key: _without_removed(key, table) for key, table in tables.items()} if type(tables) is dict else tables
 
     @model_validator(mode="after")
     def _tables_agree(self) -> RunConfig:
@@ -464,6 +472,13 @@ class RunConfig(Table):
                 f"recover.method = {recover.method!r} trains the saved model, and output.save_model = false saves none",
                 hint="Leave output.save_model out, or set recover.method to none.",
             )
+
+
+def _without_removed(name: str, table: Any) -> Any:
+    if not isinstance(table, dict):
+        return table
+    gone = REMOVED.get(name) or REMOVED.get(f"{name}.{table.get('name')}", {})
+    return {key: value for key, value in table.items() if key not in gone or value != gone[key]}
 
 
 def _at_least(key: str, value: float, bound_name: str, bound: float) -> None:

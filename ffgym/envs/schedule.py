@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ffgym.types import Ramp
 
 STAIRS = 4
+RAMP_SHARE = 0.5  # of the token budget, after which both ramps have reached their ends
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -54,8 +55,8 @@ class Schedule:
         start: sparsity at the very beginning, where the sparsity ramp is on (at most the target).
         sparsity: form of the sparsity ramp.
         fidelity: form of the fidelity ramp.
-        ramp_share: share of the token budget after which both ramps have reached their ends.
-        ramp_episodes: instead, the number of episodes after which they have.
+        ramp_episodes: number of episodes after which both ramps have reached their ends; ``None`` for half of the
+            token budget.
         low: lower end of a range of budgets; ``None`` for a single target.
     """
 
@@ -64,7 +65,6 @@ class Schedule:
     start: float = 0.05
     sparsity: Ramp = "none"
     fidelity: Ramp = "none"
-    ramp_share: float = 0.5
     ramp_episodes: int | None = None
     low: float | None = None
 
@@ -76,7 +76,7 @@ class Schedule:
             place: under a range, the update's place in it: 0 is the lower end, 1 the upper.
             episodes: measured so far.
         """
-        t = min(1.0, spent / self.ramp_share if self.ramp_episodes is None else episodes / self.ramp_episodes)
+        t = min(1.0, spent / RAMP_SHARE if self.ramp_episodes is None else episodes / self.ramp_episodes)
         start = min(self.start, self.target)
         sparsity = start + (self.target - start) * _rise(self.sparsity, t, lambda x: 1 - (1 - x) ** 3)
         if self.low is not None:

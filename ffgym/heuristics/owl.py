@@ -5,34 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import Field
 
-from ffgym.plugins.bases import Heuristic, PluginConfig
+from ffgym.plugins.bases import Heuristic
 from ffgym.pruning.precision import in_float64
 from ffgym.types import SublayerView
+
+THRESHOLD = 5.0  # an outlier is this many times the mean; the paper's M
+SPAN = 0.08  # keep ratios differ by at most twice this; the paper's lambda
 
 
 class Owl(Heuristic):
     """Keep ratios rise linearly with the share of outliers among |W_ij| * ||x_j||.
 
-    A sublayer's outlier ratio is the share of the consumer's elements |W_ij| * E[x_j^2]^(1/2) above ``threshold`` times
-    their mean; keep ratios then spread over +-``span`` around the uniform one (Yin et al. 2023, arXiv 2310.05175: M and
-    lambda). OWL pools all linears of a decoder layer; here attention and MLP are separate decisions, so each sublayer
-    has a ratio of its own, taken from its consumer.
+    A sublayer's outlier ratio is the share of the consumer's elements |W_ij| * E[x_j^2]^(1/2) above M = 5 times their
+    mean; keep ratios then spread over +-lambda = 0.08 around the uniform one (Yin et al. 2023, arXiv 2310.05175).
+    OWL pools all linears of a decoder layer; here attention and MLP are separate decisions, so each sublayer has a
+    ratio of its own, taken from its consumer.
     """
 
     name = "owl"
     needs = frozenset({"square"})
 
-    class Config(PluginConfig):
-        """Options of the table ``[prior]``."""
-
-        threshold: float = Field(5.0, gt=0, description="an outlier is this many times the mean; the paper's M")
-        span: float = Field(0.08, gt=0, le=0.5, description="keep ratios differ by at most twice this; its lambda")
-
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
         """Outlier ratios, mapped linearly, shape (2L,)."""
-        return spread([outlier_ratio(view, self.config.threshold) for view in sublayers], self.config.span)
+        return spread([outlier_ratio(view, THRESHOLD) for view in sublayers], SPAN)
 
 
 def outlier_ratio(view: SublayerView, threshold: float) -> float:

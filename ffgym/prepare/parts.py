@@ -429,7 +429,6 @@ def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
         start=table.sparsity_start,
         sparsity=table.sparsity,
         fidelity=table.fidelity,
-        ramp_share=table.ramp_share,
         ramp_episodes=table.ramp_episodes,
         low=low if config.prune.is_range else None,
     )

@@ -187,7 +187,7 @@ def _identity(
     facts = {
         **{key: getattr(config.recover, key) for key in DECIDES},
         "learning_rate": learning_rate(config.recover, method),
-        "seed": _seed(config),
+        "seed": config.seed,
         "window": training_window(config),
         "dtype": loaded.dtype_name,
         "weights": weights_digest(source)[:DIGITS],
@@ -205,10 +205,6 @@ def _identity(
 def learning_rate(table: RecoverTable, method: Recovery) -> float:
     """The highest of the schedule: what the table says, or the method's own."""
     return method.learning_rate if table.learning_rate == "auto" else float(table.learning_rate)
-
-
-def _seed(config: RunConfig) -> int:
-    return config.seed if config.recover.seed == "auto" else int(config.recover.seed)
 
 
 @dataclass
@@ -269,7 +265,7 @@ class _Recovery:
             batch_tokens=table.batch_tokens,
             learning_rate=learning_rate(table, self.method),
             evaluate_every=table.evaluate_every,
-            seed=_seed(self.config),
+            seed=self.config.seed,
             tokens_per_pass=tokens_per_batch(loaded.device),
             progress=lambda steps: self.reporter.stage(f"recover: {self.method.name}", steps),
             log=lambda points: self.tracker.log_metrics(

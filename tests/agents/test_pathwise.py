@@ -22,11 +22,6 @@ class TestPathwise(AgentConformance):
         return Pathwise()
 
 
-class TestPathwiseWithEveryOption(AgentConformance):
-    def make(self):
-        return Pathwise(Pathwise.Config(step=0.2, smooth=0.7, length=0.3, average=0.0))
-
-
 def told(agent, slopes, prior=None):
     """An agent that was told of these slopes, one an update."""
     agent.prior_mean = prior
@@ -38,41 +33,27 @@ def told(agent, slopes, prior=None):
     return agent
 
 
-def regret(problem, options=None, dimensions=6):
-    agent = Pathwise(Pathwise.Config(**(options or {})))
-    env = problem(num_envs=1, dimensions=dimensions, tokens=60, noise=0.02)
-    agent.learn(env, seed=0, on_update=lambda update: None)
-    return 1 - env.value(agent.recommend(OBSERVATION)[0][None] - env.optimum)[0]
-
-
 # Where nothing is known, 0, costs 0.165 and 0.135. What moves all importances alike is left alone, as a projection
 # would undo it: 0.026 of the first.
-@pytest.mark.parametrize("options", [{}, {"smooth": 0.0}])
 @pytest.mark.parametrize(("problem", "distance"), [(SeparableEnv, 0.035), (QuadraticEnv, 0.06)])
-def test_comes_close_to_a_known_optimum_in_60_episodes(problem, distance, options):
-    assert regret(problem, {"step": 0.15, **options}) < distance
+def test_comes_close_to_a_known_optimum_in_60_episodes(problem, distance):
+    agent, env = Pathwise(), problem(num_envs=1, dimensions=6, tokens=60, noise=0.02)
+    agent.learn(env, seed=0, on_update=lambda update: None)
+    assert 1 - env.value(agent.recommend(OBSERVATION)[0][None] - env.optimum)[0] < distance
 
 
 def test_the_steps_are_those_of_the_formula():
     slopes = np.random.default_rng(0).standard_normal((3, 6))
-    agent = told(Pathwise(Pathwise.Config(step=0.1, smooth=0.5, length=0.3, average=0.0)), slopes)
-    C = depth_covariance(6, smooth=0.5, length=0.3)
-    mean = np.zeros(6)
+    agent = told(Pathwise(), slopes)
+    C = depth_covariance(6, smooth=0.5)
+    means = [np.zeros(6)]
     for t in range(1, 4):
         squares = (slopes[:t] ** 2).mean(axis=0)
         # Layers 0, 1, 2 of one kind are every other sublayer; beyond an end the end counts again.
         v = [np.sqrt(np.mean(squares[[max(i - 2, i % 2), i, min(i + 2, 4 + i % 2)]])) for i in range(6)]
-        mean = mean - 0.1 / np.sqrt(t) * C @ (slopes[t - 1] / v)
-    np.testing.assert_allclose(agent.recommend(OBSERVATION)[0], mean, rtol=1e-6)
-
-
-def test_a_layer_of_loud_slopes_takes_no_larger_steps_than_the_others():
-    rng = np.random.default_rng(0)
-    signs, loud = rng.choice([-1.0, 1.0], 20), np.repeat([50.0, 50.0, 50.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2)
-    agent = told(Pathwise(Pathwise.Config(step=0.1, smooth=0.0)), [signs * loud])
-    moved = np.abs(agent.recommend(OBSERVATION)[0])
-    assert moved.max() < 0.2, "beside quiet neighbours a loud layer takes the square root of 3 times the step"
-    np.testing.assert_allclose(moved[8:], 0.1, atol=0.05)
+        means.append(means[-1] - 0.1 / np.sqrt(t) * C @ (slopes[t - 1] / v))
+    np.testing.assert_allclose(agent.ask(OBSERVATION[None])[0], means[-1], rtol=1e-6)
+    np.testing.assert_allclose(agent.recommend(OBSERVATION)[0], np.mean(means[-2:], axis=0), rtol=1e-6)
 
 
 def test_what_has_no_slope_stays_where_the_prior_has_it():
@@ -80,7 +61,7 @@ def test_what_has_no_slope_stays_where_the_prior_has_it():
     slopes = np.random.default_rng(0).standard_normal((5, 8))
     slopes[:, 0::2] = 0
     prior = np.linspace(-0.5, 0.5, 8, dtype=np.float32)
-    agent = told(Pathwise(Pathwise.Config(smooth=0.7)), slopes, prior)
+    agent = told(Pathwise(), slopes, prior)
     found = agent.recommend(OBSERVATION)[0]
     np.testing.assert_array_equal(found[0::2], prior[0::2])
     assert (found[1::2] != prior[1::2]).all()
@@ -89,15 +70,6 @@ def test_what_has_no_slope_stays_where_the_prior_has_it():
 def test_no_slopes_at_all_move_nothing():
     agent = told(Pathwise(), np.zeros((3, 6)), np.full(6, 0.25, np.float32))
     np.testing.assert_array_equal(agent.recommend(OBSERVATION), np.full((1, 6), 0.25))
-
-
-def test_it_recommends_the_average_of_the_last_half():
-    slopes = np.random.default_rng(0).standard_normal((4, 6))
-    prior = np.full(6, 0.25, np.float32)
-    reached = [told(Pathwise(Pathwise.Config(average=0.0)), slopes[:n], prior) for n in (3, 4)]
-    expected = np.mean([agent.recommend(OBSERVATION)[0] for agent in reached], axis=0)
-    (settled,) = told(Pathwise(), slopes, prior).recommend(OBSERVATION)
-    np.testing.assert_allclose(settled, expected, rtol=1e-6)
 
 
 def test_a_later_search_starts_from_what_an_earlier_one_recommends():

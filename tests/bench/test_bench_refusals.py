@@ -150,7 +150,7 @@ def test_a_variants_plugin_takes_no_options_of_the_one_it_replaces(tmp_path: Pat
     assert (plain.agent.options["learning_rate"], plain.prior.options["span"]) == (1.0, 0.3)
     assert ppo.agent.options["learning_rate"] == 0.003
     assert (owl.agent.options["learning_rate"], owl.agent.options["smooth"]) == (1.0, 0.5)
-    assert owl.prior.options["span"] == 0.08
+    assert owl.prior.options == {}
 
 
 def test_a_wrong_option_says_in_which_row(tmp_path: Path) -> None:

@@ -287,18 +287,14 @@ def test_what_does_not_go_with_a_range_is_refused(tables: dict[str, dict[str, ob
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("gone", [{"stop_hopeless": True}, {"stop_margin": 0.5}, {"stop_hopeless": "yes"}])
-def test_episodes_that_were_to_stop_early_are_refused_with_the_reason(gone: dict[str, object]) -> None:
-    (key,) = gone
-    with pytest.raises(ConfigError, match=f"search.{key} = .*: episodes are no longer stopped early; it compared") as e:
-        load_config(search=gone)
-    assert e.value.hint == f"Leave search.{key} out."
-
-
-def test_what_was_stored_with_episodes_that_run_to_their_end_still_loads() -> None:
-    assert load_config(search={"stop_hopeless": False, "stop_margin": 1.0, "episodes": 8}) == load_config(
-        search={"episodes": 8}
-    )
+def test_removed_keys_load_at_their_defaults_and_are_unknown_at_others() -> None:
+    """Also those that an older run folder or result holds of a plugin's options, and of that plugin alone."""
+    tables = {"search": {"stop_margin": 1.0, "episodes": 8}, "agent": {"name": "evopress", "survivors": [2, 1]}}
+    assert load_config(**tables) == load_config(search={"episodes": 8}, agent={"name": "evopress"})
+    assert load_config(agent={"name": "evolution", "survivors": [2, 1]}).agent.options == {"survivors": [2, 1]}
+    assert load_config(agent={"name": "evopress", "survivors": [3, 1]}).agent.options == {"survivors": [3, 1]}
+    with pytest.raises(ConfigError, match=r"unknown key 'stop_margin' in \[search\]"):
+        load_config(search={"stop_margin": 0.5})
 
 
 def test_a_key_without_its_table_is_guessed() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffgym.envs.schedule import Schedule, stratified
+from ffgym.envs.schedule import RAMP_SHARE, Schedule, stratified
 
 ramps = st.sampled_from(["none", "cubic", "staircase"])
 schedules = st.builds(
@@ -19,9 +19,8 @@ schedules = st.builds(
     start=st.floats(0.01, 0.9),
     sparsity=ramps,
     fidelity=ramps,
-    ramp_share=st.floats(0.05, 1),
 )
-CUBIC = Schedule(0.3, 8, start=0.05, sparsity="cubic", fidelity="cubic", ramp_share=0.5)
+CUBIC = Schedule(0.3, 8, start=0.05, sparsity="cubic", fidelity="cubic")
 
 
 @given(schedules, st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted))
@@ -37,10 +36,10 @@ def test_never_falls_back_and_stays_in_range(schedule, spent):
 
 @given(schedules, st.floats(0, 1))
 def test_arrives_when_the_ramps_share_is_spent_and_stays(schedule, further):
-    at_the_end = schedule.stage(schedule.ramp_share + further)
+    at_the_end = schedule.stage(RAMP_SHARE + further)
     assert at_the_end.sparsity == pytest.approx(schedule.target)
     assert (at_the_end.windows, at_the_end.fidelity) == (schedule.windows, 1.0)
-    assert schedule.stage(schedule.ramp_share) == at_the_end == schedule.stage(1.0), "bit for bit: one stage"
+    assert schedule.stage(RAMP_SHARE) == at_the_end == schedule.stage(1.0), "bit for bit: one stage"
 
 
 def test_starts_where_it_should():
@@ -69,7 +68,7 @@ def test_ramps_over_episodes_do_not_ask_how_many_tokens_those_took():
 
 
 def test_a_staircase_climbs_in_equal_steps():
-    stairs = Schedule(0.4, 4, start=0.0, sparsity="staircase", fidelity="staircase", ramp_share=0.8)
+    stairs = Schedule(0.4, 4, start=0.0, sparsity="staircase", fidelity="staircase")
     seen = [(round(s.sparsity, 9), s.windows) for s in (stairs.stage(i / 100) for i in range(101))]
     assert list(dict.fromkeys(seen)) == [(0.0, 1), (0.1, 1), (0.2, 2), (0.3, 3), (0.4, 4)]
 

@@ -18,7 +18,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import BatchAgent
 from ffgym.testing.toys import SeparableEnv
 
-RAMPS = Schedule(0.4, 4, start=0.1, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
+RAMPS = Schedule(0.4, 4, start=0.1, sparsity="cubic", fidelity="cubic")
 
 
 @pytest.fixture

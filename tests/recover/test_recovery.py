@@ -445,7 +445,7 @@ def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
         error = fails(folder, OutputError, "exists and is not empty")
     assert "--overwrite" in str(error.hint)
     before = weights(place)
-    recovered(folder, recover={"seed": 1}, overwrite=True)
+    recovered(folder, config=configured(folder).model_copy(update={"seed": 1}), overwrite=True)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(place).items())
 
 

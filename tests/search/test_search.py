@@ -26,7 +26,7 @@ from ffgym.search.log import read_episodes, read_log
 from ffgym.search.loop import SearchInterrupted, search_front
 
 SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=160)
-RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic", ramp_share=0.6)
+RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic")
 
 
 @pytest.fixture
