@@ -14,6 +14,7 @@ import argparse
 import os
 import shutil
 import statistics
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def planned(folder: Path, device: torch.device, *, streamed: bool) -> int:
         episodes_per_update=EPISODES,
         streamed=streamed,
     )
-    counted = stages(shape_of(AutoConfig.from_pretrained(folder), folder.name), load)
+    shape = replace(shape_of(AutoConfig.from_pretrained(folder), folder.name), saved_as="")  # as plans for a GPU do
+    counted = stages(shape, load)
     return max(stage.peak - stage.memory["libraries"] for stage in counted)
 
 

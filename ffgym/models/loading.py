@@ -203,7 +203,7 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
 
 
 def config_of(name: str, *, revision: str | None = None) -> Any:
-    """The config of whatever `load` takes, of a checkpoint of several towers that of its text model.
+    """The config of whatever `load` takes.
 
     No weights are read or downloaded, and a folder need not hold any; the shapes of those that it holds are checked.
 
@@ -214,7 +214,6 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
 
     path = Path(name).expanduser()
     options: dict[str, Any] = {}
-    content: dict[str, Any] = {}
     if name == "demo":
         return AutoConfig.for_model("llama", **DEMO_SIZES)
     if path.is_dir():
@@ -229,10 +228,9 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
     else:
         _locate(name)
         source, offline = name, only_cached(name, revision)
-        content = check_hub_config(name, revision, any_family=False, local_files_only=offline)
+        check_hub_config(name, revision, any_family=False, local_files_only=offline)
         options = {"revision": revision or "main", "local_files_only": offline}
-    config = _config(source, name, options)
-    return config.text_config if has_towers(content) else config
+    return _config(source, name, options)
 
 
 def _config(source: str, name: str, options: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from ffgym.errors import is_out_of_memory
 from ffgym.models.families import family_of
 from ffgym.models.loading_errors import loading_error, quiet
+from ffgym.models.towers import has_towers
 from ffgym.types import Kind, Sublayer
 
 
@@ -25,6 +26,7 @@ class ModelShape:
         sublayers: its 2L sublayers, in order of depth.
         context_limit: the longest window that the model takes, in tokens.
         saved_as: dtype of its checkpoint, e.g. ``"bfloat16"``; empty where the config does not say.
+        has_towers: it is the text model of a checkpoint of several towers.
     """
 
     family: str
@@ -34,6 +36,7 @@ class ModelShape:
     sublayers: tuple[Sublayer, ...]
     context_limit: int
     saved_as: str = ""
+    has_towers: bool = False
 
     @property
     def prunable(self) -> int:
@@ -142,7 +145,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
     """The shape of the model that a transformers config describes; no memory of its size is needed.
 
     Args:
-        config: of a causal LM.
+        config: of a causal LM, or of a checkpoint of several towers, whose text model is meant.
         name: what the user called it.
 
     Raises:
@@ -150,6 +153,8 @@ def shape_of(config: Any, name: str) -> ModelShape:
     """
     from transformers import AutoModelForCausalLM
 
+    is_whole = not has_towers(config.to_dict())
+    config = config if is_whole else config.text_config
     try:
         with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -167,4 +172,5 @@ def shape_of(config: Any, name: str) -> ModelShape:
         tuple(family.sublayers(model)),
         int(config.max_position_embeddings),
         "" if saved_as is None else str(saved_as).removeprefix("torch."),
+        has_towers=not is_whole,
     )

@@ -39,6 +39,8 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     dtype = choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype)
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
+    if device.type != "cpu":
+        shape = replace(shape, saved_as="")  # no weights stay in the file
     check_window(data.window, shape.context_limit)
     load = Workload(
         window=data.window,
@@ -83,6 +85,8 @@ def _what_needs_memory(config: RunConfig, shape: ModelShape) -> tuple[str, str]:
             "what is prepared, which is then read from the cache, cannot be kept there",
             "Give FFGYM_CACHE_SIZE a size, use a calibration and a criterion that are files of a package",
         )
+    if shape.has_towers:
+        return "a model of several towers is loaded as a whole", "Save its text model by itself, as docs/models.md says"
     if shape.has_experts:
         return f"the experts of {shape.family!r} cannot be read layer by layer", "Use a larger machine"
     if config.model.device == "balanced":

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ffgym.config.tables import RunConfig
-from ffgym.errors import ModelError
+from ffgym.errors import ConfigError, ModelError
 from ffgym.export.checkpoint import load_line, save_again, save_pruned
 from ffgym.export.format import export
 from ffgym.export.refresh import is_current
@@ -34,6 +34,7 @@ from ffgym.models.loading import config_of, load, load_config
 from ffgym.models.towers import check_towers
 from ffgym.pipeline.pipeline import run
 from ffgym.plan.shape import shape_of
+from ffgym.prepare.planning import plan_of
 from ffgym.testing.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
@@ -304,6 +305,17 @@ def test_layers_are_not_streamed(tmp_path: Path, word_tokenizer: Any) -> None:
     with pytest.raises(ModelError, match=r"several towers.*neither be streamed") as raised:
         load(name, device="cpu", streamed=True)
     assert "model.placement resident" in raised.value.hint
+
+
+def test_a_plan_does_not_stream_them_either(tmp_path: Path, word_tokenizer: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    name = saved_whole(tmp_path, word_tokenizer, "smolvlm")
+    with pytest.raises(ConfigError, match="several towers"):
+        plan_of(
+            RunConfig.model_validate(
+                {"model": {"name": name, "device": "cpu", "placement": "stream"}, "data": {"window": 64}}
+            )
+        )
 
 
 def test_formats_and_servers_of_language_models_are_refused(saved: SimpleNamespace, tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ class TestFourGpus:
         assert one.load.streamed
         assert not spread.load.streamed
         assert spread.free == 4 * one.free
+        assert spread.stages[0].memory["weights"] == 2 * spread.shape.parameters, "the embeddings too"
         spread.check()
 
     def test_a_worker_shares_the_first_one_with_this_process(self) -> None:
