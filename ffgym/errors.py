@@ -32,9 +32,10 @@ class FFGymError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, and the second where the first only announces it; or the error's type."""
+    """The first line of a library's message, or what it announces: the next, a traceback's last; or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first, *others = lines or [type(error).__name__]
+    others = others[-1:] if others and others[0].startswith("Traceback") else others
     return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 

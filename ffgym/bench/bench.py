@@ -99,7 +99,8 @@ def _workers(
     """The workers for what is missing, and the number of threads that each of them, or this process, has."""
     before = torch.get_num_threads()
     threads = before if table.ray_address else max(1, before // table.count)
-    count = max(1, min(table.count, len(missing)))
+    least = 2 if table.ray_address and missing else 1  # one worker would be this process
+    count = max(least, min(table.count, len(missing)))
     device = missing[0][1].config.model.device if missing else "cpu"
     wanted = table.model_copy(update={"count": count})
     with computing_threads(threads), cluster_of(wanted, device, reporter.print) as cluster:

@@ -31,10 +31,11 @@ from ffgym.execute.shares import Shares, Speeds, cost
 from ffgym.report.progress import Reporter
 from ffgym.types import Evaluation
 
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 30.0
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of gRPC's protocol: the preface and empty settings
 WATCH_SECONDS = 0.5
 OBJECT_STORE_BYTES = 100_000_000  # numbers are all that it holds
-WATCH = "watch"  # the group of calls that a worker answers while it works
+CALLS = 3  # that a worker answers at a time: a job, a watch, an interrupt
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -235,10 +236,9 @@ def _begin(ray: Any, address: str | None) -> None:
     try:
         ray.init(address=address, **quiet)
     except Exception as error:
-        hint = "Has it begun to work? If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token shows yours)."
-        raise WorkerError(
-            f"the Ray cluster at {at} does not let this program in: {first_line(error)}", hint=hint
-        ) from None
+        hint = "It needs the same Python and Ray. If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token)."
+        hint = "pip install 'ffgym[ray]', on its machines too." if isinstance(error, ImportError) else hint
+        raise WorkerError(f"cannot join the Ray cluster at {at}: {first_line(error)}", hint=hint) from None
 
 
 def _start(start: Callable[[], object]) -> None:
@@ -264,14 +264,20 @@ def _noted() -> str | None:
 
 
 def _probe(address: str, hint: str) -> None:
-    """Raise where nobody listens; Ray itself would try for minutes and then end the process."""
+    """Raise where nobody listens, or not Ray; Ray itself would try for minutes and then end the process."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         raise WorkerError(f"{address!r} is no Ray address", hint="Give auto, HOST:PORT or ray://HOST:PORT.")
     try:
-        socket.create_connection((host, int(port)), PROBE_SECONDS).close()
+        with socket.create_connection((host, int(port)), PROBE_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return  # only Ray can tell
+            connection.sendall(HELLO)
+            is_grpc = connection.recv(4)[3:] == b"\4"  # the type of a frame of settings
     except OSError as error:
         raise WorkerError(f"no Ray cluster answers at {address}: {error.strerror or error}", hint=hint) from None
+    if not is_grpc:
+        raise WorkerError(f"no Ray cluster answers at {address}: something else listens there", hint=hint)
 
 
 def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
@@ -283,9 +289,11 @@ def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
         return
     per_worker = " and ".join(f"{n} {k}{'s' * (n > 1)}" for k, n in wanted.items() if n)
     there = "; ".join(", ".join(f"{int(node.get(k, 0))} {k}s" for k, n in wanted.items() if n) for node in nodes)
+    fewer = f"Use at most {room} workers" if room > 1 else "Leave --workers out"
+    less = "fewer GPUs each (workers.gpus)" if workers.gpus else "fewer threads each (OMP_NUM_THREADS)"
     raise WorkerError(
         f"{workers.count} workers with {per_worker} each do not fit on machines with {there or 'none'}",
-        hint=f"Use at most {room} workers, fewer threads each (OMP_NUM_THREADS), or add machines.",
+        hint=f"{fewer}, use {less}, or add machines.",
     )
 
 
@@ -298,7 +306,7 @@ class RayCrew:
         self._ray = ray
         self._make, self._threads, self._on_line = make, threads, on_line
         self._settings = {key: value for key, value in os.environ.items() if key.startswith("FFGYM_")}
-        actor = ray.remote(concurrency_groups={WATCH: 2})(_Worker)
+        actor = ray.remote(max_concurrency=CALLS)(_Worker)
         self._actor = actor.options(max_restarts=0, max_task_retries=0, **options)
         self._actors: dict[int, Any] = {}
         self._processes: dict[int, tuple[str, int]] = {}
@@ -322,7 +330,7 @@ class RayCrew:
     def interrupt(self, worker: int) -> None:
         """Have a worker give up its job, see `Crew`."""
         if worker in self._jobs:
-            self._actors[worker].interrupt.options(concurrency_group=WATCH).remote(self._jobs[worker])
+            self._actors[worker].interrupt.remote(self._jobs[worker])
 
     def dismiss(self, worker: int) -> None:
         """Kill a worker, see `Crew`."""
@@ -331,7 +339,8 @@ class RayCrew:
             with contextlib.suppress(Exception):  # the cluster may be gone
                 self._ray.kill(actor, no_restart=True)
         node, process = self._processes.pop(worker, ("", 0))
-        if process and node == self._ray.get_runtime_context().get_node_id():
+        is_here = node == self._ray.get_runtime_context().get_node_id()  # Ray's client says the head's
+        if process and is_here and not self._ray.util.client.ray.is_connected():
             with contextlib.suppress(OSError):  # a stopped process does not react to Ray
                 os.kill(process, signal.SIGKILL)
 
@@ -372,7 +381,8 @@ class RayCrew:
         return [Answered(worker, content)]
 
     def _watch(self, worker: int) -> None:
-        self._calls[self._actors[worker].watch.options(concurrency_group=WATCH).remote()] = worker, "watch"
+        if (worker, "watch") not in self._calls.values():
+            self._calls[self._actors[worker].watch.remote()] = worker, "watch"
 
     def _forget(self, worker: int) -> None:
         self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
@@ -394,7 +404,7 @@ class _Worker:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._lock, self._changed = threading.Lock(), threading.Event()
-        self._job, self._thread, self._share = 0, 0, 0.0
+        self._job, self._thread, self._share, self._threads = 0, 0, 0.0, 1
 
     def load(self, make: Make, threads: int, settings: dict[str, str], folder: str) -> Reply:
         """Get ready for jobs; the content is where the process is, (node, process id)."""
@@ -404,6 +414,7 @@ class _Worker:
         with contextlib.suppress(OSError):  # a machine that has no such folder may not need it
             os.chdir(folder)
         torch.set_num_threads(threads)
+        self._threads = threads
         file = cast("TextIO", _Lines(self._lines.append))
         try:
             self._do = make(Reporter(Console(file=file, force_terminal=False)))
@@ -413,6 +424,7 @@ class _Worker:
 
     def work(self, number: int, job: Any) -> Reply:
         """Do a job; the content is the answer, or ``None`` where it was interrupted."""
+        torch.set_num_threads(self._threads)  # Ray may have loaded in another thread
         try:
             with self._lock:
                 self._job, self._thread, self._share = number, threading.get_ident(), 0.0

@@ -463,15 +463,16 @@ def make_pruning_env(
         FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
             load, or too little room for the workers.
     """
-    config = _resolved(config, tables)
-    if num_workers is not None:
-        config = load_config(
-            **{**config.model_dump(), "workers": {**config.workers.model_dump(), "count": num_workers}}
-        )
+    return _pruning_env(_resolved(config, tables, num_workers), 1, render_mode)
+
+
+def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> PruningEnv:
+    """The environment of a configuration, for steps of this many episodes."""
     if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
         raise UnknownNameError("render mode", str(render_mode), modes)
     make_reward(config)
     reporter = Reporter()
+    report_idle_workers(episodes, config.workers.count, reporter.print)
     closing = ExitStack()
     with ExitStack() as stack:
         cluster = stack.enter_context(cluster_of(config.workers, config.model.device, reporter.print))
@@ -510,21 +511,22 @@ def make_pruning_vector_env(
     full episodes: ramps follow it, ``tokens_left`` counts it, and nothing ends when it is spent.
     The arguments and errors are those of `make_pruning_env`; workers share the episodes of a step.
     """
-    config = _resolved(config, tables)
-    env = make_pruning_env(config, render_mode=render_mode, num_workers=num_workers)
+    config = _resolved(config, tables, num_workers)
+    env = _pruning_env(config, num_envs, render_mode)
     budget = config.search.episodes * env.episode_windows * env.window_tokens
     return PruningVectorEnv(env, make_schedule(config, env), num_envs=num_envs, token_budget=budget)
 
 
-def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any]) -> RunConfig:
-    if config is None or isinstance(config, dict):
-        return load_config(**{**(config or {}), **tables})
-    if tables:
+def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any], workers: int | None) -> RunConfig:
+    if isinstance(config, RunConfig) and tables:
         raise ConfigError(
             f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
             hint="Give load_config() all tables, or leave config out and give them here.",
         )
-    return config
+    tables = {**(config.model_dump() if isinstance(config, RunConfig) else config or {}), **tables}
+    if workers is not None and isinstance(given := tables.get("workers", {}), dict):
+        tables["workers"] = {**given, "count": workers}
+    return load_config(**tables)
 
 
 def shrunk(config: RunConfig) -> RunConfig:

@@ -23,7 +23,7 @@ from ffgym.bench.file import read_bench
 from ffgym.bench.table import CellResult, Final, Mark
 from ffgym.config.toml import settings
 from ffgym.costs.latency_table import to_json
-from ffgym.errors import ConfigError
+from ffgym.errors import ConfigError, WorkerError
 from ffgym.models.loading import load
 from ffgym.pipeline.agent import policy_digest
 from ffgym.plugins import discovery
@@ -51,6 +51,11 @@ def refused(folder: Path, said: str, **spec: Any) -> str | None:
     with pytest.raises(ConfigError, match=said) as raised:
         bench([bench_file(folder, **spec)], progress=Console(quiet=True))
     return raised.value.hint
+
+
+def test_an_address_is_not_ignored_where_one_cell_is_left(tmp_path: Path) -> None:
+    with pytest.raises(WorkerError, match="'here' is no Ray address"):
+        bench([bench_file(tmp_path)], progress=Console(quiet=True), workers=2, ray_address="here")
 
 
 def a_result(cell: Cell) -> CellResult:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
+import gymnasium
 import pytest
 from processes import free_port
 from typer.testing import CliRunner
@@ -37,6 +41,12 @@ def test_more_workers_name_the_extra(without_ray: None) -> None:
     assert "pip install 'ffgym[ray]'" in refusal(WorkersTable(count=2))
 
 
+def test_an_address_without_workers() -> None:
+    with pytest.raises(ConfigError, match=r"workers\.ray_address = 'auto' with workers\.count = 1") as raised:
+        load_config(workers={"ray_address": "auto"})
+    assert "--workers 2" in str(raised.value.hint)
+
+
 NOBODY, NO_ONE = (f"127.0.0.1:{free_port()}" for _ in range(2))
 
 
@@ -45,6 +55,15 @@ NOBODY, NO_ONE = (f"127.0.0.1:{free_port()}" for _ in range(2))
 )
 def test_an_address_that_nobody_answers(address: str) -> None:
     assert refusal(WorkersTable(count=2, ray_address=address)).startswith(f"no Ray cluster answers at {address}: ")
+
+
+def test_an_address_where_something_else_listens() -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        said = refusal(WorkersTable(count=2, ray_address=address))
+        server.shutdown()
+    assert said.startswith(f"no Ray cluster answers at {address}: something else listens there")
 
 
 def test_no_address() -> None:
@@ -89,3 +108,12 @@ def test_surplus_workers_are_named() -> None:
         "2 of 3 workers have nothing to do: an update is 1 episode",
         "1 of 3 workers has nothing to do: an update is 2 episodes",
     ]
+
+
+@pytest.mark.parametrize(("name", "options"), [("make", {}), ("make_vec", {"num_envs": 1})])
+def test_those_of_an_environment_are_named(
+    name: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(WorkerError, match="'here' is no Ray address"):
+        getattr(gymnasium, name)("ffgym/Pruning-v0", num_workers=3, workers={"ray_address": "here"}, **options)
+    assert "2 of 3 workers have nothing to do: an update is 1 episode" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 from glass_runs import glass_config, glass_tables, untimed
-from processes import PATIENCE, lines, until
+from processes import PATIENCE, free_port, lines, until
 from ray_standins import Standin, patiently
 from rich.console import Console
 
@@ -80,6 +81,34 @@ def test_a_machine_leaves_and_another_joins(tmp_path: Path, monkeypatch: pytest.
             until(lambda: measured_by(set()))
     finally:
         machines.shutdown()
+
+
+def test_from_outside_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc", reason="Ray's client, ray://, needs grpcio")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    port = free_port()
+    head = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False}
+    machines = patiently(lambda: Cluster(initialize_head=True, head_node_args={**head, "ray_client_server_port": port}))
+    said: list[str] = []
+    try:
+        until(lambda: listens(port))
+        workers = Workers(2, address=f"ray://127.0.0.1:{port}")
+        with contextlib.ExitStack() as stack:
+            cluster = patiently(lambda: stack.enter_context(connected(workers, said.append)))
+            said.clear()
+            executor = cluster.executor(Standin(tmp_path), Standin(tmp_path, is_worker=False), (0,))
+            (tmp_path / "die").touch()
+            asked = [Request((i,), (0,)) for i in range(5)]
+            until(lambda: [e.loss for e in executor.measure(asked)] == [0, 1, 2, 3, 4] and said)
+    finally:
+        machines.shutdown()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
