@@ -67,6 +67,8 @@ def check_folder(folder: Path) -> None:
     """Say what a folder lacks before transformers says it at length."""
     read_config(folder)
     if any(folder.glob("*.safetensors")):
+        if lacking := [path.name for path in weight_files(folder) if not path.is_file()]:
+            raise ModelError(f"folder {str(folder)!r} lacks {', '.join(lacking)}, which its index names", hint=AGAIN)
         return
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
         raise pickled(str(folder), Path(f"{folder.resolve()}-safetensors"))

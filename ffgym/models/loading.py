@@ -233,6 +233,13 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
     return _config(source, name, options)
 
 
+def check_weights(name: str) -> None:
+    """Refuse a model that is a folder without all of its weights; none is read."""
+    path = Path(name).expanduser()
+    if name != "demo" and path.is_dir():
+        check_folder(path)
+
+
 def _config(source: str, name: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 

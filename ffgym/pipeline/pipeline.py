@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.files import check_room
+from ffgym.models.loading import check_weights
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, write_pictures, write_table
 from ffgym.pipeline.compare import (
@@ -77,6 +78,7 @@ def run(
         return finished
     agent = make_agent(config)
     plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
+    check_weights(config.model.name)
     check_texts(config.data)
     if resume is None:
         table_digest(config)  # refuses a latency table that is missing; a resumed run has its own

@@ -663,7 +663,7 @@ def test_a_truncated_or_missing_shard_of_an_uneven_model_is_an_error(uneven, tmp
     with pytest.raises(ModelError, match="damaged or incomplete"):
         load(str(shard.parent), device="cpu")
     shard.unlink()
-    with pytest.raises(ModelError, match=r"damaged or incomplete|weights are missing"):
+    with pytest.raises(ModelError, match=f"lacks {shard.name}, which its index names"):
         load(str(shard.parent), device="cpu")
 
 

@@ -614,6 +614,17 @@ def test_a_missing_text_is_refused_before_anything_is_made(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_missing_shard_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    tables = glass_tables(tmp_path / "new", tracking={"enabled": True})
+    folder = shutil.copytree(tables["model"]["name"], tmp_path / "model")
+    shard = "model-00001-of-00002.safetensors"
+    (folder / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm": shard}}))
+    with pytest.raises(ModelError, match=f"lacks {shard}"):
+        finish(RunConfig.model_validate({**tables, "model": {**tables["model"], "name": str(folder)}}))
+    assert not (tmp_path / "new").exists()
+
+
 def test_models_of_single_points_are_cleared_too(tmp_path: Path) -> None:
     names = ("model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished")
     for name in names:
