@@ -3,7 +3,8 @@
 #
 #     bash experiments/gpu/run.sh [--shape 8B] [--work DIR]
 #
-# It needs torch and transformers. What else ffgym needs comes from a folder of wheels beside this file, if there is one.
+# It needs torch and transformers. ffgym and what else it needs are installed from the folder `wheels` beside this file.
+# Where there is none, nothing is installed: `pip install -e '.[recover]' pytest hypothesis` first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [ -d experiments/gpu/wheels ]; then
