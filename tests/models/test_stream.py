@@ -224,9 +224,8 @@ class TestRefuses:
     def test_a_missing_shard(self, folder: Path) -> None:
         sorted(folder.glob("*.safetensors"))[1].unlink()
         for streamed in (False, True):
-            with pytest.raises(ModelError, match="incomplete") as raised:
+            with pytest.raises(ModelError, match=r"lacks model-00002-of-\d+\.safetensors"):
                 load(str(folder), device="cpu", dtype="float32", streamed=streamed)
-            assert "model-00002" in str(raised.value)
 
     def test_a_missing_weight(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
