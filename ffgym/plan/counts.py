@@ -30,7 +30,7 @@ FACTORISING, FACTORISING_WIDE = 25, 17
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 # The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, with LAPACK's copies of them;
 # measured.
-REFITTING = 46
+REFITTING = 58
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
