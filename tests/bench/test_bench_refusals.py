@@ -200,6 +200,7 @@ def test_a_name_that_is_no_file_name(tmp_path: Path, label: str) -> None:
 
 def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
     assert refused(tmp_path, "sets `seed`", run={"seed": 3}) == "Use `seeds`."
+    refused(tmp_path, "sets `seed`", **variant(seed=3))
 
 
 def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
@@ -208,7 +209,6 @@ def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="configures one run") as caught:
         read_bench(file)
     assert f"ffgym run --config {file}" in (caught.value.hint or "")
-    refused(tmp_path, "sets `seed`", **variant(seed=3))
 
 
 @pytest.mark.parametrize(
