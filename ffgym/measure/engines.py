@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -370,8 +371,9 @@ def _threads(setting: Setting) -> dict[str, str]:
 
 
 @functools.cache
+@cache
 def _output(*command: str) -> str | None:
-    """What a command prints; ``None`` where it fails."""
+    """What a command prints, which is asked once; ``None`` where it fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError:

@@ -39,14 +39,13 @@ def log_model(
     if any((model.name, str(model.status)) == (name, "READY") for model in logged):
         return
     is_small = sum(file.stat().st_size for file in folder.iterdir()) <= MOST_COPIED_BYTES
-    is_copied = (
-        is_small and MODEL_CONFIG.read(folder / "config.json").get("text_config") is None
-    )  # its pipeline is for language models alone
+    config = MODEL_CONFIG.read(folder / "config.json")
+    is_copied = is_small and config.get("text_config") is None  # MLflow's pipeline is for language models alone
     tags = {FOLDER_TAG: path} | ({} if is_copied else {"mlflow.model.isExternal": "true"})
     model = client.create_logged_model(experiment, name, run_id, tags, dict(params))
     with tempfile.TemporaryDirectory() as around:
         if is_copied:
-            _add_description(folder, Path(around), model, run_id)
+            _add_description(folder, Path(around), model, run_id, config["architectures"][0])
             client.log_model_artifacts(model.model_id, path, artifact_path="model")
         else:
             from mlflow.models.utils import get_external_mlflow_model_spec
@@ -59,7 +58,7 @@ def log_model(
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
-def _add_description(folder: Path, around: Path, logged: Any, run_id: str) -> None:
+def _add_description(folder: Path, around: Path, logged: Any, run_id: str, architecture: str) -> None:
     """What MLflow needs beside the checkpoint: ``MLmodel``, the tokenizer by itself, and the packages."""
     import mlflow
     import transformers
@@ -72,7 +71,7 @@ def _add_description(folder: Path, around: Path, logged: Any, run_id: str) -> No
         "transformers",
         task="text-generation",
         instance_type="TextGenerationPipeline",
-        pipeline_model_type=MODEL_CONFIG.read(folder / "config.json")["architectures"][0],
+        pipeline_model_type=architecture,
         source_model_name=str(folder),
         model_binary="model",
         components=["tokenizer"],
