@@ -27,6 +27,7 @@ from ffgym.files import FileFormat, exclusive_lock, write_text
 DEFAULT_SIZE = "50GB"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 RECORD = "sha256.json"  # in every folder, the digests of its files
+ADDED_TO = "dense-losses.jsonl"  # a file that grows while a folder is used, without a digest
 DIGESTS = FileFormat("record of digests", dict[str, str], AssetError, "Delete it: it is written again.")
 _verified: dict[Path, dict[str, tuple[int, int]]] = {}  # size and mtime of the files whose digests were verified
 
@@ -99,7 +100,7 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != RECORD
+        if path.is_file() and path.name not in (RECORD, ADDED_TO)
     }
 
 

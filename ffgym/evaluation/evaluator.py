@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
 from ffgym.evaluation.divergence import window_divergences
+from ffgym.evaluation.known import KnownLosses
 from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, right_answers, task_accuracy
 from ffgym.evaluation.perplexity import window_losses
 from ffgym.evaluation.slopes import unit_slopes
@@ -102,6 +104,7 @@ class ModelEvaluator:
         prunable: the prepared model; it is dense again after every call, even an interrupted one.
         windows: token ids, shape (windows, length), int64.
         calibrated: use refitted consumers, not plain removal.
+        known: file of what the dense model loses on windows, which is read and added to.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class ModelEvaluator:
         examples: Sequence[EncodedExample] = (),
         calibrated: bool = True,
         tokens_per_batch: int = 4096,
+        known: Path | None = None,
     ) -> None:
         self._prunable = prunable
         self._model = prunable.model
@@ -120,7 +124,11 @@ class ModelEvaluator:
         self._examples = tuple(examples)
         self._calibrated = calibrated
         self._tokens_per_batch = tokens_per_batch
-        self._dense: dict[_Pass, torch.Tensor] = {}
+        self._known = KnownLosses(known)
+        self._dense = {
+            _Pass(_Batch((index,)), prunable.dense_units): torch.tensor([[loss]], dtype=torch.float64)
+            for index, loss in self._known.among(windows).items()
+        }
         # Of windows on which a divergence was asked for: final hidden states of the dense model, from which its
         # distributions can be computed again, shape (length - 1, d), the model's dtype, on the CPU.
         self._dense_hidden: dict[int, torch.Tensor] = {}
@@ -269,16 +277,19 @@ class ModelEvaluator:
     def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int]) -> None:
         """Keep the dense model's results; raises ``ModelError`` where a loss is not finite."""
         text = [stream for stream in streams if stream.asked is None]
-        broken = 0
+        broken, found = 0, dict[int, float]()
         for stream in streams:
             last = self._walk.leave(stream.hidden, stream.entry)
             ((each, row),) = self._read(stream, last).items()
             if not row.isfinite().all():
                 broken += 1
                 continue
+            if stream.asked is None and each not in self._dense:
+                found[each.batch.indices[0]] = row.item()
             self._dense[each] = row
             if stream.asked is None:
                 self._dense_hidden |= {i: last[0, :-1].cpu() for i in each.batch.indices if i in compared}
+        self._known.add(self._windows, found)
         if broken:
             raise ModelError(
                 f"the loss of the dense model is not finite on {broken} of {len(text)} search windows",

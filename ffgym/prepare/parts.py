@@ -25,6 +25,7 @@ from ffgym.costs.resource import (
     resource_named,
     standard_resources,
 )
+from ffgym.data.cache import ADDED_TO
 from ffgym.data.corpora import Role, check_text
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import ROLES, Splits, make_splits
@@ -304,8 +305,21 @@ def build_env(
         tokens_per_batch=tokens_per_batch(model.device),
         examples=examples,
         prices={resource: budget_in(resource, config, model, costs) for resource in resources},
-        executor=executor,
+        executor=executor or _evaluator(config, prepared, windows, examples),
         on_close=on_close,
+    )
+
+
+def _evaluator(
+    config: RunConfig, prepared: Prepared, windows: torch.Tensor, examples: Sequence[EncodedExample]
+) -> ModelEvaluator:
+    return ModelEvaluator(
+        prepared.prunable,
+        windows,
+        examples=examples,
+        calibrated=calibration_class(config.prune.calibration).in_reward,
+        tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
+        known=None if prepared.store is None else prepared.store / ADDED_TO,
     )
 
 
@@ -349,13 +363,7 @@ class EvaluatorMaker:
 
     def on(self, prepared: Prepared) -> ModelEvaluator:
         """The evaluator of a prepared model."""
-        return ModelEvaluator(
-            prepared.prunable,
-            self.windows,
-            examples=self.examples,
-            calibrated=calibration_class(self.config.prune.calibration).in_reward,
-            tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
-        )
+        return _evaluator(self.config, prepared, self.windows, self.examples)
 
 
 def shared_executor(

@@ -38,7 +38,14 @@ from ffgym.pruning.statistics import kept_bytes
 from ffgym.types import LayerStats, SublayerView
 
 KIND = "prepared"
-DECISIVE = ("prepare", "pruning", "models/walk.py", "models/cut.py", "plugins/contracts.py")  # code that decides bits
+DECISIVE = (  # code that decides bits
+    "prepare",
+    "pruning",
+    "models/walk.py",
+    "models/cut.py",
+    "plugins/contracts.py",
+    "evaluation/perplexity.py",  # of the losses that are kept beside
+)
 STATISTICS = tuple(field.name for field in fields(LayerStats) if field.name != "tokens")
 
 Notify = Callable[[str], None]

@@ -79,6 +79,17 @@ def test_the_environment_follows_the_configuration(tiny_run):
     assert info["sparsity"] >= 0.4
 
 
+def test_the_next_environment_knows_what_the_dense_model_loses(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    first = make_pruning_env(configured(tiny_run)).dense((0, 3))
+    (file,) = tmp_path.glob("prepared/llama-*/dense-losses.jsonl")
+    known = file.read_text()
+    assert len(known.splitlines()) == 2
+    assert make_pruning_env(configured(tiny_run, prune={"sparsity": 0.4})).dense((3, 0)).losses == first.losses[::-1]
+    assert file.read_text() == known, "the store is whole, and nothing was measured again"
+
+
 def test_aligned_channels(tiny_run):
     env = make_pruning_env(configured(tiny_run, prune={"align": 16, "sparsity": 0.4}))
     env.reset(seed=0)
