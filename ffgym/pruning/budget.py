@@ -24,7 +24,8 @@ from ffgym.pruning.sweep import Ladder, Sweep
 from ffgym.types import Allocation, Kind, Sublayer
 
 LEAST_LEVELS = 48  # that an MLP has to choose from when its widths are aligned for fast kernels
-REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged
+REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged, at least one
+FEWEST = 6  # units of a sublayer that slopes can lead; 3 were too few (docs/experiments.md), 9 were not
 
 
 def service_order(depth: int) -> np.ndarray:
@@ -75,9 +76,9 @@ def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, ali
 
 
 def within_reach(units: int, level: int) -> range:
-    """The units whose slopes tell how good a level is: those within ``REACH`` of it, and at least the last one kept."""
-    reach = int(units * REACH)
-    return range(max(0, level - max(1, reach)), min(units, level + reach))
+    """The units whose slopes tell how good a level is: those within ``REACH`` of it, or the last one kept of a few."""
+    below = max(1, int(units * REACH))
+    return range(max(0, level - below), min(units, level + (below if units >= FEWEST else 0)))
 
 
 class Budget:
@@ -209,8 +210,8 @@ class Budget:
 
     @property
     def coarse(self) -> np.ndarray:
-        """Which sublayers have units that are more than ``REACH`` of them, shape (2L,), bool."""
-        return np.array([sublayer.units * REACH < 1 for sublayer in self.sublayers])
+        """Which sublayers have less than ``FEWEST`` units, shape (2L,), bool."""
+        return np.array([sublayer.units < FEWEST for sublayer in self.sublayers])
 
     @property
     def has_slopes(self) -> bool:
@@ -228,7 +229,7 @@ class Budget:
         cost c stays: d loss / d a_i = (g_i - c_i sum_j g_j / sum_j c_j) / 2, g and c by keep ratio, a = 2 r - 1. A
         sublayer that is whole or gone moves only if its ratio lies within ``REACH`` of that end.
 
-        Where a unit is more than ``REACH`` of its sublayer (`coarse`), a derivative says little of so large a step.
+        Where a sublayer has but a few units (`coarse`), a derivative says little of so large a step.
         What is returned for it is the first-order estimate for its last unit, by importance: above 0, the loss falls
         when that unit goes and the others share what it cost.
 

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ffgym.errors import BudgetError
-from ffgym.pruning.budget import Budget, aligned_levels, kernel_width, service_order
+from ffgym.pruning.budget import Budget, aligned_levels, kernel_width, service_order, within_reach
 from ffgym.types import Sublayer
 
 ATTENTION = Sublayer(
@@ -497,6 +497,20 @@ class TestImportanceSlopes:
         price = -3.0 / MLP.unit_params  # of a parameter, by the mean of both MLPs
         group = ATTENTION.unit_params
         np.testing.assert_allclose(found[[0, 2]], 4 * np.array([-1.0 - price * group, -40.0 - price * group]) / 2)
+
+    @pytest.mark.parametrize(("units", "level", "near"), [(5, 3, [2]), (6, 3, [2, 3]), (9, 9, [8]), (9, 0, [0])])
+    def test_of_few_units_those_beside_the_level_count(self, units, level, near):
+        assert list(within_reach(units, level)) == near
+
+    def test_nine_heads_move_and_share_the_price(self):
+        sublayers = model_of(2, replace(ATTENTION, units=9), replace(MLP, units=1000))
+        slopes = [np.full(s.units, -1.0) for s in sublayers]
+        budget = Budget(sublayers)
+        found = budget.importance_slopes(np.array([1.0, 0.0, 1.0, 0.0]), (9, 500, 9, 500), slopes)
+        assert not budget.coarse.any()
+        costs = np.array([s.units * s.unit_params for s in sublayers])
+        price = -sum(s.units for s in sublayers) / costs.sum()
+        np.testing.assert_allclose(found, [(-s.units - price * c) / 2 for s, c in zip(sublayers, costs, strict=True)])
 
     def test_what_is_whole_moves_only_near_the_end(self):
         sublayers = [replace(MLP, units=1000, layer=i) for i in range(3)]
