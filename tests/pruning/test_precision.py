@@ -34,7 +34,13 @@ def test_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch, without: froz
 def test_nobody_makes_a_tensor_wide_where_it_lies() -> None:
     """A float64 tensor beside the model's: `in_float64(x)`, or `.cpu().double()` for results."""
     direct = re.compile(r"(?<!\.cpu\(\))\.double\(\)|torch\.(float64|double)\b")
-    on_the_cpu = ("device=wide", "torch.finfo(", "torch.zeros(len(grid)", "torch.tensor(numbers")
+    on_the_cpu = (
+        "device=wide",
+        "torch.finfo(",
+        "torch.zeros(len(grid)",
+        "torch.tensor(numbers",
+        "torch.tensor([[loss]]",
+    )
     files = [file for room in ROOMS for file in sorted((PACKAGE / room).glob("*.py")) if file.name != "precision.py"]
     assert len(files) > 40
     lines = [f"{file.name}: {line.strip()}" for file in files for line in file.read_text("utf-8").splitlines()]
