@@ -13,9 +13,9 @@ A gradient has two parts, as in a stochastic computation graph. Where the reward
 far less noisy. So ``slope_share`` of the tokens follows slopes first, one episode an update, as `pathwise` does. A
 sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
 function. Its slope is an estimate of what its last unit is worth, so the other tokens try those whose last unit seems
-to be worth the least (`ffgym.agents.coarse`). Where all seem to be worth keeping, and over a range of budgets, all
-tokens follow slopes. Where none is coarse, the other tokens explore everything. A reward that counts more than the loss
-has no slopes that lead where it rises: all tokens explore.
+to be worth the least (`ffgym.agents.coarse`). Where all seem to be worth keeping, where none is coarse, and over a
+range of budgets, all tokens follow slopes. A reward that counts more than the loss has no slopes that lead where it
+rises: all tokens explore.
 
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
@@ -55,7 +55,7 @@ class ReinforceConfig(PluginConfig):
         ge=0,
         le=1,
         description="share of the tokens that follows slopes of the loss, where there are any and nothing else is "
-        "rewarded; the rest explores",
+        "rewarded; the rest tries units of sublayers of fewer than 6, and follows slopes where there are none",
     )
     learning_rate: float = Field(
         1.0, gt=0, description="step of the mean, in units of the policy's spread times the advantage"
@@ -109,7 +109,8 @@ class Reinforce(BatchAgent):
         """Follow slopes where the environment has them and they lead where the reward rises, then explore."""
         follows = getattr(env, "has_slopes", False) and getattr(env, "rewards_loss_alone", True)
         self._slope_share = self.config.slope_share if follows else 0.0
-        if self._slope_share and self.budgets is not None:
+        coarse = getattr(env, "coarse", None)
+        if self._slope_share and (self.budgets is not None or coarse is None or not coarse.any()):
             self._slope_share = 1.0
         super().learn(env, seed=seed, on_update=on_update)
 
@@ -213,10 +214,7 @@ class Reinforce(BatchAgent):
 
     def _end_of_slopes(self) -> None:
         """Go on from where the slopes led, on average, and try what they could not move."""
-        if self.coarse is None or not self.coarse.any():
-            self.slope_episodes = 0
-            self._weights, self._means = self._settled(), []
-            return
+        assert self.coarse is not None, "else all tokens follow slopes"
         can_go = self.coarse & (self._slope != 0)  # 0 where the budget holds the last unit by now
         worth = np.where(can_go, np.mean(self._slopes, axis=0), 0.0)
         if not (worth > 0).any():
