@@ -173,7 +173,7 @@ class Evaluation:
         accuracy: ``accuracy``: share of the update's task examples that are answered right, mean over tasks, in [0, 1].
         costs: ``cost``: what the prunable sublayers cost, by resource, in the resource's unit.
         slopes: ``slopes``, which agents ask for: first-order change of the mean loss as each unit joins, in nats per
-            token, shape (units,), float32, for every sublayer; 0 for units far from the level that was measured.
+            token, shape (units,), float64, for every sublayer; 0 for units far from the level that was measured.
     """
 
     losses: tuple[float, ...]

@@ -25,17 +25,21 @@ def measured_alone(
     calibrated: bool = True,
     tokens_per_batch: int = 4096,
 ) -> Evaluation:
-    """What one request comes to by ordinary calls of the model; the dense model gets one window or example a call."""
+    """What one request comes to by ordinary calls of the model; the dense model gets one window or example a call.
+
+    Slopes are measured window by window too.
+    """
     import torch
 
     from ffgym.evaluation.multiple_choice import task_accuracy
     from ffgym.evaluation.perplexity import evaluate
-    from ffgym.evaluation.slopes import unit_slopes
+    from ffgym.evaluation.slopes import mean_slopes, unit_slopes
     from ffgym.models.walk import Stream, Walk, all_states
 
     text, asked = windows[list(request.windows)], [examples[i] for i in request.examples]
     divergences = request.needs & {"kl", "reverse_kl"}
-    batch = 1 if request.kept == prunable.dense_units else tokens_per_batch
+    examples_batch = 1 if request.kept == prunable.dense_units else tokens_per_batch
+    batch = 1 if "slopes" in request.needs else examples_batch
     dense = [final_hidden(prunable.model, window[None]) for window in text] if divergences else []
     try:
         prunable.cut(request.kept, calibrated=calibrated)
@@ -45,7 +49,7 @@ def measured_alone(
         elif divergences:
             found = compared(prunable.model, text, dense, divergences, tokens_per_batch=batch)
         if "accuracy" in request.needs:
-            right = answered_right(prunable.model, asked, tokens_per_batch=batch)
+            right = answered_right(prunable.model, asked, tokens_per_batch=examples_batch)
             found = replace(found, accuracy=task_accuracy(asked, right))
     finally:
         prunable.restore()
@@ -60,7 +64,7 @@ def measured_alone(
             states = all_states(Stream(Walk(prunable.model), torch.split(text, max(1, batch // text.shape[1]))))
         states = [[window for each in layer for window in each.split(1)] for layer in states]
         units = unit_slopes(prunable, text, request.kept, states, calibrated=calibrated)
-        found = replace(found, slopes=tuple(each.numpy() for each in units))
+        found = replace(found, slopes=mean_slopes(units))
     return found
 
 

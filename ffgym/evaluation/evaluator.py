@@ -21,7 +21,7 @@ from ffgym.evaluation.divergence import window_divergences
 from ffgym.evaluation.known import KnownLosses
 from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, right_answers, task_accuracy
 from ffgym.evaluation.perplexity import window_losses
-from ffgym.evaluation.slopes import unit_slopes
+from ffgym.evaluation.slopes import mean_slopes, unit_slopes
 from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Entry, Walk
 from ffgym.plugins.bases import SLOPE_PASSES
@@ -174,7 +174,9 @@ class ModelEvaluator:
 
     def _of_text(self, request: Request) -> list[_Pass]:
         dense = self._is_dense(request.kept)
-        size = 1 if dense else max(1, self._tokens_per_batch // self._length)
+        # Slopes are those of single windows, so that workers may share the windows of a request.
+        alone = dense or "slopes" in request.needs
+        size = 1 if alone else max(1, self._tokens_per_batch // self._length)
         divergences = frozenset[str]() if dense else request.needs & DIVERGENCES
         starts = range(0, len(request.windows), size)
         return [_Pass(_Batch(request.windows[i : i + size]), request.kept, divergences) for i in starts]
@@ -236,12 +238,11 @@ class ModelEvaluator:
     def _slopes(
         self, kept: tuple[int, ...], passes: Sequence[_Pass], states: list[dict[_Batch, torch.Tensor]]
     ) -> tuple[np.ndarray, ...]:
-        """Slopes of every sublayer's units, given the states of a request's passes."""
+        """Slopes of every sublayer's units, given the states of a request's passes, each of one window."""
         ids = self._windows[[index for each in passes for index in each.batch.indices]]
-        by_window = [[w for each in passes for w in torch.split(layer[each.batch], 1)] for layer in states]
+        by_window = [[layer[each.batch] for each in passes] for layer in states]
         states.clear()
-        units = unit_slopes(self._prunable, ids, kept, by_window, calibrated=self._calibrated)
-        return tuple(each.numpy() for each in units)
+        return mean_slopes(unit_slopes(self._prunable, ids, kept, by_window, calibrated=self._calibrated))
 
     def _entered(self, batch: _Batch, passes: tuple[_Pass, ...]) -> _Stream:
         if batch.examples:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 
 from ffgym.models.cut import PrunableModel, PrunableSublayer
@@ -25,8 +26,8 @@ def unit_slopes(
     states: list[list[torch.Tensor]],
     *,
     calibrated: bool = True,
-) -> list[torch.Tensor]:
-    """First-order change of the mean loss as each unit joins those before it in its sublayer's path.
+) -> list[tuple[np.ndarray, ...]]:
+    """First-order change of each window's mean loss as each unit joins those before it in its sublayer's path.
 
     Args:
         prunable: the model; it is dense afterwards. Layers are padded one at a time.
@@ -37,12 +38,11 @@ def unit_slopes(
         calibrated: along the refitted paths, not plain removal.
 
     Returns:
-        for every sublayer shape (units,), float32, in nats per token and unit; negative where the unit helps. Removing
-        a kept unit would undo its change. 0 for units that are not `within_reach` of the level, and for experts: a
-        router chooses, which has no derivative.
+        for every window, and in it for every sublayer, shape (units,), float32, in nats per token and unit; negative
+        where the unit helps. Removing a kept unit would undo its change. 0 for units that are not `within_reach` of the
+        level, and for experts: a router chooses, which has no derivative.
     """
-    slopes: list[torch.Tensor] = []  # from the last layer to the first
-    totals: dict[torch.Tensor, torch.Tensor] = {}
+    slopes: list[list[np.ndarray]] = [[] for _ in windows]  # from the last layer to the first
 
     @contextmanager
     def layer(index: int) -> Iterator[None]:
@@ -65,30 +65,33 @@ def unit_slopes(
         with torch.no_grad():
             stream = Stream(Walk(prunable.model), torch.split(windows, 1))
         walked = walk_back(stream, states, partial(_parameters, prunable), layer=layer)
-        for done, (index, gradients) in enumerate(walked, start=1):
-            for parameter, gradient in zip(_parameters(prunable, index), gradients, strict=True):
-                before = totals.get(parameter, torch.zeros_like(parameter, dtype=torch.float32))
-                totals[parameter] = before + gradient.float() / len(windows)
-            if done % len(windows) == 0:
-                for at in (2 * index + 1, 2 * index):
-                    slopes.append(_along_path(prunable.halves[at], kept[at], totals, calibrated))
-                totals.clear()
-        return slopes[::-1]
+        for done, (index, gradients) in enumerate(walked):
+            own = dict(zip(_parameters(prunable, index), gradients, strict=True))
+            for at in (2 * index + 1, 2 * index):
+                slopes[done % len(windows)].append(_along_path(prunable.halves[at], kept[at], own, calibrated))
+        return [tuple(each[::-1]) for each in slopes]
     finally:
         prunable.restore()
 
 
+def mean_slopes(windows: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """The slopes of several windows' mean loss: for every sublayer shape (units,), float64."""
+    return tuple(np.stack(each).astype(np.float64).mean(axis=0) for each in zip(*windows, strict=True))
+
+
+@torch.no_grad()
 def _along_path(
     half: PrunableSublayer, level: int, gradients: Mapping[torch.Tensor, torch.Tensor], calibrated: bool
-) -> torch.Tensor:
+) -> np.ndarray:
     """The slopes of a sublayer's units, given the loss's gradients of the consumer's parameters."""
     near, step = within_reach(half.sublayer.units, level), half.sublayer.channels_per_unit
-    slopes = torch.zeros(half.sublayer.units)
+    slopes = np.zeros(half.sublayer.units, dtype=np.float32)
     if near and half.is_refittable:
-        of_weight, of_bias = gradients[half.consumer.weight], gradients.get(half.consumer.bias)
+        of_weight, of_bias = gradients[half.consumer.weight].float(), gradients.get(half.consumer.bias)
         path = half.path_for(calibrated=calibrated)
+        of_bias = of_bias if of_bias is None else of_bias.float()
         channels = path.slopes(of_weight, of_bias, near.start * step, near.stop * step)
-        slopes[near.start : near.stop] = channels.view(len(near), step).sum(dim=1).cpu()
+        slopes[near.start : near.stop] = channels.view(len(near), step).sum(dim=1).cpu().numpy()
     return slopes
 
 

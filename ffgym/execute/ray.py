@@ -27,7 +27,7 @@ from rich.console import Console
 from ffgym.errors import FFGymError, WorkerError, first_line
 from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
 from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
-from ffgym.execute.shares import Shares, Speeds, cost
+from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
 from ffgym.report.progress import Reporter
 from ffgym.types import Evaluation
 
@@ -135,14 +135,18 @@ class RayExecutor:
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Executor`."""
         dense = [request for request in requests if request.kept == self._dense_units]
-        others = list(dict.fromkeys(request for request in requests if request.kept != self._dense_units))
+        shared = [parts(request) for request in requests if request.kept != self._dense_units]
+        others = list(dict.fromkeys(part for each in shared for part in each))
         if not others:
             return self._dense.measure(requests, on_progress)
         with _in_background(lambda stop: self._dense.measure(dense, stop)) as measured:
             shares = Shares(others, self._speeds)
             self._pool.work(shares, len(others), lambda: self._tell(shares, on_progress))
-            found = shares.answers | dict(zip(dense, measured(), strict=True))
-        return [found[request] for request in requests]
+            of_dense = dict(zip(dense, measured(), strict=True))
+        return [
+            of_dense[request] if request in of_dense else joined([shares.answers[part] for part in parts(request)])
+            for request in requests
+        ]
 
     def _tell(self, shares: Shares, on_progress: OnProgress | None) -> None:
         if on_progress is not None:

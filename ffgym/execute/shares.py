@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from ffgym.evaluation.evaluator import Request
+from ffgym.evaluation.slopes import mean_slopes
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins.bases import SLOPE_PASSES
 from ffgym.types import Evaluation
@@ -20,6 +22,33 @@ LEAST_PATIENCE, FIRST_PATIENCE = 60.0, 1800.0  # seconds; the second while no du
 def cost(request: Request) -> float:
     """What a request costs, in windows of a forward pass; an example counts as an eighth."""
     return len(request.windows) * (1 + SLOPE_PASSES * ("slopes" in request.needs)) + len(request.examples) / 8
+
+
+def parts(request: Request) -> list[Request]:
+    """What of a request several workers can measure: for slopes, each window alone, the examples with the first."""
+    if "slopes" not in request.needs:
+        return [request]
+    first, *others = request.windows
+    head = replace(request, windows=(first,))
+    return [head, *(replace(request, windows=(window,), examples=()) for window in others)]
+
+
+def joined(answers: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of a request from those of its `parts`: the bits of measuring it at once."""
+    if len(answers) == 1:
+        return answers[0]
+    return replace(
+        answers[0],
+        losses=tuple(chain.from_iterable(each.losses for each in answers)),
+        kls=_chained([each.kls for each in answers]),
+        reverse_kls=_chained([each.reverse_kls for each in answers]),
+        slopes=mean_slopes([each.slopes for each in answers if each.slopes is not None]),
+    )
+
+
+def _chained(rows: Sequence[tuple[float, ...] | None]) -> tuple[float, ...] | None:
+    known = [row for row in rows if row is not None]
+    return tuple(chain.from_iterable(known)) if known else None
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.execute.shares import joined, parts
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.testing.models import tiny_model
@@ -102,6 +103,16 @@ class TestBits:
                 alone = measured_alone(prunable, request, windows, EXAMPLES, tokens_per_batch=TOKENS_PER_BATCH)
                 assert bits(got) == bits(alone)
                 assert bits(evaluator(prunable, windows).measure([request])[0]) == bits(alone)
+
+    @given(data=st.data())
+    @settings(max_examples=10)
+    def test_are_those_of_its_windows_measured_apart(self, data, prepared, windows):
+        """As workers do where slopes are asked for."""
+        prunable = prepared("llama")
+        request = data.draw(requests_for(prunable.dense_units))
+        apart = [evaluator(prunable, windows).measure([part])[0] for part in parts(request)]
+        assert len(apart) == (len(request.windows) if "slopes" in request.needs else 1)
+        assert bits(joined(apart)) == bits(evaluator(prunable, windows).measure([request])[0])
 
     @pytest.mark.parametrize("how", ["ridge", "affine", "none"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
