@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +370,6 @@ def _threads(setting: Setting) -> dict[str, str]:
 
 
 @functools.cache
-@cache
 def _output(*command: str) -> str | None:
     """What a command prints, which is asked once; ``None`` where it fails."""
     try:
