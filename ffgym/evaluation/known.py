@@ -31,8 +31,7 @@ class KnownLosses:
     def among(self, windows: torch.Tensor) -> dict[int, float]:
         """Those that are known, in nats per token, by place among token ids of shape (windows, length), int64."""
         stored = self._read()
-        found = {place: stored.get(_digest(window)) for place, window in enumerate(windows)} if stored else {}
-        return {place: loss for place, loss in found.items() if loss is not None}
+        return {place: stored[key] for place, window in enumerate(windows) if (key := _digest(window)) in stored}
 
     def add(self, windows: torch.Tensor, losses: Mapping[int, float]) -> None:
         """Write down losses by place among the windows; where that is not possible, nothing is kept."""

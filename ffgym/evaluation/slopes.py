@@ -66,7 +66,8 @@ def unit_slopes(
             stream = Stream(Walk(prunable.model), torch.split(windows, 1))
         walked = walk_back(stream, states, partial(_parameters, prunable), layer=layer)
         for done, (index, gradients) in enumerate(walked):
-            own = dict(zip(_parameters(prunable, index), gradients, strict=True))
+            wide = (gradient.float() for gradient in gradients)
+            own = dict(zip(_parameters(prunable, index), wide, strict=True))
             for at in (2 * index + 1, 2 * index):
                 slopes[done % len(windows)].append(_along_path(prunable.halves[at], kept[at], own, calibrated))
         return [tuple(each[::-1]) for each in slopes]
@@ -83,13 +84,12 @@ def mean_slopes(windows: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, 
 def _along_path(
     half: PrunableSublayer, level: int, gradients: Mapping[torch.Tensor, torch.Tensor], calibrated: bool
 ) -> np.ndarray:
-    """The slopes of a sublayer's units, given the loss's gradients of the consumer's parameters."""
+    """The slopes of a sublayer's units, given the loss's gradients of the consumer's parameters, float32."""
     near, step = within_reach(half.sublayer.units, level), half.sublayer.channels_per_unit
     slopes = np.zeros(half.sublayer.units, dtype=np.float32)
     if near and half.is_refittable:
-        of_weight, of_bias = gradients[half.consumer.weight].float(), gradients.get(half.consumer.bias)
+        of_weight, of_bias = gradients[half.consumer.weight], gradients.get(half.consumer.bias)
         path = half.path_for(calibrated=calibrated)
-        of_bias = of_bias if of_bias is None else of_bias.float()
         channels = path.slopes(of_weight, of_bias, near.start * step, near.stop * step)
         slopes[near.start : near.stop] = channels.view(len(near), step).sum(dim=1).cpu().numpy()
     return slopes

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TextIO, cast
 
 import torch
@@ -135,18 +136,16 @@ class RayExecutor:
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Executor`."""
         dense = [request for request in requests if request.kept == self._dense_units]
-        shared = [parts(request) for request in requests if request.kept != self._dense_units]
-        others = list(dict.fromkeys(part for each in shared for part in each))
+        shared = {request: parts(request) for request in requests if request.kept != self._dense_units}
+        others = list(dict.fromkeys(chain.from_iterable(shared.values())))
         if not others:
             return self._dense.measure(requests, on_progress)
         with _in_background(lambda stop: self._dense.measure(dense, stop)) as measured:
             shares = Shares(others, self._speeds)
             self._pool.work(shares, len(others), lambda: self._tell(shares, on_progress))
-            of_dense = dict(zip(dense, measured(), strict=True))
-        return [
-            of_dense[request] if request in of_dense else joined([shares.answers[part] for part in parts(request)])
-            for request in requests
-        ]
+            found = dict(zip(dense, measured(), strict=True))
+        found |= {request: joined([shares.answers[part] for part in own]) for request, own in shared.items()}
+        return [found[request] for request in requests]
 
     def _tell(self, shares: Shares, on_progress: OnProgress | None) -> None:
         if on_progress is not None:

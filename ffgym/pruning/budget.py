@@ -210,7 +210,7 @@ class Budget:
 
     @property
     def coarse(self) -> np.ndarray:
-        """Which sublayers have less than ``FEWEST`` units, shape (2L,), bool."""
+        """Which sublayers have fewer than ``FEWEST`` units, shape (2L,), bool."""
         return np.array([sublayer.units < FEWEST for sublayer in self.sublayers])
 
     @property
@@ -229,9 +229,9 @@ class Budget:
         cost c stays: d loss / d a_i = (g_i - c_i sum_j g_j / sum_j c_j) / 2, g and c by keep ratio, a = 2 r - 1. A
         sublayer that is whole or gone moves only if its ratio lies within ``REACH`` of that end.
 
-        Where a sublayer has but a few units (`coarse`), a derivative says little of so large a step.
-        What is returned for it is the first-order estimate for its last unit, by importance: above 0, the loss falls
-        when that unit goes and the others share what it cost.
+        Where a sublayer has but a few units (`coarse`), a derivative says little of so large a step. What is returned
+        for it is the first-order estimate for its last unit, by importance: above 0, the loss falls when that unit goes
+        and the others share what it cost.
 
         Args:
             importance: what was projected, shape (2L,).
