@@ -159,6 +159,17 @@ def steps(before_episodes: Any) -> list[int]:
 
 
 @pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Let no file of this process grow beyond the size given, in bytes: as on a full disk."""
+    resource: Any = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """``install(package, source)``: install plugins as pip would, as a module and its dist-info on sys.path."""
     from ffgym.plugins import discovery

@@ -20,6 +20,7 @@ from pathlib import Path
 import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
+from safetensors import SafetensorError
 
 from ffgym.errors import AssetError, ConfigError
 from ffgym.files import FileFormat, exclusive_lock, write_text
@@ -69,7 +70,7 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
             except OSError:
                 if not place.is_dir():  # else another process finished first, and its copy is as good as ours
                     raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise storage_error(error, place) from error
     except AssetError as error:
         if not is_damaged:
@@ -109,15 +110,15 @@ def _record(folder: Path) -> None:
     write_text(folder / RECORD, json.dumps(digests, indent=1) + "\n")
 
 
-def storage_error(error: OSError, place: Path) -> AssetError:
+def storage_error(error: OSError | SafetensorError, place: Path) -> AssetError:
     """What to raise where a place in the cache cannot be written."""
-    if error.errno in FULL_DISK:
+    if any(os.strerror(code) in str(error) for code in FULL_DISK):  # safetensors repeats what the disk said
         return AssetError(
             f"the disk is full: {place} could not be written",
             hint="Free some space, or set FFGYM_CACHE to a folder on a larger disk.",
         )
     return AssetError(
-        f"the cache folder {place.parent} cannot be written: {error.strerror or error}",
+        f"the cache folder {place.parent} cannot be written: {getattr(error, 'strerror', None) or error}",
         hint="Set FFGYM_CACHE to a folder that you may write to.",
     )
 

@@ -420,7 +420,7 @@ class PrunableModel:
             yield halves
             for half, weight in zip(halves, brought, strict=True):
                 if half.is_refitted and half.consumer.weight is not weight:
-                    self.source.keep(half.sublayer.name, half.consumer.state_dict())
+                    self.source.refits.keep(half.sublayer.name, half.consumer.state_dict())
         finally:
             self._release(index)
 
@@ -431,7 +431,7 @@ class PrunableModel:
         halves = self.halves[2 * index : 2 * index + 2]
         self._place(index, source.load(index))
         for half in halves:
-            half.arrive(source.kept(half.sublayer.name) if half.is_refitted else None)
+            half.arrive(source.refits.kept(half.sublayer.name) if half.is_refitted else None)
 
     @torch.inference_mode(False)
     @torch.no_grad()

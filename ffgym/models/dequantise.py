@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import re
 import tempfile
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 
 from ffgym.data.cache import cache_dir, write_folder_once
 from ffgym.errors import ModelError, first_line
@@ -36,12 +34,8 @@ def dequantised(gguf: Path, content: str, *, any_family: bool = False) -> Path:
     def convert(folder: Path) -> None:
         Console(stderr=True).print(f"Converting {gguf.name} to safetensors, once", soft_wrap=True, highlight=False)
         model, tokenizer = _read_gguf(gguf, any_family=any_family)
-        try:
-            with quiet():
-                model.save_pretrained(folder)
-        except SafetensorError as error:  # safetensors wraps what the disk said
-            full = "No space left" in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+        with quiet():
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     return write_folder_once(cache_dir() / "models" / f"{gguf.stem}-{content[:12]}-float16", convert)
@@ -86,7 +80,7 @@ def _check_gguf_sizes(path: Path, fields: dict[str, Any], architecture: str, sha
     in_tensors = {
         "block_count": [depth_of(BLOCK, shapes)],
         "embedding_length": shapes.get("token_embd.weight", ())[1:],
-        "feed_forward_length": shapes.get("blk.0.ffn_up.weight", ())[:1],
+        "feed_forward_length": shapes.get("blk.0.ffn_down.weight", ())[1:],
         "attention.head_count": range(1, rows + 1),
         "attention.head_count_kv": range(1, rows + 1),
     }

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ffgym.data.cache import Scratch
+from ffgym.data.cache import Scratch, storage_error
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.families import family_of
@@ -47,8 +48,39 @@ class TensorFile:
         return tensor
 
 
+class KeptTensors:
+    """Tensors in temporary files of the cache, which are gone when the object is.
+
+    Args:
+        device: where tensors go that come back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return Scratch("tensors")
+
+    def keep(self, name: str, tensors: Weights) -> None:
+        """Keep tensors in place of those under this name; raises ``AssetError`` where they cannot be written."""
+        file = self._scratch.folder / name
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        except (OSError, SafetensorError) as error:
+            raise storage_error(error, file) from error
+
+    def kept(self, name: str) -> Weights:
+        """What was kept last, on the device."""
+        file = TensorFile(self._scratch.folder / name)
+        return {key: file.read(key).to(self._device) for key in file.names}
+
+
 class LayerStream:
     """Reads the weights of a model whose decoder layers are on the meta device, each layer when it is asked for.
+
+    Attributes:
+        refits: consumers that no path has, until their layers are asked for again.
 
     Args:
         name: what the user called the model.
@@ -83,7 +115,7 @@ class LayerStream:
         self._next: tuple[int, Future[_Arriving]] | None = None
         self._last = -1
         self._side: Any = None if device.type != "cuda" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._scratch: Scratch | None = None
+        self.refits = KeptTensors(device)
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter by its name in the model, in the model's dtype, on the CPU."""
@@ -112,21 +144,6 @@ class LayerStream:
         if layer == self._last:
             return layer - 1 if layer == len(self._names) - 1 else layer + 1
         return layer + 1 if layer == 0 or layer > self._last else layer - 1
-
-    def keep(self, name: str, tensors: Weights) -> None:
-        """Keep tensors in a temporary file, in place of what was kept under this name before."""
-        if self._scratch is None:
-            self._scratch = Scratch("refits")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self._kept_file(name))
-
-    def kept(self, name: str) -> Weights:
-        """What was kept last, on the device."""
-        file = TensorFile(self._kept_file(name))
-        return {key: file.read(key).to(self.device) for key in file.names}
-
-    def _kept_file(self, name: str) -> Path:
-        assert self._scratch is not None, "something was kept"
-        return self._scratch.folder / f"{name}.safetensors"
 
     def _fetch(self, layer: int) -> _Arriving:
         weights = {short: self.read(name) for short, name in self._names[layer].items()}

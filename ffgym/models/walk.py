@@ -218,8 +218,10 @@ def walk_back(
     for index in reversed(range(len(states))):
         with layer(index):
             for batch, hidden in enumerate(states.pop()):
-                run = partial(walk.layer, index, entry=stream.entries[batch])
-                gradients[batch], *found = _pull_back(run, hidden, gradients[batch], partial(wanted, index))
+                with torch.enable_grad():
+                    output = walk.layer(index, hidden.requires_grad_(True), stream.entries[batch])
+                    gradients[batch], *found = torch.autograd.grad(output, [hidden, *wanted(index)], gradients[batch])
+                    del output  # and with it the graph
                 yield index, found
 
 
@@ -234,19 +236,6 @@ class _Stub(nn.Module):
         self._calls.append((args, kwargs))
         given: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         return given if self._hidden is None else self._hidden
-
-
-@torch.enable_grad()
-def _pull_back(
-    run: Callable[[torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    wanted: Callable[[], Sequence[torch.Tensor]] = tuple,
-) -> tuple[torch.Tensor, ...]:
-    """From a gradient behind a function to those before it: of the hidden states, then of what is wanted."""
-    hidden.requires_grad_(True)
-    output = run(hidden)
-    return torch.autograd.grad(output, [hidden, *wanted()], gradient)
 
 
 def _inputs(

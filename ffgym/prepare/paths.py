@@ -15,7 +15,7 @@ import torch
 
 from ffgym.errors import CalibrationError
 from ffgym.models.cut import PrunableModel, PrunableSublayer
-from ffgym.models.stream import LayerStream
+from ffgym.models.stream import KeptTensors, LayerStream
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
@@ -104,7 +104,7 @@ def prepare(
             on_progress(next(done), steps)
 
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
-    gradients = _Gradients(prunable)
+    gradients = _Gradients(source)
     for index, stats in gradient_statistics(prunable, sample, needs):
         gradients.add(index, stats)
         advance()
@@ -135,27 +135,24 @@ def prepare(
 class _Gradients:
     """First-order statistics of all sublayers until their turn comes: in memory, or in temporary files."""
 
-    def __init__(self, prunable: PrunableModel) -> None:
-        self._halves, self._source = prunable.halves, prunable.source
+    def __init__(self, source: LayerStream | None) -> None:
+        self._files = None if source is None else KeptTensors(source.device)
         self._stats: dict[int, LayerStats] = {}
 
     def add(self, index: int, stats: LayerStats) -> None:
         """Keep those of a sublayer."""
-        self._stats[index] = stats
-        if self._source is not None:
+        if self._files is not None:
             tensors = {name: getattr(stats, name) for name in GRADIENT_STATISTICS if getattr(stats, name) is not None}
-            self._source.keep(self._name(index), tensors)
-            self._stats[index] = LayerStats(stats.tokens)
+            self._files.keep(str(index), tensors)
+            stats = LayerStats(stats.tokens)
+        self._stats[index] = stats
 
     def pop(self, index: int) -> LayerStats:
         """Those of a sublayer, once; empty ones where there are none."""
         stats = self._stats.pop(index, LayerStats())
-        if self._source is not None and stats.tokens:
-            return LayerStats(stats.tokens, **self._source.kept(self._name(index)))
+        if self._files is not None and stats.tokens:
+            return LayerStats(stats.tokens, **self._files.kept(str(index)))
         return stats
-
-    def _name(self, index: int) -> str:
-        return f"gradients of {self._halves[index].sublayer.name}"
 
 
 def _build_path(

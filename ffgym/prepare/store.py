@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -80,13 +81,13 @@ RECORD = FileFormat("record of a prepared model", Record, AssetError, "Delete it
 def is_stored(criterion: Criterion, calibration: str) -> bool:
     """Whether what is prepared is kept: the cache has room for it, and the code that decides its bits can be read.
 
-    The path of a calibration that is no `Ridge` is its author's own, and nobody else could write it down.
+    Where a calibration's path is not that of `Ridge`, it is its author's own, and nobody else could write it down.
 
     Raises:
         ConfigError: ``FFGYM_CACHE_SIZE`` is no size.
     """
     is_readable = _source(type(criterion)) is not None
-    return size_limit() > 0 and is_readable and issubclass(calibration_class(calibration), Ridge)
+    return size_limit() > 0 and is_readable and calibration_class(calibration).path is Ridge.path
 
 
 def store_key(
@@ -123,7 +124,8 @@ def store_key(
             tensor = stream.read(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    digest.update(f"{torch.__version__} {torch.get_num_threads()}".encode())  # kernels round by them
+    versions = f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()}"  # kernels round by them
+    digest.update(versions.encode())
     return f"{model.config.model_type}-{digest.hexdigest()[:24]}"
 
 

@@ -442,16 +442,11 @@ class TestRefusals:
         with pytest.raises(OutputError, match="cannot write"):
             self.save(model, tmp_path / "file" / "m")
 
-    def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(self, model, tmp_path):
-        resource = pytest.importorskip("resource")
+    def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(self, model, tmp_path, small_files):
         self.save(model, tmp_path / "m", card="old")
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # no file may grow beyond it: the weights do not fit
-        try:
-            with pytest.raises(OutputError, match="cannot write"):
-                self.save(model, tmp_path / "m", overwrite=True, card="new")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        small_files(40_000)  # the weights do not fit
+        with pytest.raises(OutputError, match="cannot write"):
+            self.save(model, tmp_path / "m", overwrite=True, card="new")
         assert (tmp_path / "m" / "README.md").read_text() == "old"
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

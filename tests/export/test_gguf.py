@@ -551,18 +551,13 @@ def test_other_names_and_places_are_refused(folder: Path, tmp_path: Path) -> Non
     assert export_gguf(folder, tmp_path / "a" / "b" / "m.gguf").path.is_file()
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, tmp_path: Path, small_files: Any) -> None:
     place = tmp_path / "out" / "m.gguf"
     place.parent.mkdir()
     place.write_text("old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # no file may grow beyond it: the weights do not fit
-    try:
-        with pytest.raises(OutputError, match="cannot write"):
-            export_gguf(folder, place, overwrite=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    small_files(40_000)  # the weights do not fit
+    with pytest.raises(OutputError, match="cannot write"):
+        export_gguf(folder, place, overwrite=True)
     assert place.read_text() == "old"
     assert [path.name for path in place.parent.iterdir()] == ["m.gguf"]
 

@@ -19,7 +19,7 @@ from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import ModelError
+from ffgym.errors import AssetError, ModelError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, evaluate_cut
 from ffgym.export.checkpoint import save_pruned
@@ -176,6 +176,20 @@ def test_an_agent_that_follows_slopes_searches_a_streamed_model_too(tiny_run: An
         histories.append([(episode.kept, episode.reward, episode.slopes) for episode in vector.history])
     assert len(histories[0]) > 1
     assert histories[0] == histories[1]
+
+
+def test_nothing_temporary_is_left_of_a_preparation(folder: Path, tmp_path: Path) -> None:
+    prepared = prepared_from_disk(folder, criterion=Taylor())
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["prepared"], "gradients are as large as weights"
+    calibrate_sequentially(prepared.prunable, some_cut(prepared), WINDOWS, [1.0] * 6)
+    assert len(list((tmp_path / "cache").glob(".tensors-*/*"))) == 4, "refits of what is not whole"
+
+
+def test_a_disk_that_fills_up_is_named(folder: Path, small_files: Any) -> None:
+    prepared = prepared_from_disk(folder)
+    small_files(1000)
+    with pytest.raises(AssetError, match=r"cannot be written: .*File too large"):
+        calibrate_sequentially(prepared.prunable, some_cut(prepared), WINDOWS, [1.0] * 6)
 
 
 def test_both_placements_share_a_store(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
@@ -102,6 +103,11 @@ class TestAnotherPreparationHasAnotherStore:
 
     def test_with_another_number_of_threads(self, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+        go(told)
+        assert told.prepared == 2
+
+    def test_with_another_version_of_transformers(self, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(transformers, "__version__", "5.99.0")
         go(told)
         assert told.prepared == 2
 
@@ -204,6 +210,29 @@ def test_two_processes_that_want_the_same_prepare_it_once() -> None:
     assert sorted(made.get() for _ in processes) == [0, 1]
 
 
+OWN_PATH = """
+import ffgym
+from ffgym.prepare.calibrations import Affine
+from ffgym.pruning.calibration import PlainPath
+
+class Own(Affine):
+    "Keeps nothing of the refit but its bias."
+    name = "own"
+    def path(self, consumer):
+        return PlainPath(consumer.weight, consumer.refit.bias_at(0))
+
+@ffgym.hookimpl
+def ffgym_calibrations():
+    return [Own]
+"""
+
+
+def test_a_calibration_with_a_path_of_its_own_has_no_store(install: Any) -> None:
+    install("acme-own", OWN_PATH)
+    assert is_stored(Wanda(), "affine")
+    assert not is_stored(Wanda(), "own")
+
+
 class TestSize:
     def test_a_disk_without_room_is_an_error_before_anything_is_computed(
         self, told: Told, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +256,13 @@ class TestSize:
         with pytest.raises(AssetError, match="cannot be written") as caught:
             go(told)
         assert "FFGYM_CACHE" in (caught.value.hint or "")
+
+    def test_a_disk_that_fills_up_is_named_and_nothing_is_left(self, told: Told, small_files: Any) -> None:
+        small_files(1000)
+        with pytest.raises(AssetError, match=r"cannot be written: .*File too large") as caught:
+            go(told)
+        assert "FFGYM_CACHE" in (caught.value.hint or "")
+        assert cache.entries("prepared") == []
 
     def test_0_keeps_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")

@@ -3,7 +3,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import sqlite3
@@ -615,16 +614,6 @@ def test_a_deleted_experiment_is_refused(root):
     client(root).delete_experiment(client(root).get_experiment_by_name("ffgym").experiment_id)
     with pytest.raises(TrackingError, match=r"was deleted\n.*tracking\.experiment"), Tracker(root, "ffgym", "run"):
         pass
-
-
-@pytest.fixture
-def small_files():
-    """Let no file of this process grow beyond the size given: what a full disk does to a database."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_disk_that_fills_up_is_a_tracking_error_and_not_sql(root, small_files):
