@@ -112,10 +112,10 @@ class ServingMeasurement:
             for each in self.served
             if each.model != DENSE
         ]
-        as_pruned = ["tokens/s, over those of, dense as pruned"] * any(each.backend_ratio for each in self.served)
+        as_pruned = ["tokens/s, over dense as pruned"] * any(each.backend_ratio for each in self.served)
         return (
             Table(_columns("tokens/s", "first token, ms", "per token, ms"), speeds, space=1),
-            Table(_columns("tokens/s, over those of, dense", *as_pruned), ratios, self._notes(), space=1),
+            Table(_columns("tokens/s, over dense", *as_pruned), ratios, self._notes(), space=1),
         )
 
     def _notes(self) -> list[str]:
