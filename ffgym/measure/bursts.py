@@ -132,41 +132,48 @@ def serve_in_turn(
 
 
 def send(server: Running, prompts: Sequence[str], output_tokens: int) -> Burst:
-    """Ask for the answers to all prompts at the same moment."""
+    """Ask for the answers to all prompts at the same moment.
+
+    Raises:
+        ModelError: one of them was not answered.
+    """
     pool = ThreadPoolExecutor(len(prompts))
     try:
         answers = pool.map(partial(ask, server, output_tokens=output_tokens), prompts)
         return Burst(tuple(answers))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise server.failed(f"did not answer a request: {error or type(error).__name__}") from error
     finally:  # after Ctrl-C, requests under way end with their server
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ask(server: Running, prompt: str, *, output_tokens: int) -> Answer:
-    """Ask for one answer."""
+    """Ask for one answer.
+
+    Raises:
+        OSError, HTTPException, ValueError: there is none, or not the whole of it.
+    """
     body = {"model": server.server.model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "seed": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}, **server.server.body}
     times: list[float] = []
     tokens = 0
     begun = time.perf_counter()
-    try:
-        with contextlib.closing(http.client.HTTPConnection(HOST, server.port, timeout=ANSWER_SECONDS)) as connection:
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            if response.status != http.client.OK:
-                raise server.failed(f"refused a request: {response.read(500).decode(errors='replace')}")
-            for line in response:
-                if not line.startswith(b"data: {"):
-                    continue
-                chunk: dict[str, Any] = json.loads(line[6:])
-                if "error" in chunk:
-                    raise server.failed(f"broke off an answer: {chunk['error']}")
-                if chunk.get("choices"):
-                    times.append(time.perf_counter())
-                tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise server.failed(f"did not answer a request: {error or type(error).__name__}") from error
+    with contextlib.closing(http.client.HTTPConnection(HOST, server.port, timeout=ANSWER_SECONDS)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != http.client.OK:
+            raise ValueError(f"it was refused: {response.read(500).decode(errors='replace')}")
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk: dict[str, Any] = json.loads(line[6:])
+            if "error" in chunk:
+                raise ValueError(f"the answer was broken off: {chunk['error']}")
+            if chunk.get("choices"):
+                times.append(time.perf_counter())
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
     if not tokens or not times:
-        raise server.failed("served no token, or did not count them")
+        raise ValueError("there were no tokens, or they were not counted")
     return Answer(tokens, begun, times[0], times[-1])
 
 

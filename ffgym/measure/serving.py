@@ -168,7 +168,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         models = [ServedModel(DENSE, dense), ServedModel(PRUNED, pruned, model_type)]
         with reporter.stage(f"prepare {options.engine}", 1):
             fleet = ENGINES[options.engine](setting, models)
-        together = fleet.fits_memory((dense, dense, pruned))
+        together = fleet.fits_memory()
         reporter.print(f"dense: {source.name}, named by {source.said_by}; pruned: {pruned}")
         reporter.print(f"{fleet.version}, {dtype}, {counted(len(fleet.servers), 'server')}")
         turns = options.repetitions * len(fleet.servers) * len(workloads)

@@ -11,11 +11,14 @@ import fake_engine
 import psutil
 import pytest
 
+from ffgym.plan import machine
+
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A Python that seems to have vLLM, and memory for any number of its servers; the file of what they are asked."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 50))
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "cgroup")  # of no container
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # logs of servers that died stay there
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_engine.__file__} "$@"\n', encoding="utf-8")

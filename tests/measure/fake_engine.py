@@ -1,7 +1,7 @@
 """A server as the engines' are, without a model: tokens at a fixed pace, and what it was asked in the file FAKE_LOG.
 
-Run with ``-c`` it is a Python that has vLLM FAKE_VERSION. FAKE_DIES (what it says then), FAKE_TOKENS, FAKE_REFUSES,
-FAKE_HANGS change what it does.
+Run with ``-c`` it is a Python that has vLLM FAKE_VERSION, and a GPU called FAKE_GPU. FAKE_DIES (what it says then),
+FAKE_TOKENS, FAKE_REFUSES, FAKE_HANGS change what it does.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def after(option: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] == "-c":
-        print("a warning of a library", f"vllm-fake {os.environ.get('FAKE_VERSION', '9.9')}", "False", sep="\n")
+        version, gpu = os.environ.get("FAKE_VERSION", "9.9"), os.environ.get("FAKE_GPU")
+        print("a warning of a library", f"vllm-fake {version}", gpu, sep="\n")
         sys.exit()
     MODEL = after("--model")
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # as engines have

@@ -27,6 +27,7 @@ from ffgym.measure import engines
 from ffgym.measure.serving import Options, ServingMeasurement, measure_serving
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
+from ffgym.plan import machine
 
 KEPT = (2, 200, 1, 300, 2, 256, 1, 127)
 ROLES = ["dense", "dense, as pruned", "pruned"]
@@ -109,12 +110,29 @@ def test_tokens_are_counted_and_timed(pruned: Path, log: Path, monkeypatch: pyte
     assert all(line["ignore_eos"] for line in noted(log, "asked"))
 
 
-def test_servers_that_do_not_fit_together_are_started_for_each_turn(
-    pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 30))
+
+
+def in_a_container(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That leaves 1 GiB of the machine's memory."""
+    for name, content in {"cgroup": "0::/", "memory.max": str(2 << 30), "memory.current": str(1 << 30)}.items():
+        (folder / name).write_text(content)
+    monkeypatch.setattr(machine, "CGROUPS", folder)
+
+
+def on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_GPU", "Abacus")
+
+
+@pytest.mark.parametrize("circumstance", [little_memory, in_a_container, on_a_gpu])
+def test_servers_that_do_not_fit_together_are_started_for_each_turn(
+    pruned: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, circumstance: Any
+) -> None:
+    circumstance(tmp_path, monkeypatch)
     found = silently(options(pruned, repetitions=2, requests=(1,)))
     assert not found.together
+    assert (found.device == "Abacus") == (circumstance is on_a_gpu), "of the engine, whatever torch sees here"
     started = [line["pids"][0] for line in noted(log, "started")]
     assert len(started) == 2 * 3
     asked = noted(log, "asked")
@@ -213,15 +231,16 @@ def test_a_server_that_does_not_answer_in_time_is_ended(
 
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
-    [("FAKE_REFUSES", "1", "refused a request"), ("FAKE_TOKENS", "0", "served no token, or did not count them")],
+    [("FAKE_REFUSES", "1", "it was refused"), ("FAKE_TOKENS", "0", "there were no tokens, or they were not counted")],
 )
 def test_answers_that_are_none_are_errors(
-    pruned: Path, log: Path, variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+    pruned: Path, log: Path, tmp_path: Path, variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=f"did not answer a request: {said}"):
         silently(options(pruned))
     assert_no_process_is_left(log)
+    assert len(list(tmp_path.glob("ffgym-*.log"))) == 1, "not one a request"
 
 
 def test_engines_that_are_not_installed_name_what_to_install(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
