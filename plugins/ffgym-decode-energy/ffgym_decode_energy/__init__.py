@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ffgym
+from ffgym.costs.macs import Macs
 
 if TYPE_CHECKING:
     from ffgym.costs.resource import Setting
@@ -17,7 +18,11 @@ JOULES = 1e-13
 
 
 class DecodeEnergy(ffgym.Resource):
-    """Energy of decoding one token at batch size 1: arithmetic, weights read once, the KV cache of the context."""
+    """Energy of decoding one token at batch size 1: arithmetic, weights read once, the KV cache of the context.
+
+    Of experts those count that the token is sent to, as many as before when others are gone: an expert costs its row of
+    the router.
+    """
 
     name = "decode-energy"
     quantity = "decoding energy"
@@ -25,15 +30,15 @@ class DecodeEnergy(ffgym.Resource):
     key = "decode_energy"
 
     def unit_price(self, sublayer: ffgym.Sublayer, setting: Setting) -> float:
-        """A unit's arithmetic, its weights, and the keys and values of its KV group."""
-        macs = sublayer.unit_macs + 2 * sublayer.query_heads_per_unit * sublayer.head_dim * setting.context
-        numbers = sublayer.unit_params + 2 * sublayer.head_dim * setting.context
-        return PER_MAC * macs + PER_BYTE * numbers * setting.number_bytes
+        """A unit's arithmetic, its weights, and the keys and values that it caches."""
+        weights = sublayer.unit_macs if sublayer.kind == "experts" else sublayer.unit_params
+        cached = 2 * sublayer.kv_heads_per_unit * sublayer.head_dim * setting.context
+        macs = Macs().unit_price(sublayer, setting)
+        return PER_MAC * macs + PER_BYTE * (weights + cached) * setting.number_bytes
 
     def rest(self, model: Any, setting: Setting) -> float:
-        """The output head; of the embeddings only one row is read."""
-        head: int = model.get_output_embeddings().weight.numel()
-        return head * (PER_MAC + PER_BYTE * setting.number_bytes)
+        """The output head and a token's experts; of the embeddings only one row is read."""
+        return Macs().rest(model, setting) * (PER_MAC + PER_BYTE * setting.number_bytes)
 
     def text(self, cost: float) -> str:
         """In millijoules."""

@@ -1,9 +1,11 @@
 """The resource costs what its docstring says."""
 
+import pytest
 from ffgym_decode_energy import PER_BYTE, PER_MAC, DecodeEnergy
 
 from ffgym import Sublayer
 from ffgym.costs.resource import Setting, costs_of, resource_named
+from ffgym.models.families import family_of
 from ffgym.testing.models import tiny_model
 
 SETTING = Setting(context=100, number_bytes=2)
@@ -20,9 +22,18 @@ def test_a_kv_group_also_costs_its_cache_and_its_scores() -> None:
     assert DecodeEnergy().unit_price(group, SETTING) == macs * PER_MAC + numbers * 2 * PER_BYTE
 
 
-def test_a_model_has_a_cost_and_a_text() -> None:
-    resource = resource_named("decode-energy")
-    costs = costs_of(resource, tiny_model("llama"), context=100)
-    assert len(costs.tables) == 6
-    assert costs.rest > 0
-    assert float(resource.text(1e13)) == 1000
+@pytest.mark.parametrize("family", ["llama", "olmo2", "mixtral"])
+def test_a_model_computes_with_every_weight_once_and_reads_it_and_the_cache(family: str) -> None:
+    """Also where an attention of many heads is one unit, and where a token is sent to some of the experts."""
+    model = tiny_model(family)
+    dense = [sublayer.units for sublayer in family_of(model).sublayers(model)]
+
+    def cost(resource: str, context: int) -> float:
+        return costs_of(resource_named(resource), model, context=context).of(dense)
+
+    read = 4 * cost("macs", 0) + 100 * cost("kv", 100)
+    assert cost("decode-energy", 100) == PER_MAC * cost("macs", 100) + PER_BYTE * read
+
+
+def test_it_is_printed_in_millijoules() -> None:
+    assert DecodeEnergy().text(1e13) == "1e+03"
