@@ -368,6 +368,8 @@ class RayCrew:
             kind, content, lines = self._ray.get(call)
         except Exception as error:  # all that the worker raises comes as an answer
             self._forget(worker)
+            if about == "load" and "ray::_Worker" in str(error):  # Python said so: nothing has ended the process
+                return [Failed(worker, _cannot_begin(error))]
             return [Lost(worker, _why(error))]
         for line in lines:
             self._on_line(f"[{worker + 1}] {line}")
@@ -399,6 +401,14 @@ def _why(error: Exception) -> str:
     if "low on memory" in text:
         return "was ended because its machine ran low on memory"
     return "ended unexpectedly (killed, or out of memory)"
+
+
+def _cannot_begin(error: Exception) -> WorkerError:
+    said = str(error).strip().splitlines()[-1]
+    return WorkerError(
+        f"a worker cannot begin on its machine: {said}",
+        hint="All machines need the same environment: pip install 'ffgym[ray]', in the same versions.",
+    )
 
 
 class _Worker:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import gymnasium
@@ -200,6 +201,16 @@ def test_what_a_worker_raises_arrives_with_its_traceback_and_why_none_loads(exec
     with pytest.raises(ModelError, match="no such model") as refused:
         until(lambda: losses(executor) != LOSSES)
     assert refused.value.hint == "Name another."
+
+
+def test_a_package_that_a_workers_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "only_here", ModuleType("only_here"))
+    maker = type("Maker", (), {"__module__": "only_here"})
+    sys.modules["only_here"].Maker = maker  # type: ignore[attr-defined]
+    with connected(Workers(2), print) as cluster:
+        executor = cluster.executor(maker(), Standin(tmp_path, is_worker=False), DENSE)
+        with pytest.raises(WorkerError, match=r"a worker cannot begin on its machine: .*No module named 'only_here'"):
+            losses(executor)
 
 
 def test_a_store_that_a_worker_cannot_see(tmp_path: Path) -> None:
