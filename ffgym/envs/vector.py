@@ -149,7 +149,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not self._texts:
             raise ResetNeeded("Cannot call env.step() before calling env.reset()")
         shape = (self.num_envs, len(self.env.budget.sublayers))
-        return self.measure(check_actions(actions, shape, fewer=True))
+        return self.measure(check_actions(actions, shape))
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what every episode of the last update kept; see `PruningEnv.render`."""

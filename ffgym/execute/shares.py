@@ -127,12 +127,9 @@ class Shares:
         self.taken[worker] = _Share(share)
         return share
 
-    def done(self, worker: int, answer: Sequence[Evaluation] | None) -> None:
-        """Record the answer to a share; ``None`` where the worker was interrupted."""
+    def done(self, worker: int, answer: Sequence[Evaluation]) -> None:
+        """Record the answer to a share."""
         share = self.taken.pop(worker)
-        if answer is None:
-            self._left += share.requests
-            return
         self._speeds.note(worker, (time.monotonic() - share.begun) / share.cost)
         for request, evaluation in zip(share.requests, answer, strict=True):
             self.answers.setdefault(request, evaluation)

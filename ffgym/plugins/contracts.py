@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 OUR_DEFECT = "This is a bug: please report it to ffgym, with the command and its output."
 THEIR_DEFECT = "The fault is in the plugin, not in ffgym: report it to the package's author."
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
+CALL_ON_UPDATE = "Call on_update(ffgym.Update(index, rewards)) once after every step, index from 0."
 METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
 METRIC_CHARACTERS = 200
 METRIC_HINT = (
@@ -150,9 +151,8 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
 
     Raises:
         PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
-        ModelError: the losses are so far apart that a built-in reward overflows.
     """
-    value = call_plugin(reward, _explained(reward, lambda: reward(pruned, dense), pruned, dense), "computing a reward")
+    value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward")
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -181,10 +181,8 @@ def check_objectives(
 
     Raises:
         PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
-        ModelError: the losses are so far apart that a built-in reward overflows.
     """
-    call = _explained(reward, lambda: reward.objectives(pruned, dense), pruned, dense)
-    answer = call_plugin(reward, call, "naming its objectives")
+    answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives")
     try:
         numbers = {str(name): float(value) for name, value in answer.items()}
     except (AttributeError, TypeError, ValueError):
@@ -202,38 +200,17 @@ def check_objectives(
     return numbers if names is None else {name: numbers[name] for name in names}
 
 
-def _explained(
-    reward: Reward, call: Callable[[], Result], pruned: Evaluation, dense: Evaluation
-) -> Callable[[], Result]:
-    """The call, but where a built-in reward overflows, the error blames the losses and not the reward."""
-
-    def explained() -> Result:
-        try:
-            return call()
-        except OverflowError as error:
-            if not _is_built_in(reward):
-                raise
-            raise ModelError(
-                f"reward {reward.name!r} overflows: the pruned loss is {pruned.loss:.4g} and the dense loss "
-                f"{dense.loss:.4g} nats per token",
-                hint="Check the model's weights and the text: no working language model has such losses.",
-            ) from error
-
-    return explained
-
-
-def check_actions(actions: np.ndarray, shape: tuple[int, ...], *, fewer: bool = False) -> np.ndarray:
+def check_actions(actions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The actions of an update as float32; raises ``ValueError`` for another shape, NaN, or values outside [-1, 1].
 
     Args:
         actions: what an agent passed to ``step``.
-        shape: (episodes of an update, 2L).
-        fewer: whether there may be fewer episodes, at least one.
+        shape: (episodes of an update, 2L); there may be fewer episodes, at least one.
     """
     import numpy as np
 
     array = np.asarray(actions)
-    if array.shape != shape and not (fewer and array.shape[1:] == shape[1:] and 1 <= len(array) < shape[0]):
+    if array.ndim != 2 or array.shape[1] != shape[1] or not 1 <= len(array) <= shape[0]:
         raise ValueError(f"actions have shape {array.shape}, not {shape}: (episodes of an update, sublayers)")
     wrong = array[~(np.abs(array) <= 1 + ROUNDING)]
     if wrong.size:
@@ -273,7 +250,7 @@ def check_update(agent: Agent, update: Update) -> None:
     if not isinstance(update, Update):
         raise PluginError(
             f"{where}: learn called on_update with {type(update).__name__}, not an Update",
-            hint="Call on_update(ffgym.Update(index, rewards)) after every step, index from 0.",
+            hint=CALL_ON_UPDATE,
         )
     if not isinstance(update.diagnostics, Mapping):
         raise PluginError(

@@ -28,7 +28,6 @@ class KL(Reward):
 
     name = "kl"
     worst = 0.0
-    needs = frozenset({"kl", "reverse_kl"})
 
     class Config(PluginConfig):
         """Options of the table ``[reward]``."""

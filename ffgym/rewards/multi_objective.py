@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import Field, model_validator
 
 from ffgym.errors import ConfigError
 from ffgym.plugins.bases import PluginConfig, Reward
+from ffgym.rewards.perplexity import perplexity_ratio
 from ffgym.types import Evaluation
 
 
@@ -33,7 +32,6 @@ class MultiObjective(Reward):
 
     name = "multi-objective"
     worst = 0.0
-    needs = frozenset({"accuracy", "cost"})
 
     class Config(PluginConfig):
         """Options of the table ``[reward]``."""
@@ -71,7 +69,7 @@ class MultiObjective(Reward):
     def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
         """Weigh the terms."""
         config = self.config
-        weighted = config.perplexity * math.exp(dense.loss - pruned.loss) if config.perplexity else 0.0
+        weighted = config.perplexity * perplexity_ratio(pruned, dense) if config.perplexity else 0.0
         if config.accuracy:
             weighted += config.accuracy * (1 + _accuracy(pruned) - _accuracy(dense))
         if config.cost:
@@ -82,7 +80,7 @@ class MultiObjective(Reward):
         """The terms that have a weight, accuracy as it is."""
         named: dict[str, float] = {}
         if self.config.perplexity:
-            named["perplexity_ratio"] = math.exp(dense.loss - pruned.loss)
+            named["perplexity_ratio"] = perplexity_ratio(pruned, dense)
         if self.config.accuracy:
             named["accuracy"] = _accuracy(pruned)
         if self.config.cost:

@@ -15,7 +15,7 @@ from ffgym.envs.vector import PruningVectorEnv, Step
 from ffgym.errors import PluginError
 from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import call_plugin, check_update
+from ffgym.plugins.contracts import CALL_ON_UPDATE, call_plugin, check_update
 from ffgym.plugins.manager import described
 from ffgym.search.finals import Candidate, contenders, finalists, run_finals
 from ffgym.search.log import Recorder
@@ -254,6 +254,10 @@ def _learn(
         nonlocal updates, reported
         check_update(agent, update)
         new, reported = vector.history[reported:], len(vector.history)
+        if not new:
+            raise PluginError(
+                f"{described(agent)}: learn called on_update without a step before it", hint=CALL_ON_UPDATE
+            )
         if on_update is not None:
             with _not_the_agents():
                 on_update(new, update)
@@ -271,5 +275,5 @@ def _learn(
     if updates == 0:
         raise PluginError(
             f"{described(agent)}: learn never called on_update, so its episodes were not reported",
-            hint="Call on_update(ffgym.Update(index, rewards)) after every step, index from 0.",
+            hint=CALL_ON_UPDATE,
         )

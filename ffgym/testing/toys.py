@@ -89,7 +89,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         """
         if self.tokens_left == 0:
             raise RuntimeError("the token budget is spent: stop when tokens_left is 0")
-        actions = check_actions(actions, (self.num_envs, self.optimum.size), fewer=True)
+        actions = check_actions(actions, (self.num_envs, self.optimum.size))
         self.tokens_spent += len(actions) * self.tokens_per_episode
         offsets = actions.astype(np.float64) - self.optimum
         rewards = self.value(offsets) + self.noise * self.np_random.normal()

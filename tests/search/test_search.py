@@ -536,6 +536,7 @@ class Broken(RandomSearch):
         tell = {
             "silent": lambda update: None,
             "none": lambda update: on_update(None),
+            "twice": lambda update: (on_update(update), on_update(update)),
             "always the first": lambda update: on_update(replace(update, index=0)),
             "from one": lambda update: on_update(replace(update, index=update.index + 1)),
         }.get(self.how, on_update)
@@ -573,6 +574,7 @@ class TestBrokenAgents:
             ("idle", "learn returned without a step"),
             ("silent", "learn never called on_update"),
             ("none", "learn called on_update with NoneType, not an Update"),
+            ("twice", "learn called on_update without a step before it"),
             ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
             ("text", "diagnostic 'policy/spread' is str, not a number"),
             ("digits", "diagnostic 'policy/spread' is str, not a number"),
