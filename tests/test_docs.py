@@ -300,7 +300,7 @@ def example(page: str, kind: str) -> type[Any]:
                 namespace: dict[str, Any] = {"__name__": "documentation", "ffgym": ffgym}
                 exec(compile(block, page, "exec"), namespace)
                 cls: type[Any] = namespace[name]
-                discovery._check_class(f"ffgym_{PLURALS[kind]}", kind, cls)  # type: ignore[arg-type, index]
+                discovery.check_class(kind, cls)  # type: ignore[arg-type]
                 if hook := namespace.get(f"ffgym_{PLURALS[kind]}"):  # type: ignore[index]
                     assert hook() == [cls]
                 return cls

@@ -122,7 +122,7 @@ class Heuristic(Plugin, ABC):
 class Reward(Plugin, ABC):
     """Turns what an episode measured into one number, higher = better.
 
-    An instance may ask for less than its class, where an option switches something off.
+    Where options decide what is measured, an instance sets its own attributes.
 
     Attributes:
         worst: what an episode earns whose loss is NaN or infinite.

@@ -228,13 +228,14 @@ def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
             if not isinstance(classes, (list, tuple)):
                 raise PluginError(f"{hook} returned {classes!r}, not a list of classes")
             for cls in classes:
-                _check_class(hook, kind, cls)
+                check_class(kind, cls)
                 offered.append((kind, cls))
     return offered
 
 
-def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
-    """Raise ``PluginError`` for what is not a complete plugin class."""
+def check_class(kind: PluginKind, cls: Any) -> None:
+    """Raise ``PluginError`` for what is not a complete plugin class of a kind."""
+    hook, table = KINDS[kind].hook, KINDS[kind].table
     base: type[Plugin] = imported(KINDS[kind].base)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"{hook} returned {cls!r}, which is not a subclass of ffgym.{base.__name__}")
@@ -245,7 +246,6 @@ def _check_class(hook: str, kind: PluginKind, cls: Any) -> None:
         raise PluginError(
             f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not lower-case letters, digits, '-' and '_'"
         )
-    table = KINDS[kind].table
     keys = table_model(table).model_fields if table else {}
     if kind in ("heuristic", "recovery") and name == "none":
         raise PluginError(f"a {kind} cannot be called 'none': it means none in the table [{table}]")
