@@ -79,9 +79,15 @@ def export(
 
     Args:
         folder: of a saved model, or of a run, whose model is meant.
+
+    Raises:
+        OutputError: the target is there already, is the model itself, or cannot be written.
+        ModelError: there is no model, or one that the format cannot say.
     """
     plugin: ExportFormat = manager.create("export", name, options)
     source, place = model_folder(folder), target.expanduser()
+    if source.resolve().is_relative_to(place.resolve()):
+        raise OutputError(f"writing {place} would delete the model in {source}", hint="Choose another place.")
 
     def write() -> Exported:
         try:

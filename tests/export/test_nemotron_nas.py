@@ -120,6 +120,13 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "nas" / "mine.txt").read_text() == "mine"
 
 
+def test_the_model_itself_is_never_overwritten(tmp_path: Path) -> None:
+    saved(tmp_path / "model", UNEVEN)
+    with pytest.raises(OutputError, match="would delete the model"):
+        export(tmp_path / "model", tmp_path / "model", name="nemotron-nas", overwrite=True)
+    assert (tmp_path / "model" / "modeling_ffgym.py").is_file()
+
+
 def test_the_command_says_how_to_run_it(tmp_path: Path) -> None:
     saved(tmp_path / "model", UNEVEN)
     arguments = ["export", str(tmp_path / "model"), "--format", "nemotron-nas", "--output", str(tmp_path / "nas")]
