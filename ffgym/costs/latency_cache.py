@@ -59,27 +59,20 @@ def cached_table(
             hint=f"Take {limit}: --context {limit} of `ffgym latency`, or --set prune.context={limit} of a run.",
         )
 
-    def time() -> LatencyTable:
-        return time_model(model, context=context, repetitions=repetitions, on_progress=on_progress)
+    return timed_once(
+        place_of(model, context=context),
+        lambda: time_model(model, context=context, repetitions=repetitions, on_progress=on_progress),
+        rebuild=rebuild,
+        notify=notify,
+    )
 
-    return timed_once(place_of(model, context=context), model, context, time, rebuild=rebuild, notify=notify)
 
-
-def timed_once(
-    path: Path,
-    model: Any,
-    context: int,
-    time: Callable[[], LatencyTable],
-    *,
-    rebuild: bool,
-    notify: Notify,
-) -> LatencyTable:
+def timed_once(path: Path, time: Callable[[], LatencyTable], *, rebuild: bool, notify: Notify) -> LatencyTable:
     """The table that the cache keeps at ``path``, or else what ``time`` returns, which is then kept there."""
     if path.exists() and not rebuild:
         try:
             table = read_table(path)
-            table.check_fits(model, context=context, source=str(path))
-        except (ConfigError, BudgetError) as error:
+        except ConfigError as error:
             notify(f"{error.message}; timing again")
         else:
             notify_if_busy(table, notify)

@@ -116,8 +116,6 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
         place = place_of(loaded.model, context=options.context, serving=serving, threads=options.threads)
         table = timed_once(
             place,
-            loaded.model,
-            options.context,
             lambda: _timed(loaded, options, setting, serving, reporter),
             rebuild=options.rebuild,
             notify=reporter.print,
