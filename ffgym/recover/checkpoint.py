@@ -64,7 +64,8 @@ class Checkpoint:
             OutputError: the folder is something else, or cannot be made or written to.
         """
         path = self.folder / IDENTITY
-        if self.folder.exists() and not path.is_file() and self._holds_something():
+        is_empty = self.folder.is_dir() and not any(self.folder.iterdir())
+        if self.folder.exists() and not path.is_file() and not is_empty:
             raise OutputError(
                 f"{self.folder} is in the way: it is no unfinished training",
                 hint="Move it, or choose another --output.",
@@ -74,12 +75,6 @@ class Checkpoint:
         if self.exists:
             return
         self.write(IDENTITY, json.dumps(self.identity, indent=2))
-
-    def _holds_something(self) -> bool:
-        """Whether it holds more than the leftovers of a claim that failed on a full disk."""
-        return not self.folder.is_dir() or any(
-            not path.name.startswith(f".{IDENTITY}.part") for path in self.folder.iterdir()
-        )
 
     def _check(self, path: Path, overwrite: bool) -> None:
         try:
