@@ -43,13 +43,11 @@ class SavedModel:
     Attributes:
         bytes: size of its safetensors files.
         parameters: numbers in them; tied weights count once.
-        stock: transformers' own classes load it, with no code beside the weights.
     """
 
     path: Path
     bytes: int
     parameters: int
-    stock: bool = False
 
 
 def save_pruned(
@@ -97,7 +95,7 @@ def save_pruned(
         write = partial(_save_by_layer, pruned, partial(_checkpoint_weights, model, kept, family), family, layer)
     else:
         write = partial(pruned.save_pretrained, max_shard_size=max_shard_size)
-    return _write(pruned, write, tokenizer, place, card, files, stock=stock)
+    return _write(pruned, write, tokenizer, place, card, files)
 
 
 def save_again(
@@ -125,7 +123,7 @@ def save_again(
     refuse_occupied(place, overwrite)
     if towers is not None:
         model, files = towers.whole, [*files, *towers.files]
-    return _write(model, model.save_pretrained, tokenizer, place, card, files, stock=is_stock(model))
+    return _write(model, model.save_pretrained, tokenizer, place, card, files)
 
 
 def is_stock(model: Any) -> bool:
@@ -140,8 +138,6 @@ def _write(
     place: Path,
     card: str | None,
     files: Sequence[Path],
-    *,
-    stock: bool,
 ) -> SavedModel:
     with replacing(place) as folder:
         folder.mkdir()
@@ -155,7 +151,7 @@ def _write(
             shutil.copyfile(file, folder / file.name)
         _give_ordinary_modes(folder)
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    return SavedModel(place, size, sum(parameter.numel() for parameter in model.parameters()), stock)
+    return SavedModel(place, size, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _save_by_layer(
@@ -212,11 +208,11 @@ def _give_ordinary_modes(folder: Path) -> None:
             file.chmod(allowed)
 
 
-def load_line(directory: str | Path, *, stock: bool = False) -> str:
+def load_line(directory: Path) -> str:
     """The one line of Python that loads a saved model, in a process that need not have ffgym."""
-    options, file = "" if stock else ", trust_remote_code=True", Path(directory) / "config.json"
-    has_towers = file.is_file() and MODEL_CONFIG.read(file).get("text_config") is not None
-    loader = f"AutoModelFor{'ImageTextToText' if has_towers else 'CausalLM'}"
+    config = MODEL_CONFIG.read(directory / "config.json")
+    loader = f"AutoModelFor{'CausalLM' if config.get('text_config') is None else 'ImageTextToText'}"
+    options = ", trust_remote_code=True" if "auto_map" in config else ""
     return f"from transformers import {loader}; model = {loader}.from_pretrained({str(directory)!r}{options})"
 
 

@@ -183,7 +183,7 @@ def description(table: ReportTable, saved: SavedModel | None) -> str:
     reached = f"{row.perplexity / dense.perplexity:.2f} x dense, at {row.sparsity_prunable:.1%} sparsity"
     parts = [f"**Perplexity {perplexity_text(row)}**, {reached}", table.layout().markdown()]
     if saved is not None:
-        parts.append(f"Load the pruned model:\n\n```python\n{load_line(saved.path, stock=saved.stock)}\n```")
+        parts.append(f"Load the pruned model:\n\n```python\n{load_line(saved.path)}\n```")
     return "\n\n".join([*parts, REPEAT])
 
 

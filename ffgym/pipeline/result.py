@@ -73,15 +73,13 @@ class RunResult:
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         if self.saved is not None:
-            line = load_line(self.saved.path, stock=self.saved.stock)
             broken = self.table.warning is not None and self.recovered is None
             lines += [
                 "To look at it all the same, load it with" if broken else "Load the pruned model with",
-                f"  {line}",
+                f"  {load_line(self.saved.path)}",
             ]
         if self.recovered is not None:
-            again = load_line(self.recovered.saved.path, stock=self.recovered.saved.stock)
-            lines += [*self.recovered.summary, "Load it with", f"  {again}"]
+            lines += [*self.recovered.summary, "Load it with", f"  {load_line(self.recovered.saved.path)}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -93,7 +91,6 @@ class FinishedRun:
     folder: Path
     model: Path | None
     recovered_model: Path | None
-    stock: bool
     mlflow_run: str | None
 
     def to_json(self) -> JSONDict:
@@ -117,7 +114,7 @@ class FinishedRun:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         for model in (self.model, self.recovered_model):
             if model is not None:
-                lines += [f"Load the model in {model.name}/ with", f"  {load_line(model, stock=self.stock)}"]
+                lines += [f"Load the model in {model.name}/ with", f"  {load_line(model)}"]
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -132,6 +129,5 @@ def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
         folder,
         model if model.is_dir() else None,
         recovered if config.recover.method != "none" and recovered.is_dir() else None,
-        config.prune.uniform,
         read_record(folder).mlflow_run,
     )

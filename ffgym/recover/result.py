@@ -27,8 +27,8 @@ class RecoveredModel:
     @property
     def description(self) -> str:
         """What MLflow shows on the page of the run: what was done, the table, how to load the model."""
-        load = load_line(self.saved.path, stock=self.saved.stock)
-        parts = (" ".join(self.summary), self.table.layout().markdown(), f"```python\n{load}\n```")
+        load = f"```python\n{load_line(self.saved.path)}\n```"
+        parts = (" ".join(self.summary), self.table.layout().markdown(), load)
         return "\n\n".join(parts)
 
     @property
@@ -53,5 +53,5 @@ class RecoveredModel:
         lines = [*self.summary, f"Model, {CURVE} and {PICTURE}: {self.saved.path}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
-        for line in [*lines, "Load the model with", f"  {load_line(self.saved.path, stock=self.saved.stock)}"]:
+        for line in [*lines, "Load the model with", f"  {load_line(self.saved.path)}"]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -114,7 +114,7 @@ class TestFreshProcess:
 
     def test_the_load_line_asks_for_no_trust(self, saved):
         scope = {}
-        line = load_line(saved / "models" / "llama-gqa", stock=True)
+        line = load_line(saved / "models" / "llama-gqa")
         assert "trust" not in line
         exec(line, scope)
         with torch.no_grad():
@@ -168,7 +168,6 @@ class TestOnDisk:
         meter = SizeMeter(dense, standard_costs(dense.model, context=64))
         prunable = cut(family, shape, grouped_query=grouped, biases=name.endswith("affine"))
         written = save(prunable, tmp_path / "m")
-        assert written.stock
         assert written.parameters == meter(shape * 3, new_biases=prunable.new_bias_params(stock=True))["params"]
 
     def test_shards_and_half_precision(self, tmp_path):

@@ -236,7 +236,7 @@ def test_ffgym_opens_the_text_model_again(saved: SimpleNamespace, tmp_path: Path
 
 def test_the_load_line_is_python_that_loads_the_whole(saved: SimpleNamespace) -> None:
     scope: dict[str, Any] = {}
-    exec(load_line(saved.root / "models" / "stock-llava", stock=True), scope)
+    exec(load_line(saved.root / "models" / "stock-llava"), scope)
     assert type(scope["model"]) is LlavaForConditionalGeneration
 
 
