@@ -31,6 +31,16 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
             f"model {name!r} needs code from its own checkpoint, which ffgym never runs",
             hint="Use a model whose architecture transformers knows.",
         )
+    if isinstance(error, ImportError):
+        return ModelError(
+            f"model {name!r} needs a package that is not installed: {said}",
+            hint="Install it, or name a copy of the model that is not quantised.",
+        )
+    if "does not recognize this architecture" in str(error):
+        return ModelError(
+            f"model {name!r} needs a newer transformers: {said}",
+            hint="Try pip install --upgrade transformers, and check model_type in its config.json.",
+        )
     if Path(source).is_dir():
         return ModelError(
             f"model {name!r} cannot be loaded because its files are damaged or incomplete: {said}",

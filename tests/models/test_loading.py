@@ -15,7 +15,14 @@ import transformers
 from distinct_families import DISTINCT_FAMILIES
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import save_pruned
@@ -138,11 +145,9 @@ def interleave(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
-    """A tiny Llama in a GGUF: q8_0 down projections, float32 elsewhere."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
+def write_gguf(path, architecture, weights):
+    """A model of the sizes of CONFIG in a GGUF: q8_0 down projections, float32 elsewhere."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(CONFIG["num_hidden_layers"])
     writer.add_context_length(CONFIG["max_position_embeddings"])
     writer.add_embedding_length(CONFIG["hidden_size"])
@@ -159,14 +164,10 @@ def gguf_file(tmp_path_factory):
     writer.add_token_merges([" ".join(MERGE)])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    writer.add_pad_token_id(1)
     writer.add_add_bos_token(False)
-    weights = {name: value.numpy() for name, value in tiny_model().state_dict().items()}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], CONFIG["num_hidden_layers"])
     for name, weight in weights.items():
-        if "q_proj" in name:
-            weight = interleave(weight, CONFIG["num_attention_heads"])
-        if "k_proj" in name:
-            weight = interleave(weight, CONFIG["num_key_value_heads"])
         kind = None
         if "down_proj" in name:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -177,6 +178,14 @@ def gguf_file(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    weights = {name: value.numpy() for name, value in tiny_model().state_dict().items()}
+    for part, heads in (("q_proj", CONFIG["num_attention_heads"]), ("k_proj", CONFIG["num_key_value_heads"])):
+        weights |= {name: interleave(weight, heads) for name, weight in weights.items() if part in name}
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf", "llama", weights)
 
 
 def test_a_gguf_becomes_the_dense_model_it_holds(gguf_file):
@@ -191,6 +200,15 @@ def test_a_gguf_becomes_the_dense_model_it_holds(gguf_file):
         # what is stored is float16: 11 significant bits
         torch.testing.assert_close(loaded.model.state_dict()[name], expected, rtol=2**-11, atol=1e-7)
     assert loaded.tokenizer("hi you").input_ids == tiny_tokenizer()("hi you").input_ids
+
+
+def test_a_gguf_whose_linears_are_fused_is_read_too(tmp_path):
+    model = Phi3ForCausalLM(Phi3Config(**{**CONFIG, "pad_token_id": 1}))
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    loaded = load(str(write_gguf(tmp_path / "phi.gguf", "phi3", weights)), dtype="float32", device="cpu")
+    for name in ("mlp.gate_up_proj", "self_attn.qkv_proj"):
+        expected = model.model.layers[1].get_submodule(name).weight
+        torch.testing.assert_close(loaded.model.model.layers[1].get_submodule(name).weight, expected, atol=1e-3, rtol=0)
 
 
 def test_a_gguf_is_converted_once(gguf_file, monkeypatch, capfd):
@@ -619,6 +637,27 @@ def test_a_model_that_does_not_fit_into_memory_is_not_called_damaged(saved, monk
     with pytest.raises(ModelError, match="does not fit into memory: CUDA out of memory") as caught:
         load(str(saved), dtype="float32", device="cpu")
     assert "stream" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("raised", "said", "step"),
+    [
+        (ImportError("Loading a GPTQ model requires optimum (`pip install optimum`)"), "optimum", "Install it"),
+        (
+            ValueError("model type `new` but Transformers does not recognize this architecture."),
+            "`new`",
+            "--upgrade transformers",
+        ),
+    ],
+)
+def test_a_model_that_this_installation_cannot_load_is_not_called_damaged(saved, monkeypatch, raised, said, step):
+    def fail(*args, **options):
+        raise raised
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=f"model .* needs .*{said}") as caught:
+        load(str(saved), dtype="float32", device="cpu")
+    assert step in caught.value.hint
 
 
 # --- what ffgym saved -------------------------------------------------------------------------------------------------
