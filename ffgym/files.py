@@ -195,12 +195,25 @@ def replacing(path: Path) -> Iterator[Path]:
         part = path.with_name(f".{path.name}.part-{secrets.token_hex(4)}")
         try:
             yield part
+            if part.is_dir():
+                give_ordinary_modes(part)
             if part.is_dir() and path.exists():  # a folder that holds something cannot be replaced in one move
                 _swap(part, path)
             else:
                 os.replace(part, path)
         finally:
             _remove(part)
+
+
+def give_ordinary_modes(folder: Path) -> None:
+    """Let others read the weights where they may read the rest: safetensors keeps its files to their owner.
+
+    The folder was made with all that the umask allows, so its mode says what that is.
+    """
+    allowed = folder.stat().st_mode & 0o666
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(allowed)
 
 
 def _swap(part: Path, path: Path) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from ffgym.errors import AssetError, ConfigError
-from ffgym.files import FileFormat, exclusive_lock, write_text
+from ffgym.files import FileFormat, exclusive_lock, give_ordinary_modes, write_text
 
 DEFAULT_SIZE = "50GB"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -61,6 +61,7 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
             content = scratch / "content"
             content.mkdir()
             fill(content)
+            give_ordinary_modes(content)
             _record(content)
             if is_damaged:
                 with suppress(FileNotFoundError):  # another process may be faster

@@ -149,7 +149,6 @@ def _write(
             (folder / "README.md").write_text(card, encoding="utf-8")
         for file in files:
             shutil.copyfile(file, folder / file.name)
-        _give_ordinary_modes(folder)
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     return SavedModel(place, size, sum(parameter.numel() for parameter in model.parameters()))
 
@@ -195,17 +194,6 @@ def _save_by_layer(
         numbers = {"total_parameters": sum(tensor.numel() for tensor in outline.values()), **shards.metadata}
         index_file = {"metadata": numbers, "weight_map": shards.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index_file, indent=2, sort_keys=True) + "\n")
-
-
-def _give_ordinary_modes(folder: Path) -> None:
-    """Let others read the weights where they may read the rest: safetensors keeps its files to their owner.
-
-    The folder was made with all that the umask allows, so its mode says what that is.
-    """
-    allowed = folder.stat().st_mode & 0o666
-    for file in folder.iterdir():
-        if file.is_file():
-            file.chmod(allowed)
 
 
 def load_line(directory: Path) -> str:

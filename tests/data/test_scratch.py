@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,15 @@ def test_what_was_half_written_when_its_process_was_killed_goes_with_the_next_on
     assert len(list(tmp_path.glob("prepared/.part-*/content/half"))) == 1
     write_folder_once(tmp_path / "prepared" / "other", lambda folder: (folder / "file").touch())
     assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["other"]
+
+
+def test_others_may_read_what_is_kept(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_folder_once(tmp_path / "model", lambda folder: (folder / "model.safetensors").touch(mode=0o600))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o644}
 
 
 def test_folders_made_at_once_are_not_taken_for_abandoned(tmp_path: Path) -> None:
