@@ -1,4 +1,4 @@
-"""Text that occurs twice: runs of tokens that one set of windows shares with another.
+"""Text that occurs twice, found by the hashes of its runs of tokens.
 
 A run of 50 tokens is what Lee et al. (arXiv 2107.06499) call a duplicate.
 """
@@ -9,21 +9,6 @@ import numpy as np
 
 REPEATED_TOKENS = 50
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is multiplied away
-
-
-def repeats(windows: np.ndarray, others: np.ndarray, run: int) -> np.ndarray:
-    """Which windows share a run of tokens with others, whose windows follow one another in their text.
-
-    Args:
-        windows: token ids, shape (windows, length), int64.
-        others: token ids, shape (others, their length), int64.
-        run: tokens in a run, >= 1.
-
-    Returns:
-        shape (windows,), bool.
-    """
-    forbidden = run_hashes(others.reshape(1, -1), run)
-    return np.asarray(np.isin(run_hashes(windows, run), forbidden).any(axis=1))
 
 
 def run_hashes(ids: np.ndarray, run: int) -> np.ndarray:

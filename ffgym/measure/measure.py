@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -129,7 +128,12 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
         for workload in workloads:
             before = work_of(dense.model, prunable.dense_units, meter, workload)
             after = work_of(pruned.model, kept, meter, workload)
-            with _within_memory(workload):
+            short = ModelError(
+                f"prompts of {workload.batch} x {workload.length} tokens do not fit the device's memory beside both"
+                " models",
+                hint="Use smaller --batch-sizes or --prompt-lengths, or --device cpu.",
+            )
+            with raising_if_out_of_memory(short):
                 speeds += time_in_turn(
                     dense.model,
                     pruned.model,
@@ -211,14 +215,4 @@ def _footprint(loaded: LoadedModel, size: Mapping[str, float], folder: Path) -> 
         macs=size["macs"],
         kv_bytes=size["kv"],
         memory=None,
-    )
-
-
-def _within_memory(workload: Workload) -> AbstractContextManager[None]:
-    """Say which prompts a GPU's memory is too small for."""
-    return raising_if_out_of_memory(
-        ModelError(
-            f"prompts of {workload.batch} x {workload.length} tokens do not fit the device's memory beside both models",
-            hint="Use smaller --batch-sizes or --prompt-lengths, or --device cpu.",
-        )
     )

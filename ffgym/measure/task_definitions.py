@@ -40,6 +40,7 @@ class LoadedTask:
     """One of lm-eval's tasks with its data, or a metric.
 
     Attributes:
+        split: the one that is measured: lm-eval takes a task's test split, else the one for validation.
         own_split: the split that lm-eval's definition names; another one where the wheel lacks it.
     """
 
@@ -201,15 +202,10 @@ def _load(task: str, definition: Mapping[str, Any], task_manager: Any, source: L
     config = built.config
     return LoadedTask(
         name=task,
-        split=_measured_split(config.test_split, config.validation_split),
-        own_split=_measured_split(definition.get("test_split"), definition.get("validation_split")),
+        split=config.test_split or config.validation_split or "none",
+        own_split=definition.get("test_split") or definition.get("validation_split") or "none",
         task=built,
     )
-
-
-def _measured_split(test: str | None, validation: str | None) -> str:
-    """The split that lm-eval reports on, given what a definition calls its test and validation splits."""
-    return test or validation or "none"
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def unfinished_folder(place: Path) -> Path:
 
 def check_output(source: Path, place: Path, overwrite: bool) -> None:
     """Refuse a folder that cannot be written to, before anything is trained."""
-    if place == source or place in source.parents or source in place.parents:
+    if place.is_relative_to(source) or source.is_relative_to(place):
         raise OutputError(
             f"the output folder {place} and the model's own folder {source} would share files",
             hint="Choose another folder with --output DIR.",

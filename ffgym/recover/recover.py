@@ -25,10 +25,9 @@ from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
-from ffgym.models.origin import CARD, model_folder
-from ffgym.models.placement import DTYPES, tokens_per_batch
+from ffgym.models.origin import CARD, model_folder, weights_on_disk
+from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
-from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
@@ -162,7 +161,7 @@ def train_and_save(
 def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedModel:
     """The model of the folder, or another one in the same dtype: that of the folder, unless the configuration says."""
     model = config.model
-    dtype = _stored_dtype(source) if model.dtype == "auto" else model.dtype
+    dtype = weights_on_disk(source)[1] if model.dtype == "auto" else model.dtype
     revision = None if name is None else model.revision
     loaded = load(name or str(source), revision=revision, dtype=dtype, device=model.device)
     if loaded.dtype == torch.float16:
@@ -171,13 +170,6 @@ def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedMod
             hint="Train in another dtype: --set model.dtype=bfloat16 or --set model.dtype=float32.",
         )
     return loaded
-
-
-def _stored_dtype(source: Path) -> str:
-    """The dtype that a folder's config states, by the name that ``load`` takes."""
-    stated = MODEL_CONFIG.read(source / "config.json")
-    dtype = str(stated.get("dtype") or stated.get("torch_dtype")).removeprefix("torch.")
-    return dtype if dtype in DTYPES else "auto"
 
 
 def _identity(

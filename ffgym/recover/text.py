@@ -15,7 +15,7 @@ import torch
 
 from ffgym.config.tables import RunConfig
 from ffgym.data.corpora import Corpus, Role, load_text
-from ffgym.data.repeats import REPEATED_TOKENS, repeats
+from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.data.splits import ROLES, Split, Splits, first_tokens, interleaved, windows_digest
 from ffgym.errors import DataError, RecoveryError
 from ffgym.models.loading import LoadedModel
@@ -167,7 +167,8 @@ def _free_windows(corpus: Corpus, splits: Splits, tokenizer: Any, window: int, w
 
 def _repeats(windows: np.ndarray, split: Split, run: int) -> np.ndarray:
     """Which windows share a run of tokens with a split, shape (windows,), bool."""
-    return repeats(windows, torch.cat([part.windows for part in split.parts]).numpy(), run)
+    text = torch.cat([part.windows for part in split.parts]).numpy().reshape(1, -1)  # windows follow one another
+    return np.asarray(np.isin(run_hashes(windows, run), run_hashes(text, run)).any(axis=1))
 
 
 def _places(corpus: Corpus, splits: Splits) -> dict[Role, tuple[int, int]]:
