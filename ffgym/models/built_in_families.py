@@ -52,6 +52,7 @@ class Gemma2(Family):
     """As Gemma, with norms behind each half, soft-capped attention scores and logits, and sliding windows."""
 
     name = "gemma2"
+    gguf = ("gemma2",)
     stock = Stock("divides hidden size", attention_bias="attention_bias")
     tiny: ClassVar[Mapping[str, Any]] = {"sliding_window": 8, "query_pre_attn_scalar": 8}
 
@@ -60,6 +61,7 @@ class Gemma3(Family):
     """As Gemma 2, with norms of queries and keys instead of soft caps; the text model."""
 
     name = "gemma3_text"
+    gguf = ("gemma3",)
     stock = Stock("divides hidden size", attention_bias="attention_bias")
     tiny: ClassVar[Mapping[str, Any]] = {
         "sliding_window": 8,

@@ -87,6 +87,13 @@ def with_rope(case: Any, **rope: Any) -> Any:
     return case
 
 
+def with_config(family: str, **settings: Any) -> Any:
+    """A dense model whose config says something else."""
+    case = pruned(family, None)
+    case.model.config.update(settings)
+    return case
+
+
 def biased_everywhere() -> Any:
     """A Llama whose config asks for a bias in every linear."""
     config = tiny_model("llama").config
@@ -132,7 +139,14 @@ WRITTEN: dict[str, tuple[Callable[[], Any], str]] = {
     "qwen3-tied-uneven": (lambda: pruned("qwen3", UNEVEN, tied=True), "openelm"),
     "qwen3-tied-no-mlp": (lambda: pruned("qwen3", (1, 17, 2, 0, 1, 5), tied=True), "openelm"),
 }
-GEMMAS = {"gemma": (lambda: pruned("gemma", None), "gemma"), "gemma-even": (lambda: pruned("gemma", EVEN), "gemma")}
+GEMMAS: dict[str, tuple[Callable[[], Any], str]] = {
+    "gemma": (lambda: pruned("gemma", None), "gemma"),
+    "gemma-even": (lambda: pruned("gemma", EVEN), "gemma"),
+    "gemma2": (lambda: pruned("gemma2", None), "gemma2"),
+    "gemma2-even": (lambda: pruned("gemma2", EVEN), "gemma2"),
+    "gemma3": (lambda: pruned("gemma3_text", None), "gemma3"),
+    "gemma3-even": (lambda: pruned("gemma3_text", EVEN), "gemma3"),
+}
 
 
 # --- what llama.cpp computes ------------------------------------------------------------------------------------------
@@ -327,6 +341,8 @@ def test_notes_say_what_differs(tmp_path: Path) -> None:
     written = export_gguf(save(case, tmp_path / "c"), tmp_path / "c.gguf")
     assert "64 tokens, the model's sliding window" in written.notes[0]
     assert fields(written.path)["deci.context_length"] == 64
+    windowed = export_gguf(save(pruned("gemma3_text", None), tmp_path / "d"), tmp_path / "d.gguf")
+    assert (windowed.notes, fields(windowed.path)["gemma3.context_length"]) == ((), 128)
 
 
 def test_shards_are_read(tmp_path: Path) -> None:
@@ -413,6 +429,9 @@ def refused(case: Any, tmp_path: Path, **options: Any) -> ModelError:
         (lambda: pruned("qwen3", EMPTIED, tied=True), r"needs attention in every layer \(layer 1", "min_units=1"),
         (lambda: pruned("qwen3", EVEN, biases=True), r"qwen3 reads no bias of o_proj \(layer 0", "--calibration ridge"),
         (lambda: pruned("gemma", EVEN, biases=True), "gemma reads no bias of o_proj", "--calibration ridge"),
+        (lambda: pruned("gemma3_text", UNEVEN), r"gemma3 reads one size for all layers \(layer 1", "transformers"),
+        (lambda: with_config("gemma3_text", query_pre_attn_scalar=16), "by the root of 8, not of 16", "transformers"),
+        (lambda: with_config("gemma2", attn_logit_softcapping=None), "gemma2 caps attention scores", "transformers"),
         (lambda: with_rope(pruned("llama", UNEVEN), rope_type="yarn", factor=2.0), "'yarn'", "default, linear"),
         (lambda: with_rope(pruned("qwen3", EVEN), **LLAMA_3_ROPE), "qwen3 reads no factors for rotary", "transformers"),
     ],

@@ -38,6 +38,11 @@ class Architecture:
         untied: whether it reads an output matrix of its own.
         wide_heads: whether heads times their channels may differ from the hidden size.
         norm_shift: what it expects to have been added to the weights of norms.
+        post_norms: whether what each half writes passes through a norm.
+        windows: whether some layers attend to a sliding window, with rotary frequencies of their own.
+        soft_caps: whether it caps attention scores.
+        largest: the depth by which it knows the family's largest model, and there alone scales attention scores by the
+            hidden size over the number of heads instead of the channels of a head; 0 for never.
     """
 
     name: str
@@ -51,8 +56,13 @@ class Architecture:
     untied: bool = True
     wide_heads: bool = True
     norm_shift: float = 0.0
+    post_norms: bool = False
+    windows: bool = False
+    soft_caps: bool = False
+    largest: int = 0
 
 
+GELU = "gelu_pytorch_tanh"
 # deci (Nemotron's) is llama with sizes per layer, and takes Qwen2's biases; openelm is Qwen3's layer with them, as long
 # as the embedding is the output matrix too.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -65,7 +75,19 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("qwen2", biases=QKV, wide_heads=False),
         Architecture("qwen3", biases=QKV),
         Architecture("openelm", uneven=True, fused=True, untied=False),
-        Architecture("gemma", activation="gelu_pytorch_tanh", biases=QKV, untied=False, norm_shift=1.0),
+        Architecture("gemma", GELU, biases=QKV, untied=False, norm_shift=1.0),
+        Architecture(
+            "gemma2",
+            GELU,
+            biases=QKV,
+            untied=False,
+            norm_shift=1.0,
+            post_norms=True,
+            windows=True,
+            soft_caps=True,
+            largest=46,
+        ),
+        Architecture("gemma3", GELU, biases=QKV, norm_shift=1.0, post_norms=True, windows=True, largest=62),
     )
 }
 
@@ -106,15 +128,33 @@ class Contents:
         return self.family.head_dim(self.config)
 
     @property
-    def rope(self) -> dict[str, Any]:
-        """The rotary embeddings: their ``rope_type``, ``rope_theta`` and what the type needs."""
-        return {"rope_type": "default", "rope_theta": 10000.0, **(self.config.rope_parameters or {})}
+    def activation(self) -> str:
+        """Of the MLP."""
+        return str(getattr(self.config, "hidden_activation", None) or self.config.hidden_act)
 
     @property
-    def context_length(self) -> int:
-        """Tokens; no more than a sliding window, because these architectures attend to everything."""
+    def rope(self) -> dict[str, Any]:
+        """The rotary embeddings: their ``rope_type``, ``rope_theta`` and what the type needs; of the whole text."""
+        stated = self.config.rope_parameters or {}
+        return {"rope_type": "default", "rope_theta": 10000.0, **stated.get("full_attention", stated)}
+
+    @property
+    def window_rope(self) -> dict[str, Any]:
+        """Those of the layers that attend to a sliding window."""
+        stated = self.config.rope_parameters or {}
+        return {**self.rope, **stated.get("sliding_attention", {})}
+
+    @property
+    def sliding(self) -> list[bool]:
+        """Which layers attend to a sliding window only."""
+        kinds = getattr(self.config, "layer_types", None) or ["full_attention"] * len(self.layers)
+        return [kind == "sliding_attention" for kind in kinds]
+
+    def context_length(self, architecture: Architecture) -> int:
+        """Tokens; no more than a sliding window where the architecture attends to everything."""
         longest = self.config.max_position_embeddings
-        return int(min(longest, getattr(self.config, "sliding_window", None) or longest))
+        window = None if architecture.windows else getattr(self.config, "sliding_window", None)
+        return int(min(longest, window or longest))
 
     def biased(self, index: int) -> list[str]:
         """The linears of a layer whose bias the file has to hold."""
@@ -203,8 +243,14 @@ def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[s
     wide = [i for i, layer in enumerate(layers) if layer.heads * contents.head_dim != config.hidden_size]
     if wide and not architecture.wide_heads:
         yield f"needs heads times their channels to be the hidden size (layer {wide[0]})", ""
-    if config.hidden_act != architecture.activation:
-        yield f"computes {architecture.activation}, not {config.hidden_act}", ""
+    if contents.activation != architecture.activation:
+        yield f"computes {architecture.activation}, not {contents.activation}", ""
+    by_hidden = len(layers) == architecture.largest and layers[0].heads
+    scale = config.hidden_size // layers[0].heads if by_hidden else contents.head_dim
+    if (wanted := getattr(config, "query_pre_attn_scalar", scale)) != scale:
+        yield f"divides attention scores by the root of {scale}, not of {wanted}", ""
+    if architecture.soft_caps != bool(getattr(config, "attn_logit_softcapping", None)):
+        yield f"{'caps' if architecture.soft_caps else 'does not cap'} attention scores", ""
     unread = [
         (index, name)
         for index in range(len(layers))
@@ -218,3 +264,5 @@ def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[s
         yield f"reads no bias of {name} (layer {index} has one)", way
     if contents.rope["rope_type"] == "llama3" and not architecture.rope_factors:
         yield "reads no factors for rotary frequencies", ""
+    if architecture.windows and contents.window_rope["rope_type"] != "default":
+        yield "does not scale rotary positions within a sliding window", ""

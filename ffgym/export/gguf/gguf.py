@@ -91,7 +91,7 @@ class Gguf(ExportFormat):
         vocabulary = read_vocabulary(load_tokenizer(folder), config.vocab_size, _ends(folder))
         chosen = dtype or next(name for name, names in DTYPES.items() if names[1] == checkpoint.dtype(EMBEDDING))
         with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
-            _add_metadata(writer, contents, vocabulary, name=place.stem, dtype=chosen)
+            _add_metadata(writer, architecture, contents, vocabulary, name=place.stem, dtype=chosen)
             _write(writer, tensors, chosen, progress)
         return Exported(
             path=place,
@@ -99,7 +99,7 @@ class Gguf(ExportFormat):
             parameters=sum(torch.Size(tensor.shape).numel() for tensor in tensors),
             architecture=architecture.name,
             dtype=chosen,
-            notes=tuple(_notes(contents)),
+            notes=tuple(_notes(architecture, contents)),
             run=run_line(place),
             needs="pip install 'ffgym[llama-cpp]', or llama.cpp itself",
         )
@@ -121,15 +121,15 @@ def _ends(folder: Path) -> list[int]:
     return [ends] if isinstance(ends, int) else ends or []
 
 
-def _notes(contents: Contents) -> Iterator[str]:
+def _notes(architecture: Architecture, contents: Contents) -> Iterator[str]:
     if empty := [str(index) for index, layer in enumerate(contents.layers) if not layer.channels]:
         yield (
             f"The MLPs that have nothing left (layers {', '.join(empty)}) stand as one channel of zeros:"
             " llama.cpp would drop the whole layer."
         )
-    if contents.context_length < contents.config.max_position_embeddings:
+    if (context := contents.context_length(architecture)) < contents.config.max_position_embeddings:
         yield (
-            f"The context is limited to {contents.context_length:,} tokens, the model's sliding window:"
+            f"The context is limited to {context:,} tokens, the model's sliding window:"
             " llama.cpp's code for it attends to everything."
         )
 
@@ -192,6 +192,9 @@ def _attention(index: int, architecture: Architecture, contents: Contents, check
     for name, kind in (("q_norm", MODEL_TENSOR.ATTN_Q_NORM), ("k_norm", MODEL_TENSOR.ATTN_K_NORM)):
         if f"{where}.self_attn.{name}.weight" in checkpoint:
             yield _norm(kind, f"{where}.self_attn.{name}", head_dim, architecture, checkpoint, index)
+    if architecture.post_norms:
+        norm = f"{where}.post_attention_layernorm"
+        yield _norm(MODEL_TENSOR.ATTN_POST_NORM, norm, hidden, architecture, checkpoint, index)
     consumer, shape = f"{where}.self_attn.o_proj", (hidden, layer.heads * head_dim)
     yield _tensor(MODEL_TENSOR.ATTN_OUT, shape, checkpoint.take(f"{consumer}.weight", shape), layer=index)
     if f"{consumer}.bias" in checkpoint:
@@ -207,7 +210,11 @@ def _stacked(weights: Sequence[Tensor], layer: int) -> Tensor:
 
 def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
     where, layer, hidden = f"model.layers.{index}", contents.layers[index], contents.config.hidden_size
-    yield _norm(MODEL_TENSOR.FFN_NORM, f"{where}.post_attention_layernorm", hidden, architecture, checkpoint, index)
+    before = "pre_feedforward_layernorm" if architecture.post_norms else "post_attention_layernorm"
+    yield _norm(MODEL_TENSOR.FFN_NORM, f"{where}.{before}", hidden, architecture, checkpoint, index)
+    if architecture.post_norms:
+        norm = f"{where}.post_feedforward_layernorm"
+        yield _norm(MODEL_TENSOR.FFN_POST_NORM, norm, hidden, architecture, checkpoint, index)
     channels = layer.written_channels
     linears = {
         "gate_proj": (MODEL_TENSOR.FFN_GATE, (channels, hidden)),
@@ -254,13 +261,15 @@ def _rope_factors(contents: Contents) -> torch.Tensor:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _add_metadata(writer: Any, contents: Contents, vocabulary: Vocabulary, *, name: str, dtype: str) -> None:
+def _add_metadata(
+    writer: Any, architecture: Architecture, contents: Contents, vocabulary: Vocabulary, *, name: str, dtype: str
+) -> None:
     config, layers = contents.config, contents.layers
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(int(DTYPES[dtype][3]))
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(contents.context_length)
+    writer.add_context_length(contents.context_length(architecture))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length(_one_or_all([layer.written_channels for layer in layers]))
@@ -274,6 +283,14 @@ def _add_metadata(writer: Any, contents: Contents, vocabulary: Vocabulary, *, na
     if contents.rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(contents.rope["factor"]))
+    if architecture.windows:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern(contents.sliding)
+        writer.add_rope_freq_base_swa(float(contents.window_rope["rope_theta"]))
+    if architecture.soft_caps:
+        writer.add_attn_logit_softcapping(float(config.attn_logit_softcapping))
+    if cap := getattr(config, "final_logit_softcapping", None):
+        writer.add_final_logit_softcapping(float(cap))
     vocabulary.add_to(writer)
 
 
