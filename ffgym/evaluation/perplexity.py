@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ffgym.errors import ModelError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Stream, Walk
 from ffgym.types import Evaluation
 
 TILE_ROWS = 2048
 TILE_COLUMNS = 2048  # 16 MiB of float32: larger tiles are slower on a CPU, smaller ones hardly faster
+LOGIT_TOLERANCE = 0.01  # of the largest logit, for what rounding does
 
 
 @torch.inference_mode()
@@ -46,6 +48,28 @@ def evaluate(
         if on_batch is not None:
             on_batch(len(batch))
     return Evaluation(tuple(losses), windows.shape[1] - 1)
+
+
+@torch.inference_mode()
+def check_logits(model: Any, ids: torch.Tensor) -> None:
+    """Refuse a model that makes something else of its head's output than `project` knows, such as Cohere's scale.
+
+    Args:
+        model: a Hugging Face causal LM in eval mode, of any architecture.
+        ids: some token ids, shape (length,), int64.
+
+    Raises:
+        ModelError: its losses would be wrong.
+    """
+    hidden, _ = predicting(model, ids[None])
+    own = model(input_ids=ids[None].to(hidden.device), use_cache=False).logits[0, :-1].float()
+    ours = project(model, hidden[0].to(own.device), hidden.new_empty(own.numel(), device=own.device)).float()
+    if (ours - own).abs().max() > LOGIT_TOLERANCE * own.abs().max():
+        raise ModelError(
+            f"a {type(model).__name__} changes the output of its head in a way that ffgym does not know, so that its"
+            " loss would be wrong",
+            hint="Measure it on tasks.",
+        )
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from ffgym.plugins.contracts import call_plugin
 
 LONGEST_WINDOW = 1024  # tokens
 TOKENS = 16384  # as a run's report split
+CHECKED_TOKENS = 16
 
 
 class Metric(Plugin, ABC):
@@ -58,13 +59,14 @@ class Loss(Metric):
 
         from ffgym.data.corpora import load_text
         from ffgym.data.splits import adds_bos, first_tokens
-        from ffgym.evaluation.perplexity import evaluate
+        from ffgym.evaluation.perplexity import check_logits, evaluate
 
         window = min(LONGEST_WINDOW, getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))
         count = TOKENS // window if limit is None else min(limit, TOKENS // window)
         ids = first_tokens(load_text(self.text, role="report"), count * window, tokenizer, adds_bos(tokenizer))
         if len(ids) < count * window:
             raise DataError(f"{self.text} has {len(ids)} tokens of this model, fewer than {count * window}")
+        check_logits(model, torch.tensor(ids[:CHECKED_TOKENS]))
         done = 0
 
         def advance(windows: int) -> None:

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from ffgym.costs.resource import standard_resources
+from ffgym.evaluation.perplexity import check_logits
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import register
@@ -333,6 +334,10 @@ class FamilyConformance:
                 hidden = walk.layer(index, hidden, entry)
             whole = prunable.model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
         assert torch.equal(walk.leave(hidden, entry), whole), "a decoder layer depends on more than its arguments"
+
+    def test_losses_are_those_of_the_logits(self) -> None:
+        """Losses are computed from the head's weights, so that only what ffgym knows of may change its output."""
+        check_logits(tiny_model(self.family), self.ids[0])
 
     def test_a_saved_model_has_the_same_logits(self, tmp_path: Path) -> None:
         """The checkpoint loads, also with sublayers that are gone, and generates."""

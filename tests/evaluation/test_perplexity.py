@@ -8,9 +8,11 @@ import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from torch.nn.functional import cross_entropy
+from transformers import CohereConfig, CohereForCausalLM
 
+from ffgym.errors import ModelError
 from ffgym.evaluation import perplexity
-from ffgym.evaluation.perplexity import evaluate, token_losses
+from ffgym.evaluation.perplexity import check_logits, evaluate, token_losses
 from ffgym.testing.models import tiny_model
 from ffgym.types import Evaluation
 
@@ -34,6 +36,20 @@ def test_equals_the_plain_cross_entropy(family, random_windows):
     assert got.tokens == 7 * 19
     assert got.loss == pytest.approx(sum(plain(model, windows)) / 7, rel=1e-5)
     assert got.perplexity == pytest.approx(math.exp(got.loss))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "opt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_done_to_logits_is_known(family, dtype, random_windows):
+    check_logits(tiny_model(family, dtype=dtype), random_windows(1, 16)[0])
+
+
+def test_a_model_that_scales_its_logits_as_ffgym_does_not_is_refused(random_windows):
+    """Before, `ffgym eval` gave it a wrong loss."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = CohereForCausalLM(CohereConfig(vocab_size=128, pad_token_id=0, **sizes)).eval()
+    with pytest.raises(ModelError, match="a CohereForCausalLM changes the output of its head"):
+        check_logits(model, random_windows(1, 16)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
