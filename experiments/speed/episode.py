@@ -69,7 +69,7 @@ def main() -> None:
     loaded, splits = load_parts(config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     prepared = prepare_model(config, loaded, splits.calibration.windows)
-    env = build_env(config, prepared, splits.search.windows, make_budget(config, loaded.model))
+    env = build_env(config, prepared, splits.search.windows, make_budget(config, loaded.model), loaded)
     prunable = prepared.prunable
     heuristic = manager.create("heuristic", "mlp-first", {"spare_first": 3, "spare_last": 1})
     allocation = env.budget.project(check_importance(heuristic, prepared.views), config.prune.sparsity)

@@ -125,7 +125,7 @@ def open_task(
     executor = None
     if cluster is not None:
         executor = shared_executor(cluster, config, loaded, prepared, splits, needs)
-    env = build_env(config, prepared, splits.search.windows, budget, loaded=loaded, costs=costs, executor=executor)
+    env = build_env(config, prepared, splits.search.windows, budget, loaded, costs=costs, executor=executor)
     return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs, executor)
 
 
@@ -157,9 +157,7 @@ def with_config(task: Task, config: RunConfig) -> Task:
     """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
     budget = make_budget(config, task.loaded.model, task.costs)
     windows = task.splits.search.windows
-    env = build_env(
-        config, task.prepared, windows, budget, loaded=task.loaded, costs=task.costs, executor=task.executor
-    )
+    env = build_env(config, task.prepared, windows, budget, task.loaded, costs=task.costs, executor=task.executor)
     return replace(task, config=config, env=env)
 
 

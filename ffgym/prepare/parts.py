@@ -276,8 +276,8 @@ def build_env(
     prepared: Prepared,
     windows: torch.Tensor,
     budget: Budget,
+    loaded: LoadedModel,
     *,
-    loaded: LoadedModel | None = None,
     costs: Mapping[str, Costs] | None = None,
     executor: Executor | None = None,
     on_close: Callable[[], None] | None = None,
@@ -286,12 +286,12 @@ def build_env(
 
     Args:
         windows: search split, shape (windows, length), int64.
-        loaded: the model's tokenizer and context, for a reward that needs accuracy.
+        loaded: its tokenizer and context serve a reward that needs accuracy.
         costs: what the model costs, by resource; computed where left out.
         executor: has allocations measured; this process measures them where left out.
     """
     reward, model = make_reward(config), prepared.prunable.model
-    examples = _examples(reward, loaded) if loaded is not None else ()
+    examples = _examples(reward, loaded)
     resources = (reward.resources or standard_resources()) if "cost" in reward.needs else ()
     return PruningEnv(
         prepared.prunable,
@@ -496,7 +496,7 @@ def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> P
             prepared,
             splits.search.windows,
             budget,
-            loaded=loaded,
+            loaded,
             executor=executor,
             on_close=closing.close,
         )

@@ -44,7 +44,6 @@ class Prepared:
     Attributes:
         views: what heuristics see of each sublayer; read one at a time where the model is not in memory.
         ridges: the lambda of each sublayer; 0 of experts, which no refit follows.
-        calibration_tokens: tokens that the statistics run over.
         store: the folder that it can be opened from again; ``None`` where it was not stored.
         key: of the store that it has or would have; empty where nobody asked for it.
     """
@@ -52,7 +51,6 @@ class Prepared:
     prunable: PrunableModel
     views: Sequence[SublayerView]
     ridges: tuple[float, ...]
-    calibration_tokens: int
     store: Path | None = None
     key: str = ""
 
@@ -129,7 +127,7 @@ def prepare(
             views.clear()
         del sums, apart, view  # before the moments of the next layer are collected
         advance()
-    return Prepared(prunable, tuple(views), tuple(ridges), windows.numel())
+    return Prepared(prunable, tuple(views), tuple(ridges))
 
 
 class _Gradients:

@@ -63,7 +63,6 @@ class Record:
         energies: E||W x||^2 of each sublayer's dense consumer.
         affine: whether calibration moves the consumers' biases.
         tokens: of each sublayer's statistics.
-        calibration_tokens: tokens that the statistics run over.
     """
 
     key: str
@@ -72,7 +71,6 @@ class Record:
     energies: tuple[float, ...]
     affine: tuple[bool, ...]
     tokens: tuple[int, ...]
-    calibration_tokens: int
 
 
 RECORD = FileFormat("record of a prepared model", Record, AssetError, "Delete its folder: it is written again.")
@@ -184,7 +182,7 @@ def opened_or_prepared(
             nonlocal prepared
             writer = _Writer(folder)
             prepared = make(writer.write)
-            writer.finish(key, what, prepared.calibration_tokens)
+            writer.finish(key, what)
 
         write_folder_once(place, fill)
         if stream is not None:
@@ -246,10 +244,10 @@ class _Writer:
         save_file(tensors, _file(self._folder, self._layers))
         self._layers += 1
 
-    def finish(self, key: str, what: Mapping[str, str], calibration_tokens: int) -> None:
+    def finish(self, key: str, what: Mapping[str, str]) -> None:
         """Write the record."""
         ridges, energies, affine, tokens = zip(*self._facts, strict=True)
-        record = Record(key, dict(what), ridges, energies, affine, tokens, calibration_tokens)
+        record = Record(key, dict(what), ridges, energies, affine, tokens)
         write_text(self._folder / "record.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
@@ -289,7 +287,7 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
         lost = each.read("removal_error") if refit is None else refit.removal_error
         stats, energy = each.stats(record.tokens[index]), record.energies[index]
         views.append(view_of(half, each.read("unit_scores"), stats, lost, energy, refit))
-    return Prepared(prunable, views, record.ridges, record.calibration_tokens)
+    return Prepared(prunable, views, record.ridges)
 
 
 class _Stored:

@@ -154,7 +154,6 @@ class TestRidge:
     def test_picked_from_the_grid_per_sublayer(self, windows):
         prepared = prepare(tiny_model("llama"), Wanda(), windows)
         assert set(prepared.ridges) <= set(RIDGE_GRID)
-        assert prepared.calibration_tokens == windows.numel()
 
     @pytest.mark.parametrize(
         ("windows", "length", "held_out"), [(2, 1024, 1), (8, 24, 2), (32, 1024, 8), (1000, 1024, 8), (4, 10_000, 1)]
