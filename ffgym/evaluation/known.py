@@ -41,6 +41,9 @@ class KnownLosses:
         with suppress(OSError), self._file.open("ab", buffering=0) as file:
             file.write(lines.encode())
 
+    def __len__(self) -> int:
+        return len(self._read())
+
     def _read(self) -> dict[str, float]:
         if self._file is None or not self._file.is_file():
             return {}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_named
@@ -16,7 +17,6 @@ from ffgym.envs.pruning_env import Trial
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.loading import DEMO_BASE
-from ffgym.models.placement import tokens_per_batch
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.pruning.budget import width_step
@@ -27,9 +27,9 @@ from ffgym.report.layout import humane
 from ffgym.report.paired import standard_error
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, bos_text
-from ffgym.search.finals import finals_loss
+from ffgym.search.finals import finals_windows
 from ffgym.search.loop import SearchResult
-from ffgym.types import Allocation, Episode, JSONDict, Sublayer
+from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Sublayer
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
@@ -44,11 +44,17 @@ DEMO_LICENSE = "apache-2.0"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
 FINAL_NOTE = "; heuristics do not get this refit"
+CHOOSING = "choose the refit that is saved"
 
 
-def reference_rules(config: RunConfig) -> Mapping[str, tuple[str, JSONDict]]:
-    """The rules that a run is compared with, (heuristic, options) by label; one shape for all layers spares no ends."""
-    return UNIFORM_REFERENCES if config.prune.uniform else REFERENCES
+def reference_rules(config: RunConfig) -> dict[str, tuple[str, JSONDict]]:
+    """The rules that a run is compared with, (heuristic, options) by label: two that are fixed, and another prior."""
+    prior, uniform = config.prior, config.prune.uniform
+    rules = dict(UNIFORM_REFERENCES if uniform else REFERENCES)  # one shape for all layers spares no ends
+    known = [name if uniform else (name, options) for name, options in rules.values()]
+    if prior.name != "none" and (prior.name if uniform else (prior.name, prior.options)) not in known:
+        rules[f"{prior.name} (prior)"] = prior.name, prior.options
+    return rules
 
 
 def asked_rules(config: RunConfig) -> list[tuple[str, JSONDict]]:
@@ -64,14 +70,7 @@ def refit_name(config: RunConfig) -> str:
 
 def heuristic_allocations(task: Task) -> dict[str, Allocation]:
     """What the found allocation is compared with, by label, all through the same projection and rounding."""
-    rules = reference_rules(task.config)
-    allocations = {label: task.project(*rule) for label, rule in rules.items()}
-    prior = task.config.prior
-    uniform = task.config.prune.uniform  # with one shape for all layers, options that spare some of them change nothing
-    known = [name if uniform else (name, options) for name, options in rules.values()]
-    if prior.name != "none" and (prior.name if uniform else (prior.name, prior.options)) not in known:
-        allocations[f"{prior.name} (prior)"] = task.project(prior.name, prior.options)
-    return allocations
+    return {label: task.project(*rule) for label, rule in reference_rules(task.config).items()}
 
 
 def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[list[float]]:
@@ -145,32 +144,31 @@ def final_refits(
     with cut_to(task, kept, "ridge", reporter):
         ridge = measured_row(task, f"{name} + {refitted}", reporter, refit=refitted, is_found=True)
         ridge = replace(ridge, same_as=_same_as(task, kept, refitted))
-        ridge_loss = finals_loss(task.env, config.search.final_tokens, config.seed)
-    if config.output.sequential:
-        with cut_to(task, kept, "sequential", reporter):
-            refit = f"sequential {refitted}"
-            sequential = measured_row(task, f"{name} + {refit}", reporter, refit=refit, is_found=True)
-            sequential_loss = finals_loss(task.env, config.search.final_tokens, config.seed)
-            if sequential_loss < ridge_loss or math.isnan(ridge_loss):
-                sequential = replace(sequential, note=SAVED_NOTE + FINAL_NOTE, is_saved=True)
-                table = _table(task, [*rows, ridge, sequential])
-                return table, _save(task, found, table, model)
-        rows = [*rows, replace(ridge, note=SAVED_NOTE, is_saved=True), replace(sequential, note=FINAL_NOTE[2:])]
-    else:
-        rows = [*rows, replace(ridge, is_saved=True)]
+        if not config.output.sequential:
+            return _saved(task, found, [*rows, replace(ridge, is_saved=True)], model)
+        ridge_loss = _loss_in_finals(task, refitted, reporter)
+    refit = f"sequential {refitted}"
+    with cut_to(task, kept, "sequential", reporter):
+        sequential = measured_row(task, f"{name} + {refit}", reporter, refit=refit, is_found=True)
+        if _loss_in_finals(task, refit, reporter) < ridge_loss or math.isnan(ridge_loss):
+            sequential = replace(sequential, note=SAVED_NOTE + FINAL_NOTE, is_saved=True)
+            return _saved(task, found, [*rows, ridge, sequential], model)
+    rows = [*rows, replace(ridge, note=SAVED_NOTE, is_saved=True), replace(sequential, note=FINAL_NOTE[2:])]
     with cut_to(task, kept, "ridge", reporter):
-        table = _table(task, rows)
-        return table, _save(task, found, table, model)
+        return _saved(task, found, rows, model)
+
+
+def _loss_in_finals(task: Task, refit: str, reporter: Reporter) -> float:
+    """Loss on the finals' windows of the model as it is cut now, nats per token."""
+    env, config = task.env, task.config
+    windows = env.windows[list(finals_windows(env, config.search.final_tokens, config.seed))]
+    return _measured(task, windows, f"{CHOOSING}: {refit}", reporter).loss
 
 
 def _same_as(task: Task, kept: Sequence[int], refitted: str) -> str:
     """Label of the heuristic's row that keeps these units; empty where none does."""
     labels = (label for label, allocation in heuristic_allocations(task).items() if allocation.kept == tuple(kept))
     return next((f"{label} + {refitted}" for label in labels), "")
-
-
-def _table(task: Task, rows: Sequence[Row]) -> ReportTable:
-    return ReportTable(tuple(rows), header(task), task.splits.report.digest)
 
 
 def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
@@ -202,10 +200,7 @@ def found_name(config: RunConfig) -> str:
 
 def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "", is_found: bool = False) -> Row:
     """One row: the model as it is cut now, on the report split."""
-    prunable, windows = task.prepared.prunable, task.splits.report.windows
-    with reporter.stage(f"report: {label}", len(prunable.halves) // 2, "layers") as stage:
-        batch = tokens_per_batch(prunable.model.device)
-        result = evaluate_cut(prunable, windows, tokens_per_batch=batch, on_layer=stage.advance)
+    prunable, result = task.prepared.prunable, _measured(task, task.splits.report.windows, f"report: {label}", reporter)
     new_biases = prunable.new_bias_params(stock=task.config.prune.uniform)
     size, dense = task.sizes(prunable.kept, new_biases=new_biases), task.sizes(prunable.dense_units)
     resource = task.config.prune.resource
@@ -225,6 +220,13 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "",
         refit=refit,
         is_found=is_found,
     )
+
+
+def _measured(task: Task, windows: torch.Tensor, stage_label: str, reporter: Reporter) -> Evaluation:
+    """The model as it is cut now on windows of text, shape (windows, length), int64."""
+    prunable = task.prepared.prunable
+    with reporter.stage(stage_label, len(prunable.halves) // 2, "layers") as stage:
+        return evaluate_cut(prunable, windows, tokens_per_batch=task.env.tokens_per_batch, on_layer=stage.advance)
 
 
 def header(task: Task) -> str:
@@ -249,11 +251,12 @@ def header(task: Task) -> str:
     return " ".join(sentences)
 
 
-def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> SavedModel | None:
-    """Save the model as it is cut now, with its card, where one is wanted."""
+def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -> tuple[ReportTable, SavedModel | None]:
+    """The table, and where one is wanted, the model as it is cut now, saved with its card."""
     config, prunable = task.config, task.prepared.prunable
+    table = ReportTable(tuple(rows), header(task), task.splits.report.digest)
     if not config.output.save_model:
-        return None
+        return table, None
     is_demo = config.model.name == "demo"
     name, allocation = Path(config.model.name).name, found.best.allocation
     card = model_card(
@@ -271,7 +274,7 @@ def _save(task: Task, found: SearchResult, table: ReportTable, folder: Path) -> 
         stock=config.prune.uniform,
         towers=task.loaded.towers is not None,
     )
-    return save_pruned(
+    return table, save_pruned(
         prunable.model,
         task.loaded.tokenizer,
         folder,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ffgym.config.tables import RunConfig
-from ffgym.pipeline.compare import MEASURED_TEXTS, asked_rules, reference_rules
+from ffgym.data.cache import ADDED_TO
+from ffgym.evaluation.known import KnownLosses
+from ffgym.pipeline.compare import CHOOSING, MEASURED_TEXTS, asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.prepare.parts import LOADING, PREPARING, make_reward
+from ffgym.prepare.parts import LOADING, PREPARING, make_reward, settings_of
 from ffgym.prepare.planning import placed, plan_of
+from ffgym.prepare.store import made_under
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
 from ffgym.search.finals import expected_tokens
@@ -32,8 +35,10 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         Budget(plan.shape.sublayers, min_units=prune.min_units, align=prune.align).check(prune.ends[1])
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)
-    sequential, recovers = config.output.sequential, config.recover.method != "none"
+    recovers, models = config.recover.method != "none", points if config.output.save_all else 1
+    sequential = models * config.output.sequential
     rows, others = _report_rows(config, compared=compared)
+    store = made_under(settings_of(config, needs, plan.load.dtype_name))
     load = replace(
         plan.load,
         episodes_per_update=size,
@@ -41,15 +46,18 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         slopes=agent.asks_slopes,
         searches=1 + compared,
         texts=max(1, size // 2) if agent.pair_text and not make_reward(config).has_objectives else 1,
-        search_tokens=config.data.search_tokens,
+        search_tokens=config.data.whole_tokens("search"),
+        is_prepared=store is not None,
+        known_tokens=0 if store is None else window * len(KnownLosses(store / ADDED_TO)),
         start_texts=MEASURED_TEXTS if agent.searches else 0,
         finalists=search.finalists if agent.searches else 0,
         final_tokens=-(-expected_tokens(search.finalists, search.final_tokens) // search.finalists // window) * window,
         targets=points,
-        report_tokens=config.data.report_tokens,
+        report_tokens=config.data.whole_tokens("report"),
         report_rows=rows + others + sequential + 3 * recovers,
         sequential=sequential,
-        saves=config.output.save_model * (points if config.output.save_all else 1) + recovers,
+        choice_tokens=max(1, search.final_tokens // window) * window,
+        saves=config.output.save_model * models + recovers,
         train_tokens=config.recover.tokens if recovers else 0,
         workers=config.workers.count,
         elsewhere=config.workers.ray_address is not None,
@@ -58,20 +66,26 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
 
 
 def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:
-    """Rows that are measured before the sequential refit, and those of the other points of a front."""
-    references = len(reference_rules(config)) + compared
-    return 3 + references, (len(config.targets) - 1) * (1 + references)
+    """Rows that are measured before a sequential refit: of the main target, and of all other points of a front."""
+    references, others = len(reference_rules(config)), len(config.targets) - 1
+    return 3 + references + compared, others * (references + 1 + config.output.save_all)
 
 
 def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
     """The stages of a run in order, as its progress names them; their costs are seconds."""
     seconds = {stage.name: plan.seconds(stage) for stage in plan.stages}
-    load = plan.load
+    load, measured = plan.load, next(stage for stage in plan.stages if stage.name == "report")
     rows, others = _report_rows(config, compared=load.searches > 1)
+    per_token = seconds["report"] / measured.tokens
 
     def report(count: int) -> Step:
-        return Step("report", count / load.report_rows * seconds["report"], count)
+        return Step("report", count * load.report_tokens * per_token, count)
 
+    refits: list[Step] = []  # of one model
+    if load.sequential:
+        choice = Step(CHOOSING, load.choice_tokens * per_token)
+        sequential = Step("sequential calibration", seconds["sequential"] / load.sequential)
+        refits = [choice, sequential, report(1), choice]
     one_search = (seconds["search"] + seconds.get("finals", 0.0)) / load.searches
     steps = [Step(LOADING, seconds["load"]), Step(PREPARING, seconds["prepare"])]
     steps.append(Step(f"search: {config.agent.name}", one_search))
@@ -79,11 +93,12 @@ def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
         steps.append(Step("search: random", one_search))
     if "start" in seconds:
         steps.append(Step("search: where it started", seconds["start"]))
-    steps.append(report(rows))
-    if load.sequential:
-        steps.append(Step("sequential calibration", seconds["sequential"]))
-    if later := load.sequential + others:
-        steps.append(report(later))
+    steps += [report(rows), *refits]
+    if config.output.save_all:
+        points = len(config.targets) - 1
+        steps += [report(others // points), *refits] * points
+    elif others:
+        steps.append(report(others))
     if load.train_tokens:
         steps += [Step("load", seconds["load"]), Step("recover", seconds["recover"]), report(3)]
     return steps

@@ -283,6 +283,8 @@ def _prepare(shape: ModelShape, load: Workload) -> Stage:
         "hidden states": carried + inputs,
     }
     memory["moments"] = (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2
+    if load.is_prepared:  # needs as much memory all the same, in case its store turns out to be damaged
+        return Stage("prepare", 0, Operations(), memory, store(shape, load) / LOADED_BYTES)
     return Stage("prepare", tokens, operations, memory)
 
 
@@ -303,8 +305,8 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
 
 def _search(shape: ModelShape, load: Workload) -> Stage:
     found = _measure(shape, load, "search", load.episodes_per_update, load.episode_tokens, load.updates * load.searches)
-    measured_once = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
-    dense = Operations(forward(shape, load)) * measured_once
+    met = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
+    dense = Operations(forward(shape, load)) * max(0, met - load.known_tokens)
     memory = found.memory | ({"slopes": _slopes(shape, load)} if load.slopes else {})
     return Stage(found.name, found.tokens, found.operations + dense, memory)
 
@@ -326,19 +328,19 @@ def _start(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _report(shape: ModelShape, load: Workload) -> Stage:
-    tokens = load.report_rows * load.report_tokens
+    tokens = load.report_rows * load.report_tokens + 2 * load.sequential * load.choice_tokens
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
     operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
     memory = {
         **_finished(shape, load),
-        "hidden states": hidden_states(shape, load, load.report_tokens),
+        "hidden states": hidden_states(shape, load, max(load.report_tokens, load.sequential and load.choice_tokens)),
         "activations": _activations(shape, load, load.report_tokens),
     }
     return Stage("report", tokens, operations, memory)
 
 
 def _sequential(shape: ModelShape, load: Workload) -> Stage:
-    tokens, kept = load.calibration_tokens, 1 - load.sparsity
+    tokens, kept = load.calibration_tokens, 1 - load.sparsity  # of one model, as is what is in memory
     products = float64 = 0.0
     for sublayer in shape.sublayers:
         n = sublayer.channels
@@ -353,7 +355,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
         "moments": round(REFITTING * kept * n**2),
     }
-    return Stage("sequential", tokens, operations, memory)
+    return Stage("sequential", tokens * load.sequential, operations * load.sequential, memory)
 
 
 def _save(shape: ModelShape, load: Workload) -> Stage:

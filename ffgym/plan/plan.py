@@ -50,7 +50,7 @@ class Plan:
 
     @cached_property
     def speed(self) -> Speed:
-        """Of this machine, measured when it is first asked for; that takes less than a second."""
+        """Of this machine, measured when it is first asked for; that takes about a second."""
         return measure_speed(self.shape, self.load.dtype, self.device, self.load.window)
 
     @property
@@ -140,7 +140,7 @@ class Plan:
         if load.dtype == torch.float32:
             found["--set model.dtype=bfloat16"] = {"dtype": torch.bfloat16}
         if load.sequential:
-            found["--set output.sequential=false"] = {"sequential": False}
+            found["--set output.sequential=false"] = {"sequential": 0}
         if (tokens := load.calibration_tokens // 4) >= 8 * load.window:
             found[f"--set data.calibration_tokens={tokens}"] = {"calibration_tokens": tokens}
         return found

@@ -88,13 +88,16 @@ class Workload:
         searches: how many searches there are: the agent's, and that of random allocations.
         texts: on which the episodes of an update are measured; 1 where all share it.
         search_tokens: of the search split; what the dense model loses on a window is measured once.
+        is_prepared: the model has been prepared before, and its store is there.
+        known_tokens: on which its losses are known from earlier searches.
         start_texts: on which the allocation that the search started from is measured.
         finalists: allocations that are measured together in the finals; 0 for none.
         final_tokens: that each of them is measured on, on average.
         targets: points of the front.
         report_tokens: of the report split.
         report_rows: models that are measured on it.
-        sequential: the result is refitted layer by layer at the end.
+        sequential: models that are refitted layer by layer at the end.
+        choice_tokens: of the search split, on which either refit of such a model is measured to choose one.
         saves: models that are saved.
         train_tokens: to recover on; 0 for none.
         workers: processes that share the episodes of an update.
@@ -120,13 +123,16 @@ class Workload:
     searches: int = 1
     texts: int = 1
     search_tokens: int = 0
+    is_prepared: bool = False
+    known_tokens: int = 0
     start_texts: int = 0
     finalists: int = 0
     final_tokens: int = 0
     targets: int = 1
     report_tokens: int = 0
     report_rows: int = 0
-    sequential: bool = False
+    sequential: int = 0
+    choice_tokens: int = 0
     saves: int = 0
     train_tokens: int = 0
     workers: int = 1

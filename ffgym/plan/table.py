@@ -96,6 +96,7 @@ def _stages(plan: Plan) -> Table[Sequence[str]]:
 def _parts(plan: Plan) -> Table[Sequence[str]]:
     sizes = {name.replace("_", " "): size_text(size) for name, size in _sizes(plan).items()}
     workers = f", {size_text(plan.worker_peak)} of them by each worker" if plan.load.workers > 1 else ""
+    before = " What has been prepared before is opened." if plan.load.is_prepared else ""
     notes = [
         f"Text: {', '.join(f'{role} {text}' for role, text in plan.texts.items())}.",
         f"Memory: {size_text(plan.needed)} are needed{workers}; {size_text(plan.free)} are free on {plan.device}. "
@@ -103,7 +104,7 @@ def _parts(plan: Plan) -> Table[Sequence[str]]:
         f"Disk: {size_text(_free_disk(cache_dir()))} are free for prepared models, {size_text(_free_disk(Path()))} "
         f"here. {_disk_advice(plan)}".strip(),
         f"Time: at the speed that this machine had just now, {humane(plan.speed.model)} operations a second in the "
-        "model's layers. What has been prepared before is opened within seconds.",
+        f"model's layers.{before}",
     ]
     return Table(text_columns("what", "size"), list(sizes.items()), notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,7 +45,7 @@ from ffgym.plugins.built_ins import BUILTINS
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
-from ffgym.prepare.store import is_stored, opened_or_prepared, store_key
+from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
 
@@ -150,9 +151,23 @@ def prepare_model(
         )
     if not is_stored(criterion, config.prune.calibration):
         return replace(make(), key=own)
-    what = {"model": loaded.description, "criterion": config.criterion.name, "calibration": config.prune.calibration}
+    what = {"model": loaded.description, "settings": settings_of(config, keep, loaded.dtype_name)}
     prepared = opened_or_prepared(own, loaded.model, make, what, reporter.print, loaded.stream, keep)
     return replace(prepared, key=own)
+
+
+def settings_of(config: RunConfig, keep: frozenset[str], dtype_name: str) -> str:
+    """What decides a preparation, as far as it is known before anything is loaded: weights and text by their names.
+
+    Args:
+        config: with all options of its plugins.
+        keep: statistics that heuristics ask for.
+        dtype_name: that the model is loaded in.
+    """
+    model, data, prune = config.model, config.data, config.prune
+    said = [decisive_code(), torch.__version__, torch.get_num_threads(), model.name, model.revision, dtype_name]
+    said += [data.calibration, data.calibration_tokens, data.window, config.criterion.model_dump(), sorted(keep)]
+    return json.dumps([*said, prune.calibration, prune.ridge])
 
 
 def counted_resources(config: RunConfig) -> dict[str, Resource]:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ffgym.data.cache import cache_dir, is_whole, shrink, size_limit, storage_error, write_folder_once
+from ffgym.data.cache import cache_dir, entries, is_whole, shrink, size_limit, storage_error, write_folder_once
 from ffgym.errors import AssetError
 from ffgym.files import FileFormat, check_room, write_text
 from ffgym.models.cut import PrunableModel, PrunableSublayer
@@ -58,7 +58,7 @@ class Record:
 
     Attributes:
         key: its `store_key`.
-        what: what it is, for people.
+        what: what it is, for people and for `made_under`.
         ridges: lambda of each sublayer.
         energies: E||W x||^2 of each sublayer's dense consumer.
         affine: whether calibration moves the consumers' biases.
@@ -106,7 +106,7 @@ def store_key(
     """
     digest = hashlib.sha256()
     for part in (
-        _code(),
+        decisive_code(),
         _source(type(criterion)) or "",
         criterion.config.model_dump_json(),
         json.dumps(facts, sort_keys=True, default=str),
@@ -134,7 +134,7 @@ def _source(cls: type) -> str | None:
         return None
 
 
-def _code() -> str:
+def decisive_code() -> str:
     """Digest of the code that decides what a store holds."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for name in DECISIVE:
@@ -142,6 +142,18 @@ def _code() -> str:
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def made_under(settings: str) -> Path | None:
+    """The last used store that these settings made, see `settings_of`; ``None`` where there is none.
+
+    Weights or text that they name may be others by now, so this is for plans alone.
+    """
+    for entry in entries(KIND):
+        with suppress(AssetError):
+            if RECORD.read(entry.path / "record.json").what.get("settings") == settings:
+                return entry.path
+    return None
 
 
 def opened_or_prepared(
@@ -159,7 +171,7 @@ def opened_or_prepared(
         key: from `store_key`.
         model: the dense model; its weights are permuted in place.
         make: prepares the model, and calls its argument for each layer when it is prepared.
-        what: what is prepared, for people.
+        what: what is prepared, for its record.
         stream: where the layers come from; their factors are then read from the store as the model runs.
         keep: statistics that are kept for heuristics.
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.evaluation.evaluator import OnProgress
-from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_recommendations
 from ffgym.search.pareto import non_dominated, thinned
@@ -364,9 +363,3 @@ def finals_examples(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
     """Indices of the task examples that finalists are compared on: as many to a window as an episode has."""
     windows = len(finals_windows(env, tokens, seed))
     return env.draw_examples(np.random.default_rng([FINALS_SEED, seed, 1]), windows, finals=True)
-
-
-def finals_loss(env: PruningEnv, tokens: int, seed: int) -> float:
-    """Loss of the model as it is cut now on the finals' windows, nats per token."""
-    windows = env.windows[list(finals_windows(env, tokens, seed))]
-    return evaluate_cut(env.prunable, windows, tokens_per_batch=env.tokens_per_batch).loss

@@ -48,6 +48,7 @@ from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.folder import claim_folder
 from ffgym.pipeline.plan import plan_run, planned_steps
+from ffgym.pipeline.settle import settle
 from ffgym.plugins import built_ins, manager
 from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
@@ -209,12 +210,47 @@ def test_the_plan_is_said_first(finished: Finished) -> None:
 
 
 def test_the_stages_are_those_that_the_run_announced(finished: Finished) -> None:
-    stages = re.findall(r"^(.+): done in ", finished.said, re.MULTILINE)
-    config = finished.config
+    stages_are_announced(finished.config, finished.said)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prior": {"name": "owl"}},
+        {"output": {"sequential": False}},
+        {"prune": {"sparsity": "0.1:0.3", "front_points": 3}},
+        {"prune": {"sparsity": "0.1:0.3", "front_points": 3}, "output": {"save_all": True}},
+    ],
+    ids=["a prior of its own", "one refit", "a range", "a model for every point"],
+)
+def test_so_are_those_of_other_runs(finished_with: Callable[..., Finished], changes: dict[str, Any]) -> None:
+    one = finished_with(**changes)
+    stages_are_announced(one.config, one.said)
+
+
+def stages_are_announced(config: RunConfig, said: str) -> None:
+    stages, config = re.findall(r"^(.+): done in ", said, re.MULTILINE), settle(config)
     steps = planned_steps(config, plan_run(config, make_agent(config)))
     announced = [step.label for step in steps for _ in range(step.stages)]
-    assert len(stages) == len(announced)
+    assert len(stages) == len(announced), stages
     assert all(stage.startswith(label) for stage, label in zip(stages, announced, strict=True))
+    assert all(step.cost > 0 for step in steps)
+
+
+def test_a_plan_does_not_count_what_an_earlier_run_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    config = settle(glass_config(tmp_path, search={"random_baseline": False}))
+
+    def planned(config: RunConfig) -> dict[str, float]:
+        return {stage.name: stage.operations.total for stage in plan_run(config, make_agent(config)).stages}
+
+    before = planned(config)
+    finish(config)
+    after, other = planned(config), planned(settle(glass_config(tmp_path, criterion={"name": "random"})))
+    assert after == {**before, "prepare": 0.0, "search": after["search"]}
+    assert after["search"] < before["search"]
+    assert other["prepare"] > 0
 
 
 # the saved model
