@@ -18,9 +18,8 @@ from ffgym.plan.shape import ModelShape
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 WIDEST = 2048  # channels of the probe's residual stream: wider ones are hardly faster
-TOKENS = 2048  # of one pass of the probe
-# At most so many operations make a pass on a CPU; with very few, the threads of a busy machine mostly wait.
-OPERATIONS = 1e10
+TOKENS = 4096  # of one pass of the probe, as in a run's: fewer would fit into the caches, and be faster than a run's
+OPERATIONS = 4e10  # at most so many make a pass on a CPU
 PASSES = 3
 HEAD = 64  # channels of its attention heads
 
@@ -89,7 +88,7 @@ def _file_pages(group: Path) -> int:
 def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, window: int) -> Speed:
     """Time a decoder layer of a model's proportions, a product in float32 and a factorisation in float64.
 
-    It takes less than a second, and some 100 MB.
+    It takes about a second, and some 100 MB.
 
     Args:
         shape: of the model; a wide one is made narrower in proportion.
@@ -144,6 +143,6 @@ def _layer(hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: to
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The shortest of a few passes, after one that warms up."""
+    """The mean of a few passes, after one that warms up."""
     run()
-    return min(timed(run, {device})[1] for _ in range(PASSES))
+    return sum(timed(run, {device})[1] for _ in range(PASSES)) / PASSES
