@@ -95,11 +95,19 @@ def notify_if_busy(table: LatencyTable, notify: Notify) -> None:
         )
 
 
-def place_of(model: Any, *, context: int, serving: Serving | None = None, threads: int | None = None) -> Path:
+def place_of(
+    model: Any,
+    *,
+    context: int,
+    serving: Serving | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> Path:
     """Where the cache keeps, or would keep, the table of this model on this machine.
 
     Args:
         serving: the engine that it is timed in; ``None`` for forward passes.
+        device: that the engine computes on.
         threads: that the engine was given.
     """
     head = model.get_output_embeddings().weight
@@ -107,7 +115,7 @@ def place_of(model: Any, *, context: int, serving: Serving | None = None, thread
         "format": FORMAT,
         "model": model_shape(model).model_dump(),
         "shapes": sorted({shape.model_dump_json() for shape in layer_shapes(model)}),
-        "device": processors(model),
+        "device": device or processors(model),
         "threads": threads_of(head.device) if serving is None else threads,
         "torch": torch.__version__,
         "dtype": str(head.dtype).removeprefix("torch."),

@@ -96,8 +96,9 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
             arguments=options.arguments,
             scratch=Path(folder),
         )
+        engine = ENGINES[options.engine](setting, ())  # before anything is loaded: is it installed?
         serving = Serving(
-            engine=ENGINES[options.engine](setting, ()).version,  # before anything is loaded: is it installed?
+            engine=engine.version,
             requests=options.requests,
             output_tokens=options.output_tokens,
             arguments=tuple(options.arguments),
@@ -113,7 +114,9 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
             )
         check_dtype(loaded.dtype_name)
         setting = replace(setting, dtype=loaded.dtype_name)
-        place = place_of(loaded.model, context=options.context, serving=serving, threads=options.threads)
+        place = place_of(
+            loaded.model, context=options.context, serving=serving, device=engine.device, threads=options.threads
+        )
         table = timed_once(
             place,
             lambda: _timed(loaded, options, setting, serving, reporter),

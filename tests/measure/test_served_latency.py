@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def timed(**changes: Any) -> LatencyTable:
     return served_latency_table(Options(**given), progress=Console(file=io.StringIO()))[0]
 
 
-def test_a_sublayer_takes_its_share_of_what_its_units_add(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def paced(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer takes 0.1 s and half a millisecond for every channel of the 4 MLPs."""
 
     def serve(servers: Any, workloads: Any, *_: Any, **__: Any) -> Any:
@@ -49,11 +51,23 @@ def test_a_sublayer_takes_its_share_of_what_its_units_add(log: Path, monkeypatch
         return {(server.role, load): [burst(server)] * 2 for server in servers for load in workloads}, {}
 
     monkeypatch.setattr(served_latency, "serve_in_turn", serve)
+
+
+@pytest.mark.usefixtures("paced")
+def test_a_sublayer_takes_its_share_of_what_its_units_add() -> None:
     table = timed()
     _, mlp = table.curves
     assert mlp.sizes == (1, 85, 170, 256, 341)
     assert mlp.seconds == pytest.approx([5e-4 * size for size in mlp.sizes])
     assert table.whole_seconds == pytest.approx(0.1 + 4 * mlp.seconds[-1])
+
+
+@pytest.mark.usefixtures("paced")
+def test_the_same_engine_on_another_device_is_timed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timed().device != "Abacus"
+    monkeypatch.setenv("VLLM_PYTHON", shutil.copy(tmp_path / "python", tmp_path / "python-there"))
+    monkeypatch.setenv("FAKE_GPU", "Abacus")
+    assert timed().device == "Abacus"
 
 
 def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> None:
