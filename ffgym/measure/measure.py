@@ -107,7 +107,8 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
     with reporter.stage("load both models", 2) as stage:
         pruned = load(str(folder), dtype=options.dtype, device=options.device)
         stage.advance()
-        dense = _load_dense(source, pruned.dtype_name, options.device)
+        with source.named():
+            dense = load(source.name, revision=source.revision, dtype=pruned.dtype_name, device=options.device)
         kept = units_kept(pruned.model, dense.model)
     reporter.print(f"dense: {dense.description}, named by {source.said_by}; pruned: {folder}")
     reporter.print(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {dense.dtype_name}")
@@ -175,18 +176,6 @@ def _with_memory(
         dense=replace(found.dense, memory=measured["dense"]),
         pruned=replace(found.pruned, memory=measured["pruned"]),
     )
-
-
-def _load_dense(source: DenseModel, dtype: str, device: str) -> LoadedModel:
-    try:
-        return load(source.name, revision=source.revision, dtype=dtype, device=device)
-    except ModelError as error:
-        if source.said_by == "--dense":
-            raise
-        raise ModelError(
-            f"{source.said_by} names {source.name!r} as the dense model: {error.message}",
-            hint="Name it with --dense MODEL, as it is called from here.",
-        ) from error
 
 
 def _workloads(options: Options, limit: int) -> list[Workload]:

@@ -210,7 +210,8 @@ def _columns(*figures: str) -> list[Column[Sequence[str]]]:
 
 def _dense_folder(source: DenseModel) -> Path:
     try:
-        return checkpoint_folder(source.name, revision=source.revision)
+        with source.named():
+            return checkpoint_folder(source.name, revision=source.revision)
     except OSError as error:  # servers run offline
         raise ModelError(
             f"the dense model {source.name!r}, which {source.said_by} names, is not in the hub's cache",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,19 @@ class DenseModel:
     name: str
     revision: str | None
     said_by: str
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Say which record named a model that cannot be had."""
+        try:
+            yield
+        except ModelError as error:
+            if self.said_by == "--dense":
+                raise
+            raise ModelError(
+                f"{self.said_by} names {self.name!r} as the dense model: {error.message}",
+                hint="Name it with --dense MODEL, as it is called from here.",
+            ) from error
 
 
 def model_folder(folder: Path) -> Path:

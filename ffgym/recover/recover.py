@@ -37,6 +37,7 @@ from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
 from ffgym.recover.text import RecoveryTexts, gather, training_window
 from ffgym.report.figures import new_figure, save_figure, tidy
+from ffgym.report.layout import strict
 from ffgym.report.progress import Reporter
 from ffgym.report.table import bos_text
 from ffgym.tracking.store import FOLDER_TAG
@@ -324,7 +325,7 @@ class _Recovery:
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
         """The curve, the configuration and the picture, beside the checkpoints."""
         content = {"method": self.method.name, **outcome.curve, "report": table.layout().as_dicts()}
-        curve = call_plugin(self.method, lambda: json.dumps(content, indent=1), "handing back its curve")
+        curve = call_plugin(self.method, lambda: json.dumps(strict(content), indent=1), "handing back its curve")
         picture = self.checkpoint.folder / PICTURE
         figure = new_figure(8.0, 4.5)
         axes = figure.subplots()

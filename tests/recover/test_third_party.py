@@ -50,7 +50,7 @@ class Shrink(ffgym.Recovery):
             after=self.config.after,
             summary=f"Shrunk {len(rates)} times, {len(setup.windows)} windows, after {earlier} earlier.",
             kept="all of it was kept",
-            curve={"rates": rates},
+            curve={"rates": rates, "gain": float("nan")},
         )
 
     def draw(self, axes, curve):
@@ -107,7 +107,7 @@ def test_the_command_trains_by_it(pruned: Path, tmp_path: Path) -> None:
     assert found["summary"][0].startswith("Shrunk 3 times")
     assert "1.0000 after; all of it was kept" in found["summary"][1]
     curve = json.loads((out / "recovery.json").read_text())
-    assert (curve["method"], curve["rates"]) == ("shrink", [0.25] * 3)
+    assert (curve["method"], curve["rates"], curve["gain"]) == ("shrink", [0.25] * 3, None)
     assert (out / "recovery.png").read_bytes().startswith(b"\x89PNG")
     written = (out / "config.toml").read_text()
     assert "steps = 3  # how often to shrink, at least 1" in written
