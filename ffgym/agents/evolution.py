@@ -21,11 +21,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.plugins.bases import BatchAgent, PluginConfig
 
+SURVIVORS = 0.25  # share of an update's episodes that survive, are measured again and have children
+MUTATED, CROSSED = 0.7, 0.2  # shares of children by mutation and by crossover; what is left of 1 are random ones
 MOST_TRIES = 50  # for a child that is none of the others
 MUTATION_PROBABILITY = 0.2  # that a mutation changes an importance
 # Standard deviations, in importance units: of that change, and of random ones around the prior.
@@ -36,25 +38,9 @@ RANDOM_SPREAD = 0.3
 class EvolutionConfig(PluginConfig):
     """Options of the agent."""
 
-    survivors: float = Field(
-        0.25,
-        gt=0,
-        lt=1,
-        description="share of an update's episodes that survive, are measured again and have children, in (0, 1)",
-    )
-    mutation: float = Field(0.7, ge=0, le=1, description="share of children by mutation")
-    crossover: float = Field(
-        0.2, ge=0, le=1, description="share of children by crossover; what is left of 1 are random ones"
-    )
     smooth: float = Field(
         0.0, ge=0, le=1, description="share of a change's variance that is shared by neighbouring layers of one kind"
     )
-
-    @model_validator(mode="after")
-    def _shares(self) -> EvolutionConfig:
-        if self.mutation + self.crossover > 1:
-            raise ValueError(f"mutation + crossover = {self.mutation + self.crossover:g}, and shares are at most 1")
-        return self
 
 
 class Evolution(BatchAgent):
@@ -71,7 +57,7 @@ class Evolution(BatchAgent):
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Seed the generator; survivors of a state that was loaded are the first generation's parents."""
         self._batch, self._dimensions = batch, dimensions
-        self._survivors = min(batch - 1, max(1, round(self.config.survivors * batch)))
+        self._survivors = min(batch - 1, max(1, round(SURVIVORS * batch)))
         self._rng = np.random.default_rng(seed)
         covariance = depth_covariance(dimensions, smooth=self.config.smooth)
         self._root = square_root(covariance) if self.config.smooth else np.eye(dimensions)
@@ -126,10 +112,10 @@ class Evolution(BatchAgent):
         couple = self._rng.permutation(len(self._parents))[:2]
         one, other = self._parents[couple[0]], self._parents[couple[-1]]
         changed = self._rng.random(self._dimensions)
-        if way < self.config.mutation:
+        if way < MUTATED:
             step = MUTATION_SPREAD * self._rng.standard_normal(self._dimensions) @ self._root
             return np.asarray(one + step * (changed < MUTATION_PROBABILITY))
-        if way < self.config.mutation + self.config.crossover:
+        if way < MUTATED + CROSSED:
             return np.asarray(np.where(changed < 0.5, one, other))
         return self._random()
 

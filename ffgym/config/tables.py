@@ -36,6 +36,9 @@ REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults 
     "agent.random": {"smooth": 0.95, "length": 0.15},
     "agent.ppo": {"spread": 0.15, "epochs": 10, "clip_range": 0.2, "entropy": 0.0},
     "agent.evolution": {
+        "survivors": 0.25,
+        "mutation": 0.7,
+        "crossover": 0.2,
         "mutation_probability": 0.2,
         "mutation_spread": 0.2,
         "length": 0.15,

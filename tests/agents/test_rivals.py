@@ -18,7 +18,6 @@ from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.sensitivity import Sensitivity, one_at_a_time, solve
 from ffgym.agents.surrogate import Surrogate, expected_improvement
 from ffgym.errors import ConfigError
-from ffgym.plugins import manager
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv
 
@@ -272,10 +271,6 @@ class TestWhatIsTheirOwn:
         for before, after in itertools.pairwise(asked):
             for survivor in after[1:3]:
                 assert (before == survivor).all(axis=1).any()
-
-    def test_shares_above_1_are_refused_by_name(self):
-        with pytest.raises(ConfigError, match="mutation"):
-            manager.create("agent", "evolution", {"mutation": 0.8, "crossover": 0.4})
 
     def test_evopress_needs_room_for_parent_survivors_and_children(self):
         with pytest.raises(ConfigError, match="needs updates of 4 episodes or more"):
