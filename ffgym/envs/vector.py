@@ -89,7 +89,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self._replay = replay
         self._log_name = log_name
         self._update = 0
-        self._first_place = 1.0
+        self._first_place, self._first_update = 1.0, 0  # of a range, since the last reset
         self.stage = schedule.stage(0.0)
         self._texts: list[Text] = []  # of the running update: one for all its episodes, or one for each pair
 
@@ -133,7 +133,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         first = seed if seed is None or isinstance(seed, SupportsIndex) else seed[0]
         super().reset(seed=None if first is None else operator.index(first))
         if self.schedule.low is not None:
-            self._first_place = float(self.np_random.random())
+            self._first_place, self._first_update = float(self.np_random.random()), self._update
         return self._begin(), {}
 
     def step(self, actions: np.ndarray) -> Step:
@@ -183,7 +183,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return following, rewards, done, np.zeros(count, dtype=bool), infos
 
     def _begin(self) -> np.ndarray:
-        place = stratified(self._first_place, self._update)
+        place = stratified(self._first_place, self._update - self._first_update)
         self.stage = self.schedule.stage(self.tokens_spent / self.token_budget, place, len(self.history))
         pairs = (self.num_envs + 1) // 2
         self._texts = [self._drawn() for _ in range(pairs if self.pair_text else 1)]

@@ -256,6 +256,15 @@ class TestRange:
             counts, _ = np.histogram([e.target_sparsity for e in vector.history], bins=5, range=(0.1, 0.5))
             assert counts.min() >= 1
 
+    def test_the_seed_decides_them_again_whenever_it_is_given(self, env):
+        vector = vector_of(env, self.RANGE, num_envs=1, episodes=10)
+        drawn = []
+        for _ in range(2):
+            observations, _ = vector.reset(seed=3)
+            following = vector.step(np.zeros((1, 6), np.float32))[0]
+            drawn.append([observations[0, 0], following[0, 0]])
+        assert drawn[0] == drawn[1]
+
     def test_a_single_target_draws_the_subsets_that_it_always_drew(self, env):
         vector = vector_of(env)
         vector.reset(seed=5)
