@@ -289,5 +289,6 @@ class _Incumbents:
             self._note()
 
     def _note(self) -> None:
-        (incumbent,) = finalists(self._task.env, self._agent, self._history, 1)
+        env = self._task.env
+        (incumbent,) = finalists(env, self._agent, self._history, 1, env.sparsity)
         self.noted.append((self._spent, incumbent.allocation))

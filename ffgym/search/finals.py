@@ -59,7 +59,7 @@ def contenders(
 
     The arguments are those of :func:`finalists`.
     """
-    candidates = finalists(env, agent, history, count, target=target, reach=reach)
+    candidates = finalists(env, agent, history, count, target, reach)
     if agent.searches and (start := _prior(agent, target)) is not None:
         allocation = env.budget.project(start, target)
         first = candidates[0]
@@ -78,8 +78,7 @@ def finalists(
     agent: Agent,
     history: Sequence[Episode],
     count: int,
-    *,
-    target: float | None = None,
+    target: float,
     reach: float | None = None,
 ) -> list[Candidate]:
     """What the agent recommends, then the episodes of the greatest reward; distinct allocations, at most ``count``.
@@ -91,10 +90,9 @@ def finalists(
         agent: asked for its recommendations.
         history: at least one episode.
         count: how many are wanted, >= 1.
-        target: the sparsity that they are for; the environment's own where left out.
+        target: the sparsity that they are for.
         reach: under a range of budgets, how far from the target the update of an episode may have been.
     """
-    target = env.sparsity if target is None else target
     observation = np.array([target, 1.0], dtype=np.float32)
     proposals = [(action, "policy") for action in check_recommendations(agent, observation, len(env.budget.sublayers))]
     eligible = hardest(history if reach is None else near(history, target, reach))
@@ -109,10 +107,10 @@ def finalists(
     return list(chosen.values())
 
 
-def with_every_shape(env: PruningEnv, candidates: Sequence[Candidate], target: float | None = None) -> list[Candidate]:
+def with_every_shape(env: PruningEnv, candidates: Sequence[Candidate], target: float) -> list[Candidate]:
     """The candidates, and where all layers share one shape, every other shape of the budget: there are only a few."""
     chosen = {candidate.allocation.kept: candidate for candidate in candidates}
-    for allocation in env.budget.shapes(env.sparsity if target is None else target):
+    for allocation in env.budget.shapes(target):
         importance = env.budget.importance(allocation.kept)
         chosen.setdefault(allocation.kept, Candidate(importance, allocation, "shape"))
     return list(chosen.values())

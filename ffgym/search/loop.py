@@ -176,7 +176,7 @@ def _interrupted(
         return stop
     recorder.count()
     try:
-        best = finalists(env, agent, vector.history, 1, reach=reach)
+        best = finalists(env, agent, vector.history, 1, env.sparsity, reach)
     except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
         return stop
     return SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.seconds))

@@ -21,6 +21,9 @@ from ffgym.envs.schedule import stratified
 from ffgym.plugins.contracts import check_actions
 from ffgym.types import LayerStats, Sublayer, SublayerView
 
+# How far the optimum of a range moves from its middle to an end, root mean square over importances.
+DRIFT = 0.3
+
 
 class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
     """``num_envs`` one-step episodes an update, SAME_STEP autoreset; subclasses say what a point is worth.
@@ -30,8 +33,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
     Args:
         num_envs: episodes per update.
         dimensions: importances per action (2L).
-        tokens: token budget of the search.
-        tokens_per_episode: what one episode costs.
+        tokens: token budget of the search; an episode costs one.
         noise: standard deviation of the noise on rewards, shared by all episodes of an update as a common token subset
             would share it.
 
@@ -42,12 +44,9 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
 
     has_slopes = True
 
-    def __init__(
-        self, num_envs: int, dimensions: int, tokens: int, *, tokens_per_episode: int = 1, noise: float = 0.0
-    ) -> None:
+    def __init__(self, num_envs: int, dimensions: int, tokens: int, *, noise: float = 0.0) -> None:
         self.num_envs = num_envs
         self.tokens = tokens
-        self.tokens_per_episode = tokens_per_episode
         self.tokens_spent = 0
         self.noise = noise
         self.optimum = np.random.default_rng(7).uniform(-0.7, 0.7, dimensions)
@@ -90,7 +89,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         if self.tokens_left == 0:
             raise RuntimeError("the token budget is spent: stop when tokens_left is 0")
         actions = check_actions(actions, (self.num_envs, self.optimum.size))
-        self.tokens_spent += len(actions) * self.tokens_per_episode
+        self.tokens_spent += len(actions)
         offsets = actions.astype(np.float64) - self.optimum
         rewards = self.value(offsets) + self.noise * self.np_random.normal()
         done = np.ones(len(actions), dtype=bool)
@@ -147,29 +146,18 @@ class BudgetRangeEnv(ToyEnv):
     The optimum is a line in the sparsity, and its mean is 0: a projection would undo what moves all importances alike.
     The bowl is steeper the more is removed, as losses are.
 
-    Args:
+    Attributes:
         budgets: ends of the range, lower first.
-        drift: how far the optimum moves from the middle of the range to an end, root mean square over importances.
-        others: as in :class:`ToyEnv`.
     """
 
-    def __init__(
-        self,
-        num_envs: int,
-        dimensions: int,
-        tokens: int,
-        *,
-        budgets: tuple[float, float] = (0.1, 0.5),
-        drift: float = 0.3,
-        tokens_per_episode: int = 1,
-        noise: float = 0.0,
-    ) -> None:
-        super().__init__(num_envs, dimensions, tokens, tokens_per_episode=tokens_per_episode, noise=noise)
+    budgets = (0.1, 0.5)
+
+    def __init__(self, num_envs: int, dimensions: int, tokens: int, *, noise: float = 0.0) -> None:
+        super().__init__(num_envs, dimensions, tokens, noise=noise)
         rng = np.random.default_rng(13)
-        self.budgets = budgets
         middle, direction = rng.uniform(-0.4, 0.4, dimensions), rng.uniform(-1.0, 1.0, dimensions)
         self._middle, direction = middle - middle.mean(), direction - direction.mean()
-        self._drift = drift * direction / np.sqrt(np.mean(direction**2))
+        self._drift = DRIFT * direction / np.sqrt(np.mean(direction**2))
         self._first_place, self._update = 0.5, 0
         self.sparsity = self._drawn()
         self.optimum = self.optimum_at(self.sparsity)
@@ -234,7 +222,7 @@ def toy_stats(channels: int, outputs: int, needs: frozenset[str], *, seed: int =
     return LayerStats(tokens=tokens, **{name: value for name, value in everything.items() if name in needs})
 
 
-def toy_views(layers: int, needs: frozenset[str], *, seed: int = 0) -> Sequence[SublayerView]:
+def toy_views(layers: int, needs: frozenset[str]) -> Sequence[SublayerView]:
     """Make the 2L sublayers of a small model, in the order layer 0 attention, layer 0 mlp, layer 1 attention, ...
 
     Attention has 4 KV groups of 8 channels, an MLP 48 channels; both have 16 outputs.
@@ -248,10 +236,10 @@ def toy_views(layers: int, needs: frozenset[str], *, seed: int = 0) -> Sequence[
     )
     mlp = Sublayer(0, "mlp", 48, 1, unit_params=48, unit_macs=48, depth=layers)
     sublayers = [replace(half, layer=layer) for layer in range(layers) for half in (attention, mlp)]
-    return [_view(sublayer, needs, seed * 1000 + index) for index, sublayer in enumerate(sublayers)]
+    return [_view(sublayer, needs, seed=index) for index, sublayer in enumerate(sublayers)]
 
 
-def _view(sublayer: Sublayer, needs: frozenset[str], seed: int) -> SublayerView:
+def _view(sublayer: Sublayer, needs: frozenset[str], *, seed: int) -> SublayerView:
     """Later units have smaller weights; leaving units out costs their energy, as if inputs were independent."""
     outputs = 16
     fading = torch.linspace(2.0, 0.2, sublayer.units).repeat_interleave(sublayer.channels_per_unit)

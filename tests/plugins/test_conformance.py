@@ -301,10 +301,10 @@ def test_toys_are_best_at_their_optimum(toy: type[ToyEnv]) -> None:
 def test_toys_repeat_themselves_with_a_seed_and_count_tokens() -> None:
     runs = []
     for _ in range(2):
-        env = QuadraticEnv(num_envs=2, dimensions=3, tokens=10, tokens_per_episode=3, noise=0.5)
+        env = QuadraticEnv(num_envs=2, dimensions=3, tokens=4, noise=0.5)
         env.reset(seed=4)
         runs.append([env.step(np.zeros((2, 3)))[1] for _ in range(2)])
-        assert env.tokens_spent == 12
+        assert env.tokens_spent == 4
         assert env.tokens_left == 0
     np.testing.assert_array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0][0], runs[0][1])

@@ -35,12 +35,12 @@ class TestFinalists:
         nearly_a = a + 1e-6
         history = [episode(0, 0, 0.9, action=a), episode(1, 0, 0.5, action=b), episode(2, 0, 0.2, action=np.zeros(6))]
         agent = Opinionated(nearly_a)
-        got = finalists(env, agent, history, 5)
+        got = finalists(env, agent, history, 5, 0.3)
         assert [c.origin for c in got] == ["policy", "episode 1", "episode 2"]
         np.testing.assert_allclose(agent.asked, [0.3, 1.0])
         assert all(c.allocation == env.budget.project(c.importance, 0.3) for c in got)
         assert all(c.loss is None for c in got)
-        assert [c.origin for c in finalists(env, RandomSearch(), history, 2)] == ["episode 0", "episode 1"]
+        assert [c.origin for c in finalists(env, RandomSearch(), history, 2, 0.3)] == ["episode 0", "episode 1"]
 
     def test_only_the_hardest_stage_counts_and_the_greatest_reward_comes_first(self, env):
         ramp = [(0.99, 0.1, 1.0), (0.8, 0.3, 0.5), (0.5, 0.3, 1.0), (0.55, 0.3, 1.0)]
@@ -48,7 +48,7 @@ class TestFinalists:
             episode(i, i, reward, sparsity=sparsity, fidelity=fidelity, action=np.eye(6)[i])
             for i, (reward, sparsity, fidelity) in enumerate(ramp)
         ]
-        assert [c.origin for c in finalists(env, RandomSearch(), history, 4)] == ["episode 3", "episode 2"]
+        assert [c.origin for c in finalists(env, RandomSearch(), history, 4, 0.3)] == ["episode 3", "episode 2"]
 
     def test_the_prior_is_one_of_them_unless_the_policy_is_still_there(self, env):
         history = [episode(i, 0, 0.1 * i, action=np.eye(6)[i]) for i in range(4)]
@@ -60,7 +60,7 @@ class TestFinalists:
         assert [c.origin for c in contenders(env, agent, history, 2, 0.3, None)] == ["policy", "episode 3"]
 
     def test_are_projected_at_the_target_whatever_stage_they_were_found_at(self, env):
-        got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3)
+        got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3, 0.3)
         assert got[0].allocation.sparsity >= 0.3
 
 
@@ -153,13 +153,13 @@ class TestShapes:
     def test_the_candidates_keep_their_place_and_what_is_added_says_so(self, uniform_env):
         first, second = uniform_env.budget.shapes(0.3)
         mine = Candidate(uniform_env.budget.importance(second.kept), second, "policy")
-        both = with_every_shape(uniform_env, [mine])
+        both = with_every_shape(uniform_env, [mine], 0.3)
         assert both[0] is mine
         assert [(c.allocation, c.origin) for c in both[1:]] == [(first, "shape")]
 
     def test_with_layers_of_their_own_nothing_is_added(self, env):
         candidate = Candidate(np.zeros(6, np.float32), env.budget.project(np.zeros(6), 0.3), "policy")
-        assert with_every_shape(env, [candidate]) == [candidate]
+        assert with_every_shape(env, [candidate], 0.3) == [candidate]
 
 
 class TestNear:
