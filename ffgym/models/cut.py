@@ -366,7 +366,7 @@ class PrunableExperts(PrunableSublayer):
     def _norms(self) -> torch.Tensor:
         """Of the weights of each expert, shape (1, experts), float32."""
         squares = [
-            weight.detach().float().square().flatten(1).sum(dim=1)
+            weight.detach().to(torch.float32, copy=True).square_().flatten(1).sum(dim=1)
             for (module, _), weight in self._dense.items()
             if module is self._modules[0]
         ]

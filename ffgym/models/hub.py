@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ffgym.errors import first_line
-from ffgym.models.checkpoint import MOST_LAYERS, check_config
+from ffgym.models.checkpoint import MOST_LAYERS, check_config, weight_files
 from ffgym.models.loading_errors import loading_error, not_from_hub
 from ffgym.plugins.architectures import MODEL_CONFIG
 
@@ -55,15 +56,18 @@ def check_hub_config(name: str, revision: str | None, *, any_family: bool, local
 def hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path:
     """The folder in the hub's cache that holds a model's files, downloaded where they are not there.
 
+    Only weights that transformers would read are: many repositories hold them once more, in other layouts.
+
     Raises:
         ModelError: the hub has no such model.
     """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt"]
+    fetch = partial(snapshot_download, name, local_files_only=local_files_only)
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
-        )
+        folder = Path(fetch(revision=revision, allow_patterns=["*.json", "tokenizer*", "*.model", "*.txt"]))
+        weights = [file.name for file in weight_files(folder)] or ["model.safetensors"]
+        fetch(revision=folder.name, allow_patterns=weights)  # of the same commit
+        return folder
     except Exception as error:  # as many types as there are ways to fail
         raise loading_error(error, name, name, only_cached=local_files_only) from error

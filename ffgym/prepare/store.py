@@ -29,6 +29,7 @@ from ffgym.data.cache import cache_dir, entries, is_whole, shrink, size_limit, s
 from ffgym.errors import AssetError
 from ffgym.files import FileFormat, check_room, write_text
 from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.families import family_of
 from ffgym.models.stream import LayerStream, TensorFile
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.calibrations import Ridge, calibration_class
@@ -187,7 +188,7 @@ def opened_or_prepared(
                 return replace(stored, store=place)
             notify(f"{place} is damaged, or not what its name says: preparing again")
             shutil.rmtree(place, ignore_errors=True)
-        _check_room(place, PrunableModel(model), keep)
+        _check_room(place, model, keep)
         prepared: Prepared | None = None
 
         def fill(folder: Path) -> None:
@@ -222,11 +223,12 @@ def _locked(place: Path, notify: Notify) -> Iterator[None]:
         lock.release()
 
 
-def _check_room(place: Path, prunable: PrunableModel, keep: frozenset[str]) -> None:
-    shapes = [half.consumer.weight.shape for half in prunable.halves if half.is_refittable]
+def _check_room(place: Path, model: Any, keep: frozenset[str]) -> None:
+    outputs = model.config.hidden_size
+    channels = [s.channels for s in family_of(model).sublayers(model) if s.kind != "experts"]
     check_room(
         place.parent,
-        sum(factor_bytes(m, n) + kept_bytes(m, n, keep) for m, n in shapes),
+        sum(factor_bytes(outputs, n) + kept_bytes(outputs, n, keep) for n in channels),
         "the prepared model",
         hint="Free some space, set FFGYM_CACHE to a folder on a larger disk, or FFGYM_CACHE_SIZE=0 to keep none.",
     )

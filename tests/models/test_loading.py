@@ -1,4 +1,5 @@
 import contextlib
+import fnmatch
 import json
 import logging
 import os
@@ -558,6 +559,32 @@ def test_ids_without_a_row_in_the_embedding_are_refused(saved):
     loaded.check_ids(torch.tensor([[0, rows - 1]]), "a split")
     with pytest.raises(ModelError, match=f"token {rows} of a split: the embedding of model .* has {rows} rows"):
         loaded.check_ids(torch.tensor([[0, rows]]), "a split")
+
+
+@pytest.mark.parametrize("shard", ["1GB", "60kB"])
+def test_a_streamed_hub_model_is_not_downloaded_in_two_layouts(tmp_path, monkeypatch, shard):
+    there, commit = tmp_path / "there", tmp_path / "0123456789abcdef"
+    tiny_model().save_pretrained(there, max_shard_size=shard)
+    tiny_tokenizer().save_pretrained(there)
+    wanted = {path.name for path in there.iterdir()}
+    (there / "original").mkdir()
+    for name in ("consolidated.safetensors", "original/model.safetensors"):
+        (there / name).write_bytes(b"the same once more")
+
+    def download(name, *, revision, allow_patterns, local_files_only):
+        assert (name, revision in (None, commit.name), local_files_only) == ("someone/some-model", True, False)
+        for path in there.rglob("*"):
+            place = path.relative_to(there)
+            if path.is_file() and any(fnmatch.fnmatch(str(place), pattern) for pattern in allow_patterns):
+                (commit / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, commit / place)
+        return str(commit)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    loaded = load("someone/some-model", dtype="float32", device="cpu", streamed=True)
+    assert loaded.description == "hub model someone/some-model at 0123456789ab"
+    assert {str(path.relative_to(commit)) for path in commit.rglob("*") if path.is_file()} == wanted
 
 
 def test_a_hub_model_with_pickled_weights_only_is_refused(monkeypatch):
