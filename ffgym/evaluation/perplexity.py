@@ -63,7 +63,8 @@ def check_logits(model: Any, ids: torch.Tensor) -> None:
     """
     hidden, _ = predicting(model, ids[None])
     own = model(input_ids=ids[None].to(hidden.device), use_cache=False).logits[0, :-1].float()
-    ours = project(model, hidden[0].to(own.device), hidden.new_empty(own.numel(), device=own.device)).float()
+    states = hidden[0].to(model.get_output_embeddings().weight.device)
+    ours = project(model, states, states.new_empty(own.numel())).float().to(own.device)
     if (ours - own).abs().max() > LOGIT_TOLERANCE * own.abs().max():
         raise ModelError(
             f"a {type(model).__name__} changes the output of its head in a way that ffgym does not know, so that its"
