@@ -19,6 +19,7 @@ import torch
 
 from ffgym.costs.size import SizeMeter
 from ffgym.costs.timing import Spread, timed
+from ffgym.models.families import dense_or_pruned_family_of
 from ffgym.models.placement import devices_of
 
 DECODE_TOKENS = 16
@@ -70,12 +71,16 @@ def work_of(
     Returns:
         multiply-accumulates of the prefill of one sequence: a token attends to half the prompt on average, and one is
         projected. Bytes that an average step of decoding reads: all parameters but an input embedding that is not the
-        output head too, once, and the cache of every sequence.
+        output head too, once, and the cache of every sequence; of experts, as if all were equally likely, those that
+        at least one sequence is sent to.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     size = meter((workload.length + 1) // 2)(kept)
     prefill = workload.length * (size["macs"] - head.numel()) + head.numel()
-    unread = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
+    unread: float = 0 if embedding.data_ptr() == head.data_ptr() else embedding.nbytes
+    family = dense_or_pruned_family_of(model)
+    for experts, router in filter(None, map(family.expert_modules, family.layers(model))):
+        unread += (1 - router.top_k / experts.num_experts) ** workload.batch * parameter_bytes(experts)
     cached = workload.batch * (workload.length + DECODE_TOKENS / 2)
     return prefill, parameter_bytes(model) - unread + cached * size["kv"]
 

@@ -127,6 +127,21 @@ class TestWork:
         assert dense[0] - pruned[0] == group + half + 2 * 2 * 8
         assert dense[1] - pruned[1] == 4 * (group + half) + (1 + DECODE_TOKENS / 2) * 2 * 8 * 4
 
+    def test_of_experts_those_are_read_that_some_sequence_is_sent_to(self):
+        """Each token is sent to 2 of 6 experts, so that one of them misses two sequences in 4/6 of 4/6 of all steps."""
+        prunable = PrunableModel(tiny_model("mixtral"))
+        family, model, units = prunable.family, prunable.model, prunable.dense_units
+        size = SizeMeter(prunable, standard_costs(model, context=1))
+
+        def read(batch):
+            cached = batch * (1 + DECODE_TOKENS / 2) * size(units)["kv"]
+            return work_of(model, units, lambda _: size, Workload(batch, 1))[1] - cached
+
+        everything = parameter_bytes(model) - model.get_input_embeddings().weight.nbytes
+        experts = sum(parameter_bytes(family.expert_modules(layer)[0]) for layer in family.layers(model))
+        assert read(1) == pytest.approx(everything - experts * 4 / 6)
+        assert read(2) == pytest.approx(everything - experts * 16 / 36)
+
     def test_a_tied_embedding_is_read_as_the_head(self):
         model = tiny_model("llama")
         untied = parameter_bytes(model)
