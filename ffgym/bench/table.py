@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ffgym.config.mixture import described
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, stacked
+from ffgym.report.layout import Column, Table, counted, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
 
@@ -360,7 +360,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     low, high = _scale(drawn, [final[curve.label] for curve in drawn] + [row.perplexity.value for row in rules[:1]])
     for curve in drawn:
         look, count, value = looks[curve.label], len(curve.values), final[curve.label]
-        label = f"{curve.label}: {value:.2f}, {count} seed{'s' * (count > 1)}"
+        label = f"{curve.label}: {value:.2f}, {counted(count, 'seed')}"
         label += ", above the scale" if np.nanmin(curve.mean) > high else ""
         axes.plot(curve.tokens, curve.mean, markersize=6, label=label, **look)
         band = curve.values.min(axis=0), curve.values.max(axis=0)

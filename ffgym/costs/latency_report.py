@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ffgym.costs.latency_fit import PICOSECONDS
 from ffgym.costs.latency_table import LatencyTable
-from ffgym.report.layout import Table, text_columns
+from ffgym.report.layout import Table, counted, text_columns
 
 
 def rows(table: LatencyTable) -> list[tuple[str, ...]]:
@@ -26,9 +26,8 @@ def rows(table: LatencyTable) -> list[tuple[str, ...]]:
 def layout(table: LatencyTable, place: Path) -> Table[Sequence[str]]:
     """What a console shows of a table that is kept at ``place``."""
     columns = text_columns("sublayer", "units", "milliseconds", "quartiles", "cost", "of all")
-    times = "repetition" if table.repetitions == 1 else "repetitions"
     notes = [
-        f"{table.measured}; medians of {table.repetitions} {times} in turn. The whole dense model takes "
+        f"{table.measured}; medians of {counted(table.repetitions, 'repetition')} in turn. The whole dense model takes "
         f"{_milliseconds(table.whole_seconds)} ms. Cost: the isotonic fit that a latency budget counts.",
         f"Digest {table.digest[:12]}, kept in {place}",
     ]

@@ -22,6 +22,7 @@ from ffgym.costs.timing import Spread
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.files import FileFormat
 from ffgym.models.families import family_of
+from ffgym.report.layout import counted
 from ffgym.types import JSONDict, Kind, Sublayer
 
 FORMAT: Literal["ffgym latency table 1"] = "ffgym latency table 1"
@@ -166,15 +167,14 @@ class LatencyTable(Strict):
     @property
     def measured(self) -> str:
         """How the times were taken, in one line."""
-        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        threads = f", {counted(self.threads, 'thread')}" if self.threads else ""
         if self.serving is None:
             return f"{self.device}{threads}, {self.dtype}, torch {self.torch}, one window of {self.context:,} tokens"
         asked, answers = self.serving, self.serving.output_tokens
-        requests = f"{asked.requests} request{'s' * (asked.requests > 1)} at the same moment"
         more = f", {' '.join(asked.arguments)}" if asked.arguments else ""
         return (
-            f"{asked.engine}, {self.device}{threads}, {self.dtype}{more}, {requests}, prompts of "
-            f"{self.context - answers:,} tokens and answers of {answers:,}"
+            f"{asked.engine}, {self.device}{threads}, {self.dtype}{more}, {counted(asked.requests, 'request')} at the"
+            f" same moment, prompts of {self.context - answers:,} tokens and answers of {answers:,}"
         )
 
     @property

@@ -29,6 +29,7 @@ from ffgym.errors import FFGymError, WorkerError, first_line
 from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
 from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
 from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
+from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 from ffgym.types import Evaluation
 
@@ -290,7 +291,7 @@ def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
     room = sum(min((int(node.get(k, 0) // n) for k, n in wanted.items() if n), default=workers.count) for node in nodes)
     if room >= workers.count:
         return
-    per_worker = " and ".join(f"{n} {k}{'s' * (n > 1)}" for k, n in wanted.items() if n)
+    per_worker = " and ".join(counted(n, k) for k, n in wanted.items() if n)
     there = "; ".join(", ".join(f"{int(node.get(k, 0))} {k}s" for k, n in wanted.items() if n) for node in nodes)
     fewer = f"Use at most {room} workers" if room > 1 else "Leave --workers out"
     less = "fewer GPUs each (workers.gpus)" if workers.gpus else "fewer threads each (OMP_NUM_THREADS)"

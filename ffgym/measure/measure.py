@@ -26,10 +26,11 @@ from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
 from ffgym.measure.memory import Job, measure_memory
 from ffgym.measure.pairs import units_kept
 from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
-from ffgym.measure.table import Footprint, Measurement, counted
+from ffgym.measure.table import Footprint, Measurement
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import LoadedModel, checkpoint_folder, load
 from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
+from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 
 LENGTHS = (128, 512, 1024)

@@ -26,9 +26,9 @@ from ffgym.measure.bursts import prompt_maker, serve_in_turn
 from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Server, Setting, check_dtype
 from ffgym.measure.serving import SPARE_TOKENS
 from ffgym.measure.speed import Workload
-from ffgym.measure.table import counted
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import LoadedModel, load
+from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 
 PARTS = 4

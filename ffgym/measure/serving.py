@@ -24,11 +24,11 @@ from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
 from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, PRUNED, ServedModel, Setting, check_dtype
 from ffgym.measure.pairs import HINT
 from ffgym.measure.speed import Workload
-from ffgym.measure.table import counted, rate
+from ffgym.measure.table import rate
 from ffgym.models.loading import checkpoint_folder, load_config, load_tokenizer
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
-from ffgym.report.layout import Column, Table, text_columns
+from ffgym.report.layout import Column, Table, counted, text_columns
 from ffgym.report.progress import Reporter
 
 SPARE_TOKENS = 8  # an engine may count more tokens in a prompt than ffgym does

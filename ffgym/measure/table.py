@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ffgym.costs.timing import Spread
 from ffgym.measure.memory import Memory
 from ffgym.measure.speed import DECODE_TOKENS, Speed
-from ffgym.report.layout import Table, humane, text_columns
+from ffgym.report.layout import Table, counted, humane, text_columns
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,6 @@ def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
 def _less(saved: float) -> str:
     """``"42.0 MB less"``; of a small model, what the process takes may hide what was saved."""
     return f"{humane(abs(saved), 'B')} {'less' if saved >= 0 else 'more'}"
-
-
-def counted(number: int, thing: str) -> str:
-    """``"1 thread"``, ``"2 threads"``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _size(

@@ -189,6 +189,11 @@ def humane(value: float, unit: str = "") -> str:
     return f"{value:.0f} {unit}".rstrip()
 
 
+def counted(number: int, thing: str) -> str:
+    """``"1 thread"``, ``"2 threads"``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def strict(data: T) -> T:
     """The same data with ``None`` for NaN and the infinities, which JSON has no numbers for."""
     found: Any = data
