@@ -89,7 +89,12 @@ def run(
         reporter.print(plan.summary)
         plan.check()
         reporter.plan(planned_steps(config, plan))
-        report_idle_workers(agent.update_size(config.search.episodes_per_update), config.workers.count, reporter.print)
+        report_idle_workers(
+            agent.update_size(config.search.episodes_per_update),
+            config.workers.count,
+            reporter.print,
+            plan.load.episode_tokens // plan.load.window if agent.asks_slopes else None,
+        )
         task = prepare(config, session, plan, cluster)
         text = gather_text(task)  # before the search, so that an unfit corpus is refused early
         hint = "Free some space, name a folder on a larger disk (--output), or set output.save_model to false."

@@ -20,7 +20,7 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 WIDEST = 2048  # channels of the probe's residual stream: wider ones are hardly faster
 TOKENS = 4096  # of one pass of the probe, as in a run's: fewer would fit into the caches, and be faster than a run's
 OPERATIONS = 4e10  # at most so many make a pass on a CPU
-PASSES = 3
+PASSES = 2
 HEAD = 64  # channels of its attention heads
 
 

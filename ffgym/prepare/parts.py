@@ -408,11 +408,25 @@ def shared_executor(
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
 
 
-def report_idle_workers(episodes: int, workers: int, notify: Callable[[str], None]) -> None:
-    """Tell the user if an update has fewer episodes than there are workers."""
-    if episodes < workers:
-        have, episode = ("has" if workers - episodes == 1 else "have"), ("episode" if episodes == 1 else "episodes")
-        notify(f"{workers - episodes} of {workers} workers {have} nothing to do: an update is {episodes} {episode}")
+def report_idle_workers(
+    episodes: int, workers: int, notify: Callable[[str], None], sloped_windows: int | None = None
+) -> None:
+    """Tell the user if an update has fewer parts to share out than there are workers.
+
+    Args:
+        episodes: of an update.
+        workers: how many there are.
+        notify: is told.
+        sloped_windows: of an episode whose slopes are measured, which is an update by itself and is shared out window
+            by window; ``None`` for an agent that asks for none.
+    """
+    parts, when, update = episodes, "", "an update is"
+    if sloped_windows is not None:
+        parts, when, update = sloped_windows, "while slopes are followed, ", "an update is one episode of"
+    if parts < workers:
+        have, part = ("has" if workers - parts == 1 else "have"), ("episode" if sloped_windows is None else "window")
+        idle = f"{when}{workers - parts} of {workers} workers {have} nothing to do"
+        notify(f"{idle}: {update} {parts} {part}{'s' * (parts > 1)}")
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def made_under(settings: str) -> Path | None:
 
     Weights or text that they name may be others by now, so this is for plans alone.
     """
-    for entry in entries(KIND):
+    for entry in entries(KIND) if size_limit() > 0 else ():
         with suppress(AssetError):
             if RECORD.read(entry.path / "record.json").what.get("settings") == settings:
                 return entry.path

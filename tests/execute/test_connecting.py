@@ -104,9 +104,12 @@ def test_surplus_workers_are_named() -> None:
     report_idle_workers(8, 8, said.append)
     report_idle_workers(1, 3, said.append)
     report_idle_workers(2, 3, said.append)
+    report_idle_workers(1, 2, said.append, 2)
+    report_idle_workers(8, 4, said.append, 2)
     assert said == [
         "2 of 3 workers have nothing to do: an update is 1 episode",
         "1 of 3 workers has nothing to do: an update is 2 episodes",
+        "while slopes are followed, 2 of 4 workers have nothing to do: an update is one episode of 2 windows",
     ]
 
 

@@ -251,6 +251,8 @@ def test_a_plan_does_not_count_what_an_earlier_run_has_left(tmp_path: Path, monk
     assert after == {**before, "prepare": 0.0, "search": after["search"]}
     assert after["search"] < before["search"]
     assert other["prepare"] > 0
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
+    assert planned(config) == before
 
 
 # the saved model
