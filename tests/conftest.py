@@ -114,14 +114,14 @@ def make_env(prepared_llama: Prepared) -> Callable[..., Any]:
 
 @pytest.fixture
 def uniform_env(prepared_llama: Prepared) -> Any:
-    """One shape for all layers: at sparsity 0.3 two of them use up the budget."""
+    """One shape for all layers: at sparsity 0.3 two of them use up the budget; 5 windows are reserved."""
     from ffgym.envs.pruning_env import PruningEnv
     from ffgym.pruning.budget import Budget
     from ffgym.rewards.perplexity import Perplexity
 
     prunable = prepared_llama.prunable
     budget = Budget(prunable.sublayers, shapes=prunable.family.stock_shapes(prunable.model))
-    return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, sparsity=0.3)
+    return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, sparsity=0.3, reserved=5)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def main(name: str) -> None:
         candidates = [
             Candidate(env.budget.importance(kept), env.budget.allocation(kept), "policy") for kept in reversed(labels)
         ]
-        chosen = labels[run_finals(env, candidates, RESERVED * WINDOW, seed)[0][0].allocation.kept]
+        chosen = labels[run_finals(env, candidates, seed)[0][0].allocation.kept]
         gains = 1000 * (np.array(result["losses"]["slopes"]) - np.array(result["losses"][chosen]))
         gained[sparsity].append(gains.mean())
         error = gains.std(ddof=1) / len(gains) ** 0.5

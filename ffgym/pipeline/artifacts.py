@@ -121,8 +121,8 @@ def allocation_json(found: SearchResult) -> JSONDict:
 
 def write_pareto(folder: Path, task: Task, found: SearchResult, tracker: Tracker, reporter: Reporter) -> None:
     """``pareto.json`` and ``pareto.png``: the finalists by their objectives, where the reward weighs several."""
-    env, tokens, seed = task.env, task.config.search.final_tokens, task.config.seed
-    subset, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    env, seed = task.env, task.config.seed
+    subset, examples = finals_windows(env, seed), finals_examples(env, seed)
     dense = env.dense(subset, examples)
     goals = check_objectives(env.reward, dense, dense)
     winners = {candidate.allocation.kept for candidate in found.pareto}

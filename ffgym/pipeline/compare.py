@@ -160,8 +160,7 @@ def final_refits(
 
 def _loss_in_finals(task: Task, refit: str, reporter: Reporter) -> float:
     """Loss on the finals' windows of the model as it is cut now, nats per token."""
-    env, config = task.env, task.config
-    windows = env.windows[list(finals_windows(env, config.search.final_tokens, config.seed))]
+    windows = task.env.windows[list(finals_windows(task.env, task.config.seed))]
     return _measured(task, windows, f"{CHOOSING}: {refit}", reporter).loss
 
 

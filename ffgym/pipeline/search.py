@@ -102,7 +102,7 @@ def tracked_search(
     config, env = task.config, task.env
     settings = search_settings(config)
     size = env.episode_windows * env.window_tokens
-    finals = expected_tokens(settings.finalists, settings.final_tokens) if agent.searches else 0
+    finals = expected_tokens(settings.finalists, config.search.final_tokens) if agent.searches else 0
     earlier = len(read_episodes(log)) if log.exists() else 0
     if earlier:
         progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")

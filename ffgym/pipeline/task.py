@@ -189,9 +189,9 @@ def give_prior(agent: Agent, task: Task) -> None:
 
 
 def search_settings(config: RunConfig) -> SearchSettings:
-    """How long a run searches, and how its finals choose."""
+    """How long a run searches, and how many meet in its finals."""
     table = config.search
-    return SearchSettings(table.episodes, table.episodes_per_update, table.finalists, table.final_tokens)
+    return SearchSettings(table.episodes, table.episodes_per_update, table.finalists)
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def objective_standings(history: Sequence[Episode]) -> list[tuple[Episode, np.nd
 
 
 def run_finals(
-    env: PruningEnv, candidates: Sequence[Candidate], tokens: int, seed: int, on_progress: OnProgress | None = None
+    env: PruningEnv, candidates: Sequence[Candidate], seed: int, on_progress: OnProgress | None = None
 ) -> tuple[list[Candidate], float | None, int]:
     """Choose among candidates; the chosen one first, with the dense loss on the last windows and the tokens taken.
 
@@ -194,16 +194,15 @@ def run_finals(
     shape, all candidates are measured on all windows: there are few, and what they came to is shown.
 
     Args:
-        env: measures and judges.
+        env: measures and judges; half of what it reserves thins out, the other half decides.
         candidates: the agent's recommendations first, the best of the first three of which is the default; one of
             origin ``"prior"`` is not thinned out. Without a recommendation, what is left of them is the default.
-        tokens: how many of the reserved ones to use, half of them to thin out and half to decide.
-        seed: of the windows.
+        seed: of the windows' order.
         on_progress: called with the share that is measured, from 0 to 1.
     """
     if len(candidates) == 1:
         return list(candidates), None, 0
-    windows, examples = finals_windows(env, tokens, seed), finals_examples(env, tokens, seed)
+    windows, examples = finals_windows(env, seed), finals_examples(env, seed)
     all_count, count = env.weighs_objectives or env.budget.tied, len(windows)
     own = count * env.window_tokens
     recommended = [i for i, candidate in enumerate(candidates[:RECOMMENDED]) if candidate.origin == "policy"]
@@ -350,14 +349,12 @@ class _Measured:
         return float(np.mean([self._outcomes[index, place].pruned.loss for place in places]))
 
 
-def finals_windows(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
-    """Indices of the reserved search windows that finalists, and later final refits, are compared on, shuffled."""
-    reserve = np.arange(len(env.windows))[len(env.windows) - env.reserved if env.reserved else 0 :]
-    count = min(len(reserve), max(1, tokens // env.window_tokens))
-    return tuple(np.random.default_rng([FINALS_SEED, seed]).permutation(reserve)[:count].tolist())
+def finals_windows(env: PruningEnv, seed: int) -> tuple[int, ...]:
+    """Indices of the search windows that finalists, and later final refits, are compared on: the reserve, shuffled."""
+    reserve = np.arange(len(env.windows) - env.reserved, len(env.windows))
+    return tuple(np.random.default_rng([FINALS_SEED, seed]).permutation(reserve).tolist())
 
 
-def finals_examples(env: PruningEnv, tokens: int, seed: int) -> tuple[int, ...]:
+def finals_examples(env: PruningEnv, seed: int) -> tuple[int, ...]:
     """Indices of the task examples that finalists are compared on: as many to a window as an episode has."""
-    windows = len(finals_windows(env, tokens, seed))
-    return env.draw_examples(np.random.default_rng([FINALS_SEED, seed, 1]), windows, finals=True)
+    return env.draw_examples(np.random.default_rng([FINALS_SEED, seed, 1]), env.reserved, finals=True)

@@ -25,19 +25,17 @@ from ffgym.types import Episode, Update
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How long a search is, and how the finals choose; the fields are those of the table ``[search]``.
+    """How long a search is, and how many meet in its finals; the fields are those of the table ``[search]``.
 
     Attributes:
         episodes: at full fidelity; times the tokens of an episode they are the token budget.
         episodes_per_update: episodes that one policy update learns from.
-        finalists: allocations that are measured again.
-        final_tokens: search tokens that each of them is measured on.
+        finalists: allocations that are measured again, on what the environment reserves.
     """
 
     episodes: int
     episodes_per_update: int
     finalists: int
-    final_tokens: int
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def search_front(
             _learn(agent, vector, seed, on_update)
             for target in targets:
                 candidates = contenders(env, agent, vector.history, settings.finalists, target, reach)
-                ranked, dense_loss, tokens = run_finals(env, candidates, settings.final_tokens, seed, on_finals)
+                ranked, dense_loss, tokens = run_finals(env, candidates, seed, on_finals)
                 recorder.count()
                 points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.seconds))
                 if on_point is not None:

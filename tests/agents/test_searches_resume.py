@@ -17,14 +17,14 @@ from ffgym.rewards.perplexity import Perplexity
 from ffgym.search.loop import search_front
 from ffgym.testing.models import tiny_model
 
-SETTINGS = SearchTable(episodes=24, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=128)
+SETTINGS = SearchTable(episodes=24, episode_tokens=64, episodes_per_update=4, finalists=3)
 
 
 @pytest.fixture(scope="module")
 def env():
     prepared = prepare(tiny_model("llama"), Wanda(), torch.randint(3, 128, (8, 32)), ridge=0.01)
     windows = torch.randint(3, 128, (12, 32), generator=torch.Generator().manual_seed(1))
-    return PruningEnv(prepared.prunable, Perplexity(), windows, Budget(prepared.prunable.sublayers))
+    return PruningEnv(prepared.prunable, Perplexity(), windows, Budget(prepared.prunable.sublayers), reserved=4)
 
 
 def found(env, name, log):

@@ -221,7 +221,7 @@ class TestExamplesAreDrawn:
     def test_finals_have_an_example_for_every_window_however_few_there_are(self, measuring):
         reward = MultiObjective(MultiObjective.Config(examples=1, resource="kv"))
         env = measuring(reward, reserved=6, episode_windows=2)
-        settings = SearchTable(episodes=4, episode_tokens=64, episodes_per_update=4, finalists=2, final_tokens=192)
+        settings = SearchTable(episodes=4, episode_tokens=64, episodes_per_update=4, finalists=2)
         (found,) = search_front(env, RandomSearch(), settings, Schedule(0.3, 2), [env.sparsity], seed=0)
         assert all(0 <= candidate.objectives["accuracy"] <= 1 for candidate in found.finalists)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,8 +26,14 @@ from ffgym.search.finals import finals_windows
 from ffgym.search.log import read_episodes, read_log
 from ffgym.search.loop import SearchInterrupted, search_front
 
-SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3, final_tokens=160)
+SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3)
 RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic")
+
+
+@pytest.fixture
+def make_env(make_env):
+    """As elsewhere, with windows reserved for the finals."""
+    return partial(make_env, reserved=5)
 
 
 @pytest.fixture
@@ -105,10 +112,9 @@ class TestSearch:
         assert found.seconds > 0
 
     def test_the_chosen_loss_is_that_of_the_cut_model(self, env):
-        settings = SETTINGS.model_copy(update={"final_tokens": 12 * 32})
-        found = searched(env, settings=settings)
+        found = searched(env)
         env.prunable.cut(found.best.allocation.kept)
-        windows = env.windows[list(finals_windows(env, 12 * 32, 3)[6:])]
+        windows = env.windows[list(finals_windows(env, 3)[2:])]
         assert found.best.loss == pytest.approx(evaluate(env.prunable.model, windows).loss, rel=1e-6)
 
     def test_the_same_seed_is_the_same_search_and_another_seed_another(self, make_env):
@@ -172,7 +178,7 @@ class TestPareto:
         assert 2 < len(found.finalists) <= 2 + traded.reward.pareto
         assert len({c.allocation.kept for c in found.finalists}) == len(found.finalists)
         assert found.final_tokens == len(found.finalists) * 160
-        subset = finals_windows(traded, 160, 3)
+        subset = finals_windows(traded, 3)
         for candidate in found.finalists:
             (outcome,) = traded.outcomes([Trial(candidate.allocation, subset)])
             assert candidate.loss == pytest.approx(outcome.pruned.loss, rel=1e-6)
