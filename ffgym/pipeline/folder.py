@@ -26,7 +26,7 @@ from ffgym.prepare import configured
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
-    {"config.toml", "run.json", "unsent.jsonl", "episodes.jsonl", "episodes-random.jsonl"}
+    {"config.toml", "run.json", "unsent.jsonl", "unsent.lock", "episodes.jsonl", "episodes-random.jsonl"}
     | {"allocation.json", "policy.json", "pareto.json", "pareto.png"}
     | {"report.md", "report.json", "losses.json", "report.html"}
     | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
@@ -34,7 +34,7 @@ WRITTEN = frozenset(
 )
 # For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered. What ffgym recover writes.
 WRITTEN_PER_POINT = re.compile(
-    r"allocation-0\.\d+\.json|model-0\.\d+|model(-0\.\d+)?-recovered(\.unfinished|\.unsent\.jsonl)?"
+    r"allocation-0\.\d+\.json|model-0\.\d+|model(-0\.\d+)?-recovered(\.unfinished|\.unsent\.(jsonl|lock))?"
 )
 # Files that were being written, or replaced, when a run was killed.
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}(?:\.old)?")

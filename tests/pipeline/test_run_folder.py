@@ -64,8 +64,16 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", [".config.toml.part-0123abcd", ".model-0.20-recovered.part-0123abcd"])
-def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".config.toml.part-0123abcd",
+        ".model-0.20-recovered.part-0123abcd",
+        "unsent.lock",
+        "model-recovered.unsent.lock",
+    ],
+)
+def test_what_a_killed_run_left_is_cleared(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.toml").write_text("")
     (tmp_path / name).write_text("")
     folder = claim_folder(overwriting(tmp_path))
