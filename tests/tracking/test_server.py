@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from types import SimpleNamespace
 
 import pytest
 from glass_runs import glass_config
@@ -30,15 +32,15 @@ def server(tmp_path_factory):
         yield server
 
 
-@pytest.fixture
-def address(server, monkeypatch):
+@pytest.fixture(scope="module")
+def address(server):
     """With a name and a password, which this server does not ask for."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(PATIENCE)))
     uri = server.uri.replace("://", f"://{SECRETS[0]}:{SECRETS[1]}@")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    server.start()
-    return uri
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(PATIENCE)))
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield uri
 
 
 def secrets_under(*folders):
@@ -59,29 +61,49 @@ def test_a_whole_run_on_a_server_is_as_on_a_file(server, address, tmp_path, capf
     assert not [secret for secret in SECRETS if secret in "".join(capfd.readouterr())]
 
 
-def test_a_server_that_is_down_at_the_start_is_a_clear_error(server, address, tmp_path):
-    server.stop()
-    with pytest.raises(
-        TrackingError, match=r"cannot open the MLflow store http://\*\*\*@127.*\n.*server answers"
-    ) as caught:
-        Tracker(tmp_path, "ffgym", "run").__enter__()
-    assert not [secret for secret in SECRETS if secret in str(caught.value)]
+def run_in(folder, notify=lambda line: None):
+    return Tracker(folder, "ffgym", folder.name, unsent=folder / "unsent.jsonl", notify=notify)
 
 
-def go_away(server, folder, notify):
-    """A run whose server is there at its start alone."""
-    with Tracker(
-        folder, "ffgym", folder.name, unsent=folder / "unsent.jsonl", notify=notify, again="ffgym run --resume it"
-    ) as tracker:
-        tracker.log_metrics([("search/reward", 0.1, 0)])
-        server.stop()
-        tracker.log_metrics([("search/reward", 0.2, 1)])
-        (folder / "picture.png").write_bytes(b"picture")
-        tracker.log_artifact(folder / "picture.png")
-        tracker.log_dataset(name="text", context="search", digest="0" * 64, corpus="demo", tokens=3)
-        tracker.log_child("sparsity 20.0%", {"agent": "ppo"}, Result(30.0, 20.0))
-        tracker.log_result(Result(float("nan"), 20.0))
-    return tracker.run_id
+@pytest.fixture(scope="module")
+def outage(server, address, tmp_path_factory):
+    """The server goes away from three runs: two end meanwhile, the third goes on when it is back."""
+    synced, resumed, lasting = (tmp_path_factory.mktemp(name) for name in ("synced", "resumed", "lasting"))
+    said = []
+    with run_in(lasting) as third, pytest.MonkeyPatch.context() as patch:
+        third.log_metrics([("search/reward", 0.1, 0)])
+        with run_in(synced, said.append) as first, run_in(resumed) as second:
+            for tracker in (first, second):
+                tracker.log_metrics([("search/reward", 0.1, 0)])
+            server.stop()
+            for tracker, folder in ((first, synced), (second, resumed)):
+                tracker.log_metrics([("search/reward", 0.2, 1)])
+                (folder / "picture.png").write_bytes(b"picture")
+                tracker.log_artifact(folder / "picture.png")
+                tracker.log_dataset(name="text", context="search", digest="0" * 64, corpus="demo", tokens=3)
+                tracker.log_child("sparsity 20.0%", {"agent": "ppo"}, Result(30.0, 20.0))
+                tracker.log_result(Result(float("nan"), 20.0))
+        patch.setattr("ffgym.tracking.tracker.RETRY_SECONDS", 0.0)
+        third.log_metrics([("search/reward", 0.2, 1)])
+        with pytest.raises(TrackingError) as refused, run_in(tmp_path_factory.mktemp("late")):
+            pass
+        sync = CliRunner().invoke(app, ["sync", str(synced)])
+        server.start()
+        third.log_metrics([("search/reward", 0.3, 2)])
+        left = list(lasting.iterdir())
+    return SimpleNamespace(
+        synced=(synced, first.run_id),
+        resumed=(resumed, second.run_id),
+        lasting=(left, third.run_id),
+        said=said,
+        refused=str(refused.value),
+        sync=sync,
+    )
+
+
+def test_a_server_that_is_down_at_the_start_is_a_clear_error(outage):
+    assert re.match(r"cannot open the MLflow store http://\*\*\*@127.*\n.*server answers", outage.refused)
+    assert not [secret for secret in SECRETS if secret in outage.refused]
 
 
 def check_complete(server, run_id):
@@ -97,41 +119,33 @@ def check_complete(server, run_id):
     assert "result/perplexity" in run.data.metrics
 
 
-def test_what_a_server_that_went_away_did_not_take_is_sent_by_sync(server, address, tmp_path):
-    said = []
-    run_id = go_away(server, tmp_path, said.append)
+def test_what_a_server_that_went_away_did_not_take_is_sent_by_sync(server, outage):
+    folder, run_id = outage.synced
+    said = outage.said
     assert [line for line in said if "the run goes on, and keeps what it logs in" in line] == said[:1]
-    assert said[1].endswith(f"6 records of the MLflow run are still to be sent: ffgym sync {tmp_path}")
-    assert secrets_under(tmp_path) == []
+    assert said[1].endswith(f"6 records of the MLflow run are still to be sent: ffgym sync {folder}")
+    assert secrets_under(folder) == []
     assert not [line for line in said if any(secret in line for secret in SECRETS)]
-    down = CliRunner().invoke(app, ["sync", str(tmp_path)])
-    assert (down.exit_code, "server answers" in down.output) == (1, True)
-    server.start()
-    done = CliRunner().invoke(app, ["sync", str(tmp_path)])
+    assert (outage.sync.exit_code, "server answers" in outage.sync.output) == (1, True)
+    done = CliRunner().invoke(app, ["sync", str(folder)])
     assert "6 records sent" in done.output
-    assert sorted(os.listdir(tmp_path)) == ["picture.png"]
+    assert sorted(os.listdir(folder)) == ["picture.png"]
     check_complete(server, run_id)
-    assert "nothing is waiting" in CliRunner().invoke(app, ["sync", str(tmp_path)]).output
+    assert "nothing is waiting" in CliRunner().invoke(app, ["sync", str(folder)]).output
 
 
-def test_or_by_the_run_that_resumes_it_which_logs_nothing_twice(server, address, tmp_path):
-    run_id = go_away(server, tmp_path, lambda line: None)
-    server.start()
-    with Tracker(tmp_path, "ffgym", "again", unsent=tmp_path / "unsent.jsonl", resume=run_id) as tracker:
+def test_or_by_the_run_that_resumes_it_which_logs_nothing_twice(server, outage):
+    folder, run_id = outage.resumed
+    with Tracker(folder, "ffgym", "again", unsent=folder / "unsent.jsonl", resume=run_id) as tracker:
         tracker.log_metrics([("search/reward", 0.1, 0), ("search/reward", 0.2, 1)])
     check_complete(server, run_id)
 
 
-def test_or_by_the_run_itself_once_the_server_is_back(server, address, tmp_path, monkeypatch):
-    monkeypatch.setattr("ffgym.tracking.tracker.RETRY_SECONDS", 0.0)
-    with Tracker(tmp_path, "ffgym", "run", unsent=tmp_path / "unsent.jsonl", notify=lambda line: None) as tracker:
-        server.stop()
-        tracker.log_metrics([("search/reward", 0.1, 0)])
-        server.start()
-        tracker.log_metrics([("search/reward", 0.2, 1)])
-        assert not list(tmp_path.iterdir())
-        history = MlflowClient(server.uri).get_metric_history(tracker.run_id, "search/reward")
-        assert [point.step for point in history] == [0, 1]
+def test_or_by_the_run_itself_once_the_server_is_back(server, outage):
+    left, run_id = outage.lasting
+    assert left == []
+    history = MlflowClient(server.uri).get_metric_history(run_id, "search/reward")
+    assert [point.step for point in history] == [0, 1, 2]
 
 
 def test_records_of_a_run_that_the_store_does_not_have_stay(server, address, tmp_path):
