@@ -49,7 +49,7 @@ from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.folder import claim_folder
 from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.settle import settle
-from ffgym.plugins import built_ins, manager
+from ffgym.plugins import manager
 from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
 from ffgym.report.layout import humane
@@ -413,17 +413,17 @@ def test_the_same_seed_is_the_same_run_bit_for_bit(finished: Finished, tmp_path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"prune": {"calibration": "none"}},
+        {"prune": {"calibration": "none"}, "criterion": {"name": "random"}, "prior": {"name": "none"}},
         {"prune": {"calibration": "affine"}},
         {"prune": {"resource": "kv", "sparsity": 0.25}},
         {"prune": {"min_units": 0, "sparsity": 0.5}},
-        {"prune": {"resource": "macs", "align": 32}},
         {"prune": {"uniform": True}},
-        {"prune": {"uniform": True, "calibration": "affine"}},
-        {"prune": {"uniform": True, "resource": "macs", "align": 8}},
+        {"prune": {"uniform": True, "calibration": "affine", "resource": "macs", "align": 8}},
         {"output": {"sequential": False}, "search": {"random_baseline": False}},
-        {"criterion": {"name": "random"}, "prior": {"name": "none"}},
-        {"prune": {"ridge": "auto"}, "schedule": {"sparsity": "cubic", "fidelity": "cubic"}},
+        {
+            "prune": {"ridge": "auto", "resource": "macs", "align": 32},
+            "schedule": {"sparsity": "cubic", "fidelity": "cubic"},
+        },
     ],
     ids=lambda changes: " ".join(f"{k}={v}" for table in changes.values() for k, v in table.items()),
 )
@@ -467,7 +467,8 @@ def test_a_uniform_run_ends_in_a_stock_checkpoint(finished_with: Callable[..., F
 
 
 def test_biases_of_an_affine_refit_are_in_the_table_and_in_the_file(finished_with: Callable[..., Finished]) -> None:
-    for prune in ({"calibration": "affine"}, {"calibration": "affine", "uniform": True}):
+    uniform = {"uniform": True, "calibration": "affine", "resource": "macs", "align": 8}
+    for prune in ({"calibration": "affine"}, uniform):
         one = finished_with(prune=prune)
         plain, refitted = one.rows["reinforce, plain"], one.rows["reinforce + affine"]
         assert refitted.parameters > plain.parameters
@@ -495,8 +496,9 @@ def test_without_the_sequential_refit_the_nested_one_is_saved(finished_with: Cal
     assert not (one.folder / "episodes-random.jsonl").exists()
 
 
-@pytest.mark.parametrize("agent", sorted(set(built_ins.BUILTINS["agent"]) - {"ppo", "one-shot"}))
-def test_every_agent_runs(tmp_path: Path, agent: str) -> None:
+@pytest.mark.parametrize("agent", ["random", "pathwise"])
+def test_other_agents_run(tmp_path: Path, agent: str) -> None:
+    """One that is its own baseline, and one whose updates are single episodes with slopes."""
     one = finish(glass_config(tmp_path, agent={"name": agent}, output={"save_model": False}))
     assert one.rows[f"{agent} + sequential ridge"].is_found
     assert one.result.saved is None
@@ -584,18 +586,18 @@ def test_a_policy_for_other_sublayers_is_refused(finished: Finished, tmp_path: P
 
 
 def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"search": {"random_baseline": False}}
-    first = finish(glass_config(tmp_path, **small))
-    (first.folder / "episodes-random.jsonl").write_text("of an earlier run\n")
+    out = shutil.copytree(finished.folder, tmp_path / "out")
+    for name in ("model-recovered", "model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished"):
+        (out / name).mkdir()
     with monkeypatch.context() as patch:
         nothing_is_loaded(patch)
         with pytest.raises(OutputError, match="exists and is not empty") as raised:
-            finish(glass_config(tmp_path, **small))
+            finish(glass_config(tmp_path))
     assert "--overwrite" in str(raised.value.hint)
-    again = finish(glass_config(tmp_path, **small, output={"overwrite": True}))
-    assert {path.name for path in again.folder.iterdir()} == FILES - {"episodes-random.jsonl"}
+    again = finish(glass_config(tmp_path, search={"random_baseline": False}, output={"overwrite": True}))
+    assert {path.name for path in out.iterdir()} == FILES - {"episodes-random.jsonl"}
     check_reloaded(again)
 
 
@@ -611,18 +613,15 @@ def test_what_cannot_be_loaded_costs_nobody_a_config_of_their_own(tmp_path: Path
 
 def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one is refused while the first still loads."""
-    load_parts, refused = task.load_parts, []
 
     def meanwhile(config: RunConfig) -> Any:
-        if not refused:
-            refused.append(config)
-            with pytest.raises(OutputError, match="exists and is not empty"):
-                finish(glass_config(tmp_path))
-        return load_parts(config)
+        with pytest.raises(OutputError, match="exists and is not empty"):
+            finish(glass_config(tmp_path))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(task, "load_parts", meanwhile)
-    finish(glass_config(tmp_path, search={"random_baseline": False}))
-    assert refused
+    with pytest.raises(KeyboardInterrupt):
+        finish(glass_config(tmp_path))
 
 
 def test_the_random_baseline_takes_no_more_tokens_than_a_short_search(tmp_path: Path) -> None:
@@ -632,9 +631,9 @@ def test_the_random_baseline_takes_no_more_tokens_than_a_short_search(tmp_path: 
     assert "best of 4 near the prior + ridge" in one.rows
 
 
-def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(tmp_path: Path) -> None:
-    first = finish(glass_config(tmp_path, search={"random_baseline": False}))
-    before = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(finished: Finished, tmp_path: Path) -> None:
+    out = shutil.copytree(finished.folder, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (tmp_path / "short.txt").write_text("too short")
     for mistake in (
         {"model": {"name": str(tmp_path / "nowhere")}},
@@ -643,7 +642,7 @@ def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(tmp_path: Path) -> 
     ):
         with pytest.raises((ModelError, DataError)):
             finish(glass_config(tmp_path, output={"overwrite": True}, **mistake))
-        assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == before
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_a_missing_text_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -661,15 +660,6 @@ def test_a_missing_shard_is_refused_before_anything_is_made(tmp_path: Path) -> N
     with pytest.raises(ModelError, match=f"lacks {shard}"):
         finish(RunConfig.model_validate({**tables, "model": {**tables["model"], "name": str(folder)}}))
     assert not (tmp_path / "new").exists()
-
-
-def test_models_of_single_points_are_cleared_too(tmp_path: Path) -> None:
-    names = ("model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished")
-    for name in names:
-        (tmp_path / "out" / name).mkdir(parents=True)
-    (tmp_path / "out" / "config.toml").write_text("")
-    again = finish(glass_config(tmp_path, search={"random_baseline": False}, output={"overwrite": True}))
-    assert not [name for name in names if (again.folder / name).exists()]
 
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["config.toml", "thesis.tex"], ["config.toml", "model.py"]])
@@ -935,13 +925,12 @@ def test_ctrl_c_during_the_report_says_where_the_found_allocation_is(
     assert (tmp_path / "out" / "policy.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path, number: int) -> None:
+def test_sigterm_in_a_real_process_exits_130_with_everything_saved(tmp_path: Path) -> None:
     root = new_store(tmp_path / "mlruns")
     file = toml(tmp_path, tracking=TRACKED, search={"random_baseline": False})
     command = [sys.executable, "-m", "ffgym", "run", "--config", file, "--episodes", "1000000", "--json"]
     log = tmp_path / "out" / "episodes.jsonl"
-    done = interrupted(command, number, lambda: lines(log) > PER_UPDATE)
+    done = interrupted(command, signal.SIGTERM, lambda: lines(log) > PER_UPDATE)
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert "Traceback" not in done.stderr
     assert "the best of " in done.stderr
