@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -21,7 +20,6 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from ffgym.errors import TrackingError
-from ffgym.tracking import tracker as tracker_module
 from ffgym.tracking.names import Result
 from ffgym.tracking.runs import list_runs
 from ffgym.tracking.store import fetch_artifact
@@ -64,19 +62,6 @@ def test_a_run_that_ends_is_finished_and_its_artifacts_lie_under_the_root(root):
     assert run.info.run_name == "my run"
     assert run.info.artifact_uri.startswith(str(root / "artifacts"))
     assert (root / "artifacts" / tracker.run_id / "artifacts" / "config.toml").read_text() == "seed = 0\n"
-
-
-def test_a_new_store_is_made_without_a_word(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    code = (
-        "import sys; from pathlib import Path; from ffgym.tracking.tracker import Tracker\n"
-        "assert not {'mlflow', 'torch'} & sys.modules.keys()\n"
-        "with Tracker(Path(sys.argv[1]), 'ffgym', 'run') as tracker: tracker.set_tags({'a': 'b'})"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "new"], capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["artifacts", "mlflow.db", "mlflow.lock"]
 
 
 @pytest.mark.parametrize(
@@ -299,17 +284,46 @@ def test_more_metrics_than_one_batch_takes(root):
     assert len(client(root).get_metric_history(tracker.run_id, "many")) == 2500
 
 
-def test_runs_that_start_at_once_share_a_store_that_was_not_there(tmp_path):
-    context, root, together = multiprocessing.get_context("spawn"), tmp_path / "mlruns", 2
-    gate, failures = context.Barrier(together), context.Queue()
-    processes = [context.Process(target=log_the_same, args=(root, gate, failures)) for _ in range(together)]
-    for process in processes:
-        process.start()
-    assert [failures.get(timeout=2 * PATIENCE) for _ in processes] == [""] * together
-    for process in processes:
-        process.join()
-    runs = client(root).search_runs([client(root).get_experiment_by_name("ffgym").experiment_id])
-    assert [len(run.inputs.dataset_inputs) for run in runs] == [20] * together
+# The first digests are those that another run is about to log as well.
+ONE_OF_TWO = """
+import sys, time
+from pathlib import Path
+from ffgym.tracking import tracker
+assert not {"mlflow", "torch"} & sys.modules.keys()
+root, own, other = map(Path, sys.argv[1:])
+
+def wait_for_the_other(step):
+    own.with_suffix(step).touch()
+    while not other.with_suffix(step).exists():
+        time.sleep(0.01)
+
+tracker.OPENING_SECONDS = 600
+wait_for_the_other(".started")
+with tracker.Tracker(root, "ffgym", "one of two") as run:
+    wait_for_the_other(".open")
+    for number in range(20):
+        run.log_dataset(name="text", context="search", digest=str(number), corpus="demo", tokens=3)
+"""
+
+
+def test_runs_that_start_at_once_make_a_store_together_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here, marks = tmp_path / "here", (tmp_path / "one", tmp_path / "other")
+    here.mkdir()
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": here}
+    both = [
+        subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, here / "new", *own], **options)
+        for own in (marks, marks[::-1])
+    ]
+    try:
+        assert [(*each.communicate(timeout=PATIENCE), each.returncode) for each in both] == [("", "", 0)] * 2
+    finally:
+        for each in both:
+            each.kill()
+    assert sorted(path.name for path in here.iterdir()) == ["new"]
+    assert sorted(path.name for path in (here / "new").iterdir()) == ["artifacts", "mlflow.db", "mlflow.lock"]
+    runs = client(here / "new").search_runs([client(here / "new").get_experiment_by_name("ffgym").experiment_id])
+    assert [len(run.inputs.dataset_inputs) for run in runs] == [20] * 2
 
 
 def test_an_experiment_that_another_run_has_just_made_is_taken(root, monkeypatch):
@@ -322,21 +336,6 @@ def test_an_experiment_that_another_run_has_just_made_is_taken(root, monkeypatch
     with Tracker(root, "ffgym", "second") as second:
         pass
     assert run_of(root, second).info.experiment_id == run_of(root, first).info.experiment_id
-
-
-def log_the_same(root, gate, failures):
-    """What each of the processes does; the first digests are those that another run is about to log as well."""
-    tracker_module.OPENING_SECONDS = PATIENCE
-    try:
-        gate.wait(timeout=PATIENCE)
-        with Tracker(root, "ffgym", "one of several") as tracker:
-            gate.wait(timeout=PATIENCE)
-            for number in range(20):
-                tracker.log_dataset(name="text", context="search", digest=str(number), corpus="demo", tokens=3)
-    except Exception as error:
-        failures.put(repr(error))
-    else:
-        failures.put("")
 
 
 def test_a_store_that_another_process_keeps_opening_is_refused_after_a_while(root, monkeypatch):
