@@ -18,7 +18,7 @@ import tomli_w
 import torch
 from glass_runs import WINDOW, glass_config, glass_home, glass_tables, go
 from mlflow_store import client, new_store, runs
-from processes import fresh, interrupted
+from processes import interrupted
 from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -109,6 +109,8 @@ def test_the_model_is_saved_beside_the_old_one(finished: tuple[Path, RecoveredMo
     assert (place / "recovery.png").read_bytes().startswith(b"\x89PNG")
     assert not unfinished_folder(place).exists()
     assert not same_weights(place, home / "run" / "model")
+    for name in ("config.json", "modeling_ffgym.py", "tokenizer.json", "tokenizer_config.json"):
+        assert (place / name).read_bytes() == (home / "run" / "model" / name).read_bytes(), "it loads as the old one"
 
 
 def test_the_saved_model_is_the_one_that_was_measured(finished: tuple[Path, RecoveredModel]) -> None:
@@ -125,19 +127,6 @@ def test_the_saved_model_is_the_one_that_was_measured(finished: tuple[Path, Reco
     assert [row.label for row in result.table.rows] == ["dense", "before", "lora"]
     _, before, after = result.table.rows
     assert after.evaluation.loss < before.evaluation.loss
-
-
-def test_it_loads_in_a_process_that_does_not_have_ffgym(finished: tuple[Path, RecoveredModel], tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['ffgym'] = None\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(finished[1].saved.path)!r}, "
-        "trust_remote_code=True)\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(finished[1].saved.path)!r}, "
-        "trust_remote_code=True)\n"
-        "print(len(model.generate(**tokenizer('Alice was', return_tensors='pt'), max_new_tokens=3, min_new_tokens=3)))"
-    )
-    assert fresh(code, hub=tmp_path) == 1
 
 
 def test_the_card_says_what_was_done_and_keeps_the_old_one(finished: tuple[Path, RecoveredModel]) -> None:
@@ -261,9 +250,17 @@ def stop(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> 
     ],
 )
 def test_the_same_command_goes_on_and_ends_with_the_same_bits(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, module: Any, name: str, call: int
+    finished: tuple[Path, RecoveredModel],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    module: Any,
+    name: str,
+    call: int,
 ) -> None:
-    expected = recovered(folder, method, output=tmp_path / "whole")
+    expected = finished[1] if method == "lora" else recovered(folder, method, output=tmp_path / "whole")
+    whole = expected.saved.path
     console = Console(file=io.StringIO(), width=300)
     undo = stop(monkeypatch, module, name, call)
     with pytest.raises(KeyboardInterrupt):
@@ -273,10 +270,10 @@ def test_the_same_command_goes_on_and_ends_with_the_same_bits(
     assert not [path for path in (tmp_path / "parts.unfinished").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
     undo()
     result = recovered(folder, method, output=tmp_path / "parts")
-    assert same_weights(tmp_path / "parts", tmp_path / "whole")
+    assert same_weights(tmp_path / "parts", whole)
     assert result.after == expected.after
     for name in ("recovery.json", "recovery.png"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "parts" / name).read_bytes() == (whole / name).read_bytes()
     assert not (tmp_path / "parts.unfinished").exists()
 
 
@@ -313,7 +310,9 @@ def test_an_interrupted_training_is_killed_in_mlflow(
 # within a run
 
 
-def test_a_run_recovers_after_its_final_calibration(pruned: Path, tmp_path: Path) -> None:
+def test_a_run_recovers_after_its_final_calibration(
+    finished: tuple[Path, RecoveredModel], pruned: Path, tmp_path: Path
+) -> None:
     config = glass_config(tmp_path, **changes(method="lora"))
     console = Console(file=io.StringIO(), width=200)
     result = pipeline.run(config, progress=console)
@@ -325,9 +324,8 @@ def test_a_run_recovers_after_its_final_calibration(pruned: Path, tmp_path: Path
     assert last.perplexity == result.recovered.after.perplexity
     assert last.label in (result.folder / "report.md").read_text()
     assert result.to_json()["recovered_model"] == str(result.folder / "model-recovered")
-    alone = recovered(pruned, output=tmp_path / "alone")
-    assert same_weights(result.folder / "model-recovered", tmp_path / "alone")
-    assert alone.after == result.recovered.after
+    assert same_weights(result.folder / "model-recovered", finished[1].saved.path)
+    assert finished[1].after == result.recovered.after
     again = pipeline.run(config, progress=console, resume=result.folder)
     assert isinstance(again, pipeline.FinishedRun)
     assert again.to_json()["recovered_model"] == str(result.folder / "model-recovered")
@@ -336,7 +334,7 @@ def test_a_run_recovers_after_its_final_calibration(pruned: Path, tmp_path: Path
 
 
 def test_a_run_that_was_interrupted_while_training_goes_on_with_the_command(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, RecoveredModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = glass_config(tmp_path, **changes(method="lora"))
     console = Console(file=io.StringIO(), width=300)
@@ -350,16 +348,7 @@ def test_a_run_that_was_interrupted_while_training_goes_on_with_the_command(
     done = CliRunner().invoke(app, ["recover", str(folder)])
     assert done.exit_code == 0, done.output
     assert "going on with the training" in done.stderr
-    recovered(pruned, output=tmp_path / "alone")
-    assert same_weights(folder / "model-recovered", tmp_path / "alone")
-
-
-def test_a_run_with_recovery_can_be_overwritten(tmp_path: Path) -> None:
-    first = go(glass_config(tmp_path, **changes(method="lora")))[0]
-    tables = changes()
-    again = glass_config(tmp_path, **tables, output={"overwrite": True, "dir": str(first.folder)})
-    go(again)
-    assert not (first.folder / "model-recovered").exists()
+    assert same_weights(folder / "model-recovered", finished[1].saved.path)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +374,7 @@ def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch:
 
 
 def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
-    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C waits until it is saved; resuming the run then ends as it would have ended."""
     config = glass_config(tmp_path, **changes(method="lora"))
