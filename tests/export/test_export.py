@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
@@ -44,16 +45,13 @@ SEVERAL = (1, 17, 0, 0, 0, 5)  # attention gone from all layers but the first, a
 # Runs in a fresh process: loads every saved model of a folder and says whether it is what was in memory.
 CHECK = """
 import json, pathlib, sys
-root, way = pathlib.Path(sys.argv[1]), sys.argv[2]
-if way == "remote":
-    sys.modules["ffgym"] = None  # as if it were not installed
-else:
-    import ffgym.models
+root = pathlib.Path(sys.argv[1])
+sys.modules["ffgym"] = None  # as if it were not installed
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 found = {}
-options = {"trust_remote_code": True} if way == "remote" else {}
+options = {"trust_remote_code": True}
 for folder in sorted(root.iterdir()):
     expected = load_file(root.parent / f"{folder.name}.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -63,7 +61,6 @@ for folder in sorted(root.iterdir()):
         logits = model(expected["ids"]).logits
         tokens = model.generate(expected["ids"], max_new_tokens=4, do_sample=False)
     found[folder.name] = {
-        "module": type(model).__module__.split(".")[0],
         "bit_equal": torch.equal(logits, expected["logits"]),
         "bit_equal_without_head": torch.equal(*hidden),
         "left_over": [name for names in report.values() for name in names if name != "lm_head.weight"],
@@ -94,12 +91,12 @@ def pruned(family, kept, *, grouped_query=True, biases=False):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Every family, multi-head and grouped, uneven and with emptied sublayers: in memory and on the disk."""
+    """Every family, multi-head and grouped, its layers of different sizes or emptied: in memory and on the disk."""
     root = tmp_path_factory.mktemp("saved")
     models = {}
     for family, grouped in VARIANTS:
-        for name, kept in (("uneven", UNEVEN), ("emptied", EMPTIED)):
-            models[f"{family}-{'gqa' if grouped else 'mha'}-{name}"] = pruned(family, kept, grouped_query=grouped), kept
+        model = pruned(family, EMPTIED, grouped_query=grouped)
+        models[f"{family}-{'gqa' if grouped else 'mha'}-emptied"] = model, EMPTIED
     for family in DISTINCT_FAMILIES:
         models[f"{family}-gqa-several"] = pruned(family, SEVERAL), SEVERAL
         models[f"{family}-affine"] = pruned(family, UNEVEN, biases=True), UNEVEN
@@ -125,19 +122,17 @@ def load(saved, name, **options):
 def pytest_generate_tests(metafunc):
     if "variant" in metafunc.fixturenames:
         used = [(f, g) for f, g in VARIANTS if f in (*DISTINCT_FAMILIES, "gemma3_text")]
-        names = [f"{f}-{'gqa' if g else 'mha'}-{k}" for f, g in used for k in ("uneven", "emptied")]
+        names = [f"{f}-{'gqa' if g else 'mha'}-emptied" for f, g in used]
         names += [f"{family}-gqa-several" for family in DISTINCT_FAMILIES]
         metafunc.parametrize("variant", [*names, "llama-affine", "qwen3-affine-emptied"])
 
 
-class TestFreshProcess:
-    @pytest.mark.parametrize("way", ["remote", "registered"])
-    def test_every_saved_model_is_bit_equal_and_generates_the_same(self, saved, way):
-        found = fresh(CHECK, saved.root / "models", way, hub=saved.root / f"hub-{way}")
+class TestLoading:
+    def test_every_saved_model_is_bit_equal_and_generates_the_same_without_ffgym(self, saved):
+        found = fresh(CHECK, saved.root / "models", hub=saved.root / "hub")
         assert sorted(found) == sorted(saved.names)
         for name, result in found.items():
             assert result == {
-                "module": "ffgym" if way == "registered" else "transformers_modules",
                 "bit_equal": True,
                 "bit_equal_without_head": True,
                 "left_over": [],
@@ -145,11 +140,23 @@ class TestFreshProcess:
                 "tied": saved.models[name].config.tie_word_embeddings,
             }, name
 
+    def test_every_saved_model_is_bit_equal_in_the_class_that_ffgym_registers(self, saved):
+        for name in saved.names:
+            model, base = load(saved, name), AutoModel.from_pretrained(saved.root / "models" / name)
+            assert type(model).__module__.startswith("ffgym.")
+            assert type(base).__module__.startswith("ffgym.")
+            with torch.no_grad():
+                assert torch.equal(model(IDS).logits, saved.models[name](IDS).logits), name
+                assert torch.equal(base(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state), name
+            model.config.validate_rope()  # vLLM calls it; Phi-3's divides by the number of heads
+            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            assert all(linear.weight.numel() for linear in linears), name  # vLLM divides by the number of channels
+
     def test_the_load_line_is_python_that_loads_it(self, saved):
         scope = {}
-        exec(load_line(saved.root / "models" / "llama-gqa-uneven"), scope)
+        exec(load_line(saved.root / "models" / "llama-gqa-emptied"), scope)
         with torch.no_grad():
-            assert torch.equal(scope["model"](IDS).logits, saved.models["llama-gqa-uneven"](IDS).logits)
+            assert torch.equal(scope["model"](IDS).logits, saved.models["llama-gqa-emptied"](IDS).logits)
 
 
 class TestGeneration:
@@ -331,7 +338,7 @@ class TestOnDisk:
 
     def test_tied_embeddings_are_written_once(self, saved):
         for family, tied in (("gemma", True), ("gemma3_text", True), ("opt", True), ("llama", False)):
-            names = load_file(saved.root / "models" / f"{family}-gqa-uneven" / "model.safetensors").keys()
+            names = load_file(saved.root / "models" / f"{family}-gqa-emptied" / "model.safetensors").keys()
             assert ("lm_head.weight" in names) is not tied
 
     @pytest.mark.parametrize("stock", [False, True])
@@ -371,16 +378,11 @@ class TestOnDisk:
             "1": {"skip": ["attention"]} | one,
             "2": {"skip": ["mlp"]},
         }
-        for name in ("qwen2-gqa-uneven", "opt-gqa-uneven"):
+        for name in ("qwen2-gqa-emptied", "opt-gqa-emptied"):
             assert AutoConfig.from_pretrained(saved.root / "models" / name).head_dim == 8
 
-    def test_servers_find_what_they_look_for(self, saved):
-        for name in saved.names:
-            model = load(saved, name)
-            model.config.validate_rope()  # vLLM calls it; Phi-3's divides by the number of heads
-            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-            assert all(linear.weight.numel() for linear in linears)  # vLLM divides by the number of channels
-        assert load(saved, "granite-gqa-uneven").config.logit_scale == 1 / 2.0  # what vLLM multiplies logits by
+    def test_servers_find_what_they_multiply_logits_by(self, saved):
+        assert load(saved, "granite-gqa-emptied").config.logit_scale == 1 / 2.0
 
     def test_exporting_leaves_the_model_as_it_was(self):
         model = pruned("llama", EMPTIED)
