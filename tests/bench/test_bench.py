@@ -459,7 +459,7 @@ def test_a_rule_whose_one_episode_is_short_has_its_row(tmp_path: Path) -> None:
 # interrupted and started again
 
 
-@pytest.mark.parametrize("after", [0, 3, EPISODES, EPISODES + PER_UPDATE + 1, 4 * EPISODES])
+@pytest.mark.parametrize("after", [EPISODES, EPISODES + PER_UPDATE + 1], ids=["between cells", "within one"])
 def test_an_interrupted_bench_ends_with_the_same_numbers_and_measures_nothing_twice(
     finished: Any, tmp_path: Path, steps: list[int], after: int
 ) -> None:

@@ -180,12 +180,8 @@ def check_row(folder: Path, target: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "family", "grouped"),
-    [("opt-125m", "opt", False), ("llama-1-7b", "llama", False)],
-)
-def test_a_row_runs_on_a_stand_in(model: str, family: str, grouped: bool, run_row: Any) -> None:
-    check_row(run_row(model, 20, family, grouped), 0.2)
+def test_a_row_runs_on_a_stand_in(run_row: Any) -> None:
+    check_row(run_row("opt-125m", 20, "opt", False), 0.2)
 
 
 @pytest.mark.slow
