@@ -22,8 +22,8 @@ ResumeOption = Annotated[
     typer.Option(
         "--resume",
         metavar="DIR",
-        help="folder of an interrupted run to go on with; its configuration is taken, and options may only repeat "
-        "it, but for those of \\[output], \\[tracking] and \\[workers]",
+        help="folder of an interrupted run to continue, with its configuration; only options of \\[output], "
+        "\\[tracking] and \\[workers] may differ from it",
         show_default="none",
     ),
 ]

@@ -42,7 +42,7 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
 MEASURED_TEXTS = 24  # enough for a curve, and a small part of a long search
 DEMO_LICENSE = "apache-2.0"
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
-SAVED_NOTE = "the refit that is saved: the lower loss on windows of the search split"
+SAVED_NOTE = "the refit that is saved, since it has the lower loss on windows of the search split"
 FINAL_NOTE = "; heuristics do not get this refit"
 CHOOSING = "choose the refit that is saved"
 

@@ -328,7 +328,7 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
         elif log.exists() and log.stat().st_size:
             reporter(f"the episodes so far are in {log}")
         else:
-            reporter("no episode has ended: there is nothing to keep")
+            reporter("no episode has ended, so nothing is kept of this run")
             raise
         reporter(f"continue where it stopped: {resume_command(folder)}")
         raise

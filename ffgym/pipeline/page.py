@@ -19,7 +19,7 @@ def run_page(run: StoredRun) -> Page:
     config, folder, table = run.config, run.folder, run.table
     search, data = config.search, config.data
     share = " to ".join(f"{end:.0%}" for end in dict.fromkeys(config.prune.ends))
-    found = f"{share} of the {config.prune.resource} of {config.model.name}, found by {config.agent.name}"
+    removed = f"{share} of its prunable {config.prune.resource}"
     model = model_folder(config, folder, config.main_target)
     trained = output_folder(model)
     saved = trained if config.recover.method != "none" and trained.is_dir() else model
@@ -28,12 +28,12 @@ def run_page(run: StoredRun) -> Page:
     warnings = ["This run is not finished. The command at the end of this page goes on with it."] if unfinished else []
     warnings += [table.warning] if table is not None and table.warning else []
     return Page(
-        title=f"{folder.name}: {found}",
+        title=f"{folder.name}: {config.model.name} without {removed}, by {config.agent.name}",
         summary=[] if table is None else table.verdict,
         warnings=warnings,
         settings={
             "model": config.model.name,
-            "removed": f"{share} of the prunable {config.prune.resource}",
+            "removed": removed,
             "agent": config.agent.name,
             "started from": config.prior.name,
             "criterion": config.criterion.name,

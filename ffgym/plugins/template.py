@@ -70,8 +70,8 @@ def _check_name(kind: NewKind, name: str, module: str) -> None:
         near = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-0123456789")
         guess = f" Did you mean {near!r}?" if near else ""
         raise PluginError(
-            f"{name!r} cannot be a plugin's name: a module and a class are called like it",
-            hint=f"Use lower-case letters, digits, - and _ between them, beginning with a letter.{guess}",
+            f"{name!r} cannot be a plugin's name: its module and its class are named after it",
+            hint=f"Use lower-case letters and digits, with - and _ between them; begin with a letter.{guess}",
         )
     if name == "none":
         raise PluginError("a plugin cannot be called 'none': it means that there is none", hint="Choose another name.")

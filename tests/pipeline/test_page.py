@@ -44,7 +44,7 @@ def page_of(run: Path) -> str:
 def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repeat_it(run: Path) -> None:
     page = page_of(run)
     for part in (
-        "one: 20% of the params of demo, found by reinforce",
+        "one: demo without 20% of its prunable params, by reinforce",
         "reinforce + ridge is better than the best heuristic, uniform + ridge",
         "96 episodes of 2,048 tokens of demo:c4",
         "<td>best heuristic</td>",
