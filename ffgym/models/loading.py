@@ -276,7 +276,7 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelError(
             f"folder {str(folder)!r} holds no tokenizer",
-            hint="Copy tokenizer.json and tokenizer_config.json of the dense model into it.",
+            hint="Copy tokenizer.json and tokenizer_config.json of the model that it comes from into it.",
         )
     return _tokenizer(str(folder), str(folder), trust_remote_code=False)
 

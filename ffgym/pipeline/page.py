@@ -46,7 +46,7 @@ def run_page(run: StoredRun) -> Page:
         },
         table=None if table is None else table.layout(),
         pictures={folder / name: caption for name, caption in PICTURES.items()},
-        load=load_line(saved).replace("; ", "\n") if saved.is_dir() else "",
+        load=load_line(saved).replace("; ", "\n") if (saved / "config.json").is_file() else "",
         repeat=resume_command(folder) if unfinished else again,
         configuration=(folder / "config.toml").read_text(encoding="utf-8").partition("\n[output]")[0],
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "load": "load model and text",
-    "start": "where it started",
+    "start": "start, for reward.png",
     "sequential": "sequential calibration",
 }
 

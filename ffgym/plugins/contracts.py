@@ -86,6 +86,13 @@ def _missing(stats: LayerStats) -> str | None:
     return f"Not collected, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 
 
+def _unmeasured(evaluation: Evaluation) -> str | None:
+    """The same for a reward and what it had not asked to be measured."""
+    measured = {"accuracy": evaluation.accuracy, "cost": evaluation.costs}
+    absent = [name for name, value in measured.items() if value is None]
+    return f"Not measured, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
+
+
 def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """Something that changes if a tensor is changed in place, by torch, through numpy or through ``.data``.
 
@@ -152,7 +159,7 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
     Raises:
         PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
     """
-    value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward")
+    value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward", hint=_unmeasured(pruned))
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -182,7 +189,8 @@ def check_objectives(
     Raises:
         PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
     """
-    answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives")
+    hint = _unmeasured(pruned)
+    answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives", hint=hint)
     try:
         numbers = {str(name): float(value) for name, value in answer.items()}
     except (AttributeError, TypeError, ValueError):
@@ -278,7 +286,7 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
 
     Args:
         doing: for the message.
-        hint: the next step where the plugin failed on a ``None``.
+        hint: the next step where another package's plugin failed on a ``None``.
 
     Raises:
         PluginError: it raised, or called ``sys.exit``; an error that a built-in raises on purpose stays as it is.
@@ -292,7 +300,7 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):  # not the plugin's fault
             raise
-        missing = hint is not None and "None" in str(error)
+        missing = hint is not None and "None" in str(error) and not _is_built_in(plugin)
         raise PluginError(
             f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} "
             f"({place_of(error, file_of(type(plugin)))})",

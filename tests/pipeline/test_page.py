@@ -31,6 +31,7 @@ def run(tmp_path: Path) -> Path:
     for name in PICTURES:
         save_figure(new_figure(3, 2), folder / name)
     (folder / "model").mkdir()
+    (folder / "model/config.json").write_text('{"auto_map": {}}', encoding="utf-8")
     return folder
 
 

@@ -174,6 +174,22 @@ def test_a_statistic_that_was_not_asked_for_is_the_hint() -> None:
     assert "mean" not in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("check", [check_reward, check_objectives])
+def test_a_reward_that_forgot_to_ask_is_told_what_it_did_not_get(check: Callable[..., Any]) -> None:
+    class Forgets(Reward):
+        name = "forgets"
+
+        def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
+            return pruned.accuracy - dense.accuracy  # type: ignore[operator]
+
+        def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
+            return {"saved": 1 - pruned.costs["kv"] / dense.costs["kv"]}  # type: ignore[index]
+
+    with pytest.raises(PluginError, match="NoneType") as caught:
+        check(Forgets(), PRUNED, DENSE)
+    assert "Not measured, so None: accuracy, cost. Name what is used in `needs`." in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("given", ["weight", "square"])
 def test_a_heuristic_that_changes_what_it_was_lent_is_found_out(given: str) -> None:
     class Clears(Heuristic):
