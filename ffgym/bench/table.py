@@ -299,7 +299,8 @@ def curves(cells: Sequence[CellResult]) -> tuple[np.ndarray, np.ndarray]:
     """Report loss of the incumbents over tokens, between marks linear in log tokens.
 
     Seeds may have noted their incumbents at other tokens, or at fewer: all are read at the marks of any, from where the
-    last of them begins to where the first of them ends.
+    last of them begins to where the first of them ends. If one ended before another began, all are read where the last
+    begins: a search that has ended keeps its incumbent.
 
     Returns:
         tokens, shape (marks,), float64, rising; losses, shape (cells, marks), nats per token, infinite where an
@@ -307,7 +308,7 @@ def curves(cells: Sequence[CellResult]) -> tuple[np.ndarray, np.ndarray]:
     """
     tokens = np.unique([mark.tokens for cell in cells for mark in cell.marks]).astype(float)
     begin, end = max(cell.marks[0].tokens for cell in cells), min(cell.marks[-1].tokens for cell in cells)
-    tokens = tokens[(begin <= tokens) & (tokens <= end)]
+    tokens = tokens[(begin <= tokens) & (tokens <= max(begin, end))]
     losses = [
         np.interp(
             np.log(tokens),

@@ -88,6 +88,13 @@ def test_curves_run_from_the_last_beginning_to_the_first_end() -> None:
     assert losses[1].tolist() == [2.0, math.inf]
 
 
+def test_a_search_that_ended_before_another_began_keeps_its_incumbent() -> None:
+    cells = [cell("a", 0, [(100, 3.0), (200, 2.0)]), cell("a", 1, [(300, 4.0), (400, 1.0)])]
+    tokens, losses = curves(cells)
+    assert (tokens.tolist(), losses.tolist()) == ([300], [[2.0], [4.0]])
+    assert bench_table("Bench", cells, baselines=["a"]).rows[0].first_mark == 300
+
+
 def test_an_incumbent_that_broke_down_is_worse_than_any_goal() -> None:
     marks = [(100, math.inf), (1000, 2.0)]
     assert tokens_until([cell("a", 0, marks)], 3.0) == pytest.approx(1000)
