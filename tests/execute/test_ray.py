@@ -103,7 +103,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def run(folder: Path, workers: int, **options: Any) -> None:
+def run(folder: Path, workers: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
         config = glass_config(
@@ -113,7 +113,7 @@ def run(folder: Path, workers: int, **options: Any) -> None:
             workers={"count": workers},
             output={"save_model": False, "dir": str(folder / "out")},
         )
-        pipeline.run(config, progress=Console(quiet=True), **options)
+        pipeline.run(config, progress=Console(quiet=True))
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -125,15 +125,6 @@ def assert_same(one: Path, other: Path) -> None:
 
 def test_three_workers_find_what_one_finds(alone: Path, tmp_path: Path) -> None:
     run(tmp_path, 3)
-    assert_same(alone, tmp_path / "out")
-
-
-def test_a_resume_with_another_number_ends_as_if_uninterrupted(alone: Path, tmp_path: Path, steps: list[int]) -> None:
-    steps[0] = 5
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, 2)
-    steps[0] = 10**6
-    run(tmp_path, 1, resume=tmp_path / "out")
     assert_same(alone, tmp_path / "out")
 
 

@@ -104,19 +104,25 @@ CELLS_ARE_FILLED = """([column, count]) => {
 }"""
 
 
-@pytest.fixture
-def page(address: str) -> Iterator[Any]:
-    """The page of the runs, loaded."""
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1440, "height": 640})
-        page.set_default_timeout(PATIENCE * 1000)
-        page.add_init_script(VISITED)
-        page.goto(address)
-        page.get_by_role("link", name="reinforce", exact=True).wait_for()
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(address: str, browser: Any) -> Iterator[Any]:
+    """The page of the runs, loaded, as for somebody who has not been there before."""
+    page = browser.new_page(viewport={"width": 1440, "height": 640})
+    page.set_default_timeout(PATIENCE * 1000)
+    page.add_init_script(VISITED)
+    page.goto(address)
+    page.get_by_role("link", name="reinforce", exact=True).wait_for()
+    yield page
+    page.close()
 
 
 def picture(page: Any, name: str) -> None:
