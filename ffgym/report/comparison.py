@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ffgym.report.figures import BLACK, BLUE, SERIES, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, humane, stacked
 from ffgym.report.paired import Difference, difference_data, margin, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
+
+FAR = 2.0  # times as far from the reference as most
 
 
 @dataclass(frozen=True)
@@ -112,25 +116,36 @@ def _times_dense(run: ComparedRun) -> str:
 def differences_figure(differences: Sequence[tuple[str, Difference]], reference: str, path: Path) -> None:
     """Draw a forest plot: every difference from a reference with its 95 % interval; ties are hollow.
 
+    One that is far larger than most would leave these no room: it becomes an arrow at the edge.
+
     Args:
         differences: by label, from top to bottom; at least one.
     """
+    edge = FAR * float(np.median([abs(found.mean) + _width(found) for _, found in differences]))
     figure = new_figure(width=9.0, height=1.7 + 0.38 * len(differences))
     axes: Any = figure.add_subplot()
     axes.axvline(0, color=BLACK, linewidth=1)
     for place, (_, found) in enumerate(differences):
-        width = found.margin if math.isfinite(found.margin) else 0.0
-        fill = "white" if found.is_tie else BLUE
-        look = {"fmt": "o", "color": BLUE, "markerfacecolor": fill, "markersize": 8, "capsize": 4, "linewidth": 1.8}
-        axes.errorbar(found.mean, place, xerr=width, **look)
+        if abs(found.mean) > edge:
+            arrow = ">" if found.mean > 0 else "<"
+            axes.plot(math.copysign(edge, found.mean), place, arrow, color=BLUE, markersize=10)
+        else:
+            fill = "white" if found.is_tie else BLUE
+            look = {"fmt": "o", "color": BLUE, "markerfacecolor": fill, "markersize": 8, "capsize": 4, "linewidth": 1.8}
+            axes.errorbar(found.mean, place, xerr=_width(found), **look)
         axes.annotate(str(found), (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(differences)), [label for label, _ in differences])
     axes.set_ylim(len(differences) - 0.5, -0.5)
     axes.margins(x=0.08)
-    axes.set_xlabel("nats per token on the same windows, with 95 % interval (left of 0 is better; hollow: a tie)")
+    far = "; arrow: off scale" * any(abs(found.mean) > edge for _, found in differences)
+    axes.set_xlabel(f"nats per token on the same windows, 95 % intervals (left of 0: better; hollow: a tie{far})")
     figure.suptitle(f"Difference from {reference}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     tidy(axes, grid="x")
     save_figure(figure, path)
+
+
+def _width(found: Difference) -> float:
+    return found.margin if math.isfinite(found.margin) else 0.0
 
 
 def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:

@@ -121,6 +121,12 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
     assert fills[0] != "white"
     assert fills[1:] == ["white", "white"]
 
+    differences_figure([*some, ("far worse", Difference(0.9, 0.05))], "fisher", tmp_path / "b.png")
+    axes = figures[1].axes[0]
+    (arrow,) = [line for line in axes.lines if line.get_marker() == ">"]
+    assert arrow.get_ydata()[0] == 3
+    assert 0.1 < axes.get_xlim()[1] < 0.3
+
 
 def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
     failed = [episode(i, reward=reward, failed=True) for i, reward in enumerate((float("nan"), float("-inf"), -1e9))]
