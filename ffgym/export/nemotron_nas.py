@@ -25,7 +25,7 @@ from ffgym.files import replacing
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import quiet
-from ffgym.report.layout import humane
+from ffgym.report.layout import counted, humane
 
 CHANNELS = 256  # engines round an MLP's width up to a multiple
 NORM = "model.norm.weight"
@@ -201,6 +201,6 @@ def _notes(layers: list[_Layer]) -> Iterator[str]:
         filled = {each.name.split(".")[2] for each in own if each.shape != each.padded}
         if padded:
             yield (
-                f"The format cannot say the number of {what} of {len(filled)} layers: zeros fill them up,"
+                f"The format cannot say the number of {what} of {counted(len(filled), 'layer')}: zeros fill them up,"
                 f" {humane(padded)} parameters that change no result."
             )

@@ -126,8 +126,8 @@ class ServingMeasurement:
         lines = [
             f"Dense: {self.dense}. Pruned: {self.pruned}. {self.engine}, {self.dtype}, {self.device}, "
             f"{counted(self.processors, 'processor')}{threads}.",
-            f"Medians of {self.repetitions} repetitions with {turns}, quartiles in brackets. {tokens} tokens an "
-            "answer, as the server counts them. Ratios are those within a repetition."
+            f"Medians of {counted(self.repetitions, 'repetition')} with {turns}, quartiles in brackets. {tokens} "
+            "tokens an answer, as the server counts them. Ratios are those within a repetition."
             + (f" Dense, as pruned: {AS_PRUNED}." if any(each.backend_ratio for each in self.served) else ""),
         ]
         if self.arguments:

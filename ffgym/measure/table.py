@@ -111,8 +111,8 @@ def footnotes(found: Measurement) -> list[str]:
     lines = [
         f"Dense: {found.dense.model}. Pruned: {found.pruned.model}. {found.device}{threads}, {found.dtype}, "
         f"torch {found.torch}, transformers {found.transformers}. MACs at {found.context:,} tokens of context.",
-        f"Speed: medians of {found.repetitions} repetitions in which the models take turns, quartiles in brackets. "
-        "Prefill: prompts of that many tokens into an empty cache, logits of the last one. Decode: "
+        f"Speed: medians of {counted(found.repetitions, 'repetition')} in which the models take turns, quartiles in "
+        "brackets. Prefill: prompts of that many tokens into an empty cache, logits of the last one. Decode: "
         f"{DECODE_TOKENS} greedy steps on a cache of that many tokens. Times as fast: dense over pruned time of the "
         "same repetition. Ceiling: the ratio of multiply-accumulates (prefill), of bytes of weights and cache that a "
         "step reads (decode).",

@@ -129,7 +129,8 @@ def check_agent_fits(config: RunConfig) -> None:
         slopes = ", its slopes included" if agent.slope_episodes else ""
         lower = " or lower search.episodes_per_update" if agent.update_episodes is None else ""
         raise ConfigError(
-            f"search.episodes = {search.episodes} is less than an update of agent {name!r}, which costs {cost}{slopes}",
+            f"search.episodes = {search.episodes} is less than an update of agent {name!r}, which costs "
+            f"{cost} episodes{slopes}",
             hint=f"Raise search.episodes{lower}.",
         )
     if config.prune.uniform and agent.slope_episodes:

@@ -98,6 +98,6 @@ def test_its_updates_are_one_episode_whatever_the_settings_say():
     assert (Pathwise().update_cost(8), Reinforce().update_cost(8)) == (4, 8)
     configured.check_agent_fits(load_config(None, ["search.episodes=4"], agent={"name": "pathwise"}))
     with pytest.raises(
-        ConfigError, match=r"less than an update of agent 'pathwise', which costs 4, its slopes included"
+        ConfigError, match=r"less than an update of agent 'pathwise', which costs 4 episodes, its slopes included"
     ):
         configured.check_agent_fits(load_config(None, ["search.episodes=3"], agent={"name": "pathwise"}))
