@@ -216,7 +216,7 @@ def _bench(folder: Path) -> Path:
 
 
 def _prepared(folder: Path) -> Path:
-    record = PreparedRecord("key", {"model": "tiny"}, (0.5, 0.25), (1.0, 2.0), (False, True), (8, 8), 64)
+    record = PreparedRecord("key", {"model": "tiny"}, (0.5, 0.25), (1.0, 2.0), (False, True), (8, 8))
     (folder / "record.json").write_text(json.dumps(asdict(record)))
     return folder / "record.json"
 

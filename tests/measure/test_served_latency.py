@@ -65,7 +65,7 @@ def test_a_sublayer_takes_its_share_of_what_its_units_add() -> None:
 @pytest.mark.usefixtures("paced")
 def test_the_same_engine_on_another_device_is_timed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed().device != "Abacus"
-    monkeypatch.setenv("VLLM_PYTHON", shutil.copy(tmp_path / "python", tmp_path / "python-there"))
+    monkeypatch.setenv("VLLM_PYTHON", str(shutil.copy(tmp_path / "python", tmp_path / "python-there")))
     monkeypatch.setenv("FAKE_GPU", "Abacus")
     assert timed().device == "Abacus"
 
@@ -109,9 +109,9 @@ def test_a_model_that_llama_cpp_cannot_say_is_refused_by_name(tmp_path: Path, mo
     (tmp_path / "llama-server").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     folder = tmp_path / "model"
-    tiny_model("gemma3_text").save_pretrained(folder)
+    tiny_model("granite").save_pretrained(folder)
     byte_level().save_pretrained(folder)
-    with pytest.raises(ModelError, match="the model 'dense': ffgym does not write models of family 'gemma3_text'"):
+    with pytest.raises(ModelError, match="the model 'dense': ffgym does not write models of family 'granite'"):
         timed(model=str(folder), engine="llama-cpp")
 
 

@@ -172,7 +172,7 @@ def test_its_options_are_validated(pruned: Path, options: list[str], complaint: 
     ("change", "complaint"),
     [
         (("return ffgym.TrainingOutcome(", "return dict("), "train returned dict, not a TrainingOutcome"),
-        (('curve={"rates": rates}', 'curve={"rates": {1, 2}}'), "failed while handing back its curve: TypeError"),
+        (('curve={"rates": rates,', 'curve={"rates": {1, 2},'), "failed while handing back its curve: TypeError"),
         (('axes.plot(curve["rates"]', 'axes.plot(curve["rate"]'), "failed while drawing its curve: KeyError: 'rate'"),
         (("rates = [setup", "rates = 1 / 0 * [setup"), "failed while training the model: ZeroDivisionError"),
     ],
