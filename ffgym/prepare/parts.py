@@ -47,6 +47,7 @@ from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key
 from ffgym.pruning.budget import Budget
+from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 
 if TYPE_CHECKING:
@@ -420,13 +421,14 @@ def report_idle_workers(
         sloped_windows: of an episode whose slopes are measured, which is an update by itself and is shared out window
             by window; ``None`` for an agent that asks for none.
     """
-    parts, when, update = episodes, "", "an update is"
-    if sloped_windows is not None:
-        parts, when, update = sloped_windows, "while slopes are followed, ", "an update is one episode of"
+    if sloped_windows is None:
+        parts, when, update = episodes, "", f"an update is {counted(episodes, 'episode')}"
+    else:
+        parts, when = sloped_windows, "while slopes are followed, "
+        update = f"an update is one episode of {counted(sloped_windows, 'window')}"
     if parts < workers:
-        have, part = ("has" if workers - parts == 1 else "have"), ("episode" if sloped_windows is None else "window")
-        idle = f"{when}{workers - parts} of {workers} workers {have} nothing to do"
-        notify(f"{idle}: {update} {parts} {part}{'s' * (parts > 1)}")
+        have = "has" if workers - parts == 1 else "have"
+        notify(f"{when}{workers - parts} of {workers} workers {have} nothing to do: {update}")
 
 
 @contextmanager

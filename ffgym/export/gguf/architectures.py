@@ -19,6 +19,7 @@ from ffgym.models.families import Family, family_of_type
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL_LINEARS = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+GELU = "gelu_pytorch_tanh"
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -62,7 +63,6 @@ class Architecture:
     largest: int = 0
 
 
-GELU = "gelu_pytorch_tanh"
 # deci (Nemotron's) is llama with sizes per layer, and takes Qwen2's biases; openelm is Qwen3's layer with them, as long
 # as the embedding is the output matrix too.
 ARCHITECTURES: dict[str, Architecture] = {
