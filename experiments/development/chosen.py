@@ -21,7 +21,8 @@ from rich.console import Console
 from ffgym.config.toml import load_config
 from ffgym.pipeline.task import open_task
 from ffgym.report.progress import Reporter
-from ffgym.search.finals import Candidate, run_finals
+from ffgym.search.finalists import Candidate
+from ffgym.search.finals import run_finals
 
 RECOMMENDED = ("final", "clearer", "slopes")
 

@@ -33,7 +33,7 @@ from ffgym.pipeline.task import Task, give_prior, on_report, open_task, with_con
 from ffgym.plugins.bases import Agent
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
-from ffgym.search.finals import finalists
+from ffgym.search.finalists import finalists
 from ffgym.search.loop import SearchResult
 from ffgym.tracking.names import Result
 from ffgym.tracking.tracker import Tracker

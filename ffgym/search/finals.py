@@ -12,177 +12,19 @@ every point of the front.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.evaluation.evaluator import OnProgress
-from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import check_recommendations
-from ffgym.search.pareto import non_dominated, thinned
-from ffgym.types import Allocation, Episode
+from ffgym.search.finalists import Candidate
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
 SIGNIFICANT = 2.0  # paired standard errors
 RECOMMENDED = 3  # the default is the best of so many recommendations, the first ones
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An allocation, the importances behind it, and where it came from.
-
-    Attributes:
-        importance: shape (2L,), float32.
-        allocation: what the projection made of it, at the target.
-        origin: ``"episode 37"``, ``"policy"``, ``"prior"``, or ``"shape"`` for one that only the finals measured.
-        loss: nats per token on the last of the finals' windows; ``None`` for one that did not get there.
-        reward: mean over these windows of what it earns; ``None`` as well.
-        objectives: what the reward weighs, mean over these windows, by name; empty where it weighs nothing.
-    """
-
-    importance: np.ndarray
-    allocation: Allocation
-    origin: str
-    loss: float | None = None
-    reward: float | None = None
-    objectives: dict[str, float] = field(default_factory=dict)
-
-
-def contenders(
-    env: PruningEnv, agent: Agent, history: Sequence[Episode], count: int, target: float, reach: float | None
-) -> list[Candidate]:
-    """Whatever meets in the finals at a target: the finalists, the prior, and what must not be missed beside them.
-
-    The arguments are those of :func:`finalists`.
-    """
-    candidates = finalists(env, agent, history, count, target, reach)
-    if agent.searches and (start := _prior(agent, target)) is not None:
-        allocation = env.budget.project(start, target)
-        first = candidates[0]
-        if (first.origin, first.allocation.kept) != ("policy", allocation.kept):
-            candidates = [c for c in candidates if c.allocation.kept != allocation.kept]
-            candidates.append(Candidate(start, allocation, "prior"))
-    if reach is None:  # over a range, the front over sparsity is what is traded off
-        candidates = with_pareto(env, history, candidates)
-    if agent.searches:
-        candidates = with_every_shape(env, candidates, target)
-    return candidates
-
-
-def finalists(
-    env: PruningEnv,
-    agent: Agent,
-    history: Sequence[Episode],
-    count: int,
-    target: float,
-    reach: float | None = None,
-) -> list[Candidate]:
-    """What the agent recommends, then the episodes of the greatest reward; distinct allocations, at most ``count``.
-
-    A reward compares with the dense model on the same text, so episodes of different text can be compared, if roughly.
-
-    Args:
-        env: projects importances at the target.
-        agent: asked for its recommendations.
-        history: at least one episode.
-        count: how many are wanted, >= 1.
-        target: the sparsity that they are for.
-        reach: under a range of budgets, how far from the target the update of an episode may have been.
-    """
-    observation = np.array([target, 1.0], dtype=np.float32)
-    proposals = [(action, "policy") for action in check_recommendations(agent, observation, len(env.budget.sublayers))]
-    eligible = hardest(history if reach is None else near(history, target, reach))
-    standing = sorted(eligible, key=lambda episode: episode.reward, reverse=True)
-    proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
-    chosen: dict[tuple[int, ...], Candidate] = {}
-    for importance, origin in proposals:
-        allocation = env.budget.project(importance, target)
-        chosen.setdefault(allocation.kept, Candidate(np.asarray(importance, np.float32), allocation, origin))
-        if len(chosen) >= count:
-            break
-    return list(chosen.values())
-
-
-def with_every_shape(env: PruningEnv, candidates: Sequence[Candidate], target: float) -> list[Candidate]:
-    """The candidates, and where all layers share one shape, every other shape of the budget: there are only a few."""
-    chosen = {candidate.allocation.kept: candidate for candidate in candidates}
-    for allocation in env.budget.shapes(target):
-        importance = env.budget.importance(allocation.kept)
-        chosen.setdefault(allocation.kept, Candidate(importance, allocation, "shape"))
-    return list(chosen.values())
-
-
-def hardest(history: Sequence[Episode]) -> list[Episode]:
-    """Episodes of the hardest stage reached."""
-    stage = max((episode.target_sparsity, episode.fidelity) for episode in history)
-    return [e for e in history if (e.target_sparsity, e.fidelity) == stage]
-
-
-def near(history: Sequence[Episode], target: float, reach: float) -> list[Episode]:
-    """Episodes whose own target was at most ``reach`` from this one; those of the nearest update where there are none.
-
-    They are handed on as episodes of this target: what stood out a little below or above it competes as an equal.
-    """
-    distances = [abs(episode.target_sparsity - target) for episode in history]
-    within = max(reach + 1e-9, min(distances))
-    return [replace(e, target_sparsity=target) for e, d in zip(history, distances, strict=True) if d <= within]
-
-
-def _prior(agent: Agent, target: float) -> np.ndarray | None:
-    """Where the agent started, shape (2L,); under a range, on the line between its ends."""
-    if agent.budgets is None or agent.prior_ends is None:
-        return agent.prior_mean
-    (low, high), (first, last) = agent.budgets, agent.prior_ends
-    return np.asarray(first + (target - low) / (high - low) * (last - first), dtype=np.float32)
-
-
-def with_pareto(env: PruningEnv, history: Sequence[Episode], chosen: Sequence[Candidate]) -> list[Candidate]:
-    """The finalists, then allocations that none of the hardest stage beats in every objective, spread over that set.
-
-    Args:
-        env: its reward says how many to add at most.
-        history: at least one episode.
-        chosen: the finalists.
-    """
-    standings = objective_standings(history)
-    if not standings:
-        return list(chosen)
-    seated = {candidate.allocation.kept for candidate in chosen}
-    added: dict[tuple[int, ...], tuple[Candidate, np.ndarray]] = {}
-    winners = non_dominated(np.array([point for _, point in standings]))
-    for (episode, point), wins in zip(standings, winners, strict=True):
-        allocation = env.budget.project(episode.action, env.sparsity)
-        if wins and allocation.kept not in seated:
-            added[allocation.kept] = Candidate(episode.action, allocation, f"episode {episode.index}"), point
-    candidates = [candidate for candidate, _ in added.values()]
-    kept = thinned(np.array([point for _, point in added.values()]), env.reward.pareto)
-    return [*chosen, *(candidates[index] for index in kept)]
-
-
-def objective_standings(history: Sequence[Episode]) -> list[tuple[Episode, np.ndarray]]:
-    """Each allocation of the hardest stage: its first episode, and its objectives relative to its own updates.
-
-    Different updates are measured on different tokens. So objectives are taken relative to the mean of their update,
-    and an allocation that came up more than once counts with the mean.
-
-    Returns:
-        nothing where the reward has less than two objectives; points have shape (objectives,).
-    """
-    eligible = [e for e in hardest(history) if len(e.objectives) > 1]
-    vectors = {e.index: np.array(list(e.objectives.values())) for e in eligible}
-    updates: dict[int, list[np.ndarray]] = defaultdict(list)
-    for episode in eligible:
-        updates[episode.update].append(vectors[episode.index])
-    found: dict[tuple[int, ...], tuple[Episode, list[np.ndarray]]] = {}
-    for episode in eligible:
-        own = updates[episode.update]
-        reference = np.mean(own if len(own) > 1 else list(vectors.values()), axis=0)
-        found.setdefault(episode.kept, (episode, []))[1].append(vectors[episode.index] - reference)
-    return [(episode, np.mean(points, axis=0)) for episode, points in found.values()]
 
 
 def run_finals(

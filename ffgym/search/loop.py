@@ -17,7 +17,8 @@ from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import CALL_ON_UPDATE, call_plugin, check_update
 from ffgym.plugins.manager import described
-from ffgym.search.finals import Candidate, contenders, finalists, run_finals
+from ffgym.search.finalists import Candidate, contenders, finalists
+from ffgym.search.finals import run_finals
 from ffgym.search.log import Recorder
 from ffgym.search.pareto import non_dominated
 from ffgym.types import Episode, Update

@@ -1,4 +1,4 @@
-"""The choice among finalists: who competes, and what they are measured on."""
+"""The finals: who competes, what they are measured on, and who wins."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ from made_up_episodes import Opinionated, episode
 from measured_alone import Recording
 
 from ffgym.agents.random_search import RandomSearch
-from ffgym.search.finals import (
-    Candidate,
-    contenders,
-    finalists,
-    finals_windows,
-    near,
-    objective_standings,
-    run_finals,
-    with_every_shape,
-)
+from ffgym.search.finalists import Candidate, contenders, finalists, near, objective_standings, with_every_shape
+from ffgym.search.finals import finals_windows, run_finals
 from ffgym.types import Evaluation
 
 
