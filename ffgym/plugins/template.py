@@ -14,7 +14,7 @@ from ffgym.files import write_text
 from ffgym.plugins import manager
 from ffgym.plugins.kinds import KINDS
 
-NewKind = Literal["criterion", "agent", "reward", "heuristic"]
+NewKind = Literal["criterion", "agent", "reward", "heuristic", "resource"]
 
 NAME = re.compile("[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 OPTIONS: dict[NewKind, str] = {
@@ -22,6 +22,7 @@ OPTIONS: dict[NewKind, str] = {
     "agent": "--agent",
     "reward": "--reward",
     "heuristic": "--prior",
+    "resource": "--resource",
 }
 
 

@@ -23,7 +23,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from ffgym.costs.resource import standard_resources
+from ffgym.costs.resource import Costs, Resource, costs_of, standard_resources
 from ffgym.evaluation.perplexity import check_logits
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
@@ -183,6 +183,37 @@ class RewardConformance(PluginConformance):
     def test_same_input_same_reward(self) -> None:
         """Bit-equal."""
         assert self.reward(3.3) == self.reward(3.3)
+
+
+class ResourceConformance(PluginConformance):
+    """What every resource promises, on tiny models with an MLP, with one unit an attention, and with experts."""
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "olmo2", "mixtral")
+
+    @abstractmethod
+    def make(self) -> Resource:
+        """Make a fresh instance of the resource under test."""
+
+    def costs(self, family: str) -> Costs:
+        """What a tiny model costs, checked by the contract."""
+        return costs_of(self.make(), tiny_model(family), context=64)
+
+    def test_units_cost_something(self) -> None:
+        """Finite numbers, 0 or more, that rise with the units kept, and not all of them 0."""
+        for family in self.families:
+            self.costs(family)
+
+    def test_a_measurement_is_taken_from_its_file(self, tmp_path: Path) -> None:
+        """A resumed run gets the file that the run kept, and so has the same costs (resources that are measured)."""
+        if not self.make().is_measured():
+            pytest.skip("has a price per unit")
+        first = self.costs("llama")
+        assert first.measurement is not None, "the contract says so"
+        (tmp_path / "measured.json").write_text(first.measurement.text, encoding="utf-8")
+        again = costs_of(self.make(), tiny_model("llama"), context=64, file=tmp_path / "measured.json")
+        assert again.measurement is not None, "the contract says so"
+        assert again.measurement.digest == first.measurement.digest, "the same measurement has another digest"
+        assert all(map(np.array_equal, again.tables, first.tables)), "the file gives other costs"
 
 
 class AgentConformance(PluginConformance):

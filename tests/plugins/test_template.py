@@ -42,6 +42,7 @@ def test_new_packages_install_pass_their_tests_and_run(tiny_run: dict[str, Any],
     config = RunConfig.model_validate({**tiny_run, "search": short, "tracking": {"enabled": False}})
     (tmp_path / "run.toml").write_text(to_toml(config), encoding="utf-8")
     flags = ("--agent", "my-agent", "--criterion", "my-criterion", "--reward", "my-reward", "--prior", "my-heuristic")
+    flags += ("--resource", "my-resource")
     run = ("-m", "ffgym", "run", "--config", "run.toml", "--output", "out", *flags)
     assert "my-agent + ridge" in called(sys.executable, *run, path=site, cwd=tmp_path)
 
