@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -38,6 +39,16 @@ STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_g
 
 MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
 """What a reward may need beside the losses."""
+
+TYPES: dict[type, tuple[Any, str]] = {
+    bool: (bool, "True or False"),
+    str: (str, "text"),
+    float: ((int, float), "a number"),
+    tuple: ((tuple, list), "a tuple of names"),
+    frozenset: ((set, frozenset), "a frozenset of names"),
+    dict: (Mapping, "a dict"),
+}
+"""What an attribute must be, by the type of the base class's value, and how a message says it."""
 
 AGENT_COUNTS = (("slope_episodes", 0), ("least_episodes", 1), ("update_episodes", 1))
 REWARD_COUNTS = (("examples", 1), ("pareto", 0))
@@ -255,7 +266,29 @@ def check_class(kind: PluginKind, cls: Any) -> None:
         raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
+    _check_methods(f"{kind} {name!r}", cls, base)
     check_attributes(kind, name, cls)
+
+
+def _check_methods(who: str, cls: type[Plugin], base: type[Plugin]) -> None:
+    """Refuse a method that cannot be called as its base class's is, as after a change of the contract."""
+    contracts = [vars(each) for each in cls.__mro__ if each.__module__ in (base.__module__, Plugin.__module__)]
+    for name, method in ((name, method) for contract in contracts for name, method in contract.items()):
+        own, is_called = inspect.getattr_static(cls, name), not name.startswith("_") or name in ("__init__", "__call__")
+        if own is method or not (is_called and inspect.isfunction(own) and inspect.isfunction(method)):
+            continue
+        called = inspect.signature(method)
+        by_name = {p.name: None for p in called.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        try:
+            inspect.signature(own).bind(*[None] * (len(called.parameters) - len(by_name)), **by_name)
+        except TypeError:
+            ours, theirs = (_without_types(inspect.signature(each)) for each in (method, own))
+            raise PluginError(f"{who} defines {name}{theirs}, and ffgym calls {name}{ours}") from None
+
+
+def _without_types(signature: inspect.Signature) -> inspect.Signature:
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    return signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
 
 
 def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
@@ -265,19 +298,23 @@ def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin])
         PluginError: names the attribute, its value, and what it may be.
     """
     who = f"{kind} {name!r}"
-    needs: Any = getattr(plugin, "needs", frozenset())
-    if not isinstance(needs, (set, frozenset)):
-        raise PluginError(f"{who}: needs is {needs!r}, not a frozenset of names")
+    base: type[Plugin] = imported(KINDS[kind].base)
+    said: dict[str, Any] = {}
+    for attribute in (attribute for attribute in dir(base) if not attribute.startswith("_")):
+        default, value = getattr(base, attribute), getattr(plugin, attribute)
+        if type(default) not in TYPES or isinstance(value, property) or (attribute, value) == ("kv_heads", None):
+            continue  # a property has its value in an instance
+        said[attribute] = value
+        expected, what = TYPES[type(default)]
+        are_names = not isinstance(value, tuple | list) or all(isinstance(each, str) for each in value)
+        if not (isinstance(value, expected) and are_names):
+            raise PluginError(f"{who}: {attribute} is {value!r}, not {what}")
+    needs, worst = said.get("needs", frozenset()), said.get("worst", 0.0)
     known, what = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
     if not needs <= known:
         raise PluginError(f"{who} needs unknown {what} {sorted(needs - known)}; known: {sorted(known)}")
-    worst: Any = getattr(plugin, "worst", 0.0)
-    if kind == "reward" and not (isinstance(worst, (int, float)) and math.isfinite(worst)):
+    if not math.isfinite(worst):
         raise PluginError(f"{who}: worst is {worst!r}, not a finite number")
-    for attribute in ("tasks", "resources") if isinstance(plugin, Reward) else ():
-        value = getattr(plugin, attribute)
-        if not isinstance(value, (tuple, list)) or not all(isinstance(each, str) for each in value):
-            raise PluginError(f"{who}: {attribute} is {value!r}, not a tuple of names")
     for attribute, least in AGENT_COUNTS if kind == "agent" else REWARD_COUNTS if isinstance(plugin, Reward) else ():
         value = getattr(plugin, attribute)
         if (attribute, value) != ("update_episodes", None) and not (isinstance(value, int) and value >= least):

@@ -112,6 +112,11 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
         raise
     except Exception as error:
         raise PluginError(f"{described(cls)} could not be created: {_said(error, cls)}") from error
+    if not hasattr(plugin, "config"):
+        raise PluginError(
+            f"{described(cls)}: its __init__ does not call that of its base class, which keeps the options",
+            hint="Take config=None, and begin with super().__init__(config).",
+        )
     discovery.check_attributes(kind, name, plugin)
     return plugin
 

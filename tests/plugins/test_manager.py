@@ -128,6 +128,24 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
             "edition is 'new', not a whole number from 1",
         ),
         (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': dict})]", "PluginConfig"),
+        (
+            HOOK + "[type('A', (ffgym.Criterion,), {'score': lambda self, w: w, 'name': 'a'})]",
+            "criterion 'a' defines score(self, w), and ffgym calls score(self, weight, stats)",
+        ),
+        (
+            HOOK + "[type('A', (ffgym.Criterion,), {'__init__': lambda self: None, 'score': 1, 'name': 'a'})]",
+            "criterion 'a' defines __init__(self), and ffgym calls __init__(self, config=None)",
+        ),
+        (
+            HOOK.replace("criteria", "metrics")
+            + "[type('A', (ffgym.Metric,), {'scores': lambda self, model, tokenizer, *, limit: [], 'name': 'a'})]",
+            "and ffgym calls scores(self, model, tokenizer, *, limit, on_progress)",
+        ),
+        (
+            HOOK.replace("criteria", "families")
+            + "[type('A', (ffgym.Family,), {'name': 'a', 'mlp_producers': 'mlp.up_proj'})]",
+            "family 'a': mlp_producers is 'mlp.up_proj', not a tuple of names",
+        ),
         (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "and none takes an argument"),
         (
             HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]",
@@ -340,6 +358,12 @@ def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
         PluginError,
         match=r"criterion 'mine' \(package acme-mine 1\.0\) could not be created: .*acme_mine\.py, line \d+",
     ):
+        manager.create("criterion", "mine", {"floor": 1.0})
+
+
+def test_a_constructor_that_forgets_its_base_class_is_named(install: Install) -> None:
+    install("acme-mine", CRITERION.format(name="mine") + "\nMine.__init__ = lambda self, config: None\n")
+    with pytest.raises(PluginError, match=r"criterion 'mine' .*__init__ does not call that of its base class"):
         manager.create("criterion", "mine", {"floor": 1.0})
 
 
