@@ -54,8 +54,8 @@ class ReinforceConfig(PluginConfig):
         0.5,
         ge=0,
         le=1,
-        description="share of the tokens that follows slopes of the loss, where there are any and nothing else is "
-        "rewarded; the rest tries units of sublayers of fewer than 6, and follows slopes where there are none",
+        description="share of the tokens that follows slopes of the loss, if it has any and nothing else is rewarded; "
+        "the rest tries units of sublayers with fewer than 6, or follows slopes if there are no such sublayers",
     )
     learning_rate: float = Field(
         1.0, gt=0, description="step of the mean, in units of the policy's spread times the advantage"

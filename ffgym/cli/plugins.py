@@ -26,7 +26,7 @@ _PLURALS = {kind.plural: name for name, kind in KINDS.items()}
 @app.command("ls")
 def list_names(
     kind: Annotated[
-        str | None, typer.Argument(metavar="KIND", help=", ".join(_PLURALS), show_default="all, by name alone")
+        str | None, typer.Argument(metavar="KIND", help=", ".join(_PLURALS), show_default="the names of all kinds")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -21,7 +21,7 @@ def sync(
     ] = None,
     root: RootOption = TrackingTable().root,
 ) -> None:
-    """Send what runs kept on disk while their MLflow server was away."""
+    """Send what runs kept on disk because their MLflow server could not be reached."""
     from ffgym.tracking.sync import sync as send_all
 
     store, named = Path(root).expanduser(), [folder.expanduser() for folder in folders or []]

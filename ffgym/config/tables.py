@@ -199,16 +199,16 @@ class PruneTable(Table):
     )
     align: Literal["auto"] | Count = Field(
         default="auto",
-        description="keep multiples of this many channels, e.g. 8 or 64, or any number (1); auto: widths of MLPs that "
-        "kernels like, up to 64",
+        description="keep multiples of this many channels, e.g. 8 or 64; 1: any number; auto: widths of MLPs that "
+        "kernels like, multiples of at most 64",
     )
     uniform: bool = Field(
         default=False, description="one shape for all layers, saved as a stock checkpoint that needs no code of its own"
     )
     latency_table: OptionalText = Field(
         default=None,
-        description="file with the times that budget or reward count, from ffgym latency, or of a serving engine from "
-        "ffgym latency --engine; empty: time this machine once",
+        description="file that ffgym latency wrote, with the times that the budget or the reward counts; empty: time "
+        "this machine once",
     )
 
     @property
@@ -261,8 +261,8 @@ class SearchTable(Table):
 
     episodes: Count = Field(
         default=96,
-        description="episodes at full fidelity: episodes x episode_tokens is the token budget; the update that crosses "
-        "it is the last",
+        description="length of the search in episodes at full fidelity: it ends with the update that reaches "
+        "episodes x episode_tokens tokens",
     )
     episode_tokens: Count = Field(
         default=2048, description="search tokens that one episode is measured on, at least one window"
@@ -302,7 +302,7 @@ class RecoverTable(PluginTable):
 
     named_by = "method"
 
-    method: Text = Field(default="none", description="how to train, or none; see: ffgym ls recoveries")
+    method: Text = Field(default="none", description="how to train the pruned model, or none; see: ffgym ls recoveries")
     corpus: OptionalText = Field(
         default=None, description="corpus to train on; empty: data.calibration, without the text of other splits"
     )
