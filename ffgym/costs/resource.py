@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -178,29 +178,36 @@ def costs_of(
     from ffgym.pruning.budget import check_tables
 
     setting = Setting(context, number_bytes=model.get_output_embeddings().weight.element_size())
-    sublayers = family_of(model).sublayers(model)
+    sublayers, who = family_of(model).sublayers(model), described(resource)
+
+    def number(value: Any, what: str) -> float:
+        if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+            raise PluginError(f"{who}: {what} is {value!r}, not a finite number")
+        return cast("float", value.item()) if isinstance(value, np.number) else value
 
     def ask() -> Costs:
         if resource.is_measured():
             return resource.measure(model, setting, file=file, on_progress=on_progress, notify=notify)
-        prices = [resource.unit_price(sublayer, setting) for sublayer in sublayers]
+        prices = [number(resource.unit_price(s, setting), f"unit_price of {s.name}") for s in sublayers]
         tables = [np.arange(s.units + 1) * price for s, price in zip(sublayers, prices, strict=True)]
         return Costs(tables, resource.rest(model, setting))
 
     costs = call_plugin(resource, ask, "saying what units cost")
     if not isinstance(costs, Costs) or (costs.measurement is None) == resource.is_measured():
-        raise PluginError(f"{described(resource)}: measure returned no Costs with a measurement")
+        raise PluginError(f"{who}: measure returned no Costs with a measurement")
+    for key, value in vars(costs.measurement).items() if costs.measurement else ():
+        if not isinstance(value, str):
+            raise PluginError(f"{who}: {key} of its Measurement is {value!r}, not text")
+    costs = replace(costs, tables=list(map(np.asarray, costs.tables)), rest=number(costs.rest, "rest"))
     try:
         check_tables(sublayers, costs.tables)
     except BudgetError as error:
-        raise PluginError(f"{described(resource)}: {error.message}", hint=error.hint) from error
+        raise PluginError(f"{who}: {error.message}", hint=error.hint) from error
     if not any(table[-1] > 0 for table in costs.tables):
-        raise PluginError(f"{described(resource)}: no unit costs anything, so pruning would save nothing")
-    if not math.isfinite(costs.rest):
-        raise PluginError(f"{described(resource)}: the rest of the model costs {costs.rest}, not a finite number")
+        raise PluginError(f"{who}: no unit costs anything, so pruning would save nothing")
     text = call_plugin(resource, lambda: resource.text(costs.of([s.units for s in sublayers])), "writing a cost")
     if not isinstance(text, str):
-        raise PluginError(f"{described(resource)}: text returned {type(text).__name__}, not a string")
+        raise PluginError(f"{who}: text returned {type(text).__name__}, not a string")
     return costs
 
 

@@ -322,11 +322,13 @@ def check_tables(sublayers: Sequence[Sublayer], tables: Sequence[np.ndarray]) ->
     if len(checked) != len(sublayers):
         raise BudgetError(f"{len(checked)} cost tables for {len(sublayers)} sublayers", hint="Give one per sublayer.")
     for sublayer, table in zip(sublayers, checked, strict=True):
-        if table.shape != (sublayer.units + 1,) or not np.isfinite(table).all():
+        if table.shape != (sublayer.units + 1,):
             raise BudgetError(
-                f"the cost table of {sublayer.name} must be {sublayer.units + 1} finite numbers, got {table.shape}",
+                f"the cost table of {sublayer.name} has shape {table.shape}, not ({sublayer.units + 1},)",
                 hint=f"One number per level, 0 to {sublayer.units} units.",
             )
+        if not np.isfinite(table).all():
+            raise BudgetError(f"the cost table of {sublayer.name} holds NaN or infinity", hint="Give finite numbers.")
         if table[0] < 0 or (np.diff(table) < 0).any():
             raise BudgetError(f"the cost table of {sublayer.name} is negative or falls", hint="More must cost no less.")
     return checked

@@ -59,8 +59,8 @@ class TestTables:
         ("tables", "complaint"),
         [
             ([np.arange(5.0)], "1 cost tables for 2 sublayers"),
-            ([np.arange(5.0), np.arange(16.0)], "layer 0 mlp must be 17 finite numbers"),
-            ([np.array([0, 1, np.nan, 3, 4]), np.arange(17.0)], "layer 0 attention must be 5 finite numbers"),
+            ([np.arange(5.0), np.arange(16.0)], r"layer 0 mlp has shape \(16,\), not \(17,\)"),
+            ([np.array([0, 1, np.nan, 3, 4]), np.arange(17.0)], "layer 0 attention holds NaN"),
             ([np.array([0.0, 2, 1, 3, 4]), np.arange(17.0)], "layer 0 attention is negative or falls"),
             ([np.arange(5.0) - 1, np.arange(17.0)], "layer 0 attention is negative or falls"),
         ],

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from glass_runs import WINDOW, glass_config, glass_tables
 from rich.console import Console
 from typer.testing import CliRunner
@@ -20,7 +21,7 @@ from ffgym.bench.file import read_bench
 from ffgym.cli.app import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
-from ffgym.costs.resource import Resource, Setting, costs_of, resource_named
+from ffgym.costs.resource import Costs, Measurement, Resource, Setting, costs_of, resource_named
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
@@ -240,10 +241,11 @@ class Broken(Resource):
     ("attributes", "complaint"),
     [
         ({"price": -1.0}, "layer 0 attention is negative or falls"),
-        ({"price": float("nan")}, "layer 0 attention must be 3 finite numbers"),
-        ({"price": None}, "failed while saying what units cost: TypeError"),
+        ({"price": float("nan")}, "unit_price of layer 0 attention is nan, not a finite number"),
+        ({"price": None}, "unit_price of layer 0 attention is None, not a finite number"),
         ({"price": 0}, "no unit costs anything"),
-        ({"beside": float("inf")}, "the rest of the model costs inf"),
+        ({"beside": float("inf")}, "rest is inf, not a finite number"),
+        ({"beside": torch.tensor(3)}, r"rest is tensor\(3\), not a finite number"),
         ({"text": lambda self, cost: 1 / 0}, "failed while writing a cost: ZeroDivisionError"),
         ({"text": lambda self, cost: cost}, "text returned float, not a string"),
     ],
@@ -259,6 +261,20 @@ def test_a_measurement_that_is_none_names_the_resource() -> None:
     measured = type("Broken", (Broken,), {"measure": lambda self, *_, **__: np.arange(3)})()
     with pytest.raises(PluginError, match=r"resource 'broken'.* no Costs with a measurement"):
         costs_of(measured, tiny_model("llama"), context=64)
+
+
+def test_a_digest_that_is_no_text_is_named() -> None:
+    tables = [np.arange(units + 1.0) for units in (2, 48) * 3]
+    costs = Costs(tables, measurement=Measurement("made up", digest=7, text="{}"))  # type: ignore[arg-type]
+    measured = type("Broken", (Broken,), {"measure": lambda self, *_, **__: costs})()
+    with pytest.raises(PluginError, match=r"resource 'broken'.*digest of its Measurement is 7, not text"):
+        costs_of(measured, tiny_model("llama"), context=64)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """A cost is written as JSON, which numpy's numbers are not."""
+    priced = type("Broken", (Broken,), {"price": np.float32(2), "beside": np.int64(5)})()
+    assert json.dumps(costs_of(priced, tiny_model("llama"), context=64).of([1] * 6)) == "17.0"
 
 
 def test_every_sublayer_has_a_price_of_its_own() -> None:
