@@ -47,13 +47,13 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
     import torch
 
     given = {"weight": weight, **_tensors(stats)}
-    before = {name: _fingerprint(tensor) for name, tensor in given.items()}
+    before = {name: fingerprint(tensor) for name, tensor in given.items()}
     doing = f"scoring {sublayer.name}"
     with torch.no_grad():
         scores = call_plugin(criterion, lambda: criterion.score(weight, stats), doing, hint=_missing(stats))
     where = f"{described(criterion)}, {sublayer.name}"
     m, n = weight.shape
-    _check_unchanged(f"{where}: score", given, before)
+    check_unchanged(f"{where}: score", given, before)
     if not isinstance(scores, torch.Tensor):
         raise PluginError(f"{where}: score returned {type(scores).__name__}, not a tensor")
     if tuple(scores.shape) not in ((m, n), (n,)):
@@ -93,7 +93,7 @@ def _unmeasured(evaluation: Evaluation) -> str | None:
     return f"Not measured, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 
 
-def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """Something that changes if a tensor is changed in place, by torch, through numpy or through ``.data``.
 
     Sums of the bits over rows and over columns are exact and cheaper than a copy.
@@ -107,13 +107,14 @@ def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([bits.sum(dim=0), bits.sum(dim=1)])
 
 
-def _check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
+def check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
+    """Raise ``PluginError`` where a tensor that a plugin was given has another fingerprint than before."""
     for name, tensor in given.items():
-        after = _fingerprint(tensor)
+        after = fingerprint(tensor)
         if after.shape != before[name].shape or not after.equal(before[name]):
             raise PluginError(
                 f"{who} changed the {name} it was given, which others still use",
-                hint=f"Compute into a new tensor, e.g. {name}.clone().",
+                hint=f"Compute into a new tensor, e.g. {name.partition(' ')[0]}.clone().",
             )
 
 
@@ -134,12 +135,14 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
         for view in (sublayers if isinstance(sublayers, list | tuple) else ())  # others are read anew each time
         for name, tensor in {"weight": view.weight, "unit_scores": view.unit_scores, **_tensors(view.stats)}.items()
     }
-    before = {name: _fingerprint(tensor) for name, tensor in given.items()}
+    before = {name: fingerprint(tensor) for name, tensor in given.items()}
     hint = _missing(sublayers[0].stats) if sublayers else None
     answer: Any = call_plugin(heuristic, lambda: heuristic.importance(sublayers), "giving importances", hint=hint)
     where = described(heuristic)
-    _check_unchanged(f"{where}: importance", given, before)
+    check_unchanged(f"{where}: importance", given, before)
     try:
+        if answer is None:  # which numpy takes for NaN
+            raise TypeError
         answer = answer.detach().cpu() if torch.is_tensor(answer) else answer
         importance = np.asarray(answer, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError):

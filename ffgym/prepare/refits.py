@@ -8,7 +8,7 @@ import torch
 
 from ffgym.errors import PluginError
 from ffgym.plugins import manager
-from ffgym.plugins.contracts import call_plugin
+from ffgym.plugins.contracts import call_plugin, check_unchanged, fingerprint
 from ffgym.prepare.calibrations import Calibration, Consumer
 from ffgym.pruning.calibration import ConsumerPath
 
@@ -17,8 +17,10 @@ def path_of(calibration: Calibration, consumer: Consumer, where: str) -> Consume
     """Let a calibration refit one consumer; ``where`` is the sublayer's name, for messages.
 
     Raises:
-        PluginError: it raised, or its weights have another shape or are not finite.
+        PluginError: it raised, changed what it was given, or its weights have another shape or are not finite.
     """
+    given = {name: value for name, value in vars(consumer).items() if isinstance(value, torch.Tensor)}
+    before = {name: fingerprint(tensor) for name, tensor in given.items()}
     path = call_plugin(calibration, lambda: calibration.path(consumer), f"refitting {where}")
     if path is consumer.refit:
         return path
@@ -31,6 +33,14 @@ def path_of(calibration: Calibration, consumer: Consumer, where: str) -> Consume
         _check(named.weight_at(kept), (outputs, kept), f"{who}: weight_at({kept})")
         if (bias := named.bias_at(kept)) is not None:
             _check(bias, (outputs,), f"{who}: bias_at({kept})")
+        if bias is None and consumer.bias is not None:
+            raise PluginError(f"{who}: bias_at({kept}) is None, and the consumer has a bias: it would be lost")
+        if bias is not None and consumer.bias is None and not calibration.affine:
+            raise PluginError(
+                f"{who}: bias_at({kept}) is a bias, and the consumer has none",
+                hint="Return None, or say affine = True, which gives every consumer a bias.",
+            )
+    check_unchanged(who, given, before)
     return named
 
 
@@ -54,6 +64,8 @@ class _Named(ConsumerPath):
 
 
 def _check(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise PluginError(f"{what} is {type(tensor).__name__}, not a tensor")
     if tuple(tensor.shape) != shape:
         raise PluginError(f"{what} has shape {tuple(tensor.shape)}, not {shape}")
     if not tensor.isfinite().all():

@@ -287,6 +287,7 @@ def test_importance_comes_back_as_float32() -> None:
         ([0, 0, 2, 0], r"layer 1 attention is 2\.0, not in \[-1, 1\]"),
         ([0, math.nan, 0, 0], "layer 0 mlp is nan"),
         ("high", "str, not an array of numbers"),
+        (None, "NoneType, not an array of numbers"),
         (fail, "failed while giving importances: KeyError"),
     ],
 )

@@ -28,12 +28,13 @@ import ffgym
 class Shifted(ffgym.ConsumerPath):
     def __init__(self, consumer):
         self.weight, self.mean = consumer.weight.float(), consumer.mean.float()
+        self.bias = 0 if consumer.bias is None else consumer.bias.float()
 
     def weight_at(self, channels):
         return self.weight[:, :channels]
 
     def bias_at(self, channels):
-        return self.weight[:, channels:] @ self.mean[channels:]
+        return self.bias + self.weight[:, channels:] @ self.mean[channels:]
 
 class Shift(ffgym.Calibration):
     "Moves the bias by what the removed channels give on average (FLAP)."
@@ -83,7 +84,7 @@ def test_a_calibration_that_fails_in_an_episode_is_named(install: Install, tiny_
     source = SHIFT.replace("return self.weight[:, :channels]", fails_at_8)
     install("acme-shift", source.format(path="Shifted(consumer)"))
     env = make_pruning_env(tiny_run, prune={"calibration": "shift", "ridge": 0.01})
-    with pytest.raises(PluginError, match=r"calibration 'shift' .* refitting layer 0 mlp: .*acme_shift\.py, line 9"):
+    with pytest.raises(PluginError, match=r"calibration 'shift' .* refitting layer 0 mlp: .*acme_shift\.py, line 10"):
         env.prunable.halves[1].cut(8)
 
 
@@ -106,7 +107,7 @@ def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Instal
     ("path", "complaint"),
     [
         ("None", "path returned NoneType, not a ffgym.ConsumerPath"),
-        ("1 / 0", r"failed while refitting layer 0 attention: ZeroDivisionError: .*acme_shift\.py, line 20\)"),
+        ("1 / 0", r"failed while refitting layer 0 attention: ZeroDivisionError: .*acme_shift\.py, line 21\)"),
         (
             "type('Wide', (Shifted,), {'weight_at': lambda self, k: self.weight})(consumer)",
             r"weight_at\(.*\) has shape",
@@ -115,6 +116,8 @@ def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Instal
             "type('Nan', (Shifted,), {'bias_at': lambda self, k: self.weight[:, 0] / 0})(consumer)",
             "holds NaN or infinity",
         ),
+        ("type('Lost', (Shifted,), {'weight_at': lambda self, k: None})(consumer)", "is NoneType, not a tensor"),
+        ("(consumer.weight.mul_(2), Shifted(consumer))[1]", "changed the weight it was given"),
     ],
 )
 def test_a_broken_calibration_is_named(install: Install, tiny_run: dict[str, Any], path: str, complaint: str) -> None:
@@ -122,6 +125,26 @@ def test_a_broken_calibration_is_named(install: Install, tiny_run: dict[str, Any
     with pytest.raises(PluginError, match=complaint) as caught:
         make_pruning_env(tiny_run, prune={"calibration": "shift", "ridge": 0.01})
     assert "calibration 'shift' (package acme-shift 1.0)" in str(caught.value)
+
+
+def test_a_bias_comes_and_goes_only_where_the_calibration_says_so(
+    install: Install, tiny_run: dict[str, Any], tmp_path: Path, word_tokenizer: Any
+) -> None:
+    from ffgym.testing.models import tiny_model
+
+    install("acme-shift", SHIFT.replace("affine = True", "").format(path="Shifted(consumer)"))
+    with pytest.raises(PluginError, match=r"bias_at\(32\) is a bias, and the consumer has none") as caught:
+        make_pruning_env(tiny_run, prune={"calibration": "shift", "ridge": 0.01})
+    assert "affine = True" in str(caught.value.hint)
+    install(
+        "acme-lost",
+        SHIFT.replace("self.bias +", "None and").replace('"shift"', '"lost"').format(path="Shifted(consumer)"),
+    )
+    tiny_model("opt").save_pretrained(tmp_path / "opt")
+    word_tokenizer.save_pretrained(tmp_path / "opt")
+    tables = {**tiny_run, "model": {**tiny_run["model"], "name": str(tmp_path / "opt")}}
+    with pytest.raises(PluginError, match=r"bias_at\(32\) is None, and the consumer has a bias"):
+        make_pruning_env(tables, prune={"calibration": "lost", "ridge": 0.01})
 
 
 def test_a_corpus_is_read_by_its_name_and_part(install: Install) -> None:
