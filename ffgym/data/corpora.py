@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TextIO
 
 from ffgym.data.assets import DEMO_TEXT, fetch
-from ffgym.errors import DataError, UnknownNameError, first_line
+from ffgym.errors import DataError, PluginError, UnknownNameError, first_line
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
@@ -132,7 +132,26 @@ def _found(spec: str) -> Callable[[Role], Corpus]:
 
 def _from_source(spec: str, name: str, part: str, role: Role) -> Corpus:
     source: CorpusSource = manager.create("corpus", name)
-    return call_plugin(source, lambda: _corpus(spec, *source.read(part or None, role)), f"reading corpus {spec!r}")
+
+    def read() -> Corpus:
+        answer: Any = source.read(part or None, role)
+        match answer:
+            case (str() as split, documents) if isinstance(documents, Iterable) and not isinstance(documents, str):
+                return _corpus(spec, split, _texts_of(source, documents))
+        raise PluginError(
+            f"{manager.described(source)}: read returned {type(answer).__name__}, not what was read and its documents",
+            hint='Return a pair: a text such as "train", and a list or generator of documents, each a str.',
+        )
+
+    return call_plugin(source, read, f"reading corpus {spec!r}")
+
+
+def _texts_of(source: CorpusSource, documents: Iterable[Any]) -> Iterator[str]:
+    """The documents, held to be text."""
+    for document in documents:
+        if not isinstance(document, str):
+            raise PluginError(f"{manager.described(source)}: a document is {type(document).__name__}, not a str")
+        yield document
 
 
 def _corpus(name: str, split: str, documents: Iterable[str]) -> Corpus:
@@ -396,20 +415,21 @@ def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:
         return datasets.load_dataset(path, subset, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
         message = f"the hub has no dataset {path!r} (or it is private): {error}"
-        raise DataError(message, hint=_guess(path) + OFFLINE_HINT) from error
+        raise DataError(message, hint=_hint(path)) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # ConnectionError is an OSError; an unknown subset and a folder without data files are ValueErrors or the like.
         if Path(path).is_dir():
             why = first_line(error.__cause__ or error)
             raise DataError(f"folder {path!r} cannot be loaded as text: {why}", hint=FOLDER_HINT) from error
-        raise DataError(f"hub dataset {path!r} cannot be loaded: {error}", hint=_guess(path) + OFFLINE_HINT) from error
+        raise DataError(f"hub dataset {path!r} cannot be loaded: {error}", hint=_hint(path)) from error
 
 
-def _guess(name: str) -> str:
-    """The corpus that may have been meant."""
+def _hint(name: str) -> str:
+    """The corpus that may have been meant, and what needs no hub."""
     known = [*manager.names("corpus"), *(f"{Demo.name}:{part}" for part in DEMO_CORPORA)]
     near = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {near[0]!r}? " if near and near[0] != name else ""
+    guess = f"Did you mean {near[0]!r}? " if near and near[0] != name else ""
+    return manager.with_plugins(guess + OFFLINE_HINT, name)
 
 
 def _choose_split(spec: str, parts: Any, split: str | None, role: Role) -> tuple[str | None, Any]:

@@ -79,7 +79,11 @@ def _of_harness(tasks: Sequence[str]) -> list[str]:
     known = _definitions()[0] if importlib.util.find_spec("lm_eval") is not None else {}
     others = [task for task in tasks if not is_metric(task, known)]
     if others:
-        harness_version()
+        try:
+            harness_version()
+        except ConfigError as error:
+            error.hint = manager.with_plugins(str(error.hint), others[0])
+            raise
     return others
 
 
@@ -120,7 +124,10 @@ def _definition_file(task: str) -> Path:
             f"{task!r} is a group of lm-eval's tasks, and groups are not measured",
             hint=f"Name tasks, like {', '.join(members[:5])}." if members else "Name its tasks.",
         )
-    raise UnknownNameError("task", task, definitions, listed=listed_tasks())
+    metrics = manager.names("metric")
+    error = UnknownNameError("task", task, [*definitions, *metrics], listed=[*metrics, *listed_tasks()])
+    error.hint = manager.with_plugins(str(error.hint), task)
+    raise error
 
 
 @functools.cache

@@ -166,10 +166,21 @@ def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
     also = {"agent": names("heuristic"), "heuristic": ["none"], "recovery": ["none"]}
     known = [*names(kind), *also.get(kind, ())]
     error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)
-    broken = [row for row in discovery.records() if row.failure is not None and not row.provides]
-    if own := [row.failure for row in broken if row.name == name]:
-        error.hint = f"The plugin of this name could not be loaded: {own[0]}. See: ffgym plugins --traceback {name}"
-    elif broken:
-        plugins = "; ".join(f"{Package(row.package or row.name, row.version)} ({row.failure})" for row in broken)
-        error.hint = f"{error.hint} Plugins that could not be loaded and might provide it: {plugins}."
+    error.hint = with_plugins(str(error.hint), name)
     return error
+
+
+def with_plugins(hint: str, name: str) -> str:
+    """A hint for a name that was not found, with what installed plugins have to do with it."""
+    rows = discovery.records()
+    broken = [row for row in rows if row.failure is not None and not row.provides]
+    for own in (row for row in rows if row.name == name):
+        if own in broken:
+            return f"The plugin of this name could not be loaded: {own.failure}. See: ffgym plugins --traceback {name}"
+        provided = ", ".join(f"{kind} {each!r}" for kind, names in own.provides.items() for each in names)
+        failure = f" ({own.failure})" if own.failure else ""
+        return f"The plugin of this name provides {provided or 'nothing'}{failure}. {hint}"
+    if not broken:
+        return hint
+    plugins = "; ".join(f"{Package(row.package or row.name, row.version)} ({row.failure})" for row in broken)
+    return f"{hint} Plugins that could not be loaded and might provide it: {plugins}."

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ffgym.data.corpora import load_text
-from ffgym.errors import PluginError
+from ffgym.errors import DataError, FFGymError, PluginError
 from ffgym.measure.metrics import Loss
 from ffgym.measure.task_definitions import load_tasks
 from ffgym.measure.task_table import TaskTable, as_dict
@@ -160,6 +160,33 @@ def test_a_broken_corpus_is_named(install: Install) -> None:
     install("acme-proverbs", PROVERBS.format(documents="(1 / 0 for _ in range(3))"))
     with pytest.raises(PluginError, match=r"corpus 'proverbs' \(package acme-proverbs 1\.0\) failed while reading"):
         load_text("proverbs", role="search")
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ("['Haste.', 'Less.']", "read returned list, not what was read and its documents"),
+        ("'all', 'One long text.'", "read returned tuple, not what was read and its documents"),
+        ("None", "read returned NoneType"),
+        ("'all', [b'Haste.']", "a document is bytes, not a str"),
+    ],
+)
+def test_a_corpus_that_returns_something_else_is_named(install: Install, answer: str, complaint: str) -> None:
+    source = PROVERBS.format(documents="[]").replace("""return f"{part or 'all'} for {role}", []""", f"return {answer}")
+    install("acme-proverbs", source)
+    with pytest.raises(PluginError, match=rf"corpus 'proverbs' \(package acme-proverbs 1\.0\): {complaint}"):
+        load_text("proverbs", role="search")
+
+
+def test_a_corpus_or_a_metric_whose_plugin_is_broken_is_not_only_looked_for_elsewhere(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    install("acme-broken", "1 / 0")
+    with pytest.raises(DataError, match=r"could not be loaded and might provide it: acme-broken 1\.0 \(ZeroDivision"):
+        load_text("proverbs", role="search")
+    with pytest.raises(FFGymError, match=r"The plugin of this name could not be loaded: ZeroDivisionError"):
+        load_tasks(["acme-broken-entry"])
 
 
 LENGTH = """

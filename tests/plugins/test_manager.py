@@ -242,6 +242,16 @@ def test_a_plugin_that_is_slow_to_import_is_named(
     assert re.search(said, capsys.readouterr().err)
 
 
+def test_a_plugin_that_is_asked_for_by_its_entry_point_says_what_it_provides(install: Install) -> None:
+    install("acme-mine", CRITERION.format(name="mine"))
+    for kind, name in (("criterion", "acme-mine-entry"), ("heuristic", "acme-mine-entry")):
+        with pytest.raises(UnknownNameError, match="The plugin of this name provides criterion 'mine'"):
+            manager.get_class(kind, name)  # type: ignore[call-overload]
+    install("acme-taken", CRITERION.format(name="wanda"))
+    with pytest.raises(UnknownNameError, match=r"provides criterion 'wanda' \(criterion 'wanda' is a built-in"):
+        manager.get_class("criterion", "acme-taken-entry")
+
+
 def test_a_failure_names_file_and_line_and_has_a_traceback(install: Install) -> None:
     install("acme-broken", "x = 1\n1 / 0\n")
     assert str(record("acme-broken").failure).startswith("ZeroDivisionError: division by zero (")
