@@ -46,6 +46,7 @@ class Stock:
         return {"any": True, "divides hidden size": hidden % heads == 0, "dense": heads == dense_heads}[self.heads]
 
 
+NAMES = "Either the class in transformers has changed, or the family's names are wrong: compare them with print(model)."
 # What `modeling_ffgym` has to know about a family.
 PARTS = ("decoder", "query", "key", "value", "attention_consumer", "mlp_producers", "mlp_consumer", "heads", "kv_heads",
          "intermediate", "head_count_attributes", "experts", "router", "expert_count")  # fmt: skip
@@ -110,7 +111,11 @@ class Family(Plugin):
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The decoder layers, first to last."""
-        return list(model.get_submodule(self.decoder).get_submodule("layers").children())
+        try:
+            layers = model.get_submodule(self.decoder).get_submodule("layers")
+        except AttributeError:
+            raise self._missing(model, f"{self.decoder}.layers") from None
+        return list(layers.children())
 
     def expert_modules(self, layer: nn.Module) -> list[Any]:
         """The experts of a layer and their router; nothing where it has an MLP."""
@@ -123,11 +128,26 @@ class Family(Plugin):
 
     def consumer(self, layer: nn.Module, kind: Kind) -> nn.Linear:
         """The linear that reads the units of one half of a layer, which is not one of experts."""
-        return _linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
+        return self._linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
 
     def producers(self, layer: nn.Module, kind: Kind) -> list[nn.Linear]:
         """The linears that write them: query, key, value, or the MLP's; fused ones once."""
-        return [_linear(layer, name) for name in dict.fromkeys(self._producer_names(kind))]
+        return [self._linear(layer, name) for name in dict.fromkeys(self._producer_names(kind))]
+
+    def _linear(self, layer: nn.Module, name: str) -> nn.Linear:
+        try:
+            module = layer.get_submodule(name)
+        except AttributeError:
+            raise self._missing(layer, name) from None
+        if type(module) is not nn.Linear:  # one of a quantised model may be made from it, and holds codes
+            raise ModelError(
+                f"{name} is a {type(module).__name__}, not a plain linear layer",
+                hint="Load the model without quantisation or adapters.",
+            )
+        return module
+
+    def _missing(self, owner: Any, name: str) -> ModelError:
+        return ModelError(f"a {type(owner).__name__} has no {name}, which family {self.name!r} says it has", hint=NAMES)
 
     def rows_per_unit(self, sublayer: Sublayer) -> list[tuple[int, ...]]:
         """How many outputs of each producer a unit owns; of a fused one, in each of its blocks."""
@@ -200,6 +220,9 @@ class Family(Plugin):
 
     def sublayers(self, model: nn.Module) -> list[Sublayer]:
         """The 2L sublayers of a dense model: layer 0 attention, layer 0 mlp, layer 1 attention, ..."""
+        for name in (self.heads, self.kv_heads, "" if self.experts else self.intermediate):
+            if name and not hasattr(model.config, name):
+                raise self._missing(model.config, name)
         head_dim = self.head_dim(model.config)
         layers = self.layers(model)
         return [s for i, layer in enumerate(layers) for s in self._halves(layer, i, head_dim, len(layers))]
@@ -233,6 +256,13 @@ class Family(Plugin):
         """The same, with what goes with one unit of it."""
         consumer, producers = self.consumer(layer, half.kind), self.producers(layer, half.kind)
         rows = [sum(blocks) for blocks in self.rows_per_unit(half)]
+        for count, producer in zip(rows, producers, strict=True):
+            if producer.out_features != count * half.units:
+                raise ModelError(
+                    f"{half.name}: family {self.name!r} names a producer with {producer.out_features} outputs, and its"
+                    f" consumer reads {half.units * half.channels_per_unit} channels, which need {count * half.units}",
+                    hint=NAMES,
+                )
         weights = sum(r * p.in_features for r, p in zip(rows, producers, strict=True))
         weights += half.channels_per_unit * consumer.out_features
         biases = sum(r for r, p in zip(rows, producers, strict=True) if p.bias is not None)
@@ -346,19 +376,3 @@ def _experts(experts: Any, router: Any, index: int, depth: int) -> Sublayer:
         depth=depth,
         experts_per_token=int(router.top_k),
     )
-
-
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = layer.get_submodule(name)
-    except AttributeError:
-        raise ModelError(
-            f"a {type(layer).__name__} has no {name}, which its family says it has",
-            hint="Either the class in transformers has changed, or the family's names are wrong.",
-        ) from None
-    if type(module) is not nn.Linear:  # one of a quantised model may be made from it, and holds codes
-        raise ModelError(
-            f"{name} is a {type(module).__name__}, not a plain linear layer",
-            hint="Load the model without quantisation or adapters.",
-        )
-    return module

@@ -92,13 +92,21 @@ def test_a_config_that_no_family_stands_for_is_refused_with_the_reason(config, m
     assert re.search(hint, raised.value.hint)
 
 
-def test_a_part_that_a_layer_does_not_have_is_named():
-    class Misspelt(Llama):
-        mlp_consumer = "mlp.out_proj"
-
-    model = tiny_model("llama")
-    with pytest.raises(ModelError, match=r"a LlamaDecoderLayer has no mlp\.out_proj"):
-        Misspelt().sublayers(model)
+@pytest.mark.parametrize(
+    ("attribute", "value", "complaint"),
+    [
+        ("mlp_consumer", "mlp.out_proj", r"a LlamaDecoderLayer has no mlp\.out_proj, which family 'llama' says it has"),
+        ("decoder", "transformer", r"a LlamaForCausalLM has no transformer\.layers"),
+        ("heads", "n_head", "a LlamaConfig has no n_head"),
+        ("kv_heads", "n_kv", "a LlamaConfig has no n_kv"),
+        ("intermediate", "n_inner", "a LlamaConfig has no n_inner"),
+        ("mlp_consumer", "mlp.up_proj", "layer 0 mlp: .*a producer with 48 outputs, .*reads 32 channels"),
+    ],
+)
+def test_a_part_that_the_model_does_not_have_is_named(attribute, value, complaint):
+    with pytest.raises(ModelError, match=complaint) as caught:
+        type("Misspelt", (Llama,), {attribute: value})().sublayers(tiny_model("llama"))
+    assert "print(model)" in caught.value.hint
 
 
 def test_a_model_that_was_pruned_before_is_refused():
