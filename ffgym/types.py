@@ -202,13 +202,13 @@ class Evaluation:
     @property
     def kl(self) -> float:
         """Mean KL(P || Q) in nats per token; needs ``kl``."""
-        assert self.kls is not None, "needs kl"
+        assert self.kls is not None, "kl is None: it was not measured"
         return sum(self.kls) / len(self.kls)
 
     @property
     def reverse_kl(self) -> float:
         """Mean KL(Q || P) in nats per token; needs ``reverse_kl``."""
-        assert self.reverse_kls is not None, "needs reverse_kl"
+        assert self.reverse_kls is not None, "reverse_kl is None: it was not measured"
         return sum(self.reverse_kls) / len(self.reverse_kls)
 
     @property

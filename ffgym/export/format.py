@@ -92,6 +92,8 @@ def export(
     def write() -> Exported:
         try:
             return plugin.write(source, place, overwrite=overwrite, progress=progress or (lambda done, total: None))
+        except FileExistsError as error:
+            raise OutputError(f"{place} exists already", hint="Add --overwrite, or name another place.") from error
         except OSError as error:
             hint = "Check both paths, and that you may use them."
             raise OutputError(f"{source} could not be written as {place}: {error}", hint=hint) from error

@@ -88,7 +88,8 @@ def _missing(stats: LayerStats) -> str | None:
 
 def _unmeasured(evaluation: Evaluation) -> str | None:
     """The same for a reward and what it had not asked to be measured."""
-    measured = {"accuracy": evaluation.accuracy, "cost": evaluation.costs}
+    divergences = {"kl": evaluation.kls, "reverse_kl": evaluation.reverse_kls}
+    measured = {**divergences, "accuracy": evaluation.accuracy, "cost": evaluation.costs}
     absent = [name for name, value in measured.items() if value is None]
     return f"Not measured, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pluggy
 
 from ffgym.config.tables import table_model
-from ffgym.errors import PluginError
+from ffgym.errors import PluginError, first_line
 from ffgym.plugins import hookspecs
 from ffgym.plugins.bases import Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
@@ -163,9 +163,9 @@ def _record(entry: EntryPoint, plugin: Loaded) -> PluginRecord:
         provides.setdefault(offer.kind, []).append(offer.cls.name)
     failure = "; ".join(filter(None, map(clash, plugin.offers))) or None
     if plugin.error is not None:
-        failure = f"{type(plugin.error).__name__}: {plugin.error}"
+        failure = f"{type(plugin.error).__name__}: {first_line(plugin.error)}"
         if not isinstance(plugin.error, PluginError | SyntaxError):  # these say where
-            failure += f" ({place_of(plugin.error)})"
+            failure += f" ({place_of(plugin.error, _file_within(plugin.error, entry.module.partition('.')[0]))})"
     return PluginRecord(entry.name, *plugin.package, provides, failure)
 
 
@@ -198,6 +198,13 @@ def place_of(error: BaseException, file: str = "") -> str:
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
     is_check = Path(frame.filename).parent == Path(__file__).parent
     return file if file and is_check and frame.filename != file else f"{frame.filename}, line {frame.lineno}"
+
+
+def _file_within(error: BaseException, package: str) -> str:
+    """The file of a package that was running last; empty where none was."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    own = [frame for frame in frames if str(frame.f_globals.get("__name__")).partition(".")[0] == package]
+    return own[-1].f_code.co_filename if own else ""
 
 
 def _load(entry: EntryPoint) -> Loaded:

@@ -263,7 +263,9 @@ def make_reward(config: RunConfig) -> Reward:
         if not reward.tasks:
             raise ConfigError(
                 f"reward {config.reward.name!r} needs accuracy, but names no tasks to measure it on",
-                hint="Name some, e.g. --set 'reward.tasks=[\"arc_easy\"]', or give accuracy no weight.",
+                hint="Name some, e.g. --set 'reward.tasks=[\"arc_easy\"]', or give accuracy no weight."
+                if "tasks" in type(reward).Config.model_fields
+                else 'Name some in its attribute, e.g. tasks = ("arc_easy",).',
             )
         check_search_tasks(reward.tasks)
     resource_class(config.prune.resource)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import SupportsFloat
 
 import torch
 from rich.console import Console
@@ -44,6 +45,11 @@ from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Evaluation, JSONDict
 
+OUTCOME = {
+    **dict.fromkeys(("before", "after"), (SupportsFloat, "a number")),
+    **dict.fromkeys(("summary", "kept"), (str, "text")),
+    "curve": (dict, "a dict"),
+}
 DIGITS = 12  # of a digest, enough to tell two texts apart
 DECIDES = ("method", "tokens", "batch_tokens", "evaluate_every")  # keys of [recover] that decide a training's numbers
 
@@ -239,6 +245,9 @@ class _Recovery:
             raise PluginError(
                 f"{manager.described(self.method)}: train returned {type(outcome).__name__}, not a TrainingOutcome"
             )
+        for name, (kind, what) in OUTCOME.items():
+            if not isinstance(value := getattr(outcome, name), kind):
+                raise PluginError(f"{manager.described(self.method)}: {name} of its outcome is {value!r}, not {what}")
         if not outcome.after < outcome.before:
             self.loaded = _load(self.source, self.config)
         return outcome

@@ -217,7 +217,8 @@ class TestThirdParty:
     def test_one_without_price_and_measurement_is_refused_when_it_is_loaded(self, install: Any) -> None:
         install("ffgym-energy", ENERGY.replace("def unit_price", "def price_of_unit"))
         (record,) = [row for row in discovery.records() if row.package == "ffgym-energy"]
-        assert "Energy defines neither unit_price nor measure" in str(record.failure)
+        assert "Energy defines neither unit_price nor measure (" in str(record.failure)
+        assert "ffgym_energy.py, line 4)" in str(record.failure), "the author's line, not ffgym's"
         assert "energy" not in manager.names("resource")
 
 

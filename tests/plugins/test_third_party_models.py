@@ -168,6 +168,20 @@ def test_an_export_format_is_chosen_by_name(install: Install, model: Path, tmp_p
     assert "names" in CliRunner().invoke(app, ["ls", "exports"]).stdout
 
 
+def test_a_format_that_leaves_what_is_there_alone_says_how_to_replace_it(
+    install: Install, model: Path, tmp_path: Path
+) -> None:
+    write = 'target.open("wb" if overwrite else "xb").close()'
+    install("acme-format", FORMAT.replace("progress(1, 1)", write).format(answer=EXPORTED))
+    (tmp_path / "names.txt").touch()
+    command = (str(model), "--format", "names", "--output", str(tmp_path / "names.txt"))
+    done = call(*command)
+    assert done.exit_code == 1
+    assert "exists already" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert call(*command, "--overwrite").exit_code == 0
+
+
 def test_what_a_format_does_not_know_or_breaks_is_an_error(install: Install, model: Path, tmp_path: Path) -> None:
     install("acme-format", FORMAT.format(answer="None"))
     where = ("--output", str(tmp_path / "x"))

@@ -172,6 +172,8 @@ def test_its_options_are_validated(pruned: Path, options: list[str], complaint: 
     ("change", "complaint"),
     [
         (("return ffgym.TrainingOutcome(", "return dict("), "train returned dict, not a TrainingOutcome"),
+        (("before=2.0", "before=None"), "before of its outcome is None, not a number"),
+        (("curve={", "curve=None and {"), "curve of its outcome is None, not a dict"),
         (('curve={"rates": rates,', 'curve={"rates": {1, 2},'), "failed while handing back its curve: TypeError"),
         (('axes.plot(curve["rates"]', 'axes.plot(curve["rate"]'), "failed while drawing its curve: KeyError: 'rate'"),
         (("rates = [setup", "rates = 1 / 0 * [setup"), "failed while training the model: ZeroDivisionError"),
