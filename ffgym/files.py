@@ -168,11 +168,18 @@ def writing(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, SafetensorError) as error:  # which says what the disk did
+    except Exception as error:
+        if not is_of_disk(error):
+            raise
         raise OutputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
             hint="Make room on the disk, or choose another folder.",
         ) from error
+
+
+def is_of_disk(error: Exception) -> bool:
+    """Whether a disk refused something; safetensors and tokenizers only repeat what it said, the latter in no type."""
+    return isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "(os error " in str(error))
 
 
 def check_room(folder: Path, needed: int, what: str, hint: str) -> None:
@@ -254,6 +261,11 @@ def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None
         raise OutputError(f"{path} is a folder", hint="Name a file.")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists", hint="Choose another name, or pass --overwrite.")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``OutputError`` where a file could not be written; the folder that it goes into is made."""
     with writing(path), tempfile.TemporaryFile(dir=path.resolve().parent):
         pass
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from latency_tables import made_up_table
 from made_up_episodes import episode
 from stored_runs import write_run
+from tiny_tokenizers import byte_level
 
 from ffgym.bench.cell import CELL_RESULT
 from ffgym.bench.file import read_bench
@@ -121,6 +122,16 @@ def test_what_is_written_in_the_place_of_a_folder_or_a_file_is_whole(tmp_path: P
             part.write_text("new")
     assert (tmp_path / "folder" / "content").read_text() == (tmp_path / "file").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_what_tokenizers_says_of_a_full_disk_is_an_error_with_a_next_step(
+    tmp_path: Path, small_files: Callable[[int], None]
+) -> None:
+    small_files(100)
+    file = tmp_path / "tokenizer.json"
+    with pytest.raises(OutputError, match=r"cannot write .*tokenizer\.json: .* \(os error "), replacing(file) as part:
+        byte_level().backend_tokenizer.save(str(part))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:

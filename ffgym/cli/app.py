@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ffgym.errors import FFGymError, is_out_of_memory
+from ffgym.files import disk_errors
 from ffgym.interrupts import interruptible
 from ffgym.version import __version__
 
@@ -45,7 +46,8 @@ class Guarded(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with disk_errors():  # stdout may be a file on a full disk
+                return super().invoke(ctx)
         except typer.BadParameter as error:
             error.message = error.message.removeprefix("Value error, ")  # typer shows what pydantic calls it
             raise

@@ -20,10 +20,9 @@ from pathlib import Path
 import platformdirs
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
-from safetensors import SafetensorError
 
 from ffgym.errors import AssetError, ConfigError
-from ffgym.files import FileFormat, exclusive_lock, give_ordinary_modes, write_text
+from ffgym.files import FileFormat, exclusive_lock, give_ordinary_modes, is_of_disk, write_text
 
 DEFAULT_SIZE = "50GB"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
@@ -71,12 +70,14 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
             except OSError:
                 if not place.is_dir():  # else another process finished first, and its copy is as good as ours
                     raise
-    except (OSError, SafetensorError) as error:
-        raise storage_error(error, place) from error
     except AssetError as error:
         if not is_damaged:
             raise
         raise AssetError(f"{place} is damaged, and cannot be made again: {error.message}", hint=error.hint) from error
+    except Exception as error:
+        if not is_of_disk(error):
+            raise
+        raise storage_error(error, place) from error
     _verified[place] = _stamps(place)
     return place
 
@@ -111,9 +112,9 @@ def _record(folder: Path) -> None:
     write_text(folder / RECORD, json.dumps(digests, indent=1) + "\n")
 
 
-def storage_error(error: OSError | SafetensorError, place: Path) -> AssetError:
+def storage_error(error: Exception, place: Path) -> AssetError:
     """What to raise where a place in the cache cannot be written."""
-    if any(os.strerror(code) in str(error) for code in FULL_DISK):  # safetensors repeats what the disk said
+    if any(os.strerror(code) in str(error) for code in FULL_DISK):  # libraries repeat what the disk said
         return AssetError(
             f"the disk is full: {place} could not be written",
             hint="Free some space, or set FFGYM_CACHE to a folder on a larger disk.",

@@ -10,7 +10,7 @@ from string import Template
 from typing import Literal
 
 from ffgym.errors import OutputError, PluginError
-from ffgym.files import write_text
+from ffgym.files import replacing, write_text
 from ffgym.plugins import manager
 from ffgym.plugins.kinds import KINDS
 
@@ -60,9 +60,10 @@ def write_package(kind: NewKind, name: str, parent: Path) -> Path:
         f"{kind}.py": f"{module}/__init__.py",
         "test.py": f"tests/test_{module.removeprefix('ffgym_')}.py",
     }
-    for template, place in places.items():
-        text = files("ffgym.plugins").joinpath("templates", f"{template}.template").read_text("utf-8")
-        write_text(folder / place, Template(text).substitute(words))
+    with replacing(folder) as part:
+        for template, place in places.items():
+            text = files("ffgym.plugins").joinpath("templates", f"{template}.template").read_text("utf-8")
+            write_text(part / place, Template(text).substitute(words))
     return folder
 
 

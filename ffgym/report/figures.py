@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ffgym.files import writing
+from ffgym.files import replacing
 from ffgym.types import Allocation, Episode, Kind, Sublayer
 
 if TYPE_CHECKING:
@@ -291,5 +291,5 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write the PNG."""
-    with writing(path):
-        figure.savefig(path, format="png")
+    with replacing(path) as part:
+        figure.savefig(part, format="png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -73,4 +74,11 @@ def test_names_that_are_taken_or_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(FFGymError, match=complaint):
         write_package(kind, name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_no_part_of_a_package(tmp_path: Path, small_files: Callable[[int], None]) -> None:
+    small_files(100)
+    with pytest.raises(OutputError, match="cannot write"):
+        write_package("agent", "mine", tmp_path)
     assert not list(tmp_path.iterdir())
