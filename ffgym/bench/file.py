@@ -100,7 +100,7 @@ def read_bench(file: Path) -> Bench:
         spec = BenchFile.model_validate(content)
     except ValidationError as error:
         problem = config_error(error, BenchFile)
-        raise ConfigError(f"{file}: {problem.message}", hint=problem.hint) from None
+        raise ConfigError(f"{file}: {problem.message}", hint=problem.hint or BENCH_FILE.hint) from None
     lists: dict[str, Sequence[object]] = {"agents": spec.agents, "seeds": spec.seeds}
     lists |= {f"seeds and more_seeds.{label}": spec.seeds_of(label) for label in spec.more_seeds}
     for key, values in lists.items():

@@ -23,7 +23,7 @@ from ffgym.bench.file import read_bench
 from ffgym.bench.table import CellResult, Final, Mark
 from ffgym.config.toml import settings
 from ffgym.costs.latency_table import to_json
-from ffgym.errors import ConfigError, WorkerError
+from ffgym.errors import ConfigError, OutputError, WorkerError
 from ffgym.models.loading import load
 from ffgym.pipeline.agent import policy_digest
 from ffgym.plugins import discovery
@@ -84,6 +84,12 @@ def a_result(cell: Cell) -> CellResult:
 def variant(**tables: Any) -> dict[str, Any]:
     """A bench of ``random`` and of a variant of it."""
     return {"agents": ["random", "other"], "variants": {"other": {"agent": {"name": "random"}, **tables}}}
+
+
+def test_results_that_could_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*file/results/random-seed0\.json: Not a directory"):
+        bench([bench_file(tmp_path, results="file/results")], progress=Console(quiet=True))
 
 
 def test_a_missing_file_is_called_a_bench_file(tmp_path: Path) -> None:
@@ -209,6 +215,10 @@ def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="configures one run") as caught:
         read_bench(file)
     assert f"ffgym run --config {file}" in (caught.value.hint or "")
+    file.write_text("")
+    with pytest.raises(ConfigError, match="needs a value for 'agents'") as caught:
+        read_bench(file)
+    assert caught.value.hint == "docs/bench.md shows one."
 
 
 @pytest.mark.parametrize(
