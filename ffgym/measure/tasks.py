@@ -257,8 +257,8 @@ def check_models(names: Sequence[str]) -> None:
     """
     from ffgym.models.loading import check_source
 
-    for name in names:
-        check_source(_own_name(name))
+    for name in sorted(map(_own_name, names), key=lambda name: name == DENSE_MODEL):  # which may have to be fetched
+        check_source(name)
 
 
 def _own_name(name: str) -> str:

@@ -181,11 +181,11 @@ def load(
 
 
 def check_source(name: str) -> None:
-    """Raise what :func:`load` would raise before it reads weights, so that no model waits in vain for an earlier one.
-
-    A hub id is not checked.
-    """
-    _locate(name)
+    """Raise what :func:`load` would raise before it reads weights, so that no model waits in vain for another."""
+    if _locate(name).folder is None:
+        offline = only_cached(name, None)
+        check_hub_config(name, None, any_family=True, local_files_only=offline)
+        _config(name, name, {"local_files_only": offline})
 
 
 def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:

@@ -121,6 +121,18 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     refused(call(str(tmp_path / "nowhere"), "--tasks", "piqa"), "does not exist")
 
 
+def test_a_hub_id_that_cannot_be_had_is_refused_before_data_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = call("nobody/nothing", "--tasks", "piqa")
+    refused(done, "'nobody/nothing' is no folder here, and could not be loaded from the hub")
+    assert "Data: " not in done.stderr
+
+
+def test_no_model_is_fetched_for_a_task_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ffgym.models.loading.fetch", lambda asset: pytest.fail("fetched the demo model"))
+    refused(call("demo", "--tasks", "hellaswagg"), "Did you mean 'hellaswag'?")
+
+
 def test_no_model_at_all() -> None:
     refused(call("--tasks", "piqa"), "no model to measure")
 

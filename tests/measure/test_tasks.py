@@ -337,9 +337,9 @@ def test_dense_is_another_name_of_the_demo_model(monkeypatch):
     import ffgym.models.loading
 
     seen: list[str] = []
-    monkeypatch.setattr(ffgym.models.loading, "_locate", lambda name: seen.append(name) or ("", ""))
+    monkeypatch.setattr(ffgym.models.loading, "check_source", seen.append)
     check_models(["dense", "demo", "other"])
-    assert seen == ["demo", "demo", "other"]
+    assert seen == ["other", "demo", "demo"]
 
 
 def test_all_models_are_looked_for_before_the_first_is_measured(folder, tmp_path):
