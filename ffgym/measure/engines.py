@@ -7,6 +7,7 @@ streams completions from ``/v1/completions``. Its servers are child processes on
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import http.client
 import importlib.util
@@ -39,6 +40,8 @@ from ffgym.models.loading import load_config
 from ffgym.models.origin import weights_on_disk
 from ffgym.plan.machine import group_limits
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 HOST = "127.0.0.1"
 START_SECONDS = 900
 END_SECONDS = 15
@@ -342,6 +345,7 @@ def running(server: Server, log: Path) -> Iterator[Running]:
                 stderr=subprocess.STDOUT,
                 env={name: value for name, value in {**os.environ, **changes}.items() if value is not None},
                 start_new_session=True,
+                preexec_fn=None if C_LIBRARY is None else _end_with_parent,
             )
         started = Running(server, port, log)
         _wait(process, started)
@@ -365,6 +369,12 @@ def _wait(process: subprocess.Popen[bytes], started: Running) -> None:
                     return
         time.sleep(0.1)
     raise started.failed(f"did not answer within {START_SECONDS // 60} minutes")
+
+
+def _end_with_parent() -> None:
+    """Have Linux send this process SIGTERM when its parent is killed, which cannot end it any more."""
+    assert C_LIBRARY is not None
+    C_LIBRARY.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

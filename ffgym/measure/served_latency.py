@@ -22,6 +22,7 @@ from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, Serving, 
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError
 from ffgym.export.checkpoint import save_pruned
+from ffgym.files import check_room
 from ffgym.measure.bursts import prompt_maker, serve_in_turn
 from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Server, Setting, check_dtype
 from ffgym.measure.serving import SPARE_TOKENS
@@ -83,6 +84,7 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
             the model, a server that dies or does not answer.
         BudgetError: a model with mixtures of experts.
         ConfigError: it takes fewer tokens than ``context``, or its dtype is none that engines serve.
+        OutputError: the disk has no room for the models that are served.
     """
     reporter = Reporter(progress)
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
@@ -131,6 +133,14 @@ def _timed(
 ) -> LatencyTable:
     shapes = layer_shapes(loaded.model)
     probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in grid(shape.units, PARTS)[:-1]]
+    removed = sum(shapes.count(p.shape) * (p.shape.units - p.size) * p.shape.unit_params for p in probes)
+    numbers = (len(probes) + 1) * sum(parameter.numel() for parameter in loaded.model.parameters()) - removed
+    check_room(
+        setting.scratch,
+        numbers * loaded.dtype.itemsize * (2 if options.engine == "llama-cpp" else 1),  # GGUF files besides
+        f"what {options.engine} is to serve",
+        hint="Free some space, or set TMPDIR to a folder on a larger disk.",
+    )
     servers = list[Server]()
     with reporter.stage(f"save the models for {options.engine}", len(probes) + 1, "models") as stage:
         for model in _saved(loaded, shapes, probes, setting.scratch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.costs.latency_table import LatencyTable
 from ffgym.costs.resource import Setting, resource_named
-from ffgym.errors import BudgetError, ConfigError, ModelError
+from ffgym.errors import BudgetError, ConfigError, ModelError, OutputError
 from ffgym.measure import served_latency
 from ffgym.measure.bursts import Answer, Burst
 from ffgym.measure.engines import Server
@@ -103,6 +104,15 @@ def test_an_engine_that_is_not_installed_is_refused_before_the_model_is_loaded(m
     monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
     with pytest.raises(ModelError, match="vLLM is not installed for /no/such/python"):
         timed(model="no/such/model")
+
+
+def test_a_disk_without_room_for_the_models_is_refused_before_one_is_saved(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(OutputError, match=r"what vllm is to serve takes .* are free in") as raised:
+        timed()
+    assert "TMPDIR" in str(raised.value.hint)
 
 
 def test_a_model_that_llama_cpp_cannot_say_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import signal
 import sys
@@ -54,15 +55,15 @@ def silently(given: Options) -> ServingMeasurement:
     return measure_serving(given, progress=Console(file=io.StringIO()))
 
 
+def has_ended(pid: int) -> bool:
+    """Also where nobody has noticed yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def assert_no_process_is_left(log: Path) -> None:
-    """Nobody may have noticed yet that a child of a server has ended."""
-
-    def has_ended(pid: int) -> bool:
-        try:
-            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
     until(lambda: all(has_ended(pid) for line in noted(log, "started") for pid in line["pids"]))
 
 
@@ -166,6 +167,20 @@ def test_sigterm_ends_a_server_that_hangs_and_what_it_has_started(
     done = interrupted(command, signal.SIGTERM, lambda: noted(log, "started"))
     assert "KeyboardInterrupt" in done.stderr
     assert_no_process_is_left(log)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent was killed")
+def test_a_server_ends_when_the_process_that_started_it_is_killed(log: Path, tmp_path: Path) -> None:
+    server = [sys.executable, fake_engine.__file__, "--model", "x"]
+    interrupted(
+        [sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path / "server.log"), *server],
+        signal.SIGKILL,
+        lambda: noted(log, "started"),
+    )
+    (started,) = noted(log, "started")
+    own, child = started["pids"]
+    until(lambda: has_ended(own))
+    os.kill(child, signal.SIGKILL)  # a real engine ends its children on SIGTERM
 
 
 @pytest.mark.slow
