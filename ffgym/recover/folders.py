@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ffgym.errors import OutputError
 from ffgym.export.checkpoint import refuse_occupied
+from ffgym.files import check_writable, exclusive_lock
 from ffgym.models.origin import model_folder
 
 
@@ -23,6 +26,24 @@ def output_folder(source: Path) -> Path:
 def unfinished_folder(place: Path) -> Path:
     """Where the checkpoints of a training lie until its model is saved."""
     return place.with_name(f"{place.name}.unfinished")
+
+
+@contextmanager
+def place_lock(place: Path) -> Iterator[None]:
+    """Keep other trainings away from where a recovered model goes; one that was killed keeps nobody away.
+
+    Raises:
+        OutputError: another training holds it, or it cannot be written to.
+    """
+    lock = place.with_name(f".{place.name}.lock")
+    check_writable(lock)
+    with exclusive_lock(lock) as mine:
+        if not mine:
+            raise OutputError(
+                f"another training is writing to {place}",
+                hint="Let it end or stop it, or choose another folder with --output DIR.",
+            )
+        yield
 
 
 def check_output(source: Path, place: Path, overwrite: bool) -> None:

@@ -32,7 +32,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
-from ffgym.recover.folders import check_output, output_folder, unfinished_folder
+from ffgym.recover.folders import check_output, output_folder, place_lock, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
@@ -146,23 +146,24 @@ def train_and_save(
         texts: the text, where it has been gathered already.
     """
     method = check_method(config.recover, dense)
-    with reporter.stage("load model and text", 1):
-        loaded = _load(source, config)
-        texts = texts or gather(config, loaded)
-    reporter.print(texts.describe(config.recover.tokens))
-    checkpoint = Checkpoint(unfinished_folder(place), _identity(config, method, source, loaded, texts, dense))
-    checkpoint.claim(overwrite=overwrite)
-    recovery = _Recovery(config, method, source, dense, loaded, texts, checkpoint, tracker, reporter)
-    recovery.log_start()
-    if checkpoint.exists:
-        reporter.print(f"going on with the training in {checkpoint.folder}")
-    try:
-        outcome = recovery.train()
-        return recovery.save(outcome, recovery.compare(), place, overwrite)
-    except KeyboardInterrupt:
+    with place_lock(place):
+        with reporter.stage("load model and text", 1):
+            loaded = _load(source, config)
+            texts = texts or gather(config, loaded)
+        reporter.print(texts.describe(config.recover.tokens))
+        checkpoint = Checkpoint(unfinished_folder(place), _identity(config, method, source, loaded, texts, dense))
+        checkpoint.claim(overwrite=overwrite)
+        recovery = _Recovery(config, method, source, dense, loaded, texts, checkpoint, tracker, reporter)
+        recovery.log_start()
         if checkpoint.exists:
-            reporter.print(f"the training so far is in {checkpoint.folder}, and the same command continues it")
-        raise
+            reporter.print(f"going on with the training in {checkpoint.folder}")
+        try:
+            outcome = recovery.train()
+            return recovery.save(outcome, recovery.compare(), place, overwrite)
+        except KeyboardInterrupt:
+            if checkpoint.exists:
+                reporter.print(f"the training so far is in {checkpoint.folder}, and the same command continues it")
+            raise
 
 
 def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedModel:

@@ -33,7 +33,7 @@ from ffgym.pipeline import pipeline
 from ffgym.prepare.parts import load_parts
 from ffgym.recover import lora as lora_module
 from ffgym.recover import recover
-from ffgym.recover.folders import find_run_config, unfinished_folder
+from ffgym.recover.folders import find_run_config, place_lock, unfinished_folder
 from ffgym.recover.result import RecoveredModel
 from ffgym.recover.text import gather
 
@@ -275,6 +275,11 @@ def test_the_same_command_goes_on_and_ends_with_the_same_bits(
     for name in ("recovery.json", "recovery.png"):
         assert (tmp_path / "parts" / name).read_bytes() == (whole / name).read_bytes()
     assert not (tmp_path / "parts.unfinished").exists()
+
+
+def test_a_place_belongs_to_one_training_at_a_time(folder: Path, tmp_path: Path) -> None:
+    with place_lock(tmp_path / "out"), pytest.raises(OutputError, match=r"another training is writing to .*out"):
+        recovered(folder, output=tmp_path / "out")
 
 
 def test_ctrl_c_in_the_terminal_saves_and_exits_130(folder: Path, tmp_path: Path) -> None:
