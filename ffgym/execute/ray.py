@@ -241,7 +241,7 @@ def _begin(ray: Any, address: str | None) -> None:
         ray.init(address=address, **quiet)
     except Exception as error:
         hint = "It needs the same Python and Ray. If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token)."
-        hint = "pip install 'ffgym[ray]', on its machines too." if isinstance(error, ImportError) else hint
+        hint = "Install the extra 'ray', on its machines too." if isinstance(error, ImportError) else hint
         raise WorkerError(f"cannot join the Ray cluster at {at}: {first_line(error)}", hint=hint) from None
 
 
@@ -408,7 +408,7 @@ def _cannot_begin(error: Exception) -> WorkerError:
     said = str(error).strip().splitlines()[-1]
     return WorkerError(
         f"a worker cannot begin on its machine: {said}",
-        hint="All machines need the same environment: pip install 'ffgym[ray]', in the same versions.",
+        hint="All machines need the same environment: the same ffgym with the extra 'ray', see docs/scale.md.",
     )
 
 

@@ -16,7 +16,7 @@ from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import expected_tokens
-from ffgym.search.log import read_episodes
+from ffgym.search.log import count_episodes
 from ffgym.search.loop import SearchInterrupted, SearchResult, search_front
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, Update
@@ -103,7 +103,7 @@ def tracked_search(
     settings = search_settings(config)
     size = env.episode_windows * env.window_tokens
     finals = expected_tokens(settings.finalists, config.search.final_tokens) if agent.searches else 0
-    earlier = len(read_episodes(log)) if log.exists() else 0
+    earlier = count_episodes(log) if log.exists() else 0
     if earlier:
         progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")
     total = settings.episodes * size + finals * len(config.targets)
