@@ -41,7 +41,16 @@ def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = Fa
     ffgym run --model ./my-model --resource latency
     ffgym run --sparsity 0.1:0.5 --save-all    one policy for the whole range
     """
+    # What can be refused at once is: the imports below take seconds.
+    from ffgym.pipeline.folder import check_output, reopen_folder
+
+    spelled_out = with_options(config)
+    check_agent_fits(config)
     check_folder_architecture(config.model.name)
+    if resume is None:
+        check_output(config)
+    else:
+        reopen_folder(resume, spelled_out)
     from rich.console import Console
 
     from ffgym.pipeline import pipeline

@@ -35,6 +35,7 @@ WRITTEN = frozenset(
 # For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered. What ffgym recover writes.
 WRITTEN_PER_POINT = re.compile(
     r"allocation-0\.\d+\.json|model-0\.\d+|model(-0\.\d+)?-recovered(\.unfinished|\.unsent\.(jsonl|lock))?"
+    r"|\.model(-0\.\d+)?-recovered\.lock"
 )
 # Files that were being written, or replaced, when a run was killed.
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}(?:\.old)?")
@@ -53,27 +54,44 @@ def claim_folder(config: RunConfig) -> Path:
     Raises:
         OutputError: occupied, or it cannot be made or written.
     """
-    out = config.output
-    folder = Path("runs" if out.dir is None else out.dir).expanduser()
-    try:
-        if out.dir is None:
+    check_output(config)
+    named = config.output.dir
+    folder = Path("runs" if named is None else named).expanduser()
+    with _claiming(folder):
+        if named is None:
             folder = _new_folder(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{config.agent.name}-{config.criterion.name}")
-        if folder.is_dir() and contents(folder):
-            if not out.overwrite:
-                raise OutputError(
-                    f"the output folder {folder} exists and is not empty",
-                    hint="Choose another one with --output DIR, replace its contents with --overwrite, or continue "
-                    "an interrupted run with --resume DIR.",
-                )
-            _keep_what_it_reads(config, folder)
-            _refuse_what_is_foreign(folder)
         _require_writable(folder)
+    return folder.resolve()
+
+
+def check_output(config: RunConfig) -> None:
+    """Refuse the output folder of a configuration as :func:`claim_folder` does, as far as looking at it tells."""
+    out = config.output
+    if out.dir is None:
+        return
+    folder = Path(out.dir).expanduser()
+    with _claiming(folder):
+        if not folder.exists() or not contents(folder):
+            return
+    if not out.overwrite:
+        raise OutputError(
+            f"the output folder {folder} exists and is not empty",
+            hint="Choose another one with --output DIR, replace its contents with --overwrite, or continue "
+            "an interrupted run with --resume DIR.",
+        )
+    _keep_what_it_reads(config, folder)
+    _refuse_what_is_foreign(folder)
+
+
+@contextmanager
+def _claiming(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"cannot write to the output folder {folder}: {error.strerror or error}",
             hint="With --output DIR, choose a folder on a writable disk with free space.",
         ) from error
-    return folder.resolve()
 
 
 def _new_folder(parent: Path, name: str) -> Path:
@@ -121,11 +139,12 @@ def stored_config(folder: Path) -> RunConfig:
         OutputError: it is no run's folder.
         ConfigError: its ``config.toml`` is damaged, or holds what this version does not know.
     """
+    if (folder / "config.json").is_file():  # with a copy of config.toml beside it
+        raise OutputError(f"{folder} is the folder of a saved model", hint="Name the folder of the run that saved it.")
     if not (folder / "config.toml").is_file():
         what = "has no config.toml" if folder.is_dir() else "does not exist"
         raise OutputError(
-            f"there is no run to resume in {folder}: it {what}",
-            hint="Give the folder of a run that was interrupted, or leave --resume out.",
+            f"there is no run in {folder}: it {what}", hint="Name a run's folder; `ffgym runs` lists them."
         )
     return load_config(folder / "config.toml")
 
@@ -144,6 +163,11 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
     folder = folder.expanduser()
     stored = configured.with_options(stored_config(folder))
     for key, there, here in differences(stored, config):
+        if key.startswith("recover."):
+            raise ConfigError(
+                f"the run in {folder} has {key} = {there!r}, this one {here!r}",
+                hint=f"Resume it without, then train its model by `ffgym recover {folder}`, which takes these options.",
+            )
         raise ConfigError(
             f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes cannot be reused",
             hint=f"Give it {key} = {there!r}, or start in another folder with --output DIR.",

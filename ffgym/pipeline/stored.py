@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat
 
 from ffgym.config.mixture import described
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import PLUGIN_TABLES, differences, load_config
+from ffgym.config.toml import PLUGIN_TABLES, differences
 from ffgym.costs.resource import resource_named
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
 from ffgym.pipeline.artifacts import WINDOW_LOSSES
-from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command
+from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command, stored_config
 from ffgym.plugins import manager
 from ffgym.report.comparison import ComparedRun, Comparison
 from ffgym.report.table import Cost, ReportTable, Row
@@ -72,12 +72,8 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
                 f"the folder of the run {found.name} ({found.id}) {where}", hint="Name the folder where it lies now."
             )
         folder = found.folder
-    if not (folder / "config.toml").is_file():
-        raise OutputError(
-            f"{folder} is no run's folder: it has no config.toml", hint="`ffgym runs` lists runs and their folders."
-        )
-    has_table = (folder / "report.json").is_file()
-    return StoredRun(folder.resolve(), load_config(folder / "config.toml"), read_table(folder) if has_table else None)
+    config, has_table = stored_config(folder), (folder / "report.json").is_file()
+    return StoredRun(folder.resolve(), config, read_table(folder) if has_table else None)
 
 
 def read_table(folder: Path) -> ReportTable:

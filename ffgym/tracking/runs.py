@@ -101,7 +101,10 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
         if run_id is None:
             raise TrackingError(f"the run in {folder} was not tracked", hint="Name one that `ffgym runs` lists.")
         return run_with_id(root, run_id, f"{folder}: ")
-    runs = list_runs(root, experiment)
+    try:
+        runs = list_runs(root, experiment)
+    except TrackingError as error:
+        raise TrackingError(f"{text!r} is no folder of a run, and {error.message}", hint=error.hint) from error
     matches = (
         [run for run in runs if run.id == text],
         [run for run in runs if run.name == text],

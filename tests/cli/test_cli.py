@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -95,6 +96,12 @@ QUICK = (
     "config --agent uniform",
 )
 REFUSED = ("plan model", "run --model model", "prepare --model ./model")
+REFUSED_RUNS = {
+    "run --output full": "output folder full exists and is not empty",
+    "run --agent reinforse": "Did you mean 'reinforce'?",
+    "run --criterion wandaa": "Did you mean 'wanda'?",
+    "run --resume full": "there is no run in full",
+}
 STARTED = f"""
 import sys
 
@@ -112,7 +119,7 @@ for command in {QUICK!r}:
     except SystemExit as left:
         assert not left.code
     heavy(command)
-for command in {REFUSED!r}:
+for command in {(*REFUSED, *REFUSED_RUNS)!r}:
     try:
         app(command.split(), standalone_mode=False)
     except SystemExit as left:
@@ -121,13 +128,15 @@ for command in {REFUSED!r}:
 """
 
 
-def test_quick_commands_and_refused_models_import_nothing_heavy(tmp_path: Path) -> None:
+def test_quick_commands_and_what_is_refused_at_once_import_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "full" / "of").mkdir(parents=True)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "starcoder2"}')
     root = {**os.environ, "PYTHONPATH": str(Path(ffgym.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, env=root, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("architecture 'starcoder2' is not supported") == len(REFUSED)
+    assert [said for said in REFUSED_RUNS.values() if said not in done.stderr] == []
 
 
 def test_version_is_the_projects() -> None:
@@ -298,6 +307,18 @@ def test_a_path_that_the_system_refuses_is_said_without_a_traceback(path: str, s
     assert done.stderr.startswith("error: ")
     assert said in done.stderr
     assert "hint: " in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_under_stdout_is_said_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        with pytest.raises(SystemExit, match="1"):
+            app(["ls", "agents"])
+        monkeypatch.undo()
+    assert capsys.readouterr().err.startswith("error: cannot write results: No space left on device")
 
 
 def test_a_refresh_writes_nowhere_else(tmp_path: Path) -> None:

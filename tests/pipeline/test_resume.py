@@ -368,7 +368,7 @@ class TestRefusals:
         (tmp_path / "empty").mkdir()
         with pytest.raises(OutputError, match=what) as raised:
             go(config(tmp_path), resume=tmp_path / name)
-        assert "leave --resume out" in str(raised.value.hint)
+        assert "`ffgym runs` lists them" in str(raised.value.hint)
         assert not (tmp_path / "nowhere").exists()
 
 
@@ -426,7 +426,9 @@ def test_the_folder_alone_or_the_same_command_with_it(whole: Path, tmp_path: Pat
     [
         (["--resume", "{whole}", "--sparsity", "0.3"], "has prune.sparsity = 0.2, this one 0.3"),
         (["--resume", "{whole}", "--agent", "random"], "has agent.name = 'reinforce', this one 'random'"),
-        (["--resume", "{tmp}/nowhere"], "there is no run to resume in"),
+        (["--resume", "{whole}", "--recover", "lora"], "then train its model by `ffgym recover"),
+        (["--resume", "{tmp}/nowhere"], "there is no run in"),
+        (["--resume", "{whole}/model"], "is the folder of a saved model"),
         (["--output", "{whole}"], "exists and is not empty"),
     ],
 )

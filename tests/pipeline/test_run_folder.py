@@ -71,6 +71,7 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
         ".model-0.20-recovered.part-0123abcd",
         "unsent.lock",
         "model-recovered.unsent.lock",
+        ".model-recovered.lock",
     ],
 )
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path, name: str) -> None:
