@@ -264,6 +264,7 @@ def _next_step(uri: str, reason: str) -> str:
             f"If that was an older one, copy the database and run `mlflow db upgrade {named}`; if a newer one, run "
             "`pip install --upgrade mlflow`;",
         ),
+        ("unsupported URI", "Correct MLFLOW_TRACKING_URI, or unset it,"),
         ("not a database", "Move that file away,"),
         ("locked", "Let the program that holds it finish,"),
         ("could not be acquired", "Let the program that holds it finish,"),

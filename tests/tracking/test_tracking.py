@@ -615,6 +615,12 @@ def test_a_deleted_experiment_is_refused(root):
         pass
 
 
+def test_an_address_of_no_kind_that_mlflow_knows_is_named(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://x")
+    with pytest.raises(TrackingError, match=r"nonsense://x.*\n.*Correct MLFLOW_TRACKING_URI"), Tracker(root, "a", "b"):
+        pass
+
+
 def test_a_disk_that_fills_up_is_a_tracking_error_and_not_sql(root, small_files):
     def log_much(tracker):
         small_files((root / "mlflow.db").stat().st_size)
