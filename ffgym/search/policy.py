@@ -72,14 +72,22 @@ def policy_text(agent: str, sparsity: float | str, sublayers: Sequence[Sublayer]
         sparsity: what it was trained at, or the range.
         sublayers: the 2L sublayers that its importances are for.
         state: what the agent's ``state`` returned.
+
+    Raises:
+        TypeError, ValueError: the state could not be read again.
     """
+    if not (isinstance(state, dict) and all(isinstance(key, str) for key in state)):
+        raise TypeError(f"the state is {state!r}, not a dict with text as keys")
     policy = {
         "agent": agent,
         "sparsity": sparsity,
         "sublayers": [sublayer.name for sublayer in sublayers],
         "state": state,
     }
-    return json.dumps(policy, default=_plain)
+    try:
+        return json.dumps(policy, default=_plain, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"the state holds NaN or infinity: {error}") from None
 
 
 def _plain(value: Any) -> Any:
