@@ -21,7 +21,7 @@ class Latency(Resource):
     table_key = "latency_table"
 
     def measure(
-        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, notify: Notify | None
+        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress, notify: Notify
     ) -> Costs:
         """Costs by a latency table.
 
@@ -32,7 +32,6 @@ class Latency(Resource):
         from ffgym.costs.latency_cache import cached_table, notify_if_busy
         from ffgym.costs.latency_table import layer_shapes, read_table, to_json
 
-        notify = notify or (lambda line: None)
         if file is None:
             table = cached_table(model, context=setting.context, on_progress=on_progress, notify=notify)
         else:

@@ -111,7 +111,7 @@ class Resource(Plugin):
         return 0
 
     def measure(
-        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress | None, notify: Notify | None
+        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress, notify: Notify
     ) -> Costs:
         """Measure a dense causal LM and leave it as it was; the result has a ``measurement``.
 
@@ -187,7 +187,8 @@ def costs_of(
 
     def ask() -> Costs:
         if resource.is_measured():
-            return resource.measure(model, setting, file=file, on_progress=on_progress, notify=notify)
+            advance, say = on_progress or (lambda done, steps: None), notify or (lambda text: None)
+            return resource.measure(model, setting, file=file, on_progress=advance, notify=say)
         prices = [number(resource.unit_price(s, setting), f"unit_price of {s.name}") for s in sublayers]
         tables = [np.arange(s.units + 1) * price for s, price in zip(sublayers, prices, strict=True)]
         return Costs(tables, resource.rest(model, setting))

@@ -176,7 +176,8 @@ def with_plugins(hint: str, name: str) -> str:
     broken = [row for row in rows if row.failure is not None and not row.provides]
     for own in (row for row in rows if row.name == name):
         if own in broken:
-            return f"The plugin of this name could not be loaded: {own.failure}. See: ffgym plugins --traceback {name}"
+            see = f"`ffgym plugins --traceback {name}` shows where."
+            return f"The plugin of this name could not be loaded: {own.failure}. {see}"
         provided = ", ".join(f"{kind} {each!r}" for kind, names in own.provides.items() for each in names)
         failure = f" ({own.failure})" if own.failure else ""
         return f"The plugin of this name provides {provided or 'nothing'}{failure}. {hint}"

@@ -29,7 +29,7 @@ from ffgym.pipeline import pipeline
 from ffgym.pipeline.task import open_task
 from ffgym.plugins import discovery, manager
 from ffgym.prepare import configured
-from ffgym.prepare.parts import make_reward
+from ffgym.prepare.parts import make_pruning_env, make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
@@ -189,6 +189,10 @@ class TestThirdParty:
         assert resumed.measurements["heat"].digest == "digest-of-1"
         overwriting = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
         assert "heat: thermometer at 2" in finish(overwriting)[1]
+
+    def test_its_progress_is_shown_to_nobody_where_nobody_looks(self, install: Any, tiny_run: dict[str, Any]) -> None:
+        install("ffgym-heat", HEAT)
+        assert make_pruning_env(tiny_run, prune={"resource": "heat", "ridge": 0.1}).budget.dense_cost > 0
 
     def test_a_bench_would_measure_it_in_every_cell(self, install: Any, tmp_path: Path) -> None:
         install("ffgym-heat", HEAT)
