@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -129,10 +130,22 @@ def store_key(
 
 
 def _source(cls: type) -> str | None:
+    """The code of a class: its module, and of another's package all modules, since it may call any of them.
+
+    ``None`` for a class that was typed into a prompt.
+    """
+    module: Any = inspect.getmodule(cls) or cls
     try:
-        return inspect.getsource(inspect.getmodule(cls) or cls)
-    except (OSError, TypeError):  # typed into a prompt
+        own = inspect.getsource(module)
+    except (OSError, TypeError):
         return None
+    outermost, package = "", getattr(module, "__package__", None) or ""
+    while file := getattr(sys.modules.get(package), "__file__", None):  # a namespace package has none
+        outermost, package = file, package.rpartition(".")[0]
+    if not outermost or cls.__module__.partition(".")[0] == "ffgym":
+        return own
+    files = sorted(Path(outermost).parent.rglob("*.py"))
+    return "\0".join(file.read_text("utf-8", errors="replace") for file in files)
 
 
 def decisive_code() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import shutil
 import sys
@@ -125,6 +126,24 @@ class TestAnotherPreparationHasAnotherStore:
             sys.modules[name] = module
             exec(compile(path.read_text(), str(path), "exec"), vars(module))
             go(told, criterion=module.Mine())
+        assert told.prepared == 3
+
+    def test_with_a_criterion_whose_package_has_changed(
+        self, told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The class is as it was, and what it calls in the module beside it is not."""
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "acme_split").mkdir()
+        (tmp_path / "acme_split" / "__init__.py").write_text(
+            "from ffgym.plugins.bases import Criterion\nfrom acme_split.formula import f\n\n\n"
+            "class Mine(Criterion):\n    name = 'mine'\n\n"
+            "    def score(self, weight, stats):\n        return f(weight)\n"
+        )
+        for sign in "+-":
+            (tmp_path / "acme_split" / "formula.py").write_text(f"def f(weight):\n    return {sign}weight.abs()\n")
+            go(told, criterion=importlib.import_module("acme_split").Mine())
+            for name in ("acme_split", "acme_split.formula"):
+                monkeypatch.delitem(sys.modules, name)
         assert told.prepared == 3
 
     def test_but_not_where_nothing_differs(self, told: Told) -> None:
