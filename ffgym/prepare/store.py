@@ -100,18 +100,20 @@ def store_key(
     """Digest of all that decides the bits of a preparation, headed by the model's type: the name of its store.
 
     Args:
-        model: as it was loaded, its units not yet in order.
+        model: as it was loaded, its units not yet in order. Of another package's family, a change of its code makes
+            another store.
         criterion: orders the units; a change of its code makes another store.
         windows: calibration token ids, shape (windows, length), int64.
         facts: everything else that decides the bits.
         stream: reads weights that are not in memory; the key is the same as for the model in memory.
     """
-    digest = hashlib.sha256()
+    digest, family = hashlib.sha256(), type(family_of(model))
     for part in (
         decisive_code(),
         _source(type(criterion)) or "",
         criterion.config.model_dump_json(),
         json.dumps(facts, sort_keys=True, default=str),
+        *([] if _is_own(family) else [_source(family) or ""]),
     ):
         digest.update(part.encode())
         digest.update(b"\0")
@@ -129,6 +131,10 @@ def store_key(
     return f"{model.config.model_type}-{digest.hexdigest()[:24]}"
 
 
+def _is_own(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "ffgym"
+
+
 def _source(cls: type) -> str | None:
     """The code of a class: its module, and of another's package all modules, since it may call any of them.
 
@@ -142,7 +148,7 @@ def _source(cls: type) -> str | None:
     outermost, package = "", getattr(module, "__package__", None) or ""
     while file := getattr(sys.modules.get(package), "__file__", None):  # a namespace package has none
         outermost, package = file, package.rpartition(".")[0]
-    if not outermost or cls.__module__.partition(".")[0] == "ffgym":
+    if not outermost or _is_own(cls):
         return own
     files = sorted(Path(outermost).parent.rglob("*.py"))
     return "\0".join(file.read_text("utf-8", errors="replace") for file in files)

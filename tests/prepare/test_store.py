@@ -146,6 +146,21 @@ class TestAnotherPreparationHasAnotherStore:
                 monkeypatch.delitem(sys.modules, name)
         assert told.prepared == 3
 
+    def test_of_a_family_whose_code_has_changed(self, told: Told, install: Any) -> None:
+        """Its attention becomes one unit: the orders of before have as many units as it had groups."""
+        family = (
+            "import ffgym\n\n\nclass Starcoder2(ffgym.Family):\n    name = 'starcoder2'\n"
+            "    mlp_producers = ('mlp.c_fc',)\n    mlp_consumer = 'mlp.c_proj'\n    whole_attention = {whole}\n\n\n"
+            "@ffgym.hookimpl\ndef ffgym_families():\n    return [Starcoder2]\n"
+        )
+        install("acme-before", family.format(whole=False))
+        go(told, tiny_model("starcoder2"))
+        install("acme-after", family.format(whole=True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FFGYM_LOAD_PLUGINS", "acme-after-entry")
+            assert go(told, tiny_model("starcoder2")).prunable.dense_units == (1, 48) * 3
+        assert told.prepared == 3
+
     def test_but_not_where_nothing_differs(self, told: Told) -> None:
         go(told)
         assert told.prepared == 1
