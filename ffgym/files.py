@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from ffgym.errors import FFGymError, OutputError
 
-NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 MOST_BYTES = 64 << 20  # of a JSON file, or of a line; pydantic's parser nests at most 200 deep
 MOST_TOML_BYTES = 256 << 10  # tomllib takes quadratic time and memory where keys are long
 MOST_DOTS = 500  # in a line of TOML: a dotted key nests as deep as it has dots

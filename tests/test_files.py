@@ -28,7 +28,7 @@ from ffgym.config.toml import load_config, to_toml
 from ffgym.costs.latency_table import read_table, to_json
 from ffgym.data.cache import DIGESTS, write_folder_once
 from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
-from ffgym.files import FileFormat, replacing, write_text
+from ffgym.files import FileFormat, disk_errors, replacing, write_text
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.origin import recorded_dense_model
 from ffgym.pipeline.folder import BEST_SO_FAR, RunRecord, read_record, write_record
@@ -132,6 +132,15 @@ def test_what_tokenizers_says_of_a_full_disk_is_an_error_with_a_next_step(
     with pytest.raises(OutputError, match=r"cannot write .*tokenizer\.json: .* \(os error "), replacing(file) as part:
         byte_level().backend_tokenizer.save(str(part))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_may_not_grow_is_an_error_with_a_next_step(
+    tmp_path: Path, small_files: Callable[[int], None]
+) -> None:
+    small_files(100)
+    said = "cannot write results: File too large"
+    with pytest.raises(OutputError, match=said), disk_errors(), Recorder(tmp_path / "episodes.jsonl") as recorder:
+        recorder.record(episode(0, 0, 0.5))
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
