@@ -113,3 +113,12 @@ def test_another_exception_there_is_told_as_before() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, "ZeroDivisionError" in done.stderr) == (0, True)
+
+
+def test_ctrl_c_once_a_command_has_ended_prints_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal, sys\nfrom ffgym.cli import main\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\nsys.argv = ['ffgym', '--version']\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

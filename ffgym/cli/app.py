@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -90,5 +91,9 @@ def top(
 
 def main() -> None:
     """Run the console script ``ffgym``."""
-    with interruptible():
-        app(prog_name="ffgym")
+    try:
+        with interruptible():
+            app(prog_name="ffgym")
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C would end torch's clean-up in a traceback
