@@ -77,4 +77,5 @@ def export(
     for note in written.notes:
         typer.echo(f"note: {note}")
     if written.run:
-        typer.echo(f"run it (needs {written.needs}):\n  {written.run}")
+        needs = f" (needs {written.needs})" if written.needs else ""
+        typer.echo(f"run it{needs}:\n  {written.run}")

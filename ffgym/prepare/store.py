@@ -81,13 +81,16 @@ RECORD = FileFormat("record of a prepared model", Record, AssetError, "Delete it
 def is_stored(criterion: Criterion, calibration: str) -> bool:
     """Whether what is prepared is kept: the cache has room for it, and the code that decides its bits can be read.
 
-    Where a calibration's path is not that of `Ridge`, it is its author's own, and nobody else could write it down.
-
     Raises:
         ConfigError: ``FFGYM_CACHE_SIZE`` is no size.
     """
     is_readable = _source(type(criterion)) is not None
-    return size_limit() > 0 and is_readable and calibration_class(calibration).path is Ridge.path
+    return size_limit() > 0 and is_readable and has_ridge_path(calibration)
+
+
+def has_ridge_path(calibration: str) -> bool:
+    """Whether refits are those of `Ridge`. Others are their author's own, and nobody else could write them down."""
+    return calibration_class(calibration).path is Ridge.path
 
 
 def store_key(

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from ffgym.cli import app
 from ffgym.data.corpora import load_text
 from ffgym.errors import DataError, FFGymError, PluginError
 from ffgym.measure.metrics import Loss
@@ -145,6 +147,17 @@ def test_a_bias_comes_and_goes_only_where_the_calibration_says_so(
     tables = {**tiny_run, "model": {**tiny_run["model"], "name": str(tmp_path / "opt")}}
     with pytest.raises(PluginError, match=r"bias_at\(32\) is None, and the consumer has a bias"):
         make_pruning_env(tables, prune={"calibration": "lost", "ridge": 0.01})
+
+
+def test_a_calibration_whose_refits_nobody_keeps_is_named_where_a_model_is_streamed(
+    install: Install, tiny_run: dict[str, Any]
+) -> None:
+    install("acme-shift", SHIFT.format(path="Shifted(consumer)"))
+    sets = [part for setting in ("model.placement=stream", "data.window=64") for part in ("--set", setting)]
+    done = CliRunner().invoke(app, ["plan", tiny_run["model"]["name"], "--calibration", "shift", *sets])
+    assert done.exit_code == 1
+    assert "the cache keeps no refits of calibration 'shift'" in done.stderr
+    assert "--calibration ridge" in done.stderr
 
 
 def test_a_corpus_is_read_by_its_name_and_part(install: Install) -> None:
