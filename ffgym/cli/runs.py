@@ -65,7 +65,8 @@ def runs(
             [[HEADS.get(key, key) for key in COLUMNS], *([_cell(run, key) for key in COLUMNS] for run in found)]
         )
     else:
-        typer.echo("no runs", err=True)
+        where = "" if place is None else f" with folders in {place}"
+        typer.echo(f"no tracked runs{where}{' pass the filters' if wanted else ''}", err=True)
 
 
 def _is_missing(value: Any) -> bool:
