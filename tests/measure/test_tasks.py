@@ -9,7 +9,6 @@ import math
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,23 +249,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(names, com
     assert caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("settings", "what"),
-    [
-        ({"dataset_kwargs": {"trust_remote_code": True}}, "data set"),
-        ({"metric_list": [{"metric": "f1", "hf_evaluate": True}]}, "metric"),
-    ],
-)
-def test_downloaded_code_is_never_run(monkeypatch, settings, what):
-    odd = SimpleNamespace(cfg={"output_type": "multiple_choice", **settings})
-    monkeypatch.setattr(tasks, "_manager", lambda names: SimpleNamespace(task_index={"odd": odd}))
-    with pytest.raises(DataError, match=f"'odd' needs code that is downloaded with its {what}, which is never run"):
-        load_tasks(["odd"])
-
-
-def test_a_task_of_lm_evals_that_asks_for_remote_code_is_refused():
-    with pytest.raises(DataError, match="never run"):
-        load_tasks(["xnli_va"])
+@pytest.mark.parametrize(("task", "what"), [("xnli_va", "data set"), ("kobest_wic", "metric")])
+def test_downloaded_code_is_never_run(task, what):
+    with pytest.raises(DataError, match=f"{task!r} needs code that is downloaded with its {what}, which is never run"):
+        load_tasks([task])
 
 
 def test_without_lm_eval_the_error_says_how_to_install_it(monkeypatch):
