@@ -80,3 +80,8 @@ class NoCalibration(Ridge):
 def calibration_class(name: str) -> type[Calibration]:
     """The class of that name; errors as in `manager.get_class`."""
     return cast("type[Calibration]", manager.get_class("calibration", name))
+
+
+def has_ridge_path(calibration: type[Calibration]) -> bool:
+    """Whether refits are those of `Ridge`. Others are their author's own, and nobody else could write them down."""
+    return calibration.path is Ridge.path

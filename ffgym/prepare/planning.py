@@ -17,7 +17,8 @@ from ffgym.plan.machine import free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.plugins import manager
-from ffgym.prepare.store import has_ridge_path, is_stored
+from ffgym.prepare.calibrations import calibration_class, has_ridge_path
+from ffgym.prepare.store import is_stored
 from ffgym.pruning.budget import width_step
 from ffgym.pruning.statistics import GRADIENT_STATISTICS
 
@@ -80,7 +81,7 @@ def placed(config: RunConfig, plan: Plan) -> Plan:
 def _what_needs_memory(config: RunConfig, shape: ModelShape) -> tuple[str, str]:
     """Why the layers of a run cannot be streamed, and what to change; empty where they can."""
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
-    if not has_ridge_path(config.prune.calibration):
+    if not has_ridge_path(calibration_class(config.prune.calibration)):
         return f"the cache keeps no refits of calibration {config.prune.calibration!r}", "Use --calibration ridge"
     if not is_stored(criterion, config.prune.calibration):
         return (

@@ -9,7 +9,7 @@ import torch
 from ffgym.errors import PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin, check_unchanged, fingerprint
-from ffgym.prepare.calibrations import Calibration, Consumer
+from ffgym.prepare.calibrations import Calibration, Consumer, has_ridge_path
 from ffgym.pruning.calibration import ConsumerPath
 
 
@@ -19,6 +19,8 @@ def path_of(calibration: Calibration, consumer: Consumer, where: str) -> Consume
     Raises:
         PluginError: it raised, changed what it was given, or its weights have another shape or are not finite.
     """
+    if has_ridge_path(type(calibration)):  # our own changes nothing, and fingerprints of large covariances take long
+        return consumer.refit
     given = {name: value for name, value in vars(consumer).items() if isinstance(value, torch.Tensor)}
     before = {name: fingerprint(tensor) for name, tensor in given.items()}
     path = call_plugin(calibration, lambda: calibration.path(consumer), f"refitting {where}")

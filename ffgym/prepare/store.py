@@ -33,7 +33,7 @@ from ffgym.models.cut import PrunableModel, PrunableSublayer
 from ffgym.models.families import family_of
 from ffgym.models.stream import LayerStream, TensorFile
 from ffgym.plugins.bases import Criterion
-from ffgym.prepare.calibrations import Ridge, calibration_class
+from ffgym.prepare.calibrations import calibration_class, has_ridge_path
 from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.factors import factor_bytes, packed_size
@@ -85,12 +85,7 @@ def is_stored(criterion: Criterion, calibration: str) -> bool:
         ConfigError: ``FFGYM_CACHE_SIZE`` is no size.
     """
     is_readable = _source(type(criterion)) is not None
-    return size_limit() > 0 and is_readable and has_ridge_path(calibration)
-
-
-def has_ridge_path(calibration: str) -> bool:
-    """Whether refits are those of `Ridge`. Others are their author's own, and nobody else could write them down."""
-    return calibration_class(calibration).path is Ridge.path
+    return size_limit() > 0 and is_readable and has_ridge_path(calibration_class(calibration))
 
 
 def store_key(
