@@ -263,7 +263,7 @@ def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
             added = weights.keys() - model_class(config_class(**settings)).state_dict().keys()
             for kind in KINDS:
                 if added & {f"{_consumer(layer, kind, family)}.bias" for layer in range(len(kept) // 2)}:
-                    settings[_bias_switch(kind, family)] = True
+                    settings[family.bias_switch(kind)] = True
             pruned = model_class(config_class(**settings))
         for name, parameter in pruned.state_dict().items():
             if name.endswith(".bias") and name not in weights:
@@ -330,16 +330,6 @@ def _listed(units: Sequence[int]) -> str:
     if len(units) > 2 and units[-1] - units[0] == len(units) - 1:
         return f"{units[0]} to {units[-1]}"
     return ", ".join(map(str, units))
-
-
-def _bias_switch(kind: Kind, family: Family) -> str:
-    switch = family.known_stock().bias_switch(kind)
-    if not switch:
-        raise ModelError(
-            f"calibration gave the {kind} consumers biases, which a stock {family.name} checkpoint does not have",
-            hint="Calibrate with ridge instead of affine, or save an uneven checkpoint (stock=False).",
-        )
-    return switch
 
 
 def _sizes_per_layer(model: Any, kept: Sequence[int], family: Family) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from ffgym.files import write_text
 from ffgym.models.families import register_saved
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.origin import model_folder
-from ffgym.plugins.architectures import MODEL_CONFIG
+from ffgym.plugins.architectures import MODEL_CONFIG, check_architecture
 
 
 def refresh(folder: Path) -> list[Path]:
@@ -38,6 +38,7 @@ def refresh(folder: Path) -> list[Path]:
             f"the model in {place} is of the stock architecture {model_type!r}: nothing lies beside its weights",
             hint="Only models with layers of different sizes have a class file.",
         )
+    check_architecture(config)
     with tempfile.TemporaryDirectory() as scratch:
         renewed = _renewed(place, Path(scratch))
         for made in reversed(renewed):  # the class file first: config.json names classes in it

@@ -37,10 +37,6 @@ class Stock:
     attention_bias: str = ""
     mlp_bias: str = ""
 
-    def bias_switch(self, kind: Kind) -> str:
-        """The switch of one half."""
-        return self.attention_bias if kind == "attention" else self.mlp_bias
-
     def takes(self, heads: int, *, dense_heads: int, hidden: int) -> bool:
         """Whether a stock model may have this many query heads."""
         return {"any": True, "divides hidden size": hidden % heads == 0, "dense": heads == dense_heads}[self.heads]
@@ -198,16 +194,25 @@ class Family(Plugin):
         Raises:
             ModelError: names the family and the linear.
         """
-        stock, layer = self.known_stock(), self.layers(model)[0]
+        layer = self.layers(model)[0]
         for kind in self.halves(layer):
-            if kind == "experts":
-                continue
-            if self.consumer(layer, kind).bias is None and not stock.bias_switch(kind):
-                name = self.attention_consumer if kind == "attention" else self.mlp_consumer
-                raise ModelError(
-                    f"a stock {self.name} checkpoint has no bias on {name}, which affine calibration would give it",
-                    hint="Use --calibration ridge, or leave --uniform out.",
-                )
+            if kind != "experts" and self.consumer(layer, kind).bias is None:
+                self.bias_switch(kind)
+
+    def bias_switch(self, kind: Kind) -> str:
+        """The config's switch that gives every linear of a half of a stock checkpoint a bias.
+
+        Raises:
+            ModelError: there is none, or none is known; names the family and the linear.
+        """
+        is_attention, stock = kind == "attention", self.known_stock()
+        if switch := stock.attention_bias if is_attention else stock.mlp_bias:
+            return switch
+        name = self.attention_consumer if is_attention else self.mlp_consumer
+        raise ModelError(
+            f"a stock {self.name} checkpoint has no bias on {name}, which affine calibration would give it",
+            hint="Use --calibration ridge, or leave --uniform out.",
+        )
 
     def known_stock(self) -> Stock:
         """What its stock classes take; raises ``ModelError`` where that is not known."""
@@ -247,7 +252,17 @@ class Family(Plugin):
         )
         if found := self.expert_modules(layer):
             experts, router = found
-            yield _experts(experts, router, index, depth)
+            count = int(experts.num_experts)
+            yield Sublayer(
+                layer=index,
+                kind="experts",
+                units=count,
+                channels_per_unit=1,
+                unit_params=sum(p.numel() // count for module in found for p in module.parameters()),
+                unit_macs=router.weight.numel() // count,
+                depth=depth,
+                experts_per_token=int(router.top_k),
+            )
             return
         channels = self.consumer(layer, "mlp").in_features
         yield self._priced(layer, Sublayer(layer=index, kind="mlp", units=channels, channels_per_unit=1, depth=depth))
@@ -269,13 +284,13 @@ class Family(Plugin):
         return replace(half, unit_params=weights + biases, unit_macs=weights)
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: Any) -> Family:
     """The family of a loaded causal LM.
 
     Raises:
         ModelError: the architecture is not supported, or ffgym has pruned the model already.
     """
-    kind = _model_type(model)
+    kind = str(model.config.model_type)
     if kind.startswith(PREFIX):
         raise ModelError(
             f"this checkpoint ({kind}) was already pruned by ffgym",
@@ -284,9 +299,9 @@ def family_of(model: nn.Module) -> Family:
     return family_of_type(kind)
 
 
-def dense_or_pruned_family_of(model: nn.Module) -> Family:
+def dense_or_pruned_family_of(model: Any) -> Family:
     """The family of a loaded causal LM, pruned or not; raises ``ModelError`` where it is not supported."""
-    return family_of_type(_model_type(model))
+    return family_of_type(str(model.config.model_type))
 
 
 def family_of_type(model_type: str) -> Family:
@@ -306,10 +321,7 @@ def register(families: Iterable[Family]) -> None:
     """
     for family in families:
         with contextlib.suppress(PluginError):
-            config_class, model_class, base_class = family.saved_classes()
-            AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-            AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-            AutoModel.register(config_class, base_class, exist_ok=True)
+            _register(AutoModelForCausalLM, *family.saved_classes())
 
 
 def register_saved(config: Mapping[str, Any]) -> None:
@@ -322,17 +334,14 @@ def register_saved(config: Mapping[str, Any]) -> None:
         if inner is None:
             register([family_of_type(model_type)])
             return
-        family = family_of_type(str(inner))
-        made = make_towers(model_type.removeprefix(PREFIX), *family.saved_classes())
-        config_class, model_class, base_class = made
-        AutoConfig.register(model_type, config_class, exist_ok=True)
-        AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
-        AutoModel.register(config_class, base_class, exist_ok=True)
+        classes = family_of_type(str(inner)).saved_classes()
+        _register(AutoModelForImageTextToText, *make_towers(model_type.removeprefix(PREFIX), *classes))
 
 
-def _model_type(model: nn.Module) -> str:
-    config: Any = model.config
-    return str(config.model_type)
+def _register(auto_class: Any, config_class: Any, model_class: Any, base_class: Any) -> None:
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    auto_class.register(config_class, model_class, exist_ok=True)
+    AutoModel.register(config_class, base_class, exist_ok=True)
 
 
 def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
@@ -362,17 +371,3 @@ def family_of_pair(pruned: Any, dense: Any, *, hint: str) -> Family:
         if count != theirs[what]:
             raise ModelError(f"the pruned model has {count} {what}, the dense one {theirs[what]}", hint=hint)
     return family
-
-
-def _experts(experts: Any, router: Any, index: int, depth: int) -> Sublayer:
-    count = int(experts.num_experts)
-    return Sublayer(
-        layer=index,
-        kind="experts",
-        units=count,
-        channels_per_unit=1,
-        unit_params=sum(p.numel() // count for module in (experts, router) for p in module.parameters()),
-        unit_macs=router.weight.numel() // count,
-        depth=depth,
-        experts_per_token=int(router.top_k),
-    )

@@ -155,11 +155,22 @@ def load(
             check_sizes(name, folder, any_family=any_family)
         model, stream = streamed_model(name, folder, chosen, target)
         return LoadedModel(model, load_tokenizer(folder), name, source.described(folder), chosen, target, stream)
-    options: dict[str, Any] = {"device_map": "balanced"} if device == "balanced" else {}
-    if source.folder is None:
-        options["local_files_only"] = offline
     place = str(source.folder or name)
-    model, tokenizer = _load_checkpoint(auto_class(config), place, name, revision, chosen, options)
+    origin = {"revision": revision or "main", "local_files_only": offline, "trust_remote_code": False}
+    with explained(place, name, only_cached=offline):
+        model, report = auto_class(config).from_pretrained(
+            place,
+            dtype=chosen,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            return_dict=True,  # whatever config.json says: results are read by name
+            output_attentions=False,
+            device_map="balanced" if device == "balanced" else None,
+            **origin,
+        )
+    check_complete(name, model, report)
+    tokenizer = _tokenizer(place, name, **origin) if source.folder is None else load_tokenizer(source.folder)
     model.eval()
     model.requires_grad_(False)
     towers = None
@@ -319,29 +330,6 @@ def _locate(name: str, *, any_family: bool = True) -> _Source:
     raise ModelError(
         f"model folder {name!r} does not exist", hint="Check the path, or name 'demo', a .gguf file or a hub id."
     )
-
-
-def _load_checkpoint(
-    loader: Any, source: str, name: str, revision: str | None, dtype: torch.dtype, options: dict[str, Any]
-) -> tuple[Any, Any]:
-    origin = {"revision": revision or "main", "trust_remote_code": False}
-    only_cached = options.get("local_files_only", False)
-    with explained(source, name, only_cached=only_cached):
-        model, report = loader.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            return_dict=True,  # whatever config.json says: results are read by name
-            output_attentions=False,
-            **options,
-            **origin,
-        )
-    check_complete(name, model, report)
-    if Path(source).is_dir():
-        return model, load_tokenizer(Path(source))
-    return model, _tokenizer(source, name, local_files_only=only_cached, **origin)
 
 
 def _processor_files(source: str, revision: str | None, offline: bool) -> tuple[Path, ...]:

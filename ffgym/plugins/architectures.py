@@ -33,8 +33,8 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """
     kind, text = config.get("model_type"), config.get("text_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else kind
-    if not isinstance(inner, str) or "auto_map" in config:  # loading says what is wrong
-        return
+    if not isinstance(inner, str) or ("auto_map" in config and not inner.startswith(SAVED)):
+        return  # loading says what is wrong
     try:
         family_name(inner)
     except ModelError as error:

@@ -129,7 +129,7 @@ def steps_of(setup: TrainingSetup) -> int:
 
 def _note(curve: LoraCurve) -> str:
     train = f"loss {curve.train[-1]:.3f}, " if curve.train else ""
-    return f"{train}held-out {curve.held_out[-1][1]:.3f}" if curve.held_out else train
+    return f"{train}held-out {curve.held_out[-1][1]:.3f}"
 
 
 def target_modules(model: nn.Module, family: Family) -> list[str]:

@@ -32,6 +32,7 @@ from ffgym.export.checkpoint import SavedModel, load_line, save_pruned, uneven_m
 from ffgym.export.refresh import refresh
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of, family_of_type, register
+from ffgym.models.loading import load as load_model
 from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
@@ -561,6 +562,9 @@ class TestRefresh:
         with pytest.raises(ModelError, match="stock architecture 'llama'"):
             refresh(tmp_path)
 
-    def test_a_folder_without_a_model_is_refused(self, tmp_path):
-        with pytest.raises(ModelError, match=r"config\.json"):
-            refresh(tmp_path)
+    def test_a_model_whose_family_is_not_installed_is_refused_by_name(self, old):
+        text = (old / "config.json").read_text()
+        (old / "config.json").write_text(text.replace('"ffgym_llama"', '"ffgym_newcomer"'))
+        for use in (refresh, lambda folder: load_model(str(folder))):
+            with pytest.raises(ModelError, match="architecture 'ffgym_newcomer' is not supported"):
+                use(old)
