@@ -276,12 +276,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written; what was there before still is.
     """
-    place = path.resolve()
-    if place.exists() and not place.is_file():  # a device or a pipe, which nothing can take the place of
-        with writing(path):
-            place.write_text(text, encoding="utf-8")
-        return
-    with replacing(place) as part:
+    with replacing(path.resolve()) as part:  # a link stays a link
         part.write_text(text, encoding="utf-8")
 
 

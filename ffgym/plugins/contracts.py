@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.discovery import place_of
-from ffgym.plugins.manager import described, file_of
+from ffgym.plugins.manager import described
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
 
 if TYPE_CHECKING:
@@ -60,8 +60,6 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
         raise PluginError(
             f"{where}: score returned shape {tuple(scores.shape)}, not ({m}, {n}) elements or ({n},) channels"
         )
-    if scores.is_complex():
-        raise PluginError(f"{where}: score returned {scores.dtype}, not real numbers")
     scores = scores.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if bad := int((~torch.isfinite(scores)).sum()):
@@ -80,18 +78,11 @@ def _tensors(stats: LayerStats) -> dict[str, torch.Tensor]:
     return {name: value for name, value in vars(stats).items() if torch.is_tensor(value)}
 
 
-def _missing(stats: LayerStats) -> str | None:
-    """A hint for a plugin that failed, in case it used a statistic that it had not asked for."""
-    absent = [name for name, value in vars(stats).items() if value is None]
-    return f"Not collected, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
-
-
-def _unmeasured(evaluation: Evaluation) -> str | None:
-    """The same for a reward and what it had not asked to be measured."""
-    divergences = {"kl": evaluation.kls, "reverse_kl": evaluation.reverse_kls}
-    measured = {**divergences, "accuracy": evaluation.accuracy, "cost": evaluation.costs}
-    absent = [name for name, value in measured.items() if value is None]
-    return f"Not measured, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
+def _missing(given: LayerStats | Evaluation) -> str | None:
+    """A hint for a plugin that failed, in case it used what it had not asked for."""
+    names = {"kls": "kl", "reverse_kls": "reverse_kl", "costs": "cost"}  # in `needs`, of fields of an evaluation
+    absent = [names.get(name, name) for name, value in vars(given).items() if value is None and name != "slopes"]
+    return f"Not asked for, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,7 +154,7 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
     Raises:
         PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
     """
-    value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward", hint=_unmeasured(pruned))
+    value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward", hint=_missing(pruned))
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -193,7 +184,7 @@ def check_objectives(
     Raises:
         PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
     """
-    hint = _unmeasured(pruned)
+    hint = _missing(pruned)
     answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives", hint=hint)
     try:
         numbers = {str(name): float(value) for name, value in answer.items()}
@@ -307,7 +298,7 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
         missing = hint is not None and "None" in str(error) and not _is_built_in(plugin)
         raise PluginError(
             f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} "
-            f"({place_of(error, file_of(type(plugin)))})",
+            f"({place_of(error, type(plugin).__module__)})",
             hint=hint if missing else (OUR_DEFECT if _is_built_in(plugin) else THEIR_DEFECT),
         ) from error
 

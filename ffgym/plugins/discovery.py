@@ -15,9 +15,8 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pluggy
@@ -92,48 +91,44 @@ class Loaded:
     error: BaseException | None = None
 
 
-@dataclass(frozen=True)
-class Installed:
-    """The entry points that may be loaded; each is imported when something that it might provide is first needed.
-
-    Attributes:
-        entries: in the order of their names.
-        missing: names in the environment variable that no installed package has.
-        loaded: what was imported so far, by place in ``entries``.
-    """
-
-    entries: tuple[EntryPoint, ...]
-    missing: tuple[str, ...]
-    loaded: dict[int, Loaded] = field(default_factory=dict)
-
-    def load(self, *, name: str | None = None) -> list[Loaded]:
-        """Import the entry points of this name, or all of them; each once."""
-        wanted = [index for index, entry in enumerate(self.entries) if name in (None, entry.name)]
-        for index in wanted:
-            if index not in self.loaded:
-                self.loaded[index] = _load(self.entries[index])
-        return [self.loaded[index] for index in wanted]
+_loaded: dict[EntryPoint, Loaded] = {}  # what was imported so far
 
 
-def installed() -> Installed:
-    """The entry points of the installed packages, found once."""
-    return _installed(os.environ.get(ENVIRONMENT_VARIABLE))
+def entries() -> list[EntryPoint]:
+    """The entry points that may be loaded, in the order of their names."""
+    wanted = _wanted()
+    return [entry for entry in _found() if wanted is None or entry.name in wanted]
+
+
+def load(*, name: str | None = None) -> list[Loaded]:
+    """Import the entry points of this name, or all of them; each once."""
+    chosen = [entry for entry in entries() if name in (None, entry.name)]
+    for entry in chosen:
+        if entry not in _loaded:
+            _loaded[entry] = _load(entry)
+    return [_loaded[entry] for entry in chosen]
+
+
+def package_that_offers(cls: type[Plugin]) -> Package | None:
+    """The distribution of a class that was loaded; ``None`` for any other class."""
+    offers = (offer for plugin in _loaded.values() for offer in plugin.offers)
+    return next((offer.package for offer in offers if offer.cls is cls), None)
 
 
 def forget() -> None:
     """Look through the installed packages again next time, e.g. after one was installed."""
-    _installed.cache_clear()
+    _found.cache_clear()
+    _loaded.clear()
 
 
 @functools.cache
-def _installed(wanted: str | None) -> Installed:
-    """All entry points, or those in ``wanted`` (separated by commas)."""
-    found = sorted(entry_points(group=hookspecs.GROUP), key=lambda entry: entry.name)
-    if wanted is None:
-        return Installed(tuple(found), ())
-    chosen = [name.strip() for name in wanted.split(",") if name.strip()]
-    there = {entry.name for entry in found}
-    return Installed(tuple(e for e in found if e.name in chosen), tuple(name for name in chosen if name not in there))
+def _found() -> list[EntryPoint]:
+    return sorted(entry_points(group=hookspecs.GROUP), key=lambda entry: entry.name)
+
+
+def _wanted() -> list[str] | None:
+    names = os.environ.get(ENVIRONMENT_VARIABLE)
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def providers(kind: PluginKind, name: str) -> list[Offer]:
@@ -145,16 +140,17 @@ def providers(kind: PluginKind, name: str) -> list[Offer]:
     def offered(loaded: Iterable[Loaded]) -> list[Offer]:
         return [offer for plugin in loaded for offer in plugin.offers if (offer.kind, offer.cls.name) == (kind, name)]
 
-    return offered(installed().load(name=name)) or offered(installed().load())
+    return offered(load(name=name)) or offered(load())
 
 
 def records() -> list[PluginRecord]:
     """A row for every entry point, broken and refused ones included."""
-    here = installed()
-    rows = [_record(entry, plugin) for entry, plugin in zip(here.entries, here.load(), strict=True)]
-    there = ", ".join(sorted({entry.name for entry in entry_points(group=hookspecs.GROUP)})) or "none"
-    failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it (installed entry points: {there})"
-    return rows + [PluginRecord(name, package="", version="", provides={}, failure=failure) for name in here.missing]
+    rows = [_record(entry, plugin) for entry, plugin in zip(entries(), load(), strict=True)]
+    there = sorted({entry.name for entry in _found()})
+    known = ", ".join(there) or "none"
+    failure = f"not installed, but {ENVIRONMENT_VARIABLE} asks for it (installed entry points: {known})"
+    missing = [name for name in _wanted() or () if name not in there]
+    return rows + [PluginRecord(name, package="", version="", provides={}, failure=failure) for name in missing]
 
 
 def _record(entry: EntryPoint, plugin: Loaded) -> PluginRecord:
@@ -165,7 +161,7 @@ def _record(entry: EntryPoint, plugin: Loaded) -> PluginRecord:
     if plugin.error is not None:
         failure = f"{type(plugin.error).__name__}: {first_line(plugin.error)}"
         if not isinstance(plugin.error, PluginError | SyntaxError):  # these say where
-            failure += f" ({place_of(plugin.error, _file_within(plugin.error, entry.module.partition('.')[0]))})"
+            failure += f" ({place_of(plugin.error, entry.module)})"
     return PluginRecord(entry.name, *plugin.package, provides, failure)
 
 
@@ -188,23 +184,23 @@ def conflict(offers: Sequence[Offer]) -> str:
     return f"{offers[0].kind} {offers[0].cls.name!r} has {len(offers)} owners, so it is refused: {packages}"
 
 
-def place_of(error: BaseException, file: str = "") -> str:
-    """Where something failed: the last line of ``file`` that was running, or else the last line of all.
+def place_of(error: BaseException, package: str) -> str:
+    """Where something failed: the last line of a package that was running, or else the last line of all.
+
+    Args:
+        package: the name of a module within it.
 
     Returns:
-        ``"/path/my_plugin.py, line 12"``; the file alone where a check of ours refused what it had returned.
+        ``"/path/my_plugin.py, line 12"``.
     """
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
-    is_check = Path(frame.filename).parent == Path(__file__).parent
-    return file if file and is_check and frame.filename != file else f"{frame.filename}, line {frame.lineno}"
+    calls = [call for call in traceback.walk_tb(error.__traceback__) if "<frozen" not in call[0].f_code.co_filename]
+    own = [call for call in calls if _top_level(str(call[0].f_globals.get("__name__"))) == _top_level(package)]
+    frame, line = (own or calls)[-1]
+    return f"{frame.f_code.co_filename}, line {line}"
 
 
-def _file_within(error: BaseException, package: str) -> str:
-    """The file of a package that was running last; empty where none was."""
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    own = [frame for frame in frames if str(frame.f_globals.get("__name__")).partition(".")[0] == package]
-    return own[-1].f_code.co_filename if own else ""
+def _top_level(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _load(entry: EntryPoint) -> Loaded:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 from collections.abc import Mapping
 from typing import Any, Literal, overload
@@ -14,7 +13,7 @@ from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import discovery
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, installed, place_of, providers
+from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, place_of, providers
 from ffgym.plugins.kinds import KINDS, OtherKind, PluginKind, imported
 from ffgym.types import PluginRecord
 
@@ -22,7 +21,7 @@ from ffgym.types import PluginRecord
 def names(kind: PluginKind) -> dict[str, str]:
     """Every usable name of a kind with its one-line description, built-ins first."""
     lines = {name: built_in.description for name, built_in in BUILTINS[kind].items()}
-    offers = (offer for plugin in installed().load() for offer in plugin.offers if offer.kind == kind)
+    offers = (offer for plugin in discovery.load() for offer in plugin.offers if offer.kind == kind)
     used = (offer.cls for offer in offers if discovery.clash(offer) is None)
     return lines | {cls.name: (cls.__doc__ or "").strip().partition("\n")[0] for cls in used}
 
@@ -45,9 +44,9 @@ def traceback_of(name: str) -> str:
     Raises:
         UnknownNameError: no entry point has the name.
     """
-    plugins = installed().load(name=name)
+    plugins = discovery.load(name=name)
     if not plugins:
-        raise UnknownNameError("plugin", name, {entry.name for entry in installed().entries})
+        raise UnknownNameError("plugin", name, {entry.name for entry in discovery.entries()})
     failures = ["".join(traceback.format_exception(plugin.error)) for plugin in plugins if plugin.error is not None]
     return "\n".join(failures) or f"{name} was loaded without a failure"
 
@@ -134,15 +133,7 @@ def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -
 
 
 def _said(error: Exception, cls: type[Plugin]) -> str:
-    return f"{type(error).__name__}: {error} ({place_of(error, file_of(cls))})"
-
-
-def file_of(cls: type[Plugin]) -> str:
-    """The file that a class is written in; empty for one that was typed at a prompt."""
-    try:
-        return inspect.getfile(cls)
-    except (OSError, TypeError):
-        return ""
+    return f"{type(error).__name__}: {error} ({place_of(error, cls.__module__)})"
 
 
 def package_of(plugin: Plugin | type[Plugin]) -> Package:
@@ -151,8 +142,7 @@ def package_of(plugin: Plugin | type[Plugin]) -> Package:
     module = cls.__module__.partition(".")[0]
     if module == "ffgym":
         return OWN
-    offers = (offer for plugin in installed().loaded.values() for offer in plugin.offers)
-    return next((offer.package for offer in offers if offer.cls is cls), Package(module, ""))
+    return discovery.package_that_offers(cls) or Package(module, "")
 
 
 def described(plugin: Plugin | type[Plugin]) -> str:

@@ -8,10 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import task_wheel
-from conftest import WORDS
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -124,18 +122,8 @@ def test_the_table_has_the_plan(model: str, percent: int, monkeypatch: pytest.Mo
         )
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Corpora of random words for the three roles."""
-    folder = tmp_path_factory.mktemp("texts")
-    for seed, name in enumerate(("search.txt", "report.txt")):
-        text = " ".join(np.random.default_rng(seed).choice(WORDS, 2000))
-        (folder / name).write_text(text, encoding="utf-8")
-    return {"calibration": f"{folder}/search.txt", "search": f"{folder}/search.txt", "report": f"{folder}/report.txt"}
-
-
 @pytest.fixture
-def run_row(tmp_path: Path, texts: dict[str, str], word_tokenizer: Any) -> Any:
+def run_row(tmp_path: Path, tiny_run: dict[str, Any], word_tokenizer: Any) -> Any:
     """``run_row(model, percent, family, grouped, *arguments)``: `ffgym run` with the row's file on a tiny stand-in.
 
     Windows have 32 tokens, and 75 episodes take the ramps from end to end. Gives the output folder.
@@ -149,8 +137,7 @@ def run_row(tmp_path: Path, texts: dict[str, str], word_tokenizer: Any) -> Any:
         if not stand_in.exists():
             tiny_model(family, grouped_query=grouped).save_pretrained(stand_in)
             tokenizer.save_pretrained(stand_in)
-        sizes = {"calibration_tokens": 256, "search_tokens": 1024, "report_tokens": 64, "window": WINDOW}
-        changes = {f"data.{key}": value for key, value in {**texts, **sizes}.items()}
+        changes = {f"data.{key}": value for key, value in {**tiny_run["data"], "search_tokens": 1024}.items()}
         changes |= {"search.episode_tokens": 20 * WINDOW, "search.final_tokens": 2 * WINDOW, "search.episodes": 25}
         changes |= {"schedule.ramp_episodes": 60, "model.dtype": "float32", "tracking.enabled": "false"}
         folder = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"

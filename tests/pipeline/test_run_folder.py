@@ -36,11 +36,6 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "there" / "scores.json").read_text() == "{}"
 
 
-def test_a_device_is_written_to_and_not_replaced() -> None:
-    write_text(Path("/dev/null"), "text")
-    assert Path("/dev/null").is_char_device()
-
-
 def test_a_log_without_an_episode_is_no_reason_to_keep_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     for log, stays in (("", False), ("{}\n", True)):
