@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.config.toml import to_toml
+from ffgym.data.examples import searchable_tasks
+from ffgym.data.task_data import TASKS
 from ffgym.errors import ModelError
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load
-from ffgym.plugins import built_ins, discovery, hookspecs, kinds, manager
+from ffgym.plugins import built_ins, discovery, kinds, manager
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.kinds import KINDS
 from ffgym.testing import conformance
@@ -124,38 +126,45 @@ def commands() -> list[Any]:
     return list(typer.main.get_command(app).commands.values())
 
 
-def test_commands_are_documented() -> None:
-    assert [c.name for c in commands() if f"`ffgym {c.name}" not in text("docs/configuration.md")] == []
+def undocumented(page: str, names: Iterable[str], form: str = "`{}`", *, section: str = "") -> list[str]:
+    """The names that a page, or its section with this heading, does not hold in this form, a regular expression."""
+    passage = text(page)
+    if section:
+        level = section.partition(" ")[0]
+        passage = passage.partition(f"{section}\n")[2].partition(f"\n{level} ")[0]
+    return [name for name in names if not re.search(form.format(re.escape(name)), passage)]
 
 
-def test_flags_are_documented() -> None:
-    flags = {o for c in commands() for p in c.params for o in p.opts if o[0] == "-"}
-    page = text("docs/configuration.md")
-    assert [flag for flag in sorted(flags) if not re.search(rf"`[^`\n]*{flag}\b", page)] == []
+def test_all_names_are_documented() -> None:
+    from ffgym.bench.file import BenchFile
+    from ffgym.bench.table import CellResult, Final, Mark
+    from ffgym.pipeline.folder import WRITTEN
 
+    page = "docs/configuration.md"
+    assert undocumented(page, [command.name for command in commands()], "`ffgym {}") == []
+    flags = {name for command in commands() for option in command.params for name in option.opts if name[0] == "-"}
+    assert undocumented(page, sorted(flags), r"`[^`\n]*{}\b") == []
+    variables = ("FFGYM_LOAD_PLUGINS", "FFGYM_CACHE", "FFGYM_CACHE_SIZE", "MLFLOW_TRACKING_URI", "PIP_INDEX_URL")
+    assert undocumented(page, variables) == []
+    assert undocumented(page, WRITTEN, "`{}/?`") == []
 
-def test_hooks_are_documented() -> None:
-    page = text("docs/plugins.md")
-    assert [hook for hook in kinds.HOOKS if not hasattr(hookspecs, hook) or f"`{hook}`" not in page] == []
+    page = "docs/plugins.md"
+    assert undocumented(page, kinds.HOOKS) == []
+    assert undocumented(page, sorted(discovery.STATISTICS)) == []
+    assert undocumented(page, sorted(discovery.MEASUREMENTS), r"\| `{}` \|") == []
+    assert undocumented(page, (*Reward.__annotations__, "objectives"), "`{}", section="### Reward") == []
+    tests = [name for name in dir(conformance) if name.endswith("Conformance") and name != "PluginConformance"]
+    assert undocumented(page, tests) == []
 
-
-def test_statistics_and_measurements_are_documented() -> None:
-    page = text("docs/plugins.md")
-    assert [name for name in sorted(discovery.STATISTICS) if f"`{name}`" not in page] == []
-    assert [name for name in sorted(discovery.MEASUREMENTS) if f"| `{name}` |" not in page] == []
-
-
-def test_what_a_reward_may_say_is_documented() -> None:
-    section = text("docs/plugins.md").partition("### Reward\n")[2].partition("\n### ")[0]
-    missing = [name for name in (*Reward.__annotations__, "objectives") if f"`{name}" not in section]
-    assert not missing
-
-
-def test_tasks_that_a_reward_may_name_are_documented() -> None:
-    from ffgym.data.examples import searchable_tasks
-
-    section = text("docs/choices.md").partition("## Rewards beyond perplexity")[2].partition("\n## ")[0]
-    assert [task for task in searchable_tasks() if f"`{task}`" not in section] == []
+    assert undocumented("docs/choices.md", searchable_tasks(), section="## Rewards beyond perplexity") == []
+    assert undocumented("docs/evaluation.md", [task for task in TASKS if not task.startswith("mmlu_")]) == []
+    for model in (BenchFile, CellResult, Final, Mark):
+        assert undocumented("docs/bench.md", model.model_fields) == [], model.__name__
+    folders = [path.name for path in (ROOT / "experiments").iterdir() if path.is_dir()]
+    assert undocumented("docs/experiments.md", folders, "`experiments/{}/`") == []
+    targets = re.search(r"^\.PHONY: (.*)$", text("Makefile"), flags=re.MULTILINE)
+    assert targets is not None
+    assert undocumented("CONTRIBUTING.md", targets[1].split(), "`make {}`") == []
 
 
 @pytest.mark.parametrize("base", [*BASES.values(), BatchAgent], ids=lambda base: base.__name__)
@@ -164,37 +173,6 @@ def test_contract_is_documented(base: type[Plugin]) -> None:
     assert f"`ffgym.{base.__name__}`" in page
     for method in getattr(base, "__abstractmethods__", ()) or ("unit_price", "measure") * (base.kind == "resource"):
         assert re.search(rf"\b{method}\(|def {method}\b", page), f"{base.__name__}.{method} is not in docs/plugins.md"
-
-
-def test_conformance_tests_are_documented() -> None:
-    names = [name for name in dir(conformance) if name.endswith("Conformance") and name != "PluginConformance"]
-    assert [name for name in names if f"`{name}`" not in text("docs/plugins.md")] == []
-
-
-def test_environment_variables_are_documented() -> None:
-    for variable in ("FFGYM_LOAD_PLUGINS", "FFGYM_CACHE", "FFGYM_CACHE_SIZE", "MLFLOW_TRACKING_URI", "PIP_INDEX_URL"):
-        assert f"`{variable}`" in text("docs/configuration.md"), variable
-
-
-def test_zero_shot_tasks_are_documented() -> None:
-    from ffgym.data.task_data import TASKS
-
-    listed = [task for task in TASKS if not task.startswith("mmlu_")]
-    assert [task for task in listed if f"`{task}`" not in text("docs/evaluation.md")] == []
-
-
-def test_results_and_bench_files_are_documented() -> None:
-    from ffgym.bench.file import BenchFile
-    from ffgym.bench.table import CellResult, Final, Mark
-
-    for model in (BenchFile, CellResult, Final, Mark):
-        missing = [key for key in model.model_fields if f"`{key}`" not in text("docs/bench.md")]
-        assert not missing, f"{model.__name__}: {missing}"
-
-
-def test_experiments_are_documented() -> None:
-    folders = sorted(path.name for path in (ROOT / "experiments").iterdir() if path.is_dir())
-    assert [name for name in folders if f"`experiments/{name}/`" not in text("docs/experiments.md")] == []
 
 
 def test_the_house_is_drawn_as_the_imports_are_held() -> None:
@@ -214,23 +192,10 @@ def test_the_house_is_drawn_as_the_imports_are_held() -> None:
     assert {name for line in named for name in line} <= rooms, "the data flow names a room that is not there"
 
 
-def test_what_a_run_writes_is_documented() -> None:
-    from ffgym.pipeline.folder import WRITTEN
-
-    missing = [name for name in WRITTEN if not re.search(rf"`{re.escape(name)}/?`", text("docs/configuration.md"))]
-    assert not missing
-
-
-def test_make_targets_are_documented() -> None:
-    targets = re.search(r"^\.PHONY: (.*)$", text("Makefile"), flags=re.MULTILINE)
-    assert targets is not None
-    missing = [target for target in targets[1].split() if f"`make {target}`" not in text("CONTRIBUTING.md")]
-    assert not missing
-
-
-@pytest.mark.parametrize("command", ["make run", "make test"])
-def test_the_first_page_names_the_commands_that_a_newcomer_needs(command: str) -> None:
-    assert command in text("README.md").partition("## Your model")[0]
+def test_the_first_page_names_the_commands_that_a_newcomer_needs() -> None:
+    first = text("README.md").partition("## Your model")[0]
+    assert "make run" in first
+    assert "make test" in first
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
@@ -439,36 +404,37 @@ def test_readme_plugin_fits_ten_lines() -> None:
     assert sum(1 for line in block.splitlines() if line.strip()) <= 10
 
 
-def python_program(passage: str) -> str:
-    """All Python blocks of a passage as one program, on the model and text of ``tiny_run`` in place of the demo's."""
-    blocks = re.findall(r"^```python\n(.*?)^```", passage, flags=re.MULTILINE | re.DOTALL)
-    return "\n".join(blocks).replace('prune={"sparsity": 0.3}', 'prune={"sparsity": 0.3}, **tiny_run')
-
-
-def test_python_examples_run(tiny_run, tmp_path, monkeypatch, capsys) -> None:
+@pytest.fixture
+def program(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs all Python blocks of a page or passage, on the model and text of ``tiny_run``; the variables they leave."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
-    exec(compile(python_program(text("docs/python.md")), "docs/python.md", "exec"), namespace)
-    assert namespace["result"].saved.path.is_dir()
+
+    def run(page: str, passage: str | None = None) -> dict[str, Any]:
+        found = re.findall(r"^```python\n(.*?)^```", passage or text(page), flags=re.MULTILINE | re.DOTALL)
+        source = "\n".join(found).replace('prune={"sparsity": 0.3}', 'prune={"sparsity": 0.3}, **tiny_run')
+        namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
+        exec(compile(source, page, "exec"), namespace)
+        return namespace
+
+    return run
+
+
+def test_python_examples_run(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("docs/python.md")["result"].saved.path.is_dir()
     assert "reinforce" in capsys.readouterr().out
 
 
-def test_environment_recipes_run(tiny_run, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
-    exec(compile(python_program(text("docs/environments.md")), "docs/environments.md", "exec"), namespace)
-    assert len(namespace["study"].trials) == 8
-    assert namespace["log_std"].grad is not None
+def test_environment_recipes_run(program: Any, tmp_path: Path) -> None:
+    left = program("docs/environments.md")
+    assert len(left["study"].trials) == 8
+    assert left["log_std"].grad is not None
     assert (tmp_path / "my-pruned-model" / "model.safetensors").is_file()
 
 
-def test_readme_python_examples_run(tiny_run, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    passage = text("README.md").partition("From Python")[2].partition("\n## ")[0]
-    namespace: dict[str, Any] = {"__name__": "documentation", "tiny_run": tiny_run}
-    exec(compile(python_program(passage), "README.md", "exec"), namespace)
-    assert namespace["result"].saved.path.is_dir()
-    assert namespace["info"]["sparsity"] >= 0.3
+def test_readme_python_examples_run(program: Any) -> None:
+    left = program("README.md", text("README.md").partition("From Python")[2].partition("\n## ")[0])
+    assert left["result"].saved.path.is_dir()
+    assert left["info"]["sparsity"] >= 0.3
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -535,8 +501,6 @@ def test_pruned_models_load_as_the_docs_say(page: str, tutorial: Path, monkeypat
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS.glob("*.md"))])
 def test_toml_examples_are_configurations(page: str) -> None:
-    import tomllib
-
     from ffgym.bench.file import BenchFile
 
     for block in re.findall(r"^```toml\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
