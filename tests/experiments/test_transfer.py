@@ -168,16 +168,6 @@ class TestTheExperiment:
         transfer.run(file, only_report=True, progress=quiet())
         assert (tmp_path / "tiny.md").read_text() == (whole / "tiny.md").read_text()
 
-    def test_the_plan_counts_tokens_and_measures_nothing(
-        self, transfer: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        file = settings_file(tmp_path)
-        with pytest.raises(SystemExit) as raised:
-            transfer.main([str(file), "--plan"])
-        assert raised.value.code == 0
-        assert "4 searches" in capsys.readouterr().err
-        assert not (tmp_path / "results").exists()
-
     def test_results_of_other_settings_are_refused(self, transfer: ModuleType, whole: Path, tmp_path: Path) -> None:
         copied(whole, tmp_path)
         with pytest.raises(DataError, match="results of other settings"):

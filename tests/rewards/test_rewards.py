@@ -69,10 +69,6 @@ class TestWeights:
         got = self.make(perplexity=2, accuracy=1, cost=0.5)(self.pruned, self.dense)
         assert got == pytest.approx((2 * math.exp(-0.5) + 1 * 0.85 + 0.5 * 0.25) / 3.5)
 
-    def test_only_the_proportions_of_the_weights_count(self) -> None:
-        one = self.make(perplexity=1, accuracy=2, cost=3)(self.pruned, self.dense)
-        assert self.make(perplexity=10, accuracy=20, cost=30)(self.pruned, self.dense) == pytest.approx(one)
-
     def test_perplexity_alone_is_the_papers_reward(self) -> None:
         alone = self.make(accuracy=0, cost=0)
         assert alone(self.pruned, self.dense) == pytest.approx(Perplexity()(self.pruned, self.dense))
@@ -93,8 +89,7 @@ class TestWeights:
         assert only_cost(slower, self.dense) == 0.0
         assert only_cost.objectives(slower, self.dense) == {"macs_saved": pytest.approx(-0.3)}
 
-    @pytest.mark.parametrize("weight", ["perplexity", "accuracy", "cost"])
-    @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
+    @pytest.mark.parametrize(("weight", "value"), [("perplexity", -0.1), ("accuracy", math.inf), ("cost", math.nan)])
     def test_weights_are_finite_and_not_negative(self, weight: str, value: float) -> None:
         with pytest.raises(ConfigError, match=rf"reward\.{weight} = "):
             self.make(**{weight: value})
