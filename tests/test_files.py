@@ -42,7 +42,7 @@ from ffgym.recover.lora import LoraCurve
 from ffgym.search.log import Recorder, read_log
 from ffgym.search.policy import read_policy
 from ffgym.testing.models import tiny_model
-from ffgym.tracking.outbox import Outbox, outboxes
+from ffgym.tracking.outbox import Outbox
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PLAIN = FileFormat("thing", dict[str, Any], DataError, "Make another one.")
@@ -252,11 +252,6 @@ def _outbox(folder: Path) -> Path:
     return box.path
 
 
-def _forwarded(path: Path) -> None:
-    for box in outboxes(path.parent):
-        box.forward(lambda record: None)
-
-
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "episodes": (_episodes, read_log),
     "policy": (_policy, lambda path: read_policy(path, CONFIG.agent.name)),
@@ -276,7 +271,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "prepared model": (_prepared, PREPARED_RECORD.read),
     "digests": (_digests, DIGESTS.read),
     "record of the dense model": (_config, lambda path: recorded_dense_model(path.parent)),
-    "records for MLflow": (_outbox, _forwarded),
+    "records for MLflow": (_outbox, lambda path: Outbox(path, "").forward(lambda record: None)),
 }
 FOREIGN = [
     b"null",

@@ -22,7 +22,7 @@ def sync(
     root: RootOption = TrackingTable().root,
 ) -> None:
     """Send what runs kept on disk because their MLflow server could not be reached."""
-    from ffgym.tracking.sync import sync as send_all
+    from ffgym.tracking.outbox import sync as send_all
 
     store, named = Path(root).expanduser(), [folder.expanduser() for folder in folders or []]
     if missing := next((folder for folder in named if not folder.is_dir()), None):

@@ -73,8 +73,5 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
         table = key.partition(".")[0]
         if value is None or table in INDIFFERENT or (table in unused and key not in SHORT_NAMES):
             continue
-        name = SHORT_NAMES.get(key) or OTHERS + re.sub(r"[^\w\-.:/ ]", "_", key)
-        while name in named:  # keys that differ only in characters that MLflow does not take
-            name += "_"
-        named[name] = str(value)
+        named[SHORT_NAMES.get(key) or OTHERS + re.sub(r"[^\w\-.:/ ]", "_", key)] = str(value)
     return named

@@ -7,9 +7,10 @@ run and ``ffgym sync`` never send the same one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from pydantic import BaseModel
 
 from ffgym.errors import TrackingError
 from ffgym.files import FileFormat, write_text
+from ffgym.tracking.records import send
+from ffgym.tracking.runs import run_with_id
+from ffgym.tracking.store import reading_store
 from ffgym.types import JSONDict
 
 
@@ -89,10 +93,21 @@ class Outbox:
                 lock.unlink(missing_ok=True)
 
 
-def outboxes(folder: Path) -> list[Outbox]:
-    """All files of records under a folder."""
-    found = []
-    for path in sorted(folder.rglob(f"*{SUFFIX}")):
+def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> int:
+    """Send all records that wait under some folders, those of each run in order.
+
+    Returns:
+        how many records were sent.
+
+    Raises:
+        TrackingError: the store cannot be written, or does not have the run; what was not sent goes on waiting.
+    """
+    total = 0
+    for path in [path for folder in folders for path in sorted(folder.rglob(f"*{SUFFIX}"))]:
         for source, line in islice(LINE.lines(path), 1):  # of an empty file there is none
-            found.append(Outbox(path, HEAD.parse(line, source).run))
-    return found
+            run = run_with_id(root, HEAD.parse(line, source).run, f"{path}: ")
+            with reading_store(root, f"write run {run.name!r} to") as (client, _):
+                sent = Outbox(path, run.id).forward(partial(send, client, run.id))
+            notify(f"{run.name}: {sent} records sent, from {path}")
+            total += sent
+    return total

@@ -21,7 +21,6 @@ from ffgym.types import JSONDict
 METRICS_PER_BATCH = 1000  # limits of MLflow's log_batch
 PARAMS_PER_BATCH = 100
 PARAM_CHARACTERS = 6000
-PARAM_NAME_CHARACTERS = 240  # and room for more
 TAG_CHARACTERS = 5000
 DIGEST_CHARACTERS = 36
 
@@ -48,8 +47,7 @@ def _metrics(client: Any, run_id: str, points: Sequence[tuple[str, float, int, i
 def _params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
     from mlflow.entities import Param
 
-    named = {key[:PARAM_NAME_CHARACTERS]: cut(value, PARAM_CHARACTERS) for key, value in values.items()}
-    entities = [Param(key, value) for key, value in named.items()]
+    entities = [Param(key, cut(value, PARAM_CHARACTERS)) for key, value in values.items()]
     for start in range(0, len(entities), PARAMS_PER_BATCH):
         client.log_batch(run_id, params=entities[start : start + PARAMS_PER_BATCH])
 
@@ -57,9 +55,7 @@ def _params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
 def _tags(client: Any, run_id: str, values: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
-    entities = [RunTag(key, cut(value, TAG_CHARACTERS)) for key, value in values.items()]
-    for start in range(0, len(entities), PARAMS_PER_BATCH):
-        client.log_batch(run_id, tags=entities[start : start + PARAMS_PER_BATCH])
+    client.log_batch(run_id, tags=[RunTag(key, cut(value, TAG_CHARACTERS)) for key, value in values.items()])
 
 
 def _dataset(client: Any, run_id: str, name: str, context: str, digest: str, corpus: str, tokens: int) -> None:

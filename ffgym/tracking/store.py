@@ -29,25 +29,13 @@ INTERRUPTION_TAG = "ffgym.interruption"
 RESUME_TAG = "ffgym.resume"
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
-DATABASES = ("postgresql", "mysql", "mssql", "sqlite+")
-# Packages of database drivers that are not named like the driver.
-PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
+# Packages of database drivers that are not named like the module.
+PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 
-MOVE_EXPERIMENTS = """
-    UPDATE experiments SET artifact_location = :here || substr(artifact_location, :length + 1)
-    WHERE artifact_location = :old OR substr(artifact_location, 1, :length + 1) = :old || '/'
-"""
-MOVE_MODELS = """
-    UPDATE logged_models SET artifact_location = :here || substr(artifact_location, :length + 1)
-    WHERE substr(artifact_location, 1, :length + 1) = :old || '/'
-"""
-UNUSED_DEFAULT = """
-    SELECT 1 FROM experiments WHERE experiment_id = 0 AND artifact_location != :here
-    AND NOT EXISTS (SELECT 1 FROM runs WHERE experiment_id = 0)
-"""
-MOVE_RUNS = """
-    UPDATE runs SET artifact_uri = :here || substr(artifact_uri, :length + 1)
-    WHERE substr(artifact_uri, 1, :length + 1) = :old || '/'
+LOCATIONS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
+MOVE = """
+    UPDATE {0} SET {1} = :here || substr({1}, :length + 1)
+    WHERE {1} = :old OR substr({1}, 1, :length + 1) = :old || '/'
 """
 
 
@@ -94,9 +82,8 @@ def reading_store(root: Path, action: str) -> Iterator[tuple[Any, str]]:
             )
         with contextlib.suppress(sqlite3.Error):  # a store that is only read may be read-only
             adopt(root)
-    check_driver(uri)
     with translated(uri, action):
-        yield import_mlflow().MlflowClient(tracking_uri=uri), uri
+        yield client_of(uri), uri
 
 
 def own_uri(root: Path) -> str:
@@ -118,25 +105,17 @@ def adopt(root: Path) -> None:
     """Let a store that was copied or moved use the artifacts beside it: MLflow notes absolute paths.
 
     Experiments whose artifacts lie in another store's folder, or in one that is gone, get this store's own, and so do
-    their runs: the files that came along are found, and nothing more is written into the other store. MLflow's unused
-    experiment ``Default``, which it points into the current folder, does too.
+    their runs: the files that came along are found, and nothing more is written into the other store.
 
     Raises:
         sqlite3.Error: the database cannot be read or written.
     """
     here = str(artifacts(root))
     with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection, connection:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'experiments'").fetchone():
-            return
-        locations = [row[0] for row in connection.execute("SELECT DISTINCT artifact_location FROM experiments")]
-        if connection.execute(UNUSED_DEFAULT, {"here": here}).fetchone():
-            connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (here,))
-        for old in filter(_is_another_stores, set(locations) - {here}):
-            values = {"here": here, "length": len(old), "old": old}
-            connection.execute(MOVE_EXPERIMENTS, values)
-            connection.execute(MOVE_RUNS, values)
-            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'logged_models'").fetchone():
-                connection.execute(MOVE_MODELS, values)
+        locations = {row[0] for row in connection.execute("SELECT artifact_location FROM experiments")}
+        for old in filter(_is_another_stores, locations - {here}):
+            for table, column in LOCATIONS:
+                connection.execute(MOVE.format(table, column), {"here": here, "length": len(old), "old": old})
 
 
 def _is_another_stores(location: str) -> bool:
@@ -152,28 +131,22 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def check_driver(uri: str) -> None:
-    """Refuse a database that no installed package can open, which MLflow ends in a traceback for.
+def client_of(uri: str) -> Any:
+    """MLflow's client of a store.
 
     Raises:
-        TrackingError: the driver is missing, or the address is none.
+        TrackingError: the database's driver is not installed, or the address is none.
     """
-    if not uri.startswith(DATABASES):
-        return
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import ArgumentError
 
-    driver = ""
     try:
-        address = make_url(uri)
-        driver = address.get_driver_name()
-        address.get_dialect().import_dbapi()
+        return import_mlflow().MlflowClient(tracking_uri=uri)
     except ImportError as error:
         raise TrackingError(
-            f"the MLflow store {shown(uri)} needs the database driver {driver}: {error}",
-            hint=f"Run: pip install {PACKAGES.get(driver, driver)}",
+            f"the MLflow store {shown(uri)} needs a database driver: {error}",
+            hint=f"Run: pip install {PACKAGES.get(str(error.name), error.name)}",
         ) from None
-    except (SQLAlchemyError, ValueError):
+    except (ArgumentError, ValueError):
         raise TrackingError(
             f"MLFLOW_TRACKING_URI is no address of a database: {shown(uri)}",
             hint="Write it like postgresql://USER:PASSWORD@HOST/NAME, with @ / : ? # in the password as %40 %2F %3A "

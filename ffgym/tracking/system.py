@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -40,8 +41,6 @@ def _monitors() -> list[Any]:
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    try:
+    with contextlib.suppress(Exception):  # no such package, no such driver, no GPU
         monitors.append(GPUMonitor())
-    except Exception:  # no such package, no such driver, no GPU
-        return monitors
     return monitors

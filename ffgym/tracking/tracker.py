@@ -32,8 +32,7 @@ from ffgym.tracking.store import (
     RESUME_TAG,
     adopt,
     artifacts,
-    check_driver,
-    import_mlflow,
+    client_of,
     is_server,
     own_uri,
     require_writable,
@@ -226,8 +225,6 @@ class Tracker:
 
     def log_artifact(self, path: Path) -> None:
         """Copy a file, or a folder with what is in it, to the run's artifacts."""
-        if self.run_id is not None and not path.exists():
-            raise TrackingError(f"cannot log {path}: No such file or directory")
         self._write("artifact", path=str(path.resolve()))
 
     def log_model(self, folder: Path) -> None:
@@ -246,18 +243,17 @@ class Tracker:
 
     def _open(self) -> None:
         """Open the store and begin the run."""
-        check_driver(self._uri)
         translating = translated(self._uri, "open the MLflow store")
         with translating, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
             if self._uri == own_uri(self._root):
                 require_writable(self._root)
-                self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root))
-                _fill(self._reserve)
+                # On a full disk, closing this nameless file makes room to say how the run ended.
+                self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root, buffering=0))
+                self._reserve.write(os.urandom(RESERVE_BYTES))
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
-            mlflow = import_mlflow()
             with uninterrupted(self._uri):
-                self._client = mlflow.MlflowClient(tracking_uri=self._uri)
+                self._client = client_of(self._uri)
                 if self._uri == own_uri(self._root):
                     adopt(self._root)
                 experiment = self._experiment_id()
@@ -435,9 +431,3 @@ def _same(before: float | None, value: float) -> bool:
     if before is None:
         return False
     return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
-
-
-def _fill(reserve: IO[bytes]) -> None:
-    """Hold a little disk space in a nameless file: on a full disk, closing it makes room to say how the run ended."""
-    reserve.write(os.urandom(RESERVE_BYTES))
-    reserve.flush()

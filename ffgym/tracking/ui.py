@@ -104,7 +104,7 @@ def _require_free(port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise TrackingError(
                 f"cannot serve the MLflow UI on port {port}: {error}",
                 hint="Choose another with --port (1024 to 65535).",

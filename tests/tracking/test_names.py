@@ -22,8 +22,8 @@ def test_what_decides_nothing_is_no_parameter():
 
 
 def test_a_plugin_may_call_its_options_as_it_likes():
-    options = {"random (wide)": 1, "50 % + 2, a=b": 2, "größe": 3, "50%": 4, "50+": 5}
-    wanted = {"random _wide_": "1", "50 _ _ 2_ a_b": "2", "größe": "3", "50_": "4", "50__": "5"}
+    options = {"random (wide)": 1, "50 % + 2, a=b": 2, "größe": 3}
+    wanted = {"random _wide_": "1", "50 _ _ 2_ a_b": "2", "größe": "3"}
     assert parameters({"agent": options}) == {f"toml.agent.{name}": value for name, value in wanted.items()}
 
 

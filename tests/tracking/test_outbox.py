@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ffgym.errors import TrackingError
-from ffgym.tracking.outbox import Outbox, outboxes
+from ffgym.tracking.outbox import Outbox, sync
 from ffgym.tracking.records import send
 
 
@@ -45,7 +45,7 @@ def test_a_file_that_was_only_begun_holds_nothing(box: Outbox, left: str) -> Non
 
 def test_an_empty_file_is_no_outbox(box: Outbox) -> None:
     box.path.touch()
-    assert outboxes(box.path.parent) == []
+    assert sync(box.path.parent, [box.path.parent], print) == 0
 
 
 def test_a_record_of_a_file_that_is_gone_does_not_hold_up_the_others(

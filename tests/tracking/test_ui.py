@@ -31,12 +31,6 @@ def test_every_experiment_has_the_view_of_its_runs(root):
         assert "params.`agent`" in view["selectedColumns"]
 
 
-def test_mlflows_unused_experiment_points_into_the_store(root):
-    with Tracker(root, "ffgym", "run"):
-        pass
-    assert client(root).get_experiment("0").artifact_location == str(root / "artifacts")
-
-
 def test_the_root_is_a_folder_and_no_address(root):
     with pytest.raises(TrackingError, match=r"postgresql:\.\.\. is an address.*\n.*MLFLOW_TRACKING_URI") as refused:
         Tracker(Path("postgresql://user:secret@host/db"), "ffgym", "run")
@@ -48,14 +42,12 @@ def test_ui_without_a_store_says_how_to_get_one(root, tmp_path):
         open_ui(tmp_path)
 
 
-def test_ui_on_a_taken_or_impossible_port_is_refused(root):
+def test_ui_on_a_taken_port_is_refused(root):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(TrackingError, match="port"):
             open_ui(root, port=taken.getsockname()[1])
-    with pytest.raises(TrackingError, match="port 99999"):
-        open_ui(root, port=99999)
 
 
 class Server:
