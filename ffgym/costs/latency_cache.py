@@ -35,7 +35,7 @@ def cached_table(
     context: int,
     rebuild: bool = False,
     repetitions: int = REPETITIONS,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda done, total: None,
     notify: Notify = lambda line: None,
 ) -> LatencyTable:
     """The table of a model on this machine: from the cache, or timed now and kept there.
@@ -58,7 +58,6 @@ def cached_table(
             f"latency is timed on windows of prune.context = {context} tokens, and this model takes at most {limit}",
             hint=f"Take {limit}: --context {limit} of `ffgym latency`, or --set prune.context={limit} of a run.",
         )
-
     return timed_once(
         place_of(model, context=context),
         lambda: time_model(model, context=context, repetitions=repetitions, on_progress=on_progress),

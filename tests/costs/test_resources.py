@@ -111,11 +111,6 @@ class TestBuiltIns:
         assert resource_named(resource).unit_price(ATTENTION, setting) == attention
         assert resource_named(resource).unit_price(MLP, setting) == mlp
 
-    def test_context_and_width_of_a_number_count(self) -> None:
-        macs = [resource_named("macs").unit_price(ATTENTION, Setting(context, 2)) for context in (1, 2)]
-        assert macs[1] - macs[0] == 2 * 3 * 64
-        assert resource_named("kv").unit_price(ATTENTION, Setting(1, 4)) == 512
-
     def test_costs_are_prices_times_units_and_whole_numbers(self) -> None:
         model = tiny_model("llama")
         costs = costs_of(resource_named("params"), model, context=64)

@@ -141,18 +141,6 @@ def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: li
     assert {each.workload.length for each in result.speeds} == {112}  # 128 positions, 16 of them to decode
 
 
-@pytest.mark.parametrize("suffix", [".md", ".json"])
-def test_the_output_is_what_its_suffix_says(run: Path, no_children: list[Any], tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / "new" / f"measure{suffix}"
-    quick = ["--batch-sizes", "1", "--prompt-lengths", "16", "--repetitions", "1", "--dtype", "float32"]
-    assert call("measure", str(run), *quick, "--output", str(path)).exit_code == 0
-    text = path.read_text()
-    if suffix == ".md":
-        assert text.startswith("|  | dense | pruned |")
-    else:
-        assert json.loads(text)["dense"]["parameters"] == 852_608
-
-
 # what is refused
 
 
@@ -170,11 +158,6 @@ def test_prompts_that_do_not_fit_the_memory(run: Path, monkeypatch: pytest.Monke
     with pytest.raises(ModelError, match="1 x 16 tokens do not fit") as raised:
         silently(small(run))
     assert "--batch-sizes" in str(raised.value.hint)
-
-
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no model"):
-        silently(small(tmp_path))
 
 
 def test_a_dense_model_of_another_family(run: Path, tmp_path: Path) -> None:
@@ -217,17 +200,20 @@ def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_the_command_prints_the_tables(run: Path, no_children: list[Any]) -> None:
-    done = call("measure", str(run), "--batch-sizes", "1,2", "--prompt-lengths", "8", "--repetitions", "1")
+def test_the_command_prints_the_tables_or_pure_data_and_writes_what_the_suffix_says(
+    run: Path, no_children: list[Any], tmp_path: Path
+) -> None:
+    quick = ["measure", str(run), "--batch-sizes", "1,2", "--prompt-lengths", "8", "--repetitions", "1"]
+    markdown, data = tmp_path / "new" / "measure.md", tmp_path / "measure.json"
+    done = call(*quick, "--output", str(markdown))
     assert done.exit_code == 0, done.stderr
     for part in ("parameters", "852.6 k", "prefill", "decode", "peak memory", "times as fast"):
         assert part in done.stdout
     assert "speed, in turn: done" in done.stderr
-
-
-def test_json_is_pure_data_on_stdout(run: Path, no_children: list[Any]) -> None:
-    done = call("measure", str(run), "--batch-sizes", "1", "--prompt-lengths", "8", "--repetitions", "1", "--json")
+    assert markdown.read_text().startswith("|  | dense | pruned |")
+    done = call(*quick, "--json", "--output", str(data))
     assert json.loads(done.stdout)["pruned"]["model"] == "folder model"
+    assert json.loads(data.read_text())["dense"]["parameters"] == 852_608
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 from rich.console import Console
 
 from ffgym.measure.task_definitions import PAPER_TASKS, LoadedTask, TaskSet
-from ffgym.measure.task_table import FILE_KINDS, TaskTable, as_dict
+from ffgym.measure.task_table import TaskTable, as_dict
 from ffgym.measure.tasks import Figure, ModelScores, TaskResult
 
 
@@ -109,8 +109,3 @@ def test_data_is_what_json_takes():
         1838,
         "1.0",
     )
-
-
-def test_a_file_is_json_or_markdown_by_its_ending():
-    assert json.loads(FILE_KINDS[".json"](TWO)) == as_dict(TWO)
-    assert FILE_KINDS[".md"](TWO) == TWO.layout().markdown()

@@ -94,16 +94,6 @@ def test_a_result_says_split_examples_and_version(model):
     assert (result.truncated, result.not_finite) == (0, 0)
 
 
-def test_a_limit_beyond_the_data_measures_all_of_them(model):
-    (task,) = load_tasks(["piqa"]).tasks
-    assert evaluate_task(model, task, limit=100) == evaluate_task(model, task)
-
-
-def test_one_example_has_no_standard_error(model):
-    (task,) = load_tasks(["piqa"]).tasks
-    assert [metric.stderr for metric in evaluate_task(model, task, limit=1).metrics] == [None, None]
-
-
 def test_a_metric_without_a_standard_error_says_none(model):
     (task,) = load_tasks(["cb"]).tasks
     result = evaluate_task(model, task)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 from table_costs import table_costs
 
-from ffgym.errors import OutputError
 from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, point_names
 from ffgym.report.table import Row
 from ffgym.types import Allocation
@@ -71,14 +68,6 @@ def test_where_everything_broke_down_nothing_is_best_and_the_data_are_json(front
     assert data["finals_loss"] is None
 
 
-def test_terminal_shows_the_same_numbers(front: Front) -> None:
-    console = Console(file=io.StringIO(), width=120)
-    console.print(front.layout())
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("10.0%", "22.00", "39.00", "90.00", "One policy for all points", "uniform"):
-        assert part in text
-
-
 def test_data_is_strict_json(front: Front) -> None:
     data = json.loads(json.dumps(as_dict(front), allow_nan=False))
     assert [p["target"] for p in data["points"]] == [0.1, 0.3, 0.5]
@@ -94,13 +83,6 @@ def test_the_picture_is_drawn_also_where_a_rule_broke_down(front: Front, tmp_pat
     broken = replace(front, dense=replace(front.dense, perplexity=math.nan))
     front_figure(broken, tmp_path / "again.png")
     assert (tmp_path / "again.png").exists()
-
-
-def test_a_picture_that_cannot_be_written_is_an_error_with_a_next_step(front: Front, tmp_path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match="cannot write") as raised:
-        front_figure(front, tmp_path / "file" / "front.png")
-    assert raised.value.hint
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from ffgym.errors import OutputError
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.types import Allocation
 
@@ -71,9 +70,3 @@ def test_a_dense_model_far_off_does_not_press_the_allocations_together(tmp_path,
     pareto_figure(POINTS, {**DENSE, "accuracy": 50.0}, tmp_path / "pareto.png")
     low, high = figures[0].axes[0].get_ylim()
     assert 0.2 < low < high < 0.6
-
-
-def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
-        pareto_figure(POINTS, DENSE, tmp_path / "file" / "pareto.png")

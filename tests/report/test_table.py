@@ -69,11 +69,6 @@ def test_markdown_is_one_table_with_the_best_in_bold():
     assert "some\\_text" in TABLE.layout().markdown()
 
 
-def test_markdown_survives_signs_in_a_label():
-    text = ReportTable((row("a|b_c*", 2.0, 0.0),), "").layout().markdown()
-    assert "a\\|b\\_c\\*" in text
-
-
 def test_dicts_are_strict_json_and_say_which_row_is_which():
     rows = json.loads(json.dumps(TABLE.layout().as_dicts(), allow_nan=False))
     assert rows[0]["is_dense"]
