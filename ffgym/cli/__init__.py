@@ -3,7 +3,7 @@
 Everything heavy is imported inside the command that needs it.
 """
 
-from ffgym.cli import bench, cache, export, measure, plan, plugins, recover, results, run, runs, sync, ui  # noqa: F401
+from ffgym.cli import bench, cache, export, measure, plugins, recover, results, run, runs  # noqa: F401
 from ffgym.cli.app import app, main
 
 __all__ = ["app", "main"]

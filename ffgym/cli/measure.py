@@ -89,7 +89,6 @@ def measure(
             _refuse_device(device)
             from ffgym.measure import serving
 
-            chosen: dict[str, Any] = {"prompt_lengths": lengths, "output_tokens": output_tokens}
             found = serving.measure_serving(
                 serving.Options(
                     folder=folder,
@@ -100,7 +99,7 @@ def measure(
                     dtype=dtype,
                     threads=threads,
                     arguments=_arguments(engine_args),
-                    **{name: value for name, value in chosen.items() if value is not None},
+                    **_given(prompt_lengths=lengths, output_tokens=output_tokens),
                 ),
                 progress=progress,
             )
@@ -158,8 +157,7 @@ def latency(
     from ffgym.costs.latency_table import to_json
 
     progress = Console(stderr=True)
-    given: dict[str, Any] = {"requests": batch_size, "output_tokens": output_tokens, "repetitions": repetitions}
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = _given(requests=batch_size, output_tokens=output_tokens, repetitions=repetitions)
     with contextlib.redirect_stdout(sys.stderr):
         if engine is None:
             _refuse_without_engine(batch_size=batch_size, output_tokens=output_tokens, engine_args=engine_args)
@@ -198,6 +196,11 @@ def latency(
         print_json(table.model_dump(mode="json", exclude_none=True))
     else:
         Console().print(layout(table, place))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are given; the others have defaults of their own."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _refuse_without_engine(**options: object) -> None:

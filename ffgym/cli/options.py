@@ -63,6 +63,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON to stdout a
 RootOption = Annotated[str, typer.Option("--root", metavar="DIR", help="folder of the MLflow store")]
 
 
+def _owner(key: str) -> tuple[Any, str]:
+    """The table that holds a key, with its defaults, and the key's name in it."""
+    table, _, field_name = key.rpartition(".")
+    return (getattr(RunConfig(), table) if table else RunConfig()), field_name
+
+
 def key_option(flag: str, key: str, **settings: Any) -> Any:
     """An option for one key of the run configuration, whose description and default it shows."""
     owner, field_name = _owner(key)
@@ -70,6 +76,9 @@ def key_option(flag: str, key: str, **settings: Any) -> Any:
     default = getattr(owner, field_name)
     shown: Any = "none" if default is None else False if default is False else str(default)
     return typer.Option(flag, help=field.description, show_default=shown, **settings)
+
+
+ExperimentOption = Annotated[str, key_option("--experiment", "tracking.experiment")]
 
 
 def configured(flags: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -120,12 +129,6 @@ def _annotation(flag: str, key: str) -> Any:
 def _names(annotation: Any, kind: type) -> bool:
     """Whether a type stands anywhere in an annotation."""
     return annotation is kind or any(_names(part, kind) for part in get_args(annotation))
-
-
-def _owner(key: str) -> tuple[Any, str]:
-    """The table that holds a key, with its defaults, and the key's name in it."""
-    table, _, field_name = key.rpartition(".")
-    return (getattr(RunConfig(), table) if table else RunConfig()), field_name
 
 
 def _tables(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from ffgym.cli.app import app
-from ffgym.cli.options import JsonOption, RootOption, key_option
+from ffgym.cli.options import ExperimentOption, JsonOption, RootOption
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import TrackingTable
 from ffgym.files import write_text
-
-ExperimentOption = Annotated[str, key_option("--experiment", "tracking.experiment")]
 
 
 @app.command()

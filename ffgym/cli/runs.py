@@ -1,4 +1,4 @@
-"""``ffgym runs``."""
+"""``ffgym runs``, ``sync`` and ``ui``: what MLflow has of runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ffgym.cli.app import app
-from ffgym.cli.options import JsonOption, RootOption, key_option
+from ffgym.cli.options import ExperimentOption, JsonOption, RootOption
 from ffgym.cli.printing import print_columns, print_json
 from ffgym.config.tables import TrackingTable
-from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.errors import ConfigError, TrackingError, UnknownNameError
 from ffgym.tracking.runs import ID_CHARACTERS, TrackedRun, list_runs
 
 COLUMNS = ("id", "name", "status", "started", "agent", "criterion", "model", "sparsity", "result", "ratio", "tokens")
@@ -40,7 +40,7 @@ def runs(
     ] = None,
     sort: Annotated[str, typer.Option(help="column to sort by; -COLUMN for the other way round")] = "-started",
     root: RootOption = TrackingTable().root,
-    experiment: Annotated[str, key_option("--experiment", "tracking.experiment")] = TrackingTable().experiment,
+    experiment: ExperimentOption = TrackingTable().experiment,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs that were tracked.
@@ -102,3 +102,34 @@ def _cell(run: TrackedRun, column: str) -> str:
     if value is None:
         return ""
     return run.id[:ID_CHARACTERS] if column == "id" else FORMATS.get(column, "{}").format(value)
+
+
+@app.command()
+def sync(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="DIR", help="where runs keep their files", show_default="runs and the store's folder"),
+    ] = None,
+    root: RootOption = TrackingTable().root,
+) -> None:
+    """Send what runs kept on disk because their MLflow server could not be reached."""
+    from ffgym.tracking.outbox import sync as send_all
+
+    store, named = Path(root).expanduser(), [folder.expanduser() for folder in folders or []]
+    if missing := next((folder for folder in named if not folder.is_dir()), None):
+        raise TrackingError(f"there is no folder {missing}", hint="Name the folder of a run, or of several.")
+    if not send_all(store, named or [Path("runs"), store], typer.echo):
+        typer.echo("nothing is waiting to be sent", err=True)
+
+
+@app.command()
+def ui(
+    root: RootOption = TrackingTable().root,
+    experiment: ExperimentOption = TrackingTable().experiment,
+    port: Annotated[int, typer.Option(help="port on this machine", min=1, max=65535)] = 5000,
+    browser: Annotated[bool, typer.Option(help="open the page in a browser")] = True,
+) -> None:
+    """Open the MLflow page of the runs that were tracked, best result first."""
+    from ffgym.tracking.ui import open_ui
+
+    open_ui(Path(root).expanduser(), experiment, port, notify=typer.echo, browser=browser)
