@@ -31,8 +31,7 @@ from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, Recove
 from ffgym.files import FileFormat, disk_errors, replacing, write_text
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.origin import recorded_dense_model
-from ffgym.pipeline.folder import BEST_SO_FAR, RunRecord, read_record, write_record
-from ffgym.pipeline.result import RESULT
+from ffgym.pipeline.folder import RESULT, RunRecord, read_record, write_record
 from ffgym.pipeline.stored import read_table as read_run_table
 from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.prepare.store import RECORD as PREPARED_RECORD
@@ -256,7 +255,6 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "episodes": (_episodes, read_log),
     "policy": (_policy, lambda path: read_policy(path, CONFIG.agent.name)),
     "session": (_session, lambda path: read_record(path.parent)),
-    "allocation": (_allocation, BEST_SO_FAR.read),
     "bench cell": (_cell, CELL_RESULT.read),
     "latency table": (_latency, read_table),
     "checkpoint": (_part, lambda path: Checkpoint(path.parent, {}).load("lora", LoraCurve)),

@@ -7,13 +7,12 @@ import json
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-
-from pydantic import BaseModel, FiniteFloat
 
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
@@ -21,8 +20,9 @@ from ffgym.config.toml import differences, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import FileFormat, exclusive_lock, write_text
+from ffgym.files import FileFormat, check_writable, exclusive_lock, write_text
 from ffgym.prepare import configured
+from ffgym.types import JSONDict
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
@@ -43,6 +43,7 @@ TABLE = "report.json"
 MEASURE_AGAIN = (
     f"Delete {TABLE} in that folder; `ffgym run --resume FOLDER` then makes all results again without a search."
 )
+RESULT = FileFormat("result of a run", JSONDict, OutputError, MEASURE_AGAIN)
 LOCK = ".lock"  # held by the run that writes into the folder
 UNSENT = "unsent.jsonl"  # records that an MLflow server has not taken yet
 WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", UNSENT, LOCK})
@@ -60,7 +61,9 @@ def claim_folder(config: RunConfig) -> Path:
     with _claiming(folder):
         if named is None:
             folder = _new_folder(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{config.agent.name}-{config.criterion.name}")
-        _require_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     return folder.resolve()
 
 
@@ -178,20 +181,8 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
             f"a run is resumed in its own folder, {folder}, and output.dir = {asked!r} is another",
             hint="Leave --output out, or start a new run there with --config and the config.toml of this one.",
         )
-    try:
-        _require_writable(folder)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}", hint="Make the folder writable."
-        ) from error
+    check_writable(folder / "run.json")
     return folder.resolve()
-
-
-def _require_writable(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".writable"
-    probe.touch()
-    probe.unlink()
 
 
 @dataclass(frozen=True)
@@ -323,17 +314,6 @@ def removing_if_nothing_found(folder: Path, *, made: bool = True) -> Iterator[No
         raise
 
 
-class BestSoFar(BaseModel):
-    """The parts of an ``allocation.json`` that are printed when a run ends early."""
-
-    episodes: int
-    origin: str
-    sparsity: FiniteFloat
-
-
-BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, MEASURE_AGAIN)
-
-
 def resume_command(folder: Path) -> str:
     """The command that continues the run in a folder."""
     return f"ffgym run --resume {shlex.quote(str(folder))}"
@@ -347,8 +327,9 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
     except KeyboardInterrupt:
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
-            best = BEST_SO_FAR.read(path)
-            reporter(f"the best of {best.episodes} episodes ({best.origin}, sparsity {best.sparsity:.4f}) is in {path}")
+            best = RESULT.read(path)
+            found = f"the best of {best['episodes']} episodes ({best['origin']}, sparsity {best['sparsity']:.4f})"
+            reporter(f"{found} is in {path}")
         elif log.exists() and log.stat().st_size:
             reporter(f"the episodes so far are in {log}")
         else:

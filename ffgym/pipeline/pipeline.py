@@ -32,10 +32,11 @@ from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session
 from ffgym.pipeline.settle import settle
 from ffgym.pipeline.task import Task, at_target, open_task
-from ffgym.pipeline.training import gather_text, train
+from ffgym.pipeline.training import train
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan
 from ffgym.prepare.parts import check_texts, cluster_of, report_idle_workers, table_digest
+from ffgym.recover.text import gather
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Row
 
@@ -96,7 +97,8 @@ def run(
             plan.load.episode_tokens // plan.load.window if agent.asks_slopes else None,
         )
         task = prepare(config, session, plan, cluster)
-        text = gather_text(task)  # before the search, so that an unfit corpus is refused early
+        # Before the search, so that an unfit corpus is refused early.
+        text = None if config.recover.method == "none" else gather(config, task.loaded, task.splits)
         hint = "Free some space, name a folder on a larger disk (--output), or set output.save_model to false."
         check_room(session.folder, counts.saved_models(plan.shape, plan.load), "the saved model", hint)
         session.begin_search(task.loaded.dtype_name)

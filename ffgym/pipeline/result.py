@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
-from ffgym.errors import OutputError
 from ffgym.export.checkpoint import SavedModel, load_line
-from ffgym.files import FileFormat
 from ffgym.pipeline.artifacts import allocation_json
 from ffgym.pipeline.compare import model_folder
-from ffgym.pipeline.folder import MEASURE_AGAIN, is_finished, read_record
+from ffgym.pipeline.folder import RESULT, is_finished, read_record
 from ffgym.pipeline.stored import read_table
 from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
@@ -22,8 +21,6 @@ from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.table import ReportTable
 from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
-
-RESULT = FileFormat("result of a run", JSONDict, OutputError, MEASURE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -66,22 +63,16 @@ class RunResult:
         """The table, where things are, and how to load the model."""
         if self.front is not None:
             console.print(self.front.layout())
-        console.print(self.table.layout())
-        if self.table.warning is not None:
-            console.print(f"Warning: {self.table.warning}", style="bold red", highlight=False, markup=False)
-        lines = [f"Results and pictures: {self.folder}"]
-        if self.mlflow_run is not None:
-            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        load = []
         if self.saved is not None:
             broken = self.table.warning is not None and self.recovered is None
-            lines += [
+            load += [
                 "To look at it all the same, load it with" if broken else "Load the pruned model with",
                 f"  {load_line(self.saved.path)}",
             ]
         if self.recovered is not None:
-            lines += [*self.recovered.summary, "Load it with", f"  {load_line(self.recovered.saved.path)}"]
-        for line in lines:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            load += [*self.recovered.summary, "Load it with", f"  {load_line(self.recovered.saved.path)}"]
+        _print(console, self, self.table, load)
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,22 @@ class FinishedRun:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        console.print(read_table(self.folder).layout())
-        lines = [f"Results and pictures: {self.folder}"]
-        if self.mlflow_run is not None:
-            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        load = []
         for model in (self.model, self.recovered_model):
             if model is not None:
-                lines += [f"Load the model in {model.name}/ with", f"  {load_line(model)}"]
-        for line in lines:
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+                load += [f"Load the model in {model.name}/ with", f"  {load_line(model)}"]
+        _print(console, self, read_table(self.folder), load)
+
+
+def _print(console: Console, result: RunResult | FinishedRun, table: ReportTable, load: Sequence[str]) -> None:
+    console.print(table.layout())
+    if table.warning is not None:
+        console.print(f"Warning: {table.warning}", style="bold red", highlight=False, markup=False)
+    lines = [f"Results and pictures: {result.folder}"]
+    if result.mlflow_run is not None:
+        lines.append(f"MLflow run {result.mlflow_run}: compare runs with `ffgym ui`")
+    for line in [*lines, *load]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:

@@ -50,7 +50,7 @@ class Session:
     record: RunRecord
     _ending: ExitStack
     _overwrites: bool
-    _made_folder: bool
+    _removing_if_nothing_found: AbstractContextManager[None]
 
     @classmethod
     @contextmanager
@@ -88,7 +88,8 @@ class Session:
         ):
             record = RunRecord(tracker.run_id or earlier.mlflow_run, earlier.dtype, results=())
             overwrites = not resumed and bool(contents(folder))
-            session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites, made)
+            removing = removing_if_nothing_found(folder, made=made)
+            session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites, removing)
             session._start()
             yield session
 
@@ -99,7 +100,7 @@ class Session:
         """
         if self._overwrites:
             clear_folder(self.folder)
-            self._ending.enter_context(self._removing_if_nothing_found())
+            self._ending.enter_context(self._removing_if_nothing_found)
             self._write_config()
         self.record = replace(self.record, dtype=dtype)
         write_record(self.folder, self.record)
@@ -110,15 +111,12 @@ class Session:
                 self.progress.print("the search of this run is complete; only the later steps are done again")
             remove_half_written(self.folder)
         elif not self._overwrites:
-            self._ending.enter_context(self._removing_if_nothing_found())
+            self._ending.enter_context(self._removing_if_nothing_found)
         self.tracker.describe(REPEAT)
         self.tracker.set_tags({FOLDER_TAG: str(self.folder)})
         self.tracker.log_config(self.config.model_dump(mode="json"), self._toml)
         if not self._overwrites:
             self._write_config()
-
-    def _removing_if_nothing_found(self) -> AbstractContextManager[None]:
-        return removing_if_nothing_found(self.folder, made=self._made_folder)
 
     def _write_config(self) -> None:
         """From here on the folder is this run's."""

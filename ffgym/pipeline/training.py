@@ -9,16 +9,10 @@ from ffgym.pipeline.artifacts import PICTURES, description, tracked_result, writ
 from ffgym.pipeline.compare import with_recovered
 from ffgym.pipeline.result import RunResult
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.task import Task
 from ffgym.recover.folders import output_folder, unfinished_folder
 from ffgym.recover.recover import train_and_save
 from ffgym.recover.result import RecoveredModel
-from ffgym.recover.text import RecoveryTexts, gather
-
-
-def gather_text(task: Task) -> RecoveryTexts | None:
-    """The text that the smaller model is trained on; ``None`` where the run trains none."""
-    return None if task.config.recover.method == "none" else gather(task.config, task.loaded, task.splits)
+from ffgym.recover.text import RecoveryTexts
 
 
 def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> RunResult:

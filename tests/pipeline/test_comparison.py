@@ -68,6 +68,8 @@ def test_what_the_runs_were_told_differently_is_said(runs: dict[str, Path], tmp_
 def test_a_destroyed_run_is_called_so(runs: dict[str, Path], tmp_path: Path) -> None:
     done = call(runs["one"], runs["broken"], "--output", tmp_path / "out")
     assert "broken: The pruned model is destroyed" in " ".join(done.stdout.split())
+    again = CliRunner().invoke(app, ["run", "--resume", str(runs["broken"])])
+    assert "Warning: The pruned model is destroyed" in " ".join(again.stdout.split())
 
 
 def test_two_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
