@@ -122,17 +122,11 @@ class RayExecutor:
         dense_units: units per sublayer of the dense model.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        dense: Evaluator,
-        dense_units: tuple[int, ...],
-        speeds: Speeds | None = None,
-    ) -> None:
+    def __init__(self, pool: Pool, dense: Evaluator, dense_units: tuple[int, ...]) -> None:
         self._pool = pool
         self._dense = dense
         self._dense_units = dense_units
-        self._speeds = speeds or Speeds()
+        self._speeds = Speeds()
 
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Executor`."""

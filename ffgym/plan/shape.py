@@ -70,76 +70,42 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run does, in tokens and counts.
+    """What a run does, in tokens and counts."""
 
-    Attributes:
-        window: tokens of a window.
-        calibration_tokens: of the calibration split.
-        sparsity: share of the prunable parameters that is removed.
-        dtype: of weights and activations.
-        batch_tokens: tokens of one forward pass.
-        choose_ridge: lambda is chosen on held-out windows.
-        gradients: first-order statistics are wanted.
-        kept: statistics that sublayers keep for heuristics.
-        episode_tokens: of an episode; 0 for no search.
-        episodes_per_update: episodes that are measured together.
-        updates: of one search.
-        slopes: an episode of a search may be measured with slopes.
-        searches: how many searches there are: the agent's, and that of random allocations.
-        texts: on which the episodes of an update are measured; 1 where all share it.
-        search_tokens: of the search split; what the dense model loses on a window is measured once.
-        is_prepared: the model has been prepared before, and its store is there.
-        known_tokens: on which its losses are known from earlier searches.
-        start_texts: on which the allocation that the search started from is measured.
-        finalists: allocations that are measured together in the finals; 0 for none.
-        final_tokens: that each of them is measured on, on average.
-        targets: points of the front.
-        report_tokens: of the report split.
-        report_rows: models that are measured on it.
-        sequential: models that are refitted layer by layer at the end.
-        choice_tokens: of the search split, on which either refit of such a model is measured to choose one.
-        saves: models that are saved.
-        train_tokens: to recover on; 0 for none.
-        workers: processes that share the episodes of an update.
-        elsewhere: they are on a cluster, and not all on this machine.
-        gpu_workers: of those on this machine, how many find room on the GPUs that this process uses.
-        kernel_step: channels by which the widths of MLPs differ, where products make code for every shape, as bfloat16
-            ones do on a CPU; 0 elsewhere.
-        streamed: layers are read from the checkpoint as they run (``model.placement``).
-    """
-
-    window: int
-    calibration_tokens: int
-    sparsity: float
-    dtype: torch.dtype
-    batch_tokens: int
-    choose_ridge: bool = True
-    gradients: bool = False
-    kept: frozenset[str] = frozenset()
-    episode_tokens: int = 0
-    episodes_per_update: int = 1
-    updates: int = 1
-    slopes: bool = False
-    searches: int = 1
-    texts: int = 1
-    search_tokens: int = 0
-    is_prepared: bool = False
-    known_tokens: int = 0
-    start_texts: int = 0
-    finalists: int = 0
-    final_tokens: int = 0
-    targets: int = 1
-    report_tokens: int = 0
-    report_rows: int = 0
-    sequential: int = 0
-    choice_tokens: int = 0
-    saves: int = 0
-    train_tokens: int = 0
-    workers: int = 1
-    elsewhere: bool = False
-    gpu_workers: int = 1
+    window: int  # tokens of a window
+    calibration_tokens: int  # of the calibration split
+    sparsity: float  # share of the prunable parameters that is removed
+    dtype: torch.dtype  # of weights and activations
+    batch_tokens: int  # tokens of one forward pass
+    choose_ridge: bool = True  # lambda is chosen on held-out windows
+    gradients: bool = False  # first-order statistics are wanted
+    kept: frozenset[str] = frozenset()  # statistics that sublayers keep for heuristics
+    episode_tokens: int = 0  # of an episode; 0 for no search
+    episodes_per_update: int = 1  # episodes that are measured together
+    updates: int = 1  # of one search
+    slopes: bool = False  # an episode of a search may be measured with slopes
+    searches: int = 1  # how many searches there are: the agent's, and that of random allocations
+    texts: int = 1  # on which the episodes of an update are measured; 1 where all share it
+    search_tokens: int = 0  # of the search split; what the dense model loses on a window is measured once
+    is_prepared: bool = False  # the model has been prepared before, and its store is there
+    known_tokens: int = 0  # on which its losses are known from earlier searches
+    start_texts: int = 0  # on which the allocation that the search started from is measured
+    finalists: int = 0  # allocations that are measured together in the finals; 0 for none
+    final_tokens: int = 0  # that each of them is measured on, on average
+    targets: int = 1  # points of the front
+    report_tokens: int = 0  # of the report split
+    report_rows: int = 0  # models that are measured on it
+    sequential: int = 0  # models that are refitted layer by layer at the end
+    choice_tokens: int = 0  # of the search split, on which either refit of such a model is measured to choose one
+    saves: int = 0  # models that are saved
+    train_tokens: int = 0  # to recover on; 0 for none
+    workers: int = 1  # processes that share the episodes of an update
+    elsewhere: bool = False  # they are on a cluster, and not all on this machine
+    gpu_workers: int = 1  # of those on this machine, how many find room on the GPUs that this process uses
+    # Channels by which the widths of MLPs differ, where products make code for every shape, as bfloat16 ones do on a
+    # CPU; 0 elsewhere.
     kernel_step: int = 0
-    streamed: bool = False
+    streamed: bool = False  # layers are read from the checkpoint as they run (``model.placement``)
 
     @property
     def dtype_name(self) -> str:

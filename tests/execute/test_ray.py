@@ -22,7 +22,7 @@ from rich.console import Console
 from ffgym.errors import ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.execute.ray import Cluster, RayExecutor, Workers, connected, measuring
-from ffgym.execute.shares import LEAST_PATIENCE, Speeds
+from ffgym.execute.shares import LEAST_PATIENCE
 from ffgym.pipeline import pipeline
 from ffgym.plugins import discovery
 from ffgym.prepare.parts import EvaluatorMaker
@@ -49,10 +49,8 @@ class Standins(RayExecutor):
     """Two workers, which take seconds to start and so are shared; what they are asked to do is in their folder."""
 
     def __init__(self, cluster: Cluster, folder: Path, said: list[str]) -> None:
-        self.folder, self.said, self.speeds = folder, said, Speeds()
-        self.processes: set[int] = set()
-        pool = cluster.pool(partial(measuring, Standin(folder)))
-        super().__init__(pool, Standin(folder, is_worker=False), DENSE, self.speeds)
+        super().__init__(cluster.pool(partial(measuring, Standin(folder))), Standin(folder, is_worker=False), DENSE)
+        self.folder, self.said, self.processes = folder, said, set[int]()
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +162,12 @@ def test_requests_are_shared_and_the_dense_model_is_measured_here(executor: Stan
 
 
 def test_a_worker_that_stands_still_is_replaced(executor: Standins) -> None:
-    executor.speeds.least_patience = 10.0
+    executor._speeds.least_patience = 10.0
     (executor.folder / "stop").touch()
     until(lambda: losses(executor) == LOSSES and executor.said)  # meanwhile the other one does all
     assert (executor.folder / "stop.claimed").exists()
     assert re.match(r"worker \d did nothing for \d+ s", executor.said[0])
-    executor.speeds.least_patience = LEAST_PATIENCE
+    executor._speeds.least_patience = LEAST_PATIENCE
 
 
 def test_a_worker_that_dies_at_work_or_while_loading_is_replaced(executor: Standins) -> None:
