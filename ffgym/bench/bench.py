@@ -62,10 +62,6 @@ def bench(
     reporter = Reporter(progress)
     benches = [read_bench(Path(file)) for file in files]
     check_benches(benches)
-    for each in benches:
-        named = each.spec.baseline if "baseline" in each.spec.model_fields_set else []
-        for baseline in (name for name in named if name not in each.spec.agents):
-            reporter.print(f"{each.spec.title}: baseline {baseline!r} is not one of its agents: no tokens are counted")
     tables = []
     with ExitStack() as stack:
         runs: dict[Path, Tracker] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from ffgym.bench.cell import Cell
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig, Table
 from ffgym.config.toml import layered
-from ffgym.errors import ConfigError
+from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.files import FileFormat
 from ffgym.prepare import configured
 
@@ -112,13 +111,10 @@ def read_bench(file: Path) -> Bench:
                 f"{file}: {table} has {', '.join(map(repr, unused))}, which agents does not name",
                 hint=f"Named in agents: {', '.join(spec.agents)}.",
             )
-    for baseline in spec.baseline:
-        near = difflib.get_close_matches(baseline, spec.agents, n=1, cutoff=0.75)
-        if near and baseline not in spec.agents:  # a typing error; any other unknown name only gets a note
-            raise ConfigError(
-                f"{file}: baseline {baseline!r} is not one of its agents",
-                hint=f"Did you mean {near[0]!r}? Named in agents: {', '.join(spec.agents)}.",
-            )
+    for baseline in spec.baseline if "baseline" in spec.model_fields_set else ():  # the default need not be there
+        if baseline not in spec.agents:
+            unknown = UnknownNameError("baseline", baseline, spec.agents)
+            raise ConfigError(f"{file}: {unknown.message}", hint=unknown.hint)
     if "seed" in spec.run or any("seed" in changes for changes in spec.variants.values()):
         raise ConfigError(f"{file} sets `seed` for a run, and a bench runs several", hint="Use `seeds`.")
     if spec.dated:
