@@ -71,18 +71,13 @@ def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, m
     assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, 1:22 left in all")
 
 
-def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, before_episodes: Any) -> None:
+def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, steps: list[int]) -> None:
     new_store(tmp_path / "mlruns")
     file = bench_file(tmp_path, ["uniform", "random"], tracking={"enabled": True})
-    count = iter(range(10**6))
-
-    def interrupted() -> None:
-        if next(count) == 1 + PER_UPDATE + 1:
-            raise KeyboardInterrupt
-
-    before_episodes(interrupted)
+    steps[0] = 1 + PER_UPDATE + 1
     with pytest.raises(KeyboardInterrupt):
         bench([file], progress=Console(quiet=True))
+    steps[0] = 10**6
     (parent,) = [run for run in runs(tmp_path / "mlruns") if "mlflow.parentRunId" not in run.data.tags]
     assert parent.info.status == "KILLED"
     bench([file], progress=Console(quiet=True))
@@ -102,24 +97,17 @@ def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, before_e
 
 
 def test_a_search_is_never_made_of_two_dtypes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_episodes: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
     """``auto`` is a probe, and a busy machine may answer otherwise in the next sitting."""
     tables = glass_tables(tmp_path)["model"]
     file = bench_file(tmp_path, ["random"], model={**tables, "dtype": "auto"})
-    measured = [0]
-
-    def interrupted() -> None:
-        measured[0] += 1
-        if measured[0] == PER_UPDATE + 2:
-            raise KeyboardInterrupt
-
-    before_episodes(interrupted)
+    steps[0] = PER_UPDATE + 1
     monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
     with pytest.raises(KeyboardInterrupt):
         bench([file], progress=Console(quiet=True))
     monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 1.0)
-    measured[0] = 1000
+    steps[:] = [10**6]
     bench([file], progress=Console(quiet=True))
-    assert measured[0] == 1000 + EPISODES, "nothing is taken from the bfloat16 search"
+    assert len(steps) - 1 == EPISODES, "nothing is taken from the bfloat16 search"
     assert read_cell(read_bench(file).cells[0].path).dtype == "float32"

@@ -69,11 +69,6 @@ def test_a_curve_that_rises_again_counts_where_it_first_came_down() -> None:
     assert tokens_until([cell("a", 0, [(10, 4.0), (100, 2.0), (1000, 5.0), (10_000, 1.0)])], 2.0) == pytest.approx(100)
 
 
-def test_only_marks_that_all_seeds_have_are_averaged() -> None:
-    cells = [cell("a", 0, [(100, 4.0), (1000, 3.0), (2000, 0.0)]), cell("a", 1, [(100, 4.0), (1000, 3.0)])]
-    assert tokens_until(cells, 2.0) is None
-
-
 def test_seeds_are_averaged_at_the_same_tokens_also_where_one_lacks_a_mark() -> None:
     all_marks = [(100, 4.0), (200, 3.0), (400, 2.0), (800, 1.0)]
     full, gap = cell("a", 0, all_marks), cell("a", 1, [all_marks[0], *all_marks[2:]])
@@ -217,17 +212,6 @@ def test_searches_are_compared_with_the_best_heuristic_on_the_same_windows() -> 
     assert table.layout().as_dicts()[0]["difference_from_tied"] == pytest.approx(-0.0783, abs=1e-3)
     del some[0].final.losses[1:]
     assert re.search(r"\| good \|.*\| — \|", markdown(bench_table("Bench", some, baselines=["nobody"])))
-
-
-def test_a_label_is_no_markup() -> None:
-    text = markdown(bench_table("Bench", [cell("a|b", 0, [(100, 3.0)])], baselines=["a|b"]))
-    assert "| a\\|b |" in text
-
-
-def test_a_figure_is_drawn_with_curves_and_lines(tmp_path: Path) -> None:
-    table = bench_table("Bench", results(), baselines=["evolution"])
-    bench_figure(table, results(), tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 def drawn_axes(table_of: list[CellResult], path: Path, monkeypatch: pytest.MonkeyPatch, baseline: str) -> Any:

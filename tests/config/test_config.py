@@ -195,19 +195,13 @@ def test_malformed_override_says_how_to_write_it(override: str) -> None:
         load_config(None, [override])
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
+def test_what_is_no_toml_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"configuration .*nowhere\.toml' cannot be read: No such file"):
         load_config(tmp_path / "nowhere.toml")
-
-
-def test_bad_toml_names_file_and_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.toml is no configuration, or a damaged one: not valid TOML: .*line 2"):
-        load_config(write(tmp_path, "[prune]\nsparsity = = 3\n"))
-
-
-def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"configuration .* is a folder"):
         load_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.toml is no configuration, or a damaged one: not valid TOML: .*line 2"):
+        load_config(write(tmp_path, "[prune]\nsparsity = = 3\n"))
     binary = tmp_path / "binary.toml"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8 text"):

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from glass_runs import WINDOW, glass_config, glass_home, go
+from glass_runs import WINDOW, ctrl_c, glass_config, glass_home, go
 from latency_tables import made_up_table
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.costs import latency_cache, latency_table
+from ffgym.costs import latency_cache
 from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline, task
 from ffgym.prepare import parts as parts_module
-from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
@@ -119,15 +117,6 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
         assert (parts.folder / name).read_text() == (whole.folder / name).read_text()
 
 
-def test_cells_of_a_bench_keep_the_table(tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = timed(tmp_path, table)
-    space = task.open_task(config, [], Reporter(Console(file=io.StringIO())))
-    monkeypatch.setattr(latency_table, "read_table", lambda path: pytest.fail("the table was read again"))
-    other = task.with_config(space, config.model_copy(update={"seed": 1}))
-    assert other.costs is space.costs
-    assert other.env.budget.dense_cost == space.env.budget.dense_cost
-
-
 def test_the_table_of_another_model_is_refused_before_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,13 +145,9 @@ def test_a_reward_that_weighs_latency_reads_and_records_the_table(tmp_path: Path
         assert row["objectives"]["latency_saved"] == pytest.approx(saved)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"format": "ffgym latency table 1", "device": "x'])
-def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: LatencyTable, content: str | None) -> None:
+def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: LatencyTable) -> None:
     config = timed(tmp_path, table)
-    path = Path(str(config.prune.latency_table))
-    path.unlink()
-    if content is not None:
-        path.write_text(content)
+    (tmp_path / "given.json").write_text('{"format": "ffgym latency table 1", "device": "x')
     with pytest.raises(ConfigError, match=r"given\.json"):
         go(config)
 
@@ -170,10 +155,7 @@ def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: Latenc
 def test_a_run_that_ends_before_its_search_leaves_no_table(
     tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: Any, **options: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ffgym.pipeline.search.search_front", interrupted)
+    monkeypatch.setattr("ffgym.pipeline.search.search_front", ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         go(timed(tmp_path, table))
     assert not (tmp_path / "out").exists()

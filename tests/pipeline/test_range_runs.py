@@ -249,22 +249,6 @@ def test_a_bench_is_of_one_target(tmp_path: Path) -> None:
         check_benches([read_bench(file)])
 
 
-@pytest.mark.usefixtures("nothing_loads")
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--sparsity", "0.5:0.1"], "should rise: write '0.1:0.5'"),
-        (["--sparsity", "0.1:0.5", "--agent", "cma-es"], "agent 'cma-es' proposes the same at every target"),
-        (["--save-at", "0.2"], "output.save_at chooses among the points of a range"),
-    ],
-)
-def test_the_command_says_what_is_wrong_and_what_to_do(arguments: list[str], complaint: str) -> None:
-    done = CliRunner().invoke(app, ["run", *arguments])
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert complaint in done.stderr
-    assert "hint: " in done.stderr
-
-
 def test_the_command_runs_a_range(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(tomli_w.dumps(glass_tables(tmp_path, output={"sequential": False})), "utf-8")

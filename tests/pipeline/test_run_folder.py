@@ -78,12 +78,14 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [".download.part", ".thesis.tex.part-0123abcd", ".config.toml.part"])
+@pytest.mark.parametrize("name", ["model.py", ".download.part", ".thesis.tex.part-0123abcd", ".config.toml.part"])
 def test_what_somebody_else_left_is_not(tmp_path: Path, name: str) -> None:
-    (tmp_path / "config.toml").write_text("")
-    (tmp_path / name).write_text("")
-    with pytest.raises(OutputError, match="--overwrite will not clear it"):
-        claim_folder(overwriting(tmp_path))
+    (tmp_path / name).write_text("mine")
+    for _ in range(2):  # of a run's folder, and of one that ffgym did not make
+        with pytest.raises(OutputError, match="--overwrite will not clear it"):
+            claim_folder(overwriting(tmp_path))
+        (tmp_path / "config.toml").write_text("")
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_several_may_write_the_same_file(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_runs_that_start_in_the_same_second_get_a_folder_each(tmp_path: Path, mo
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: claim_folder(load_config()), range(8)))
     assert len(set(folders)) == 8
-    assert all(folder.parent == tmp_path / "runs" for folder in folders)
+    assert all(folder.parent == tmp_path / "runs" and "-reinforce-wanda" in folder.name for folder in folders)
 
 
 def test_a_folder_is_held_by_one_run_and_not_by_one_that_was_killed(tmp_path: Path) -> None:

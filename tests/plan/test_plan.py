@@ -244,10 +244,8 @@ def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--sparsity", "1.5"), "less than 1"),
         (("--sparsity", "0.99"), "sparsity 0.99"),
         (("--agent", "reinforcee"), "unknown agent"),
-        (("--workers", "0"), "workers.count"),
         (("--set", "data.window=9000", "--set", "search.episode_tokens=9000"), "context of 2048 tokens"),
     ],
 )
