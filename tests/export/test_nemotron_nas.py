@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,15 +118,6 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not empty"):
         export(tmp_path / "model", tmp_path / "nas", name="nemotron-nas")
     assert (tmp_path / "nas" / "mine.txt").read_text() == "mine"
-
-
-def test_others_may_read_it(tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        _, folder, _ = written(tmp_path, UNEVEN)
-    finally:
-        os.umask(before)
-    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
 
 
 def test_the_model_itself_is_never_overwritten(tmp_path: Path) -> None:

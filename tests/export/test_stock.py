@@ -154,23 +154,17 @@ class TestOnDisk:
         assert written.parameters == meter(shape * 3, new_biases=prunable.new_bias_params(stock=True))["params"]
 
     def test_shards_and_half_precision(self, tmp_path):
-        prunable = PrunableModel(tiny_model("qwen2", dtype=torch.bfloat16))
-        prunable.cut((1, 17) * 3)
-        written = save(prunable, tmp_path / "m", max_shard_size=20_000)
-        assert len(list(written.path.glob("*.safetensors"))) > 1
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-        assert loaded.dtype == torch.bfloat16
-        with torch.no_grad():
-            assert torch.equal(loaded(IDS).logits, prunable.model(IDS).logits)
-
-    def test_zeros_take_the_models_dtype(self, tmp_path):
+        """The zeros beside the biases of affine calibration take the model's dtype, too."""
         prunable = PrunableModel(tiny_model("llama", dtype=torch.bfloat16))
         prunable.cut((1, 17) * 3)
         for half in prunable.halves:
             half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, 32))
-        save(prunable, tmp_path / "m")
-        weights = load_file(tmp_path / "m" / "model.safetensors")
-        assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+        shards = list(save(prunable, tmp_path / "m", max_shard_size=20_000).path.glob("*.safetensors"))
+        assert len(shards) > 1
+        assert {weight.dtype for shard in shards for weight in load_file(shard).values()} == {torch.bfloat16}
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+        with torch.no_grad():
+            assert torch.equal(loaded(IDS).logits, prunable.model(IDS).logits)
 
     def test_exporting_leaves_the_model_as_it_was(self):
         prunable = cut("llama", (1, 17), biases=True)
@@ -293,13 +287,6 @@ class TestRefusals:
         prunable = cut("llama", (3, 48), grouped_query=False)
         with pytest.raises(ModelError, match="hidden size"):
             save_pruned(prunable.model, None, tmp_path / "m", kept=prunable.kept, family=Careless(), stock=True)
-
-    @pytest.mark.parametrize("kept", [(1, 17) * 2, (1, 16) * 3, (2, 17) * 3], ids=["short", "channels", "heads"])
-    def test_an_allocation_that_the_model_was_not_cut_to(self, tmp_path, kept):
-        prunable = cut("llama", (1, 17))
-        with pytest.raises(ModelError, match="fit"):
-            save_pruned(prunable.model, None, tmp_path / "m", kept=kept, family=prunable.family, stock=True)
-        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

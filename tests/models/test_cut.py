@@ -222,17 +222,3 @@ def test_weights_take_the_models_dtype():
     half = PrunableModel(model).halves[1]
     half.set_consumer(torch.randn(32, 5), torch.randn(32))
     assert half.consumer.weight.dtype == half.consumer.bias.dtype == torch.bfloat16
-
-
-def test_names_facts_and_consumers_agree():
-    prunable = PrunableModel(tiny_model("llama"))
-    assert [s.name for s in prunable.sublayers][:3] == ["layer 0 attention", "layer 0 mlp", "layer 1 attention"]
-    assert prunable.dense_units == prunable.kept == (2, 48, 2, 48, 2, 48)
-    layer = prunable.model.model.layers[1]
-    assert prunable.halves[2].consumer is layer.self_attn.o_proj
-    assert prunable.halves[3].consumer is layer.mlp.down_proj
-
-
-def test_an_allocation_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="zip"):
-        PrunableModel(tiny_model("llama")).cut([1, 2, 3])

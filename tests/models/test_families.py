@@ -109,13 +109,6 @@ def test_a_part_that_the_model_does_not_have_is_named(attribute, value, complain
     assert "print(model)" in caught.value.hint
 
 
-def test_a_model_that_was_pruned_before_is_refused():
-    model = tiny_model("llama")
-    model.config.model_type = "ffgym_llama"
-    with pytest.raises(ModelError, match="already pruned by ffgym"):
-        family_of(model)
-
-
 class FP8Linear(nn.Linear):
     """Its weight times block scales is what it computes with."""
 

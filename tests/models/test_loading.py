@@ -14,9 +14,12 @@ import pytest
 import torch
 import transformers
 from distinct_families import DISTINCT_FAMILIES
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -124,11 +127,8 @@ def test_auto_on_cuda_follows_the_gpu(monkeypatch, supported, chosen):
     assert asked == [torch.device("cuda:1")]
 
 
-def test_the_probe_is_short_and_runs_once():
-    placement.cpu_bfloat16_speedup.cache_clear()
+def test_the_probe_measures_something():
     assert placement.cpu_bfloat16_speedup() > 0
-    placement.cpu_bfloat16_speedup()
-    assert placement.cpu_bfloat16_speedup.cache_info().misses == 1
 
 
 def test_nothing_is_printed_and_the_librarys_progress_bars_come_back(saved, capfd):
@@ -222,18 +222,6 @@ def test_a_gguf_is_converted_once(gguf_file, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_converted_gguf_that_is_damaged_is_converted_again(gguf_file, monkeypatch, capfd):
-    folder = loading.checkpoint_folder(str(gguf_file))
-    weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    monkeypatch.setattr("ffgym.data.cache._verified", {})
-    capfd.readouterr()
-    load(str(gguf_file), dtype="float32", device="cpu")
-    assert weights.read_bytes() == whole
-    assert "is damaged: making it again" in capfd.readouterr().err
-
-
 def test_a_changed_gguf_is_converted_again(gguf_file, tmp_path):
     copy = shutil.copy(gguf_file, tmp_path / "tiny.gguf")
     load(str(copy), dtype="float32", device="cpu")
@@ -283,11 +271,6 @@ def test_a_gguf_that_lacks_weights_is_an_error(gguf_file, tmp_path):
         load(str(renamed), device="cpu")
 
 
-def test_a_missing_gguf_is_an_error():
-    with pytest.raises(ModelError, match=r"'no\.gguf' does not exist"):
-        load("no.gguf")
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -305,8 +288,6 @@ def test_pickled_weights_are_refused_with_a_command_that_converts_them(checkpoin
 
 
 def test_mxfp4_codes_are_refused_with_a_command_that_dequantises_them(tmp_path, monkeypatch):
-    from safetensors.torch import load_file, save_file
-
     config = random_model("gpt_oss").config
     config.intermediate_size = 32  # a block of codes
     folder = tmp_path / "quantised"
@@ -328,8 +309,6 @@ def test_mxfp4_codes_are_refused_with_a_command_that_dequantises_them(tmp_path, 
 
 
 def test_missing_weights_are_an_error_and_never_made_up(checkpoint):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(checkpoint / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
@@ -357,8 +336,6 @@ def test_weights_that_the_config_has_no_place_for_are_an_error(checkpoint, chang
 
 
 def test_old_rotary_buffers_and_foreign_towers_are_ignored(checkpoint):
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     weights["vision_tower.layers.0.fc.weight"] = torch.ones(4)
@@ -427,8 +404,6 @@ def test_a_config_that_says_nothing_usable_is_an_error(checkpoint, content, comp
 
 
 def test_an_architecture_that_cannot_be_pruned_is_loaded_where_any_will_do(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=400)).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="'gpt2' is not supported"):
@@ -462,8 +437,6 @@ def test_a_config_with_other_sizes_than_the_weights_is_refused_before_any_is_bui
 @pytest.mark.parametrize("size", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
 @pytest.mark.parametrize("value", [2**31, 0])
 def test_a_gguf_with_other_sizes_than_its_tensors_is_refused_before_any_is_built(gguf_file, tmp_path, size, value):
-    import gguf
-
     copy = shutil.copy(gguf_file, tmp_path / "changed.gguf")
     field = gguf.GGUFReader(copy, "r+").fields[f"llama.{size}"]
     field.parts[field.data[0]][0] = value
@@ -471,8 +444,8 @@ def test_a_gguf_with_other_sizes_than_its_tensors_is_refused_before_any_is_built
         load(str(copy), dtype="float32", device="cpu")
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "a/b/c"])
-def test_a_missing_folder_is_an_error(name):
+@pytest.mark.parametrize("name", ["/no/such/folder", "./missing", "a/b/c", "no.gguf"])
+def test_a_missing_folder_or_file_is_an_error(name):
     with pytest.raises(ModelError, match="does not exist"):
         load(name)
 
@@ -483,14 +456,20 @@ def test_a_file_is_no_model(tmp_path):
         load(str(tmp_path / "model.safetensors"))
 
 
-def test_an_unreachable_hub_is_asked_once_and_the_error_says_what_works_without_it(monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The names that a hub without a route was asked for."""
+    names = []
 
     def unreachable(self, name, **options):
-        asked.append(name)
+        names.append(name)
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    return names
+
+
+def test_an_unreachable_hub_is_asked_once_and_the_error_says_what_works_without_it(monkeypatch, asked):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
     message = r"could not be loaded from the hub: the hub cannot be reached \(no route\)"
     with pytest.raises(ModelError, match=message) as caught:
@@ -499,15 +478,12 @@ def test_an_unreachable_hub_is_asked_once_and_the_error_says_what_works_without_
     assert asked == ["someone/some-model"]
 
 
+@pytest.mark.usefixtures("asked")
 def test_a_cached_hub_model_loads_while_the_hub_cannot_be_reached(monkeypatch):
     def loaded(source, **options):
         assert (source, options["local_files_only"]) == ("someone/some-model", True)
         raise OSError("enough seen")
 
-    def unreachable(self, name, **options):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
     with pytest.raises(ModelError, match="enough seen"):
@@ -656,24 +632,19 @@ def test_a_device_that_torch_was_not_built_for_is_an_error(saved):
         load(str(saved), dtype="float32", device="xpu")
 
 
-def test_a_model_that_does_not_fit_into_memory_is_not_called_damaged(saved, monkeypatch):
-    def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(ModelError, match="does not fit into memory: CUDA out of memory") as caught:
-        load(str(saved), dtype="float32", device="cpu")
-    assert "stream" in caught.value.hint
-
-
 @pytest.mark.parametrize(
     ("raised", "said", "step"),
     [
-        (ImportError("Loading a GPTQ model requires optimum (`pip install optimum`)"), "optimum", "Install it"),
+        (ImportError("Loading a GPTQ model requires optimum (`pip install optimum`)"), "needs .*optimum", "Install it"),
         (
             ValueError("model type `new` but Transformers does not recognize this architecture."),
-            "`new`",
+            "needs .*`new`",
             "--upgrade transformers",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+            "does not fit into memory: CUDA out of memory",
+            "stream",
         ),
     ],
 )
@@ -682,7 +653,7 @@ def test_a_model_that_this_installation_cannot_load_is_not_called_damaged(saved,
         raise raised
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
-    with pytest.raises(ModelError, match=f"model .* needs .*{said}") as caught:
+    with pytest.raises(ModelError, match=said) as caught:
         load(str(saved), dtype="float32", device="cpu")
     assert step in caught.value.hint
 
@@ -702,15 +673,6 @@ def uneven(request, tmp_path_factory, word_tokenizer):
     )
     assert len(list(written.path.glob("*.safetensors"))) > 1
     return prunable, folder
-
-
-def changed(folder, target, change):
-    """A copy whose config.json was changed."""
-    copy = shutil.copytree(folder, target / "changed")
-    config = json.loads((copy / "config.json").read_text())
-    change(config)
-    (copy / "config.json").write_text(json.dumps(config))
-    return str(copy)
 
 
 def test_an_uneven_model_is_loaded_bit_by_bit(uneven):
@@ -733,44 +695,23 @@ def test_a_truncated_or_missing_shard_of_an_uneven_model_is_an_error(uneven, tmp
         load(str(shard.parent), device="cpu")
 
 
-def test_sizes_that_do_not_match_the_weights_are_named(uneven, tmp_path):
+def test_a_config_that_says_something_else_than_the_weights_is_an_error(uneven, tmp_path):
     prunable, folder = uneven
-    family = prunable.family
-    for name, value, said in (
-        (family.intermediate, 18, r"layers\.0\..* in the checkpoint and .*18.* by the config"),
-        (family.heads, 4, r"layers\.0\.self_attn.* in the checkpoint and .*32.* by the config"),
+    family, no_fit = prunable.family, "does not fit its config.json"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = (copy / "config.json").read_text()
+    for index, change, said in (
+        ("0", {family.intermediate: 18}, rf"{no_fit}: .*layers\.0\..* in the checkpoint and .*18.* by the config"),
+        ("0", {family.heads: 4}, rf"{no_fit}: .*layers\.0\.self_attn.* in the checkpoint and .*32.* by the config"),
+        ("0", {"skip": ["mlp"]}, no_fit),
+        ("1", {"skip": []}, "weights are missing|no place"),
+        ("1", {"skip": ["norm"]}, r"layer 1: unknown sublayer \['norm'\]"),
     ):
-        target = tmp_path / name
-        target.mkdir()
-        path = changed(
-            folder, target, lambda c, name=name, value=value: c["per_layer_config"]["0"].update({name: value})
-        )
-        with pytest.raises(ModelError, match=f"does not fit its config.json: .*{said}"):
-            load(path, device="cpu")
-
-
-def test_a_config_that_says_less_or_more_than_the_weights_is_an_error(uneven, tmp_path):
-    folder = uneven[1]
-    changes = {
-        "a skipped attention is to be there": (
-            lambda c: c["per_layer_config"]["1"].pop("skip"),
-            "weights are missing|no place",
-        ),
-        "an MLP is to be gone": (
-            lambda c: c["per_layer_config"]["0"].update(skip=["mlp"]),
-            "does not fit its config.json",
-        ),
-        "all layers are to be dense": (lambda c: c.pop("per_layer_config"), "does not fit its config.json"),
-        "nonsense is skipped": (
-            lambda c: c["per_layer_config"]["1"].update(skip=["norm"]),
-            r"layer 1: unknown sublayer \['norm'\]",
-        ),
-    }
-    for name, (change, said) in changes.items():
-        target = tmp_path / name.replace(" ", "-")
-        target.mkdir()
+        config = json.loads(content)
+        config["per_layer_config"][index] |= change
+        (copy / "config.json").write_text(json.dumps(config))
         with pytest.raises(ModelError, match=said):
-            load(changed(folder, target, change), device="cpu")
+            load(str(copy), device="cpu")
 
 
 # --- the demo model ---------------------------------------------------------------------------------------------------

@@ -1,26 +1,12 @@
-"""The models that tests are made with: what they promise, and that the trained one was converted right."""
+"""What the models that tests are made with promise."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from glass_model import glass_model
 
 from ffgym.models.families import family_of_type
 from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
-
-TEXT = (
-    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: "
-    "once or twice she had peeped into the book her sister was reading, but it had no pictures in it. "
-    "She was walking by the side of the river, and thought that there was nothing so very remarkable in that."
-)
-
-
-@pytest.fixture(scope="module")
-def glass():
-    return glass_model()
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES + EXPERT_FAMILIES)
@@ -52,25 +38,3 @@ def test_heads_layers_and_dtype_are_as_asked(family, grouped):
     assert rows == 32 + 2 * (16 if grouped and own.kv_heads else 32)
     assert len(own.layers(model)) == 5
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-
-
-def test_the_trained_model_knows_english(glass):
-    """Which it would not if its weights had been converted wrongly."""
-    model, tokenizer = glass
-    ids = tokenizer(TEXT, return_tensors="pt").input_ids[:, :128]
-    shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
-    with torch.no_grad():
-        loss = model(ids, labels=ids).loss.item()
-        without_order = model(shuffled, labels=shuffled).loss.item()
-    assert loss < 4.2 < math.log(1024) < without_order
-    assert model.num_parameters() == 852_608
-
-
-def test_its_tokenizer_gives_the_text_back_and_adds_nothing(glass):
-    tokenizer = glass[1]
-    text = "Alice  said:\n\n“Oh dear!” — so she did."
-    ids = tokenizer(text).input_ids
-    assert tokenizer.decode(ids) == text
-    assert max(ids) < 1024
-    assert not set(ids) & set(tokenizer.all_special_ids)
-    assert tokenizer("∑").input_ids == [tokenizer.unk_token_id]

@@ -163,16 +163,6 @@ def test_replaced_layers_and_sublayers_count(windows: torch.Tensor) -> None:
     assert torch.equal(walk.layer(1, entry.hidden, entry), walk.layer(2, entry.hidden, entry))
 
 
-def test_arguments_are_shared_by_batches_of_one_shape(random_windows: Any) -> None:
-    walk = Walk(tiny_model("llama"))
-    first, second, shorter = (walk.enter(random_windows(*size)) for size in ((3, 16, 0), (3, 16, 1), (2, 16, 1)))
-    assert first.calls is second.calls
-    assert shorter.calls is not first.calls
-    mask = torch.ones(3, 16, dtype=torch.int64)
-    mask[0, :4] = 0
-    assert walk.enter(random_windows(3, 16), mask).calls is not first.calls
-
-
 def test_the_model_keeps_its_layers_when_a_call_fails(windows: torch.Tensor) -> None:
     model: Any = tiny_model("opt")
     walk, layers = Walk(model), list(model.model.decoder.layers)

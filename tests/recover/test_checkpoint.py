@@ -42,15 +42,6 @@ def test_nothing_but_safetensors_and_json_is_written(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"lora.safetensors", "identity.json"}
 
 
-def test_another_configuration_is_refused_and_named(tmp_path: Path) -> None:
-    claimed(tmp_path / "c").save("lora", TENSORS, {})
-    with pytest.raises(RecoveryError, match=r"unfinished training with rank = 8; this one has rank = 16") as raised:
-        claimed(tmp_path / "c", rank=16)
-    assert "--overwrite" in str(raised.value.hint)
-    assert Checkpoint(tmp_path / "c", {}).load("lora", dict[str, Any]) is not None  # nothing was deleted
-    assert not claimed(tmp_path / "c", rank=16, overwrite=True).exists
-
-
 def test_overwriting_keeps_what_belongs_to_this_training(tmp_path: Path) -> None:
     claimed(tmp_path / "c").save("lora", TENSORS, {})
     assert claimed(tmp_path / "c", overwrite=True).exists

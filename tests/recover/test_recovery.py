@@ -477,19 +477,6 @@ def test_a_model_that_has_changed_meanwhile_is_not_gone_on_with(folder: Path, mo
     fails(folder, RecoveryError, "weights = ")
 
 
-def test_a_corpus_that_is_missing_or_too_short_is_named(folder: Path, tmp_path: Path) -> None:
-    fails(folder, DataError, r"nowhere\.txt", recover={"corpus": "nowhere.txt"})
-    (tmp_path / "short.txt").write_text("Alice was beginning to get very tired of sitting by her sister.")
-    fails(folder, DataError, "one step needs 256", recover={"corpus": str(tmp_path / "short.txt")})
-
-
-def test_a_corpus_with_text_of_the_report_split_is_refused(folder: Path, tmp_path: Path) -> None:
-    report = (glass_home() / "wiki.txt").read_text()
-    mine = report[1000:2000] + (glass_home() / "c4.txt").read_text()[20_000:]
-    (tmp_path / "mine.txt").write_text(mine)
-    fails(folder, DataError, "holds text of the report split", recover={"corpus": str(tmp_path / "mine.txt")})
-
-
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [

@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from ffgym.config.tables import DataTable
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
@@ -20,16 +18,13 @@ from ffgym.errors import DataError
 from ffgym.prepare.parts import splits_of
 from ffgym.recover.text import TrainingText, training_text
 
-WORDS = [f"w{i}" for i in range(500)]
+WORDS = [f"w{i}" for i in range(120)]  # of the tokenizer
 WINDOW = 64
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", *WORDS])}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>")
+@pytest.fixture
+def tokenizer(word_tokenizer: Any) -> Any:
+    return word_tokenizer
 
 
 def text(count: int, seed: int) -> str:
@@ -68,8 +63,13 @@ def wiki(tmp_path: Path) -> str:
     return write(tmp_path / "wiki.txt", text(1000, 1))
 
 
-def test_the_default_is_the_calibration_corpus_without_search_windows(tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
+@pytest.fixture
+def splits(tokenizer: Any, c4: str, wiki: str) -> Splits:
+    """Calibration and search on one text, the report on another."""
+    return cut(tokenizer, calibration=c4, search=c4, report=wiki)
+
+
+def test_the_default_is_the_calibration_corpus_without_search_windows(tokenizer: Any, splits: Splits, c4: str) -> None:
     found = train_on(tokenizer, splits, None)
     # 1,000 tokens: 128 of the calibration split, which may be trained on, 256 of the search split, then 616 free ones.
     assert found.windows.shape == (2 + 616 // WINDOW, WINDOW)
@@ -80,27 +80,19 @@ def test_the_default_is_the_calibration_corpus_without_search_windows(tokenizer:
     assert train_on(tokenizer, splits, c4).digest == found.digest
 
 
-def test_where_all_splits_are_one_text_its_rest_is_used(tokenizer: Any, c4: str) -> None:
+@pytest.mark.parametrize("window", [WINDOW, 50])
+def test_where_all_splits_are_one_text_its_rest_is_used(tokenizer: Any, c4: str, window: int) -> None:
     splits = cut(tokenizer, calibration=c4, search=c4, report=c4)
-    found = train_on(tokenizer, splits, None)
-    assert len(found.windows) == 2 + (1000 - 128 - 256 - 192) // WINDOW
+    found = train_on(tokenizer, splits, None, window=window)
+    assert found.windows.shape == (128 // window + (1000 - 128 - 256 - 192) // window, window)
     for split in (splits.search, splits.report):
         assert not tokens_of(found.windows) & tokens_of(split.windows)
 
 
-def test_the_report_text_itself_gives_its_other_windows(tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
+def test_the_report_text_itself_gives_its_other_windows(tokenizer: Any, splits: Splits, wiki: str) -> None:
     found = train_on(tokenizer, splits, wiki)
     assert len(found.windows) == (1000 - 192) // WINDOW
     assert not tokens_of(found.windows) & tokens_of(splits.report.windows)
-
-
-def test_another_window_length_changes_nothing_of_that(tokenizer: Any, c4: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=c4)
-    found = train_on(tokenizer, splits, None, window=50)
-    assert found.windows.shape == (128 // 50 + (1000 - 128 - 256 - 192) // 50, 50)
-    for split in (splits.search, splits.report):
-        assert not tokens_of(found.windows) & tokens_of(split.windows)
 
 
 def test_a_mixture_is_trained_on_in_its_shares(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:
@@ -115,8 +107,7 @@ def test_a_mixture_is_trained_on_in_its_shares(tmp_path: Path, tokenizer: Any, c
         assert not tokens_of(found.windows) & tokens_of(split.windows)
 
 
-def test_only_as_much_as_asked_for(tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
+def test_only_as_much_as_asked_for(tokenizer: Any, splits: Splits) -> None:
     assert len(train_on(tokenizer, splits, None, tokens=130).windows) == 3
 
 
@@ -132,8 +123,7 @@ def test_windows_that_repeat_the_search_split_make_room_for_later_ones(
     assert not tokens_of(found.windows) & tokens_of(splits.search.windows)
 
 
-def test_another_text_that_holds_report_text_is_refused(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
+def test_another_text_that_holds_report_text_is_refused(tmp_path: Path, tokenizer: Any, splits: Splits) -> None:
     stolen = " ".join(text(1000, 1).split()[100 : 100 + REPEATED_TOKENS])
     mine = write(tmp_path / "mine.txt", f"{text(333, 2)} {stolen} {text(400, 3)}")
     with pytest.raises(DataError, match=r"mine\.txt' holds text of the report split .*1 of its windows") as raised:
@@ -142,33 +132,20 @@ def test_another_text_that_holds_report_text_is_refused(tmp_path: Path, tokenize
     assert "data.report" in str(raised.value.hint)
 
 
-def test_a_shorter_quotation_is_no_overlap(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
+def test_a_shorter_quotation_is_no_overlap(tmp_path: Path, tokenizer: Any, splits: Splits) -> None:
     quoted = " ".join(text(1000, 1).split()[100 : 100 + REPEATED_TOKENS - 1])
     mine = write(tmp_path / "mine.txt", f"{quoted} {text(400, 3)}")
     assert len(train_on(tokenizer, splits, mine).windows) == (400 + REPEATED_TOKENS - 1) // WINDOW
 
 
-def test_windows_that_repeat_search_text_are_left_out(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
-    searched = " ".join(text(1000, 0).split()[128:384])
-    mine = write(tmp_path / "mine.txt", f"{text(128, 2)} {searched} {text(128, 3)}")
-    found = train_on(tokenizer, splits, mine)
-    assert found.left_out == 4
-    assert len(found.windows) == 4
-    assert not tokens_of(found.windows) & tokens_of(splits.search.windows)
-
-
-def test_too_short_names_the_tokens_needed(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
+def test_too_short_names_the_tokens_needed(tmp_path: Path, tokenizer: Any, splits: Splits) -> None:
     short = write(tmp_path / "short.txt", text(200, 5))
     with pytest.raises(DataError, match=r"has 192 tokens to train on .* one step needs 256") as raised:
         train_on(tokenizer, splits, short, at_least=256)
     assert "--corpus" in str(raised.value.hint)
 
 
-def test_a_corpus_that_is_not_there_is_named(tokenizer: Any, c4: str, wiki: str) -> None:
-    splits = cut(tokenizer, calibration=c4, search=c4, report=wiki)
+def test_a_corpus_that_is_not_there_is_named(tokenizer: Any, splits: Splits) -> None:
     with pytest.raises(DataError, match=r"nowhere\.txt"):
         train_on(tokenizer, splits, "nowhere.txt")
 

@@ -22,13 +22,6 @@ def test_everything_is_seen_once_before_anything_is_seen_again(count: int, size:
     assert max(Counter(stream.tolist()).values()) <= -(-len(stream) // count)
 
 
-def test_a_step_needs_no_step_before_it() -> None:
-    again = batch_at(7, 3, 10, [1])
-    for step in range(7):
-        batch_at(step, 3, 10, [1])
-    assert np.array_equal(batch_at(7, 3, 10, [1]), again)
-
-
 def test_epochs_and_seeds_differ() -> None:
     first, second = batch_at(0, 50, 50, [0]), batch_at(1, 50, 50, [0])
     assert not np.array_equal(first, second)
