@@ -208,12 +208,9 @@ def save_pruned_model(dense: Path, folder: Path) -> Path:
 
     from ffgym.export.checkpoint import save_pruned
     from ffgym.models.cut import PrunableModel
-    from ffgym.models.families import family_of_type
     from ffgym.testing.models import tiny_model
 
-    kept = (1, 17, 2, 48, 1, 5)  # of 2 KV groups and 48 channels a layer
     prunable = PrunableModel(tiny_model("llama"))
-    prunable.cut(kept)
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    save_pruned(prunable.model, tokenizer, folder, kept=kept, family=family_of_type("llama"))
+    prunable.cut((1, 17, 2, 48, 1, 5))  # of 2 KV groups and 48 channels a layer
+    save_pruned(prunable, AutoTokenizer.from_pretrained(dense), folder)
     return folder

@@ -203,7 +203,7 @@ class Bed:
         if not folder.exists():
             with task.cut_to(self.space, cell.kept, "none", self.reporter):
                 tokenizer = self.space.loaded.tokenizer
-                save_pruned(prunable.model, tokenizer, folder, kept=cell.kept, family=prunable.family)
+                save_pruned(prunable, tokenizer, folder)
         dtype = self.space.loaded.dtype_name
         return load(str(folder), dtype=dtype, device=str(self.space.loaded.device)).model
 

@@ -64,7 +64,7 @@ def main(table: Path, sparsity: float, folder: Path) -> None:
         done = budget.allocation(kept).sparsity
         print(f"without {names[best]}: loss {now:.4f}, {done:.1%} of the time saved", flush=True)
     prunable.cut(kept, calibrated=False)
-    save_pruned(prunable.model, task.loaded.tokenizer, folder, kept=kept, family=prunable.family)
+    save_pruned(prunable, task.loaded.tokenizer, folder)
     print(f"saved: {folder}, without {', '.join(n for n, k in zip(names, kept, strict=True) if not k)}")
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from ffgym.errors import ModelError, OutputError, first_line
 from ffgym.files import replacing, write_text
+from ffgym.models.cut import PrunableModel
 from ffgym.models.families import Family
 from ffgym.models.loading_errors import quiet
 from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
@@ -32,8 +33,6 @@ from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.types import Kind
 
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
-
-Layer = Callable[[int], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -51,48 +50,41 @@ class SavedModel:
 
 
 def save_pruned(
-    model: Any,
+    prunable: PrunableModel,
     tokenizer: Any | None,
     directory: str | Path,
     *,
-    kept: Sequence[int],
-    family: Family,
     card: str | None = None,
     files: Sequence[Path] = (),
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     stock: bool = False,
-    layer: Layer = nullcontext,
     towers: Towers | None = None,
 ) -> SavedModel:
     """Write a pruned model to a folder, whole or not at all.
 
     Args:
-        model: the stock causal LM with its linears already cut to ``kept``. Weights may be views: what is written is
-            what they show, not what lies behind them.
+        prunable: as it is cut now. A model whose layers are not in memory is written with a layer to a file.
         tokenizer: saved beside it; ``None`` leaves it out.
         directory: the folder; its parents are created.
-        kept: units per sublayer, length 2L: layer 0 attention, layer 0 mlp, layer 1 attention, ...
-        family: the model's family.
         card: text of the model card, Markdown.
         files: copied beside the weights.
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
         max_shard_size: weights beyond it are written as several files, e.g. ``"5GB"``.
         stock: write a stock checkpoint of the family; all layers must have kept the same shape.
-        layer: brings in a layer of a model that is not in memory. It is written with a layer to a file.
         towers: what the model was taken out of: it is written with the model in it.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
-        ModelError: ``kept`` is not what the model was cut to, or no stock checkpoint can say it.
+        ModelError: no checkpoint of this kind can say what was kept.
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
-    pruned = (stock_model if stock else uneven_model)(model, kept=kept, family=family)
+    pruned = (stock_model if stock else uneven_model)(prunable)
     if towers is not None:
-        pruned, files = towers.around(pruned, family), [*files, *towers.files]
-    if any(parameter.is_meta for parameter in pruned.parameters()):
-        write = partial(_save_by_layer, pruned, partial(_checkpoint_weights, model, kept, family), family, layer)
+        pruned, files = towers.around(pruned, prunable.family), [*files, *towers.files]
+    if prunable.source is not None:
+        write = partial(_save_by_layer, pruned, prunable)
     else:
         write = partial(pruned.save_pretrained, max_shard_size=max_shard_size)
     return _write(pruned, write, tokenizer, place, card, files)
@@ -153,14 +145,11 @@ def _write(
     return SavedModel(place, size, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def _save_by_layer(
-    pruned: Any, weights: Callable[[], dict[str, torch.Tensor]], family: Family, layer: Layer, folder: Path
-) -> None:
+def _save_by_layer(pruned: Any, prunable: PrunableModel, folder: Path) -> None:
     """Do what ``pruned.save_pretrained(folder)`` does, one layer in memory at a time.
 
     Args:
         pruned: of the saved class; what is in no layer is in memory.
-        weights: those of the model that is saved, with the values of the layer that has been brought in.
     """
     pruned.save_pretrained(folder, state_dict={})
     for empty in folder.glob("*.safetensors"):
@@ -168,7 +157,7 @@ def _save_by_layer(
     tied = pruned.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tied.items())}
     outline = {name: tensor.data for name, tensor in tied.items() if first[id(tensor)] == name}
-    numbered = re.compile(re.escape(f"{family.decoder}.layers.") + r"(\d+)\.")
+    numbered = re.compile(re.escape(f"{prunable.family.decoder}.layers.") + r"(\d+)\.")
 
     def layer_of(name: str) -> int:
         match = numbered.match(name)
@@ -185,8 +174,8 @@ def _save_by_layer(
     for file, names in shards.filename_to_tensors.items():
         content: dict[str, torch.Tensor] = {}
         for index, group in itertools.groupby(names, layer_of):
-            with nullcontext() if index < 0 else layer(index):
-                known = weights()
+            with nullcontext() if index < 0 else prunable.layer(index):
+                known = _checkpoint_weights(prunable)
                 found = {name: known[name] if name in known else outline[name] for name in group}
                 content |= {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in found.items()}
         save_file(content, folder / file, metadata={"format": "pt"})
@@ -204,27 +193,22 @@ def load_line(directory: Path) -> str:
     return f"from transformers import {loader}; model = {loader}.from_pretrained({str(directory)!r}{options})"
 
 
-def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
+def uneven_model(prunable: PrunableModel) -> Any:
     """The same weights in the class that a saved model is loaded with. Nothing is copied; it is made to be saved.
-
-    Args:
-        model: the stock causal LM, cut to ``kept``.
-        kept: units per sublayer, length 2L.
 
     Returns:
         The model. Buffers that are not part of a checkpoint are on the meta device, so it cannot be run.
 
     Raises:
-        ModelError: ``kept`` is not what the model was cut to.
+        ModelError: no model can keep this, e.g. no attention in the first layer.
     """
+    model, family = prunable.model, prunable.family
     config_class, model_class, _ = family.saved_classes()
-    settings = _settings(model)
-    sizes = _sizes_per_layer(model, kept, family)
-    weights = _checkpoint_weights(model, kept, family)
+    settings, sizes, weights = _settings(model), _sizes_per_layer(prunable), _checkpoint_weights(prunable)
 
     def has_new_bias(layer: int, kind: Kind) -> bool:
         consumer = _consumer(layer, kind, family)
-        holder = consumer if kept[2 * layer + KINDS.index(kind)] else _skipped(layer, kind, family)
+        holder = consumer if prunable.kept[2 * layer + KINDS.index(kind)] else _skipped(layer, kind, family)
         return f"{consumer}.bias" not in stock and f"{holder}.bias" in weights
 
     with _named_misfits():
@@ -237,32 +221,27 @@ def uneven_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
         return _filled(pruned, weights, model)
 
 
-def stock_model(model: Any, *, kept: Sequence[int], family: Family) -> Any:
+def stock_model(prunable: PrunableModel) -> Any:
     """The same weights in the family's stock class, with a config that says the one shape of all layers.
 
     Biases that calibration gave the consumers switch on the config's biases of that half, where the family has such a
     switch; the half's other linears get zeros then, so the function is the same.
 
-    Args:
-        model: the stock causal LM, cut to ``kept``.
-        kept: units per sublayer, length 2L, the same in all layers.
-
     Returns:
         The model. Buffers that are not part of a checkpoint are on the meta device, so it cannot be run.
 
     Raises:
-        ModelError: the layers differ, the stock classes do not take this shape, or ``kept`` is not what the model was
-            cut to.
+        ModelError: the layers differ, or the stock classes do not take this shape.
     """
-    settings = _settings(model)
-    settings |= _shared_sizes(model, kept, family)
+    model, family = prunable.model, prunable.family
+    settings = _settings(model) | _shared_sizes(prunable)
     weights: dict[str, torch.Tensor] = dict(model.state_dict())
     config_class, model_class = type(model.config), type(model)
     with _named_misfits():
         with torch.device("meta"):
             added = weights.keys() - model_class(config_class(**settings)).state_dict().keys()
             for kind in KINDS:
-                if added & {f"{_consumer(layer, kind, family)}.bias" for layer in range(len(kept) // 2)}:
+                if added & {f"{_consumer(layer, kind, family)}.bias" for layer in range(len(prunable.kept) // 2)}:
                     settings[family.bias_switch(kind)] = True
             pruned = model_class(config_class(**settings))
         for name, parameter in pruned.state_dict().items():
@@ -278,8 +257,8 @@ def _named_misfits() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, StrictDataclassError) as error:
         raise ModelError(
-            f"the model does not fit the allocation that it is to be saved with: {first_line(error)}",
-            hint="Cut the model to this allocation first, and save it before it is restored.",
+            f"no checkpoint can keep what this model has kept: {first_line(error)}",
+            hint="Cut the model to another allocation.",
         ) from error
 
 
@@ -303,26 +282,26 @@ def _settings(model: Any) -> dict[str, Any]:
     return settings
 
 
-def _shared_sizes(model: Any, kept: Sequence[int], family: Family) -> dict[str, Any]:
+def _shared_sizes(prunable: PrunableModel) -> dict[str, Any]:
     """What a stock config says about all layers: heads, KV heads, channels, and the width of a head."""
-    legal = family.stock_shapes(model)
-    sizes = _sizes_per_layer(model, kept, family)
+    family = prunable.family
+    legal = family.stock_shapes(prunable.model)
     hint = "Save it as an uneven checkpoint (stock=False), or search with --uniform."
     shared: dict[str, Any] = {}
-    for size in sizes:
+    for size in _sizes_per_layer(prunable):
         if any(shared.setdefault(name, number) != number for name, number in size.items()):
             raise ModelError("the layers differ in size, and a stock checkpoint has one shape for all", hint=hint)
-    kinds = [kind for layer in family.layers(model) for kind in family.halves(layer)]
-    for kind, units in zip(kinds, kept, strict=True):
-        if units not in legal[kind]:
+    for sublayer, units in zip(prunable.sublayers, prunable.kept, strict=True):
+        possible = legal[sublayer.kind]
+        if units not in possible:
             raise ModelError(
-                f"a stock {family.name} checkpoint cannot keep {units} of {legal[kind][-1]} units of its {kind};"
-                f" it can keep {_listed(legal[kind])}",
+                f"a stock {family.name} checkpoint cannot keep {units} of {sublayer.units} units of its"
+                f" {sublayer.kind}; it can keep {_listed(possible)}",
                 hint=hint,
             )
     if family.known_stock().heads == "dense":  # its code divides the hidden size by the number of heads
         return shared
-    return shared | {"head_dim": family.head_dim(model.config)}
+    return shared | {"head_dim": family.head_dim(prunable.model.config)}
 
 
 def _listed(units: Sequence[int]) -> str:
@@ -332,39 +311,31 @@ def _listed(units: Sequence[int]) -> str:
     return ", ".join(map(str, units))
 
 
-def _sizes_per_layer(model: Any, kept: Sequence[int], family: Family) -> list[dict[str, Any]]:
+def _sizes_per_layer(prunable: PrunableModel) -> list[dict[str, Any]]:
     """What ``per_layer_config`` says about each layer."""
-    config = model.config
-    heads, kv_heads = family.head_counts(config)
-    groups = 1 if family.whole_attention else kv_heads
+    family, kept = prunable.family, prunable.kept
     counts = {"mlp": family.intermediate, "experts": family.expert_count}  # the config's names
-    parts = [counts[family.halves(layer)[1]] for layer in family.layers(model)]
-    units = [number for part in parts for number in (groups, getattr(config, part))]
-    if len(kept) != len(units) or any(not 0 <= k <= most for k, most in zip(kept, units, strict=True)):
-        raise ModelError(
-            f"an allocation of {len(kept)} sublayers, {tuple(kept)}, does not fit a model of {len(parts)} layers with"
-            f" these units: {tuple(units)}",
-            hint="It needs two numbers a layer, attention first.",
-        )
     sizes: list[dict[str, Any]] = []
-    for part, attention, other in zip(parts, kept[::2], kept[1::2], strict=True):
+    for index in range(0, len(kept), 2):
         size: dict[str, Any] = {}
-        if skip := [kind for kind, k in zip(KINDS, (attention, other), strict=True) if k == 0]:
+        if skip := [kind for kind, units in zip(KINDS, kept[index : index + 2], strict=True) if units == 0]:
             size["skip"] = skip
         # vLLM keeps keys and values of a skipped attention too: those of one head.
-        size[family.heads] = attention * (heads // groups) or 1
+        heads, kv_heads, _ = (kept[index] * count or 1 for count in prunable.sublayers[index].heads_per_unit)
+        size[family.heads] = heads
         if family.kv_heads is not None:
-            size[family.kv_heads] = attention * (kv_heads // groups) or 1
-        if other:
-            size[part] = other
+            size[family.kv_heads] = kv_heads
+        if kept[index + 1]:
+            size[counts[prunable.sublayers[index + 1].kind]] = kept[index + 1]
         sizes.append(size)
     return sizes
 
 
-def _checkpoint_weights(model: Any, kept: Sequence[int], family: Family) -> dict[str, torch.Tensor]:
+def _checkpoint_weights(prunable: PrunableModel) -> dict[str, torch.Tensor]:
     """The model's weights under the names of the saved class: of an emptied sublayer nothing but a bias is left."""
-    weights: dict[str, torch.Tensor] = dict(model.state_dict())
-    for sublayer, units in enumerate(kept):
+    family = prunable.family
+    weights: dict[str, torch.Tensor] = dict(prunable.model.state_dict())
+    for sublayer, units in enumerate(prunable.kept):
         layer, kind = sublayer // 2, KINDS[sublayer % 2]
         if units:
             continue

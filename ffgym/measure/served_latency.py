@@ -190,7 +190,7 @@ def _saved(
         kept = [units if probe is None or shape != probe.shape else probe.size for shape, units in sizes]
         prunable.cut(kept, calibrated=False)
         folder = scratch / str(index)
-        save_pruned(loaded.model, loaded.tokenizer, folder, kept=kept, family=prunable.family)
+        save_pruned(prunable, loaded.tokenizer, folder)
         yield ServedModel(DENSE if probe is None else probe.role, folder, model_type)
     prunable.restore()
 

@@ -274,15 +274,12 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
         towers=task.loaded.towers is not None,
     )
     return table, save_pruned(
-        prunable.model,
+        prunable,
         task.loaded.tokenizer,
         folder,
-        kept=prunable.kept,
-        family=prunable.family,
         card=card,
         files=[folder.parent / "config.toml"],  # what the command in the card reads
         stock=config.prune.uniform,
-        layer=prunable.layer,
         towers=task.loaded.towers,
         overwrite=True,  # a resumed run may have saved it before; a folder of anything else is never replaced
     )

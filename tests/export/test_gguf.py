@@ -63,16 +63,16 @@ def pruned(family: str, kept: Sequence[int] | None, *, biases: bool = False, tie
             half.set_consumer(half.consumer.weight, bias)
         elif biases and units == 0:
             half.set_bias(bias)
-    return SimpleNamespace(model=model, kept=kept, family=prunable.family)
+    return SimpleNamespace(model=model, prunable=None if kept is None else prunable)
 
 
 def save(case: Any, folder: Path, tokenizer: Any = None) -> Path:
     tokenizer = tokenizer or byte_level()
-    if case.kept is None:
+    if case.prunable is None:
         case.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     else:
-        save_pruned(case.model, tokenizer, folder, kept=case.kept, family=case.family)
+        save_pruned(case.prunable, tokenizer, folder)
     return folder
 
 
@@ -104,7 +104,7 @@ def biased_everywhere() -> Any:
         parameter.add_(0.25 * torch.randn_like(parameter))
     prunable = PrunableModel(model)
     prunable.cut(UNEVEN)
-    return SimpleNamespace(model=model, kept=UNEVEN, family=prunable.family)
+    return SimpleNamespace(model=model, prunable=prunable)
 
 
 LLAMA_3_ROPE = {
@@ -335,7 +335,7 @@ def test_shards_are_read(tmp_path: Path) -> None:
     case = pruned("llama", UNEVEN)
     whole = export_gguf(save(case, tmp_path / "m"), tmp_path / "whole.gguf")
     folder = tmp_path / "shards"
-    save_pruned(case.model, byte_level(), folder, kept=UNEVEN, family=case.family, max_shard_size=30_000)
+    save_pruned(case.prunable, byte_level(), folder, max_shard_size=30_000)
     assert len(list(folder.glob("*.safetensors"))) > 2
     name = tmp_path / "again" / "whole.gguf"  # the file's name is in it
     assert export_gguf(folder, name).path.read_bytes() == whole.path.read_bytes()

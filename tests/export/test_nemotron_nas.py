@@ -33,7 +33,7 @@ def saved(folder: Path, kept: Sequence[int], family: str = "llama", **config: An
         model.lm_head.weight = model.get_input_embeddings().weight
     prunable = PrunableModel(model)
     prunable.cut(kept)
-    save_pruned(model, byte_level(), folder, kept=kept, family=prunable.family)
+    save_pruned(prunable, byte_level(), folder)
     return model
 
 
@@ -100,12 +100,11 @@ def test_what_it_cannot_say_is_refused_by_name(
 
 
 def test_biases_of_affine_calibration_are_refused_with_the_way_round(tmp_path: Path) -> None:
-    model: Any = tiny_model("llama")
-    prunable = PrunableModel(model)
+    prunable = PrunableModel(tiny_model("llama"))
     prunable.cut(UNEVEN)
     half = prunable.halves[1]
     half.set_consumer(half.consumer.weight, torch.ones(32))
-    save_pruned(model, byte_level(), tmp_path / "model", kept=UNEVEN, family=prunable.family)
+    save_pruned(prunable, byte_level(), tmp_path / "model")
     with pytest.raises(ModelError, match=r"layers.0.mlp.down_proj.bias") as caught:
         export(tmp_path / "model", tmp_path / "nas", name="nemotron-nas")
     assert "--calibration ridge" in str(caught.value.hint)

@@ -36,7 +36,7 @@ def cut(family, shape, *, grouped_query=True, biases=False):
 
 
 def save(prunable, folder, **options):
-    return save_pruned(prunable.model, None, folder, kept=prunable.kept, family=prunable.family, stock=True, **options)
+    return save_pruned(prunable, None, folder, stock=True, **options)
 
 
 def variant(family, grouped):
@@ -169,7 +169,7 @@ class TestOnDisk:
     def test_exporting_leaves_the_model_as_it_was(self):
         prunable = cut("llama", (1, 17), biases=True)
         before = prunable.model(IDS).logits
-        stock_model(prunable.model, kept=prunable.kept, family=prunable.family)
+        stock_model(prunable)
         assert torch.equal(prunable.model(IDS).logits, before)
         assert prunable.model.config.num_attention_heads == 4
         assert prunable.model.config.attention_bias is False
@@ -285,8 +285,8 @@ class TestRefusals:
             stock = Stock("any")
 
         prunable = cut("llama", (3, 48), grouped_query=False)
-        with pytest.raises(ModelError, match="hidden size"):
-            save_pruned(prunable.model, None, tmp_path / "m", kept=prunable.kept, family=Careless(), stock=True)
+        prunable.family = Careless()
+        self.refused(prunable, tmp_path, "hidden size")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -37,9 +37,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     loaded = load(str(glass_home() / "glass"), dtype="float32", device="cpu")
     prunable = PrunableModel(loaded.model)
-    kept = [min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)]
-    prunable.cut(kept)
-    save_pruned(loaded.model, loaded.tokenizer, folder / "model", kept=kept, family=prunable.family)
+    prunable.cut([min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)])
+    save_pruned(prunable, loaded.tokenizer, folder / "model")
     (folder / "config.toml").write_text(f"[model]\nname = {json.dumps(str(glass_home() / 'glass'))}\n")
     return folder
 

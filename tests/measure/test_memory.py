@@ -52,7 +52,7 @@ def test_a_pruned_model_takes_less_memory_by_what_its_parameters_say(job, tmp_pa
     for name, units in kept.items():
         prunable.cut(units)
         folder = tmp_path / name
-        saved = save_pruned(prunable.model, word_tokenizer, folder, kept=units, family=prunable.family)
+        saved = save_pruned(prunable, word_tokenizer, folder)
         parameters[name] = saved.parameters
         found[name] = measure_memory(replace(job, name=str(folder)))
         shutil.rmtree(folder)

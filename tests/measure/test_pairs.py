@@ -18,7 +18,7 @@ def saved_and_loaded(family, kept, folder):
 
     prunable = PrunableModel(tiny_model(family))
     prunable.cut(kept)
-    save_pruned(prunable.model, None, folder, kept=kept, family=prunable.family)
+    save_pruned(prunable, None, folder)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -40,9 +40,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "model"
     loaded = load(str(glass_home() / "glass"), dtype="float32", device="cpu")
     prunable = PrunableModel(loaded.model)
-    kept = [min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)]
-    prunable.cut(kept)
-    save_pruned(loaded.model, loaded.tokenizer, folder, kept=kept, family=prunable.family)
+    prunable.cut([min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)])
+    save_pruned(prunable, loaded.tokenizer, folder)
     return folder
 
 

@@ -15,7 +15,6 @@ from ffgym.errors import BudgetError, ModelError, RecoveryError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.measure.pairs import units_kept
 from ffgym.models.cut import PrunableModel
-from ffgym.models.families import family_of
 from ffgym.models.walk import Stream, Walk
 from ffgym.plan.shape import shape_of
 from ffgym.plugins import manager
@@ -170,7 +169,7 @@ def test_a_saved_model_is_the_same_without_ffgym(family, prunable, tmp_path):
     kept = tuple(2 + i // 2 if s.kind == "experts" else max(1, s.units // 2) for i, s in enumerate(prunable.sublayers))
     prunable.cut(kept)
     expected = logits(prunable.model)
-    saved = save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=family_of(prunable.model))
+    saved = save_pruned(prunable, None, tmp_path / "model")
     again = AutoModelForCausalLM.from_pretrained(saved.path, trust_remote_code=True).eval()
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
     assert saved.parameters == sum(parameter.numel() for parameter in again.parameters())
@@ -181,8 +180,8 @@ def test_one_number_of_experts_in_all_layers_is_a_stock_checkpoint(family, pruna
     """As uniform runs keep them: engines that know the family need no code for it."""
     kept = fewer(prunable, experts=4)
     prunable.cut(kept)
-    expected, own = logits(prunable.model), family_of(prunable.model)
-    saved = save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=own, stock=True)
+    expected = logits(prunable.model)
+    saved = save_pruned(prunable, None, tmp_path / "model", stock=True)
     again = AutoModelForCausalLM.from_pretrained(saved.path).eval()
     assert type(again) is type(prunable.model)
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
@@ -193,7 +192,7 @@ def test_different_numbers_of_experts_are_no_stock_checkpoint(prunable, tmp_path
     kept[1] = 4
     prunable.cut(kept)
     with pytest.raises(ModelError, match="the layers differ in size"):
-        save_pruned(prunable.model, None, tmp_path / "model", kept=kept, family=family_of(prunable.model), stock=True)
+        save_pruned(prunable, None, tmp_path / "model", stock=True)
 
 
 def test_what_experts_do_not_have_is_refused_with_its_name(family, prunable):

@@ -665,12 +665,9 @@ def test_a_model_that_this_installation_cannot_load_is_not_called_damaged(saved,
 def uneven(request, tmp_path_factory, word_tokenizer):
     """A saved model of every family, uneven, with the attention of layer 1 and the MLP of layer 2 gone."""
     prunable = PrunableModel(random_model(request.param))
-    kept = (1, 17, 0, 48, 2, 0)
-    prunable.cut(kept)
+    prunable.cut((1, 17, 0, 48, 2, 0))
     folder = tmp_path_factory.mktemp("uneven") / "m"
-    written = save_pruned(
-        prunable.model, word_tokenizer, folder, kept=kept, family=prunable.family, max_shard_size=30_000
-    )
+    written = save_pruned(prunable, word_tokenizer, folder, max_shard_size=30_000)
     assert len(list(written.path.glob("*.safetensors"))) > 1
     return prunable, folder
 

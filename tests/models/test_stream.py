@@ -90,17 +90,8 @@ def some_cut(prepared: Prepared) -> tuple[int, ...]:
     return (max(1, units[0] // 2), units[1] // 3, 0, 0, *units[4:])
 
 
-def saved(prepared: Prepared, place: Path, **options: Any) -> dict[str, torch.Tensor]:
-    prunable = prepared.prunable
-    save_pruned(
-        prunable.model,
-        None,
-        place,
-        kept=prunable.kept,
-        family=prunable.family,
-        layer=prunable.layer,
-        **options,
-    )
+def saved(prepared: Prepared, place: Path) -> dict[str, torch.Tensor]:
+    save_pruned(prepared.prunable, None, place)
     return {name: tensor for file in place.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 

@@ -161,16 +161,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Any) -> Simp
     for name in (*TOWERS, "stock-llava"):
         kind = name.removeprefix("stock-")
         one = loaded[name] = opened(saved_whole(root / "dense" / name, word_tokenizer, kind))
-        family, (_, _, count, others) = family_of(one.model), TOWERS[kind]
+        _, _, count, others = TOWERS[kind]
         prunable = PrunableModel(one.model)
-        kept = (1, 17) * 3 if name != kind else KEPT
-        prunable.cut(kept)
+        prunable.cut((1, 17) * 3 if name != kind else KEPT)
         save_pruned(
-            one.model,
+            prunable,
             one.tokenizer,
             root / "models" / name,
-            kept=kept,
-            family=family,
             stock=name != kind,
             towers=one.towers,
         )

@@ -135,7 +135,7 @@ def test_what_inference_recorded_serves_where_gradients_are_wanted(windows: torc
 def test_a_loaded_pruned_model_can_be_walked(name: str, windows: torch.Tensor, tmp_path: Path) -> None:
     prunable = PrunableModel(tiny_model(name))
     prunable.cut(SKIPPED)
-    save_pruned(prunable.model, None, tmp_path, kept=SKIPPED, family=prunable.family)
+    save_pruned(prunable, None, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.inference_mode():
         assert torch.equal(walked(model, windows), ordinary(model, windows))

@@ -105,8 +105,7 @@ class TestFamily:
         for name, kept in (("uneven", EMPTIED), ("stock", (1, 17) * 3)):
             prunable, folder = PrunableModel(tiny_model("starcoder2")), tmp_path / "models" / name
             prunable.cut(kept)
-            stock = name == "stock"
-            save_pruned(prunable.model, word_tokenizer, folder, kept=kept, family=prunable.family, stock=stock)
+            save_pruned(prunable, word_tokenizer, folder, stock=name == "stock")
             loaded, expected = load(str(folder), dtype="float32", device="cpu").model, logits(prunable.model)
             assert torch.equal(logits(loaded), expected)
             loaded.save_pretrained(f"{folder}-again")
@@ -144,7 +143,7 @@ def test_a_family_that_transformers_does_not_know_stops_nobody_else(install: Ins
         family_of_type("no-such-architecture").saved_classes()
     prunable = PrunableModel(tiny_model("llama"))
     prunable.cut(EMPTIED)
-    save_pruned(prunable.model, None, tmp_path / "m", kept=EMPTIED, family=prunable.family)
+    save_pruned(prunable, None, tmp_path / "m")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), logits(prunable.model))
 
 

@@ -49,7 +49,7 @@ def pair(tmp_path: Path) -> Callable[..., tuple[Any, Any]]:
         for half in prunable.halves:
             half.permute(torch.arange(half.sublayer.units).flip(0))
         prunable.cut(kept)
-        save_pruned(prunable.model, None, folder, kept=kept, family=prunable.family)
+        save_pruned(prunable, None, folder)
         pruned = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
         return pruned, tiny_model(family, dtype=dtype).requires_grad_(False)
 
@@ -243,10 +243,9 @@ def test_a_trained_model_that_was_cut_hard_recovers_more_than_ridge_gives(glass:
     model, windows = copy.deepcopy(glass[0]), glass[1]
     train, held_out, test = windows[:20], windows[20:26], windows[26:]
     prunable = prepare(model, Wanda(), train).prunable
-    kept = Budget(prunable.sublayers).project(np.zeros(8), 0.5).kept
-    prunable.cut(kept)
+    prunable.cut(Budget(prunable.sublayers).project(np.zeros(8), 0.5).kept)
     ridge = evaluate(model, test).loss
-    save_pruned(model, None, tmp_path / "m", kept=kept, family=prunable.family)
+    save_pruned(prunable, None, tmp_path / "m")
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
     wanted = settings(learning_rate=1e-3, steps=30, batch_tokens=512, evaluate_every=10)
     distil((pruned, glass[0]), (train, held_out), wanted)

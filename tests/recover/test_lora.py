@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in DISTINCT_FAMILIES:
         prunable = PrunableModel(tiny_model(family))
         prunable.cut(EMPTIED)
-        save_pruned(prunable.model, None, root / family, kept=EMPTIED, family=prunable.family)
+        save_pruned(prunable, None, root / family)
     return {family: root / family for family in DISTINCT_FAMILIES}
 
 

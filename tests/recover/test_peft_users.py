@@ -66,8 +66,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, kept in (("uneven", UNEVEN), ("emptied", EMPTIED)):
             prunable = PrunableModel(tiny_model(family))
             prunable.cut(kept)
-            folder = root / "models" / f"{family}-{name}"
-            save_pruned(prunable.model, None, folder, kept=kept, family=prunable.family)
+            save_pruned(prunable, None, root / "models" / f"{family}-{name}")
     return root
 
 

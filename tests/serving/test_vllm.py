@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffgym.export.checkpoint import stock_model, uneven_model
 from ffgym.models.cut import PrunableModel
-from ffgym.models.families import family_of
 from ffgym.models.loading import load
 from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
@@ -52,7 +51,7 @@ def saved(family: str, kind: str, folder: Path) -> None:
             if 0 < units < dense:
                 half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, len(half.consumer.weight)))
     in_class = stock_model if kind == "stock" else uneven_model
-    in_class(prunable.model, kept=kept, family=family_of(prunable.model)).save_pretrained(folder)
+    in_class(prunable).save_pretrained(folder)
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -124,7 +123,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index, (half, units) in enumerate(zip(prunable.halves, prunable.dense_units, strict=True))
     ]
     prunable.cut(kept)
-    uneven_model(prunable.model, kept=kept, family=family_of(prunable.model)).save_pretrained(folder)
+    uneven_model(prunable).save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder
 
