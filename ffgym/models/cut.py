@@ -111,7 +111,11 @@ class PrunableSublayer:
 
     def watch(self, receive: Callable[[torch.Tensor], object]) -> RemovableHandle:
         """Call ``receive`` with what the consumer is given, shape (..., channels), each time that the layer runs."""
-        return self.consumer.register_forward_pre_hook(lambda _, inputs: _ignore(receive(inputs[0])))
+
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            receive(inputs[0])
+
+        return self.consumer.register_forward_pre_hook(hook)
 
     def permute(self, order: torch.Tensor) -> None:
         """Put the units in this order, shape (units,), int64, for good; the model computes the same as before."""
@@ -219,7 +223,7 @@ class PrunableSublayer:
             finally:
                 setattr(self._layer, self._attention_name, module)
             return
-        stand_ins = {consumer: consume, **dict.fromkeys(self.producers, _no_channels)}
+        stand_ins = {consumer: consume, **dict.fromkeys(self.producers, lambda hidden: hidden[..., :0])}
         for linear_module, forward in stand_ins.items():
             vars(linear_module)["forward"] = forward  # what an instance has comes before what its class has
         try:
@@ -496,14 +500,6 @@ class _Resumed(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         return self._output(), None
-
-
-def _ignore(_: object) -> None:
-    """A hook that returns something would replace what is given to the module."""
-
-
-def _no_channels(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden[..., :0]
 
 
 def _set(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -118,10 +118,6 @@ class Family(Plugin):
         found: list[Any] = expert_modules(layer, self)  # type: ignore[no-untyped-call]
         return found
 
-    def halves(self, layer: nn.Module) -> tuple[Kind, Kind]:
-        """The kinds of a layer's two sublayers, attention first."""
-        return "attention", "experts" if self.expert_modules(layer) else "mlp"
-
     def consumer(self, layer: nn.Module, kind: Kind) -> nn.Linear:
         """The linear that reads the units of one half of a layer, which is not one of experts."""
         return self._linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
@@ -195,8 +191,9 @@ class Family(Plugin):
             ModelError: names the family and the linear.
         """
         layer = self.layers(model)[0]
-        for kind in self.halves(layer):
-            if kind != "experts" and self.consumer(layer, kind).bias is None:
+        kinds: tuple[Kind, ...] = ("attention",) if self.expert_modules(layer) else ("attention", "mlp")
+        for kind in kinds:
+            if self.consumer(layer, kind).bias is None:
                 self.bias_switch(kind)
 
     def bias_switch(self, kind: Kind) -> str:

@@ -65,7 +65,7 @@ def hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Pa
 
     fetch = partial(snapshot_download, name, local_files_only=local_files_only)
     try:
-        folder = Path(fetch(revision=revision, allow_patterns=["*.json", "tokenizer*", "*.model", "*.txt"]))
+        folder = Path(fetch(revision=revision, allow_patterns=["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]))
         weights = [file.name for file in weight_files(folder)] or ["model.safetensors"]
         fetch(revision=folder.name, allow_patterns=weights)  # of the same commit
         return folder

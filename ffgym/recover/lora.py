@@ -138,8 +138,7 @@ def target_modules(model: nn.Module, family: Family) -> list[str]:
     parts = list(dict.fromkeys([*parts, *family.mlp_producers, family.mlp_consumer]))  # each fused module once
     modules = dict(model.named_modules())
     names = [f"{family.decoder}.layers.{layer}.{part}" for layer in range(len(family.layers(model))) for part in parts]
-    linears = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Linear)}
-    return [name for name, linear in linears.items() if linear.weight.numel() > 0]
+    return [name for name in names if isinstance(linear := modules.get(name), nn.Linear) and linear.weight.numel()]
 
 
 @torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off

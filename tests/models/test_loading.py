@@ -541,7 +541,9 @@ def test_ids_without_a_row_in_the_embedding_are_refused(saved):
 def test_a_streamed_hub_model_is_not_downloaded_in_two_layouts(tmp_path, monkeypatch, shard):
     there, commit = tmp_path / "there", tmp_path / "0123456789abcdef"
     tiny_model().save_pretrained(there, max_shard_size=shard)
-    tiny_tokenizer().save_pretrained(there)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"  # a file of its own
+    tokenizer.save_pretrained(there)
     wanted = {path.name for path in there.iterdir()}
     (there / "original").mkdir()
     for name in ("consolidated.safetensors", "original/model.safetensors"):
@@ -560,6 +562,7 @@ def test_a_streamed_hub_model_is_not_downloaded_in_two_layouts(tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     loaded = load("someone/some-model", dtype="float32", device="cpu", streamed=True)
     assert loaded.description == "hub model someone/some-model at 0123456789ab"
+    assert loaded.tokenizer.chat_template == "{{ messages }}"
     assert {str(path.relative_to(commit)) for path in commit.rglob("*") if path.is_file()} == wanted
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ffgym.errors import OutputError, RecoveryError
-from ffgym.recover.checkpoint import Checkpoint, own_randomness, random_state, set_random_state, weights_digest
+from ffgym.recover.checkpoint import Checkpoint, own_randomness, random_state, set_random_state
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.tensor([1.5], dtype=torch.bfloat16), "r": torch.ones(0)}
 
@@ -35,11 +35,6 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
     again.remove()
     assert not (tmp_path / "c").exists()
-
-
-def test_nothing_but_safetensors_and_json_is_written(tmp_path: Path) -> None:
-    claimed(tmp_path / "c").save("lora", TENSORS, {})
-    assert {path.name for path in (tmp_path / "c").iterdir()} == {"lora.safetensors", "identity.json"}
 
 
 def test_overwriting_keeps_what_belongs_to_this_training(tmp_path: Path) -> None:
@@ -108,12 +103,3 @@ def test_every_gpu_has_a_random_state_of_its_own(monkeypatch: pytest.MonkeyPatch
     states.update(dict.fromkeys(states, torch.tensor([7])))
     set_random_state(before, devices)
     assert {device.index: int(state) for device, state in states.items()} == {0: 0, 1: 1}
-
-
-def test_digest_follows_the_weights(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"1")
-    first = weights_digest(tmp_path)
-    (tmp_path / "README.md").write_text("says nothing")
-    assert weights_digest(tmp_path) == first
-    (tmp_path / "a.safetensors").write_bytes(b"2")
-    assert weights_digest(tmp_path) != first

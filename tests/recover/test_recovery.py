@@ -202,12 +202,6 @@ def test_the_training_text_is_said_with_its_size(folder: Path) -> None:
     assert "20,000 to learn from, 1.2 epochs" in text  # more than there are
 
 
-def test_what_does_not_help_is_not_kept(folder: Path) -> None:
-    result = recovered(folder, recover={"learning_rate": 1.0})
-    assert "nothing was kept" in " ".join(result.summary)
-    assert same_weights(result.saved.path, folder / "model")
-
-
 # distillation
 
 
