@@ -202,23 +202,17 @@ def uneven_model(prunable: PrunableModel) -> Any:
     Raises:
         ModelError: no model can keep this, e.g. no attention in the first layer.
     """
-    model, family = prunable.model, prunable.family
-    config_class, model_class, _ = family.saved_classes()
-    settings, sizes, weights = _settings(model), _sizes_per_layer(prunable), _checkpoint_weights(prunable)
-
-    def has_new_bias(layer: int, kind: Kind) -> bool:
-        consumer = _consumer(layer, kind, family)
-        holder = consumer if prunable.kept[2 * layer + KINDS.index(kind)] else _skipped(layer, kind, family)
-        return f"{consumer}.bias" not in stock and f"{holder}.bias" in weights
-
+    config_class, model_class, _ = prunable.family.saved_classes()
+    sizes = _sizes_per_layer(prunable)
+    for index, size in enumerate(sizes):
+        halves = zip(KINDS, prunable.halves[2 * index : 2 * index + 2], strict=True)
+        if biased := [kind for kind, half in halves if half.new_bias_params()]:
+            size["consumer_bias"] = biased
     with _named_misfits():
         with torch.device("meta"):
-            stock = model_class(config_class(**settings)).state_dict()
-            for index, size in enumerate(sizes):
-                if biased := [kind for kind in KINDS if has_new_bias(index, kind)]:
-                    size["consumer_bias"] = biased
-            pruned = model_class(config_class(**settings, per_layer_config=dict(enumerate(sizes))))
-        return _filled(pruned, weights, model)
+            config = config_class(**_settings(prunable.model), per_layer_config=dict(enumerate(sizes)))
+            pruned = model_class(config)
+        return _filled(pruned, _checkpoint_weights(prunable), prunable.model)
 
 
 def stock_model(prunable: PrunableModel) -> Any:
@@ -233,17 +227,15 @@ def stock_model(prunable: PrunableModel) -> Any:
     Raises:
         ModelError: the layers differ, or the stock classes do not take this shape.
     """
-    model, family = prunable.model, prunable.family
+    model = prunable.model
     settings = _settings(model) | _shared_sizes(prunable)
+    for place, kind in enumerate(KINDS):
+        if any(half.new_bias_params() for half in prunable.halves[place::2]):
+            settings[prunable.family.bias_switch(kind)] = True
     weights: dict[str, torch.Tensor] = dict(model.state_dict())
-    config_class, model_class = type(model.config), type(model)
     with _named_misfits():
         with torch.device("meta"):
-            added = weights.keys() - model_class(config_class(**settings)).state_dict().keys()
-            for kind in KINDS:
-                if added & {f"{_consumer(layer, kind, family)}.bias" for layer in range(len(prunable.kept) // 2)}:
-                    settings[family.bias_switch(kind)] = True
-            pruned = model_class(config_class(**settings))
+            pruned = type(model)(type(model.config)(**settings))
         for name, parameter in pruned.state_dict().items():
             if name.endswith(".bias") and name not in weights:
                 weights[name] = torch.zeros(parameter.shape, dtype=model.dtype)

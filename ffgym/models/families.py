@@ -100,10 +100,10 @@ class Family(Plugin):
             PluginError: transformers has no such architecture.
         """
         parts = {part: getattr(self, part) for part in PARTS}
-        config_class, model_class, base_class = call_plugin(
+        classes: tuple[Any, Any, Any] = call_plugin(
             self, lambda: make_classes(self.name, **parts), "making the classes of its saved models"
         )
-        return config_class, model_class, base_class
+        return classes
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         """The decoder layers, first to last."""

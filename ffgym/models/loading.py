@@ -32,7 +32,6 @@ from ffgym.models.loading_errors import explained
 from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.models.towers import BY_ITSELF, PROCESSOR_FILES, Towers, auto_class, has_towers, text_model_of
-from ffgym.plugins.architectures import MODEL_CONFIG
 
 logger = logging.getLogger("ffgym")
 
@@ -267,7 +266,7 @@ def load_config(folder: Path) -> Any:
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
     check_folder(folder)
-    content = MODEL_CONFIG.read(folder / "config.json")
+    content = read_config(folder)
     if content.get("text_config") is not None:
         raise ModelError(
             f"the model in {str(folder)!r}, of type {content.get('model_type')!r}, has several towers, and only"
