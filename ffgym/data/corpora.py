@@ -327,23 +327,22 @@ class HubCorpus(CorpusSource):
     Attributes:
         path: hub id.
         subset: the dataset's configuration; ``None`` where ``files`` say what to read.
-        splits: the split for each role.
+        reported: the split to report on; the other roles read ``train``.
         files: the file to read for a split, where the whole dataset would be far too large.
     """
 
     path: ClassVar[str]
     subset: ClassVar[str | None] = None
-    splits: ClassVar[dict[Role, str]]
+    reported: ClassVar[str]
     files: ClassVar[dict[str, str]] = {}
 
     def read(self, part: str | None, role: Role) -> tuple[str, Iterable[str]]:
         """The split of the role."""
-        split = self.splits[role]
+        split = self.reported if role == "report" else "train"
         options: dict[str, Any] = {}
         if self.files:  # the dataset's card counts all its files; one shard never matches that
             options = {"data_files": {split: self.files[split]}, "verification_mode": "no_checks"}
-        parts = _load_dataset(self.path, self.subset, **options)
-        rows = _choose_split(self.name, parts, split, role)[1]
+        rows = _load_dataset(self.path, self.subset, **options)[split]
         return f"{self.files.get(split, self.subset)}, {split}", _column_texts(self.name, rows)
 
 
@@ -353,7 +352,7 @@ class Wikitext(HubCorpus):
     name = "wikitext"
     path = "Salesforce/wikitext"
     subset = "wikitext-2-raw-v1"
-    splits: ClassVar[dict[Role, str]] = {"calibration": "train", "search": "train", "report": "test"}
+    reported = "test"
 
 
 class C4(HubCorpus):
@@ -361,7 +360,7 @@ class C4(HubCorpus):
 
     name = "c4"
     path = "allenai/c4"
-    splits: ClassVar[dict[Role, str]] = {"calibration": "train", "search": "train", "report": "validation"}
+    reported = "validation"
     files: ClassVar[dict[str, str]] = {
         "train": "en/c4-train.00000-of-01024.json.gz",
         "validation": "en/c4-validation.00000-of-00008.json.gz",

@@ -107,7 +107,7 @@ class Centres(Drift):
 class Unconfigured(Drift):
     name = "unconfigured"
 
-    def __init__(self) -> None:
+    def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__()
 
 
