@@ -1,16 +1,19 @@
-"""The conformance tests pass what is right and catch what is wrong; the toys have the optimum they claim."""
+"""The conformance tests catch what is wrong (the built-ins pass them); the toys have the optimum they claim."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from ffgym.agents.evolution import Evolution
+from ffgym.criteria.magnitude import Magnitude
 from ffgym.errors import PluginError
-from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
+from ffgym.heuristics.uniform import Uniform
+from ffgym.plugins.bases import Plugin, PluginConfig
+from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.conformance import (
     AgentConformance,
     CriterionConformance,
@@ -19,244 +22,79 @@ from ffgym.testing.conformance import (
     RewardConformance,
 )
 from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv, ToyEnv, toy_views
-from ffgym.types import Evaluation, LayerStats, SublayerView
 
 
-class Drift(BatchAgent):
-    """A small honest agent: noise around the best action so far, resumable."""
-
-    name = "drift"
-
-    centre: np.ndarray | None = None
-
-    def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.best, self.batch = -np.inf, batch
-        if self.centre is None:
-            self.centre = np.zeros(dimensions)
-
-    def ask(self, observations: np.ndarray) -> np.ndarray:
-        noise = self.rng.normal(scale=0.2, size=(self.batch, self.centre.size))
-        return np.clip(self.centre + noise, -1, 1).astype(np.float32)
-
-    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
-        if rewards.max() > self.best:
-            self.centre, self.best = actions[rewards.argmax()].astype(np.float64), float(rewards.max())
-        return {"best": self.best}
-
-    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        return [self.centre]
-
-    def state(self) -> dict[str, Any]:
-        return {"centre": self.centre}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.centre = np.array(state["centre"])
+def unconfigured(self: Evolution, config: PluginConfig | None = None) -> None:
+    Evolution.__init__(self)
 
 
-class TestDrift(AgentConformance):
-    def make(self) -> Drift:
-        return Drift()
-
-
-class Lazy(Drift):
-    name = "lazy"
-
-    def learn(self, env: Any, *, seed: int, on_update: Any) -> None:
-        env.reset(seed=seed)
-
-
-class Global(Drift):
-    name = "global"
-
-    def ask(self, observations: np.ndarray) -> np.ndarray:
-        return np.random.uniform(-1, 1, (self.batch, self.centre.size))
-
-
-class Forgetful(Drift):
-    name = "forgetful"
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        pass
-
-
-class Pickled(Drift):
-    name = "pickled"
-
-    def state(self) -> dict[str, Any]:
-        return {"rng": self.rng}
-
-
-class Beyond(Drift):
-    name = "beyond"
-
-    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        return [self.centre + 3]
-
-
-class Centres(Drift):
+def centred(self: Evolution, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
     """Takes the mean off the rewards where they are."""
-
-    name = "centres"
-
-    def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
-        rewards -= rewards.mean()
-        return super().tell(observations, actions, rewards)
+    rewards -= rewards.mean()
+    return Evolution.tell(self, observations, actions, rewards)
 
 
-class Unconfigured(Drift):
-    name = "unconfigured"
-
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        super().__init__()
+class Lax(PluginConfig, extra="ignore"):
+    """Options that nobody checks."""
 
 
-@pytest.mark.parametrize(
-    ("agent", "test"),
-    [
-        (Centres, "test_leaves_what_it_is_told_unchanged"),
-        (Unconfigured, "test_takes_its_config"),
-        (Lazy, "test_spends_the_budget"),
-        (Global, "test_same_seed_same_search"),
-        (Forgetful, "test_takes_up_a_state"),
-        (Pickled, "test_state_is_plain_data"),
-        (Beyond, "test_recommends_importances"),
-    ],
-)
-def test_broken_agents_are_caught(agent: type[Agent], test: str) -> None:
-    caught(AgentConformance, agent, test)
+BROKEN: dict[type[PluginConformance], tuple[type[Plugin], dict[str, dict[str, Any]]]] = {
+    AgentConformance: (
+        Evolution,
+        {
+            "test_takes_its_config": {"__init__": unconfigured},
+            "test_leaves_what_it_is_told_unchanged": {"tell": centred},
+            "test_spends_the_budget": {"learn": lambda self, env, *, seed, on_update: env.reset(seed=seed)},
+            "test_same_seed_same_search": {"ask": lambda self, seen: np.random.uniform(-1, 1, (len(seen), 6))},
+            "test_takes_up_a_state": {"load_state": lambda self, state: None},
+            "test_state_is_plain_data": {"state": lambda self: {"rng": np.random.default_rng()}},
+            "test_recommends_importances": {"recommend": lambda self, observation: [np.full(6, 3.0)]},
+        },
+    ),
+    CriterionConformance: (
+        Magnitude,
+        {
+            "test_is_accepted": {"needs": frozenset({"sqare"})},
+            "test_config_refuses_unknown_keys": {"Config": Lax},
+            "test_scores_keep_the_contract": {"score": lambda self, weight, stats: stats.square},  # not asked for
+            "test_same_input_same_scores": {"score": lambda self, weight, stats: torch.rand(weight.shape[1])},
+            "test_scores_follow_a_permutation_of_channels": {
+                "score": lambda self, weight, stats: torch.arange(weight.shape[1])
+            },
+        },
+    ),
+    HeuristicConformance: (
+        Uniform,
+        {
+            "test_importances_keep_the_contract": {"importance": lambda self, views: np.zeros(9)},
+            "test_same_input_same_importances": {
+                "importance": lambda self, views: np.random.uniform(-1, 1, len(views))
+            },
+        },
+    ),
+    RewardConformance: (
+        Perplexity,
+        {
+            "test_finite_for_every_finite_loss": {"__call__": lambda self, pruned, dense: -pruned.perplexity},
+            "test_same_input_same_reward": {"__call__": lambda self, pruned, dense: pruned.kl},  # not asked for
+            "test_lower_loss_never_earns_less": {"__call__": lambda self, pruned, dense: 1 - 1 / (1 + pruned.loss)},
+            "test_worst_is_the_floor": {"worst": 1.0},
+            "test_objectives_have_fixed_names_and_finite_values": {
+                "objectives": lambda self, pruned, dense: {f"at {pruned.loss:.0f}": 1.0}
+            },
+        },
+    ),
+}
 
 
-class Positional(Criterion):
-    name = "positional"
-
-    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-        return torch.arange(weight.shape[1])
-
-
-class Noisy(Criterion):
-    name = "noisy"
-
-    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-        return torch.rand(weight.shape[1])
-
-
-class Undeclared(Criterion):
-    name = "undeclared"
-
-    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-        assert stats.square is not None
-        return stats.square
-
-
-class Misspelt(Criterion):
-    name = "misspelt"
-    needs = frozenset({"sqare"})
-
-    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-        return weight.abs()
-
-
-class Lax(Criterion):
-    name = "lax"
-
-    class Config(PluginConfig, extra="ignore"):
-        pass
-
-    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-        return weight.abs()
-
-
-@pytest.mark.parametrize(
-    ("criterion", "test"),
-    [
-        (Positional, "test_scores_follow_a_permutation_of_channels"),
-        (Noisy, "test_same_input_same_scores"),
-        (Undeclared, "test_scores_keep_the_contract"),
-        (Misspelt, "test_is_accepted"),
-        (Lax, "test_config_refuses_unknown_keys"),
-    ],
-)
-def test_broken_criteria_are_caught(criterion: type[Criterion], test: str) -> None:
-    caught(CriterionConformance, criterion, test)
-
-
-class Long(Heuristic):
-    name = "long"
-
-    def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
-        return np.zeros(9)
-
-
-class Dice(Heuristic):
-    name = "dice"
-
-    def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
-        return np.random.uniform(-1, 1, len(sublayers))
-
-
-def test_broken_heuristics_are_caught() -> None:
-    caught(HeuristicConformance, Dice, "test_same_input_same_importances")
-    with pytest.raises(PluginError):
-        conformance(HeuristicConformance, Long).test_importances_keep_the_contract(4)  # type: ignore[attr-defined]
-
-
-class Upside(Reward):
-    """Rewards damage; its worst is not the worst."""
-
-    name = "upside"
-    worst = 1.0
-
-    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-        return 1 - 1 / (1 + pruned.loss)
-
-
-class Overflow(Reward):
-    name = "overflow"
-
-    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-        return -pruned.perplexity
-
-
-class Secretive(Reward):
-    """Reads what it did not ask for."""
-
-    name = "secretive"
-
-    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-        return -pruned.kl
-
-
-class Wavering(Upside):
-    """Has another aim for every model."""
-
-    name = "wavering"
-
-    def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
-        return {f"at {pruned.loss:.0f}": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("reward", "test"),
-    [
-        (Secretive, "test_finite_for_every_finite_loss"),
-        (Wavering, "test_objectives_have_fixed_names_and_finite_values"),
-        (Upside, "test_lower_loss_never_earns_less"),
-        (Upside, "test_worst_is_the_floor"),
-        (Overflow, "test_finite_for_every_finite_loss"),
-    ],
-)
-def test_broken_rewards_are_caught(reward: type[Reward], test: str) -> None:
-    caught(RewardConformance, reward, test)
-
-
-def conformance(suite: type[PluginConformance], plugin: type[Plugin]) -> PluginConformance:
-    return type("Suite", (suite,), {"make": lambda self: plugin()})()
-
-
-def caught(suite: type[PluginConformance], plugin: type[Plugin], test: str) -> None:
+@pytest.mark.parametrize(("suite", "test"), [(suite, test) for suite, (_, tests) in BROKEN.items() for test in tests])
+def test_what_is_broken_is_caught(suite: type[PluginConformance], test: str) -> None:
+    """A plugin that is as it should be but for one thing."""
+    base, broken = BROKEN[suite]
+    plugin = type("Broken", (base,), {"name": "broken", **broken[test]})
+    caught = getattr(type("Suite", (suite,), {"make": lambda self: plugin()})(), test)
     with pytest.raises((AssertionError, PluginError, pytest.fail.Exception)):
-        getattr(conformance(suite, plugin), test)()
+        caught(*[4] * (test == "test_importances_keep_the_contract"))  # layers
 
 
 # the toys
