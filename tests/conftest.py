@@ -105,23 +105,22 @@ def make_env(prepared_llama: Prepared) -> Callable[..., Any]:
     from ffgym.pruning.budget import Budget
     from ffgym.rewards.perplexity import Perplexity
 
-    def make(**options: Any) -> PruningEnv:
+    def make(budget: Budget | None = None, **options: Any) -> PruningEnv:
         prunable = prepared_llama.prunable
-        return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), Budget(prunable.sublayers), **options)
+        budget = budget or Budget(prunable.sublayers)
+        return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, **options)
 
     return make
 
 
 @pytest.fixture
-def uniform_env(prepared_llama: Prepared) -> Any:
+def uniform_env(prepared_llama: Prepared, make_env: Callable[..., Any]) -> Any:
     """One shape for all layers: at sparsity 0.3 two of them use up the budget; 5 windows are reserved."""
-    from ffgym.envs.pruning_env import PruningEnv
     from ffgym.pruning.budget import Budget
-    from ffgym.rewards.perplexity import Perplexity
 
     prunable = prepared_llama.prunable
     budget = Budget(prunable.sublayers, shapes=prunable.family.stock_shapes(prunable.model))
-    return PruningEnv(prunable, Perplexity(), random_windows(12, seed=1), budget, sparsity=0.3, reserved=5)
+    return make_env(budget, sparsity=0.3, reserved=5)
 
 
 @pytest.fixture

@@ -160,6 +160,16 @@ def _fill_the_disk(folder: Path) -> None:
 # --- damage of every kind, to every kind of file ----------------------------------------------------------------------
 
 
+def _file(name: str, content: str) -> Callable[[Path], Path]:
+    """What writes this file into a folder."""
+
+    def write(folder: Path) -> Path:
+        (folder / name).write_text(content, encoding="utf-8")
+        return folder / name
+
+    return write
+
+
 def _episodes(folder: Path) -> Path:
     with Recorder(folder / "episodes.jsonl") as recorder:
         for index in range(3):
@@ -167,27 +177,9 @@ def _episodes(folder: Path) -> Path:
     return folder / "episodes.jsonl"
 
 
-def _policy(folder: Path) -> Path:
-    state = {"weights": [[0.5, -0.25]], "log_spread": -1.5}
-    (folder / "policy.json").write_text(
-        json.dumps({"agent": "reinforce", "state": state, "sublayers": ["layer 0 mlp"]})
-    )
-    return folder / "policy.json"
-
-
 def _session(folder: Path) -> Path:
     write_record(folder, RunRecord("0" * 32, "float32"))
     return folder / "run.json"
-
-
-def _allocation(folder: Path) -> Path:
-    (folder / "allocation.json").write_text('{"kept": [1, 2], "sparsity": 0.25, "origin": "episode 3", "episodes": 4}')
-    return folder / "allocation.json"
-
-
-def _cell(folder: Path) -> Path:
-    (folder / "cell.json").write_bytes(min(EXPERIMENTS.glob("bench/results/**/*.json")).read_bytes())
-    return folder / "cell.json"
 
 
 def _latency(folder: Path) -> Path:
@@ -206,38 +198,9 @@ def _identity(folder: Path) -> Path:
     return _part(folder).with_name("identity.json")
 
 
-def _config(folder: Path) -> Path:
-    (folder / "config.toml").write_text(to_toml(CONFIG))
-    return folder / "config.toml"
-
-
 def _model(folder: Path) -> Path:
     tiny_model("llama").config.save_pretrained(folder)
     return folder / "config.json"
-
-
-def _index(folder: Path) -> Path:
-    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}')
-    return folder / "model.safetensors.index.json"
-
-
-def _report(folder: Path) -> Path:
-    return write_run(folder, "one") / "report.json"
-
-
-def _losses(folder: Path) -> Path:
-    return write_run(folder, "one") / "losses.json"
-
-
-def _bench(folder: Path) -> Path:
-    (folder / "bench.toml").write_bytes((EXPERIMENTS / "bench" / "final-20.toml").read_bytes())
-    return folder / "bench.toml"
-
-
-def _prepared(folder: Path) -> Path:
-    record = PreparedRecord("key", {"model": "tiny"}, (0.5, 0.25), (1.0, 2.0), (False, True), (8, 8))
-    (folder / "record.json").write_text(json.dumps(asdict(record)))
-    return folder / "record.json"
 
 
 def _digests(folder: Path) -> Path:
@@ -251,24 +214,44 @@ def _outbox(folder: Path) -> Path:
     return box.path
 
 
+POLICY = {
+    "agent": "reinforce",
+    "state": {"weights": [[0.5, -0.25]], "log_spread": -1.5},
+    "sublayers": ["layer 0 mlp"],
+}
+PREPARED = PreparedRecord("key", {"model": "tiny"}, (0.5, 0.25), (1.0, 2.0), (False, True), (8, 8))
+ALLOCATION = '{"kept": [1, 2], "sparsity": 0.25, "origin": "episode 3", "episodes": 4}'
+CELL = min(EXPERIMENTS.glob("bench/results/**/*.json"))
+BENCH = EXPERIMENTS / "bench" / "final-20.toml"
+INDEX = '{"metadata": {}, "weight_map": {"a": "b.safetensors"}}'
+
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "episodes": (_episodes, read_log),
-    "policy": (_policy, lambda path: read_policy(path, CONFIG.agent.name)),
+    "policy": (_file("policy.json", json.dumps(POLICY)), lambda path: read_policy(path, CONFIG.agent.name)),
     "session": (_session, lambda path: read_record(path.parent)),
-    "bench cell": (_cell, CELL_RESULT.read),
+    "bench cell": (_file("cell.json", CELL.read_text()), CELL_RESULT.read),
     "latency table": (_latency, read_table),
     "checkpoint": (_part, lambda path: Checkpoint(path.parent, {}).load("lora", LoraCurve)),
     "identity": (_identity, lambda path: Checkpoint(path.parent, {"rank": 8}).claim()),
-    "configuration": (_config, load_config),
+    "configuration": (_file("config.toml", to_toml(CONFIG)), load_config),
     "model": (_model, MODEL_CONFIG.read),
-    "index": (_index, lambda path: weight_files(path.parent)),
-    "table of a run": (_report, lambda path: read_run_table(path.parent).layout().as_dicts()),
-    "window losses": (_losses, lambda path: read_run_table(path.parent).layout().as_dicts()),
-    "result of a run": (_allocation, RESULT.read),
-    "bench file": (_bench, read_bench),
-    "prepared model": (_prepared, PREPARED_RECORD.read),
+    "index": (_file("model.safetensors.index.json", INDEX), lambda path: weight_files(path.parent)),
+    "table of a run": (
+        lambda folder: write_run(folder, "one") / "report.json",
+        lambda path: read_run_table(path.parent).layout().as_dicts(),
+    ),
+    "window losses": (
+        lambda folder: write_run(folder, "one") / "losses.json",
+        lambda path: read_run_table(path.parent).layout().as_dicts(),
+    ),
+    "result of a run": (_file("allocation.json", ALLOCATION), RESULT.read),
+    "bench file": (_file("bench.toml", BENCH.read_text()), read_bench),
+    "prepared model": (_file("record.json", json.dumps(asdict(PREPARED))), PREPARED_RECORD.read),
     "digests": (_digests, DIGESTS.read),
-    "record of the dense model": (_config, lambda path: recorded_dense_model(path.parent)),
+    "record of the dense model": (
+        _file("config.toml", to_toml(CONFIG)),
+        lambda path: recorded_dense_model(path.parent),
+    ),
     "records for MLflow": (_outbox, lambda path: Outbox(path, "").forward(lambda record: None)),
 }
 FOREIGN = [
