@@ -44,6 +44,12 @@ HOOK = "import ffgym\n@ffgym.hookimpl\ndef ffgym_criteria():\n    return "
 Install = Callable[..., None]
 
 
+def offering(base: str, members: str) -> str:
+    """A plugin's module: a class of this base with these members."""
+    plural = kinds.KINDS[base.lower()].plural  # type: ignore[index]
+    return HOOK.replace("criteria", plural) + f"[type('A', (ffgym.{base},), {{{members}}})]"
+
+
 def record(package: str) -> PluginRecord:
     return next(row for row in manager.records() if row.package == package)
 
@@ -112,60 +118,41 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         (HOOK + "None", "ffgym_criteria returned None, not a list of classes"),
         (HOOK + "[int]", "not a subclass of ffgym.Criterion"),
         (HOOK + "[ffgym.Criterion]", "does not define score"),
-        (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1})]", "name is None"),
-        (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': {'sqare'}})]", "sqare"),
+        (offering("Criterion", "'score': 1"), "name is None"),
+        (offering("Criterion", "'score': 1, 'name': 'a/b'"), "name is 'a/b', not lower-case letters"),
+        (offering("Criterion", "'score': 1, 'name': 'a', 'needs': {'sqare'}"), "sqare"),
+        (offering("Criterion", "'score': 1, 'name': 'a', 'needs': 'square'"), "needs is 'square', not a frozenset"),
+        (offering("Criterion", "'score': 1, 'name': 'a', 'edition': 'new'"), "edition is 'new', not a whole number"),
+        (offering("Criterion", "'score': 1, 'name': 'a', 'Config': dict"), "PluginConfig"),
         (
-            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'needs': 'square'})]",
-            "needs is 'square', not a frozenset",
-        ),
-        (
-            HOOK.replace("criteria", "rewards")
-            + "[type('A', (ffgym.Reward,), {'__call__': 1, 'name': 'a', 'worst': float('-inf')})]",
-            "reward 'a': worst is -inf, not a finite number",
-        ),
-        (
-            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'edition': 'new'})]",
-            "edition is 'new', not a whole number from 1",
-        ),
-        (HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': dict})]", "PluginConfig"),
-        (
-            HOOK + "[type('A', (ffgym.Criterion,), {'score': lambda self, w: w, 'name': 'a'})]",
-            "criterion 'a' defines score(self, w), and ffgym calls score(self, weight, stats)",
-        ),
-        (
-            HOOK + "[type('A', (ffgym.Criterion,), {'__init__': lambda self: None, 'score': 1, 'name': 'a'})]",
-            "criterion 'a' defines __init__(self), and ffgym calls __init__(self, config=None)",
-        ),
-        (
-            HOOK.replace("criteria", "metrics")
-            + "[type('A', (ffgym.Metric,), {'scores': lambda self, model, tokenizer, *, limit: [], 'name': 'a'})]",
-            "and ffgym calls scores(self, model, tokenizer, *, limit, on_progress)",
-        ),
-        (
-            HOOK.replace("criteria", "families")
-            + "[type('A', (ffgym.Family,), {'name': 'a', 'mlp_producers': 'mlp.up_proj'})]",
-            "family 'a': mlp_producers is 'mlp.up_proj', not a tuple of names",
-        ),
-        (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "and none takes an argument"),
-        (
-            HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]",
-            "unknown hook 'ffgym_criterions' in plugin",
-        ),
-        (
-            HOOK + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a/b'})]",
-            "name is 'a/b', not lower-case letters",
-        ),
-        (
-            HOOK
-            + "[type('A', (ffgym.Criterion,), {'score': 1, 'name': 'a', 'Config': "
-            + "type('C', (ffgym.PluginConfig,), {'__annotations__': {'name': str}})})]",
+            offering("Criterion", "'score': 1, 'name': 'a', 'Config': Config").replace(
+                "\n", "\nclass Config(ffgym.PluginConfig): name: str\n", 1
+            ),
             "criterion 'a': its Config has an option 'name'",
         ),
         (
-            HOOK.replace("criteria", "heuristics")
-            + "[type('A', (ffgym.Heuristic,), {'importance': 1, 'name': 'none'})]",
-            "cannot be called 'none'",
+            offering("Criterion", "'score': lambda self, w: w, 'name': 'a'"),
+            "criterion 'a' defines score(self, w), and ffgym calls score(self, weight, stats)",
         ),
+        (
+            offering("Criterion", "'__init__': lambda self: None, 'score': 1, 'name': 'a'"),
+            "criterion 'a' defines __init__(self), and ffgym calls __init__(self, config=None)",
+        ),
+        (
+            offering("Metric", "'scores': lambda self, model, tokenizer, *, limit: [], 'name': 'a'"),
+            "and ffgym calls scores(self, model, tokenizer, *, limit, on_progress)",
+        ),
+        (
+            offering("Reward", "'__call__': 1, 'name': 'a', 'worst': float('-inf')"),
+            "reward 'a': worst is -inf, not a finite number",
+        ),
+        (
+            offering("Family", "'name': 'a', 'mlp_producers': 'mlp.up_proj'"),
+            "family 'a': mlp_producers is 'mlp.up_proj', not a tuple of names",
+        ),
+        (offering("Heuristic", "'importance': 1, 'name': 'none'"), "cannot be called 'none'"),
+        (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "and none takes an argument"),
+        (HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]", "unknown hook 'ffgym_criterions' in plugin"),
     ],
 )
 def test_broken_plugin_is_recorded_and_stops_nobody(install: Install, source: str, failure: str) -> None:
