@@ -20,6 +20,12 @@ from ffgym.pipeline.result import RunResult
 from ffgym.report.table import Row
 
 EPISODES, PER_UPDATE, WINDOW = 8, 4, 64
+FILES = {
+    *("config.toml", "run.json", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
+    *("report.md", "report.json", "losses.json", "model"),
+    *("units_kept.png", "reward.png", "allocations.png", "differences.png"),
+}
+"""What a run at one target writes."""
 
 
 def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:

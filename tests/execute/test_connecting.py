@@ -11,9 +11,7 @@ from typing import Any
 import gymnasium
 import pytest
 from processes import free_port
-from typer.testing import CliRunner
 
-from ffgym.cli import app
 from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, WorkerError
@@ -89,14 +87,6 @@ def test_one_device_for_several_workers() -> None:
     assert "model.device = 'cuda:1' is one device, and 2 workers need one each" in refusal(
         WorkersTable(count=2), "cuda:1"
     )
-
-
-def test_no_workers() -> None:
-    with pytest.raises(ConfigError, match=r"workers\.count = 0: should be greater than or equal to 1"):
-        load_config(workers={"count": 0})
-    refused = CliRunner().invoke(app, ["bench", "a.toml", "--workers", "0"])
-    assert refused.exit_code == 2
-    assert "--workers" in refused.output
 
 
 def test_surplus_workers_are_named() -> None:

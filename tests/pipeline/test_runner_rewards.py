@@ -8,19 +8,13 @@ from pathlib import Path
 
 import made_up_tasks
 import pytest
-from glass_runs import WINDOW, Finished, finish, glass_config, untimed
+from glass_runs import FILES, WINDOW, Finished, finish, glass_config, untimed
 from mlflow_store import client, new_store, runs
 
 from ffgym.config.tables import RunConfig
 from ffgym.pipeline.folder import WRITTEN
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
-
-PLAIN = {
-    *("config.toml", "allocation.json", "policy.json", "episodes.jsonl", "episodes-random.jsonl"),
-    *("report.md", "report.json", "losses.json", "model", "run.json"),
-    *("units_kept.png", "reward.png", "allocations.png", "differences.png"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +28,7 @@ def traded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
 
 
 def test_a_reward_with_several_aims_leaves_its_pareto_set(traded: Finished) -> None:
-    assert {path.name for path in traded.folder.iterdir()} == PLAIN | {"pareto.json", "pareto.png"} <= WRITTEN
+    assert {path.name for path in traded.folder.iterdir()} == FILES | {"pareto.json", "pareto.png"} <= WRITTEN
     assert (traded.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((traded.folder / "pareto.json").read_text())
     assert data["objectives"] == ["perplexity_ratio", "accuracy", "kv_saved"]
