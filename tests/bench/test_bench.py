@@ -297,21 +297,6 @@ def test_a_single_cell_left_of_several_workers_keeps_their_number_of_threads(
         torch.set_num_threads(before)
 
 
-def test_a_setting_that_is_new_does_not_outdate_results(finished: Any, tmp_path: Path) -> None:
-    file = bench_file(tmp_path, agents=["uniform"])
-    call(file)
-    path = tmp_path / "small" / "uniform-seed0.json"
-    result = json.loads(path.read_text())
-    del result["settings"]["search"]["finalists"], result["settings"]["schedule"]
-    result["settings"]["search"]["finalists"] = 2  # not the default: it has to be there
-    path.write_text(json.dumps(result))
-    call(file)
-    del result["settings"]["search"]["finalists"]
-    path.write_text(json.dumps(result))
-    with pytest.raises(ConfigError, match=r"another configuration: search\.finalists was 8 and is 2 now"):
-        call(file)
-
-
 # who comes next
 
 

@@ -50,12 +50,6 @@ def test_overrides_are_toml_literals_or_else_strings() -> None:
     assert load_config(None, ["seed=7"]).seed == 7
 
 
-def test_plugin_tables_keep_their_options_raw() -> None:
-    config = load_config(criterion={"name": "acme", "power": "two", "depth": 3})
-    assert config.criterion.name == "acme"
-    assert config.criterion.options == {"power": "two", "depth": 3}
-
-
 def test_naming_another_plugin_drops_the_options_of_the_files(tmp_path: Path) -> None:
     path = write(tmp_path, '[criterion]\nname = "acme"\npower = 2\n[prior]\nspare_first = 2\n')
     assert load_config(path).criterion.options == {"power": 2}
@@ -289,12 +283,6 @@ def test_removed_keys_load_at_their_defaults_and_are_unknown_at_others() -> None
     assert load_config(agent={"name": "evopress", "survivors": [3, 1]}).agent.options == {"survivors": [3, 1]}
     with pytest.raises(ConfigError, match=r"unknown key 'stop_margin' in \[search\]"):
         load_config(search={"stop_margin": 0.5})
-
-
-def test_a_key_without_its_table_is_guessed() -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config(sparsity=0.3)
-    assert "Did you mean 'prune.sparsity'?" in str(caught.value.hint)
 
 
 def test_a_target_to_save_takes_the_place_of_a_point_beside_it() -> None:
