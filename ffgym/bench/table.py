@@ -245,29 +245,29 @@ def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequenc
                 first_mark=float(curves(cells)[0][0]),
             )
         )
-    first = results[0]
+    rows.sort(key=lambda row: (math.isnan(row.perplexity.value), row.perplexity.value))
+    return BenchTable(title, tuple(rows), _header(results, rows), tuple(goals), None if rule is None else rule.label)
+
+
+def _header(results: Sequence[CellResult], rows: Sequence[BenchRow]) -> str:
+    """How the numbers were measured."""
     targets = " and ".join(f"{target:.0%}" for target in sorted({result.target for result in results}))
-    dtypes = _dtypes(results)
     # prune.calibration = "none" is for rewards only: the report is measured after ridge then too
     affine = {result.settings.get("prune", {}).get("calibration") == "affine" for result in results}
-    refit = (
-        "the same affine refit" if affine == {True} else "the same ridge" if affine == {False} else "ridge or affine"
-    )
-    data = first.settings.get("data", {})
-    corpus = described(data.get("report", "the run"))
-    split = "Development windows" if data.get("report") == data.get("search", "") else "Report split"
-    header = (
-        f"{split} of {corpus}, {first.report_tokens:,} tokens in windows of "
-        f"{data.get('window', 0):,}, {dtypes}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
+    refit = "ridge or affine" if len(affine) > 1 else "the same affine refit" if True in affine else "the same ridge"
+    first, data = results[0], results[0].settings["data"]
+    split = "Development windows" if data["report"] == data.get("search") else "Report split"
+    said = (
+        f"{split} of {described(data['report'])}, {first.report_tokens:,} tokens in windows of {data['window']:,}, "
+        f"{_dtypes(results)}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
         f"target sparsity {targets}; mean and standard error over seeds."
     )
     if any(row.difference or any(row.differences.values()) for row in rows):
-        header += (
+        said += (
             " Nats per token are differences on the same windows, ± half of the 95 % interval, which both windows and "
             "seeds widen; below 0 is better, and a tie is an interval that holds 0."
         )
-    rows.sort(key=lambda row: (math.isnan(row.perplexity.value), row.perplexity.value))
-    return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label)
+    return said
 
 
 def _difference(cells: Sequence[CellResult], others: Sequence[CellResult]) -> Difference | None:

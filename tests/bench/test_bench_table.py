@@ -13,6 +13,8 @@ from ffgym.bench import table as bench_module
 from ffgym.bench.table import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
 from ffgym.report.paired import paired_difference
 
+DATA = {"report": "demo:wiki", "window": 1024}
+
 
 def cell(
     label: str, seed: int, marks: list[tuple[int, float]], *, final: float | None = None, **changes: Any
@@ -22,7 +24,7 @@ def cell(
         "label": label,
         "agent": label,
         "seed": seed,
-        "settings": {"data": {"report": "demo:wiki", "window": 1024}},
+        "settings": {"data": DATA},
         "target": 0.2,
         "dense_loss": math.log(20),
         "report_tokens": 30_720,
@@ -115,7 +117,8 @@ def test_what_came_to_no_number_stands_last() -> None:
     ],
 )
 def test_the_header_names_the_refit(calibrations: list[str], said: str) -> None:
-    cells = [cell(name, 0, [(100, 4.0)], settings={"prune": {"calibration": name}}) for name in calibrations]
+    settings = ({"data": DATA, "prune": {"calibration": name}} for name in calibrations)
+    cells = [cell(each["prune"]["calibration"], 0, [(100, 4.0)], settings=each) for each in settings]
     assert said in bench_table("Bench", cells, baselines=[calibrations[0]]).header
 
 
