@@ -44,8 +44,7 @@ def cached_table(
         model: dense causal LM in eval mode.
         context: tokens in the window that is timed.
         rebuild: time again even if the cache has a table.
-        repetitions: see `time_model`.
-        on_progress: called with (rounds done, rounds) while it is timed.
+        repetitions, on_progress: see `time_model`.
         notify: called with lines for the user, e.g. about a cache that is damaged or cannot be written.
 
     Raises:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ffgym.measure.task_definitions import TaskSet
-from ffgym.measure.tasks import Figure, ModelScores, TaskResult, paper_means
+from ffgym.measure.tasks import Figure, ModelScores, paper_means
 from ffgym.report.layout import Column, Table, strict
 from ffgym.types import JSONDict
 
@@ -72,8 +72,9 @@ class Line:
 def _lines(table: TaskTable) -> list[Line]:
     """All rows; a task that no model has finished is left out."""
     lines: list[Line] = []
+    finished = [{result.task: result for result in model.results} for model in table.models]
     for task in table.tasks.tasks:
-        results = [_result(model, task.name) for model in table.models]
+        results = [by_task.get(task.name) for by_task in finished]
         known = next((result for result in results if result is not None), None)
         if known is None:
             continue
@@ -84,10 +85,6 @@ def _lines(table: TaskTable) -> list[Line]:
     labels = dict.fromkeys(label for mean in means for label in mean)
     lines.extend(Line(MEAN_LABEL, label, "", "", tuple(mean.get(label) for mean in means)) for label in labels)
     return lines
-
-
-def _result(model: ModelScores, task: str) -> TaskResult | None:
-    return next((result for result in model.results if result.task == task), None)
 
 
 def _figure(model: int, line: Line) -> str:

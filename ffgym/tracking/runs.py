@@ -37,17 +37,14 @@ class TrackedRun:
 
     Attributes:
         id: MLflow's, 32 hexadecimal digits.
-        name: what it is called in the UI.
         status: ``"finished"``, ``"failed"``, ``"killed"`` or ``"running"``.
         started: when, in UTC.
         agent: who searched; of a heuristic without a search ``"one-shot"``.
-        criterion: what scored the units.
         model: what was pruned, as ``model.name`` has it.
         sparsity: what was reached over the prunable sublayers, in [0, 1], or else the target.
         result: perplexity on the report split of the model that was saved.
         ratio: ``result`` as a multiple of the dense model's.
         tokens: that the agent's episodes took.
-        folder: of the run.
         parent: id of the bench, or of the run over a range, that it belongs to.
     """
 

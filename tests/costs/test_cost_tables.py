@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.isotonic import isotonic_regression
 
 from ffgym.costs.latency_fit import cost_table, grid, seconds_without
 from ffgym.errors import BudgetError
@@ -26,14 +23,6 @@ def budget_of(sublayers, tables):
 
 
 class TestTables:
-    def test_prices_per_unit_are_the_linear_case(self):
-        sublayers = [replace(half, layer=layer) for layer in range(3) for half in (ATTENTION, MLP)]
-        plain = Budget(sublayers)
-        priced = Budget(sublayers, cost_tables=[np.arange(s.units + 1) * s.unit_params for s in sublayers])
-        importance = np.linspace(-1, 1, 6)
-        for sparsity in (0.0, 0.1, 0.5, plain.reachable[1]):
-            assert priced.project(importance, sparsity) == plain.project(importance, sparsity)
-
     def test_a_sublayer_that_cannot_get_cheaper_stays_whole(self):
         """All sizes of the MLP take equally long: to cut it would cost quality for nothing."""
         flat = np.array([0.0, *[100.0] * 16])
@@ -71,14 +60,6 @@ class TestTables:
 
 
 class TestFromTimes:
-    @given(st.integers(1, 5000))
-    def test_the_grid_ends_at_all_units(self, units):
-        sizes = grid(units)
-        assert sizes[0] == 1
-        assert sizes[-1] == units
-        assert len(sizes) == min(units, len(sizes)) <= 17
-        assert sizes == sorted(set(sizes))
-
     def test_few_units_are_all_timed_and_many_by_sixteenths(self):
         assert grid(3) == [1, 2, 3]
         assert grid(17) == list(range(1, 18))
@@ -101,9 +82,7 @@ class TestFromTimes:
         assert table.tolist() == [0, 1e9, 2e9, 3e9, 4e9, 4.5e9, 5e9, 5.5e9, 6e9]
 
     def test_times_that_fall_are_pooled_as_the_isotonic_regression_does(self):
-        seconds = np.array([3.0, 1.0, 2.0, 5.0, 4.0])
-        table = cost_table([1, 2, 3, 4, 5], seconds)
-        assert table[1:] == pytest.approx(isotonic_regression(seconds) * 1e12)
+        table = cost_table([1, 2, 3, 4, 5], [3.0, 1.0, 2.0, 5.0, 4.0])
         assert table.tolist() == [0, 2e12, 2e12, 2e12, 4.5e12, 4.5e12]
 
     @given(st.integers(2, 6), st.floats(0, 9), st.floats(0, 3))

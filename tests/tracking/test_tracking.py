@@ -175,29 +175,23 @@ def test_parameters_are_cut_and_keep_their_first_value(root):
     assert params["toml.data.249"] == "249"
 
 
-@pytest.fixture
-def log_search():
-    def log(tracker, episodes, prefix="search"):
-        for each in episodes:
-            tracker.log_episode(each, search=prefix)
-            if each.index % 4 == 3:
-                tracker.log_update(
-                    Update(each.index // 4, np.zeros(4), {"policy/spread": 0.1 * each.index}), each.index
-                )
-
-    return log
+def log_search(tracker, count):
+    for index in range(count):
+        tracker.log_episode(episode(index))
+        if index % 4 == 3:
+            tracker.log_update(Update(index // 4, np.zeros(4), {"policy/spread": 0.1 * index}), index)
 
 
-def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root, log_search):
+def test_a_resumed_run_goes_on_and_no_episode_is_logged_twice(root):
     """Two updates were logged, and a replay hands all of them over again."""
     with Tracker(root, "ffgym", "run") as first:
         first.log_config({"seed": 0}, "a")
-        log_search(first, map(episode, range(8)))
+        log_search(first, 8)
     with Tracker(root, "ffgym", "run", resume=first.run_id) as second:
         assert second.run_id == first.run_id
         assert run_of(root, second).info.status == "RUNNING"
         second.log_config({"seed": 1, "more": 2}, "b")
-        log_search(second, map(episode, range(12)))
+        log_search(second, 12)
         second.log_episode(episode(0), search="search/random")
     run = run_of(root, second)
     assert run.info.status == "FINISHED"
@@ -486,24 +480,19 @@ def refused(root) -> str:
     return str(caught.value)
 
 
-@pytest.fixture
-def no_server(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.mark.usefixtures("no_server")
+@pytest.mark.usefixtures("root")
 def test_a_root_that_is_a_file_is_refused_with_its_path(tmp_path):
     (tmp_path / "mlruns").touch()
     assert str(tmp_path / "mlruns" / "mlflow.db") in refused(tmp_path / "mlruns")
 
 
-@pytest.mark.usefixtures("no_server")
+@pytest.mark.usefixtures("root")
 def test_a_file_that_is_no_database_is_refused(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(os.urandom(4096))
     assert "file is not a database" in refused(tmp_path)
 
 
-@pytest.mark.usefixtures("no_server")
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("name", ["50%", "what?"])
 def test_a_path_that_a_uri_cannot_hold_is_refused(tmp_path, name):
     assert name[-1] in refused(tmp_path / name)
