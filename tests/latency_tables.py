@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ffgym.costs import latency_cache
 from ffgym.costs.latency_fit import grid
 from ffgym.costs.latency_table import Curve, LatencyTable, layer_shapes, model_shape
 
 
-def made_up_table(model: Any, *, context: int = 64, attention: float = 1e-3, mlp: float = 8e-3) -> LatencyTable:
-    """Attention: 2 ms and ``attention`` a unit. MLP: from 1 ms to ``mlp`` more, in steps of four sizes, with noise."""
+def made_up_table(model: Any, *, context: int = 64, mlp: float = 8e-3) -> LatencyTable:
+    """Attention: 2 ms and 1 ms a unit. MLP: from 1 ms to ``mlp`` more, in steps of four sizes, with noise."""
     curves = []
     for shape in dict.fromkeys(layer_shapes(model)):
         sizes = tuple(grid(shape.units))
         if shape.kind == "attention":
-            seconds = tuple(2e-3 + attention * size for size in sizes)
+            seconds = tuple(2e-3 + 1e-3 * size for size in sizes)
         else:
             last = len(sizes) - 1
             seconds = tuple(
@@ -32,3 +36,17 @@ def made_up_table(model: Any, *, context: int = 64, attention: float = 1e-3, mlp
         whole_seconds=0.05,
         repetitions=1,
     )
+
+
+def made_up_times(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[int]:
+    """Have times made up instead of taken, and kept in this cache folder; the repetitions that were asked for."""
+    asked: list[int] = []
+
+    def time_model(model: Any, *, context: int, repetitions: int, on_progress: Any) -> LatencyTable:
+        asked.append(repetitions)
+        facts = {"device": latency_cache.processors(model), "repetitions": repetitions}
+        return made_up_table(model, context=context).model_copy(update=facts)
+
+    monkeypatch.setattr(latency_cache, "time_model", time_model)
+    monkeypatch.setenv("FFGYM_CACHE", str(cache))
+    return asked

@@ -11,36 +11,19 @@ from typing import Any
 import pytest
 import torch
 from glass_runs import glass_home
-from latency_tables import made_up_table
+from latency_tables import made_up_times
 from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.cli import app
-from ffgym.costs import latency_cache
 from ffgym.costs.latency_table import read_table
 from ffgym.errors import BudgetError, ConfigError, ModelError
-from ffgym.export.checkpoint import save_pruned
 from ffgym.measure import measure as measure_module
 from ffgym.measure.measure import Options, latency_table, measure
 from ffgym.measure.memory import Memory
 from ffgym.measure.table import Measurement
-from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.testing.models import tiny_model
-
-KEPT = (2, 200, 1, 300, 2, 256, 1, 128)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on the trained tiny Llama: a saved model, and the configuration that names the dense one."""
-    folder = tmp_path_factory.mktemp("run")
-    loaded = load(str(glass_home() / "glass"), dtype="float32", device="cpu")
-    prunable = PrunableModel(loaded.model)
-    prunable.cut([min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)])
-    save_pruned(prunable, loaded.tokenizer, folder / "model")
-    (folder / "config.toml").write_text(f"[model]\nname = {json.dumps(str(glass_home() / 'glass'))}\n")
-    return folder
 
 
 @pytest.fixture
@@ -91,7 +74,7 @@ def test_sizes_are_those_of_the_models(found: Measurement, run: Path) -> None:
     assert found.dense.parameters == 852_608
     assert found.pruned.parameters < found.dense.parameters
     assert found.pruned.macs < found.dense.macs
-    assert found.pruned.kv_bytes == found.dense.kv_bytes * sum(KEPT[::2]) / (4 * 2)
+    assert found.pruned.kv_bytes == found.dense.kv_bytes * 6 / 8  # KV groups
     assert found.pruned.disk_bytes == (run / "model" / "model.safetensors").stat().st_size
     assert (found.dense.disk_dtype, found.context, found.memory_work) == ("float32", 16, (2, 16))
 
@@ -237,22 +220,12 @@ def test_options_that_mean_nothing(run: Path, option: str, value: str) -> None:
 
 
 @pytest.fixture
-def table_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """A cache folder of its own, and times that are made up; the repetitions of every table that was asked for."""
-    asked: list[int] = []
-
-    def time_model(model: Any, *, context: int, repetitions: int, on_progress: Any = None) -> Any:
-        asked.append(repetitions)
-        facts = {"device": latency_cache.processors(model), "threads": torch.get_num_threads()}
-        table = made_up_table(model, context=context)
-        return table.model_copy(update=facts | {"torch": torch.__version__, "repetitions": repetitions})
-
-    monkeypatch.setattr(latency_cache, "time_model", time_model)
-    monkeypatch.setattr(latency_cache, "cache_dir", lambda: tmp_path / "cache")
-    return asked
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """The repetitions of every table that was timed."""
+    return made_up_times(monkeypatch, tmp_path / "cache")
 
 
-def test_latency_is_timed_once_shown_and_written(table_cache: list[int], tmp_path: Path) -> None:
+def test_latency_is_timed_once_shown_and_written(asked: list[int], tmp_path: Path) -> None:
     glass = str(glass_home() / "glass")
     arguments = ["latency", glass, "--context", "64", "--dtype", "float32", "--repetitions", "2"]
     for options in ([], ["--json"], ["--rebuild", "--output", str(tmp_path / "table.json")]):
@@ -265,12 +238,12 @@ def test_latency_is_timed_once_shown_and_written(table_cache: list[int], tmp_pat
         assert "from the cache" not in done.stderr
     again = call(*arguments[:-1], "5")
     assert "from the cache, where each was timed 2 times; --rebuild times again" in again.stderr
-    assert table_cache == [2, 2]
+    assert asked == [2, 2]
     written = read_table(tmp_path / "table.json")
     written.check_fits(load(glass, dtype="float32").model, context=64, source="")
 
 
-def test_latency_of_what_cannot_be_timed(table_cache: list[int], run: Path, tmp_path: Path) -> None:
+def test_latency_of_what_cannot_be_timed(asked: list[int], run: Path, tmp_path: Path) -> None:
     glass, quiet = str(glass_home() / "glass"), Console(file=io.StringIO())
     with pytest.raises(ModelError, match="already pruned by ffgym"):
         latency_table(str(run / "model"), 64, progress=quiet)

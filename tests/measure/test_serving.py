@@ -23,26 +23,17 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.errors import ConfigError, ModelError
-from ffgym.export.checkpoint import save_pruned
 from ffgym.measure import engines
 from ffgym.measure.serving import Options, ServingMeasurement, measure_serving
-from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.plan import machine
 
-KEPT = (2, 200, 1, 300, 2, 256, 1, 127)
 ROLES = ["dense", "dense, as pruned", "pruned"]
 
 
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a saved model whose layers differ in size; its tokenizer beside it."""
-    folder = tmp_path_factory.mktemp("served") / "model"
-    loaded = load(str(glass_home() / "glass"), dtype="float32", device="cpu")
-    prunable = PrunableModel(loaded.model)
-    prunable.cut([min(k, units) for k, units in zip(KEPT, prunable.dense_units, strict=True)])
-    save_pruned(prunable, loaded.tokenizer, folder)
-    return folder
+@pytest.fixture
+def pruned(run: Path) -> Path:
+    return run / "model"
 
 
 def options(folder: Path, **changes: Any) -> Options:
