@@ -66,19 +66,6 @@ class TaskSet:
     harness: str
 
 
-def _of_harness(tasks: Sequence[str]) -> list[str]:
-    """Those of the names that are no metric's, which lm-eval has to know."""
-    is_installed = importlib.util.find_spec("lm_eval") is not None
-    known = _definitions()[0] if is_installed else {}
-    others = [task for task in tasks if not is_metric(task, known)]
-    if others and not is_installed:
-        raise ConfigError(
-            "zero-shot tasks need lm-eval, which is not installed",
-            hint=manager.with_plugins("Run: pip install 'ffgym[eval]'", others[0]),
-        )
-    return others
-
-
 def _check_definition(task: str, definition: Mapping[str, Any]) -> None:
     kind = "class" if "class" in definition else definition.get("output_type", "generate_until")
     if kind not in SCORED:
@@ -149,7 +136,14 @@ def check_names(tasks: Sequence[str]) -> list[str]:
         raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
     if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
         raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
-    others = _of_harness(tasks)
+    is_installed = importlib.util.find_spec("lm_eval") is not None
+    known = _definitions()[0] if is_installed else {}
+    others = [task for task in tasks if not is_metric(task, known)]
+    if others and not is_installed:
+        raise ConfigError(
+            "zero-shot tasks need lm-eval, which is not installed",
+            hint=manager.with_plugins("Run: pip install 'ffgym[eval]'", others[0]),
+        )
     for task in others:
         _definition_file(task)
     return others

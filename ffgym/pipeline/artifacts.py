@@ -143,7 +143,7 @@ def write_pareto(folder: Path, task: Task, found: SearchResult, tracker: Tracker
     note = f"measured again on {measured:,} search tokens" + (f" and {len(examples)} examples" if examples else "")
     data = pareto_json(points, goals, tokens=measured, examples=len(examples))
     write_text(folder / "pareto.json", json.dumps(data, indent=2))
-    pareto_figure(points, goals, folder / "pareto.png", note=note)
+    pareto_figure(points, goals, folder / "pareto.png", note)
     for name in ("pareto.json", "pareto.png"):
         tracker.log_artifact(folder / name)
     reporter.print(

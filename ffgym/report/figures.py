@@ -119,9 +119,7 @@ def _kinds(sublayers: Sequence[Sublayer]) -> list[Kind]:
     return [kind for kind in UNIT_NAMES if any(sublayer.kind == kind for sublayer in sublayers)]
 
 
-def reward_figure(
-    episodes: Mapping[str, Sequence[Episode]], path: Path, starts: Mapping[str, Sequence[float]] | None = None
-) -> None:
+def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path, starts: Mapping[str, Sequence[float]]) -> None:
     """Draw rewards over the tokens evaluated so far: every episode faint, the mean of each update strong.
 
     A reward depends on its text. So what is drawn is how far each episode lies above the reward that the allocation
@@ -143,7 +141,7 @@ def reward_figure(
         _draw_schedule(bottom, searches)
     else:
         rewards = bottom = figure.subplots()
-    levels = {label: np.array(known) for label, known in (starts or {}).items() if np.isfinite(known).any()}
+    levels = {label: np.array(known) for label, known in starts.items() if np.isfinite(known).any()}
     if is_above_start := bool(levels):
         rewards.axhline(0, color=BLACK, linewidth=1)
     else:

@@ -74,7 +74,7 @@ def _row(point: ParetoPoint) -> JSONDict:
     }
 
 
-def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], path: Path, *, note: str = "") -> None:
+def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], path: Path, note: str) -> None:
     """Draw every pair of objectives: the Pareto set numbered as in ``pareto.json``, what it dominates, the dense model.
 
     Args:
@@ -90,7 +90,7 @@ def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], pat
     chosen = next((point for point in points if point.chosen), None)
     if chosen is not None:
         lines.append(f"chosen: {_values(chosen.objectives)}")
-    lines += [f"dense: {_values(dense)}", *([note] if note else [])]
+    lines += [f"dense: {_values(dense)}", note]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold")
     save_figure(figure, path)
 

@@ -64,8 +64,8 @@ def test_units_kept_with_any_number_of_references(tmp_path, count):
 
 def test_reward_figure_grows_a_panel_when_the_schedule_moves(tmp_path):
     still, moving = tmp_path / "still.png", tmp_path / "moving.png"
-    reward_figure({"agent": [episode(i) for i in range(8)]}, still)
-    reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)], "random": []}, moving)
+    reward_figure({"agent": [episode(i) for i in range(8)]}, still, {})
+    reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)], "random": []}, moving, {})
     assert png_size(moving)[1] > png_size(still)[1]
 
 
@@ -130,7 +130,7 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
 
 def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
     failed = [episode(i, reward=reward, failed=True) for i, reward in enumerate((float("nan"), float("-inf"), -1e9))]
-    reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png")
+    reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png", {})
     searches = {"agent": failed, "random": [episode(i) for i in range(3)]}
     reward_figure(searches, tmp_path / "reward.png", dict.fromkeys(searches, [0.7] * 3))
     assert (tmp_path / "reward.png").is_file()

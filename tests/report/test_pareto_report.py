@@ -52,7 +52,7 @@ def test_a_picture_has_a_panel_for_every_pair(names, tmp_path, monkeypatch):
     save = pareto.save_figure
     monkeypatch.setattr(pareto, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
     points = [replace(p, objectives={name: p.objectives[name] for name in names}) for p in POINTS]
-    pareto_figure(points, {name: DENSE[name] for name in names}, tmp_path / "pareto.png", note="on 8 examples")
+    pareto_figure(points, {name: DENSE[name] for name in names}, tmp_path / "pareto.png", "on 8 examples")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = figures
     assert len(figure.axes) == len(names) * (len(names) - 1) // 2
@@ -67,6 +67,6 @@ def test_a_dense_model_far_off_does_not_press_the_allocations_together(tmp_path,
 
     figures = []
     monkeypatch.setattr(pareto, "save_figure", lambda figure, path: figures.append(figure))
-    pareto_figure(POINTS, {**DENSE, "accuracy": 50.0}, tmp_path / "pareto.png")
+    pareto_figure(POINTS, {**DENSE, "accuracy": 50.0}, tmp_path / "pareto.png", "on 8 examples")
     low, high = figures[0].axes[0].get_ylim()
     assert 0.2 < low < high < 0.6
