@@ -22,7 +22,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.evaluation.evaluator import OnProgress, Request
 from ffgym.execute.ray import Workers, connected
 from ffgym.pipeline.task import open_task
-from ffgym.prepare.parts import shared_executor
+from ffgym.prepare.workers import shared_executor
 from ffgym.report.progress import Reporter
 from ffgym.types import Evaluation
 

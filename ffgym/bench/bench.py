@@ -28,7 +28,7 @@ from ffgym.config.toml import CONFIGURATION, flatten
 from ffgym.costs.timing import computing_threads
 from ffgym.files import check_writable, disk_errors, write_text
 from ffgym.pipeline.agent import make_agent
-from ffgym.prepare.parts import cluster_of
+from ffgym.prepare.workers import cluster_of
 from ffgym.report.progress import Reporter
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import JSONDict

@@ -136,7 +136,7 @@ def print_config(config: RunConfig) -> None:
 def check_env(config: RunConfig) -> None:
     """Run Gymnasium's and Stable-Baselines3's environment checkers on the pruning environment."""
     from ffgym.envs.check import complaints
-    from ffgym.prepare.parts import make_pruning_env, shrunk
+    from ffgym.prepare.make_env import make_pruning_env, shrunk
 
     found = complaints(make_pruning_env(shrunk(config)))
     for complaint in found:

@@ -35,7 +35,8 @@ from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import train
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan
-from ffgym.prepare.parts import check_texts, cluster_of, report_idle_workers, table_digest
+from ffgym.prepare.parts import check_texts, table_digest
+from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.recover.text import gather
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Row

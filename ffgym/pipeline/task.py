@@ -27,18 +27,10 @@ from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
-from ffgym.prepare.parts import (
-    LOADING,
-    build_env,
-    costs_in,
-    counted_resources,
-    load_parts,
-    make_budget,
-    prepare_model,
-    shared_executor,
-)
+from ffgym.prepare.parts import LOADING, build_env, costs_in, counted_resources, load_parts, make_budget, prepare_model
 from ffgym.prepare.paths import Prepared
 from ffgym.prepare.sequential import calibrate_sequentially
+from ffgym.prepare.workers import shared_executor
 from ffgym.report.progress import Reporter
 from ffgym.search.loop import SearchSettings
 from ffgym.types import Allocation, Evaluation, JSONDict

@@ -1,21 +1,18 @@
-"""From plain data to an environment: what ``gymnasium.make("ffgym/Pruning-v0", ...)`` calls."""
+"""From a configuration to the parts of a run: model and text, prepared paths, budget, reward, environment, schedule."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from rich.console import Console
 
 from ffgym.config.mixture import Corpora, shares
-from ffgym.config.tables import DataTable, RunConfig, WorkersTable
-from ffgym.config.toml import load_config
+from ffgym.config.tables import DataTable, RunConfig
 from ffgym.costs.resource import (
     Costs,
     Notify,
@@ -32,13 +29,12 @@ from ffgym.data.examples import EncodedExample, check_search_tasks, encode, sear
 from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
-from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import ConfigError, UnknownNameError, WorkerError
+from ffgym.errors import ConfigError, WorkerError
 from ffgym.evaluation.evaluator import ModelEvaluator
 from ffgym.execute.base import Executor
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
-from ffgym.models.placement import choose_device, tokens_per_batch
+from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
@@ -47,16 +43,10 @@ from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key
 from ffgym.pruning.budget import Budget
-from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
-
-if TYPE_CHECKING:
-    from ffgym.execute.ray import Cluster
 
 LOADING = "load model and text"
 PREPARING = "collect statistics, order and factorise"
-CHECKED_WINDOW = 128
-CHECKED_RIDGE = 0.01
 
 
 def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
@@ -309,7 +299,7 @@ def build_env(
         executor: has allocations measured; this process measures them where left out.
     """
     reward, model = make_reward(config), prepared.prunable.model
-    examples = _examples(reward, loaded)
+    examples = examples_for(reward, loaded)
     resources = (reward.resources or standard_resources()) if "cost" in reward.needs else ()
     return PruningEnv(
         prepared.prunable,
@@ -323,14 +313,15 @@ def build_env(
         tokens_per_batch=tokens_per_batch(model.device),
         examples=examples,
         prices={resource: budget_in(resource, config, model, costs) for resource in resources},
-        executor=executor or _evaluator(config, prepared, windows, examples),
+        executor=executor or evaluator_of(config, prepared, windows, examples),
         on_close=on_close,
     )
 
 
-def _evaluator(
+def evaluator_of(
     config: RunConfig, prepared: Prepared, windows: torch.Tensor, examples: Sequence[EncodedExample]
 ) -> ModelEvaluator:
+    """Measures allocations as the configuration says, in this process."""
     return ModelEvaluator(
         prepared.prunable,
         windows,
@@ -339,125 +330,6 @@ def _evaluator(
         tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
         known=None if prepared.store is None else prepared.store / ADDED_TO,
     )
-
-
-@dataclass(frozen=True)
-class EvaluatorMaker:
-    """How a worker makes its evaluator: it is sent these values and loads the model by itself.
-
-    Attributes:
-        config: the run, with the dtype that the model was loaded in.
-        calibration: calibration token ids, shape (windows, length), int64.
-        windows: search token ids, the same.
-        keep: statistics that were kept for heuristics.
-        store: the prepared model; ``None`` where it is not stored and every worker prepares its own.
-        key: of what this run has prepared.
-        streamed: whether layers stay in the checkpoint until they are needed.
-    """
-
-    config: RunConfig
-    calibration: torch.Tensor
-    windows: torch.Tensor
-    examples: tuple[EncodedExample, ...]
-    keep: frozenset[str]
-    store: Path | None
-    key: str
-    streamed: bool = False
-
-    def __call__(self) -> ModelEvaluator:
-        """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
-        if self.store is not None and not self.store.is_dir():
-            raise WorkerError(
-                f"a worker on {socket.gethostname()} does not see the prepared model {self.store}",
-                hint="Set FFGYM_CACHE to a folder that all machines share, or FFGYM_CACHE_SIZE=0 to prepare on each.",
-            )
-        table = self.config.model
-        loaded = load(
-            table.name, revision=table.revision, dtype=table.dtype, device=table.device, streamed=self.streamed
-        )
-        nobody = Reporter(Console(quiet=True))
-        prepared = prepare_model(self.config, loaded, self.calibration, keep=self.keep, reporter=nobody, key=self.key)
-        return self.on(prepared)
-
-    def on(self, prepared: Prepared) -> ModelEvaluator:
-        """The evaluator of a prepared model."""
-        return _evaluator(self.config, prepared, self.windows, self.examples)
-
-
-def shared_executor(
-    cluster: Cluster,
-    config: RunConfig,
-    loaded: LoadedModel,
-    prepared: Prepared,
-    splits: Splits,
-    keep: frozenset[str] = frozenset(),
-) -> Executor:
-    """An executor that shares measurements out among the workers of a cluster, who measure as this process does.
-
-    Args:
-        keep: as for `prepare_model`.
-    """
-    table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
-    maker = EvaluatorMaker(
-        config.model_copy(update={"model": table}),
-        splits.calibration.windows,
-        splits.search.windows,
-        tuple(_examples(make_reward(config), loaded)),
-        keep,
-        prepared.store,
-        prepared.key,
-        loaded.stream is not None,
-    )
-    return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
-
-
-def report_idle_workers(
-    episodes: int, workers: int, notify: Callable[[str], None], sloped_windows: int | None = None
-) -> None:
-    """Tell the user if an update has fewer parts to share out than there are workers.
-
-    Args:
-        episodes: of an update.
-        workers: how many there are.
-        notify: is told.
-        sloped_windows: of an episode whose slopes are measured, which is an update by itself and is shared out window
-            by window; ``None`` for an agent that asks for none.
-    """
-    if sloped_windows is None:
-        parts, when, update = episodes, "", f"an update is {counted(episodes, 'episode')}"
-    else:
-        parts, when = sloped_windows, "while slopes are followed, "
-        update = f"an update is one episode of {counted(sloped_windows, 'window')}"
-    if parts < workers:
-        have = "has" if workers - parts == 1 else "have"
-        notify(f"{when}{workers - parts} of {workers} workers {have} nothing to do: {update}")
-
-
-@contextmanager
-def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
-    """The workers that a table asks for, within the block; ``None`` where this process works alone.
-
-    Args:
-        table: how many, and where.
-
-    Raises:
-        ConfigError: more than one worker on one and the same GPU.
-        WorkerError: see `connected`.
-    """
-    if table.count == 1:
-        yield None
-        return
-    if ":" in device:
-        raise ConfigError(
-            f"model.device = {device!r} is one device, and {table.count} workers need one each",
-            hint="Set model.device to auto or cuda: Ray gives every worker its own.",
-        )
-    from ffgym.execute.ray import Workers, connected
-
-    is_on_gpu = choose_device(device).type == "cuda"
-    gpus = int(is_on_gpu) if table.gpus == "auto" else table.gpus
-    with connected(Workers(table.count, table.ray_address, gpus, torch.get_num_threads()), notify) as cluster:
-        yield cluster
 
 
 def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
@@ -475,7 +347,8 @@ def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
     )
 
 
-def _examples(reward: Reward, loaded: LoadedModel) -> Sequence[EncodedExample]:
+def examples_for(reward: Reward, loaded: LoadedModel) -> Sequence[EncodedExample]:
+    """The task examples that a reward needs; none where it needs no accuracy."""
     return task_examples(reward.tasks, loaded) if "accuracy" in reward.needs else ()
 
 
@@ -483,105 +356,3 @@ def task_examples(tasks: Sequence[str], loaded: LoadedModel) -> list[EncodedExam
     """All examples of some tasks that a search may be rewarded on, as token ids, task after task."""
     limit = loaded.context_limit
     return [encode(e, loaded.tokenizer, context_limit=limit) for task in tasks for e in search_examples(task)]
-
-
-def make_pruning_env(
-    config: RunConfig | dict[str, Any] | None = None,
-    *,
-    render_mode: str | None = None,
-    num_workers: int | None = None,
-    **tables: Any,
-) -> PruningEnv:
-    """Build the environment from plain data.
-
-    Args:
-        config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
-        render_mode: ``"rgb_array"``, or ``None`` for no pictures.
-        num_workers: processes that measure, in place of ``workers.count``; they end when the environment is closed.
-        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not together with a ``RunConfig``.
-
-    Raises:
-        FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
-            load, or too little room for the workers.
-    """
-    return _pruning_env(_resolved(config, tables, num_workers), 1, render_mode)
-
-
-def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> PruningEnv:
-    """The environment of a configuration, for steps of this many episodes."""
-    if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
-        raise UnknownNameError("render mode", str(render_mode), modes)
-    make_reward(config)
-    reporter = Reporter()
-    report_idle_workers(episodes, config.workers.count, reporter.print)
-    closing = ExitStack()
-    with ExitStack() as stack:
-        cluster = stack.enter_context(cluster_of(config.workers, config.model.device, reporter.print))
-        with reporter.stage(LOADING, 1):
-            loaded, splits = load_parts(config)
-        budget = make_budget(config, loaded.model)
-        prepared = prepare_model(config, loaded, splits.calibration.windows, reporter=reporter)
-        executor = None
-        if cluster is not None:
-            executor = shared_executor(cluster, config, loaded, prepared, splits)
-        env = build_env(
-            config,
-            prepared,
-            splits.search.windows,
-            budget,
-            loaded,
-            executor=executor,
-            on_close=closing.close,
-        )
-        closing.push(stack.pop_all())
-    env.render_mode = render_mode
-    return env
-
-
-def make_pruning_vector_env(
-    num_envs: int,
-    config: RunConfig | dict[str, Any] | None = None,
-    *,
-    render_mode: str | None = None,
-    num_workers: int | None = None,
-    **tables: Any,
-) -> PruningVectorEnv:
-    """Build the vector environment: ``num_envs`` episodes a step, measured on the same text.
-
-    What ``gymnasium.make_vec("ffgym/Pruning-v0", ...)`` calls. Its token budget is that of a run, ``search.episodes``
-    full episodes: ramps follow it, ``tokens_left`` counts it, and nothing ends when it is spent.
-    The arguments and errors are those of `make_pruning_env`; workers share the episodes of a step.
-    """
-    config = _resolved(config, tables, num_workers)
-    env = _pruning_env(config, num_envs, render_mode)
-    budget = config.search.episodes * env.episode_windows * env.window_tokens
-    return PruningVectorEnv(env, make_schedule(config, env), num_envs=num_envs, token_budget=budget)
-
-
-def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any], workers: int | None) -> RunConfig:
-    if isinstance(config, RunConfig) and tables:
-        raise ConfigError(
-            f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
-            hint="Give load_config() all tables, or leave config out and give them here.",
-        )
-    tables = {**(config.model_dump() if isinstance(config, RunConfig) else config or {}), **tables}
-    if workers is not None and isinstance(given := tables.get("workers", {}), dict):
-        tables["workers"] = {**given, "count": workers}
-    return load_config(**tables)
-
-
-def shrunk(config: RunConfig) -> RunConfig:
-    """The same run on a few short windows, for checks of the interface that do not look at the numbers.
-
-    Windows have at most 128 tokens: two for statistics, two to search on, one per episode. A mixture is reduced to its
-    first corpus. The ridge strength is a number, because choosing it takes most of the time.
-    """
-    plain = config.model_dump()
-    window = min(config.data.window, CHECKED_WINDOW)
-    plain["data"] |= {"window": window, "report_tokens": window}
-    plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
-    plain["data"] |= {role: next(iter(shares(getattr(config.data, role)))) for role in ROLES}
-    plain["search"] |= {"episode_tokens": window, "final_tokens": window}
-    if config.prune.ridge == "auto":
-        plain["prune"] |= {"ridge": CHECKED_RIDGE}
-    return RunConfig.model_validate(plain)

@@ -388,7 +388,9 @@ def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaint
     import ffgym.prepare  # noqa: F401
 
     replace_module(monkeypatch, "ffgym.envs.check", complaints=lambda env: complaints)
-    replace_module(monkeypatch, "ffgym.prepare.parts", make_pruning_env=make_pruning_env, shrunk=lambda config: config)
+    replace_module(
+        monkeypatch, "ffgym.prepare.make_env", make_pruning_env=make_pruning_env, shrunk=lambda config: config
+    )
     done = call("check-env", "--model", "tiny", "--set", "data.window=512")
     assert done.exit_code == status
     assert (seen[0].model.name, seen[0].data.window) == ("tiny", 512)

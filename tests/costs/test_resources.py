@@ -29,7 +29,8 @@ from ffgym.pipeline import pipeline
 from ffgym.pipeline.task import open_task
 from ffgym.plugins import discovery, manager
 from ffgym.prepare import configured
-from ffgym.prepare.parts import make_pruning_env, make_reward
+from ffgym.prepare.make_env import make_pruning_env
+from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model

@@ -25,7 +25,8 @@ from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 from ffgym.evaluation.multiple_choice import task_accuracy
 from ffgym.plugins import manager
-from ffgym.prepare.parts import make_pruning_env, make_reward
+from ffgym.prepare.make_env import make_pruning_env
+from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import PlainPath
 from ffgym.rewards.multi_objective import MultiObjective

@@ -16,7 +16,7 @@ from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, WorkerError
 from ffgym.execute.ray import Workers, connected
-from ffgym.prepare.parts import cluster_of, report_idle_workers
+from ffgym.prepare.workers import cluster_of, report_idle_workers
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from ffgym.execute.ray import Cluster, RayExecutor, Workers, connected, measurin
 from ffgym.execute.shares import LEAST_PATIENCE
 from ffgym.pipeline import pipeline
 from ffgym.plugins import discovery
-from ffgym.prepare.parts import EvaluatorMaker
+from ffgym.prepare.workers import EvaluatorMaker
 
 pytestmark = pytest.mark.slow
 DENSE = (0, 0)

@@ -19,7 +19,8 @@ from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline, task
-from ffgym.prepare import parts as parts_module
+from ffgym.prepare.make_env import make_pruning_env
+from ffgym.prepare.parts import make_reward
 from ffgym.testing.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
@@ -167,12 +168,12 @@ def test_a_run_that_ends_before_its_search_leaves_no_table(
 def test_a_table_that_nobody_would_read_is_refused(reward: dict[str, Any]) -> None:
     config = load_config(prune={"latency_table": "here.json"}, reward=reward)
     with pytest.raises(ConfigError, match=r"prune\.latency_table is given, but prune\.resource is 'params'") as raised:
-        parts_module.make_reward(config)
+        make_reward(config)
     assert "--resource latency" in str(raised.value.hint)
     assert load_config(prune={"latency_table": "", "resource": "macs"}).prune.latency_table is None
 
 
 def test_the_environment_takes_it_too(tmp_path: Path, table: LatencyTable) -> None:
-    env = parts_module.make_pruning_env(timed(tmp_path, table))
+    env = make_pruning_env(timed(tmp_path, table))
     assert env.budget.resource == "latency"
     assert env.budget.dense_cost == sum(float(curve.costs[-1]) * 4 for curve in table.curves)

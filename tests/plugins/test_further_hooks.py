@@ -20,7 +20,7 @@ from ffgym.measure.task_definitions import load_tasks
 from ffgym.measure.task_table import TaskTable, as_dict
 from ffgym.measure.tasks import evaluate_models
 from ffgym.plugins import manager
-from ffgym.prepare.parts import make_pruning_env
+from ffgym.prepare.make_env import make_pruning_env
 
 Install = Callable[..., None]
 

@@ -1,0 +1,122 @@
+"""From plain data to an environment: what ``gymnasium.make("ffgym/Pruning-v0", ...)`` calls."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from ffgym.config.mixture import shares
+from ffgym.config.tables import RunConfig
+from ffgym.config.toml import load_config
+from ffgym.data.splits import ROLES
+from ffgym.envs.pruning_env import PruningEnv
+from ffgym.envs.vector import PruningVectorEnv
+from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.prepare.parts import LOADING, build_env, load_parts, make_budget, make_reward, make_schedule, prepare_model
+from ffgym.prepare.workers import cluster_of, report_idle_workers, shared_executor
+from ffgym.report.progress import Reporter
+
+CHECKED_WINDOW = 128
+CHECKED_RIDGE = 0.01
+
+
+def make_pruning_env(
+    config: RunConfig | dict[str, Any] | None = None,
+    *,
+    render_mode: str | None = None,
+    num_workers: int | None = None,
+    **tables: Any,
+) -> PruningEnv:
+    """Build the environment from plain data.
+
+    Args:
+        config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
+        render_mode: ``"rgb_array"``, or ``None`` for no pictures.
+        num_workers: processes that measure, in place of ``workers.count``; they end when the environment is closed.
+        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not together with a ``RunConfig``.
+
+    Raises:
+        FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
+            load, or too little room for the workers.
+    """
+    return _pruning_env(_resolved(config, tables, num_workers), 1, render_mode)
+
+
+def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> PruningEnv:
+    """The environment of a configuration, for steps of this many episodes."""
+    if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
+        raise UnknownNameError("render mode", str(render_mode), modes)
+    make_reward(config)
+    reporter = Reporter()
+    report_idle_workers(episodes, config.workers.count, reporter.print)
+    closing = ExitStack()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(cluster_of(config.workers, config.model.device, reporter.print))
+        with reporter.stage(LOADING, 1):
+            loaded, splits = load_parts(config)
+        budget = make_budget(config, loaded.model)
+        prepared = prepare_model(config, loaded, splits.calibration.windows, reporter=reporter)
+        executor = None
+        if cluster is not None:
+            executor = shared_executor(cluster, config, loaded, prepared, splits)
+        env = build_env(
+            config,
+            prepared,
+            splits.search.windows,
+            budget,
+            loaded,
+            executor=executor,
+            on_close=closing.close,
+        )
+        closing.push(stack.pop_all())
+    env.render_mode = render_mode
+    return env
+
+
+def make_pruning_vector_env(
+    num_envs: int,
+    config: RunConfig | dict[str, Any] | None = None,
+    *,
+    render_mode: str | None = None,
+    num_workers: int | None = None,
+    **tables: Any,
+) -> PruningVectorEnv:
+    """Build the vector environment: ``num_envs`` episodes a step, measured on the same text.
+
+    What ``gymnasium.make_vec("ffgym/Pruning-v0", ...)`` calls. Its token budget is that of a run, ``search.episodes``
+    full episodes: ramps follow it, ``tokens_left`` counts it, and nothing ends when it is spent.
+    The arguments and errors are those of `make_pruning_env`; workers share the episodes of a step.
+    """
+    config = _resolved(config, tables, num_workers)
+    env = _pruning_env(config, num_envs, render_mode)
+    budget = config.search.episodes * env.episode_windows * env.window_tokens
+    return PruningVectorEnv(env, make_schedule(config, env), num_envs=num_envs, token_budget=budget)
+
+
+def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any], workers: int | None) -> RunConfig:
+    if isinstance(config, RunConfig) and tables:
+        raise ConfigError(
+            f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
+            hint="Give load_config() all tables, or leave config out and give them here.",
+        )
+    tables = {**(config.model_dump() if isinstance(config, RunConfig) else config or {}), **tables}
+    if workers is not None and isinstance(given := tables.get("workers", {}), dict):
+        tables["workers"] = {**given, "count": workers}
+    return load_config(**tables)
+
+
+def shrunk(config: RunConfig) -> RunConfig:
+    """The same run on a few short windows, for checks of the interface that do not look at the numbers.
+
+    Windows have at most 128 tokens: two for statistics, two to search on, one per episode. A mixture is reduced to its
+    first corpus. The ridge strength is a number, because choosing it takes most of the time.
+    """
+    plain = config.model_dump()
+    window = min(config.data.window, CHECKED_WINDOW)
+    plain["data"] |= {"window": window, "report_tokens": window}
+    plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
+    plain["data"] |= {role: next(iter(shares(getattr(config.data, role)))) for role in ROLES}
+    plain["search"] |= {"episode_tokens": window, "final_tokens": window}
+    if config.prune.ridge == "auto":
+        plain["prune"] |= {"ridge": CHECKED_RIDGE}
+    return RunConfig.model_validate(plain)

@@ -1,0 +1,148 @@
+"""Workers that measure beside this process: what each is sent to make its evaluator, and the cluster they run on."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from ffgym.config.tables import RunConfig, WorkersTable
+from ffgym.data.examples import EncodedExample
+from ffgym.data.splits import Splits
+from ffgym.errors import ConfigError, WorkerError
+from ffgym.evaluation.evaluator import ModelEvaluator
+from ffgym.execute.base import Executor
+from ffgym.models.loading import LoadedModel, load
+from ffgym.models.placement import choose_device
+from ffgym.prepare.parts import evaluator_of, examples_for, make_reward, prepare_model
+from ffgym.prepare.paths import Prepared
+from ffgym.report.layout import counted
+from ffgym.report.progress import Reporter
+
+if TYPE_CHECKING:
+    from ffgym.execute.ray import Cluster
+
+
+@dataclass(frozen=True)
+class EvaluatorMaker:
+    """How a worker makes its evaluator: it is sent these values and loads the model by itself.
+
+    Attributes:
+        config: the run, with the dtype that the model was loaded in.
+        calibration: calibration token ids, shape (windows, length), int64.
+        windows: search token ids, the same.
+        keep: statistics that were kept for heuristics.
+        store: the prepared model; ``None`` where it is not stored and every worker prepares its own.
+        key: of what this run has prepared.
+        streamed: whether layers stay in the checkpoint until they are needed.
+    """
+
+    config: RunConfig
+    calibration: torch.Tensor
+    windows: torch.Tensor
+    examples: tuple[EncodedExample, ...]
+    keep: frozenset[str]
+    store: Path | None
+    key: str
+    streamed: bool = False
+
+    def __call__(self) -> ModelEvaluator:
+        """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
+        if self.store is not None and not self.store.is_dir():
+            raise WorkerError(
+                f"a worker on {socket.gethostname()} does not see the prepared model {self.store}",
+                hint="Set FFGYM_CACHE to a folder that all machines share, or FFGYM_CACHE_SIZE=0 to prepare on each.",
+            )
+        table = self.config.model
+        loaded = load(
+            table.name, revision=table.revision, dtype=table.dtype, device=table.device, streamed=self.streamed
+        )
+        nobody = Reporter(Console(quiet=True))
+        prepared = prepare_model(self.config, loaded, self.calibration, keep=self.keep, reporter=nobody, key=self.key)
+        return self.on(prepared)
+
+    def on(self, prepared: Prepared) -> ModelEvaluator:
+        """The evaluator of a prepared model."""
+        return evaluator_of(self.config, prepared, self.windows, self.examples)
+
+
+def shared_executor(
+    cluster: Cluster,
+    config: RunConfig,
+    loaded: LoadedModel,
+    prepared: Prepared,
+    splits: Splits,
+    keep: frozenset[str] = frozenset(),
+) -> Executor:
+    """An executor that shares measurements out among the workers of a cluster, who measure as this process does.
+
+    Args:
+        keep: as for `prepare_model`.
+    """
+    table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
+    maker = EvaluatorMaker(
+        config.model_copy(update={"model": table}),
+        splits.calibration.windows,
+        splits.search.windows,
+        tuple(examples_for(make_reward(config), loaded)),
+        keep,
+        prepared.store,
+        prepared.key,
+        loaded.stream is not None,
+    )
+    return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
+
+
+def report_idle_workers(
+    episodes: int, workers: int, notify: Callable[[str], None], sloped_windows: int | None = None
+) -> None:
+    """Tell the user if an update has fewer parts to share out than there are workers.
+
+    Args:
+        episodes: of an update.
+        workers: how many there are.
+        notify: is told.
+        sloped_windows: of an episode whose slopes are measured, which is an update by itself and is shared out window
+            by window; ``None`` for an agent that asks for none.
+    """
+    if sloped_windows is None:
+        parts, when, update = episodes, "", f"an update is {counted(episodes, 'episode')}"
+    else:
+        parts, when = sloped_windows, "while slopes are followed, "
+        update = f"an update is one episode of {counted(sloped_windows, 'window')}"
+    if parts < workers:
+        have = "has" if workers - parts == 1 else "have"
+        notify(f"{when}{workers - parts} of {workers} workers {have} nothing to do: {update}")
+
+
+@contextmanager
+def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
+    """The workers that a table asks for, within the block; ``None`` where this process works alone.
+
+    Args:
+        table: how many, and where.
+
+    Raises:
+        ConfigError: more than one worker on one and the same GPU.
+        WorkerError: see `connected`.
+    """
+    if table.count == 1:
+        yield None
+        return
+    if ":" in device:
+        raise ConfigError(
+            f"model.device = {device!r} is one device, and {table.count} workers need one each",
+            hint="Set model.device to auto or cuda: Ray gives every worker its own.",
+        )
+    from ffgym.execute.ray import Workers, connected
+
+    is_on_gpu = choose_device(device).type == "cuda"
+    gpus = int(is_on_gpu) if table.gpus == "auto" else table.gpus
+    with connected(Workers(table.count, table.ray_address, gpus, torch.get_num_threads()), notify) as cluster:
+        yield cluster
