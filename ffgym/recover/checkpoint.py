@@ -147,34 +147,14 @@ def weights_digest(folder: Path) -> str:
 
 
 def random_state(devices: Collection[torch.device]) -> dict[str, torch.Tensor]:
-    """torch's random state on the CPU and on those of the devices that have one of their own."""
-    state = {"random.cpu": torch.get_rng_state()}
-    for device in devices:
-        if device.type == "cuda":
-            state[f"random.{device}"] = torch.cuda.get_rng_state(device)
-        elif device.type == "mps":
-            state[f"random.{device}"] = torch.mps.get_rng_state()
-    return state
+    """torch's random state on the CPU and on those of the devices that are GPUs."""
+    on_gpus = {f"random.{device}": torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+    return {"random.cpu": torch.get_rng_state(), **on_gpus}
 
 
 def set_random_state(state: dict[str, torch.Tensor], devices: Collection[torch.device]) -> None:
     """Undo what was drawn since ``random_state``."""
     torch.set_rng_state(state["random.cpu"])
     for device in devices:
-        if (saved := state.get(f"random.{device}")) is None:
-            continue
-        if device.type == "cuda":
+        if device.type == "cuda" and (saved := state.get(f"random.{device}")) is not None:
             torch.cuda.set_rng_state(saved, device)
-        elif device.type == "mps":
-            torch.mps.set_rng_state(saved)
-
-
-@contextmanager
-def own_randomness(seed: int, devices: Collection[torch.device]) -> Iterator[None]:
-    """Seed torch for a block, and hand the caller's random state back after it."""
-    before = random_state(devices)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        set_random_state(before, devices)

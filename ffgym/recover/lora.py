@@ -24,7 +24,7 @@ from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import Family, dense_or_pruned_family_of
 from ffgym.models.placement import devices_of
 from ffgym.plugins.bases import PluginConfig
-from ffgym.recover.checkpoint import own_randomness, random_state, set_random_state
+from ffgym.recover.checkpoint import random_state, set_random_state
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
 from ffgym.report.figures import BLUE, GREEN, ORANGE
@@ -158,7 +158,9 @@ def train_lora(setup: TrainingSetup, options: Any, on_step: Callable[[LoraCurve]
     model, checkpoint = setup.model, setup.checkpoint
     saved = None if checkpoint is None else checkpoint.load(PART, LoraCurve)
     recomputed = _checkpointed_activations(model, options.gradient_checkpointing)
-    with own_randomness(setup.seed, devices_of(model)), recomputed:
+    gpus = [device for device in devices_of(model) if device.type == "cuda"]
+    with torch.random.fork_rng(gpus), recomputed:
+        torch.manual_seed(setup.seed)
         adapted = _add_adapters(model, dense_or_pruned_family_of(model), options)
         training = _Training(setup, options.checkpoint_every, on_step)
         if checkpoint is not None and saved is not None:
