@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from ffgym.errors import ModelError, OutputError, first_line
 from ffgym.files import replacing, write_text
 from ffgym.models.cut import PrunableModel
-from ffgym.models.families import Family
 from ffgym.models.loading_errors import quiet
 from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
 from ffgym.plugins.architectures import MODEL_CONFIG
@@ -327,30 +326,17 @@ def _checkpoint_weights(prunable: PrunableModel) -> dict[str, torch.Tensor]:
     """The model's weights under the names of the saved class: of an emptied sublayer nothing but a bias is left."""
     family = prunable.family
     weights: dict[str, torch.Tensor] = dict(prunable.model.state_dict())
-    for sublayer, units in enumerate(prunable.kept):
-        layer, kind = sublayer // 2, KINDS[sublayer % 2]
-        if units:
-            continue
-        consumer = _consumer(layer, kind, family)
+    for sublayer in [sublayer for sublayer, units in enumerate(prunable.kept) if units == 0]:
+        layer = f"{family.decoder}.layers.{sublayer // 2}"
+        consumer = f"{layer}.{family.mlp_consumer if sublayer % 2 else family.attention_consumer}"
         holder = consumer.rpartition(".")[0]
-        empty = [name for name, weight in weights.items() if name.startswith(f"{holder}.") and not weight.numel()]
-        for name in empty:
+        for name in [name for name, weight in weights.items() if name.startswith(f"{holder}.") and not weight.numel()]:
             del weights[name]
         if f"{consumer}.bias" in weights:
-            weights[f"{_skipped(layer, kind, family)}.bias"] = weights.pop(f"{consumer}.bias")
+            # `Skipped` replaces the half's module, or the consumer where the layer itself holds its linears, as OPT's.
+            skipped = consumer if holder == layer else holder
+            weights[f"{skipped}.bias"] = weights.pop(f"{consumer}.bias")
     return weights
-
-
-def _consumer(layer: int, kind: Kind, family: Family) -> str:
-    name = family.attention_consumer if kind == "attention" else family.mlp_consumer
-    return f"{family.decoder}.layers.{layer}.{name}"
-
-
-def _skipped(layer: int, kind: Kind, family: Family) -> str:
-    """What `Skipped` replaces: the half's module, or its consumer where the decoder layer itself holds its linears."""
-    consumer = _consumer(layer, kind, family)
-    parent = consumer.rpartition(".")[0]
-    return consumer if parent == f"{family.decoder}.layers.{layer}" else parent
 
 
 def refuse_occupied(place: Path, overwrite: bool) -> None:
