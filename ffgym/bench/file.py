@@ -21,39 +21,40 @@ BENCH_FILE = FileFormat("bench file", dict[str, Any], ConfigError, "docs/bench.m
 
 
 class BenchFile(Table):
-    """One bench: a TOML file.
+    """One bench: a TOML file."""
 
-    Attributes:
-        title: what the table is called.
-        agents: names of agents or heuristics, or of entries of ``variants``.
-        seeds: one cell per agent and seed; heuristics, which draw nothing, run the first seed only.
-        more_seeds: further seeds of some agents, by label.
-        results: folder of the cells' JSON files, relative to the file.
-        baseline: whose final quality the others' tokens are counted to; one label, or several.
-        marks: at how many token marks, log-spaced, the incumbent is measured on the report split; the last is the end.
-        plain: also measure what was found without any refit.
-        development: report on the windows that follow the search split in its corpus, so that settings can be chosen
-            without a look at the report text.
-        dated: when an earlier version computed the results, whose settings stand in the result files. They are shown as
-            they are; nothing is checked or computed again.
-        run: tables of ``RunConfig`` that all cells share.
-        variants: named changes of the configuration, each a set of tables (``agent.name`` says who searches).
-    """
-
-    title: str
-    agents: list[str] = Field(min_length=1, description="names of agents or heuristics (see: ffgym ls agents)")
-    seeds: list[int] = Field(min_length=1, description="whole numbers, one cell per agent and seed, e.g. [0, 1, 2]")
-    more_seeds: dict[str, list[int]] = Field(default_factory=dict)
-    results: str
-    baseline: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        default_factory=lambda: ["evolution"]
+    title: str = Field(description="what the table is called")
+    agents: list[str] = Field(
+        min_length=1, description="names of agents or heuristics (see: ffgym ls agents), or variants"
     )
-    marks: int = Field(default=6, ge=2)
-    plain: bool = False
-    development: bool = False
-    dated: str = ""
-    run: dict[str, Any] = Field(default_factory=dict)
-    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    seeds: list[int] = Field(
+        min_length=1,
+        description="whole numbers, one cell per agent and seed, e.g. [0, 1, 2]; heuristics run the first one only",
+    )
+    more_seeds: dict[str, list[int]] = Field(default_factory=dict, description="further seeds of some agents, by label")
+    results: str = Field(description="folder of the cells' JSON files, relative to the file")
+    baseline: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        default_factory=lambda: ["evolution"],
+        description="whose final quality the others' tokens are counted to; one label, or several",
+    )
+    marks: int = Field(
+        default=6,
+        ge=2,
+        description="at how many token marks the incumbent is measured, at least 2; the last is the end",
+    )
+    plain: bool = Field(default=False, description="also measure what was found without any refit")
+    development: bool = Field(
+        default=False,
+        description="report on the windows behind the search split, to choose settings without the report text",
+    )
+    dated: str = Field(
+        default="",
+        description="when an earlier version computed the results: they are shown, and nothing is checked or computed",
+    )
+    run: dict[str, Any] = Field(default_factory=dict, description="tables of a run's configuration, for all cells")
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="changes of these tables by name; agent.name says who searches"
+    )
 
     def seeds_of(self, label: str) -> list[int]:
         """The seeds that an agent runs."""

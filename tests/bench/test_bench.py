@@ -561,29 +561,11 @@ def test_json_holds_the_rows_and_names_the_files(finished: Any) -> None:
     assert all(name in done.stderr for name in written)
 
 
-# bad input: refused before anything is computed
-
-
-@pytest.fixture
-def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
-
-
-@pytest.mark.usefixtures("nothing_runs")
-class TestRefusals:
-    def test_mixed_models(self, tmp_path: Path) -> None:
-        other = tmp_path / "other"
-        other.mkdir()
-        with pytest.raises(ConfigError, match=r"compares on one model, these name .*glass, other-model"):
-            call(bench_file(tmp_path), bench_file(other, tables={"model": {"name": "other-model"}}))
-
-    def test_two_benches_that_would_write_one_file(self, tmp_path: Path) -> None:
-        first = bench_file(tmp_path, agents=["random"], results="shared")
-        second = bench_file(
-            tmp_path, stem="more", agents=["random"], results="shared", tables={"prune": {"sparsity": 0.3}}
-        )
-        with pytest.raises(ConfigError, match="two benches would write"):
-            call(first, second)
+def test_two_benches_that_would_write_one_file(tmp_path: Path) -> None:
+    first = bench_file(tmp_path, agents=["random"], results="shared")
+    second = bench_file(tmp_path, stem="more", agents=["random"], results="shared", tables={"prune": {"sparsity": 0.3}})
+    with pytest.raises(ConfigError, match="two benches would write"):
+        call(first, second)
 
 
 def test_committed_results_belong_to_the_configuration_beside_them() -> None:
