@@ -246,7 +246,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             _check_column(where, row if isinstance(row, dict) else [])
             if not isinstance(row[COLUMN], str | None):
                 raise DataError(
-                    f"{where}: {COLUMN!r} is a {type(row[COLUMN]).__name__}, not text",
+                    f"{where}: {COLUMN!r} is of type {type(row[COLUMN]).__name__}, not text",
                     hint='Write one object a line, like {"text": "..."}.',
                 )
             if row[COLUMN] is not None:

@@ -277,8 +277,8 @@ def test_a_spec_that_is_not_understood_is_an_error(spec):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 of corpus file .* is not JSON"),
         ("a.jsonl", b'{"text": "a", "id": ' + b"9" * 5000 + b"}", r"line 1 of corpus file .* is not JSON"),
         ("a.jsonl", b"[" * 100_000, r"line 1 of corpus file .* is not JSON"),
-        ("a.jsonl", b'{"text": 5}', "line 1 .*: 'text' is a int, not text"),
-        ("a.jsonl", b'{"text": ["x"]}', "line 1 .*: 'text' is a list, not text"),
+        ("a.jsonl", b'{"text": 5}', "line 1 .*: 'text' is of type int, not text"),
+        ("a.jsonl", b'{"text": ["x"]}', "line 1 .*: 'text' is of type list, not text"),
         ("a.jsonl", b'{"body": "x", "id": 1}', "columns: body, id"),
     ],
 )
