@@ -33,7 +33,7 @@ from ffgym.errors import ModelError
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load
 from ffgym.plugins import built_ins, discovery, kinds, manager
-from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
+from ffgym.plugins.bases import BatchAgent, Plugin, Reward
 from ffgym.plugins.kinds import KINDS
 from ffgym.testing import conformance
 from ffgym.testing.conformance import (
@@ -41,6 +41,7 @@ from ffgym.testing.conformance import (
     CriterionConformance,
     FamilyConformance,
     HeuristicConformance,
+    PluginConformance,
     RewardConformance,
 )
 
@@ -272,24 +273,16 @@ def example(page: str, kind: str) -> type[Any]:
     raise AssertionError(f"{page} has no example of a {kind}")
 
 
-class TestTutorialCriterion(CriterionConformance):
-    def make(self) -> Criterion:
-        return example("docs/plugins.md", "criterion")()  # type: ignore[no-any-return]
+def held_to_its_contract(suite: type[PluginConformance], kind: str, page: str = "docs/plugins.md") -> type[Any]:
+    """The conformance tests of a page's example."""
+    return type("Example", (suite,), {"make": lambda self: example(page, kind)()})
 
 
-class TestTutorialHeuristic(HeuristicConformance):
-    def make(self) -> Heuristic:
-        return example("docs/plugins.md", "heuristic")()  # type: ignore[no-any-return]
-
-
-class TestTutorialReward(RewardConformance):
-    def make(self) -> Reward:
-        return example("docs/plugins.md", "reward")()  # type: ignore[no-any-return]
-
-
-class TestTutorialAgent(AgentConformance):
-    def make(self) -> Agent:
-        return example("docs/plugins.md", "agent")()  # type: ignore[no-any-return]
+TestTutorialCriterion = held_to_its_contract(CriterionConformance, "criterion")
+TestTutorialHeuristic = held_to_its_contract(HeuristicConformance, "heuristic")
+TestTutorialReward = held_to_its_contract(RewardConformance, "reward")
+TestTutorialAgent = held_to_its_contract(AgentConformance, "agent")
+TestReadmeCriterion = held_to_its_contract(CriterionConformance, "criterion", "README.md")
 
 
 class TestTutorialFamily(FamilyConformance):
@@ -392,11 +385,6 @@ def test_tutorial_recovery_trains(random_windows: Any) -> None:
     assert outcome.after < outcome.before
     assert outcome.after == evaluate(model, windows).loss
     method.draw(new_figure(4, 3).subplots(), json.loads(json.dumps(outcome.curve)))
-
-
-class TestReadmeCriterion(CriterionConformance):
-    def make(self) -> Criterion:
-        return example("README.md", "criterion")()  # type: ignore[no-any-return]
 
 
 def test_readme_plugin_fits_ten_lines() -> None:
