@@ -14,7 +14,7 @@ import torch
 
 from ffgym.errors import DataError, ModelError, PluginError
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Criterion, Heuristic, Reward
+from ffgym.plugins.bases import Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.contracts import (
     call_plugin,
     check_importance,
@@ -31,52 +31,32 @@ DENSE = Evaluation((3.0, 3.0), 8)
 PRUNED = Evaluation((3.5, 3.5), 8)
 
 
-class Scores(Criterion):
-    name = "scores"
-
-    def __init__(self, answer: Callable[[torch.Tensor], Any]) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-        result: torch.Tensor = self.answer(weight)
-        return result
+def made(base: type[Plugin], name: str, **methods: Callable[..., Any]) -> Any:
+    return type("Made", (base,), {"__module__": __name__, "name": name, **methods})()
 
 
-class Importances(Heuristic):
-    name = "importances"
-
-    def __init__(self, answer: Any) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def importance(self, sublayers: Any) -> np.ndarray:
-        result: np.ndarray = self.answer() if callable(self.answer) else self.answer
-        return result
+def answered(answer: Any) -> Any:
+    return answer() if callable(answer) else answer
 
 
-class Number(Reward):
-    name = "number"
-
-    def __init__(self, answer: Any) -> None:
-        super().__init__()
-        self.answer = answer
-
-    def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-        result: float = self.answer() if callable(self.answer) else self.answer
-        return result
+def importances(answer: Any) -> Heuristic:
+    heuristic: Heuristic = made(Heuristic, "importances", importance=lambda self, sublayers: answered(answer))
+    return heuristic
 
 
-class Aims(Number):
-    name = "aims"
-
-    def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
-        result: dict[str, float] = self.answer() if callable(self.answer) else self.answer
-        return result
+def number(answer: Any, objectives: Any = None) -> Reward:
+    reward: Reward = made(
+        Reward,
+        "number",
+        __call__=lambda self, pruned, dense: answered(answer),
+        objectives=lambda self, pruned, dense: answered(objectives or {}),
+    )
+    return reward
 
 
 def scored(answer: Callable[[torch.Tensor], Any], weight: torch.Tensor | None = None) -> torch.Tensor:
-    return check_scores(Scores(answer), torch.ones(4, 5) if weight is None else weight, LayerStats(), SUBLAYER)
+    criterion = made(Criterion, "scores", score=lambda self, weight, stats: answer(weight))
+    return check_scores(criterion, torch.ones(4, 5) if weight is None else weight, LayerStats(), SUBLAYER)
 
 
 def fail() -> None:
@@ -125,29 +105,24 @@ def test_bad_scores_name_plugin_package_and_sublayer(answer: Callable[[torch.Ten
 
 def test_damaged_weights_are_not_the_fault_of_the_criterion() -> None:
     with pytest.raises(ModelError, match="layer 3 mlp: its output weights hold NaN or infinity"):
-        check_scores(Scores(torch.abs), torch.tensor([[1.0, torch.nan]]), LayerStats(), SUBLAYER)
+        scored(torch.abs, torch.tensor([[1.0, torch.nan]]))
 
 
 def test_a_nan_that_was_there_before_is_no_change() -> None:
     stats = LayerStats(mean=torch.full((5,), torch.nan))
-    assert check_scores(Scores(torch.abs), torch.ones(4, 5), stats, SUBLAYER).shape == (4, 5)
+    criterion = made(Criterion, "scores", score=lambda self, weight, stats: weight.abs())
+    assert check_scores(criterion, torch.ones(4, 5), stats, SUBLAYER).shape == (4, 5)
 
 
 @pytest.mark.parametrize("statistic", ["second_moment", "gradient"])
 def test_a_criterion_that_changes_its_statistics_is_found_out(statistic: str) -> None:
-    class Damps(Criterion):
-        """Adds to what it was lent."""
-
-        name = "damps"
-        needs = frozenset({statistic})
-
-        def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-            getattr(stats, statistic).mul_(2)
-            return weight.abs()
+    def damp(self: Criterion, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+        getattr(stats, statistic).mul_(2)
+        return weight.abs()
 
     stats = LayerStats(second_moment=torch.eye(5), gradient=torch.ones(4, 5))
     with pytest.raises(PluginError, match=f"score changed the {statistic} it was given") as caught:
-        check_scores(Damps(), torch.ones(4, 5), stats, SUBLAYER)
+        check_scores(made(Criterion, "damps", score=damp), torch.ones(4, 5), stats, SUBLAYER)
     assert f"{statistic}.clone()" in str(caught.value.hint)
 
 
@@ -168,14 +143,9 @@ def test_a_failure_says_the_line_of_the_plugin() -> None:
 
 
 def test_a_statistic_that_was_not_asked_for_is_the_hint() -> None:
-    class Forgets(Criterion):
-        name = "forgets"
-
-        def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-            return weight.abs() * stats.square.sqrt()  # type: ignore[union-attr]
-
+    forgets = made(Criterion, "forgets", score=lambda self, weight, stats: weight.abs() * stats.square.sqrt())
     with pytest.raises(PluginError, match="NoneType") as caught:
-        check_scores(Forgets(), torch.ones(4, 5), LayerStats(mean=torch.ones(5)), SUBLAYER)
+        check_scores(forgets, torch.ones(4, 5), LayerStats(mean=torch.ones(5)), SUBLAYER)
     assert "square" in str(caught.value.hint)
     assert "`needs`" in str(caught.value.hint)
     assert "mean" not in str(caught.value.hint)
@@ -183,39 +153,32 @@ def test_a_statistic_that_was_not_asked_for_is_the_hint() -> None:
 
 @pytest.mark.parametrize(("check", "said"), [(check_reward, "kl is None"), (check_objectives, "NoneType")])
 def test_a_reward_that_forgot_to_ask_is_told_what_it_did_not_get(check: Callable[..., Any], said: str) -> None:
-    class Forgets(Reward):
-        name = "forgets"
-
-        def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-            return -pruned.kl
-
-        def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
-            return {"saved": 1 - pruned.costs["kv"] / dense.costs["kv"]}  # type: ignore[index]
-
+    forgets = made(
+        Reward,
+        "forgets",
+        __call__=lambda self, pruned, dense: -pruned.kl,
+        objectives=lambda self, pruned, dense: {"saved": 1 - pruned.costs["kv"] / dense.costs["kv"]},
+    )
     with pytest.raises(PluginError, match=said) as caught:
-        check(Forgets(), PRUNED, DENSE)
+        check(forgets, PRUNED, DENSE)
     assert "None: kl, reverse_kl, accuracy, cost. Name what is used in `needs`." in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("given", ["weight", "square"])
 def test_a_heuristic_that_changes_what_it_was_lent_is_found_out(given: str) -> None:
-    class Clears(Heuristic):
-        name = "clears"
-
-        def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray:
-            view = sublayers[2]
-            lent = view.weight if given == "weight" else view.stats.square
-            assert lent is not None
-            lent.data.zero_()
-            return np.zeros(len(sublayers))
+    def clear(self: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
+        lent = sublayers[2].weight if given == "weight" else sublayers[2].stats.square
+        assert lent is not None
+        lent.data.zero_()
+        return np.zeros(len(sublayers))
 
     with pytest.raises(PluginError, match=f"importance changed the {given} of layer 1 attention it was given"):
-        check_importance(Clears(), toy_views(2, frozenset({"square"})))
+        check_importance(made(Heuristic, "clears", importance=clear), toy_views(2, frozenset({"square"})))
 
 
 def test_a_reward_below_its_worst_would_make_breaking_the_model_pay() -> None:
     with pytest.raises(PluginError, match=r"reward 'number' .* returned -2, less than its worst = 0"):
-        check_reward(Number(-2.0), PRUNED, DENSE)
+        check_reward(number(-2.0), PRUNED, DENSE)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +191,7 @@ def test_a_reward_below_its_worst_would_make_breaking_the_model_pay() -> None:
     ],
 )
 def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, said: str) -> None:
-    reward = Number(1.0)
+    reward = number(1.0)
     check_attributes("reward", "number", reward)
     setattr(reward, attribute, value)
     with pytest.raises(PluginError, match=f"reward 'number'.*{said}"):
@@ -237,7 +200,7 @@ def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, sai
 
 def test_somebodys_reward_that_overflows_is_theirs() -> None:
     with pytest.raises(PluginError, match="failed while computing a reward: OverflowError") as caught:
-        check_reward(Number(lambda: math.exp(5000)), PRUNED, DENSE)
+        check_reward(number(lambda: math.exp(5000)), PRUNED, DENSE)
     assert "the package's author" in str(caught.value.hint)
 
 
@@ -251,7 +214,7 @@ def test_a_built_in_that_breaks_is_not_blamed_as_somebodys_plugin() -> None:
 
 @pytest.mark.parametrize("answer", [[1, -1, 0.5, 1 + 1e-9], torch.tensor([1, -1, 0.5, 1], requires_grad=True)])
 def test_importance_comes_back_as_float32(answer: Any) -> None:
-    checked = check_importance(Importances(answer), toy_views(2, frozenset()))
+    checked = check_importance(importances(answer), toy_views(2, frozenset()))
     assert checked.dtype == np.float32
     assert checked.tolist() == [1, -1, 0.5, 1]
 
@@ -269,12 +232,12 @@ def test_importance_comes_back_as_float32(answer: Any) -> None:
 )
 def test_bad_importances_name_the_plugin(answer: Any, complaint: str) -> None:
     with pytest.raises(PluginError, match=complaint) as caught:
-        check_importance(Importances(answer), toy_views(2, frozenset()))
+        check_importance(importances(answer), toy_views(2, frozenset()))
     assert "heuristic 'importances' (package" in str(caught.value)
 
 
 def test_reward_comes_back_as_a_python_float() -> None:
-    assert type(check_reward(Number(np.float32(0.5)), PRUNED, DENSE)) is float
+    assert type(check_reward(number(np.float32(0.5)), PRUNED, DENSE)) is float
 
 
 @pytest.mark.parametrize(
@@ -287,28 +250,28 @@ def test_reward_comes_back_as_a_python_float() -> None:
 )
 def test_bad_rewards_name_the_plugin(answer: Any, complaint: str) -> None:
     with pytest.raises(PluginError, match=complaint) as caught:
-        check_reward(Number(answer), PRUNED, DENSE)
+        check_reward(number(answer), PRUNED, DENSE)
     assert "reward 'number' (package" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ratio (%)", "", "a//b", "a/", "a/../b", "./a", "x" * 201])
 def test_an_objective_that_cannot_be_logged_is_refused_by_name(name: str) -> None:
     with pytest.raises(PluginError, match="an objective is called") as raised:
-        check_objectives(Aims({name: 1.0}), PRUNED, DENSE)
+        check_objectives(number(0.0, {name: 1.0}), PRUNED, DENSE)
     assert "Use letters" in str(raised.value.hint)
 
 
 def test_objectives_come_back_as_python_floats() -> None:
-    answer = check_objectives(Aims({"a": np.float32(0.5), "b": 1}), PRUNED, DENSE)
+    answer = check_objectives(number(0.0, {"a": np.float32(0.5), "b": 1}), PRUNED, DENSE)
     assert answer == {"a": 0.5, "b": 1.0}
     assert {type(value) for value in answer.values()} == {float}
-    assert check_objectives(Number(1.0), PRUNED, DENSE) == {}, "a reward may have none"
+    assert check_objectives(number(1.0), PRUNED, DENSE) == {}, "a reward may have none"
 
 
 def test_objectives_keep_their_names_and_their_order() -> None:
-    assert list(check_objectives(Aims({"b": 1, "a": 2}), PRUNED, DENSE, names=("a", "b"))) == ["a", "b"]
+    assert list(check_objectives(number(0.0, {"b": 1, "a": 2}), PRUNED, DENSE, names=("a", "b"))) == ["a", "b"]
     with pytest.raises(PluginError, match="objectives are called b, c now, and were called a, b before"):
-        check_objectives(Aims({"b": 1, "c": 2}), PRUNED, DENSE, names=("a", "b"))
+        check_objectives(number(0.0, {"b": 1, "c": 2}), PRUNED, DENSE, names=("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -321,8 +284,8 @@ def test_objectives_keep_their_names_and_their_order() -> None:
 )
 def test_bad_objectives_name_the_plugin(answer: Any, complaint: str) -> None:
     with pytest.raises(PluginError, match=complaint) as caught:
-        check_objectives(Aims(answer), PRUNED, DENSE)
-    assert "reward 'aims' (package" in str(caught.value)
+        check_objectives(number(0.0, answer), PRUNED, DENSE)
+    assert "reward 'number' (package" in str(caught.value)
 
 
 def test_too_little_memory_is_not_the_plugins_mistake() -> None:
@@ -330,4 +293,4 @@ def test_too_little_memory_is_not_the_plugins_mistake() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     with pytest.raises(torch.OutOfMemoryError):
-        call_plugin(Number(0.0), full, "scoring")
+        call_plugin(number(0.0), full, "scoring")
