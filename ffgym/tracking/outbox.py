@@ -7,6 +7,7 @@ run and ``ffgym sync`` never send the same one.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,18 +66,17 @@ class Outbox:
                 self.path.unlink()
                 return 0
             head, *records = [LINE.parse(line, source) for source, line in complete]
-            sent = 0
+            left = deque(records)
             try:
-                for record in records:
-                    send(record)
-                    sent += 1
+                while left:
+                    send(left[0])
+                    left.popleft()
             finally:
-                left = records[sent:]
                 if left:
                     write_text(self.path, "".join(json.dumps(line) + "\n" for line in (head, *left)))
                 else:
                     self.path.unlink()
-            return sent
+            return len(records)
 
     def __len__(self) -> int:
         if not self.path.exists():
