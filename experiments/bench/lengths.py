@@ -1,6 +1,6 @@
 """What searches had found after a part of their tokens: perplexities of the incumbents that a bench has stored.
 
-    python experiments/bench/lengths.py final-20 final-50
+    python experiments/bench/lengths.py final-20 final-50 > experiments/bench/lengths.md
 
 Prints a Markdown table a bench, means and standard errors over seeds. Where an agent's updates end at other tokens than
 the header says, the cell names them.
