@@ -1,5 +1,6 @@
 import contextlib
 import fnmatch
+import itertools
 import json
 import logging
 import os
@@ -129,6 +130,19 @@ def test_auto_on_cuda_follows_the_gpu(monkeypatch, supported, chosen):
 
 def test_the_probe_measures_something():
     assert placement.cpu_bfloat16_speedup() > 0
+
+
+def test_a_busy_moment_does_not_decide_the_dtype(monkeypatch):
+    calls = itertools.count()
+
+    def seconds(dtype):
+        is_busy = next(calls) < 2 * 48  # the first probe
+        return 1.0 if is_busy or dtype is torch.float32 else 0.25
+
+    monkeypatch.setattr(placement, "_matmul_seconds", seconds)
+    monkeypatch.setattr(placement, "PAUSES", (0.0, 0.0, 0.0))
+    assert placement.cpu_bfloat16_speedup.__wrapped__() == 4.0
+    assert next(calls) == 2 * 2 * 48  # and no third probe
 
 
 def test_nothing_is_printed_and_the_librarys_progress_bars_come_back(saved, capfd):
