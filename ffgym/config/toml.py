@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import PluginTable, RunConfig, table_model
@@ -43,7 +43,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
     """
-    command_line = _merged(parsed_overrides(overrides), _given(values))
+    command_line = _merged(parsed_overrides(overrides), _given(values, RunConfig))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
     try:
         return RunConfig.model_validate(layered(file, command_line))
@@ -174,10 +174,17 @@ def _parse_literal(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _given(values: Mapping[str, Any]) -> JSONDict:
-    """Without ``None``, which means that a value is not given."""
-    given = {key: value for key, value in values.items() if value is not None}
-    return {key: _given(value) if isinstance(value, Mapping) else value for key, value in given.items()}
+def _given(values: Mapping[str, Any], table: type[BaseModel]) -> JSONDict:
+    """Drop ``None``, which the caller did not give, unless the table has no such key: that shall be refused."""
+    given: JSONDict = {}
+    for key, value in values.items():
+        is_known = key in table.model_fields or issubclass(table, PluginTable)
+        if isinstance(value, Mapping):
+            is_table = is_known and table is RunConfig and key != "seed"
+            value = _given(value, table_model(key) if is_table else PluginTable)
+        if not is_known or (value is not None and value != {}):
+            given[key] = value
+    return given
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:

@@ -101,7 +101,7 @@ def test_gymnasium_makes_the_environment_by_name(tiny_run):
     [
         ({"foo": {}}, "unknown table or key 'foo'"),
         ({"prnue": {"sparsity": 0.3}}, "Did you mean 'prune'"),
-        ({"prune": {"sparsty": 0.3}}, "Did you mean 'sparsity'"),
+        ({"prune": {"sparsty": None}}, "Did you mean 'sparsity'"),
         ({"render_mode": "rgb_arry"}, "Did you mean 'rgb_array'"),
     ],
 )
