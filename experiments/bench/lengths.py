@@ -1,6 +1,6 @@
 """What searches had found after a part of their tokens: perplexities of the incumbents that a bench has stored.
 
-    python experiments/bench/lengths.py final-20 final-50 > experiments/bench/lengths.md
+    python experiments/bench/lengths.py experiments/bench/final-[25]0.toml > experiments/bench/lengths.md
 
 Prints a Markdown table a bench, means and standard errors over seeds. Where an agent's updates end at other tokens than
 the header says, the cell names them.
@@ -8,45 +8,36 @@ the header says, the cell names them.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
-HERE = Path(__file__).parent
-
-
-def curves(bench: str) -> dict[str, tuple[list[int], np.ndarray]]:
-    """By agent: tokens at its marks, and perplexities, shape (seeds, marks); agents that stop at once are left out."""
-    marks = defaultdict(list)
-    for file in sorted((HERE / "results" / bench).glob("*.json")):
-        cell = json.loads(file.read_text(encoding="utf-8"))
-        if len(cell["marks"]) > 1:
-            marks[cell["label"]].append(cell["marks"])
-    return {
-        label: ([mark["tokens"] for mark in seeds[0]], np.exp([[mark["loss"] for mark in own] for own in seeds]))
-        for label, seeds in marks.items()
-    }
+from ffgym.bench.cell import read_cell
+from ffgym.bench.file import read_bench
+from ffgym.bench.table import CellResult, curves, mean_of
+from ffgym.types import perplexity_of
 
 
-def table(bench: str) -> str:
+def table(file: Path) -> str:
     """The bench's Markdown table; the searches whose last incumbent is the best come first."""
-    found = sorted(curves(bench).items(), key=lambda item: item[1][1][:, -1].mean())
-    header = found[0][1][0]
-    lines = [
-        f"| {bench}, tokens | " + " | ".join(f"{tokens:,}" for tokens in header) + " |",
-        "|---|" + "---:|" * len(header),
-    ]
-    for label, (tokens, perplexities) in found:
-        cells = []
-        for at, named, values in zip(tokens, header, perplexities.T, strict=True):
-            error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.2f}{error}" + ("" if at == named else f" ({at:,})"))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    searches: dict[str, list[CellResult]] = defaultdict(list)
+    for cell in map(read_cell, read_bench(file).results):
+        if cell.agent != "one-shot":
+            searches[cell.label].append(cell)
+    rows = []
+    for label, cells in searches.items():
+        tokens, losses = curves(cells)
+        rows.append((label, tokens, [mean_of([perplexity_of(loss) for loss in own]) for own in losses.T]))
+    rows.sort(key=lambda row: row[2][-1].value)
+    header = rows[0][1]
+    heads = [f"{file.stem}, tokens", *(f"{at:,.0f}" for at in header)]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * len(header)]
+    for label, tokens, means in rows:
+        marks = zip(means, tokens, header, strict=True)
+        cells = [f"{mean}" if at == named else f"{mean} ({at:,.0f})" for mean, at, named in marks]
+        lines.append(f"| {' | '.join([label, *cells])} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print("\n\n".join(map(table, sys.argv[1:])))
+    print("\n\n".join(table(Path(file)) for file in sys.argv[1:]))
