@@ -97,6 +97,7 @@ class Tracker:
         self._run_name = run_name
         self._enabled = enabled
         self._unsent = unsent or root / f"{run_name}.{SUFFIX}"
+        self._had_folder = False
         self._parent = parent
         self._resume = resume
         self._command = command
@@ -262,6 +263,7 @@ class Tracker:
                 self.run_id = run.info.run_id
             if is_server(self._uri):
                 self._outbox = Outbox(self._unsent, run.info.run_id)
+                self._had_folder = self._unsent.parent.exists()
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
     def _source(self) -> dict[str, str]:
@@ -376,19 +378,25 @@ class Tracker:
         if self._outbox is None:
             self._send(record)
             return
+        is_away = self._retry_at is not None
         try:
             if self._retry_at is None:
                 self._send(record)
                 return
-            self._outbox.add(record)
+            self._keep(record)
             if time.monotonic() >= self._retry_at:
                 self._outbox.forward(self._send)
                 self._retry_at = None
         except TrackingError as error:
-            if self._retry_at is None:
-                self._outbox.add(record)
-                self._notify(f"{error.message}; the run goes on, and keeps what it logs in {self._outbox.path}")
             self._retry_at = time.monotonic() + RETRY_SECONDS
+            if not is_away:
+                self._keep(record)
+                self._notify(f"{error.message}; the run goes on, and keeps what it logs in {self._outbox.path}")
+
+    def _keep(self, record: JSONDict) -> None:
+        """Keep a record on disk; of a run that found nothing, whose folder has been removed, nothing is kept."""
+        if self._outbox is not None and (self._unsent.parent.exists() or not self._had_folder):
+            self._outbox.add(record)
 
     def _send(self, record: JSONDict) -> None:
         assert self.run_id is not None, "the run has begun"

@@ -67,15 +67,18 @@ def run_in(folder, notify=lambda line: None):
 
 @pytest.fixture(scope="module")
 def outage(server, address, tmp_path_factory):
-    """The server goes away from three runs: two end meanwhile, the third goes on when it is back."""
-    synced, resumed, lasting = (tmp_path_factory.mktemp(name) for name in ("synced", "resumed", "lasting"))
+    """The server goes away from four runs: three end meanwhile, one of them empty, and one goes on when it is back."""
+    names = ("synced", "resumed", "lasting", "empty")
+    synced, resumed, lasting, empty = (tmp_path_factory.mktemp(name) for name in names)
     said = []
     with run_in(lasting) as third, pytest.MonkeyPatch.context() as patch:
         third.log_metrics([("search/reward", 0.1, 0)])
-        with run_in(synced, said.append) as first, run_in(resumed) as second:
+        with run_in(synced, said.append) as first, run_in(resumed) as second, run_in(empty) as fourth:
             for tracker in (first, second):
                 tracker.log_metrics([("search/reward", 0.1, 0)])
             server.stop()
+            empty.rmdir()
+            fourth.log_metrics([("search/reward", 0.1, 0)])
             for tracker, folder in ((first, synced), (second, resumed)):
                 tracker.log_metrics([("search/reward", 0.2, 1)])
                 (folder / "picture.png").write_bytes(b"picture")
@@ -95,6 +98,7 @@ def outage(server, address, tmp_path_factory):
         synced=(synced, first.run_id),
         resumed=(resumed, second.run_id),
         lasting=(left, third.run_id),
+        empty=empty,
         said=said,
         refused=str(refused.value),
         sync=sync,
@@ -104,6 +108,10 @@ def outage(server, address, tmp_path_factory):
 def test_a_server_that_is_down_at_the_start_is_a_clear_error(outage):
     assert re.match(r"cannot open the MLflow store http://\*\*\*@127.*\n.*server answers", outage.refused)
     assert not [secret for secret in SECRETS if secret in outage.refused]
+
+
+def test_a_run_that_found_nothing_leaves_no_folder_behind(outage):
+    assert not outage.empty.exists()
 
 
 def check_complete(server, run_id):
