@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 Kind = Literal["attention", "mlp", "experts"]
+Bos = Literal["every", "first", "none"]  # which windows of a text begin with BOS
 Ramp = Literal["none", "cubic", "staircase"]
 
 

@@ -120,6 +120,11 @@ class DataTable(Table):
         default=131072, description="size of the search split; episodes and finals draw from it"
     )
     report_tokens: Count = Field(default=16384, description="size of the report split, at least one window")
+    bos: Literal["every", "first"] = Field(
+        default="every",
+        description="which windows begin with BOS, where the tokenizer adds one: every (as prompts do) | first (only "
+        "that of a text, as in most papers)",
+    )
 
     def whole_tokens(self, role: str) -> int:
         """Tokens of the split of a role, which has whole windows: at least as many as were asked for."""

@@ -1,8 +1,9 @@
 """The three splits: windows of tokens for calibration, search and report, which never share a token.
 
-Documents are joined by a blank line and tokenised as one stream, the way WikiText perplexities are usually taken; the
-stream begins with BOS where the tokenizer adds one. It is cut into windows that do not overlap. A mixture takes turns:
-any stretch of its windows has every corpus at its share.
+Documents are joined by a blank line, tokenised as one stream, and cut into windows that do not overlap. Where the
+tokenizer adds BOS, every window begins with one, as what a served model reads does, or only the first window of a text,
+the way WikiText perplexities are usually taken. A mixture takes turns: any stretch of its windows has every corpus at
+its share.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from ffgym.config.mixture import Corpora, described, shares
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.errors import DataError
+from ffgym.types import Bos
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +44,18 @@ class Part:
     Attributes:
         share: of the split, in (0, 1].
         windows: token ids, shape (windows, window), int64, in the order of the text.
+        bos: every window begins with BOS.
     """
 
     corpus: Corpus
     share: Fraction
     windows: torch.Tensor = field(repr=False)
+    bos: bool
+
+    @property
+    def text(self) -> torch.Tensor:
+        """The ids without the BOS of every window, in the order of the text, shape (tokens,), int64."""
+        return self.windows[:, int(self.bos) :].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Split:
         parts: what it has of each corpus.
         windows: token ids, shape (windows, window), int64. Each window predicts ``window - 1`` tokens.
         digest: sha256 of the windows: their shape, then the ids row by row.
-        bos: its first window begins with a BOS token; where splits share a text, only that of the first one does.
+        bos: which windows begin with BOS; ``"first"`` is its own first one, where the text begins there.
     """
 
     text: str
@@ -67,7 +76,7 @@ class Split:
     parts: tuple[Part, ...]
     windows: torch.Tensor = field(repr=False)
     digest: str
-    bos: bool
+    bos: Bos
 
     @property
     def name(self) -> str:
@@ -90,7 +99,13 @@ class Splits:
 
 
 def make_splits(
-    corpora: Mapping[Role, Corpora], tokens: Mapping[Role, int], window: int, tokenizer: Any, *, context_limit: int
+    corpora: Mapping[Role, Corpora],
+    tokens: Mapping[Role, int],
+    window: int,
+    tokenizer: Any,
+    *,
+    context_limit: int,
+    bos: Literal["every", "first"] = "every",
 ) -> Splits:
     """Load the corpora that a run names, tokenise no more than is needed, and cut the three splits.
 
@@ -101,6 +116,7 @@ def make_splits(
         corpora: the corpus of each role, or its mixture.
         tokens: how many are wanted for each role.
         context_limit: the longest window that the model takes, in tokens.
+        bos: which windows begin with BOS where the tokenizer adds one.
 
     Raises:
         DataError: a window shorter than 2 tokens or longer than the context, fewer than 1 token asked for, a corpus
@@ -118,22 +134,23 @@ def make_splits(
     ]
     _check_named_once(demands)
     parts: dict[Role, dict[str, Part]] = {role: {} for role in ROLES}  # by the digest of the text
-    bos, firsts = adds_bos(tokenizer), dict[str, Role]()
+    added: Bos = bos if adds_bos(tokenizer) else "none"
+    firsts: dict[str, Role] = {}
     for digest in dict.fromkeys(demand.corpus.digest for demand in demands):
         of_it = [demand for demand in demands if demand.corpus.digest == digest]
         firsts[digest] = of_it[0].role
-        windows = _cut_windows(of_it, window, tokenizer, bos)
+        windows = _cut_windows(of_it, window, tokenizer, added)
         for demand in of_it:
-            parts[demand.role][digest] = Part(demand.corpus, demand.share, windows[: demand.count])
+            parts[demand.role][digest] = Part(demand.corpus, demand.share, windows[: demand.count], added == "every")
             windows = windows[demand.count :]
 
     def split(role: Role) -> Split:
         own = [parts[role][corpus.digest] for corpus in loaded[role]]
         following = [iter(part.windows) for part in own]
         windows = torch.stack([next(following[place]) for place in turns[role]])
-        begins = own[turns[role][0]].corpus.digest
-        text = described(corpora[role])
-        return Split(text, role, tuple(own), windows, windows_digest(windows), bos and firsts[begins] == role)
+        is_continued = firsts[own[turns[role][0]].corpus.digest] != role
+        begins: Bos = "none" if added == "first" and is_continued else added
+        return Split(described(corpora[role]), role, tuple(own), windows, windows_digest(windows), begins)
 
     splits = Splits(split("calibration"), split("search"), split("report"))
     _check_apart((splits.calibration, splits.search, splits.report))
@@ -195,7 +212,7 @@ def _check_apart(splits: Sequence[Split]) -> None:
     real corpora share are far less than ``MOST_REPEATED`` of either.
     """
     members = [
-        (split.role, part.corpus, run_hashes(part.windows.numpy().reshape(1, -1), REPEATED_TOKENS))
+        (split.role, part.corpus, run_hashes(part.text.numpy().reshape(1, -1), REPEATED_TOKENS))
         for split in splits
         for part in split.parts
     ]
@@ -241,33 +258,48 @@ def _load_corpora(corpora: Mapping[Role, Corpora]) -> dict[Role, list[Corpus]]:
     return found
 
 
-def _cut_windows(demands: Sequence[_Demand], window: int, tokenizer: Any, bos: bool) -> torch.Tensor:
+def _cut_windows(demands: Sequence[_Demand], window: int, tokenizer: Any, bos: Bos) -> torch.Tensor:
     """The first windows of a text, as many as all want together, shape (windows, window), int64."""
-    import torch
-
     corpus, total = demands[0].corpus, sum(demand.count for demand in demands)
-    ids = first_tokens(corpus, total * window, tokenizer, bos)
-    if len(ids) < window:
+    windows, held = first_windows(corpus, total, window, tokenizer, bos)
+    if held < window:
         raise DataError(
-            f"corpus {corpus.name!r} ({corpus.split}) holds {len(ids):,} tokens, less than one window of {window:,}",
-            hint=f"Set data.window to at most {len(ids)}, or name a longer corpus."
-            if len(ids) >= 2
+            f"corpus {corpus.name!r} ({corpus.split}) holds {held:,} tokens, less than one window of {window:,}",
+            hint=f"Set data.window to at most {held}, or name a longer corpus."
+            if held >= 2
             else "Name a longer corpus.",
         )
-    if len(ids) < total * window:
+    if len(windows) < total:
         asked = " + ".join(demand.asked(window) for demand in demands)
         largest = max(demands, key=lambda demand: demand.count)
-        left = len(ids) // window - (total - largest.count)
+        left = len(windows) - (total - largest.count)
         advice = f"Lower data.{largest.role}_tokens to at most {int(left / largest.share) * window:,}"
         if left < 1:
             advice = "Lower " + " and ".join(f"data.{demand.role}_tokens" for demand in demands)
         less = ", give this corpus less weight" if any(demand.share < 1 for demand in demands) else ""
         raise DataError(
-            f"corpus {corpus.name!r} ({corpus.split}) holds {len(ids):,} tokens, but {total * window:,} were asked of"
+            f"corpus {corpus.name!r} ({corpus.split}) holds {held:,} tokens, but {total * window:,} were asked of"
             f" it ({asked}, in whole windows of {window:,})",
             hint=f"{advice}{less}, or name a longer corpus.",
         )
-    return torch.tensor(ids[: total * window], dtype=torch.int64).view(total, window)
+    return windows
+
+
+def first_windows(corpus: Corpus, count: int, window: int, tokenizer: Any, bos: Bos) -> tuple[torch.Tensor, int]:
+    """The first windows of a corpus, fewer where it holds fewer: shape (at most ``count``, window), int64.
+
+    Returns:
+        the windows, and how many tokens there are of the ``count * window``, with every BOS.
+    """
+    import torch
+
+    own = window - (bos == "every")  # tokens of the text in a window
+    ids = first_tokens(corpus, count * own, tokenizer, bos == "first")
+    whole = len(ids) // own
+    windows = torch.tensor(ids[: whole * own], dtype=torch.int64).view(whole, own)
+    if bos == "every":
+        windows = torch.nn.functional.pad(windows, (1, 0), value=tokenizer.bos_token_id)
+    return windows, len(ids) + -(-len(ids) // own) * (bos == "every")
 
 
 def first_tokens(corpus: Corpus, count: int, tokenizer: Any, bos: bool) -> list[int]:

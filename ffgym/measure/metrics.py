@@ -12,6 +12,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import call_plugin
+from ffgym.types import Bos
 
 LONGEST_WINDOW = 1024  # tokens
 TOKENS = 16384  # as a run's report split
@@ -55,26 +56,25 @@ class Loss(Metric):
         self, model: Any, tokenizer: Any, *, limit: int | None, on_progress: Callable[[int, int], None]
     ) -> Sequence[float]:
         """The mean loss of each window; a window is as long as the model's context, at most 1,024 tokens."""
-        import torch
-
         from ffgym.data.corpora import load_text
-        from ffgym.data.splits import adds_bos, first_tokens
+        from ffgym.data.splits import adds_bos, first_windows
         from ffgym.evaluation.perplexity import check_logits, evaluate
 
         window = min(LONGEST_WINDOW, getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))
         count = TOKENS // window if limit is None else min(limit, TOKENS // window)
-        ids = first_tokens(load_text(self.text, role="report"), count * window, tokenizer, adds_bos(tokenizer))
-        if len(ids) < count * window:
-            raise DataError(f"{self.text} has {len(ids)} tokens of this model, fewer than {count * window}")
-        check_logits(model, torch.tensor(ids[:CHECKED_TOKENS]))
+        bos: Bos = "every" if adds_bos(tokenizer) else "none"
+        windows, held = first_windows(load_text(self.text, role="report"), count, window, tokenizer, bos)
+        if len(windows) < count:
+            raise DataError(f"{self.text} has {held} tokens of this model, fewer than {count * window}")
+        check_logits(model, windows.flatten()[:CHECKED_TOKENS])
         done = 0
 
-        def advance(windows: int) -> None:
+        def advance(further: int) -> None:
             nonlocal done
-            done += windows
+            done += further
             on_progress(done, count)
 
-        return evaluate(model, torch.tensor(ids).view(count, window), on_batch=advance).losses
+        return evaluate(model, windows, on_batch=advance).losses
 
 
 def is_metric(name: str, tasks: Collection[str]) -> bool:

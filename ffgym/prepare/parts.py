@@ -81,7 +81,7 @@ def splits_of(data: DataTable, tokenizer: Any, *, context_limit: int) -> Splits:
     """The three splits that a table ``[data]`` describes; errors as in `make_splits`."""
     corpora: dict[Role, Corpora] = {role: getattr(data, role) for role in ROLES}
     tokens: dict[Role, int] = {role: getattr(data, f"{role}_tokens") for role in ROLES}
-    return make_splits(corpora, tokens, data.window, tokenizer, context_limit=context_limit)
+    return make_splits(corpora, tokens, data.window, tokenizer, context_limit=context_limit, bos=data.bos)
 
 
 def cut_splits(config: RunConfig, loaded: LoadedModel) -> Splits:

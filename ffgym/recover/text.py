@@ -142,13 +142,14 @@ def training_text(
 
 def _free_windows(corpus: Corpus, splits: Splits, tokenizer: Any, window: int, wanted: int) -> tuple[np.ndarray, int]:
     """Windows of a corpus that other splits do not hold, as many as are wanted or there are; how many were left out."""
-    taken = _places(corpus, splits)
+    taken, bos = _places(corpus, splits), splits.calibration.bos
     begin = max((end for _, end in taken.values()), default=0)
-    read = wanted * window
+    own = window - (bos == "every")  # tokens of the text in a window
+    read = wanted * own
     while True:
-        ids = np.array(first_tokens(corpus, begin + read, tokenizer, splits.calibration.bos), dtype=np.int64)
-        windows = _windows(ids, [taken[role] for role in ("search", "report") if role in taken], window)
-        run = min(REPEATED_TOKENS, window)
+        ids = np.array(first_tokens(corpus, begin + read, tokenizer, bos == "first"), dtype=np.int64)
+        windows = _windows(ids, [taken[role] for role in ("search", "report") if role in taken], own)
+        run = min(REPEATED_TOKENS, own)
         found = {role: _repeats(windows, getattr(splits, role), run) for role in ("search", "report")}
         if "report" not in taken and found["report"].any():
             first = windows[int(np.argmax(found["report"]))]
@@ -161,13 +162,15 @@ def _free_windows(corpus: Corpus, splits: Splits, tokenizer: Any, window: int, w
         repeated = found["search"] | found["report"]
         free = windows[~repeated][:wanted]
         if len(free) == wanted or len(ids) < begin + read:  # the corpus has no more
+            if bos == "every":
+                free = np.pad(free, ((0, 0), (1, 0)), constant_values=tokenizer.bos_token_id)
             return free, int(repeated.sum())
         read *= 2
 
 
 def _repeats(windows: np.ndarray, split: Split, run: int) -> np.ndarray:
     """Which windows share a run of tokens with a split, shape (windows,), bool."""
-    text = torch.cat([part.windows for part in split.parts]).numpy().reshape(1, -1)  # windows follow one another
+    text = torch.cat([part.text for part in split.parts]).numpy().reshape(1, -1)  # windows follow one another
     return np.asarray(np.isin(run_hashes(windows, run), run_hashes(text, run)).any(axis=1))
 
 
@@ -179,8 +182,8 @@ def _places(corpus: Corpus, splits: Splits) -> dict[Role, tuple[int, int]]:
         split: Split = getattr(splits, role)
         for part in split.parts:
             if part.corpus.digest == corpus.digest:
-                places[role] = (begin, begin + part.windows.numel())
-                begin += part.windows.numel()
+                places[role] = (begin, begin + part.text.numel())
+                begin += part.text.numel()
     return places
 
 

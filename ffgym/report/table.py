@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ffgym.report.layout import STAR, Column, Table, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
-from ffgym.types import JSONDict
+from ffgym.types import Bos, JSONDict
 
 DESTROYED = 10.0  # times the dense perplexity; such a model is of no use
 
@@ -282,9 +282,11 @@ def _cost(index: int, head: str) -> Column[Row]:
     )
 
 
-def bos_text(bos: bool) -> str:
-    """Say which windows start with BOS, where the first one does or does not."""
-    return "BOS before the first window alone" if bos else "without BOS"
+def bos_text(bos: Bos) -> str:
+    """Say which windows begin with BOS."""
+    return {"every": "BOS before every window", "first": "BOS before the first window alone", "none": "without BOS"}[
+        bos
+    ]
 
 
 def perplexity_text(row: Row) -> str:

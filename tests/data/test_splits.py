@@ -44,7 +44,9 @@ def corpora(tmp_path):
     return {name: str(path) for name, path in paths.items()}
 
 
-def config(calibration, search, report, *, window=10, calibration_tokens=40, search_tokens=100, report_tokens=30):
+def config(
+    calibration, search, report, *, window=10, calibration_tokens=40, search_tokens=100, report_tokens=30, bos="every"
+):
     return DataTable(**locals())
 
 
@@ -55,7 +57,7 @@ def test_splits_hold_what_was_asked(corpora):
     assert made.report.windows.shape == (3, 10)
     assert made.report.windows.dtype == torch.int64
     assert made.report.name == f"{corpora['b']}/report"
-    assert (made.search.role, made.search.parts[0].corpus.split, made.search.bos) == ("search", "a.txt", False)
+    assert (made.search.role, made.search.parts[0].corpus.split, made.search.bos) == ("search", "a.txt", "none")
     # consecutive windows of one text, in the order of the roles
     assert made.calibration.windows.flatten().tolist() == list(range(2, 42))
     assert made.search.windows.flatten().tolist() == list(range(42, 142))
@@ -118,14 +120,13 @@ def test_after_any_number_of_windows_every_corpus_has_its_share(weights, count):
 
 
 def test_a_mixture_takes_turns(corpora):
-    asked = config(corpora["a"], ("3*" + corpora["a"], corpora["b"]), corpora["b"], search_tokens=80)
+    asked = config(corpora["a"], ("3*" + corpora["a"], corpora["b"]), corpora["b"], search_tokens=80, bos="first")
     made = splits_of(asked, word_tokenizer(bos=True), context_limit=64)
     assert made.search.text == f"75% {corpora['a']} + 25% {corpora['b']}"
     # a after the four windows of calibration, b from its beginning, which has the BOS; the report follows it
     assert made.search.windows[:, 1].tolist() == [42, 52, 62, 2002, 72, 82, 92, 2012]
-    assert not made.search.bos
     assert made.report.windows[0, 0] == 2002 + 19
-    assert not made.report.bos
+    assert made.search.bos == made.report.bos == "none"
     assert splits_of(asked, word_tokenizer(bos=True), context_limit=64).search.digest == made.search.digest
 
 
@@ -197,12 +198,30 @@ def test_a_quotation_is_no_copy(corpora, tmp_path):
     assert len(splits_of(asked, PLAIN, context_limit=64).report.windows) == 15
 
 
-def test_bos_is_there_once_and_only_where_the_tokenizer_adds_it(corpora):
-    made = splits_of(config(corpora["a"], corpora["a"], corpora["b"]), word_tokenizer(bos=True), context_limit=64)
-    assert [made.calibration.bos, made.search.bos, made.report.bos] == [True, False, True]
+def test_bos_before_the_first_window_alone(corpora):
+    asked = config(corpora["a"], corpora["a"], corpora["b"], bos="first")
+    made = splits_of(asked, word_tokenizer(bos=True), context_limit=64)
+    assert [made.calibration.bos, made.search.bos, made.report.bos] == ["first", "none", "first"]
     assert made.calibration.windows.flatten()[:3].tolist() == [1, 2, 3]
     assert made.report.windows.flatten()[0] == 1
     assert (made.search.windows != 1).all()
+
+
+def test_every_window_begins_with_bos_and_no_text_is_lost_or_shared(corpora):
+    asked = config(corpora["a"], corpora["a"], corpora["b"])
+    made = splits_of(asked, word_tokenizer(bos=True), context_limit=64)
+    assert made.calibration.bos == made.search.bos == made.report.bos == "every"
+    assert made.search.windows.shape == (10, 10)
+    for split in (made.calibration, made.search, made.report):
+        assert (split.windows[:, 0] == 1).all()
+    assert made.calibration.parts[0].text.tolist() == list(range(2, 2 + 4 * 9))
+    assert made.search.windows[:, 1:].flatten().tolist() == list(range(2 + 4 * 9, 2 + 14 * 9))
+    # and a text as long as that is long enough
+    longest = asked.model_copy(update={"search_tokens": (2000 // 9 - 4) * 10})
+    assert len(splits_of(longest, word_tokenizer(bos=True), context_limit=64).search.windows) == 2000 // 9 - 4
+    with pytest.raises(DataError, match=r"holds 2,223 tokens, but 2,230 were asked of it") as caught:
+        splits_of(asked.model_copy(update={"search_tokens": 2190}), word_tokenizer(bos=True), context_limit=64)
+    assert "Lower data.search_tokens to at most 2,180" in caught.value.hint
 
 
 def test_digests_follow_the_windows(corpora):

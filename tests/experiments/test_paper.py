@@ -64,6 +64,7 @@ def test_a_file_says_what_is_published(model: str, percent: int) -> None:
     assert config.prune.sparsity == percent / 100
     assert (config.criterion.name, config.reward.name, config.prune.calibration) == ("wanda", "perplexity", "ridge")
     assert config.prune.align == 1, "the paper keeps any number of channels"
+    assert config.data.bos == "first", "as published perplexities are taken"
     assert config.agent.name == "ppo"
     assert manager.create("agent", "ppo", config.agent.options).config.layers == (256, 256, 128)
     assert (config.prior.name, config.search.finalists) == ("none", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from ffgym.config.tables import DataTable
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
@@ -93,6 +95,23 @@ def test_the_report_text_itself_gives_its_other_windows(tokenizer: Any, splits: 
     found = train_on(tokenizer, splits, wiki)
     assert len(found.windows) == (1000 - 192) // WINDOW
     assert not tokens_of(found.windows) & tokens_of(splits.report.windows)
+
+
+def test_where_every_window_begins_with_bos_those_of_training_do_too(tokenizer: Any, c4: str, wiki: str) -> None:
+    adding = copy.deepcopy(tokenizer)
+    adding.bos_token = "<bos>"
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", adding.bos_token_id)]
+    )
+    splits = cut(adding, calibration=c4, search=c4, report=wiki)
+    found = train_on(adding, splits, None)
+    free = 1000 - (128 // WINDOW + 256 // WINDOW) * (WINDOW - 1)
+    assert found.windows.shape == (2 + free // (WINDOW - 1), WINDOW)
+    assert torch.equal(found.windows[:2], splits.calibration.windows)
+    assert (found.windows[:, 0] == adding.bos_token_id).all()
+    assert (found.windows[:, 1:] != adding.bos_token_id).all()
+    for split in (splits.search, splits.report):
+        assert not tokens_of(found.windows[:, 1:]) & tokens_of(split.windows[:, 1:])
 
 
 def test_a_mixture_is_trained_on_in_its_shares(tmp_path: Path, tokenizer: Any, c4: str, wiki: str) -> None:
