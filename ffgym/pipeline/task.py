@@ -146,10 +146,12 @@ def at_target(task: Task, target: float) -> Task:
 
 
 def with_config(task: Task, config: RunConfig) -> Task:
-    """The same model, splits and paths under a configuration that differs in agent, seed, search or sparsity only."""
-    budget = make_budget(config, task.loaded.model, task.costs)
-    windows = task.splits.search.windows
-    env = build_env(config, task.prepared, windows, budget, task.loaded, costs=task.costs, executor=task.executor)
+    """The same model, splits and paths under a configuration of another agent, reward, seed, search or sparsity."""
+    model, windows = task.loaded.model, task.splits.search.windows
+    others = {name: by for name, by in counted_resources(config).items() if name not in task.costs}  # of its reward
+    costs = {**task.costs, **{name: costs_in(resource, config, model) for name, resource in others.items()}}
+    budget = make_budget(config, model, costs)
+    env = build_env(config, task.prepared, windows, budget, task.loaded, costs=costs, executor=task.executor)
     return replace(task, config=config, env=env)
 
 

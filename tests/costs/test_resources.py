@@ -16,6 +16,7 @@ from glass_runs import WINDOW, glass_config, glass_tables
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ffgym.bench.bench import bench
 from ffgym.bench.checks import check_benches
 from ffgym.bench.file import read_bench
 from ffgym.cli.app import app
@@ -200,6 +201,17 @@ class TestThirdParty:
         ) as raised:
             check_benches([read_bench(path)])
         assert "price per unit" in str(raised.value.hint)
+
+    def test_cells_of_a_bench_may_weigh_it_where_others_do_not(self, install: Any, tmp_path: Path) -> None:
+        install("ffgym-energy", ENERGY)
+        run = glass_tables(tmp_path, agent={"name": "random"})
+        del run["output"]
+        weighed = {"reward": {"name": "multi-objective", "accuracy": 0, "resource": "energy"}}
+        content = {"title": "S", "agents": ["random", "weighed"], "seeds": [0], "results": "s", "run": run}
+        path = tmp_path / "small.toml"
+        path.write_text(tomli_w.dumps({**content, "baseline": "random", "variants": {"weighed": weighed}}))
+        (table,) = bench([path], progress=Console(quiet=True))
+        assert {row.label for row in table.rows} == {"random", "weighed"}
 
     def test_its_edition_counts(self, install: Any) -> None:
         install("ffgym-energy", ENERGY.replace('name = "energy"', 'name = "energy"\n    edition = 2'))
