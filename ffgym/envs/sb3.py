@@ -66,9 +66,10 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
         assert self._actions is not None, "step_async comes first"
         following, rewards, terminated, truncated, infos = self.env.step(self.importances(self._actions))
         dones = terminated | truncated
-        last = infos.get("final_obs", following)
+        last, final = infos.get("final_obs", following), infos.get("final_info", {})
         each: list[dict[str, Any]] = [
-            {"terminal_observation": last[i], "TimeLimit.truncated": bool(truncated[i] and not terminated[i])}
+            {name: values[i] for name, values in final.items()}
+            | {"terminal_observation": last[i], "TimeLimit.truncated": bool(truncated[i] and not terminated[i])}
             if dones[i]
             else {}
             for i in range(self.num_envs)

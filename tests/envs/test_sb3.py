@@ -42,6 +42,17 @@ def test_rewards_and_observations_are_those_of_the_vector_environment():
         assert not any(info["TimeLimit.truncated"] for info in infos)
 
 
+def test_an_episodes_info_says_what_came_of_it():
+    ours, theirs = toy(), SB3VecEnv(toy())
+    ours.reset(seed=3)
+    theirs.seed(3)
+    theirs.reset()
+    actions = ours.action_space.sample()
+    final = ours.step(actions)[4]["final_info"]
+    infos = theirs.step(actions)[3]
+    np.testing.assert_array_equal([info["slopes"] for info in infos], final["slopes"])
+
+
 def test_actions_are_offsets_from_the_centre_and_reach_every_importance():
     centre = np.array([1.0, -1.0, 0.5, -0.3, 0.1, 0.0])
     env = SB3VecEnv(toy(), centre)
