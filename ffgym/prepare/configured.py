@@ -63,7 +63,11 @@ def meanings(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str,
 
 def editions(config: RunConfig) -> dict[str, int]:
     """The editions of the plugins that a configuration names, by table or key; first editions are left out."""
-    return {key: cls.edition for key, (_, cls) in _used(config, ALL_TABLES).items() if cls.edition != 1}
+    used = {key: cls for key, (_, cls) in _used(config, ALL_TABLES).items()}
+    reward = create("reward", config.reward.name, config.reward.options)
+    weighed = reward.resources if "cost" in reward.needs else ()
+    used |= {f"reward.{resource}": get_class("resource", resource) for resource in weighed}
+    return {key: cls.edition for key, cls in used.items() if cls.edition != 1}
 
 
 def _used(config: RunConfig, only: Collection[str]) -> dict[str, tuple[PluginKind, type[Plugin]]]:

@@ -217,6 +217,8 @@ class TestThirdParty:
         install("ffgym-energy", ENERGY.replace('name = "energy"', 'name = "energy"\n    edition = 2'))
         others = configured.editions(load_config())
         assert configured.editions(load_config(prune={"resource": "energy"})) == {**others, "prune.resource": 2}
+        weighing = load_config(reward={"name": "multi-objective", "resource": "energy"})
+        assert configured.editions(weighing) == {**others, "reward.energy": 2}
 
     def test_it_is_listed(self, install: Any) -> None:
         install("ffgym-energy", ENERGY)
