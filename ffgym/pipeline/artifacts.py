@@ -169,7 +169,9 @@ def write_pictures(
     sublayers = task.prepared.prunable.sublayers
     units_kept_figure(sublayers, allocations, folder / "units_kept.png")
     histories = {label: found.history for label, found in searches.items()}
-    reward_figure(histories, folder / "reward.png", dict(zip(searches, starts, strict=False)))
+    levels = dict(zip(searches, starts, strict=False))
+    from_policy = task.config.search.init_from is not None
+    reward_figure(histories, folder / "reward.png", levels, from_policy=from_policy)
     (label, history), *_ = histories.items()
     if history[-1].update > 0:
         allocations_figure(

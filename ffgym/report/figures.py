@@ -119,7 +119,13 @@ def _kinds(sublayers: Sequence[Sublayer]) -> list[Kind]:
     return [kind for kind in UNIT_NAMES if any(sublayer.kind == kind for sublayer in sublayers)]
 
 
-def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path, starts: Mapping[str, Sequence[float]]) -> None:
+def reward_figure(
+    episodes: Mapping[str, Sequence[Episode]],
+    path: Path,
+    starts: Mapping[str, Sequence[float]],
+    *,
+    from_policy: bool = False,
+) -> None:
     """Draw rewards over the tokens evaluated so far: every episode faint, the mean of each update strong.
 
     A reward depends on its text. So what is drawn is how far each episode lies above the reward that the allocation
@@ -131,6 +137,7 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path, starts:
         episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
         starts: the rewards of the allocation that a search started from, one for every episode by label; NaN where
             that is not known.
+        from_policy: the search started from another one's policy, so that these are the prior's and not the start's.
     """
     searches = {label: history for label, history in episodes.items() if history}
     scheduled = any(len({episode.target_sparsity for episode in history}) > 1 for history in searches.values())
@@ -154,7 +161,9 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path, starts:
     means = "large marks" if ranged else "lines"
     key = f"dots: episodes; {means}: mean of each update; crosses on the edge: failed episodes"
     rewards.set_title(key, fontsize=10, loc="left")
-    rewards.set_ylabel("reward above the start's" if is_above_start else "reward (higher is better)")
+    rewards.set_ylabel(
+        f"reward above the {'prior' if from_policy else 'start'}'s" if is_above_start else "reward (higher is better)"
+    )
     lines = [line for line in rewards.lines if line.get_label() in levels and len(line.get_ydata())]
     if is_above_start and lines:  # values far below would flatten the search itself
         own = [0.0, *rewards.collections[0].get_offsets()[:, 1]]
@@ -168,7 +177,8 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path, starts:
     tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
-    what = "Reward above where the search started, on the same text" if is_above_start else "Reward (text differs)"
+    level = "the prior" if from_policy else "where the search started"
+    what = f"Reward above {level}, on the same text" if is_above_start else "Reward (text differs)"
     figure.suptitle(f"{what}:\n{', '.join(ends)}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     save_figure(figure, path)
 

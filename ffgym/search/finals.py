@@ -4,9 +4,8 @@ The policy's recommendation is the default: it has learnt from all tokens, and a
 Where an agent recommends several allocations, the best of the first three on all the windows is the default.
 The windows are cut in two. On the first half the other candidates are thinned out by successive halving (Karnin et al.
 2013), on the second half the one that is left meets the default, and replaces it only where it is better by more than
-``SIGNIFICANT`` standard errors of the paired difference. The prior, from which the search started, meets it too, so
-that no search ends behind its own start by more than the finals can tell. Under a range of budgets that is done for
-every point of the front.
+``SIGNIFICANT`` standard errors of the paired difference. The prior meets it too, so that no search ends behind it by
+more than the finals can tell. Under a range of budgets that is done for every point of the front.
 """
 
 from __future__ import annotations

@@ -90,6 +90,15 @@ def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path, m
     assert len(lines["random (below the scale)"]) == 1, "an update whose level is not known is not drawn"
     assert "agent ends at +0.100" in figure.get_suptitle()
     assert figure.axes[0].get_ylim()[0] > -1, "what lies far below does not flatten the search"
+    assert "above where the search started" in figure.get_suptitle()
+
+
+def test_rewards_of_a_search_that_started_from_a_policy_are_drawn_above_the_priors(tmp_path, monkeypatch):
+    starts = {"agent": [0.5] * 4}
+    history = {"agent": [episode(i) for i in range(4)]}
+    figure = drawn(monkeypatch, lambda: reward_figure(history, tmp_path / "a.png", starts, from_policy=True))
+    assert figure.get_suptitle().startswith("Reward above the prior, on the same text")
+    assert figure.axes[0].get_ylabel() == "reward above the prior's"
 
 
 def test_allocations_are_drawn_as_the_mean_of_every_update(tmp_path, monkeypatch):
