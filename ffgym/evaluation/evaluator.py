@@ -20,7 +20,7 @@ from ffgym.errors import ModelError
 from ffgym.evaluation.divergence import window_divergences
 from ffgym.evaluation.known import KnownLosses
 from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, right_answers, task_accuracy
-from ffgym.evaluation.perplexity import window_losses
+from ffgym.evaluation.perplexity import head_share, window_losses
 from ffgym.evaluation.slopes import mean_slopes, unit_slopes
 from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Entry, Walk
@@ -120,6 +120,7 @@ class ModelEvaluator:
         self._prunable = prunable
         self._model = prunable.model
         self._walk = Walk(prunable.model)
+        self._head_share = head_share(prunable.model)
         self._windows = windows
         self._examples = tuple(examples)
         self._calibrated = calibrated
@@ -226,13 +227,14 @@ class ModelEvaluator:
                 states.append({stream.passes[0].batch: stream.hidden for stream in streams})
             if layer < depth:
                 streams = self._through(layer, streams)
-                advance(tokens / depth)
+                advance((1 - self._head_share) * tokens / depth)
         dense = [stream for stream in streams if self._is_dense(stream.passes[0].kept)]
         others = [stream for stream in streams if not self._is_dense(stream.passes[0].kept)]
-        self._keep_dense(dense, compared)  # first: the divergences of the others need its hidden states
+        self._keep_dense(dense, compared, advance)  # first: the divergences of the others need its hidden states
         read = dict(self._dense)
         for stream in others:
             read |= self._read(stream, self._walk.leave(stream.hidden, stream.entry))
+            advance(self._head_share * sum(map(self._tokens, stream.passes)))
         return read
 
     def _slopes(
@@ -275,13 +277,14 @@ class ModelEvaluator:
                 half.restore()
         return behind
 
-    def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int]) -> None:
+    def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int], advance: OnProgress) -> None:
         """Keep the dense model's results; raises ``ModelError`` where a loss is not finite."""
         text = [stream for stream in streams if stream.asked is None]
         broken, found = 0, dict[int, float]()
         for stream in streams:
             last = self._walk.leave(stream.hidden, stream.entry)
             ((each, row),) = self._read(stream, last).items()
+            advance(self._head_share * self._tokens(each))
             if not row.isfinite().all():
                 broken += 1
                 continue

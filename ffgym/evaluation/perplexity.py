@@ -79,27 +79,35 @@ def evaluate_cut(
     windows: torch.Tensor,
     *,
     tokens_per_batch: int = 4096,
-    on_layer: Callable[[int], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
     """As `evaluate`, layer by layer, for a model as it is cut now: its layers need not be in memory.
 
     Args:
         windows: token ids, shape (windows, length), int64, length >= 2. The hidden states of all are kept in memory.
         tokens_per_batch: tokens in one forward pass (whole windows, at least one).
-        on_layer: called with 1 when a layer is done.
+        on_progress: called with the share that is done, from 0 to 1.
     """
     walk = Walk(prunable.model)
     stream = Stream(walk, torch.split(windows, max(1, tokens_per_batch // windows.shape[1])))
-    for index in range(len(walk.layers)):
+    depth, head = len(walk.layers), head_share(prunable.model)
+    on_progress = on_progress or (lambda share: None)
+    for index in range(depth):
         with prunable.layer(index):
             stream.step(index)
-        if on_layer is not None:
-            on_layer(1)
+        on_progress((1 - head) * (index + 1) / depth)
     losses: list[float] = []
     for hidden, entry in zip(stream.hidden, stream.entries, strict=True):
         last = walk.leave(hidden, entry)
         losses.extend(window_losses(prunable.model, last[:, :-1], entry.ids[:, 1:].to(last.device)).tolist())
+        on_progress(1 - head + head * len(losses) / len(windows))
     return Evaluation(tuple(losses), windows.shape[1] - 1)
+
+
+def head_share(model: Any) -> float:
+    """How much of a pass's products the output head takes: little in a large model, 0.6 in Gemma 3 270M."""
+    head: int = model.get_output_embeddings().weight.numel()
+    return head / (head + sum(weight.numel() for layer in Walk(model).layers for weight in layer.parameters()))
 
 
 def window_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

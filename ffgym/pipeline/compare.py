@@ -224,8 +224,13 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "",
 def _measured(task: Task, windows: torch.Tensor, stage_label: str, reporter: Reporter) -> Evaluation:
     """The model as it is cut now on windows of text, shape (windows, length), int64."""
     prunable = task.prepared.prunable
-    with reporter.stage(stage_label, len(prunable.halves) // 2, "layers") as stage:
-        return evaluate_cut(prunable, windows, tokens_per_batch=task.env.tokens_per_batch, on_layer=stage.advance)
+    with reporter.stage(stage_label, 100) as stage:
+        return evaluate_cut(
+            prunable,
+            windows,
+            tokens_per_batch=task.env.tokens_per_batch,
+            on_progress=lambda share: stage(round(100 * share), 100),
+        )
 
 
 def header(task: Task) -> str:

@@ -16,7 +16,7 @@ from ffgym.criteria.wanda import Wanda
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
-from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.perplexity import evaluate, head_share
 from ffgym.execute.shares import joined, parts
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.calibration import NestedRidge
@@ -225,11 +225,14 @@ class TestAround:
         prunable, shares = prepared("llama"), []
         one = evaluator(prunable, windows)
         one.measure([Request((1, 20) * 3, (0, 1), (0,), EVERYTHING)], shares.append)
-        assert len(shares) == 3 + 3 + 1, "every layer of the examples and the dense model, of the text, and its slopes"
+        # Every layer of the examples and the dense model, of the text, and its slopes; and the head of each batch.
+        assert len(shares) > 3 + 3 + 1
         assert shares == sorted(shares)
         assert shares[-1] == pytest.approx(1)
-        assert one.measure([], shares.append) == []
-        assert len(shares) == 7
+        assert one.measure([], [].append) == []
+        # After the last of three layers, the part of the head is left.
+        assert evaluator(prunable, windows).measure([Request((1, 20) * 3, (0,))], (layers := []).append)
+        assert layers[2] == pytest.approx(1 - head_share(prunable.model))
 
     @pytest.mark.parametrize("after", range(1, 13, 2))
     def test_the_model_is_dense_again_after_an_interrupt(self, after, prepared, windows):
