@@ -19,7 +19,7 @@ from ffgym.report.layout import Column, Table, counted, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
 
-MOST_LINES = 6  # in a picture; more could not be told apart
+MOST_LINES = 6  # of searches in a picture; more could not be told apart
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -343,8 +343,8 @@ class _Curve:
 def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
     """Report perplexity of the incumbent against search tokens: mean and range over seeds, and what the finals chose.
 
-    At most `MOST_LINES` lines: the best searches, with the baselines among them, and the best heuristic. What is not
-    drawn is named under the picture.
+    At most `MOST_LINES` searches: the best, with the baselines among them, and the best heuristic as a line. What is
+    not drawn is named under the picture.
     """
     from matplotlib.ticker import NullLocator  # slow to import, and not every command draws
 
@@ -352,9 +352,10 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes: Any = figure.add_subplot()
     axes.set_xscale("log", base=2)
     searches, rules = _searches_and_rules(table, results)
-    rest = [curve for curve in searches if curve.label not in table.baselines]
-    drawn = rest[: MOST_LINES - bool(rules) - (len(rest) < len(searches))]
-    drawn = [curve for curve in searches if curve in drawn or curve.label in table.baselines]
+    rest = [curve.label for curve in searches if curve.label not in table.baselines]
+    baselines = [curve.label for curve in searches if curve.label in table.baselines][:MOST_LINES]
+    chosen = {*baselines, *rest[: MOST_LINES - max(len(baselines), bool(baselines) + bool(rules))]}
+    drawn = [curve for curve in searches if curve.label in chosen]
     labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order
     looks = {label: SERIES[number] for number, label in enumerate(sorted((c.label for c in drawn), key=labels.index))}
     final = {row.label: row.perplexity.value for row in table.rows}

@@ -217,10 +217,10 @@ def test_searches_are_compared_with_the_best_heuristic_on_the_same_windows() -> 
     assert re.search(r"\| good \|.*\| — \|", markdown(bench_table("Bench", some, baselines=["nobody"])))
 
 
-def drawn_axes(table_of: list[CellResult], path: Path, monkeypatch: pytest.MonkeyPatch, baseline: str) -> Any:
+def drawn_axes(table_of: list[CellResult], path: Path, monkeypatch: pytest.MonkeyPatch, *baselines: str) -> Any:
     drawn: list[Any] = []
     monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
-    bench_figure(bench_table("Bench", table_of, baselines=[baseline]), table_of, path)
+    bench_figure(bench_table("Bench", table_of, baselines=baselines), table_of, path)
     return drawn[0]
 
 
@@ -237,6 +237,18 @@ def test_at_most_six_lines_are_told_apart_by_colour_and_marker(tmp_path: Path, m
     said = axes.figure.get_supxlabel()
     assert "uniform 54.60" in said
     assert "agent 10" in said
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    many = [cell(f"agent {i}", 0, [(100, 3.0 + i / 100), (1000, 2.9 + i / 100)]) for i in range(20)]
+    baselines = [f"agent {i}" for i in range(10, 10 + count)]
+    axes = drawn_axes(many, tmp_path / "bench.png", monkeypatch, *baselines)
+    drawn = [line.get_label().split(":")[0] for line in axes.lines if not line.get_label().startswith("_")]
+    assert len(drawn) == 6
+    assert len({*drawn} & {*baselines}) == min(count, 6)
 
 
 def test_the_final_perplexity_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
