@@ -60,7 +60,8 @@ class CellQueue:
         self._reporter = reporter
         self._prepared: dict[int, str] = {}  # the preparation that each worker holds
         self._heuristics: dict[str, tuple[tuple[str, JSONDict], ...]] = {}
-        for _, cell in cells:
+        # Of cells that are finished too: a bench that goes on shall find the model that it has prepared.
+        for cell in (cell for each in {each.file: each for each, _ in cells}.values() for cell in each.cells):
             prior = cell.config.prior
             asked = self._heuristics.get(cell.preparation, ())
             if prior.name != "none" and (prior.name, prior.options) not in asked:

@@ -331,6 +331,18 @@ def test_the_first_seed_of_everything_comes_first_and_prepared_models_are_kept(t
     assert order(one, two, workers=(0, 1)) == ["a5", "b5", "c5", "ppo7", "uniform7", "a1", "c1", "ppo8", "b1"]
 
 
+def test_a_bench_that_goes_on_after_its_rules_finds_the_model_that_it_has_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The statistics that a rule asks for are a part of what is prepared."""
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1G")
+    file = bench_file(tmp_path, agents=["random", "flap"], seeds=[0])
+    call(file)
+    (tmp_path / "small" / "random-seed0.json").unlink()
+    assert "prepared before: opened" in call(file)[1]
+
+
 def test_further_seeds_of_some_agents_come_last(tmp_path: Path) -> None:
     file = bench_file(tmp_path, agents=["ppo", "random"], seeds=[5, 1], more_seeds={"random": [3]})
     assert order(read_bench(file)) == ["ppo5", "random5", "ppo1", "random1", "random3"]
