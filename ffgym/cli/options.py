@@ -87,7 +87,7 @@ def configured(flags: Iterable[str]) -> Callable[[Callable[..., None]], Callable
     The command takes ``config``, the `RunConfig` that the options describe; its other parameters stay its own options.
     One of them may be ``resume``: the configuration of the run in that folder is then what the options add to.
     """
-    names = {flag: "of_" + flag.strip("-").replace("-", "_") for flag in flags}
+    names = {flag: parameter_of(flag) for flag in flags}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
@@ -107,6 +107,11 @@ def configured(flags: Iterable[str]) -> Callable[[Callable[..., None]], Callable
         return with_options
 
     return decorate
+
+
+def parameter_of(flag: str) -> str:
+    """What typer calls the option of a flag of `KEYS`."""
+    return "of_" + flag.strip("-").replace("-", "_")
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:

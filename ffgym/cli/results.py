@@ -52,6 +52,8 @@ def compare(
     if differences:
         differences_figure(differences, found.reference.name, output / "differences.png")
         written.append("differences.png")
+    else:  # one of an earlier comparison in this folder would be taken for this one's
+        (output / "differences.png").unlink(missing_ok=True)
     if as_json:
         print_json({"runs": table.as_dicts(), "notes": table.notes, "files": [str(output / name) for name in written]})
         return

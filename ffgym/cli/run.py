@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ffgym.cli.app import app
-from ffgym.cli.options import KEYS, JsonOption, configured
+from ffgym.cli.options import KEYS, JsonOption, configured, parameter_of
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
@@ -68,6 +68,7 @@ def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = Fa
 @configured([flag for flag in KEYS if flag not in NO_COST])
 def plan(
     config: RunConfig,
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -86,6 +87,8 @@ def plan(
     ffgym plan meta-llama/Llama-3.1-70B --set model.placement=stream
     """
     if model is not None:
+        if context.params[parameter_of("--model")] is not None:
+            raise typer.BadParameter("the model is named by --model already", param_hint="MODEL")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
     check_folder_architecture(config.model.name)
     from rich.console import Console

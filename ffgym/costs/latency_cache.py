@@ -51,18 +51,22 @@ def cached_table(
         BudgetError: the model takes fewer than ``context`` tokens.
         ModelError: an unsupported architecture.
     """
-    limit = int(model.config.max_position_embeddings)
-    if context > limit:
-        raise BudgetError(
-            f"latency is timed on windows of prune.context = {context} tokens, and this model takes at most {limit}",
-            hint=f"Take {limit}: --context {limit} of `ffgym latency`, or --set prune.context={limit} of a run.",
-        )
+    check_context(context, int(model.config.max_position_embeddings))
     return timed_once(
         place_of(model, context=context),
         lambda: time_model(model, context=context, repetitions=repetitions, on_progress=on_progress),
         rebuild=rebuild,
         notify=notify,
     )
+
+
+def check_context(context: int, limit: int) -> None:
+    """Raise ``BudgetError`` where a window of ``context`` tokens is longer than what a model takes, ``limit``."""
+    if context > limit:
+        raise BudgetError(
+            f"latency is timed on windows of prune.context = {context} tokens, and this model takes at most {limit}",
+            hint=f"Take {limit}: --context {limit} of `ffgym latency`, or --set prune.context={limit} of a run.",
+        )
 
 
 def timed_once(path: Path, time: Callable[[], LatencyTable], *, rebuild: bool, notify: Notify) -> LatencyTable:

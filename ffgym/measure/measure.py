@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ffgym.costs.latency_cache import cached_table, place_of
+from ffgym.costs.latency_cache import cached_table, check_context, place_of
 from ffgym.costs.latency_table import LatencyTable
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
@@ -28,7 +28,7 @@ from ffgym.measure.pairs import units_kept
 from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
 from ffgym.measure.table import Footprint, Measurement
 from ffgym.models.cut import PrunableModel
-from ffgym.models.loading import LoadedModel, checkpoint_folder, load
+from ffgym.models.loading import LoadedModel, checkpoint_folder, context_limit, load
 from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
@@ -85,6 +85,7 @@ def latency_table(
         ModelError: a model that cannot be loaded, or that is pruned already.
         BudgetError: it takes fewer tokens than ``context``.
     """
+    check_context(context, context_limit(model))  # loading a large model takes minutes
     reporter = Reporter(progress)
     with computing_threads(threads):
         with reporter.stage("load the model", 1):

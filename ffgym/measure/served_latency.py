@@ -28,7 +28,7 @@ from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Server, Setting, 
 from ffgym.measure.serving import SPARE_TOKENS
 from ffgym.measure.speed import Workload
 from ffgym.models.cut import PrunableModel
-from ffgym.models.loading import LoadedModel, load
+from ffgym.models.loading import LoadedModel, context_limit, load
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 
@@ -105,15 +105,16 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
             output_tokens=options.output_tokens,
             arguments=tuple(options.arguments),
         )
-        with reporter.stage("load the model", 1):
-            loaded = load(options.model, dtype=options.dtype, device="cpu")
-        room = loaded.context_limit - SPARE_TOKENS
+        limit = context_limit(options.model)
+        room = limit - SPARE_TOKENS
         if options.context > room:
             raise ConfigError(
-                f"--context {options.context}: the model takes at most {loaded.context_limit} tokens, and an engine may"
+                f"--context {options.context}: the model takes at most {limit} tokens, and an engine may"
                 f" count {SPARE_TOKENS} more in a prompt",
                 hint=f"Use at most {room}.",
             )
+        with reporter.stage("load the model", 1):
+            loaded = load(options.model, dtype=options.dtype, device="cpu")
         check_dtype(loaded.dtype_name)
         setting = replace(setting, dtype=loaded.dtype_name)
         place = place_of(

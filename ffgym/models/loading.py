@@ -243,6 +243,11 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
     return _config(source, name, options)
 
 
+def context_limit(name: str) -> int:
+    """The longest window that whatever `load` takes would take, in tokens, by its config alone; see `config_of`."""
+    return int(config_of(name).get_text_config().max_position_embeddings)
+
+
 def check_weights(name: str) -> None:
     """Refuse a model that is a folder without all of its weights; none is read."""
     path = Path(name).expanduser()

@@ -18,7 +18,7 @@ def run_page(run: StoredRun) -> Page:
     """The page about a run; one that is not finished gets a page that says so."""
     config, folder, table = run.config, run.folder, run.table
     search, data = config.search, config.data
-    share = " to ".join(f"{end:.0%}" for end in dict.fromkeys(config.prune.ends))
+    share = " to ".join(f"{100 * end:.3g}%" for end in dict.fromkeys(config.prune.ends))
     removed = f"{share} of its prunable {config.prune.resource}"
     model = model_folder(config, folder, config.main_target)
     trained = output_folder(model)

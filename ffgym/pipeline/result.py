@@ -86,9 +86,10 @@ class FinishedRun:
 
     def to_json(self) -> JSONDict:
         """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""
-        front = self.folder / "front.json"
+        front, table = self.folder / "front.json", read_table(self.folder)
         return {
-            "table": read_table(self.folder).layout().as_dicts(),
+            "table": table.layout().as_dicts(),
+            "measured": table.header,
             "allocation": RESULT.read(self.folder / "allocation.json"),
             "front": RESULT.read(front) if front.is_file() else None,
             "folder": str(self.folder),
@@ -99,7 +100,11 @@ class FinishedRun:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        load = []
+        front, load = self.folder / "front.md", []
+        if front.is_file():
+            from rich.markdown import Markdown
+
+            console.print(Markdown(front.read_text(encoding="utf-8")))
         for model in (self.model, self.recovered_model):
             if model is not None:
                 load += [f"Load the model in {model.name}/ with", f"  {load_line(model)}"]

@@ -103,7 +103,8 @@ def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> 
         TrackingError: the store cannot be written, or does not have the run; what was not sent goes on waiting.
     """
     total = 0
-    for path in [path for folder in folders for path in sorted(folder.rglob(f"*{SUFFIX}"))]:
+    waiting = [path for folder in folders for path in sorted(folder.rglob(f"*{SUFFIX}"))]
+    for path in {path.resolve(): path for path in waiting}.values():  # a folder may lie in another
         for source, line in islice(LINE.lines(path), 1):  # of an empty file there is none
             run = run_with_id(root, HEAD.parse(line, source).run, f"{path}: ")
             with reading_store(root, f"write run {run.name!r} to") as (client, _):

@@ -249,6 +249,7 @@ def test_latency_of_what_cannot_be_timed(asked: list[int], run: Path, tmp_path: 
         latency_table(str(run / "model"), 64, progress=quiet)
     with pytest.raises(BudgetError, match="at most 128"):
         latency_table(glass, 1024, progress=quiet)
+    assert quiet.file.getvalue().count("load the model") == 1, "too long a context is refused before that"
     done = call("latency", glass, "--output", str(tmp_path / "table.md"))
     assert done.exit_code == 1
     assert "Use a name that ends in .json" in done.stderr

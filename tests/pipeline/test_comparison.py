@@ -48,6 +48,12 @@ def test_runs_are_compared_window_by_window(runs: dict[str, Path], tmp_path: Pat
     assert "| better |" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_a_comparison_without_differences_leaves_no_picture_of_an_earlier_one(runs: dict[str, Path]) -> None:
+    for other, drawn in (("better", True), ("broken", False)):
+        assert ("differences.png" in call(runs["one"], runs[other]).stdout) == drawn
+        assert Path("comparison/differences.png").exists() == drawn
+
+
 def test_json_has_the_differences(runs: dict[str, Path], tmp_path: Path) -> None:
     done = call(runs["one"], runs["better"], "--json", "--output", tmp_path / "out")
     one, better = json.loads(done.stdout)["runs"]

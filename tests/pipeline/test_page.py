@@ -58,6 +58,11 @@ def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repea
     assert "not finished" not in page
 
 
+def test_a_share_is_no_rounder_than_it_was_asked_for(run: Path) -> None:
+    (run / "config.toml").write_text('[prune]\nsparsity = "0.005:0.125"\n', encoding="utf-8")
+    assert "without 0.5% to 12.5% of its prunable params" in page_of(run)
+
+
 def test_the_page_needs_no_network_and_no_script(run: Path) -> None:
     page = page_of(run)
     links = re.findall(r"""(?:src|href)=["']([^"']*)""", page) + re.findall(r"url\(([^)]*)", page)

@@ -179,6 +179,9 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
     finished = pipeline.run(config, progress=Console(quiet=True), resume=result.folder)
     now, then = finished.to_json(), result.to_json()
     assert now == {key: then[key] for key in now}
+    assert now["measured"]
+    finished.print(Console(file=(shown := io.StringIO())))
+    assert "One policy for all points" in " ".join(shown.getvalue().split())
     assert not (result.folder / "model").exists()
     again, _ = go(
         ranged(

@@ -121,6 +121,15 @@ def test_a_plan_may_come_before_the_run_whose_policy_it_names(tmp_path: Path) ->
     assert done.exit_code == 0, done.output
 
 
+def test_a_model_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    folder = str(folder_of(LLAMA_8B, tmp_path / "model"))
+    done = call(folder, "--model", "another")
+    assert (done.exit_code, "--model already" in done.stderr) == (2, True)
+    (tmp_path / "mine.toml").write_text('[model]\nname = "another"\n')
+    done = call(folder, "--config", str(tmp_path / "mine.toml"), "--json")
+    assert done.exit_code == 0, done.output
+
+
 def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_helps(eight_billion: ModelShape) -> None:
     needed = planned(eight_billion).needed
     with pytest.raises(FitError) as raised:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from mlflow_store import client, new_store
+
 from ffgym.errors import TrackingError
 from ffgym.tracking.outbox import Outbox, sync
 from ffgym.tracking.records import send
@@ -46,6 +48,15 @@ def test_a_file_that_was_only_begun_holds_nothing(box: Outbox, left: str) -> Non
 def test_an_empty_file_is_no_outbox(box: Outbox) -> None:
     box.path.touch()
     assert sync(box.path.parent, [box.path.parent], print) == 0
+
+
+def test_a_folder_that_lies_in_another_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root, run = new_store(tmp_path / "mlruns"), tmp_path / "runs" / "one"
+    run_id = client(root).create_run("0", run_name="one").info.run_id
+    Outbox(run / "unsent.jsonl", run_id).add({"write": "tags", "values": {"late": "yes"}})
+    assert sync(root, [tmp_path, run], print) == 1
+    assert client(root).get_run(run_id).data.tags["late"] == "yes"
 
 
 def test_a_record_of_a_file_that_is_gone_does_not_hold_up_the_others(
