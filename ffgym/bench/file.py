@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,8 @@ def read_bench(file: Path) -> Bench:
     if "agents" not in content and content.keys() & set(RunConfig.model_fields):
         raise ConfigError(
             f"{file} configures one run: it names no agents and seeds, as a bench file does",
-            hint=f"Run it: ffgym run --config {file}. To bench it, put its tables below [run]; see docs/bench.md.",
+            hint=f"Run it: ffgym run --config {shlex.quote(str(file))}. To bench it, put its tables below [run]; see "
+            "docs/bench.md.",
         )
     try:
         spec = BenchFile.model_validate(content)

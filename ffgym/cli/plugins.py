@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
@@ -62,7 +63,8 @@ def new(
     """
     folder = write_package(kind, name, output.expanduser())
     typer.echo(f"{folder} has {'an' if kind == 'agent' else 'a'} {kind} that works. Install it, test it, run it:\n")
-    for command in (f"pip install --editable {folder}", f"pytest {folder}", f"ffgym run {OPTIONS[kind]} {name}"):
+    place = shlex.quote(str(folder))
+    for command in (f"pip install --editable {place}", f"pytest {place}", f"ffgym run {OPTIONS[kind]} {name}"):
         typer.echo(f"  {command}")
 
 

@@ -106,6 +106,9 @@ def latency_table(
 
 def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: Reporter) -> Measurement:
     """Everything that is measured with both models in this process; they are gone when it returns."""
+    with source.named():
+        limits = context_limit(source.name, revision=source.revision), context_limit(str(folder))
+    workloads = _workloads(options, min(limits))
     with reporter.stage("load both models", 2) as stage:
         pruned = load(str(folder), dtype=options.dtype, device=options.device)
         stage.advance()
@@ -114,7 +117,6 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
         kept = units_kept(pruned.model, dense.model)
     reporter.print(f"dense: {dense.description}, named by {source.said_by}; pruned: {folder}")
     reporter.print(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {dense.dtype_name}")
-    workloads = _workloads(options, min(dense.context_limit, pruned.context_limit))
     prunable = PrunableModel(dense.model)
 
     def meter(context: int) -> SizeMeter:

@@ -8,6 +8,7 @@ A burst is a number of requests at the same moment; see `ffgym.measure.bursts`.
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -233,7 +234,7 @@ def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | No
     if model_type is not None and not is_current(pruned):
         raise ModelError(
             f"the class file in {pruned}, which a server runs, is not the one that this ffgym writes",
-            hint=f"Read it; then bring it up to date: ffgym export {pruned} --refresh",
+            hint=f"Read it; then bring it up to date: ffgym export {shlex.quote(str(pruned))} --refresh",
         )
     room = min(before.max_position_embeddings, after.max_position_embeddings) - options.output_tokens - SPARE_TOKENS
     longest = max(options.prompt_lengths)

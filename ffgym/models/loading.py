@@ -243,9 +243,9 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
     return _config(source, name, options)
 
 
-def context_limit(name: str) -> int:
+def context_limit(name: str, *, revision: str | None = None) -> int:
     """The longest window that whatever `load` takes would take, in tokens, by its config alone; see `config_of`."""
-    return int(config_of(name).get_text_config().max_position_embeddings)
+    return int(config_of(name, revision=revision).get_text_config().max_position_embeddings)
 
 
 def check_weights(name: str) -> None:

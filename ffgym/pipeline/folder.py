@@ -171,7 +171,8 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
         if key.startswith("recover."):
             raise ConfigError(
                 f"the run in {folder} has {key} = {there!r}, this one {here!r}",
-                hint=f"Resume it without, then train its model by `ffgym recover {folder}`, which takes these options.",
+                hint=f"Resume it without, then train its model by `ffgym recover {shlex.quote(str(folder))}`, which "
+                "takes these options.",
             )
         raise ConfigError(
             f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes cannot be reused",

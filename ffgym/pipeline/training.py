@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 from ffgym.export.checkpoint import SavedModel
@@ -50,7 +51,7 @@ def _recover(saved: SavedModel, texts: RecoveryTexts, session: Session) -> Recov
     except KeyboardInterrupt:
         where = f"the pruned model is in {saved.path}"
         if unfinished_folder(place).exists() or not place.exists():
-            session.progress.print(f"{where}; continue with: ffgym recover {saved.path}")
+            session.progress.print(f"{where}; continue with: ffgym recover {shlex.quote(str(saved.path))}")
         else:
             session.progress.print(f"{where}, the trained one, complete, in {place}")
         raise

@@ -320,7 +320,7 @@ class _Recovery:
             before=CARD.text(old_card) if old_card.is_file() else None,
             summary=summary,
             table=table,
-            command=f"ffgym recover {self.source.name} --config config.toml",
+            command=f"ffgym recover {shlex.quote(self.source.name)} --config config.toml",
             stock=is_stock(self.loaded.model),
             towers=self.loaded.towers is not None,
         )

@@ -128,8 +128,9 @@ def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: li
 
 def test_prompts_that_are_too_long(run: Path) -> None:
     with pytest.raises(ConfigError, match="--prompt-lengths 120: the models take at most 128 tokens") as raised:
-        silently(small(run, prompt_lengths=(16, 120)))
+        measure(small(run, prompt_lengths=(16, 120)), progress=Console(file=(said := io.StringIO())))
     assert "at most 112" in str(raised.value.hint)
+    assert said.getvalue() == "", "before either model is loaded"
 
 
 def test_prompts_that_do_not_fit_the_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,14 @@ def test_new_packages_install_pass_their_tests_and_run(tiny_run: dict[str, Any],
 
 
 def test_the_command_says_what_comes_next(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["new", "reward", "mine", "--output", str(tmp_path)])
+    place = tmp_path / "my plugins"
+    done = CliRunner().invoke(app, ["new", "reward", "mine", "--output", str(place)])
     assert done.exit_code == 0
     assert "ffgym run --reward mine" in done.stdout
-    assert (tmp_path / "ffgym-mine" / "ffgym_mine" / "__init__.py").is_file()
+    assert f"pip install --editable '{place / 'ffgym-mine'}'\n" in done.stdout
+    assert (place / "ffgym-mine" / "ffgym_mine" / "__init__.py").is_file()
     with pytest.raises(OutputError, match="exists already"):
-        write_package("reward", "mine", tmp_path)
+        write_package("reward", "mine", place)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from mlflow_store import client, new_store
 
 from ffgym.errors import TrackingError
