@@ -111,6 +111,15 @@ class UnevenConfig(SavedConfig):
         self.validate()
 
     @property
+    def _attn_implementation_internal(self):
+        """The model's own, in the config of a single layer too: a mask for one implementation is wrong for another."""
+        return vars(vars(self).get("of_model", self)).get("_attn_implementation_internal")
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, implementation):
+        vars(self)["_attn_implementation_internal"] = implementation
+
+    @property
     def kv_sharing_modes(self):
         """Tells transformers' caches that skipped attention stores nothing; ``None`` when none is skipped."""
         skipped = [is_skipped("attention", sizes) for sizes in self.per_layer_config]
@@ -197,7 +206,7 @@ def resize_attention(layer, sizes, parts):
     resize(consumer, in_features=heads * sizes.head_dim)
     consumer.bias = bias
     if any(attribute.startswith("config.") for attribute in parts.head_count_attributes):
-        attention.config = sizes
+        attention.config, sizes.of_model = sizes, attention.config
     count_heads(attention, heads, kv_heads, parts.head_count_attributes)
 
 
@@ -350,6 +359,8 @@ def _classes(config_mixin, stock_config, content, model_mixin, stock_models):
                 "__doc__": f"{stock.__name__} with layers of different sizes.",
                 "config_class": config_class,
                 "_auto_class": auto_class,
+                # transformers reads it from the source of a class, and says no of what is not written there.
+                "_can_set_experts_implementation": stock._can_set_experts_implementation,
             },
         )
         for auto_class, stock in stock_models.items()

@@ -30,7 +30,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load as load_model
 from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
-from ffgym.testing.models import TINY_FAMILIES, tiny_model
+from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
 VARIANTS = [(f, True) for f in TINY_FAMILIES] + [(f, False) for f in DISTINCT_FAMILIES if family_of_type(f).kv_heads]
@@ -97,6 +97,9 @@ def saved(tmp_path_factory):
         models[f"{family}-gqa-several"] = pruned(family, SEVERAL)
         models[f"{family}-affine"] = pruned(family, UNEVEN, biases=True)
         models[f"{family}-affine-emptied"] = pruned(family, EMPTIED, biases=True)
+    for family in EXPERT_FAMILIES:  # in bfloat16, where each way to compute experts rounds in its own
+        models[f"{family}-experts"] = prunable = PrunableModel(tiny_model(family, dtype=torch.bfloat16))
+        prunable.cut([max(1, sublayer.units - 1 - sublayer.layer) for sublayer in prunable.sublayers])
     for name, prunable in models.items():
         model = prunable.model
         save_pruned(prunable, None, root / "models" / name)
@@ -216,6 +219,17 @@ class TestGeneration:
             sdpa = load(saved, "qwen3-gqa-emptied")(IDS).logits
         assert output.attentions[0].shape == (2, 2, 12, 12)
         torch.testing.assert_close(output.logits, sdpa, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("family", ["llama", "phi3"])  # an attention of Phi-3 has a config of its own
+    def test_attention_implementations_can_be_changed_later(self, saved, family):
+        model = load(saved, f"{family}-gqa-emptied", attn_implementation="eager")
+        with torch.no_grad():
+            eager = model(IDS).logits
+            for part in (model, model.base_model):
+                part.set_attn_implementation("sdpa")
+                torch.testing.assert_close(model(IDS).logits, eager, atol=1e-4, rtol=0)
+                part.set_attn_implementation("eager")
+                assert torch.equal(model(IDS).logits, eager)
 
     def test_rotary_embeddings_that_depend_on_the_head_count_work(self):
         rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}

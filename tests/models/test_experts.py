@@ -165,7 +165,7 @@ def test_as_many_experts_stay_as_a_token_is_sent_to(prunable):
     assert {k for k, s in zip(kept, prunable.sublayers, strict=True) if s.kind == "experts"} == {PER_TOKEN}
 
 
-def test_a_saved_model_is_the_same_without_ffgym(family, prunable, tmp_path):
+def test_a_saved_model_is_the_same(family, prunable, tmp_path):
     kept = tuple(2 + i // 2 if s.kind == "experts" else max(1, s.units // 2) for i, s in enumerate(prunable.sublayers))
     prunable.cut(kept)
     expected = logits(prunable.model)
