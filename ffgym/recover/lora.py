@@ -85,11 +85,14 @@ class Lora(Recovery):
                 setup.log(points)
 
             curve = train_lora(setup, self.config, on_step)
-        losses, options = dict(curve.held_out), self.config
+        before, options = curve.held_out[0][1], self.config
+        after = setup.held_out_loss() if curve.chosen else before  # merging has rounded what the adapters learned
+        if not after < before:
+            curve.chosen = 0
         step_tokens = batch_windows(setup) * setup.windows.shape[1]
         return TrainingOutcome(
-            before=losses[0],
-            after=losses[curve.chosen],
+            before=before,
+            after=after,
             summary=f"LoRA of rank {options.rank} (alpha {options.alpha:g}) on all linears of attention and MLP, "
             f"merged: {steps_of(setup)} steps of {step_tokens:,} tokens at up to {setup.learning_rate:g}, "
             f"seed {setup.seed}.",

@@ -25,6 +25,7 @@ from ffgym.recover import lora as module
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.lora import Lora, LoraCurve, merge, target_modules, train_lora
 from ffgym.recover.method import TrainingSetup
+from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
 
 EMPTIED = (1, 17, 0, 48, 2, 0)
@@ -225,6 +226,32 @@ def test_merging_is_done_in_float32_and_rounded_once(fresh: Any) -> None:
         merge(one)
     last = [m for name, m in model.named_modules() if name.endswith("q_proj")][-1]
     torch.testing.assert_close(last.base_layer.weight, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rounds_badly", [False, True])
+def test_the_loss_afterwards_is_that_of_the_merged_weights(fresh: Any, texts: Any, rounds_badly: bool) -> None:
+    model, wanted = fresh(dtype=torch.bfloat16), settings(steps=12, learning_rate=1e-2, dropout=0.0)
+
+    def held_out_loss() -> float:
+        has_adapters = any("lora" in name for name, _ in model.named_parameters())
+        return evaluate(model, texts[1]).loss + (9.0 if rounds_badly and not has_adapters else 0.0)
+
+    outcome = Lora(wanted["options"]).train(
+        TrainingSetup(
+            model=model,
+            dense=None,
+            windows=texts[0],
+            held_out=texts[1],
+            held_out_loss=held_out_loss,
+            tokens_per_pass=4096,
+            progress=lambda steps: Reporter(None).stage("train", steps),
+            log=lambda points: None,
+            **wanted["setup"],
+        )
+    )
+    assert outcome.after == held_out_loss()
+    assert (outcome.after < outcome.before) is not rounds_badly
+    assert (outcome.curve["chosen"] > 0) is not rounds_badly
 
 
 # going on after Ctrl-C
