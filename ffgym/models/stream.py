@@ -21,7 +21,7 @@ from ffgym.data.cache import Scratch, storage_error
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.families import family_of
-from ffgym.models.loading_errors import quiet
+from ffgym.models.loading_errors import explained
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -175,14 +175,16 @@ def streamed_model(name: str, folder: Path, dtype: torch.dtype, device: torch.de
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    with quiet():
+    with explained(str(folder), name):
         # Results are read by name, whatever config.json says.
         options = {"dtype": dtype, "return_dict": True, "output_attentions": False}
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if (folder / "generation_config.json").is_file():
+        try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
+        except OSError:  # there is none: older checkpoints have such settings in config.json
+            model.generation_config = GenerationConfig.from_pretrained(folder, "config.json", _from_model_config=True)
     stream = LayerStream(name, model, folder, device)
     model.load_state_dict(stream.outside(), strict=False, assign=True)
     model.tie_weights(missing_keys=set(stream.missing), recompute_mapping=False)

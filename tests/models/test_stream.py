@@ -145,6 +145,16 @@ def test_what_was_saved_a_layer_to_a_file_loads(folder: Path, tmp_path: Path, wo
     assert evaluate(model, WINDOWS).losses == losses
 
 
+def test_settings_of_generation_are_found_in_old_configs(folder: Path, word_tokenizer: Any) -> None:
+    word_tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "temperature": 0.7, "max_length": 20}))
+    here, there = (load(str(folder), dtype="float32", device="cpu", streamed=streamed) for streamed in (False, True))
+    assert there.model.generation_config.max_length == 20
+    assert there.model.generation_config.to_dict() == here.model.generation_config.to_dict()
+
+
 def test_first_order_statistics_have_the_bits_too(folder: Path) -> None:
     keep = frozenset({"gradient", "output_gradient"})
     here = prepare(load_model(folder), Taylor(), WINDOWS, ridge=0.01, keep=keep)
