@@ -59,6 +59,7 @@ SETTINGS = {
     "search.episode_tokens": 512,
     "search.final_tokens": 1024,
     "search.random_baseline": "false",
+    "output.sequential": "true",
     "tracking.enabled": "false",
 }
 STAGES = {

@@ -340,7 +340,7 @@ class OutputTable(Table):
     )
     save_all: bool = Field(default=False, description="with a range: save the model of every point of the front")
     sequential: bool = Field(
-        default=True, description="refit the final model layer by layer on the pruned model's own inputs"
+        default=False, description="also refit the final model layer by layer, on the pruned model's own inputs"
     )
 
 

@@ -234,7 +234,7 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
     assert plan["texts"]["search"] == "demo:c4"
     assert plan["peak"] == max(stage["peak"] for stage in plan["stages"])
     assert [stage["stage"] for stage in plan["stages"]] == [
-        *("load", "prepare", "search", "finals", "start", "report", "sequential", "save"),
+        *("load", "prepare", "search", "finals", "start", "report", "save"),
     ]
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
     tokens = {stage["stage"]: stage["tokens"] for stage in plan["stages"]}
