@@ -180,8 +180,8 @@ class TestFourGpus:
         spread.check()
 
     def test_a_worker_shares_the_first_one_with_this_process(self) -> None:
-        alone, eight = self.plan("cuda"), self.plan("cuda", count=8)
-        assert eight.needed == alone.largest.peak + eight.worker_peak
+        eight = self.plan("cuda", count=8)
+        assert eight.needed == eight.largest.peak + eight.worker_peak
         spread = self.plan("balanced", count=2, gpus=2)
         assert spread.needed == spread.largest.peak + 2 * spread.worker_peak
 
