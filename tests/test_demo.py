@@ -72,7 +72,7 @@ def test_the_demo_ends_in_a_smaller_model_that_loads_and_generates(
     for part in ("dense", "uniform + ridge", "MLPs only, ends", "reinforce, plain", "reinforce + ridge", "dequantised"):
         assert part in done.stdout
     rows = json.loads((out / "report.json").read_text())
-    assert len(rows) == 6
+    assert len(rows) == 5
     dense, *pruned = rows
     assert all(row["perplexity"] > dense["perplexity"] > 1 for row in pruned)
     assert all(row["sparsity_prunable"] == pytest.approx(0.2, abs=1e-3) for row in pruned)
