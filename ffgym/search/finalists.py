@@ -1,4 +1,4 @@
-"""Who meets in the finals: what the policy recommends, the best episodes, the prior, and what must not be missed.
+"""Who meets in the finals: what the policy recommends, the best episodes, the starts, and what must not be missed.
 
 Candidates are distinct allocations at one target. Where a reward weighs objectives, allocations that none of the
 hardest stage beats in every objective join them. Where all layers share one shape, every other shape joins them too.
@@ -18,6 +18,8 @@ from ffgym.plugins.contracts import check_recommendations
 from ffgym.search.pareto import non_dominated, thinned
 from ffgym.types import Allocation, Episode
 
+STARTS = ("prior", "given policy")  # origins of what a search started from
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -26,7 +28,7 @@ class Candidate:
     Attributes:
         importance: shape (2L,), float32.
         allocation: what the projection made of it, at the target.
-        origin: ``"episode 37"``, ``"policy"``, ``"prior"``, or ``"shape"`` for one that only the finals measured.
+        origin: ``"episode 37"``, ``"policy"``, ``"shape"`` for one that only the finals measured, or one of `STARTS`.
         loss: nats per token on the last of the finals' windows; ``None`` for one that did not get there.
         reward: mean over these windows of what it earns; ``None`` as well.
         objectives: what the reward weighs, mean over these windows, by name; empty where it weighs nothing.
@@ -40,20 +42,45 @@ class Candidate:
     objectives: dict[str, float] = field(default_factory=dict)
 
 
-def contenders(
-    env: PruningEnv, agent: Agent, history: Sequence[Episode], count: int, target: float, reach: float | None
-) -> list[Candidate]:
-    """Whatever meets in the finals at a target: the finalists, the prior, and what must not be missed beside them.
+def starting_points(env: PruningEnv, agent: Agent, target: float) -> list[Candidate]:
+    """Where an agent starts, before it has searched: the prior, and what the policy recommends that it was given."""
+    starts = []
+    if agent.searches and agent.prior_mean is not None:
+        starts.append(("prior", _prior(agent, agent.prior_mean, target)))
+    if agent.searches and agent.policy_sublayers is not None:
+        observation = np.array([target, 1.0], dtype=np.float32)
+        recommended = check_recommendations(agent, observation, len(env.budget.sublayers))
+        starts += [("given policy", importance) for importance in recommended[:1]]
+    return [Candidate(start, env.budget.project(start, target), origin) for origin, start in starts]
 
-    The arguments are those of :func:`finalists`.
+
+def _prior(agent: Agent, mean: np.ndarray, target: float) -> np.ndarray:
+    """The prior, shape (2L,); under a range, on the line between its ends."""
+    if agent.budgets is None or agent.prior_ends is None:
+        return mean
+    (low, high), (first, last) = agent.budgets, agent.prior_ends
+    return np.asarray(first + (target - low) / (high - low) * (last - first), dtype=np.float32)
+
+
+def contenders(
+    env: PruningEnv,
+    agent: Agent,
+    history: Sequence[Episode],
+    count: int,
+    target: float,
+    reach: float | None,
+    starts: Sequence[Candidate],
+) -> list[Candidate]:
+    """Whatever meets in the finals at a target: the finalists, the starts, and what must not be missed beside them.
+
+    The arguments are those of :func:`finalists`, and what :func:`starting_points` gave before the search.
     """
     candidates = finalists(env, agent, history, count, target, reach)
-    if agent.searches and (start := _prior(agent, target)) is not None:
-        allocation = env.budget.project(start, target)
-        first = candidates[0]
-        if (first.origin, first.allocation.kept) != ("policy", allocation.kept):
-            candidates = [c for c in candidates if c.allocation.kept != allocation.kept]
-            candidates.append(Candidate(start, allocation, "prior"))
+    first = candidates[0]
+    for start in starts:
+        if (first.origin, first.allocation.kept) != ("policy", start.allocation.kept):
+            candidates = [c for c in candidates if c.allocation.kept != start.allocation.kept]
+            candidates.append(start)
     if reach is None:  # over a range, the front over sparsity is what is traded off
         candidates = with_pareto(env, history, candidates)
     if agent.searches:
@@ -118,14 +145,6 @@ def near(history: Sequence[Episode], target: float, reach: float) -> list[Episod
     distances = [abs(episode.target_sparsity - target) for episode in history]
     within = max(reach + 1e-9, min(distances))
     return [replace(e, target_sparsity=target) for e, d in zip(history, distances, strict=True) if d <= within]
-
-
-def _prior(agent: Agent, target: float) -> np.ndarray | None:
-    """Where the agent started, shape (2L,); under a range, on the line between its ends."""
-    if agent.budgets is None or agent.prior_ends is None:
-        return agent.prior_mean
-    (low, high), (first, last) = agent.budgets, agent.prior_ends
-    return np.asarray(first + (target - low) / (high - low) * (last - first), dtype=np.float32)
 
 
 def with_pareto(env: PruningEnv, history: Sequence[Episode], chosen: Sequence[Candidate]) -> list[Candidate]:

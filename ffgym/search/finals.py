@@ -4,8 +4,8 @@ The policy's recommendation is the default: it has learnt from all tokens, and a
 Where an agent recommends several allocations, the best of the first three on all the windows is the default.
 The windows are cut in two. On the first half the other candidates are thinned out by successive halving (Karnin et al.
 2013), on the second half the one that is left meets the default, and replaces it only where it is better by more than
-``SIGNIFICANT`` standard errors of the paired difference. The prior meets it too, so that no search ends behind it by
-more than the finals can tell. Under a range of budgets that is done for every point of the front.
+``SIGNIFICANT`` standard errors of the paired difference. What the search started from meets it too, so that no search
+ends behind that by more than the finals can tell. Under a range of budgets that is done for every point of the front.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.evaluation.evaluator import OnProgress
-from ffgym.search.finalists import Candidate
+from ffgym.search.finalists import STARTS, Candidate
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
 SIGNIFICANT = 2.0  # paired standard errors
@@ -36,8 +36,8 @@ def run_finals(
 
     Args:
         env: measures and judges; half of what it reserves thins out, the other half decides.
-        candidates: the agent's recommendations first, the best of the first three of which is the default; one of
-            origin ``"prior"`` is not thinned out. Without a recommendation, what is left of them is the default.
+        candidates: the agent's recommendations first, the best of the first three of which is the default; those
+            of an origin in `STARTS` are not thinned out. Without a recommendation, what is left of them is the default.
         seed: of the windows' order.
         on_progress: called with the share that is measured, from 0 to 1.
     """
@@ -62,7 +62,7 @@ def run_finals(
         measured.add(recommended, (*thinning, *deciding))
         recommended.sort(key=lambda i: measured.standing(i, (*thinning, *deciding)), reverse=True)
     default = recommended[:1]
-    start = [i for i in everyone if candidates[i].origin == "prior"]
+    start = [i for i in everyone if candidates[i].origin in STARTS]
     others = [i for i in everyone if i not in (*recommended, *start)]
     if all_count:
         measured.add(everyone, (*thinning, *deciding))

@@ -17,7 +17,7 @@ from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import CALL_ON_UPDATE, call_plugin, check_update
 from ffgym.plugins.manager import described
-from ffgym.search.finalists import Candidate, contenders, finalists
+from ffgym.search.finalists import Candidate, contenders, finalists, starting_points
 from ffgym.search.finals import run_finals
 from ffgym.search.log import Recorder
 from ffgym.search.pareto import non_dominated
@@ -148,10 +148,11 @@ def search_front(
             replay=recorder.earlier.episodes,
             log_name=str(log),
         )
+        starts = [starting_points(env, agent, target) for target in targets]
         try:
             _learn(agent, vector, seed, on_update)
-            for target in targets:
-                candidates = contenders(env, agent, vector.history, settings.finalists, target, reach)
+            for target, own in zip(targets, starts, strict=True):
+                candidates = contenders(env, agent, vector.history, settings.finalists, target, reach, own)
                 ranked, dense_loss, tokens = run_finals(env, candidates, seed, on_finals)
                 recorder.count()
                 points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.seconds))

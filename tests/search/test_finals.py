@@ -11,7 +11,16 @@ from made_up_episodes import Opinionated, episode
 from measured_alone import Recording
 
 from ffgym.agents.random_search import RandomSearch
-from ffgym.search.finalists import Candidate, contenders, finalists, near, objective_standings, with_every_shape
+from ffgym.search.finalists import (
+    STARTS,
+    Candidate,
+    contenders,
+    finalists,
+    near,
+    objective_standings,
+    starting_points,
+    with_every_shape,
+)
 from ffgym.search.finals import finals_windows, run_finals
 from ffgym.types import Evaluation
 
@@ -46,10 +55,20 @@ class TestFinalists:
         history = [episode(i, 0, 0.1 * i, action=np.eye(6)[i]) for i in range(4)]
         agent = Opinionated(np.linspace(-1, 1, 6))
         agent.prior_mean = np.linspace(1, -1, 6).astype(np.float32)
-        origins = [c.origin for c in contenders(env, agent, history, 2, 0.3, None)]
+        starts = starting_points(env, agent, 0.3)
+        origins = [c.origin for c in contenders(env, agent, history, 2, 0.3, None, starts)]
         assert origins == ["policy", "episode 3", "prior"]
         agent.believed = [agent.prior_mean]
-        assert [c.origin for c in contenders(env, agent, history, 2, 0.3, None)] == ["policy", "episode 3"]
+        assert [c.origin for c in contenders(env, agent, history, 2, 0.3, None, starts)] == ["policy", "episode 3"]
+
+    def test_the_policy_that_a_search_was_given_is_one_of_them(self, env):
+        agent = Opinionated(np.linspace(-1, 1, 6))
+        agent.policy_sublayers = tuple(sublayer.name for sublayer in env.budget.sublayers)
+        starts = starting_points(env, agent, 0.3)
+        assert [c.allocation for c in starts] == [env.budget.project(np.linspace(-1, 1, 6), 0.3)]
+        agent.believed = [np.linspace(1, -1, 6)]  # what it has learnt
+        got = contenders(env, agent, [episode(0, 0, 0.1, action=np.eye(6)[0])], 2, 0.3, None, starts)
+        assert [c.origin for c in got] == ["policy", "episode 0", "given policy"]
 
     def test_are_projected_at_the_target_whatever_stage_they_were_found_at(self, env):
         got = finalists(env, RandomSearch(), [episode(0, 0, 0.9, sparsity=0.05)], 3, 0.3)
@@ -110,10 +129,11 @@ class TestChoice:
         found, measured = self.run(env, losses, origins=[*["policy"] * 4, "episode 3"])
         assert round(found[0].loss, 1) == 0.9
 
-    def test_no_search_ends_behind_the_prior(self, env):
+    @pytest.mark.parametrize("origin", STARTS)
+    def test_no_search_ends_behind_its_start(self, env, origin):
         losses = [self.about(1.1), self.about(1.2, 0.02), self.about(1.0, 0.03)]
-        found, _ = self.run(env, losses, origins=["policy", "episode 3", "prior"])
-        assert found[0].origin == "prior"
+        found, _ = self.run(env, losses, origins=["policy", "episode 3", origin])
+        assert found[0].origin == origin
 
     def test_without_a_recommendation_the_best_of_all_is_the_default(self, env):
         losses = [self.about(loss) for loss in (1.2, 1.0, 1.1, 1.3)]
