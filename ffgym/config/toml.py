@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import reprlib
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,11 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     """
     command_line = _merged(parsed_overrides(overrides), _given(values, RunConfig))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
+    if file.keys() >= {"agents", "seeds"}:
+        raise ConfigError(
+            f"{path} is a bench file: it names agents and seeds",
+            hint=f"Run it: ffgym bench --config {shlex.quote(str(path))}",
+        )
     try:
         return RunConfig.model_validate(layered(file, command_line))
     except ValidationError as error:

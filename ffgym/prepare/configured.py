@@ -144,8 +144,9 @@ def check_agent_fits(config: RunConfig) -> None:
             hint="Leave --uniform out, or take an agent that needs no slopes, such as reinforce.",
         )
     if config.prune.is_range and not agent.budget_conditioned:
+        prior = f" with prior {config.prior.name!r}" if name == "one-shot" else ""  # a heuristic was named, not it
         raise ConfigError(
-            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {name!r} proposes the same "
-            "at every target",
+            f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {name!r}{prior} proposes "
+            "the same at every target",
             hint="Use --agent reinforce, or run one target at a time, e.g. --sparsity 0.2.",
         )

@@ -311,3 +311,10 @@ def test_float16_is_not_trained_in(method: str) -> None:
 def test_the_points_of_the_front(tables: dict[str, dict[str, object]], targets: tuple[float, ...], main: float) -> None:
     config = load_config(**tables)
     assert (config.targets, config.main_target) == (targets, main)
+
+
+def test_a_bench_file_is_refused_as_such(tmp_path: Path) -> None:
+    path = write(tmp_path, 'title = "Mine"\nagents = ["reinforce"]\nseeds = [0]\nresults = "results"\n')
+    with pytest.raises(ConfigError, match=r"run\.toml is a bench file: it names agents and seeds") as raised:
+        load_config(path)
+    assert raised.value.hint == f"Run it: ffgym bench --config {path}"

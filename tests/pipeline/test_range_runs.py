@@ -223,7 +223,8 @@ def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("agent", sorted(set(built_ins.BUILTINS["agent"]) - {"reinforce"}))
 def test_an_agent_that_does_not_follow_the_target_is_refused_by_name(tmp_path: Path, agent: str) -> None:
-    with pytest.raises(ConfigError, match=f"agent '{agent}' proposes the same at every target") as raised:
+    name = f"'{agent}'" if agent != "one-shot" else "'one-shot' with prior 'mlp-first'"
+    with pytest.raises(ConfigError, match=f"agent {name} proposes the same at every target") as raised:
         go(ranged(tmp_path, agent={"name": agent}))
     assert "--agent reinforce" in str(raised.value.hint)
     assert not (tmp_path / "out").exists()
