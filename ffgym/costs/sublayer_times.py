@@ -26,9 +26,9 @@ from torch import nn
 from ffgym.costs.latency_fit import grid
 from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, layer_shapes, model_shape
 from ffgym.costs.timing import Spread, timed
-from ffgym.models.cut import PrunableSublayer
 from ffgym.models.families import Family, family_of
 from ffgym.models.placement import devices_of
+from ffgym.models.sublayer import PrunableSublayer
 from ffgym.prepare.statistics import OnProgress, arguments_of
 
 REPETITIONS = 9

@@ -14,7 +14,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.cut import PrunableModel
+from ffgym.models.sublayer import PrunableSublayer
 from ffgym.models.walk import Stream, Walk, walk_back
 from ffgym.pruning.budget import within_reach
 

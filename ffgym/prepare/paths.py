@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.cut import PrunableModel
 from ffgym.models.stream import KeptTensors, LayerStream
+from ffgym.models.sublayer import PrunableSublayer
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores

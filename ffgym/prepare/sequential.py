@@ -11,7 +11,8 @@ from contextlib import ExitStack
 
 import torch
 
-from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.cut import PrunableModel
+from ffgym.models.sublayer import PrunableSublayer
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import OnProgress, inputs_handed_on, linear_input
 from ffgym.pruning.calibration import sequential_refit

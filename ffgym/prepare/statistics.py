@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ffgym.errors import ModelError
-from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.cut import PrunableModel
+from ffgym.models.sublayer import PrunableSublayer
 from ffgym.models.walk import Arguments, Stream, Walk, all_states, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments, add_products_, mirror_
 from ffgym.types import LayerStats

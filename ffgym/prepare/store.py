@@ -29,9 +29,10 @@ from safetensors.torch import save_file
 from ffgym.data.cache import cache_dir, entries, is_whole, shrink, size_limit, storage_error, write_folder_once
 from ffgym.errors import AssetError
 from ffgym.files import FileFormat, check_room, write_text
-from ffgym.models.cut import PrunableModel, PrunableSublayer
+from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.stream import LayerStream, TensorFile
+from ffgym.models.sublayer import PrunableSublayer
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.calibrations import calibration_class, has_ridge_path
 from ffgym.prepare.paths import OnLayer, Prepared, view_of
@@ -46,6 +47,8 @@ DECISIVE = (  # code that decides bits
     "pruning",
     "models/walk.py",
     "models/cut.py",
+    "models/experts.py",
+    "models/sublayer.py",
     "plugins/contracts.py",
     "evaluation/perplexity.py",  # of the losses that are kept beside
 )
