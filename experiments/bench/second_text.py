@@ -1,0 +1,52 @@
+"""What stored searches found, measured on another report text.
+
+    python experiments/bench/second_text.py demo:technical experiments/bench/final-*.toml > technical.md
+
+Cuts and refits the model to each stored allocation and prints a Markdown table a bench. Nothing is searched again.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from ffgym.bench.cell import read_cell
+from ffgym.bench.file import read_bench
+from ffgym.bench.table import BenchTable, bench_table
+from ffgym.pipeline.task import on_report, open_task
+from ffgym.report.progress import Reporter
+
+LEFT_OUT = ("tokens", "seconds")  # of the search, which is not repeated
+
+
+def measured(file: Path, text: str, reporter: Reporter) -> BenchTable:
+    """The bench's table with losses on the report split of ``text``."""
+    bench = read_bench(file)
+    config = bench.cells[0].config
+    config = config.model_copy(update={"data": config.data.model_copy(update={"report": text})})
+    task = open_task(config, [], reporter)
+    dense = on_report(task, task.prepared.prunable.dense_units, "none")
+    cells = []
+    with reporter.stage(file.stem, len(bench.results)) as stage:
+        for cell in map(read_cell, bench.results):
+            found = on_report(task, cell.final.kept, "ridge")
+            final = cell.final.model_copy(update={"loss": found.loss, "losses": list(found.losses)})
+            settings = {**cell.settings, "data": {**cell.settings["data"], "report": text}}
+            cells.append(cell.model_copy(update={"settings": settings, "dense_loss": dense.loss, "final": final}))
+            stage.advance()
+    return bench_table(bench.spec.title, cells, baselines=bench.spec.baseline)
+
+
+def shown(table: BenchTable) -> str:
+    """The table as Markdown, without what a search costs."""
+    layout = table.layout()
+    columns = [column for column in layout.columns if not column.head.startswith(LEFT_OUT)]
+    return f"# {table.title}\n\n{table.header}\n\n{replace(layout, columns=columns).markdown()}"
+
+
+if __name__ == "__main__":
+    reporter = Reporter(Console(stderr=True))
+    print("\n\n".join(shown(measured(Path(file), sys.argv[1], reporter)) for file in sys.argv[2:]))
