@@ -112,6 +112,13 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = MODEL_CONFIG.read(folder / "config.json")
+    if not any_family and (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"folder {str(folder)!r} holds an adapter: where PEFT is installed, transformers puts it on the model that "
+            "adapter_config.json names, and leaves out the weights beside it",
+            hint="Merge it (merge_and_unload, then save_pretrained into another folder). If these weights hold it "
+            "already, delete adapter_config.json.",
+        )
     try:
         shapes = _shapes(folder)
     except (SafetensorError, OSError) as error:
@@ -145,8 +152,7 @@ def check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
     """Refuse a model with weights that transformers made up, or left out because its config has no place for them."""
     for key, in_file, by_config in sorted(report["mismatched_keys"]):
         raise misfit(name, f"{key} is {tuple(in_file)} in the checkpoint and {tuple(by_config)} by the config")
-    if surplus := _surplus_in_layers(model, report["unexpected_keys"]):
-        raise misfit(name, f"it has no place for {len(surplus)} weights of the checkpoint, {surplus[0]} first")
+    check_surplus(name, model, report["unexpected_keys"])
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -155,11 +161,16 @@ def check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
         )
 
 
-def _surplus_in_layers(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Weights of the model's own numbered blocks that it has no place for.
+def check_surplus(name: str, model: Any, unexpected: Iterable[str]) -> None:
+    """Refuse weights of the model's own numbered blocks that it has no place for.
 
     Weights elsewhere (a vision tower, old rotary buffers) do not matter.
+
+    Args:
+        unexpected: what the checkpoint holds and the model does not, by the model's way of naming.
     """
     blocks = {match[0] for key in model.state_dict() if (match := NUMBERED_BLOCK.match(key))}
     weights = (key for key in unexpected if key.endswith((".weight", ".bias")))
-    return sorted(key for key in weights if (match := NUMBERED_BLOCK.match(key)) and match[0] in blocks)
+    surplus = sorted(key for key in weights if (match := NUMBERED_BLOCK.match(key)) and match[0] in blocks)
+    if surplus:
+        raise misfit(name, f"it has no place for {len(surplus)} weights of the checkpoint, {surplus[0]} first")

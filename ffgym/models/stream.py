@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from ffgym.data.cache import Scratch, storage_error
 from ffgym.errors import ModelError
-from ffgym.models.checkpoint import weight_files
+from ffgym.models.checkpoint import check_surplus, weight_files
 from ffgym.models.families import family_of
 from ffgym.models.loading_errors import explained
 
@@ -88,7 +88,8 @@ class LayerStream:
         device: where layers go.
 
     Raises:
-        ModelError: the checkpoint lacks a weight, or names its weights otherwise than the model does.
+        ModelError: the checkpoint lacks a weight, names its weights otherwise than the model does, or holds some in
+            its layers that the model has no place for.
     """
 
     def __init__(self, name: str, model: Any, folder: Path, device: torch.device) -> None:
@@ -106,6 +107,8 @@ class LayerStream:
                 f"under their own names, {lacking[0]} first",
                 hint="Write the model again with save_pretrained, or set model.placement to resident.",
             )
+        found = {key for _, key in self._places.values()}
+        check_surplus(name, model, {each for key in there.keys() - found for each in (key, base + key)})
         family = family_of(model)
         self._names = [
             {short: f"{family.decoder}.layers.{index}.{short}" for short in layer.state_dict()}

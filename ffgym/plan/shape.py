@@ -27,6 +27,7 @@ class ModelShape:
         context_limit: the longest window that the model takes, in tokens.
         saved_as: dtype of its checkpoint, e.g. ``"bfloat16"``; empty where the config does not say.
         has_towers: it is the text model of a checkpoint of several towers.
+        is_quantised: its checkpoint holds codes in place of weights.
     """
 
     family: str
@@ -37,6 +38,7 @@ class ModelShape:
     context_limit: int
     saved_as: str = ""
     has_towers: bool = False
+    is_quantised: bool = False
 
     @property
     def prunable(self) -> int:
@@ -145,4 +147,5 @@ def shape_of(config: Any, name: str) -> ModelShape:
         int(config.max_position_embeddings),
         "" if saved_as is None else str(saved_as).removeprefix("torch."),
         has_towers=not is_whole,
+        is_quantised=getattr(config, "quantization_config", None) is not None,
     )

@@ -90,6 +90,8 @@ def _what_needs_memory(config: RunConfig, shape: ModelShape) -> tuple[str, str]:
         )
     if shape.has_towers:
         return "a model of several towers is loaded as a whole", "Save its text model by itself, as docs/models.md says"
+    if shape.is_quantised:
+        return "a quantised checkpoint is dequantised as a whole", "Name a copy of the model that is not quantised"
     if shape.has_experts:
         return f"the experts of {shape.family!r} cannot be read layer by layer", "Use a larger machine"
     if config.model.device == "balanced":

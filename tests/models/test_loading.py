@@ -399,7 +399,14 @@ def test_an_adapter_is_never_unpickled(checkpoint):
     (checkpoint / "adapter_config.json").write_text(json.dumps(adapter))
     torch.save({}, checkpoint / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors"):
-        load(str(checkpoint), device="cpu")
+        load(str(checkpoint), device="cpu", any_family=True)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_adapter_beside_the_weights_is_refused(checkpoint, streamed):
+    (checkpoint / "adapter_config.json").write_text("{}")  # of another model, which transformers would load
+    with pytest.raises(ModelError, match="holds an adapter"):
+        load(str(checkpoint), device="cpu", dtype="float32", streamed=streamed)
 
 
 @pytest.mark.parametrize(
