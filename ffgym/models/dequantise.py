@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ffgym.data.cache import cache_dir, write_folder_once
+from ffgym.data.cache import cache_dir, is_whole, sha256, write_folder_once
 from ffgym.errors import ModelError, first_line
 from ffgym.models.checkpoint import Shapes, check_complete, depth_of
 from ffgym.models.families import family_of_type
@@ -38,7 +38,22 @@ def dequantised(gguf: Path, content: str, *, any_family: bool = False) -> Path:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    return write_folder_once(cache_dir() / "models" / f"{gguf.stem}-{content[:12]}-float16", convert)
+    return write_folder_once(_folder_of(gguf, content), convert)
+
+
+def converted(gguf: Path) -> Path | None:
+    """The folder of a GGUF's safetensors copy; ``None`` where it was not made yet, or is damaged.
+
+    A GGUF with a large vocabulary takes half a minute to parse, even for its sizes alone.
+    """
+    if not any(each.name.startswith(gguf.stem) for each in _folder_of(gguf, "").parent.glob("*")):
+        return None  # before the file is read
+    folder = _folder_of(gguf, sha256(gguf))
+    return folder if is_whole(folder) else None
+
+
+def _folder_of(gguf: Path, content: str) -> Path:
+    return cache_dir() / "models" / f"{gguf.stem}-{content[:12]}-float16"
 
 
 def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:

@@ -5,7 +5,6 @@ Only safetensors are read, code from a checkpoint is never run, and a checkpoint
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ffgym.data.assets import SMOLLM2, fetch
+from ffgym.data.cache import sha256
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import (
     MOST_LAYERS,
@@ -25,7 +25,7 @@ from ffgym.models.checkpoint import (
     read_config,
     weight_files,
 )
-from ffgym.models.dequantise import dequantised, refuse_what_would_be_lost
+from ffgym.models.dequantise import converted, dequantised, refuse_what_would_be_lost
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import explained
@@ -226,13 +226,16 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
     options: dict[str, Any] = {}
     if name == "demo":
         return AutoConfig.for_model("llama", **DEMO_SIZES)
+    is_gguf = path.suffix.lower() == ".gguf" and path.is_file()
+    if is_gguf and (folder := converted(path)) is not None:
+        path = folder
     if path.is_dir():
         source, content = str(path), read_config(path)
         if all(file.is_file() for file in weight_files(path)):
             check_sizes(name, path, any_family=False)
         else:  # the config and an index of weights are enough for a plan
             check_config(name, content, any_family=False, depth=MOST_LAYERS)
-    elif path.suffix.lower() == ".gguf" and path.is_file():
+    elif is_gguf:
         refuse_what_would_be_lost(path, any_family=False)
         source, options = str(path.parent), {"gguf_file": path.name}
     else:
@@ -321,9 +324,8 @@ def _locate(name: str, *, any_family: bool = True) -> _Source:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model file {name!r} does not exist", hint="Check the path.")
-        with path.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
-        return _Source(f"{path.name}, dequantised from GGUF", dequantised(path, content, any_family=any_family))
+        folder = dequantised(path, sha256(path), any_family=any_family)
+        return _Source(f"{path.name}, dequantised from GGUF", folder)
     if path.is_dir():
         check_folder(path)
         return _Source(f"folder {path.resolve().name}", path)
