@@ -320,7 +320,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._measured([request])[request]
 
     def _request(self, kept: tuple[int, ...], trial: Trial, *, slopes: bool = False) -> Request:
-        needs = (self.reward.needs & MEASURED) | ({"slopes"} if slopes else frozenset[str]())
+        needs = (MEASURED & self.reward.needs) | ({"slopes"} if slopes else frozenset[str]())  # a plugin's may be a set
         return Request(kept, trial.subset, trial.examples, needs)
 
     def _measured(

@@ -6,6 +6,7 @@ rewards, and an environment that begins its next episode in the step that ended 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,8 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
         return np.asarray(np.clip(self.centre + actions, space.low, space.high), dtype=np.float32)
 
     def reset(self) -> np.ndarray:
-        """Begin; of the seeds that ``seed`` has set, the first one decides everything."""
-        observations, _ = self.env.reset(seed=self._seeds[0])
+        """Begin; of the seeds and options that have been set, the first ones decide everything."""
+        observations, _ = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
         self._reset_seeds()
         self._reset_options()
         return np.asarray(observations)
@@ -79,6 +80,11 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
     def close(self) -> None:
         """Close the wrapped environment."""
         self.env.close()
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        """The vector environment's pictures, one per environment, for ``render`` and video recorders."""
+        pictures: Any = self.env.render()
+        return pictures or [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The vector environment's attribute, once per index: it stands for all of its environments."""

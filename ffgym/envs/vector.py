@@ -12,6 +12,7 @@ its episodes, because advantages compare episodes of equal target, and more of t
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
@@ -21,7 +22,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
+from ffgym.envs.pruning_env import OBJECTIVE, Outcome, PruningEnv, Trial
 from ffgym.envs.schedule import Schedule, stratified
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.evaluation.evaluator import OnProgress
@@ -155,6 +156,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """Draw what every episode of the last update kept; see `PruningEnv.render`."""
         if self.render_mode != "rgb_array":
             return None
+        if not self.history:
+            return (self.env.picture(self.env.budget.allocation(self.env.prunable.dense_units)),) * self.num_envs
         last = [episode for episode in self.history if episode.update == self.history[-1].update]
         return tuple(self.env.picture(self.env.budget.allocation(e.kept), e.reward) for e in last)
 
@@ -176,6 +179,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             "_final_obs": done,
             "_final_info": done,
         }
+        for name in next((episode.objectives for episode in episodes if episode.objectives), ()):
+            values = [episode.objectives.get(name, math.nan) for episode in episodes]  # a failed one has none
+            infos["final_info"][OBJECTIVE + name] = np.array(values)
         if any(episode.slopes for episode in episodes):
             none = (0.0,) * actions.shape[1]
             infos["final_info"]["slopes"] = np.array([episode.slopes or none for episode in episodes])

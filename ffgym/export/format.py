@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.errors import OutputError, PluginError
-from ffgym.models.origin import model_folder
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
@@ -84,6 +83,8 @@ def export(
         OutputError: the target is there already, is the model itself, or cannot be written.
         ModelError: there is no model, or one that the format cannot say.
     """
+    from ffgym.models.origin import model_folder  # late: it needs transformers, and the base class above does not
+
     plugin: ExportFormat = manager.create("export", name, options)
     source, place = model_folder(folder), target.expanduser()
     if source.resolve().is_relative_to(place.resolve()):

@@ -11,6 +11,7 @@ Every test is a promise that ffgym relies on; its failure message says which.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,6 +34,7 @@ from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin,
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
 from ffgym.plugins.discovery import check_attributes, check_class
 from ffgym.plugins.kinds import PluginKind
+from ffgym.search.policy import policy_text
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
@@ -301,7 +303,8 @@ class AgentConformance(PluginConformance):
             pytest.skip("has no state")
         fresh = self.ready()
         assert isinstance(fresh, BatchAgent)
-        fresh.load_state(agent.state())
+        # Through JSON, as a run stores it: arrays come back as lists.
+        fresh.load_state(json.loads(policy_text(agent.name, 0.2, [], agent.state()))["state"])
         observation = np.array([0.2, 1.0], dtype=np.float32)
         fresh.recommend(observation)  # by which a run sees that the state fits its model
         fresh.begin(dimensions=env.optimum.size, batch=env.num_envs, seed=99)

@@ -192,6 +192,22 @@ class TestOldContract:
         assert info["tokens"] == 4 * 32
         assert {key for key in info if "/" in key} == {"objective/perplexity_ratio", "objective/macs_saved"}
 
+    def test_needs_may_be_a_set(self, measuring):
+        class Braces(Everything):
+            needs = {"kl", "accuracy", "cost"}  # noqa: RUF012 - what its author types
+
+        env = measuring(Braces())
+        env.reset(seed=0)
+        assert env.step(ACTION)[1] == math.exp(-env.reward.seen[0].kl)
+
+    def test_a_vector_environment_says_what_each_episode_weighed(self, measuring):
+        env = measuring()
+        vector = PruningVectorEnv(env, Schedule(target=0.3, windows=4), num_envs=2, token_budget=10**6)
+        vector.reset(seed=0)
+        final = vector.step(np.stack([ACTION, -ACTION]))[4]["final_info"]
+        for name in ("closeness", "accuracy"):
+            assert final[f"objective/{name}"].tolist() == [e.objectives[name] for e in vector.history]
+
 
 class TestExamplesAreDrawn:
     def test_as_many_of_every_task_and_more_for_more_windows(self, measuring):

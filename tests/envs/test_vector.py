@@ -11,6 +11,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from measured_alone import Recording
 
+from ffgym.envs.sb3 import SB3VecEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError, UnknownNameError
@@ -94,6 +95,23 @@ def test_draws_every_episode_of_the_last_update(env):
     first, second, third = vector.render()
     assert not np.array_equal(first, second)
     assert np.array_equal(second, third)
+
+
+def test_draws_the_dense_model_before_the_first_update(env):
+    """As `PruningEnv` does: recorders of videos take a picture when an episode begins."""
+    env.render_mode = "rgb_array"
+    vector = vector_of(env)
+    vector.reset(seed=0)
+    for picture in (*(drawn := vector.render()), *SB3VecEnv(vector).get_images()):
+        np.testing.assert_array_equal(picture, env.render())
+    assert len(drawn) == 3
+
+
+def test_options_that_stable_baselines3_sets_are_refused_as_well(env):
+    adapter = SB3VecEnv(vector_of(env))
+    adapter.set_options({"sparsity": 0.1})
+    with pytest.raises(UnknownNameError, match="sparsity"):
+        adapter.reset()
 
 
 def test_a_step_says_what_came_of_it_in_final_info(env):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,24 @@ def test_what_is_broken_is_caught(suite: type[PluginConformance], test: str) -> 
     caught = getattr(type("Suite", (suite,), {"make": lambda self: plugin()})(), test)
     with pytest.raises((AssertionError, PluginError, pytest.fail.Exception)):
         caught(*[4] * (test == "test_importances_keep_the_contract"))  # layers
+
+
+def test_a_state_is_taken_up_as_a_run_has_stored_it() -> None:
+    class Arrays(Evolution):
+        """Relies on an array, and JSON has lists."""
+
+        name = "arrays"
+
+        def load_state(self, state: Mapping[str, Any]) -> None:
+            self._parents = state["parents"].reshape(-1, 6)
+
+        def state(self) -> dict[str, Any]:
+            assert self._parents is not None
+            return {"parents": self._parents}
+
+    suite = type("Suite", (AgentConformance,), {"make": lambda self: Arrays()})()
+    with pytest.raises(AttributeError, match="'list' object has no attribute 'reshape'"):
+        suite.test_takes_up_a_state()
 
 
 # the toys

@@ -137,6 +137,25 @@ class TestFamily:
             export(tmp_path / "m", tmp_path / "m.gguf", name="gguf")
 
 
+LISTED = """
+import contextlib, io, json, sys
+sys.path.insert(0, sys.argv[1])
+from ffgym.plugins import discovery, manager
+discovery.SLOW_SECONDS = 0.01
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    manager.names("criterion")
+print(json.dumps([said.getvalue(), "torch" in sys.modules]))
+"""
+
+
+def test_base_classes_import_nothing_heavy_or_nobody_is_blamed(install: Install, tmp_path: Path) -> None:
+    """That of an export format needs neither torch nor transformers, and that of a family does."""
+    install("acme-format", FORMAT.format(answer="None"))
+    assert not fresh(LISTED, tmp_path, hub=tmp_path)[1]
+    install("acme-family", FAMILY.format(name="starcoder2"))
+    assert "acme-family" not in fresh(LISTED, tmp_path, hub=tmp_path)[0]
+
+
 def test_a_family_that_transformers_does_not_know_stops_nobody_else(install: Install, tmp_path: Path) -> None:
     install("acme-family", FAMILY.format(name="no-such-architecture"))
     with pytest.raises(PluginError, match=r"'no-such-architecture' \(package acme-family 1\.0\)"):
