@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +134,13 @@ def refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
         ]
     except Exception:
         return 0
+    if "split.count" in fields and (parts := int(fields["split.count"].contents())) > 1:
+        joined = re.sub(r"-\d+-of-\d+$", "", path.stem) + ".gguf"
+        raise ModelError(
+            f"{str(path)!r} is one of {parts} parts of a GGUF",
+            hint=f"Join them with llama.cpp, and name what it writes: llama-gguf-split --merge "
+            f"{shlex.quote(str(path))} {shlex.quote(joined)}",
+        )
     for size in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
         field = fields.get(f"{architecture}.{size}")
         if field is not None and field.types[0] == gguf.GGUFValueType.ARRAY:

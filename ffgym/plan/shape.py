@@ -141,7 +141,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
     return ModelShape(
         family.name,
         sum(parameter.numel() for parameter in model.parameters()),
-        model.get_input_embeddings().weight.shape[1],
+        config.hidden_size,  # an OPT may have narrower embeddings
         model.get_output_embeddings().weight.shape[0],
         tuple(family.sublayers(model)),
         int(config.max_position_embeddings),

@@ -280,6 +280,18 @@ def test_a_damaged_gguf_is_an_error_and_leaves_nothing(tmp_path):
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 
+def test_a_part_of_a_gguf_says_how_to_join_them(tmp_path):
+    path = tmp_path / "tiny-00001-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint16("split.count", 3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="one of 3 parts") as caught:
+        load(str(path), device="cpu")
+    assert caught.value.hint.endswith(f"--merge {path} tiny.gguf")
+
+
 def test_a_gguf_that_lacks_weights_is_an_error(gguf_file, tmp_path):
     renamed = tmp_path / "tiny.gguf"
     renamed.write_bytes(gguf_file.read_bytes().replace(b"blk.1.ffn_down.weight", b"blk.1.ffn_gone.weight"))

@@ -91,6 +91,14 @@ def test_a_config_gives_the_shape_of_the_model(family: str, tmp_path: Path) -> N
     assert shape.hidden == model.config.hidden_size
 
 
+def test_embeddings_may_be_narrower_than_the_layers(tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 128}
+    folder = folder_of(
+        {"model_type": "opt", "word_embed_proj_dim": 32, "do_layer_norm_before": False, **wide}, tmp_path
+    )
+    assert shape_of(config_of(str(folder)), "opt").hidden == 64
+
+
 def test_the_demo_is_planned_from_the_sizes_that_its_file_has() -> None:
     shape = shape_of(config_of("demo"), "demo")
     assert shape.parameters == 134_515_008
