@@ -23,6 +23,8 @@ LAYER = re.compile(r"(?:model\.)?(?:decoder\.)?layers\.(\d+)\.")
 MOST_LAYERS = 10_000  # where no weights are there to count them
 POSITIVE = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
+ADAPTER = "adapter_config.json"
+MERGE = "Merge it: merge_and_unload of PEFT's model, then save_pretrained into another folder"
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -56,6 +58,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not config.is_file():
         if (folder / "model" / "config.json").is_file():
             raise ModelError(f"{str(folder)!r} is the folder of a run", hint=f"Name {str(folder / 'model')!r}.")
+        if (folder / ADAPTER).is_file():
+            raise ModelError(f"folder {str(folder)!r} holds an adapter without its model", hint=f"{MERGE}.")
         raise ModelError(
             f"folder {str(folder)!r} holds no model: config.json is missing",
             hint="Name a folder that save_pretrained wrote.",
@@ -112,12 +116,11 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = MODEL_CONFIG.read(folder / "config.json")
-    if not any_family and (folder / "adapter_config.json").is_file():
+    if not any_family and (folder / ADAPTER).is_file():
         raise ModelError(
             f"folder {str(folder)!r} holds an adapter: where PEFT is installed, transformers puts it on the model that "
-            "adapter_config.json names, and leaves out the weights beside it",
-            hint="Merge it (merge_and_unload, then save_pretrained into another folder). If these weights hold it "
-            "already, delete adapter_config.json.",
+            f"{ADAPTER} names, and leaves out the weights beside it",
+            hint=f"{MERGE}. If these weights hold it already, delete {ADAPTER}.",
         )
     try:
         shapes = _shapes(folder)

@@ -419,7 +419,10 @@ def test_an_adapter_is_never_unpickled(checkpoint):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_adapter_beside_the_weights_is_refused(checkpoint, streamed):
     (checkpoint / "adapter_config.json").write_text("{}")  # of another model, which transformers would load
-    with pytest.raises(ModelError, match="holds an adapter"):
+    with pytest.raises(ModelError, match="holds an adapter: "):
+        load(str(checkpoint), device="cpu", dtype="float32", streamed=streamed)
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(ModelError, match="holds an adapter without its model"):
         load(str(checkpoint), device="cpu", dtype="float32", streamed=streamed)
 
 
