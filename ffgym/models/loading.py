@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from ffgym.data.assets import SMOLLM2, fetch
-from ffgym.data.cache import sha256
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import (
     MOST_LAYERS,
@@ -25,7 +24,7 @@ from ffgym.models.checkpoint import (
     read_config,
     weight_files,
 )
-from ffgym.models.dequantise import converted, dequantised, refuse_what_would_be_lost
+from ffgym.models.dequantise import converted, dequantised, digest_of, refuse_what_would_be_lost
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import explained
@@ -324,7 +323,7 @@ def _locate(name: str, *, any_family: bool = True) -> _Source:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model file {name!r} does not exist", hint="Check the path.")
-        folder = dequantised(path, sha256(path), any_family=any_family)
+        folder = dequantised(path, digest_of(path), any_family=any_family)
         return _Source(f"{path.name}, dequantised from GGUF", folder)
     if path.is_dir():
         check_folder(path)
