@@ -7,9 +7,11 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,14 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 # what comes out
+
+
+def test_another_report_text_is_measured_as_the_bench_measures_its_own(finished: tuple[Path, BenchTable, str]) -> None:
+    file, table, _ = finished
+    script = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "bench" / "second_text.py"))
+    again = script["measured"](file, read_bench(file).cells[0].config.data.report, Reporter(Console(quiet=True)))
+    assert again == replace(table, files=())
+    assert "| tokens |" not in script["shown"](again)
 
 
 def test_one_small_file_per_agent_and_seed_and_heuristics_run_once(finished: Any) -> None:
