@@ -44,14 +44,17 @@ class Candidate:
 
 def starting_points(env: PruningEnv, agent: Agent, target: float) -> list[Candidate]:
     """Where an agent starts, before it has searched: the prior, and what the policy recommends that it was given."""
-    starts = []
-    if agent.searches and agent.prior_mean is not None:
-        starts.append(("prior", _prior(agent, agent.prior_mean, target)))
-    if agent.searches and agent.policy_sublayers is not None:
-        observation = np.array([target, 1.0], dtype=np.float32)
-        recommended = check_recommendations(agent, observation, len(env.budget.sublayers))
-        starts += [("given policy", importance) for importance in recommended[:1]]
+    if not agent.searches:
+        return []
+    starts = [] if agent.prior_mean is None else [("prior", _prior(agent, agent.prior_mean, target))]
+    if agent.policy_sublayers is not None:
+        starts += [("given policy", importance) for importance in _recommended(env, agent, target)[:1]]
     return [Candidate(start, env.budget.project(start, target), origin) for origin, start in starts]
+
+
+def _recommended(env: PruningEnv, agent: Agent, target: float) -> list[np.ndarray]:
+    """Importances that the agent recommends now, each of shape (2L,), float32."""
+    return check_recommendations(agent, np.array([target, 1.0], dtype=np.float32), len(env.budget.sublayers))
 
 
 def _prior(agent: Agent, mean: np.ndarray, target: float) -> np.ndarray:
@@ -108,8 +111,7 @@ def finalists(
         target: the sparsity that they are for.
         reach: under a range of budgets, how far from the target the update of an episode may have been.
     """
-    observation = np.array([target, 1.0], dtype=np.float32)
-    proposals = [(action, "policy") for action in check_recommendations(agent, observation, len(env.budget.sublayers))]
+    proposals = [(action, "policy") for action in _recommended(env, agent, target)]
     eligible = hardest(history if reach is None else near(history, target, reach))
     standing = sorted(eligible, key=lambda episode: episode.reward, reverse=True)
     proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
