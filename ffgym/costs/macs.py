@@ -32,7 +32,14 @@ class Macs(Resource):
         from ffgym.models.families import family_of
 
         head, family = model.get_output_embeddings(), family_of(model)
-        inside = {module for layer in family.layers(model) for module in layer.modules()} | {head}
+        layers = family.layers(model)
+        inside = {module for layer in layers for module in layer.modules()} | {head}
         between = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in inside]
-        experts = sum(s.experts_per_token * (s.unit_params - s.unit_macs) for s in family.sublayers(model))
+        mixtures = filter(None, map(family.expert_modules, layers))
+        experts = sum(
+            router.top_k * parameter.numel() // owner.num_experts
+            for owner, router in mixtures
+            for parameter in owner.parameters()
+            if parameter.ndim == 3  # a matrix for each expert; their biases have a dimension less
+        )
         return float(head.weight.numel() + experts + sum(linear.weight.numel() for linear in between))

@@ -80,6 +80,13 @@ def test_counted_by_hand():
     assert size["kv"] == 3 * 2 * 2 * 8 * 4
 
 
+def test_of_experts_the_matrices_that_a_token_meets_are_multiplied_and_their_biases_are_not():
+    """gpt-oss: 6 experts in every layer, 2 to a token, all with biases; the rest is that of the llama above."""
+    size = meter_of(PrunableModel(tiny_model("gpt_oss")), context=10)((1, 6) * 3)
+    attention, router, experts = 32 * (32 + 16 + 16 + 32), 6 * 32, 2 * 3 * 32 * 48
+    assert size["macs"] == 3 * (attention + router + experts + 2 * 4 * 8 * 10) + 128 * 32
+
+
 def test_macs_are_what_the_profiler_counts():
     """FLOPs of the last of 16 tokens' linear layers, counted by torch on the cut model."""
     from torch.utils.flop_counter import FlopCounterMode
