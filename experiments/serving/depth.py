@@ -50,7 +50,8 @@ def main(table: Path, sparsity: float, folder: Path) -> None:
         prunable.cut(units, calibrated=False)
         return evaluate(prunable.model, windows).loss
 
-    now, prices = loss(kept), dict.fromkeys(range(len(kept)), -math.inf)
+    # All but the attention of layer 0, where transformers reads the length of the KV cache: no checkpoint can lack it.
+    now, prices = loss(kept), dict.fromkeys(range(1, len(kept)), -math.inf)
     while True:
         known: dict[int, float] = {}
         while (best := min(prices, key=lambda index: prices[index])) not in known:
