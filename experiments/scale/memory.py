@@ -69,8 +69,15 @@ STAGES = {
     "search": "search",
     "report": "report",
     "sequential": "sequential",
+    "choose the refit": "sequential",
 }
+"""The plan's stage by the beginning of what a run's progress calls its own."""
 RSS = re.compile(r"RssAnon:\s*(\d+) kB")
+
+
+def stage_of(label: str) -> str:
+    """The plan's stage of a label in a run's progress; the label itself where the plan has none."""
+    return next((stage for start, stage in STAGES.items() if label.startswith(start)), label)
 
 
 def configuration(name: str) -> Any:
@@ -117,7 +124,7 @@ def measure(arguments: list[str], environment: dict[str, str]) -> dict[str, dict
             print(f"  {line.rstrip()}", file=sys.stderr)
             label = line.partition(": done in ")[0] if ": done in " in line else None
             if label is not None:
-                close(next((stage for start, stage in STAGES.items() if label.startswith(start)), "load"))
+                close(stage_of(label))
 
     reader = threading.Thread(target=read)
     reader.start()
