@@ -336,11 +336,12 @@ def test_the_pruned_model_is_a_logged_model_that_mlflow_loads_and_answers_with(
     stored = load_file(finished.folder / "model" / "model.safetensors")
     assert weights
     assert all(torch.equal(tensor, stored[name]) for name, tensor in weights.items())
-    shutil.copytree(logged.artifact_location, tmp_path / "copy")
+    ((store, serve),) = re.findall(r"^\$ MLFLOW_TRACKING_URI=(\S+) (mlflow models serve .*)$", guide, re.MULTILINE)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     (tmp_path / "input.json").write_text('{"inputs": ["Alice"]}')
-    command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", "local"]
-    command += ["-m", str(tmp_path / "copy"), "-i", str(tmp_path / "input.json"), "-o", str(tmp_path / "output.json")]
-    subprocess.run(command, check=True, capture_output=True)
+    command = serve.replace("serve", "predict").replace("m-0123456789abcdef", logged.model_id).split()
+    command += ["-i", str(tmp_path / "input.json"), "-o", str(tmp_path / "output.json")]
+    subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
     (answer,) = json.loads((tmp_path / "output.json").read_text())["predictions"]
     assert answer.startswith("Alice")
 
