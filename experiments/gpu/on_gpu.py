@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,11 +140,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="8B")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--work", type=Path, default=Path("gpu-work"), help="folder for the model and its store")
+    parser.add_argument("--work", type=Path, default=Path(), help="where there is room for the model and its store")
     options = parser.parse_args()
-    os.environ |= {"FFGYM_CACHE": str(options.work / "cache"), "FFGYM_CACHE_SIZE": "1TB"}
-    folder = checkpoint(options.shape, options.work / options.shape)
-    rows = [measured(folder, options.device, streamed=streamed) for streamed in (False, True)]
+    options.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="on-gpu-", dir=options.work.resolve()) as scratch:
+        os.environ |= {"FFGYM_CACHE": str(Path(scratch, "cache")), "FFGYM_CACHE_SIZE": "1TB"}
+        folder = checkpoint(options.shape, Path(scratch, options.shape))
+        rows = [measured(folder, options.device, streamed=streamed) for streamed in (False, True)]
     name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else str(options.device)
     head = ["layers", "preparing", f"an update of {EPISODES}", "refits of it", "peak memory", "planned"]
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
@@ -154,7 +156,6 @@ def main() -> None:
     print(table)
     if options.shape != "tiny":
         (Path(__file__).parent / f"{options.shape}.md").write_text(table + "\n", encoding="utf-8")
-    shutil.rmtree(options.work)
 
 
 if __name__ == "__main__":

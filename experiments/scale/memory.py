@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -205,18 +206,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
     parser.add_argument("--plan", action="store_true", help="run nothing")
-    parser.add_argument("--work", type=Path, default=Path("scale-work"), help="folder for models, caches and runs")
+    parser.add_argument("--work", type=Path, default=Path(), help="where there is room for models, caches and runs")
     options = parser.parse_args()
-    file, work = HERE / "memory.json", options.work.resolve()
+    file = HERE / "memory.json"
     rows = {row["case"]: row for row in json.loads(file.read_text())} if file.exists() else {}
-    for case in [case for case in options.only if case in rows or not options.plan]:
-        print(case, file=sys.stderr)
-        row = rows[case] if options.plan else measured_case(case, work)
-        rows[case] = with_plan(row, planned(case, work))
-        ordered = [rows[name] for name in CASES if name in rows]
-        file.write_text(json.dumps(ordered, indent=1) + "\n")
-        (HERE / "memory.md").write_text(markdown(ordered))
-    shutil.rmtree(work, ignore_errors=True)
+    options.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="memory-", dir=options.work.resolve()) as scratch:
+        work = Path(scratch)
+        for case in [case for case in options.only if case in rows or not options.plan]:
+            print(case, file=sys.stderr)
+            row = rows[case] if options.plan else measured_case(case, work)
+            rows[case] = with_plan(row, planned(case, work))
+            ordered = [rows[name] for name in CASES if name in rows]
+            file.write_text(json.dumps(ordered, indent=1) + "\n")
+            (HERE / "memory.md").write_text(markdown(ordered))
 
 
 if __name__ == "__main__":

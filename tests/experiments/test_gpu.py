@@ -17,10 +17,11 @@ def test_it_measures_both_placements(
     monkeypatch.syspath_prepend(str(FOLDER))
     for name in ("FFGYM_CACHE", "FFGYM_CACHE_SIZE"):
         monkeypatch.setenv(name, "")  # put back afterwards
-    work = tmp_path / "work"
+    (work := tmp_path / "work").mkdir()
+    (work / "mine.txt").touch()
     monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--shape", "tiny", "--device", "cpu", "--work", str(work)])
     importlib.import_module("on_gpu").main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["| in memory", "| streamed"]
     assert all(row[1].endswith(" s") and "%" in row[3] for row in rows)
-    assert not work.exists()
+    assert [path.name for path in work.iterdir()] == ["mine.txt"]
