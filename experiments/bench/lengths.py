@@ -34,8 +34,8 @@ def table(file: Path) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * len(header)]
     for label, tokens, means in rows:
         marks = zip(means, tokens, header, strict=True)
-        cells = [f"{mean}" if at == named else f"{mean} ({at:,.0f})" for mean, at, named in marks]
-        lines.append(f"| {' | '.join([label, *cells])} |")
+        shown = [f"{mean}" if at == named else f"{mean} ({at:,.0f})" for mean, at, named in marks]
+        lines.append(f"| {' | '.join([label, *shown])} |")
     return "\n".join(lines)
 
 

@@ -173,8 +173,8 @@ class Bed:
     """The model and text that all cells share, and pruned copies of the model as users would load them."""
 
     def __init__(self, spec: Experiment, config: RunConfig, scratch: Path, reporter: Reporter) -> None:
-        heuristics = [(name, {}) for name in spec.allocations.values() if not name.endswith(".json")]
-        self.space = task.open_task(config, heuristics, reporter)
+        rules = [name for name in spec.allocations.values() if not name.endswith(".json")]
+        self.space = task.open_task(config, [(name, {}) for name in rules], reporter)
         self.spec, self.reporter, self._scratch = spec, reporter, scratch
         self._dense: list[float] = []
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +28,7 @@ WINDOW, SEARCH_WINDOWS, RESERVED, DEVELOPMENT_WINDOWS = 1024, 128, 32, 32
 EPISODE_TOKENS = 2 * WINDOW
 
 
-def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, dict[str, object]]) -> None:
+def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, Any]) -> None:
     """Search, measure and write results/NAME-PERCENT-seedN.json."""
     search = {
         "episode_tokens": EPISODE_TOKENS,

@@ -70,8 +70,7 @@ def prepared(folder: Path, windows: torch.Tensor, device: torch.device, *, strea
     key = store_key(model, criterion, windows, {}, stream)
 
     def make(on_layer: OnLayer) -> Prepared:
-        options = {"ridge": RIDGE, "tokens_per_batch": size}
-        return prepare(model, criterion, windows, source=stream, on_layer=on_layer, **options)
+        return prepare(model, criterion, windows, ridge=RIDGE, tokens_per_batch=size, source=stream, on_layer=on_layer)
 
     return opened_or_prepared(key, model, make, {"model": folder.name}, lambda line: None, stream)
 

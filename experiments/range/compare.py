@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -36,9 +36,9 @@ from ffgym.pipeline.task import give_prior, on_report, open_task, search_setting
 from ffgym.prepare import configured
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.figures import new_figure, save_figure, tidy
-from ffgym.report.progress import Reporter
+from ffgym.report.progress import Reporter, Stage
 from ffgym.search.loop import search_front
-from ffgym.types import JSONDict
+from ffgym.types import Episode, JSONDict
 
 ONE = "one policy"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -148,6 +148,11 @@ def read_result(search: Search) -> Result | None:
     return result
 
 
+def advanced(stage: Stage) -> Callable[[Episode], None]:
+    """What moves the progress bar on after an episode."""
+    return lambda episode: stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
+
+
 def compute(searches: Sequence[Search], reporter: Reporter) -> None:
     """Run every search; all share one prepared model."""
     prior = searches[0].config.prior
@@ -172,7 +177,7 @@ def compute(searches: Sequence[Search], reporter: Reporter) -> None:
                 config.targets,
                 seed=config.seed,
                 log=log,
-                on_episode=lambda e, stage=stage: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),
+                on_episode=advanced(stage),
             )
         points = []
         for each in found:

@@ -69,7 +69,8 @@ class SleepingCrew:
         return self._shares.get(worker, 0.0)
 
     def hear(self, seconds: float) -> list[News]:
-        heard, until = [], time.monotonic() + seconds
+        heard: list[tuple[int, News]] = []
+        until = time.monotonic() + seconds
         while not heard and (left := until - time.monotonic()) > 0:
             try:
                 heard.append(self._news.get(timeout=left))

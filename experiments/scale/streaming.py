@@ -149,7 +149,7 @@ def _digest_weights(folder: Path) -> str:
         for name in file.names:
             tensor = file.read(name)
             size += tensor.nbytes
-            tensors[name] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+            tensors[name] = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
     return f"{hashlib.sha256(json.dumps(sorted(tensors.items())).encode()).hexdigest()[:16]} ({size / 1e9:.2f} GB)"
 
 

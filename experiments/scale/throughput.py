@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -66,9 +65,9 @@ def overhead() -> None:
 def throughput(config: RunConfig) -> None:
     torch.set_num_threads(1)  # workers open what is prepared here, and have one each
     task = open_task(config, [], Reporter(Console(stderr=True)))
-    env, rng = task.env, np.random.default_rng(0)
-    actions = rng.uniform(-1, 1, (EPISODES, *env.action_space.shape)).astype(np.float32)
-    subset = tuple(range(env.episode_windows))
+    env, subset = task.env, tuple(range(task.env.episode_windows))
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(EPISODES)]
     asked = [Request(env.budget.project(action, config.prune.target).kept, subset) for action in actions]
     with connected(Workers(2), print) as cluster:
         executor = shared_executor(cluster, config, task.loaded, task.prepared, task.splits)

@@ -24,6 +24,7 @@ from ffgym.evaluation.perplexity import evaluate, predicting, token_losses
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import check_importance
 from ffgym.prepare.parts import build_env, load_parts, make_budget, prepare_model
+from ffgym.pruning.calibration import NestedRidge
 
 TOKENS = 4096
 REPETITIONS = 9
@@ -72,7 +73,7 @@ def main() -> None:
     env = build_env(config, prepared, splits.search.windows, make_budget(config, loaded.model), loaded)
     prunable = prepared.prunable
     heuristic = manager.create("heuristic", "mlp-first", {"spare_first": 3, "spare_last": 1})
-    allocation = env.budget.project(check_importance(heuristic, prepared.views), config.prune.sparsity)
+    allocation = env.budget.project(check_importance(heuristic, prepared.views), config.prune.target)
     subset = tuple(range(TOKENS // config.data.window))
     windows = splits.search.windows[list(subset)]
     batch = env.tokens_per_batch
@@ -105,7 +106,8 @@ def main() -> None:
     print(f"episode / dense    {statistics.median(ratio):.3f}, wanted at most 1.0")
     print(f"forward / dense    {statistics.median(floor):.3f}, the floor")
     print(f"calibration share  {statistics.median(share):.3f} of the episode, wanted at most 0.10")
-    factors = sum(half.path.bytes for half in prunable.halves if half.path is not None)
+    paths = [half.path for half in prunable.halves if isinstance(half.path, NestedRidge)]
+    factors = sum(factor.nbytes for path in paths for factor in path.factors.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory        {megabytes(peak)}: {megabytes(before)} with model and text loaded, then")
     print(f"                   {megabytes(factors)} of factors; beyond both {megabytes(peak - before - factors)}")

@@ -371,13 +371,11 @@ def markdown(found: Analysis) -> str:
         right = questions([row])
         shares = [float(accuracy(right)[0]), *(float(right[task].mean()) for task in tasks)]
         ratio = np.exp(row["dense_loss"] - row["loss"])
-        cells = [f"{100 * share:.1f} %" for share in shares]
-        lines.append(f"| {row['source']} | {row['seed']} | {ratio:.3f} | " + " | ".join(cells) + " |")
+        percents = " | ".join(f"{100 * share:.1f} %" for share in shares)
+        lines.append(f"| {row['source']} | {row['seed']} | {ratio:.3f} | {percents} |")
     for pair in found.winners:
-        cells = [pair.mean.text(100, 1), *(pair.by_task[task].text(100, 1) for task in tasks)]
-        lines.append(
-            f"| {pair.reward} minus {pair.baseline}, points | mean of {pair.seeds} | | " + " | ".join(cells) + " |"
-        )
+        points = " | ".join([pair.mean.text(100, 1), *(pair.by_task[task].text(100, 1) for task in tasks)])
+        lines.append(f"| {pair.reward} minus {pair.baseline}, points | mean of {pair.seeds} | | {points} |")
     return "\n".join(lines) + "\n"
 
 

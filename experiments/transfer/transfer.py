@@ -46,7 +46,7 @@ from ffgym.prepare.parts import budget_in, make_reward, make_schedule, task_exam
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 from ffgym.search.loop import search_front
-from ffgym.types import Episode, Evaluation
+from ffgym.types import Episode, Evaluation, JSONDict
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
 
@@ -137,7 +137,7 @@ class Bench:
     def __init__(self, settings: Settings, reporter: Reporter) -> None:
         self.settings, self.reporter = settings, reporter
         config = settings.config(next(iter(settings.rewards)), settings.seeds[0])
-        rules = [(name, {}) for name in settings.heuristics]
+        rules: list[tuple[str, JSONDict]] = [(name, {}) for name in settings.heuristics]
         prior = [] if config.prior.name == "none" else [(config.prior.name, config.prior.options)]
         self.space = task.open_task(config, [*rules, *prior], reporter)
         self.rewards = {
@@ -247,7 +247,11 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
                 log=log,
                 on_episode=lambda e: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),
             )
-        winner = {"digest": digest, "kept": list(found.best.allocation.kept), "origin": found.best.origin}
+        winner: dict[str, Any] = {
+            "digest": digest,
+            "kept": list(found.best.allocation.kept),
+            "origin": found.best.origin,
+        }
         winner |= {"search_tokens": found.search_tokens, "final_tokens": found.final_tokens}
         winner |= {"episodes": len(found.history), "seconds": round(found.seconds, 1)}
         done.write_text(json.dumps(winner) + "\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 """Two settings that `develop.py` has searched with, seed by seed on the same windows.
 
-python experiments/development/compare.py NAME OTHER
+python experiments/development/paired.py NAME OTHER
 
 Without OTHER, what searches recommend that have tried units is held against where their slopes ended.
 """
