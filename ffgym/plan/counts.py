@@ -25,8 +25,9 @@ TRACKING = 100_000_000  # what drawing pictures and saving load in addition; mea
 # keeps for each of the products that were used last; both measured.
 KERNELS, LAST_KERNELS = 800_000, 400_000
 # Bytes for each entry of an n x n moment while `ffgym.prepare.paths` chooses a lambda: two covariances and a moment in
-# float32, and of 3/4 of the channels a copy and its factor; in float64 the moment, unless the consumer is wide.
-FACTORISING, FACTORISING_WIDE = 25, 17
+# float32, and of 3/4 of the channels a copy and its factor. A narrow consumer's moment is in float64, and a wide one's
+# copy becomes its factor.
+FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 # The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, with LAPACK's copies of them;
 # measured.
@@ -235,8 +236,11 @@ def factorise(shape: ModelShape, load: Workload) -> Operations:
     m = shape.hidden
     for sublayer in shape.sublayers:
         n = sublayer.channels
-        own = 2 * n**3 / 3 + 2 * m * n**2
-        float32, float64 = (float32 + own, float64) if n > WIDE else (float32, float64 + own)
+        own = 2 * n**3 / 3
+        if n > WIDE:
+            float32 += own + m * n**2
+        else:
+            float64 += own + 2 * m * n**2
         if load.choose_ridge:
             k, rows = 3 * n // 4, min(HELD_OUT_ROWS, load.calibration_tokens)
             float32 += TRIED * (k**3 / 3 + 2 * SKETCHED * k * (k + rows))

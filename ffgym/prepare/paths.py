@@ -207,7 +207,7 @@ def _build_path(
     refit = NestedRidge(weight, moments.moment(centred=half.affine), ridge, mean, bias)
     consumer = Consumer(weight, bias, moments.mean, moments.covariance, ridge, refit)
     half.path = path_of(calibration, consumer, half.sublayer.name)
-    energy = _output_energy(weight, moments)
+    energy = _output_energy(weight, moments, ridge, refit.removal_error, centred=half.affine)
     stats = _stats(moments, gradients, keep)
     return ridge, view_of(half, scores[order], stats, refit.removal_error, energy, refit)
 
@@ -238,11 +238,18 @@ def some_rows(inputs: torch.Tensor) -> torch.Tensor:
     return inputs[chosen.sort().values.to(inputs.device)]
 
 
-def _output_energy(weight: torch.Tensor, moments: InputMoments) -> float:
-    """E||W x||^2 of a consumer's dense weight, shape (m, n)."""
-    W = weight.float()
-    mean_output = in_float64(W) @ moments.mean
-    return float(((W @ moments.covariance) * W).sum()) + float(mean_output.square().sum())
+def _output_energy(
+    weight: torch.Tensor, moments: InputMoments, ridge: float, removal_error: torch.Tensor, *, centred: bool
+) -> float:
+    """E||W x||^2 of a consumer's dense weight, shape (m, n): the error without any channel, less its ridge term."""
+    squares = in_float64(moments.covariance.diagonal())
+    if not centred:
+        squares = squares + moments.mean**2
+    penalty = ridge * squares.mean() * in_float64(weight.float().square().sum(dim=0)).sum()
+    energy = removal_error[0].to(penalty) - penalty
+    if centred:
+        energy += (in_float64(weight) @ moments.mean).square().sum()
+    return float(energy)
 
 
 def view_of(

@@ -26,7 +26,19 @@ from functools import cache
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.pruning.factors import LEVELS, ROWS, as_factor, factor_dtype, grid, inverse_, packed, products_in, unpacked
+from ffgym.pruning.factors import (
+    LEVELS,
+    ROWS,
+    as_factor,
+    factor_dtype,
+    factorise_,
+    grid,
+    inverse_,
+    packed,
+    products_in,
+    times_lower,
+    unpacked,
+)
 from ffgym.pruning.precision import in_float64
 from ffgym.pruning.statistics import OVERFLOW_HINT
 
@@ -104,7 +116,7 @@ def cholesky_(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | No
     """C with C C^T = moment + ridge * scale(moment) * I.
 
     Args:
-        moment: shape (n, n), symmetric positive semi-definite up to rounding; its diagonal is overwritten.
+        moment: shape (n, n), symmetric positive semi-definite up to rounding; it may be overwritten.
         ridge: lambda, > 0.
         relative_to: in place of scale(moment); for a part of a moment, the scale of the whole.
 
@@ -117,9 +129,8 @@ def cholesky_(moment: torch.Tensor, ridge: float, relative_to: torch.Tensor | No
     if not torch.isfinite(torch.stack(torch.aminmax(moment))).all():  # NaN is the least and the greatest
         raise CalibrationError("the inputs' second moment holds NaN or infinity", hint=OVERFLOW_HINT)
     moment.diagonal().add_(ridge * (scale(moment) if relative_to is None else relative_to).to(moment))
-    lower: torch.Tensor
-    lower, info = torch.linalg.cholesky_ex(moment)
-    if int(info) != 0:
+    lower, failed = factorise_(moment)
+    if int(failed) != 0:
         raise CalibrationError(
             f"the second moment ({moment.shape[0]} channels) with ridge {ridge:g} is not positive definite",
             hint="Raise prune.ridge, or data.calibration_tokens.",
@@ -154,7 +165,7 @@ class NestedRidge(ConsumerPath):
         dtype = factor_dtype(n)
         lower = cholesky_(as_factor(moment, n), ridge)
         del moment
-        projected = as_factor(weight, n) @ lower
+        projected = times_lower(as_factor(weight, n), lower)
         removal_error = suffix_energy(in_float64(projected.square().sum(dim=0)))
         factors = {"projected": projected.to(dtype).to(device), "removal_error": removal_error}
         del projected

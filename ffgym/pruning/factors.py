@@ -16,7 +16,7 @@ from ffgym.pruning.precision import in_float64
 
 WIDE = 2048  # channels
 ROWS = 128  # of a block of the triangle
-SOLVED = 512  # rows that are inverted at once
+SOLVED = 512  # rows that are factorised, multiplied or inverted at once
 LEVELS = 16  # about as many refits on the grid, evenly spread
 
 
@@ -55,6 +55,40 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
 def as_multiplied(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Float32 numbers rounded as `products_in` the dtype rounds them, so that sums agree with products."""
     return x.bfloat16().float() if dtype is torch.bfloat16 else x
+
+
+def factorise_(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """C with C C^T = matrix, shape (n, n), and whether that failed: 0-dim, not 0 where it is not positive definite.
+
+    A wide matrix is overwritten, block column by block column. LAPACK takes another one's memory, and torch a third of
+    the time to clear what lies above the diagonal.
+    """
+    n = len(matrix)
+    if n <= WIDE:
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        return lower, failed
+    failures = []
+    for i in range(0, n, SOLVED):
+        end = min(i + SOLVED, n)
+        matrix[i:, i:end].addmm_(matrix[i:, :i], matrix[i:end, :i].T, alpha=-1)
+        own, failed = torch.linalg.cholesky_ex(matrix[i:end, i:end])
+        failures.append(failed)
+        matrix[i:end, i:end] = own
+        matrix[end:, i:end] = torch.linalg.solve_triangular(own.T, matrix[end:, i:end], upper=True, left=False)
+        matrix[i:end, end:] = 0
+    return matrix, torch.stack(failures).sum()
+
+
+def times_lower(weight: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+    """W C, shape (m, n), without most of what is zero in a wide C."""
+    n = len(lower)
+    if n <= WIDE:
+        return weight @ lower
+    product = weight.new_empty(weight.shape)
+    for i in range(0, n, SOLVED):
+        end = min(i + SOLVED, n)
+        torch.mm(weight[:, i:], lower[i:, i:end], out=product[:, i:end])
+    return product
 
 
 def inverse_(lower: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ffgym.errors import CalibrationError
 from ffgym.pruning.calibration import NestedRidge, cholesky_, scale
-from ffgym.pruning.factors import WIDE, factor_bytes, factor_dtype, grid, inverse_, packed, products_in, unpacked
+from ffgym.pruning.factors import (
+    WIDE,
+    factor_bytes,
+    factor_dtype,
+    grid,
+    inverse_,
+    packed,
+    products_in,
+    times_lower,
+    unpacked,
+)
 
 
 def lower(n, dtype=torch.float64):
@@ -31,6 +42,24 @@ class TestTriangle:
         assert factor_bytes(0, 14336) < 1.01 * 14336**2
         assert factor_dtype(WIDE) is torch.float32
         assert factor_dtype(WIDE + 1) is torch.bfloat16
+
+    def test_wide_factors_are_made_in_the_memory_of_the_moment(self):
+        n = WIDE + 100
+        x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(0))
+        moment = x.T @ x / n
+        A = moment.double() + 0.01 * scale(moment) * torch.eye(n)
+        C = cholesky_(moment, 0.01)
+        assert C.data_ptr() == moment.data_ptr()
+        assert torch.equal(C, C.tril())
+        torch.testing.assert_close(C.double() @ C.double().T, A, rtol=1e-4, atol=1e-5)
+        weight = torch.randn(3, n, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(times_lower(weight, C), weight @ C, rtol=1e-4, atol=1e-4)
+
+    def test_a_wide_moment_that_is_not_positive_definite_is_refused(self):
+        moment = torch.eye(WIDE + 100)
+        moment[WIDE, WIDE] = -1
+        with pytest.raises(CalibrationError, match="not positive definite"):
+            cholesky_(moment, 0.01)
 
     @pytest.mark.parametrize("n", [1, 511, 512, 1100])
     def test_inverse(self, n):
