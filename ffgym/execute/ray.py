@@ -22,6 +22,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, TextIO, cast
 
+import psutil
 import torch
 from rich.console import Console
 
@@ -37,6 +38,7 @@ PROBE_SECONDS = 30.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of gRPC's protocol: the preface and empty settings
 WATCH_SECONDS = 0.5
 OBJECT_STORE_BYTES = 100_000_000  # numbers are all that it holds
+END_SECONDS = 1.0  # that Ray has for ending a worker
 CALLS = 3  # that a worker answers at a time: a job, a watch, an interrupt
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -339,8 +341,7 @@ class RayCrew:
         node, process = self._processes.pop(worker, ("", 0))
         is_here = node == self._ray.get_runtime_context().get_node_id()  # Ray's client says the head's
         if process and is_here and not self._ray.util.client.ray.is_connected():
-            with contextlib.suppress(OSError):  # a stopped process does not react to Ray
-                os.kill(process, signal.SIGKILL)
+            _end(process)
 
     def share(self, worker: int) -> float:
         """How much of its job a worker has done, see `Crew`."""
@@ -404,6 +405,20 @@ def _cannot_begin(error: Exception) -> WorkerError:
         f"a worker cannot begin on its machine: {said}",
         hint="All machines need the same environment: the same ffgym with the extra 'ray', see docs/scale.md.",
     )
+
+
+def _end(process: int) -> None:
+    """Kill a worker's process that Ray was asked to end and has not, as it cannot where the process is stopped.
+
+    If it were killed before, Ray would print that a worker has died.
+    """
+    try:
+        psutil.Process(process).wait(END_SECONDS)
+    except psutil.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    except psutil.Error:
+        pass
 
 
 class _Worker:
