@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -25,19 +26,24 @@ LEFT_OUT = ("tokens", "seconds")  # of the search, which is not repeated
 def measured(file: Path, text: str, reporter: Reporter) -> BenchTable:
     """The bench's table with losses on the report split of ``text``."""
     bench = read_bench(file)
-    config = bench.cells[0].config
-    config = config.model_copy(update={"data": config.data.model_copy(update={"report": text})})
-    task = open_task(config, [], reporter)
-    dense = on_report(task, task.prepared.prunable.dense_units, "none")
-    cells = []
-    with reporter.stage(file.stem, len(bench.results)) as stage:
-        for cell in map(read_cell, bench.results):
-            found = on_report(task, cell.final.kept, "ridge")
-            final = cell.final.model_copy(update={"loss": found.loss, "losses": list(found.losses)})
-            settings = {**cell.settings, "data": {**cell.settings["data"], "report": text}}
-            cells.append(cell.model_copy(update={"settings": settings, "dense_loss": dense.loss, "final": final}))
-            stage.advance()
-    return bench_table(bench.spec.title, cells, baselines=bench.spec.baseline)
+    done = sorted((cell for cell in bench.cells if cell.path.exists()), key=lambda cell: cell.preparation)
+    results = []
+    for _, group in groupby(done, key=lambda cell: cell.preparation):
+        cells = list(group)
+        config = cells[0].config
+        config = config.model_copy(update={"data": config.data.model_copy(update={"report": text})})
+        task = open_task(config, [], reporter)
+        dense = on_report(task, task.prepared.prunable.dense_units, "none").loss
+        with reporter.stage(", ".join(sorted({cell.label for cell in cells})), len(cells)) as stage:
+            for cell in cells:
+                result = read_cell(cell.path)
+                found = on_report(task, result.final.kept, "ridge")
+                final = result.final.model_copy(update={"loss": found.loss, "losses": list(found.losses)})
+                settings = {**result.settings, "data": {**result.settings["data"], "report": text}}
+                changes = {"settings": settings, "dense_loss": dense, "final": final}
+                results.append(result.model_copy(update=changes))
+                stage.advance()
+    return bench_table(bench.spec.title, results, baselines=bench.spec.baseline)
 
 
 def shown(table: BenchTable) -> str:
