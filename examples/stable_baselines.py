@@ -22,4 +22,4 @@ print(f"reward {rewards[0]:.3f}, units kept {kept}")
 
 prunable = envs.unwrapped.env.prunable
 prunable.cut(kept)
-save_pruned(prunable, None, "sb3-model")
+save_pruned(prunable, None, "sb3-model", overwrite=True)

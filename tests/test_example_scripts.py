@@ -42,8 +42,9 @@ def test_compare(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stable_baselines(script: Any) -> None:
-    kept = script("stable_baselines.py", "run.toml")["kept"]
-    assert len(kept) == 6
+    first, second = (script("stable_baselines.py", "run.toml")["kept"] for _ in range(2))
+    assert len(first) == 6
+    assert second == first
     assert Path("sb3-model/model.safetensors").is_file()
 
 
