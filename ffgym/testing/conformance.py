@@ -120,6 +120,11 @@ class HeuristicConformance(PluginConformance):
         """Shape (2L,), finite, in [-1, 1], also for a model with one layer."""
         check_importance(self.make(), toy_views(layers, self.make().needs))
 
+    def test_takes_weights_in_bfloat16(self) -> None:
+        """Weights are in the model's dtype, which numpy and many of torch's decompositions may not know."""
+        views = toy_views(4, self.make().needs)
+        check_importance(self.make(), [replace(view, weight=view.weight.bfloat16()) for view in views])
+
     def test_same_input_same_importances(self) -> None:
         """Bit-equal, whatever the global random state."""
         views = toy_views(4, self.make().needs)

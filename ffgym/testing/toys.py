@@ -23,6 +23,7 @@ from ffgym.types import LayerStats, Sublayer, SublayerView
 
 # How far the optimum of a range moves from its middle to an end, root mean square over importances.
 DRIFT = 0.3
+UNITS = 1000  # of a sublayer: no slope is but an estimate
 
 
 class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
@@ -40,6 +41,8 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
     Attributes:
         optimum: the best action, shape (dimensions,), inside (-0.7, 0.7).
         has_slopes: slopes can be asked for.
+        units: of each sublayer, shape (dimensions,), int64.
+        coarse: which sublayers have so few units that a slope is but an estimate, shape (dimensions,), bool: none.
     """
 
     has_slopes = True
@@ -50,6 +53,8 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         self.tokens_spent = 0
         self.noise = noise
         self.optimum = np.random.default_rng(7).uniform(-0.7, 0.7, dimensions)
+        self.units = np.full(dimensions, UNITS)
+        self.coarse = np.zeros(dimensions, dtype=bool)
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
         self.single_action_space = Box(-1, 1, (dimensions,), np.float32)
         self.single_observation_space = Box(0, 1, (2,), np.float32)
@@ -66,6 +71,10 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         Returns:
             shape (batch,).
         """
+
+    def kept(self, actions: np.ndarray) -> np.ndarray:
+        """Units that actions of shape (batch, dimensions) keep, int64; there is no budget to meet."""
+        return np.rint((actions + 1) / 2 * self.units).astype(np.int64)
 
     @property
     def tokens_left(self) -> int:
@@ -96,7 +105,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         infos = {
             "final_obs": self._observations()[: len(actions)],
             "_final_obs": done,
-            "final_info": {"slopes": self._slopes(offsets)},
+            "final_info": {"kept": self.kept(actions), "slopes": self._slopes(offsets)},
             "_final_info": done,
         }
         return self._observations(), rewards, done, np.zeros(len(actions), dtype=bool), infos
@@ -212,8 +221,8 @@ def toy_stats(channels: int, outputs: int, needs: frozenset[str], *, seed: int =
     x = torch.randn(tokens, channels, generator=generator) @ torch.randn(channels, channels, generator=generator)
     x = x / channels**0.5 + 0.3
     everything = {
-        "mean": x.mean(dim=0),
-        "square": x.square().mean(dim=0),
+        "mean": x.double().mean(dim=0),  # as in a run; a criterion that mixes dtypes shall fail here, too
+        "square": x.double().square().mean(dim=0),
         "second_moment": x.T @ x / tokens,
         "gradient": torch.randn(outputs, channels, generator=generator),
     }

@@ -199,9 +199,6 @@ class CoarseEnv(SeparableEnv):
         self.coarse = np.arange(dimensions) % 2 == 0
         self.units = np.where(self.coarse, 3, 1000)
 
-    def kept(self, actions):
-        return np.rint((actions + 1) / 2 * self.units).astype(int)
-
     def value(self, offsets):
         lost = 3 - self.kept(offsets + self.optimum)[:, self.coarse]
         return super().value(offsets[:, ~self.coarse]) - lost @ self.WORTH
@@ -210,11 +207,6 @@ class CoarseEnv(SeparableEnv):
         slopes = super()._slopes(offsets)
         slopes[:, self.coarse] = -self.GUESSES
         return slopes
-
-    def step(self, actions):
-        observations, rewards, *flags, infos = super().step(actions)
-        infos["final_info"]["kept"] = self.kept(actions)
-        return observations, rewards, *flags, infos
 
 
 def coarse_search(env, **options):

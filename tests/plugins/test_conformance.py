@@ -23,6 +23,7 @@ from ffgym.testing.conformance import (
     RewardConformance,
 )
 from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv, ToyEnv, toy_views
+from ffgym.types import LayerStats
 
 
 def unconfigured(self: Evolution, config: PluginConfig | None = None) -> None:
@@ -71,6 +72,9 @@ BROKEN: dict[type[PluginConformance], tuple[type[Plugin], dict[str, dict[str, An
             "test_same_input_same_importances": {
                 "importance": lambda self, views: np.random.uniform(-1, 1, len(views))
             },
+            "test_takes_weights_in_bfloat16": {
+                "importance": lambda self, views: [float(np.tanh(view.weight.numpy()[0, 0])) for view in views]
+            },
         },
     ),
     RewardConformance: (
@@ -115,7 +119,46 @@ def test_a_state_is_taken_up_as_a_run_has_stored_it() -> None:
         suite.test_takes_up_a_state()
 
 
+def test_a_criterion_that_takes_vectors_for_float32_is_caught() -> None:
+    """In a run they are float64."""
+
+    class Mixed(Magnitude):
+        name = "mixed"
+        needs = frozenset({"square"})
+
+        def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+            assert stats.square is not None
+            return weight.square() @ stats.square.diag()
+
+    suite = type("Suite", (CriterionConformance,), {"make": lambda self: Mixed()})()
+    with pytest.raises(PluginError, match="dtype"):
+        suite.test_scores_keep_the_contract()
+
+
 # the toys
+
+
+def test_toys_tell_an_agent_what_the_real_environment_tells() -> None:
+    class Curious(Evolution):
+        """Looks at all that a batch agent may look at."""
+
+        name = "curious"
+
+        def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
+            super().begin(dimensions=dimensions, batch=batch, seed=seed)
+            assert self.units is not None
+            assert self.coarse is not None
+            assert self.units.shape == self.coarse.shape == (dimensions,)
+
+        def tell(
+            self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, kept: np.ndarray | None = None
+        ) -> dict[str, float]:
+            assert kept is not None
+            assert kept.shape == actions.shape
+            return {"kept": float((kept / self.units).mean())} | super().tell(observations, actions, rewards)
+
+    suite = type("Suite", (AgentConformance,), {"make": lambda self: Curious()})()
+    suite.test_reports_every_update()
 
 
 @pytest.mark.parametrize("toy", [SeparableEnv, QuadraticEnv, RuggedEnv])
