@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ffgym.report.layout import STAR, Column, Table, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
@@ -57,7 +57,7 @@ class Row:
     sparsity_prunable: float
     sparsity_model: float
     costs: tuple[Cost, ...]
-    losses: tuple[float, ...] = ()
+    losses: tuple[float, ...] = field(default=(), repr=False)
     note: str = ""
     is_heuristic: bool = False
     is_found: bool = False

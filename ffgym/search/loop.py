@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +55,9 @@ class SearchResult:
     """
 
     best: Candidate
-    finalists: tuple[Candidate, ...]
+    finalists: tuple[Candidate, ...] = field(repr=False)
     dense_loss: float | None
-    history: tuple[Episode, ...]
+    history: tuple[Episode, ...] = field(repr=False)
     search_tokens: int
     final_tokens: int
     seconds: float
