@@ -231,12 +231,15 @@ def log_splits(tracker: Tracker, splits: Splits) -> None:
 
 def run_tags(task: Task, agent: Agent) -> dict[str, str]:
     """MLflow tags: versions, device, dtype, threads, and which package each plugin is from."""
-    config = task.config
+    config, calibration = task.config, task.config.prune.calibration
     used: dict[str, Any] = {
         f"agent.{config.agent.name}": agent,
+        f"calibration.{calibration}": manager.get_class("calibration", calibration),
         f"criterion.{config.criterion.name}": manager.get_class("criterion", config.criterion.name),
         f"reward.{config.reward.name}": task.env.reward,
     }
+    for resource in (config.prune.resource, *task.env.prices):
+        used[f"resource.{resource}"] = manager.get_class("resource", resource)
     if config.prior.name != "none":
         used[f"heuristic.{config.prior.name}"] = manager.get_class("heuristic", config.prior.name)
     plugins = {name: str(manager.package_of(plugin)) for name, plugin in used.items()}

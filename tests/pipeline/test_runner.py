@@ -371,9 +371,17 @@ def test_versions_and_plugins_are_tags(tracked: Any) -> None:
     tags = tracked.data.tags
     for package in ("ffgym", "torch", "transformers"):
         assert tags[f"version.{package}"]
-    for plugin in ("agent.reinforce", "criterion.wanda", "reward.perplexity", "heuristic.mlp-first"):
+    main = ("agent.reinforce", "criterion.wanda", "reward.perplexity", "heuristic.mlp-first")
+    for plugin in (*main, "calibration.ridge", "resource.params"):
         assert tags[f"plugin.{plugin}"].startswith("ffgym ")
     assert (tags["device"], tags["dtype"], int(tags["threads"])) == ("cpu", "float32", torch.get_num_threads())
+
+
+def test_a_notebook_that_shows_the_result_is_not_flooded_with_its_episodes(finished: Finished) -> None:
+    shown = repr(finished.result)
+    assert "perplexity" in shown
+    assert len(shown) < 6000
+    assert not any(word in shown for word in ("Episode(", "losses=", "finalists="))
 
 
 # the same again, and other settings
