@@ -47,8 +47,13 @@ def list_names(
         print_columns(manager.names(_PLURALS[kind]).items())
         if kind == "corpora":
             typer.echo(f"A corpus is also a file, a folder or a hub id; a list of corpora is a mixture: {EXAMPLE}")
-    if broken := [record.name for record in manager.records() if record.failure is not None]:
-        typer.echo(f"plugins that could not be loaded: {', '.join(broken)}; `ffgym plugins` says why", err=True)
+    failed = [record for record in manager.records() if record.failure is not None]
+    for what, which in (
+        ("could not be loaded", [record.name for record in failed if not record.provides]),
+        ("provide a name that is taken", [record.name for record in failed if record.provides]),
+    ):
+        if which:
+            typer.echo(f"plugins that {what}: {', '.join(which)}; `ffgym plugins` says why", err=True)
 
 
 @app.command()
@@ -93,7 +98,8 @@ def plugins(
     look = {"overflow": "fold"}
     columns = [Column(head, itemgetter(i), left=True, once=i < 2, look=look) for i, head in enumerate(heads)]
     notes = [f"{record.name} FAILED: {record.failure}" for record in records if record.failure is not None]
-    notes += ["`ffgym plugins --traceback NAME` shows where."] if notes else []
+    if any(record.failure is not None and not record.provides for record in records):
+        notes.append("`ffgym plugins --traceback NAME` shows where.")
     Console().print(Table(columns, rows, notes))
 
 

@@ -266,8 +266,8 @@ def make_reward(config: RunConfig) -> Reward:
             raise ConfigError(
                 f"reward {config.reward.name!r} weighs {resource}, and the budget is in {resource}: it costs the "
                 "same whatever the allocation",
-                hint=f"Weigh another resource ({', '.join(manager.names('resource').keys() - {resource})}), or "
-                "prune another.",
+                hint="Weigh another resource "
+                f"({', '.join(name for name in manager.names('resource') if name != resource)}), or prune another.",
             )
     for name in BUILTINS["resource"]:
         if name not in (config.prune.resource, *weighed) and named_table(config, name) is not None:

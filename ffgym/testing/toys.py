@@ -74,7 +74,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
 
     def kept(self, actions: np.ndarray) -> np.ndarray:
         """Units that actions of shape (batch, dimensions) keep, int64; there is no budget to meet."""
-        return np.rint((actions + 1) / 2 * self.units).astype(np.int64)
+        return np.asarray(np.rint((actions + 1) / 2 * self.units), dtype=np.int64)
 
     @property
     def tokens_left(self) -> int:

@@ -377,6 +377,21 @@ def test_plugins_shows_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nobody" not in listed.stdout
 
 
+def test_a_plugin_whose_name_is_taken_did_not_fail_anywhere(install: Callable[..., None]) -> None:
+    """It was loaded, so that no traceback shows more than the failure itself."""
+    install(
+        "acme-wanda",
+        "import ffgym\nclass Wanda(ffgym.Criterion):\n    name = 'wanda'\n    def score(self, weight, stats):\n"
+        "        return weight\n@ffgym.hookimpl\ndef ffgym_criteria():\n    return [Wanda]\n",
+    )
+    text = call("plugins").stdout
+    assert "criterion 'wanda' is a built-in, which is used" in " ".join(text.split())
+    assert "--traceback" not in text
+    listed = call("ls", "criteria").stderr
+    assert "plugins that provide a name that is taken: acme-wanda-entry" in listed
+    assert "could not be loaded" not in listed
+
+
 @pytest.mark.parametrize(("complaints", "status"), [([], 0), (["the space is odd"], 1)])
 def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaints: list[str], status: int) -> None:
     seen: list[RunConfig] = []
