@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
         if cell.path.exists():
             stored = read_cell(cell.path)
             changed = configured.changed_since(stored.settings, cell.config) + unanswered(stored, cell)
-            changed += _outgrown(stored.editions, configured.editions(cell.config))
+            changed += configured.outgrown(stored.editions, cell.config)
             policy = policy_digest(cell.config)
             if None not in (policy, stored.policy) and policy != stored.policy:
                 changed.append(f"search.init_from = {cell.config.search.init_from!r} holds another policy now")
@@ -82,15 +82,6 @@ def _check_measurements(cell: Cell) -> None:
                 "processes that measure the model at once, would each count their own",
                 hint=hint if key else "Take a resource that has a price per unit.",
             )
-
-
-def _outgrown(stored: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
-    """The plugins whose edition, and so their numbers, differ from those of a stored result; by table."""
-    return [
-        f"the plugin of [{table}] was of edition {stored.get(table, 1)} and is of edition {now.get(table, 1)} now"
-        for table in sorted({*stored, *now})
-        if stored.get(table, 1) != now.get(table, 1)
-    ]
 
 
 def unanswered(stored: CellResult, cell: Cell) -> list[str]:

@@ -196,11 +196,13 @@ class RunRecord:
         mlflow_run: the MLflow run that they write to; ``None`` where there is none.
         dtype: what ``model.dtype = "auto"`` chose; ``None`` where the model has not been loaded.
         results: names of the table and the models that the finished run left; empty before that.
+        editions: of its plugins, those beyond the first; ``None`` where an earlier version began the run.
     """
 
     mlflow_run: str | None = None
     dtype: str | None = None
     results: tuple[str, ...] = ()
+    editions: dict[str, int] | None = None
 
 
 RECORD = FileFormat(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
+from ffgym.errors import OutputError
 from ffgym.files import disk_errors, write_text
 from ffgym.pipeline.artifacts import REPEAT
 from ffgym.pipeline.folder import (
@@ -26,7 +27,7 @@ from ffgym.pipeline.folder import (
     saying_what_is_kept,
     write_record,
 )
-from ffgym.prepare.configured import meanings
+from ffgym.prepare.configured import editions, meanings, outgrown
 from ffgym.report.progress import Reporter
 from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker
@@ -62,12 +63,19 @@ class Session:
             resume: folder of an earlier session, reopened; ``None`` for a new run.
 
         Raises:
-            OutputError: a folder that is occupied, locked or not writable; nothing in it has changed.
+            OutputError: a folder that is occupied, locked or not writable, or whose plugins now give other numbers;
+                nothing in it has changed.
         """
         resumed, named = resume is not None, config.output.dir
         made = named is None or not Path(named).expanduser().exists()
         folder = claim_folder(config) if resume is None else resume
         earlier = read_record(folder) if resumed else RunRecord()
+        is_searched = (folder / "report.json").is_file()
+        if not is_searched and earlier.editions is not None and (changed := outgrown(earlier.editions, config)):
+            raise OutputError(
+                f"the search in {folder} cannot go on: {'; '.join(changed)}",
+                hint="Install what it was begun with, or start a new run with --config and its config.toml.",
+            )
         table = config.tracking
         with (
             folder_lock(folder),
@@ -86,7 +94,7 @@ class Session:
             disk_errors(),
             ExitStack() as ending,
         ):
-            record = RunRecord(tracker.run_id or earlier.mlflow_run, earlier.dtype, results=())
+            record = RunRecord(tracker.run_id or earlier.mlflow_run, earlier.dtype, editions=editions(config))
             overwrites = not resumed and bool(contents(folder))
             removing = removing_if_nothing_found(folder, made=made)
             session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites, removing)

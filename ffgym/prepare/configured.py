@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from pydantic import ValidationError
 
@@ -68,6 +68,16 @@ def editions(config: RunConfig) -> dict[str, int]:
     weighed = reward.resources if "cost" in reward.needs else ()
     used |= {f"reward.{resource}": get_class("resource", resource) for resource in weighed}
     return {key: cls.edition for key, cls in used.items() if cls.edition != 1}
+
+
+def outgrown(stored: Mapping[str, int], config: RunConfig) -> list[str]:
+    """How the `editions` of a configuration's plugins differ from stored ones, one line a plugin."""
+    now = editions(config)
+    return [
+        f"the plugin of [{table}] was of edition {stored.get(table, 1)} and is of edition {now.get(table, 1)} now"
+        for table in sorted({*stored, *now})
+        if stored.get(table, 1) != now.get(table, 1)
+    ]
 
 
 def _used(config: RunConfig, only: Collection[str]) -> dict[str, tuple[PluginKind, type[Plugin]]]:

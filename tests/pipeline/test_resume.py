@@ -27,6 +27,7 @@ from ffgym.errors import DataError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.folder import folder_lock, read_record
+from ffgym.rewards.perplexity import Perplexity
 from ffgym.search.log import read_log
 from ffgym.tracking.tracker import Tracker
 
@@ -94,6 +95,19 @@ def test_one_that_follows_slopes_first_ends_the_same_too(tmp_path: Path, steps: 
     steps[:] = [10**6]
     result, _ = go(config(tmp_path, **slopes), resume=tmp_path / "out")
     assert_same(result.folder, whole.folder)
+
+
+def test_a_search_does_not_go_on_with_another_edition_of_a_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    steps[0] = PER_UPDATE
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path))
+    monkeypatch.setattr(Perplexity, "edition", 2)
+    before = (tmp_path / "out" / "episodes.jsonl").read_bytes()
+    with pytest.raises(OutputError, match=r"the plugin of \[reward\] was of edition 1 and is of edition 2 now"):
+        go(config(tmp_path), resume=tmp_path / "out")
+    assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(("module", "place"), [(compare, "measured_row"), (task, "calibrate_sequentially")])
