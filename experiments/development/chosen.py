@@ -33,6 +33,8 @@ def main(name: str) -> None:
     print("| sparsity | seed | chosen | better than slopes alone by |\n|---:|---:|---|---:|")
     gained = defaultdict(list)
     for result in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+        if "slopes" not in result["kept"]:  # it has tried no units
+            continue
         sparsity, seed = result["sparsity"], result["seed"]
         config = load_config(
             data={"search_tokens": SEARCH_WINDOWS * WINDOW},

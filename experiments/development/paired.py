@@ -32,7 +32,8 @@ def gains(worse: list[float], better: list[float]) -> str:
 
 def main(name: str, other: str = "") -> None:
     one = results(name)
-    two = results(other) if other else {key: {**losses, "final": losses["slopes"]} for key, losses in one.items()}
+    tried = {key: losses for key, losses in one.items() if "slopes" in losses}  # not all searches have tried units
+    two = results(other) if other else {key: {**losses, "final": losses["slopes"]} for key, losses in tried.items()}
     other = other or "slopes alone"
     print(f"| sparsity | seed | `{name}` | `{other}` | `{name}` better by |\n|---:|---:|---:|---:|---:|")
     for sparsity in sorted({sparsity for sparsity, _ in one.keys() & two.keys()}):

@@ -70,4 +70,6 @@ def main(table: Path, sparsity: float, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if Path(sys.argv[3]).exists():  # it would be refused when the search is over
+        sys.exit(f"{sys.argv[3]} exists: name another folder, or delete it")
     main(Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[3]))

@@ -31,19 +31,20 @@ CONFIGURATION = FileFormat(
 )
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values: Any) -> RunConfig:
+def load_config(path: str | Path | None = None, overrides: str | Sequence[str] = (), **values: Any) -> RunConfig:
     """Resolve a run's configuration; later sources win: defaults, TOML file, ``overrides``, ``values``.
 
     Naming another plugin in ``overrides`` or ``values`` drops the options that the file gave to its own plugin.
 
     Args:
         path: a TOML file, or ``None``.
-        overrides: ``"table.key=value"`` strings; the value is a TOML literal, or else taken as a string.
+        overrides: one or several ``"table.key=value"``; the value is a TOML literal, or else taken as a string.
         **values: tables as dicts (``prune={"sparsity": 0.3}``) and ``seed``; ``None`` means not given.
 
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
     """
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     command_line = _merged(parsed_overrides(overrides), _given(values, RunConfig))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
     if file.keys() >= {"agents", "seeds"}:

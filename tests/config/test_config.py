@@ -34,6 +34,7 @@ def test_command_line_options_win_over_overrides_over_the_file(tmp_path: Path) -
     assert config.prune.sparsity == 0.5
     assert config.prune.min_units == 2
     assert config.search.episodes == 48
+    assert load_config(path, "prune.sparsity=0.4").prune.sparsity == 0.4
 
 
 def test_overrides_are_toml_literals_or_else_strings() -> None:
