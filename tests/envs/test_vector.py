@@ -481,9 +481,15 @@ class TestTelling:
         assert all(same_episode(a, b) for a, b in zip(*(vector.history for vector in vectors), strict=True))
         np.testing.assert_array_equal(curious.kept, [episode.kept for episode in vectors[1].history[-3:]])
 
+    class Silent(SeparableEnv):
+        def step(self, actions):
+            *rest, infos = super().step(actions)
+            del infos["final_info"]["kept"]
+            return (*rest, infos)
+
     def test_nothing_where_the_environment_does_not_say(self):
         curious = self.Curious()
-        curious.learn(SeparableEnv(2, 4, tokens=4), seed=0, on_update=lambda update: None)
+        curious.learn(self.Silent(2, 4, tokens=4), seed=0, on_update=lambda update: None)
         assert curious.kept is None
 
 
