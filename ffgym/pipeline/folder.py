@@ -232,6 +232,11 @@ def noting_results(folder: Path) -> Iterator[None]:
     write_record(folder, replace(read_record(folder), results=tuple(left)))
 
 
+def is_searched(folder: Path) -> bool:
+    """Whether the search of the run in a folder is complete, and its table written."""
+    return (folder / TABLE).is_file()
+
+
 def is_finished(folder: Path, config: RunConfig) -> bool:
     """Whether the run in a folder is finished, and its results are still there.
 

@@ -19,6 +19,7 @@ from ffgym.pipeline.folder import (
     clear_folder,
     contents,
     folder_lock,
+    is_searched,
     noting_results,
     read_record,
     remove_half_written,
@@ -70,8 +71,7 @@ class Session:
         made = named is None or not Path(named).expanduser().exists()
         folder = claim_folder(config) if resume is None else resume
         earlier = read_record(folder) if resumed else RunRecord()
-        is_searched = (folder / "report.json").is_file()
-        if not is_searched and earlier.editions is not None and (changed := outgrown(earlier.editions, config)):
+        if not is_searched(folder) and earlier.editions is not None and (changed := outgrown(earlier.editions, config)):
             raise OutputError(
                 f"the search in {folder} cannot go on: {'; '.join(changed)}",
                 hint="Install what it was begun with, or start a new run with --config and its config.toml.",
@@ -115,7 +115,7 @@ class Session:
 
     def _start(self) -> None:
         if self.resumed:
-            if (self.folder / "report.json").is_file():
+            if is_searched(self.folder):
                 self.progress.print("the search of this run is complete; only the later steps are done again")
             remove_half_written(self.folder)
         elif not self._overwrites:
