@@ -48,6 +48,7 @@ class Evolution(BatchAgent):
 
     name = "evolution"
     Config: ClassVar[type[PluginConfig]] = EvolutionConfig
+    recommendations: ClassVar[int] = 3
     least_episodes = 2
 
     def __init__(self, config: PluginConfig | None = None) -> None:

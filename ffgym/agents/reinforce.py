@@ -86,6 +86,7 @@ class Reinforce(BatchAgent):
     least_episodes = 2
     pair_text = True
     budget_conditioned: ClassVar[bool] = True
+    recommendations: ClassVar[int] = 3  # where units were tried
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
+from ffgym.plugins import manager
 from ffgym.report.progress import Reporter, clock
 from ffgym.search.finals import expected_tokens
 from ffgym.types import JSONDict
@@ -128,9 +129,11 @@ def _tokens(cell: Cell) -> int:
     """About how many tokens a cell evaluates: a rule's takes a fraction of a search's, and so does its time."""
     search, data = cell.config.search, cell.config.data
     spent = search.episodes * search.episode_tokens
-    if cell.config.agent.name == "one-shot":
+    agent = manager.create("agent", cell.config.agent.name, cell.config.agent.options)
+    if not agent.searches:
         return spent + data.report_tokens
-    return spent + expected_tokens(search.finalists, search.final_tokens) + cell.marks * data.report_tokens
+    finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations)
+    return spent + finals + cell.marks * data.report_tokens
 
 
 def _round(pair: tuple[Bench, Cell]) -> int:

@@ -35,6 +35,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         Budget(plan.shape.sublayers, min_units=prune.min_units, align=prune.align).check(prune.ends[1])
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)
+    recommended = [agent.recommendations, 1][: 1 + compared]  # of the search, and of the random draws
+    finals = [expected_tokens(search.finalists, search.final_tokens, count) for count in recommended]
     recovers, models = config.recover.method != "none", points if config.output.save_all else 1
     sequential = models * config.output.sequential
     rows, others = _report_rows(config, compared=compared)
@@ -51,7 +53,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         known_tokens=0 if store is None else window * len(KnownLosses(store / ADDED_TO)),
         start_texts=MEASURED_TEXTS if agent.searches else 0,
         finalists=search.finalists if agent.searches else 0,
-        final_tokens=-(-expected_tokens(search.finalists, search.final_tokens) // search.finalists // window) * window,
+        final_tokens=-(-sum(finals) // len(finals) // search.finalists // window) * window,
         targets=points,
         report_tokens=config.data.whole_tokens("report"),
         report_rows=rows + others + sequential + 3 * recovers,

@@ -102,7 +102,9 @@ def tracked_search(
     config, env = task.config, task.env
     settings = search_settings(config)
     size = env.episode_windows * env.window_tokens
-    finals = expected_tokens(settings.finalists, config.search.final_tokens) if agent.searches else 0
+    finals = 0
+    if agent.searches:
+        finals = expected_tokens(settings.finalists, config.search.final_tokens, agent.recommendations)
     earlier = count_episodes(log) if log.exists() else 0
     if earlier:
         progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")

@@ -174,6 +174,8 @@ class Agent(Plugin, ABC):
         least_episodes: the least number of episodes of an update.
         update_episodes: how many episodes its updates have, whatever ``search.episodes_per_update`` says; ``None`` for
             an agent that takes any number.
+        recommendations: how many allocations it recommends at most. The finals measure more tokens where they are two
+            or three, which plans and progress count.
         needs_prior: whether it cannot run without a prior.
         searches: whether it learns from episodes; ``False`` for a rule that is only measured.
         budget_conditioned: whether its proposals and recommendations follow the target sparsity in the observation.
@@ -189,6 +191,7 @@ class Agent(Plugin, ABC):
     pair_text: ClassVar[bool] = False
     least_episodes: int = 1
     update_episodes: ClassVar[int | None] = None
+    recommendations: ClassVar[int] = 1
     needs_prior: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     budget_conditioned: ClassVar[bool] = False

@@ -47,9 +47,7 @@ def run_finals(
     all_count, count = env.weighs_objectives or env.budget.tied, len(windows)
     own = count * env.window_tokens
     recommended = [i for i, candidate in enumerate(candidates[:RECOMMENDED]) if candidate.origin == "policy"]
-    total = len(candidates) * own if all_count else expected_tokens(len(candidates) - 1 - len(recommended), own)
-    if len(recommended) > 1 and not all_count:
-        total += len(recommended) * own - own // 2  # of the default, the half that decides is expected
+    total = len(candidates) * own if all_count else expected_tokens(len(candidates) - 1, own, len(recommended))
 
     def on_tokens(taken: float) -> None:
         if on_progress is not None:
@@ -78,11 +76,19 @@ def run_finals(
     return [measured.known(i, shown) for i in order], measured.dense_loss(chosen, shown), measured.tokens
 
 
-def expected_tokens(finalists: int, tokens: int) -> int:
-    """About what the finals of a search take, where ``tokens`` are reserved for them."""
-    rounds = math.ceil(math.log2(max(2, finalists)))
+def expected_tokens(finalists: int, tokens: int, recommended: int) -> int:
+    """About what the finals of a search take.
+
+    Args:
+        finalists: candidates beside what the search started from.
+        tokens: reserved for the finals: the tokens of all their windows.
+        recommended: how many of the finalists the agent recommends; the first three are measured on all windows.
+    """
+    recommended = min(recommended, RECOMMENDED)
+    rounds = math.ceil(math.log2(max(2, finalists - recommended)))
     share = 2.0**rounds / (2.0**rounds - 1.0)
-    return round(tokens / 2 * (rounds * share + 3))
+    default = 0.5 if recommended < 2 else recommended  # in tokens, as the rest: a single one only meets the last others
+    return round(tokens * (default + rounds * share / 2 + 1))
 
 
 def _thinned_out(measured: _Measured, candidates: Sequence[int], places: range) -> list[int]:

@@ -249,6 +249,18 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
     assert tokens["start"] == tokens["search"] // 8, "96 episodes of two searches; the start on 24 texts"
 
 
+def test_finals_of_several_recommendations_are_planned_with_more_tokens(tmp_path: Path) -> None:
+    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
+
+    def finals(agent: str) -> int:
+        settings = ["model.dtype=bfloat16", f"agent.name={agent}", "search.random_baseline=false"]
+        result = call(str(folder), *(each for one in settings for each in ("--set", one)), "--json")
+        assert result.exit_code == 0, result.output
+        return {each["stage"]: each["tokens"] for each in json.loads(result.stdout)["stages"]}["finals"]
+
+    assert finals("reinforce") == pytest.approx(finals("pathwise") + 2.5 * 16_384, rel=0.05)
+
+
 def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:
     folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
     result = call(str(folder), "--set", "model.dtype=bfloat16", "--set", 'data.search=["demo:c4", "mine.txt"]')

@@ -273,7 +273,8 @@ def ffgym_agents():
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value"), [("slope_episodes", -1), ("least_episodes", -1), ("update_episodes", 0)]
+    ("attribute", "value"),
+    [("slope_episodes", -1), ("least_episodes", -1), ("update_episodes", 0), ("recommendations", -1)],
 )
 def test_impossible_numbers_of_episodes_are_refused_at_creation(install: Install, attribute: str, value: int) -> None:
     install("acme-mine", AGENT.format(attribute=attribute, value=value))

@@ -21,7 +21,7 @@ from ffgym.search.finalists import (
     starting_points,
     with_every_shape,
 )
-from ffgym.search.finals import finals_windows, run_finals
+from ffgym.search.finals import expected_tokens, finals_windows, run_finals
 from ffgym.types import Evaluation
 
 
@@ -148,6 +148,12 @@ class TestChoice:
         assert len(policy) == 6
         assert not policy & thinned
         assert [c.loss is None for c in found] == [False, False, True, True, True]
+
+    @pytest.mark.parametrize("recommended", [1, 2, 3])
+    def test_tokens_are_about_what_was_expected(self, env, recommended):
+        origins = ["policy"] * recommended + [f"episode {i}" for i in range(5 - recommended)] + ["prior"]
+        _, measured = self.run(env, [self.about(1.0 + 0.1 * i) for i in range(6)], origins=origins)
+        assert expected_tokens(5, 12 * 32, recommended) == pytest.approx(32 * len(measured), rel=0.15)
 
     def test_a_broken_one_is_never_chosen(self, env):
         losses = [lambda window: math.nan, self.about(1.0), self.about(1.1)]
