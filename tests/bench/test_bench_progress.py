@@ -32,7 +32,7 @@ def bench_file(folder: Path, agents: list[str], **tables: dict[str, Any]) -> Pat
 
 def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 1,280 (finals) + 6 x 1,024: seven times as many."""
-    each = read_bench(bench_file(tmp_path, ["uniform", "random", "evolution"]))
+    each = read_bench(bench_file(tmp_path, ["uniform", "random", "cma-es"]))
     now = [0.0]
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
@@ -43,7 +43,7 @@ def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.M
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "left" not in lines[0]
     assert lines[1].endswith("random, seed 0, 2:49 left in all")  # 16,896 tokens at 100 a second
-    assert lines[2].endswith("evolution, seed 0, 1:22 left in all")
+    assert lines[2].endswith("cma-es, seed 0, 1:22 left in all")
 
 
 def written(job: Job | None, tokens_a_second: float) -> float:
@@ -55,7 +55,7 @@ def written(job: Job | None, tokens_a_second: float) -> float:
 
 
 def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = read_bench(bench_file(tmp_path, ["random", "evolution", "cma-es", "bayesian"]))
+    each = read_bench(bench_file(tmp_path, ["random", "pathwise", "cma-es", "bayesian"]))
     now = [0.0]
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
@@ -67,7 +67,7 @@ def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, m
     each.cells[2].path.touch()  # cma-es: written by the other bench
     queue.take(0)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines[1].endswith("evolution, seed 0"), "nothing has been computed that could tell how long it takes"
+    assert lines[1].endswith("pathwise, seed 0"), "nothing has been computed that could tell how long it takes"
     assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, 1:22 left in all")
 
 
