@@ -359,7 +359,7 @@ class Tracker:
         if interrupted:
             reason, tag = "Ctrl-C, or the system's request to end", INTERRUPTION_TAG
         else:
-            reason, tag = masked(f"{type(error).__name__}: {error}", self._uri), FAILURE_TAG
+            reason, tag = masked(f"{type(error).__name__}: {error}"), FAILURE_TAG
         page = f"**{'Interrupted' if interrupted else 'Failed'}:** {reason}"
         tags = {tag: reason}
         if self._again and self._unsent.parent.exists():  # a run that found nothing leaves no folder
