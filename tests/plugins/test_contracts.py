@@ -185,7 +185,6 @@ def test_a_reward_below_its_worst_would_make_breaking_the_model_pay() -> None:
     ("attribute", "value", "said"),
     [
         ("tasks", "arc_easy", "tasks is 'arc_easy', not a tuple of names"),
-        ("examples", 0, "examples is 0, not a whole number from 1"),
         ("needs", frozenset({"KL"}), r"needs unknown measurements \['KL'\]"),
         ("worst", -math.inf, "worst is -inf, not a finite number"),
     ],

@@ -523,9 +523,7 @@ class Broken(RandomSearch):
         if self.how == "bug":
             return {"bug": 1 / 0}
         answers = {
-            "diagnostics": [0.2],
             "text": {"policy/spread": "wide"},
-            "digits": {"policy/spread": "0.5"},
             "name": {"what (%)": 1.0},
         }
         return answers.get(self.how) or super().tell(observations, actions, rewards)
@@ -581,9 +579,7 @@ class TestBrokenAgents:
             ("silent", "learn never called on_update"),
             ("none", "learn called on_update with NoneType, not an Update"),
             ("twice", "learn called on_update without a step before it"),
-            ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
             ("text", "diagnostic 'policy/spread' is str, not a number"),
-            ("digits", "diagnostic 'policy/spread' is str, not a number"),
             ("name", r"a diagnostic is called 'what \(%\)'"),
             ("shape", r"recommend returned unusable importances: an array of shape \(5,\), not \(6,\)"),
             ("flat", "recommend returned ndarray, not a list of arrays"),
