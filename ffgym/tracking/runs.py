@@ -9,26 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from ffgym.errors import TrackingError
-from ffgym.files import FileFormat
 from ffgym.tracking.masking import shown
 from ffgym.tracking.store import FOLDER_TAG, PARENT_TAG, reading_store
 
 ID_CHARACTERS = 8  # of an id, in a list; MLflow's have 32
 PAGE = 1000
-
-
-class _Note(BaseModel):
-    """What the ``run.json`` of a run's folder says of MLflow."""
-
-    mlflow_run: str | None = None
-
-
-NOTE = FileFormat(
-    "record of a run's sessions", _Note, TrackingError, "Name the run by its id instead: `ffgym runs` lists them."
-)
 
 
 @dataclass(frozen=True)
@@ -86,18 +72,12 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     """The run that a person means.
 
     Args:
-        text: MLflow's id, the first digits of one, a run's name, or the folder of a run.
+        text: MLflow's id, the first digits of one, or a run's name.
         experiment: where names and first digits are looked for.
 
     Raises:
         TrackingError: no run, a deleted run, several runs; the message names them.
     """
-    folder = Path(text).expanduser()
-    if (note := folder / "run.json").is_file():
-        run_id = NOTE.read(note).mlflow_run
-        if run_id is None:
-            raise TrackingError(f"the run in {folder} was not tracked", hint="Name one that `ffgym runs` lists.")
-        return run_with_id(root, run_id, f"{folder}: ")
     try:
         runs = list_runs(root, experiment)
     except TrackingError as error:

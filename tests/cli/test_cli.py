@@ -294,18 +294,13 @@ def test_too_little_memory_is_said_without_a_traceback(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
-    [("~nobody-of-that-name/x", "begins with ~ and the name of a user"), ("x" * 300, "name too long")],
-    ids=["user", "long"],
-)
-@pytest.mark.parametrize(
     "command", [["measure"], ["export", "--gguf", "x.gguf"], ["run", "--resume"], ["config", "--config"]]
 )
-def test_a_path_that_the_system_refuses_is_said_without_a_traceback(path: str, said: str, command: list[str]) -> None:
-    done = call(*command, path)
+def test_a_path_that_the_system_refuses_is_said_without_a_traceback(command: list[str]) -> None:
+    done = call(*command, "x" * 300)
     assert done.exit_code == 1
     assert done.stderr.startswith("error: ")
-    assert said in done.stderr
+    assert "name too long" in done.stderr
     assert "hint: " in done.stderr
 
 

@@ -62,10 +62,9 @@ def test_a_tracked_run_has_its_settings_and_its_result(root):
     assert (fourth.status, fourth.result, fourth.agent) == ("failed", None, None)
 
 
-def test_a_run_is_found_by_id_the_beginning_of_one_name_and_folder(root, tmp_path):
+def test_a_run_is_found_by_id_the_beginning_of_one_and_name(root):
     (run,) = (run for run in list_runs(root) if run.name == "first")
-    (tmp_path / "run.json").write_text(json.dumps({"mlflow_run": run.id}))
-    for text in (run.id, run.id[:8].upper(), "first", str(tmp_path)):
+    for text in (run.id, run.id[:8].upper(), "first"):
         assert find_run(root, text) == run
 
 
@@ -82,28 +81,11 @@ def test_what_is_no_run_or_several_is_refused(root, text, complaint):
         find_run(root, text)
 
 
-@pytest.mark.parametrize(
-    ("noted", "complaint"),
-    [
-        ('{"mlflow_run": null}', "was not tracked"),
-        ("{}", "was not tracked"),
-        ("not JSON", "run.json is no record of a run's sessions"),
-        ("[" * 3000, "run.json is no record of a run's sessions"),
-    ],
-)
-def test_a_folder_that_names_no_tracked_run_is_refused(root, tmp_path, noted, complaint):
-    (tmp_path / "run.json").write_text(noted)
-    with pytest.raises(TrackingError, match=complaint):
-        find_run(root, str(tmp_path))
-
-
-def test_a_deleted_run_is_named_as_such(root, tmp_path):
+def test_a_deleted_run_is_named_as_such(root):
     run_id = track(root, "deleted")
     client(root).delete_run(run_id)
-    (tmp_path / "run.json").write_text(json.dumps({"mlflow_run": run_id}))
-    for text in (run_id, str(tmp_path)):
-        with pytest.raises(TrackingError, match=r"was deleted.*\n.*mlflow runs restore"):
-            find_run(root, text)
+    with pytest.raises(TrackingError, match=r"was deleted.*\n.*mlflow runs restore"):
+        find_run(root, run_id)
 
 
 def test_a_store_or_an_experiment_that_is_not_there_is_named(root, tmp_path):

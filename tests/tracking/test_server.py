@@ -56,7 +56,7 @@ def test_a_whole_run_on_a_server_is_as_on_a_file(server, address, tmp_path, capf
     assert len(run.inputs.dataset_inputs) == 3
     names = {item.path for item in MlflowClient(server.uri).list_artifacts(result.mlflow_run)}
     assert {"config.toml", "report.json", "units_kept.png"} <= names
-    assert find_run(tmp_path, str(result.folder)).result == run.data.metrics["result/perplexity"]
+    assert find_run(tmp_path, result.mlflow_run).result == run.data.metrics["result/perplexity"]
     assert secrets_under(server.folder, result.folder) == []
     assert not [secret for secret in SECRETS if secret in "".join(capfd.readouterr())]
 
