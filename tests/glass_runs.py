@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
@@ -68,6 +69,16 @@ def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
 
 def glass_config(folder: Path, *, seed: int = 0, **changes: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate({"seed": seed, **glass_tables(folder, **changes)})
+
+
+def bench_file(folder: Path, *, stem: str = "small", tables: dict[str, Any] | None = None, **spec: Any) -> Path:
+    """Write a bench of one agent on the small model; ``tables`` change the shared run, ``spec`` the rest."""
+    run = glass_tables(folder, **(tables or {}))
+    del run["output"]
+    content = {"title": "Small", "agents": ["random"], "seeds": [0], "results": stem, "run": run}
+    path = folder / f"{stem}.toml"
+    path.write_text(tomli_w.dumps({**content, **spec}), encoding="utf-8")
+    return path
 
 
 def go(config: RunConfig, resume: Path | None = None) -> tuple[RunResult, str]:

@@ -12,12 +12,13 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import glass_runs
 import numpy as np
 import pytest
-import tomli_w
 import torch
 from filelock import FileLock
 from glass_runs import EPISODES, PER_UPDATE, WINDOW, ctrl_c, glass_tables
@@ -45,14 +46,7 @@ AGENTS, SEEDS = ["random", "reinforce", "uniform"], [0, 1]
 CELLS = ["random-seed0", "random-seed1", "reinforce-seed0", "reinforce-seed1", "uniform-seed0"]
 
 
-def bench_file(folder: Path, *, stem: str = "small", tables: dict[str, Any] | None = None, **spec: Any) -> Path:
-    """Write a bench of the small model; ``tables`` change the shared run, ``spec`` the rest."""
-    run = glass_tables(folder, **(tables or {}))
-    del run["output"]
-    content = {"title": "Small", "agents": AGENTS, "seeds": SEEDS, "results": stem, "run": run}
-    path = folder / f"{stem}.toml"
-    path.write_text(tomli_w.dumps({**content, **spec}), encoding="utf-8")
-    return path
+bench_file = partial(glass_runs.bench_file, agents=AGENTS, seeds=SEEDS)
 
 
 def call(*files: Path, **options: Any) -> tuple[list[BenchTable], str]:

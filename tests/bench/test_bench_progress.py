@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tomli_w
-from glass_runs import EPISODES, PER_UPDATE, glass_tables
+from glass_runs import EPISODES, PER_UPDATE, bench_file
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 
@@ -23,16 +21,9 @@ from ffgym.report.progress import Reporter
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
 
-def bench_file(folder: Path, agents: list[str], **tables: dict[str, Any]) -> Path:
-    path = folder / "small.toml"
-    content = {"title": "Small", "agents": agents, "seeds": [0], "results": "small"}
-    path.write_text(tomli_w.dumps({**content, "run": glass_tables(folder, **tables)}), encoding="utf-8")
-    return path
-
-
 def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 1,280 (finals) + 6 x 1,024: seven times as many."""
-    each = read_bench(bench_file(tmp_path, ["uniform", "random", "cma-es"]))
+    each = read_bench(bench_file(tmp_path, agents=["uniform", "random", "cma-es"]))
     now = [0.0]
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
@@ -55,7 +46,7 @@ def written(job: Job | None, tokens_a_second: float) -> float:
 
 
 def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = read_bench(bench_file(tmp_path, ["random", "pathwise", "cma-es", "bayesian"]))
+    each = read_bench(bench_file(tmp_path, agents=["random", "pathwise", "cma-es", "bayesian"]))
     now = [0.0]
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
@@ -73,7 +64,7 @@ def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, m
 
 def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, steps: list[int]) -> None:
     new_store(tmp_path / "mlruns")
-    file = bench_file(tmp_path, ["uniform", "random"], tracking={"enabled": True})
+    file = bench_file(tmp_path, agents=["uniform", "random"], tables={"tracking": {"enabled": True}})
     steps[0] = 1 + PER_UPDATE + 1
     with pytest.raises(KeyboardInterrupt):
         bench([file], progress=Console(quiet=True))
@@ -100,8 +91,7 @@ def test_a_search_is_never_made_of_two_dtypes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
     """``auto`` is a probe, and a busy machine may answer otherwise in the next sitting."""
-    tables = glass_tables(tmp_path)["model"]
-    file = bench_file(tmp_path, ["random"], model={**tables, "dtype": "auto"})
+    file = bench_file(tmp_path, tables={"model": {"dtype": "auto"}})
     steps[0] = PER_UPDATE + 1
     monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
     with pytest.raises(KeyboardInterrupt):

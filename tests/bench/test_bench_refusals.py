@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
-from glass_runs import glass_home, glass_tables
+from glass_runs import bench_file, glass_home, glass_tables
 from latency_tables import made_up_table
 from rich.console import Console
 
@@ -34,15 +33,6 @@ from ffgym.prepare.parts import table_digest
 def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     monkeypatch.setattr(bench_module, "compute", lambda *args, **options: pytest.fail("something was computed"))
-
-
-def bench_file(folder: Path, *, run: dict[str, Any] | None = None, **spec: Any) -> Path:
-    """Write a bench of the small model; ``run`` changes its shared tables, ``spec`` the rest."""
-    tables = {**glass_tables(folder), **(run or {})}
-    path = folder / "small.toml"
-    content = {"title": "Small", "agents": ["random"], "seeds": [0], "results": "small", "run": tables}
-    path.write_text(tomli_w.dumps({**content, **spec}), encoding="utf-8")
-    return path
 
 
 def refused(folder: Path, said: str, **spec: Any) -> str | None:
@@ -98,8 +88,8 @@ def test_a_missing_file_is_called_a_bench_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("agent", ["ppo", "evopress"])
 def test_updates_that_are_too_small_for_one_of_the_agents(tmp_path: Path, agent: str) -> None:
-    small = {"search": {**glass_tables(tmp_path)["search"], "episodes_per_update": 1}}
-    hint = refused(tmp_path, r"search\.episodes_per_update is 1", run=small, agents=["random", agent])
+    small = {"search": {"episodes_per_update": 1}}
+    hint = refused(tmp_path, r"search\.episodes_per_update is 1", tables=small, agents=["random", agent])
     assert "Set search.episodes_per_update to" in str(hint)
 
 
@@ -138,10 +128,10 @@ def test_texts_to_prepare_and_search_with_may_differ(tmp_path: Path) -> None:
 
 def test_slopes_count_in_the_tokens_of_an_update(tmp_path: Path) -> None:
     """An episode with slopes costs what 4 others do: 16 episodes' tokens are 4 of those, or 2 updates of 8."""
-    tables = {"search": {**glass_tables(tmp_path)["search"], "episodes": 16, "episodes_per_update": 8}}
-    bench([bench_file(tmp_path, run=tables, agents=["pathwise", "random"])], only_report=True)
+    tables = {"search": {"episodes": 16, "episodes_per_update": 8}}
+    bench([bench_file(tmp_path, tables=tables, agents=["pathwise", "random"])], only_report=True)
     tables["search"]["episodes"] = 17
-    refused(tmp_path, r"whole updates.* is \d+ for pathwise", run=tables, agents=["pathwise", "random"])
+    refused(tmp_path, r"whole updates.* is \d+ for pathwise", tables=tables, agents=["pathwise", "random"])
 
 
 def test_episodes_of_a_part_of_a_window_cost_the_whole(tmp_path: Path) -> None:
@@ -152,7 +142,7 @@ def test_episodes_of_a_part_of_a_window_cost_the_whole(tmp_path: Path) -> None:
 def test_a_variants_plugin_takes_no_options_of_the_one_it_replaces(tmp_path: Path) -> None:
     file = bench_file(
         tmp_path,
-        run={"agent": {"name": "reinforce", "learning_rate": 1.0}, "prior": {"name": "alpha", "span": 0.3}},
+        tables={"agent": {"name": "reinforce", "learning_rate": 1.0}, "prior": {"name": "alpha", "span": 0.3}},
         agents=["reinforce", "ppo", "owl-prior"],
         variants={"owl-prior": {"agent": {"name": "reinforce", "smooth": 0.5}, "prior": {"name": "owl"}}},
     )
@@ -199,8 +189,7 @@ def test_a_recovery_that_a_bench_would_not_measure(tmp_path: Path) -> None:
 
 
 def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
-    assert refused(tmp_path, "sets `seed`", run={"seed": 3}) == "Use `seeds`."
-    refused(tmp_path, "sets `seed`", **variant(seed=3))
+    assert refused(tmp_path, "sets `seed`", **variant(seed=3)) == "Use `seeds`."
 
 
 def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
@@ -222,7 +211,7 @@ def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
         ({"agents": ["random", "random"]}, "agents = .* twice"),
         ({"seeds": [1, 1]}, "seeds = .* twice"),
         ({"sedes": [1]}, r"small\.toml: unknown .* 'sedes'"),
-        ({"run": {"prune": {"sparsty": 0.2}}}, r"'sparsty' in \[prune\]"),
+        ({"tables": {"prune": {"sparsty": 0.2}}}, r"'sparsty' in \[prune\]"),
         (
             {"agents": ["few"], "variants": {"few": {"agent": {"name": "reinforce"}, "search": {"episodes": 3}}}},
             r"search\.episodes = 3 is less than an update of agent",
@@ -248,10 +237,10 @@ def test_a_result_without_the_loss_that_is_asked_for_now(tmp_path: Path) -> None
 
 def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
     policy = tmp_path / "policy.json"
-    run = {"search": {**glass_tables(tmp_path)["search"], "init_from": str(policy)}}
+    run = {"search": {"init_from": str(policy)}}
     state = {"weights": [[0.0], [0.0]], "log_spread": 0.0}
     policy.write_text(json.dumps({"agent": "reinforce", "state": state, "sublayers": ["layer 0 attention"]}))
-    path = bench_file(tmp_path, agents=["reinforce"], run=run)
+    path = bench_file(tmp_path, agents=["reinforce"], tables=run)
     (cell,) = read_bench(path).cells
     stored = a_result(cell).model_copy(update={"policy": policy_digest(cell.config)})
     write_result(cell.path, stored)
@@ -264,7 +253,7 @@ def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
 
 
 def test_times_that_the_next_sitting_would_measure_anew(tmp_path: Path) -> None:
-    hint = refused(tmp_path, "random names none", run={"prune": {"resource": "latency", "context": 64}})
+    hint = refused(tmp_path, "random names none", tables={"prune": {"resource": "latency", "context": 64}})
     assert hint is not None
     assert "ffgym latency MODEL --output FILE" in hint
 
@@ -275,11 +264,11 @@ def test_other_times_in_the_same_place(tmp_path: Path) -> None:
     table = tmp_path / "times.json"
     table.write_text(to_json(times))
     run = {"prune": {"resource": "latency", "context": 64, "latency_table": str(table)}}
-    (cell,) = read_bench(bench_file(tmp_path, run=run)).cells
+    (cell,) = read_bench(bench_file(tmp_path, tables=run)).cells
     write_result(cell.path, a_result(cell).model_copy(update={"latency": table_digest(cell.config)}))
-    bench([bench_file(tmp_path, run=run)], progress=Console(quiet=True), only_report=True)
+    bench([bench_file(tmp_path, tables=run)], progress=Console(quiet=True), only_report=True)
     table.write_text(to_json(times.model_copy(update={"repetitions": 2})))
-    refused(tmp_path, f"prune.latency_table = '{table}' holds other times now", run=run)
+    refused(tmp_path, f"prune.latency_table = '{table}' holds other times now", tables=run)
 
 
 def test_a_result_of_an_earlier_edition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

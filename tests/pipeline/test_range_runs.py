@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
-from glass_runs import FILES, PER_UPDATE, glass_config, glass_tables, go
+from glass_runs import FILES, PER_UPDATE, bench_file, glass_config, glass_tables, go
 from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
@@ -239,12 +239,7 @@ def test_a_range_whose_upper_end_is_out_of_reach_is_refused_with_what_can_be_rea
 
 @pytest.mark.usefixtures("nothing_loads")
 def test_a_bench_is_of_one_target(tmp_path: Path) -> None:
-    run = glass_tables(tmp_path, prune={"sparsity": "0.1:0.5"})
-    del run["output"]
-    file = tmp_path / "bench.toml"
-    file.write_text(
-        tomli_w.dumps({"title": "B", "agents": ["reinforce"], "seeds": [0], "results": "r", "run": run}), "utf-8"
-    )
+    file = bench_file(tmp_path, agents=["reinforce"], tables={"prune": {"sparsity": "0.1:0.5"}})
     with pytest.raises(ConfigError, match=r"a bench compares at one target, and reinforce has .*'0\.1:0\.5'"):
         check_benches([read_bench(file)])
 

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
+import made_up_episodes
 import pytest
 
 from ffgym.errors import OutputError
@@ -27,21 +27,9 @@ FOUND = Allocation((2, 30, 1, 64, 2, 0, 0, 20), 500, 1568)
 UNIFORM = Allocation((2, 40) * 4, 1200, 1568)
 
 
-def episode(index: int, sparsity: float = 0.2, **kwargs) -> Episode:
-    values = {"reward": 0.5 + index / 100, "failed": False} | kwargs
-    return Episode(
-        index=index,
-        update=index // 4,
-        action=np.zeros(8, np.float32),
-        kept=FOUND.kept,
-        loss=3.0,
-        dense_loss=2.9,
-        target_sparsity=sparsity,
-        sparsity=sparsity,
-        fidelity=1.0,
-        tokens=256,
-        **values,
-    )
+def episode(index: int, sparsity: float = 0.2, **changes) -> Episode:
+    made_up = made_up_episodes.episode(index, index // 4, 0.5 + index / 100, sparsity=sparsity)
+    return replace(made_up, kept=FOUND.kept, **changes)
 
 
 def png_size(path) -> tuple[int, int]:

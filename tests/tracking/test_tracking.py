@@ -8,8 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import made_up_episodes
 import numpy as np
 import pytest
 from filelock import FileLock
@@ -37,20 +39,9 @@ def run_of(root, tracker):
     return client(root).get_run(tracker.run_id)
 
 
-def episode(index: int, **kwargs) -> Episode:
-    values = {"loss": 3.0, "reward": 0.5 + index / 100, "failed": False} | kwargs
-    return Episode(
-        index=index,
-        update=index // 8,
-        action=np.zeros(4, np.float32),
-        kept=(1, 2, 3, 4),
-        dense_loss=2.9,
-        target_sparsity=0.2,
-        sparsity=0.199,
-        fidelity=0.5,
-        tokens=1024,
-        **values,
-    )
+def episode(index: int, **changes) -> Episode:
+    made_up = made_up_episodes.episode(index, index // 8, 0.5 + index / 100)
+    return replace(made_up, **{"loss": 3.0, "dense_loss": 2.9, **changes})
 
 
 def test_a_run_that_ends_is_finished_and_its_artifacts_lie_under_the_root(root):
