@@ -300,17 +300,6 @@ def test_options_of_a_heuristic_are_those_of_the_table_prior() -> None:
         manager.create("heuristic", "uniform", {"x": 1})
 
 
-def test_options_whose_check_breaks_name_the_plugin(install: Install) -> None:
-    broken = "\nfrom pydantic import field_validator\n" + (
-        "class Checked(ffgym.PluginConfig):\n    floor: float = 0.0\n"
-        "    @field_validator('floor')\n    def check(cls, value):\n        return open('/not/there')\n"
-        "Mine.Config = Checked\n"
-    )
-    install("acme-mine", CRITERION.format(name="mine") + broken)
-    with pytest.raises(PluginError, match=r"criterion 'mine' .*could not check its options: FileNotFoundError"):
-        manager.create("criterion", "mine", {"floor": 1.0})
-
-
 def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
     install("acme-mine", CRITERION.format(name="mine") + "\nMine.__init__ = lambda self, config: 1 / 0\n")
     with pytest.raises(
