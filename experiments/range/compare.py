@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -32,13 +32,13 @@ from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.files import FileFormat
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.task import give_prior, on_report, open_task, search_settings, with_config
+from ffgym.pipeline.search import tracked_search
+from ffgym.pipeline.task import give_prior, on_report, open_task, with_config
 from ffgym.prepare import configured
-from ffgym.prepare.parts import make_schedule
 from ffgym.report.figures import new_figure, save_figure, tidy
-from ffgym.report.progress import Reporter, Stage
-from ffgym.search.loop import search_front
-from ffgym.types import Episode, JSONDict
+from ffgym.report.progress import Reporter
+from ffgym.tracking.tracker import Tracker
+from ffgym.types import JSONDict
 
 ONE = "one policy"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -148,17 +148,13 @@ def read_result(search: Search) -> Result | None:
     return result
 
 
-def advanced(stage: Stage) -> Callable[[Episode], None]:
-    """What moves the progress bar on after an episode."""
-    return lambda episode: stage.advance(episode.tokens, f"tokens, reward {episode.reward:.3f}")
-
-
 def compute(searches: Sequence[Search], reporter: Reporter) -> None:
     """Run every search; all share one prepared model."""
     prior = searches[0].config.prior
     heuristics = [] if prior.name == "none" else [(prior.name, prior.options)]
     shared = open_task(searches[0].config, heuristics, reporter)
     dense = on_report(shared, shared.prepared.prunable.dense_units, "none").loss
+    untracked = Tracker(shared.config.tracking.folder, "ffgym", "range", enabled=False)
     for number, search in enumerate(searches, start=1):
         config = search.config
         reporter.print(f"search {number} of {len(searches)}: {search.path.stem}")
@@ -167,18 +163,7 @@ def compute(searches: Sequence[Search], reporter: Reporter) -> None:
         give_prior(agent, space)
         log = config.tracking.folder / "range" / f"{digest(config)[:16]}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
-        budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
-        with reporter.stage(search.path.stem, budget) as stage:
-            found = search_front(
-                space.env,
-                agent,
-                search_settings(config),
-                make_schedule(config, space.env),
-                config.targets,
-                seed=config.seed,
-                log=log,
-                on_episode=advanced(stage),
-            )
+        found = tracked_search(space, agent, reporter, untracked, search.path.stem, log)
         points = []
         for each in found:
             kept = each.best.allocation.kept

@@ -40,12 +40,13 @@ from ffgym.errors import DataError, FFGymError
 from ffgym.evaluation.multiple_choice import batches, padded, right_answers
 from ffgym.pipeline import task
 from ffgym.pipeline.agent import make_agent
+from ffgym.pipeline.search import tracked_search
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
-from ffgym.prepare.parts import budget_in, make_reward, make_schedule, task_examples
+from ffgym.prepare.parts import budget_in, make_reward, task_examples
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
-from ffgym.search.loop import search_front
+from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, Evaluation, JSONDict
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
@@ -235,18 +236,8 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
         space = task.with_config(bench.space, config)
         agent = make_agent(config)
         task.give_prior(agent, space)
-        budget = config.search.episodes * space.env.episode_windows * space.env.window_tokens
-        with bench.reporter.stage(f"search: {name}", budget) as stage:
-            (found,) = search_front(
-                space.env,
-                agent,
-                task.search_settings(config),
-                make_schedule(config, space.env),
-                [space.env.sparsity],
-                seed=seed,
-                log=log,
-                on_episode=lambda e: stage.advance(e.tokens, f"tokens, reward {e.reward:.3f}"),
-            )
+        untracked = Tracker(config.tracking.folder, "ffgym", name, enabled=False)
+        (found,) = tracked_search(space, agent, bench.reporter, untracked, f"search: {name}", log)
         winner: dict[str, Any] = {
             "digest": digest,
             "kept": list(found.best.allocation.kept),

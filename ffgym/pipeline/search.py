@@ -10,14 +10,14 @@ from ffgym.config.tables import RunConfig
 from ffgym.files import write_text
 from ffgym.pipeline.artifacts import log_splits, run_tags, write_found
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.task import Task, give_prior, search_settings
+from ffgym.pipeline.task import Task, give_prior
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import expected_tokens
 from ffgym.search.log import count_episodes
-from ffgym.search.loop import SearchInterrupted, SearchResult, search_front
+from ffgym.search.loop import SearchInterrupted, SearchResult, SearchSettings, search_front
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, Update
 
@@ -100,7 +100,7 @@ def tracked_search(
         on_episode, on_update: called after each.
     """
     config, env = task.config, task.env
-    settings = search_settings(config)
+    settings = SearchSettings(config.search.episodes, config.search.episodes_per_update, config.search.finalists)
     size = env.episode_windows * env.window_tokens
     finals = 0
     if agent.searches:

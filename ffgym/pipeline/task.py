@@ -32,7 +32,6 @@ from ffgym.prepare.paths import Prepared
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.prepare.workers import shared_executor
 from ffgym.report.progress import Reporter
-from ffgym.search.loop import SearchSettings
 from ffgym.types import Allocation, Evaluation, JSONDict
 
 if TYPE_CHECKING:
@@ -180,12 +179,6 @@ def give_prior(agent: Agent, task: Task) -> None:
                 task.prior(prior.name, prior.options, low),
                 task.prior(prior.name, prior.options, high),
             )
-
-
-def search_settings(config: RunConfig) -> SearchSettings:
-    """How long a run searches, and how many meet in its finals."""
-    table = config.search
-    return SearchSettings(table.episodes, table.episodes_per_update, table.finalists)
 
 
 @contextmanager
