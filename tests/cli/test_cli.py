@@ -405,15 +405,3 @@ def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaint
     assert done.exit_code == status
     assert (seen[0].model.name, seen[0].data.window) == ("tiny", 512)
     assert all(complaint in done.stderr for complaint in complaints)
-
-
-def test_ui_opens_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[tuple[Any, ...]] = []
-
-    def open_ui(*place: Any, notify: Any, browser: bool) -> None:
-        opened.append((*place, browser))
-
-    replace_module(monkeypatch, "ffgym.tracking.ui", open_ui=open_ui)
-    assert call("ui").exit_code == 0
-    assert call("ui", "--root", "there", "--port", "6001", "--experiment", "mine", "--no-browser").exit_code == 0
-    assert opened == [(Path("mlruns"), "ffgym", 5000, True), (Path("there"), "mine", 6001, False)]
