@@ -17,6 +17,8 @@ from ffgym.errors import ConfigError, DataError, UnknownNameError
 
 Row = Mapping[str, Any]
 
+EXAMPLE_TOKENS = 45  # about what a question and its answers take, in arc_easy and with a large vocabulary
+
 
 @dataclass(frozen=True)
 class Example:

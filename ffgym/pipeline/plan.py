@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ffgym.config.tables import RunConfig
 from ffgym.data.cache import ADDED_TO
+from ffgym.data.examples import EXAMPLE_TOKENS
 from ffgym.evaluation.known import KnownLosses
 from ffgym.pipeline.compare import CHOOSING, MEASURED_TEXTS, asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
@@ -17,7 +18,7 @@ from ffgym.prepare.planning import placed, plan_of
 from ffgym.prepare.store import made_under
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
-from ffgym.search.finals import expected_tokens
+from ffgym.search.finals import finals_size
 
 
 def plan_run(config: RunConfig, agent: Agent) -> Plan:
@@ -36,24 +37,31 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)
     recommended = [agent.recommendations, 1][: 1 + compared]  # of the search, and of the random draws
-    finals = [expected_tokens(search.finalists, search.final_tokens, count) for count in recommended]
     recovers, models = config.recover.method != "none", points if config.output.save_all else 1
     sequential = models * config.output.sequential
     rows, others = _report_rows(config, compared=compared)
+    reward = make_reward(config)
+    asked = reward.examples * EXAMPLE_TOKENS if "accuracy" in reward.needs else 0  # tokens of an episode's examples
+    episode_tokens = plan.load.episode_tokens + asked
+    reserved = search.final_tokens * episode_tokens // plan.load.episode_tokens
+    is_range = config.prune.is_range
+    finals = [finals_size(search.finalists, reserved, count, reward, is_range=is_range) for count in recommended]
+    finalists, final_tokens = finals[0][0], sum(tokens for _, tokens in finals) // len(finals)
     store = made_under(settings_of(config, needs, plan.load.dtype_name))
     load = replace(
         plan.load,
+        episode_tokens=episode_tokens,
         episodes_per_update=size,
-        updates=-(-search.episodes // size),
+        updates=-(-search.episodes * plan.load.episode_tokens // (size * episode_tokens)),
         slopes=agent.asks_slopes,
         searches=1 + compared,
-        texts=max(1, size // 2) if agent.pair_text and not make_reward(config).has_objectives else 1,
+        texts=max(1, size // 2) if agent.pair_text and not reward.has_objectives else 1,
         search_tokens=config.data.whole_tokens("search"),
         is_prepared=store is not None,
         known_tokens=0 if store is None else window * len(KnownLosses(store / ADDED_TO)),
         start_texts=MEASURED_TEXTS if agent.searches else 0,
-        finalists=search.finalists if agent.searches else 0,
-        final_tokens=-(-sum(finals) // len(finals) // search.finalists // window) * window,
+        finalists=finalists if agent.searches else 0,
+        final_tokens=-(-final_tokens // finalists // window) * window,
         targets=points,
         report_tokens=config.data.whole_tokens("report"),
         report_rows=rows + others + sequential + 3 * recovers,

@@ -15,7 +15,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
-from ffgym.search.finals import expected_tokens
+from ffgym.search.finals import finals_examples, finals_size, finals_windows
 from ffgym.search.log import count_episodes
 from ffgym.search.loop import SearchInterrupted, SearchResult, SearchSettings, search_front
 from ffgym.tracking.tracker import Tracker
@@ -104,7 +104,9 @@ def tracked_search(
     size = env.episode_windows * env.window_tokens
     finals = 0
     if agent.searches:
-        finals = expected_tokens(settings.finalists, config.search.final_tokens, agent.recommendations)
+        own = env.tokens(finals_windows(env, config.seed), finals_examples(env, config.seed))
+        count, is_range = agent.recommendations, config.prune.is_range
+        _, finals = finals_size(settings.finalists, own, count, env.reward, is_range=is_range)
     earlier = count_episodes(log) if log.exists() else 0
     if earlier:
         progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")

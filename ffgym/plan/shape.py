@@ -82,7 +82,7 @@ class Workload:
     choose_ridge: bool = True  # lambda is chosen on held-out windows
     gradients: bool = False  # first-order statistics are wanted
     kept: frozenset[str] = frozenset()  # statistics that sublayers keep for heuristics
-    episode_tokens: int = 0  # of an episode; 0 for no search
+    episode_tokens: int = 0  # of an episode, with its task examples; 0 for no search
     episodes_per_update: int = 1  # episodes that are measured together
     updates: int = 1  # of one search
     slopes: bool = False  # an episode of a search may be measured with slopes

@@ -19,6 +19,7 @@ import numpy as np
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.evaluation.evaluator import OnProgress
+from ffgym.plugins.bases import Reward
 from ffgym.search.finalists import STARTS, Candidate
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
@@ -74,6 +75,21 @@ def run_finals(
     shown = range(count) if all_count else deciding
     order = sorted(everyone, key=lambda i: (i == chosen, *measured.standing(i, shown)), reverse=True)
     return [measured.known(i, shown) for i in order], measured.dense_loss(chosen, shown), measured.tokens
+
+
+def finals_size(finalists: int, tokens: int, recommended: int, reward: Reward, *, is_range: bool) -> tuple[int, int]:
+    """About how many allocations the finals of a search measure, and on how many tokens in all.
+
+    Args:
+        finalists: candidates beside what the search started from, and beside a Pareto set.
+        tokens: reserved for the finals, their task examples included.
+        recommended: as in :func:`expected_tokens`.
+        is_range: the search has a range of budgets, and adds no Pareto set.
+    """
+    if not reward.has_objectives:
+        return finalists, expected_tokens(finalists, tokens, recommended)
+    count = finalists + (0 if is_range else reward.pareto)
+    return count, count * tokens
 
 
 def expected_tokens(finalists: int, tokens: int, recommended: int) -> int:

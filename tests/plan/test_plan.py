@@ -261,6 +261,24 @@ def test_finals_of_several_recommendations_are_planned_with_more_tokens(tmp_path
     assert finals("reinforce") == pytest.approx(finals("pathwise") + 2.5 * 16_384, rel=0.05)
 
 
+def test_rewards_with_objectives_and_examples_have_longer_episodes_and_finals(tmp_path: Path) -> None:
+    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
+
+    def stages(*arguments: str) -> dict[str, dict[str, Any]]:
+        result = call(folder, "--set", "model.dtype=bfloat16", *arguments, "--json")
+        assert result.exit_code == 0, result.output
+        return {stage["stage"]: stage for stage in json.loads(result.stdout)["stages"]}
+
+    one = stages()
+    weighed = stages("--reward", "multi-objective", "--set", "reward.accuracy=0", "--set", "reward.resource=kv")
+    assert weighed["finals"]["tokens"] == 2 * (8 + 8) * 16_384, "finalists and the Pareto set, on all that is reserved"
+    assert weighed["search"]["tokens"] == one["search"]["tokens"], "the episodes are the same"
+    asked = stages("--reward", "multi-objective", "--set", "reward.resource=kv")
+    assert asked["finals"]["tokens"] > 1.5 * weighed["finals"]["tokens"], "256 examples go with 16 windows"
+    assert asked["search"]["peak"] > weighed["search"]["peak"]
+    assert asked["search"]["tokens"] == pytest.approx(one["search"]["tokens"], rel=0.2), "examples count as tokens"
+
+
 def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:
     folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
     result = call(str(folder), "--set", "model.dtype=bfloat16", "--set", 'data.search=["demo:c4", "mine.txt"]')
