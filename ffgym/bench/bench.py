@@ -108,9 +108,10 @@ def _workers(
 
 def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:
     """The table, and a picture of its searches, beside the bench file, and in its MLflow run where there is one."""
-    table = bench_table(bench.spec.title, results, baselines=bench.spec.baseline)
-    if bench.spec.dated:
-        note = f"Computed {bench.spec.dated} by an earlier version, with the settings in the result files"
+    spec = bench.spec
+    table = bench_table(spec.title, results, baselines=spec.baseline, development=spec.development)
+    if spec.dated:
+        note = f"Computed {spec.dated} by an earlier version, with the settings in the result files"
         table = replace(table, header=f"{note}. {table.header}")
     files = [bench.file.with_suffix(".md")]
     write_text(files[0], markdown(table))

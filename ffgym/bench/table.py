@@ -210,11 +210,14 @@ def _tokens_to(baseline: str) -> Column[BenchRow]:
     )
 
 
-def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequence[str]) -> BenchTable:
+def bench_table(
+    title: str, results: Sequence[CellResult], *, baselines: Sequence[str], development: bool = False
+) -> BenchTable:
     """Summarise cells by label.
 
     Args:
         baselines: labels whose final quality the tokens are counted to; those without results are left out.
+        development: the cells were measured on development windows in place of the report split.
     """
     groups: dict[str, list[CellResult]] = defaultdict(list)
     for result in results:
@@ -246,17 +249,17 @@ def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequenc
             )
         )
     rows.sort(key=lambda row: (math.isnan(row.perplexity.value), row.perplexity.value))
-    return BenchTable(title, tuple(rows), _header(results, rows), tuple(goals), None if rule is None else rule.label)
+    header = _header(results, rows, "Development windows" if development else "Report split")
+    return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label)
 
 
-def _header(results: Sequence[CellResult], rows: Sequence[BenchRow]) -> str:
+def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str) -> str:
     """How the numbers were measured."""
     targets = " and ".join(f"{target:.0%}" for target in sorted({result.target for result in results}))
     # prune.calibration = "none" is for rewards only: the report is measured after ridge then too
     affine = {result.settings.get("prune", {}).get("calibration") == "affine" for result in results}
     refit = "ridge or affine" if len(affine) > 1 else "the same affine refit" if True in affine else "the same ridge"
     first, data = results[0], results[0].settings["data"]
-    split = "Development windows" if data["report"] == data.get("search") else "Report split"
     said = (
         f"{split} of {described(data['report'])}, {first.report_tokens:,} tokens in windows of {data['window']:,}, "
         f"{_dtypes(results)}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "

@@ -171,6 +171,13 @@ def test_a_column_without_any_refit_is_there_where_it_was_measured() -> None:
     assert "| uniform | 54.00 | 2.70 | — | 1 |" in text
 
 
+def test_a_report_on_the_corpus_of_the_search_is_a_report_split() -> None:
+    settings = {"data": DATA | {"search": DATA["report"]}}
+    cells = [each.model_copy(update={"settings": settings}) for each in results()]
+    assert bench_table("Bench", cells, baselines=[]).header.startswith("Report split of demo:wiki")
+    assert bench_table("Bench", cells, baselines=[], development=True).header.startswith("Development windows of")
+
+
 def test_all_dtypes_are_named() -> None:
     other = results()[0].model_copy(update={"dtype": "bfloat16"})
     header = bench_table("Bench", [*results()[1:], other], baselines=["evolution"]).header
