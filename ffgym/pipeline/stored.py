@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat
 
 from ffgym.config.mixture import described
-from ffgym.config.tables import RunConfig
+from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.config.toml import PLUGIN_TABLES, differences
 from ffgym.costs.resource import resource_named
 from ffgym.errors import DataError, OutputError
@@ -129,8 +129,16 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
 def _changes(first: RunConfig, config: RunConfig) -> str:
     """``"search.episodes = 48 (not 96)"``; of a plugin that is another one, without its options."""
     found = {key: f"{key} = {here!r} (not {there!r})" for key, there, here in differences(first, config)}
-    others = tuple(f"{table}." for table in PLUGIN_TABLES if f"{table}.name" in found)
-    return ", ".join(text for key, text in found.items() if key.endswith(".name") or not key.startswith(others))
+
+    def belongs_to_another(key: str) -> bool:
+        table, _, own = key.partition(".")
+        if table not in PLUGIN_TABLES:
+            return False
+        model = table_model(table)
+        assert issubclass(model, PluginTable)
+        return own not in model.model_fields and f"{table}.{model.named_by}" in found
+
+    return ", ".join(text for key, text in found.items() if not belongs_to_another(key))
 
 
 def _name(run: StoredRun, runs: Sequence[StoredRun]) -> str:

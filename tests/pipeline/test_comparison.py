@@ -64,9 +64,14 @@ def test_json_has_the_differences(runs: dict[str, Path], tmp_path: Path) -> None
 
 def test_what_the_runs_were_told_differently_is_said(runs: dict[str, Path], tmp_path: Path) -> None:
     other = write_run(tmp_path, "other")
-    (other / "config.toml").write_text("[agent]\nname = 'random'\nspread = 0.1\n[search]\nepisodes = 48\n")
+    (other / "config.toml").write_text(
+        "[agent]\nname = 'random'\nspread = 0.1\n[search]\nepisodes = 48\n[recover]\nmethod = 'lora'\nrank = 8\n"
+    )
     done = call(runs["one"], runs["better"], other, "--output", tmp_path / "out")
-    said = "other differs from one: agent.name = 'random' (not 'reinforce'), search.episodes = 48 (not 96)."
+    said = (
+        "other differs from one: agent.name = 'random' (not 'reinforce'), search.episodes = 48 (not 96), "
+        "recover.method = 'lora' (not 'none')."
+    )
     assert said in " ".join(done.stdout.split())
     assert "better differs" not in done.stdout
 
