@@ -1,4 +1,4 @@
-"""Files that ffgym writes and reads again: written whole or not at all, and checked before use.
+"""Files that ffgym writes and reads again: written whole or not at all, read within limits and checked before use.
 
 What cannot be written, or does not fit what is expected of it, is an error that names the file and says what to do.
 """
@@ -10,6 +10,7 @@ import os
 import reprlib
 import secrets
 import shutil
+import stat
 import tempfile
 import tomllib
 from collections.abc import Collection, Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
@@ -26,6 +27,10 @@ from safetensors import SafetensorError
 from ffgym.errors import FFGymError, OutputError
 
 NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+MOST_BYTES = 64 << 20  # of a JSON file, or of a line; pydantic's parser nests at most 200 deep
+MOST_TOML_BYTES = 256 << 10  # tomllib takes quadratic time and memory where keys are long
+MOST_DOTS = 500  # in a line of TOML: a dotted key nests as deep as it has dots
+DEEPEST = 100
 
 T = TypeVar("T")
 
@@ -50,12 +55,13 @@ class FileFormat(Generic[T]):
         """Read and validate a JSON file, or a TOML file where the name ends in ``.toml``.
 
         Raises:
-            FFGymError: of the class ``error``: it is missing, malformed, or holds something else.
+            FFGymError: of the class ``error``: it is missing, no regular file, too large, too deeply nested, malformed,
+                or holds something else.
         """
         if path.suffix != ".toml":
-            return self.parse(self._bytes(path), str(path))
+            return self.parse(self._bytes(path, MOST_BYTES), str(path))
         try:
-            return self._adapter.validate_python(tomllib.loads(self.text(path)))
+            return self._adapter.validate_python(parse_toml(self.text(path, MOST_TOML_BYTES)))
         except ValidationError as error:
             raise self.refused(str(path), _first_problem(error)) from None
         except ValueError as error:
@@ -68,17 +74,21 @@ class FileFormat(Generic[T]):
         except ValidationError as error:
             raise self.refused(source, _first_problem(error)) from None
 
-    def text(self, path: Path) -> str:
+    def text(self, path: Path, most: int = MOST_BYTES) -> str:
         """The text (UTF-8) of a file."""
         try:
-            return self._bytes(path).decode("utf-8-sig")  # some editors begin a file with a byte order mark
+            return self._bytes(path, most).decode("utf-8-sig")  # some editors begin a file with a byte order mark
         except UnicodeDecodeError as error:
             raise self.refused(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from None
 
     def lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
         """Each line of a file with its end, and where it stands."""
         with self._opened(path) as file:
-            for number, line in enumerate(file, start=1):
+            number = 0
+            while line := file.readline(MOST_BYTES + 1):
+                number += 1
+                if len(line) > MOST_BYTES:
+                    raise self.refused(f"{path}, line {number}", f"longer than {MOST_BYTES:,} bytes")
                 yield f"{path}, line {number}", line
 
     def refused(self, source: str, reason: str) -> FFGymError:
@@ -89,18 +99,54 @@ class FileFormat(Generic[T]):
     def _adapter(self) -> TypeAdapter[T]:
         return TypeAdapter(self.form)
 
-    def _bytes(self, path: Path) -> bytes:
+    def _bytes(self, path: Path, most: int) -> bytes:
         with self._opened(path) as file:
-            return file.read()
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise self.refused(str(path), f"larger than {most:,} bytes")
+        return content
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[BinaryIO]:
         try:
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode):  # reading a device or a pipe may never end
+                what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+                raise self.error(f"{self.what} {str(path)!r} is {what}", hint=self.hint)
             with path.open("rb") as file:
                 yield file
-        except OSError as error:
-            said = error.strerror or error
+        except (OSError, ValueError) as error:  # a name that holds a null character is a ValueError
+            said = getattr(error, "strerror", None) or str(error)
             raise self.error(f"{self.what} {str(path)!r} cannot be read: {said}", hint=self.hint) from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML within limits.
+
+    Raises:
+        tomllib.TOMLDecodeError: it is malformed.
+        ValueError: it is nested deeper than `DEEPEST`, or holds an integer beyond 64 bits or a null character.
+    """
+    if any(line.count(".") > MOST_DOTS for line in text.split("\n")):
+        raise ValueError(f"a line with more than {MOST_DOTS} dots")
+    try:
+        parsed = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    pending: list[tuple[str, Any, int]] = [("", parsed, 0)]
+    while pending:
+        key, value, depth = pending.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        if isinstance(value, dict):
+            pending += [(f"{key}.{name}".lstrip("."), below, depth + 1) for name, below in value.items()]
+        elif isinstance(value, list):
+            pending += [(key, below, depth + 1) for below in value]
+        elif isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{key} holds a null character")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{key} is an integer beyond 64 bits")
+    return parsed
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +27,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
 from ffgym.costs.latency_table import read_table, to_json
 from ffgym.data.cache import DIGESTS, write_folder_once
-from ffgym.errors import DataError, FFGymError, OutputError, RecoveryError
+from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
 from ffgym.files import FileFormat, disk_errors, replacing, write_text
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.origin import recorded_dense_model
@@ -48,19 +49,67 @@ CONFIG = RunConfig.model_validate({"agent": {"name": "reinforce"}})
 FACTS = {"train": [2.5, 2.25], "held_out": [[0, 2.5], [2, 2.25]], "chosen": 2}
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", r"thing\.json is no thing, or a damaged one: Invalid JSON"),
-        ("[1]", "Input should be a"),
-        ('{"a": "\\ud800"}', "Invalid JSON"),
-    ],
-)
-def test_what_does_not_fit_names_file_and_reason(text: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "thing.json").write_text(text)
-    with pytest.raises(DataError, match=said) as raised:
-        PLAIN.read(tmp_path / "thing.json")
-    assert raised.value.hint == "Make another one."
+class TestFormats:
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("", r"thing\.json is no thing, or a damaged one: Invalid JSON"),
+            ("[1]", "Input should be a"),
+            ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", "recursion limit"),
+            ('{"a": 1' + "0" * 5000 + "}", "number out of range"),
+            ('{"a": "\\ud800"}', "Invalid JSON"),
+        ],
+    )
+    def test_what_does_not_fit_names_file_and_reason(self, text: str, said: str, tmp_path: Path) -> None:
+        (tmp_path / "thing.json").write_text(text)
+        with pytest.raises(DataError, match=said) as raised:
+            PLAIN.read(tmp_path / "thing.json")
+        assert raised.value.hint == "Make another one."
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("a = " + "1" * 5000, "not valid TOML"),
+            ("a = 0x" + "f" * 5000, "a is an integer beyond 64 bits"),
+            ("a = " + "[" * 3000, "nested more than 100 deep"),
+            ("a = " + "[" * 150 + "]" * 150, "nested more than 100 deep"),
+            ("a." * 200 + "a = 1", "nested more than 100 deep"),
+            ("a." * 50_000 + "a = 1", "more than 500 dots"),  # which would take all memory
+            ('[data]\nsearch = "a\\u0000b"', r"data\.search holds a null character"),
+            ("a = 1\n" * 100_000, "larger than"),
+        ],
+    )
+    def test_toml_has_limits(self, text: str, said: str, tmp_path: Path) -> None:
+        (tmp_path / "run.toml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"run\.toml is no configuration, or a damaged one: .*{said}"):
+            load_config(tmp_path / "run.toml")
+
+    @pytest.mark.parametrize("value", ["1" * 5000, "[" * 3000, "a." * 50_000, '"a\\u0000b"'])
+    def test_an_override_has_the_same_limits(self, value: str) -> None:
+        with pytest.raises(ConfigError):
+            load_config(None, [f"data.search={value}"])
+
+    def test_a_large_file_is_not_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "thing.json").open("wb") as file:
+            file.truncate(1 << 40)  # sparse: takes no room
+        with pytest.raises(DataError, match="larger than"):
+            PLAIN.read(tmp_path / "thing.json")
+        with pytest.raises(DataError, match=r"line 1 .*longer than"):
+            list(PLAIN.lines(tmp_path / "thing.json"))
+
+    @pytest.mark.parametrize("place", ["/dev/zero", "pipe", "folder"])
+    def test_what_is_no_regular_file_is_refused(self, place: str, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(DataError, match=r"not a regular file|is a folder"):
+            PLAIN.read(tmp_path / place)
+        if place != "folder":
+            with pytest.raises(ConfigError, match="not a regular file"):
+                read_policy(tmp_path / place, CONFIG.agent.name)
+
+    def test_a_name_that_no_file_can_have_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="cannot be read"):
+            PLAIN.read(tmp_path / "a\0b")
 
 
 def test_what_is_written_in_the_place_of_a_folder_or_a_file_is_whole(tmp_path: Path) -> None:
@@ -214,6 +263,8 @@ FOREIGN = [
     b"[]",
     b"{}",
     b"true",
+    b"1" + b"0" * 400,
+    b"[" * 3000 + b"]" * 3000,
 ]
 VALUE = re.compile(rb'-?\d+(?:\.\d+)?|"[^"\n]*"')
 

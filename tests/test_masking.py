@@ -42,6 +42,14 @@ def test_so_is_a_text_that_holds_it(uri: str) -> None:
     assert text.startswith("cannot open ")
 
 
+@given(PASSWORDS)
+def test_a_known_password_is_masked_wherever_it_stands(password: str) -> None:
+    quoted = quote(password, safe="")
+    uri = f"postgresql://me:{quoted}@host/db?token={quoted}"
+    text = masked(f"password {password} of me is wrong, url: /api?token={quoted}", uri)
+    assert text == "password *** of me is wrong, url: /api?token=***"
+
+
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
@@ -52,6 +60,8 @@ def test_so_is_a_text_that_holds_it(uri: str) -> None:
         ("postgresql://me:p@ss/word@host:5432/db", "postgresql://***@host:5432/db"),
         ("https://host/path?token=abc", "https://host/path?***"),
         ("postgresql://me:pass?w@rd@host/db", "postgresql://***"),
+        ("postgresql://me:no-host/db", "postgresql://me:***"),
+        ("postgresql:/me:one-slash@host/db", "postgresql://***@host/db"),
     ],
 )
 def test_what_is_no_secret_is_shown(uri: str, expected: str) -> None:
@@ -60,4 +70,4 @@ def test_what_is_no_secret_is_shown(uri: str, expected: str) -> None:
 
 def test_words_are_left_alone() -> None:
     said = "FATAL: no such host: port 5432 (see https://mlflow.org/docs/latest/tracking.html for help)"
-    assert masked(said) == said
+    assert masked(said, "postgresql://me:abcdef@host/db") == said

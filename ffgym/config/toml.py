@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.errors import ConfigError
-from ffgym.files import FileFormat
+from ffgym.files import FileFormat, parse_toml
 from ffgym.types import JSONDict
 
 PLUGIN_TABLES = ("criterion", "reward", "agent", "prior", "recover")
@@ -167,9 +168,11 @@ def _parse_override(text: str) -> JSONDict:
 
 def _parse_literal(text: str) -> Any:
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = parse_toml(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    except ValueError as error:
+        raise ConfigError(f"cannot read --set {reprlib.repr(text)}: {error}", hint="Give it another value.") from None
     return parsed["value"] if len(parsed) == 1 else text
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
+
+from ffgym.errors import ConfigError
 
 
 class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
@@ -23,9 +25,18 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
 
     Args:
         centre: importances that the action 0 stands for, shape (2L,); 0 where left out.
+
+    Raises:
+        ConfigError: another autoreset mode, where every second step would be a reset without a reward.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], centre: np.ndarray | None = None) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode is not AutoresetMode.SAME_STEP:
+            raise ConfigError(
+                f"Stable-Baselines3 needs a vector environment with SAME_STEP autoreset, this one has {mode}",
+                hint="Make it with autoreset_mode=AutoresetMode.SAME_STEP.",
+            )
         self.env = env
         space = env.single_action_space
         assert isinstance(space, Box), "importances are a box"

@@ -91,8 +91,8 @@ def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task
     for file, found in files.items():
         write_text(folder / file, json.dumps(allocation_json(found), indent=2))
         tracker.log_artifact(folder / file)
-    state = call_plugin(agent, agent.state, "giving its state")
-    if state:
+    state: Any = call_plugin(agent, agent.state, "giving its state")
+    if not isinstance(state, dict | None) or state:
         sublayers = task.prepared.prunable.sublayers
         text = call_plugin(
             agent,

@@ -255,13 +255,20 @@ def check_update(agent: Agent, update: Update) -> None:
             f"{where}: learn called on_update with {type(update).__name__}, not an Update",
             hint=CALL_ON_UPDATE,
         )
+    if not isinstance(update.diagnostics, Mapping):
+        raise PluginError(
+            f"{where}: diagnostics are {type(update.diagnostics).__name__}, not a dict of numbers by name"
+        )
+    value: Any
     for name, value in update.diagnostics.items():
-        if not _can_be_logged(name):
+        if not (isinstance(name, str) and _can_be_logged(name)):
             raise PluginError(f"{where}: a diagnostic is called {name!r}", hint=METRIC_HINT)
         try:
-            float(value)
+            number = None if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError):
-            raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number") from None
+            number = None
+        if number is None:
+            raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number")
 
 
 def _can_be_logged(name: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 import re
@@ -23,7 +24,7 @@ import pluggy
 from ffgym.config.tables import table_model
 from ffgym.errors import PluginError, first_line
 from ffgym.plugins import hookspecs
-from ffgym.plugins.bases import Plugin, PluginConfig
+from ffgym.plugins.bases import Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.kinds import HOOKS, KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
@@ -47,6 +48,10 @@ TYPES: dict[type, tuple[Any, str]] = {
     dict: (Mapping, "a dict"),
 }
 """What an attribute must be, by the type of the base class's value, and how a message says it."""
+
+AGENT_COUNTS = (("slope_episodes", 0), ("least_episodes", 1), ("update_episodes", 1), ("recommendations", 0))
+REWARD_COUNTS = (("examples", 1), ("pareto", 0))
+"""Attributes that are whole numbers, and the least that each may be."""
 
 SLOW_SECONDS = 2.0
 """A plugin that takes longer to import is named."""
@@ -263,7 +268,31 @@ def check_class(kind: PluginKind, cls: Any) -> None:
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
     if taken := sorted(cls.Config.model_fields.keys() & {"name", *keys}):
         raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
+    if not (isinstance(cls.edition, int) and cls.edition >= 1):
+        raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
+    _check_methods(f"{kind} {name!r}", cls, base)
     check_attributes(kind, name, cls)
+
+
+def _check_methods(who: str, cls: type[Plugin], base: type[Plugin]) -> None:
+    """Refuse a method that cannot be called as its base class's is, as after a change of the contract."""
+    contracts = [vars(each) for each in cls.__mro__ if each.__module__ in (base.__module__, Plugin.__module__)]
+    for name, method in ((name, method) for contract in contracts for name, method in contract.items()):
+        own, is_called = inspect.getattr_static(cls, name), not name.startswith("_") or name in ("__init__", "__call__")
+        if own is method or not (is_called and inspect.isfunction(own) and inspect.isfunction(method)):
+            continue
+        called = inspect.signature(method)
+        by_name = {p.name: None for p in called.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        try:
+            inspect.signature(own).bind(*[None] * (len(called.parameters) - len(by_name)), **by_name)
+        except TypeError:
+            ours, theirs = (_without_types(inspect.signature(each)) for each in (method, own))
+            raise PluginError(f"{who} defines {name}{theirs}, and ffgym calls {name}{ours}") from None
+
+
+def _without_types(signature: inspect.Signature) -> inspect.Signature:
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    return signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
 
 
 def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
@@ -290,3 +319,7 @@ def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin])
         raise PluginError(f"{who} needs unknown {what} {sorted(needs - known)}; known: {sorted(known)}")
     if not math.isfinite(worst):
         raise PluginError(f"{who}: worst is {worst!r}, not a finite number")
+    for attribute, least in AGENT_COUNTS if kind == "agent" else REWARD_COUNTS if isinstance(plugin, Reward) else ():
+        value = getattr(plugin, attribute)
+        if (attribute, value) != ("update_episodes", None) and not (isinstance(value, int) and value >= least):
+            raise PluginError(f"{who}: {attribute} is {value!r}, not a whole number from {least}")

@@ -110,8 +110,7 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
     except FFGymError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error} ({place_of(error, cls.__module__)})"
-        raise PluginError(f"{described(cls)} could not be created: {said}") from error
+        raise PluginError(f"{described(cls)} could not be created: {_said(error, cls)}") from error
     if not hasattr(plugin, "config"):
         raise PluginError(
             f"{described(cls)}: its __init__ does not call that of its base class, which keeps the options",
@@ -127,6 +126,14 @@ def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -
         return cls.Config.model_validate(dict(options))
     except ValidationError as error:
         raise config_error(error, cls.Config, KINDS[kind].table or kind) from None
+    except FFGymError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{described(cls)} could not check its options: {_said(error, cls)}") from error
+
+
+def _said(error: Exception, cls: type[Plugin]) -> str:
+    return f"{type(error).__name__}: {error} ({place_of(error, cls.__module__)})"
 
 
 def package_of(plugin: Plugin | type[Plugin]) -> Package:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ffgym.errors import ModelError
 from ffgym.plugins.bases import Reward
 from ffgym.types import Evaluation
 
@@ -24,5 +25,16 @@ class Perplexity(Reward):
 
 
 def perplexity_ratio(pruned: Evaluation, dense: Evaluation) -> float:
-    """exp(loss_dense - loss_pruned), losses in nats per token; it does not overflow where a perplexity does."""
-    return math.exp(dense.loss - pruned.loss)
+    """exp(loss_dense - loss_pruned), losses in nats per token; it does not overflow where a perplexity does.
+
+    Raises:
+        ModelError: it overflows all the same.
+    """
+    try:
+        return math.exp(dense.loss - pruned.loss)
+    except OverflowError:
+        raise ModelError(
+            f"the reward overflows: the pruned loss is {pruned.loss:.4g} and the dense loss {dense.loss:.4g} nats per "
+            "token",
+            hint="Check the model's weights and the text: no working language model has such losses.",
+        ) from None

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ffgym.errors import ConfigError
 from ffgym.files import FileFormat
 from ffgym.types import JSONDict, Sublayer
+
+
+def _finite(state: JSONDict) -> JSONDict:
+    """Refuse NaN and infinities, however deep in it."""
+    json.dumps(state, allow_nan=False)
+    return state
 
 
 class Policy(BaseModel):
@@ -21,7 +27,7 @@ class Policy(BaseModel):
     model_config = ConfigDict(strict=True)
 
     agent: str
-    state: JSONDict
+    state: Annotated[JSONDict, AfterValidator(_finite)]
     sublayers: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
@@ -68,15 +74,20 @@ def policy_text(agent: str, sparsity: float | str, sublayers: Sequence[Sublayer]
         state: what the agent's ``state`` returned.
 
     Raises:
-        TypeError, ValueError: the state cannot be written as JSON.
+        TypeError, ValueError: the state could not be read again.
     """
+    if not (isinstance(state, dict) and all(isinstance(key, str) for key in state)):
+        raise TypeError(f"the state is {state!r}, not a dict with text as keys")
     policy = {
         "agent": agent,
         "sparsity": sparsity,
         "sublayers": [sublayer.name for sublayer in sublayers],
         "state": state,
     }
-    return json.dumps(policy, default=_plain, allow_nan=False)
+    try:
+        return json.dumps(policy, default=_plain, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"the state holds NaN or infinity: {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -202,7 +202,7 @@ def translated(uri: str, action: str) -> Iterator[None]:
             logger.setLevel(logging.CRITICAL)
         yield
     except _store_errors() as error:
-        reason = _reason(error)
+        reason = _reason(error, uri)
         raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason)) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -216,7 +216,7 @@ def _store_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, uri: str) -> str:
     """Take the one line that says what is wrong out of SQLAlchemy's paragraph of SQL."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -224,7 +224,7 @@ def _reason(error: Exception) -> str:
     if schema := re.search(r"database schema \(found version (\w+), but expected (\w+)\)", text):
         return f"another version of MLflow made it (its schema is {schema[1]}, this MLflow's {schema[2]})"
     database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
-    return masked(database[1] if database else text.partition("\n")[0])
+    return masked(database[1] if database else text.partition("\n")[0], uri)
 
 
 def _next_step(uri: str, reason: str) -> str:

@@ -26,6 +26,7 @@ from ffgym.tracking.records import send
 from ffgym.tracking.store import (
     DESCRIPTION_TAG,
     FAILURE_TAG,
+    INSTEAD,
     INTERRUPTION_TAG,
     PARENT_TAG,
     RESUME_TAG,
@@ -132,7 +133,11 @@ class Tracker:
         if self.run_id is None:
             return
         if error is None:
-            self._end("FINISHED")
+            try:
+                self._end("FINISHED")
+            except KeyboardInterrupt:
+                self._end("KILLED")
+                raise
         else:
             # A store that is broken must not hide why the run ended.
             with contextlib.suppress(TrackingError):
@@ -316,14 +321,29 @@ class Tracker:
 
     def _experiment_id(self) -> str:
         """Find the experiment or make it."""
+        from mlflow.exceptions import MlflowException
+
+        own = self._uri == own_uri(self._root)
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
-            location = str(artifacts(self._root)) if self._uri == own_uri(self._root) else None
-            return str(self._client.create_experiment(self._experiment, artifact_location=location, tags=TAGS))
+            location = str(artifacts(self._root)) if own else None
+            try:
+                return str(self._client.create_experiment(self._experiment, artifact_location=location, tags=TAGS))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = self._client.get_experiment_by_name(self._experiment)  # another run may have made it just now
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
                 f"the MLflow experiment {self._experiment!r} in {shown(self._uri)} was deleted",
                 hint="Restore it, or take another name with --set tracking.experiment=NAME.",
+            )
+        if own and not Path(found.artifact_location).is_dir():
+            # MLflow would silently make the folder again.
+            raise TrackingError(
+                f"the MLflow experiment {self._experiment!r} keeps its artifacts in {found.artifact_location}, "
+                "which is not there (was the folder moved?)",
+                hint=f"Make that folder, {INSTEAD}",
             )
         arrange(self._client, found)
         return str(found.experiment_id)
@@ -339,7 +359,7 @@ class Tracker:
         if interrupted:
             reason, tag = "Ctrl-C, or the system's request to end", INTERRUPTION_TAG
         else:
-            reason, tag = masked(f"{type(error).__name__}: {error}"), FAILURE_TAG
+            reason, tag = masked(f"{type(error).__name__}: {error}", self._uri), FAILURE_TAG
         page = f"**{'Interrupted' if interrupted else 'Failed'}:** {reason}"
         tags = {tag: reason}
         if self._again and self._unsent.parent.exists():  # a run that found nothing leaves no folder

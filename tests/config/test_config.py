@@ -191,7 +191,7 @@ def test_malformed_override_says_how_to_write_it(override: str) -> None:
 def test_what_is_no_toml_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"configuration .*nowhere\.toml' cannot be read: No such file"):
         load_config(tmp_path / "nowhere.toml")
-    with pytest.raises(ConfigError, match=r"configuration .* cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match=r"configuration .* is a folder"):
         load_config(tmp_path)
     with pytest.raises(ConfigError, match=r"run\.toml is no configuration, or a damaged one: not valid TOML: .*line 2"):
         load_config(write(tmp_path, "[prune]\nsparsity = = 3\n"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import made_up_tasks
@@ -259,6 +260,28 @@ class TestExamplesAreDrawn:
         for episode in vector.history:
             assert list(episode.objectives) == ["closeness", "accuracy"]
             assert episode.objectives["closeness"] == episode.reward
+
+    def test_the_seed_decides_them(self, measuring):
+        env = measuring()
+        drawn = []
+        for seed in (5, 5, 6):
+            env.reset(seed=seed)
+            drawn.append(env._examples)
+        assert drawn[0] == drawn[1] != drawn[2]
+
+
+class TestReplay:
+    def test_a_log_is_replayed_with_its_objectives(self, measuring):
+        def played(**options):
+            vector = PruningVectorEnv(measuring(), Schedule(0.3, 4), num_envs=2, token_budget=1200, **options)
+            vector.reset(seed=0)
+            rng = np.random.default_rng(0)
+            while vector.tokens_left:
+                vector.step(rng.uniform(-1, 1, (2, 6)).astype(np.float32))
+            return [replace(e, action=None) for e in vector.history], vector.history
+
+        whole, history = played()
+        assert played(replay=history[:3])[0] == whole
 
 
 class TestBadInputs:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gymnasium
 import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
 from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
 
 from ffgym.envs.sb3 import SB3VecEnv
+from ffgym.errors import ConfigError
 from ffgym.testing.toys import QuadraticEnv
 
 
@@ -74,3 +77,10 @@ def test_attributes_and_methods_are_the_vector_environments():
     assert len(env.env_method("value", np.zeros((1, 6)))) == 4
     assert env.env_is_wrapped(gymnasium.Wrapper) == [False] * 4
     env.close()
+
+
+def test_other_autoreset_modes_are_refused():
+    env = gymnasium.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync")
+    assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    with pytest.raises(ConfigError, match="SAME_STEP"):
+        SB3VecEnv(env)

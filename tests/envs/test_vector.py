@@ -107,6 +107,13 @@ def test_draws_the_dense_model_before_the_first_update(env):
     assert len(drawn) == 3
 
 
+def test_options_that_stable_baselines3_sets_are_refused_as_well(env):
+    adapter = SB3VecEnv(vector_of(env))
+    adapter.set_options({"sparsity": 0.1})
+    with pytest.raises(UnknownNameError, match="sparsity"):
+        adapter.reset()
+
+
 def test_a_step_says_what_came_of_it_in_final_info(env):
     vector = vector_of(env)
     first, _ = vector.reset(seed=0)
@@ -260,6 +267,13 @@ class TestRange:
         assert len(set(targets)) == 10
         assert all(0.1 <= target <= 0.5 for target in targets)
 
+    def test_ten_updates_leave_no_fifth_of_the_range_out(self, env):
+        for seed in range(5):
+            vector = vector_of(env, self.RANGE, num_envs=1, episodes=10)
+            played(vector, seed)
+            counts, _ = np.histogram([e.target_sparsity for e in vector.history], bins=5, range=(0.1, 0.5))
+            assert counts.min() >= 1
+
     def test_the_seed_decides_them_again_whenever_it_is_given(self, env):
         vector = vector_of(env, self.RANGE, num_envs=1, episodes=10)
         drawn = []
@@ -278,6 +292,41 @@ class TestRange:
 
 
 class TestReplay:
+    def test_gives_the_same_history_without_a_forward_pass(self, env):
+        first = vector_of(env, RAMPS)
+        rewards = played(first)
+        env.executor = recording = Recording(env.executor)
+        seen = []
+        again = vector_of(env, RAMPS, replay=first.history, on_episode=seen.append)
+        for one, two in zip(rewards, played(again), strict=True):
+            np.testing.assert_array_equal(one, two)
+        assert recording.calls == []
+        assert all(same_episode(a, b) for a, b in zip(again.history, first.history, strict=True))
+        assert len(seen) == len(first.history)
+        assert again.tokens_spent == first.tokens_spent
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"schedule": RAMPS}, {"schedule": Schedule(0.5, 4, low=0.1)}, {"slope_episodes": 1}, {"pair_text": True}],
+        ids=["ramps", "range", "slopes", "pairs"],
+    )
+    @pytest.mark.parametrize("stopped_after", [1, 4, 6])
+    def test_goes_on_where_it_stopped(self, make_env, options, stopped_after):
+        """Also within an update, and on another environment, whose dense losses are not known yet."""
+        whole, rest = (make_env(sparsity=0.4, episode_windows=4) for _ in range(2))
+        first = vector_of(whole, episodes=12, **options)
+        rewards = played(first)
+        again = vector_of(rest, episodes=12, replay=first.history[:stopped_after], **options)
+        assert all(map(np.array_equal, played(again), rewards))
+        assert all(same_episode(a, b) for a, b in zip(again.history, first.history, strict=True))
+
+    @pytest.mark.parametrize("options", [{"slope_episodes": 1}, {"pair_text": True}], ids=["slopes", "pairs"])
+    def test_of_a_search_with_other_slopes_or_text_is_refused(self, env, options):
+        plain = vector_of(env, num_envs=4, episodes=12)
+        played(plain)
+        with pytest.raises(DataError, match=r"episode \d of the log differs from what this search proposes"):
+            played(vector_of(env, num_envs=4, episodes=12, replay=plain.history, **options))
+
     @pytest.mark.parametrize(
         "changed",
         [

@@ -79,3 +79,31 @@ def test_only_the_direction_that_is_asked_for_is_there(random_windows):
     assert (reverse.kls is None, reverse.reverse_kls is None) == (True, False)
     with pytest.raises(AssertionError, match="reverse_kl is None"):
         _ = forward.reverse_kl
+
+
+def test_a_soft_cap_and_a_head_bias_count(random_windows):
+    models = []
+    for disturb in (False, True):
+        model = tiny_model("llama")
+        model.config.final_logit_softcapping = 2.0
+        head = model.get_output_embeddings()
+        head.bias = torch.nn.Parameter(torch.linspace(-3, 3, 128))
+        models.append(disturbed(model) if disturb else model)
+    windows = random_windows(3, 20)
+    got = measured(*models, windows)
+    with torch.no_grad():
+        for index, window in enumerate(windows):
+            p, q = (
+                (2 * torch.tanh(m(input_ids=window[None], use_cache=False).logits[0, :-1].double() / 2)).log_softmax(1)
+                for m in models
+            )
+            assert got.kls[index] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+
+
+def test_a_model_that_breaks_down_is_not_finite(random_windows):
+    dense, broken, windows = tiny_model("llama"), tiny_model("llama"), random_windows(2, 20)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
+    got = measured(dense, broken, windows)
+    assert not got.finite
+    assert measured(dense, dense, windows).finite

@@ -136,6 +136,13 @@ def test_a_value_that_no_table_has_is_named(runs: dict[str, Path], file: str, pa
     assert f"better/{file}" in failure(call(runs["one"], runs["better"]))
 
 
+@pytest.mark.parametrize("file", ["report.json", "allocation.json"])
+def test_the_results_of_a_finished_run_that_are_damaged_are_named(runs: dict[str, Path], file: str) -> None:
+    (runs["one"] / file).write_text("[" * 3000)
+    done = CliRunner().invoke(app, ["run", "--resume", str(runs["one"]), "--json"])
+    assert f"one/{file} is no" in failure(done)
+
+
 def test_a_folder_of_something_else_one_run_twice_and_one_run_alone_are_refused(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -185,6 +185,7 @@ def test_a_reward_below_its_worst_would_make_breaking_the_model_pay() -> None:
     ("attribute", "value", "said"),
     [
         ("tasks", "arc_easy", "tasks is 'arc_easy', not a tuple of names"),
+        ("examples", 0, "examples is 0, not a whole number from 1"),
         ("needs", frozenset({"KL"}), r"needs unknown measurements \['KL'\]"),
         ("worst", -math.inf, "worst is -inf, not a finite number"),
     ],
@@ -195,6 +196,29 @@ def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, sai
     setattr(reward, attribute, value)
     with pytest.raises(PluginError, match=f"reward 'number'.*{said}"):
         check_attributes("reward", "number", reward)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "check"),
+    [
+        ("perplexity", {}, check_reward),
+        ("multi-objective", {"accuracy": 0, "cost": 0}, check_reward),
+        ("multi-objective", {"accuracy": 0, "cost": 0}, check_objectives),
+    ],
+)
+def test_a_built_in_reward_that_overflows_says_what_is_wrong_with_the_losses(
+    name: str, options: dict[str, Any], check: Callable[..., Any]
+) -> None:
+    """Norm weights of 1e38 make a dense model with finite losses of thousands of nats."""
+    reward = manager.create("reward", name, options)
+    with pytest.raises(ModelError, match=r"the reward overflows: the pruned loss is 3\.5 and the dense loss 5000"):
+        check(reward, PRUNED, Evaluation((5000.0, 5000.0), 8))
+
+
+def test_somebodys_reward_that_overflows_is_theirs() -> None:
+    with pytest.raises(PluginError, match="failed while computing a reward: OverflowError") as caught:
+        check_reward(number(lambda: math.exp(5000)), PRUNED, DENSE)
+    assert "the package's author" in str(caught.value.hint)
 
 
 def test_a_built_in_that_breaks_is_not_blamed_as_somebodys_plugin() -> None:

@@ -122,12 +122,25 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         (offering("Criterion", "'score': 1, 'name': 'a/b'"), "name is 'a/b', not lower-case letters"),
         (offering("Criterion", "'score': 1, 'name': 'a', 'needs': {'sqare'}"), "sqare"),
         (offering("Criterion", "'score': 1, 'name': 'a', 'needs': 'square'"), "needs is 'square', not a frozenset"),
+        (offering("Criterion", "'score': 1, 'name': 'a', 'edition': 'new'"), "edition is 'new', not a whole number"),
         (offering("Criterion", "'score': 1, 'name': 'a', 'Config': dict"), "PluginConfig"),
         (
             offering("Criterion", "'score': 1, 'name': 'a', 'Config': Config").replace(
                 "\n", "\nclass Config(ffgym.PluginConfig): name: str\n", 1
             ),
             "criterion 'a': its Config has an option 'name'",
+        ),
+        (
+            offering("Criterion", "'score': lambda self, w: w, 'name': 'a'"),
+            "criterion 'a' defines score(self, w), and ffgym calls score(self, weight, stats)",
+        ),
+        (
+            offering("Criterion", "'__init__': lambda self: None, 'score': 1, 'name': 'a'"),
+            "criterion 'a' defines __init__(self), and ffgym calls __init__(self, config=None)",
+        ),
+        (
+            offering("Metric", "'scores': lambda self, model, tokenizer, *, limit: [], 'name': 'a'"),
+            "and ffgym calls scores(self, model, tokenizer, *, limit, on_progress)",
         ),
         (
             offering("Reward", "'__call__': 1, 'name': 'a', 'worst': float('-inf')"),
@@ -243,6 +256,32 @@ def test_a_failure_names_file_and_line_and_has_a_traceback(install: Install) -> 
         manager.traceback_of("acme-brokn-entry")
 
 
+AGENT = """
+import ffgym
+
+class Mine(ffgym.Agent):
+    name = "mine"
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.{attribute} = {value}
+    def learn(self, env, *, seed, on_update): ...
+
+@ffgym.hookimpl
+def ffgym_agents():
+    return [Mine]
+"""
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [("slope_episodes", -1), ("least_episodes", -1), ("update_episodes", 0), ("recommendations", -1)],
+)
+def test_impossible_numbers_of_episodes_are_refused_at_creation(install: Install, attribute: str, value: int) -> None:
+    install("acme-mine", AGENT.format(attribute=attribute, value=value))
+    with pytest.raises(PluginError, match=rf"agent 'mine': {attribute} is {value}, not a whole number from"):
+        manager.create("agent", "mine")
+
+
 def test_environment_variable_chooses_what_is_loaded(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("acme-one", CRITERION.format(name="one"))
     install("acme-two", CRITERION.format(name="two"))
@@ -298,6 +337,17 @@ def test_options_of_a_heuristic_are_those_of_the_table_prior() -> None:
         manager.create("heuristic", "mlp-first", {"spare_first": -1})
     with pytest.raises(ConfigError, match=r"unknown key 'x' in \[prior\]"):
         manager.create("heuristic", "uniform", {"x": 1})
+
+
+def test_options_whose_check_breaks_name_the_plugin(install: Install) -> None:
+    broken = "\nfrom pydantic import field_validator\n" + (
+        "class Checked(ffgym.PluginConfig):\n    floor: float = 0.0\n"
+        "    @field_validator('floor')\n    def check(cls, value):\n        return open('/not/there')\n"
+        "Mine.Config = Checked\n"
+    )
+    install("acme-mine", CRITERION.format(name="mine") + broken)
+    with pytest.raises(PluginError, match=r"criterion 'mine' .*could not check its options: FileNotFoundError"):
+        manager.create("criterion", "mine", {"floor": 1.0})
 
 
 def test_constructor_that_fails_names_the_plugin(install: Install) -> None:

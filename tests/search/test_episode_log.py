@@ -30,6 +30,13 @@ class TestReading:
             read_episodes(log)
         assert "Delete the file" in raised.value.hint
 
+    @pytest.mark.parametrize("reward", ["NaN", "-Infinity", "1" + "0" * 400])
+    def test_a_reward_that_is_no_finite_number_is_refused(self, reward, tmp_path):
+        log = written(tmp_path / "broken.jsonl", episode(0, 0, 0.5), episode(1, 0, 0.25))
+        log.write_text(log.read_text().replace('"reward": 0.25', f'"reward": {reward}'))
+        with pytest.raises(DataError, match=r"broken.jsonl, line 2 is no episode"):
+            read_episodes(log)
+
     def test_an_episode_survives_the_round_trip_bit_for_bit(self, tmp_path):
         action = np.random.default_rng(0).uniform(-1, 1, 6)
         sent = replace(episode(0, 1, 0.1 + 0.2, action=action), loss=math.nan, failed=True)

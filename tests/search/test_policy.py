@@ -100,6 +100,7 @@ def test_a_state_of_another_shape_is_refused_before_anything_is_prepared(tmp_pat
         ("[1, 2]", "Input should be an object"),
         ('{"agent": "picky"}', "state: Field required"),
         ('{"agent": "picky", "state": null}', "state: Input should be an object, not None"),
+        ('{"agent": "picky", "state": {"mean": [1e400]}, "sublayers": ["a"]}', "state: .* not JSON compliant"),
         ('{"agent": "picky", "state": {}}', "sublayers: Field required"),
         ('{"agent": "picky", "state": {}, "sublayers": 3}', "sublayers: Input should be a valid array, not 3"),
         ('{"agent": "picky", "state": {}, "sublayers": []}', "sublayers: Tuple should have at least 1 item"),
@@ -112,6 +113,10 @@ def test_a_file_that_is_no_policy_says_what_it_lacks(tmp_path: Path, text: str, 
         read_policy(path, "picky")
 
 
-def test_a_state_that_could_not_be_read_again_is_not_written() -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        policy_text("picky", 0.2, [Sublayer(0, "mlp", 24, 1, unit_params=36, unit_macs=36)], {"best": float("nan")})
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [([1.0], "not a dict with text as keys"), ({1: 2.0}, "not a dict"), ({"best": float("nan")}, "NaN or infinity")],
+)
+def test_a_state_that_could_not_be_read_again_is_not_written(state: Any, complaint: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=complaint):
+        policy_text("picky", 0.2, [Sublayer(0, "mlp", 24, 1, unit_params=36, unit_macs=36)], state)

@@ -142,6 +142,13 @@ class TestSearch:
         assert found.best.origin == "policy"
         assert (found.final_tokens, found.dense_loss, found.best.loss) == (0, None, None)
 
+    def test_random_search_draws_importances_that_are_allowed(self):
+        agent = RandomSearch()
+        agent.begin(dimensions=6, batch=4, seed=0)
+        drawn = agent.ask(None)
+        assert drawn.dtype == np.float32
+        assert np.abs(drawn).max() <= 1
+
 
 class Traded(Reward):
     """Two aims that pull apart: what is lost, and attention that is kept."""
@@ -215,6 +222,12 @@ class TestPareto:
         assert len({(e.update, e.windows) for e in history}) == len({e.update for e in history})
         alone = searched(env, schedule=Schedule(0.3, 2)).history
         assert len({(e.update, e.windows) for e in alone}) == 2 * len({e.update for e in alone}), "pairs have their own"
+
+    def test_objectives_survive_the_log(self, traded, tmp_path):
+        log = tmp_path / "episodes.jsonl"
+        found = searched(traded, log=log)
+        assert [e.objectives for e in read_episodes(log)] == [e.objectives for e in found.history]
+        assert all(set(e.objectives) == {"ratio", "kv_kept"} for e in found.history)
 
 
 class Interrupting(RandomSearch):
@@ -510,7 +523,9 @@ class Broken(RandomSearch):
         if self.how == "bug":
             return {"bug": 1 / 0}
         answers = {
+            "diagnostics": [0.2],
             "text": {"policy/spread": "wide"},
+            "digits": {"policy/spread": "0.5"},
             "name": {"what (%)": 1.0},
         }
         return answers.get(self.how) or super().tell(observations, actions, rewards)
@@ -566,7 +581,9 @@ class TestBrokenAgents:
             ("silent", "learn never called on_update"),
             ("none", "learn called on_update with NoneType, not an Update"),
             ("twice", "learn called on_update without a step before it"),
+            ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
             ("text", "diagnostic 'policy/spread' is str, not a number"),
+            ("digits", "diagnostic 'policy/spread' is str, not a number"),
             ("name", r"a diagnostic is called 'what \(%\)'"),
             ("shape", r"recommend returned unusable importances: an array of shape \(5,\), not \(6,\)"),
             ("flat", "recommend returned ndarray, not a list of arrays"),
@@ -583,6 +600,14 @@ class TestBrokenAgents:
         told = []
         found = searched(env, Broken(how), on_update=lambda episodes, update: told.extend(e.index for e in episodes))
         assert told == [e.index for e in found.history]
+
+    def test_what_measuring_raises_is_not_put_down_to_them(self, env, monkeypatch):
+        def fails(*args, **options):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(env.executor, "measure", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            searched(env)
 
     @pytest.mark.parametrize("where", ["measuring", "on_episode", "on_update"])
     @pytest.mark.parametrize("reaction", ["swallows it", "raises its own", "breaks later"])

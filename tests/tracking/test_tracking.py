@@ -15,6 +15,7 @@ import made_up_episodes
 import numpy as np
 import pytest
 from filelock import FileLock
+from mlflow import MlflowClient
 from mlflow_store import client, new_store
 from processes import PATIENCE
 from sqlalchemy import event
@@ -97,6 +98,22 @@ def test_the_machines_load_is_logged_from_time_to_time(root, monkeypatch):
     with Tracker(root, "ffgym", "run") as tracker:
         tracker.log_episode(episode(0))
     assert 0 < run_of(root, tracker).data.metrics["system/system_memory_usage_percentage"] < 100
+
+
+def test_ctrl_c_while_the_run_is_being_finished_marks_it_killed(root, monkeypatch):
+    import mlflow
+
+    finish = mlflow.MlflowClient.set_terminated
+
+    def interrupted_once(self, run_id, status, time):
+        if status == "FINISHED":
+            raise KeyboardInterrupt
+        finish(self, run_id, status, time)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", interrupted_once)
+    with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
+        pass
+    assert run_of(root, tracker).info.status == "KILLED"
 
 
 @pytest.fixture
@@ -293,6 +310,18 @@ def test_runs_that_start_at_once_make_a_store_together_without_a_word(tmp_path, 
     assert [len(run.inputs.dataset_inputs) for run in runs] == [20] * 2
 
 
+def test_an_experiment_that_another_run_has_just_made_is_taken(root, monkeypatch):
+    with Tracker(root, "ffgym", "first") as first:
+        pass
+    look, answers = MlflowClient.get_experiment_by_name, [None]
+    monkeypatch.setattr(
+        MlflowClient, "get_experiment_by_name", lambda self, name: answers.pop() if answers else look(self, name)
+    )
+    with Tracker(root, "ffgym", "second") as second:
+        pass
+    assert run_of(root, second).info.experiment_id == run_of(root, first).info.experiment_id
+
+
 def test_a_store_that_another_process_keeps_opening_is_refused_after_a_while(root, monkeypatch):
     monkeypatch.setattr("ffgym.tracking.tracker.OPENING_SECONDS", 0.2)
     root.mkdir(parents=True, exist_ok=True)
@@ -395,7 +424,7 @@ def test_the_environment_variable_wins(root, tmp_path, monkeypatch):
 
 
 def test_a_server_that_does_not_answer_is_an_error_without_its_password(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:sec@ret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:sec@ret@127.0.0.1:9?token=secret")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI") as caught, Tracker(tmp_path, "ffgym", "run"):
         pass
@@ -536,6 +565,12 @@ def test_artifacts_that_were_put_elsewhere_on_purpose_stay_there(root, tmp_path)
     with Tracker(root, "large", "run") as tracker:
         tracker.log_artifact(tmp_path / "note.txt")
     assert (place / tracker.run_id / "artifacts" / "note.txt").read_text() == "first"
+
+
+def test_a_folder_of_artifacts_that_is_gone_is_not_made_again(root, tmp_path):
+    client(root).create_experiment("ffgym", artifact_location=str(tmp_path / "unmounted"))
+    assert str(tmp_path / "unmounted") in refused(root)
+    assert not (tmp_path / "unmounted").exists()
 
 
 def test_a_deleted_experiment_is_refused(root):
