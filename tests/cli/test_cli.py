@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import importlib
 import json
 import os
 import re
@@ -75,7 +76,7 @@ def replace_module(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Call
     vars(module).update(functions)
     monkeypatch.setitem(sys.modules, name, module)
     parent, _, child = name.rpartition(".")
-    monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+    monkeypatch.setattr(importlib.import_module(parent), child, module, raising=False)
 
 
 # start-up
