@@ -9,5 +9,5 @@ import ffgym
 
 for agent in ("reinforce", "pathwise", "mlp-first"):
     result = ffgym.run(ffgym.load_config(*sys.argv[1:], agent={"name": agent}, search={"random_baseline": False}))
-    dense, best = result.table.rows[0], result.table.best
-    print(f"{agent:10} perplexity {best.perplexity:.2f}, {best.perplexity / dense.perplexity:.2f} x dense")
+    dense, found = result.table.rows[0], result.table.saved
+    print(f"{agent:10} perplexity {found.perplexity:.2f}, {found.perplexity / dense.perplexity:.2f} x dense")

@@ -37,8 +37,11 @@ def test_search_then_generate(script: Any, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_compare(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    script("compare.py", "run.toml")
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["reinforce", "pathwise", "mlp-first"]
+    table = script("compare.py", "run.toml")["result"].table
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["reinforce", "pathwise", "mlp-first"]
+    assert lines[-1][2].rstrip(",") == f"{table.saved.perplexity:.2f}", "its own, though uniform has less here"
+    assert table.best.perplexity < table.saved.perplexity
 
 
 def test_stable_baselines(script: Any) -> None:
