@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
+from trainings import checkpoint_in, setup_of
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.errors import ModelError, RecoveryError
@@ -22,7 +23,6 @@ from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.distill import LayerFit, distil_mlps, mlp_of
-from ffgym.recover.method import TrainingSetup
 from ffgym.testing.models import tiny_model
 
 UNEVEN, EMPTIED = (1, 17, 2, 30, 1, 5), (1, 17, 0, 48, 2, 0)
@@ -63,17 +63,8 @@ def distil(
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, int, float], Any] = lambda layer, step, error: None,
 ) -> list[LayerFit]:
-    setup = {
-        "model": pair[0],
-        "dense": pair[1],
-        "windows": texts[0],
-        "held_out": texts[1],
-        "checkpoint": checkpoint,
-        "held_out_loss": None,
-        "progress": None,
-        "log": None,
-    }
-    return distil_mlps(TrainingSetup(**{**setup, **wanted}), on_step, lambda fit: None)
+    setup = setup_of(pair[0], texts, dense=pair[1], checkpoint=checkpoint, **wanted)
+    return distil_mlps(setup, on_step, lambda fit: None)
 
 
 @torch.no_grad()
@@ -189,12 +180,6 @@ def test_bfloat16_weights_are_trained_in_float32_and_rounded_once(pair: Any, tex
 
 
 # going on after Ctrl-C
-
-
-def checkpoint_in(folder: Path) -> Checkpoint:
-    checkpoint = Checkpoint(folder, {"a": 1})
-    checkpoint.claim()
-    return checkpoint
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

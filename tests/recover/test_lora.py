@@ -14,6 +14,7 @@ import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from torch import nn
+from trainings import checkpoint_in, setup_of
 
 from ffgym.errors import RecoveryError
 from ffgym.evaluation.perplexity import evaluate
@@ -22,10 +23,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load
 from ffgym.recover import lora as module
-from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.lora import Lora, LoraCurve, merge, target_modules, train_lora
-from ffgym.recover.method import TrainingSetup
-from ffgym.report.progress import Reporter
 from ffgym.testing.models import tiny_model
 
 EMPTIED = (1, 17, 0, 48, 2, 0)
@@ -74,17 +72,7 @@ def train(
     on_step: Callable[[LoraCurve], Any] = lambda curve: None,
     **more: Any,
 ) -> LoraCurve:
-    setup = {
-        "model": model,
-        "dense": None,
-        "windows": texts[0],
-        "held_out": texts[1],
-        "tokens_per_pass": 4096,
-        "held_out_loss": lambda: evaluate(model, texts[1]).loss,
-        "progress": None,
-        "log": None,
-    }
-    return train_lora(TrainingSetup(**{**setup, **wanted["setup"], **more}), wanted["options"], on_step)
+    return train_lora(setup_of(model, texts, **wanted["setup"], **more), wanted["options"], on_step)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -236,19 +224,8 @@ def test_the_loss_afterwards_is_that_of_the_merged_weights(fresh: Any, texts: An
         has_adapters = any("lora" in name for name, _ in model.named_parameters())
         return evaluate(model, texts[1]).loss + (9.0 if rounds_badly and not has_adapters else 0.0)
 
-    outcome = Lora(wanted["options"]).train(
-        TrainingSetup(
-            model=model,
-            dense=None,
-            windows=texts[0],
-            held_out=texts[1],
-            held_out_loss=held_out_loss,
-            tokens_per_pass=4096,
-            progress=lambda steps: Reporter(None).stage("train", steps),
-            log=lambda points: None,
-            **wanted["setup"],
-        )
-    )
+    setup = setup_of(model, texts, held_out_loss=held_out_loss, **wanted["setup"])
+    outcome = Lora(wanted["options"]).train(setup)
     assert outcome.after == held_out_loss()
     assert (outcome.after < outcome.before) is not rounds_badly
     assert (outcome.curve["chosen"] > 0) is not rounds_badly
@@ -266,12 +243,6 @@ def interrupt_forward(model: Any, calls: int) -> None:
             raise KeyboardInterrupt
 
     model.register_forward_pre_hook(hook)
-
-
-def checkpoint_in(folder: Path) -> Checkpoint:
-    checkpoint = Checkpoint(folder, {"a": 1})
-    checkpoint.claim()
-    return checkpoint
 
 
 @pytest.mark.parametrize("steps_done", [0, 1, 4, 5])
