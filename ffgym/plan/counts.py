@@ -29,9 +29,9 @@ KERNELS, LAST_KERNELS = 800_000, 400_000
 # copy becomes its factor.
 FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
-# The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, with LAPACK's copies of them;
-# measured.
-REFITTING = 58
+# The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, or float32 where wide, with
+# LAPACK's copies of them; measured.
+REFITTING, REFITTING_WIDE = 58, 30
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -345,25 +345,30 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
 
 def _sequential(shape: ModelShape, load: Workload) -> Stage:
     tokens, kept = load.calibration_tokens, 1 - load.sparsity  # of one model, as is what is in memory
-    products = float64 = 0.0
+    products = float32 = float64 = 0.0
     for sublayer in shape.sublayers:
         n = sublayer.channels
         products += tokens * (2 * n * n * kept + _own_products(n * kept))
-        float64 += 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
-    operations = Operations(2 * forward(shape, load, head=False)) * tokens + Operations(0, 0, float64)
+        solving = 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
+        if n > WIDE:
+            float32 += solving
+        else:
+            float64 += solving
+    operations = Operations(2 * forward(shape, load, head=False)) * tokens + Operations(0, float32, float64)
     operations += _products(load, products)
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
     memory = {
         **_finished(shape, load),
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
-        "moments": round(REFITTING * kept * n**2),
+        "moments": round((REFITTING if n <= WIDE else REFITTING_WIDE) * kept * n**2),
     }
     return Stage("sequential", tokens * load.sequential, operations * load.sequential, memory)
 
 
 def _save(shape: ModelShape, load: Workload) -> Stage:
-    saved = _at_a_time(shape, load, saved_model(shape, load), layers=2)
+    # safetensors writes from the tensors' own memory, and only the layers of a streamed model are copied for it.
+    saved = _at_a_time(shape, load, saved_model(shape, load), layers=2) if load.streamed else 0
     return Stage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
 
 

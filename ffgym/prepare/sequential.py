@@ -16,7 +16,7 @@ from ffgym.models.sublayer import PrunableSublayer
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import OnProgress, inputs_handed_on, linear_input
 from ffgym.pruning.calibration import sequential_refit
-from ffgym.pruning.factors import as_multiplied, products_in
+from ffgym.pruning.factors import as_factor, as_multiplied, products_in
 from ffgym.pruning.precision import in_float64, sum_in_float64
 from ffgym.pruning.statistics import add_products_, mirror_, shifted
 
@@ -91,13 +91,17 @@ class _CrossMoments:
         self._sums = self._sums[0] + sum_in_float64(x), self._sums[1] + sum_in_float64(y)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """E[x], shape (n,), E[y], (k,), Cov[x, y], (n, k), and Cov[y], (k, k), all float64."""
+        """E[x], shape (n,), and E[y], (k,), float64; Cov[x, y], (n, k), and Cov[y], (k, k), for factors of n channels.
+
+        Nothing can be added afterwards.
+        """
         assert self._shifts is not None, "nothing was added"
+        n = len(self._cross)
         moved = [torch.as_tensor(total) / self._tokens for total in self._sums]
         means = [in_float64(shift) + offset for shift, offset in zip(self._shifts, moved, strict=True)]
-        cross, products = (in_float64(s).div_(self._tokens) for s in (self._cross, mirror_(self._products)))
-        cross.addr_(moved[0], moved[1], alpha=-1)
-        return means[0], means[1], cross, products.addr_(moved[1], moved[1], alpha=-1)
+        cross, products = (as_factor(s, n).div_(self._tokens) for s in (self._cross, mirror_(self._products)))
+        x, y = (each.to(cross) for each in moved)
+        return means[0], means[1], cross.addr_(x, y, alpha=-1), products.addr_(y, y, alpha=-1)
 
 
 def _refit(
@@ -119,6 +123,7 @@ def _refit(
     del sums  # float32 sums of the same size
     anchor = half.path.weight_at(moment.shape[0]) if half.path is not None else None
     if not half.affine:
+        x, y = x.to(cross), y.to(cross)
         refit = sequential_refit(weight, cross.addr_(x, y), moment.addr_(y, y), ridge, anchor)
         half.set_consumer(refit, bias)
         return

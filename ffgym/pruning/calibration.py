@@ -380,17 +380,18 @@ def sequential_refit(
 
     Args:
         weight: dense W, shape (m, n), path order.
-        cross: E[x x~^T], dense inputs against the pruned model's k inputs, shape (n, k), float64 (centred for affine).
-        moment: E[x~ x~^T], shape (k, k), float64 (centred for affine); its diagonal is overwritten.
+        cross: E[x x~^T], dense inputs against the pruned model's k inputs, shape (n, k) (centred for affine), in the
+            precision that factors of n channels are computed in.
+        moment: E[x~ x~^T], shape (k, k) (centred for affine), in the same; its diagonal may be overwritten.
         ridge: lambda, > 0.
         anchor: W_0, which a strong ridge pulls towards, shape (m, k); the dense columns W_K where left out.
 
     Returns:
         W', shape (m, k), float32.
     """
-    k = moment.shape[0]
-    W = in_float64(weight)
-    strength = ridge * scale(moment)
-    lower = cholesky_(moment, ridge)
-    right = W @ cross + strength * (W[:, :k] if anchor is None else in_float64(anchor))
+    n, k = cross.shape
+    W, strength = as_factor(weight, n), ridge * scale(moment)
+    wide = moment.dtype is torch.float32
+    lower = _cholesky_in_float32(moment, ridge, scale(moment)) if wide else cholesky_(moment, ridge)
+    right = W @ cross + strength * (W[:, :k] if anchor is None else as_factor(anchor, n))
     return torch.cholesky_solve(right.T, lower).T.float()

@@ -23,7 +23,7 @@ from ffgym.pruning.calibration import (
     sketch,
     suffix_energy,
 )
-from ffgym.pruning.factors import factor_bytes, inverse_
+from ffgym.pruning.factors import WIDE, factor_bytes, inverse_
 
 TOKENS = 200
 
@@ -340,6 +340,19 @@ class TestSequentialRefit:
         anchor = torch.tensor([[5.0, 7.0]])
         got = sequential_refit(torch.tensor([[3.0, 4.0]]), x.T @ x / 3, x.T @ x / 3, 1e-9, anchor)
         torch.testing.assert_close(got, torch.tensor([[3.0, 7.0]]))
+
+    @pytest.mark.parametrize("ridge", [1e-3, 0.1])
+    def test_a_wide_consumer_is_refitted_in_float32_as_in_float64(self, ridge):
+        n, k, generator = WIDE + 100, 1500, torch.Generator().manual_seed(0)
+        x = torch.randn(400, 20, generator=generator) @ torch.randn(20, n, generator=generator)
+        x += 0.3 * torch.randn(400, n, generator=generator)
+        seen, W = x[:, :k] + 0.3 * torch.randn(400, k, generator=generator), torch.randn(3, n, generator=generator)
+        cross, moment = x.T @ seen / 400, seen.T @ seen / 400
+        wide = moment.double() + ridge * moment.diagonal().mean() * torch.eye(k)
+        right = W.double() @ cross.double() + ridge * moment.diagonal().mean() * W[:, :k]
+        outputs = (right @ torch.linalg.inv(wide)) @ seen.T.double()
+        got = sequential_refit(W, cross, moment.clone(), ridge)
+        assert (got.double() @ seen.T.double() - outputs).norm() < 1e-3 * outputs.norm()
 
     @given(problems, st.data())
     def test_equals_nested_ridge_where_the_inputs_are_the_dense_ones(self, problem, data):
