@@ -30,8 +30,8 @@ KERNELS, LAST_KERNELS = 800_000, 400_000
 FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 # The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, or float32 where wide, with
-# LAPACK's copies of them; measured.
-REFITTING, REFITTING_WIDE = 58, 30
+# LAPACK's copies of them. To the moments of a wide consumer, bytes for each input of a batch that is added come on top.
+REFITTING, REFITTING_WIDE, ADDING_WIDE = 58, 14, 12
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -358,10 +358,13 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     operations += _products(load, products)
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
+    moments = REFITTING * kept * n**2
+    if n > WIDE:
+        moments = REFITTING_WIDE * kept * n**2 + ADDING_WIDE * n * min(tokens, max(load.batch_tokens, load.window))
     memory = {
         **_finished(shape, load),
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
-        "moments": round((REFITTING if n <= WIDE else REFITTING_WIDE) * kept * n**2),
+        "moments": round(moments),
     }
     return Stage("sequential", tokens * load.sequential, operations * load.sequential, memory)
 

@@ -16,7 +16,7 @@ from ffgym.models.sublayer import PrunableSublayer
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import OnProgress, inputs_handed_on, linear_input
 from ffgym.pruning.calibration import sequential_refit
-from ffgym.pruning.factors import as_factor, as_multiplied, products_in
+from ffgym.pruning.factors import as_factor, as_multiplied_, products_in
 from ffgym.pruning.precision import in_float64, sum_in_float64
 from ffgym.pruning.statistics import add_products_, mirror_, shifted
 
@@ -83,7 +83,7 @@ class _CrossMoments:
             self._shifts = x.flatten(0, -2).float().mean(dim=0), y.flatten(0, -2).float().mean(dim=0)
             n, k = x.shape[-1], y.shape[-1]
             self._cross, self._products = (torch.zeros(rows, k, device=x.device) for rows in (n, k))
-        x, y = (as_multiplied(shifted(each, shift), dtype) for each, shift in zip((x, y), self._shifts, strict=True))
+        x, y = (as_multiplied_(shifted(each, shift), dtype) for each, shift in zip((x, y), self._shifts, strict=True))
         self._tokens += len(x)
         with products_in(dtype):
             self._cross.addmm_(x.T, y)

@@ -52,9 +52,9 @@ def products_in(dtype: torch.dtype) -> Iterator[None]:
         cpu.fp32_precision, cuda.fp32_precision = before
 
 
-def as_multiplied(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Float32 numbers rounded as `products_in` the dtype rounds them, so that sums agree with products."""
-    return x.bfloat16().float() if dtype is torch.bfloat16 else x
+def as_multiplied_(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round float32 numbers, in place, as `products_in` the dtype rounds them, so that sums agree with products."""
+    return x.copy_(x.bfloat16()) if dtype is torch.bfloat16 else x
 
 
 def factorise_(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

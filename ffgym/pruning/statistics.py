@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ffgym.errors import CalibrationError
-from ffgym.pruning.factors import as_factor, as_multiplied, products_in
+from ffgym.pruning.factors import as_factor, as_multiplied_, products_in
 from ffgym.pruning.precision import WITHOUT_FLOAT64, float64_device, in_float64, sum_in_float64
 from ffgym.types import LayerStats
 
@@ -101,7 +101,7 @@ class Moments:
         x = shifted(inputs, self._shift)
         self.tokens += x.shape[0]
         self._sum += sum_in_float64(x)
-        x = as_multiplied(x, inputs.dtype)
+        x = as_multiplied_(x, inputs.dtype)
         self._multiplied += sum_in_float64(x)
         with products_in(inputs.dtype):
             add_products_(self._products, x)
