@@ -30,8 +30,8 @@ KERNELS, LAST_KERNELS = 800_000, 400_000
 FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 # The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, or float32 where wide, with
-# LAPACK's copies of them. To the moments of a wide consumer, bytes for each input of a batch that is added come on top.
-REFITTING, REFITTING_WIDE, ADDING_WIDE = 58, 14, 12
+# LAPACK's copies of them; where wide, also bytes for each input of a batch that is added to the moments. All measured.
+REFITTING, REFITTING_WIDE, ADDING_WIDE = 58, 14, 24
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
