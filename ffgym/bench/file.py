@@ -124,6 +124,8 @@ def read_bench(file: Path) -> Bench:
         return Bench(file, spec, ())
     cells = []
     for label in spec.agents:
+        if Path(label).name != label:
+            raise ConfigError(f"{file}: agents has {label!r}, which cannot name a file", hint="Leave the slash out.")
         changes = spec.variants.get(label, {"agent": {"name": label}})
         for seed in spec.seeds_of(label):
             try:

@@ -188,6 +188,11 @@ def test_a_recovery_that_a_bench_would_not_measure(tmp_path: Path) -> None:
     assert "ffgym recover" in hint
 
 
+@pytest.mark.parametrize("label", ["a/b", "../other", "/other"])
+def test_a_name_that_is_no_file_name(tmp_path: Path, label: str) -> None:
+    refused(tmp_path, "cannot name a file", agents=[label], variants={label: {"agent": {"name": "random"}}})
+
+
 def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
     assert refused(tmp_path, "sets `seed`", **variant(seed=3)) == "Use `seeds`."
 
