@@ -59,6 +59,9 @@ class Guarded(TyperGroup):
                 raise
             raise _ended(f"{error.filename}: {error.strerror}", "Check the path and its permissions.") from None
         except (RuntimeError, MemoryError) as error:
+            if "determine home directory" in str(error):  # of a path that begins with ~NAME
+                unknown = "a path begins with ~ and the name of a user whom this machine does not know"
+                raise _ended(unknown, "Write ./~NAME if the file itself has this name.") from None
             if not is_out_of_memory(error):
                 raise
             said = str(error).strip().split("\n")[0]

@@ -73,8 +73,13 @@ def to_toml(config: RunConfig, meanings: Mapping[str, Mapping[str, str]] | None 
         if header := re.fullmatch(r"\[(.+)\]", line):
             table_name = header[1]
         option = (meanings or {}).get(table_name, {}).get(line.partition(" = ")[0])
-        lines.append(line + (f"  # {' '.join(option.split())}" if option else _comment(table_name, line)))
+        lines.append(line + (f"  # {_one_line(option)}" if option else _comment(table_name, line)))
     return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """What a comment in TOML may hold."""
+    return "".join(sign for sign in " ".join(text.split()) if sign.isprintable())
 
 
 def settings(config: RunConfig) -> JSONDict:

@@ -219,15 +219,35 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._target = float(options.get("sparsity", self.sparsity))
         self.budget.check(self._target)
         subset: Sequence[int] | None = options.get("subset")
-        if subset is None:
-            subset = self.draw(self.np_random, self.episode_windows)
-        self._subset = _checked("subset", subset, len(self.windows))
+        self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
         examples: Sequence[int] | None = options.get("examples")
-        if examples is None:
-            examples = self.draw_examples(self.np_random, len(self._subset))
-        self._examples = _checked("examples", examples, len(self.examples))
+        self._examples = (
+            self.draw_examples(self.np_random, len(self._subset))
+            if examples is None
+            else self._checked_examples(examples)
+        )
         self._slopes = bool(options.get("slopes", False))
         return self.observation(), {}
+
+    def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
+        indices = tuple(int(i) for i in subset)
+        if not indices or min(indices) < 0 or max(indices) >= len(self.windows):
+            raise DataError(
+                f"the subset {list(indices)} cannot be used for an episode: it needs at least one of the search"
+                f" windows 0 to {len(self.windows) - 1}",
+                hint="Give indices of search windows, or leave the option out to draw them at random.",
+            )
+        return indices
+
+    def _checked_examples(self, examples: Sequence[int]) -> tuple[int, ...]:
+        indices = tuple(int(i) for i in examples)
+        if indices and (min(indices) < 0 or max(indices) >= len(self.examples)):
+            there = f"0 to {len(self.examples) - 1}" if self.examples else "none, because its reward needs none"
+            raise DataError(
+                f"the examples {list(indices)} cannot be used for an episode: this environment has {there}",
+                hint="Give indices of task examples, or leave the option out to draw them at random.",
+            )
+        return indices
 
     def observation(self) -> np.ndarray:
         """(target sparsity, fidelity), shape (2,), float32."""
@@ -331,17 +351,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if "cost" not in self.reward.needs:
             return None
         return {resource: prices.allocation(kept).cost for resource, prices in self.prices.items()}
-
-
-def _checked(option: str, given: Sequence[int], count: int) -> tuple[int, ...]:
-    """Indices of windows or examples that an option of `reset` gives."""
-    indices = tuple(int(i) for i in given)
-    if not all(0 <= i < count for i in indices) or (option == "subset" and not indices):
-        raise DataError(
-            f"{option} = {list(indices)} cannot be used for an episode: this environment has {count} to choose from",
-            hint=f"Give indices from 0 to {count - 1}, or leave the option out to draw them at random.",
-        )
-    return indices
 
 
 def _by_task(

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from pydantic import BaseModel, FiniteFloat
+
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import differences, load_config
@@ -322,6 +324,17 @@ def removing_if_nothing_found(folder: Path, *, made: bool = True) -> Iterator[No
         raise
 
 
+class BestSoFar(BaseModel):
+    """The parts of an ``allocation.json`` that are printed when a run ends early."""
+
+    episodes: int
+    origin: str
+    sparsity: FiniteFloat
+
+
+BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, MEASURE_AGAIN)
+
+
 def resume_command(folder: Path) -> str:
     """The command that continues the run in a folder."""
     return f"ffgym run --resume {shlex.quote(str(folder))}"
@@ -335,9 +348,8 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
     except KeyboardInterrupt:
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
-            best = RESULT.read(path)
-            found = f"the best of {best['episodes']} episodes ({best['origin']}, sparsity {best['sparsity']:.4f})"
-            reporter(f"{found} is in {path}")
+            best = BEST_SO_FAR.read(path)
+            reporter(f"the best of {best.episodes} episodes ({best.origin}, sparsity {best.sparsity:.4f}) is in {path}")
         elif log.exists() and log.stat().st_size:
             reporter(f"the episodes so far are in {log}")
         else:

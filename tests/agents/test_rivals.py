@@ -272,6 +272,10 @@ class TestWhatIsTheirOwn:
             for survivor in after[1:3]:
                 assert (before == survivor).all(axis=1).any()
 
+    def test_evopress_needs_room_for_parent_survivors_and_children(self):
+        with pytest.raises(ConfigError, match="needs updates of 4 episodes or more"):
+            learned(EvoPress, SeparableEnv, batch=3)
+
     def test_cma_es_can_share_its_first_noise_over_depth(self):
         for smooth, shared in ((0.0, False), (0.95, True)):
             agent = CMAES(CMAES.Config(smooth=smooth))

@@ -302,13 +302,18 @@ def test_too_little_memory_is_said_without_a_traceback(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
+    ("path", "said"),
+    [("~nobody-of-that-name/x", "begins with ~ and the name of a user"), ("x" * 300, "name too long")],
+    ids=["user", "long"],
+)
+@pytest.mark.parametrize(
     "command", [["measure"], ["export", "--gguf", "x.gguf"], ["run", "--resume"], ["config", "--config"]]
 )
-def test_a_path_that_the_system_refuses_is_said_without_a_traceback(command: list[str]) -> None:
-    done = call(*command, "x" * 300)
+def test_a_path_that_the_system_refuses_is_said_without_a_traceback(path: str, said: str, command: list[str]) -> None:
+    done = call(*command, path)
     assert done.exit_code == 1
     assert done.stderr.startswith("error: ")
-    assert "name too long" in done.stderr
+    assert said in done.stderr
     assert "hint: " in done.stderr
 
 
@@ -413,3 +418,15 @@ def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaint
     assert done.exit_code == status
     assert (seen[0].model.name, seen[0].data.window) == ("tiny", 512)
     assert all(complaint in done.stderr for complaint in complaints)
+
+
+def test_ui_opens_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Any, ...]] = []
+
+    def open_ui(*place: Any, notify: Any, browser: bool) -> None:
+        opened.append((*place, browser))
+
+    replace_module(monkeypatch, "ffgym.tracking.ui", open_ui=open_ui)
+    assert call("ui").exit_code == 0
+    assert call("ui", "--root", "there", "--port", "6001", "--experiment", "mine", "--no-browser").exit_code == 0
+    assert opened == [(Path("mlruns"), "ffgym", 5000, True), (Path("there"), "mine", 6001, False)]

@@ -74,7 +74,9 @@ def test_toml_round_trips(tmp_path: Path) -> None:
 def test_toml_round_trips_what_looks_like_a_new_line(tmp_path: Path) -> None:
     config = load_config(data={"report": "a\u2028b\x85c.txt"}, criterion={"name": "mine", "rate": 0.5})
     path = tmp_path / "run.toml"
-    path.write_text(to_toml(config, {"criterion": {"rate": "How fast.\n\n    Larger is faster."}}), encoding="utf-8")
+    path.write_text(
+        to_toml(config, {"criterion": {"rate": "How fast.\n\n    Larger \x1bis faster."}}), encoding="utf-8"
+    )
     assert load_config(path) == config
     assert "rate = 0.5  # How fast. Larger is faster.\n" in path.read_text(encoding="utf-8")
 

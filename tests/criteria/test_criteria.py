@@ -13,7 +13,7 @@ from ffgym.criteria.obs import Obs
 from ffgym.criteria.random import Random
 from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
-from ffgym.errors import CalibrationError
+from ffgym.errors import CalibrationError, ConfigError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
 from ffgym.plugins.built_ins import BUILTINS
@@ -97,3 +97,12 @@ def test_obs_names_its_own_option_when_the_moment_is_indefinite() -> None:
     stats = LayerStats(second_moment=torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     with pytest.raises(CalibrationError, match=r"criterion\.ridge"):
         Obs().score(WEIGHT, stats)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("random", "seed", value) for value in (-1, 2**64, "x")] + [("obs", "ridge", value) for value in (0, -1, "x")],
+)
+def test_impossible_options_are_refused_by_name(name: str, option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"criterion\.{option}"):
+        manager.create("criterion", name, {option: value})

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from ffgym.cli import app
-from ffgym.errors import ConfigError, ModelError, OutputError
+from ffgym.errors import ModelError, OutputError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.format import Exported, export
 from ffgym.export.gguf.architectures import ARCHITECTURES
@@ -430,8 +430,9 @@ def test_an_output_matrix_that_only_the_config_calls_tied_is_written(tmp_path: P
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'q4_0'.*'f32', 'f16' or 'bf16'"):
-        export_gguf(save(pruned("llama", UNEVEN), tmp_path / "m"), tmp_path / "m.gguf", dtype="q4_0")
+    error = refused(pruned("llama", UNEVEN), tmp_path, dtype="q4_0")
+    assert "'q4_0'" in error.message
+    assert "f32, f16, bf16" in str(error.hint)
 
 
 def edit(path: Path, **changes: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ffgym.errors import ConfigError
 from ffgym.heuristics.alpha import Alpha, eigenvalues, hill_exponent
 from ffgym.heuristics.fisher import Fisher
 from ffgym.heuristics.flap import Flap, keep_ratios, standardised_units
@@ -195,3 +196,9 @@ def test_gate_sensitivity_is_the_derivative_of_a_factor_on_the_output() -> None:
     assert gate_sensitivity(replace(view, stats=LayerStats(gradient=by_weight))) == pytest.approx(
         abs(float(by_gate)), rel=1e-4
     )
+
+
+@pytest.mark.parametrize(("name", "options"), [("flap", {"reference": 1}), ("alpha", {"span": 0.6})])
+def test_impossible_options_are_refused_by_name(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=rf"prior\.{next(iter(options))}"):
+        manager.create("heuristic", name, options)

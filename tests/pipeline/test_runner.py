@@ -764,6 +764,15 @@ def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, monkeypatch: 
     assert raised.value.hint
 
 
+def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*args: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(log, "episode_to_json", other)
+    with pytest.raises(OSError, match="Input/output error"):
+        finish(glass_config(tmp_path))
+
+
 # Ctrl-C
 
 

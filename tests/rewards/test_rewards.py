@@ -53,6 +53,11 @@ def test_kl_is_the_exponential_of_the_mean_divergence_in_the_direction_asked_for
     assert KL().objectives(pruned, dense) == {}, "one aim: nothing to trade"
 
 
+def test_an_unknown_direction_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reward.direction = 'sideways'"):
+        manager.create("reward", "kl", {"direction": "sideways"})
+
+
 class TestWeights:
     dense = Evaluation((3.0,), 128, accuracy=0.6, costs={"macs": 200.0, "kv": 50.0})
     pruned = Evaluation((3.5,), 128, accuracy=0.45, costs={"macs": 150.0, "kv": 20.0})
@@ -93,3 +98,8 @@ class TestWeights:
         with pytest.raises(ConfigError, match="are all 0") as caught:
             self.make(perplexity=0, accuracy=0, cost=0)
         assert "--set reward.perplexity=1" in str(caught.value.hint)
+
+    @pytest.mark.parametrize("options", [{"examples": 0}, {"pareto": -1}, {"tasks": "arc_easy"}, {"weigths": 1}])
+    def test_other_options_are_checked(self, options: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            self.make(**options)

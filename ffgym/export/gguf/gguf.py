@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import torch
@@ -64,7 +64,7 @@ class Gguf(ExportFormat):
     class Config(PluginConfig):
         """Options of the format."""
 
-        dtype: Literal["f32", "f16", "bf16"] | None = Field(
+        dtype: str | None = Field(
             default=None, description="of the matrices: f32, f16 or bf16; what the weights are in when left out"
         )
 
@@ -72,9 +72,11 @@ class Gguf(ExportFormat):
         """Write a file whose name ends in ``.gguf``, one tensor in memory at a time; norms and biases as float32.
 
         Raises:
-            ModelError: also of a weight that float16 cannot hold.
+            ModelError: also of an unknown dtype, and of a weight that float16 cannot hold.
         """
         place, dtype = target.resolve(), self.config.dtype
+        if dtype is not None and dtype not in DTYPES:
+            raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
         check_file(place, [".gguf"], overwrite=overwrite)
         config, checkpoint = read_checkpoint(folder)
         contents = read_contents(config, checkpoint)

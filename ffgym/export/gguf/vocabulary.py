@@ -170,6 +170,8 @@ def _tokens(vocabulary: dict[str, int], added: dict[int, Any], rows: int) -> tup
         types[index] = kinds.NORMAL
         if index in added:
             types[index] = kinds.CONTROL if added[index]["special"] else kinds.USER_DEFINED
+    if len(set(tokens)) < rows:  # llama.cpp would loop forever
+        raise _refusal("two of its tokens have the same text")
     return tokens, types
 
 
