@@ -424,6 +424,11 @@ class RunConfig(Table):
         return self
 
     @property
+    def episode_windows(self) -> int:
+        """Windows of text of an episode at full fidelity."""
+        return -(-self.search.episode_tokens // self.data.window)
+
+    @property
     def targets(self) -> tuple[float, ...]:
         """The target, or under a range the points of the front, rising; ``output.save_at`` is one of them."""
         if not self.prune.is_range:

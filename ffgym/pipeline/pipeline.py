@@ -95,7 +95,7 @@ def run(
             agent.update_size(config.search.episodes_per_update),
             config.workers.count,
             reporter.print,
-            -(-config.search.episode_tokens // config.data.window) if agent.asks_slopes else None,
+            config.episode_windows if agent.asks_slopes else None,
         )
         task = prepare(config, session, plan, cluster)
         # Before the search, so that an unfit corpus is refused early.

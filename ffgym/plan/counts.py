@@ -232,19 +232,19 @@ def refit(shape: ModelShape, sparsity: float, allocations: int = 1) -> float:
 
 def factorise(shape: ModelShape, load: Workload) -> Operations:
     """Operations of choosing lambda and factorising, over all sublayers."""
-    float32 = float64 = 0.0
-    m = shape.hidden
+    total, m = Operations(), shape.hidden
     for sublayer in shape.sublayers:
         n = sublayer.channels
-        own = 2 * n**3 / 3
-        if n > WIDE:
-            float32 += own + m * n**2
-        else:
-            float64 += own + 2 * m * n**2
+        total += _as_factor(n, 2 * n**3 / 3 + (1 if n > WIDE else 2) * m * n**2)
         if load.choose_ridge:
             k, rows = 3 * n // 4, min(HELD_OUT_ROWS, load.calibration_tokens)
-            float32 += TRIED * (k**3 / 3 + 2 * SKETCHED * k * (k + rows))
-    return Operations(0, float32, float64)
+            total += Operations(0, TRIED * (k**3 / 3 + 2 * SKETCHED * k * (k + rows)))
+    return total
+
+
+def _as_factor(channels: int, operations: float) -> Operations:
+    """Operations in the precision that factors of so many channels are computed in."""
+    return Operations(0, operations) if channels > WIDE else Operations(0, 0, operations)
 
 
 def _own_products(n: float) -> float:
@@ -345,16 +345,13 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
 
 def _sequential(shape: ModelShape, load: Workload) -> Stage:
     tokens, kept = load.calibration_tokens, 1 - load.sparsity  # of one model, as is what is in memory
-    products = float32 = float64 = 0.0
+    products, solved = 0.0, Operations()
     for sublayer in shape.sublayers:
         n = sublayer.channels
         products += tokens * (2 * n * n * kept + _own_products(n * kept))
         solving = 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
-        if n > WIDE:
-            float32 += solving
-        else:
-            float64 += solving
-    operations = Operations(2 * forward(shape, load, head=False)) * tokens + Operations(0, float32, float64)
+        solved += _as_factor(n, solving)
+    operations = Operations(2 * forward(shape, load, head=False)) * tokens + solved
     operations += _products(load, products)
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))

@@ -307,7 +307,7 @@ def build_env(
         windows,
         budget,
         sparsity=config.prune.target,
-        episode_windows=-(-config.search.episode_tokens // config.data.window),
+        episode_windows=config.episode_windows,
         reserved=config.search.final_tokens // config.data.window,
         calibrated=calibration_class(config.prune.calibration).in_reward,
         tokens_per_batch=tokens_per_batch(model.device),

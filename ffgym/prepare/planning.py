@@ -52,7 +52,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
         choose_ridge=config.prune.ridge == "auto",
         gradients=bool((criterion.needs | needs) & GRADIENT_STATISTICS),
         kept=needs,
-        episode_tokens=-(-search.episode_tokens // data.window) * data.window,
+        episode_tokens=config.episode_windows * data.window,
         episodes_per_update=search.episodes_per_update,
         kernel_step=_mlp_step(config, shape) if dtype is torch.bfloat16 and device.type == "cpu" else 0,
         streamed=model.placement == "stream",
