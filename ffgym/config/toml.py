@@ -109,7 +109,7 @@ def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:
         return [error.message]
     now = flatten(settings(config))
     changes = sorted(_differences(then, now), key=lambda change: change[0])
-    return [f"{key} was {before!r} and is {after!r} now" for key, before, after in changes]
+    return [f"{key} was {written(before)} and is {written(after)} now" for key, before, after in changes]
 
 
 def differences(one: RunConfig, other: RunConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -122,6 +122,11 @@ def _differences(one: JSONDict, other: JSONDict) -> Iterator[tuple[str, Any, Any
     for key in dict.fromkeys([*one, *other]):
         if one.get(key) != other.get(key):
             yield key, one.get(key), other.get(key)
+
+
+def written(value: Any) -> str:
+    """A setting's value as it stands in a configuration file; "unset" for none."""
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> JSONDict:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat
 
 from ffgym.config.mixture import described
 from ffgym.config.tables import PluginTable, RunConfig, table_model
-from ffgym.config.toml import PLUGIN_TABLES, differences
+from ffgym.config.toml import PLUGIN_TABLES, differences, written
 from ffgym.costs.resource import resource_named
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
@@ -128,7 +128,9 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
 
 def _changes(first: RunConfig, config: RunConfig) -> str:
     """``"search.episodes = 48 (not 96)"``; of a plugin that is another one, without its options."""
-    found = {key: f"{key} = {here!r} (not {there!r})" for key, there, here in differences(first, config)}
+    found = {
+        key: f"{key} = {written(here)} (not {written(there)})" for key, there, here in differences(first, config)
+    }
 
     def belongs_to_another(key: str) -> bool:
         table, _, own = key.partition(".")

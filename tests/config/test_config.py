@@ -112,9 +112,9 @@ def test_stored_settings_are_compared_key_by_key() -> None:
     config = load_config(seed=1, agent={"lr": 0.1}, output={"dir": "elsewhere"})
     stored = json.loads(json.dumps(settings(config)))
     assert changed_settings(stored, config) == []
-    assert changed_settings(stored, load_config()) == ["agent.lr was 0.1 and is None now", "seed was 1 and is 0 now"]
+    assert changed_settings(stored, load_config()) == ["agent.lr was 0.1 and is unset now", "seed was 1 and is 0 now"]
     assert changed_settings(stored, load_config(seed=1, agent={"lr": 0.1}, search={"init_from": "runs/a"})) == [
-        "search.init_from was None and is 'runs/a' now"
+        'search.init_from was unset and is "runs/a" now'
     ]
 
 

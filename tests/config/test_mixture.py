@@ -57,7 +57,7 @@ def test_names_and_weights_are_part_of_what_decides_a_run() -> None:
     assert len({digest(config) for config in configs}) == 4
     assert len({parameters(config.model_dump(mode="json"))["toml.data.calibration"] for config in configs}) == 4
     changes = changed_settings(settings(configs[0]), configs[1])
-    assert changes == ["data.calibration was 'demo:c4' and is ['3*demo:c4', 'mine.txt'] now"]
+    assert changes == ['data.calibration was "demo:c4" and is ["3*demo:c4", "mine.txt"] now']
 
 
 def test_a_single_corpus_is_stored_as_before() -> None:

@@ -69,8 +69,8 @@ def test_what_the_runs_were_told_differently_is_said(runs: dict[str, Path], tmp_
     )
     done = call(runs["one"], runs["better"], other, "--output", tmp_path / "out")
     said = (
-        "other differs from one: agent.name = 'random' (not 'reinforce'), search.episodes = 48 (not 96), "
-        "recover.method = 'lora' (not 'none')."
+        'other differs from one: agent.name = "random" (not "reinforce"), search.episodes = 48 (not 96), '
+        'recover.method = "lora" (not "none").'
     )
     assert said in " ".join(done.stdout.split())
     assert "better differs" not in done.stdout
