@@ -31,6 +31,7 @@ def measured_alone(
     """
     import torch
 
+    from ffgym.evaluation.divergence import divergence_from
     from ffgym.evaluation.multiple_choice import task_accuracy
     from ffgym.evaluation.perplexity import evaluate
     from ffgym.evaluation.slopes import mean_slopes, unit_slopes
@@ -59,11 +60,14 @@ def measured_alone(
         reverse_kls=found.reverse_kls if "reverse_kl" in divergences else None,
     )
     if "slopes" in request.needs:
+        hidden = [final_hidden(prunable.model, window[None])[0] for window in text]
+        of = request.slopes_of
+        objectives = None if of == "loss" else [divergence_from(prunable.model, each, of) for each in hidden]
         prunable.cut(request.kept, calibrated=calibrated)
         with torch.no_grad():
             states = all_states(Stream(Walk(prunable.model), torch.split(text, max(1, batch // text.shape[1]))))
         states = [[window for each in layer for window in each.split(1)] for layer in states]
-        units = unit_slopes(prunable, text, request.kept, states, calibrated=calibrated)
+        units = unit_slopes(prunable, text, request.kept, states, calibrated=calibrated, objectives=objectives)
         found = replace(found, slopes=mean_slopes(units))
     return found
 

@@ -1,4 +1,4 @@
-"""Follow the slope of the loss along the pruning paths: a deterministic policy gradient of the one-step task.
+"""Follow slopes along the pruning paths: a deterministic policy gradient of the one-step task.
 
 The problem: minimise the loss over one vector of importances mu. A reward tells a policy gradient one number of 2L
 directions. The slope h, the derivative of the loss by each importance, tells of all of them at once, from one backward
@@ -11,7 +11,8 @@ than those in the middle, and on a common scale their noise would be most of eve
 a step among neighbouring layers of one kind. What is recommended is the mean of the last half of the mu.
 A sublayer without slopes, its units too coarse for a derivative, stays where the prior has it.
 
-It follows the loss, whatever the reward is: only the comparison of the finalists looks at the reward.
+It follows what the reward falls with. Where that is nothing that has slopes, it follows the loss, and only the
+comparison of the finalists looks at the reward.
 
 Sources: deterministic policy gradients, Silver et al. 2014; a scale for each coordinate, Duchi et al. 2011 (AdaGrad);
 averaging, Polyak and Juditsky 1992.

@@ -14,8 +14,8 @@ far less noisy. So ``slope_share`` of the tokens follows slopes first, one episo
 sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
 function. Its slope is an estimate of what its last unit is worth, so the other tokens try those whose last unit seems
 to be worth the least (`ffgym.agents.coarse`). Where all seem to be worth keeping, where none is coarse, and over a
-range of budgets, all tokens follow slopes. A reward that counts more than the loss has no slopes that lead where it
-rises: all tokens explore.
+range of budgets, all tokens follow slopes. A reward that weighs several things has no slopes that lead where it rises:
+all tokens explore.
 
 Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
 measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
@@ -54,7 +54,7 @@ class ReinforceConfig(PluginConfig):
         0.5,
         ge=0,
         le=1,
-        description="share of the tokens that follows slopes of the loss, if it has any and nothing else is rewarded; "
+        description="share of the tokens that follows slopes, if there are any and the reward depends on nothing else; "
         "the rest tries units of sublayers with fewer than 6, or follows slopes if there are no such sublayers",
     )
     learning_rate: float = Field(
@@ -108,7 +108,7 @@ class Reinforce(BatchAgent):
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Follow slopes where the environment has them and they lead where the reward rises, then explore."""
-        follows = getattr(env, "has_slopes", False) and getattr(env, "rewards_loss_alone", True)
+        follows = getattr(env, "has_slopes", False) and getattr(env, "slopes_lead", True)
         self._slope_share = self.config.slope_share if follows else 0.0
         coarse = getattr(env, "coarse", None)
         if self._slope_share and (self.budgets is not None or coarse is None or not coarse.any()):

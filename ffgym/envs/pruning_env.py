@@ -44,7 +44,7 @@ class Trial:
         allocation: what is kept.
         subset: indices of search windows.
         examples: indices of task examples.
-        slopes_at: the importances that gave the allocation, shape (2L,), if slopes of the loss by them are wanted.
+        slopes_at: the importances that gave the allocation, shape (2L,), if slopes by them are wanted.
     """
 
     allocation: Allocation
@@ -64,8 +64,9 @@ class Outcome:
         reward: what it earns: the reward's ``worst`` where it failed.
         failed: the cut model's losses or divergences are not finite.
         objectives: what the reward weighs, by name, higher = better; empty where it weighs nothing, or failed.
-        slopes: derivative of the loss by importance, shape (2L,), float64, nats per token and importance, all 0 where
-            the cut model's loss is not finite; ``None`` where they were not asked for.
+        slopes: derivative by importance of what the reward falls with, else of the loss, shape (2L,), float64, nats
+            per token and importance, all 0 where the cut model's loss is not finite; ``None`` where they were not
+            asked for.
         slope_tokens: how many of ``tokens`` the slopes took.
     """
 
@@ -88,8 +89,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     ``reset(options={"sparsity": p, "subset": indices, "examples": indices})`` sets the task: target sparsity, and the
     search windows and task examples that the episode is measured on. Without options the sparsity is the constructor's
     and the subsets are drawn.
-    With ``"slopes": True`` the step's info also holds ``slopes`` (float64, (2L,)), the derivative of the loss by
-    importance on the windows that were measured, and their passes count in ``tokens``: ``slope_tokens`` of them.
+    With ``"slopes": True`` the step's info also holds ``slopes`` (float64, (2L,)), the derivative by importance of what
+    the reward falls with, else of the loss, on the windows that were measured. Their passes count in ``tokens``:
+    ``slope_tokens`` of them.
 
     The step's info holds ``kept`` (int64, (2L,)), ``sparsity``, ``loss`` and ``dense_loss`` (nats per token),
     ``tokens`` (evaluated in this step), ``failed`` (0 or 1: the loss was not finite) and, where the reward weighs
@@ -320,8 +322,10 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return self._measured([request])[request]
 
     def _request(self, kept: tuple[int, ...], trial: Trial, *, slopes: bool = False) -> Request:
-        needs = (MEASURED & self.reward.needs) | ({"slopes"} if slopes else frozenset[str]())  # a plugin's may be a set
-        return Request(kept, trial.subset, trial.examples, needs)
+        needs = MEASURED & self.reward.needs  # a plugin's may be a set
+        if not slopes:
+            return Request(kept, trial.subset, trial.examples, needs)
+        return Request(kept, trial.subset, trial.examples, needs | {"slopes"}, self.reward.falls_with or "loss")
 
     def _measured(
         self, requests: Sequence[Request], on_progress: OnProgress | None = None

@@ -115,9 +115,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         return self.env.budget.coarse
 
     @property
-    def rewards_loss_alone(self) -> bool:
-        """Whether the reward depends on the losses alone, so that it rises along their slopes."""
-        return not self.env.reward.needs
+    def slopes_lead(self) -> bool:
+        """Whether the reward rises where slopes fall: it depends on what they are of, and on nothing else."""
+        return self.env.reward.falls_with is not None
 
     def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None

@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import kl_div
 
 from ffgym.evaluation.perplexity import project
+from ffgym.models.walk import Objective
 
 LOGIT_BYTES = 96 * 2**20  # all buffers together
 BUFFERS = 3  # float32 numbers held per logit
@@ -56,6 +58,25 @@ def window_divergences(
             torch.exp(q, out=spare)
             result[2, here] = spare.mul_(difference).sum(dim=1).neg_().clamp_min_(0)
     return result.view(3, *targets.shape).cpu().double().mean(dim=2)
+
+
+def divergence_from(model: Any, dense_hidden: torch.Tensor, name: str) -> Objective:
+    """The divergence of a window, to take the gradient of.
+
+    Args:
+        dense_hidden: the dense model's final hidden states that predict a token, shape (length - 1, d).
+        name: ``kl`` or ``reverse_kl``.
+    """
+
+    def summed(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            states = dense_hidden[rows.to(dense_hidden.device)].to(model.get_output_embeddings().weight.device)
+            log_p = project(model, states, states.new_empty(logits.numel())).to(logits).log_softmax(dim=-1)
+        log_q = logits[0].log_softmax(dim=-1)
+        pair = (log_q, log_p) if name == "kl" else (log_p, log_q)
+        return kl_div(*pair, reduction="sum", log_target=True)
+
+    return summed
 
 
 def _log_softmax(logits: torch.Tensor, out: torch.Tensor, work: torch.Tensor) -> None:

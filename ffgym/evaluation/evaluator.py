@@ -17,7 +17,7 @@ import torch
 
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
-from ffgym.evaluation.divergence import window_divergences
+from ffgym.evaluation.divergence import divergence_from, window_divergences
 from ffgym.evaluation.known import KnownLosses
 from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, right_answers, task_accuracy
 from ffgym.evaluation.perplexity import head_share, window_losses
@@ -41,12 +41,20 @@ class Request:
         windows: indices of windows of text, at least one.
         examples: indices of multiple-choice examples.
         needs: what to measure beside the losses, any of ``kl``, ``reverse_kl``, ``accuracy``, ``slopes``.
+        slopes_of: what slopes are the derivative of: ``loss``, ``kl`` or ``reverse_kl``.
     """
 
     kept: tuple[int, ...]
     windows: tuple[int, ...]
     examples: tuple[int, ...] = ()
     needs: frozenset[str] = frozenset()
+    slopes_of: str = "loss"
+
+    @property
+    def divergences(self) -> frozenset[str]:
+        """Those that are measured, or followed, so that the dense model's hidden states are needed."""
+        followed = {self.slopes_of} if "slopes" in self.needs else set[str]()
+        return DIVERGENCES & (self.needs | followed)
 
 
 class Evaluator(Protocol):
@@ -136,30 +144,32 @@ class ModelEvaluator:
 
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Evaluator`."""
-        compared = {i for request in requests if request.needs & DIVERGENCES for i in request.windows}
+        compared = {i for request in requests if request.divergences for i in request.windows}
         # Requests for slopes are measured one by one, after the others.
-        sloped = {(r.kept, r.windows): self._of_text(r) for r in requests if "slopes" in r.needs}
+        sloped = {(r.kept, r.windows, r.slopes_of): self._of_text(r) for r in requests if "slopes" in r.needs}
         later = [each for own in sloped.values() for each in own]
         own_walk = {each for each in later if not self._is_dense(each.kept)}
         passes = [p for p in self._passes(requests) if p not in own_walk and not self._is_known(p, compared)]
         tokens = sum(map(self._tokens, passes)) + (1 + SLOPE_PASSES) * sum(map(self._tokens, later))
         advance = _counter(on_progress, tokens)
-        slopes: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[np.ndarray, ...]] = {}
+        slopes: dict[tuple[tuple[int, ...], tuple[int, ...], str], tuple[np.ndarray, ...]] = {}
         try:
             self._prunable.restore()
             with torch.inference_mode():
                 read = self._run(passes, compared, advance)
-            for (kept, windows), own in sloped.items():
+            for (kept, windows, of), own in sloped.items():
                 states: list[dict[_Batch, torch.Tensor]] = []
                 with torch.no_grad():  # no inference tensors: the graphs of slopes begin with the states
                     read |= self._run(own, compared, advance, states)
-                slopes[kept, windows] = self._slopes(kept, own, states)
+                slopes[kept, windows, of] = self._slopes(kept, own, states, of)
                 advance(SLOPE_PASSES * sum(map(self._tokens, own)))
         finally:
             self._prunable.restore()
         answers = (self._evaluation(request, read) for request in requests)
         return [
-            replace(answer, slopes=slopes[request.kept, request.windows]) if "slopes" in request.needs else answer
+            replace(answer, slopes=slopes[request.kept, request.windows, request.slopes_of])
+            if "slopes" in request.needs
+            else answer
             for request, answer in zip(requests, answers, strict=True)
         ]
 
@@ -169,7 +179,7 @@ class ModelEvaluator:
 
     def _passes(self, requests: Sequence[Request]) -> Iterable[_Pass]:
         """What has to be known of the requests, each pass once."""
-        dense = [replace(r, kept=self._prunable.dense_units) for r in requests if r.needs & DIVERGENCES]
+        dense = [replace(r, kept=self._prunable.dense_units) for r in requests if r.divergences]
         passes = [p for r in requests for p in (*self._of_text(r), *self._of_examples(r))]
         return dict.fromkeys([*passes, *(p for r in dense for p in self._of_text(r))])
 
@@ -238,13 +248,19 @@ class ModelEvaluator:
         return read
 
     def _slopes(
-        self, kept: tuple[int, ...], passes: Sequence[_Pass], states: list[dict[_Batch, torch.Tensor]]
+        self, kept: tuple[int, ...], passes: Sequence[_Pass], states: list[dict[_Batch, torch.Tensor]], of: str
     ) -> tuple[np.ndarray, ...]:
         """Slopes of every sublayer's units, given the states of a request's passes, each of one window."""
-        ids = self._windows[[index for each in passes for index in each.batch.indices]]
+        indices = [index for each in passes for index in each.batch.indices]
         by_window = [[layer[each.batch] for each in passes] for layer in states]
         states.clear()
-        return mean_slopes(unit_slopes(self._prunable, ids, kept, by_window, calibrated=self._calibrated))
+        objectives = None
+        if of in DIVERGENCES:
+            objectives = [divergence_from(self._model, self._dense_hidden[index], of) for index in indices]
+        found = unit_slopes(
+            self._prunable, self._windows[indices], kept, by_window, calibrated=self._calibrated, objectives=objectives
+        )
+        return mean_slopes(found)
 
     def _entered(self, batch: _Batch, passes: tuple[_Pass, ...]) -> _Stream:
         if batch.examples:

@@ -1,8 +1,10 @@
-"""How the loss would change with one unit more or less in every sublayer, from a walk backwards through the cut model.
+"""How the loss, or the divergence from the dense model, would change with one unit more or less in every sublayer.
+
+A walk backwards through the cut model says so.
 
 The cut model is computed at full width, with zeros for the removed consumer columns: the same function, but with a
 derivative with respect to them. A pruning path says how the refitted consumer changes as a unit joins. So the
-derivative along the path is an inner product with dL/dW: the pathwise derivative of the loss, without sampling.
+derivative along the path is an inner product with dL/dW: the pathwise derivative, without sampling.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 
 from ffgym.models.cut import PrunableModel
 from ffgym.models.sublayer import PrunableSublayer
-from ffgym.models.walk import Stream, Walk, walk_back
+from ffgym.models.walk import Objective, Stream, Walk, walk_back
 from ffgym.pruning.budget import within_reach
 
 
@@ -27,6 +29,7 @@ def unit_slopes(
     states: list[list[torch.Tensor]],
     *,
     calibrated: bool = True,
+    objectives: Sequence[Objective] | None = None,
 ) -> list[tuple[np.ndarray, ...]]:
     """First-order change of each window's mean loss as each unit joins those before it in its sublayer's path.
 
@@ -37,6 +40,7 @@ def unit_slopes(
         states: hidden states of the model that is cut so, before each layer and behind the last one, of each window,
             shape (1, length, d), the model's dtype; each is forgotten when it has been used.
         calibrated: along the refitted paths, not plain removal.
+        objectives: what changes instead of the loss, one a window.
 
     Returns:
         for every window, and in it for every sublayer, shape (units,), float32, in nats per token and unit; negative
@@ -65,7 +69,7 @@ def unit_slopes(
         # One window at a time, to bound the graph of a layer.
         with torch.no_grad():
             stream = Stream(Walk(prunable.model), torch.split(windows, 1))
-        walked = walk_back(stream, states, partial(_parameters, prunable), layer=layer)
+        walked = walk_back(stream, states, partial(_parameters, prunable), objectives=objectives, layer=layer)
         for done, (index, gradients) in enumerate(walked):
             wide = (gradient.float() for gradient in gradients)
             own = dict(zip(_parameters(prunable, index), wide, strict=True))
@@ -77,7 +81,7 @@ def unit_slopes(
 
 
 def mean_slopes(windows: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    """The slopes of several windows' mean loss: for every sublayer shape (units,), float64."""
+    """The slopes of the mean over several windows: for every sublayer shape (units,), float64."""
     return tuple(np.stack(each).astype(np.float64).mean(axis=0) for each in zip(*windows, strict=True))
 
 
@@ -85,7 +89,7 @@ def mean_slopes(windows: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, 
 def _along_path(
     half: PrunableSublayer, level: int, gradients: Mapping[torch.Tensor, torch.Tensor], calibrated: bool
 ) -> np.ndarray:
-    """The slopes of a sublayer's units, given the loss's gradients of the consumer's parameters, float32."""
+    """The slopes of a sublayer's units, given the gradients of the consumer's parameters, float32."""
     near, step = within_reach(half.sublayer.units, level), half.sublayer.channels_per_unit
     slopes = np.zeros(half.sublayer.units, dtype=np.float32)
     if near and half.is_refittable:

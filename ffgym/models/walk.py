@@ -24,6 +24,10 @@ LOGIT_ROWS = 256  # positions of a window whose logits are in memory together
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with: by position, by name."""
 
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What a gradient is of, summed over some positions, shape (rows,), int64, given their logits in every window of a
+batch, shape (windows, rows, vocabulary), float32."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -108,25 +112,28 @@ class Walk:
         return last
 
     @torch.enable_grad()
-    def loss_gradient(self, hidden: torch.Tensor, entry: Entry, scale: float = 1.0) -> torch.Tensor:
-        """Gradient of the mean loss of the next token, over a batch without a mask, a few positions' logits at a time.
+    def last_gradient(
+        self, hidden: torch.Tensor, entry: Entry, scale: float = 1.0, objective: Objective | None = None
+    ) -> torch.Tensor:
+        """Gradient of an objective's mean over a batch without a mask, a few positions' logits at a time.
 
         Args:
             hidden: behind the last layer, shape (windows, length, d), the model's dtype.
-            scale: factor of the loss.
+            scale: factor of the objective.
+            objective: the loss of the next token where left out.
 
         Returns:
             as ``hidden``.
         """
         hidden.requires_grad_(True)
+        objective = objective or partial(_next_token_losses, entry.ids)
         gradient, last = torch.zeros_like(hidden), entry.ids.shape[1] - 1
         for start in range(0, last, LOGIT_ROWS):
             rows = torch.arange(start, min(start + LOGIT_ROWS, last), device=hidden.device)
             with self._stubs(hidden):
                 logits = self._model(**_inputs(entry.ids), logits_to_keep=rows).logits.float()
-            targets = entry.ids[:, rows + 1].to(logits.device)
-            loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / (len(hidden) * last)
-            gradient += torch.autograd.grad(scale * loss, hidden)[0]
+            mean = objective(rows, logits) / (len(hidden) * last)
+            gradient += torch.autograd.grad(scale * mean, hidden)[0]
         return gradient
 
     @contextmanager
@@ -195,9 +202,10 @@ def walk_back(
     wanted: Callable[[int], Sequence[torch.Tensor]],
     *,
     scale: float = 1.0,
+    objectives: Sequence[Objective] | None = None,
     layer: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
-    """Gradients of the loss, layer by layer from the last to the first, and batch by batch within each.
+    """Gradients of an objective, layer by layer from the last to the first, and batch by batch within each.
 
     Memory is the input of every layer for every batch and the graph of one layer for one batch: each layer is run again
     from its input, as gradient checkpointing does. With the states of the same layers, the gradients have the bits of a
@@ -207,14 +215,19 @@ def walk_back(
         stream: of the batches, through a model in eval mode.
         states: as `all_states` gives them; each is forgotten when it has been used.
         wanted: for a layer that has just been run, tensors of its graph.
-        scale: factor of each batch's mean loss.
+        scale: factor of each batch's mean.
+        objectives: one a batch; the loss of the next token where left out.
         layer: entered before a layer is run, left when nothing more is asked of it.
 
     Yields:
-        (layer, gradients of one batch's loss with respect to what is wanted).
+        (layer, gradients of one batch's mean objective with respect to what is wanted).
     """
-    walk, last = stream.walk, zip(states.pop(), stream.entries, strict=True)
-    gradients = [walk.loss_gradient(hidden, entry, scale) for hidden, entry in last]
+    walk = stream.walk
+    own: Sequence[Objective | None] = objectives or [None] * len(stream.entries)
+    gradients = [
+        walk.last_gradient(hidden, entry, scale, objective)
+        for hidden, entry, objective in zip(states.pop(), stream.entries, own, strict=True)
+    ]
     for index in reversed(range(len(states))):
         with layer(index):
             for batch, hidden in enumerate(states.pop()):
@@ -223,6 +236,11 @@ def walk_back(
                     gradients[batch], *found = torch.autograd.grad(output, [hidden, *wanted(index)], gradients[batch])
                     del output  # and with it the graph
                 yield index, found
+
+
+def _next_token_losses(ids: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    targets = ids[:, rows + 1].to(logits.device)
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 class _Stub(nn.Module):

@@ -54,6 +54,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         episodes_per_update=size,
         updates=-(-search.episodes * plan.load.episode_tokens // (size * episode_tokens)),
         slopes=agent.asks_slopes,
+        diverging=bool(reward.needs & {"kl", "reverse_kl"}),
         searches=1 + compared,
         texts=max(1, size // 2) if agent.pair_text and not reward.has_objectives else 1,
         search_tokens=config.data.whole_tokens("search"),

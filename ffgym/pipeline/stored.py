@@ -128,9 +128,7 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
 
 def _changes(first: RunConfig, config: RunConfig) -> str:
     """``"search.episodes = 48 (not 96)"``; of a plugin that is another one, without its options."""
-    found = {
-        key: f"{key} = {written(here)} (not {written(there)})" for key, there, here in differences(first, config)
-    }
+    found = {key: f"{key} = {written(here)} (not {written(there)})" for key, there, here in differences(first, config)}
 
     def belongs_to_another(key: str) -> bool:
         table, _, own = key.partition(".")

@@ -39,8 +39,9 @@ BACKWARD = 2  # a walk backwards in forward passes
 FORWARD_ATTENTION = 5  # tensors of the residual stream's width that are alive in the attention of a batch
 FORWARD_MLP = 3  # of the intermediate width in its MLP
 # What a layer's graph keeps for its backward pass, in tensors of each width, those in float32 counted twice; and the
-# bytes for each logit of the loss: the model's, in float32, its logarithm, and their gradients.
-GRAPH_RESIDUALS, GRAPH_ATTENTION, GRAPH_MLP, LOGIT_BYTES = 12, 8, 6, 16
+# bytes for each logit of the loss: the model's, in float32, its logarithm, and their gradients. A divergence takes the
+# second number more, for the logits of the dense model and the terms that it sums.
+GRAPH_RESIDUALS, GRAPH_ATTENTION, GRAPH_MLP, LOGIT_BYTES, DIVERGING_BYTES = 12, 8, 6, 16, 12
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,17 @@ def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
 
 
 def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int]:
-    """A prepared model, and the code for the widths that a search and so many rows of the report have used."""
+    """A prepared model, the dense model's last states if rewards need them, and code for the widths used so far.
+
+    The widths are those of a search and of so many rows of the report.
+    """
     finals = load.finalists * load.targets
     allocations = (load.episodes_per_update * load.updates + finals) * load.searches + rows
     met = allocations * len(shape.sublayers) // 2
     widths = min(met, shape.widest("mlp") // load.kernel_step) if load.kernel_step else 0
     kernels = KERNELS * widths + LAST_KERNELS * min(2 * widths, KEPT_KERNELS)
-    return {**_prepared(shape, load), "kernels": kernels}
+    states = hidden_states(shape, load, load.diverging * load.search_tokens)
+    return {**_prepared(shape, load), "kernels": kernels, "dense states": states}
 
 
 def _finished(shape: ModelShape, load: Workload) -> dict[str, int]:
@@ -294,7 +299,8 @@ def _prepare(shape: ModelShape, load: Workload) -> Stage:
 
 def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tokens: int, times: int) -> Stage:
     """A number of allocations measured together, each on so many tokens, so many times."""
-    operations = Operations(forward(shape, load, sparsity=load.sparsity), 0) * (allocations * tokens)
+    heads = 2 * shape.head * load.diverging  # the dense model's last states go through it again
+    operations = Operations(forward(shape, load, sparsity=load.sparsity) + heads, 0) * (allocations * tokens)
     operations += _products(load, refit(shape, load.sparsity, allocations))
     own = -(-allocations // load.workers)
     kept = (1 - load.sparsity) * (shape.widest("attention") + shape.widest("mlp"))
@@ -310,7 +316,8 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
 def _search(shape: ModelShape, load: Workload) -> Stage:
     found = _measure(shape, load, "search", load.episodes_per_update, load.episode_tokens, load.updates * load.searches)
     met = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
-    dense = Operations(forward(shape, load)) * max(0, met - load.known_tokens)
+    known = 0 if load.diverging else load.known_tokens  # losses are kept from run to run, states are not
+    dense = Operations(forward(shape, load)) * max(0, met - known)
     memory = found.memory | ({"slopes": _slopes(shape, load)} if load.slopes else {})
     return Stage(found.name, found.tokens, found.operations + dense, memory)
 
@@ -320,7 +327,8 @@ def _slopes(shape: ModelShape, load: Workload) -> int:
     states = (len(shape.sublayers) // 2 + 1) * hidden_states(shape, load, load.episode_tokens)
     attention, mlp = shape.widest("attention"), shape.widest("mlp")
     graph = load.window * (GRAPH_RESIDUALS * shape.hidden + GRAPH_ATTENTION * attention + GRAPH_MLP * mlp)
-    return states + graph * load.dtype.itemsize + LOGIT_ROWS * shape.vocabulary * LOGIT_BYTES
+    logits = LOGIT_ROWS * shape.vocabulary * (LOGIT_BYTES + DIVERGING_BYTES * load.diverging)
+    return states + graph * load.dtype.itemsize + logits
 
 
 def _finals(shape: ModelShape, load: Workload) -> Stage:

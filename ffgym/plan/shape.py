@@ -86,6 +86,7 @@ class Workload:
     episodes_per_update: int = 1  # episodes that are measured together
     updates: int = 1  # of one search
     slopes: bool = False  # an episode of a search may be measured with slopes
+    diverging: bool = False  # the reward compares distributions with the dense model's
     searches: int = 1  # how many searches there are: the agent's, and that of random allocations
     texts: int = 1  # on which the episodes of an update are measured; 1 where all share it
     search_tokens: int = 0  # of the search split; what the dense model loses on a window is measured once

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -154,6 +154,14 @@ class Reward(Plugin, ABC):
         return {}
 
     @property
+    def falls_with(self) -> Literal["loss", "kl", "reverse_kl"] | None:
+        """What alone decides the reward, which falls as it rises, so that an agent may follow its slopes.
+
+        ``None`` where it is not one of these three, or more than one.
+        """
+        return None if self.needs else "loss"
+
+    @property
     def has_objectives(self) -> bool:
         """Whether it weighs aims against each other."""
         return type(self).objectives is not Reward.objectives
@@ -167,8 +175,9 @@ class Agent(Plugin, ABC):
     it has ``tokens_left`` (int), the tokens that the search may still evaluate.
 
     Attributes:
-        slope_episodes: for how many of an update's episodes, the first ones, slopes of the loss are measured too, the
-            derivative by each importance; such an episode costs four times the tokens. It may change between updates.
+        slope_episodes: for how many of an update's episodes, the first ones, slopes are measured too: the derivative
+            by each importance of what the reward falls with, else of the loss. Such an episode costs four times the
+            tokens. It may change between updates.
         pair_text: episodes i and i + n/2 of an update are a pair with text of its own; otherwise all episodes of an
             update share theirs.
         least_episodes: the least number of episodes of an update.

@@ -39,6 +39,9 @@ STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_g
 MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
 """What a reward may need beside the losses."""
 
+FOLLOWED = ("loss", "kl", "reverse_kl", None)
+"""What a reward may fall with."""
+
 TYPES: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
     str: (str, "text"),
@@ -317,6 +320,9 @@ def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin])
     known, what = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
     if not needs <= known:
         raise PluginError(f"{who} needs unknown {what} {sorted(needs - known)}; known: {sorted(known)}")
+    followed = plugin.falls_with if isinstance(plugin, Reward) else None
+    if followed not in FOLLOWED:
+        raise PluginError(f"{who}: falls_with is {followed!r}, not one of {', '.join(map(repr, FOLLOWED))}")
     if not math.isfinite(worst):
         raise PluginError(f"{who}: worst is {worst!r}, not a finite number")
     for attribute, least in AGENT_COUNTS if kind == "agent" else REWARD_COUNTS if isinstance(plugin, Reward) else ():

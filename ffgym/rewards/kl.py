@@ -27,6 +27,7 @@ class KL(Reward):
     """
 
     name = "kl"
+    edition = 2  # agents follow its slopes
     worst = 0.0
 
     class Config(PluginConfig):
@@ -38,9 +39,13 @@ class KL(Reward):
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
-        self.needs = frozenset({"kl" if self.config.direction == "forward" else "reverse_kl"})
+        self.needs = frozenset({self.falls_with})
+
+    @property
+    def falls_with(self) -> Literal["kl", "reverse_kl"]:
+        """The divergence."""
+        return "kl" if self.config.direction == "forward" else "reverse_kl"
 
     def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
         """Look at the divergence alone."""
-        divergence = pruned.kl if self.config.direction == "forward" else pruned.reverse_kl
-        return math.exp(-divergence)
+        return math.exp(-getattr(pruned, self.falls_with))

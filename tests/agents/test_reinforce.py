@@ -283,7 +283,7 @@ def test_over_a_range_of_budgets_all_tokens_follow_slopes():
     assert sizes == [1] * 32
 
 
-@pytest.mark.parametrize("missing", ["has_slopes", "rewards_loss_alone"])
+@pytest.mark.parametrize("missing", ["has_slopes", "slopes_lead"])
 def test_explores_everything_where_slopes_are_missing_or_lead_elsewhere(missing):
     env = SeparableEnv(8, 6, 64)
     setattr(env, missing, False)

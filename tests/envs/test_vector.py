@@ -493,7 +493,7 @@ class TestTelling:
         assert curious.kept is None
 
 
-@pytest.mark.parametrize(("reward", "alone"), [("perplexity", True), ("kl", False)])
-def test_slopes_of_the_loss_are_the_rewards_where_it_counts_nothing_else(env, reward, alone):
+@pytest.mark.parametrize(("reward", "lead"), [("perplexity", True), ("kl", True), ("multi-objective", False)])
+def test_slopes_lead_where_the_reward_falls_with_one_thing_alone(env, reward, lead):
     env.reward = manager.create("reward", reward)
-    assert vector_of(env).rewards_loss_alone == alone
+    assert vector_of(env).slopes_lead == lead

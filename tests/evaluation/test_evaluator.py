@@ -84,6 +84,7 @@ def requests_for(dense_units, *, needs=EVERYTHING):
         windows=st.lists(st.integers(0, 7), min_size=1, max_size=5).map(tuple) | st.just((0, 1, 2, 3)),
         examples=st.lists(st.integers(0, 7), min_size=1, max_size=5, unique=True).map(tuple),
         needs=st.frozensets(st.sampled_from(sorted(needs))),
+        slopes_of=st.sampled_from(["loss", "kl", "reverse_kl"]),
     )
 
 

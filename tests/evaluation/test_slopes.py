@@ -8,7 +8,8 @@ import torch
 from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
-from ffgym.evaluation.perplexity import evaluate
+from ffgym.evaluation.divergence import divergence_from
+from ffgym.evaluation.perplexity import evaluate, predicting
 from ffgym.evaluation.slopes import mean_slopes, unit_slopes
 from ffgym.models.walk import Stream, Walk, all_states
 from ffgym.prepare.paths import prepare
@@ -33,10 +34,25 @@ def exact_loss(prunable, windows):
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
 
-def slopes_at(prunable, windows, kept, *, calibrated=True):
+def exact_divergence(prunable, windows, log_dense, of):
+    """Mean divergence from the dense model in float64 throughout."""
+    log_cut = log_probabilities(prunable, windows)
+    p, q = (log_dense, log_cut) if of == "kl" else (log_cut, log_dense)
+    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+
+
+def log_probabilities(prunable, windows):
+    with torch.no_grad():
+        return prunable.model(input_ids=windows).logits[:, :-1].log_softmax(dim=-1)
+
+
+def slopes_at(prunable, windows, kept, *, calibrated=True, of="loss"):
     """Slopes from the hidden states of the model that is cut so."""
+    dense = predicting(prunable.model, windows)[0].detach()
+    objectives = None if of == "loss" else [divergence_from(prunable.model, hidden, of) for hidden in dense]
     prunable.cut(kept, calibrated=calibrated)
-    return mean_slopes(unit_slopes(prunable, windows, kept, states_of(prunable, windows), calibrated=calibrated))
+    states = states_of(prunable, windows)
+    return mean_slopes(unit_slopes(prunable, windows, kept, states, calibrated=calibrated, objectives=objectives))
 
 
 def states_of(prunable, windows):
@@ -92,6 +108,32 @@ def test_slopes_equal_differences_of_losses(family, calibration, whole, random_w
                 losses.append(exact_loss(prunable, windows))
             difference = (losses[0] - losses[1]) / (2 * share)
             assert float(found[index][unit]) == pytest.approx(difference, rel=0.02, abs=4e-6), (index, unit)
+
+
+@pytest.mark.parametrize("of", ["kl", "reverse_kl"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])  # whose logits are plain, soft-capped, divided
+def test_slopes_equal_differences_of_divergences(family, of, random_windows):
+    prunable, kept = prepared(family, random_windows(8))
+    windows = random_windows(3, seed=1)
+    log_dense = log_probabilities(prunable, windows)
+    found = slopes_at(prunable, windows, kept, of=of)
+    for index in (0, 1, len(kept) - 1):
+        half, unit, found_of = prunable.halves[index], kept[index] - 1, []
+        for side in (1, -1):
+            pad(prunable, kept)
+            weight = half.consumer.weight.clone()
+            before, after = ((half.pad(k), half.consumer.weight)[1] for k in (unit, unit + 1))
+            half.set_consumer(weight + side * 3e-3 * (after - before), half.consumer.bias)
+            found_of.append(exact_divergence(prunable, windows, log_dense, of))
+        difference = (found_of[0] - found_of[1]) / 6e-3
+        assert float(found[index][unit]) == pytest.approx(difference, rel=0.02, abs=4e-6), (index, unit)
+
+
+def test_divergence_has_no_slope_where_nothing_is_removed(random_windows):
+    prunable, _ = prepared("llama", random_windows(8))
+    for of in ("kl", "reverse_kl"):
+        found = slopes_at(prunable, random_windows(3, seed=1), prunable.dense_units, of=of)
+        np.testing.assert_allclose(np.concatenate(found), 0, atol=1e-7)
 
 
 @pytest.mark.parametrize("family", DISTINCT_FAMILIES)

@@ -76,6 +76,9 @@ def test_it_repeats_bit_for_bit_and_can_be_overwritten(
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_divergence_is_searched_on_and_leaves_no_pareto_set(tmp_path: Path, direction: str) -> None:
-    done = finish(glass_config(tmp_path, reward={"name": "kl", "direction": direction}))
-    assert all(0 < episode.reward < 1 for episode in done.result.found.history)
+    agent = {"name": "reinforce", "slope_share": 0.5}
+    done = finish(glass_config(tmp_path, agent=agent, reward={"name": "kl", "direction": direction}))
+    history = done.result.found.history
+    assert all(0 < episode.reward < 1 for episode in history)
+    assert any(history[0].slopes), "reinforce follows the divergence"
     assert not (done.folder / "pareto.json").exists()

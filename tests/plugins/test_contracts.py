@@ -23,6 +23,7 @@ from ffgym.plugins.contracts import (
     check_scores,
 )
 from ffgym.plugins.discovery import check_attributes
+from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.toys import toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView
 
@@ -196,6 +197,14 @@ def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, sai
     setattr(reward, attribute, value)
     with pytest.raises(PluginError, match=f"reward 'number'.*{said}"):
         check_attributes("reward", "number", reward)
+
+
+def test_what_a_reward_falls_with_is_checked() -> None:
+    class Typo(Perplexity):
+        falls_with = "KL"
+
+    with pytest.raises(PluginError, match=r"reward 'typo': falls_with is 'KL', not one of 'loss', 'kl', 'reverse_kl'"):
+        check_attributes("reward", "typo", Typo())
 
 
 @pytest.mark.parametrize(
