@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from ffgym.config.mixture import shares
@@ -21,7 +22,7 @@ CHECKED_RIDGE = 0.01
 
 
 def make_pruning_env(
-    config: RunConfig | dict[str, Any] | None = None,
+    config: RunConfig | dict[str, Any] | str | Path | None = None,
     *,
     render_mode: str | None = None,
     num_workers: int | None = None,
@@ -30,7 +31,7 @@ def make_pruning_env(
     """Build the environment from plain data.
 
     Args:
-        config: a ``RunConfig`` or the same as nested dicts; defaults where left out.
+        config: a ``RunConfig``, the same as nested dicts, or the path of a TOML file; defaults where left out.
         render_mode: ``"rgb_array"``, or ``None`` for no pictures.
         num_workers: processes that measure, in place of ``workers.count``; they end when the environment is closed.
         tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not together with a ``RunConfig``.
@@ -75,7 +76,7 @@ def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> P
 
 def make_pruning_vector_env(
     num_envs: int,
-    config: RunConfig | dict[str, Any] | None = None,
+    config: RunConfig | dict[str, Any] | str | Path | None = None,
     *,
     render_mode: str | None = None,
     num_workers: int | None = None,
@@ -93,16 +94,23 @@ def make_pruning_vector_env(
     return PruningVectorEnv(env, make_schedule(config, env), num_envs=num_envs, token_budget=budget)
 
 
-def _resolved(config: RunConfig | dict[str, Any] | None, tables: dict[str, Any], workers: int | None) -> RunConfig:
+def _resolved(
+    config: RunConfig | dict[str, Any] | str | Path | None, tables: dict[str, Any], workers: int | None
+) -> RunConfig:
     if isinstance(config, RunConfig) and tables:
         raise ConfigError(
             f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
             hint="Give load_config() all tables, or leave config out and give them here.",
         )
-    tables = {**(config.model_dump() if isinstance(config, RunConfig) else config or {}), **tables}
-    if workers is not None and isinstance(given := tables.get("workers", {}), dict):
-        tables["workers"] = {**given, "count": workers}
-    return load_config(**tables)
+    file, given = None, {}
+    if isinstance(config, str | Path):
+        file = config
+    else:
+        given = config.model_dump() if isinstance(config, RunConfig) else config or {}
+    tables = {**given, **tables}
+    if workers is not None and isinstance(counted := tables.get("workers", {}), dict):
+        tables["workers"] = {**counted, "count": workers}
+    return load_config(file, **tables)
 
 
 def shrunk(config: RunConfig) -> RunConfig:

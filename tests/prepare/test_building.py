@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ffgym.config.tables import RunConfig
+from ffgym.config.toml import to_toml
 from ffgym.errors import BudgetError, ConfigError, FitError, ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.models.built_in_families import Qwen3
@@ -73,6 +74,18 @@ def test_the_environment_follows_the_configuration(tiny_run):
     assert info["kept"][::2].tolist() == [2, 2, 2], "fewer than 10, so they stay whole"
     assert info["kept"][1] == 10
     assert info["sparsity"] >= 0.4
+
+
+def test_the_environment_follows_a_file_and_the_tables_beside_it(tiny_run, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(configured(tiny_run, prune={"sparsity": 0.4, "align": 16})))
+    env = make_pruning_env(str(file), prune={"sparsity": 0.3})
+    assert env.sparsity == 0.3
+    env.reset(seed=0)
+    kept = env.step(np.zeros(6, np.float32))[4]["kept"]
+    assert not (kept[1::2] % 16).any()
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        make_pruning_env(tmp_path / "missing.toml")
 
 
 def test_the_next_environment_knows_what_the_dense_model_loses(tiny_run, tmp_path, monkeypatch):
