@@ -54,7 +54,7 @@ class ReinforceConfig(PluginConfig):
         0.5,
         ge=0,
         le=1,
-        description="share of the tokens that follows slopes, if there are any and the reward depends on nothing else; "
+        description="share of the tokens that follows slopes, if there are any and they lead where the reward rises; "
         "the rest tries units of sublayers with fewer than 6, or follows slopes if there are no such sublayers",
     )
     learning_rate: float = Field(

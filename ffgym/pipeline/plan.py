@@ -7,6 +7,7 @@ from dataclasses import replace
 from ffgym.config.tables import RunConfig
 from ffgym.data.cache import ADDED_TO
 from ffgym.data.examples import EXAMPLE_TOKENS
+from ffgym.evaluation.evaluator import DIVERGENCES
 from ffgym.evaluation.known import KnownLosses
 from ffgym.pipeline.compare import CHOOSING, MEASURED_TEXTS, asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
@@ -54,7 +55,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         episodes_per_update=size,
         updates=-(-search.episodes * plan.load.episode_tokens // (size * episode_tokens)),
         slopes=agent.asks_slopes,
-        diverging=bool(reward.needs & {"kl", "reverse_kl"}),
+        diverging=bool(reward.needs & DIVERGENCES),
         searches=1 + compared,
         texts=max(1, size // 2) if agent.pair_text and not reward.has_objectives else 1,
         search_tokens=config.data.whole_tokens("search"),
