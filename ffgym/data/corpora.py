@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TextIO
 
 from ffgym.data.assets import DEMO_TEXT, fetch
+from ffgym.data.hub import is_hub_id
 from ffgym.errors import DataError, PluginError, UnknownNameError, first_line
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
@@ -32,7 +33,6 @@ COLUMN = "text"
 ENOUGH_CHARACTERS = 64_000_000
 DEMO_CORPORA = ("c4", "wiki", "code", "technical")
 SPEC = re.compile(r"(?P<path>[^@]+?)(?::(?P<subset>[^:@/\\]+))?(?:@(?P<split>\w[\w.-]*))?")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Names with these suffixes are files; org/text-1.0 is a hub id.
 FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
 FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
@@ -364,7 +364,7 @@ def _dataset(spec: str) -> Callable[[Role], Corpus]:
     if folder.is_dir():
         return lambda role: _table(spec, _load_folder(folder, subset), subset, split, role)
     is_file = folder.suffix.lower() in FILE_SUFFIXES
-    if not HUB_ID.fullmatch(name) or is_file or name.startswith("."):
+    if is_file or not is_hub_id(name):
         raise DataError(f"corpus file or folder {name!r} does not exist", hint="Check the path, or name demo:c4.")
     return lambda role: _table(spec, _load_dataset(name, subset), subset, split, role)
 

@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ffgym.data.hub import hub_error
 from ffgym.errors import first_line
 from ffgym.models.checkpoint import MOST_LAYERS, check_config, weight_files
 from ffgym.models.loading_errors import loading_error, not_from_hub
 from ffgym.plugins.architectures import MODEL_CONFIG
-
-HUB_SECONDS = 5.0
 
 
 def only_cached(name: str, revision: str | None) -> bool:
@@ -22,18 +21,15 @@ def only_cached(name: str, revision: str | None) -> bool:
     Raises:
         ModelError: the hub cannot be reached, and its cache does not have the model.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
-    except HfHubHTTPError:  # it answered; what is wrong with the name, transformers says
+    error = hub_error("model", name, revision)
+    if error is None or isinstance(error, HfHubHTTPError):  # what is wrong with the name, transformers says
         return False
-    except Exception as error:  # no name service, no route, a proxy's refusal, HF_HUB_OFFLINE: each has its own type
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision or "main"), str):
-            return True
-        raise not_from_hub(name, f"the hub cannot be reached ({first_line(error)})") from error
-    return False
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision or "main"), str):
+        return True
+    raise not_from_hub(name, f"the hub cannot be reached ({first_line(error)})") from error
 
 
 def check_hub_config(name: str, revision: str | None, *, any_family: bool, local_files_only: bool) -> dict[str, Any]:

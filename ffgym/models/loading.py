@@ -6,7 +6,6 @@ Only safetensors are read, code from a checkpoint is never run, and a checkpoint
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ffgym.data.assets import SMOLLM2, fetch
+from ffgym.data.hub import is_hub_id
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import (
     MOST_LAYERS,
@@ -47,7 +47,6 @@ DEMO_SIZES = {
     "tie_word_embeddings": True,
     "dtype": "float16",
 }
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -130,12 +129,8 @@ def load(
     target = choose_device(device)
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
+    _check_revision(name, revision)
     source = _locate(name, any_family=any_family)
-    if revision is not None and source.folder is not None:
-        raise ModelError(
-            f"model.revision = {revision!r} only applies to hub models, and {name!r} is none",
-            hint="Leave model.revision out.",
-        )
     offline = source.folder is None and only_cached(name, revision)
     if source.folder is None:
         config = check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
@@ -192,9 +187,7 @@ def load(
 def check_source(name: str) -> None:
     """Raise what :func:`load` would raise before it reads weights, so that no model waits in vain for another."""
     if _locate(name).folder is None:
-        offline = only_cached(name, None)
-        check_hub_config(name, None, any_family=True, local_files_only=offline)
-        _config(name, name, {"local_files_only": offline})
+        _hub_config(name, None, any_family=True)
 
 
 def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
@@ -221,6 +214,7 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
     """
     from transformers import AutoConfig
 
+    _check_revision(name, revision)
     path = Path(name).expanduser()
     options: dict[str, Any] = {}
     if name == "demo":
@@ -239,9 +233,7 @@ def config_of(name: str, *, revision: str | None = None) -> Any:
         source, options = str(path.parent), {"gguf_file": path.name}
     else:
         _locate(name)
-        source, offline = name, only_cached(name, revision)
-        check_hub_config(name, revision, any_family=False, local_files_only=offline)
-        options = {"revision": revision or "main", "local_files_only": offline}
+        return _hub_config(name, revision, any_family=False)
     return _config(source, name, options)
 
 
@@ -255,6 +247,12 @@ def check_weights(name: str) -> None:
     path = Path(name).expanduser()
     if name != "demo" and path.is_dir():
         check_folder(path)
+
+
+def _hub_config(name: str, revision: str | None, *, any_family: bool) -> Any:
+    offline = only_cached(name, revision)
+    check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
+    return _config(name, name, {"revision": revision or "main", "local_files_only": offline})
 
 
 def _config(source: str, name: str, options: dict[str, Any]) -> Any:
@@ -315,6 +313,15 @@ class _Source:
         return self.description if self.folder is not None else f"{self.description} at {snapshot.name[:12]}"
 
 
+def _check_revision(name: str, revision: str | None) -> None:
+    """Refuse the revision of what is on this machine."""
+    if revision is not None and (name == "demo" or Path(name).expanduser().exists()):
+        raise ModelError(
+            f"model.revision = {revision!r} only applies to hub models, and {name!r} is none",
+            hint="Leave model.revision out.",
+        )
+
+
 def _locate(name: str, *, any_family: bool = True) -> _Source:
     if name == "demo":
         file = next(fetch(SMOLLM2).glob("*.gguf"))
@@ -330,7 +337,7 @@ def _locate(name: str, *, any_family: bool = True) -> _Source:
         return _Source(f"folder {path.resolve().name}", path)
     if path.exists():
         raise ModelError(f"model {name!r} is a file", hint="Name the folder that holds it, a .gguf file, or a hub id.")
-    if HUB_ID.fullmatch(name) and not name.startswith("."):
+    if is_hub_id(name):
         return _Source(f"hub model {name}")
     raise ModelError(
         f"model folder {name!r} does not exist", hint="Check the path, or name 'demo', a .gguf file or a hub id."

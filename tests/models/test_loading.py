@@ -507,25 +507,33 @@ def asked(monkeypatch):
     return names
 
 
+def test_an_unreachable_hub_is_not_asked_again_for_each_thing_that_is_read_of_a_model(monkeypatch, asked):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
+    for read in (config_of, partial(load, device="cpu")):
+        with pytest.raises(ModelError, match="could not be loaded from the hub"):  # that file is not there
+            read("someone/twice-read")
+    assert asked == ["someone/twice-read"]
+
+
 def test_an_unreachable_hub_is_asked_once_and_the_error_says_what_works_without_it(monkeypatch, asked):
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
     message = r"could not be loaded from the hub: the hub cannot be reached \(no route\)"
     with pytest.raises(ModelError, match=message) as caught:
-        load("someone/some-model", device="cpu")
+        load("someone/unreachable", device="cpu")
     assert "'demo'" in caught.value.hint, "what works without it"
-    assert asked == ["someone/some-model"]
+    assert asked == ["someone/unreachable"]
 
 
 @pytest.mark.usefixtures("asked")
 def test_a_cached_hub_model_loads_while_the_hub_cannot_be_reached(monkeypatch):
     def loaded(source, **options):
-        assert (source, options["local_files_only"]) == ("someone/some-model", True)
+        assert (source, options["local_files_only"]) == ("someone/cached", True)
         raise OSError("enough seen")
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "/cache/config.json")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaded)
     with pytest.raises(ModelError, match="enough seen"):
-        load("someone/some-model", device="cpu")
+        load("someone/cached", device="cpu")
 
 
 def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack(saved, tmp_path):
@@ -615,9 +623,12 @@ def test_a_hub_model_with_pickled_weights_only_is_refused(monkeypatch):
     assert "save_pretrained('old-safetensors')" in caught.value.hint
 
 
-def test_a_revision_belongs_to_the_hub(saved):
-    with pytest.raises(ModelError, match="revision"):
-        load(str(saved), revision="main", device="cpu")
+@pytest.mark.parametrize("read", [config_of, partial(load, device="cpu")])
+def test_a_revision_belongs_to_the_hub(saved, read, monkeypatch):
+    monkeypatch.setattr(loading, "fetch", lambda asset: pytest.fail("fetched"))
+    for name in (str(saved), "demo"):
+        with pytest.raises(ModelError, match="revision"):
+            read(name, revision="main")
 
 
 def test_an_unknown_dtype_is_an_error(saved):
