@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -45,12 +46,18 @@ def held_back_interrupts(*, first_only: bool = False) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """What a program runs in: SIGTERM, which a cluster sends before it takes a machine away, is Ctrl-C; none is lost.
+    """What a program runs in: what else ends it while it can still save is Ctrl-C, too; none is lost.
+
+    That is SIGTERM, which a cluster sends before it takes a machine away, and SIGHUP, as a terminal or a connection is
+    closed, unless it is ignored (``nohup``).
 
     Python drops a Ctrl-C that comes in the callback of a weak reference, of which torch runs many: it is sent again.
     """
     again: list[threading.Timer] = []
-    said, ended = sys.unraisablehook, signal.signal(signal.SIGTERM, _as_ctrl_c)
+    said, before = sys.unraisablehook, {signal.SIGTERM: signal.signal(signal.SIGTERM, _as_ctrl_c)}
+    hangup = getattr(signal, "SIGHUP", None)  # which Windows does not have
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
+        before[hangup] = signal.signal(hangup, _without_terminal)
 
     def hook(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):
@@ -66,7 +73,18 @@ def interruptible() -> Iterator[None]:
         for timer in again:
             timer.cancel()
         sys.unraisablehook = said
-        signal.signal(signal.SIGTERM, ended)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _without_terminal(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C, but what is printed from now on goes nowhere: to write to a closed terminal is an error."""
+    for stream in (1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):  # a closed terminal no longer says that it is one
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+    _as_ctrl_c(number, frame)
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:

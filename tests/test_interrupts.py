@@ -87,6 +87,33 @@ def test_sigterm_is_ctrl_c(ctrl_c: Any) -> None:
     assert signal.getsignal(signal.SIGTERM) is terminations
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_is_ctrl_c_and_what_is_printed_afterwards_no_error() -> None:
+    code = (
+        "import os, sys, time\nfrom ffgym.interrupts import interruptible\n"
+        "try:\n    with interruptible():\n        print('ready', flush=True)\n        time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    print('saved', flush=True)\n    sys.exit(130)"
+    )
+    terminal, its_end = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    assert os.read(terminal, 100).strip() == b"ready"
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 130
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_under_nohup_a_closed_terminal_changes_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_sigterm_waits_as_ctrl_c_does() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), interruptible(), held_back_interrupts():  # noqa: PT012
