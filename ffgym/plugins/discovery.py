@@ -188,7 +188,10 @@ def conflict(offers: Sequence[Offer]) -> str:
 
 
 def place_of(error: BaseException, package: str) -> str:
-    """Where something failed: the last line of a package that was running, or else the last line of all.
+    """Where something failed: the last line of a package that was running.
+
+    Where none was, because ffgym refuses what the package returned, the file; of a file that could not be imported, the
+    last line of all.
 
     Args:
         package: the name of a module within it.
@@ -198,6 +201,8 @@ def place_of(error: BaseException, package: str) -> str:
     """
     calls = [call for call in traceback.walk_tb(error.__traceback__) if "<frozen" not in call[0].f_code.co_filename]
     own = [call for call in calls if _top_level(str(call[0].f_globals.get("__name__"))) == _top_level(package)]
+    if not own and (file := getattr(sys.modules.get(package), "__file__", None)):
+        return str(file)
     frame, line = (own or calls)[-1]
     return f"{frame.f_code.co_filename}, line {line}"
 

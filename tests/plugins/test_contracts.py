@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 
 from ffgym.errors import DataError, ModelError, PluginError
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Criterion, Heuristic, Plugin, Reward
+from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.contracts import (
     call_plugin,
+    check_actions,
     check_importance,
     check_objectives,
     check_reward,
@@ -141,6 +143,12 @@ def test_a_failure_says_the_line_of_the_plugin() -> None:
     line = inspect.currentframe().f_lineno + 2  # type: ignore[union-attr]
     with pytest.raises(PluginError, match=rf"LinAlgError: .* \(.*test_contracts\.py, line {line}\)"):
         scored(lambda weight: np.linalg.inv(np.zeros((2, 2))))
+
+
+def test_an_answer_that_is_refused_once_it_was_given_names_the_file_of_the_plugin() -> None:
+    agent = made(Agent, "too-far", learn=lambda self, env, *, seed, on_update: None)
+    with pytest.raises(PluginError, match=r"one is 2\.0 \(.*test_contracts\.py\)"):
+        call_plugin(agent, partial(check_actions, np.full((1, 4), 2.0), (1, 4)), "learning")
 
 
 def test_a_statistic_that_was_not_asked_for_is_the_hint() -> None:
