@@ -68,9 +68,9 @@ def divergence_from(model: Any, dense_hidden: torch.Tensor, name: str) -> Object
         name: ``kl`` or ``reverse_kl``.
     """
 
-    def summed(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def summed(here: slice, logits: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            states = dense_hidden[rows.to(dense_hidden.device)].to(model.get_output_embeddings().weight.device)
+            states = dense_hidden[here].to(model.get_output_embeddings().weight.device)
             log_p = project(model, states, states.new_empty(logits.numel())).to(logits).log_softmax(dim=-1)
         log_q = logits[0].log_softmax(dim=-1)
         pair = (log_q, log_p) if name == "kl" else (log_p, log_q)

@@ -24,9 +24,9 @@ LOGIT_ROWS = 256  # positions of a window whose logits are in memory together
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with: by position, by name."""
 
-Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""What a gradient is of, summed over some positions, shape (rows,), int64, given their logits in every window of a
-batch, shape (windows, rows, vocabulary), float32."""
+Objective = Callable[[slice, torch.Tensor], torch.Tensor]
+"""What a gradient is of, summed over some positions, given their logits in every window of a batch, shape (windows,
+positions, vocabulary), float32."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class Walk:
         objective = objective or partial(_next_token_losses, entry.ids)
         gradient, last = torch.zeros_like(hidden), entry.ids.shape[1] - 1
         for start in range(0, last, LOGIT_ROWS):
-            rows = torch.arange(start, min(start + LOGIT_ROWS, last), device=hidden.device)
+            here = slice(start, min(start + LOGIT_ROWS, last))  # a tensor would go to the first of several GPUs
             with self._stubs(hidden):
-                logits = self._model(**_inputs(entry.ids), logits_to_keep=rows).logits.float()
-            mean = objective(rows, logits) / (len(hidden) * last)
+                logits = self._model(**_inputs(entry.ids), logits_to_keep=here).logits.float()
+            mean = objective(here, logits) / (len(hidden) * last)
             gradient += torch.autograd.grad(scale * mean, hidden)[0]
         return gradient
 
@@ -238,8 +238,8 @@ def walk_back(
                 yield index, found
 
 
-def _next_token_losses(ids: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    targets = ids[:, rows + 1].to(logits.device)
+def _next_token_losses(ids: torch.Tensor, here: slice, logits: torch.Tensor) -> torch.Tensor:
+    targets = ids[:, 1:][:, here].to(logits.device)
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 

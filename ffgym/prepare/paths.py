@@ -183,7 +183,7 @@ def _build_path(
     moments = sums.take()
     require_finite(moments, gradients)
     scores = _score(criterion, half, _stats(moments, gradients, criterion.needs))
-    order = unit_order(scores)
+    order = unit_order(scores).cpu()  # scores and statistics may live elsewhere than the weights; this fits anywhere
     columns = expand_order(order, half.sublayer.channels_per_unit)
     half.permute(order)
     if not half.is_refittable:

@@ -71,7 +71,8 @@ class InputMoments:
 
     def reorder(self, columns: torch.Tensor) -> InputMoments:
         """The same inputs with channels in another order: ``columns``, shape (n,), int64."""
-        covariance = self.covariance.index_select(0, columns).index_select(1, columns)
+        here = columns.to(self.covariance.device)
+        covariance = self.covariance.index_select(0, here).index_select(1, here)
         return InputMoments(self.tokens, self.mean[columns], covariance)
 
 
