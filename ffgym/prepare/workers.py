@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,22 @@ def report_idle_workers(
         notify(f"{when}{workers - parts} of {workers} workers {have} nothing to do: {update}")
 
 
+def report_crowded_cores(workers: int, threads: int, cores: int, notify: Callable[[str], None]) -> None:
+    """Tell the user if workers on the CPU of this machine have more threads than it has cores.
+
+    Args:
+        workers: how many there are.
+        threads: of each; as many as this process has, because results may depend on it.
+        cores: of this machine.
+        notify: is told.
+    """
+    if workers * threads > cores:
+        notify(
+            f"{workers} workers with {counted(threads, 'thread')} each slow each other down on "
+            f"{counted(cores, 'core')}: set OMP_NUM_THREADS={max(1, cores // workers)}, or use fewer workers"
+        )
+
+
 @contextmanager
 def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
     """The workers that a table asks for, within the block; ``None`` where this process works alone.
@@ -144,5 +161,8 @@ def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) 
 
     is_on_gpu = choose_device(device).type == "cuda"
     gpus = int(is_on_gpu) if table.gpus == "auto" else table.gpus
-    with connected(Workers(table.count, table.ray_address, gpus, torch.get_num_threads()), notify) as cluster:
+    workers = Workers(table.count, table.ray_address, gpus, torch.get_num_threads())
+    if not (is_on_gpu or table.ray_address):
+        report_crowded_cores(workers.count, workers.threads, os.cpu_count() or 1, notify)
+    with connected(workers, notify) as cluster:
         yield cluster

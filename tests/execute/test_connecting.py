@@ -16,7 +16,7 @@ from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, WorkerError
 from ffgym.execute.ray import Workers, connected
-from ffgym.prepare.workers import cluster_of, report_idle_workers
+from ffgym.prepare.workers import cluster_of, report_crowded_cores, report_idle_workers
 
 
 @pytest.fixture
@@ -100,6 +100,18 @@ def test_surplus_workers_are_named() -> None:
         "2 of 3 workers have nothing to do: an update is 1 episode",
         "1 of 3 workers has nothing to do: an update is 2 episodes",
         "while slopes are followed, 2 of 4 workers have nothing to do: an update is one episode of 2 windows",
+    ]
+
+
+def test_more_threads_than_cores_are_named() -> None:
+    said: list[str] = []
+    report_crowded_cores(2, 1, 2, said.append)
+    report_crowded_cores(8, 4, 32, said.append)
+    report_crowded_cores(2, 2, 2, said.append)
+    report_crowded_cores(8, 1, 4, said.append)
+    assert said == [
+        "2 workers with 2 threads each slow each other down on 2 cores: set OMP_NUM_THREADS=1, or use fewer workers",
+        "8 workers with 1 thread each slow each other down on 4 cores: set OMP_NUM_THREADS=1, or use fewer workers",
     ]
 
 
