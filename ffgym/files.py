@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileFormat(Generic[T]):
-    """One kind of file (or line) on disk: how it is called, what it must hold, and what to do where it does not.
+    """One kind of file (or line) on disk: what it is called, what it must hold, and what to do where it does not.
 
     Attributes:
         what: as messages call it, e.g. ``"policy"``.

@@ -228,7 +228,7 @@ class Episode:
             pair has text of its own.
         action: the importances, shape (2L,), float32, in [-1, 1].
         kept: units kept per sublayer.
-        reward: what the agent was told.
+        reward: what the agent received.
         loss: pruned loss in nats per token on the update's subset.
         dense_loss: dense loss on the same windows.
         target_sparsity: what the schedule asked for.

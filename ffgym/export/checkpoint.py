@@ -248,7 +248,7 @@ def _named_misfits() -> Iterator[None]:
         yield
     except (RuntimeError, ValueError, StrictDataclassError) as error:
         raise ModelError(
-            f"no checkpoint can keep what this model has kept: {first_line(error)}",
+            f"this model cannot be saved as a checkpoint: {first_line(error)}",
             hint="Cut the model to another allocation.",
         ) from error
 

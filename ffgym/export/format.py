@@ -60,7 +60,7 @@ class ExportFormat(Plugin, ABC):
             progress: called with (tensors written, tensors in all).
 
         Raises:
-            ModelError: the folder holds no model, or one that the format cannot say.
+            ModelError: the folder holds no model, or one that the format cannot represent.
             OutputError: the target is there already, or cannot be written.
         """
 
@@ -81,7 +81,7 @@ def export(
 
     Raises:
         OutputError: the target is there already, is the model itself, or cannot be written.
-        ModelError: there is no model, or one that the format cannot say.
+        ModelError: there is no model, or one that the format cannot represent.
     """
     from ffgym.models.origin import model_folder  # late: it needs transformers, and the base class above does not
 

@@ -93,7 +93,7 @@ class NemotronNas(ExportFormat):
 
 
 def _check(config: Any, checkpoint: Checkpoint) -> None:
-    """Refuse what the format cannot say."""
+    """Refuse what the format cannot represent."""
     family = family_of_type(str(config.model_type))
     head_dim = family.head_dim(config)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -201,6 +201,6 @@ def _notes(layers: list[_Layer]) -> Iterator[str]:
         filled = {each.name.split(".")[2] for each in own if each.shape != each.padded}
         if padded:
             yield (
-                f"The format cannot say the number of {what} of {counted(len(filled), 'layer')}: zeros fill them up,"
+                f"The format cannot hold the number of {what} of {counted(len(filled), 'layer')}: zeros fill them up,"
                 f" {humane(padded)} parameters that change no result."
             )

@@ -203,7 +203,7 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     """llama.cpp's ``llama-server``, from the PATH; the models are written as GGUF files for it.
 
     Raises:
-        ModelError: there is no ``llama-server``, or a model that GGUF cannot say.
+        ModelError: there is no ``llama-server``, or a model that GGUF cannot represent.
     """
     program = shutil.which("llama-server")
     if program is None:

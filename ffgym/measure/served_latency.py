@@ -80,8 +80,8 @@ def served_latency_table(options: Options, *, progress: Console | None = None) -
     """The latency table of a model in an engine on this machine, and where the cache keeps it.
 
     Raises:
-        ModelError: a model that cannot be loaded or is pruned already, an engine that is not installed or cannot say
-            the model, a server that dies or does not answer.
+        ModelError: a model that cannot be loaded or is pruned already, an engine that is not installed or cannot
+            represent the model, a server that dies or does not answer.
         BudgetError: a model with mixtures of experts.
         ConfigError: it takes fewer tokens than ``context``, or its dtype is none that engines serve.
         OutputError: the disk has no room for the models that are served.
@@ -145,7 +145,7 @@ def _timed(
     servers = list[Server]()
     with reporter.stage(f"save the models for {options.engine}", len(probes) + 1, "models") as stage:
         for model in _saved(loaded, shapes, probes, setting.scratch):
-            fleet = ENGINES[options.engine](setting, [model])  # refuses what it cannot say before more are saved
+            fleet = ENGINES[options.engine](setting, [model])  # refuses what it cannot represent before more are saved
             servers += fleet.servers
             stage.advance()
     fleet = replace(fleet, servers=tuple(servers))

@@ -144,7 +144,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
 
     Raises:
         ModelError: a folder that is no model, two models that do not belong together, an engine that is not installed
-            or cannot say a model, a server that dies or does not answer.
+            or cannot represent a model, a server that dies or does not answer.
         ConfigError: no record of the dense model, or prompts that are too long for the models.
     """
     reporter = Reporter(progress)

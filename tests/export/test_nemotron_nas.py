@@ -70,8 +70,8 @@ def test_what_the_format_cannot_say_is_filled_with_zeros(tmp_path: Path) -> None
     assert not out[:, 16:].any()
     assert result.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert [note.split(":")[0] for note in result.notes] == [
-        "The format cannot say the number of heads of 2 layers",
-        "The format cannot say the number of channels of 3 layers",
+        "The format cannot hold the number of heads of 2 layers",
+        "The format cannot hold the number of channels of 3 layers",
     ]
 
 

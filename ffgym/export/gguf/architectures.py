@@ -230,7 +230,7 @@ def choose_architecture(contents: Contents) -> Architecture:
 
 
 def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[str, str]]:
-    """What an architecture cannot say about the model, each with the way round it or nothing."""
+    """What an architecture cannot represent of the model, each with the way round it or nothing."""
     config, layers = contents.config, contents.layers
     sizes = [(layer.heads, layer.kv_heads, layer.written_channels) for layer in layers]
     if not architecture.uneven and (other := next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)):
