@@ -112,7 +112,7 @@ def plan(
 def prepare_model(config: RunConfig) -> None:
     """Prepare a model ahead of its runs: statistics, order and refits, kept in the cache.
 
-    A run with the same model, criterion, calibration, text and number of threads then starts within seconds.
+    A run with the same model, criterion, calibration, text and number of threads then opens what was prepared.
     For `bench --workers 2` on two cores, where each worker has one thread, set OMP_NUM_THREADS=1.
     """
     check_folder_architecture(config.model.name)

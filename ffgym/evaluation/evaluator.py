@@ -146,32 +146,26 @@ class ModelEvaluator:
         """Measure every request, in the order asked for; see `Evaluator`."""
         compared = {i for request in requests if request.divergences for i in request.windows}
         # Requests for slopes are measured one by one, after the others.
-        sloped = {(r.kept, r.windows, r.slopes_of): self._of_text(r) for r in requests if "slopes" in r.needs}
+        sloped = {_of_text_alone(r): self._of_text(r) for r in requests if "slopes" in r.needs}
         later = [each for own in sloped.values() for each in own]
         own_walk = {each for each in later if not self._is_dense(each.kept)}
         passes = [p for p in self._passes(requests) if p not in own_walk and not self._is_known(p, compared)]
         tokens = sum(map(self._tokens, passes)) + (1 + SLOPE_PASSES) * sum(map(self._tokens, later))
         advance = _counter(on_progress, tokens)
-        slopes: dict[tuple[tuple[int, ...], tuple[int, ...], str], tuple[np.ndarray, ...]] = {}
+        slopes: dict[Request, tuple[np.ndarray, ...]] = {}
         try:
             self._prunable.restore()
             with torch.inference_mode():
                 read = self._run(passes, compared, advance)
-            for (kept, windows, of), own in sloped.items():
+            for request, own in sloped.items():
                 states: list[dict[_Batch, torch.Tensor]] = []
                 with torch.no_grad():  # no inference tensors: the graphs of slopes begin with the states
                     read |= self._run(own, compared, advance, states)
-                slopes[kept, windows, of] = self._slopes(kept, own, states, of)
+                slopes[request] = self._slopes(request, own, states)
                 advance(SLOPE_PASSES * sum(map(self._tokens, own)))
         finally:
             self._prunable.restore()
-        answers = (self._evaluation(request, read) for request in requests)
-        return [
-            replace(answer, slopes=slopes[request.kept, request.windows, request.slopes_of])
-            if "slopes" in request.needs
-            else answer
-            for request, answer in zip(requests, answers, strict=True)
-        ]
+        return [replace(self._evaluation(r, read), slopes=slopes.get(_of_text_alone(r))) for r in requests]
 
     @property
     def _length(self) -> int:
@@ -248,17 +242,22 @@ class ModelEvaluator:
         return read
 
     def _slopes(
-        self, kept: tuple[int, ...], passes: Sequence[_Pass], states: list[dict[_Batch, torch.Tensor]], of: str
+        self, request: Request, passes: Sequence[_Pass], states: list[dict[_Batch, torch.Tensor]]
     ) -> tuple[np.ndarray, ...]:
         """Slopes of every sublayer's units, given the states of a request's passes, each of one window."""
-        indices = [index for each in passes for index in each.batch.indices]
         by_window = [[layer[each.batch] for each in passes] for layer in states]
         states.clear()
         objectives = None
-        if of in DIVERGENCES:
-            objectives = [divergence_from(self._model, self._dense_hidden[index], of) for index in indices]
+        if request.slopes_of in DIVERGENCES:
+            hidden = (self._dense_hidden[index] for index in request.windows)
+            objectives = [divergence_from(self._model, each, request.slopes_of) for each in hidden]
         found = unit_slopes(
-            self._prunable, self._windows[indices], kept, by_window, calibrated=self._calibrated, objectives=objectives
+            self._prunable,
+            self._windows[list(request.windows)],
+            request.kept,
+            by_window,
+            calibrated=self._calibrated,
+            objectives=objectives,
         )
         return mean_slopes(found)
 
@@ -351,6 +350,11 @@ class ModelEvaluator:
             reverse_kls=reverse_kls if "reverse_kl" in request.needs else None,
             accuracy=accuracy,
         )
+
+
+def _of_text_alone(request: Request) -> Request:
+    """What the slopes of a request depend on."""
+    return replace(request, examples=())
 
 
 def _counter(on_progress: OnProgress | None, total: float) -> OnProgress:
