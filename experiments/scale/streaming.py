@@ -140,7 +140,7 @@ def _digest_weights(folder: Path) -> str:
     """Of names and bits, however they are spread over files."""
     import torch
 
-    from ffgym.models.stream import TensorFile
+    from ffgym.models.checkpoint import TensorFile
 
     tensors: dict[str, str] = {}
     size = 0

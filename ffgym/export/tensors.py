@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ModelError
-from ffgym.models.checkpoint import weight_files
+from ffgym.models.checkpoint import weight_tensors
 from ffgym.models.loading import load_config
+from ffgym.models.loading_errors import AGAIN
 
 FLOATS = ("F32", "F16", "BF16")  # safetensors' names
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -34,23 +34,15 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._files = weight_tensors(folder)
         self._taken: set[str] = set()
-        for path in weight_files(folder):
-            try:
-                file: Any = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"{str(path)!r} is damaged or incomplete: {error}", hint="Write or download the model again."
-                ) from error
-            self._files |= dict.fromkeys(file.keys(), file)
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
     def dtype(self, name: str) -> str:
         """A tensor's dtype as safetensors calls it, e.g. ``"BF16"``."""
-        return str(self._files[name].get_slice(name).get_dtype())
+        return self._files[name].dtype(name)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
         """A tensor, to be read when the returned function is called.
@@ -59,28 +51,23 @@ class Checkpoint:
             ModelError: it is missing, has another shape than the config says, or is quantised.
         """
         if name not in self._files:
-            raise ModelError(
-                f"model {str(self.folder)!r} is incomplete: {name} is missing",
-                hint="Write or download the model again.",
-            )
-        found = tuple(self._files[name].get_slice(name).get_shape())
+            raise ModelError(f"model {str(self.folder)!r} is incomplete: {name} is missing", hint=AGAIN)
+        found = self._files[name].shape(name)
         if found != shape:
-            raise ModelError(
-                f"{name} has shape {found}, and config.json says {shape}", hint="Write or download the model again."
-            )
+            raise ModelError(f"{name} has shape {found}, and config.json says {shape}", hint=AGAIN)
         if self.dtype(name) not in FLOATS:
             raise ModelError(
                 f"{name} is {self.dtype(name)}; only float32, float16 and bfloat16 weights are written",
                 hint="Export the model as it was before it was quantised.",
             )
         self._taken.add(name)
-        return lambda: torch.as_tensor(self._files[name].get_tensor(name))
+        return lambda: self._files[name].read(name)
 
     def differ(self, one: str, other: str) -> bool:
         """Whether both are there, and not the same numbers."""
         if one not in self or other not in self:
             return False
-        return not torch.equal(*(torch.as_tensor(self._files[name].get_tensor(name)) for name in (one, other)))
+        return not torch.equal(*(self._files[name].read(name) for name in (one, other)))
 
     def drop(self, name: str) -> None:
         """Leave a tensor out on purpose."""

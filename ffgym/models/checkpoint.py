@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
 from ffgym.models.families import register_saved
-from ffgym.models.loading_errors import AGAIN, explained, loading_error, misfit, mxfp4, pickled
+from ffgym.models.loading_errors import AGAIN, explained, misfit, mxfp4, pickled
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.towers import auto_class, check_towers
 from ffgym.plugins.architectures import MODEL_CONFIG, check_architecture
@@ -39,6 +39,35 @@ class _WeightIndex(BaseModel):
 WEIGHT_INDEX = FileFormat("index of weights", _WeightIndex, ModelError, AGAIN)
 
 
+class TensorFile:
+    """A safetensors file whose tensors are read one at a time, also after it was deleted.
+
+    It is read, not mapped, so that limits on a process's memory do not count pages that only pass through.
+
+    Raises:
+        SafetensorError, OSError: it is none, or cannot be read; from its methods, there is no tensor of this name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        file: Any = safe_open(path, framework="pt", backend="pread")
+        self._file = file
+        self.names: tuple[str, ...] = tuple(file.keys())
+        self.metadata: dict[str, str] = file.metadata() or {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as safetensors calls it, e.g. ``"BF16"``."""
+        return str(self._file.get_slice(name).get_dtype())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, on the CPU."""
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read: a folder may hold the weights in other layouts too.
 
@@ -50,6 +79,22 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     return [folder / name for name in sorted(set(WEIGHT_INDEX.read(index).weight_map.values()))]
+
+
+def weight_tensors(folder: Path) -> dict[str, TensorFile]:
+    """The file of every tensor in a folder's weight files.
+
+    Raises:
+        ModelError: a file is damaged, incomplete or missing.
+    """
+    tensors: dict[str, TensorFile] = {}
+    for path in weight_files(folder):
+        try:
+            file = TensorFile(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{str(path)!r} is damaged or incomplete: {error}", hint=AGAIN) from error
+        tensors |= dict.fromkeys(file.names, file)
+    return tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -122,10 +167,7 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
             f"{ADAPTER} names, and leaves out the weights beside it",
             hint=f"{MERGE}. If these weights hold it already, delete {ADAPTER}.",
         )
-    try:
-        shapes = _shapes(folder)
-    except (SafetensorError, OSError) as error:
-        raise loading_error(error, str(folder), name) from error
+    shapes: Shapes = {key: file.shape(key) for key, file in weight_tensors(folder).items()}
     check_config(name, config, any_family=any_family, depth=depth_of(LAYER, shapes) or MOST_LAYERS)
     if any_family or "quantization_config" in config:  # names and shapes in the files may be others than the model's
         return config
@@ -135,15 +177,6 @@ def check_sizes(name: str, folder: Path, *, any_family: bool) -> dict[str, Any]:
         if (in_file := shapes.get(key, tuple(tensor.shape))) != tuple(tensor.shape):
             raise misfit(name, f"{key} is {in_file} in the checkpoint and {tuple(tensor.shape)} by the config")
     return config
-
-
-def _shapes(folder: Path) -> Shapes:
-    """The shape of every tensor in a folder's weight files, from their headers."""
-    shapes: Shapes = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    return shapes
 
 
 def depth_of(numbered: re.Pattern[str], names: Iterable[str]) -> int:

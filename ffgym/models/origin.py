@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter
@@ -10,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
 
 from ffgym.errors import ConfigError, ModelError
 from ffgym.files import FileFormat
-from ffgym.models.checkpoint import weight_files
+from ffgym.models.checkpoint import weight_files, weight_tensors
 from ffgym.models.loading import DEMO_BASE
+from ffgym.models.loading_errors import AGAIN
 
 # The names in a safetensors header of what torch calls otherwise.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -133,24 +133,16 @@ def weights_on_disk(folder: Path) -> tuple[int, str]:
     """Bytes of a checkpoint's safetensors files, those that are loaded, and what dtype most numbers in them have.
 
     Raises:
-        ModelError: there are none, or one is cut short.
+        ModelError: there are none, or one is damaged or missing.
     """
-    files = weight_files(folder)
-    if not files:
-        raise ModelError(f"{str(folder)!r} holds no .safetensors file", hint="Write or download the model again.")
+    tensors = weight_tensors(folder)
+    if not tensors:
+        raise ModelError(f"{str(folder)!r} holds no .safetensors file", hint=AGAIN)
     numbers: Counter[str] = Counter()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as content:
-                for name in content.keys():  # noqa: SIM118 (not a dictionary)
-                    tensor = content.get_slice(name)
-                    numbers[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{str(file)!r} is damaged or missing: {error}", hint="Write or download the model again."
-            ) from error
+    for name, file in tensors.items():
+        numbers[file.dtype(name)] += math.prod(file.shape(name))
     dtype = numbers.most_common(1)[0][0]
-    return sum(file.stat().st_size for file in files), DTYPES.get(dtype, dtype)
+    return sum(file.stat().st_size for file in weight_files(folder)), DTYPES.get(dtype, dtype)
 
 
 def _base_model(card: Path) -> str | None:

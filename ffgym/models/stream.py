@@ -1,8 +1,7 @@
 """A model larger than memory: its decoder layers stay in the checkpoint's shards until they are needed.
 
 The model is built with its layers on the meta device; embeddings, final norm and head are in memory. The next layer is
-read in a thread of its own while a layer is at work. Files are read, not mapped, so that limits on a process's memory
-do not count pages that only pass through.
+read in a thread of its own while a layer is at work.
 """
 
 from __future__ import annotations
@@ -14,38 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ffgym.data.cache import Scratch, storage_error
 from ffgym.errors import ModelError
-from ffgym.models.checkpoint import check_surplus, weight_files
+from ffgym.models.checkpoint import TensorFile, check_surplus, weight_tensors
 from ffgym.models.families import family_of
 from ffgym.models.loading_errors import explained
 
 Weights = Mapping[str, torch.Tensor]
-
-
-class TensorFile:
-    """A safetensors file whose tensors are read one at a time, also after it was deleted.
-
-    Raises:
-        SafetensorError, OSError: it is none, or cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        file: Any = safe_open(path, framework="pt", backend="pread")
-        self._file = file
-        self.names = frozenset(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; raises ``SafetensorError`` where there is none of this name."""
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor, on the CPU; raises ``SafetensorError`` where there is none of this name."""
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
 
 
 class KeptTensors:
@@ -95,8 +72,7 @@ class LayerStream:
     def __init__(self, name: str, model: Any, folder: Path, device: torch.device) -> None:
         self.device = device
         self._dtypes = {key: tensor.dtype for key, tensor in model.state_dict().items()}
-        files = [TensorFile(path) for path in weight_files(folder)]
-        there = {key: (file, key) for file in files for key in file.names}
+        there = {key: (file, key) for key, file in weight_tensors(folder).items()}
         base = f"{model.base_model_prefix}."  # a checkpoint of the base model alone leaves it out
         places = {key: there.get(key) or there.get(key.removeprefix(base)) for key in self._dtypes}
         self._places = {key: place for key, place in places.items() if place is not None}

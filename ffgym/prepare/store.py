@@ -29,9 +29,10 @@ from safetensors.torch import save_file
 from ffgym.data.cache import cache_dir, entries, is_whole, shrink, size_limit, storage_error, write_folder_once
 from ffgym.errors import AssetError
 from ffgym.files import FileFormat, check_room, write_text
+from ffgym.models.checkpoint import TensorFile
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
-from ffgym.models.stream import LayerStream, TensorFile
+from ffgym.models.stream import LayerStream
 from ffgym.models.sublayer import PrunableSublayer
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.calibrations import calibration_class, has_ridge_path

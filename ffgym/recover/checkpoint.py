@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ffgym.errors import OutputError, RecoveryError
 from ffgym.files import FileFormat, replacing, write_text
-from ffgym.models.checkpoint import weight_files
+from ffgym.models.checkpoint import TensorFile, weight_files
 from ffgym.types import JSONDict
 
 IDENTITY = "identity.json"
@@ -116,10 +116,9 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as content:
-                stored = content.metadata()["facts"]
-                tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 (not a dictionary)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            file = TensorFile(path)
+            stored, tensors = file.metadata["facts"], {key: file.read(key) for key in file.names}
+        except (OSError, SafetensorError, KeyError) as error:
             raise RecoveryError(f"the checkpoint {path} is damaged: {error}", hint=START_ANEW) from error
         return Part(tensors, FileFormat("checkpoint", facts, RecoveryError, START_ANEW).parse(stored, str(path)))
 

@@ -124,7 +124,7 @@ class TestWeights:
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
         assert weights_on_disk(tmp_path)[0] == 2 * (tmp_path / "model-1.safetensors").stat().st_size
         (tmp_path / "model-2.safetensors").unlink()
-        with pytest.raises(ModelError, match=r"model-2\.safetensors' is damaged or missing"):
+        with pytest.raises(ModelError, match=r"model-2\.safetensors' is damaged or incomplete"):
             weights_on_disk(tmp_path)
 
     def test_none_are_an_error(self, tmp_path):
