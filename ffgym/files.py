@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Annotated, Any, BinaryIO, Generic, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ffgym.errors import FFGymError, OutputError
@@ -33,6 +33,14 @@ MOST_DOTS = 500  # in a line of TOML: a dotted key nests as deep as it has dots
 DEEPEST = 100
 
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, lt=2**53)]  # exact in every reader of JSON
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """A table or record with fixed keys: unknown keys and mistyped values are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,12 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from rich.console import Console
 
 from ffgym.config.refusals import config_error
-from ffgym.config.tables import RecoverTable, RunConfig, Table
+from ffgym.config.tables import RecoverTable, RunConfig
 from ffgym.config.toml import digest, read_toml
 from ffgym.errors import ConfigError, DataError, FFGymError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import save_pruned
-from ffgym.files import FileFormat
+from ffgym.files import FileFormat, Strict
 from ffgym.models.loading import load
 from ffgym.pipeline import task
 from ffgym.recover.lora import Lora
@@ -55,7 +55,7 @@ RECOVERIES = (*LINEAR, *TRAINED)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-class Experiment(Table):
+class Experiment(Strict):
     """The TOML file.
 
     Attributes:
@@ -98,7 +98,7 @@ class Cell:
     path: Path
 
 
-class CellResult(Table):
+class CellResult(Strict):
     """What a result file holds; losses in nats per token, one a window of the report split."""
 
     allocation: str

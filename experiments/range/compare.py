@@ -27,10 +27,10 @@ from rich.console import Console
 
 from ffgym.bench.table import Mean, mean_of
 from ffgym.config.refusals import config_error
-from ffgym.config.tables import RunConfig, Table
+from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, read_toml, settings
 from ffgym.errors import ConfigError, DataError, FFGymError
-from ffgym.files import FileFormat
+from ffgym.files import FileFormat, Strict
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.search import tracked_search
 from ffgym.pipeline.task import give_prior, on_report, open_task, with_config
@@ -44,7 +44,7 @@ ONE = "one policy"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
-class Experiment(Table):
+class Experiment(Strict):
     """The TOML file.
 
     Attributes:
@@ -66,7 +66,7 @@ class Experiment(Table):
     run: dict[str, Any] = Field(default_factory=dict)
 
 
-class Point(Table):
+class Point(Strict):
     """One target of one search: its report loss and the dense one (nats per token), the units kept per sublayer."""
 
     target: float
@@ -75,7 +75,7 @@ class Point(Table):
     kept: list[int]
 
 
-class Result(Table):
+class Result(Strict):
     """One search: over the range, or at one target. ``settings`` is all that decided its numbers."""
 
     group: str

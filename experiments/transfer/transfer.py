@@ -31,13 +31,14 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 
 from ffgym.config.refusals import config_error
-from ffgym.config.tables import RunConfig, Table
+from ffgym.config.tables import RunConfig
 from ffgym.config.toml import read_toml
 from ffgym.costs.resource import standard_resources
 from ffgym.data.examples import EncodedExample, encode, reported_examples
 from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.errors import DataError, FFGymError
 from ffgym.evaluation.multiple_choice import batches, padded, right_answers
+from ffgym.files import Strict
 from ffgym.pipeline import task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.search import tracked_search
@@ -52,7 +53,7 @@ from ffgym.types import Episode, Evaluation, JSONDict
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
 
 
-class Settings(Table):
+class Settings(Strict):
     """The TOML file.
 
     Attributes:

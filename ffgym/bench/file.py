@@ -12,16 +12,16 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from ffgym.bench.cell import Cell
 from ffgym.config.refusals import config_error
-from ffgym.config.tables import RunConfig, Table
+from ffgym.config.tables import RunConfig
 from ffgym.config.toml import layered
 from ffgym.errors import ConfigError, UnknownNameError
-from ffgym.files import FileFormat
+from ffgym.files import FileFormat, Strict
 from ffgym.prepare import configured
 
 BENCH_FILE = FileFormat("bench file", dict[str, Any], ConfigError, "docs/bench.md shows one.")
 
 
-class BenchFile(Table):
+class BenchFile(Strict):
     """One bench: a TOML file."""
 
     title: str = Field(description="what the table is called")

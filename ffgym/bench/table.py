@@ -8,19 +8,19 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from ffgym.config.mixture import described
+from ffgym.files import Count
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, counted, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
 
 MOST_LINES = 6  # of searches in a picture; more could not be told apart
-Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class _Stored(BaseModel):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from ffgym.config.mixture import EXAMPLE, Corpora, checked, shares
 from ffgym.errors import ConfigError
+from ffgym.files import Positive, Strict
 from ffgym.types import JSONDict, Ramp
 
 # TOML has no null: an empty string says "not given", in the file and in what `to_toml` prints.
@@ -23,8 +24,7 @@ OptionalText = Annotated[str | None, NotGiven]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Corpora, BeforeValidator(checked)]
 OptionalShare = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, NotGiven]
-Count = Annotated[int, Field(ge=1)]
-OptionalCount = Annotated[Count | None, NotGiven]
+OptionalPositive = Annotated[Positive | None, NotGiven]
 CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets
 NARROWEST_RANGE = 0.001  # wide enough for 100 targets with names of their own
 REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults that earlier results hold
@@ -62,12 +62,6 @@ def _count(value: Any) -> Any:
     return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]) if match else value
 
 
-class Table(BaseModel):
-    """A table with fixed keys: unknown keys and mistyped values are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
 class PluginTable(BaseModel):
     """A table that names a plugin; every key that is no field is an option that the plugin's ``Config`` validates.
 
@@ -85,7 +79,7 @@ class PluginTable(BaseModel):
         return dict(self.model_extra or {})
 
 
-class ModelTable(Table):
+class ModelTable(Strict):
     """Which model to prune, in which dtype, on which device."""
 
     name: Text = Field(default="demo", description="demo, a hub id, a folder, or a .gguf file")
@@ -104,7 +98,7 @@ class ModelTable(Table):
     )
 
 
-class DataTable(Table):
+class DataTable(Strict):
     """The three splits, which never touch."""
 
     calibration: Texts = Field(
@@ -115,11 +109,13 @@ class DataTable(Table):
         default="demo:wiki", description="corpus for the final table, or a mixture; nothing is selected by it"
     )
     window: int = Field(default=1024, ge=2, description="tokens in one window, at least 2")
-    calibration_tokens: Count = Field(default=32768, description="size of the calibration split, at least one window")
-    search_tokens: Count = Field(
+    calibration_tokens: Positive = Field(
+        default=32768, description="size of the calibration split, at least one window"
+    )
+    search_tokens: Positive = Field(
         default=131072, description="size of the search split; episodes and finals draw from it"
     )
-    report_tokens: Count = Field(default=16384, description="size of the report split, at least one window")
+    report_tokens: Positive = Field(default=16384, description="size of the report split, at least one window")
     bos: Literal["every", "first"] = Field(
         default="every",
         description="which windows begin with BOS, where the tokenizer adds one: every (as prompts do) | first (only "
@@ -176,7 +172,7 @@ def _share(value: Any) -> float:
     return float(value)
 
 
-class PruneTable(Table):
+class PruneTable(Strict):
     """How much to remove, and how the rest is refitted during the search."""
 
     sparsity: Annotated[float | str, PlainValidator(_sparsity)] = Field(
@@ -199,10 +195,10 @@ class PruneTable(Table):
     min_units: int = Field(
         default=1, ge=0, description="units that every sublayer keeps at least; 0 allows removing a whole sublayer"
     )
-    context: Count = Field(
+    context: Positive = Field(
         default=1024, description="context length in tokens at which MACs are counted and latency is timed"
     )
-    align: Literal["auto"] | Count = Field(
+    align: Literal["auto"] | Positive = Field(
         default="auto",
         description="keep multiples of this many channels, e.g. 8 or 64; 1: any number; auto: widths of MLPs that "
         "kernels like, multiples of at most 64",
@@ -261,20 +257,20 @@ class PriorTable(PluginTable):
     name: Text = Field(default="mlp-first", description="heuristic to start from, or none; see: ffgym ls heuristics")
 
 
-class SearchTable(Table):
+class SearchTable(Strict):
     """The length of the search, and what to compare it with."""
 
-    episodes: Count = Field(
+    episodes: Positive = Field(
         default=96,
         description="length of the search in episodes at full fidelity: it ends with the update that reaches "
         "episodes x episode_tokens tokens",
     )
-    episode_tokens: Count = Field(
+    episode_tokens: Positive = Field(
         default=2048, description="search tokens that one episode is measured on, at least one window"
     )
-    episodes_per_update: Count = Field(default=8, description="episodes that one policy update learns from")
-    finalists: Count = Field(default=8, description="allocations that are measured again before one is chosen")
-    final_tokens: Count = Field(
+    episodes_per_update: Positive = Field(default=8, description="episodes that one policy update learns from")
+    finalists: Positive = Field(default=8, description="allocations that are measured again before one is chosen")
+    final_tokens: Positive = Field(
         default=16384,
         description="search tokens that are reserved for the finals, half to thin out and half to decide; with less "
         "than 3 windows, nothing replaces what the agent recommends",
@@ -287,7 +283,7 @@ class SearchTable(Table):
     )
 
 
-class ScheduleTable(Table):
+class ScheduleTable(Strict):
     """How the search gets harder: ramps over the token budget, or over episodes."""
 
     sparsity: Ramp = Field(default="none", description="none | cubic | staircase: how sparsity rises to its target")
@@ -297,7 +293,7 @@ class ScheduleTable(Table):
     fidelity: Ramp = Field(
         default="none", description="none | cubic | staircase: how the measured share of episode_tokens rises to 1"
     )
-    ramp_episodes: OptionalCount = Field(
+    ramp_episodes: OptionalPositive = Field(
         default=None, description="number of episodes that the ramps take; empty: half of the tokens"
     )
 
@@ -311,25 +307,25 @@ class RecoverTable(PluginTable):
     corpus: OptionalText = Field(
         default=None, description="corpus to train on; empty: data.calibration, without the text of other splits"
     )
-    tokens: Annotated[Count, BeforeValidator(_count)] = Field(
+    tokens: Annotated[Positive, BeforeValidator(_count)] = Field(
         default=524288, description="tokens to learn from, all epochs together; also 500k or 1M"
     )
     window: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
         default="auto", description="auto (data.window) or tokens in one training window, at least 2"
     )
-    batch_tokens: Annotated[Count, BeforeValidator(_count)] = Field(
+    batch_tokens: Annotated[Positive, BeforeValidator(_count)] = Field(
         default=4096, description="tokens of one optimiser step, at least one window"
     )
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = Field(
         default="auto", description="auto (the method's own) or the highest rate of the schedule, in (0, 1]"
     )
-    held_out_tokens: Annotated[Count, BeforeValidator(_count)] = Field(
+    held_out_tokens: Annotated[Positive, BeforeValidator(_count)] = Field(
         default=8192, description="held-out search tokens on which the weights to keep are chosen"
     )
-    evaluate_every: Count = Field(default=16, description="steps between measurements on held-out tokens")
+    evaluate_every: Positive = Field(default=16, description="steps between measurements on held-out tokens")
 
 
-class OutputTable(Table):
+class OutputTable(Strict):
     """Where results are written."""
 
     dir: OptionalText = Field(default=None, description="folder for the results; empty makes a new one under runs/")
@@ -344,7 +340,7 @@ class OutputTable(Table):
     )
 
 
-class TrackingTable(Table):
+class TrackingTable(Strict):
     """MLflow."""
 
     enabled: bool = Field(default=True, description="log the run to MLflow")
@@ -357,10 +353,10 @@ class TrackingTable(Table):
         return Path(self.root).expanduser()
 
 
-class WorkersTable(Table):
+class WorkersTable(Strict):
     """Who measures; the numbers are the same."""
 
-    count: Count = Field(default=1, description="processes that measure episodes; more than 1 need the extra 'ray'")
+    count: Positive = Field(default=1, description="processes that measure episodes; more than 1 need the extra 'ray'")
     ray_address: OptionalText = Field(
         default=None, description="Ray cluster: auto, HOST:PORT or ray://HOST:PORT; empty starts one on this machine"
     )
@@ -378,7 +374,7 @@ class WorkersTable(Table):
         return self
 
 
-class RunConfig(Table):
+class RunConfig(Strict):
     """Everything that decides a run. ``RunConfig()`` is the demo."""
 
     seed: int = Field(default=0, ge=0, lt=2**32, description="source of all randomness, from 0 to 2**32 - 1")

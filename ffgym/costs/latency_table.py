@@ -15,26 +15,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ffgym.costs.latency_fit import PICOSECONDS, cost_table
 from ffgym.costs.timing import Spread
 from ffgym.errors import BudgetError, ConfigError
-from ffgym.files import FileFormat
+from ffgym.files import FileFormat, Positive, Strict
 from ffgym.models.families import family_of
 from ffgym.report.layout import counted
 from ffgym.types import JSONDict, Kind, Sublayer
 
 FORMAT: Literal["ffgym latency table 1"] = "ffgym latency table 1"
-Count = Annotated[int, Field(ge=1)]
 Size = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
-
-
-class Strict(BaseModel):
-    """A record with fixed keys: unknown keys and mistyped values are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelShape(Strict):
@@ -48,9 +41,9 @@ class ModelShape(Strict):
     """
 
     family: str
-    hidden: Count
-    layers: Count
-    vocabulary: Count
+    hidden: Positive
+    layers: Positive
+    vocabulary: Positive
 
 
 class LayerShape(Strict):
@@ -67,9 +60,9 @@ class LayerShape(Strict):
     """
 
     kind: Kind
-    units: Count
-    channels_per_unit: Count
-    unit_params: Count
+    units: Positive
+    channels_per_unit: Positive
+    unit_params: Positive
     query_heads_per_unit: Size
     head_dim: Size
     attends: str
@@ -87,7 +80,7 @@ class Curve(Strict):
     """
 
     shape: LayerShape
-    sizes: tuple[Count, ...]
+    sizes: tuple[Positive, ...]
     seconds: tuple[Seconds, ...]
     low: tuple[Seconds, ...]
     high: tuple[Seconds, ...]
@@ -125,8 +118,8 @@ class Serving(Strict):
     """
 
     engine: str
-    requests: Count
-    output_tokens: Count
+    requests: Positive
+    output_tokens: Positive
     arguments: tuple[str, ...]
 
 
@@ -152,11 +145,11 @@ class LatencyTable(Strict):
     threads: Size
     torch: str
     dtype: str
-    context: Count
+    context: Positive
     model: ModelShape
     curves: tuple[Curve, ...] = Field(min_length=1)
     whole_seconds: Seconds
-    repetitions: Count
+    repetitions: Positive
     serving: Serving | None = None
 
     @property
