@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from ffgym.data.examples import EncodedExample
-    from ffgym.evaluation.evaluator import OnProgress, Request
-    from ffgym.execute.base import Executor
+    from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
     from ffgym.models.cut import PrunableModel
     from ffgym.types import Evaluation
 
@@ -146,7 +145,7 @@ class Recording:
         calls: the requests of every call.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Evaluator) -> None:
         self._executor = executor
         self.calls: list[list[Request]] = []
 

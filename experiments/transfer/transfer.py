@@ -44,7 +44,7 @@ from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.search import tracked_search
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
-from ffgym.prepare.parts import budget_in, make_reward, task_examples
+from ffgym.prepare.parts import budget_in, examples_for, make_reward
 from ffgym.report.progress import Reporter
 from ffgym.search.log import read_episodes
 from ffgym.tracking.tracker import Tracker
@@ -157,7 +157,7 @@ class Bench:
             episode_windows=min(len(env.windows), max(1, settings.text_tokens // env.window_tokens)),
             calibrated=env.calibrated,
             tokens_per_batch=env.tokens_per_batch,
-            examples=task_examples(everything.tasks, loaded) if everything.tasks else (),
+            examples=examples_for(everything, loaded),
             prices={name: budget_in(name, config, loaded.model) for name in priced},
         )
         self.text = self.env.draw(np.random.default_rng(TEXT_SEED), self.env.episode_windows)

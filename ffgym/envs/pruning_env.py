@@ -20,8 +20,7 @@ from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import DataError, UnknownNameError
-from ffgym.evaluation.evaluator import ModelEvaluator, OnProgress, Request
-from ffgym.execute.base import Executor
+from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, OnProgress, Request
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
@@ -132,7 +131,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         tokens_per_batch: int = 4096,
         examples: Sequence[EncodedExample] = (),
         prices: Mapping[str, Budget] | None = None,
-        executor: Executor | None = None,
+        executor: Evaluator | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         budget.check(sparsity)

@@ -113,7 +113,7 @@ class Cluster:
 
 
 class RayExecutor:
-    """Shares requests out among workers; see `Executor`.
+    """An evaluator that shares requests out among workers; how many there are changes no bit of what comes back.
 
     Meanwhile, this process measures the dense model and keeps its results by window. Shared out, every worker would end
     up measuring every window.
@@ -131,7 +131,7 @@ class RayExecutor:
         self._speeds = Speeds()
 
     def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
-        """Measure every request, in the order asked for; see `Executor`."""
+        """Measure every request, in the order asked for."""
         dense = [request for request in requests if request.kept == self._dense_units]
         shared = {request: parts(request) for request in requests if request.kept != self._dense_units}
         others = list(dict.fromkeys(chain.from_iterable(shared.values())))

@@ -20,8 +20,8 @@ from ffgym.costs.size import SizeMeter
 from ffgym.data.splits import Splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.errors import ConfigError
+from ffgym.evaluation.evaluator import Evaluator
 from ffgym.evaluation.perplexity import evaluate_cut
-from ffgym.execute.base import Executor
 from ffgym.models.loading import LoadedModel
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
@@ -60,7 +60,7 @@ class Task:
     env: PruningEnv
     sizes: SizeMeter
     costs: Mapping[str, Costs]
-    executor: Executor | None = None
+    executor: Evaluator | None = None
     _asked: dict[tuple[str, str, float], np.ndarray] = field(default_factory=dict)
 
     @property

@@ -30,8 +30,7 @@ from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, WorkerError
-from ffgym.evaluation.evaluator import ModelEvaluator
-from ffgym.execute.base import Executor
+from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.placement import tokens_per_batch
@@ -287,7 +286,7 @@ def build_env(
     loaded: LoadedModel,
     *,
     costs: Mapping[str, Costs] | None = None,
-    executor: Executor | None = None,
+    executor: Evaluator | None = None,
     on_close: Callable[[], None] | None = None,
 ) -> PruningEnv:
     """The stationary environment of a run.
@@ -347,12 +346,7 @@ def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
     )
 
 
-def examples_for(reward: Reward, loaded: LoadedModel) -> Sequence[EncodedExample]:
-    """The task examples that a reward needs; none where it needs no accuracy."""
-    return task_examples(reward.tasks, loaded) if "accuracy" in reward.needs else ()
-
-
-def task_examples(tasks: Sequence[str], loaded: LoadedModel) -> list[EncodedExample]:
-    """All examples of some tasks that a search may be rewarded on, as token ids, task after task."""
-    limit = loaded.context_limit
-    return [encode(e, loaded.tokenizer, context_limit=limit) for task in tasks for e in search_examples(task)]
+def examples_for(reward: Reward, loaded: LoadedModel) -> tuple[EncodedExample, ...]:
+    """All examples of a reward's tasks as token ids, task after task; none where it needs no accuracy."""
+    tasks, limit = reward.tasks if "accuracy" in reward.needs else (), loaded.context_limit
+    return tuple(encode(e, loaded.tokenizer, context_limit=limit) for task in tasks for e in search_examples(task))

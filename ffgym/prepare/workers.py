@@ -17,8 +17,7 @@ from ffgym.config.tables import RunConfig, WorkersTable
 from ffgym.data.examples import EncodedExample
 from ffgym.data.splits import Splits
 from ffgym.errors import ConfigError, WorkerError
-from ffgym.evaluation.evaluator import ModelEvaluator
-from ffgym.execute.base import Executor
+from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.placement import choose_device
 from ffgym.prepare.parts import evaluator_of, examples_for, make_reward, prepare_model
@@ -80,7 +79,7 @@ def shared_executor(
     prepared: Prepared,
     splits: Splits,
     keep: frozenset[str] = frozenset(),
-) -> Executor:
+) -> Evaluator:
     """An executor that shares measurements out among the workers of a cluster, who measure as this process does.
 
     Args:
@@ -91,7 +90,7 @@ def shared_executor(
         config.model_copy(update={"model": table}),
         splits.calibration.windows,
         splits.search.windows,
-        tuple(examples_for(make_reward(config), loaded)),
+        examples_for(make_reward(config), loaded),
         keep,
         prepared.store,
         prepared.key,
