@@ -178,17 +178,15 @@ def latency(
             from ffgym.measure import served_latency
 
             table, place = served_latency.served_latency_table(
-                served_latency.Options(
-                    model,
-                    engine,
-                    context,
-                    dtype=dtype,
-                    threads=threads,
-                    arguments=_arguments(engine_args),
-                    rebuild=rebuild,
-                    **chosen,
-                ),
+                model,
+                engine,
+                context,
+                dtype=dtype,
+                threads=threads,
+                arguments=_arguments(engine_args),
+                rebuild=rebuild,
                 progress=progress,
+                **chosen,
             )
     if output is not None:
         _write(output, to_json(table))

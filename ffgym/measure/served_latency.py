@@ -1,4 +1,4 @@
-"""``served_latency_table(options)``: how long the sublayers of a dense model take in the engine that will serve it.
+"""``served_latency_table(...)``: how long the sublayers of a dense model take in the engine that will serve it.
 
 An engine runs whole models. So for each shape of sublayer, and a few sizes of it, a model is saved in which all
 sublayers of that shape have that size and everything else is dense. Servers of all of them, and of the dense model, get
@@ -37,34 +37,6 @@ LEAST_SECONDS = 1e-12  # a table's times are above 0
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of ``ffgym latency --engine``, whose help explains them.
-
-    Raises:
-        ConfigError: answers that leave nothing of the context to a prompt.
-    """
-
-    model: str
-    engine: str
-    context: int
-    requests: int = 1
-    output_tokens: int = 64
-    repetitions: int = 5
-    dtype: str = "auto"
-    threads: int | None = None
-    arguments: Sequence[str] = ()
-    rebuild: bool = False
-
-    def __post_init__(self) -> None:
-        if self.output_tokens >= self.context:
-            raise ConfigError(
-                f"--output-tokens is {self.output_tokens}, and a request has --context = {self.context} tokens with its"
-                " answer",
-                hint="Use fewer than the context.",
-            )
-
-
-@dataclass(frozen=True)
 class _Probe:
     """A size of one shape of sublayer: a model in which all sublayers of the shape have that size."""
 
@@ -76,61 +48,75 @@ class _Probe:
         return " ".join(filter(None, (self.shape.kind, self.shape.attends, f"{self.size:,}")))
 
 
-def served_latency_table(options: Options, *, progress: Console | None = None) -> tuple[LatencyTable, Path]:
-    """The latency table of a model in an engine on this machine, and where the cache keeps it.
+def served_latency_table(
+    model: str,
+    engine: str,
+    context: int,
+    *,
+    requests: int = 1,
+    output_tokens: int = 64,
+    repetitions: int = 5,
+    dtype: str = "auto",
+    threads: int | None = None,
+    arguments: Sequence[str] = (),
+    rebuild: bool = False,
+    progress: Console | None = None,
+) -> tuple[LatencyTable, Path]:
+    """The latency table of a model in an engine on this machine, and where the cache keeps it: ``ffgym latency``.
 
     Raises:
         ModelError: a model that cannot be loaded or is pruned already, an engine that is not installed or cannot
             represent the model, a server that dies or does not answer.
         BudgetError: a model with mixtures of experts.
-        ConfigError: it takes fewer tokens than ``context``, or its dtype is none that engines serve.
+        ConfigError: it takes fewer tokens than ``context``, answers leave nothing of them to a prompt, or its dtype is
+            none that engines serve.
         OutputError: the disk has no room for the models that are served.
     """
+    if output_tokens >= context:
+        raise ConfigError(
+            f"--output-tokens is {output_tokens}, and a request has --context = {context} tokens with its answer",
+            hint="Use fewer than the context.",
+        )
     reporter = Reporter(progress)
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
         setting = Setting(
-            dtype=options.dtype,
-            context=options.context + SPARE_TOKENS,
-            requests=options.requests,
-            output_tokens=options.output_tokens,
-            repetitions=options.repetitions,
-            threads=options.threads,
-            arguments=options.arguments,
+            dtype=dtype,
+            context=context + SPARE_TOKENS,
+            requests=requests,
+            output_tokens=output_tokens,
+            repetitions=repetitions,
+            threads=threads,
+            arguments=arguments,
             scratch=Path(folder),
         )
-        engine = ENGINES[options.engine](setting, ())  # before anything is loaded: is it installed?
+        fleet = ENGINES[engine](setting, ())  # before anything is loaded: is it installed?
         serving = Serving(
-            engine=engine.version,
-            requests=options.requests,
-            output_tokens=options.output_tokens,
-            arguments=tuple(options.arguments),
+            engine=fleet.version, requests=requests, output_tokens=output_tokens, arguments=tuple(arguments)
         )
-        limit = context_limit(options.model)
+        limit = context_limit(model)
         room = limit - SPARE_TOKENS
-        if options.context > room:
+        if context > room:
             raise ConfigError(
-                f"--context {options.context}: the model takes at most {limit} tokens, and an engine may"
+                f"--context {context}: the model takes at most {limit} tokens, and an engine may"
                 f" count {SPARE_TOKENS} more in a prompt",
                 hint=f"Use at most {room}.",
             )
         with reporter.stage("load the model", 1):
-            loaded = load(options.model, dtype=options.dtype, device="cpu")
+            loaded = load(model, dtype=dtype, device="cpu")
         check_dtype(loaded.dtype_name)
         setting = replace(setting, dtype=loaded.dtype_name)
-        place = place_of(
-            loaded.model, context=options.context, serving=serving, device=engine.device, threads=options.threads
-        )
+        place = place_of(loaded.model, context=context, serving=serving, device=fleet.device, threads=threads)
         table = timed_once(
             place,
-            lambda: _timed(loaded, options, setting, serving, reporter),
-            rebuild=options.rebuild,
+            lambda: _timed(loaded, engine, context, setting, serving, reporter),
+            rebuild=rebuild,
             notify=reporter.print,
         )
     return table, place
 
 
 def _timed(
-    loaded: LoadedModel, options: Options, setting: Setting, serving: Serving, reporter: Reporter
+    loaded: LoadedModel, engine: str, context: int, setting: Setting, serving: Serving, reporter: Reporter
 ) -> LatencyTable:
     shapes = layer_shapes(loaded.model)
     probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in grid(shape.units, PARTS)[:-1]]
@@ -138,22 +124,22 @@ def _timed(
     numbers = (len(probes) + 1) * sum(parameter.numel() for parameter in loaded.model.parameters()) - removed
     check_room(
         setting.scratch,
-        numbers * loaded.dtype.itemsize * (2 if options.engine == "llama-cpp" else 1),  # GGUF files besides
-        f"what {options.engine} is to serve",
+        numbers * loaded.dtype.itemsize * (2 if engine == "llama-cpp" else 1),  # GGUF files besides
+        f"what {engine} is to serve",
         hint="Free some space, or set TMPDIR to a folder on a larger disk.",
     )
     servers = list[Server]()
-    with reporter.stage(f"save the models for {options.engine}", len(probes) + 1, "models") as stage:
+    with reporter.stage(f"save the models for {engine}", len(probes) + 1, "models") as stage:
         for model in _saved(loaded, shapes, probes, setting.scratch):
-            fleet = ENGINES[options.engine](setting, [model])  # refuses what it cannot represent before more are saved
+            fleet = ENGINES[engine](setting, [model])  # refuses what it cannot represent before more are saved
             servers += fleet.servers
             stage.advance()
     fleet = replace(fleet, servers=tuple(servers))
     together = fleet.fits_memory()
     turns = "taking turns" if together else "started anew for each turn"
     reporter.print(f"{fleet.version}, {setting.dtype}, {counted(len(fleet.servers), 'server')}, {turns}")
-    workload = Workload(options.requests, options.context - options.output_tokens)
-    with reporter.stage("serve, in turn", options.repetitions * len(fleet.servers), "bursts") as stage:
+    workload = Workload(setting.requests, context - setting.output_tokens)
+    with reporter.stage("serve, in turn", setting.repetitions * len(fleet.servers), "bursts") as stage:
         found, _ = serve_in_turn(
             fleet.servers,
             [workload],
@@ -168,14 +154,14 @@ def _timed(
     times = {role: Spread.of(each / seconds[DENSE] * whole) for role, each in seconds.items()}
     return LatencyTable(
         device=fleet.device,
-        threads=options.threads or 0,
+        threads=setting.threads or 0,
         torch="",
         dtype=setting.dtype,
-        context=options.context,
+        context=context,
         model=model_shape(loaded.model),
         curves=tuple(_curve(shape, shapes.count(shape), times) for shape in dict.fromkeys(shapes)),
         whole_seconds=whole,
-        repetitions=options.repetitions,
+        repetitions=setting.repetitions,
         serving=serving,
     )
 

@@ -22,7 +22,7 @@ from ffgym.errors import BudgetError, ConfigError, ModelError, OutputError
 from ffgym.measure import served_latency
 from ffgym.measure.bursts import Answer, Burst
 from ffgym.measure.engines import Server
-from ffgym.measure.served_latency import Options, served_latency_table
+from ffgym.measure.served_latency import served_latency_table
 from ffgym.models.loading import load
 from ffgym.testing.models import tiny_model
 
@@ -37,7 +37,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def timed(**changes: Any) -> LatencyTable:
     given = {"model": GLASS, "engine": "vllm"} | QUICK | changes
-    return served_latency_table(Options(**given), progress=Console(file=io.StringIO()))[0]
+    return served_latency_table(**given, progress=Console(file=io.StringIO()))[0]
 
 
 @pytest.fixture
