@@ -132,7 +132,8 @@ def _tokens(cell: Cell) -> int:
     agent = manager.create("agent", cell.config.agent.name, cell.config.agent.options)
     if not agent.searches:
         return spent + data.report_tokens
-    finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations)
+    windows = search.final_tokens // data.window
+    finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations, windows)
     return spent + finals + cell.marks * data.report_tokens
 
 

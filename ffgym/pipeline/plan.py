@@ -46,7 +46,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     episode_tokens = plan.load.episode_tokens + asked
     reserved = search.final_tokens * episode_tokens // plan.load.episode_tokens
     is_range = config.prune.is_range
-    finals = [finals_size(search.finalists, reserved, count, reward, is_range=is_range) for count in recommended]
+    windows = search.final_tokens // window
+    finals = [finals_size(search.finalists, reserved, n, windows, reward, is_range=is_range) for n in recommended]
     finalists, final_tokens = finals[0][0], sum(tokens for _, tokens in finals) // len(finals)
     store = made_under(settings_of(config, needs, plan.load.dtype_name))
     load = replace(
@@ -63,7 +64,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         known_tokens=0 if store is None else window * len(KnownLosses(store / ADDED_TO)),
         start_texts=MEASURED_TEXTS if agent.searches else 0,
         finalists=finalists if agent.searches else 0,
-        final_tokens=-(-final_tokens // finalists // window) * window,
+        final_tokens=max(1, round(final_tokens / finalists / window)) * window,
         targets=points,
         report_tokens=config.data.whole_tokens("report"),
         report_rows=rows + others + sequential + 3 * recovers,

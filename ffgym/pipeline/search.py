@@ -106,7 +106,7 @@ def tracked_search(
     if agent.searches:
         own = env.tokens(finals_windows(env, config.seed), finals_examples(env, config.seed))
         count, is_range = agent.recommendations, config.prune.is_range
-        _, finals = finals_size(settings.finalists, own, count, env.reward, is_range=is_range)
+        _, finals = finals_size(settings.finalists, own, count, env.reserved, env.reward, is_range=is_range)
     earlier = count_episodes(log) if log.exists() else 0
     if earlier:
         progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")

@@ -11,7 +11,7 @@ ends behind that by more than the finals can tell. Under a range of budgets that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -32,8 +32,9 @@ def run_finals(
 ) -> tuple[list[Candidate], float | None, int]:
     """Choose among candidates; the chosen one first, with the dense loss on the last windows and the tokens taken.
 
-    A single candidate is chosen without being measured. Where the reward weighs objectives, or all layers share one
-    shape, all candidates are measured on all windows: there are few, and what they came to is shown.
+    A single candidate is chosen without being measured, and so is the first one where no windows are reserved. Where
+    the reward weighs objectives, all layers share one shape, or there is one window, all candidates are measured on
+    all windows: there are few, and what they came to is shown.
 
     Args:
         env: measures and judges; half of what it reserves thins out, the other half decides.
@@ -42,29 +43,31 @@ def run_finals(
         seed: of the windows' order.
         on_progress: called with the share that is measured, from 0 to 1.
     """
-    if len(candidates) == 1:
+    if len(candidates) == 1 or not env.reserved:
         return list(candidates), None, 0
     windows, examples = finals_windows(env, seed), finals_examples(env, seed)
-    all_count, count = env.weighs_objectives or env.budget.tied, len(windows)
+    count = len(windows)
+    all_count = env.weighs_objectives or env.budget.tied or count == 1
     own = count * env.window_tokens
     recommended = [i for i, candidate in enumerate(candidates[:RECOMMENDED]) if candidate.origin == "policy"]
-    total = len(candidates) * own if all_count else expected_tokens(len(candidates) - 1, own, len(recommended))
+    expected = expected_tokens(len(candidates) - 1, own, len(recommended), count)
+    total = len(candidates) * own if all_count else expected
 
     def on_tokens(taken: float) -> None:
         if on_progress is not None:
             on_progress(min(1.0, taken / total))
 
     measured = _Measured(env, candidates, windows, examples, on_tokens)
-    thinning, deciding = range(max(1, count // 2)), range(count // 2, count)
+    everywhere, thinning, deciding = range(count), range(max(1, count // 2)), range(count // 2, count)
     everyone = range(len(candidates))
     if len(recommended) > 1:
-        measured.add(recommended, (*thinning, *deciding))
-        recommended.sort(key=lambda i: measured.standing(i, (*thinning, *deciding)), reverse=True)
+        measured.add(recommended, everywhere)
+        recommended.sort(key=lambda i: measured.standing(i, everywhere), reverse=True)
     default = recommended[:1]
     start = [i for i in everyone if candidates[i].origin in STARTS]
     others = [i for i in everyone if i not in (*recommended, *start)]
     if all_count:
-        measured.add(everyone, (*thinning, *deciding))
+        measured.add(everyone, everywhere)
     seated = [*default, *_thinned_out(measured, others, thinning), *start]
     measured.add(seated, deciding)
     chosen = seated[0]
@@ -72,54 +75,62 @@ def run_finals(
         if _is_better(measured.rewards(rival, deciding) - measured.rewards(chosen, deciding)):
             chosen = rival
     on_tokens(total)
-    shown = range(count) if all_count else deciding
+    shown = everywhere if all_count else deciding
     order = sorted(everyone, key=lambda i: (i == chosen, *measured.standing(i, shown)), reverse=True)
     return [measured.known(i, shown) for i in order], measured.dense_loss(chosen, shown), measured.tokens
 
 
-def finals_size(finalists: int, tokens: int, recommended: int, reward: Reward, *, is_range: bool) -> tuple[int, int]:
+def finals_size(
+    finalists: int, tokens: int, recommended: int, windows: int, reward: Reward, *, is_range: bool
+) -> tuple[int, int]:
     """About how many allocations the finals of a search measure, and on how many tokens in all.
 
     Args:
         finalists: candidates beside what the search started from, and beside a Pareto set.
         tokens: reserved for the finals, their task examples included.
-        recommended: as in :func:`expected_tokens`.
+        recommended, windows: as in :func:`expected_tokens`.
         is_range: the search has a range of budgets, and adds no Pareto set.
     """
     if not reward.has_objectives:
-        return finalists, expected_tokens(finalists, tokens, recommended)
+        return finalists, expected_tokens(finalists, tokens, recommended, windows)
     count = finalists + (0 if is_range else reward.pareto)
     return count, count * tokens
 
 
-def expected_tokens(finalists: int, tokens: int, recommended: int) -> int:
+def expected_tokens(finalists: int, tokens: int, recommended: int, windows: int) -> int:
     """About what the finals of a search take.
 
     Args:
         finalists: candidates beside what the search started from.
         tokens: reserved for the finals: the tokens of all their windows.
         recommended: how many of the finalists the agent recommends; the first three are measured on all windows.
+        windows: that are reserved, of the same number of tokens each.
     """
-    recommended = min(recommended, RECOMMENDED)
-    rounds = math.ceil(math.log2(max(2, finalists - recommended)))
-    share = 2.0**rounds / (2.0**rounds - 1.0)
-    default = 0.5 if recommended < 2 else recommended  # in tokens, as the rest: a single one only meets the last others
-    return round(tokens * (default + rounds * share / 2 + 1))
+    if windows < 2:
+        return (finalists + 1) * tokens
+    recommended = min(recommended, RECOMMENDED, finalists)
+    others, thinning, deciding = finalists - recommended, windows // 2, windows - windows // 2
+    count = deciding * ((recommended == 1) + (others > 0) + 1) + (recommended > 1) * recommended * windows
+    count += sum(left * len(places) for left, places in _rounds(others, range(thinning)))
+    return count * tokens // windows
 
 
 def _thinned_out(measured: _Measured, candidates: Sequence[int], places: range) -> list[int]:
     """The best of some candidates: part of them goes after every round, and rounds double in length."""
-    if not candidates:
-        return []
-    count = len(candidates)
-    rounds = min(math.ceil(math.log2(count)), math.floor(math.log2(len(places) + 1)))
     left = list(candidates)
+    for count, new in _rounds(len(candidates), places):
+        left = left[:count]
+        measured.add(left, new)
+        left.sort(key=lambda i: measured.standing(i, places[: new.stop]), reverse=True)
+    return left[:1]
+
+
+def _rounds(count: int, places: range) -> Iterator[tuple[int, range]]:
+    """How many of some candidates are left in each round, and the places that it adds; none for a single one."""
+    rounds = min(math.ceil(math.log2(max(1, count))), math.floor(math.log2(len(places) + 1)))
     for number in range(rounds):
         begin, end = ((2**n - 1) * len(places) // (2**rounds - 1) for n in (number, number + 1))
-        measured.add(left, places[begin:end])
-        left.sort(key=lambda i: measured.standing(i, places[:end]), reverse=True)
-        left = left[: math.ceil(float(count) ** (1 - (number + 1) / rounds) - 1e-9)]
-    return left
+        yield math.ceil(float(count) ** (1 - number / rounds) - 1e-9), places[begin:end]
 
 
 def _is_better(differences: np.ndarray) -> bool:

@@ -79,7 +79,7 @@ class TestChoice:
     """Losses by candidate and window are made up; the policy comes first, and the dense model has 0.5."""
 
     @staticmethod
-    def run(env, losses, *, origins):
+    def run(env, losses, *, origins, reserved=12):
         candidates = [
             Candidate(np.zeros(6), env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3), origin)
             for i, origin in enumerate(origins)
@@ -94,7 +94,7 @@ class TestChoice:
                 return [Evaluation(tuple(table[r.kept](w) for w in r.windows), 31) for r in requests]
 
         env.executor = recording = Recording(Known())
-        env.reserved = 12
+        env.reserved = reserved
         shares = []
         found, dense, tokens = run_finals(env, candidates, seed=0, on_progress=shares.append)
         assert dense == 0.5
@@ -150,10 +150,24 @@ class TestChoice:
         assert [c.loss is None for c in found] == [False, False, True, True, True]
 
     @pytest.mark.parametrize("recommended", [1, 2, 3])
-    def test_tokens_are_about_what_was_expected(self, env, recommended):
+    @pytest.mark.parametrize("reserved", [12, 5, 2, 1])
+    def test_tokens_are_what_was_expected(self, env, recommended, reserved):
         origins = ["policy"] * recommended + [f"episode {i}" for i in range(5 - recommended)] + ["prior"]
-        _, measured = self.run(env, [self.about(1.0 + 0.1 * i) for i in range(6)], origins=origins)
-        assert expected_tokens(5, 12 * 32, recommended) == pytest.approx(32 * len(measured), rel=0.15)
+        losses = [self.about(1.0 + 0.1 * i) for i in range(6)]
+        _, measured = self.run(env, losses, origins=origins, reserved=reserved)
+        assert expected_tokens(5, reserved * 32, recommended, reserved) == 32 * len(measured)
+
+    def test_a_single_window_measures_all_once_and_replaces_nothing(self, env):
+        losses = [self.about(loss) for loss in (1.1, 1.2, 1.0, 0.9)]
+        found, measured = self.run(env, losses, origins=["policy", "policy", "episode 3", "prior"], reserved=1)
+        assert len(measured) == 4
+        assert found[0].origin == "policy"
+        assert found[0].loss == pytest.approx(1.1, abs=0.01)
+
+    def test_without_a_window_the_first_is_chosen_as_it_is(self, env):
+        first, other = (Candidate(np.zeros(6), env.budget.project(np.eye(6)[i], 0.3), "policy") for i in range(2))
+        assert env.reserved == 0
+        assert run_finals(env, [first, other], seed=0) == ([first, other], None, 0)
 
     def test_a_broken_one_is_never_chosen(self, env):
         losses = [lambda window: math.nan, self.about(1.0), self.about(1.1)]

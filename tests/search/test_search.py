@@ -133,6 +133,11 @@ class TestSearch:
             assert [e.reward for e in own] == update.rewards.tolist()
             assert {e.update for e in own} == {update.index}
 
+    def test_an_environment_that_reserves_nothing_has_no_finals(self, make_env):
+        found = searched(make_env(sparsity=0.3, reserved=0))
+        assert len(found.finalists) == 3
+        assert (found.final_tokens, found.dense_loss, found.best.loss) == (0, None, None)
+
     def test_one_shot_measures_its_heuristic_once_and_needs_no_finals(self, env):
         agent = OneShot()
         agent.prior_mean = np.linspace(-1, 1, 6)
