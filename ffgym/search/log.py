@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,11 +26,13 @@ class Log:
         episodes: in order.
         seconds: wall time that they took, over all sessions.
         digest: SHA-256 of its episodes, to be continued with the next one.
+        size: bytes of their lines; what a crash has cut off comes after them.
     """
 
     episodes: tuple[Episode, ...] = ()
     seconds: float = 0.0
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    size: int = 0
 
 
 class Line(BaseModel):
@@ -88,6 +89,8 @@ class Recorder:
         self.seconds = self.earlier.seconds
         self._since = time.monotonic()
         self._file = path.open("ab") if path is not None else None
+        if self._file is not None:
+            self._file.truncate(self.earlier.size)  # a line that was cut off, or the next one would be glued to it
         self._digest = self.earlier.digest
 
     def __enter__(self) -> Recorder:
@@ -136,7 +139,7 @@ def count_episodes(path: Path) -> int:
 
 
 def read_log(path: Path) -> Log:
-    """Read a log; a last line that was cut off by a crash is left out.
+    """Read a log; a last line that was cut off by a crash, or is being written, is left out.
 
     Each line holds a digest of its episode and all before it, so that a change by hand or by the disk is found.
 
@@ -144,12 +147,11 @@ def read_log(path: Path) -> Log:
         DataError: any other line that is not an episode, is not the next one, or was changed.
     """
     episodes: list[Episode] = []
-    seconds, digest, end = 0.0, hashlib.sha256(), 0
+    seconds, digest, size = 0.0, hashlib.sha256(), 0
     for source, line in LINE.lines(path):
         if not line.endswith(b"\n"):
-            os.truncate(path, end)  # or the next line would be glued to it
             break
-        end += len(line)
+        size += len(line)
         row = LINE.parse(line, source)
         digest.update(line.rpartition(b', "seconds": ')[0])
         if row.digest != _short(digest):
@@ -158,7 +160,7 @@ def read_log(path: Path) -> Log:
             raise LINE.refused(source, f"index: {row.index}, not {len(episodes)}")
         seconds += row.seconds
         episodes.append(row.episode())
-    return Log(tuple(episodes), seconds, digest)
+    return Log(tuple(episodes), seconds, digest, size)
 
 
 def _short(digest: hashlib._Hash) -> str:

@@ -47,14 +47,12 @@ class TestReading:
         assert replace(got, action=None, loss=0.0) == replace(sent, action=None, loss=0.0)
         assert isinstance(got.kept, tuple)
 
-    def test_a_torn_line_goes_without_the_others_being_written_again(self, tmp_path, monkeypatch):
-        """What tears a line is a full disk, which would take them too."""
-        log = written(tmp_path / "torn.jsonl", *(episode(i, 0, 0.5) for i in range(3)))
-        whole = log.read_text()
-        log.write_bytes(whole.encode() + '{"origin": "\u00fc'.encode()[:-1])
-        monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("the log was written again"))
+    def test_a_line_that_is_not_whole_is_left_out_and_left_alone(self, tmp_path):
+        """The run that writes the log may be about to end it."""
+        log = written(tmp_path / "live.jsonl", *(episode(i, 0, 0.5) for i in range(3)))
+        log.write_bytes(torn := log.read_bytes() + '{"origin": "\u00fc'.encode()[:-1])
         assert len(read_episodes(log)) == 3
-        assert log.read_text() == whole
+        assert log.read_bytes() == torn
 
     def test_an_empty_log_is_no_episodes(self, tmp_path):
         log = tmp_path / "episodes.jsonl"
@@ -91,6 +89,17 @@ class TestRecorder:
                 again.record(episode(index, 0, 0.5))
         assert [e.index for e in read_episodes(log)] == [0, 1]
         assert again.seconds == read_log(log).seconds == 2.0 + 5.0
+
+    def test_a_torn_line_goes_without_the_others_being_written_again(self, tmp_path, monkeypatch):
+        """What tears a line is a full disk, which would take them too."""
+        log = written(tmp_path / "torn.jsonl", *(episode(i, 0, 0.5) for i in range(3)))
+        whole = log.read_bytes()
+        log.write_bytes(whole + b'{"origin": ')
+        monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail("the log was written again"))
+        with Recorder(log) as recorder:
+            assert log.read_bytes() == whole
+            recorder.record(episode(3, 1, 0.5))
+        assert len(read_episodes(log)) == 4
 
     def test_without_a_log_it_keeps_the_time_alone(self, now):
         with Recorder(None) as recorder:
