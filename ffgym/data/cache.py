@@ -202,6 +202,11 @@ def remove(entry: Entry) -> None:
         os.replace(entry.path, scratch / "content")
 
 
+def lock_of(place: Path) -> Path:
+    """The file that is locked while an entry is made or opened."""
+    return place.with_name(f".{place.name}.lock")
+
+
 def size_limit() -> int:
     """Bytes that prepared models may take: ``$FFGYM_CACHE_SIZE``, e.g. ``20GB``, or 50 GB; 0 keeps none."""
     chosen = os.environ.get("FFGYM_CACHE_SIZE") or DEFAULT_SIZE
@@ -215,7 +220,9 @@ def size_limit() -> int:
 
 
 def shrink(kind: str, limit: int, spare: Path | None = None) -> list[Entry]:
-    """Remove what was not used for longest until the entries of a kind fit; what to spare stays in any case.
+    """Remove what was not used for longest until the entries of a kind fit.
+
+    What to spare stays in any case, and so does what another process holds the lock of: it is about to use it.
 
     Returns:
         what was removed.
@@ -225,6 +232,8 @@ def shrink(kind: str, limit: int, spare: Path | None = None) -> list[Entry]:
     for entry in sorted(found, key=lambda entry: entry.path != spare):  # stable: the last used first
         total += entry.bytes
         if total > limit and entry.path != spare:
-            remove(entry)
-            removed.append(entry)
+            with exclusive_lock(lock_of(entry.path)) as is_free:
+                if is_free:
+                    remove(entry)
+                    removed.append(entry)
     return removed

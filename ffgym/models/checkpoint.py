@@ -51,6 +51,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         file: Any = safe_open(path, framework="pt", backend="pread")
         self._file = file
+        self.path = path
         self.names: tuple[str, ...] = tuple(file.keys())
         self.metadata: dict[str, str] = file.metadata() or {}
 

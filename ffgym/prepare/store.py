@@ -26,8 +26,17 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ffgym.data.cache import cache_dir, entries, is_whole, shrink, size_limit, storage_error, write_folder_once
-from ffgym.errors import AssetError
+from ffgym.data.cache import (
+    cache_dir,
+    entries,
+    is_whole,
+    lock_of,
+    shrink,
+    size_limit,
+    storage_error,
+    write_folder_once,
+)
+from ffgym.errors import AssetError, first_line
 from ffgym.files import FileFormat, check_room, write_text
 from ffgym.models.checkpoint import TensorFile
 from ffgym.models.cut import PrunableModel
@@ -229,7 +238,7 @@ def opened_or_prepared(
 
 @contextmanager
 def _locked(place: Path, notify: Notify) -> Iterator[None]:
-    lock = FileLock(place.parent / f".{place.name}.lock")
+    lock = FileLock(lock_of(place))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -340,8 +349,16 @@ class _Stored:
             raise KeyError(f"{half.sublayer.name}: factors of another size")
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the sublayer; raises ``SafetensorError`` where there is none."""
-        return self._file.read(self._prefix + name).to(self._device)
+        """A tensor by its name in the sublayer; raises ``AssetError`` where there is none, or it cannot be read."""
+        try:
+            tensor = self._file.read(self._prefix + name)
+        except (SafetensorError, OSError) as error:
+            path = self._file.path
+            raise AssetError(
+                f"{path} of a prepared model cannot be read: {first_line(error)}",
+                hint=f"Delete {path.parent} and run again: it is prepared again.",
+            ) from error
+        return tensor.to(self._device)
 
     def stats(self, tokens: int) -> LayerStats:
         """The statistics that heuristics asked for."""

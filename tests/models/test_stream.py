@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,16 @@ def test_everything_has_the_bits_of_the_model_in_memory(family: str, calibration
         assert torch.equal(view.weight, other_view.weight)
         assert torch.equal(view.unit_scores, other_view.unit_scores)
         assert np.array_equal(view.removal_error, other_view.removal_error)
+
+
+def test_a_store_that_is_damaged_while_it_is_in_use_is_named(folder: Path) -> None:
+    prepared = prepared_from_disk(folder)
+    assert prepared.store is not None
+    file = prepared.store / "layer-001.safetensors"
+    os.truncate(file, 2000)
+    with pytest.raises(AssetError, match=re.escape(str(file))) as raised:
+        ModelEvaluator(prepared.prunable, WINDOWS).measure([Request((1,) * 6, (0,))])
+    assert str(prepared.store) in str(raised.value.hint)
 
 
 def test_what_was_saved_a_layer_to_a_file_loads(folder: Path, tmp_path: Path, word_tokenizer: Any) -> None:

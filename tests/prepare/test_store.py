@@ -316,6 +316,21 @@ class TestSize:
         assert first.is_dir()
         assert any(line.startswith("removed ") for line in told)
 
+    def test_what_is_being_opened_stays(self, told: Told, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        go(told, which=1)
+        (first,) = folder.glob("llama-*")
+        monkeypatch.setenv("FFGYM_CACHE_SIZE", str(int(1.5 * cache.entries("prepared")[0].bytes)))
+
+        class OtherComes(Told):
+            def append(self, line: str) -> None:
+                go(told, which=2)
+                assert first.is_dir()
+
+        go(OtherComes(), which=1)
+        assert not any(line.startswith("removed ") for line in told)
+        go(told, which=3)
+        assert not first.is_dir(), "it was opened"
+
     def test_the_store_in_use_stays_even_where_it_is_too_large(
         self, told: Told, monkeypatch: pytest.MonkeyPatch
     ) -> None:
