@@ -448,18 +448,23 @@ class _Worker:
     def work(self, number: int, job: Any) -> Reply:
         """Do a job; the content is the answer, or ``None`` where it was interrupted."""
         torch.set_num_threads(self._threads)  # Ray may have loaded in another thread
+        kind, content = "done", None
         try:
-            with self._lock:
-                self._job, self._thread, self._share = number, threading.get_ident(), 0.0
-            return self._reply("done", self._do(job, self._advance))
+            try:
+                with self._lock:
+                    self._job, self._thread, self._share = number, threading.get_ident(), 0.0
+                content = self._do(job, self._advance)
+            except Exception as error:
+                kind, content = "failed", _portable(error)
+            finally:
+                with self._lock:  # an interrupt comes before, as late as here, or not at all
+                    self._thread = 0
+                    _raise_in(threading.get_ident(), None)
         except KeyboardInterrupt:
-            return self._reply("done", None)
-        except Exception as error:
-            return self._reply("failed", _portable(error))
+            kind, content = "done", None
         finally:
-            with self._lock:
-                self._thread = 0
             self._changed.set()
+        return self._reply(kind, content)
 
     def watch(self) -> Reply:
         """Wait a moment for the job to end; the content is the share of it that is done."""
@@ -471,8 +476,7 @@ class _Worker:
         """Raise ``KeyboardInterrupt`` in the thread that does this job, unless it does another one by now."""
         with self._lock:
             if self._thread and self._job == number:
-                kind = ctypes.py_object(KeyboardInterrupt)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), kind)
+                _raise_in(self._thread, KeyboardInterrupt)
                 self._thread = 0  # a second interrupt would come while the first one is handled
 
     def _advance(self, share: float) -> None:
@@ -481,6 +485,12 @@ class _Worker:
     def _reply(self, kind: str, content: Any) -> Reply:
         lines = [self._lines.pop(0) for _ in range(len(self._lines))]
         return kind, content, lines
+
+
+def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+    """Have a thread raise an exception in its next steps; ``None`` takes back one that it has not raised yet."""
+    raised = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
 
 
 def _portable(error: Exception) -> Exception:
