@@ -141,7 +141,8 @@ def check_env(config: RunConfig) -> None:
     from ffgym.envs.check import complaints
     from ffgym.prepare.make_env import make_pruning_env, shrunk
 
-    found = complaints(make_pruning_env(shrunk(config)))
+    with contextlib.closing(make_pruning_env(shrunk(config))) as env:
+        found = complaints(env)
     for complaint in found:
         typer.secho(complaint, fg="red", err=True)
     if found:

@@ -365,7 +365,8 @@ def _wait(process: subprocess.Popen[bytes], started: Running) -> None:
             connection = http.client.HTTPConnection(HOST, started.port, timeout=5)
             with contextlib.closing(connection):
                 connection.request("GET", "/health")
-                if connection.getresponse().status == http.client.OK:
+                is_up = connection.getresponse().status == http.client.OK
+                if is_up and process.poll() is None:  # else somebody else answers on its port
                     return
         time.sleep(0.1)
     raise started.failed(f"did not answer within {START_SECONDS // 60} minutes")

@@ -104,7 +104,7 @@ class Tracker:
         self._again = again
         self._notify = notify
         self._earlier: dict[str, dict[int, float]] = {}  # values that earlier sessions logged, by metric and step
-        self._uri = tracking_uri(root)
+        self._uri = tracking_uri(root) if enabled else ""
         self._client: Any = None
         self._params: dict[str, str] = {}
         self._still: dict[str, list[tuple[float, int]]] = {}  # (value, step) of each curve that has not moved yet

@@ -403,9 +403,11 @@ def test_a_plugin_whose_name_is_taken_did_not_fail_anywhere(install: Callable[..
 @pytest.mark.parametrize(("complaints", "status"), [([], 0), (["the space is odd"], 1)])
 def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaints: list[str], status: int) -> None:
     seen: list[RunConfig] = []
+    closed: list[bool] = []
 
-    def make_pruning_env(config: RunConfig) -> None:
+    def make_pruning_env(config: RunConfig) -> Any:
         seen.append(config)
+        return types.SimpleNamespace(close=lambda: closed.append(True))
 
     import ffgym.envs
     import ffgym.prepare  # noqa: F401
@@ -417,6 +419,7 @@ def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaint
     done = call("check-env", "--model", "tiny", "--set", "data.window=512")
     assert done.exit_code == status
     assert (seen[0].model.name, seen[0].data.window) == ("tiny", 512)
+    assert closed, "or its workers would outlive the command"
     assert all(complaint in done.stderr for complaint in complaints)
 
 

@@ -173,6 +173,32 @@ def test_a_server_ends_when_the_process_that_started_it_is_killed(log: Path, tmp
     os.kill(child, signal.SIGKILL)  # a real engine ends its children on SIGTERM
 
 
+ENDS_WHEN_ASKED = """
+import os, signal, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+server = os.getpid()
+if os.fork():
+    time.sleep(600)
+class Other(BaseHTTPRequestHandler):
+    def do_GET(self):
+        os.kill(server, signal.SIGKILL)
+        while os.getppid() == server:
+            time.sleep(0.01)
+        self.send_response(200)
+        self.end_headers()
+HTTPServer(("127.0.0.1", int(sys.argv[-1])), Other).serve_forever()
+"""
+
+
+def test_an_answer_from_somebody_else_is_not_the_servers(tmp_path: Path) -> None:
+    server = engines.Server("dense", (sys.executable, "-c", ENDS_WHEN_ASKED))
+    with (
+        pytest.raises(ModelError, match="'dense' ended with signal 9 before it answered"),
+        engines.running(server, tmp_path / "server.log"),
+    ):
+        pass
+
+
 @pytest.mark.slow
 def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log: Path) -> None:
     command = [sys.executable, "-m", "ffgym", "measure", str(pruned), "--dense", str(glass_home() / "glass")]

@@ -414,6 +414,12 @@ def test_a_disabled_tracker_takes_every_call_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disabled_tracker_does_not_mind_its_root():
+    with Tracker(Path("https://example.org"), "ffgym", "run", enabled=False) as tracker:
+        tracker.log_episode(episode(0))
+    assert tracker.run_id is None
+
+
 def test_the_environment_variable_wins(root, tmp_path, monkeypatch):
     other = new_store(tmp_path / "other") / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
