@@ -17,9 +17,8 @@ to be worth the least (`ffgym.agents.coarse`). Where all seem to be worth keepin
 range of budgets, all tokens follow slopes. A reward that weighs several things has no slopes that lead where it rises:
 all tokens explore.
 
-Over a range of budgets mu is a line in p. It starts from the prior's allocations at the two ends; every update is
-measured at one p and moves the line so that mu(p) makes the whole step. How much of it the other budgets get depends on
-the scale of p: here the range is [-1, 1], so that a step at one end leaves the other where it is.
+Over a range of budgets mu is a line in p (`ffgym.agents.line`). It starts from the prior's allocations at the two
+ends; every update is measured at one p and moves the line so that mu(p) makes the whole step.
 
 Sources: REINFORCE, Williams 1992; score-function and pathwise gradients in one graph, Schulman et al. 2015 (arXiv
 1506.05254); natural gradients, Amari 1998, and for Gaussian search distributions natural evolution strategies (Wierstra
@@ -38,12 +37,10 @@ from pydantic import Field
 from ffgym.agents.averaging import tail_mean
 from ffgym.agents.coarse import UnitTrial, projection_shift
 from ffgym.agents.exploration import depth_covariance, square_root
+from ffgym.agents.line import AT_ALL, line_at, line_from, line_through, shares_of_step
 from ffgym.agents.pathwise import SlopeDescent
 from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 
-# The mean is w_0 + w_1 (p - 0.2) / 0.2, in a saved policy too: of order 1 over the usual budgets.
-REFERENCE_SPARSITY = 0.2
-SLOPE_UNIT = 0.2
 GREATEST_ADVANTAGE = 2.0
 
 
@@ -90,11 +87,11 @@ class Reinforce(BatchAgent):
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
-        self._weights: np.ndarray | None = None  # (2, 2L): mean = features(sparsity) @ weights
-        self._means: list[np.ndarray] = []
+        self._line: np.ndarray | None = None  # weights of the mean, shape (2, 2L)
+        self._lines: list[np.ndarray] = []
         self._measured_at: float | None = None  # the sparsity of the last update
         self._slope_share = 0.0
-        self._followed: np.ndarray | None = None  # the weights where slopes ended
+        self._followed: np.ndarray | None = None  # the line where slopes ended
         self._trial: UnitTrial | None = None
 
     @property
@@ -117,11 +114,11 @@ class Reinforce(BatchAgent):
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or zeros), unless a policy has been loaded."""
-        if self._weights is None:
-            self._weights = self._prior(dimensions)
-        self._start_slope = self._weights[1]
+        if self._line is None:
+            self._line = self._prior(dimensions)
+        self._start_slope = self._line[1]
         self._measured_at = None
-        self._means = []
+        self._lines = []
         self._followed, self._trial = None, None
         self.slope_episodes = 0
         self._shifts: list[np.ndarray] = []
@@ -133,20 +130,21 @@ class Reinforce(BatchAgent):
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1]."""
-        mean = self._mean(float(observations[0][0]))
         if self.slope_episodes and self.progress >= self._slope_share:
             self._end_of_slopes()
-            mean = self._mean(float(observations[0][0]))
+        mean = self._mean(float(observations[0][0]))
         if self.progress < self._slope_share:
             self.slope_episodes = 1
-            return np.asarray(np.clip(mean[None], -1.0, 1.0), dtype=np.float32)
-        pairs = (self._batch + 1) // 2
-        if self._trial is None:
-            self._noise = self._rng.standard_normal((pairs, len(mean))) @ self._root
+            actions = mean[None]
         else:
-            self._noise = self._trial.noise(pairs, self._rng)
-        noise = np.concatenate([self._noise, -self._noise])[: self._batch]
-        actions = mean + noise if self._trial is None else self._trial.on_levels(mean, noise)
+            pairs = (self._batch + 1) // 2
+            self._noise = (
+                self._rng.standard_normal((pairs, len(mean))) @ self._root
+                if self._trial is None
+                else self._trial.noise(pairs, self._rng)
+            )
+            noise = np.concatenate([self._noise, -self._noise])[: self._batch]
+            actions = mean + noise if self._trial is None else self._trial.on_levels(mean, noise)
         return np.asarray(np.clip(actions, -1.0, 1.0), dtype=np.float32)
 
     def take_slopes(self, slopes: np.ndarray) -> None:
@@ -158,27 +156,14 @@ class Reinforce(BatchAgent):
         self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray, kept: np.ndarray | None = None
     ) -> dict[str, float]:
         """One step of the mean: down the slope, or along the natural gradient."""
-        assert self._weights is not None, "begin comes first"
+        sparsity = float(observations[-1][0])
         if self.slope_episodes:
             step = -self._descent.step(self._slope)
             if kept is not None and self.units is not None:
                 self._shifts.append(projection_shift(actions[0], kept[0], self.units))
         else:
-            advantages = pair_advantages(rewards)
-            pairs = len(advantages)
-            noise = self._noise[:pairs]
-            moved = np.ones(noise.shape) if kept is None else kept[:pairs] != kept[-pairs:]
-            if self._trial is None:
-                step = self.config.learning_rate * (advantages[:, None] * moved * noise).mean(axis=0)
-            else:
-                step = self._trial.step(advantages, noise, moved)
-        sparsity = float(observations[-1][0])
-        at_all = np.array([1.0, 0.0])
-        self._weights = self._weights + np.outer(self._shares(sparsity) if self._trial is None else at_all, step)
-        mean = self._mean(sparsity)
-        back = np.clip(mean, -1.0, 1.0) - mean
-        self._weights = self._weights + np.outer(at_all if self.budgets is None else self._shares(sparsity), back)
-        self._means.append(self._weights.copy())
+            step = self._natural_gradient(rewards, kept)
+        self._move(step, sparsity)
         self._measured_at = sparsity
         return {"policy/mean": float(self._mean(sparsity).mean()), "policy/step": float(np.linalg.norm(step))}
 
@@ -187,13 +172,13 @@ class Reinforce(BatchAgent):
 
         Where units were tried: without all those that the evidence is against, those that it is clearer against, none.
         """
-        if self._weights is None:
+        if self._line is None:
             return []
-        features = _features(float(observation[0]))
-        means = [features @ self._settled()]
+        lines = [self._settled()]
         if self._trial is not None and self._followed is not None:
-            clearer = np.stack([self._trial.on_levels(self._weights[0], errors=1.0), self._weights[1]])
-            means += [features @ clearer, features @ self._followed]
+            clearer = np.stack([self._trial.on_levels(self._line[0], errors=1.0), self._line[1]])
+            lines += [clearer, self._followed]
+        means = (line_at(line, float(observation[0])) for line in lines)
         return [np.clip(mean, -1.0, 1.0).astype(np.float32) for mean in means]
 
     def state(self) -> dict[str, Any]:
@@ -201,17 +186,16 @@ class Reinforce(BatchAgent):
 
         A search at one sparsity learns nothing of the slope: all sparsities get what was learnt there.
         """
-        if self._weights is None:
+        if self._line is None:
             return {}
-        weights = self._settled()
+        line = self._settled()
         if self.budgets is None and self._measured_at is not None:
-            features, slope = _features(self._measured_at), self._start_slope
-            weights = np.stack([features @ weights - features[1] * slope, slope])
-        return {"weights": weights.tolist()}
+            line = line_from(self._measured_at, line_at(line, self._measured_at), self._start_slope)
+        return {"weights": line.tolist()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Start from the mean of a policy that ``state`` returned."""
-        self._weights = np.array(state["weights"], dtype=np.float64)
+        self._line = np.array(state["weights"], dtype=np.float64)
 
     def _end_of_slopes(self) -> None:
         """Go on from where the slopes led, on average, and try what they could not move."""
@@ -222,43 +206,53 @@ class Reinforce(BatchAgent):
             self._slope_share = 1.0
             return
         self.slope_episodes = 0
-        self._weights = self._settled()
+        self._line = self._settled()
         # Importances that say what is kept, without the shift that the projection would add.
         assert self.units is not None, "the environment says which are coarse by it"
         assert self._measured_at is not None, "slopes were measured"
         moved = 2 * tail_mean(self._shifts, self.config.average)
         mean = np.clip(self._mean(self._measured_at) + moved, -1.0, 1.0)
-        self._followed = self._weights
+        self._followed = self._line
         self._trial = UnitTrial(worth, mean, self.units)
-        self._weights = np.stack([self._trial.start, np.zeros(len(mean))])
+        self._line = np.stack([self._trial.start, np.zeros(len(mean))])
+
+    def _natural_gradient(self, rewards: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+        """The step that the pairs of an update speak for, shape (2L,)."""
+        advantages = pair_advantages(rewards)
+        pairs = len(advantages)
+        noise = self._noise[:pairs]
+        moved = np.ones(noise.shape) if kept is None else kept[:pairs] != kept[-pairs:]
+        if self._trial is not None:
+            return self._trial.step(advantages, noise, moved)
+        return np.asarray(self.config.learning_rate * (advantages[:, None] * moved * noise).mean(axis=0))
+
+    def _move(self, step: np.ndarray, sparsity: float) -> None:
+        """Let the mean at a sparsity make a step, and come back to the edge where that leaves [-1, 1]."""
+        assert self._line is not None, "begin comes first"
+        shares = shares_of_step(sparsity, self.budgets)
+        self._line = self._line + np.outer(shares if self._trial is None else AT_ALL, step)
+        mean = self._mean(sparsity)
+        back = np.clip(mean, -1.0, 1.0) - mean
+        self._line = self._line + np.outer(shares if self.budgets is not None else AT_ALL, back)
+        self._lines.append(self._line)
 
     def _settled(self) -> np.ndarray:
-        """Weights averaged over the last updates, shape (2, 2L)."""
-        assert self._weights is not None, "begin comes first"
+        """The line, averaged over the last updates."""
+        assert self._line is not None, "begin comes first"
         if self._trial is not None:
-            return np.stack([self._trial.on_levels(self._weights[0]), self._weights[1]])
-        return tail_mean(self._means, self.config.average) if self._means else self._weights
+            return np.stack([self._trial.on_levels(self._line[0]), self._line[1]])
+        return tail_mean(self._lines, self.config.average) if self._lines else self._line
 
     def _prior(self, dimensions: int) -> np.ndarray:
-        """Weights of the line through the prior at the ends of a range, or of the prior at every sparsity."""
+        """The line through the prior at the ends of a range, or the prior at every sparsity."""
         if self.budgets is not None and self.prior_ends is not None:
-            ends = np.stack([_features(sparsity) for sparsity in self.budgets])
-            return np.linalg.solve(ends, np.stack(self.prior_ends).astype(np.float64))
+            return line_through(self.budgets, self.prior_ends)
         start = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
         return np.stack([start, np.zeros(dimensions)])
 
-    def _shares(self, sparsity: float) -> np.ndarray:
-        """What of a step of mu(sparsity) either weight makes, shape (2,); together they make all of it."""
-        low, high = self.budgets or (REFERENCE_SPARSITY - SLOPE_UNIT, REFERENCE_SPARSITY + SLOPE_UNIT)
-        centre, unit = (low + high) / 2, (high - low) / 2
-        x = (sparsity - centre) / unit
-        level, slope = np.array([1.0, x]) / (1.0 + x**2)
-        # Of a line around the centre, in the units of the weights.
-        return np.array([level + slope * (REFERENCE_SPARSITY - centre) / unit, slope * (SLOPE_UNIT / unit)])
-
     def _mean(self, sparsity: float) -> np.ndarray:
-        assert self._weights is not None, "begin comes first"
-        return np.asarray(_features(sparsity) @ self._weights)
+        assert self._line is not None, "begin comes first"
+        return line_at(self._line, sparsity)
 
 
 def pair_advantages(rewards: np.ndarray) -> np.ndarray:
@@ -275,7 +269,3 @@ def pair_advantages(rewards: np.ndarray) -> np.ndarray:
     halves = (rewards[:pairs] - rewards[len(rewards) - pairs :]) / 2
     scale = float(np.sqrt(np.mean(halves**2)))
     return np.asarray(np.clip(halves / scale, -GREATEST_ADVANTAGE, GREATEST_ADVANTAGE)) if scale else halves
-
-
-def _features(sparsity: float) -> np.ndarray:
-    return np.array([1.0, (sparsity - REFERENCE_SPARSITY) / SLOPE_UNIT])
