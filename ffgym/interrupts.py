@@ -55,9 +55,8 @@ def interruptible() -> Iterator[None]:
     """
     again: list[threading.Timer] = []
     said, before = sys.unraisablehook, {signal.SIGTERM: signal.signal(signal.SIGTERM, _as_ctrl_c)}
-    hangup = getattr(signal, "SIGHUP", None)  # which Windows does not have
-    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
-        before[hangup] = signal.signal(hangup, _without_terminal)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, _without_terminal)
 
     def hook(dropped: Any) -> None:
         if issubclass(dropped.exc_type, KeyboardInterrupt):

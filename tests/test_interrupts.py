@@ -87,7 +87,6 @@ def test_sigterm_is_ctrl_c(ctrl_c: Any) -> None:
     assert signal.getsignal(signal.SIGTERM) is terminations
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal_is_ctrl_c_and_what_is_printed_afterwards_no_error() -> None:
     code = (
         "import os, sys, time\nfrom ffgym.interrupts import interruptible\n"
@@ -103,7 +102,6 @@ def test_a_closed_terminal_is_ctrl_c_and_what_is_printed_afterwards_no_error() -
     assert process.wait(60) == 130
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_under_nohup_a_closed_terminal_changes_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

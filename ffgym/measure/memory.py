@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -118,8 +119,7 @@ def _run(job: Job) -> Memory | None:
     settled = int(process.memory_info().rss)
     with_loading = not _forget_peak()
     generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
-    peak = _peak()
-    return None if peak is None else Memory("resident", before, settled, peak, with_loading)
+    return Memory("resident", before, settled, _peak(), with_loading)
 
 
 def _release() -> None:
@@ -129,16 +129,12 @@ def _release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _peak() -> int | None:
-    """Most bytes of this process that were in memory; ``None`` where the system does not say."""
+def _peak() -> int:
+    """Most bytes of this process that were in memory."""
     # Preferred to ru_maxrss, which a process on Linux inherits from the one that started it.
     known = _high_water()
     if known is not None:
         return known
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,11 +48,8 @@ def free_memory(device: torch.device) -> int:
         return unused + torch.cuda.memory_reserved(device)
     own = int(psutil.Process().memory_info().rss)
     free: list[int] = [psutil.virtual_memory().available + psutil.swap_memory().free + own, *group_limits(own)]
-    with suppress(ImportError):  # Windows
-        import resource
-
-        limits = [resource.getrlimit(each)[0] for each in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
-        free += [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    limits = [resource.getrlimit(each)[0] for each in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
+    free += [limit for limit in limits if limit != resource.RLIM_INFINITY]
     return min(free)
 
 

@@ -115,7 +115,3 @@ class TestOffLinux:
         assert found.with_loading
         assert 0 < found.before < found.loaded <= found.peak
         assert found.peak > 2**24
-
-    def test_without_getrusage_there_is_none(self, job, monkeypatch):
-        monkeypatch.setitem(sys.modules, "resource", None)
-        assert memory._run(job) is None
