@@ -32,6 +32,7 @@ class RandomSearch(BatchAgent):
 
     name = "random"
     pair_text = True
+    recommendations: ClassVar[int] = 0
     Config: ClassVar[type[PluginConfig]] = RandomSearchConfig
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:

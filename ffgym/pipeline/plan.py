@@ -37,7 +37,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         Budget(plan.shape.sublayers, min_units=prune.min_units, align=prune.align).check(prune.ends[1])
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)
-    recommended = [agent.recommendations, 1][: 1 + compared]  # of the search, and of the random draws
+    recommended = [agent.recommendations, 0][: 1 + compared]  # of the search, and of the random draws
     recovers, models = config.recover.method != "none", points if config.output.save_all else 1
     sequential = models * config.output.sequential
     rows, others = _report_rows(config, compared=compared)

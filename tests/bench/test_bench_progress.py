@@ -22,7 +22,10 @@ pytestmark = pytest.mark.usefixtures("only_builtins")
 
 
 def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 768 (finals) + 6 x 1,024: seven times as many."""
+    """A rule evaluates 128 + 1,024 tokens here, a search 1,024 + 768 (finals) + 6 x 1,024: seven times as many.
+
+    Random draws recommend nothing, so their finals take 1,024.
+    """
     each = read_bench(bench_file(tmp_path, agents=["uniform", "random", "cma-es"]))
     now = [0.0]
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
@@ -33,8 +36,8 @@ def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.M
         queue.done(0)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "left" not in lines[0]
-    assert lines[1].endswith("random, seed 0, 2:39 left in all")  # 15,872 tokens at 100 a second
-    assert lines[2].endswith("cma-es, seed 0, 1:22 left in all")
+    assert lines[1].endswith("random, seed 0, 2:41 left in all")  # 16,128 tokens at 100 a second
+    assert lines[2].endswith("cma-es, seed 0, 1:19 left in all")  # 7,936
 
 
 def written(job: Job | None, tokens_a_second: float) -> float:
