@@ -44,7 +44,7 @@ def main(sparsity: float, seed: int) -> None:
         search={"final_tokens": WINDOWS * WINDOW},
     )
     task = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(stderr=True)))
-    env, options = task.env, ReinforceConfig()
+    env, options = task.env, ReinforceConfig.model_validate({})
     prior = task.prior(config.prior.name, config.prior.options)
     root = options.spread * square_root(depth_covariance(len(prior), smooth=options.smooth))
     noise = np.random.default_rng(seed).standard_normal((PAIRS, len(prior))) @ root
