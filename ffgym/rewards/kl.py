@@ -23,7 +23,7 @@ class KL(Reward):
     R = exp(-KL) is on the scale of the perplexity ratio: on text drawn from P itself, the expected loss difference that
     `perplexity` exponentiates is KL(P || Q). Unlike that reward, R is at most 1, so that fitting the search text better
     than the dense model earns nothing. It looks at the whole vocabulary at every position, not only at the token that
-    the text has, so it should be less noisy on few tokens. The price is a second product with the output head.
+    the text has; the price is a second product with the output head.
     """
 
     name = "kl"
