@@ -89,7 +89,8 @@ def test_sigterm_is_ctrl_c(ctrl_c: Any) -> None:
 
 def test_a_closed_terminal_is_ctrl_c_and_what_is_printed_afterwards_no_error() -> None:
     code = (
-        "import os, sys, time\nfrom ffgym.interrupts import interruptible\n"
+        "import signal, sys, time\nfrom ffgym.interrupts import interruptible\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # these tests may run under nohup
         "try:\n    with interruptible():\n        print('ready', flush=True)\n        time.sleep(600)\n"
         "except KeyboardInterrupt:\n    print('saved', flush=True)\n    sys.exit(130)"
     )
