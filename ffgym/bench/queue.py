@@ -132,8 +132,7 @@ def _tokens(cell: Cell) -> int:
     agent = manager.create("agent", cell.config.agent.name, cell.config.agent.options)
     if not agent.searches:
         return spent + data.report_tokens
-    windows = search.final_tokens // data.window
-    finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations, windows)
+    finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations, cell.config.final_windows)
     return spent + finals + cell.marks * data.report_tokens
 
 

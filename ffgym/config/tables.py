@@ -425,6 +425,11 @@ class RunConfig(Strict):
         return -(-self.search.episode_tokens // self.data.window)
 
     @property
+    def final_windows(self) -> int:
+        """Windows of text that are reserved for the finals."""
+        return self.search.final_tokens // self.data.window
+
+    @property
     def targets(self) -> tuple[float, ...]:
         """The target, or under a range the points of the front, rising; ``output.save_at`` is one of them."""
         if not self.prune.is_range:

@@ -46,8 +46,10 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     episode_tokens = plan.load.episode_tokens + asked
     reserved = search.final_tokens * episode_tokens // plan.load.episode_tokens
     is_range = config.prune.is_range
-    windows = search.final_tokens // window
-    finals = [finals_size(search.finalists, reserved, n, windows, reward, is_range=is_range) for n in recommended]
+    finals = [
+        finals_size(search.finalists, reserved, count, config.final_windows, reward, is_range=is_range)
+        for count in recommended
+    ]
     finalists, final_tokens = finals[0][0], sum(tokens for _, tokens in finals) // len(finals)
     store = made_under(settings_of(config, needs, plan.load.dtype_name))
     load = replace(
@@ -69,7 +71,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         report_tokens=config.data.whole_tokens("report"),
         report_rows=rows + others + sequential + 3 * recovers,
         sequential=sequential,
-        choice_tokens=max(1, search.final_tokens // window) * window,
+        choice_tokens=max(1, config.final_windows) * window,
         saves=config.output.save_model * models + recovers,
         train_tokens=config.recover.tokens if recovers else 0,
         workers=config.workers.count,

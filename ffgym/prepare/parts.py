@@ -307,7 +307,7 @@ def build_env(
         budget,
         sparsity=config.prune.target,
         episode_windows=config.episode_windows,
-        reserved=config.search.final_tokens // config.data.window,
+        reserved=config.final_windows,
         calibrated=calibration_class(config.prune.calibration).in_reward,
         tokens_per_batch=tokens_per_batch(model.device),
         examples=examples,
