@@ -11,8 +11,9 @@ from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins import manager
+from ffgym.prepare.parts import make_reward
 from ffgym.report.progress import Reporter, clock
-from ffgym.search.finals import expected_tokens
+from ffgym.search.finals import finals_size
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -127,13 +128,15 @@ class CellQueue:
 
 def _tokens(cell: Cell) -> int:
     """About how many tokens a cell evaluates: a rule's takes a fraction of a search's, and so does its time."""
-    search, data = cell.config.search, cell.config.data
+    config = cell.config
+    search, report_tokens = config.search, config.data.report_tokens
     spent = search.episodes * search.episode_tokens
-    agent = manager.create("agent", cell.config.agent.name, cell.config.agent.options)
+    agent = manager.create("agent", config.agent.name, config.agent.options)
     if not agent.searches:
-        return spent + data.report_tokens
-    finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations, cell.config.final_windows)
-    return spent + finals + cell.marks * data.report_tokens
+        return spent + report_tokens
+    count, windows, reward = agent.recommendations, config.final_windows, make_reward(config)
+    _, finals = finals_size(search.finalists, search.final_tokens, count, windows, reward, is_range=False)
+    return spent + finals + cell.marks * report_tokens
 
 
 def _round(pair: tuple[Bench, Cell]) -> int:

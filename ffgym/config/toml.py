@@ -44,6 +44,11 @@ def load_config(path: str | Path | None = None, overrides: str | Sequence[str] =
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
     """
+    if isinstance(path, Mapping):
+        raise ConfigError(
+            "load_config takes the path of a file first, and got a dict",
+            hint="Pass tables by name: load_config(**tables).",
+        )
     overrides = [overrides] if isinstance(overrides, str) else overrides
     command_line = _merged(parsed_overrides(overrides), _given(values, RunConfig))
     file = read_toml(Path(path).expanduser()) if path is not None else {}

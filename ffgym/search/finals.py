@@ -94,7 +94,7 @@ def finals_size(
     if not reward.has_objectives:
         return finalists, expected_tokens(finalists, tokens, recommended, windows)
     count = finalists + (0 if is_range else reward.pareto)
-    return count, count * tokens
+    return count, (count + 1) * tokens
 
 
 def expected_tokens(finalists: int, tokens: int, recommended: int, windows: int) -> int:

@@ -319,3 +319,9 @@ def test_a_bench_file_is_refused_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run\.toml is a bench file: it names agents and seeds") as raised:
         load_config(path)
     assert raised.value.hint == f"Run it: ffgym bench --config {path}"
+
+
+def test_a_dict_in_place_of_a_path_is_refused_with_the_call_that_takes_it() -> None:
+    with pytest.raises(ConfigError, match="got a dict") as raised:
+        load_config({"prune": {"sparsity": 0.3}})  # type: ignore[arg-type]
+    assert raised.value.hint == "Pass tables by name: load_config(**tables)."
