@@ -15,7 +15,9 @@ from ffgym.errors import ModelError, first_line
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
 WORTHWHILE_SPEEDUP = 1.5
-PAUSES = (0.0, 0.2, 0.5)  # seconds before each probe of it; one that finds it worthwhile is the last
+# A CPU without instructions for it takes up to 60 times as long for a product: one probe, cut short, tells.
+HOPELESS_SPEEDUP = 0.5
+PAUSES = (0.0, 0.2, 0.5)  # seconds before each probe of it; one that finds it worthwhile, or hopeless, is the last
 # oneDNN keeps the code that it makes for each shape of a product, 0.4 MB and more, of 1,024 shapes. Where MLPs keep any
 # number of channels, every cut brings new shapes; where their widths are aligned, all shapes of a search find room.
 KEPT_KERNELS = 256
@@ -51,7 +53,7 @@ def cpu_bfloat16_speedup() -> float:
     for pause in PAUSES:
         time.sleep(pause)
         found = max(found, _probed_speedup())
-        if found >= WORTHWHILE_SPEEDUP:
+        if not HOPELESS_SPEEDUP <= found < WORTHWHILE_SPEEDUP:
             break
     return found
 
@@ -64,6 +66,8 @@ def _probed_speedup() -> float:
             seconds = _matmul_seconds(dtype)
             if attempt > 0:
                 best[dtype] = min(best[dtype], seconds)
+        if attempt > 1 and best[torch.float32] < HOPELESS_SPEEDUP * best[torch.bfloat16]:
+            break
     return best[torch.float32] / best[torch.bfloat16]
 
 

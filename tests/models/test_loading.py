@@ -145,6 +145,18 @@ def test_a_busy_moment_does_not_decide_the_dtype(monkeypatch):
     assert next(calls) == 2 * 2 * 48  # and no third probe
 
 
+def test_a_cpu_without_bfloat16_is_not_probed_for_long(monkeypatch):
+    asked = []
+
+    def seconds(dtype):
+        asked.append(dtype)
+        return 0.007 if dtype is torch.float32 else 0.4
+
+    monkeypatch.setattr(placement, "_matmul_seconds", seconds)
+    assert placement.cpu_bfloat16_speedup.__wrapped__() < 0.02
+    assert asked.count(torch.bfloat16) == 3  # each takes long there
+
+
 def test_nothing_is_printed_and_the_librarys_progress_bars_come_back(saved, capfd):
     transformers.utils.logging.enable_progress_bar()
     load(str(saved), dtype="float32", device="cpu")
