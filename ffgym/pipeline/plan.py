@@ -87,7 +87,7 @@ def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:
 
 
 def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
-    """The stages of a run in order, as its progress names them; their costs are seconds."""
+    """The stages of a run in order, as its progress names them."""
     seconds = {stage.name: plan.seconds(stage) for stage in plan.stages}
     load, measured = plan.load, next(stage for stage in plan.stages if stage.name == "report")
     rows, others = _report_rows(config, compared=load.searches > 1)
@@ -102,7 +102,7 @@ def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
         sequential = Step("sequential calibration", seconds["sequential"] / load.sequential)
         refits = [choice, sequential, report(1), choice]
     one_search = (seconds["search"] + seconds.get("finals", 0.0)) / load.searches
-    steps = [Step(LOADING, seconds["load"]), Step(PREPARING, seconds["prepare"])]
+    steps = [Step(LOADING, seconds["load"], computes=False), Step(PREPARING, seconds["prepare"])]
     steps.append(Step(f"search: {config.agent.name}", one_search))
     if load.searches > 1:
         steps.append(Step("search: random", one_search))

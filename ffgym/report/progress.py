@@ -20,21 +20,25 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
+# What the plan says counts as much as half a minute that was seen, or a twentieth of a shorter job.
+SECONDS_OF_TRUST, SHARE_OF_TRUST = 30.0, 0.05
 
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a job, of which it is known beforehand what it costs.
+    """A part of a job, of which it is known beforehand about how long it takes.
 
     Attributes:
         label: what the labels of its stages begin with.
-        cost: relative to the other steps; any unit will do.
+        seconds: that are planned for it.
         stages: how many stages it consists of.
+        computes: how long it takes says something about the other steps; fetching files says nothing.
     """
 
     label: str
-    cost: float
+    seconds: float
     stages: int = 1
+    computes: bool = True
 
 
 class _Plan:
@@ -43,15 +47,18 @@ class _Plan:
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps
         self._place = self._stages = 0
+        self._all = sum(step.seconds for step in steps)
         self._begun = time.monotonic()
-        self._saved = 0.0  # cost of the work that an earlier session has done
+        self._saved = 0.0  # planned seconds of what says nothing of the pace: loading, an earlier session's work
 
     def enter(self, label: str) -> bool:
         """Move on to the step that a stage belongs to, if there is one from here on."""
         for place in range(self._place, len(self._steps)):
             if label.startswith(self._steps[place].label):
                 passed_over = self._steps[self._place + (self._stages > 0) : place]  # they took no time
-                self._saved += sum(step.cost for step in passed_over)
+                self._saved += sum(step.seconds for step in passed_over)
+                if place > self._place and not self._steps[self._place].computes:
+                    self._begun, self._saved = time.monotonic(), sum(step.seconds for step in self._steps[:place])
                 self._stages = self._stages + 1 if place == self._place else 1
                 self._place = place
                 return True
@@ -60,26 +67,28 @@ class _Plan:
     def save(self, share: float) -> None:
         """Note that so much of the stage at work is known from an earlier session: it takes no time."""
         step = self._steps[self._place]
-        self._saved += share * step.cost / step.stages
+        self._saved += share * step.seconds / step.stages
 
     def head(self) -> str:
         return f"stage {self._place + 1}/{len(self._steps)}"
 
     def share(self, within: float) -> float:
         """The share of the whole job that is done, given that of the stage at work."""
-        return self._done(within) / sum(step.cost for step in self._steps)
+        return self._done(within) / self._all
 
-    def left(self, within: float) -> float | None:
-        """Seconds until the job ends; ``None`` while nothing says how fast it is."""
-        done, elapsed = self._done(within), time.monotonic() - self._begun
-        if done <= self._saved:
-            return None
-        return elapsed / (done - self._saved) * (sum(step.cost for step in self._steps) - done)
+    def left(self, within: float) -> float:
+        """Seconds until the job ends, at the pace that it has had so far."""
+        done, pace = self._done(within), 1.0
+        if self._steps[self._place].computes:
+            trust = min(SECONDS_OF_TRUST, SHARE_OF_TRUST * self._all)
+            seen = time.monotonic() - self._begun
+            pace = (seen + trust) / (max(0.0, done - self._saved) + trust)
+        return pace * (self._all - done)
 
     def _done(self, within: float) -> float:
         step = self._steps[self._place]
         own = min(1.0, max(0.0, self._stages - 1 + within) / step.stages)
-        return sum(before.cost for before in self._steps[: self._place]) + own * step.cost
+        return sum(before.seconds for before in self._steps[: self._place]) + own * step.seconds
 
 
 class Stage:
@@ -149,9 +158,10 @@ class Stage:
         return elapsed / (done - self._known) * (self.total - done) if done > self._known else None
 
     def _left(self) -> str:
-        left = self._plan.left(self.share) if self._plan is not None else None
+        if self._plan is None:
+            return ""
         # A stage that the plan took for short may last longer than the plan says all will.
-        return "" if left is None else f"{clock(max(left, self._own_left() or 0.0))} left in all"
+        return f"{clock(max(self._plan.left(self.share), self._own_left() or 0.0))} left in all"
 
     def _print_line(self) -> None:
         if self._console.is_terminal or time.monotonic() - self._last <= SECONDS_BETWEEN_LINES:

@@ -122,7 +122,7 @@ class TestPlan:
         with reporter.stage("search: a", 6) as stage:
             at(4)
             stage.advance(3)
-        assert text(out).splitlines()[1] == "stage 2/3: search: a: 3/6 · 0:03 elapsed · 0:03 left · 0:06 left in all"
+        assert text(out).splitlines()[1] == "stage 2/3: search: a: 3/6 · 0:03 elapsed · 0:03 left · 0:12 left in all"
 
     def test_all_takes_no_less_than_a_stage_that_was_planned_to_be_short(self, at: Callable[[float], None]) -> None:
         out = console()
@@ -134,6 +134,32 @@ class TestPlan:
             at(11)
             stage.advance(10)
         assert text(out).splitlines()[1].endswith(" · 1:30 left · 1:30 left in all")
+
+    def test_a_slow_download_says_nothing_of_how_long_the_others_take(self, at: Callable[[float], None]) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan([Step("load", 4.0, computes=False), Step("search", 500.0)])
+        with reporter.stage("load", 2) as stage:
+            at(59)
+            stage.advance(1)
+        with reporter.stage("search", 100) as stage:
+            at(64)
+            stage.advance(1)
+        first, _, second, _ = text(out).splitlines()
+        assert first == "stage 1/2: load: 1/2 · 0:59 elapsed · 0:59 left · 8:22 left in all"  # as planned
+        assert second == "stage 2/2: search: 1/100 · 0:05 elapsed · 8:15 left · 8:15 left in all"
+
+    def test_the_first_steps_of_a_job_do_not_outweigh_its_plan(self, at: Callable[[float], None]) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan([Step("prepare", 100.0), Step("search", 900.0)])
+        with reporter.stage("prepare", 10) as stage:
+            at(40)
+            stage.advance(1)  # four times as long as planned
+            at(400)
+            stage.advance(9)
+        said = [line.rpartition(" · ")[2] for line in text(out).splitlines()[:2]]
+        assert said == ["28:52 left in all", "49:37 left in all"]  # at the pace alone: 66:00 and 60:00
 
     def test_a_step_may_have_several_stages(self, at: Callable[[float], None]) -> None:
         out = console()
@@ -158,7 +184,7 @@ class TestPlan:
         with reporter.stage("report: dense", 1) as stage:
             at(5)
             stage.advance(1)
-        assert text(out).splitlines()[0] == "stage 3/3: report: dense: 0:05 elapsed · 0:00 left · 0:10 left in all"
+        assert text(out).splitlines()[0] == "stage 3/3: report: dense: 0:05 elapsed · 0:00 left · 0:13 left in all"
 
     def test_a_stage_that_no_step_names_stands_alone(self, at: Callable[[float], None]) -> None:
         out = console()
@@ -177,7 +203,7 @@ class TestPlan:
             stage.advance(114_688, "reward 0.168")
             out.print(stage)
         lines = text(out).splitlines()
-        assert any(re.search(r"stage 2/3  search: a  ━+╸? +2:00 left in all", line) for line in lines)
+        assert any(re.search(r"stage 2/3  search: a  ━+╸? +1:51 left in all", line) for line in lines)
         assert any("114,688/229,376 tokens · reward 0.168 · 1:00 elapsed · 1:00 left" in line for line in lines)
 
 
