@@ -18,10 +18,12 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from pydantic import Field
 from stable_baselines3 import PPO as SB3PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from ffgym.envs.sb3 import SB3VecEnv
 from ffgym.errors import ConfigError
@@ -49,40 +51,39 @@ class PPO(Agent):
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
-        self._model: Any = None
-        self._vec: SB3VecEnv | None = None
-        self._loaded: Mapping[str, Any] | None = None
+        self._policy: Any = None
+        self._centre: np.ndarray | None = None  # importances that actions are offsets from, shape (2L,)
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Collect one rollout, train on it, report, until no tokens are left."""
         self.check_updates(env.num_envs)
-        centre = self.prior_mean if self._loaded is None else np.array(self._loaded["centre"], dtype=np.float32)
-        self._vec = SB3VecEnv(env, centre)
-        self._model = self._made(self._vec, seed)
-        if self._loaded is not None:
-            self._take_up(self._loaded)
+        vec = SB3VecEnv(env, self.prior_mean if self._policy is None else self._centre)
+        model = self._made(vec, seed)
+        if self._policy is not None:
+            model.policy.load_state_dict(self._policy.state_dict())
+        self._policy, self._centre = model.policy, vec.centre
         heard = _LastRewards()
         index = 0
         # One rollout a call: a callback that stops SB3 at the last step would leave that rollout untrained.
         while env.tokens_left > 0:
-            self._model.learn(env.num_envs, callback=heard, log_interval=None, reset_num_timesteps=index == 0)
-            spread = float(self._model.policy.log_std.detach().exp().mean())
+            model.learn(env.num_envs, callback=heard, log_interval=None, reset_num_timesteps=index == 0)
+            spread = float(model.policy.log_std.detach().exp().mean())
             on_update(Update(index=index, rewards=heard.rewards, diagnostics={"policy/spread": spread}))
             index += 1
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The policy's mean at that observation."""
-        if self._model is None or self._vec is None:
+        if self._policy is None:
             return []
-        action, _ = self._model.predict(np.asarray(observation, np.float32), deterministic=True)
-        return [self._vec.importances(action)]
+        action, _ = self._policy.predict(np.asarray(observation, np.float32), deterministic=True)
+        return [np.asarray(np.clip(self._centre + action, -1.0, 1.0), dtype=np.float32)]
 
     def state(self) -> dict[str, Any]:
         """The policy's parameters as nested lists, and the importances that its actions are offsets from."""
-        if self._model is None or self._vec is None:
+        if self._policy is None or self._centre is None:
             return {}
-        parameters = {name: value.tolist() for name, value in self._model.policy.state_dict().items()}
-        return {"centre": self._vec.centre.tolist(), "policy": parameters}
+        parameters = {name: value.tolist() for name, value in self._policy.state_dict().items()}
+        return {"centre": self._centre.tolist(), "policy": parameters}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Start the next search from this policy (with a fresh optimizer).
@@ -97,7 +98,11 @@ class PPO(Agent):
                 f"the policy to start from has agent.layers = {layers}, and this run has {list(self.config.layers)}",
                 hint=f"Set agent.layers = {layers}, or start from another policy.",
             )
-        self._loaded = state
+        centre = np.array(state["centre"], dtype=np.float32)
+        offsets = Box(-1 - centre, 1 - centre, dtype=np.float32)
+        policy = ActorCriticPolicy(Box(0, 1, (2,), np.float32), offsets, lambda _: 0.0, net_arch=layers)
+        policy.load_state_dict({name: torch.tensor(value) for name, value in state["policy"].items()})
+        self._policy, self._centre = policy, centre
 
     def _made(self, vec: SB3VecEnv, seed: int) -> Any:
         model = SB3PPO(
@@ -112,11 +117,6 @@ class PPO(Agent):
         )
         model.set_logger(Logger(folder=None, output_formats=[]))
         return model
-
-    def _take_up(self, state: Mapping[str, Any]) -> None:
-        own = self._model.policy.state_dict()
-        loaded = {name: torch.tensor(value, dtype=own[name].dtype) for name, value in state["policy"].items()}
-        self._model.policy.load_state_dict(loaded)
 
 
 class _LastRewards(BaseCallback):  # type: ignore[misc]  # SB3 is not type-checked here

@@ -43,14 +43,13 @@ class Sensitivity(Agent):
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
         self._solution: np.ndarray | None = None
-        self._start: np.ndarray | None = None
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Sweep, solve, check."""
         self.check_updates(env.num_envs)
         env.reset(seed=seed)
         self._updates = 0
-        start = self.prior_mean if self._start is None else self._start
+        start = self.prior_mean if self._solution is None else self._solution
         prior = np.zeros(env.single_action_space.shape[0]) if start is None else start
         moves = one_at_a_time(prior, np.random.default_rng(seed))
         gains = self._sweep(env, on_update, prior, moves)
@@ -66,7 +65,7 @@ class Sensitivity(Agent):
             self._report(on_update, rewards)  # last: a listener may ask what is recommended now
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The solution."""
+        """The solution; before there is one, that of the state that was loaded."""
         return [] if self._solution is None else [self._solution.astype(np.float32)]
 
     def state(self) -> dict[str, Any]:
@@ -75,7 +74,7 @@ class Sensitivity(Agent):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take another run's solution as the point to measure around."""
-        self._start = np.array(state["solution"])
+        self._solution = np.array(state["solution"])
 
     def _sweep(self, env: Any, on_update: OnUpdate, prior: np.ndarray, moves: list[tuple[int, float]]) -> np.ndarray:
         """Mean gain of each move over the prior, shape (moves,), NaN where the tokens did not reach it."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ffgym.agents.ppo import PPO
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError
@@ -17,6 +18,7 @@ from ffgym.pipeline.agent import make_agent
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.search.policy import policy_text, read_policy
+from ffgym.testing.toys import SeparableEnv
 from ffgym.types import Sublayer
 
 
@@ -92,6 +94,18 @@ def test_a_state_of_another_shape_is_refused_before_anything_is_prepared(tmp_pat
     source = policy(tmp_path, agent="reinforce", state={"weights": weights}, sublayers=["attention", "mlp"])
     with pytest.raises(ConfigError, match="its policy does not have the form that agent 'reinforce' writes"):
         make_agent(config("reinforce", search={"init_from": source}))
+
+
+def test_agents_that_are_no_batch_agents_refuse_a_state_for_other_sublayers_too(tmp_path: Path) -> None:
+    source = policy(tmp_path, agent="sensitivity", state={"solution": [0.1]}, sublayers=["attention", "mlp"])
+    with pytest.raises(ConfigError, match="its policy does not have the form that agent 'sensitivity' writes"):
+        make_agent(config("sensitivity", search={"init_from": source}))
+    learned = PPO()
+    learned.learn(SeparableEnv(num_envs=2, dimensions=2, tokens=2), seed=0, on_update=lambda update: None)
+    for centre, sublayers in (([0.0], ["attention", "mlp"]), ([0.0, 0.0], ["mlp"])):
+        source = policy(tmp_path, agent="ppo", state={**learned.state(), "centre": centre}, sublayers=sublayers)
+        with pytest.raises(ConfigError, match="its policy does not have the form that agent 'ppo' writes"):
+            make_agent(config("ppo", search={"init_from": source}))
 
 
 @pytest.mark.parametrize(
