@@ -171,11 +171,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Tokens in one window, and so what evaluating it costs the search."""
         return int(self.windows.shape[1])
 
-    @property
-    def weighs_objectives(self) -> bool:
-        """Whether the reward has named two or more objectives in an episode so far."""
-        return len(self._objectives or ()) > 1
-
     def recall(self, objectives: Sequence[str]) -> None:
         """Take note of what an episode that was measured before called its objectives."""
         self._objectives = tuple(objectives)

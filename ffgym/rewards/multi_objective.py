@@ -87,6 +87,11 @@ class MultiObjective(Reward):
             named[f"{self.config.resource}_saved"] = self._saved(pruned, dense)
         return named
 
+    @property
+    def has_objectives(self) -> bool:
+        """Whether two or more terms have a weight."""
+        return sum(bool(weight) for weight in (self.config.perplexity, self.config.accuracy, self.config.cost)) > 1
+
     def _saved(self, pruned: Evaluation, dense: Evaluation) -> float:
         assert pruned.costs is not None, "needs cost"
         assert dense.costs is not None, "needs cost"

@@ -47,7 +47,7 @@ def run_finals(
         return list(candidates), None, 0
     windows, examples = finals_windows(env, seed), finals_examples(env, seed)
     count = len(windows)
-    all_count = env.weighs_objectives or env.budget.tied or count == 1
+    all_count = env.reward.has_objectives or env.budget.tied or count == 1
     own = count * env.window_tokens
     recommended = [i for i, candidate in enumerate(candidates[:RECOMMENDED]) if candidate.origin == "policy"]
     expected = expected_tokens(len(candidates) - 1, own, len(recommended), count)

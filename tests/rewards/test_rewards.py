@@ -82,6 +82,11 @@ class TestWeights:
         assert named == {"perplexity_ratio": ratio, "kv_saved": pytest.approx(0.6)}
         assert list(self.make(perplexity=0).objectives(self.pruned, self.dense)) == ["accuracy", "macs_saved"]
 
+    def test_a_single_term_weighs_nothing_against_another(self) -> None:
+        assert not self.make(accuracy=0, cost=0).has_objectives
+        assert not self.make(perplexity=0, cost=0).has_objectives
+        assert self.make(accuracy=0).has_objectives
+
     def test_what_costs_more_than_dense_saves_nothing(self) -> None:
         """A measured latency may: the reward never falls below ``worst``."""
         slower = Evaluation((3.0,), 128, accuracy=0.6, costs={"macs": 260.0})

@@ -11,6 +11,7 @@ from made_up_episodes import Opinionated, episode
 from measured_alone import Recording
 
 from ffgym.agents.random_search import RandomSearch
+from ffgym.rewards.multi_objective import MultiObjective
 from ffgym.search.finalists import (
     STARTS,
     Candidate,
@@ -156,6 +157,15 @@ class TestChoice:
         losses = [self.about(1.0 + 0.1 * i) for i in range(6)]
         _, measured = self.run(env, losses, origins=origins, reserved=reserved)
         assert expected_tokens(5, reserved * 32, recommended, reserved) == 32 * len(measured)
+
+    @pytest.mark.parametrize(("cost", "expected"), [(1, 5 * 12), (0, 4 * 2 + 2 * 4 + 2 * 6)])
+    def test_where_objectives_are_weighed_all_are_measured_on_all_windows(self, env, cost, expected):
+        """Whether they are is known before the first of them is measured."""
+        env.reward = MultiObjective(MultiObjective.Config(accuracy=0, cost=cost))
+        env.prices = {"macs": env.budget}
+        losses = [self.about(1.0 + 0.1 * i) for i in range(5)]
+        _, measured = self.run(env, losses, origins=["policy", *(f"episode {i}" for i in range(4))])
+        assert len(measured) == expected
 
     def test_a_single_window_measures_all_once_and_replaces_nothing(self, env):
         losses = [self.about(loss) for loss in (1.1, 1.2, 1.0, 0.9)]
