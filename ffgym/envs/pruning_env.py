@@ -113,6 +113,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         prices: budgets by resource, for a reward that needs ``cost``; only their prices are used.
         executor: has allocations measured; this process measures them where left out.
         on_close: called by ``close``.
+
+    Raises:
+        BudgetError: a sparsity out of reach.
+        DataError: an episode that does not fit the windows, or a reward that needs examples or prices which are not
+            given.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012 - Gymnasium's own declaration
@@ -135,7 +140,13 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         on_close: Callable[[], None] | None = None,
     ) -> None:
         budget.check(sparsity)
-        if not 1 <= episode_windows <= len(windows) - reserved:
+        if episode_windows < 1 or reserved < 0:
+            raise DataError(
+                f"episode_windows = {episode_windows} and reserved = {reserved}: an episode is measured on 1 window or "
+                "more, and 0 or more are reserved for the finals",
+                hint="Raise the one that is too small.",
+            )
+        if episode_windows > len(windows) - reserved:
             kept_back = f", of which {reserved} are reserved for the finals" if reserved else ""
             raise DataError(
                 f"an episode of {episode_windows} windows does not fit the search split of {len(windows)}{kept_back}",
@@ -144,6 +155,13 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._tasks, self._finals_tasks = _by_task(reward, examples, reserved / episode_windows)
         self.examples = tuple(examples)
         self.prices = dict(prices or {})
+        unpriced = [name for name in reward.resources if name not in self.prices]
+        if "cost" in reward.needs and (unpriced or not self.prices):
+            raise DataError(
+                f"reward {reward.name!r} needs cost, and the environment was given no prices for "
+                f"{', '.join(unpriced) or 'any resource'}",
+                hint="Give PruningEnv prices, a Budget for each resource, or use a reward that does not need cost.",
+            )
         self.prunable = prunable
         self.reward = reward
         self.windows = windows
@@ -204,7 +222,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
         Raises:
             BudgetError: a sparsity out of reach.
-            DataError: a subset that is empty, or names windows that are not there; examples that are not there.
+            DataError: a subset that is empty, or names windows that are not there; examples that are not there, or
+                none for a reward that needs accuracy.
             UnknownNameError: an option that does not exist.
         """
         options = options or {}
@@ -237,6 +256,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def _checked_examples(self, examples: Sequence[int]) -> tuple[int, ...]:
         indices = tuple(int(i) for i in examples)
+        if self._tasks and not indices:
+            raise DataError(
+                f"reward {self.reward.name!r} needs accuracy, and this episode was given no task examples",
+                hint="Give indices of task examples, or leave the option out to draw them at random.",
+            )
         if indices and (min(indices) < 0 or max(indices) >= len(self.examples)):
             there = f"0 to {len(self.examples) - 1}" if self.examples else "none, because its reward needs none"
             raise DataError(

@@ -42,7 +42,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         env: the stationary task.
         schedule: sparsity and fidelity over the token budget, or over episodes.
         num_envs: episodes per update.
-        token_budget: tokens that the search may evaluate.
+        token_budget: tokens that the search may evaluate, 1 or more.
         on_episode: called after every episode, when its update has been measured.
         on_progress: called with the tokens of the running update that have been measured.
         slope_episodes: of how many episodes of an update, the first ones, slopes are measured too; ``final_info`` then
@@ -50,11 +50,15 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         pair_text: every pair of episodes i and i + n/2 has text of its own.
         replay: episodes of an earlier, interrupted search with the same seed: they are taken as they are instead of
             being measured again.
+        log_name: what the refusal of an episode of ``replay`` calls the place that it comes from.
 
     Attributes:
         history: every episode so far.
         tokens_spent: tokens evaluated so far.
         stage: what the running update is measured at.
+
+    Raises:
+        DataError: a token budget below 1.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         replay: Sequence[Episode] = (),
         log_name: str = "the log",
     ) -> None:
+        if token_budget < 1:
+            raise DataError(f"token_budget is {token_budget}: a search needs tokens", hint="Give 1 or more.")
         self.env = env
         self.schedule = schedule
         self.num_envs = num_envs

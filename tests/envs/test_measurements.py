@@ -73,13 +73,11 @@ def measuring(prepared_llama, random_windows):
 
     def make(reward: ffgym.Reward | None = None, **options: Any) -> PruningEnv:
         prunable = prepared_llama.prunable
-        options = {"examples": EXAMPLES, "sparsity": 0.3, "episode_windows": 4, **options}
         costs = standard_costs(prunable.model, context=1024)
         prices = {name: Budget(prunable.sublayers, costs[name].tables) for name in ("macs", "kv")}
+        options = {"examples": EXAMPLES, "prices": prices, "sparsity": 0.3, "episode_windows": 4, **options}
         budget = Budget(prunable.sublayers)
-        return PruningEnv(
-            prunable, reward or Everything(), random_windows(12, seed=1), budget, prices=prices, **options
-        )
+        return PruningEnv(prunable, reward or Everything(), random_windows(12, seed=1), budget, **options)
 
     return make
 
@@ -288,6 +286,20 @@ class TestBadInputs:
     def test_accuracy_without_examples(self, measuring):
         with pytest.raises(DataError, match="reward 'everything' needs accuracy, and the environment was given no"):
             measuring(examples=())
+
+    def test_an_episode_without_examples(self, measuring):
+        with pytest.raises(DataError, match="reward 'everything' needs accuracy, and this episode was given no task"):
+            measuring().reset(options={"examples": []})
+
+    @pytest.mark.parametrize("prices", [None, {}])
+    def test_cost_without_prices(self, measuring, prices):
+        with pytest.raises(DataError, match=r"reward 'everything' needs cost, .* no prices for any resource"):
+            measuring(prices=prices)
+
+    def test_cost_without_the_price_of_its_resource(self, measuring):
+        reward = MultiObjective(MultiObjective.Config(accuracy=0, resource="params"))
+        with pytest.raises(DataError, match=r"reward 'multi-objective' needs cost, .* no prices for params"):
+            measuring(reward)
 
     def test_more_examples_than_a_task_has(self, measuring):
         class Greedy(Everything):

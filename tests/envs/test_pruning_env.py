@@ -153,10 +153,16 @@ class TestTasks:
         env.reset(options={"subset": np.array([3, 7])})
         assert env.step(ACTION)[4]["tokens"] == 2 * 32
 
-    @pytest.mark.parametrize("episode_windows", [0, 13])
-    def test_an_episode_that_does_not_fit_the_split_is_refused(self, make_env, episode_windows):
-        with pytest.raises(DataError, match=f"{episode_windows} windows does not fit the search split of 12"):
-            make_env(episode_windows=episode_windows)
+    def test_an_episode_that_does_not_fit_the_split_is_refused(self, make_env):
+        with pytest.raises(DataError, match="13 windows does not fit the search split of 12"):
+            make_env(episode_windows=13)
+
+    @pytest.mark.parametrize("options", [{"episode_windows": 0}, {"reserved": -3}])
+    def test_too_small_a_number_of_windows_is_refused(self, make_env, options):
+        ((name, number),) = options.items()
+        with pytest.raises(DataError, match=f"{name} = {number}") as refused:
+            make_env(**options)
+        assert "Raise" in refused.value.hint
 
     def test_draw_gives_different_windows(self, env):
         drawn = env.draw(np.random.default_rng(0), 12)

@@ -53,6 +53,12 @@ def same_episode(a, b):
     return repr(plain[0]) == repr(plain[1])  # repr: NaN equals NaN, and floats show every bit
 
 
+@pytest.mark.parametrize("episodes", [0, -1])
+def test_a_search_without_tokens_is_refused(env, episodes):
+    with pytest.raises(DataError, match=r"token_budget is .*: a search needs tokens"):
+        vector_of(env, episodes=episodes)
+
+
 def test_spaces_and_autoreset(env):
     vector = vector_of(env)
     assert vector.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
