@@ -194,16 +194,19 @@ def costs_of(
         return Costs(tables, resource.rest(model, setting))
 
     costs = call_plugin(resource, ask, "saying what units cost")
-    if not isinstance(costs, Costs) or (costs.measurement is None) == resource.is_measured():
+    expected = Measurement if resource.is_measured() else type(None)
+    if not isinstance(costs, Costs) or not isinstance(costs.measurement, expected):
         raise PluginError(f"{who}: measure returned no Costs with a measurement")
     for key, value in vars(costs.measurement).items() if costs.measurement else ():
         if not isinstance(value, str):
             raise PluginError(f"{who}: {key} of its Measurement is {value!r}, not text")
-    costs = replace(costs, tables=list(map(np.asarray, costs.tables)), rest=number(costs.rest, "rest"))
     try:
+        costs = replace(costs, tables=list(map(np.asarray, costs.tables)), rest=number(costs.rest, "rest"))
         check_tables(sublayers, costs.tables)
     except BudgetError as error:
         raise PluginError(f"{who}: {error.message}", hint=error.hint) from error
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{who}: its tables are not arrays of numbers: {error}") from error
     if not any(table[-1] > 0 for table in costs.tables):
         raise PluginError(f"{who}: no unit costs anything, so pruning would save nothing")
     text = call_plugin(resource, lambda: resource.text(costs.of([s.units for s in sublayers])), "writing a cost")

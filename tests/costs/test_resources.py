@@ -272,9 +272,23 @@ def test_costs_that_are_none_name_the_resource(attributes: dict[str, Any], compl
     assert "resource 'broken'" in str(raised.value)
 
 
-def test_a_measurement_that_is_none_names_the_resource() -> None:
-    measured = type("Broken", (Broken,), {"measure": lambda self, *_, **__: np.arange(3)})()
-    with pytest.raises(PluginError, match=r"resource 'broken'.* no Costs with a measurement"):
+MEASUREMENT = Measurement("made up", digest="7", text="{}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (np.arange(3), "no Costs with a measurement"),
+        (Costs([], measurement="x"), "no Costs with a measurement"),  # type: ignore[arg-type]
+        (Costs(None, measurement=MEASUREMENT), "its tables are not arrays of numbers"),  # type: ignore[arg-type]
+        (Costs([np.array(["a", "b", "c"])] * 6, measurement=MEASUREMENT), "its tables are not arrays of numbers"),
+        (Costs([[0, [1, 2]]] * 6, measurement=MEASUREMENT), "its tables are not arrays of numbers"),  # type: ignore[list-item]
+    ],
+    ids=["no costs", "text", "nothing", "tables of text", "ragged tables"],
+)
+def test_a_measurement_that_is_none_names_the_resource(answer: Any, complaint: str) -> None:
+    measured = type("Broken", (Broken,), {"measure": lambda self, *_, **__: answer})()
+    with pytest.raises(PluginError, match=f"resource 'broken'.*{complaint}"):
         costs_of(measured, tiny_model("llama"), context=64)
 
 
