@@ -81,8 +81,8 @@ class Evolution(BatchAgent):
         return {"population/spread": float(actions.std(axis=0).mean())}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The survivors of the last generation, best first."""
-        return [] if self._parents is None else list(self._parents.astype(np.float32))
+        """The best survivors of the last generation, best first."""
+        return [] if self._parents is None else list(self._parents[: self.recommendations].astype(np.float32))
 
     def state(self) -> dict[str, Any]:
         """The survivors, best first."""

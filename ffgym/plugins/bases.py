@@ -255,8 +255,8 @@ class Agent(Plugin, ABC):
     def state(self) -> dict[str, Any]:
         """What a later search may start from (``search.init_from``): arrays, finite numbers, strings, lists, dicts.
 
-        An agent that loads it recommends the same as this one. An interrupted search needs no state: it is replayed
-        from its log.
+        An agent that loads it recommends first what this one recommends first. An interrupted search needs no state:
+        it is replayed from its log.
         """
         return {}
 

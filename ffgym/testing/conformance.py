@@ -288,9 +288,11 @@ class AgentConformance(PluginConformance):
             assert np.array_equal(given, before), "it changed observations or rewards in place: copy them first"
 
     def test_recommends_importances(self) -> None:
-        """What it believes in are actions: shape (2L,), finite, in [-1, 1]."""
+        """What it believes in are actions: shape (2L,), finite, in [-1, 1]; at most ``recommendations`` of them."""
         agent, env, _ = self.finished()
-        for action in agent.recommend(np.array([0.2, 1.0], dtype=np.float32)):
+        recommended = agent.recommend(np.array([0.2, 1.0], dtype=np.float32))
+        assert len(recommended) <= agent.recommendations, "it recommends more than `recommendations`"
+        for action in recommended:
             assert np.shape(action) == env.optimum.shape, f"a recommendation has shape {np.shape(action)}"
             assert np.all(np.abs(action) <= 1), "a recommendation is finite and in [-1, 1]"
 

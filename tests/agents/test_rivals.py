@@ -190,6 +190,12 @@ class TestWhatIsTheirOwn:
             best = np.argsort(-env.value(before - env.optimum), kind="stable")[:2]
             np.testing.assert_array_equal(after[:2], before[best])
 
+    def test_evolution_recommends_its_three_best_survivors_however_many_there_are(self):
+        agent, _, _ = learned(Evolution, SeparableEnv, tokens=96, batch=32)
+        recommended, survivors = agent.recommend(OBSERVATION), agent.state()["parents"]
+        assert len(survivors) == 8
+        np.testing.assert_array_equal(recommended, np.float32(survivors[:3]))
+
     def test_evolution_without_a_prior_starts_uniformly(self):
         _, _, asked = learned(Evolution, SeparableEnv, dimensions=60, tokens=8, prior=None)
         assert 0.5 < asked[0].std() < 0.65

@@ -101,6 +101,14 @@ def test_what_is_broken_is_caught(suite: type[PluginConformance], test: str) -> 
         caught(*[4] * (test == "test_importances_keep_the_contract"))  # layers
 
 
+def test_more_recommendations_than_announced_are_caught() -> None:
+    """Plans and progress count on their number."""
+    surplus = type("Surplus", (Evolution,), {"recommend": lambda self, observation: [np.zeros(6)] * 4})
+    suite = type("Suite", (AgentConformance,), {"make": lambda self: surplus()})()
+    with pytest.raises(AssertionError, match="more than `recommendations`"):
+        suite.test_recommends_importances()
+
+
 def test_a_state_is_taken_up_as_a_run_has_stored_it() -> None:
     class Arrays(Evolution):
         """Relies on an array, and JSON has lists."""
