@@ -48,9 +48,10 @@ def run_finals(
     windows, examples = finals_windows(env, seed), finals_examples(env, seed)
     count = len(windows)
     all_count = env.reward.has_objectives or env.budget.tied or count == 1
-    own = count * env.window_tokens
+    own = env.tokens(windows, examples)
+    starts = sum(candidate.origin in STARTS for candidate in candidates)
     recommended = [i for i, candidate in enumerate(candidates[:RECOMMENDED]) if candidate.origin == "policy"]
-    expected = expected_tokens(len(candidates) - 1, own, len(recommended), count)
+    expected = expected_tokens(len(candidates) - starts, own, len(recommended), count)
     total = len(candidates) * own if all_count else expected
 
     def on_tokens(taken: float) -> None:
@@ -176,7 +177,7 @@ class _Measured:
             )
             for i, place in new
         ]
-        before, own = self.tokens, len(new) * self._env.window_tokens
+        before, own = self.tokens, sum(self._env.tokens(trial.subset, trial.examples) for trial in trials)
         outcomes = self._env.outcomes(trials, lambda share: self._on_tokens(before + share * own))
         for key, outcome in zip(new, outcomes, strict=True):
             self._outcomes[key] = outcome

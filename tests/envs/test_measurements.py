@@ -30,6 +30,8 @@ from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import PlainPath
 from ffgym.rewards.multi_objective import MultiObjective
+from ffgym.search.finalists import Candidate
+from ffgym.search.finals import run_finals
 from ffgym.search.loop import search_front
 from ffgym.types import Evaluation
 
@@ -239,6 +241,15 @@ class TestExamplesAreDrawn:
         settings = SearchTable(episodes=4, episode_tokens=64, episodes_per_update=4, finalists=2)
         (found,) = search_front(env, RandomSearch(), settings, Schedule(0.3, 2), [env.sparsity], seed=0)
         assert all(0 <= candidate.objectives["accuracy"] <= 1 for candidate in found.finalists)
+
+    def test_those_of_the_finals_count_in_their_progress(self, measuring):
+        reward = MultiObjective(MultiObjective.Config(perplexity=0, cost=0, examples=6))
+        env, shares = measuring(reward, reserved=4), []
+        actions = zip(np.linspace(ACTION, -ACTION, 6), ["policy", *["episode 0"] * 4, "prior"], strict=True)
+        candidates = [Candidate(action, env.budget.project(action, 0.3), origin) for action, origin in actions]
+        run_finals(env, candidates, seed=0, on_progress=shares.append)
+        assert shares == sorted(shares)
+        assert [share for share in shares if share < 1][-1] > 0.9, "their tokens were expected"
 
     def test_anew_for_every_update_and_the_same_within_it(self, measuring):
         env = measuring()
