@@ -290,7 +290,8 @@ class Budget:
         first = sublayers[0]
         if other := next((s for s in sublayers if (s.units, s.channels) != (first.units, first.channels)), None):
             raise BudgetError(
-                f"{other.name} has {other.units} units and {first.name} has {first.units}: they cannot share one shape",
+                f"{other.name} has {other.units} units with {other.channels} channels, and {first.name} has "
+                f"{first.units} with {first.channels}: they cannot share one shape",
                 hint="Leave prune.uniform out.",
             )
         units = np.array([first.units])
