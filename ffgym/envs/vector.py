@@ -35,6 +35,12 @@ Text = tuple[tuple[int, ...], tuple[int, ...]]  # search windows and task exampl
 FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "failed")
 
 
+def first_seed(seed: SupportsIndex | Sequence[SupportsIndex | None] | None) -> int | None:
+    """The seed of a reset: of a list the first one counts."""
+    first = seed if seed is None or isinstance(seed, SupportsIndex) else seed[0]
+    return None if first is None else operator.index(first)
+
+
 class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` episodes an update.
 
@@ -137,8 +143,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         for option in options or {}:
             raise UnknownNameError("reset option of the vector environment", option, ())
-        first = seed if seed is None or isinstance(seed, SupportsIndex) else seed[0]
-        super().reset(seed=None if first is None else operator.index(first))
+        super().reset(seed=first_seed(seed))
         if self.schedule.low is not None:
             self._first_place, self._first_update = float(self.np_random.random()), self._update
         return self._begin(), {}

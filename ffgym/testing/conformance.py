@@ -239,6 +239,7 @@ class AgentConformance(PluginConformance):
     def learned(self, seed: int = 0) -> tuple[Agent, ToyEnv, list[Update]]:
         """A whole search: the agent, its environment, and the updates that it reported."""
         agent, env, updates = self.ready(), self.environment(), list[Update]()
+        env.slope_episodes = agent.slope_episodes
         agent.learn(env, seed=seed, on_update=updates.append)
         return agent, env, updates
 
@@ -250,6 +251,7 @@ class AgentConformance(PluginConformance):
             torch.manual_seed(0)
             agent, env, updates = self.ready(), self.environment(), list[Update]()
             own._handed_out = _witnessed(env)
+            env.slope_episodes = agent.slope_episodes
             agent.learn(env, seed=0, on_update=updates.append)
             own._finished = agent, env, updates
         return own._finished

@@ -1,7 +1,7 @@
 """Toy problems: vector environments whose optimum is known, and sublayers to try criteria and heuristics on.
 
 The environments look to an agent exactly like the pruning one: one-step episodes, importances in [-1, 1], a token
-budget. Their best reward is 1, at ``optimum``. They give slopes to any agent: the derivative of the negative reward.
+budget. Their best reward is 1, at ``optimum``. Their slopes are the derivative of the negative reward.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from ffgym.envs.schedule import stratified
+from ffgym.envs.vector import first_seed
 from ffgym.plugins.contracts import check_actions
 from ffgym.types import LayerStats, Sublayer, SublayerView
 
@@ -40,12 +41,15 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
 
     Attributes:
         optimum: the best action, shape (dimensions,), inside (-0.7, 0.7).
+        slope_episodes: of how many episodes of an update, the first ones, slopes are given too; ``final_info`` then
+            holds ``slopes``, shape (batch, dimensions), 0 for the others. They cost nothing here.
         has_slopes: slopes can be asked for.
         units: of each sublayer, shape (dimensions,), int64.
         coarse: which sublayers have so few units that a slope is but an estimate, shape (dimensions,), bool: none.
     """
 
     has_slopes = True
+    slope_episodes = 0
 
     def __init__(self, num_envs: int, dimensions: int, tokens: int, *, noise: float = 0.0) -> None:
         self.num_envs = num_envs
@@ -85,7 +89,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin; the seed fixes the noise that follows."""
-        super().reset(seed=seed if isinstance(seed, int) else None)
+        super().reset(seed=first_seed(seed))
         return self._observations(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -102,12 +106,16 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
         offsets = actions.astype(np.float64) - self.optimum
         rewards = self.value(offsets) + self.noise * self.np_random.normal()
         done = np.ones(len(actions), dtype=bool)
-        infos = {
+        infos: dict[str, Any] = {
             "final_obs": self._observations()[: len(actions)],
             "_final_obs": done,
-            "final_info": {"kept": self.kept(actions), "slopes": self._slopes(offsets)},
+            "final_info": {"kept": self.kept(actions), "reward": rewards.copy()},
             "_final_info": done,
         }
+        if self.slope_episodes:
+            slopes = self._slopes(offsets)
+            slopes[self.slope_episodes :] = 0.0
+            infos["final_info"]["slopes"] = slopes
         return self._observations(), rewards, done, np.zeros(len(actions), dtype=bool), infos
 
     def _slopes(self, offsets: np.ndarray) -> np.ndarray:

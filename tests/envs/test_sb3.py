@@ -47,6 +47,7 @@ def test_an_episodes_info_says_what_came_of_it():
     ours.reset(seed=3)
     theirs.seed(3)
     theirs.reset()
+    ours.slope_episodes = theirs.env.slope_episodes = ours.num_envs
     actions = ours.action_space.sample()
     final = ours.step(actions)[4]["final_info"]
     infos = theirs.step(actions)[3]

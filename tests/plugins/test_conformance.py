@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from ffgym.agents.evolution import Evolution
+from ffgym.agents.random_search import RandomSearch
 from ffgym.criteria.magnitude import Magnitude
 from ffgym.errors import PluginError
 from ffgym.heuristics.uniform import Uniform
-from ffgym.plugins.bases import Plugin, PluginConfig
+from ffgym.plugins.bases import OnUpdate, Plugin, PluginConfig
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.conformance import (
     AgentConformance,
@@ -23,7 +25,7 @@ from ffgym.testing.conformance import (
     RewardConformance,
 )
 from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv, ToyEnv, toy_views
-from ffgym.types import LayerStats
+from ffgym.types import LayerStats, Update
 
 
 def unconfigured(self: Evolution, config: PluginConfig | None = None) -> None:
@@ -191,6 +193,44 @@ def test_toys_repeat_themselves_with_a_seed_and_count_tokens() -> None:
         assert env.tokens_left == 0
     np.testing.assert_array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0][0], runs[0][1])
+
+
+@pytest.mark.parametrize("seed", [np.int64(4), [4, 9], [4, None]])
+def test_toys_take_a_seed_in_every_form_that_the_real_environment_takes(seed: Any) -> None:
+    rewards = []
+    for given in (4, seed):
+        env = QuadraticEnv(num_envs=2, dimensions=3, tokens=2, noise=0.5)
+        env.reset(seed=given)
+        rewards.append(env.step(np.zeros((2, 3)))[1])
+    np.testing.assert_array_equal(rewards[0], rewards[1])
+
+
+def test_toys_tell_the_rewards_and_the_slopes_that_are_asked_for() -> None:
+    env = SeparableEnv(num_envs=3, dimensions=4, tokens=6)
+    _, rewards, _, _, infos = env.step(np.zeros((3, 4)))
+    assert set(infos["final_info"]) == {"kept", "reward"}
+    np.testing.assert_array_equal(infos["final_info"]["reward"], rewards)
+    env.slope_episodes = 2
+    slopes = env.step(np.zeros((3, 4)))[4]["final_info"]["slopes"]
+    np.testing.assert_allclose(slopes, np.outer([1, 1, 0], -2 * env.optimum / 4), atol=1e-9)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_an_agent_that_reads_slopes_has_to_ask_for_them(asked: int) -> None:
+    class Steep(RandomSearch):
+        """Has a loop of its own, as agents have that are no batch agents."""
+
+        name = "steep"
+        slope_episodes = asked
+
+        def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
+            env.reset(seed=seed)
+            _, rewards, _, _, infos = env.step(np.zeros((env.num_envs, 6)))
+            on_update(Update(0, rewards, {"steepness": float(np.abs(infos["final_info"]["slopes"]).max())}))
+
+    suite = type("Suite", (AgentConformance,), {"make": lambda self: Steep()})()
+    with nullcontext() if asked else pytest.raises(KeyError, match="slopes"):
+        suite.test_state_is_plain_data()
 
 
 def test_toys_refuse_what_the_real_environment_could_not_use() -> None:
