@@ -173,8 +173,9 @@ class Evaluation:
         reverse_kls: ``reverse_kl``: mean KL(Q || P) of each window in nats per token, shape (windows,).
         accuracy: ``accuracy``: share of the update's task examples that are answered right, mean over tasks, in [0, 1].
         costs: ``cost``: what the prunable sublayers cost, by resource, in the resource's unit.
-        slopes: ``slopes``, which agents ask for: first-order change of the mean loss as each unit joins, in nats per
-            token, shape (units,), float64, for every sublayer; 0 for units far from the level that was measured.
+        slopes: ``slopes``, which agents ask for: first-order change, as each unit joins, of what the reward falls with,
+            else of the loss, in nats per token, shape (units,), float64, for every sublayer; 0 for units far from the
+            level that was measured.
     """
 
     losses: tuple[float, ...]
@@ -237,8 +238,8 @@ class Episode:
         tokens: tokens it was measured on, which count in the search's token budget.
         failed: the loss was not finite, so the reward is the reward's ``worst``.
         objectives: what the reward says it weighs, by name, higher = better; empty where it weighs nothing, or failed.
-        slopes: derivative of the loss by each importance at ``action``, length 2L, nats per token; empty where nobody
-            asked for it.
+        slopes: derivative by each importance, at ``action``, of what the reward falls with, else of the loss, length
+            2L, nats per token; empty where nobody asked for it.
         slope_tokens: how many of ``tokens`` the passes took that the slopes are from.
         windows: indices of the search windows it was measured on.
         examples: indices of the task examples it was measured on.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-TRIED_SHARE = 1 / 3  # of the coarse sublayers
+TRIED_SHARE = 1 / 3  # of the coarse sublayers that can lose a unit; of these, those where the loss seems to fall by it
 CLEAR = 3.0  # standard errors
 
 

@@ -222,7 +222,7 @@ class Budget:
     def importance_slopes(
         self, importance: np.ndarray, kept: Sequence[int], unit_slopes: Sequence[np.ndarray]
     ) -> np.ndarray:
-        """Derivative of the loss by importance, through the projection, from the slopes of single units.
+        """Derivative by importance of what unit slopes are of, the loss or a divergence, through the projection.
 
         A sublayer's slope g_i along its path is the mean over the units within ``REACH`` of its level, since a single
         unit says little. If one keep ratio r_i changes, the projection shifts all ratios that can move, so that the
@@ -236,8 +236,8 @@ class Budget:
         Args:
             importance: what was projected, shape (2L,).
             kept: the units that it gave, length 2L.
-            unit_slopes: first-order change of the loss as each unit joins, shape (units,) for every sublayer; those
-                `within_reach` of its level count.
+            unit_slopes: first-order change of the loss, or of the divergence, as each unit joins, shape (units,) for
+                every sublayer; those `within_reach` of its level count.
 
         Returns:
             shape (2L,), float64, nats per token and importance; 0 where the sublayer costs nothing, or is coarse and

@@ -29,7 +29,8 @@ class Candidate:
         importance: shape (2L,), float32.
         allocation: what the projection made of it, at the target.
         origin: ``"episode 37"``, ``"policy"``, ``"shape"`` for one that only the finals measured, or one of `STARTS`.
-        loss: nats per token on the last of the finals' windows; ``None`` for one that did not get there.
+        loss: nats per token on the deciding half of the finals' windows, or on all where all candidates are measured on
+            all; ``None`` for one that did not get there.
         reward: mean over these windows of what it earns; ``None`` as well.
         objectives: what the reward weighs, mean over these windows, by name; empty where it weighs nothing.
     """
@@ -113,8 +114,8 @@ def finalists(
     """
     proposals = [(action, "policy") for action in _recommended(env, agent, target)]
     eligible = hardest(history if reach is None else near(history, target, reach))
-    standing = sorted(eligible, key=lambda episode: episode.reward, reverse=True)
-    proposals += [(episode.action, f"episode {episode.index}") for episode in standing]
+    best_first = sorted(eligible, key=lambda episode: episode.reward, reverse=True)
+    proposals += [(episode.action, f"episode {episode.index}") for episode in best_first]
     chosen: dict[tuple[int, ...], Candidate] = {}
     for importance, origin in proposals:
         allocation = env.budget.project(importance, target)
@@ -142,7 +143,7 @@ def hardest(history: Sequence[Episode]) -> list[Episode]:
 def near(history: Sequence[Episode], target: float, reach: float) -> list[Episode]:
     """Episodes whose own target was at most ``reach`` from this one; those of the nearest update where there are none.
 
-    They are handed on as episodes of this target: what stood out a little below or above it competes as an equal.
+    They are handed on as episodes of this target: an episode a little below or above it competes as an equal.
     """
     distances = [abs(episode.target_sparsity - target) for episode in history]
     within = max(reach + 1e-9, min(distances))

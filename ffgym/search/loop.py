@@ -46,7 +46,7 @@ class SearchResult:
     Attributes:
         best: the chosen candidate.
         finalists: the candidates that were measured again, best first.
-        dense_loss: dense loss on the finals' windows; ``None`` where they were not run.
+        dense_loss: dense loss on the windows that the candidates' losses are of; ``None`` where no finals were run.
         history: every episode.
         search_tokens: tokens that the agent's episodes took.
         final_tokens: tokens that the finals took.
@@ -77,8 +77,8 @@ class SearchInterrupted(KeyboardInterrupt):
     """Ctrl-C during a search that has finished at least one episode.
 
     Attributes:
-        found: the best so far: what the agent recommends, or else the episode that stood out most in its own update;
-            no finals were run. Under a range, at the environment's own target.
+        found: the best so far: what the agent recommends, or else the episode of the greatest reward at the hardest
+            stage; no finals were run. Under a range, at the environment's own target.
     """
 
     def __init__(self, found: SearchResult) -> None:
