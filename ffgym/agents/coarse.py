@@ -45,16 +45,15 @@ class UnitTrial:
         """A coin for each sublayer that is tried, shape (pairs, 2L): one step up or down."""
         return np.asarray(self.steps * rng.choice([-1.0, 1.0], (pairs, len(self.steps))))
 
-    def on_levels(self, mean: np.ndarray, noise: np.ndarray | float = 0.0, *, errors: float = 0.0) -> np.ndarray:
-        """The mean, with everything that is tried on one of its two levels, as the evidence and the noise say.
+    def on_levels(self, noise: np.ndarray | float = 0.0, *, errors: float = 0.0) -> np.ndarray:
+        """Importances with everything that is tried on one of its two levels, as the evidence and the noise say.
 
         Args:
-            mean: shape (..., 2L).
-            noise: shape (..., 2L).
+            noise: shape (..., 2L), 0 where nothing is tried.
             errors: standard errors by which a unit's estimate has to be on the side of going.
         """
         goes = self._place() + noise < -errors / CLEAR * self.steps
-        return np.asarray(np.where(self.steps > 0, self.start + np.where(goes, -self.steps, self.steps), mean))
+        return np.asarray(self.start + np.where(goes, -self.steps, self.steps))
 
     def step(self, advantages: np.ndarray, noise: np.ndarray, moved: np.ndarray) -> np.ndarray:
         """How far the mean goes, shape (2L,): it stands as far from its start as the evidence is clear.

@@ -91,7 +91,6 @@ class Reinforce(BatchAgent):
         self._lines: list[np.ndarray] = []
         self._measured_at: float | None = None  # the sparsity of the last update
         self._slope_share = 0.0
-        self._followed: np.ndarray | None = None  # the line where slopes ended
         self._trial: UnitTrial | None = None
 
     @property
@@ -119,7 +118,7 @@ class Reinforce(BatchAgent):
         self._start_slope = self._line[1]
         self._measured_at = None
         self._lines = []
-        self._followed, self._trial = None, None
+        self._trial = None
         self.slope_episodes = 0
         self._shifts: list[np.ndarray] = []
         self._slopes: list[np.ndarray] = []
@@ -144,7 +143,7 @@ class Reinforce(BatchAgent):
                 else self._trial.noise(pairs, self._rng)
             )
             noise = np.concatenate([self._noise, -self._noise])[: self._batch]
-            actions = mean + noise if self._trial is None else self._trial.on_levels(mean, noise)
+            actions = mean + noise if self._trial is None else self._trial.on_levels(noise)
         return np.asarray(np.clip(actions, -1.0, 1.0), dtype=np.float32)
 
     def take_slopes(self, slopes: np.ndarray) -> None:
@@ -163,9 +162,11 @@ class Reinforce(BatchAgent):
                 self._shifts.append(projection_shift(actions[0], kept[0], self.units))
         else:
             step = self._natural_gradient(rewards, kept)
-        self._move(step, sparsity)
         self._measured_at = sparsity
-        return {"policy/mean": float(self._mean(sparsity).mean()), "policy/step": float(np.linalg.norm(step))}
+        if self._trial is None:
+            self._move(step, sparsity)
+        mean = self._mean(sparsity) if self._trial is None else self._trial.on_levels()
+        return {"policy/mean": float(mean.mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The policy's mean, averaged over the last updates.
@@ -175,9 +176,8 @@ class Reinforce(BatchAgent):
         if self._line is None:
             return []
         lines = [self._settled()]
-        if self._trial is not None and self._followed is not None:
-            clearer = np.stack([self._trial.on_levels(self._line[0], errors=1.0), self._line[1]])
-            lines += [clearer, self._followed]
+        if self._trial is not None:
+            lines += [np.outer(AT_ALL, self._trial.on_levels(errors=1.0)), self._line]
         means = (line_at(line, float(observation[0])) for line in lines)
         return [np.clip(mean, -1.0, 1.0).astype(np.float32) for mean in means]
 
@@ -212,9 +212,7 @@ class Reinforce(BatchAgent):
         assert self._measured_at is not None, "slopes were measured"
         moved = 2 * tail_mean(self._shifts, self.config.average)
         mean = np.clip(self._mean(self._measured_at) + moved, -1.0, 1.0)
-        self._followed = self._line
         self._trial = UnitTrial(worth, mean, self.units)
-        self._line = np.stack([self._trial.start, np.zeros(len(mean))])
 
     def _natural_gradient(self, rewards: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
         """The step that the pairs of an update speak for, shape (2L,)."""
@@ -230,17 +228,17 @@ class Reinforce(BatchAgent):
         """Let the mean at a sparsity make a step, and come back to the edge where that leaves [-1, 1]."""
         assert self._line is not None, "begin comes first"
         shares = shares_of_step(sparsity, self.budgets)
-        self._line = self._line + np.outer(shares if self._trial is None else AT_ALL, step)
+        self._line = self._line + np.outer(shares, step)
         mean = self._mean(sparsity)
         back = np.clip(mean, -1.0, 1.0) - mean
         self._line = self._line + np.outer(shares if self.budgets is not None else AT_ALL, back)
         self._lines.append(self._line)
 
     def _settled(self) -> np.ndarray:
-        """The line, averaged over the last updates."""
+        """The line, averaged over the last updates; where units are tried, what the evidence says at every sparsity."""
         assert self._line is not None, "begin comes first"
         if self._trial is not None:
-            return np.stack([self._trial.on_levels(self._line[0]), self._line[1]])
+            return np.outer(AT_ALL, self._trial.on_levels())
         return tail_mean(self._lines, self.config.average) if self._lines else self._line
 
     def _prior(self, dimensions: int) -> np.ndarray:

@@ -252,8 +252,8 @@ def test_a_unit_whose_worth_is_clear_is_no_longer_tried():
     trial = UnitTrial(np.array([0.2, 0.2, 0.1, 0.1, 0.1, 0.1]), np.ones(6), np.full(6, 3))
     coins = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]] * 3)
     noise = trial.steps * np.pad(coins, ((0, 0), (0, 4)))
-    mean = trial.start + trial.step(2 * coins[:, 0], noise, np.ones(noise.shape))
-    levels = np.rint((trial.on_levels(mean, np.outer([1, -1], trial.steps)) + 1) / 2 * 3)
+    trial.step(2 * coins[:, 0], noise, np.ones(noise.shape))
+    levels = np.rint((trial.on_levels(np.outer([1, -1], trial.steps)) + 1) / 2 * 3)
     assert levels[:, 0].tolist() == [3, 3]
     assert levels[:, 1].tolist() == [3, 2]
 
@@ -263,7 +263,7 @@ def test_evidence_counts_in_full_where_the_mean_is_at_its_end():
     trial = UnitTrial(np.full(3, 0.2), np.ones(3), np.ones(3))
     noise = trial.steps * np.array([[1.0], [-1.0]] * 10)
     trial.step(-2 * np.sign(noise[:, 0]), noise, np.ones(noise.shape))
-    levels = trial.on_levels(np.full(3, -1.0), np.outer([1, -1], trial.steps))
+    levels = trial.on_levels(np.outer([1, -1], trial.steps))
     assert (levels[:, trial.steps > 0] == -1).all(), "clear, so it is no longer tried"
 
 
@@ -271,8 +271,8 @@ def test_recommends_what_the_evidence_is_against_and_what_it_is_clearer_against(
     trial = UnitTrial(np.full(6, 0.1), np.ones(6), np.full(6, 3))
     trial.steps[3:] = 0
     errors = np.array([-2, -0.5, 0.5, 0, 0, 0])  # of the evidence, in standard errors
-    mean = trial.start + trial.step(np.ones(1), np.ones((1, 6)), errors[None])
-    kept = [np.rint((trial.on_levels(mean, errors=errors) + 1) / 2 * 3)[:3].tolist() for errors in (0.0, 1.0)]
+    trial.step(np.ones(1), np.ones((1, 6)), errors[None])
+    kept = [np.rint((trial.on_levels(errors=errors) + 1) / 2 * 3)[:3].tolist() for errors in (0.0, 1.0)]
     assert kept == [[2, 2, 3], [2, 3, 3]]
 
 
