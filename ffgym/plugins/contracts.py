@@ -247,12 +247,25 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
     return actions
 
 
-def check_update(agent: Agent, update: Update) -> None:
-    """Raise ``PluginError`` where an agent reports no ``Update``, or its diagnostics cannot be logged."""
+def check_update(agent: Agent, update: Update, episodes: int) -> None:
+    """Raise ``PluginError`` where an agent reports no ``Update``, or its diagnostics cannot be logged.
+
+    Args:
+        episodes: how many there were since the last report.
+    """
+    import numpy as np
+
     where = described(agent)
     if not isinstance(update, Update):
         raise PluginError(
             f"{where}: learn called on_update with {type(update).__name__}, not an Update",
+            hint=CALL_ON_UPDATE,
+        )
+    if not isinstance(update.index, int | np.integer):
+        raise PluginError(f"{where}: the index of an update is {update.index!r}, not a number", hint=CALL_ON_UPDATE)
+    if np.shape(update.rewards) != (episodes,):
+        raise PluginError(
+            f"{where}: the rewards of an update have shape {np.shape(update.rewards)}, not ({episodes},)",
             hint=CALL_ON_UPDATE,
         )
     if not isinstance(update.diagnostics, Mapping):

@@ -252,12 +252,12 @@ def _learn(
 
     def tell(update: Update) -> None:
         nonlocal updates, reported
-        check_update(agent, update)
         new, reported = vector.history[reported:], len(vector.history)
         if not new:
             raise PluginError(
                 f"{described(agent)}: learn called on_update without a step before it", hint=CALL_ON_UPDATE
             )
+        check_update(agent, update, len(new))
         if on_update is not None:
             with _not_the_agents():
                 on_update(new, update)

@@ -549,6 +549,9 @@ class Broken(RandomSearch):
             "none": lambda update: on_update(None),
             "twice": lambda update: (on_update(update), on_update(update)),
             "always the first": lambda update: on_update(replace(update, index=0)),
+            "word": lambda update: on_update(replace(update, index="seven")),
+            "no rewards": lambda update: on_update(replace(update, rewards=None)),
+            "mean": lambda update: on_update(replace(update, rewards=update.rewards[:1])),
             "from one": lambda update: on_update(replace(update, index=update.index + 1)),
         }.get(self.how, on_update)
         super().learn(env, seed=seed, on_update=tell)
@@ -586,6 +589,9 @@ class TestBrokenAgents:
             ("silent", "learn never called on_update"),
             ("none", "learn called on_update with NoneType, not an Update"),
             ("twice", "learn called on_update without a step before it"),
+            ("word", "the index of an update is 'seven', not a number"),
+            ("no rewards", r"the rewards of an update have shape \(\), not \(4,\)"),
+            ("mean", r"the rewards of an update have shape \(1,\), not \(4,\)"),
             ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
             ("text", "diagnostic 'policy/spread' is str, not a number"),
             ("digits", "diagnostic 'policy/spread' is str, not a number"),
