@@ -46,7 +46,7 @@ from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins.bases import Reward
 from ffgym.prepare.parts import budget_in, examples_for, make_reward
 from ffgym.report.progress import Reporter
-from ffgym.search.log import read_episodes
+from ffgym.search.log import read_log
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, Evaluation, JSONDict
 
@@ -249,7 +249,7 @@ def run_search(bench: Bench, reward: str, seed: int, folder: Path) -> tuple[dict
         done.write_text(json.dumps(winner) + "\n", encoding="utf-8")
     winner = json.loads(done.read_text(encoding="utf-8"))
     _same_settings(winner, digest, done)
-    return winner, read_episodes(log)
+    return winner, list(read_log(log).episodes)
 
 
 def spread(history: Sequence[Episode], count: int, without: Sequence[tuple[int, ...]]) -> list[Episode]:

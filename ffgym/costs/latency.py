@@ -17,7 +17,6 @@ class Latency(Resource):
 
     name = "latency"
     quantity = "measured latency"
-    unit = "ps"
     table_key = "latency_table"
 
     def measure(

@@ -237,7 +237,9 @@ class NestedRidge(ConsumerPath):
     def weights_at(self, levels: Iterable[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """The weights at several levels, in one sweep down the grid."""
         wanted = sorted(set(levels), reverse=True)
-        refit = self._weight.to(torch.float32, copy=True) if wanted else self._weight
+        if not wanted:
+            return
+        refit = self._weight.to(torch.float32, copy=True)
         at, stops = self.channels, list(grid(self.channels))
         for k in wanted:
             while k and stops and stops[0] >= k:

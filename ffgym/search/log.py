@@ -61,7 +61,7 @@ class Line(BaseModel):
     digest: str
 
     def episode(self) -> Episode:
-        """What it says; float32 importances survive the round trip bit for bit."""
+        """The episode of this line; float32 importances survive the round trip bit for bit."""
         fields = dict(self)
         del fields["seconds"], fields["digest"]
         return Episode(**{**fields, "action": np.array(self.action, dtype=np.float32)})
@@ -126,11 +126,6 @@ class Recorder:
 def episode_to_json(episode: Episode) -> dict[str, Any]:
     """One line of the log; float32 importances survive the round trip bit for bit."""
     return {**asdict(episode), "action": [float(a) for a in episode.action]}
-
-
-def read_episodes(path: Path) -> list[Episode]:
-    """The episodes of a log, see :func:`read_log`."""
-    return list(read_log(path).episodes)
 
 
 def count_episodes(path: Path) -> int:

@@ -22,7 +22,7 @@ from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
 from ffgym.plan.plan import size_text
 from ffgym.plugins import manager
-from ffgym.search.log import read_episodes
+from ffgym.search.log import read_log
 from ffgym.testing.models import tiny_model
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "paper"
@@ -160,7 +160,7 @@ def labels(folder: Path) -> list[str]:
 def check_row(folder: Path, target: float) -> None:
     """A run's table has the paper's columns, its ramps went from end to end, and its model loads."""
     assert {"dense", "uniform + ridge", "ppo, plain", "ppo + ridge"} <= set(labels(folder))
-    begin, *between, end = read_episodes(folder / "episodes.jsonl")
+    begin, *between, end = read_log(folder / "episodes.jsonl").episodes
     assert len(between) == 73
     assert (begin.target_sparsity, begin.fidelity) == (pytest.approx(0.05), 0.05)
     assert (end.target_sparsity, end.fidelity) == (target, 1.0)

@@ -64,7 +64,7 @@ from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
 from ffgym.report.layout import humane
 from ffgym.search import log
-from ffgym.search.log import read_episodes
+from ffgym.search.log import read_log
 from ffgym.search.policy import read_policy
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
@@ -182,7 +182,7 @@ def test_the_allocation_is_what_the_table_shows(finished: Finished) -> None:
 
 def test_episodes_are_logged_with_their_tokens(finished: Finished) -> None:
     for name in ("episodes.jsonl", "episodes-random.jsonl"):
-        episodes = read_episodes(finished.folder / name)
+        episodes = read_log(finished.folder / name).episodes
         assert [episode.index for episode in episodes] == list(range(EPISODES))
         assert {episode.tokens for episode in episodes} == {2 * WINDOW}
     assert finished.result.found.search_tokens == EPISODES * 2 * WINDOW
@@ -517,7 +517,7 @@ def test_init_from_a_folder_or_an_mlflow_run_starts_from_its_policy(finished: Fi
     agent = manager.create("agent", "reinforce")
     agent.load_state(json.loads((finished.folder / "policy.json").read_text())["state"])
     mean = agent.recommend(np.array([0.3, 1.0], np.float32))[-1]
-    first = read_episodes(tmp_path / "folder" / "episodes.jsonl")
+    first = read_log(tmp_path / "folder" / "episodes.jsonl").episodes
     pair = np.stack([first[0].action, first[PER_UPDATE // 2].action])  # mirrored around the mean
     inside = (np.abs(pair) < 1).all(axis=0)
     assert inside.sum() >= 4
@@ -800,7 +800,7 @@ def test_ctrl_c_saves_what_was_found_and_marks_the_run_killed(
         return
     assert {"allocation.json", "policy.json"} <= artifacts
     allocation = json.loads((out / "allocation.json").read_text())
-    assert allocation["episodes"] == len(read_episodes(out / "episodes.jsonl")) == saved
+    assert allocation["episodes"] == len(read_log(out / "episodes.jsonl").episodes) == saved
     assert 0.2 <= allocation["sparsity"] < 0.21
     assert f"the best of {saved} episodes" in said
     assert str(out / "allocation.json") in said
@@ -819,7 +819,7 @@ def test_sigterm_in_a_real_process_exits_130_with_everything_saved(tmp_path: Pat
     assert "the best of " in done.stderr
     allocation = json.loads((tmp_path / "out" / "allocation.json").read_text())
     # The signal may have come between the end of an episode and its line, and it is then measured again.
-    assert allocation["episodes"] - len(read_episodes(log)) in (0, 1)
+    assert allocation["episodes"] - len(read_log(log).episodes) in (0, 1)
     assert (tmp_path / "out" / "policy.json").exists()
     assert runs(root)[0].info.status == "KILLED"
 

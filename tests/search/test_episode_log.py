@@ -11,7 +11,7 @@ import pytest
 from made_up_episodes import episode
 
 from ffgym.errors import DataError
-from ffgym.search.log import Recorder, read_episodes, read_log
+from ffgym.search.log import Recorder, read_log
 
 
 def written(log, *episodes):
@@ -27,7 +27,7 @@ class TestReading:
         log = written(tmp_path / "broken.jsonl", episode(0, 0, 0.5))
         log.write_text(f"{log.read_text()}{line}\n")
         with pytest.raises(DataError, match=r"broken.jsonl, line 2 is no episode, or a damaged one: ") as raised:
-            read_episodes(log)
+            read_log(log)
         assert "Delete the file" in raised.value.hint
 
     @pytest.mark.parametrize("reward", ["NaN", "-Infinity", "1" + "0" * 400])
@@ -35,12 +35,12 @@ class TestReading:
         log = written(tmp_path / "broken.jsonl", episode(0, 0, 0.5), episode(1, 0, 0.25))
         log.write_text(log.read_text().replace('"reward": 0.25', f'"reward": {reward}'))
         with pytest.raises(DataError, match=r"broken.jsonl, line 2 is no episode"):
-            read_episodes(log)
+            read_log(log)
 
     def test_an_episode_survives_the_round_trip_bit_for_bit(self, tmp_path):
         action = np.random.default_rng(0).uniform(-1, 1, 6)
         sent = replace(episode(0, 1, 0.1 + 0.2, action=action), loss=math.nan, failed=True)
-        (got,) = read_episodes(written(tmp_path / "episodes.jsonl", sent))
+        (got,) = read_log(written(tmp_path / "episodes.jsonl", sent)).episodes
         np.testing.assert_array_equal(got.action, sent.action)
         assert got.action.dtype == np.float32
         assert math.isnan(got.loss)
@@ -51,13 +51,13 @@ class TestReading:
         """The run that writes the log may be about to end it."""
         log = written(tmp_path / "live.jsonl", *(episode(i, 0, 0.5) for i in range(3)))
         log.write_bytes(torn := log.read_bytes() + '{"origin": "\u00fc'.encode()[:-1])
-        assert len(read_episodes(log)) == 3
+        assert len(read_log(log).episodes) == 3
         assert log.read_bytes() == torn
 
     def test_an_empty_log_is_no_episodes(self, tmp_path):
         log = tmp_path / "episodes.jsonl"
         log.touch()
-        assert read_episodes(log) == []
+        assert read_log(log).episodes == ()
 
 
 class TestRecorder:
@@ -74,7 +74,7 @@ class TestRecorder:
             for index in range(3):
                 now[0] += 2.0
                 recorder.record(episode(index, 0, 0.5))
-                assert len(read_episodes(log)) == index + 1, "each is on disk as soon as it is known"
+                assert len(read_log(log).episodes) == index + 1, "each is on disk as soon as it is known"
         assert recorder.seconds == read_log(log).seconds == 6.0
 
     def test_neither_writes_nor_times_what_is_replayed(self, now, tmp_path):
@@ -87,7 +87,7 @@ class TestRecorder:
             for index in range(2):
                 now[0] += 5.0
                 again.record(episode(index, 0, 0.5))
-        assert [e.index for e in read_episodes(log)] == [0, 1]
+        assert [e.index for e in read_log(log).episodes] == [0, 1]
         assert again.seconds == read_log(log).seconds == 2.0 + 5.0
 
     def test_a_torn_line_goes_without_the_others_being_written_again(self, tmp_path, monkeypatch):
@@ -99,7 +99,7 @@ class TestRecorder:
         with Recorder(log) as recorder:
             assert log.read_bytes() == whole
             recorder.record(episode(3, 1, 0.5))
-        assert len(read_episodes(log)) == 4
+        assert len(read_log(log).episodes) == 4
 
     def test_without_a_log_it_keeps_the_time_alone(self, now):
         with Recorder(None) as recorder:

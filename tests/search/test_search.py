@@ -23,7 +23,7 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.plugins.bases import Reward
 from ffgym.pruning.budget import Budget
 from ffgym.search.finals import finals_windows
-from ffgym.search.log import read_episodes, read_log
+from ffgym.search.log import read_log
 from ffgym.search.loop import SearchInterrupted, search_front
 
 SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3)
@@ -231,7 +231,7 @@ class TestPareto:
     def test_objectives_survive_the_log(self, traded, tmp_path):
         log = tmp_path / "episodes.jsonl"
         found = searched(traded, log=log)
-        assert [e.objectives for e in read_episodes(log)] == [e.objectives for e in found.history]
+        assert [e.objectives for e in read_log(log).episodes] == [e.objectives for e in found.history]
         assert all(set(e.objectives) == {"ratio", "kv_kept"} for e in found.history)
 
 
@@ -271,7 +271,7 @@ class TestInterruption:
         env.executor = Stopping(env.executor, after=2)
         with pytest.raises(SearchInterrupted) as raised:
             searched(env, log=log)
-        assert len(raised.value.found.history) == len(read_episodes(log)) == 8
+        assert len(raised.value.found.history) == len(read_log(log).episodes) == 8
         assert bits(searched(make_env(sparsity=0.3), log=log)) == bits(whole)
 
     def test_says_the_best_so_far(self, env):
@@ -314,7 +314,7 @@ class TestInterruption:
         with pytest.raises(SearchInterrupted) as raised:
             searched(env, log=log, on_episode=stop)
         assert len(raised.value.found.history) == 6
-        assert len(read_episodes(log)) == 6
+        assert len(read_log(log).episodes) == 6
 
     def test_in_the_finals_loses_nothing(self, env, monkeypatch):
         monkeypatch.setattr("ffgym.search.loop.run_finals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -336,7 +336,7 @@ class TestInterruption:
 
         with pytest.raises(RuntimeError, match="tracker"):
             searched(env, log=log, on_update=broken)
-        assert len(read_episodes(log)) == 4
+        assert len(read_log(log).episodes) == 4
 
 
 class TestLog:
