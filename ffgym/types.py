@@ -1,9 +1,12 @@
-"""The frozen dataclasses that cross rooms. torch appears in annotations only, so importing this costs nothing."""
+"""The frozen dataclasses, and the types of callbacks, that cross rooms.
+
+torch appears in annotations only, so importing this costs nothing.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 Kind = Literal["attention", "mlp", "experts"]
 Bos = Literal["every", "first", "none"]  # which windows of a text begin with BOS
 Ramp = Literal["none", "cubic", "staircase"]
+OnShare = Callable[[float], None]  # called with the share that is done, from 0 to 1
+OnStep = Callable[[int, int], None]  # called with steps done, and steps
+Notify = Callable[[str], None]  # called with lines for the user
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     import torch
 
     from ffgym.data.examples import EncodedExample
-    from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
+    from ffgym.evaluation.evaluator import Evaluator, Request
     from ffgym.models.cut import PrunableModel
-    from ffgym.types import Evaluation
+    from ffgym.types import Evaluation, OnShare
 
 
 def measured_alone(
@@ -149,6 +149,6 @@ class Recording:
         self._executor = executor
         self.calls: list[list[Request]] = []
 
-    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         self.calls.append(list(requests))
         return self._executor.measure(requests, on_progress)

@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
-from ffgym.evaluation.evaluator import OnProgress, Request
+from ffgym.evaluation.evaluator import Request
 from ffgym.execute.ray import Workers, connected
 from ffgym.pipeline.task import open_task
 from ffgym.prepare.workers import shared_executor
 from ffgym.report.progress import Reporter
-from ffgym.types import Evaluation
+from ffgym.types import Evaluation, OnShare
 
 EPISODES, REPETITIONS, SLEPT = 8, 5, 1.0
 
@@ -35,7 +35,7 @@ class Sleeper:
     def __call__(self) -> Sleeper:
         return self
 
-    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         for _ in requests:
             time.sleep(SLEPT)
         return [Evaluation((0.0,), 1) for _ in requests]

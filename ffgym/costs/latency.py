@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ffgym.costs.resource import Costs, Measurement, Notify, OnProgress, Resource, Setting
+from ffgym.costs.resource import Costs, Measurement, Resource, Setting
+from ffgym.types import Notify, OnStep
 
 
 class Latency(Resource):
@@ -19,9 +20,7 @@ class Latency(Resource):
     quantity = "measured latency"
     table_key = "latency_table"
 
-    def measure(
-        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress, notify: Notify
-    ) -> Costs:
+    def measure(self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnStep, notify: Notify) -> Costs:
         """Costs by a latency table.
 
         Raises:

@@ -18,12 +18,11 @@ from ffgym.costs.latency_table import (
     read_table,
     to_json,
 )
-from ffgym.costs.resource import Notify, OnProgress
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import write_text
-from ffgym.types import JSONDict
+from ffgym.types import JSONDict, Notify, OnStep
 
 # If quartiles are further apart than this share of the median, the machine was doing something else.
 BUSY = 0.25
@@ -35,7 +34,7 @@ def cached_table(
     context: int,
     rebuild: bool = False,
     repetitions: int = REPETITIONS,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: OnStep = lambda done, total: None,
     notify: Notify = lambda line: None,
 ) -> LatencyTable:
     """The table of a model on this machine: from the cache, or timed now and kept there.

@@ -7,7 +7,7 @@ so that a resource is one file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,13 +16,10 @@ from ffgym.errors import BudgetError, PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.types import Sublayer
+from ffgym.types import Notify, OnStep, Sublayer
 
 if TYPE_CHECKING:
     import numpy as np
-
-OnProgress = Callable[[int, int], None]
-Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -110,9 +107,7 @@ class Resource(Plugin):
         """What a dense causal LM costs without its prunable units, where there is a price per unit."""
         return 0
 
-    def measure(
-        self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnProgress, notify: Notify
-    ) -> Costs:
+    def measure(self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnStep, notify: Notify) -> Costs:
         """Measure a dense causal LM and leave it as it was; the result has a ``measurement``.
 
         Args:
@@ -161,7 +156,7 @@ def costs_of(
     *,
     context: int,
     file: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnStep | None = None,
     notify: Notify | None = None,
 ) -> Costs:
     """What a dense causal LM costs in a resource; see `Resource.measure` for the arguments.
@@ -187,8 +182,13 @@ def costs_of(
 
     def ask() -> Costs:
         if resource.is_measured():
-            advance, say = on_progress or (lambda done, steps: None), notify or (lambda text: None)
-            return resource.measure(model, setting, file=file, on_progress=advance, notify=say)
+            return resource.measure(
+                model,
+                setting,
+                file=file,
+                on_progress=on_progress or (lambda done, steps: None),
+                notify=notify or (lambda text: None),
+            )
         prices = [number(resource.unit_price(s, setting), f"unit_price of {s.name}") for s in sublayers]
         tables = [np.arange(s.units + 1) * price for s, price in zip(sublayers, prices, strict=True)]
         return Costs(tables, resource.rest(model, setting))

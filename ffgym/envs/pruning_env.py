@@ -20,13 +20,13 @@ from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import DataError, UnknownNameError
-from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, OnProgress, Request
+from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, Request
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.figures import draw_units_kept
-from ffgym.types import Allocation, Evaluation
+from ffgym.types import Allocation, Evaluation, OnShare
 
 Info = dict[str, Any]
 
@@ -322,7 +322,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
-    def outcomes(self, trials: Sequence[Trial], on_progress: OnProgress | None = None) -> Iterator[Outcome]:
+    def outcomes(self, trials: Sequence[Trial], on_progress: OnShare | None = None) -> Iterator[Outcome]:
         """Measure all trials at once (equal ones only once), then judge one after another.
 
         ``on_progress`` is called with the share that has been measured, from 0 to 1.
@@ -345,9 +345,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             return Request(kept, trial.subset, trial.examples, needs)
         return Request(kept, trial.subset, trial.examples, needs | {"slopes"}, self.reward.falls_with or "loss")
 
-    def _measured(
-        self, requests: Sequence[Request], on_progress: OnProgress | None = None
-    ) -> dict[Request, Evaluation]:
+    def _measured(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> dict[Request, Evaluation]:
         """The evaluation of each request, costs included; equal requests are measured once."""
         once = list(dict.fromkeys(requests))
         found = self.executor.measure(once, on_progress)

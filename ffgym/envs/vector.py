@@ -25,7 +25,6 @@ from gymnasium.vector.utils import batch_space
 from ffgym.envs.pruning_env import OBJECTIVE, Outcome, PruningEnv, Trial
 from ffgym.envs.schedule import Schedule, stratified
 from ffgym.errors import DataError, UnknownNameError
-from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.contracts import check_actions
 from ffgym.types import Episode
 
@@ -77,7 +76,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         slope_episodes: int = 0,
         pair_text: bool = False,
         on_episode: Callable[[Episode], None] | None = None,
-        on_progress: OnProgress | None = None,
+        on_progress: Callable[[float], None] | None = None,
         replay: Sequence[Episode] = (),
         log_name: str = "the log",
     ) -> None:

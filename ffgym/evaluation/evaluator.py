@@ -25,9 +25,7 @@ from ffgym.evaluation.slopes import mean_slopes, unit_slopes
 from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Entry, Walk
 from ffgym.plugins.bases import SLOPE_PASSES
-from ffgym.types import Evaluation
-
-OnProgress = Callable[[float], None]
+from ffgym.types import Evaluation, OnShare
 
 DIVERGENCES = frozenset({"kl", "reverse_kl"})
 
@@ -60,7 +58,7 @@ class Request:
 class Evaluator(Protocol):
     """Measures allocations. The same request gives the same bits, whatever else is asked for at the same time."""
 
-    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         """Measure every request, in the order given.
 
         Args:
@@ -142,7 +140,7 @@ class ModelEvaluator:
         # distributions can be computed again, shape (length - 1, d), the model's dtype, on the CPU.
         self._dense_hidden: dict[int, torch.Tensor] = {}
 
-    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Evaluator`."""
         compared = {i for request in requests if request.divergences for i in request.windows}
         # Requests for slopes are measured one by one, after the others.
@@ -213,7 +211,7 @@ class ModelEvaluator:
         self,
         passes: Sequence[_Pass],
         compared: Set[int],
-        advance: OnProgress,
+        advance: Callable[[float], None],
         states: list[dict[_Batch, torch.Tensor]] | None = None,
     ) -> dict[_Pass, torch.Tensor]:
         """Results by pass: losses and divergences, shape (1 or 3, windows), or what is right, (1, examples).
@@ -292,7 +290,7 @@ class ModelEvaluator:
                 half.restore()
         return behind
 
-    def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int], advance: OnProgress) -> None:
+    def _keep_dense(self, streams: Sequence[_Stream], compared: Set[int], advance: Callable[[float], None]) -> None:
         """Keep the dense model's results; raises ``ModelError`` where a loss is not finite."""
         text = [stream for stream in streams if stream.asked is None]
         broken, found = 0, dict[int, float]()
@@ -357,7 +355,7 @@ def _of_text_alone(request: Request) -> Request:
     return replace(request, examples=())
 
 
-def _counter(on_progress: OnProgress | None, total: float) -> OnProgress:
+def _counter(on_progress: OnShare | None, total: float) -> Callable[[float], None]:
     """A function that adds up tokens and reports the share that is done."""
     done = 0.0
 

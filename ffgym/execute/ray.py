@@ -27,12 +27,12 @@ import torch
 from rich.console import Console
 
 from ffgym.errors import FFGymError, WorkerError, first_line
-from ffgym.evaluation.evaluator import Evaluator, OnProgress, Request
+from ffgym.evaluation.evaluator import Evaluator, Request
 from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
 from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
-from ffgym.types import Evaluation
+from ffgym.types import Evaluation, OnShare
 
 PROBE_SECONDS = 30.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of gRPC's protocol: the preface and empty settings
@@ -130,7 +130,7 @@ class RayExecutor:
         self._dense_units = dense_units
         self._speeds = Speeds()
 
-    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for."""
         dense = [request for request in requests if request.kept == self._dense_units]
         shared = {request: parts(request) for request in requests if request.kept != self._dense_units}
@@ -144,14 +144,14 @@ class RayExecutor:
         found |= {request: joined([shares.answers[part] for part in own]) for request, own in shared.items()}
         return [found[request] for request in requests]
 
-    def _tell(self, shares: Shares, on_progress: OnProgress | None) -> None:
+    def _tell(self, shares: Shares, on_progress: OnShare | None) -> None:
         if on_progress is not None:
             running = sum(share.cost * self._pool.share(worker) for worker, share in shares.taken.items())
             on_progress(min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total))
 
 
 @contextlib.contextmanager
-def _in_background(call: Callable[[OnProgress], Any]) -> Iterator[Callable[[], Any]]:
+def _in_background(call: Callable[[OnShare], Any]) -> Iterator[Callable[[], Any]]:
     """Make a call in a thread that ends with the block; the call reports progress, and is stopped by that."""
     is_over = threading.Event()
 

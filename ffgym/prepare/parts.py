@@ -15,8 +15,6 @@ from ffgym.config.mixture import Corpora, shares
 from ffgym.config.tables import DataTable, RunConfig
 from ffgym.costs.resource import (
     Costs,
-    Notify,
-    OnProgress,
     Resource,
     costs_of,
     resource_class,
@@ -43,6 +41,7 @@ from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
+from ffgym.types import Notify, OnStep
 
 LOADING = "load model and text"
 PREPARING = "collect statistics, order and factorise"
@@ -193,7 +192,7 @@ def costs_in(
     model: Any,
     *,
     recorded: Path | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnStep | None = None,
     notify: Notify | None = None,
 ) -> Costs:
     """What a dense model costs in a resource, under a configuration; see `costs_of` for progress, notes and errors.

@@ -22,12 +22,12 @@ from ffgym.plugins.bases import Criterion
 from ffgym.plugins.contracts import check_scores
 from ffgym.prepare.calibrations import Calibration, Consumer
 from ffgym.prepare.refits import path_of
-from ffgym.prepare.statistics import OnProgress, gradient_statistics, stream_statistics
+from ffgym.prepare.statistics import gradient_statistics, stream_statistics
 from ffgym.pruning.calibration import NestedRidge, pick_ridge, suffix_energy
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, Moments, require_finite
-from ffgym.types import LayerStats, SublayerView
+from ffgym.types import LayerStats, OnStep, SublayerView
 
 HELD_OUT_SHARE = 0.25
 HELD_OUT_TOKENS = 8192  # at most; their inputs are kept until the sublayer is prepared
@@ -67,7 +67,7 @@ def prepare(
     tokens_per_batch: int = 4096,
     source: LayerStream | None = None,
     on_layer: OnLayer | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnStep | None = None,
 ) -> Prepared:
     """Collect statistics, score, order, permute and factorise.
 

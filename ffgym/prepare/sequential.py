@@ -14,11 +14,12 @@ import torch
 from ffgym.models.cut import PrunableModel
 from ffgym.models.sublayer import PrunableSublayer
 from ffgym.models.walk import Stream, Walk
-from ffgym.prepare.statistics import OnProgress, inputs_handed_on, linear_input
+from ffgym.prepare.statistics import inputs_handed_on, linear_input
 from ffgym.pruning.calibration import sequential_refit
 from ffgym.pruning.factors import as_factor, as_multiplied_, products_in
 from ffgym.pruning.precision import in_float64, sum_in_float64
 from ffgym.pruning.statistics import add_products_, mirror_, shifted
+from ffgym.types import OnStep
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def calibrate_sequentially(
     ridges: Sequence[float],
     *,
     tokens_per_batch: int = 4096,
-    on_progress: OnProgress | None = None,
+    on_progress: OnStep | None = None,
 ) -> None:
     """Cut the model to ``kept`` and refit its consumers one after another; the model is left cut.
 

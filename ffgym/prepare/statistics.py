@@ -21,8 +21,6 @@ from ffgym.models.walk import Arguments, Stream, Walk, all_states, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments, add_products_, mirror_
 from ffgym.types import LayerStats
 
-OnProgress = Callable[[int, int], None]
-
 PIECE_TOKENS = 512  # longer windows are cut into pieces, to bound the graph of a layer
 
 

@@ -49,7 +49,7 @@ from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.factors import factor_bytes, packed_size
 from ffgym.pruning.statistics import kept_bytes
-from ffgym.types import LayerStats, SublayerView
+from ffgym.types import LayerStats, Notify, SublayerView
 
 KIND = "prepared"
 DECISIVE = (  # code that decides bits
@@ -63,8 +63,6 @@ DECISIVE = (  # code that decides bits
     "evaluation/perplexity.py",  # of the losses that are kept beside
 )
 STATISTICS = tuple(field.name for field in fields(LayerStats) if field.name != "tokens")
-
-Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from itertools import product
 import numpy as np
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
-from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.bases import Reward
 from ffgym.search.finalists import STARTS, Candidate
+from ffgym.types import OnShare
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
 SIGNIFICANT = 2.0  # paired standard errors
@@ -28,7 +28,7 @@ RECOMMENDED = 3  # the default is the best of so many recommendations, the first
 
 
 def run_finals(
-    env: PruningEnv, candidates: Sequence[Candidate], seed: int, on_progress: OnProgress | None = None
+    env: PruningEnv, candidates: Sequence[Candidate], seed: int, on_progress: OnShare | None = None
 ) -> tuple[list[Candidate], float | None, int]:
     """Choose among candidates; the chosen one first, with the dense loss on the last windows and the tokens taken.
 

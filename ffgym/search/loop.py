@@ -13,7 +13,6 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv, Step
 from ffgym.errors import PluginError
-from ffgym.evaluation.evaluator import OnProgress
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import CALL_ON_UPDATE, call_plugin, check_update
 from ffgym.plugins.manager import described
@@ -21,7 +20,7 @@ from ffgym.search.finalists import Candidate, contenders, finalists, starting_po
 from ffgym.search.finals import run_finals
 from ffgym.search.log import Recorder
 from ffgym.search.pareto import non_dominated
-from ffgym.types import Episode, Update
+from ffgym.types import Episode, OnShare, Update
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def search_front(
     on_episode: Callable[[Episode], None] | None = None,
     on_update: Callable[[Sequence[Episode], Update], None] | None = None,
     on_point: Callable[[SearchResult], None] | None = None,
-    on_progress: OnProgress | None = None,
-    on_finals: OnProgress | None = None,
+    on_progress: Callable[[float], None] | None = None,
+    on_finals: OnShare | None = None,
 ) -> list[SearchResult]:
     """Let the agent spend its tokens, then choose at every target.
 

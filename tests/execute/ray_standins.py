@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ffgym.errors import ModelError
-from ffgym.evaluation.evaluator import OnProgress, Request
-from ffgym.types import Evaluation
+from ffgym.evaluation.evaluator import Request
+from ffgym.types import Evaluation, OnShare
 
 
 def patiently(start: Callable[[], Any]) -> Any:
@@ -49,7 +49,7 @@ class Standin:
             raise ModelError("no such model", hint="Name another.")
         return self
 
-    def measure(self, requests: Sequence[Request], on_progress: OnProgress | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         if self.is_worker:
             self._misbehave()
         for place in range(len(requests)):
