@@ -8,9 +8,9 @@ What is sampled outside [-1, 1] is measured at the edge and not drawn again: in 
 the edge no sample would ever be inside. The update sees the sample as it was drawn; told of the clipped ones, the mean
 would leave the edge whatever the rewards say.
 
-The defaults are the textbook's. ``smooth`` and ``average`` give it the two things that ``reinforce`` has beside its
-gradient, so that a comparison can tell them apart: noise shared over depth, as the covariance to start from, and a
-recommendation averaged over the last means.
+The defaults are the textbook's. ``smooth`` and ``average`` give it the two things that ``reinforce`` has in addition
+to its gradient, so that a comparison can tell them apart: noise shared over depth, as the covariance to start from, and
+a recommendation averaged over the last means.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Reinforce(BatchAgent):
         self._trial = UnitTrial(worth, mean, self.units)
 
     def _natural_gradient(self, rewards: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-        """The step that the pairs of an update speak for, shape (2L,)."""
+        """The natural gradient, estimated from the pairs of an update, shape (2L,)."""
         advantages = pair_advantages(rewards)
         pairs = len(advantages)
         noise = self._noise[:pairs]

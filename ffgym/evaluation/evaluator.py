@@ -144,7 +144,7 @@ class ModelEvaluator:
         """Measure every request, in the order asked for; see `Evaluator`."""
         compared = {i for request in requests if request.divergences for i in request.windows}
         # Requests for slopes are measured one by one, after the others.
-        sloped = {_of_text_alone(r): self._of_text(r) for r in requests if "slopes" in r.needs}
+        sloped = {_without_examples(r): self._of_text(r) for r in requests if "slopes" in r.needs}
         later = [each for own in sloped.values() for each in own]
         own_walk = {each for each in later if not self._is_dense(each.kept)}
         passes = [p for p in self._passes(requests) if p not in own_walk and not self._is_known(p, compared)]
@@ -163,7 +163,7 @@ class ModelEvaluator:
                 advance(SLOPE_PASSES * sum(map(self._tokens, own)))
         finally:
             self._prunable.restore()
-        return [replace(self._evaluation(r, read), slopes=slopes.get(_of_text_alone(r))) for r in requests]
+        return [replace(self._evaluation(r, read), slopes=slopes.get(_without_examples(r))) for r in requests]
 
     @property
     def _length(self) -> int:
@@ -178,8 +178,8 @@ class ModelEvaluator:
     def _of_text(self, request: Request) -> list[_Pass]:
         dense = self._is_dense(request.kept)
         # Slopes are those of single windows, so that workers may share the windows of a request.
-        alone = dense or "slopes" in request.needs
-        size = 1 if alone else max(1, self._tokens_per_batch // self._length)
+        one_by_one = dense or "slopes" in request.needs
+        size = 1 if one_by_one else max(1, self._tokens_per_batch // self._length)
         divergences = frozenset[str]() if dense else request.needs & DIVERGENCES
         starts = range(0, len(request.windows), size)
         return [_Pass(_Batch(request.windows[i : i + size]), request.kept, divergences) for i in starts]
@@ -350,7 +350,7 @@ class ModelEvaluator:
         )
 
 
-def _of_text_alone(request: Request) -> Request:
+def _without_examples(request: Request) -> Request:
     """What the slopes of a request depend on."""
     return replace(request, examples=())
 

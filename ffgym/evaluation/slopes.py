@@ -1,10 +1,9 @@
 """How the loss, or the divergence from the dense model, would change with one unit more or less in every sublayer.
 
-A walk backwards through the cut model says so.
-
-The cut model is computed at full width, with zeros for the removed consumer columns: the same function, but with a
-derivative with respect to them. A pruning path says how the refitted consumer changes as a unit joins. So the
-derivative along the path is an inner product with dL/dW: the pathwise derivative, without sampling.
+It is computed by a walk backwards through the cut model, at full width, with zeros for the removed consumer columns:
+the same function, but with a derivative with respect to them. A pruning path says how the refitted consumer changes as
+a unit joins. So the derivative along the path is an inner product with dL/dW: the pathwise derivative, without
+sampling.
 """
 
 from __future__ import annotations

@@ -47,5 +47,5 @@ class KL(Reward):
         return "kl" if self.config.direction == "forward" else "reverse_kl"
 
     def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-        """Look at the divergence alone."""
+        """exp(-KL)."""
         return math.exp(-getattr(pruned, self.falls_with))

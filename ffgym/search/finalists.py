@@ -75,7 +75,9 @@ def contenders(
     reach: float | None,
     starts: Sequence[Candidate],
 ) -> list[Candidate]:
-    """Whatever meets in the finals at a target: the finalists, the starts, and what must not be missed beside them.
+    """Whatever meets in the finals at a target: the finalists, and allocations that are always measured.
+
+    These are the starts, the Pareto set, and every shared shape.
 
     The arguments are those of :func:`finalists`, and what :func:`starting_points` gave before the search.
     """

@@ -143,7 +143,7 @@ def _is_better(differences: np.ndarray) -> bool:
 
 
 class _Measured:
-    """What candidates came to on single windows of the finals, each measured once.
+    """Results of candidates on single windows of the finals, each measured once.
 
     Args:
         env: measures and judges.
@@ -200,7 +200,7 @@ class _Measured:
         return tuple(self._examples[i % count] for i in range(place, max(windows, count), windows)) if count else ()
 
     def known(self, index: int, places: Sequence[int]) -> Candidate:
-        """A candidate with what it came to on windows; as it was where it was not measured on them."""
+        """A candidate with its results on windows; as it was where it was not measured on them."""
         candidate = self._candidates[index]
         if not self._has(index, places):
             return candidate
