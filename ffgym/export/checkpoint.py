@@ -75,7 +75,7 @@ def save_pruned(
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
-        ModelError: no checkpoint of this kind can say what was kept.
+        ModelError: no checkpoint of this kind can say what was kept, or its generation config is invalid.
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
@@ -109,6 +109,7 @@ def save_again(
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
+        ModelError: its generation config is invalid.
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite)
@@ -133,7 +134,13 @@ def _write(
     with replacing(place) as folder:
         folder.mkdir()
         with quiet():  # our own bar may be on the screen
-            write(folder)
+            try:
+                write(folder)
+            except ValueError as error:  # e.g. of a generation config that was changed since it was loaded
+                raise ModelError(
+                    f"this model cannot be saved: {first_line(error)}",
+                    hint="Correct what the message names, in model.generation_config for example, and save it again.",
+                ) from error
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if card is not None:

@@ -12,6 +12,7 @@ import torch
 from distinct_families import DISTINCT_FAMILIES
 from processes import fresh
 from safetensors.torch import load_file, save_file
+from tiny_tokenizers import byte_level
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -447,6 +448,23 @@ class TestRefusals:
         with pytest.raises(KeyboardInterrupt):
             save_pruned(prunable, Interrupting(), tmp_path / "m")
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_generation_config_that_was_made_invalid_is_refused_by_name(self, prunable, tmp_path):
+        prunable.model.generation_config.temperature = 0.6  # without do_sample
+        with pytest.raises(ModelError, match=r"cannot be saved: GenerationConfig is invalid: .*temperature") as raised:
+            save_pruned(prunable, None, tmp_path / "m")
+        assert "generation_config" in raised.value.hint
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_generation_config_that_was_published_so_is_saved_again(self, tmp_path):
+        published = {"do_sample": False, "temperature": 0.6}
+        tiny_model("llama").save_pretrained(tmp_path / "dense")
+        byte_level().save_pretrained(tmp_path / "dense")
+        (tmp_path / "dense" / "generation_config.json").write_text(json.dumps(published))
+        prunable = PrunableModel(load_model(str(tmp_path / "dense"), dtype="float32", device="cpu").model)
+        prunable.cut(UNEVEN)
+        save_pruned(prunable, None, tmp_path / "m")
+        assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["temperature"] == 0.6
 
     def test_the_attention_of_layer_0_cannot_be_skipped(self, tmp_path):
         with pytest.raises(ModelError, match="layer 0"):
