@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from ffgym.errors import ModelError, OutputError, first_line
 from ffgym.files import replacing, write_text
@@ -354,8 +355,10 @@ def refuse_occupied(place: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{place} exists and is not empty", hint="Choose another folder, or pass --overwrite.")
-    if not (place / "config.json").is_file():
+    others = [path for path in place.iterdir() if path.is_dir() and path.name != CHAT_TEMPLATE_DIR]
+    if others or not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
+        what = f"holds {others[0].name}/" if others else "holds no model"
         raise OutputError(
-            f"{place} is not empty and holds no model: replacing it would delete other files",
+            f"{place} is not empty and {what}: replacing it would delete other files",
             hint="Choose another folder, or empty this one yourself.",
         )

@@ -420,6 +420,24 @@ class TestRefusals:
             save_pruned(prunable, None, tmp_path, overwrite=True)
         assert (tmp_path / "thesis.tex").read_text() == "years"
 
+    def test_overwrite_never_deletes_a_project_that_has_a_config_json(self, prunable, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(OutputError, match="holds no model"):
+            save_pruned(prunable, None, tmp_path, overwrite=True)
+        (tmp_path / "old.safetensors").write_text("")
+        (tmp_path / "src").mkdir()
+        with pytest.raises(OutputError, match="holds src/"):
+            save_pruned(prunable, None, tmp_path, overwrite=True)
+        assert (tmp_path / "src").is_dir()
+
+    def test_a_saved_model_whose_tokenizer_has_a_folder_of_its_own_is_replaced(self, prunable, tmp_path):
+        tokenizer = byte_level()
+        tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+        for card in ("old", "new"):
+            save_pruned(prunable, tokenizer, tmp_path / "m", overwrite=True, card=card)
+            assert (tmp_path / "m" / "additional_chat_templates" / "tools.jinja").is_file()
+        assert (tmp_path / "m" / "README.md").read_text() == "new"
+
     def test_an_empty_folder_and_missing_parents_are_fine(self, prunable, tmp_path):
         (tmp_path / "empty").mkdir()
         assert save_pruned(prunable, None, tmp_path / "empty").path == tmp_path / "empty"

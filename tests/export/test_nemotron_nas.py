@@ -126,6 +126,13 @@ def test_the_model_itself_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "modeling_ffgym.py").is_file()
 
 
+def test_it_is_replaced_where_asked_for(tmp_path: Path) -> None:
+    _, folder, _ = written(tmp_path, UNEVEN)
+    (folder / "stale.txt").write_text("old")
+    export(tmp_path / "model", folder, name="nemotron-nas", overwrite=True)
+    assert not (folder / "stale.txt").exists()
+
+
 def test_the_command_says_how_to_run_it(tmp_path: Path) -> None:
     saved(tmp_path / "model", UNEVEN)
     arguments = ["export", str(tmp_path / "model"), "--format", "nemotron-nas", "--output", str(tmp_path / "nas")]
