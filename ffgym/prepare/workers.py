@@ -54,7 +54,7 @@ class EvaluatorMaker:
 
     def __call__(self) -> ModelEvaluator:
         """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
-        if self.store is not None and not self.store.is_dir():
+        if self.store is not None and not self.store.parent.is_dir():  # what was removed from there is prepared again
             raise WorkerError(
                 f"a worker on {socket.gethostname()} does not see the prepared model {self.store}",
                 hint="Set FFGYM_CACHE to a folder that all machines share, or FFGYM_CACHE_SIZE=0 to prepare on each.",
