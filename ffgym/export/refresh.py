@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from ffgym.errors import ModelError
 from ffgym.files import write_text
 from ffgym.models.families import register_saved
+from ffgym.models.loading_errors import explained
 from ffgym.models.modeling_ffgym import PREFIX
 from ffgym.models.origin import model_folder
 from ffgym.plugins.architectures import MODEL_CONFIG, check_architecture
@@ -27,7 +28,7 @@ def refresh(folder: Path) -> list[Path]:
         the files that were written.
 
     Raises:
-        ModelError: no model, none with layers of different sizes, or of a family that is not there.
+        ModelError: no model, none with layers of different sizes, of a family that is not there, or a damaged config.
         OutputError: the folder cannot be written.
     """
     place = model_folder(folder)
@@ -49,12 +50,14 @@ def refresh(folder: Path) -> list[Path]:
 def is_current(folder: Path) -> bool:
     """Whether the class file beside the weights of a saved model is the one that this ffgym writes, byte for byte."""
     with tempfile.TemporaryDirectory() as scratch:
-        code = [made for made in _renewed(folder, Path(scratch)) if made.suffix == ".py"]
-        return all((folder / made.name).read_bytes() == made.read_bytes() for made in code)
+        code = [(folder / made.name, made) for made in _renewed(folder, Path(scratch)) if made.suffix == ".py"]
+        return all(there.is_file() and there.read_bytes() == made.read_bytes() for there, made in code)
 
 
 def _renewed(folder: Path, scratch: Path) -> list[Path]:
     """Config and class file as this ffgym writes them, the config first."""
     register_saved(MODEL_CONFIG.read(folder / "config.json"))
-    AutoConfig.from_pretrained(folder, trust_remote_code=False).save_pretrained(scratch)
+    with explained(str(folder), str(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.save_pretrained(scratch)
     return sorted(scratch.iterdir())

@@ -233,7 +233,7 @@ def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | No
     model_type = after.model_type if str(after.model_type).startswith(PREFIX) else None
     if model_type is not None and not is_current(pruned):
         raise ModelError(
-            f"the class file in {pruned}, which a server runs, is not the one that this ffgym writes",
+            f"the class file in {pruned}, which a server runs, is missing, or not the one that this ffgym writes",
             hint=f"Read it; then bring it up to date: ffgym export {shlex.quote(str(pruned))} --refresh",
         )
     room = min(before.max_position_embeddings, after.max_position_embeddings) - options.output_tokens - SPARE_TOKENS

@@ -327,7 +327,7 @@ def register_saved(config: Mapping[str, Any]) -> None:
     if not isinstance(model_type, str) or not model_type.startswith(PREFIX):
         return
     inner = text.get("model_type") if isinstance(text, Mapping) else None
-    with contextlib.suppress(ModelError, PluginError):
+    with contextlib.suppress(ModelError, PluginError, KeyError):  # loading says what is wrong with it
         if inner is None:
             register([family_of_type(model_type)])
             return

@@ -558,6 +558,19 @@ class TestRefresh:
         with pytest.raises(ModelError, match="stock architecture 'llama'"):
             refresh(tmp_path)
 
+    def test_a_config_that_does_not_load_is_refused_and_stays(self, old):
+        text = (old / "config.json").read_text().replace('"hidden_act": "silu"', '"hidden_act": 3')
+        (old / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"files are damaged or incomplete: .*hidden_act"):
+            refresh(old)
+        assert (old / "config.json").read_text() == text
+
+    def test_a_text_config_in_a_model_of_one_tower_is_refused(self, old):
+        config = json.loads((old / "config.json").read_text())
+        (old / "config.json").write_text(json.dumps({**config, "text_config": {"model_type": "llama"}}))
+        with pytest.raises(ModelError, match="files are damaged or incomplete"):
+            load_model(str(old))
+
     def test_a_model_whose_family_is_not_installed_is_refused_by_name(self, old):
         text = (old / "config.json").read_text()
         (old / "config.json").write_text(text.replace('"ffgym_llama"', '"ffgym_newcomer"'))

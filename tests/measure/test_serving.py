@@ -280,14 +280,16 @@ def test_engines_that_are_not_installed_name_what_to_install(pruned: Path, monke
         assert what in str(caught.value.hint)
 
 
-def test_a_foreign_class_file_is_not_run(pruned: Path, log: Path, tmp_path: Path) -> None:
+def test_a_foreign_or_missing_class_file_is_not_run(pruned: Path, log: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(pruned, folder)
     with (folder / "modeling_ffgym.py").open("a", encoding="utf-8") as file:
         file.write("print('hello')\n")
-    with pytest.raises(ModelError, match="is not the one that this ffgym writes") as caught:
-        silently(options(folder))
-    assert "--refresh" in str(caught.value.hint)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="is missing, or not the one that this ffgym writes") as caught:
+            silently(options(folder))
+        assert "--refresh" in str(caught.value.hint)
+        (folder / "modeling_ffgym.py").unlink(missing_ok=True)
     assert not noted(log, "started")
 
 
