@@ -55,7 +55,7 @@ def hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Pa
     Only weights that transformers would read are: many repositories hold them once more, in other layouts.
 
     Raises:
-        ModelError: the hub has no such model.
+        ModelError: the hub has no such model, or none of its weights are safetensors.
     """
     from huggingface_hub import snapshot_download
 
@@ -64,6 +64,8 @@ def hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Pa
         folder = Path(fetch(revision=revision, allow_patterns=["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"]))
         weights = [file.name for file in weight_files(folder)] or ["model.safetensors"]
         fetch(revision=folder.name, allow_patterns=weights)  # of the same commit
+        if not weight_files(folder):
+            raise OSError("there is no model.safetensors")
         return folder
     except Exception as error:  # as many types as there are ways to fail
         raise loading_error(error, name, name, only_cached=local_files_only) from error

@@ -565,14 +565,15 @@ def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack
     code = (
         "from ffgym.models.loading import load\nfrom ffgym.errors import ModelError\n"
         "print(load('a/whole', device='cpu').description)\n"
-        "for name in ('a/empty', 'a/gemma'):\n"
-        "    try: load(name, device='cpu')\n    except ModelError as error: print(error.message)"
+        "for name, streamed in (('a/empty', False), ('a/empty', True), ('a/gemma', False)):\n"
+        "    try: load(name, device='cpu', streamed=streamed)\n    except ModelError as error: print(error.message)"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    first, second, third = done.stdout.splitlines()
+    first, second, streamed, third = done.stdout.splitlines()
     assert first == "hub model a/whole at 0123456789ab"
     assert "its weights are not in the hub's cache" in second
+    assert streamed == second
     assert "'gemma4' is not supported" in third, "said before its weights are looked for"
 
 
@@ -622,6 +623,15 @@ def test_a_streamed_hub_model_is_not_downloaded_in_two_layouts(tmp_path, monkeyp
     assert loaded.description == "hub model someone/some-model at 0123456789ab"
     assert loaded.tokenizer.chat_template == "{{ messages }}"
     assert {str(path.relative_to(commit)) for path in commit.rglob("*") if path.is_file()} == wanted
+
+
+def test_a_streamed_hub_model_with_pickled_weights_only_is_refused(saved, tmp_path, monkeypatch):
+    folder = shutil.copytree(saved, tmp_path / "commit", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(ModelError, match="pickled") as caught:
+        load("someone/old", dtype="float32", device="cpu", streamed=True)
+    assert "save_pretrained('old-safetensors')" in caught.value.hint
 
 
 def test_a_hub_model_with_pickled_weights_only_is_refused(monkeypatch):
