@@ -14,6 +14,7 @@ import pickle
 import signal
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -349,7 +350,8 @@ class RayCrew:
 
     def hear(self, seconds: float) -> list[News]:
         """What has happened, see `Crew`."""
-        if not self._calls:
+        if not self._calls:  # every worker is lost, and its place is taken later
+            time.sleep(seconds)
             return []
         self._ray.wait(list(self._calls), timeout=seconds)
         ready, _ = self._ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)

@@ -138,11 +138,12 @@ class Shares:
         """Offer a share again; another process takes the worker's place."""
         share = self.taken.pop(worker)
         self._speeds.known.pop(worker, None)
-        for request in share.requests:
+        missing = [request for request in share.requests if request not in self.answers]
+        for request in missing:
             self._losses[request] += 1
-        if any(self._losses[request] >= ATTEMPTS for request in share.requests):
+        if any(self._losses[request] >= ATTEMPTS for request in missing):
             raise too_often("the same measurement")
-        self._left += share.requests
+        self._left += missing
         self._served = set()
 
     def given_up(self, worker: int, share: float) -> None:

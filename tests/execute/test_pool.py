@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from ffgym.errors import WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.execute.pool import Failed, Pool
+from ffgym.execute.ray import RayCrew
 from ffgym.execute.shares import Shares, Speeds
 from ffgym.types import Evaluation
 
@@ -102,6 +104,25 @@ def test_work_that_no_worker_survives_stops() -> None:
     with pytest.raises(WorkerError, match="3 workers were lost on the same measurement") as raised:
         update(crew, 1, requests(2))
     assert "the same command continues" in str(raised.value.hint)
+
+
+def test_a_late_worker_may_die_once_others_have_answered() -> None:
+    asked, alive = requests(1), {0, 1, 2, 3}
+    shares = Shares(asked, Speeds(known={9: 1e-9}))
+    for worker in (0, 1):
+        shares.take(worker, alive)
+        shares.lost(worker)
+    assert [shares.take(worker, alive) for worker in (2, 3)] == [asked, asked], "the first of them is late"
+    shares.done(3, [Evaluation((0.0,), 1)])
+    shares.lost(2)
+    assert shares.is_finished
+
+
+def test_hearing_of_nobody_takes_the_time_that_it_may() -> None:
+    crew = RayCrew(MagicMock(), lambda reporter: lambda job, report: job, {}, 1, print)
+    start = time.monotonic()
+    assert crew.hear(MOMENT) == []
+    assert time.monotonic() - start >= MOMENT
 
 
 def test_loading_that_no_worker_survives_stops(monkeypatch: pytest.MonkeyPatch) -> None:
