@@ -83,7 +83,10 @@ def measure_memory(job: Job) -> Memory | None:
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         said = done.stderr.strip().splitlines()
-        reason = said[-1] if said else f"it ended with exit status {done.returncode}"
+        if done.returncode < 0:  # by the system, so that what it said last is not why
+            reason = f"it was ended by signal {-done.returncode}"
+        else:
+            reason = said[-1] if said else f"it ended with exit status {done.returncode}"
         raise ModelError(
             f"the process that measures the memory of {job.name!r} failed: {reason}",
             hint="It may have run out of memory: use smaller --batch-sizes or --prompt-lengths.",
