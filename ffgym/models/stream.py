@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ffgym.data.cache import Scratch, storage_error
-from ffgym.errors import ModelError
+from ffgym.errors import ModelError, first_line
 from ffgym.models.checkpoint import TensorFile, check_surplus, weight_tensors
 from ffgym.models.families import family_of
-from ffgym.models.loading_errors import explained
+from ffgym.models.loading_errors import AGAIN, explained
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -97,9 +97,16 @@ class LayerStream:
         self.refits = KeptTensors(device)
 
     def read(self, name: str) -> torch.Tensor:
-        """A parameter by its name in the model, in the model's dtype, on the CPU."""
+        """A parameter by its name in the model, in the model's dtype, on the CPU.
+
+        Raises:
+            ModelError: its file cannot be read any more.
+        """
         file, key = self._places[name]
-        return file.read(key).to(self._dtypes[name])
+        try:
+            return file.read(key).to(self._dtypes[name])
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{name} cannot be read from {file.path}: {first_line(error)}", hint=AGAIN) from error
 
     def outside(self) -> dict[str, torch.Tensor]:
         """The weights outside of the layers, by their names in the model, on the device."""

@@ -147,6 +147,14 @@ def test_a_store_that_is_damaged_while_it_is_in_use_is_named(folder: Path) -> No
     assert str(prepared.store) in str(raised.value.hint)
 
 
+def test_a_checkpoint_that_is_damaged_while_it_is_in_use_is_named(folder: Path) -> None:
+    prunable = PrunableModel(*on_disk(folder))
+    for file in folder.glob("*.safetensors"):
+        os.truncate(file, 2000)
+    with pytest.raises(ModelError, match=r"layers\.1\..* cannot be read from .*\.safetensors"), prunable.layer(1):
+        pass
+
+
 def test_what_was_saved_a_layer_to_a_file_loads(folder: Path, tmp_path: Path, word_tokenizer: Any) -> None:
     prepared = prepared_from_disk(folder)
     prepared.prunable.cut(some_cut(prepared))
