@@ -83,9 +83,9 @@ class FileFormat(Generic[T]):
             raise self.refused(source, _first_problem(error)) from None
 
     def text(self, path: Path, most: int = MOST_BYTES) -> str:
-        """The text (UTF-8) of a file."""
-        try:
-            return self._bytes(path, most).decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        """The text (UTF-8) of a file, with the line ends of Unix."""
+        try:  # some editors begin a file with a byte order mark
+            return self._bytes(path, most).decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise self.refused(str(path), f"not UTF-8 text: {error.reason} at byte {error.start}") from None
 

@@ -88,6 +88,8 @@ class TestDense:
         )
         found = dense_model(run / "model", None)
         assert (found.name, found.said_by) == (name, str(card))
+        card.write_bytes(card.read_bytes().replace(b"\n", b"\r\n"))  # as an editor on Windows writes it
+        assert dense_model(run / "model", None) == found
 
     @pytest.mark.parametrize(
         "card", ["base_model: a/b\n", "---\nlicense: mit\n---\nbase_model: a/b", "---\nbase_model:\n- a/b\n---"]
