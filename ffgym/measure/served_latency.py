@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from ffgym.costs.latency_cache import place_of, timed_once
@@ -29,6 +30,7 @@ from ffgym.measure.serving import SPARE_TOKENS
 from ffgym.measure.speed import Workload
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import LoadedModel, context_limit, load
+from ffgym.models.placement import choose_dtype
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 
@@ -101,6 +103,8 @@ def served_latency_table(
                 f" count {SPARE_TOKENS} more in a prompt",
                 hint=f"Use at most {room}.",
             )
+        if dtype == "auto" and fleet.gpu is not None and torch.cuda.is_available():  # the model is loaded on the CPU
+            dtype = str(choose_dtype(torch.device("cuda"))).removeprefix("torch.")
         with reporter.stage("load the model", 1):
             loaded = load(model, dtype=dtype, device="cpu")
         check_dtype(loaded.dtype_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fake_engine import noted
 from glass_runs import glass_home
 from rich.console import Console
@@ -69,6 +71,16 @@ def test_the_same_engine_on_another_device_is_timed_anew(tmp_path: Path, monkeyp
     monkeypatch.setenv("VLLM_PYTHON", str(shutil.copy(tmp_path / "python", tmp_path / "python-there")))
     monkeypatch.setenv("FAKE_GPU", "Abacus")
     assert timed().device == "Abacus"
+
+
+@pytest.mark.usefixtures("paced")
+def test_an_engine_on_a_gpu_serves_the_dtype_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_GPU", "Abacus")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert timed().dtype == "float16"
+    assert timed(dtype="float32").dtype == "float32", "what is asked for wins"
 
 
 def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> None:
