@@ -130,10 +130,11 @@ def store_key(
     said = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     for name, tensor in (*model.named_parameters(), ("windows", windows)):  # a tied weight once
+        device = tensor.device
         if tensor.is_meta:
             assert stream is not None, "only a streamed model has weights on the meta device"
-            tensor = stream.read(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device.type}".encode())
+            tensor, device = stream.read(name), stream.device
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {device.type}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     versions = f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()}"  # kernels round by them
     digest.update(versions.encode())
@@ -212,7 +213,7 @@ def opened_or_prepared(
         if place.is_dir():
             if stored := _open(place, model, stream):
                 os.utime(place)
-                notify(f"prepared before: opened {place}")
+                notify(f"opened what was prepared before: {place}")
                 return replace(stored, store=place)
             notify(f"{place} is damaged, or not what its name says: preparing again")
             shutil.rmtree(place, ignore_errors=True)
@@ -230,7 +231,10 @@ def opened_or_prepared(
             prepared = _open(place, model, stream)
         assert prepared is not None, "it has just been written"
     for entry in shrink(KIND, size_limit(), spare=place):
-        notify(f"removed {entry.path}, which was not used for longest (FFGYM_CACHE_SIZE)")
+        notify(
+            f"removed {entry.path}, the prepared model that was used least recently:"
+            " the cache is limited to FFGYM_CACHE_SIZE"
+        )
     return replace(prepared, store=place)
 
 

@@ -344,7 +344,7 @@ def test_a_bench_that_goes_on_after_its_rules_finds_the_model_that_it_has_prepar
     file = bench_file(tmp_path, agents=["random", "flap"], seeds=[0])
     call(file)
     (tmp_path / "small" / "random-seed0.json").unlink()
-    assert "prepared before: opened" in call(file)[1]
+    assert "opened what was prepared before" in call(file)[1]
 
 
 def test_further_seeds_of_some_agents_come_last(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -214,9 +215,11 @@ def test_a_disk_that_fills_up_is_named(folder: Path, small_files: Any) -> None:
         calibrate_sequentially(prepared.prunable, some_cut(prepared), WINDOWS, [1.0] * 6)
 
 
-def test_both_placements_share_a_store(folder: Path) -> None:
-    model, stream = on_disk(folder)
-    assert store_key(model, Wanda(), WINDOWS, {}, stream) == store_key(load_model(folder), Wanda(), WINDOWS, {})
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=ON_GPU)], ids=str)
+def test_both_placements_share_a_store(folder: Path, device: torch.device) -> None:
+    model, stream = on_disk(folder, device=device)
+    here = load_model(folder).to(device)
+    assert store_key(model, Wanda(), WINDOWS, {}, stream) == store_key(here, Wanda(), WINDOWS, {})
 
 
 def test_between_layers_nothing_but_sizes_is_in_memory(folder: Path) -> None:
@@ -292,7 +295,7 @@ class TestRefuses:
                 load(str(tmp_path), device="cpu", dtype="float32", streamed=streamed)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@ON_GPU
 def test_on_a_gpu_layers_come_on_a_stream_of_their_own(folder: Path) -> None:
     cuda = torch.device("cuda")
     prunable = prepared_from_disk(folder, device=cuda).prunable

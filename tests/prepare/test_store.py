@@ -83,7 +83,7 @@ def bits(prepared: Prepared) -> list[torch.Tensor]:
 def test_opening_gives_the_bits_of_preparing(family: str, how: str, told: Told) -> None:
     first, second = (go(told, tiny_model(family, dtype=torch.bfloat16), how=how) for _ in range(2))
     assert told.prepared == 1
-    assert told[-1].startswith("prepared before: opened ")
+    assert told[-1].startswith("opened what was prepared before: ")
     assert second.ridges == first.ridges
     assert [half.affine for half in second.prunable.halves] == [half.affine for half in first.prunable.halves]
     assert all(torch.equal(one, other) for one, other in zip(bits(first), bits(second), strict=True))
