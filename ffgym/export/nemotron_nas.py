@@ -99,18 +99,18 @@ def _check(config: Any, checkpoint: Checkpoint) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     window = getattr(config, "sliding_window", None)
     if family.name not in FAMILIES:
-        reason = f"it computes as Llama does, and this is of family {family.name!r}"
+        reason = f"the format computes as Llama does, and this model is of family {family.name!r}"
     elif head_dim * config.num_attention_heads != config.hidden_size:
-        reason = f"its heads have hidden size / heads channels each, and those of this model {head_dim}"
+        reason = f"the format's heads have hidden size / heads channels each, and this model's have {head_dim}"
     elif rope not in ("default", "llama3"):
-        reason = f"rotary embeddings of type {rope!r} are not written"
+        reason = f"the format has no rotary embeddings of type {rope!r}"
     elif window and window < config.max_position_embeddings:
-        reason = f"it attends to everything, and this model to {window:,} tokens"
+        reason = f"the format attends to everything, and this model to {window:,} tokens"
     elif bias := next((name for name in checkpoint.left if name.endswith(".bias")), None):
-        reason = f"a layer has no bias of its own, and this model has {bias}"
+        reason = f"the format has no bias in a layer, and this model has {bias}"
     else:
         return
-    hint = "Prune with --calibration ridge, which adds no biases. " if "bias of its own" in reason else ""
+    hint = "Prune with --calibration ridge, which adds no biases. " if "no bias" in reason else ""
     raise ModelError(f"this model cannot be written as nemotron-nas: {reason}", hint=hint + OTHERWISE)
 
 

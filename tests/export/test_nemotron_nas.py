@@ -86,9 +86,9 @@ def test_removed_sublayers_are_blocks_without_operation(tmp_path: Path) -> None:
     ("family", "config", "reason"),
     [
         ("gemma", {}, "of family 'gemma'"),
-        ("mistral", {"sliding_window": 64}, "it attends to everything, and this model to 64 tokens"),
+        ("mistral", {"sliding_window": 64}, "the format attends to everything, and this model to 64 tokens"),
         ("opt", {}, "of family 'opt'"),
-        ("qwen2", {}, "of family 'qwen2'"),
+        ("qwen2", {}, "the format computes as Llama does, and this model is of family 'qwen2'"),
     ],
 )
 def test_what_it_cannot_say_is_refused_by_name(
