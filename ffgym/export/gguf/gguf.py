@@ -27,11 +27,11 @@ from ffgym.models.loading_errors import AGAIN
 from ffgym.plugins.bases import PluginConfig
 
 FILE_TYPES = gguf.LlamaFileType
-# GGUF's name of a dtype -> torch's, safetensors' name, what the tensors are marked with, and what the file is.
-DTYPES: dict[str, tuple[torch.dtype, str, Any, Any]] = {
-    "f32": (torch.float32, "F32", gguf.GGMLQuantizationType.F32, FILE_TYPES.ALL_F32),
-    "f16": (torch.float16, "F16", gguf.GGMLQuantizationType.F16, FILE_TYPES.MOSTLY_F16),
-    "bf16": (torch.bfloat16, "BF16", gguf.GGMLQuantizationType.BF16, FILE_TYPES.MOSTLY_BF16),
+# GGUF's name of a dtype, safetensors' in lower case -> torch's, what the tensors are marked with, and what the file is.
+DTYPES: dict[str, tuple[torch.dtype, Any, Any]] = {
+    "f32": (torch.float32, gguf.GGMLQuantizationType.F32, FILE_TYPES.ALL_F32),
+    "f16": (torch.float16, gguf.GGMLQuantizationType.F16, FILE_TYPES.MOSTLY_F16),
+    "bf16": (torch.bfloat16, gguf.GGMLQuantizationType.BF16, FILE_TYPES.MOSTLY_BF16),
 }
 
 
@@ -89,7 +89,7 @@ class Gguf(ExportFormat):
                 hint=OTHERWISE,
             )
         vocabulary = read_vocabulary(load_tokenizer(folder), config.vocab_size, _ends(folder))
-        chosen = dtype or next(name for name, names in DTYPES.items() if names[1] == checkpoint.dtype(EMBEDDING))
+        chosen = dtype or checkpoint.dtype(EMBEDDING).lower()
         with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
             _add_metadata(writer, architecture, contents, vocabulary, name=place.stem, dtype=chosen)
             _write(writer, tensors, chosen, progress)
@@ -267,7 +267,7 @@ def _add_metadata(
     config, layers = contents.config, contents.layers
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(int(DTYPES[dtype][3]))
+    writer.add_file_type(int(DTYPES[dtype][2]))
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(contents.context_length(architecture))
     writer.add_embedding_length(config.hidden_size)
@@ -302,7 +302,7 @@ def _one_or_all(sizes: list[int]) -> int | list[int]:
 def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: Progress) -> None:
     wanted = [DTYPES[dtype if tensor.is_matrix else "f32"] for tensor in tensors]
     sizes = [torch.Size(t.shape).numel() * w[0].itemsize for t, w in zip(tensors, wanted, strict=True)]
-    for tensor, (_, _, kind, _), size in zip(tensors, wanted, sizes, strict=True):
+    for tensor, (_, kind, _), size in zip(tensors, wanted, sizes, strict=True):
         writer.add_tensor_info(tensor.name, tensor.shape, None, size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
