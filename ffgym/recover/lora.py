@@ -96,7 +96,7 @@ class Lora(Recovery):
             summary=f"LoRA of rank {options.rank} (alpha {options.alpha:g}) on all linears of attention and MLP, "
             f"merged: {steps_of(setup)} steps of {step_tokens:,} tokens at up to {setup.learning_rate:g}, "
             f"seed {setup.seed}.",
-            kept=f"the adapters of step {curve.chosen} were merged",
+            kept=f"the adapters of step {curve.chosen} were merged" if curve.chosen else "the weights are as they were",
             curve=asdict(curve),
         )
 

@@ -83,6 +83,14 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_adapters_that_did_not_learn_are_not_said_to_be_merged(fresh: Any, texts: Any) -> None:
+    losses = iter([0.0])  # of the model before; none can be less
+    outcome = Lora().train(
+        setup_of(fresh(), texts, **settings(steps=1)["setup"], held_out_loss=lambda: next(losses, 9.0))
+    )
+    assert outcome.kept == "the weights are as they were"
+
+
 # where adapters go
 
 
