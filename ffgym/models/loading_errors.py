@@ -24,7 +24,8 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
     if is_out_of_memory(error):
         return ModelError(
             f"model {name!r} does not fit into memory: {said}",
-            hint="Use model.placement stream, model.dtype bfloat16, model.device cpu or balanced, or a smaller model.",
+            hint="Use model.dtype bfloat16, model.device cpu or balanced, in a run model.placement stream, or a smaller"
+            " model.",
         )
     if "trust_remote_code" in str(error):
         return ModelError(

@@ -128,5 +128,6 @@ def move(model: Any, device: torch.device) -> Any:
     except (RuntimeError, AssertionError) as error:  # out of memory, or a device this torch was not built for
         raise ModelError(
             f"the model cannot be moved to {device}: {first_line(error)}",
-            hint="Use model.placement stream, model.device cpu, or balanced over several GPUs, or a smaller model.",
+            hint="Use model.device cpu, or balanced over several GPUs, in a run model.placement stream, or a smaller"
+            " model.",
         ) from error

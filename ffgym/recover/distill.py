@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ffgym.errors import RecoveryError
+from ffgym.errors import RecoveryError, raising_if_out_of_memory
 from ffgym.models.families import Family, dense_or_pruned_family_of, family_of_pair
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import linear_input
@@ -72,7 +72,12 @@ class DistilMLP(Recovery):
                 stage.advance((fit.layer + 1) * steps - stage.done)
                 setup.log([("error_before", fit.before, fit.layer), ("error_after", fit.after, fit.layer)])
 
-            fits = distil_mlps(setup, on_step, on_layer)
+            short = RecoveryError(
+                "training ran out of memory",
+                hint="Lower recover.tokens: the states of all its windows are in memory. Or set model.device=cpu.",
+            )
+            with raising_if_out_of_memory(short):
+                fits = distil_mlps(setup, on_step, on_layer)
         after = setup.held_out_loss()
         setup.log([("held_out_loss", before, 0), ("held_out_loss", after, 1)])
         return TrainingOutcome(

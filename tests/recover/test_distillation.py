@@ -22,7 +22,7 @@ from ffgym.models.families import dense_or_pruned_family_of, family_of_type
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.recover.checkpoint import Checkpoint
-from ffgym.recover.distill import LayerFit, distil_mlps, mlp_of
+from ffgym.recover.distill import DistilMLP, LayerFit, distil_mlps, mlp_of
 from ffgym.testing.models import tiny_model
 
 UNEVEN, EMPTIED = (1, 17, 2, 30, 1, 5), (1, 17, 0, 48, 2, 0)
@@ -101,6 +101,17 @@ def test_every_mlp_comes_closer_to_the_dense_one_in_the_finished_model(pair: Any
         # What was recorded on the way is what the finished model does in one ordinary forward pass.
         assert relative_error(pruned, dense, fit.layer, texts[0]) == pytest.approx(fit.after, rel=1e-3)
     assert relative_error(before, dense, 0, texts[0]) == pytest.approx(fits[0].before, rel=1e-3)
+
+
+def test_memory_that_runs_out_names_what_takes_it(pair: Any, texts: Any) -> None:
+    def fills_up(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    pruned, dense = pair()
+    dense.model.layers[1].register_forward_pre_hook(fills_up)
+    with pytest.raises(RecoveryError, match="training ran out of memory") as raised:
+        DistilMLP().train(setup_of(pruned, texts, dense=dense, **settings(steps=1)))
+    assert "recover.tokens" in str(raised.value.hint)
 
 
 def test_only_the_mlps_change(pair: Any, texts: Any) -> None:
