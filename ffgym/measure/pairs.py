@@ -8,7 +8,6 @@ from torch import nn
 
 from ffgym.errors import ModelError
 from ffgym.models.families import Family, family_of, family_of_pair
-from ffgym.models.modeling_ffgym import Skipped
 from ffgym.types import Sublayer
 
 HINT = "Name the dense model that this one was made from: --dense MODEL."
@@ -34,8 +33,7 @@ def _units(family: Family, layer: nn.Module, dense: Sublayer) -> int:
     """Units of one half of a pruned layer."""
     if dense.kind == "experts":
         return int(family.expert_modules(layer)[0].num_experts)
-    name = family.attention_consumer if dense.kind == "attention" else family.mlp_consumer
-    if isinstance(layer.get_submodule(name.rpartition(".")[0] or name), Skipped):
+    if not family.has_half(layer, dense.kind):
         return 0
     units, rest = divmod(family.consumer(layer, dense.kind).in_features, dense.channels_per_unit)
     rows = [sum(blocks) * units for blocks in family.rows_per_unit(dense)]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from ffgym.errors import ModelError, PluginError
-from ffgym.models.modeling_ffgym import PREFIX, expert_modules, make_classes, make_towers
+from ffgym.models.modeling_ffgym import PREFIX, Skipped, expert_modules, head_counts, make_classes, make_towers
 from ffgym.plugins import manager
 from ffgym.plugins.architectures import family_name
 from ffgym.plugins.bases import Plugin
@@ -122,6 +122,14 @@ class Family(Plugin):
         """The linear that reads the units of one half of a layer, which is not one of experts."""
         return self._linear(layer, self.attention_consumer if kind == "attention" else self.mlp_consumer)
 
+    def has_half(self, layer: nn.Module, kind: Kind) -> bool:
+        """Whether anything is left of one half of a layer, which is not one of experts."""
+        try:
+            consumer = layer.get_submodule(self.attention_consumer if kind == "attention" else self.mlp_consumer)
+        except AttributeError:  # ``Skipped`` is in the place of the whole half
+            return False
+        return not isinstance(consumer, Skipped) and getattr(consumer, "in_features", 1) > 0
+
     def producers(self, layer: nn.Module, kind: Kind) -> list[nn.Linear]:
         """The linears that write them: query, key, value, or the MLP's; fused ones once."""
         return [self._linear(layer, name) for name in dict.fromkeys(self._producer_names(kind))]
@@ -160,8 +168,8 @@ class Family(Plugin):
 
     def head_counts(self, config: Any) -> tuple[int, int]:
         """Query heads, and key/value heads, by a config of all layers or of one."""
-        heads = getattr(config, self.heads)
-        return heads, heads if self.kv_heads is None else getattr(config, self.kv_heads)
+        found: tuple[int, int] = head_counts(config, self)  # type: ignore[no-untyped-call]
+        return found
 
     def stock_shapes(self, model: nn.Module) -> dict[Kind, tuple[int, ...]]:
         """Units that all attentions, and all MLPs, of a stock checkpoint may keep; ascending, the last = all.

@@ -115,9 +115,14 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
     )
 
 
+def record_files(folder: Path) -> tuple[Path, Path]:
+    """Where the configuration of the training or the run that saved a model may lie: in its folder, or beside it."""
+    return folder / "config.toml", folder.resolve().parent / "config.toml"
+
+
 def recorded_dense_model(folder: Path) -> DenseModel | None:
     """The dense model that the record of a saved one names; ``None`` where there is no record."""
-    own, run = folder / "config.toml", folder.resolve().parent / "config.toml"
+    own, run = record_files(folder)
     for file in (own, run):
         model = RECORD.read(file).model if file.is_file() else _RecordedModel()
         # A run writes every key; somebody else may have left out a default. Training leaves the name out where it was

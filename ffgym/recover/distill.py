@@ -111,11 +111,7 @@ def steps_of(setup: TrainingSetup) -> int:
 def mlp_of(layer: Any, family: Family) -> nn.Module | None:
     """A decoder layer's MLP as a module of its inputs; ``None`` where nothing of it is left."""
     holder = family.mlp_consumer.rpartition(".")[0]
-    try:
-        consumer = layer.get_submodule(family.mlp_consumer)
-    except AttributeError:  # the whole MLP was replaced by ``Skipped``
-        return None
-    if not isinstance(consumer, nn.Linear) or consumer.in_features == 0:
+    if not family.has_half(layer, "mlp"):
         return None
     if not holder:  # OPT's, whose parts live in the decoder layer itself
         return nn.Sequential(OrderedDict(fc1=layer.fc1, activation=layer.activation_fn, fc2=layer.fc2))

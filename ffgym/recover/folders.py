@@ -9,13 +9,12 @@ from pathlib import Path
 from ffgym.errors import OutputError
 from ffgym.export.checkpoint import refuse_occupied
 from ffgym.files import check_writable, exclusive_lock
-from ffgym.models.origin import model_folder
+from ffgym.models.origin import model_folder, record_files
 
 
 def find_run_config(folder: Path) -> Path | None:
     """``config.toml`` of the run that saved the model of a folder, where it lies in its usual place."""
-    source = model_folder(folder).resolve()
-    return next((path for path in (source / "config.toml", source.parent / "config.toml") if path.is_file()), None)
+    return next((path for path in record_files(model_folder(folder).resolve()) if path.is_file()), None)
 
 
 def output_folder(source: Path) -> Path:
