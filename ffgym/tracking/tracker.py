@@ -59,7 +59,7 @@ class Tracker:
     reason in the tag ``ffgym.failure``. (MLflow's own context manager would mark Ctrl-C as FAILED.)
 
     What a server does not take once the run has begun is kept in ``unsent``, and sent as soon as it answers again, by
-    this run, by the one that resumes it, or by ``ffgym sync``.
+    this run, by the one that resumes it, or by ``ffgym sync``. What a server refuses for good is said and left out.
 
     Args:
         root: folder of the store, made if it is missing.

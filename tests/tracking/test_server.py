@@ -156,6 +156,29 @@ def test_or_by_the_run_itself_once_the_server_is_back(server, outage):
     assert [point.step for point in history] == [0, 1, 2]
 
 
+def test_what_a_server_refuses_holds_up_nothing_else(server, address, tmp_path, capsys):
+    client, said = MlflowClient(server.uri), []
+    with run_in(tmp_path, said.append) as tracker:
+        client.log_param(tracker.run_id, "agent", "ppo")
+        tracker.log_params({"agent": "random"})  # which it has with another value
+        tracker.log_metrics([("search/reward", 0.1, 0)])
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.params["agent"]) == ("FINISHED", "ppo")
+    assert run.data.metrics["search/reward"] == 0.1
+    assert "MLflow refuses params of this run: INVALID_PARAMETER_VALUE" in capsys.readouterr().err
+    assert (said, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_what_is_logged_to_a_deleted_run_waits_until_it_is_restored(server, address, tmp_path):
+    client = MlflowClient(server.uri)
+    with run_in(tmp_path) as tracker:
+        client.delete_run(tracker.run_id)
+        tracker.log_metrics([("search/reward", 0.1, 0)])
+    client.restore_run(tracker.run_id)
+    assert "records sent" in CliRunner().invoke(app, ["sync", str(tmp_path)]).output
+    assert client.get_run(tracker.run_id).data.metrics["search/reward"] == 0.1
+
+
 def test_records_of_a_run_that_the_store_does_not_have_stay(server, address, tmp_path):
     box = tmp_path / "unsent.jsonl"
     record = {"write": "tags", "values": {"a": "b"}}
