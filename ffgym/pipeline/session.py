@@ -89,6 +89,8 @@ class Session:
                 resume=earlier.mlflow_run,
                 command="ffgym run",
                 again=resume_command(folder),
+                # Not where nothing was found, nor where the folder is still that of an earlier run.
+                can_go_on=lambda: (folder / "run.json").exists() and read_record(folder).mlflow_run == tracker.run_id,
                 notify=progress.print,
             ) as tracker,
             disk_errors(),

@@ -70,6 +70,7 @@ class Tracker:
             again. Where the store does not have it (any more), a new run is made.
         command: what makes the run, e.g. ``"ffgym run"``.
         again: the command that goes on with the run once it has ended early.
+        can_go_on: whether there is something to go on with.
         notify: is told when a server goes away.
 
     Raises:
@@ -89,6 +90,7 @@ class Tracker:
         resume: str | None = None,
         command: str = "ffgym",
         again: str = "",
+        can_go_on: Callable[[], bool] = lambda: True,
         notify: Callable[[str], None] = print,
     ) -> None:
         self.run_id: str | None = None
@@ -102,6 +104,7 @@ class Tracker:
         self._resume = resume
         self._command = command
         self._again = again
+        self._can_go_on = can_go_on
         self._notify = notify
         self._earlier: dict[str, dict[int, float]] = {}  # values that earlier sessions logged, by metric and step
         self._uri = tracking_uri(root) if enabled else ""
@@ -362,7 +365,7 @@ class Tracker:
             reason, tag = masked(f"{type(error).__name__}: {error}", self._uri), FAILURE_TAG
         page = f"**{'Interrupted' if interrupted else 'Failed'}:** {reason}"
         tags = {tag: reason}
-        if self._again and self._unsent.parent.exists():  # a run that found nothing leaves no folder
+        if self._again and self._can_go_on():
             tags[RESUME_TAG] = self._again
             page += f"\n\nGo on with\n\n```console\n$ {self._again}\n```"
         try:

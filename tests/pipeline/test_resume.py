@@ -267,7 +267,9 @@ def test_a_failure_that_was_overcome_is_forgotten(tmp_path: Path, monkeypatch: p
         patch.setattr(compare, "measured_row", broken)
         with pytest.raises(DataError):
             go(config(tmp_path, tracking=TRACKED))
-    assert runs(root)[0].data.tags["ffgym.failure"] == "DataError: the disk ate it"
+    tags = runs(root)[0].data.tags
+    assert tags["ffgym.failure"] == "DataError: the disk ate it"
+    assert tags["ffgym.resume"] == f"ffgym run --resume {tmp_path / 'out'}"
     go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
     assert run.info.status == "FINISHED"

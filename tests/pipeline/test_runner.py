@@ -719,6 +719,23 @@ def test_a_plugin_that_breaks_its_contract_is_named_and_the_run_is_failed(
     assert run.data.tags["ffgym.failure"].startswith("PluginError: reward 'sick' (package sick 1.0)")
 
 
+@pytest.mark.parametrize("there", ["nothing", "another run"])
+def test_mlflow_names_no_command_that_goes_on_where_nothing_of_this_run_is_left(
+    finished: Finished, tmp_path: Path, there: str
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    if there == "another run":
+        shutil.copytree(finished.folder, tmp_path / "out")
+    else:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(DataError):
+        finish(glass_config(tmp_path, data={"report_tokens": 10**6}, output={"overwrite": True}, tracking=TRACKED))
+    (run,) = runs(root)
+    assert run.info.status == "FAILED"
+    assert "ffgym.resume" not in run.data.tags
+    assert "--resume" not in run.data.tags["mlflow.note.content"]
+
+
 def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
