@@ -303,18 +303,19 @@ def disk_errors() -> Iterator[None]:
 
 
 @contextmanager
-def exclusive_lock(lock_file: Path) -> Iterator[bool]:
+def exclusive_lock(lock_file: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold a lock for the block, or learn at once that another process does; a process that is killed holds none.
 
     Args:
         lock_file: made for the block, gone afterwards; its folder must be there.
+        wait: until the other process lets go, however long that takes.
 
     Yields:
         whether the lock is held.
     """
     lock = FileLock(lock_file)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except Timeout:
         yield False
         return

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import BaseModel
 
 from ffgym.errors import TrackingError
-from ffgym.files import FileFormat, write_text
+from ffgym.files import FileFormat, exclusive_lock, write_text
 from ffgym.tracking.records import send
 from ffgym.tracking.runs import run_with_id
 from ffgym.tracking.store import reading_store
@@ -83,14 +82,8 @@ class Outbox:
             return 0
         return max(0, len(self.path.read_bytes().splitlines()) - 1)
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = self.path.with_suffix(".lock")
-        with FileLock(lock):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+    def _lock(self) -> AbstractContextManager[bool]:
+        return exclusive_lock(self.path.with_suffix(".lock"), wait=True)
 
 
 def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> int:
