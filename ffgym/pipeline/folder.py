@@ -38,6 +38,7 @@ WRITTEN = frozenset(
 WRITTEN_PER_POINT = re.compile(
     r"allocation-0\.\d+\.json|model-0\.\d+|model(-0\.\d+)?-recovered(\.unfinished|\.unsent\.(jsonl|lock))?"
     r"|\.model(-0\.\d+)?-recovered\.lock"
+    r"|[0-9a-f]{8}\.(model\S*\.)?unsent\.(jsonl|lock)"  # of an MLflow run that found another's records there
 )
 # Files that were being written, or replaced, when a run was killed.
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}(?:\.old)?")

@@ -43,6 +43,14 @@ class Outbox:
     path: Path
     run_id: str
 
+    @classmethod
+    def of(cls, path: Path, run_id: str) -> Outbox:
+        """The outbox of a run: this file, or one beside it where this one holds records of another run."""
+        own = path.with_name(f"{run_id[:8]}.{path.name}")
+        first = islice(LINE.lines(path), 1) if path.exists() else ()
+        others = [line for source, line in first if line.endswith(b"\n") and HEAD.parse(line, source).run != run_id]
+        return cls(own if others or own.exists() else path, run_id)
+
     def add(self, record: JSONDict) -> None:
         """Keep one more record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

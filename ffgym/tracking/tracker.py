@@ -64,7 +64,8 @@ class Tracker:
     Args:
         root: folder of the store, made if it is missing.
         enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
-        unsent: file for what a server does not take; its folder must be there once there is something to keep.
+        unsent: file for what a server does not take; its folder must be there once there is something to keep. One that
+            holds records of another run is left as it is: this run's go into a file beside it.
         parent: ``run_id`` of the run that this one is a child of.
         resume: ``run_id`` of an earlier session of the same run, which goes on: what that has logged is not logged
             again. Where the store does not have it (any more), a new run is made.
@@ -265,7 +266,7 @@ class Tracker:
                 )
                 self.run_id = run.info.run_id
             if is_server(self._uri):
-                self._outbox = Outbox(self._unsent, run.info.run_id)
+                self._outbox = Outbox.of(self._unsent, run.info.run_id)
                 self._had_folder = self._unsent.parent.exists()
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
@@ -291,7 +292,7 @@ class Tracker:
             raise
         if run.info.lifecycle_stage != "active":
             return None
-        Outbox(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
+        Outbox.of(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
         self._client.update_run(self._resume, status="RUNNING")
         run = self._client.get_run(self._resume)
         for tag in {FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG} & run.data.tags.keys():

@@ -66,6 +66,8 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
         ".model-0.20-recovered.part-0123abcd",
         "unsent.lock",
         "model-recovered.unsent.lock",
+        "0a1b2c3d.unsent.jsonl",
+        "0a1b2c3d.model-0.20-recovered.unsent.lock",
         ".model-recovered.lock",
     ],
 )

@@ -44,6 +44,17 @@ def test_a_file_that_was_only_begun_holds_nothing(box: Outbox, left: str) -> Non
     assert not box.path.exists()
 
 
+def test_records_of_two_runs_are_not_mixed(box: Outbox) -> None:
+    box.add({"write": "text", "number": 1})
+    other, sent = Outbox.of(box.path, "b" * 32), list[Any]()
+    other.add({"write": "text", "number": 2})
+    assert Outbox.of(box.path, box.run_id) == box
+    assert box.forward(sent.append) == 1
+    assert Outbox.of(box.path, other.run_id).forward(sent.append) == 1, "also once the other's are sent"
+    assert [record["number"] for record in sent] == [1, 2]
+    assert list(box.path.parent.iterdir()) == []
+
+
 def test_an_empty_file_is_no_outbox(box: Outbox) -> None:
     box.path.touch()
     assert sync(box.path.parent, [box.path.parent], print) == 0

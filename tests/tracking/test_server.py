@@ -179,6 +179,18 @@ def test_what_is_logged_to_a_deleted_run_waits_until_it_is_restored(server, addr
     assert client.get_run(tracker.run_id).data.metrics["search/reward"] == 0.1
 
 
+def test_what_waits_of_an_earlier_run_is_not_mixed_with_that_of_a_new_one(server, address, tmp_path):
+    box = tmp_path / "unsent.jsonl"
+    earlier = f'{{"run": "{"0" * 32}"}}\n{json.dumps({"write": "tags", "values": {"a": "b"}})}\n'
+    box.write_text(earlier)
+    with run_in(tmp_path) as tracker:
+        MlflowClient(server.uri).delete_run(tracker.run_id)
+        tracker.log_metrics([("search/reward", 0.1, 0)])
+    own = tmp_path / f"{tracker.run_id[:8]}.unsent.jsonl"
+    assert json.loads(own.read_text().splitlines()[0]) == {"run": tracker.run_id}
+    assert box.read_text() == earlier
+
+
 def test_records_of_a_run_that_the_store_does_not_have_stay(server, address, tmp_path):
     box = tmp_path / "unsent.jsonl"
     record = {"write": "tags", "values": {"a": "b"}}
