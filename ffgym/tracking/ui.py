@@ -82,8 +82,9 @@ def _show(place: str, notify: Callable[[str], None], browser: bool) -> None:
 
 def _comes_up(server: subprocess.Popen[bytes], address: str) -> bool:
     """Wait until the server answers; it may also give up."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy does not lead to this machine
     while server.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=1):
+        with contextlib.suppress(OSError), direct.open(f"{address}/health", timeout=1):
             return True
         time.sleep(0.2)
     return False

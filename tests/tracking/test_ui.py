@@ -2,10 +2,13 @@ import json
 import socket
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from mlflow_store import client, new_store
+from processes import free_port
 
 from ffgym.errors import TrackingError
 from ffgym.tracking.store import tracking_uri
@@ -91,6 +94,40 @@ def test_ui_serves_the_same_store_and_tells_when_it_gave_up(root, monkeypatch):
     Server(monkeypatch, code=1)
     with pytest.raises(TrackingError, match="exit code 1"):
         open_ui(root, port=0)
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+
+class Answering(Server):
+    """Says that it is up, to whoever asks it."""
+
+    def __call__(self, command, env):
+        self.http = HTTPServer(("127.0.0.1", int(command[command.index("--port") + 1])), Healthy)
+        Thread(target=self.http.serve_forever, daemon=True).start()
+        self.polls = iter([None] * 50)
+        return super().__call__(command, env)
+
+    def poll(self):
+        return next(self.polls, self.code)
+
+    def wait(self, timeout=None):
+        self.http.shutdown()
+        self.http.server_close()
+        return self.code
+
+
+def test_the_page_is_shown_behind_a_proxy_too(root, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    said = []
+    Answering(monkeypatch)
+    open_ui(root, port=free_port(), notify=said.append, browser=False)
+    assert said[0].startswith("The runs are shown at")
 
 
 @pytest.mark.parametrize("signals", [["Ctrl-C"], ["Ctrl-C", "terminate"], ["Ctrl-C", "terminate", "kill"]])
