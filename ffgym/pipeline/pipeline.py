@@ -84,12 +84,12 @@ def run(
     check_texts(config.data)
     if resume is None:
         table_digest(config)  # refuses a latency table that is missing; a resumed run has its own
+    reporter.print(plan.summary)
+    plan.check()
     with (
         cluster_of(config.workers, config.model.device, reporter.print) as cluster,
         Session.open(config, reporter, earlier) as session,
     ):
-        reporter.print(plan.summary)
-        plan.check()
         reporter.plan(planned_steps(config, plan))
         report_idle_workers(
             agent.update_size(config.search.episodes_per_update),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,8 +77,11 @@ class Session:
                 hint="Install what it was begun with, or start a new run with --config and its config.toml.",
             )
         table = config.tracking
+        overwrites = not resumed and bool(contents(folder))
         with (
             folder_lock(folder),
+            # For what goes wrong before MLflow is open; behind that, MLflow is told once the folder is gone.
+            nullcontext() if resumed or overwrites else removing_if_nothing_found(folder, made=made),
             noting_results(folder),  # after MLflow has the result too
             Tracker(
                 table.folder,
@@ -97,7 +100,6 @@ class Session:
             ExitStack() as ending,
         ):
             record = RunRecord(tracker.run_id or earlier.mlflow_run, earlier.dtype, editions=editions(config))
-            overwrites = not resumed and bool(contents(folder))
             removing = removing_if_nothing_found(folder, made=made)
             session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites, removing)
             session._start()

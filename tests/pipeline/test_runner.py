@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,7 @@ from ffgym.errors import (
     BudgetError,
     ConfigError,
     DataError,
+    FitError,
     ModelError,
     OutputError,
     PluginError,
@@ -674,6 +676,24 @@ def test_what_cannot_be_streamed_is_refused_before_a_folder_is_made(
     monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
     with pytest.raises(ConfigError, match="latency is measured on a model in memory"):
         finish(glass_config(tmp_path, model={"placement": "stream"}, prune={"resource": "latency"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_fit_leaves_no_folder_and_no_mlflow_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = new_store(tmp_path / "mlruns")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10**6, 10**6))
+    with pytest.raises(FitError, match="does not fit"):
+        finish(glass_config(tmp_path, tracking=TRACKED))
+    assert not (tmp_path / "out").exists()
+    assert client(root).get_experiment_by_name("ffgym") is None or not runs(root)
+
+
+def test_a_run_that_cannot_open_mlflow_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "mlruns").write_text("a file")
+    with pytest.raises(TrackingError, match="cannot open the MLflow store"):
+        finish(glass_config(tmp_path, tracking=TRACKED))
     assert not (tmp_path / "out").exists()
 
 
