@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from ffgym.bench.cell import read_cell
+from ffgym.bench.cell import CELL_RESULT
 from ffgym.bench.file import read_bench
 from ffgym.bench.table import CellResult, curves, mean_of
 from ffgym.types import perplexity_of
@@ -21,7 +21,7 @@ from ffgym.types import perplexity_of
 def table(file: Path) -> str:
     """The bench's Markdown table; the searches whose last incumbent is the best come first."""
     searches: dict[str, list[CellResult]] = defaultdict(list)
-    for cell in map(read_cell, read_bench(file).results):
+    for cell in map(CELL_RESULT.read, read_bench(file).results):
         if cell.agent != "one-shot":
             searches[cell.label].append(cell)
     rows = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ffgym.bench.cell import read_cell
+from ffgym.bench.cell import CELL_RESULT
 from ffgym.bench.file import read_bench
 from ffgym.bench.table import BenchTable, bench_table
 from ffgym.pipeline.task import on_report, open_task
@@ -36,7 +36,7 @@ def measured(file: Path, text: str, reporter: Reporter) -> BenchTable:
         dense = on_report(task, task.prepared.prunable.dense_units, "none").loss
         with reporter.stage(", ".join(sorted({cell.label for cell in cells})), len(cells)) as stage:
             for cell in cells:
-                result = read_cell(cell.path)
+                result = CELL_RESULT.read(cell.path)
                 found = on_report(task, result.final.kept, "ridge")
                 final = result.final.model_copy(update={"loss": found.loss, "losses": list(found.losses)})
                 settings = {**result.settings, "data": {**result.settings["data"], "report": text}}

@@ -15,8 +15,8 @@ from factors import config_of
 from ffgym.config.toml import load_config
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
-from ffgym.plan.plan import size_text
 from ffgym.plugins import manager
+from ffgym.report.layout import humane
 
 UPDATE = "search.episodes_per_update"
 SETUPS = [
@@ -44,11 +44,11 @@ def main() -> None:
             config_of(model).save_pretrained(folder)
             config = load_config(None, [f"model.name={folder}", "model.dtype=bfloat16", *options.split()])
             plan = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
-        worker = size_text(plan.worker_peak) if plan.load.workers > 1 else ""
-        together = size_text(plan.needed) + f" of {size_text(plan.free)}" * (plan.device.type != "cpu")
+        worker = humane(plan.worker_peak, "B") if plan.load.workers > 1 else ""
+        together = humane(plan.needed, "B") + f" of {humane(plan.free, 'B')}" * (plan.device.type != "cpu")
         layers = "streamed" if plan.load.streamed else "in memory"
-        store = size_text(counts.store(plan.shape, plan.load))
-        print(f"| {setup} | {model} | {layers} | {size_text(plan.largest.peak)} | {worker} | {together} | {store} |")
+        store = humane(counts.store(plan.shape, plan.load), "B")
+        print(f"| {setup} | {model} | {layers} | {humane(plan.largest.peak, 'B')} | {worker} | {together} | {store} |")
 
 
 if __name__ == "__main__":

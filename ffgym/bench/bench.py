@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from ffgym.bench.cell import MLFLOW_NOTE, Cell, read_cell, write_result
+from ffgym.bench.cell import CELL_RESULT, MLFLOW_NOTE, Cell, write_result
 from ffgym.bench.checks import check_benches, unanswered
 from ffgym.bench.file import Bench, read_bench
 from ffgym.bench.queue import compute
@@ -80,7 +80,7 @@ def bench(
                     compute(missing, parents, reporter, cluster)
                     share(benches)
         for each in benches:
-            results = [read_cell(path) for path in each.results]
+            results = [CELL_RESULT.read(path) for path in each.results]
             if not results:
                 reporter.print(f"{each.spec.title}: no results yet")
                 continue
@@ -132,7 +132,7 @@ def share(benches: Sequence[Bench]) -> None:
     for cell in cells:
         if cell.path.exists():
             continue
-        twins = (read_cell(twin.path) for twin in finished if twin.digest == cell.digest)
+        twins = (CELL_RESULT.read(twin.path) for twin in finished if twin.digest == cell.digest)
         if result := next((twin for twin in twins if not unanswered(twin, cell)), None):
             write_result(cell.path, result.model_copy(update={"label": cell.label}))
 

@@ -249,11 +249,6 @@ def _log_name(cell: Cell, task: Task) -> str:
     return f"{'-'.join(parts)}.jsonl"
 
 
-def read_cell(path: Path) -> CellResult:
-    """The result file of a cell."""
-    return CELL_RESULT.read(path)
-
-
 def write_result(path: Path, result: CellResult) -> None:
     """Write a result file, whole or not at all."""
     write_text(path, result.model_dump_json(indent=1) + "\n")

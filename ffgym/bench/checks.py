@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ffgym.bench.cell import Cell, read_cell
+from ffgym.bench.cell import CELL_RESULT, Cell
 from ffgym.bench.file import Bench
 from ffgym.bench.table import CellResult
 from ffgym.config.mixture import shares
@@ -56,7 +56,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 hint="Give each a `results` folder of its own.",
             )
         if cell.path.exists():
-            stored = read_cell(cell.path)
+            stored = CELL_RESULT.read(cell.path)
             changed = configured.changed_since(stored.settings, cell.config) + unanswered(stored, cell)
             changed += configured.outgrown(stored.editions, cell.config)
             policy = policy_digest(cell.config)

@@ -81,9 +81,10 @@ def write_table(folder: Path, table: ReportTable) -> None:
         differences_figure(differences, f"the best heuristic, {table.best_heuristic.label}", folder / "differences.png")
 
 
-def write_found(folder: Path, points: Sequence[SearchResult], agent: Agent, task: Task, tracker: Tracker) -> None:
-    """Write the allocations and the policy; ``allocation.json`` is that of the main target, or else of the first."""
-    main = next((found for found in points if found.target == task.config.main_target), points[0])
+def write_found(
+    folder: Path, main: SearchResult, points: Sequence[SearchResult], agent: Agent, task: Task, tracker: Tracker
+) -> None:
+    """Write the allocations and the policy; ``allocation.json`` is that of the main target."""
     files = {"allocation.json": main}
     if len(points) > 1:
         names = point_names([found.target for found in points])

@@ -58,10 +58,10 @@ def search(task: Task, agent: Agent, session: Session) -> Searched:
         log, label = folder / "episodes.jsonl", f"search: {config.agent.name}"
         points = tracked_search(task, agent, session.progress, tracker, label, log)
     except SearchInterrupted as stop:
-        write_found(folder, [stop.found], agent, task, tracker)
+        write_found(folder, stop.found, [], agent, task, tracker)
         raise
-    write_found(folder, points, agent, task, tracker)
     main = next(found for found in points if found.target == config.main_target)
+    write_found(folder, main, points, agent, task, tracker)
     baseline = _random_baseline(task, session) if agent.searches and compares_with_random(config) else None
     return Searched(tuple(points), main, baseline)
 

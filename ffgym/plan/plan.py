@@ -96,8 +96,8 @@ class Plan:
     def summary(self) -> str:
         """One line: parameters, peak memory, time."""
         return (
-            f"plan: {humane(self.shape.parameters)} parameters, {size_text(self.needed)} of memory at the peak "
-            f"({size_text(self.free)} free), {clock(self.total_seconds)} in all"
+            f"plan: {humane(self.shape.parameters)} parameters, {humane(self.needed, 'B')} of memory at the peak "
+            f"({humane(self.free, 'B')} free), {clock(self.total_seconds)} in all"
         )
 
     def check(self) -> None:
@@ -106,10 +106,10 @@ class Plan:
             return
         largest = self.largest
         workers = self.needed - largest.peak
-        others = f", workers that share it need {size_text(workers)}" if workers else ""
+        others = f", workers that share it need {humane(workers, 'B')}" if workers else ""
         raise FitError(
-            f"{self.name!r} does not fit: {largest.name} needs {size_text(largest.peak)} of memory, most of it for "
-            f"{largest.largest_part}{others}, and {size_text(self.free)} are free on {self.device}",
+            f"{self.name!r} does not fit: {largest.name} needs {humane(largest.peak, 'B')} of memory, most of it for "
+            f"{largest.largest_part}{others}, and {humane(self.free, 'B')} are free on {self.device}",
             hint=self.advice,
         )
 
@@ -120,13 +120,13 @@ class Plan:
             return ""
         changes = self._smaller()
         plans = {option: replace(self, load=replace(self.load, **change)) for option, change in changes.items()}
-        if enough := [f"{option} ({size_text(plan.needed)})" for option, plan in plans.items() if plan.fits]:
+        if enough := [f"{option} ({humane(plan.needed, 'B')})" for option, plan in plans.items() if plan.fits]:
             return f"It fits with {', or with '.join(enough)}."
         together: dict[str, Any] = {key: value for change in changes.values() for key, value in change.items()}
         least = replace(self, load=replace(self.load, **together))
         if changes and least.fits:
-            return f"It fits with {' '.join(changes)} ({size_text(least.needed)})."
-        with_all = f"; with {' '.join(changes)} it still needs {size_text(least.needed)}" if changes else ""
+            return f"It fits with {' '.join(changes)} ({humane(least.needed, 'B')})."
+        with_all = f"; with {' '.join(changes)} it still needs {humane(least.needed, 'B')}" if changes else ""
         pinned = f" Layers cannot be streamed: {self.unstreamable}." if self.unstreamable else ""
         return f"Use a machine with more memory, or a smaller model{with_all}.{pinned}"
 
@@ -144,8 +144,3 @@ class Plan:
         if (tokens := load.calibration_tokens // 4) >= 8 * load.window:
             found[f"--set data.calibration_tokens={tokens}"] = {"calibration_tokens": tokens}
         return found
-
-
-def size_text(size: float) -> str:
-    """``"1.2 GB"``."""
-    return humane(size, "B")

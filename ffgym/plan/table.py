@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ffgym.data.cache import cache_dir, size_limit
 from ffgym.plan import counts
-from ffgym.plan.plan import Plan, size_text
+from ffgym.plan.plan import Plan
 from ffgym.report.layout import Table, humane, text_columns
 from ffgym.report.progress import clock
 from ffgym.types import JSONDict
@@ -82,26 +82,26 @@ def _stages(plan: Plan) -> Table[Sequence[str]]:
             f"{stage.tokens:,}" if stage.tokens else "",
             humane(stage.operations.total) if stage.operations.total else "",
             clock(plan.seconds(stage)),
-            size_text(stage.peak) if stage.peak else "",
+            humane(stage.peak, "B") if stage.peak else "",
             stage.largest_part,
         )
         for stage in plan.stages
     ]
     total = sum(stage.operations.total for stage in plan.stages)
     tokens = sum(stage.tokens for stage in plan.stages)
-    rows.append(("in all", f"{tokens:,}", humane(total), clock(plan.total_seconds), size_text(plan.largest.peak), ""))
+    rows.append(("in all", f"{tokens:,}", humane(total), clock(plan.total_seconds), humane(plan.largest.peak, "B"), ""))
     return Table(text_columns("stage", "tokens", "operations", "time", "memory", "most of it"), rows)
 
 
 def _parts(plan: Plan) -> Table[Sequence[str]]:
-    sizes = {name.replace("_", " "): size_text(size) for name, size in _sizes(plan).items()}
-    workers = f", {size_text(plan.worker_peak)} of them by each worker" if plan.load.workers > 1 else ""
+    sizes = {name.replace("_", " "): humane(size, "B") for name, size in _sizes(plan).items()}
+    workers = f", {humane(plan.worker_peak, 'B')} of them by each worker" if plan.load.workers > 1 else ""
     before = " What has been prepared before is opened." if plan.load.is_prepared else ""
     notes = [
         f"Text: {', '.join(f'{role} {text}' for role, text in plan.texts.items())}.",
-        f"Memory: {size_text(plan.needed)} are needed{workers}; {size_text(plan.free)} are free on {plan.device}. "
+        f"Memory: {humane(plan.needed, 'B')} are needed{workers}; {humane(plan.free, 'B')} are free on {plan.device}. "
         f"{plan.advice}".strip(),
-        f"Disk: {size_text(_free_disk(cache_dir()))} are free for prepared models, {size_text(_free_disk(Path()))} "
+        f"Disk: {humane(_free_disk(cache_dir()), 'B')} are free for prepared models, {humane(_free_disk(Path()), 'B')} "
         f"here. {_disk_advice(plan)}".strip(),
         f"Time: at the speed that this machine had just now, {humane(plan.speed.model)} operations a second in the "
         f"model's layers.{before}",
@@ -116,7 +116,7 @@ def _disk_advice(plan: Plan) -> str:
     if limit > 0 and prepared > _free_disk(cache_dir()):
         said.append("The prepared model does not fit: set FFGYM_CACHE to a folder on a larger disk.")
     if 0 < limit < prepared:
-        said.append(f"It takes more than FFGYM_CACHE_SIZE ({size_text(limit)}): all other prepared models would go.")
+        said.append(f"It takes more than FFGYM_CACHE_SIZE ({humane(limit, 'B')}): all other prepared models would go.")
     if saved > _free_disk(Path()):
         said.append("The saved model does not fit: name a folder on a larger disk with --output.")
     return " ".join(said)

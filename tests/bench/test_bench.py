@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import cell as cell_module
 from ffgym.bench.bench import bench
-from ffgym.bench.cell import Job, read_cell
+from ffgym.bench.cell import CELL_RESULT, Job
 from ffgym.bench.file import read_bench
 from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
@@ -592,5 +592,6 @@ def test_committed_results_belong_to_the_configuration_beside_them() -> None:
                 continue
             for cell in read_bench(file).cells:
                 assert (
-                    not cell.path.exists() or configured.changed_since(read_cell(cell.path).settings, cell.config) == []
+                    not cell.path.exists()
+                    or configured.changed_since(CELL_RESULT.read(cell.path).settings, cell.config) == []
                 ), cell.path

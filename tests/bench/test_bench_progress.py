@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ffgym.bench import queue as bench_module
 from ffgym.bench.bench import bench
-from ffgym.bench.cell import Job, read_cell
+from ffgym.bench.cell import CELL_RESULT, Job
 from ffgym.bench.file import read_bench
 from ffgym.bench.queue import CellQueue
 from ffgym.models import placement
@@ -103,4 +103,4 @@ def test_a_search_is_never_made_of_two_dtypes(
     steps[:] = [10**6]
     bench([file], progress=Console(quiet=True))
     assert len(steps) - 1 == EPISODES, "nothing is taken from the bfloat16 search"
-    assert read_cell(read_bench(file).cells[0].path).dtype == "float32"
+    assert CELL_RESULT.read(read_bench(file).cells[0].path).dtype == "float32"

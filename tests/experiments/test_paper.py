@@ -20,8 +20,8 @@ from ffgym.measure import task_definitions
 from ffgym.models.loading import load
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
-from ffgym.plan.plan import size_text
 from ffgym.plugins import manager
+from ffgym.report.layout import humane
 from ffgym.search.log import read_log
 from ffgym.testing.models import tiny_model
 
@@ -119,7 +119,7 @@ def test_the_table_has_the_plan(model: str, percent: int, monkeypatch: pytest.Mo
     for size, expected in zip(sizes, needed, strict=True):
         number, unit = size.split()
         assert float(number) * {"MB": 1e6, "GB": 1e9}[unit] == pytest.approx(expected, rel=0.1), (
-            f"the plan says {size_text(expected)}"
+            f"the plan says {humane(expected, 'B')}"
         )
 
 

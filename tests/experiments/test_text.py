@@ -13,7 +13,7 @@ from glass_runs import glass_home, glass_tables
 from rich.console import Console
 
 from ffgym.bench.bench import bench
-from ffgym.bench.cell import read_cell
+from ffgym.bench.cell import CELL_RESULT
 from ffgym.bench.checks import check_benches
 from ffgym.bench.file import read_bench
 from ffgym.config.mixture import described
@@ -49,7 +49,7 @@ def test_a_small_model_goes_through_it(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_text(tomli_w.dumps(content), encoding="utf-8")
     (table,) = bench([file], progress=Console(quiet=True))
 
-    cells = [read_cell(cell.path) for cell in read_bench(file).cells]
+    cells = [CELL_RESULT.read(cell.path) for cell in read_bench(file).cells]
     assert len({round(cell.dense_loss, 5) for cell in cells}) == 1, "the same windows are reported on"
     assert len({tuple(cell.final.losses) for cell in cells}) == 6
     assert {row.label for row in table.rows} == set(content["agents"])
