@@ -49,7 +49,6 @@ def recover(
     """
     from rich.console import Console
 
-    from ffgym.models.origin import model_folder, recorded_dense_model
     from ffgym.recover import recover
     from ffgym.recover.folders import find_run_config
 
@@ -63,17 +62,8 @@ def recover(
     )
     if known is None:
         typer.echo("found no config.toml of the run next to the model: the splits are those of your options", err=True)
-    dense: str | None = config.model.name
-    if "name" not in config.model.model_fields_set:  # the default, which nobody asked for
-        record = recorded_dense_model(model_folder(folder).resolve())
-        dense = None if record is None else record.name
-        if record is not None:
-            source = config.model.model_copy(update={"name": record.name, "revision": record.revision})
-            config = config.model_copy(update={"model": source})
     with contextlib.redirect_stdout(sys.stderr):
-        result = recover.recover(
-            config, folder, output=output, overwrite=overwrite, dense=dense, progress=Console(stderr=True)
-        )
+        result = recover.recover(config, folder, output=output, overwrite=overwrite, progress=Console(stderr=True))
     if as_json:
         print_json(result.to_json())
     else:

@@ -26,7 +26,7 @@ from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
-from ffgym.models.origin import CARD, model_folder, weights_on_disk
+from ffgym.models.origin import CARD, model_folder, recorded_dense_model, weights_on_disk
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
@@ -60,26 +60,26 @@ def recover(
     *,
     output: str | Path | None = None,
     overwrite: bool = False,
-    dense: str | None = None,
     progress: Console | None = None,
 ) -> RecoveredModel:
     """Train the model of a folder as ``config.recover`` says, and save it to another one.
 
     Args:
-        config: of the run that pruned the model, whose ``[data]`` says what the splits are, with ``[recover]`` set.
+        config: of the run that pruned the model, whose ``[data]`` says what the splits are, with ``[recover]`` set. Its
+            ``model.name`` is the dense model; where it is left out, the record beside the model says which that is.
         folder: the model's folder, or that of the run which saved it.
         output: folder of the new model; beside the old one, with ``-recovered`` behind its name, where left out.
         overwrite: replace a model that is there, and an unfinished training with other settings.
-        dense: name of the model that was pruned; ``None`` where it is not known. Some methods need it.
 
     Raises:
         FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
         KeyboardInterrupt: Ctrl-C; the same call goes on where this one was.
     """
+    source = model_folder(Path(folder)).resolve()
+    config, dense = _with_dense(config, source)
     check_method(config.recover, dense)
     asked = config.recover.model_dump(mode="json", exclude_defaults=True)
     config = configured.with_options(config, ["recover"])
-    source = model_folder(Path(folder)).resolve()
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
     check_output(source, place, overwrite)
     reporter, tracking = Reporter(progress), config.tracking
@@ -98,12 +98,28 @@ def recover(
     ) as tracker:
         tracker.set_tags({FOLDER_TAG: str(place)})
         tracker.log_config(config.model_dump(mode="json"), _as_toml(config))
-        recovered = train_and_save(config, source, place, tracker, reporter, overwrite=overwrite, dense=dense)
+        try:
+            recovered = train_and_save(config, source, place, tracker, reporter, overwrite=overwrite, dense=dense)
+        except KeyboardInterrupt:
+            if (unfinished := unfinished_folder(place)).exists():
+                reporter.print(f"the training so far is in {unfinished}, and the same command continues it")
+            raise
         tracker.log_table(recovered.table.layout().as_dicts())
         tracker.log_result(recovered.tracked)
         tracker.describe(recovered.description)
         tracker.log_model(recovered.saved.path)
         return replace(recovered, mlflow_run=tracker.run_id)
+
+
+def _with_dense(config: RunConfig, source: Path) -> tuple[RunConfig, str | None]:
+    """Name the dense model that a saved one was made from in the configuration; ``None`` where nothing says which."""
+    if "name" in config.model.model_fields_set:
+        return config, config.model.name
+    record = recorded_dense_model(source)
+    if record is None:  # the default is a model that nobody asked for
+        return config, None
+    model = config.model.model_copy(update={"name": record.name, "revision": record.revision})
+    return config.model_copy(update={"model": model}), record.name
 
 
 def check_method(table: RecoverTable, dense: str | None) -> Recovery:
@@ -157,13 +173,8 @@ def train_and_save(
         recovery.log_start()
         if checkpoint.exists:
             reporter.print(f"going on with the training in {checkpoint.folder}")
-        try:
-            outcome = recovery.train()
-            return recovery.save(outcome, recovery.compare(), place, overwrite)
-        except KeyboardInterrupt:
-            if checkpoint.exists:
-                reporter.print(f"the training so far is in {checkpoint.folder}, and the same command continues it")
-            raise
+        outcome = recovery.train()
+        return recovery.save(outcome, recovery.compare(), place, overwrite)
 
 
 def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedModel:

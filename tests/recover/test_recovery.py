@@ -74,8 +74,13 @@ def configured(folder: Path, method: str = "lora", **recover: Any) -> RunConfig:
 def recovered(folder: Path, method: str = "lora", **options: Any) -> RecoveredModel:
     table = options.pop("recover", {})
     config = options.pop("config", None) or configured(folder, method, **table)
-    options = {"dense": config.model.name, "progress": Console(file=io.StringIO(), width=200), **options}
-    return recover.recover(config, folder, **options)
+    return recover.recover(config, folder, **{"progress": Console(file=io.StringIO(), width=200), **options})
+
+
+def with_dense(config: RunConfig, name: str | None) -> RunConfig:
+    """The same configuration with another dense model, or with none that it names."""
+    table = config.model.model_dump(exclude={"name"}) | ({} if name is None else {"name": name})
+    return config.model_copy(update={"model": type(config.model)(**table)})
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -332,7 +337,7 @@ def test_a_run_recovers_after_its_final_calibration(
     assert "LoRA of rank 16" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_run_that_was_interrupted_while_training_goes_on_with_the_command(
+def test_a_run_that_was_interrupted_while_training_is_resumed(
     finished: tuple[Path, RecoveredModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = glass_config(tmp_path, **changes(method="lora"))
@@ -341,12 +346,14 @@ def test_a_run_that_was_interrupted_while_training_goes_on_with_the_command(
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(config, progress=console)
     undo()
-    folder = tmp_path / "out"
-    assert f"continue with: ffgym recover {folder}" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert (folder / "report.md").exists()
-    done = CliRunner().invoke(app, ["recover", str(folder)])
-    assert done.exit_code == 0, done.output
-    assert "going on with the training" in done.stderr
+    folder, said = tmp_path / "out", console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.splitlines()[-1] == f"continue where it stopped: ffgym run --resume {folder}"
+    assert "ffgym recover" not in said
+    assert "same command" not in said
+    result = pipeline.run(config, progress=console, resume=folder)
+    assert isinstance(result, pipeline.RunResult)
+    assert result.table.rows[-1].label.endswith("ridge + lora")
+    assert "going on with the training" in console.file.getvalue()  # type: ignore[attr-defined]
     assert same_weights(folder / "model-recovered", finished[1].saved.path)
 
 
@@ -389,7 +396,6 @@ def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(config, progress=console)
     trained = tmp_path / "out" / "model-recovered"
-    assert f"the trained one, complete, in {trained}" in console.file.getvalue()  # type: ignore[attr-defined]
     first = (trained / "model.safetensors").read_bytes()
     result = pipeline.run(config, progress=console, resume=tmp_path / "out")
     assert isinstance(result, pipeline.RunResult)
@@ -498,11 +504,15 @@ def test_without_a_method_or_a_dense_model_nothing_starts(folder: Path, monkeypa
     monkeypatch.setattr(recover, "load", lambda *_, **__: pytest.fail("loaded"))
     error = fails(folder, RecoveryError, "recover.method is none", method="none")
     assert "--method lora" in str(error.hint)
-    error = fails(folder, RecoveryError, "needs the dense model", method="distil-mlp", dense=None)
-    assert "--model" in str(error.hint)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    error = fails(folder, RecoveryError, "peft")
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        error = fails(folder, RecoveryError, "peft")
     assert "pip install" in str(error.hint)
+    config = with_dense(configured(folder, "distil-mlp"), None)
+    for record in folder.rglob("config.toml"):
+        record.unlink()
+    error = fails(folder, RecoveryError, "needs the dense model", config=config)
+    assert "--model" in str(error.hint)
 
 
 def test_training_in_float16_is_refused(folder: Path) -> None:
@@ -522,8 +532,17 @@ def test_the_dtype_is_that_of_the_saved_model_unless_said(folder: Path) -> None:
 
 @pytest.mark.parametrize("dense", [None, "no-such-folder/at/all"])
 def test_without_a_dense_model_the_table_has_two_rows(folder: Path, dense: str | None) -> None:
-    result = recovered(folder, dense=dense)
+    config = with_dense(configured(folder), dense)
+    for record in folder.rglob("config.toml"):
+        record.unlink()
+    result = recovered(folder, config=config)
     assert [row.label for row in result.table.rows] == ["before", "lora"]
+
+
+def test_a_dense_model_that_is_not_named_is_that_of_the_record(folder: Path) -> None:
+    result = recovered(folder, config=with_dense(configured(folder), None))
+    assert [row.label for row in result.table.rows] == ["dense", "before", "lora"]
+    assert load_config(result.saved.path / "config.toml").model.name == configured(folder).model.name
 
 
 # the command
