@@ -16,6 +16,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import layered
 from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.files import FileFormat, Strict
+from ffgym.plugins import manager
 from ffgym.prepare import configured
 
 BENCH_FILE = FileFormat("bench file", dict[str, Any], ConfigError, "docs/bench.md shows one.")
@@ -54,7 +55,8 @@ class BenchFile(Strict):
     )
     run: dict[str, Any] = Field(default_factory=dict, description="tables of a run's configuration, for all cells")
     variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="changes of these tables by name; agent.name says who searches"
+        default_factory=dict,
+        description="changes of these tables by name; agent.name says who searches, and the name of an agent needs it",
     )
 
     def seeds_of(self, label: str) -> list[int]:
@@ -127,6 +129,7 @@ def read_bench(file: Path) -> Bench:
         if Path(label).name != label:
             raise ConfigError(f"{file}: agents has {label!r}, which cannot name a file", hint="Leave the slash out.")
         changes = spec.variants.get(label, {"agent": {"name": label}})
+        _check_says_who_searches(file, label, changes)
         for seed in spec.seeds_of(label):
             try:
                 config = _resolved(spec, changes, seed)
@@ -137,6 +140,20 @@ def read_bench(file: Path) -> Bench:
             path = result_file(file, spec, label, seed)
             cells.append(Cell(label, seed, config, path, spec.marks, spec.plain))
     return Bench(file, spec, tuple(cells))
+
+
+def _check_says_who_searches(file: Path, label: str, changes: dict[str, Any]) -> None:
+    """Refuse a variant that is named after an agent and leaves to ``run`` who searches: the table would name another.
+
+    Whoever changes one setting of an agent means that agent; but a bench of criteria may call a variant ``random`` too.
+    """
+    agent = changes.get("agent", {})
+    is_said = not isinstance(agent, dict) or "name" in agent
+    if not is_said and (manager.is_name("agent", label) or manager.is_name("heuristic", label)):
+        raise ConfigError(
+            f"{file}: the variant {label!r} has the name of an agent or heuristic, and does not say who searches",
+            hint=f'Set agent.name = "{label}" in it, or name another agent, or give the variant another name.',
+        )
 
 
 def _resolved(spec: BenchFile, changes: dict[str, Any], seed: int) -> RunConfig:

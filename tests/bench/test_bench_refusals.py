@@ -98,6 +98,16 @@ def test_a_variant_that_no_agent_names(tmp_path: Path) -> None:
     assert hint == "Named in agents: random."
 
 
+def test_a_variant_with_the_name_of_an_agent_that_another_would_search(tmp_path: Path) -> None:
+    few = {"search": {"episodes": 12}}
+    hint = refused(tmp_path, "'random' has the name of an agent.*who searches", variants={"random": few})
+    assert 'Set agent.name = "random"' in str(hint)
+    refused(tmp_path, "'flap' has the name of", agents=["flap"], variants={"flap": {"criterion": {"name": "flap"}}})
+    said = {**few, "agent": {"name": "random"}}
+    (cell,) = read_bench(bench_file(tmp_path, variants={"random": said})).cells
+    assert (cell.config.agent.name, cell.config.search.episodes) == ("random", 12)
+
+
 def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
     refused(tmp_path, r"search\.init_from = 'nowhere'", **variant(search={"init_from": "nowhere"}))
 
