@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +24,14 @@ from ffgym.models.families import family_of
 from ffgym.models.loading import DEMO_SIZES, config_of
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
-from ffgym.plan.machine import Speed, free_memory
+from ffgym.plan.machine import Speed, free_memory, measure_speed
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.plugins import manager
 from ffgym.prepare.planning import placed
 from ffgym.pruning.factors import factor_bytes
 from ffgym.testing.models import tiny_model
+from ffgym.types import Sublayer
 
 CPU = torch.device("cpu")
 AUTO = RunConfig()
@@ -204,6 +207,16 @@ def test_advice_names_what_still_needs_too_much(eight_billion: ModelShape) -> No
 def test_seconds_follow_from_operations_and_speed() -> None:
     operations = counts.Operations(model=100.0, float32=10.0, float64=1.0)
     assert Speed(model=10.0, float32=5.0, float64=1.0).seconds(operations) == 13.0
+
+
+def test_the_speed_is_of_the_tokens_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only whole windows run: with a clock that goes on by a second a look, one of 3,000 tokens in a second."""
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    layer = (Sublayer(0, "attention", units=1, channels_per_unit=64), Sublayer(0, "mlp", units=64, channels_per_unit=1))
+    shape = ModelShape("llama", parameters=0, hidden=64, vocabulary=1, sublayers=layer, context_limit=4096)
+    weights, attention = 4 * 64 * 64 + 3 * 64 * 64, 3000 * 64
+    assert measure_speed(shape, torch.float32, CPU, 3000).model == 3000 * 2 * (weights + attention)
 
 
 def test_free_memory_follows_the_limits_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
