@@ -15,6 +15,7 @@ from ffgym.errors import ConfigError
 from ffgym.pipeline.agent import policy_digest
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins import manager
+from ffgym.plugins.contracts import update_episodes
 from ffgym.prepare import configured
 from ffgym.prepare.parts import counted_resources, named_table, table_digest
 from ffgym.types import JSONDict
@@ -129,7 +130,8 @@ def _terms(config: RunConfig) -> JSONDict:
     if config.agent.name == "one-shot":
         return terms
     episode = -(-search.episode_tokens // data.window) * data.window
-    update = manager.create("agent", config.agent.name, config.agent.options).update_cost(search.episodes_per_update)
+    agent = manager.create("agent", config.agent.name, config.agent.options)
+    _, update = update_episodes(agent, search.episodes_per_update)
     return {
         **terms,
         "the search's tokens (episodes in whole updates, of whole windows)": (

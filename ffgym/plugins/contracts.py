@@ -9,6 +9,8 @@ import math
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
@@ -245,6 +247,23 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
         except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
             raise PluginError(f"{described(agent)}: recommend returned unusable importances: {error}") from None
     return actions
+
+
+def update_episodes(agent: Agent, episodes_per_update: int) -> tuple[int, int]:
+    """How many episodes an agent's updates have, and what one costs in episodes without slopes.
+
+    Raises:
+        PluginError: it raised, or says something else than whole numbers from 1.
+    """
+
+    def asked(method: str) -> int:
+        call: Callable[[], Any] = partial(getattr(agent, method), episodes_per_update)
+        answer = call_plugin(agent, call, "saying how many episodes an update has")
+        if not (isinstance(answer, Integral) and int(answer) >= 1):
+            raise PluginError(f"{described(agent)}: {method} returned {answer!r}, not a whole number from 1")
+        return int(answer)
+
+    return asked("update_size"), asked("update_cost")
 
 
 def check_update(agent: Agent, update: Update, episodes: int) -> None:

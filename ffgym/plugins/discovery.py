@@ -313,7 +313,7 @@ def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin])
     base: type[Plugin] = imported(KINDS[kind].base)
     said: dict[str, Any] = {}
     for attribute in (attribute for attribute in dir(base) if not attribute.startswith("_")):
-        default, value = getattr(base, attribute), getattr(plugin, attribute)
+        default, value = getattr(base, attribute), _read(who, plugin, attribute)
         if type(default) not in TYPES or isinstance(value, property) or (attribute, value) == ("kv_heads", None):
             continue  # a property has its value in an instance
         said[attribute] = value
@@ -331,6 +331,18 @@ def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin])
     if not math.isfinite(worst):
         raise PluginError(f"{who}: worst is {worst!r}, not a finite number")
     for attribute, least in AGENT_COUNTS if kind == "agent" else REWARD_COUNTS if isinstance(plugin, Reward) else ():
-        value = getattr(plugin, attribute)
-        if (attribute, value) != ("update_episodes", None) and not (isinstance(value, int) and value >= least):
+        value = _read(who, plugin, attribute)
+        if isinstance(value, property) or (attribute, value) == ("update_episodes", None):
+            continue
+        if not (isinstance(value, int) and value >= least):
             raise PluginError(f"{who}: {attribute} is {value!r}, not a whole number from {least}")
+
+
+def _read(who: str, plugin: Plugin | type[Plugin], attribute: str) -> Any:
+    """An attribute, which may be a property that fails."""
+    try:
+        return getattr(plugin, attribute)
+    except Exception as error:
+        module = (plugin if isinstance(plugin, type) else type(plugin)).__module__
+        said = f"{type(error).__name__}: {error} ({place_of(error, module)})"
+        raise PluginError(f"{who}: {attribute} cannot be read: {said}") from error

@@ -12,6 +12,7 @@ from ffgym.config.toml import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
+from ffgym.plugins.contracts import update_episodes
 from ffgym.plugins.kinds import KINDS, PluginKind
 from ffgym.plugins.manager import create, get_class, is_name, validated
 from ffgym.types import JSONDict
@@ -133,12 +134,13 @@ def check_agent_fits(config: RunConfig) -> None:
 
     Raises:
         ConfigError: names the setting and the agent.
+        PluginError: the agent does not say how many episodes an update has.
         UnknownNameError: nobody provides the agent.
     """
     name, search = config.agent.name, config.search
     agent = create("agent", name, config.agent.options)
-    agent.check_updates(agent.update_size(search.episodes_per_update))
-    cost = agent.update_cost(search.episodes_per_update)
+    size, cost = update_episodes(agent, search.episodes_per_update)
+    agent.check_updates(size)
     if search.episodes < cost:
         slopes = ", its slopes included" if agent.slope_episodes else ""
         lower = " or lower search.episodes_per_update" if agent.update_episodes is None else ""

@@ -282,6 +282,45 @@ def test_impossible_numbers_of_episodes_are_refused_at_creation(install: Install
         manager.create("agent", "mine")
 
 
+@pytest.mark.parametrize("attribute", ["slope_episodes", "least_episodes", "recommendations"])
+def test_a_number_of_episodes_may_be_a_property(install: Install, attribute: str) -> None:
+    members = f"'name': 'mine', 'learn': lambda self, env, *, seed, on_update: 0, '{attribute}': property({{}})"
+    install("acme-mine", offering("Agent", members.format("lambda self: 2")))
+    assert getattr(manager.create("agent", "mine"), attribute) == 2
+    install("acme-none", offering("Agent", members.replace("mine", "none").format("lambda self: -1")))
+    with pytest.raises(PluginError, match=f"agent 'none': {attribute} is -1, not a whole number from"):
+        manager.create("agent", "none")
+
+
+@pytest.mark.parametrize(
+    ("base", "members", "said"),
+    [
+        ("Criterion", "'score': 1, 'needs': property(lambda self: 1 / 0)", "needs cannot be read: ZeroDivisionError"),
+        ("Reward", "'__call__': 1, 'tasks': property(lambda self: self.nope)", "tasks cannot be read: AttributeError"),
+    ],
+)
+def test_a_property_that_fails_names_the_plugin(install: Install, base: str, members: str, said: str) -> None:
+    install("acme-mine", offering(base, f"'name': 'mine', '__module__': __name__, {members}"))
+    with pytest.raises(PluginError, match=rf"{base.lower()} 'mine': {said}.*acme_mine\.py, line \d"):
+        manager.create(base.lower(), "mine")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "said"),
+    [
+        ("update_size", "1 / 0", "failed while saying how many episodes an update has: ZeroDivisionError"),
+        ("update_size", "'4'", "update_size returned '4', not a whole number from 1"),
+        ("update_cost", "0", "update_cost returned 0, not a whole number from 1"),
+    ],
+)
+def test_updates_of_no_whole_number_of_episodes(install: Install, method: str, answer: str, said: str) -> None:
+    learn = "'learn': lambda self, env, *, seed, on_update: 0"
+    install("acme-mine", offering("Agent", f"'name': 'mine', {learn}, '{method}': lambda self, n: {answer}"))
+    config = load_config(None, agent={"name": "mine"})
+    with pytest.raises(PluginError, match=rf"agent 'mine' \(package acme-mine 1\.0\):? {said}"):
+        configured.check_agent_fits(config)
+
+
 def test_environment_variable_chooses_what_is_loaded(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("acme-one", CRITERION.format(name="one"))
     install("acme-two", CRITERION.format(name="two"))
