@@ -82,7 +82,7 @@ def planned(folder: Path, device: torch.device, *, streamed: bool) -> int:
     load = Workload(
         window=WINDOW,
         calibration_tokens=CALIBRATION * WINDOW,
-        sparsity=SPARSITY,
+        targets=(SPARSITY,),
         dtype=torch.bfloat16,
         batch_tokens=tokens_per_batch(device),
         choose_ridge=False,

@@ -64,7 +64,7 @@ def tables() -> None:
     print("|---" * (2 + len(TOKENS)) + "|")
     for name in SIZES:
         shape = shape_of(config_of(name), name)
-        load = Workload(WINDOW, 0, SPARSITY, torch.bfloat16, WINDOW)
+        load = Workload(WINDOW, 0, (SPARSITY,), torch.bfloat16, WINDOW)
         before = sum(4 * s.channels * (shape.hidden + s.channels) for s in shape.sublayers)
         cells = [f"{factors(shape) / 2**30:.1f} ({before / 2**30:.1f})"]
         for tokens in TOKENS:

@@ -29,7 +29,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         BudgetError: the sparsity is out of reach.
         ModelError: the model's architecture is not supported, or its config is missing or damaged.
     """
-    search, window, points = config.search, config.data.window, len(config.targets)
+    search, window = config.search, config.data.window
     needs = frozenset[str]().union(*(manager.create("heuristic", *rule).needs for rule in asked_rules(config)))
     plan = plan_of(config, needs)
     if config.prune.resource == "params":  # other resources need the model itself
@@ -38,8 +38,9 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     compared = agent.searches and compares_with_random(config)
     size = agent.update_size(search.episodes_per_update)
     recommended = [agent.recommendations, 0][: 1 + compared]  # of the search, and of the random draws
-    recovers, models = config.recover.method != "none", points if config.output.save_all else 1
-    sequential = models * config.output.sequential
+    recovers, main = config.recover.method != "none", (config.main_target,)
+    models = config.targets if config.output.save_all else main
+    sequential = len(models) * config.output.sequential
     rows, others = _report_rows(config, compared=compared)
     reward = make_reward(config)
     asked = reward.examples * EXAMPLE_TOKENS if "accuracy" in reward.needs else 0  # tokens of an episode's examples
@@ -67,12 +68,11 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         start_texts=MEASURED_TEXTS if agent.searches else 0,
         finalists=finalists if agent.searches else 0,
         final_tokens=max(1, round(final_tokens / finalists / window)) * window,
-        targets=points,
         report_tokens=config.data.whole_tokens("report"),
         report_rows=rows + others + sequential + 3 * recovers,
         sequential=sequential,
         choice_tokens=max(1, config.final_windows) * window,
-        saves=config.output.save_model * models + recovers,
+        saves=models * config.output.save_model + main * recovers,
         train_tokens=config.recover.tokens if recovers else 0,
         workers=config.workers.count,
         elsewhere=config.workers.ray_address is not None,

@@ -138,14 +138,14 @@ def store(shape: ModelShape, load: Workload) -> int:
     return factors(shape) + _kept_statistics(shape, load)
 
 
-def saved_model(shape: ModelShape, load: Workload) -> int:
+def saved_model(shape: ModelShape, load: Workload, sparsity: float) -> int:
     """Bytes of a saved model."""
-    return round((shape.parameters - load.sparsity * shape.prunable) * load.dtype.itemsize)
+    return round((shape.parameters - sparsity * shape.prunable) * load.dtype.itemsize)
 
 
 def saved_models(shape: ModelShape, load: Workload) -> int:
     """Bytes of all models that are saved."""
-    return load.saves * saved_model(shape, load)
+    return sum(saved_model(shape, load, sparsity) for sparsity in load.saves)
 
 
 def hidden_states(shape: ModelShape, load: Workload, tokens: int) -> int:
@@ -184,7 +184,7 @@ def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int
 
     The widths are those of a search and of so many rows of the report.
     """
-    finals = load.finalists * load.targets
+    finals = load.finalists * len(load.targets)
     allocations = (load.episodes_per_update * load.updates + finals) * load.searches + rows
     met = allocations * len(shape.sublayers) // 2
     widths = min(met, shape.widest("mlp") // load.kernel_step) if load.kernel_step else 0
@@ -195,7 +195,7 @@ def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int
 
 def _finished(shape: ModelShape, load: Workload) -> dict[str, int]:
     """What the stages after a search hold: the libraries that draw and save too, and the consumers of a cut model."""
-    kept = (1 - load.sparsity) * sum(s.channels for s in shape.sublayers)
+    kept = (1 - load.targets[0]) * sum(s.channels for s in shape.sublayers)
     consumers = _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
     held = _searched(shape, load, load.report_rows)
     return held | {"libraries": LIBRARIES + TRACKING, "refitted consumers": consumers}
@@ -303,7 +303,7 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
     operations = Operations(forward(shape, load, sparsity=load.sparsity) + heads, 0) * (allocations * tokens)
     operations += _products(load, refit(shape, load.sparsity, allocations))
     own = -(-allocations // load.workers)
-    kept = (1 - load.sparsity) * (shape.widest("attention") + shape.widest("mlp"))
+    kept = (1 - load.targets[0]) * (shape.widest("attention") + shape.widest("mlp"))
     memory = {
         **_searched(shape, load),
         "hidden states": 2 * own * hidden_states(shape, load, tokens),
@@ -332,7 +332,7 @@ def _slopes(shape: ModelShape, load: Workload) -> int:
 
 
 def _finals(shape: ModelShape, load: Workload) -> Stage:
-    return _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * load.targets)
+    return _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * len(load.targets))
 
 
 def _start(shape: ModelShape, load: Workload) -> Stage:
@@ -352,7 +352,7 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _sequential(shape: ModelShape, load: Workload) -> Stage:
-    tokens, kept = load.calibration_tokens, 1 - load.sparsity  # of one model, as is what is in memory
+    tokens, kept = load.calibration_tokens, 1 - load.sparsity  # of one model
     products, solved = 0.0, Operations()
     for sublayer in shape.sublayers:
         n = sublayer.channels
@@ -363,9 +363,10 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     operations += _products(load, products)
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
-    moments = REFITTING * kept * n**2
+    most = 1 - load.targets[0]
+    moments = REFITTING * most * n**2
     if n > WIDE:
-        moments = REFITTING_WIDE * kept * n**2 + ADDING_WIDE * n * min(tokens, max(load.batch_tokens, load.window))
+        moments = REFITTING_WIDE * most * n**2 + ADDING_WIDE * n * min(tokens, max(load.batch_tokens, load.window))
     memory = {
         **_finished(shape, load),
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
@@ -376,7 +377,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
 
 def _save(shape: ModelShape, load: Workload) -> Stage:
     # safetensors writes from the tensors' own memory, and only the layers of a streamed model are copied for it.
-    saved = _at_a_time(shape, load, saved_model(shape, load), layers=2) if load.streamed else 0
+    saved = _at_a_time(shape, load, saved_model(shape, load, min(load.saves)), layers=2) if load.streamed else 0
     return Stage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
 
 

@@ -76,7 +76,7 @@ class Workload:
 
     window: int  # tokens of a window
     calibration_tokens: int  # of the calibration split
-    sparsity: float  # share of the prunable parameters that is removed
+    targets: tuple[float, ...]  # share of the prunable parameters that is removed, at each point of a front, rising
     dtype: torch.dtype  # of weights and activations
     batch_tokens: int  # tokens of one forward pass
     choose_ridge: bool = True  # lambda is chosen on held-out windows
@@ -95,12 +95,11 @@ class Workload:
     start_texts: int = 0  # on which the allocation that the search started from is measured
     finalists: int = 0  # allocations that are measured together in the finals; 0 for none
     final_tokens: int = 0  # that each of them is measured on, on average
-    targets: int = 1  # points of the front
     report_tokens: int = 0  # of the report split
     report_rows: int = 0  # models that are measured on it
     sequential: int = 0  # models that are refitted layer by layer at the end
     choice_tokens: int = 0  # of the search split, on which either refit of such a model is measured to choose one
-    saves: int = 0  # models that are saved
+    saves: tuple[float, ...] = ()  # target of each model that is saved
     train_tokens: int = 0  # to recover on; 0 for none
     workers: int = 1  # processes that share the episodes of an update
     elsewhere: bool = False  # they are on a cluster, and not all on this machine
@@ -109,6 +108,11 @@ class Workload:
     # CPU; 0 elsewhere.
     kernel_step: int = 0
     streamed: bool = False  # layers are read from the checkpoint as they run (``model.placement``)
+
+    @property
+    def sparsity(self) -> float:
+        """The mean target: what is computed is the mean over them."""
+        return sum(self.targets) / len(self.targets)
 
     @property
     def dtype_name(self) -> str:

@@ -46,7 +46,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     load = Workload(
         window=data.window,
         calibration_tokens=data.whole_tokens("calibration"),
-        sparsity=config.prune.ends[1],
+        targets=config.targets,
         dtype=dtype,
         batch_tokens=tokens_per_batch(device),
         choose_ridge=config.prune.ridge == "auto",

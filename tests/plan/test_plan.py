@@ -24,6 +24,7 @@ from ffgym.models.families import family_of
 from ffgym.models.loading import DEMO_SIZES, config_of
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
+from ffgym.plan.counts import Stage
 from ffgym.plan.machine import Speed, free_memory, measure_speed
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
@@ -48,7 +49,7 @@ LLAMA_8B = {
 LOAD = Workload(
     window=512,
     calibration_tokens=8192,
-    sparsity=0.2,
+    targets=(0.2,),
     dtype=torch.bfloat16,
     batch_tokens=4096,
     episode_tokens=2048,
@@ -123,7 +124,7 @@ def test_what_costs_more_is_planned_to_cost_more(eight_billion: ModelShape) -> N
     both = planned(eight_billion, workers=2)
     assert both.needed == both.largest.peak + 2 * both.worker_peak > plan.needed
     assert planned(eight_billion, workers=2, elsewhere=True).needed <= plan.needed
-    assert planned(eight_billion, sparsity=0.5).stages[-1].operations.model < plan.stages[-1].operations.model
+    assert planned(eight_billion, targets=(0.5,)).stages[-1].operations.model < plan.stages[-1].operations.model
 
 
 def test_a_plan_may_come_before_the_run_whose_policy_it_names(tmp_path: Path) -> None:
@@ -260,6 +261,30 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
     tokens = {stage["stage"]: stage["tokens"] for stage in plan["stages"]}
     assert tokens["start"] == tokens["search"] // 8, "96 episodes of two searches; the start on 24 texts"
+
+
+def test_every_point_of_a_range_is_planned_at_its_own_sparsity(tmp_path: Path) -> None:
+    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
+
+    def plan(sparsity: Any, **output: Any) -> Plan:
+        model = {"name": folder, "dtype": "bfloat16", "device": "cpu"}
+        config = load_config(
+            model=model, prune={"sparsity": sparsity}, output=output, search={"random_baseline": False}
+        )
+        return plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
+
+    def saved(plan: Plan) -> int:
+        return counts.saved_models(plan.shape, plan.load)
+
+    def search(plan: Plan) -> Stage:
+        return next(stage for stage in plan.stages if stage.name == "search")
+
+    points = [plan(target) for target in load_config(prune={"sparsity": "0.1:0.5"}).targets]
+    front, lowest = plan("0.1:0.5", save_all=True), plan("0.1:0.5", save_at=0.1)
+    assert saved(front) == sum(map(saved, points))
+    assert saved(lowest) == saved(points[0])
+    assert search(front).operations.model == pytest.approx(search(plan(0.3)).operations.model)
+    assert search(front).memory["refitted consumers"] == search(points[0]).memory["refitted consumers"]
 
 
 def test_finals_of_several_recommendations_are_planned_with_more_tokens(tmp_path: Path) -> None:
