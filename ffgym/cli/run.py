@@ -14,6 +14,7 @@ from ffgym.cli.options import KEYS, JsonOption, configured, parameter_of
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
+from ffgym.errors import ConfigError
 from ffgym.plugins.architectures import check_folder_architecture
 from ffgym.prepare.configured import check_agent_fits, meanings, with_options
 
@@ -119,10 +120,20 @@ def prepare_model(config: RunConfig) -> None:
     from ffgym.pipeline.compare import asked_rules
     from ffgym.pipeline.settle import settle
     from ffgym.pipeline.task import open_task
+    from ffgym.plugins import manager
+    from ffgym.prepare.store import is_stored
     from ffgym.report.progress import Reporter
 
     config = settle(config)
-    open_task(config, asked_rules(config), Reporter())
+    criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    if not is_stored(criterion, config.prune.calibration):
+        raise ConfigError(
+            "what is prepared cannot be kept in the cache, so no run would find it",
+            hint="Give FFGYM_CACHE_SIZE a size, use a criterion that is a file of a package, or use --calibration "
+            "ridge.",
+        )
+    task = open_task(config, asked_rules(config), Reporter())
+    typer.echo(f"the prepared model is in {task.prepared.store}")
 
 
 @app.command("config")

@@ -127,7 +127,8 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
     at_main = at_target(task, main.target)
     heuristics, random, searches = heuristic_allocations(at_main), {}, {task.config.agent.name: main}
     if baseline is not None:
-        random = {f"best of {len(baseline.history)} near the prior": baseline.best.allocation}
+        where = "at random" if task.config.prior.name == "none" else "near the prior"
+        random = {f"best of {len(baseline.history)} {where}": baseline.best.allocation}
         searches["random"] = baseline
     starts = start_rewards(task, list(searches.values()), progress) if len(main.history) > 1 else []
     allocations = {"found": main.best.allocation, **heuristics, **random}

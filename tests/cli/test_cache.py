@@ -1,4 +1,4 @@
-"""``ffgym cache``: what lies on disk, and how it goes away."""
+"""``ffgym cache`` and ``prepare``: what lies on disk, how it comes there, and how it goes away."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import tomli_w
+from glass_runs import glass_tables
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -55,3 +57,20 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(cache: Path) -> None:
 def test_an_empty_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "nowhere"))
     assert names() == set()
+
+
+def test_prepare_says_where_it_keeps_what_it_made_or_that_it_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(glass_tables(tmp_path)))
+    prepare = ["prepare", "--config", str(tmp_path / "run.toml")]
+    refused = CliRunner().invoke(app, prepare)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "cannot be kept in the cache" in refused.stderr
+    assert "FFGYM_CACHE_SIZE" in refused.stderr
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    done = CliRunner().invoke(app, prepare)
+    assert done.exit_code == 0, done.stderr
+    assert Path(done.stdout.split()[-1]).name in names()

@@ -130,6 +130,11 @@ def test_the_table_has_its_rows(finished: Finished) -> None:
     assert all(label in text for label in finished.rows)
 
 
+def test_draws_that_no_prior_guides_are_not_called_near_one(finished_with: Callable[..., Finished]) -> None:
+    one = finished_with(prune={"calibration": "none"}, criterion={"name": "random"}, prior={"name": "none"})
+    assert f"best of {EPISODES} at random + ridge" in one.rows
+
+
 def test_the_loss_of_every_window_is_kept_so_that_runs_can_be_compared(finished: Finished) -> None:
     kept = json.loads((finished.folder / "losses.json").read_text())
     assert kept["measured"] == finished.result.table.header
