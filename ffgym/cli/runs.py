@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,6 +102,8 @@ def _cell(run: TrackedRun, column: str) -> str:
     value = getattr(run, column)
     if value is None:
         return ""
+    if isinstance(value, datetime):
+        value = value.astimezone()  # local time, which the names of runs show too
     return run.id[:ID_CHARACTERS] if column == "id" else FORMATS.get(column, "{}").format(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,26 +79,25 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     Raises:
         TrackingError: no run, a deleted run, several runs; the message names them.
     """
+    if re.fullmatch("[0-9a-f]{32}", text):
+        return run_with_id(root, text)
     try:
         runs = list_runs(root, experiment)
     except TrackingError as error:
         raise TrackingError(f"{text!r} is no folder of a run, and {error.message}", hint=error.hint) from error
     matches = (
-        [run for run in runs if run.id == text],
         [run for run in runs if run.name == text],
         [run for run in runs if len(text) >= 4 and run.id.startswith(text.lower())],
     )
     found = next(filter(None, matches), None)
     if found is None:
-        if len(text) == 32:
-            return run_with_id(root, text)
         near = difflib.get_close_matches(text, [run.name for run in runs], n=1)
         raise TrackingError(
             f"no run has the id or the name {text!r}, and it is no folder of a run",
             hint=f"Did you mean {near[0]!r}?" if near else "`ffgym runs` lists them.",
         )
     if len(found) > 1:
-        several = ", ".join(f"{run.id[:ID_CHARACTERS]} of {run.started:%Y-%m-%d %H:%M}" for run in found)
+        several = ", ".join(f"{run.id[:ID_CHARACTERS]} of {run.started.astimezone():%Y-%m-%d %H:%M}" for run in found)
         raise TrackingError(f"{text!r} means {len(found)} runs: {several}", hint="Give the id of one.")
     return found[0]
 

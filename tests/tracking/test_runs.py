@@ -1,6 +1,8 @@
 import json
 import math
 import re
+import time
+from datetime import timedelta
 
 import pytest
 from mlflow_store import client, new_store
@@ -66,6 +68,27 @@ def test_a_run_is_found_by_id_the_beginning_of_one_and_name(root):
     (run,) = (run for run in list_runs(root) if run.name == "first")
     for text in (run.id, run.id[:8].upper(), "first"):
         assert find_run(root, text) == run
+
+
+def test_a_whole_id_is_found_in_any_experiment(root):
+    (run,) = (run for run in list_runs(root) if run.name == "first")
+    for experiment in ("ffgym", "nobody's"):
+        assert find_run(root, run.id, experiment) == run
+
+
+def test_people_are_shown_local_time(root, monkeypatch):
+    """As in the names of runs."""
+    monkeypatch.setenv("TZ", "Etc/GMT-9")
+    time.tzset()
+    try:
+        (run,) = (run for run in list_runs(root) if run.name == "first")
+        there = f"{run.started + timedelta(hours=9):%Y-%m-%d %H:%M}"
+        assert there in listed(root, "--filter", "name=first")
+        with pytest.raises(TrackingError, match=f"{there[:-5]}"):
+            find_run(root, "twice")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(
