@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from ffgym.data.hub import is_hub_id
 from ffgym.errors import ConfigError, ModelError
 from ffgym.files import FileFormat
 from ffgym.models.checkpoint import weight_files, weight_tensors
@@ -132,6 +133,13 @@ def recorded_dense_model(folder: Path) -> DenseModel | None:
     card = folder / "README.md"
     base = _base_model(card)
     return None if base is None else DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
+
+
+def hub_base(name: str) -> str | None:
+    """The Hub id of a dense model by its ``model.name``; ``None`` for files of the user's own."""
+    if name == "demo":
+        return DEMO_BASE
+    return name if "/" in name and is_hub_id(name) and not Path(name).exists() else None
 
 
 def weights_on_disk(folder: Path) -> tuple[int, str]:

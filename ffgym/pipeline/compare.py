@@ -16,7 +16,7 @@ from ffgym.data.splits import Split
 from ffgym.envs.pruning_env import Trial
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
-from ffgym.models.loading import DEMO_BASE
+from ffgym.models.origin import hub_base
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.pruning.budget import width_step
@@ -264,8 +264,8 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
     is_demo = config.model.name == "demo"
     name, allocation = Path(config.model.name).name, found.best.allocation
     card = model_card(
-        title=f"{name}, {allocation.sparsity:.0%} of {config.prune.resource} pruned",
-        base_model=DEMO_BASE if is_demo else None,
+        title=f"{name}, {100 * found.target:.3g}% of {config.prune.resource} pruned",
+        base_model=hub_base(config.model.name),
         license=DEMO_LICENSE if is_demo else None,
         table=table,
         sublayers=prunable.sublayers,

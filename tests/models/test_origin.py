@@ -12,7 +12,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import ConfigError, ModelError
 from ffgym.models.loading import DEMO_BASE
-from ffgym.models.origin import dense_model, model_folder, weights_on_disk
+from ffgym.models.origin import dense_model, hub_base, model_folder, weights_on_disk
 from ffgym.report.card import _front_matter
 
 
@@ -103,6 +103,13 @@ class TestDense:
     def test_no_record_at_all(self, run):
         with pytest.raises(ConfigError, match=r"no config\.toml in it or beside it, and no base_model"):
             dense_model(run / "model", None)
+
+
+def test_a_card_names_a_base_model_that_the_hub_knows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert (hub_base("someone/tiny"), hub_base("demo")) == ("someone/tiny", DEMO_BASE)
+    assert [hub_base(name) for name in ("models/mine", str(tmp_path), "~/mine", "mine", "a/b/mine.gguf")] == [None] * 5
 
 
 class TestWeights:
