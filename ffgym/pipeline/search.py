@@ -126,7 +126,7 @@ def tracked_search(
             tracker.log_update(update, episodes[-1].index, search=prefix)
 
         def on_point(found: SearchResult) -> None:
-            stage.advance(finals, f"finals at {found.target:.0%} done")
+            stage.advance(finals, f"finals at {100 * found.target:.3g}% done")
 
         return search_front(
             env,

@@ -198,6 +198,11 @@ def test_markdown_says_how_it_was_measured() -> None:
     assert "- In every row: dtype float32, seconds 60." in text
 
 
+def test_targets_are_as_fine_as_they_were_chosen() -> None:
+    cells = [each.model_copy(update={"target": target}) for each, target in zip(results(), (0.125, 0.2), strict=False)]
+    assert "target sparsity 12.5% and 20%;" in bench_table("Bench", cells, baselines=[]).header
+
+
 def test_searches_are_compared_with_the_best_heuristic_on_the_same_windows() -> None:
     def with_losses(each: CellResult, *losses: float) -> CellResult:
         final = each.final.model_copy(update={"losses": list(losses), "loss": sum(losses) / len(losses)})
