@@ -89,9 +89,11 @@ def unanswered(stored: CellResult, cell: Cell) -> list[str]:
     """What the cell asks for and a stored result of the same work does not hold."""
     unsaid = []
     if cell.plain and stored.final.plain_loss is None:
-        unsaid.append("plain was false and is true now")
+        unsaid.append("the bench asks for plain = true, and this result was computed with plain = false")
     if stored.asked_marks < cell.marks and cell.config.agent.name != "one-shot":
-        unsaid.append(f"marks was {stored.asked_marks} and is {cell.marks} now")
+        unsaid.append(
+            f"the bench asks for marks = {cell.marks}, and this result was computed with {stored.asked_marks}"
+        )
     return unsaid
 
 

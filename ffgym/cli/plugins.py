@@ -49,11 +49,11 @@ def list_names(
             typer.echo(f"A corpus is also a file, a folder or a hub id; a list of corpora is a mixture: {EXAMPLE}")
     failed = [record for record in manager.records() if record.failure is not None]
     for what, which in (
-        ("could not be loaded", [record.name for record in failed if not record.provides]),
-        ("provide a name that is taken", [record.name for record in failed if record.provides]),
+        ("plugins that could not be loaded", [record.name for record in failed if not record.provides]),
+        ("not used, because another plugin has the same name", [record.name for record in failed if record.provides]),
     ):
         if which:
-            typer.echo(f"plugins that {what}: {', '.join(which)}; `ffgym plugins` says why", err=True)
+            typer.echo(f"{what}: {', '.join(which)}; `ffgym plugins` says why", err=True)
 
 
 @app.command()

@@ -91,7 +91,7 @@ def read_table(folder: Path) -> ReportTable:
         known["perplexity"] = math.nan if stored.perplexity is None else stored.perplexity
         rows.append(Row(costs=costs, losses=losses.losses.get(stored.label, ()), **known))
     if not rows or any(row.values.keys() != rows[0].values.keys() or "parameters" not in row.values for row in rows):
-        raise TABLE.refused(str(table), "a table has rows, and each of them the same costs, parameters among them")
+        raise TABLE.refused(str(table), "every row must have the same costs, and `parameters` must be one of them")
     if any(len(row.losses) != max(1, len(rows[0].losses)) for row in rows):
         raise WINDOW_LOSSES.refused(str(folder / "losses.json"), "not every row has a loss for every window")
     return ReportTable(tuple(rows), losses.measured, losses.windows)

@@ -184,7 +184,8 @@ def clash(offer: Offer) -> str | None:
 def conflict(offers: Sequence[Offer]) -> str:
     """Say that several packages provide one name."""
     packages = " and ".join(str(offer.package) for offer in offers)
-    return f"{offers[0].kind} {offers[0].cls.name!r} has {len(offers)} owners, so it is refused: {packages}"
+    what = f"{offers[0].kind} {offers[0].cls.name!r}"
+    return f"{len(offers)} installed packages provide {what}, so none of them is used: {packages}"
 
 
 def place_of(error: BaseException, package: str) -> str:

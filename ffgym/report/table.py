@@ -140,7 +140,8 @@ class ReportTable:
         if best is None or found is None:
             return []
         if found.same_as:
-            return [f"The result is a heuristic itself: {found.label} keeps the very units of {found.same_as}."]
+            who, rule = (label.removesuffix(f" + {found.refit}") for label in (found.label, found.same_as))
+            return [f"The result is a heuristic itself: {who} found the same allocation as {rule}."]
         difference = self.difference(found)
         if difference is None:
             return []

@@ -396,7 +396,7 @@ def test_a_plugin_whose_name_is_taken_did_not_fail_anywhere(install: Callable[..
     assert "criterion 'wanda' is a built-in, which is used" in " ".join(text.split())
     assert "--traceback" not in text
     listed = call("ls", "criteria").stderr
-    assert "plugins that provide a name that is taken: acme-wanda-entry" in listed
+    assert "not used, because another plugin has the same name: acme-wanda-entry" in listed
     assert "could not be loaded" not in listed
 
 

@@ -105,7 +105,7 @@ def test_a_search_does_not_go_on_with_another_edition_of_a_plugin(
         go(config(tmp_path))
     monkeypatch.setattr(Perplexity, "edition", 2)
     before = (tmp_path / "out" / "episodes.jsonl").read_bytes()
-    with pytest.raises(OutputError, match=r"the plugin of \[reward\] was of edition 1 and is of edition 2 now"):
+    with pytest.raises(OutputError, match=r"the plugin named in \[reward\] has changed .* \(edition 1 then, 2 now\)"):
         go(config(tmp_path), resume=tmp_path / "out")
     assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
 

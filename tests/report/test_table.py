@@ -145,7 +145,7 @@ def test_one_window_cannot_tell():
 
 def test_a_result_that_is_the_prior_is_called_so():
     text = compared(WEAK, STRONG, found(*HARD, same_as="fisher + ridge")).layout().markdown()
-    assert "The result is a heuristic itself: reinforce + ridge keeps the very units of fisher + ridge." in text
+    assert "The result is a heuristic itself: reinforce found the same allocation as fisher." in text
 
 
 def test_without_losses_of_the_windows_nothing_is_claimed():
