@@ -37,7 +37,9 @@ def runs(
     ] = None,
     filters: Annotated[
         list[str] | None,
-        typer.Option("--filter", metavar="COLUMN=VALUE", help="only these, e.g. agent=rein*; repeatable"),
+        typer.Option(
+            "--filter", metavar="COLUMN=VALUE", help="show only runs with this value, e.g. agent=rein*; repeatable"
+        ),
     ] = None,
     sort: Annotated[str, typer.Option(help="column to sort by; -COLUMN for the other way round")] = "-started",
     root: RootOption = TrackingTable().root,
@@ -77,7 +79,7 @@ def _is_missing(value: Any) -> bool:
 
 def _column(name: str) -> str:
     if name not in COLUMNS:
-        raise UnknownNameError("column", name, COLUMNS, listed=COLUMNS)
+        raise UnknownNameError("column", name, COLUMNS)
     return name
 
 

@@ -174,7 +174,7 @@ def _parse_override(text: str) -> JSONDict:
     dotted, equals, literal = text.partition("=")
     keys = [key.strip() for key in dotted.split(".")]
     if not equals or not all(keys):
-        raise ConfigError(f"cannot read --set {text!r}", hint="Write KEY=VALUE, e.g. --set prune.sparsity=0.3")
+        raise ConfigError(f"cannot read --set {text!r}", hint="Write --set KEY=VALUE.")
     nested: Any = _parse_literal(literal.strip())
     for key in reversed(keys):
         nested = {key: nested}

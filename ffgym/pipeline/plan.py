@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ffgym.config.tables import RunConfig
 from ffgym.data.cache import ADDED_TO
@@ -77,7 +78,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         workers=config.workers.count,
         elsewhere=config.workers.ray_address is not None,
     )
-    return placed(config, replace(plan, load=load))
+    output = plan.output if config.output.dir is None else Path(config.output.dir)
+    return placed(config, replace(plan, load=load, output=output))
 
 
 def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:

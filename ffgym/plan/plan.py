@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Plan:
         free: bytes of that device's memory, or of all GPUs that layers are spread over, that this process may have.
         texts: what each split is made of, by role.
         unstreamable: why its layers cannot be streamed; empty where they can.
+        output: folder that the run is written to, or in which it gets one.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Plan:
     free: int
     texts: Mapping[str, str]
     unstreamable: str = ""
+    output: Path = Path("runs")
 
     @cached_property
     def stages(self) -> list[Stage]:

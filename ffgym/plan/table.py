@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "load": "load model and text",
-    "start": "start, for reward.png",
+    "start": "reward of the starting allocation (for reward.png)",
     "sequential": "sequential calibration",
 }
 
@@ -101,8 +101,8 @@ def _parts(plan: Plan) -> Table[Sequence[str]]:
         f"Text: {', '.join(f'{role} {text}' for role, text in plan.texts.items())}.",
         f"Memory: {humane(plan.needed, 'B')} are needed{workers}; {humane(plan.free, 'B')} are free on {plan.device}. "
         f"{plan.advice}".strip(),
-        f"Disk: {humane(_free_disk(cache_dir()), 'B')} are free for prepared models, {humane(_free_disk(Path()), 'B')} "
-        f"here. {_disk_advice(plan)}".strip(),
+        f"Disk: {humane(_free_disk(cache_dir()), 'B')} are free for prepared models, "
+        f"{humane(_free_disk(plan.output), 'B')} in {plan.output}. {_disk_advice(plan)}".strip(),
         f"Time: at the speed that this machine had just now, {humane(plan.speed.model)} operations a second in the "
         f"model's layers.{before}",
     ]
@@ -117,8 +117,8 @@ def _disk_advice(plan: Plan) -> str:
         said.append("The prepared model does not fit: set FFGYM_CACHE to a folder on a larger disk.")
     if 0 < limit < prepared:
         said.append(f"It takes more than FFGYM_CACHE_SIZE ({humane(limit, 'B')}): all other prepared models would go.")
-    if saved > _free_disk(Path()):
-        said.append("The saved model does not fit: name a folder on a larger disk with --output.")
+    if saved > _free_disk(plan.output):
+        said.append("The saved model does not fit: give `ffgym run` a folder on a larger disk with --output.")
     return " ".join(said)
 
 

@@ -82,7 +82,7 @@ def reading_store(root: Path, action: str) -> Iterator[tuple[Any, str]]:
             )
         with contextlib.suppress(sqlite3.Error):  # a store that is only read may be read-only
             adopt(root)
-    with translated(uri, action):
+    with translated(uri, action, "or name another store: --root DIR, or --set tracking.root=DIR of a run."):
         yield client_of(uri), uri
 
 
@@ -192,8 +192,12 @@ def uninterrupted(uri: str) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def translated(uri: str, action: str) -> Iterator[None]:
-    """Keep MLflow's log lines off the terminal, and turn its errors into a ``TrackingError`` with a next step."""
+def translated(uri: str, action: str, instead: str = INSTEAD) -> Iterator[None]:
+    """Keep MLflow's log lines off the terminal, and turn its errors into a ``TrackingError`` with a next step.
+
+    Args:
+        instead: what to do where the store stays as it is.
+    """
     import_mlflow()  # sets log levels itself, so it comes first
     loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
     levels = [logger.level for logger in loggers]
@@ -203,7 +207,7 @@ def translated(uri: str, action: str) -> Iterator[None]:
         yield
     except _store_errors() as error:
         reason = _reason(error, uri)
-        raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason)) from error
+        raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason, instead)) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -227,7 +231,7 @@ def _reason(error: Exception, uri: str) -> str:
     return masked(database[1] if database else text.partition("\n")[0], uri)
 
 
-def _next_step(uri: str, reason: str) -> str:
+def _next_step(uri: str, reason: str, instead: str) -> str:
     if is_server(uri):
         return "Check that MLFLOW_TRACKING_URI is right and its server answers, or unset it."
     named = uri if uri.startswith("sqlite:///") else '"$MLFLOW_TRACKING_URI"'
@@ -245,5 +249,5 @@ def _next_step(uri: str, reason: str) -> str:
         ("No space", "Free some space,"),
     ):
         if sign in reason:
-            return f"{step} {INSTEAD}"
-    return f"Make it writable, {INSTEAD}"
+            return f"{step} {instead}"
+    return f"Make it writable, {instead}"

@@ -342,10 +342,17 @@ def test_what_no_run_would_take_is_refused(arguments: tuple[str, ...], said: str
 
 def test_the_table_says_which_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FFGYM_CACHE_SIZE", "1MB")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    said = " ".join(call(str(folder_of(LLAMA_8B | {"num_hidden_layers": 1}, tmp_path))).output.split())
-    for word in ("set FFGYM_CACHE to a folder", "all other prepared models would go", "disk with --output"):
+    large = tmp_path / "large"
+    large.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12 if path == large else 10))
+    sizes = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8}
+    plan = (str(folder_of(LLAMA_8B | sizes, tmp_path / "model")), "--set", "model.dtype=float32")
+    said = " ".join(call(*plan).output.split())
+    for word in ("set FFGYM_CACHE to a folder", "all other prepared models would go", "give `ffgym run` a folder"):
         assert word in said
+    said = " ".join(call(*plan, "--set", f"output.dir={large / 'new'}").output.split())
+    assert "set FFGYM_CACHE to a folder" in said
+    assert "The saved model does not fit" not in said
 
 
 def test_an_unknown_architecture_names_the_nearest_family(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_json_has_all_there_is(root):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--sort", "perplexty"], "unknown column 'perplexty'"),
+        (["--sort", "perplexty"], "unknown column 'perplexty'\nhint: Known: "),
         (["--filter", "agnet=ppo"], "Did you mean 'agent'?"),
         (["--filter", "agent"], "cannot read --filter 'agent'"),
     ],
@@ -174,3 +174,12 @@ def test_an_unknown_column_is_refused(root, arguments, complaint):
     done = CliRunner().invoke(app, ["runs", "--root", str(root), *arguments])
     assert done.exit_code == 1
     assert complaint in done.output
+
+
+def test_a_store_that_cannot_be_read_names_options_that_the_command_has(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "mlflow.db").write_text("junk " * 1000)
+    done = CliRunner().invoke(app, ["runs", "--root", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "or name another store: --root DIR" in " ".join(done.stderr.split())
+    assert "tracking.enabled" not in done.stderr
