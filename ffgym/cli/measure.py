@@ -17,7 +17,6 @@ from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption, OverwriteFileOption, key_option
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import PruneTable
-from ffgym.errors import ConfigError
 from ffgym.files import check_file, write_text
 
 EngineArgsOption = Annotated[
@@ -253,7 +252,7 @@ def evaluate(
 
     names = [*(models or []), *(more or [])]
     if not names:
-        raise ConfigError("no model to measure", hint="Name one or more: ffgym eval demo runs/my-run/model")
+        raise typer.BadParameter("name at least one model, e.g. ffgym eval demo runs/my-run/model")
     output = _checked(output, task_table.FILE_KINDS, overwrite)
     wanted = [name.strip() for name in tasks.split(",") if name.strip()]
     reporter = Reporter()

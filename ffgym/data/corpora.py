@@ -99,6 +99,19 @@ def check_text(spec: str) -> None:
     _found(spec)
 
 
+def source_of(spec: str) -> str | None:
+    """The name of the corpus plugin that reads a spec; ``None`` for files, folders and data sets of the hub."""
+    path, name = Path(spec).expanduser(), spec.partition(":")[0]
+    if path.is_file():
+        return None
+    if spec in BUILTINS["corpus"] or name == Demo.name:
+        return name
+    if path.is_dir():  # first, since a folder's name may hold @ and :, as a spec may
+        return None
+    is_plugin = name not in BUILTINS["corpus"] and NAME.fullmatch(name) and manager.is_name("corpus", name)
+    return name if is_plugin else None
+
+
 def _found(spec: str) -> Callable[[Role], Corpus]:
     """What reads a corpus; nothing is read or fetched yet."""
     path, (name, _, part) = Path(spec).expanduser(), spec.partition(":")
@@ -107,12 +120,10 @@ def _found(spec: str) -> Callable[[Role], Corpus]:
         return lambda role: _corpus(spec, path.name, reader(path))
     if name == Demo.name and part not in DEMO_CORPORA:
         raise UnknownNameError("demo corpus", f"demo:{part}", [f"demo:{known}" for known in DEMO_CORPORA])
-    if spec in BUILTINS["corpus"] or name == Demo.name:
+    if source_of(spec) is not None:
         return lambda role: _from_source(spec, name, part, role)
-    if spec and path.is_dir():  # first, since a folder's name may hold @ and :, as a spec may
+    if spec and path.is_dir():
         return lambda role: _table(spec, _load_folder(path, None), None, None, role)
-    if name not in BUILTINS["corpus"] and NAME.fullmatch(name) and manager.is_name("corpus", name):
-        return lambda role: _from_source(spec, name, part, role)
     return _dataset(spec)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
-from ffgym.data.splits import Splits
+from ffgym.data.corpora import source_of
+from ffgym.data.splits import ROLES, Splits
 from ffgym.errors import OutputError
 from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.files import FileFormat, write_text
@@ -243,6 +245,11 @@ def run_tags(task: Task, agent: Agent) -> dict[str, str]:
         used[f"resource.{resource}"] = manager.get_class("resource", resource)
     if config.prior.name != "none":
         used[f"heuristic.{config.prior.name}"] = manager.get_class("heuristic", config.prior.name)
+    if config.recover.method != "none":
+        used[f"recovery.{config.recover.method}"] = manager.get_class("recovery", config.recover.method)
+    specs = {spec for role in ROLES for spec in shares(getattr(config.data, role))}
+    for source in filter(None, map(source_of, specs)):
+        used[f"corpus.{source}"] = manager.get_class("corpus", source)
     plugins = {name: str(manager.package_of(plugin)) for name, plugin in used.items()}
     loaded, threads = task.loaded, torch.get_num_threads()
     return environment_tags(device=str(loaded.device), dtype=loaded.dtype_name, threads=threads, plugins=plugins)

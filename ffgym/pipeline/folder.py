@@ -34,10 +34,11 @@ WRITTEN = frozenset(
     | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
     | {"front.json", "front.md", "front.png", "model"}
 )
-# For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered. What ffgym recover writes.
+# For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered; 0.996 is called 1.00. What
+# ffgym recover writes.
 WRITTEN_PER_POINT = re.compile(
-    r"allocation-0\.\d+\.json|model-0\.\d+|model(-0\.\d+)?-recovered(\.unfinished|\.unsent\.(jsonl|lock))?"
-    r"|\.model(-0\.\d+)?-recovered\.lock"
+    r"allocation-[01]\.\d+\.json|model-[01]\.\d+|model(-[01]\.\d+)?-recovered(\.unfinished|\.unsent\.(jsonl|lock))?"
+    r"|\.model(-[01]\.\d+)?-recovered\.lock"
     r"|[0-9a-f]{8}\.(model\S*\.)?unsent\.(jsonl|lock)"  # of an MLflow run that found another's records there
 )
 # Files that were being written, or replaced, when a run was killed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import keyword
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -41,7 +42,8 @@ def write_package(kind: NewKind, name: str, parent: Path) -> Path:
         PluginError: the name is taken, or cannot be one.
     """
     package, module = f"ffgym-{name}", f"ffgym_{name}".replace("-", "_")
-    _check_name(kind, name, module)
+    cls = "".join(part.capitalize() for part in re.split("[-_]", name))
+    _check_name(kind, name, module, cls)
     folder = parent / package
     if folder.exists():
         raise OutputError(f"{folder} exists already", hint="Choose another name, or another folder with --output.")
@@ -51,7 +53,7 @@ def write_package(kind: NewKind, name: str, parent: Path) -> Path:
         "package": package,
         "module": module,
         "base": kind.capitalize(),
-        "cls": "".join(part.capitalize() for part in re.split("[-_]", name)),
+        "cls": cls,
         "option": OPTIONS[kind],
     }
     places = {
@@ -67,7 +69,7 @@ def write_package(kind: NewKind, name: str, parent: Path) -> Path:
     return folder
 
 
-def _check_name(kind: NewKind, name: str, module: str) -> None:
+def _check_name(kind: NewKind, name: str, module: str, cls: str) -> None:
     if not NAME.fullmatch(name):
         near = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-0123456789")
         guess = f" Did you mean {near!r}?" if near else ""
@@ -75,8 +77,8 @@ def _check_name(kind: NewKind, name: str, module: str) -> None:
             f"{name!r} cannot be a plugin's name: its module and its class are named after it",
             hint=f"Use lower-case letters and digits, with - and _ between them; begin with a letter.{guess}",
         )
-    if name == "none":
-        raise PluginError("a plugin cannot be called 'none': it means that there is none", hint="Choose another name.")
+    if keyword.iskeyword(cls):
+        raise PluginError(f"a plugin cannot be called {name!r}: no class can be {cls}", hint="Choose another name.")
     if manager.is_name(kind, name):
         raise PluginError(
             f"{kind} {name!r} exists already, in package {manager.package_of(manager.get_class(kind, name))}",

@@ -39,7 +39,7 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
         table = getattr(config, key, None)
         if not isinstance(table, PluginTable):
             continue
-        options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True)
+        options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True, by_alias=True)
         tables[key] = type(table)(**options, **{field: getattr(table, field) for field in type(table).model_fields})
     return config.model_copy(update=tables)
 
@@ -75,7 +75,8 @@ def outgrown(stored: Mapping[str, int], config: RunConfig) -> list[str]:
     """How the `editions` of a configuration's plugins differ from stored ones, one line a plugin."""
     now = editions(config)
     return [
-        f"the plugin of [{table}] was of edition {stored.get(table, 1)} and is of edition {now.get(table, 1)} now"
+        f"the plugin named in [{table}] has changed how it computes since (edition {stored.get(table, 1)} then, "
+        f"{now.get(table, 1)} now)"
         for table in sorted({*stored, *now})
         if stored.get(table, 1) != now.get(table, 1)
     ]

@@ -21,7 +21,7 @@ from ffgym.errors import TrackingError
 from ffgym.files import FileFormat, exclusive_lock, write_text
 from ffgym.tracking.records import send
 from ffgym.tracking.runs import run_with_id
-from ffgym.tracking.store import reading_store
+from ffgym.tracking.store import database, own_uri, reading_store, tracking_uri
 from ffgym.types import JSONDict
 
 
@@ -31,7 +31,9 @@ class _Head(BaseModel):
     run: str
 
 
-HEAD = FileFormat("head of an MLflow run's records", _Head, TrackingError, "Remove the file.")
+HEAD = FileFormat(
+    "first line that says which MLflow run the records belong to", _Head, TrackingError, "Remove the file."
+)
 LINE = FileFormat("record of an MLflow run", dict, TrackingError, "Remove the line, or the whole file.")
 SUFFIX = "unsent.jsonl"
 
@@ -107,6 +109,13 @@ def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> 
     waiting = [path for folder in folders for path in sorted(folder.rglob(f"*{SUFFIX}"))]
     for path in {path.resolve(): path for path in waiting}.values():  # a folder may lie in another
         for source, line in islice(LINE.lines(path), 1):  # of an empty file there is none
+            if not line.endswith(b"\n"):  # the process was killed while it began the file
+                continue
+            if tracking_uri(root) == own_uri(root) and not database(root).is_file():
+                raise TrackingError(
+                    f"the records in {path} wait for an MLflow server, and MLFLOW_TRACKING_URI names none",
+                    hint="Set MLFLOW_TRACKING_URI to its address.",
+                )
             run = run_with_id(root, HEAD.parse(line, source).run, f"{path}: ")
             with reading_store(root, f"write run {run.name!r} to") as (client, _):
                 sent = Outbox(path, run.id).forward(partial(send, client, run.id))

@@ -198,6 +198,12 @@ def test_a_recovery_that_a_bench_would_not_measure(tmp_path: Path) -> None:
     assert "ffgym recover" in hint
 
 
+def test_seeds_that_a_heuristic_would_not_run(tmp_path: Path) -> None:
+    more = {"agents": ["random", "uniform"], "more_seeds": {"random": [1], "uniform": [3]}}
+    hint = refused(tmp_path, "more_seeds has 'uniform', a heuristic", **more)
+    assert hint == "Leave it out of more_seeds."
+
+
 @pytest.mark.parametrize("label", ["a/b", "../other", "/other"])
 def test_a_name_that_is_no_file_name(tmp_path: Path, label: str) -> None:
     refused(tmp_path, "cannot name a file", agents=[label], variants={label: {"agent": {"name": "random"}}})
@@ -245,9 +251,15 @@ def test_a_result_without_the_loss_that_is_asked_for_now(tmp_path: Path) -> None
     (cell,) = read_bench(path).cells
     write_result(cell.path, a_result(cell))
     bench([path], progress=Console(quiet=True))
-    refused(tmp_path, "another configuration: plain was false and is true now", plain=True)
+    refused(
+        tmp_path,
+        "another configuration: the bench asks for plain = true, and this result was computed with plain = false",
+        plain=True,
+    )
     bench([bench_file(tmp_path, marks=2)], progress=Console(quiet=True), only_report=True)
-    refused(tmp_path, "another configuration: marks was 6 and is 7 now", marks=7)
+    refused(
+        tmp_path, "another configuration: the bench asks for marks = 7, and this result was computed with 6", marks=7
+    )
 
 
 def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
@@ -291,11 +303,11 @@ def test_a_result_of_an_earlier_edition(tmp_path: Path, monkeypatch: pytest.Monk
     (cell,) = read_bench(path).cells
     write_result(cell.path, a_result(cell))
     monkeypatch.setattr(RandomSearch, "edition", 2)
-    refused(tmp_path, r"another configuration: the plugin of \[agent\] was of edition 1 and is of edition 2 now")
+    refused(tmp_path, r"another configuration: the plugin named in \[agent\] has changed .* \(edition 1 then, 2 now\)")
     write_result(cell.path, a_result(cell).model_copy(update={"editions": {"agent": 2}}))
     check_benches([read_bench(path)])
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"\[agent\] was of edition 2 and is of edition 1 now"):
+    with pytest.raises(ConfigError, match=r"\[agent\] has changed .* \(edition 2 then, 1 now\)"):
         check_benches([read_bench(path)])
 
 

@@ -133,8 +133,10 @@ def test_no_model_is_fetched_for_a_task_that_nobody_knows(monkeypatch: pytest.Mo
     refused(call("demo", "--tasks", "hellaswagg"), "Did you mean 'hellaswag'?")
 
 
-def test_no_model_at_all() -> None:
-    refused(call("--tasks", "piqa"), "no model to measure")
+def test_no_model_at_all_is_wrong_usage() -> None:
+    done = call("--tasks", "piqa")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "name at least one model" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--limit", "few"], ["--limit", "0"], ["--batch-size", "0"], ["--data", "moon"]])

@@ -64,6 +64,7 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
     [
         ".config.toml.part-0123abcd",
         ".model-0.20-recovered.part-0123abcd",
+        "allocation-1.00.json",
         "unsent.lock",
         "model-recovered.unsent.lock",
         "0a1b2c3d.unsent.jsonl",

@@ -59,6 +59,7 @@ from ffgym.evaluation.evaluator import ModelEvaluator
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pipeline import pipeline, task
 from ffgym.pipeline.agent import make_agent
+from ffgym.pipeline.artifacts import run_tags
 from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.settle import settle
 from ffgym.plugins import manager
@@ -382,6 +383,19 @@ def test_versions_and_plugins_are_tags(tracked: Any) -> None:
     for plugin in (*main, "calibration.ridge", "resource.params"):
         assert tags[f"plugin.{plugin}"].startswith("ffgym ")
     assert (tags["device"], tags["dtype"], int(tags["threads"])) == ("cpu", "float32", torch.get_num_threads())
+
+
+def test_plugins_that_read_text_and_train_are_tags_too(finished: Finished) -> None:
+    texts = finished.config.data.model_copy(update={"calibration": ("demo:c4", "2*mine.txt")})
+    recover = finished.config.recover.model_copy(update={"method": "lora"})
+    config = finished.config.model_copy(update={"data": texts, "recover": recover})
+    env: Any = SimpleNamespace(reward=manager.create("reward", "perplexity"), prices={})
+    of: Any = SimpleNamespace(config=config, env=env, loaded=SimpleNamespace(device="cpu", dtype_name="float32"))
+    tags = run_tags(of, make_agent(config))
+    assert {name for name in tags if name.startswith(("plugin.corpus", "plugin.recovery"))} == {
+        "plugin.corpus.demo",
+        "plugin.recovery.lora",
+    }
 
 
 def test_a_notebook_that_shows_the_result_is_not_flooded_with_its_episodes(finished: Finished) -> None:

@@ -184,7 +184,9 @@ def test_an_unknown_agent_may_be_a_mistyped_heuristic() -> None:
 def test_two_packages_with_one_name_are_refused_naming_both(install: Install) -> None:
     install("acme-one", CRITERION.format(name="mine"))
     install("acme-two", CRITERION.format(name="mine"))
-    with pytest.raises(PluginError, match=r"'mine' has 2 owners.*acme-one 1\.0 and acme-two 1\.0"):
+    with pytest.raises(
+        PluginError, match=r"2 installed packages provide criterion 'mine'.*acme-one 1\.0 and acme-two 1\.0"
+    ):
         manager.get_class("criterion", "mine")
     assert "mine" not in manager.names("criterion")
     assert "acme-two 1.0" in str(record("acme-one").failure)
@@ -369,6 +371,15 @@ def test_missing_and_mistyped_options_name_table_and_key(install: Install) -> No
         manager.create("criterion", "mine")
     with pytest.raises(ConfigError, match=r"criterion\.floor = 'low': should be a valid number"):
         manager.create("criterion", "mine", {"floor": "low"})
+
+
+def test_an_option_with_an_alias_is_spelled_out_by_it(install: Install) -> None:
+    source = CRITERION.format(name="mine").replace("floor: float", "floor: float = pydantic.Field(alias='least')")
+    install("acme-mine", "import pydantic" + source)
+    config = load_config(None, criterion={"name": "mine", "least": 0.5})
+    spelled_out = configured.with_options(config)
+    assert spelled_out.criterion.options == {"power": 1.0, "least": 0.5}
+    assert configured.with_options(spelled_out) == spelled_out
 
 
 def test_options_of_a_heuristic_are_those_of_the_table_prior() -> None:

@@ -68,7 +68,8 @@ def test_the_command_says_what_comes_next(tmp_path: Path) -> None:
         ("agent", "a/../b", "cannot be a plugin's name"),
         ("reward", "", "cannot be a plugin's name"),
         ("reward", "ends-", "cannot be a plugin's name"),
-        ("heuristic", "none", "it means that there is none"),
+        ("heuristic", "none", "no class can be None"),
+        ("criterion", "true", "no class can be True"),
     ],
 )
 def test_names_that_are_taken_or_cannot_be_are_refused(

@@ -60,6 +60,25 @@ def test_an_empty_file_is_no_outbox(box: Outbox) -> None:
     assert sync(box.path.parent, [box.path.parent], print) == 0
 
 
+def test_records_of_a_server_that_is_not_named(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    box.add({"write": "tags", "values": {"late": "yes"}})
+    with pytest.raises(TrackingError, match=r"wait for an MLflow server.*\n.*Set MLFLOW_TRACKING_URI"):
+        sync(box.path.parent, [box.path.parent], print)
+    assert len(box) == 1
+
+
+def test_a_file_that_was_only_begun_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = new_store(tmp_path / "mlruns")
+    run_id = client(root).create_run("0", run_name="two").info.run_id
+    (tmp_path / "1.unsent.jsonl").write_text('{"run": "aaa')
+    Outbox(tmp_path / "2.unsent.jsonl", run_id).add({"write": "tags", "values": {"late": "yes"}})
+    assert sync(root, [tmp_path], print) == 1
+
+
 def test_a_folder_that_lies_in_another_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root, run = new_store(tmp_path / "mlruns"), tmp_path / "runs" / "one"
