@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,9 @@ import torch
 from rich.console import Console
 
 from ffgym.config.tables import RecoverTable, RunConfig
-from ffgym.config.toml import to_toml
+from ffgym.config.toml import flatten, load_config, to_toml
 from ffgym.data.splits import windows_digest
-from ffgym.errors import FFGymError, PluginError, RecoveryError
+from ffgym.errors import ConfigError, FFGymError, PluginError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
@@ -32,7 +33,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
-from ffgym.recover.folders import check_output, output_folder, place_lock, unfinished_folder
+from ffgym.recover.folders import check_output, find_run_config, output_folder, place_lock, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
@@ -78,7 +79,7 @@ def recover(
     source = model_folder(Path(folder)).resolve()
     config, dense = _with_dense(config, source)
     check_method(config.recover, dense)
-    asked = config.recover.model_dump(mode="json", exclude_defaults=True)
+    asked = _asked(config, source, dense)
     config = configured.with_options(config, ["recover"])
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
     check_output(source, place, overwrite)
@@ -90,10 +91,7 @@ def recover(
         tracking.enabled,
         unsent=place.with_name(f"{place.name}.unsent.jsonl"),
         command="ffgym recover",
-        again=shlex.join(
-            ["ffgym", "recover", str(source), "--output", str(place)]
-            + [part for key, value in asked.items() for part in ("--set", f"recover.{key}={json.dumps(value)}")]
-        ),
+        again=shlex.join(["ffgym", "recover", str(source), "--output", str(place), *asked]),
         notify=reporter.print,
     ) as tracker:
         tracker.set_tags({FOLDER_TAG: str(place)})
@@ -120,6 +118,21 @@ def _with_dense(config: RunConfig, source: Path) -> tuple[RunConfig, str | None]
         return config, None
     model = config.model.model_copy(update={"name": record.name, "revision": record.revision})
     return config.model_copy(update={"model": model}), record.name
+
+
+def _asked(config: RunConfig, source: Path, dense: str | None) -> list[str]:
+    """The options of a command line that make this configuration out of the one that is found with the model."""
+    then: JSONDict = {}
+    with suppress(ConfigError):  # it was not used: another one was named
+        then = flatten(load_config(find_run_config(source)).model_dump(mode="json"))
+    now = flatten(config.model_dump(mode="json"))
+    if dense is None:
+        del now["model.name"]
+    else:
+        now["model.name"] = dense
+    changed = {key: "" if value is None else value for key, value in now.items() if then.get(key, now) != value}
+    texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items()]
+    return [part for text in texts for part in ("--set", text)]
 
 
 def check_method(table: RecoverTable, dense: str | None) -> Recovery:

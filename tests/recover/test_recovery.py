@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -292,22 +293,28 @@ def test_ctrl_c_in_the_terminal_saves_and_exits_130(folder: Path, tmp_path: Path
     assert part.exists()
 
 
-def test_an_interrupted_training_is_killed_in_mlflow(
+def test_an_interrupted_training_is_killed_in_mlflow_which_says_how_to_go_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new_store(tmp_path / "mlruns")
     config = load_config(
         folder / "config.toml",
         ["recover.method=lora", "tracking.enabled=true", f"tracking.root={tmp_path / 'mlruns'}"],
+        seed=5,
+        model={"dtype": "bfloat16"},
     )
     undo = stop(monkeypatch, lora_module, "rate_at", 3)
     with pytest.raises(KeyboardInterrupt):
         recovered(folder, config=config)
     undo()
-    result = recovered(folder, config=config)
-    assert [run.info.status for run in runs(tmp_path / "mlruns")] == ["KILLED", "FINISHED"]
+    (first,) = runs(tmp_path / "mlruns")
+    done = CliRunner().invoke(app, shlex.split(first.data.tags["ffgym.resume"])[1:])
+    assert done.exit_code == 0, done.output
+    assert "going on with the training" in done.output
+    first, second = runs(tmp_path / "mlruns")
+    assert [first.info.status, second.info.status] == ["KILLED", "FINISHED"]
     # The second run has the whole curve.
-    points = client(tmp_path / "mlruns").get_metric_history(result.mlflow_run, "recover/train_loss")
+    points = client(tmp_path / "mlruns").get_metric_history(second.info.run_id, "recover/train_loss")
     assert [point.step for point in points] == list(range(STEPS))
 
 
