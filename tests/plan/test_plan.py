@@ -309,7 +309,7 @@ def test_rewards_with_objectives_and_examples_have_longer_episodes_and_finals(tm
 
     one = stages()
     weighed = stages("--reward", "multi-objective", "--set", "reward.accuracy=0", "--set", "reward.resource=kv")
-    assert weighed["finals"]["tokens"] == 2 * (8 + 8) * 16_384, "finalists and the Pareto set, on all that is reserved"
+    assert weighed["finals"]["tokens"] == 2 * (8 + 8 + 1) * 16_384, "finalists, Pareto set and start, on all windows"
     assert weighed["search"]["tokens"] == one["search"]["tokens"], "the episodes are the same"
     asked = stages("--reward", "multi-objective", "--set", "reward.resource=kv")
     assert asked["finals"]["tokens"] > 1.5 * weighed["finals"]["tokens"], "256 examples go with 16 windows"
