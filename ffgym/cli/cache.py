@@ -26,7 +26,7 @@ def cache(
     Prepared models take at most FFGYM_CACHE_SIZE (50GB): the least recently used are deleted first.
     """
     from ffgym.data.cache import cache_dir, entries, remove
-    from ffgym.errors import UnknownNameError
+    from ffgym.errors import AssetError, UnknownNameError
 
     found = entries()
     for name in delete or []:
@@ -35,7 +35,10 @@ def cache(
             known = sorted({entry.kind for entry in found} | {entry.path.name for entry in found})
             raise UnknownNameError("cache entry", name, known)
         for entry in chosen:
-            remove(entry)
+            if not remove(entry):
+                raise AssetError(
+                    f"{entry.path} is being made or opened by another process", hint="Delete it when that is done."
+                )
             typer.echo(f"deleted {entry.path}", err=True)
         found = [entry for entry in found if entry not in chosen]
     if as_json:

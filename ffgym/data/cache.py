@@ -196,10 +196,17 @@ def entries(kind: str = "*") -> list[Entry]:
     return sorted(found, key=lambda entry: -entry.used)
 
 
-def remove(entry: Entry) -> None:
-    """Delete it, in one move: no other process sees a part of it."""
-    with Scratch("gone", entry.path.parent) as scratch, suppress(FileNotFoundError):
-        os.replace(entry.path, scratch / "content")
+def remove(entry: Entry) -> bool:
+    """Delete it, in one move: no other process sees a part of it.
+
+    Returns:
+        ``False`` where another process holds its lock, as it is about to use it; it stays then.
+    """
+    with exclusive_lock(lock_of(entry.path)) as is_free:
+        if is_free:
+            with Scratch("gone", entry.path.parent) as scratch, suppress(FileNotFoundError):
+                os.replace(entry.path, scratch / "content")
+    return is_free
 
 
 def lock_of(place: Path) -> Path:
@@ -222,7 +229,7 @@ def size_limit() -> int:
 def shrink(kind: str, limit: int, spare: Path | None = None) -> list[Entry]:
     """Remove what was not used for longest until the entries of a kind fit.
 
-    What to spare stays in any case, and so does what another process holds the lock of: it is about to use it.
+    What to spare stays in any case, and so does what another process is about to use.
 
     Returns:
         what was removed.
@@ -231,9 +238,6 @@ def shrink(kind: str, limit: int, spare: Path | None = None) -> list[Entry]:
     found = entries(kind)
     for entry in sorted(found, key=lambda entry: entry.path != spare):  # stable: the last used first
         total += entry.bytes
-        if total > limit and entry.path != spare:
-            with exclusive_lock(lock_of(entry.path)) as is_free:
-                if is_free:
-                    remove(entry)
-                    removed.append(entry)
+        if total > limit and entry.path != spare and remove(entry):
+            removed.append(entry)
     return removed

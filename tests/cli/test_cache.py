@@ -11,6 +11,8 @@ from glass_runs import glass_tables
 from typer.testing import CliRunner
 
 from ffgym.cli import app
+from ffgym.data.cache import lock_of
+from ffgym.files import exclusive_lock
 
 
 @pytest.fixture
@@ -45,6 +47,14 @@ def test_deletes_an_entry_or_all_of_a_kind(cache: Path) -> None:
     assert names() == {"opt-2", "text", "table.json"}
     assert CliRunner().invoke(app, ["cache", "--delete", "prepared", "--delete", "latency"]).exit_code == 0
     assert names() == {"text"}
+
+
+def test_what_another_process_is_opening_stays(cache: Path) -> None:
+    with exclusive_lock(lock_of(cache / "prepared" / "llama-1")):
+        done = CliRunner().invoke(app, ["cache", "--delete", "llama-1"])
+    assert done.exit_code == 1
+    assert "llama-1 is being made or opened by another process" in done.stderr
+    assert "llama-1" in names()
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(cache: Path) -> None:
