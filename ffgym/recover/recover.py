@@ -114,7 +114,7 @@ def _with_dense(config: RunConfig, source: Path) -> tuple[RunConfig, str | None]
     if "name" in config.model.model_fields_set:
         return config, config.model.name
     record = recorded_dense_model(source)
-    if record is None:  # the default is a model that nobody asked for
+    if record is None:
         return config, None
     model = config.model.model_copy(update={"name": record.name, "revision": record.revision})
     return config.model_copy(update={"model": model}), record.name
@@ -126,12 +126,12 @@ def _asked(config: RunConfig, source: Path, dense: str | None) -> list[str]:
     with suppress(ConfigError):  # it was not used: another one was named
         then = flatten(load_config(find_run_config(source)).model_dump(mode="json"))
     now = flatten(config.model_dump(mode="json"))
-    if dense is None:
+    if dense is None:  # its name is a default that nobody asked for
         del now["model.name"]
-    else:
-        now["model.name"] = dense
-    changed = {key: "" if value is None else value for key, value in now.items() if then.get(key, now) != value}
-    texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changed.items()]
+    changed = {key: value for key, value in now.items() if key not in then or then[key] != value}
+    texts = [
+        f"{key}={json.dumps('' if value is None else value, ensure_ascii=False)}" for key, value in changed.items()
+    ]
     return [part for text in texts for part in ("--set", text)]
 
 
