@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ffgym.config.mixture import described
 from ffgym.files import Count
 from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, counted, stacked
+from ffgym.report.layout import Column, Table, counted, percent, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
 
@@ -255,7 +255,7 @@ def bench_table(
 
 def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str) -> str:
     """How the numbers were measured."""
-    targets = " and ".join(f"{100 * target:.3g}%" for target in sorted({result.target for result in results}))
+    targets = " and ".join(map(percent, sorted({result.target for result in results})))
     # prune.calibration = "none" is for rewards only: the report is measured after ridge then too
     affine = {result.settings.get("prune", {}).get("calibration") == "affine" for result in results}
     refit = "ridge or affine" if len(affine) > 1 else "the same affine refit" if True in affine else "the same ridge"

@@ -23,7 +23,7 @@ from ffgym.pruning.budget import width_step
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names
-from ffgym.report.layout import humane
+from ffgym.report.layout import humane, percent
 from ffgym.report.paired import standard_error
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, bos_text
@@ -264,7 +264,7 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
     is_demo = config.model.name == "demo"
     name, allocation = Path(config.model.name).name, found.best.allocation
     card = model_card(
-        title=f"{name}, {100 * found.target:.3g}% of {config.prune.resource} pruned",
+        title=f"{name}, {percent(found.target)} of {config.prune.resource} pruned",
         base_model=hub_base(config.model.name),
         license=DEMO_LICENSE if is_demo else None,
         table=table,

@@ -11,6 +11,7 @@ from ffgym.pipeline.compare import model_folder
 from ffgym.pipeline.folder import read_record, resume_command
 from ffgym.pipeline.stored import StoredRun
 from ffgym.recover.folders import output_folder
+from ffgym.report.layout import percent
 from ffgym.report.page import Page
 
 
@@ -18,7 +19,7 @@ def run_page(run: StoredRun) -> Page:
     """The page about a run; one that is not finished gets a page that says so."""
     config, folder, table = run.config, run.folder, run.table
     search, data = config.search, config.data
-    share = " to ".join(f"{100 * end:.3g}%" for end in dict.fromkeys(config.prune.ends))
+    share = " to ".join(map(percent, dict.fromkeys(config.prune.ends)))
     removed = f"{share} of its prunable {config.prune.resource}"
     model = model_folder(config, folder, config.main_target)
     trained = output_folder(model)

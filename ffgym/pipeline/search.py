@@ -14,6 +14,7 @@ from ffgym.pipeline.task import Task, give_prior
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_schedule
+from ffgym.report.layout import percent
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import finals_examples, finals_size, finals_windows
 from ffgym.search.log import count_episodes
@@ -126,7 +127,7 @@ def tracked_search(
             tracker.log_update(update, episodes[-1].index, search=prefix)
 
         def on_point(found: SearchResult) -> None:
-            stage.advance(finals, f"finals at {100 * found.target:.3g}% done")
+            stage.advance(finals, f"finals at {percent(found.target)} done")
 
         return search_front(
             env,

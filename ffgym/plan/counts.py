@@ -195,7 +195,7 @@ def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int
 
 def _finished(shape: ModelShape, load: Workload) -> dict[str, int]:
     """What the stages after a search hold: the libraries that draw and save too, and the consumers of a cut model."""
-    kept = (1 - load.targets[0]) * sum(s.channels for s in shape.sublayers)
+    kept = load.most_kept * sum(s.channels for s in shape.sublayers)
     consumers = _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
     held = _searched(shape, load, load.report_rows)
     return held | {"libraries": LIBRARIES + TRACKING, "refitted consumers": consumers}
@@ -303,7 +303,7 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
     operations = Operations(forward(shape, load, sparsity=load.sparsity) + heads, 0) * (allocations * tokens)
     operations += _products(load, refit(shape, load.sparsity, allocations))
     own = -(-allocations // load.workers)
-    kept = (1 - load.targets[0]) * (shape.widest("attention") + shape.widest("mlp"))
+    kept = load.most_kept * (shape.widest("attention") + shape.widest("mlp"))
     memory = {
         **_searched(shape, load),
         "hidden states": 2 * own * hidden_states(shape, load, tokens),
@@ -363,10 +363,10 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
     operations += _products(load, products)
     inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
     n = max(shape.widest("attention"), shape.widest("mlp"))
-    most = 1 - load.targets[0]
-    moments = REFITTING * most * n**2
+    moments = REFITTING * load.most_kept * n**2
     if n > WIDE:
-        moments = REFITTING_WIDE * most * n**2 + ADDING_WIDE * n * min(tokens, max(load.batch_tokens, load.window))
+        added = ADDING_WIDE * n * min(tokens, max(load.batch_tokens, load.window))
+        moments = REFITTING_WIDE * load.most_kept * n**2 + added
     memory = {
         **_finished(shape, load),
         "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,

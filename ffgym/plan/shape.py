@@ -115,6 +115,11 @@ class Workload:
         return sum(self.targets) / len(self.targets)
 
     @property
+    def most_kept(self) -> float:
+        """What is kept at the lowest target: what is in memory is the most of them all."""
+        return 1 - self.targets[0]
+
+    @property
     def dtype_name(self) -> str:
         """The dtype as a config says it, e.g. ``"bfloat16"``."""
         return str(self.dtype).removeprefix("torch.")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "load": "load model and text",
-    "start": "reward of the starting allocation (for reward.png)",
+    "start": "reward at the start",
     "sequential": "sequential calibration",
 }
 

@@ -189,6 +189,11 @@ def humane(value: float, unit: str = "") -> str:
     return f"{value:.0f} {unit}".rstrip()
 
 
+def percent(share: float) -> str:
+    """Write a share with three digits at most: ``20%``, ``12.5%``."""
+    return f"{100 * share:.3g}%"
+
+
 def counted(number: int, thing: str) -> str:
     """``"1 thread"``, ``"2 threads"``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
