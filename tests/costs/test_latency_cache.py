@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from latency_tables import made_up_times
+from latency_tables import made_up_table, made_up_times
 
-from ffgym.costs import latency_cache, sublayer_times
-from ffgym.costs.latency_cache import cached_table, place_of
+from ffgym.costs import sublayer_times
+from ffgym.costs.latency_cache import cached_table, place_of, timed_once
 from ffgym.errors import BudgetError
 from ffgym.testing.models import tiny_model
 
@@ -58,9 +58,13 @@ def test_another_context_dtype_thread_count_or_model_is_another_table(model):
     assert len(places) == 6
 
 
-def test_another_machine_is_another_table(model, monkeypatch):
+def test_another_machine_is_another_table(model):
+    assert place_of(model, context=64, device="abacus") != place_of(model, context=64)
+
+
+def test_another_torch_is_another_table(model, monkeypatch):
     here = place_of(model, context=64)
-    monkeypatch.setattr(latency_cache, "processors", lambda model: "abacus")
+    monkeypatch.setattr(torch, "__version__", "1.0")
     assert place_of(model, context=64) != here
 
 
@@ -84,22 +88,20 @@ def test_a_cache_that_cannot_be_written_stops_nothing(model, timed, tmp_path):
     assert "could not be saved" in said[0]
 
 
-def test_a_busy_machine_is_named(model, monkeypatch):
-    steady = latency_cache.time_model
+def test_a_busy_machine_is_named(tmp_path, model):
+    steady = made_up_table(model)
 
-    def restless(*args, **kwargs):
-        table = steady(*args, **kwargs)
-        curves = [c.model_copy(update={"high": tuple(2 * s for s in c.seconds)}) for c in table.curves]
-        return table.model_copy(update={"curves": tuple(curves)})
+    def spread(share):
+        curves = [c.model_copy(update={"high": tuple((1 + share) * s for s in c.seconds)}) for c in steady.curves]
+        return steady.model_copy(update={"curves": tuple(curves)})
 
     said = []
-    cached_table(model, context=64, notify=said.append)
+    timed_once(tmp_path / "steady.json", lambda: spread(0.2), rebuild=False, notify=said.append)
     assert not said
-    monkeypatch.setattr(latency_cache, "time_model", restless)
-    cached_table(model, context=64, rebuild=True, notify=said.append)
-    cached_table(model, context=64, notify=said.append)
+    for _ in range(2):
+        timed_once(tmp_path / "busy.json", lambda: spread(0.3), rebuild=False, notify=said.append)
     assert len(said) == 2, "it is said again of the table from the cache"
-    assert all("100% from quartile to quartile: the machine was busy" in one for one in said)
+    assert all("30% from quartile to quartile: the machine was busy" in one for one in said)
 
 
 def test_a_context_that_the_model_does_not_take(model, timed):

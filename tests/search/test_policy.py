@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ffgym.agents.ppo import PPO
-from ffgym.agents.random_search import RandomSearch
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError
 from ffgym.pipeline.agent import make_agent
-from ffgym.plugins import manager
-from ffgym.plugins.bases import Agent
 from ffgym.search.policy import policy_text, read_policy
 from ffgym.testing.toys import SeparableEnv
 from ffgym.types import Sublayer
 
+AGENTS = """
+import ffgym, torch
+from ffgym.agents.random_search import RandomSearch
 
 class Picky(RandomSearch):
-    """Needs a prior, and takes up a state that has a place in it."""
+    "Needs a prior, and takes up a state that has a place in it."
 
     name = "picky"
     needs_prior = True
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state):
         if state["place"].upper() == "TORCH":
             torch.nn.Linear(2, 1).load_state_dict({"weight": torch.ones(1, 3), "bias": torch.ones(1)})
 
-
 class Forgetful(Picky):
-    """Takes up nothing."""
+    "Takes up nothing."
 
     name = "forgetful"
-    load_state = Agent.load_state  # type: ignore[assignment]
+    load_state = ffgym.Agent.load_state
+
+@ffgym.hookimpl
+def ffgym_agents():
+    return [Picky, Forgetful]
+"""
 
 
 @pytest.fixture(autouse=True)
-def _picky(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = manager.create
-
-    def made(kind: Any, name: str, options: Any = None) -> Any:
-        own = {"picky": Picky, "forgetful": Forgetful}
-        return own[name]() if name in own else create(kind, name, options)
-
-    monkeypatch.setattr(manager, "create", made)
+def _picky(install: Callable[..., None]) -> None:
+    install("acme-picky", AGENTS)
 
 
 def config(agent: str, **tables: Any) -> RunConfig:
