@@ -115,6 +115,15 @@ class TestChoice:
         found, _ = self.run(env, [lambda window: 1.0, lucky], origins=["policy", "episode 3"])
         assert found[0].origin == "policy"
 
+    @pytest.mark.parametrize(("errors", "chosen"), [(1.7, "policy"), (2.3, "episode 3")])
+    def test_what_replaces_the_policy_is_better_by_two_standard_errors(self, env, errors, chosen):
+        env.reserved = 12
+        deciding = finals_windows(env, seed=0)[6:]
+        error = 0.01 / math.sqrt(5)  # of the mean of six differences that are 0.01 above and below it in turn
+        rival = lambda window: 1.0 - errors * error - 0.01 * (-1) ** (window in deciding[::2])  # noqa: E731
+        found, _ = self.run(env, [lambda window: 1.0, rival], origins=["policy", "episode 3"])
+        assert found[0].origin == chosen
+
     def test_a_candidate_that_is_better_on_fresh_windows_does(self, env):
         found, _ = self.run(env, [self.about(1.0), self.about(0.9, 0.02)], origins=["policy", "episode 3"])
         assert [c.origin for c in found] == ["episode 3", "policy"]
@@ -179,6 +188,11 @@ class TestChoice:
         assert env.reserved == 0
         assert run_finals(env, [first, other], seed=0) == ([first, other], None, 0)
 
+    def test_losses_order_what_rewards_are_too_small_to_tell_apart(self, env):
+        losses = [self.about(loss) for loss in (1.0, 1000.0, 900.0)]
+        found, _ = self.run(env, losses, origins=["policy", "prior", "given policy"])
+        assert [c.origin for c in found] == ["policy", "given policy", "prior"]
+
     def test_a_broken_one_is_never_chosen(self, env):
         losses = [lambda window: math.nan, self.about(1.0), self.about(1.1)]
         found, _ = self.run(env, losses, origins=["episode 0", "episode 1", "prior"])
@@ -189,6 +203,7 @@ class TestChoice:
         drawn = {i for seed in range(50) for i in env.draw(np.random.default_rng(seed), 3)}
         assert drawn == set(range(8))
         assert set(finals_windows(env, 0)) == {8, 9, 10, 11}
+        assert finals_windows(env, 0) == finals_windows(env, 0) != finals_windows(env, 1)
 
 
 class TestShapes:

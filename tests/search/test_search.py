@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from glass_runs import ctrl_c
 from made_up_episodes import Opinionated
 from measured_alone import Recording
 
@@ -316,10 +317,9 @@ class TestInterruption:
         assert len(raised.value.found.history) == 6
         assert len(read_log(log).episodes) == 6
 
-    def test_in_the_finals_loses_nothing(self, env, monkeypatch):
-        monkeypatch.setattr("ffgym.search.loop.run_finals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    def test_in_the_finals_loses_nothing(self, env):
         with pytest.raises(SearchInterrupted) as raised:
-            searched(env)
+            searched(env, on_finals=ctrl_c)
         assert raised.value.found.search_tokens >= 12 * 64
 
     def test_before_the_first_episode_is_plain_ctrl_c(self, env):
@@ -364,8 +364,10 @@ class TestLog:
         log = tmp_path / "done.jsonl"
         log.write_text(whole[1])
         env = make_env(sparsity=0.3)
-        env.step = lambda _: pytest.fail("an episode was measured again")
+        env.executor = recording = Recording(env.executor)
         assert bits(searched(env, log=log)) == bits(whole[0])
+        windows = {place for call in recording.calls for request in call for place in request.windows}
+        assert windows <= set(finals_windows(env, 3)), "only the finals are measured"
 
     @pytest.mark.parametrize("changed", ["seed", "schedule", "agent"])
     def test_of_another_search_is_refused(self, whole, make_env, tmp_path, changed):
