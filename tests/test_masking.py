@@ -71,3 +71,7 @@ def test_what_is_no_secret_is_shown(uri: str, expected: str) -> None:
 def test_words_are_left_alone() -> None:
     said = "FATAL: no such host: port 5432 (see https://mlflow.org/docs/latest/tracking.html for help)"
     assert masked(said, "postgresql://me:abcdef@host/db") == said
+
+
+def test_a_password_of_two_letters_garbles_no_message() -> None:
+    assert masked("a bad day", "mysql://me:ba@host/db") == "a bad day"

@@ -100,6 +100,7 @@ def test_digest_follows_what_decides_the_numbers() -> None:
     base = digest(RunConfig())
     assert base == digest(load_config(output={"dir": "elsewhere"}, tracking={"experiment": "other"}))
     assert base == digest(load_config(recover={"method": "lora", "rank": 4}))
+    assert base == digest(load_config(workers={"count": 2}))
     assert base != digest(load_config(seed=1))
     assert base != digest(load_config(agent={"lr": 0.1}))
 
@@ -157,6 +158,7 @@ def test_a_stock_checkpoint_has_no_empty_sublayers() -> None:
         ("criterion=3", ["criterion = 3", "should be a table", "[criterion]"]),
         ("data.window=4096", ["search.episode_tokens = 2048 is less than one window: data.window = 4096"]),
         ("data.calibration_tokens=100", ["data.calibration_tokens = 100 is less than one window"]),
+        ("data.report_tokens=100", ["data.report_tokens = 100 is less than one window"]),
         ("search.final_tokens=100", ["search.final_tokens = 100 is less than one window"]),
         (
             "data.search_tokens=1024",

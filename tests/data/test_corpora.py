@@ -171,6 +171,15 @@ def test_a_saved_dataset_is_read(tmp_path):
     assert corpus.split == "all"
 
 
+@pytest.mark.parametrize("reported", ["test", "validation", "train"])
+def test_a_saved_dataset_reports_on_test_or_else_validation_or_else_train(tmp_path, reported):
+    order = ["test", "validation", "train", "extra"]
+    parts = {split: datasets.Dataset.from_dict({"text": [split]}) for split in order[order.index(reported) :]}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    assert load_text(str(tmp_path / "saved"), role="report").documents == (reported,)
+    assert load_text(str(tmp_path / "saved"), role="search").documents == ("train",)
+
+
 def test_a_saved_dataset_with_splits_follows_the_role_or_the_name(tmp_path):
     parts = {split: datasets.Dataset.from_dict({"text": [split]}) for split in ("train", "validation", "extra")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from ffgym.config.mixture import shares
 from ffgym.config.tables import DataTable
 from ffgym.data import splits
-from ffgym.data.corpora import _corpus
+from ffgym.data.corpora import Corpus, _corpus
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.prepare.parts import splits_of
 
@@ -257,6 +257,13 @@ def test_only_as_much_text_is_tokenised_as_is_needed(corpora):
 
     splits_of(config(corpora["a"], corpora["a"], corpora["b"]), Counting(), context_limit=64)
     assert max(seen) < len(words(0, 2000)) / 4
+
+
+def test_a_word_that_the_part_cuts_is_not_the_last_token():
+    """The part that is read first, 5 characters a token, ends inside the last word that is asked for."""
+    text = f"{words(1000, 2)} {words(100, 900)}"
+    corpus = Corpus("text", "all", (text,), "")
+    assert splits.first_tokens(corpus, 40, PLAIN, bos=False) == PLAIN(text)["input_ids"][:40]
 
 
 def test_a_long_text_brings_no_warning(corpora, caplog):

@@ -21,6 +21,11 @@ def test_what_decides_nothing_is_no_parameter():
     assert {"toml.recover.tokens", "toml.schedule.fidelity"} <= parameters(used.model_dump(mode="json")).keys()
 
 
+def test_a_rule_in_one_shot_is_called_after_its_heuristic():
+    flat = {"agent": {"name": "one-shot"}, "prior": {"name": "owl"}}
+    assert parameters(flat)["agent"] == "owl (one-shot)"
+
+
 def test_a_plugin_may_call_its_options_as_it_likes():
     options = {"random (wide)": 1, "50 % + 2, a=b": 2, "größe": 3}
     wanted = {"random _wide_": "1", "50 _ _ 2_ a_b": "2", "größe": "3"}

@@ -66,8 +66,10 @@ def test_a_tracked_run_has_its_settings_and_its_result(root):
 
 def test_a_run_is_found_by_id_the_beginning_of_one_and_name(root):
     (run,) = (run for run in list_runs(root) if run.name == "first")
-    for text in (run.id, run.id[:8].upper(), "first"):
+    for text in (run.id, run.id[:8].upper(), run.id[:4], "first"):
         assert find_run(root, text) == run
+    with pytest.raises(TrackingError):
+        find_run(root, run.id[:3])
 
 
 def test_a_whole_id_is_found_in_any_experiment(root):
