@@ -73,7 +73,7 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     """The run that a person means.
 
     Args:
-        text: MLflow's id, the first digits of one, or a run's name.
+        text: MLflow's id, the first digits of one, at least 4, or a run's name.
         experiment: where names and first digits are looked for.
 
     Raises:

@@ -179,6 +179,11 @@ def test_sparsity_ramp_must_start_below_its_target() -> None:
         load_config(prune={"sparsity": 0.04}, schedule={"sparsity": "cubic"})
 
 
+def test_episodes_are_rounded_up_to_whole_windows_and_the_finals_down() -> None:
+    config = load_config(None, ["data.window=512", "search.episode_tokens=1100", "search.final_tokens=1100"])
+    assert (config.episode_windows, config.final_windows) == (3, 2)
+
+
 def test_every_problem_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["prune.sparsity=2", "search.episods=3"])
