@@ -125,6 +125,7 @@ def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
             {"data": {"search": [str(glass_home() / "c4.txt"), str(glass_home() / "wiki.txt")]}},
             r"data\.search is 'no text of data.report' for random and \[.*\] for other",
         ),
+        ({"prune": {"latency_table": "t.json"}}, r"prune\.latency_table is None for random and 't\.json' for other"),
         ({"prune": {"resource": "kv"}}, r"prune\.resource is 'params' for random and 'kv' for other"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from ffgym.plugins.built_ins import BUILTINS
 from ffgym.pruning.budget import Budget
 from ffgym.testing.conformance import HeuristicConformance
 from ffgym.testing.toys import toy_views
-from ffgym.types import LayerStats
+from ffgym.types import LayerStats, SublayerView
 
 
 class TestContract(HeuristicConformance):
@@ -151,6 +152,17 @@ def test_owl_counts_elements_above_the_threshold_times_the_mean() -> None:
     assert outlier_ratio(view, 5.0) == 0.0
 
 
+def test_owls_outliers_are_above_5_times_the_mean() -> None:
+    view = toy_views(1, Owl.needs)[1]
+
+    def peaked(times: float) -> SublayerView:
+        weight = torch.ones(4, 5)
+        weight[0, 0] = 19 * times / (20 - times)  # this many times the mean of all 20
+        return replace(view, weight=weight, stats=LayerStats(square=torch.ones(5)))
+
+    np.testing.assert_allclose(Owl().importance([peaked(1.0), peaked(4.5), peaked(5.5)]), [-0.16, -0.16, 0.16])
+
+
 def test_spread_is_linear_around_the_middle() -> None:
     np.testing.assert_allclose(spread([0.0, 1.0, 4.0], 0.25), [-0.5, -0.25, 0.5])
     np.testing.assert_array_equal(spread([3.0, 3.0], 0.25), [0.0, 0.0])
@@ -161,6 +173,11 @@ def test_hill_recovers_the_exponent_of_a_power_law(alpha: float) -> None:
     n = 4000
     quantiles = (np.arange(n) + 0.5) / n
     assert hill_exponent((1 - quantiles) ** (-1 / (alpha - 1))) == pytest.approx(alpha, rel=0.01)
+
+
+def test_hill_looks_at_the_larger_half() -> None:
+    by_hand = 1 + 4 / sum(math.log(value / 4) for value in (5, 6, 7, 8))
+    assert hill_exponent(np.arange(1.0, 9.0)) == pytest.approx(by_hand)
 
 
 def test_alpha_keeps_more_of_the_heavier_tail() -> None:

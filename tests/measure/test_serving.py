@@ -323,6 +323,16 @@ def test_layers_that_gpus_cannot_share_are_refused(pruned: Path, log: Path, give
     assert not noted(log, "started")
 
 
+def test_key_value_heads_that_gpus_cannot_share_are_refused(pruned: Path, log: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "shared")
+    config = json.loads((folder / "config.json").read_text())
+    config["per_layer_config"]["1"] |= {"num_attention_heads": 6, "num_key_value_heads": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="layer 1 of the model 'pruned' has 3 key/value heads, which 2 GPUs"):
+        silently(options(folder, arguments=["-tp", "2"]))
+    assert not noted(log, "started")
+
+
 def test_a_vllm_that_knows_one_size_for_all_layers_is_refused(
     pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ def test_the_dtype_is_what_was_asked(saved, dtype):
     assert load(str(saved), dtype=dtype, device="cpu").dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize(("speedup", "chosen"), [(5.0, torch.bfloat16), (1.5, torch.bfloat16), (1.2, torch.float32)])
+@pytest.mark.parametrize(("speedup", "chosen"), [(5.0, torch.bfloat16), (1.5, torch.bfloat16), (1.49, torch.float32)])
 def test_auto_takes_bfloat16_on_a_cpu_only_where_it_pays(saved, monkeypatch, caplog, speedup, chosen):
     monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: speedup)
     with caplog.at_level(logging.INFO, logger="ffgym"):
@@ -126,10 +126,6 @@ def test_auto_on_cuda_follows_the_gpu(monkeypatch, supported, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert placement.choose_dtype(torch.device("cuda:1")) == chosen
     assert asked == [torch.device("cuda:1")]
-
-
-def test_the_probe_measures_something():
-    assert placement.cpu_bfloat16_speedup() > 0
 
 
 def test_a_busy_moment_does_not_decide_the_dtype(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
+from safetensors.torch import load_file
 from torch import nn
 from trainings import checkpoint_in, setup_of
 
@@ -119,6 +121,21 @@ def test_training_lowers_the_loss_and_leaves_an_ordinary_model(fresh: Any, texts
     assert not any(parameter.requires_grad for parameter in model.parameters())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights(before)[name])}
     assert changed == {f"{name}.weight" for name in target_modules(before, family_of_type(family))}
+
+
+def test_no_weight_decays_and_the_gradient_has_norm_1_at_most(fresh: Any, texts: Any, tmp_path: Path) -> None:
+    states = []
+    for rate in (1e-3, 1.0):
+        wanted = settings(steps=1, learning_rate=rate, alpha=1e6)  # and a gradient to match
+        checkpoint = checkpoint_in(tmp_path / str(rate))
+        train(fresh(), texts, wanted, checkpoint=checkpoint)
+        states.append(load_file(checkpoint.folder / f"{module.PART}.safetensors"))
+    # At first B is 0, so the loss does not depend on A.
+    pairs = [(tensor, states[1][name]) for name, tensor in states[0].items() if re.match("adapter.*lora_A", name)]
+    assert pairs
+    assert all(torch.equal(*pair) for pair in pairs)
+    gradient = torch.cat([10 * tensor.flatten() for name, tensor in states[0].items() if name.startswith("exp_avg.")])
+    assert gradient.norm() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_first_loss_is_the_models_own(fresh: Any, texts: Any) -> None:

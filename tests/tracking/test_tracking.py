@@ -162,7 +162,7 @@ def test_parameters_are_cut_and_keep_their_first_value(root):
     params = run_of(root, tracker).data.params
     assert params["seed"] == "0"
     assert params["episodes"] == "96"
-    assert len(params["toml.criterion.long"]) == 6000
+    assert params["toml.criterion.long"] == "x" * 5999 + "…"
     assert params["toml.data.249"] == "249"
 
 
