@@ -266,14 +266,15 @@ class SearchTable(Strict):
         "episodes x episode_tokens tokens",
     )
     episode_tokens: Positive = Field(
-        default=2048, description="search tokens that one episode is measured on, at least one window; rounded up to windows"
+        default=2048,
+        description="search tokens that one episode is measured on, at least one window; rounded up to windows",
     )
     episodes_per_update: Positive = Field(default=8, description="episodes that one policy update learns from")
     finalists: Positive = Field(default=8, description="allocations that are measured again before one is chosen")
     final_tokens: Positive = Field(
         default=16384,
-        description="search tokens that are reserved for the finals, rounded down to windows, half to thin out and half "
-        "to decide; with less than 3 windows, nothing replaces what the agent recommends",
+        description="search tokens that are reserved for the finals, rounded down to windows, half to thin out and "
+        "half to decide; with less than 3 windows, nothing replaces what the agent recommends",
     )
     init_from: OptionalText = Field(
         default=None, description="run folder, policy.json or MLflow run id whose policy to start from; or empty"
