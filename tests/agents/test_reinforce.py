@@ -63,7 +63,7 @@ def test_comes_close_to_a_known_optimum(problem, distance, seed):
 
 
 @pytest.mark.parametrize(("problem", "distance"), [(SeparableEnv, 0.031), (QuadraticEnv, 0.027), (RuggedEnv, 0.09)])
-def test_slopes_come_close_too(problem, distance):
+def test_with_slopes_it_comes_close_to_the_optimum(problem, distance):
     assert regret(problem) < distance
 
 
@@ -218,7 +218,7 @@ def coarse_search(env, **options):
     return sizes, np.concatenate(asked), agent
 
 
-def test_then_tries_a_third_of_what_is_too_coarse_for_a_slope_and_drops_what_is_worth_nothing():
+def test_coarse_units_that_promise_most_are_tried_after_the_slopes():
     """Of the three whose unit seems to be worth nothing, the two that promise most are tried, 1 and 3, both rightly."""
     env = CoarseEnv(8, 12, 160, noise=0.01)
     sizes, asked, agent = coarse_search(env)

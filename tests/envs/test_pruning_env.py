@@ -49,7 +49,6 @@ def test_spaces(env):
     assert observation in env.observation_space
     np.testing.assert_array_equal(observation, np.array([0.3, 1.0], np.float32))
     assert info == {}
-    assert not hasattr(env, "compute_reward")
 
 
 def test_a_step_ends_the_episode_in_plain_python(env):

@@ -48,7 +48,7 @@ def test_equals_a_row_for_every_answer(family, attention):
         assert likelihoods == pytest.approx(plain(model, example), rel=1e-5, abs=1e-5)
 
 
-def test_also_where_layers_were_cut_and_an_attention_is_gone():
+def test_scores_of_a_model_with_cut_layers_are_the_plain_ones():
     prunable, examples = PrunableModel(tiny_model("llama")), made_up()
     prunable.cut((1, 20, 0, 48, 2, 0))
     for example, likelihoods in zip(examples, log_likelihoods(prunable.model, examples), strict=True):

@@ -64,7 +64,7 @@ def test_an_address_where_something_else_listens() -> None:
     assert said.startswith(f"no Ray cluster answers at {address}: something else listens there")
 
 
-def test_no_address() -> None:
+def test_a_word_is_no_ray_address() -> None:
     assert "'here' is no Ray address" in refusal(WorkersTable(count=2, ray_address="here"))
 
 

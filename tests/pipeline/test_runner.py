@@ -220,7 +220,9 @@ def test_the_plan_is_said_first_and_the_stages_are_those_that_it_announced(finis
     ],
     ids=["a prior of its own", "one refit", "a range", "a model for every point"],
 )
-def test_so_are_those_of_other_runs(finished_with: Callable[..., Finished], changes: dict[str, Any]) -> None:
+def test_stages_of_other_runs_are_those_announced(
+    finished_with: Callable[..., Finished], changes: dict[str, Any]
+) -> None:
     one = finished_with(**changes)
     stages_are_announced(one.config, one.said)
 

@@ -391,13 +391,15 @@ class TestPlacement:
         assert said in call(folder, *STREAMED, *arguments).output
         assert not json.loads(call(folder, *arguments, "--json").stdout)["advice"].count("stream=")
 
-    def test_nor_are_the_codes_of_a_quantised_checkpoint(self, tmp_path: Path) -> None:
+    def test_a_quantised_checkpoint_is_not_streamed(self, tmp_path: Path) -> None:
         codes = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
         folder = str(folder_of(LLAMA_8B | {"quantization_config": codes}, tmp_path))
         assert "a quantised checkpoint is dequantised as a whole" in call(folder, *STREAMED).output
         assert not json.loads(call(folder, "--json").stdout)["advice"].count("stream=")
 
-    def test_nor_is_what_may_not_be_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_streamed_where_the_cache_may_hold_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         folder = str(folder_of(LLAMA_8B, tmp_path))
         monkeypatch.setenv("FFGYM_CACHE_SIZE", "0")
         refused = call(folder, *STREAMED)

@@ -381,7 +381,7 @@ class TestTied:
 
 class TestTies:
     @pytest.mark.parametrize("depth", [2, 5, 16, 30, 32])
-    def test_are_served_spread_over_depth(self, depth):
+    def test_units_left_over_go_to_layers_spread_over_depth(self, depth):
         """However many units are left over, both halves of the model get as many of them, and so do the quarters."""
         sublayers = [replace(MLP, layer=layer, units=10, unit_params=1) for layer in range(depth)]
         budget = Budget(sublayers)

@@ -580,7 +580,7 @@ class TestBrokenAgents:
             ),
         ],
     )
-    def test_are_named(self, env, how, said):
+    def test_what_a_broken_agent_raises_names_it(self, env, how, said):
         with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\) failed while " + said):
             searched(env, Broken(how))
 
@@ -624,7 +624,7 @@ class TestBrokenAgents:
 
     @pytest.mark.parametrize("where", ["measuring", "on_episode", "on_update"])
     @pytest.mark.parametrize("reaction", ["swallows it", "raises its own", "breaks later"])
-    def test_nor_can_they_swallow_or_rename_it(self, env, monkeypatch, where, reaction):
+    def test_an_agent_cannot_swallow_or_rename_what_measuring_raises(self, env, monkeypatch, where, reaction):
         def fails(*args, **options):
             raise RuntimeError("the disk is gone")
 

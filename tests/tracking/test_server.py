@@ -142,14 +142,14 @@ def test_what_a_server_that_went_away_did_not_take_is_sent_by_sync(server, outag
     assert "nothing is waiting" in CliRunner().invoke(app, ["sync", str(folder)]).output
 
 
-def test_or_by_the_run_that_resumes_it_which_logs_nothing_twice(server, outage):
+def test_a_resumed_run_sends_what_was_left_and_nothing_twice(server, outage):
     folder, run_id = outage.resumed
     with Tracker(folder, "ffgym", "again", unsent=folder / "unsent.jsonl", resume=run_id) as tracker:
         tracker.log_metrics([("search/reward", 0.1, 0), ("search/reward", 0.2, 1)])
     check_complete(server, run_id)
 
 
-def test_or_by_the_run_itself_once_the_server_is_back(server, outage):
+def test_a_run_sends_what_was_left_once_the_server_is_back(server, outage):
     left, run_id = outage.lasting
     assert left == []
     history = MlflowClient(server.uri).get_metric_history(run_id, "search/reward")
