@@ -288,9 +288,7 @@ def test_files_that_each_ask_for_more_than_the_other_share_one_cell(
     assert len(steps) - 1 == EPISODES
 
 
-def test_a_single_cell_left_of_several_workers_keeps_their_number_of_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_single_cell_left_of_several_workers_keeps_their_number_of_threads(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -586,12 +584,14 @@ def test_two_benches_that_would_write_one_file(tmp_path: Path) -> None:
 
 def test_committed_results_belong_to_the_configuration_beside_them() -> None:
     """A key that is added later, or a default that moves, must not orphan what was measured."""
-    for results in sorted((Path(__file__).parents[2] / "experiments").glob("*/results")):
-        for file in results.parent.glob("*.toml"):
-            if "agents" not in file.read_text(encoding="utf-8"):
-                continue
-            for cell in read_bench(file).cells:
-                assert (
-                    not cell.path.exists()
-                    or configured.changed_since(CELL_RESULT.read(cell.path).settings, cell.config) == []
-                ), cell.path
+    measured = set()
+    for file in sorted((Path(__file__).parents[2] / "experiments").glob("*/*.toml")):
+        if not (file.parent / "results").exists() or "agents" not in file.read_text(encoding="utf-8"):
+            continue
+        cells = {cell.path: cell.config for cell in read_bench(file).cells}
+        found = {path for folder in {path.parent for path in cells} for path in folder.glob("*.json")}
+        assert found <= cells.keys()
+        for path in found:
+            assert configured.changed_since(CELL_RESULT.read(path).settings, cells[path]) == [], path
+        measured |= found
+    assert len(measured) > 100

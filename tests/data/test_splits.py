@@ -230,7 +230,7 @@ def test_digests_follow_the_windows(corpora):
     assert same[0].search.digest == same[1].search.digest != other.search.digest
 
 
-def test_tokenising_a_part_gives_the_tokens_of_the_whole(tmp_path):
+def test_tokenising_a_part_gives_the_tokens_of_the_whole():
     """A byte-level BPE that really merges, and documents that end in every awkward way."""
     documents = [f" = Title {n} = \n" if n % 3 else f"Ünïcode text{'!' * (n % 7)}  \n\n" * (n % 5) for n in range(400)]
     tokenizer = Tokenizer(models.BPE())

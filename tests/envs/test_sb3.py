@@ -63,7 +63,7 @@ def test_actions_are_offsets_from_the_centre_and_reach_every_importance():
     np.testing.assert_array_equal(env.importances(np.full(6, 9.0)), np.full(6, 1.0))
 
 
-def test_any_sb3_algorithm_learns_on_it():
+def test_a2c_steps_it():
     env = toy()
     A2C("MlpPolicy", SB3VecEnv(env), n_steps=1, device="cpu", seed=0).learn(40)
     assert env.tokens_spent == 40

@@ -394,7 +394,7 @@ class TestSlopes:
             assert episode.tokens == (4 * 4 * 32 if first else 4 * 32)
         assert vector.tokens_spent == 2 * (4 + 1 + 1) * 4 * 32, "what slopes cost counts in the budget"
 
-    def test_a_step_hands_them_on(self, env):
+    def test_the_infos_of_a_step_hold_the_slopes(self, env):
         vector = vector_of(env, slope_episodes=1)
         vector.reset(seed=0)
         actions = np.random.default_rng(0).uniform(-1, 1, (3, 6)).astype(np.float32)
@@ -403,7 +403,9 @@ class TestSlopes:
         assert slopes[0].any()
         assert not slopes[1:].any()
         np.testing.assert_array_equal(slopes[0], vector.history[0].slopes)
-        assert "slopes" not in vector_of(env).reset(seed=0)[1]
+        plain = vector_of(env)
+        plain.reset(seed=0)
+        assert "slopes" not in plain.step(actions)[4]["final_info"]
 
     def test_rewards_are_those_without_slopes(self, env):
         plain, sloped = ([e.reward for e in self.first_update(env, n)] for n in (0, 1))
@@ -479,7 +481,7 @@ class TestTelling:
             self.kept = kept
             return {}
 
-    def test_what_was_kept(self, env):
+    def test_an_agent_that_asks_is_told_what_was_kept(self, env):
         plain, curious = self.Plain(), self.Curious()
         vectors = [vector_of(env, episodes=6) for _ in range(2)]
         for agent, vector in zip((plain, curious), vectors, strict=True):

@@ -232,14 +232,17 @@ class TestGeneration:
                 part.set_attn_implementation("eager")
                 assert torch.equal(model(IDS).logits, eager)
 
-    def test_rotary_embeddings_that_depend_on_the_head_count_work(self):
-        rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-        config = FFGymLlamaConfig(
+    def test_rotary_embeddings_that_depend_on_the_head_count_work(self, tmp_path):
+        config = LlamaConfig(
             vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            max_position_embeddings=8, rope_parameters=rope, per_layer_config={1: {"num_attention_heads": 2,
-            "num_key_value_heads": 2}},
+            max_position_embeddings=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
         )  # fmt: skip
-        assert AutoModelForCausalLM.from_config(config)(IDS).logits.isfinite().all()
+        prunable = PrunableModel(AutoModelForCausalLM.from_config(config).eval())
+        prunable.cut((4, 48, 2, 48))
+        save_pruned(prunable, None, tmp_path / "m")
+        with torch.no_grad():
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")(IDS).logits
+            assert torch.equal(loaded, prunable.model(IDS).logits)
 
 
 class TestUse:

@@ -270,7 +270,7 @@ class TestRefusals:
         model = tiny_model(family)
         family_of(model).check_stock_biases(model)
 
-    def test_a_family_whose_stock_shapes_nobody_knows(self, tmp_path):
+    def test_a_family_whose_stock_shapes_nobody_knows(self):
         class Newcomer(Llama):
             name = "newcomer"
             stock = None

@@ -44,7 +44,7 @@ def test_decoding_goes_on_from_the_cache_of_the_prompts(family):
 
 
 @torch.inference_mode()
-def test_what_is_decoded_is_what_generate_decodes(monkeypatch):
+def test_what_is_decoded_is_what_generate_decodes():
     model = tiny_model("llama")
     ids = prompt(model, Workload(2, 10))
     seen = []

@@ -309,7 +309,7 @@ def test_a_gguf_that_lacks_weights_is_an_error(gguf_file, tmp_path):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_pickled_weights_are_refused_with_a_command_that_converts_them(checkpoint, tmp_path):
+def test_pickled_weights_are_refused_with_a_command_that_converts_them(checkpoint):
     model = LlamaForCausalLM.from_pretrained(checkpoint)
     (checkpoint / "model.safetensors").unlink()
     torch.save(model.state_dict(), checkpoint / "pytorch_model.bin")

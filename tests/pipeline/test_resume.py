@@ -151,7 +151,7 @@ def test_a_finished_run_says_so_and_nothing_is_done(tmp_path: Path, monkeypatch:
     assert now.keys() >= {"table", "allocation", "folder", "model", "mlflow_run"}
 
 
-def test_the_command_prints_what_a_finished_run_came_to(whole: Path, tmp_path: Path) -> None:
+def test_the_command_prints_what_a_finished_run_came_to(whole: Path) -> None:
     done = CliRunner().invoke(app, ["run", "--resume", str(whole)])
     assert done.exit_code == 0, done.stderr
     assert "is finished" in done.stderr

@@ -206,7 +206,7 @@ def test_the_store_of_another_model_of_the_same_shape_is_prepared_again(told: To
     assert all(torch.equal(one, other) for one, other in zip(bits(first), bits(second), strict=True))
 
 
-def test_a_flipped_bit_is_found(told: Told, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_bit_is_found(told: Told, folder: Path) -> None:
     go(told)
     file = next(folder.glob("*/layer-000.safetensors"))
     content = bytearray(file.read_bytes())

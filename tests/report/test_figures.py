@@ -139,7 +139,7 @@ def test_a_picture_that_cannot_be_written_names_its_path(tmp_path):
         units_kept_figure(SUBLAYERS, {"found": FOUND}, tmp_path / "file" / "kept.png")
 
 
-def test_drawing_needs_no_screen_and_leaves_pyplot_alone(tmp_path):
+def test_drawing_needs_no_screen_and_leaves_pyplot_alone():
     code = (
         "import sys; from ffgym.report import card, figures, table; assert 'matplotlib' not in sys.modules;"
         "assert 'torch' not in sys.modules; figures.new_figure(1, 1); assert 'matplotlib.pyplot' not in sys.modules"
