@@ -47,10 +47,10 @@ SHARES_KEPT: dict[Kind, str] = {
 }
 
 
-def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], path: Path) -> None:
+def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], path: Path) -> Figure:
     """Write the picture of what a run found: see `draw_units_kept`."""
     found = next(iter(allocations.values()))
-    save_figure(draw_units_kept(sublayers, allocations, _kept_title(sublayers, found)), path)
+    return save_figure(draw_units_kept(sublayers, allocations, _kept_title(sublayers, found)), path)
 
 
 def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], title: str) -> Figure:
@@ -125,7 +125,7 @@ def reward_figure(
     starts: Mapping[str, Sequence[float]],
     *,
     from_policy: bool = False,
-) -> None:
+) -> Figure:
     """Draw rewards over the tokens evaluated so far: every episode faint, the mean of each update strong.
 
     A reward depends on its text. So what is drawn is how far each episode lies above the reward that the allocation
@@ -180,7 +180,7 @@ def reward_figure(
     level = "the prior" if from_policy else "where the search started"
     what = f"Reward above {level}, on the same text" if is_above_start else "Reward (text differs)"
     figure.suptitle(f"{what}:\n{', '.join(ends)}", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_rewards(
@@ -220,7 +220,7 @@ def _draw_rewards(
     return float(points[-1][1]) if points else math.nan
 
 
-def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode], title: str, path: Path) -> None:
+def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode], title: str, path: Path) -> Figure:
     """Draw the share of its units that every sublayer kept over the course of a search: a mean over each update.
 
     Args:
@@ -247,7 +247,7 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
     panels[-1].set_xlabel("update of the search")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> None:
@@ -297,7 +297,8 @@ def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write the PNG."""
+def save_figure(figure: Figure, path: Path) -> Figure:
+    """Write the PNG of a figure, and return the figure."""
     with replacing(path) as part:
         figure.savefig(part, format="png")
+    return figure

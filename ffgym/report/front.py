@@ -9,13 +9,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffgym.report.figures import BLUE, REFERENCE_LOOKS, new_figure, save_figure, tidy
 from ffgym.report.layout import STAR, Table, humane, strict, text_columns
 from ffgym.report.paired import paired_difference
 from ffgym.report.table import Row, perplexity_text
 from ffgym.types import Allocation, JSONDict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def as_dict(front: Front) -> JSONDict:
     return strict(data)
 
 
-def front_figure(front: Front, path: Path) -> None:
+def front_figure(front: Front, path: Path) -> Figure:
     """Draw report perplexity against sparsity, the found allocations strong, the rules beside them."""
     figure = new_figure(width=8.0, height=5.0)
     axes: Any = figure.add_subplot()
@@ -157,4 +160,4 @@ def front_figure(front: Front, path: Path) -> None:
     axes.set_title(f"One policy, {len(front.points)} budgets", loc="left", fontweight="bold")
     axes.legend(frameon=False, fontsize=9)
     tidy(axes)
-    save_figure(figure, path)
+    return save_figure(figure, path)

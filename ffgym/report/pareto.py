@@ -13,6 +13,7 @@ from ffgym.types import Allocation, JSONDict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GREY = "#888888"
 DENSE = "#222222"
@@ -74,7 +75,7 @@ def _row(point: ParetoPoint) -> JSONDict:
     }
 
 
-def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], path: Path, note: str) -> None:
+def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], path: Path, note: str) -> Figure:
     """Draw every pair of objectives: the Pareto set numbered as in ``pareto.json``, what it dominates, the dense model.
 
     Args:
@@ -92,7 +93,7 @@ def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], pat
         lines.append(f"chosen: {_values(chosen.objectives)}")
     lines += [f"dense: {_values(dense)}", note]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, fontweight="bold")
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_pair(axes: Axes, points: Sequence[ParetoPoint], dense: Mapping[str, float], across: str, up: str) -> None:

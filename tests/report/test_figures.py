@@ -9,7 +9,6 @@ import pytest
 
 from ffgym.errors import OutputError
 from ffgym.report import comparison as comparison_module
-from ffgym.report import figures as figures_module
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import SERIES, allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.paired import Difference
@@ -46,8 +45,9 @@ def test_units_kept_is_a_png_at_150_dpi_in_a_folder_that_is_made(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_units_kept_with_any_number_of_references(tmp_path, count):
-    units_kept_figure(SUBLAYERS, {f"a{i}": UNIFORM for i in range(count)}, tmp_path / "kept.png")
-    assert (tmp_path / "kept.png").is_file()
+    allocations = {f"a{i}": UNIFORM for i in range(count)}
+    figure = units_kept_figure(SUBLAYERS, allocations, tmp_path / "kept.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(allocations)
 
 
 def test_reward_figure_grows_a_panel_when_the_schedule_moves(tmp_path):
@@ -57,20 +57,12 @@ def test_reward_figure_grows_a_panel_when_the_schedule_moves(tmp_path):
     assert png_size(moving)[1] > png_size(still)[1]
 
 
-def drawn(monkeypatch, draw) -> Any:
-    """The figure that ``draw`` would have written."""
-    figures: list[Any] = []
-    monkeypatch.setattr(figures_module, "save_figure", lambda figure, path: figures.append(figure))
-    draw()
-    return figures[0]
-
-
-def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path, monkeypatch):
+def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path):
     # the text of update 1 is hard, and hardest for its first two: rewards fall, although the search has improved
     history = [episode(i, reward=reward) for i, reward in enumerate((0.7,) * 4 + (0.5,) * 2 + (0.7,) * 2)]
     starts = {"agent": [0.7] * 4 + [0.4] * 2 + [0.6] * 2, "random": [0.7] * 4 + [math.nan] * 4}
     far = [episode(i, reward=-9.0) for i in range(8)]
-    figure = drawn(monkeypatch, lambda: reward_figure({"agent": history, "random": far}, tmp_path / "a.png", starts))
+    figure = reward_figure({"agent": history, "random": far}, tmp_path / "a.png", starts)
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert lines["agent"] == pytest.approx([0.0, 0.1])
     dots = figure.axes[0].collections[0].get_offsets()
@@ -81,22 +73,21 @@ def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path, m
     assert "above where the search started" in figure.get_suptitle()
 
 
-def test_rewards_of_a_search_that_started_from_a_policy_are_drawn_above_the_priors(tmp_path, monkeypatch):
+def test_rewards_of_a_search_that_started_from_a_policy_are_drawn_above_the_priors(tmp_path):
     starts = {"agent": [0.5] * 4}
     history = {"agent": [episode(i) for i in range(4)]}
-    figure = drawn(monkeypatch, lambda: reward_figure(history, tmp_path / "a.png", starts, from_policy=True))
+    figure = reward_figure(history, tmp_path / "a.png", starts, from_policy=True)
     assert figure.get_suptitle().startswith("Reward above the prior, on the same text")
     assert figure.axes[0].get_ylabel() == "reward above the prior's"
 
 
-def test_allocations_are_drawn_as_the_mean_of_every_update(tmp_path, monkeypatch):
+def test_allocations_are_drawn_as_the_mean_of_every_update(tmp_path):
     half = Allocation((1, 32) * 4, 0, 1)
     history = [replace(episode(i), kept=(2, 64) * 4 if i % 2 else half.kept) for i in range(8)]
-    figure = drawn(monkeypatch, lambda: allocations_figure(SUBLAYERS, history, "Title", tmp_path / "a.png"))
+    figure = allocations_figure(SUBLAYERS, history, "Title", tmp_path / "a.png")
     for axes in figure.axes[:2]:
         assert axes.images[0].get_array().shape == (4, 2), "layers, updates"
         assert set(axes.images[0].get_array().ravel()) == {75.0}
-    allocations_figure(SUBLAYERS, history, "Title", tmp_path / "a.png")
 
 
 def test_looks_differ_in_colour_and_in_marker():
@@ -125,12 +116,15 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
     assert 0.1 < axes.get_xlim()[1] < 0.3
 
 
-def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
+@pytest.mark.parametrize("starts", [{}, {"agent": [0.1] * 3, "random": [0.1] * 4}], ids=["plain", "above the start"])
+def test_failed_episodes_of_any_reward_are_drawn(tmp_path, starts):
     failed = [episode(i, reward=reward, failed=True) for i, reward in enumerate((float("nan"), float("-inf"), -1e9))]
-    reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png", {})
-    searches = {"agent": failed, "random": [episode(i) for i in range(3)]}
-    reward_figure(searches, tmp_path / "reward.png", dict.fromkeys(searches, [0.7] * 3))
-    assert (tmp_path / "reward.png").is_file()
+    figure = reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png", starts)
+    axes = figure.axes[0]
+    drawn = [len(dots.get_offsets()) for dots in axes.collections]
+    assert drawn == [0, 3, 1, 3], "episodes and crosses of each search"
+    means = {line.get_label(): len(line.get_ydata()) for line in axes.lines}
+    assert (means["agent"], means["random"]) == (0, 1)
 
 
 def test_a_picture_that_cannot_be_written_names_its_path(tmp_path):

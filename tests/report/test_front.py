@@ -78,11 +78,12 @@ def test_data_is_strict_json(front: Front) -> None:
 
 
 def test_the_picture_is_drawn_also_where_a_rule_broke_down(front: Front, tmp_path) -> None:
-    front_figure(front, tmp_path / "front.png")
+    figure = front_figure(front, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert [list(line.get_ydata())[-1] for line in figure.axes[0].lines] == [90.0, math.inf, 20.0]
     broken = replace(front, dense=replace(front.dense, perplexity=math.nan))
-    front_figure(broken, tmp_path / "again.png")
-    assert (tmp_path / "again.png").exists()
+    figure = front_figure(broken, tmp_path / "again.png")
+    assert len(figure.axes[0].lines) == 2, "no line of a dense model that has no perplexity"
 
 
 @pytest.mark.parametrize(
