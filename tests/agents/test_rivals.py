@@ -14,6 +14,7 @@ from ffgym.agents.evolution import Evolution
 from ffgym.agents.evopress import EvoPress
 from ffgym.agents.ppo import PPO
 from ffgym.agents.random_search import RandomSearch
+from ffgym.agents.reinforce import Reinforce
 from ffgym.agents.sensitivity import Sensitivity, one_at_a_time, solve
 from ffgym.agents.surrogate import Surrogate, expected_improvement
 from ffgym.errors import ConfigError
@@ -91,6 +92,7 @@ def regret(cls, problem, **settings):
         (Bayesian, 0.001, 0.002, 0.03),
         (EvoPress, 0.035, 0.035, 0.1),
         (Sensitivity, 0.01, 0.02, 0.06),
+        (Reinforce, 0.031, 0.027, 0.09),
     ],
 )
 def test_comes_close_to_a_known_optimum(cls, separable, quadratic, rugged):
@@ -100,7 +102,7 @@ def test_comes_close_to_a_known_optimum(cls, separable, quadratic, rugged):
 
 
 @pytest.mark.parametrize("problem", [SeparableEnv, QuadraticEnv, RuggedEnv])
-@pytest.mark.parametrize("cls", RIVALS)
+@pytest.mark.parametrize("cls", [*RIVALS, Reinforce])
 def test_beats_random_search_in_many_dimensions_at_equal_tokens(cls, problem):
     _, env, asked = learned(RandomSearch, problem, dimensions=60, tokens=200)
     best_random = 1 - max(env.value(actions - env.optimum).max() for actions in asked)
@@ -137,7 +139,7 @@ def test_another_seed_gives_another_search(cls):
     assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("cls", RIVALS)
+@pytest.mark.parametrize("cls", [*RIVALS, Reinforce])
 def test_an_update_of_one_episode_is_refused(cls):
     with pytest.raises(ConfigError, match=r"search\.episodes_per_update"):
         learned(cls, QuadraticEnv, batch=1)

@@ -307,6 +307,28 @@ def test_float16_is_not_trained_in(method: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("recover.tokens=many", "recover.tokens = 'many'"),
+        ("recover.tokens=100", "recover.tokens = 100 is less than one step: recover.batch_tokens = 4096"),
+        ("recover.batch_tokens=10", "recover.batch_tokens = 10 is less than one window: data.window = 1024"),
+        ("output.save_model=false", "output.save_model = false saves none"),
+    ],
+)
+def test_a_recovery_that_cannot_run_is_refused(override: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(None, ["recover.method=lora", override])
+    assert complaint in str(raised.value)
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("1M", 1_000_000), ("1.5k", 1500), ("300000", 300_000)])
+def test_tokens_can_be_written_short(text: str, tokens: int) -> None:
+    table = {"method": "lora", "tokens": text, "batch_tokens": "1k"}
+    assert load_config(recover=table, data={"window": 512}).recover.tokens == tokens
+
+
+@pytest.mark.parametrize(
     ("tables", "targets", "main"),
     [
         ({"prune": {"sparsity": 0.3}}, (0.3,), 0.3),

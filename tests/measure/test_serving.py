@@ -293,14 +293,6 @@ def test_a_foreign_or_missing_class_file_is_not_run(pruned: Path, log: Path, tmp
     assert not noted(log, "started")
 
 
-def test_a_record_that_leads_nowhere_is_named(pruned: Path, log: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(pruned, tmp_path / "moved")
-    (folder / "config.toml").write_text('[model]\nname = "no/such/folder/here"\n')
-    with pytest.raises(ModelError, match=r"config\.toml names 'no/such/folder/here' as the dense model") as caught:
-        silently(options(folder, dense=None))
-    assert "--dense" in str(caught.value.hint)
-
-
 def test_a_model_of_another_family_is_refused(pruned: Path, log: Path, tmp_path: Path) -> None:
     dense = shutil.copytree(glass_home() / "glass", tmp_path / "dense")
     config = json.loads((dense / "config.json").read_text()) | {"model_type": "qwen2"}
