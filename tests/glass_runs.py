@@ -29,6 +29,9 @@ FILES = {
 """What a run at one target writes."""
 
 
+NO_MODEL = {"name": "/no/such/model"}  # what is refused before a model is looked for is refused with it as well
+
+
 def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
     """A run's tables as plain data, MLflow off.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
-from glass_runs import FILES, PER_UPDATE, bench_file, glass_config, glass_tables, go
+from glass_runs import FILES, NO_MODEL, PER_UPDATE, bench_file, glass_config, glass_tables, go
 from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
@@ -215,17 +215,11 @@ def test_interrupted_and_resumed_it_is_the_same_front(finished: Any, tmp_path: P
 # refused
 
 
-@pytest.fixture
-def nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
-
-
-@pytest.mark.usefixtures("nothing_loads")
 @pytest.mark.parametrize("agent", sorted(set(built_ins.BUILTINS["agent"]) - {"reinforce"}))
 def test_an_agent_that_does_not_follow_the_target_is_refused_by_name(tmp_path: Path, agent: str) -> None:
     name = f"'{agent}'" if agent != "one-shot" else "'one-shot' with prior 'mlp-first'"
     with pytest.raises(ConfigError, match=f"agent {name} proposes the same at every target") as raised:
-        go(ranged(tmp_path, agent={"name": agent}))
+        go(ranged(tmp_path, agent={"name": agent}, model=NO_MODEL))
     assert "--agent reinforce" in str(raised.value.hint)
     assert not (tmp_path / "out").exists()
 
@@ -237,9 +231,8 @@ def test_a_range_whose_upper_end_is_out_of_reach_is_refused_with_what_can_be_rea
     assert not (tmp_path / "out").exists(), "the corrected command can have the folder"
 
 
-@pytest.mark.usefixtures("nothing_loads")
 def test_a_bench_is_of_one_target(tmp_path: Path) -> None:
-    file = bench_file(tmp_path, agents=["reinforce"], tables={"prune": {"sparsity": "0.1:0.5"}})
+    file = bench_file(tmp_path, agents=["reinforce"], tables={"prune": {"sparsity": "0.1:0.5"}, "model": NO_MODEL})
     with pytest.raises(ConfigError, match=r"a bench compares at one target, and reinforce has .*'0\.1:0\.5'"):
         check_benches([read_bench(file)])
 

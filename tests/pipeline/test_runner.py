@@ -25,6 +25,7 @@ import torch
 from glass_runs import (
     EPISODES,
     FILES,
+    NO_MODEL,
     PER_UPDATE,
     WINDOW,
     Finished,
@@ -557,15 +558,14 @@ def test_init_from_a_folder_or_an_mlflow_run_starts_from_its_policy(finished: Fi
     ],
 )
 def test_a_policy_that_cannot_be_taken_up_is_refused_before_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, complaint: str
+    tmp_path: Path, text: str | None, complaint: str
 ) -> None:
-    nothing_is_loaded(monkeypatch)
     source = tmp_path / "earlier"
     if text is not None:
         source.mkdir()
         (source / "policy.json").write_text(text)
     with pytest.raises(ConfigError, match=complaint) as raised:
-        finish(glass_config(tmp_path, search={"init_from": str(source)}))
+        finish(glass_config(tmp_path, model=NO_MODEL, search={"init_from": str(source)}))
     assert raised.value.hint
     assert not (tmp_path / "out").exists()
 
@@ -596,7 +596,7 @@ def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
     for name in ("model-recovered", "model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished"):
         (out / name).mkdir()
     with monkeypatch.context() as patch:
-        nothing_is_loaded(patch)
+        patch.setattr(task, "load_parts", lambda config: pytest.fail("the model was loaded"))
         with pytest.raises(OutputError, match="exists and is not empty") as raised:
             finish(glass_config(tmp_path))
     assert "--overwrite" in str(raised.value.hint)
@@ -654,10 +654,6 @@ def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path, place: str) -> 
 # bad input: before anything is loaded or measured
 
 
-def nothing_is_loaded(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(task, "load_parts", lambda config: pytest.fail("the model was loaded"))
-
-
 @pytest.mark.parametrize(
     ("table", "value", "near"),
     [
@@ -668,14 +664,13 @@ def nothing_is_loaded(patch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_unknown_names_and_options_fail_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str, value: str, near: str
+    tmp_path: Path, table: str, value: str, near: str
 ) -> None:
-    nothing_is_loaded(monkeypatch)
     with pytest.raises(UnknownNameError, match=f"'{value}'") as raised:
-        finish(glass_config(tmp_path, **{table: {"name": value}}))
+        finish(glass_config(tmp_path, **{"model": NO_MODEL, table: {"name": value}}))
     assert f"Did you mean '{near}'?" in str(raised.value.hint)
     with pytest.raises(ConfigError, match=rf"'colour' in \[{table}\]"):
-        finish(glass_config(tmp_path, **{table: {"colour": 1}}))
+        finish(glass_config(tmp_path, **{"model": NO_MODEL, table: {"colour": 1}}))
     assert not (tmp_path / "out").exists()
 
 
