@@ -142,6 +142,11 @@ def test_a_log_that_may_not_grow_is_an_error_with_a_next_step(
         recorder.record(episode(0, 0, 0.5))
 
 
+def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), disk_errors():
+        tmp_path.write_text("")
+
+
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "content").write_text("old")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import math
@@ -67,7 +66,6 @@ from ffgym.plugins import manager
 from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
 from ffgym.report.layout import humane
-from ffgym.search import log
 from ffgym.search.log import read_log
 from ffgym.search.policy import read_policy
 
@@ -791,38 +789,18 @@ def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
     check_reloaded(one)
 
 
-def full_disk(*args: Any, **kwargs: Any) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("where", ["log", "picture", "model", "report"])
-def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    from matplotlib.figure import Figure
-    from transformers import PreTrainedModel
-
-    write_text = Path.write_text
-
-    def write(self: Path, *args: Any, **kwargs: Any) -> int:
-        return full_disk() if f"{where}.json" in self.name else write_text(self, *args, **kwargs)
-
-    places: dict[str, tuple[Any, str, Any]] = {
-        "log": (log, "episode_to_json", full_disk),
-        "picture": (Figure, "savefig", full_disk),
-        "model": (PreTrainedModel, "save_pretrained", full_disk),
-    }
-    monkeypatch.setattr(*places.get(where, (Path, "write_text", write)))
-    with pytest.raises(OutputError, match="No space left on device") as raised:
-        finish(glass_config(tmp_path, search={"random_baseline": False}))
+@pytest.mark.parametrize(
+    ("size", "what"), [(1, "config.toml"), (10_000, "results"), (20_000, "units_kept.png"), (10**6, "model")]
+)
+def test_a_full_disk_is_an_error_wherever_it_shows(
+    tmp_path: Path, small_files: Callable[[int], None], size: int, what: str
+) -> None:
+    """The results that are the second to grow so large are the log of episodes."""
+    config = glass_config(tmp_path, search={"episodes": 32, "random_baseline": False})
+    small_files(size)
+    with pytest.raises(OutputError, match=f"cannot write .*{what}: .*File too large") as raised:
+        finish(config)
     assert raised.value.hint
-
-
-def test_an_error_that_is_no_full_disk_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(*args: Any) -> Any:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(log, "episode_to_json", other)
-    with pytest.raises(OSError, match="Input/output error"):
-        finish(glass_config(tmp_path))
 
 
 # Ctrl-C
