@@ -53,8 +53,7 @@ def test_a_model_that_scales_its_logits_as_ffgym_does_not_is_refused(random_wind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("columns", [1, 5, 127, 128, 10_000])
-@pytest.mark.parametrize("rows", [1, 19, 20, 10_000])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (19, 5), (20, 127), (10_000, 127), (1, 128), (20, 10_000)])
 def test_tiles_do_not_matter(rows, columns, dtype, random_windows, monkeypatch):
     model, windows = tiny_model("llama", dtype=dtype), random_windows(4, 20)
     wanted = evaluate(model, windows).losses

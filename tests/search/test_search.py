@@ -339,8 +339,13 @@ class TestLog:
         log = tmp_path / "whole.jsonl"
         return searched(make_env(sparsity=0.3), log=log), log.read_text()
 
-    @pytest.mark.parametrize("lines", [0, 1, 4, 7, 12, None])
-    @pytest.mark.parametrize("torn", ["", "all but the newline", "half a line"])
+    @pytest.mark.parametrize(
+        ("lines", "torn"),
+        [
+            *((0, ""), (0, "half a line"), (1, "all but the newline"), (4, ""), (4, "half a line")),
+            *((7, "all but the newline"), (12, ""), (None, "half a line")),
+        ],
+    )
     def test_a_resumed_search_is_the_uninterrupted_one_bit_for_bit(self, whole, make_env, tmp_path, lines, torn):
         """Killed at any episode, also while it wrote a line; on a new environment, as in a new process."""
         found, text = whole
@@ -613,8 +618,15 @@ class TestBrokenAgents:
         with pytest.raises(RuntimeError, match="out of memory"):
             searched(env)
 
-    @pytest.mark.parametrize("where", ["measuring", "on_episode", "on_update"])
-    @pytest.mark.parametrize("reaction", ["swallows it", "raises its own", "breaks later"])
+    @pytest.mark.parametrize(
+        ("where", "reaction"),
+        [
+            ("measuring", "swallows it"),
+            ("measuring", "breaks later"),
+            ("on_episode", "raises its own"),
+            ("on_update", "breaks later"),
+        ],
+    )
     def test_an_agent_cannot_swallow_or_rename_what_measuring_raises(self, env, monkeypatch, where, reaction):
         def fails(*args, **options):
             raise RuntimeError("the disk is gone")
