@@ -27,14 +27,17 @@ from ffgym.data.examples import EncodedExample, check_search_tasks, encode, sear
 from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
-from ffgym.errors import ConfigError, WorkerError
+from ffgym.errors import ConfigError, ModelError, PluginError, WorkerError
 from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
+from ffgym.evaluation.perplexity import check_logits
+from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
+from ffgym.plugins.discovery import OWN
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
@@ -43,6 +46,7 @@ from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
 from ffgym.types import Notify, OnStep
 
+CHECKED_TOKENS = 32  # of another package's family
 LOADING = "load model and text"
 PREPARING = "collect statistics, order and factorise"
 
@@ -54,6 +58,7 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
         FitError: preparing it needs more memory than there is.
         ConfigError: it is to be streamed, and something needs it in memory.
         DataError, UnknownNameError: text that is not there.
+        PluginError: its family is another package's and does not fit it.
     """
     model, plan = config.model, plan_of(config)
     plan.check()
@@ -65,7 +70,34 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
         device=model.device,
         streamed=plan.load.streamed,
     )
-    return loaded, cut_splits(config, loaded)
+    splits = cut_splits(config, loaded)
+    if loaded.stream is None:
+        check_family(loaded.model, splits.calibration.windows[:1, :CHECKED_TOKENS])
+    return loaded, splits
+
+
+def check_family(model: Any, ids: torch.Tensor) -> None:
+    """Hold another package's family to what every number of a run relies on; those of ffgym have tests.
+
+    Args:
+        model: a dense causal LM in memory, which is as it was afterwards.
+        ids: some token ids, shape (1, length), int64.
+
+    Raises:
+        PluginError: the logits are not what ffgym takes them for, or change when units are sorted, or the model does
+            not run with a unit less.
+    """
+    family = family_of(model)
+    if manager.package_of(family) == OWN:
+        return
+    try:
+        check_logits(model, ids[0])
+    except ModelError as error:
+        hint = "ffgym cannot prune this architecture."
+        raise PluginError(f"{manager.described(family)}: {error.message}", hint=hint) from error
+    prunable = PrunableModel(model)
+    check_sorting(prunable, ids)
+    check_cutting(prunable, ids)
 
 
 def check_texts(data: DataTable) -> None:
