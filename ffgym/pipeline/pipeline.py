@@ -83,7 +83,7 @@ def run(
     check_weights(config.model.name)
     check_texts(config.data)
     if resume is None:
-        table_digest(config)  # refuses a latency table that is missing; a resumed run has its own
+        table_digest(config)  # refuses resources that cannot be counted; a resumed run has its own latency table
     reporter.print(plan.summary)
     plan.check()
     with (

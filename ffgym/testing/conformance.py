@@ -24,7 +24,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from ffgym.costs.resource import Costs, Resource, costs_of, standard_resources
+from ffgym.costs.resource import Costs, Resource, costs_of, resource_named, standard_resources
 from ffgym.evaluation.perplexity import check_logits
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
@@ -34,6 +34,7 @@ from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin,
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
 from ffgym.plugins.discovery import check_attributes, check_class
 from ffgym.plugins.kinds import PluginKind
+from ffgym.prepare.parts import check_distinct
 from ffgym.search.policy import policy_text
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
@@ -201,6 +202,10 @@ class ResourceConformance(PluginConformance):
         """Finite numbers, 0 or more, that rise with the units kept, and not all of them 0."""
         for family in self.families:
             self.costs(family)
+
+    def test_its_key_and_column_are_new(self) -> None:
+        """A table has the columns of the built-in resources beside it."""
+        check_distinct([*map(resource_named, standard_resources()), self.make()])
 
     def test_a_measurement_is_taken_from_its_file(self, tmp_path: Path) -> None:
         """A resumed run gets the file that the run kept, and so has the same costs (resources that are measured)."""
