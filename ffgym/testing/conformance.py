@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -31,7 +30,7 @@ from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import register
 from ffgym.models.walk import Walk
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
-from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
+from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_state
 from ffgym.plugins.discovery import check_attributes, check_class
 from ffgym.plugins.kinds import PluginKind
 from ffgym.prepare.parts import check_distinct
@@ -305,7 +304,7 @@ class AgentConformance(PluginConformance):
 
     def test_state_is_plain_data(self) -> None:
         """State can be saved without pickling: numbers, strings, numpy arrays, lists and dicts of them."""
-        _assert_plain(self.finished()[0].state(), "state")
+        check_state(self.finished()[0])
 
     def test_takes_up_a_state(self) -> None:
         """A fresh instance believes in what the state says, and searches on from there (agents with a state).
@@ -317,7 +316,7 @@ class AgentConformance(PluginConformance):
             pytest.skip("has no state")
         fresh = self.ready()
         # Through JSON, as a run stores it: arrays come back as lists.
-        fresh.load_state(json.loads(policy_text(agent.name, 0.2, [], agent.state()))["state"])
+        fresh.load_state(json.loads(policy_text(agent.name, 0.2, [], check_state(agent)))["state"])
         observation = np.array([0.2, 1.0], dtype=np.float32)
         recommended, expected = fresh.recommend(observation), agent.recommend(observation)
         if isinstance(fresh, BatchAgent):
@@ -433,16 +432,3 @@ def _permuted(stats: LayerStats, order: torch.Tensor) -> LayerStats:
         second_moment=None if stats.second_moment is None else stats.second_moment[order][:, order],
         gradient=None if stats.gradient is None else stats.gradient[:, order],
     )
-
-
-def _assert_plain(value: Any, where: str) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            assert isinstance(key, str), f"{where} has the key {key!r}, not a string"
-            _assert_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _assert_plain(item, f"{where}[{index}]")
-    else:
-        plain = bool | int | float | str | np.ndarray | np.number | None
-        assert isinstance(value, plain), f"{where} is a {type(value).__name__}"

@@ -23,6 +23,7 @@ from ffgym.plugins.contracts import (
     check_objectives,
     check_reward,
     check_scores,
+    check_state,
 )
 from ffgym.plugins.discovery import check_attributes
 from ffgym.rewards.perplexity import Perplexity
@@ -320,6 +321,29 @@ def test_bad_objectives_name_the_plugin(answer: Any, complaint: str) -> None:
     with pytest.raises(PluginError, match=complaint) as caught:
         check_objectives(number(0.0, answer), PRUNED, DENSE)
     assert "reward 'number' (package" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [
+        ([1.0], "state is a list"),
+        ({1: 2.0}, "state has the key 1, not text"),
+        ({"best": math.nan}, r"state\['best'\] is nan, not finite"),
+        ({"best": [{"at": np.array([1, np.inf])}]}, r"state\['best'\]\[0\]\['at'\]\[1\] is inf, not finite"),
+        ({"rng": np.random.default_rng()}, r"state\['rng'\] is a Generator"),
+        (fail, "failed while giving its state: KeyError"),
+    ],
+)
+def test_a_state_that_cannot_be_stored_names_agent_and_place(state: Any, complaint: str) -> None:
+    agent = made(Agent, "stateful", learn=None, state=lambda self: answered(state))
+    with pytest.raises(PluginError, match=r"agent 'stateful' \(package .*\)" + f".*{complaint}"):
+        check_state(agent)
+
+
+def test_a_state_of_plain_data_passes() -> None:
+    state = {"mean": np.zeros(2, np.float32), "step": np.int64(3), "names": ("a", None), "on": True}
+    assert check_state(made(Agent, "stateful", learn=None, state=lambda self: state)) is state
+    assert check_state(made(Agent, "stateless", learn=None, state=lambda self: None)) == {}
 
 
 def test_too_little_memory_is_not_the_plugins_mistake() -> None:
