@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 OUR_DEFECT = "This is a bug: please report it to ffgym, with the command and its output."
-THEIR_DEFECT = "The fault is in the plugin, not in ffgym: report it to the package's author."
+THEIR_DEFECT = (
+    "The fault is in the plugin, not in ffgym: report it to the package's author. If that is you: start the run in"
+    " Python, with ffgym.run, to see the whole traceback (docs/plugins.md#finding-and-loading)."
+)
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
 CALL_ON_UPDATE = "Call on_update(ffgym.Update(index, rewards)) once after every step, index from 0."
 METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
@@ -62,6 +65,8 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
         raise PluginError(
             f"{where}: score returned shape {tuple(scores.shape)}, not ({m}, {n}) elements or ({n},) channels"
         )
+    if scores.is_complex():
+        raise PluginError(f"{where}: score returned complex numbers, not real ones")
     scores = scores.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if bad := int((~torch.isfinite(scores)).sum()):

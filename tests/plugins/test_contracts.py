@@ -92,6 +92,7 @@ def test_inference_tensors_can_be_scored() -> None:
         (lambda weight: weight * torch.nan, "20 of 20 scores are NaN or infinite"),
         (lambda weight: torch.tensor([1, 2, 3, 4, math.inf]), "1 of 5 scores"),
         (lambda weight: [1.0] * 5, "list, not a tensor"),
+        (lambda weight: torch.fft.fft(weight.norm(dim=0)), "score returned complex numbers, not real ones"),
         (lambda weight: weight.data.zero_(), "changed the weight it was given"),
         (lambda weight: weight.numpy().fill(0), "changed the weight it was given"),
         (
@@ -216,6 +217,15 @@ def test_what_a_reward_falls_with_is_checked() -> None:
         check_attributes("reward", "typo", Typo())
 
 
+def test_a_reward_that_falls_with_a_divergence_asks_for_it() -> None:
+    class Unasked(Perplexity):
+        falls_with = "kl"
+
+    with pytest.raises(PluginError, match="reward 'unasked': falls_with is 'kl', which is not in its needs"):
+        check_attributes("reward", "unasked", Unasked())
+    check_attributes("reward", "asked", type("Asked", (Unasked,), {"needs": frozenset({"kl"})})())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "check"),
     [
@@ -237,6 +247,7 @@ def test_somebodys_reward_that_overflows_is_theirs() -> None:
     with pytest.raises(PluginError, match="failed while computing a reward: OverflowError") as caught:
         check_reward(number(lambda: math.exp(5000)), PRUNED, DENSE)
     assert "the package's author" in str(caught.value.hint)
+    assert "with ffgym.run, to see the whole traceback" in str(caught.value.hint)
 
 
 def test_a_built_in_that_breaks_is_not_blamed_as_somebodys_plugin() -> None:
