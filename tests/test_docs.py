@@ -42,6 +42,7 @@ from ffgym.testing.conformance import (
     FamilyConformance,
     HeuristicConformance,
     PluginConformance,
+    ResourceConformance,
     RewardConformance,
 )
 
@@ -256,12 +257,12 @@ def test_readme_is_short() -> None:
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def example(page: str, kind: str) -> type[Any]:
-    """The first class of a kind in a page's Python examples, checked as an installed package's would be."""
+def example(page: str, kind: str, called: str = "") -> type[Any]:
+    """The first class of a kind, or that of a name, in a page's Python examples, checked as a package's would be."""
     base = BASES[kind]  # type: ignore[index]
     for block in re.findall(r"^```python\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
         for name, parent in re.findall(r"^class (\w+)\(ffgym\.(\w+)\)", block, flags=re.MULTILINE):
-            if issubclass(getattr(ffgym, parent), base):
+            if issubclass(getattr(ffgym, parent), base) and called in ("", name):
                 # The name finds the class's package again where a message names it.
                 namespace: dict[str, Any] = {"__name__": "documentation", "ffgym": ffgym}
                 exec(compile(block, page, "exec"), namespace)
@@ -273,15 +274,19 @@ def example(page: str, kind: str) -> type[Any]:
     raise AssertionError(f"{page} has no example of a {kind}")
 
 
-def held_to_its_contract(suite: type[PluginConformance], kind: str, page: str = "docs/plugins.md") -> type[Any]:
+def held_to_its_contract(
+    suite: type[PluginConformance], kind: str, page: str = "docs/plugins.md", called: str = ""
+) -> type[Any]:
     """The conformance tests of a page's example."""
-    return type("Example", (suite,), {"make": lambda self: example(page, kind)()})
+    return type("Example", (suite,), {"make": lambda self: example(page, kind, called)()})
 
 
 TestTutorialCriterion = held_to_its_contract(CriterionConformance, "criterion")
 TestTutorialHeuristic = held_to_its_contract(HeuristicConformance, "heuristic")
 TestTutorialReward = held_to_its_contract(RewardConformance, "reward")
 TestTutorialAgent = held_to_its_contract(AgentConformance, "agent")
+TestTutorialResource = held_to_its_contract(ResourceConformance, "resource")
+TestTutorialMeasurement = held_to_its_contract(ResourceConformance, "resource", called="Reading")
 TestReadmeCriterion = held_to_its_contract(CriterionConformance, "criterion", "README.md")
 
 
