@@ -106,6 +106,13 @@ def entries() -> list[EntryPoint]:
     return [entry for entry in _found() if wanted is None or entry.name in wanted]
 
 
+def package_behind(entry: EntryPoint) -> Package:
+    """The distribution of an entry point."""
+    if entry.dist is None:
+        return Package(entry.name, "")
+    return Package(entry.dist.name or entry.name, entry.dist.version or "")  # a broken installation has neither
+
+
 def load(*, name: str | None = None) -> list[Loaded]:
     """Import the entry points of this name, or all of them; each once."""
     chosen = [entry for entry in entries() if name in (None, entry.name)]
@@ -217,9 +224,7 @@ def _top_level(module: str) -> str:
 
 def _load(entry: EntryPoint) -> Loaded:
     """Import one plugin and call its hooks; an error is recorded and not raised."""
-    package = Package(entry.name, "")
-    if entry.dist is not None:  # a broken installation has neither name nor version
-        package = Package(entry.dist.name or entry.name, entry.dist.version or "")
+    package = package_behind(entry)
     start, is_first = time.perf_counter(), "ffgym.models" not in sys.modules
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to what the user asked for

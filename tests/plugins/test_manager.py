@@ -7,6 +7,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -204,6 +205,17 @@ def test_a_built_in_wins_over_a_plugin_of_its_name_which_has_failed(install: Ins
     assert manager.get_class("criterion", "wanda").__module__ == "ffgym.criteria.wanda"
     assert manager.names("criterion")["wanda"] == built_ins.BUILTINS["criterion"]["wanda"].description
     assert "criterion 'wanda' is a built-in, which is used" in str(record("acme-one").failure)
+
+
+def test_a_built_in_with_the_name_of_an_entry_point_is_said_to_be_used(install: Install, tmp_path: Path) -> None:
+    """Whoever improves a copy would think that the change made no difference."""
+    install("acme-one", CRITERION.format(name="wanda"))
+    (tmp_path / "acme_one-1.0.dist-info" / "entry_points.txt").write_text("[ffgym]\nwanda = acme_one\n")
+    discovery.forget()
+    said = "criterion 'wanda' is ffgym's own; the plugin 'wanda' of acme-one 1.0 is not used for it"
+    assert configured.namesakes(load_config(criterion={"name": "wanda"})) == [said]
+    assert configured.namesakes(load_config(criterion={"name": "magnitude"})) == []
+    assert "acme_one" not in sys.modules
 
 
 def test_an_entry_point_that_is_called_like_the_plugin_wins_over_others(install: Install) -> None:
