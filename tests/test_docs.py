@@ -501,6 +501,20 @@ def test_toml_examples_are_configurations(page: str) -> None:
         (BenchFile if "agents" in content else RunConfig).model_validate(content)
 
 
+def test_the_variants_of_the_bench_example_search_in_different_ways(tmp_path: Path) -> None:
+    """No two cells of a seed differ only in options that nothing reads where slopes are followed."""
+    from ffgym.bench.file import read_bench
+
+    (spec,) = re.findall(r"^```toml\n(title = .*?)^```", text("docs/bench.md"), flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "bench.toml").write_text(spec, encoding="utf-8")
+    agents = [cell.config.agent.model_dump() for cell in read_bench(tmp_path / "bench.toml").cells if cell.seed == 0]
+    for agent in agents:
+        if agent.get("slope_share"):
+            for option in ("learning_rate", "spread", "smooth"):
+                del agent[option]
+    assert [agent for agent in agents if agents.count(agent) > 1] == []
+
+
 if __name__ == "__main__":
     before, begin, rest = REFERENCE.read_text(encoding="utf-8").partition(BEGIN)
     REFERENCE.write_text(before + begin + reference() + END + rest.partition(END)[2], encoding="utf-8")
