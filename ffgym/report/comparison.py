@@ -15,6 +15,7 @@ from ffgym.report.layout import Column, Table, humane, stacked
 from ffgym.report.paired import Difference, difference_data, margin, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
 
+FILLS = ("full", "none", "left", "bottom")  # of markers: the next one where the colours begin again
 FAR = 5.0  # times as far from the reference as most rows that differ from it
 
 
@@ -164,8 +165,7 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
         (f"dense: {perplexity_text(row)}", row, {"color": BLACK, "marker": "*", "markersize": 14}) for row in dense
     ]
     points += [
-        (f"{run.name}: {perplexity_text(run.result)}", run.result, {**SERIES[number % len(SERIES)], "markersize": 8})
-        for number, run in enumerate(runs)
+        (f"{run.name}: {perplexity_text(run.result)}", run.result, _look(number)) for number, run in enumerate(runs)
     ]
     points = [(label, row, look) for label, row, look in points if math.isfinite(row.perplexity)]
     sizes = [row.parameters / 1e6 for _, row, _ in points]
@@ -183,7 +183,8 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     axes.set_xlabel("parameters of the whole model (millions)")
     axes.set_ylabel("report perplexity")
     axes.set_title(
-        "Bars: 95 % intervals over windows. The windows are shared, so bars that overlap may still differ.",
+        "Bars: 95 % intervals over windows. The windows are shared, so bars that overlap may still differ.\n"
+        "Runs of equal size are drawn side by side.",
         loc="left",
         fontsize=9,
     )
@@ -191,3 +192,10 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     tidy(axes)
     save_figure(figure, path)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour, marker and fill of a run: one of its own for each of the first 24."""
+    again, which = divmod(number, len(SERIES))
+    fill = {"fillstyle": FILLS[again % len(FILLS)], "markerfacecoloralt": "white"}
+    return {**SERIES[which], **fill, "markersize": 8}

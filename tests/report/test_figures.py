@@ -6,13 +6,15 @@ from typing import Any
 
 import made_up_episodes
 import pytest
+from stored_runs import row
 
 from ffgym.errors import OutputError
 from ffgym.report import comparison as comparison_module
 from ffgym.report import figures as figures_module
-from ffgym.report.comparison import differences_figure
+from ffgym.report.comparison import ComparedRun, differences_figure, size_figure
 from ffgym.report.figures import SERIES, allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.paired import Difference
+from ffgym.report.table import ReportTable
 from ffgym.types import Allocation, Episode, Sublayer
 
 SUBLAYERS = [
@@ -143,6 +145,19 @@ def test_what_differs_from_ties_and_copies_is_not_off_scale(tmp_path, monkeypatc
     differences_figure([(str(found), found) for found in some], "first", tmp_path / "a.png")
     points = [line.get_xdata()[0] for line in figures[0].axes[0].lines if line.get_marker() == "o"]
     assert points == list(means)
+
+
+def test_runs_of_one_size_stand_side_by_side_and_more_of_them_than_colours_are_told_apart(tmp_path, monkeypatch):
+    figures: list[Any] = []
+    monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
+    table = ReportTable((row("dense", (1.0, 2.0), 0.0), row("found", (2.0, 3.0), 0.2, is_found=True)), "how")
+    runs = [ComparedRun(f"run {i}", "reinforce", "wanda", "params", table, "") for i in range(4 * len(SERIES))]
+    size_figure(runs, tmp_path / "size.png")
+    axes = figures[0].axes[0]
+    assert "equal size are drawn side by side" in axes.get_title(loc="left")
+    points = [container.lines[0] for container in axes.containers if container.get_label().startswith("run")]
+    assert len({point.get_xdata()[0] for point in points}) == len(runs)
+    assert len({(point.get_color(), point.get_marker(), point.get_fillstyle()) for point in points}) == len(runs)
 
 
 def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
