@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ffgym.bench import table as bench_module
@@ -266,8 +267,9 @@ def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart
 def test_the_final_perplexity_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = drawn_axes(results(), tmp_path / "bench.png", monkeypatch, "evolution")
     assert "evolution: 31.00, 2 seeds" in {line.get_label() for line in axes.lines}
-    ends = [line.get_ydata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]
-    assert ends == pytest.approx([25, 31])
+    ends = [line.get_xydata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert np.array(ends) == pytest.approx(np.array([[1100, 25], [1100, 31]])), "after the finals, with their tokens"
+    assert "at\nthe tokens of search and finals" in axes.figure.legends[0].get_title().get_text()
 
 
 def test_one_bad_search_does_not_set_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
