@@ -135,6 +135,7 @@ class BenchTable:
     Attributes:
         baselines: labels that every row is compared with, as far as they have results.
         heuristic: label of the best one, where there is one.
+        ties: labels of the rows that tie with the first one on the same windows.
         files: where the table and its picture were written.
     """
 
@@ -143,6 +144,7 @@ class BenchTable:
     header: str
     baselines: tuple[str, ...]
     heuristic: str | None
+    ties: tuple[str, ...]
     files: tuple[str, ...] = ()
 
     def layout(self) -> Table[BenchRow]:
@@ -250,7 +252,9 @@ def bench_table(
         )
     rows.sort(key=lambda row: (math.isnan(row.perplexity.value), row.perplexity.value))
     header = _header(results, rows, "Development windows" if development else "Report split")
-    return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label)
+    best, *others = (groups[row.label] for row in rows)
+    ties = tuple(cells[0].label for cells in others if (found := _difference(cells, best)) and found.is_tie)
+    return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label, ties)
 
 
 def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ffgym.bench import table as bench_module
+from ffgym.bench.page import bench_page
 from ffgym.bench.table import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
 from ffgym.report.paired import paired_difference
 
@@ -228,6 +229,22 @@ def test_searches_are_compared_with_the_best_heuristic_on_the_same_windows() -> 
     assert table.layout().as_dicts()[0]["difference_from_tied"] == pytest.approx(-0.0783, abs=1e-3)
     del some[0].final.losses[1:]
     assert re.search(r"\| good \|.*\| — \|", markdown(bench_table("Bench", some, baselines=["nobody"])))
+
+
+def test_the_headline_of_a_page_names_what_ties_with_the_best(tmp_path: Path) -> None:
+    losses = {"reinforce": [2.4, 3.4], "random": [2.5, 3.32], "evolution": [2.5, 3.5], "fisher": [3.4, 4.4]}
+    (tmp_path / "results").mkdir()
+    for label, each in losses.items():
+        agent = "one-shot" if label == "fisher" else label
+        result = cell(label, 0, [(100, 3.0)], agent=agent, final=sum(each) / 2)
+        result.final.losses = each
+        (tmp_path / "results" / f"{label}-seed0.json").write_text(result.model_dump_json())
+    file = tmp_path / "bench.toml"
+    file.write_text(f'title = "B"\nagents = {list(losses)}\nseeds = [0]\nresults = "results"\ndated = "earlier"\n')
+    assert bench_page(file).summary[0] == (
+        "The lowest perplexity is that of reinforce: 18.17, 0.91 x dense; a tie with random. The best heuristic, "
+        "fisher, has 49.40 (reinforce against it, in nats per token: -1.000 ± 0.000)."
+    )
 
 
 def drawn_axes(table_of: list[CellResult], path: Path, monkeypatch: pytest.MonkeyPatch, *baselines: str) -> Any:
