@@ -42,6 +42,7 @@ from ffgym.testing.conformance import (
     FamilyConformance,
     HeuristicConformance,
     PluginConformance,
+    ResourceConformance,
     RewardConformance,
 )
 
@@ -258,12 +259,12 @@ def test_readme_is_short() -> None:
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 
-def example(page: str, kind: str) -> type[Any]:
-    """The first class of a kind in a page's Python examples, checked as an installed package's would be."""
+def example(page: str, kind: str, called: str = "") -> type[Any]:
+    """The first class of a kind, or that of a name, in a page's Python examples, checked as a package's would be."""
     base = BASES[kind]  # type: ignore[index]
     for block in re.findall(r"^```python\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL):
         for name, parent in re.findall(r"^class (\w+)\(ffgym\.(\w+)\)", block, flags=re.MULTILINE):
-            if issubclass(getattr(ffgym, parent), base):
+            if issubclass(getattr(ffgym, parent), base) and called in ("", name):
                 # The name finds the class's package again where a message names it.
                 namespace: dict[str, Any] = {"__name__": "documentation", "ffgym": ffgym}
                 exec(compile(block, page, "exec"), namespace)
@@ -275,15 +276,19 @@ def example(page: str, kind: str) -> type[Any]:
     raise AssertionError(f"{page} has no example of a {kind}")
 
 
-def held_to_its_contract(suite: type[PluginConformance], kind: str, page: str = "docs/plugins.md") -> type[Any]:
+def held_to_its_contract(
+    suite: type[PluginConformance], kind: str, page: str = "docs/plugins.md", called: str = ""
+) -> type[Any]:
     """The conformance tests of a page's example."""
-    return type("Example", (suite,), {"make": lambda self: example(page, kind)()})
+    return type("Example", (suite,), {"make": lambda self: example(page, kind, called)()})
 
 
 TestTutorialCriterion = held_to_its_contract(CriterionConformance, "criterion")
 TestTutorialHeuristic = held_to_its_contract(HeuristicConformance, "heuristic")
 TestTutorialReward = held_to_its_contract(RewardConformance, "reward")
 TestTutorialAgent = held_to_its_contract(AgentConformance, "agent")
+TestTutorialResource = held_to_its_contract(ResourceConformance, "resource")
+TestTutorialMeasurement = held_to_its_contract(ResourceConformance, "resource", called="Reading")
 TestReadmeCriterion = held_to_its_contract(CriterionConformance, "criterion", "README.md")
 
 
@@ -499,6 +504,20 @@ def test_toml_examples_are_configurations() -> None:
     for example in examples:
         content = tomllib.loads(example)
         (BenchFile if "agents" in content else RunConfig).model_validate(content)
+
+
+def test_the_variants_of_the_bench_example_search_in_different_ways(tmp_path: Path) -> None:
+    """No two cells of a seed differ only in options that nothing reads where slopes are followed."""
+    from ffgym.bench.file import read_bench
+
+    (spec,) = re.findall(r"^```toml\n(title = .*?)^```", text("docs/bench.md"), flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "bench.toml").write_text(spec, encoding="utf-8")
+    agents = [cell.config.agent.model_dump() for cell in read_bench(tmp_path / "bench.toml").cells if cell.seed == 0]
+    for agent in agents:
+        if agent.get("slope_share"):
+            for option in ("learning_rate", "spread", "smooth"):
+                del agent[option]
+    assert [agent for agent in agents if agents.count(agent) > 1] == []
 
 
 if __name__ == "__main__":

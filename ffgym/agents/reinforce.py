@@ -42,6 +42,7 @@ from ffgym.agents.pathwise import SlopeDescent
 from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 
 GREATEST_ADVANTAGE = 2.0
+EXPLORING = "used only where all tokens explore: slope_share = 0, or a reward or environment without slopes"
 
 
 class ReinforceConfig(PluginConfig):
@@ -55,16 +56,20 @@ class ReinforceConfig(PluginConfig):
         "the rest tries units of sublayers with fewer than 6, or follows slopes if there are no such sublayers",
     )
     learning_rate: float = Field(
-        1.0, gt=0, description="step of the mean, in units of the policy's spread times the advantage"
+        1.0, gt=0, description=f"step of the mean, in units of the policy's spread times the advantage; {EXPLORING}"
     )
     spread: float = Field(
-        0.15, gt=0, description="standard deviation of the exploration, in importance units (2 spans all keep ratios)"
+        0.15,
+        gt=0,
+        description="standard deviation of the exploration, in importance units (2 spans all keep ratios); "
+        + EXPLORING,
     )
     smooth: float = Field(
         0.95,
         ge=0,
         le=1,
-        description="share of the exploration's variance that is shared by neighbouring layers of one kind",
+        description="share of the exploration's variance that is shared by neighbouring layers of one kind; "
+        + EXPLORING,
     )
     average: float = Field(
         0.5,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -110,9 +111,7 @@ def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | Non
     """The table, and a picture of its searches, beside the bench file, and in its MLflow run where there is one."""
     spec = bench.spec
     table = bench_table(spec.title, results, baselines=spec.baseline, development=spec.development)
-    if spec.dated:
-        note = f"Computed {spec.dated} by an earlier version, with the settings in the result files"
-        table = replace(table, header=f"{note}. {table.header}")
+    table = replace(table, header=_reservation(bench, results) + table.header)
     files = [bench.file.with_suffix(".md")]
     write_text(files[0], markdown(table))
     if any(len(result.marks) > 1 for result in results):  # rules take one episode: there is nothing to draw over tokens
@@ -123,6 +122,17 @@ def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | Non
         for file in files:
             run.log_artifact(file)
     return replace(table, files=tuple(map(str, files)))
+
+
+def _reservation(bench: Bench, results: Sequence[CellResult]) -> str:
+    """What a reader must know before the numbers: that they are of earlier code, or which cells are missing."""
+    if bench.spec.dated:
+        return f"Computed {bench.spec.dated} by an earlier version, with the settings in the result files. "
+    if len(results) == len(bench.cells):
+        return ""
+    wanted, there = (Counter(each.label for each in cells) for cells in (bench.cells, results))
+    missing = ", ".join(f"{label} {count} of {wanted[label]}" for label, count in (wanted - there).items())
+    return f"Not finished: {len(results)} of {len(bench.cells)} cells; missing seeds: {missing}. "
 
 
 def share(benches: Sequence[Bench]) -> None:

@@ -46,10 +46,12 @@ def bench_page(file: Path) -> Page:
 
 
 def _best(table: BenchTable) -> str:
-    """Who came out best, and the best heuristic beside it."""
-    best, heuristic = table.rows[0], next((row for row in table.rows if row.label == table.heuristic), None)
-    sentence = f"The lowest perplexity is that of {best.label}: {best.perplexity}, {best.times_dense:.2f} x dense."
-    if heuristic is None or heuristic is best:
+    """Who came out best, what ties with it, and the best heuristic beside it."""
+    best, *others = table.rows
+    sentence = f"The lowest perplexity is that of {best.label}: {best.perplexity}, {best.times_dense:.2f} x dense"
+    sentence += f"; a tie with {', '.join(table.ties)}." if table.ties else "."
+    heuristic = next((row for row in others if row.label == table.heuristic), None)
+    if heuristic is None:
         return sentence
-    tie = ", a tie" if best.difference is not None and best.difference.is_tie else ""
-    return f"{sentence} The best heuristic, {heuristic.label}, has {heuristic.perplexity}{tie}."
+    against = f" ({best.label} against it, in nats per token: {best.difference})" if best.difference is not None else ""
+    return f"{sentence} The best heuristic, {heuristic.label}, has {heuristic.perplexity}{against}."

@@ -135,6 +135,7 @@ class BenchTable:
     Attributes:
         baselines: labels that every row is compared with, as far as they have results.
         heuristic: label of the best one, where there is one.
+        ties: labels of the rows that tie with the first one on the same windows.
         files: where the table and its picture were written.
     """
 
@@ -143,6 +144,7 @@ class BenchTable:
     header: str
     baselines: tuple[str, ...]
     heuristic: str | None
+    ties: tuple[str, ...]
     files: tuple[str, ...] = ()
 
     def layout(self) -> Table[BenchRow]:
@@ -250,7 +252,9 @@ def bench_table(
         )
     rows.sort(key=lambda row: (math.isnan(row.perplexity.value), row.perplexity.value))
     header = _header(results, rows, "Development windows" if development else "Report split")
-    return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label)
+    best, *others = (groups[row.label] for row in rows)
+    ties = tuple(cells[0].label for cells in others if (found := _difference(cells, best)) and found.is_tie)
+    return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label, ties)
 
 
 def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str) -> str:
@@ -361,17 +365,19 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     drawn = [curve for curve in searches if curve.label in chosen]
     labels = list(dict.fromkeys(cell.label for cell in results))  # the bench file's order
     looks = {label: SERIES[number] for number, label in enumerate(sorted((c.label for c in drawn), key=labels.index))}
-    final = {row.label: row.perplexity.value for row in table.rows}
-    low, high = _scale(drawn, [final[curve.label] for curve in drawn] + [row.perplexity.value for row in rules[:1]])
+    final = {row.label: row for row in table.rows}
+    ends = [final[curve.label].perplexity.value for curve in drawn]
+    low, high = _scale(drawn, ends + [row.perplexity.value for row in rules[:1]])
     for curve in drawn:
-        look, count, value = looks[curve.label], len(curve.values), final[curve.label]
+        look, count, row = looks[curve.label], len(curve.values), final[curve.label]
+        value = row.perplexity.value
         label = f"{curve.label}: {value:.2f}, {counted(count, 'seed')}"
         label += ", above the scale" if np.nanmin(curve.mean) > high else ""
         axes.plot(curve.tokens, curve.mean, markersize=6, label=label, **look)
         band = curve.values.min(axis=0), curve.values.max(axis=0)
         axes.fill_between(curve.tokens, *band, alpha=0.12, color=look["color"], linewidth=0)
         end = {**look, "markersize": 9, "markerfacecolor": "white", "markeredgewidth": 1.8}
-        axes.plot(1.35 * curve.tokens[-1:], [value], zorder=4, **end)
+        axes.plot([row.tokens], [value], zorder=4, **end)
     if rules:
         best = rules[0]
         label = f"{best.label} (heuristic): {best.perplexity.value:.2f}"
@@ -386,12 +392,12 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         figure.supxlabel(said, x=0.01, ha="left", fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:,.0f}")
-    axes.set_xlabel("search tokens evaluated (thousands, log scale)")
+    axes.set_xlabel("tokens evaluated (thousands, log scale)")
     axes.set_ylabel("report perplexity of the incumbent")
     figure.suptitle(table.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     tidy(axes)
     if axes.get_legend_handles_labels()[0]:  # beside the axes, where it covers no curve
-        title = "Final perplexity (hollow marker);\nband: range of seeds"
+        title = "Final perplexity (hollow marker, at\nthe tokens of search and finals);\nband: range of seeds"
         where: dict[str, Any] = {"loc": "outside right center", "alignment": "left", "frameon": False}
         figure.legend(title=title, fontsize=9, title_fontsize=9, **where)
     save_figure(figure, path)

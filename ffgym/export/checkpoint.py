@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
+from torch import nn
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from ffgym.errors import ModelError, OutputError, first_line
@@ -60,6 +61,7 @@ def save_pruned(
     max_shard_size: str | int = "5GB",
     stock: bool = False,
     towers: Towers | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SavedModel:
     """Write a pruned model to a folder, whole or not at all.
 
@@ -73,6 +75,7 @@ def save_pruned(
         max_shard_size: weights beyond it are written as several files, e.g. ``"5GB"``.
         stock: write a stock checkpoint of the family; all layers must have kept the same shape.
         towers: what the model was taken out of: it is written with the model in it.
+        dtype: of the weights in the files; ``None`` for the model's own.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
@@ -83,6 +86,7 @@ def save_pruned(
     pruned = (stock_model if stock else uneven_model)(prunable)
     if towers is not None:
         pruned, files = towers.around(pruned, prunable.family), [*files, *towers.files]
+    _convert(pruned, dtype)
     if prunable.source is not None:
         write = partial(_save_by_layer, pruned, prunable)
     else:
@@ -99,6 +103,7 @@ def save_again(
     files: Sequence[Path] = (),
     overwrite: bool = False,
     towers: Towers | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SavedModel:
     """Write a model that was loaded from a checkpoint and changed, whole or not at all.
 
@@ -107,6 +112,7 @@ def save_again(
         directory: the folder; its parents are created.
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
         towers: what the model was taken out of: it is written with the model in it.
+        dtype: what the model is converted to; ``None`` leaves it as it is.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
@@ -116,7 +122,18 @@ def save_again(
     refuse_occupied(place, overwrite)
     if towers is not None:
         model, files = towers.whole, [*files, *towers.files]
+    _convert(model, dtype)
     return _write(model, model.save_pretrained, tokenizer, place, card, files)
+
+
+def _convert(model: Any, dtype: torch.dtype | None) -> None:
+    """Give the model weights of a dtype; a model that it shares weights with keeps its own."""
+    converted: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules() if dtype is not None else ():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            if weight not in converted:
+                converted[weight] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+            setattr(module, name, converted[weight])
 
 
 def is_stock(model: Any) -> bool:
@@ -184,7 +201,10 @@ def _save_by_layer(pruned: Any, prunable: PrunableModel, folder: Path) -> None:
             with nullcontext() if index < 0 else prunable.layer(index):
                 known = _checkpoint_weights(prunable)
                 found = {name: known[name] if name in known else outline[name] for name in group}
-                content |= {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in found.items()}
+                content |= {
+                    name: tensor.to("cpu", outline[name].dtype, copy=True).contiguous()
+                    for name, tensor in found.items()
+                }
         save_file(content, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         numbers = {"total_parameters": sum(tensor.numel() for tensor in outline.values()), **shards.metadata}

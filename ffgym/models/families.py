@@ -276,12 +276,16 @@ class Family(Plugin):
         """The same, with what goes with one unit of it."""
         consumer, producers = self.consumer(layer, half.kind), self.producers(layer, half.kind)
         rows = [sum(blocks) for blocks in self.rows_per_unit(half)]
-        for count, producer in zip(rows, producers, strict=True):
+        names = dict.fromkeys(self._producer_names(half.kind))
+        for count, producer, name in zip(rows, producers, names, strict=True):
             if producer.out_features != count * half.units:
+                is_fused = half.kind == "mlp" and producer.out_features == 2 * count * half.units
                 raise ModelError(
                     f"{half.name}: family {self.name!r} names a producer with {producer.out_features} outputs, and its"
                     f" consumer reads {half.units * half.channels_per_unit} channels, which need {count * half.units}",
-                    hint=NAMES,
+                    hint=f"A fused linear is named once for each part: mlp_producers = ({name!r}, {name!r})."
+                    if is_fused
+                    else NAMES,
                 )
         weights = sum(r * p.in_features for r, p in zip(rows, producers, strict=True))
         weights += half.channels_per_unit * consumer.out_features

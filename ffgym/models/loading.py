@@ -28,7 +28,7 @@ from ffgym.models.dequantise import converted, dequantised, digest_of, refuse_wh
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import explained
-from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype
+from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype, saved_dtype
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.models.towers import BY_ITSELF, PROCESSOR_FILES, Towers, auto_class, has_towers, text_model_of
 
@@ -61,6 +61,7 @@ class LoadedModel:
         device: where its first parameter lies.
         stream: reads the decoder layers, which are then on the meta device; ``None`` where they are in memory.
         towers: the checkpoint that the model is the text model of; ``None`` where it is the whole.
+        saved_dtype: what it is saved in, cut or trained: the checkpoint's own dtype, where that is narrower.
     """
 
     model: Any
@@ -71,6 +72,7 @@ class LoadedModel:
     device: torch.device
     stream: LayerStream | None = None
     towers: Towers | None = None
+    saved_dtype: torch.dtype | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -136,6 +138,8 @@ def load(
         config = check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
     else:
         config = check_sizes(name, source.folder, any_family=any_family)
+    text = config.get("text_config") or config
+    saved = saved_dtype(chosen, text.get("dtype", text.get("torch_dtype")))
     if has_towers(config) and (streamed or device == "balanced"):
         raise ModelError(
             f"model {name!r} has several towers, so that it is loaded into memory as a whole: its layers can neither be"
@@ -147,7 +151,8 @@ def load(
         if source.folder is None:
             check_sizes(name, folder, any_family=any_family)
         model, stream = streamed_model(name, folder, chosen, target)
-        return LoadedModel(model, load_tokenizer(folder), name, source.described(folder), chosen, target, stream)
+        description, tokenizer = source.described(folder), load_tokenizer(folder)
+        return LoadedModel(model, tokenizer, name, description, chosen, target, stream, saved_dtype=saved)
     place = str(source.folder or name)
     origin = {"revision": revision or "main", "local_files_only": offline, "trust_remote_code": False}
     with explained(place, name, only_cached=offline):
@@ -181,7 +186,7 @@ def load(
     if towers is not None:
         description += ", its text model"
     first = next(model.parameters())
-    return LoadedModel(model, tokenizer, name, description, first.dtype, first.device, towers=towers)
+    return LoadedModel(model, tokenizer, name, description, first.dtype, first.device, towers=towers, saved_dtype=saved)
 
 
 def check_source(name: str) -> None:

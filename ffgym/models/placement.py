@@ -91,6 +91,16 @@ def named_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def saved_dtype(working: torch.dtype, checkpoint: object) -> torch.dtype:
+    """The dtype that a model is saved in: that of the checkpoint it came from, where the one it works in is wider.
+
+    Args:
+        checkpoint: as its config says it, e.g. ``"bfloat16"``; ``None`` where it does not.
+    """
+    own = DTYPES.get(str(checkpoint).removeprefix("torch."), working)
+    return min(working, own, key=lambda dtype: dtype.itemsize)
+
+
 def choose_device(device: str) -> torch.device:
     """The device that a configuration means; for ``"balanced"``, the kind of device that layers are spread over.
 

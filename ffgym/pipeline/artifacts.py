@@ -21,7 +21,7 @@ from ffgym.pipeline.folder import MEASURE_AGAIN
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import call_plugin, check_objectives
+from ffgym.plugins.contracts import check_objectives, check_state
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_names
@@ -94,14 +94,9 @@ def write_found(
     for file, found in files.items():
         write_text(folder / file, json.dumps(allocation_json(found), indent=2))
         tracker.log_artifact(folder / file)
-    state: Any = call_plugin(agent, agent.state, "giving its state")
-    if not isinstance(state, dict | None) or state:
+    if state := check_state(agent):
         sublayers = task.prepared.prunable.sublayers
-        text = call_plugin(
-            agent,
-            lambda: policy_text(task.config.agent.name, task.config.prune.sparsity, sublayers, state),
-            "giving its state",
-        )
+        text = policy_text(task.config.agent.name, task.config.prune.sparsity, sublayers, state)
         write_text(folder / "policy.json", text)
         tracker.log_artifact(folder / "policy.json")
 

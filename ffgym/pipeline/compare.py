@@ -242,10 +242,12 @@ def header(task: Task) -> str:
         for name, kept in {"dense": prunable.dense_units, "pruned": prunable.kept}.items()
         if any(s.kind == "experts" for s in prunable.sublayers)
     }
+    saved = str(task.loaded.saved_dtype or task.loaded.dtype).removeprefix("torch.")
     sentences = [
         f"Model: {task.loaded.description}.",
         f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens in windows of "
         f"{report.windows.shape[1]:,}, {task.loaded.dtype_name}, {bos_text(report.bos)}.",
+        *([f"Saved in {saved}, as the dense checkpoint is."] if saved != task.loaded.dtype_name else []),
         f"Calibration: {_described(task.splits.calibration)}.",
         *(f"A token passes through {count} of the {name} model's parameters." for name, count in active.items()),
         *(f"MLPs keep multiples of {width} channels." for width in sorted(widths)),
@@ -286,6 +288,7 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
         files=[folder.parent / "config.toml"],  # what the command in the card reads
         stock=config.prune.uniform,
         towers=task.loaded.towers,
+        dtype=task.loaded.saved_dtype,
         overwrite=True,  # a resumed run may have saved it before; a folder of anything else is never replaced
     )
 

@@ -35,6 +35,7 @@ from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import train
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan
+from ffgym.prepare.configured import namesakes
 from ffgym.prepare.parts import check_texts, table_digest
 from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.recover.text import gather
@@ -74,6 +75,8 @@ def run(
     """
     reporter = Reporter(progress)
     config = settle(config)
+    for line in namesakes(config):
+        reporter.print(line)
     earlier = None if resume is None else reopen_folder(Path(resume), config)
     if earlier is not None and (finished := finished_run(earlier, config)):
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
@@ -83,7 +86,7 @@ def run(
     check_weights(config.model.name)
     check_texts(config.data)
     if resume is None:
-        table_digest(config)  # refuses a latency table that is missing; a resumed run has its own
+        table_digest(config)  # refuses resources that cannot be counted; a resumed run has its own latency table
     reporter.print(plan.summary)
     plan.check()
     with (

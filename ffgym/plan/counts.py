@@ -140,7 +140,7 @@ def store(shape: ModelShape, load: Workload) -> int:
 
 def saved_model(shape: ModelShape, load: Workload, sparsity: float) -> int:
     """Bytes of a saved model."""
-    return round((shape.parameters - sparsity * shape.prunable) * load.dtype.itemsize)
+    return round((shape.parameters - sparsity * shape.prunable) * load.saved_dtype.itemsize)
 
 
 def saved_models(shape: ModelShape, load: Workload) -> int:
@@ -376,8 +376,9 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _save(shape: ModelShape, load: Workload) -> Stage:
-    # safetensors writes from the tensors' own memory, and only the layers of a streamed model are copied for it.
-    saved = _at_a_time(shape, load, saved_model(shape, load, min(load.saves)), layers=2) if load.streamed else 0
+    # safetensors writes from the tensors' own memory; layers of a streamed model are copied, and what is converted.
+    is_copied = load.streamed or load.saved_dtype != load.dtype
+    saved = _at_a_time(shape, load, saved_model(shape, load, min(load.saves)), layers=2) if is_copied else 0
     return Stage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
 
 

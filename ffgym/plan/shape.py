@@ -100,6 +100,7 @@ class Workload:
     sequential: int = 0  # models that are refitted layer by layer at the end
     choice_tokens: int = 0  # of the search split, on which either refit of such a model is measured to choose one
     saves: tuple[float, ...] = ()  # target of each model that is saved
+    saved_in: torch.dtype | None = None  # dtype of saved models; ``None`` for ``dtype``
     train_tokens: int = 0  # to recover on; 0 for none
     workers: int = 1  # processes that share the episodes of an update
     elsewhere: bool = False  # they are on a cluster, and not all on this machine
@@ -118,6 +119,11 @@ class Workload:
     def most_kept(self) -> float:
         """What is kept at the lowest target: what is in memory is the most of them all."""
         return 1 - self.targets[0]
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """The dtype of saved models."""
+        return self.saved_in or self.dtype
 
     @property
     def dtype_name(self) -> str:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 OUR_DEFECT = "This is a bug: please report it to ffgym, with the command and its output."
-THEIR_DEFECT = "The fault is in the plugin, not in ffgym: report it to the package's author."
+THEIR_DEFECT = (
+    "The fault is in the plugin, not in ffgym: report it to the package's author. If that is you: start the run in"
+    " Python, with ffgym.run, to see the whole traceback (docs/plugins.md#finding-and-loading)."
+)
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
 CALL_ON_UPDATE = "Call on_update(ffgym.Update(index, rewards)) once after every step, index from 0."
 METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
@@ -62,6 +65,8 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
         raise PluginError(
             f"{where}: score returned shape {tuple(scores.shape)}, not ({m}, {n}) elements or ({n},) channels"
         )
+    if scores.is_complex():
+        raise PluginError(f"{where}: score returned complex numbers, not real ones")
     scores = scores.detach()
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if bad := int((~torch.isfinite(scores)).sum()):
@@ -223,6 +228,18 @@ def check_actions(actions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.asarray(np.clip(array, -1, 1), dtype=np.float32)
 
 
+def check_asked(agent: Agent, actions: Any, shape: tuple[int, int]) -> None:
+    """Raise ``PluginError`` where the ``ask`` of an agent returned no actions; arguments as `check_actions`."""
+    returned = f"{described(agent)}: ask returned"
+    if not hasattr(actions, "__len__"):
+        raise PluginError(f"{returned} {type(actions).__name__}, not an array")
+    try:
+        check_actions(actions, shape)
+    except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
+        hint = "Return a row of importances for every episode; np.clip(actions, -1, 1) keeps them in their range."
+        raise PluginError(f"{returned} unusable importances: {error}", hint=hint) from None
+
+
 def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int) -> list[np.ndarray]:
     """Let an agent recommend importances for ``sublayers`` sublayers.
 
@@ -247,6 +264,42 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
         except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
             raise PluginError(f"{described(agent)}: recommend returned unusable importances: {error}") from None
     return actions
+
+
+def check_state(agent: Agent) -> dict[str, Any]:
+    """Let an agent give its state, which is stored as JSON; an empty one where it has none.
+
+    Raises:
+        PluginError: it raised, or the state holds something else than finite numbers, text, arrays, lists and dicts.
+    """
+    state: Any = call_plugin(agent, agent.state, "giving its state")
+    state = {} if state is None else state
+    wrong = _no_plain_data(state, "state") if isinstance(state, dict) else f"state is a {type(state).__name__}"
+    if wrong:
+        raise PluginError(
+            f"{described(agent)}: {wrong}",
+            hint="A state is a dict of finite numbers, text, arrays, lists and dicts with text as keys. Once the plugin"
+            " is mended, `ffgym run --resume` goes on.",
+        )
+    found: dict[str, Any] = state
+    return found
+
+
+def _no_plain_data(value: Any, where: str) -> str | None:
+    """What in a state cannot be stored, e.g. ``"state['rng'] is a Generator"``; ``None`` for nothing."""
+    import numpy as np
+
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        if foreign := [key for key in value if not isinstance(key, str)]:
+            return f"{where} has the key {foreign[0]!r}, not text"
+        return next(filter(None, (_no_plain_data(item, f"{where}[{key!r}]") for key, item in value.items())), None)
+    if isinstance(value, list | tuple):
+        return next(filter(None, (_no_plain_data(item, f"{where}[{i}]") for i, item in enumerate(value))), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{where} is {value}, not finite"
+    return None if isinstance(value, bool | int | float | str | None) else f"{where} is a {type(value).__name__}"
 
 
 def update_episodes(agent: Agent, episodes_per_update: int) -> tuple[int, int]:

@@ -42,6 +42,9 @@ MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
 FOLLOWED = ("loss", "kl", "reverse_kl", None)
 """What a reward may fall with."""
 
+WITHOUT_OPTIONS = ("calibration", "corpus", "family", "metric", "resource")
+"""Kinds that no table or command holds options of."""
+
 TYPES: dict[type, tuple[Any, str]] = {
     bool: (bool, "True or False"),
     str: (str, "text"),
@@ -101,6 +104,13 @@ def entries() -> list[EntryPoint]:
     """The entry points that may be loaded, in the order of their names."""
     wanted = _wanted()
     return [entry for entry in _found() if wanted is None or entry.name in wanted]
+
+
+def package_behind(entry: EntryPoint) -> Package:
+    """The distribution of an entry point."""
+    if entry.dist is None:
+        return Package(entry.name, "")
+    return Package(entry.dist.name or entry.name, entry.dist.version or "")  # a broken installation has neither
 
 
 def load(*, name: str | None = None) -> list[Loaded]:
@@ -214,9 +224,7 @@ def _top_level(module: str) -> str:
 
 def _load(entry: EntryPoint) -> Loaded:
     """Import one plugin and call its hooks; an error is recorded and not raised."""
-    package = Package(entry.name, "")
-    if entry.dist is not None:  # a broken installation has neither name nor version
-        package = Package(entry.dist.name or entry.name, entry.dist.version or "")
+    package = package_behind(entry)
     start, is_first = time.perf_counter(), "ffgym.models" not in sys.modules
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to what the user asked for
@@ -277,6 +285,8 @@ def check_class(kind: PluginKind, cls: Any) -> None:
         raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
     if taken := sorted(cls.Config.model_fields.keys() & {"name", *keys}):
         raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
+    if kind in WITHOUT_OPTIONS and cls.Config.model_fields:
+        raise PluginError(f"{kind} {name!r}: its Config has options, and no {kind} can be given any")
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
     _check_methods(f"{kind} {name!r}", cls, base)
@@ -310,7 +320,8 @@ def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin])
     Raises:
         PluginError: names the attribute, its value, and what it may be.
     """
-    who = f"{kind} {name!r}"
+    package = package_that_offers(plugin if isinstance(plugin, type) else type(plugin))
+    who = f"{kind} {name!r}" + (f" (package {package})" if package else "")
     base: type[Plugin] = imported(KINDS[kind].base)
     said: dict[str, Any] = {}
     for attribute in (attribute for attribute in dir(base) if not attribute.startswith("_")):
@@ -329,6 +340,8 @@ def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin])
     followed = plugin.falls_with if isinstance(plugin, Reward) else None
     if followed not in FOLLOWED:
         raise PluginError(f"{who}: falls_with is {followed!r}, not one of {', '.join(map(repr, FOLLOWED))}")
+    if followed not in (None, "loss", *needs):
+        raise PluginError(f"{who}: falls_with is {followed!r}, which is not in its needs")
     if not math.isfinite(worst):
         raise PluginError(f"{who}: worst is {worst!r}, not a finite number")
     for attribute, least in AGENT_COUNTS if kind == "agent" else REWARD_COUNTS if isinstance(plugin, Reward) else ():

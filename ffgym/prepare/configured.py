@@ -13,6 +13,7 @@ from ffgym.errors import ConfigError, FFGymError
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import update_episodes
+from ffgym.plugins.discovery import entries, package_behind
 from ffgym.plugins.kinds import KINDS, PluginKind
 from ffgym.plugins.manager import create, get_class, is_name, validated
 from ffgym.types import JSONDict
@@ -79,6 +80,17 @@ def outgrown(stored: Mapping[str, int], config: RunConfig) -> list[str]:
         f"{now.get(table, 1)} now)"
         for table in sorted({*stored, *now})
         if stored.get(table, 1) != now.get(table, 1)
+    ]
+
+
+def namesakes(config: RunConfig) -> list[str]:
+    """Which built-ins a configuration names whose name an entry point has too, one line each; no plugin is imported."""
+    built_in = {cls.name: kind for kind, cls in _used(config, ALL_TABLES).values() if cls.name in BUILTINS[kind]}
+    return [
+        f"{built_in[entry.name]} {entry.name!r} is ffgym's own; the plugin {entry.name!r} of {package_behind(entry)} is"
+        " not used for it"
+        for entry in entries()
+        if entry.name in built_in
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,27 @@ from ffgym.data.examples import EncodedExample, check_search_tasks, encode, sear
 from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
-from ffgym.errors import ConfigError, WorkerError
+from ffgym.errors import ConfigError, ModelError, PluginError, WorkerError
 from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
+from ffgym.evaluation.perplexity import check_logits
+from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
+from ffgym.plugins.discovery import OWN
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
+from ffgym.report.table import taken_by_every_row
 from ffgym.types import Notify, OnStep
 
+CHECKED_TOKENS = 32  # of another package's family
 LOADING = "load model and text"
 PREPARING = "collect statistics, order and factorise"
 
@@ -54,6 +59,7 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
         FitError: preparing it needs more memory than there is.
         ConfigError: it is to be streamed, and something needs it in memory.
         DataError, UnknownNameError: text that is not there.
+        PluginError: its family is another package's and does not fit it.
     """
     model, plan = config.model, plan_of(config)
     plan.check()
@@ -65,7 +71,34 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
         device=model.device,
         streamed=plan.load.streamed,
     )
-    return loaded, cut_splits(config, loaded)
+    splits = cut_splits(config, loaded)
+    if loaded.stream is None:
+        check_family(loaded.model, splits.calibration.windows[:1, :CHECKED_TOKENS])
+    return loaded, splits
+
+
+def check_family(model: Any, ids: torch.Tensor) -> None:
+    """Hold another package's family to what every number of a run relies on; those of ffgym have tests.
+
+    Args:
+        model: a dense causal LM in memory, which is as it was afterwards.
+        ids: some token ids, shape (1, length), int64.
+
+    Raises:
+        PluginError: the logits are not what ffgym takes them for, or change when units are sorted, or the model does
+            not run with a unit less.
+    """
+    family = family_of(model)
+    if manager.package_of(family) == OWN:
+        return
+    try:
+        check_logits(model, ids[0])
+    except ModelError as error:
+        hint = "ffgym cannot prune this architecture."
+        raise PluginError(f"{manager.described(family)}: {error.message}", hint=hint) from error
+    prunable = PrunableModel(model)
+    check_sorting(prunable, ids)
+    check_cutting(prunable, ids)
 
 
 def check_texts(data: DataTable) -> None:
@@ -163,11 +196,31 @@ def counted_resources(config: RunConfig) -> dict[str, Resource]:
     """The resources that a run counts, by name: those of every table, its budget's, its reward's.
 
     Raises:
-        ConfigError, PluginError, UnknownNameError: as `make_reward`.
+        ConfigError, PluginError, UnknownNameError: as `make_reward`, and of two with the same key or column.
     """
     reward = make_reward(config)
     named = reward.resources if "cost" in reward.needs else ()
-    return {name: resource_named(name) for name in (*standard_resources(), config.prune.resource, *named)}
+    resources = {name: resource_named(name) for name in (*standard_resources(), config.prune.resource, *named)}
+    check_distinct(resources.values())
+    return resources
+
+
+def check_distinct(resources: Iterable[Resource]) -> None:
+    """Refuse a resource whose key or column another one has, or every table of a run.
+
+    Raises:
+        PluginError: of two resources it names the later one.
+    """
+    keys, columns = taken_by_every_row()
+    for resource in resources:
+        own = (("key", resource.key or resource.name, keys), ("column", resource.column, columns))
+        for what, value, taken in own if resource.column else ():  # without a column it is in no table
+            if value in taken:
+                raise PluginError(
+                    f"{manager.described(resource)}: {what} {value!r} is taken in the tables of a run",
+                    hint=f"Give it another {what}.",
+                )
+            taken.add(value)
 
 
 def named_table(config: RunConfig, resource: str) -> Path | None:

@@ -28,7 +28,7 @@ from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import CARD, model_folder, recorded_dense_model, weights_on_disk
-from ffgym.models.placement import tokens_per_batch
+from ffgym.models.placement import choose_device, choose_dtype, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
@@ -191,9 +191,9 @@ def train_and_save(
 
 
 def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedModel:
-    """The model of the folder, or another one in the same dtype: that of the folder, unless the configuration says."""
+    """The model of the folder, or another one in the same dtype."""
     model = config.model
-    dtype = weights_on_disk(source)[1] if model.dtype == "auto" else model.dtype
+    dtype = model.dtype if model.dtype != "auto" else _training_dtype(source, choose_device(model.device))
     revision = None if name is None else model.revision
     loaded = load(name or str(source), revision=revision, dtype=dtype, device=model.device)
     if loaded.dtype == torch.float16:
@@ -202,6 +202,12 @@ def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedMod
             hint="Train in another dtype: --set model.dtype=bfloat16 or --set model.dtype=float32.",
         )
     return loaded
+
+
+def _training_dtype(source: Path, device: torch.device) -> str:
+    """bfloat16 for a model that is saved in it, on a device that is fast at it; else float32."""
+    is_bfloat16 = weights_on_disk(source)[1] == "bfloat16" and choose_dtype(device) == torch.bfloat16
+    return "bfloat16" if is_bfloat16 else "float32"
 
 
 def _identity(
@@ -350,7 +356,16 @@ class _Recovery:
         )
         with held_back_interrupts():  # interrupted in between, the same command would train again
             model, tokenizer, towers = self.loaded.model, self.loaded.tokenizer, self.loaded.towers
-            saved = save_again(model, tokenizer, place, card=card, files=files, overwrite=overwrite, towers=towers)
+            saved = save_again(
+                model,
+                tokenizer,
+                place,
+                card=card,
+                files=files,
+                overwrite=overwrite,
+                towers=towers,
+                dtype=self.loaded.saved_dtype,
+            )
             self.checkpoint.remove()
         for name in (CURVE, PICTURE):
             self.tracker.log_artifact(saved.path / name)

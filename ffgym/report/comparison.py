@@ -15,7 +15,8 @@ from ffgym.report.layout import Column, Table, humane, stacked
 from ffgym.report.paired import Difference, difference_data, margin, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
 
-FAR = 2.0  # times as far from the reference as most
+FILLS = ("full", "none", "left", "bottom")  # of markers: the next one where the colours begin again
+FAR = 5.0  # times as far from the reference as most rows that differ from it
 
 
 @dataclass(frozen=True)
@@ -121,31 +122,37 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
     Args:
         differences: by label, from top to bottom; at least one.
     """
-    edge = FAR * float(np.median([abs(found.mean) + _width(found) for _, found in differences]))
+    every = [found for _, found in differences]
+    # Ties and copies lie at 0: where most rows are such, all that differs would be called far.
+    differing = [found for found in every if round(found.mean, 3)]
+    differing = [found for found in differing if not found.is_tie] or differing
+    limit = FAR * float(np.median([_reach(found) for found in differing])) if differing else math.inf
+    edge = 1.2 * max(_reach(found) for found in every if abs(found.mean) <= limit)
     figure = new_figure(width=9.0, height=1.7 + 0.38 * len(differences))
     axes: Any = figure.add_subplot()
     axes.axvline(0, color=BLACK, linewidth=1)
     for place, (_, found) in enumerate(differences):
-        if abs(found.mean) > edge:
+        look: dict[str, Any] = {"color": BLUE, "markerfacecolor": "white" if found.is_tie else BLUE}
+        if abs(found.mean) > limit:
             arrow = ">" if found.mean > 0 else "<"
-            axes.plot(math.copysign(edge, found.mean), place, arrow, color=BLUE, markersize=10)
+            axes.plot(math.copysign(edge, found.mean), place, arrow, markersize=10, **look)
         else:
-            fill = "white" if found.is_tie else BLUE
-            look = {"fmt": "o", "color": BLUE, "markerfacecolor": fill, "markersize": 8, "capsize": 4, "linewidth": 1.8}
-            axes.errorbar(found.mean, place, xerr=_width(found), **look)
+            width = found.margin if math.isfinite(found.margin) else 0.0
+            axes.errorbar(found.mean, place, xerr=width, fmt="o", markersize=8, capsize=4, linewidth=1.8, **look)
         axes.annotate(str(found), (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(differences)), [label for label, _ in differences])
     axes.set_ylim(len(differences) - 0.5, -0.5)
     axes.margins(x=0.08)
-    far = "; arrow: off scale" * any(abs(found.mean) > edge for _, found in differences)
+    far = "; arrow: off scale" * any(abs(found.mean) > limit for found in every)
     axes.set_xlabel(f"nats per token on the same windows, 95 % intervals (left of 0: better; hollow: a tie{far})")
     figure.suptitle(f"Difference from {reference}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     tidy(axes, grid="x")
     save_figure(figure, path)
 
 
-def _width(found: Difference) -> float:
-    return found.margin if math.isfinite(found.margin) else 0.0
+def _reach(found: Difference) -> float:
+    """The farther end of its interval."""
+    return abs(found.mean) + (found.margin if math.isfinite(found.margin) else 0.0)
 
 
 def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
@@ -158,8 +165,7 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
         (f"dense: {perplexity_text(row)}", row, {"color": BLACK, "marker": "*", "markersize": 14}) for row in dense
     ]
     points += [
-        (f"{run.name}: {perplexity_text(run.result)}", run.result, {**SERIES[number % len(SERIES)], "markersize": 8})
-        for number, run in enumerate(runs)
+        (f"{run.name}: {perplexity_text(run.result)}", run.result, _look(number)) for number, run in enumerate(runs)
     ]
     points = [(label, row, look) for label, row, look in points if math.isfinite(row.perplexity)]
     sizes = [row.parameters / 1e6 for _, row, _ in points]
@@ -177,7 +183,8 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     axes.set_xlabel("parameters of the whole model (millions)")
     axes.set_ylabel("report perplexity")
     axes.set_title(
-        "Bars: 95 % intervals over windows. The windows are shared, so bars that overlap may still differ.",
+        "Bars: 95 % intervals over windows. The windows are shared, so bars that overlap may still differ.\n"
+        "Runs of equal size are drawn side by side.",
         loc="left",
         fontsize=9,
     )
@@ -185,3 +192,10 @@ def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     tidy(axes)
     save_figure(figure, path)
+
+
+def _look(number: int) -> dict[str, Any]:
+    """Colour, marker and fill of a run: one of its own for each of the first 24."""
+    again, which = divmod(number, len(SERIES))
+    fill = {"fillstyle": FILLS[again % len(FILLS)], "markerfacecoloralt": "white"}
+    return {**SERIES[which], **fill, "markersize": 8}

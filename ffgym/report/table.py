@@ -253,6 +253,16 @@ class ReportTable:
         return [*signs, *(f"{row.label}: {row.note}." for row in self.rows if row.note)]
 
 
+def taken_by_every_row() -> tuple[set[str], set[str]]:
+    """Keys in JSON and heads of columns that no cost can have."""
+    row = Row("", 1.0, None, 0.0, 0.0, ())
+    table = ReportTable((row,), header="")
+    layout = table.layout()
+    columns = [*layout.columns, table._against()]
+    keys = {key for column in columns if column.plain is not None for key in column.plain(row)}
+    return keys | layout.plain(row).keys(), {column.head for column in columns}
+
+
 def _lowest(rows: Iterable[Row]) -> Row | None:
     numbers = (row for row in rows if math.isfinite(row.perplexity))
     return min(numbers, key=lambda row: row.perplexity, default=None)

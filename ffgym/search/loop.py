@@ -14,7 +14,7 @@ from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv, Step
 from ffgym.errors import PluginError
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import CALL_ON_UPDATE, call_plugin, check_update
+from ffgym.plugins.contracts import CALL_ON_UPDATE, call_plugin, check_state, check_update
 from ffgym.plugins.manager import described
 from ffgym.search.finalists import Candidate, contenders, finalists, starting_points
 from ffgym.search.finals import run_finals
@@ -257,6 +257,8 @@ def _learn(
                 f"{described(agent)}: learn called on_update without a step before it", hint=CALL_ON_UPDATE
             )
         check_update(agent, update, len(new))
+        if updates == 0:  # not only after the search, which may take days
+            check_state(agent)
         if on_update is not None:
             with _not_the_agents():
                 on_update(new, update)

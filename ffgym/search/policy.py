@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ffgym.errors import ConfigError
@@ -71,26 +70,12 @@ def policy_text(agent: str, sparsity: float | str, sublayers: Sequence[Sublayer]
         agent: its name.
         sparsity: what it was trained at, or the range.
         sublayers: the 2L sublayers that its importances are for.
-        state: what the agent's ``state`` returned.
-
-    Raises:
-        TypeError, ValueError: the state could not be read again.
+        state: of the agent, as `check_state` returned it.
     """
-    if not (isinstance(state, dict) and all(isinstance(key, str) for key in state)):
-        raise TypeError(f"the state is {state!r}, not a dict with text as keys")
     policy = {
         "agent": agent,
         "sparsity": sparsity,
         "sublayers": [sublayer.name for sublayer in sublayers],
         "state": state,
     }
-    try:
-        return json.dumps(policy, default=_plain, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"the state holds NaN or infinity: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    return json.dumps(policy, default=lambda array: array.tolist(), allow_nan=False)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -24,16 +23,17 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from ffgym.costs.resource import Costs, Resource, costs_of, standard_resources
+from ffgym.costs.resource import Costs, Resource, costs_of, resource_named, standard_resources
 from ffgym.evaluation.perplexity import check_logits
 from ffgym.export.checkpoint import save_pruned
-from ffgym.models.cut import PrunableModel
+from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import register
 from ffgym.models.walk import Walk
 from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
-from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores
+from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_state
 from ffgym.plugins.discovery import check_attributes, check_class
 from ffgym.plugins.kinds import PluginKind
+from ffgym.prepare.parts import check_distinct
 from ffgym.search.policy import policy_text
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
@@ -202,6 +202,11 @@ class ResourceConformance(PluginConformance):
         for family in self.families:
             self.costs(family)
 
+    def test_its_key_and_column_are_new(self) -> None:
+        """A table has the columns of the built-in resources beside it."""
+        own = self.make()
+        check_distinct([*(resource_named(name) for name in standard_resources() if name != own.name), own])
+
     def test_a_measurement_is_taken_from_its_file(self, tmp_path: Path) -> None:
         """A resumed run gets the file that the run kept, and so has the same costs (resources that are measured)."""
         if not self.make().is_measured():
@@ -300,7 +305,7 @@ class AgentConformance(PluginConformance):
 
     def test_state_is_plain_data(self) -> None:
         """State can be saved without pickling: numbers, strings, numpy arrays, lists and dicts of them."""
-        _assert_plain(self.finished()[0].state(), "state")
+        check_state(self.finished()[0])
 
     def test_takes_up_a_state(self) -> None:
         """A fresh instance believes in what the state says, and searches on from there (agents with a state).
@@ -312,7 +317,7 @@ class AgentConformance(PluginConformance):
             pytest.skip("has no state")
         fresh = self.ready()
         # Through JSON, as a run stores it: arrays come back as lists.
-        fresh.load_state(json.loads(policy_text(agent.name, 0.2, [], agent.state()))["state"])
+        fresh.load_state(json.loads(policy_text(agent.name, 0.2, [], check_state(agent)))["state"])
         observation = np.array([0.2, 1.0], dtype=np.float32)
         recommended, expected = fresh.recommend(observation), agent.recommend(observation)
         if isinstance(fresh, BatchAgent):
@@ -331,10 +336,11 @@ class FamilyConformance:
 
     def test_order_of_units_does_not_matter(self) -> None:
         """Sorting units by their scores leaves the function as it was."""
-        prunable = self._prunable()
-        dense = self._logits(prunable)
-        self._reverse(prunable)
-        torch.testing.assert_close(self._logits(prunable), dense, rtol=1e-4, atol=2e-4)
+        check_sorting(self._prunable(), self.ids)
+
+    def test_runs_with_a_unit_less(self) -> None:
+        """Nothing in the model still counts on the dense number of heads or channels."""
+        check_cutting(self._prunable(), self.ids)
 
     @pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
     def test_pruning_equals_masking(self, share: float) -> None:
@@ -393,11 +399,6 @@ class FamilyConformance:
         return logits
 
     @staticmethod
-    def _reverse(prunable: PrunableModel) -> None:
-        for half in prunable.halves:
-            half.permute(torch.arange(half.sublayer.units).flip(0))
-
-    @staticmethod
     def _kept(prunable: PrunableModel, share: float) -> tuple[int, ...]:
         """A share of the units of every sublayer; the first attention keeps one, as always."""
         first, *others = (int(share * units) for units in prunable.dense_units)
@@ -432,16 +433,3 @@ def _permuted(stats: LayerStats, order: torch.Tensor) -> LayerStats:
         second_moment=None if stats.second_moment is None else stats.second_moment[order][:, order],
         gradient=None if stats.gradient is None else stats.gradient[:, order],
     )
-
-
-def _assert_plain(value: Any, where: str) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            assert isinstance(key, str), f"{where} has the key {key!r}, not a string"
-            _assert_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _assert_plain(item, f"{where}[{index}]")
-    else:
-        plain = bool | int | float | str | np.ndarray | np.number | None
-        assert isinstance(value, plain), f"{where} is a {type(value).__name__}"

@@ -271,6 +271,30 @@ def test_explores_everything_where_slopes_are_missing_or_lead_elsewhere(missing)
     assert sizes == [8] * 8
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("learning_rate", 3.0), ("spread", 0.4), ("smooth", 0.0), ("average", 0.0)]
+)
+def test_an_option_that_does_nothing_where_slopes_are_followed_says_so(option, value):
+    def found(env, **options):
+        _, asked, agent = coarse_search(env, **options)
+        return np.concatenate([asked, agent.recommend(OBSERVATION)])
+
+    def is_used(make, **options):
+        return not np.array_equal(found(make(), **options), found(make(), **options, **{option: value}))
+
+    def tries_units():
+        return CoarseEnv(8, 12, 160, noise=0.01)
+
+    def follows_slopes():
+        env = CoarseEnv(8, 12, 64)
+        env.GUESSES = np.full(6, 0.01)
+        return env
+
+    assert is_used(tries_units, slope_share=0.0)
+    said = "used only where all tokens explore" in Reinforce.Config.model_fields[option].description
+    assert [is_used(tries_units), is_used(follows_slopes)] == [not said] * 2
+
+
 # the exploration
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from ffgym.bench import cell as cell_module
 from ffgym.bench.bench import bench
 from ffgym.bench.cell import CELL_RESULT, Job
 from ffgym.bench.file import read_bench
+from ffgym.bench.page import bench_page
 from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
@@ -237,6 +239,19 @@ def test_only_report_computes_nothing(tmp_path: Path) -> None:
     tables, said = call(bench_file(tmp_path, tables={"model": NO_MODEL}), only_report=True)
     assert tables == []
     assert "Small: no results yet" in said
+
+
+def test_an_unfinished_bench_says_which_seeds_are_missing(finished: Any, tmp_path: Path) -> None:
+    file = bench_file(tmp_path)
+    shutil.copytree(finished[0].parent / "small", tmp_path / "small")
+    for name in ("random-seed1", "reinforce-seed0", "reinforce-seed1"):
+        (tmp_path / "small" / f"{name}.json").unlink()
+    (table,), _ = call(file, only_report=True)
+    said = "Not finished: 2 of 5 cells; missing seeds: random 1 of 2, reinforce 2 of 2. Report split of "
+    assert table.header.startswith(said)
+    assert said in file.with_suffix(".md").read_text()
+    assert table.header in bench_page(file).summary
+    assert "Not finished" not in finished[1].header
 
 
 def test_the_same_work_under_two_labels_or_in_two_files_is_done_once(tmp_path: Path, steps: list[int]) -> None:

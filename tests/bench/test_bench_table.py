@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ffgym.bench import table as bench_module
+from ffgym.bench.page import bench_page
 from ffgym.bench.table import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
 from ffgym.report.paired import paired_difference
 
@@ -229,6 +231,22 @@ def test_searches_are_compared_with_the_best_heuristic_on_the_same_windows() -> 
     assert re.search(r"\| good \|.*\| — \|", markdown(bench_table("Bench", some, baselines=["nobody"])))
 
 
+def test_the_headline_of_a_page_names_what_ties_with_the_best(tmp_path: Path) -> None:
+    losses = {"reinforce": [2.4, 3.4], "random": [2.5, 3.32], "evolution": [2.5, 3.5], "fisher": [3.4, 4.4]}
+    (tmp_path / "results").mkdir()
+    for label, each in losses.items():
+        agent = "one-shot" if label == "fisher" else label
+        result = cell(label, 0, [(100, 3.0)], agent=agent, final=sum(each) / 2)
+        result.final.losses = each
+        (tmp_path / "results" / f"{label}-seed0.json").write_text(result.model_dump_json())
+    file = tmp_path / "bench.toml"
+    file.write_text(f'title = "B"\nagents = {list(losses)}\nseeds = [0]\nresults = "results"\ndated = "earlier"\n')
+    assert bench_page(file).summary[0] == (
+        "The lowest perplexity is that of reinforce: 18.17, 0.91 x dense; a tie with random. The best heuristic, "
+        "fisher, has 49.40 (reinforce against it, in nats per token: -1.000 ± 0.000)."
+    )
+
+
 def drawn_axes(table_of: list[CellResult], path: Path, monkeypatch: pytest.MonkeyPatch, *baselines: str) -> Any:
     drawn: list[Any] = []
     monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
@@ -266,8 +284,9 @@ def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart
 def test_the_final_perplexity_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = drawn_axes(results(), tmp_path / "bench.png", monkeypatch, "evolution")
     assert "evolution: 31.00, 2 seeds" in {line.get_label() for line in axes.lines}
-    ends = [line.get_ydata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]
-    assert ends == pytest.approx([25, 31])
+    ends = [line.get_xydata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert np.array(ends) == pytest.approx(np.array([[1100, 25], [1100, 31]])), "after the finals, with their tokens"
+    assert "at\nthe tokens of search and finals" in axes.figure.legends[0].get_title().get_text()
 
 
 def test_one_bad_search_does_not_set_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,23 @@ class TestThirdParty:
         assert "energy" in names[4:]
         assert lines[-1].endswith("attention moves more data than an MLP.")
 
+    @pytest.mark.parametrize(
+        ("other", "said"),
+        [
+            ('key = "perplexity"', "key 'perplexity' is taken"),
+            ('key = "parameters"', "key 'parameters' is taken"),
+            ('column = "params"', "column 'params' is taken"),
+        ],
+    )
+    def test_one_with_the_key_or_column_of_another_is_refused_before_anything_is_loaded(
+        self, install: Any, tmp_path: Path, other: str, said: str
+    ) -> None:
+        """Before, report.json had its cost as the perplexity."""
+        install("ffgym-energy", ENERGY.replace('column = "uJ/token"', f'column = "uJ/token"\n    {other}'))
+        with pytest.raises(PluginError, match=rf"resource 'energy' \(package ffgym-energy 1\.0\): {said}"):
+            finish(glass_config(tmp_path, prune={"resource": "energy"}))
+        assert not (tmp_path / "out").exists()
+
     def test_one_without_price_and_measurement_is_refused_when_it_is_loaded(self, install: Any) -> None:
         install("ffgym-energy", ENERGY.replace("def unit_price", "def price_of_unit"))
         (record,) = [row for row in discovery.records() if row.package == "ffgym-energy"]

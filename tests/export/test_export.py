@@ -282,6 +282,21 @@ class TestUse:
             assert torch.equal(loaded(IDS).logits, prunable.model(IDS).logits)
 
     @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
+    def test_a_model_that_works_in_float32_can_be_saved_in_bfloat16(self, tmp_path, family):
+        prunable = pruned(family, EMPTIED, biases=True)
+        before = {name: weight.clone() for name, weight in prunable.model.state_dict().items()}
+        save_pruned(prunable, None, tmp_path / "wide")
+        save_pruned(prunable, None, tmp_path / "m", dtype=torch.bfloat16)
+        wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("wide", "m"))
+        assert narrow.keys() == wide.keys()
+        assert all(torch.equal(narrow[name], wide[name].bfloat16()) for name in wide)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+        now = prunable.model.state_dict()
+        assert all(torch.equal(now[name], weight) for name, weight in before.items()), (
+            "the model in memory is as it was"
+        )
+
+    @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
     def test_a_pipeline_writes_what_the_model_writes_one_by_one_and_in_batches(self, tmp_path, family, word_tokenizer):
         prunable = pruned(family, EMPTIED)
         save_pruned(prunable, word_tokenizer, tmp_path / "m")

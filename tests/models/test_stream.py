@@ -93,8 +93,8 @@ def some_cut(prepared: Prepared) -> tuple[int, ...]:
     return (max(1, units[0] // 2), units[1] // 3, 0, 0, *units[4:])
 
 
-def saved(prepared: Prepared, place: Path) -> dict[str, torch.Tensor]:
-    save_pruned(prepared.prunable, None, place)
+def saved(prepared: Prepared, place: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    save_pruned(prepared.prunable, None, place, dtype=dtype)
     return {name: tensor for file in place.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -121,7 +121,7 @@ def test_everything_has_the_bits_of_the_model_in_memory(family: str, calibration
         sequential = saved(prepared, tmp_path / f"{name}-sequential")
         prunable.cut(kept)
         numbers = [[m.losses, m.kls] for m in measured], refitted, prepared.ridges
-        found.append((numbers, slopes, sequential, saved(prepared, tmp_path / name)))
+        found.append((numbers, slopes, sequential, saved(prepared, tmp_path / name, torch.bfloat16)))
         prunable.restore()
     (numbers, slopes, *weights), (numbers2, slopes2, *weights2) = found
     assert numbers == numbers2

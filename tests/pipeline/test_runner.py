@@ -38,7 +38,7 @@ from mlflow_store import client, new_store, runs
 from processes import interrupted, lines
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -166,6 +166,21 @@ def test_the_header_says_how_much_of_a_mixture_a_token_passes_through(tmp_path: 
         assert f"A token passes through {passed} of the {name} model's parameters." in one.result.table.header
 
 
+def test_a_model_is_saved_no_wider_than_its_checkpoint(tmp_path: Path) -> None:
+    home, sizes = tmp_path / "halved", {}
+    shutil.copytree(glass_home() / "glass", home)
+    for dtype in ("float32", "bfloat16"):
+        AutoModelForCausalLM.from_pretrained(home, dtype=dtype).save_pretrained(home)
+        folder = tmp_path / dtype
+        one = finish(glass_config(folder, model={"name": str(home)}, agent={"name": "uniform"}))
+        assert one.result.saved is not None
+        assert one.result.saved.parameters == one.result.table.saved.parameters
+        sizes[dtype] = one.result.saved.bytes
+        is_said = "Saved in bfloat16, as the dense checkpoint is." in one.result.table.header
+        assert is_said == (dtype == "bfloat16")
+    assert sizes["bfloat16"] == pytest.approx(sizes["float32"] / 2, rel=0.05)
+
+
 def test_every_row_is_within_the_budget_and_close_to_it(finished: Finished) -> None:
     dense, *pruned = finished.result.table.rows
     model, _ = load_parts(finished.config)
@@ -257,7 +272,6 @@ def test_a_plan_does_not_count_what_an_earlier_run_has_left(tmp_path: Path, monk
 
 
 def reloaded(one: Finished) -> Any:
-    from transformers import AutoModelForCausalLM
 
     import ffgym.models  # noqa: F401 (registers the classes)
 

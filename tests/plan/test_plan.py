@@ -287,6 +287,15 @@ def test_every_point_of_a_range_is_planned_at_its_own_sparsity(tmp_path: Path) -
     assert search(front).memory["refitted consumers"] == search(points[0]).memory["refitted consumers"]
 
 
+def test_a_saved_model_is_planned_no_wider_than_its_checkpoint(tmp_path: Path) -> None:
+    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2, "dtype": "bfloat16"}, tmp_path)
+    sizes = [
+        json.loads(call(str(folder), "--set", f"model.dtype={dtype}", "--json").stdout)["sizes"]["saved_model_on_disk"]
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert sizes[0] == sizes[1] > 0
+
+
 def test_finals_of_several_recommendations_are_planned_with_more_tokens(tmp_path: Path) -> None:
     folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
 

@@ -23,6 +23,7 @@ from ffgym.plugins.contracts import (
     check_objectives,
     check_reward,
     check_scores,
+    check_state,
 )
 from ffgym.plugins.discovery import check_attributes
 from ffgym.rewards.perplexity import Perplexity
@@ -91,6 +92,7 @@ def test_inference_tensors_can_be_scored() -> None:
         (lambda weight: weight * torch.nan, "20 of 20 scores are NaN or infinite"),
         (lambda weight: torch.tensor([1, 2, 3, 4, math.inf]), "1 of 5 scores"),
         (lambda weight: [1.0] * 5, "list, not a tensor"),
+        (lambda weight: torch.fft.fft(weight.norm(dim=0)), "score returned complex numbers, not real ones"),
         (lambda weight: weight.data.zero_(), "changed the weight it was given"),
         (lambda weight: weight.numpy().fill(0), "changed the weight it was given"),
         (
@@ -215,6 +217,15 @@ def test_what_a_reward_falls_with_is_checked() -> None:
         check_attributes("reward", "typo", Typo())
 
 
+def test_a_reward_that_falls_with_a_divergence_asks_for_it() -> None:
+    class Unasked(Perplexity):
+        falls_with = "kl"
+
+    with pytest.raises(PluginError, match="reward 'unasked': falls_with is 'kl', which is not in its needs"):
+        check_attributes("reward", "unasked", Unasked())
+    check_attributes("reward", "asked", type("Asked", (Unasked,), {"needs": frozenset({"kl"})})())
+
+
 @pytest.mark.parametrize(
     ("name", "options", "check"),
     [
@@ -236,6 +247,7 @@ def test_somebodys_reward_that_overflows_is_theirs() -> None:
     with pytest.raises(PluginError, match="failed while computing a reward: OverflowError") as caught:
         check_reward(number(lambda: math.exp(5000)), PRUNED, DENSE)
     assert "the package's author" in str(caught.value.hint)
+    assert "with ffgym.run, to see the whole traceback" in str(caught.value.hint)
 
 
 def test_a_built_in_that_breaks_is_not_blamed_as_somebodys_plugin() -> None:
@@ -320,6 +332,29 @@ def test_bad_objectives_name_the_plugin(answer: Any, complaint: str) -> None:
     with pytest.raises(PluginError, match=complaint) as caught:
         check_objectives(number(0.0, answer), PRUNED, DENSE)
     assert "reward 'number' (package" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [
+        ([1.0], "state is a list"),
+        ({1: 2.0}, "state has the key 1, not text"),
+        ({"best": math.nan}, r"state\['best'\] is nan, not finite"),
+        ({"best": [{"at": np.array([1, np.inf])}]}, r"state\['best'\]\[0\]\['at'\]\[1\] is inf, not finite"),
+        ({"rng": np.random.default_rng()}, r"state\['rng'\] is a Generator"),
+        (fail, "failed while giving its state: KeyError"),
+    ],
+)
+def test_a_state_that_cannot_be_stored_names_agent_and_place(state: Any, complaint: str) -> None:
+    agent = made(Agent, "stateful", learn=None, state=lambda self: answered(state))
+    with pytest.raises(PluginError, match=r"agent 'stateful' \(package .*\)" + f".*{complaint}"):
+        check_state(agent)
+
+
+def test_a_state_of_plain_data_passes() -> None:
+    state = {"mean": np.zeros(2, np.float32), "step": np.int64(3), "names": ("a", None), "on": True}
+    assert check_state(made(Agent, "stateful", learn=None, state=lambda self: state)) is state
+    assert check_state(made(Agent, "stateless", learn=None, state=lambda self: None)) == {}
 
 
 def test_too_little_memory_is_not_the_plugins_mistake() -> None:

@@ -7,6 +7,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -131,6 +132,12 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
             "criterion 'a': its Config has an option 'name'",
         ),
         (
+            offering("Metric", "'scores': 1, 'name': 'a', 'Config': Config").replace(
+                "\n", "\nclass Config(ffgym.PluginConfig): price: float = 2.0\n", 1
+            ),
+            "metric 'a': its Config has options, and no metric can be given any",
+        ),
+        (
             offering("Criterion", "'score': lambda self, w: w, 'name': 'a'"),
             "criterion 'a' defines score(self, w), and ffgym calls score(self, weight, stats)",
         ),
@@ -198,6 +205,17 @@ def test_a_built_in_wins_over_a_plugin_of_its_name_which_has_failed(install: Ins
     assert manager.get_class("criterion", "wanda").__module__ == "ffgym.criteria.wanda"
     assert manager.names("criterion")["wanda"] == built_ins.BUILTINS["criterion"]["wanda"].description
     assert "criterion 'wanda' is a built-in, which is used" in str(record("acme-one").failure)
+
+
+def test_a_built_in_with_the_name_of_an_entry_point_is_said_to_be_used(install: Install, tmp_path: Path) -> None:
+    """Whoever improves a copy would think that the change made no difference."""
+    install("acme-one", CRITERION.format(name="wanda"))
+    (tmp_path / "acme_one-1.0.dist-info" / "entry_points.txt").write_text("[ffgym]\nwanda = acme_one\n")
+    discovery.forget()
+    said = "criterion 'wanda' is ffgym's own; the plugin 'wanda' of acme-one 1.0 is not used for it"
+    assert configured.namesakes(load_config(criterion={"name": "wanda"})) == [said]
+    assert configured.namesakes(load_config(criterion={"name": "magnitude"})) == []
+    assert "acme_one" not in sys.modules
 
 
 def test_an_entry_point_that_is_called_like_the_plugin_wins_over_others(install: Install) -> None:
@@ -280,7 +298,9 @@ def ffgym_agents():
 )
 def test_impossible_numbers_of_episodes_are_refused_at_creation(install: Install, attribute: str, value: int) -> None:
     install("acme-mine", AGENT.format(attribute=attribute, value=value))
-    with pytest.raises(PluginError, match=rf"agent 'mine': {attribute} is {value}, not a whole number from"):
+    with pytest.raises(
+        PluginError, match=rf"agent 'mine' \(package acme-mine 1\.0\): {attribute} is {value}, not a whole number from"
+    ):
         manager.create("agent", "mine")
 
 
@@ -290,7 +310,7 @@ def test_a_number_of_episodes_may_be_a_property(install: Install, attribute: str
     install("acme-mine", offering("Agent", members.format("lambda self: 2")))
     assert getattr(manager.create("agent", "mine"), attribute) == 2
     install("acme-none", offering("Agent", members.replace("mine", "none").format("lambda self: -1")))
-    with pytest.raises(PluginError, match=f"agent 'none': {attribute} is -1, not a whole number from"):
+    with pytest.raises(PluginError, match=rf"agent 'none' \(package .*\): {attribute} is -1, not a whole number from"):
         manager.create("agent", "none")
 
 
@@ -303,7 +323,7 @@ def test_a_number_of_episodes_may_be_a_property(install: Install, attribute: str
 )
 def test_a_property_that_fails_names_the_plugin(install: Install, base: str, members: str, said: str) -> None:
     install("acme-mine", offering(base, f"'name': 'mine', '__module__': __name__, {members}"))
-    with pytest.raises(PluginError, match=rf"{base.lower()} 'mine': {said}.*acme_mine\.py, line \d"):
+    with pytest.raises(PluginError, match=rf"{base.lower()} 'mine' \(package .*\): {said}.*acme_mine\.py, line \d"):
         manager.create(base.lower(), "mine")  # type: ignore[call-overload]
 
 

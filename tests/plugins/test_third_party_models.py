@@ -16,13 +16,16 @@ from typer.testing import CliRunner
 
 import ffgym
 from ffgym.cli import app
-from ffgym.errors import PluginError
+from ffgym.errors import ModelError, PluginError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.format import export
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of, family_of_type
 from ffgym.models.loading import load
 from ffgym.plugins import manager
+from ffgym.prepare.make_env import make_pruning_env
+from ffgym.prepare.parts import load_parts
+from ffgym.testing.conformance import FamilyConformance
 from ffgym.testing.models import tiny_model
 
 Install = Callable[..., None]
@@ -130,11 +133,76 @@ class TestFamily:
         saved = load(str(tmp_path / "run" / "model"), dtype="float32", device="cpu")
         assert saved.model.config.model_type == "ffgym_starcoder2"
 
+    def test_is_checked_and_leaves_the_model_as_it_was(
+        self, tiny_run: dict[str, Any], tmp_path: Path, word_tokenizer: Any
+    ) -> None:
+        tiny_model("starcoder2").save_pretrained(tmp_path / "model")
+        word_tokenizer.save_pretrained(tmp_path / "model")
+        table = {**tiny_run["model"], "name": str(tmp_path / "model")}
+        loaded, _ = load_parts(ffgym.RunConfig.model_validate({**tiny_run, "model": table}))
+        expected = tiny_model("starcoder2").state_dict()
+        assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
+
     def test_an_architecture_of_llama_cpp_that_is_none_is_named(self, tmp_path: Path, word_tokenizer: Any) -> None:
         tiny_model("starcoder2").save_pretrained(tmp_path / "m")
         word_tokenizer.save_pretrained(tmp_path / "m")
         with pytest.raises(ffgym.FFGymError, match="'starcoder'"):
             export(tmp_path / "m", tmp_path / "m.gguf", name="gguf")
+
+
+SHORT = """
+import ffgym
+
+class Short(ffgym.Family):
+    name = {name!r}
+    {names}
+
+@ffgym.hookimpl
+def ffgym_families():
+    return [Short]
+"""
+UNFIT = {
+    "cohere": ("", "a CohereForCausalLM changes the output of its head", "cannot prune this architecture"),
+    "gpt_neox": (  # its fused linear holds the query, key and value of one head after those of another
+        """decoder = "gpt_neox"
+    query = key = value = "attention.query_key_value"
+    attention_consumer, kv_heads = "attention.dense", None
+    mlp_producers, mlp_consumer = ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h" """,
+        "computes something else once its units are sorted",
+        "head by head",
+    ),
+    "stablelm": ("", "with one unit less in every sublayer does not run: shape", "head_count_attributes"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_family_that_does_not_fit_its_architecture_is_refused_before_anything_is_searched(
+    install: Install, tiny_run: dict[str, Any], tmp_path: Path, word_tokenizer: Any, name: str
+) -> None:
+    """Before, the first two gave wrong numbers without a word, and the third a traceback."""
+    names, said, hint = UNFIT[name]
+    install("acme-family", SHORT.format(name=name, names=names))
+    tiny_model(name).save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    tables = {**tiny_run, "model": {**tiny_run["model"], "name": str(tmp_path / "model")}}
+    with pytest.raises(PluginError, match=rf"family '{name}' \(package acme-family 1\.0\): .*{said}") as caught:
+        make_pruning_env(tables)
+    assert hint in str(caught.value.hint)
+
+
+def test_the_conformance_test_says_what_a_run_says(install: Install) -> None:
+    install("acme-family", SHORT.format(name="stablelm", names=""))
+    suite = type("Suite", (FamilyConformance,), {"family": "stablelm"})()
+    with pytest.raises(PluginError, match="with one unit less in every sublayer does not run"):
+        suite.test_runs_with_a_unit_less()
+
+
+def test_a_fused_linear_that_is_named_once_is_to_be_named_twice(install: Install) -> None:
+    install("acme-family", SHORT.format(name="glm4", names='mlp_producers = ("mlp.gate_up_proj",)'))
+    model = tiny_model("glm4")
+    with pytest.raises(ModelError, match="names a producer with 96 outputs") as caught:
+        family_of(model).sublayers(model)
+    assert "mlp_producers = ('mlp.gate_up_proj', 'mlp.gate_up_proj')" in str(caught.value.hint)
 
 
 LISTED = """

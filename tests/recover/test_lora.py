@@ -23,7 +23,6 @@ from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
-from ffgym.models.loading import load
 from ffgym.recover import lora as module
 from ffgym.recover.lora import Lora, LoraCurve, merge, target_modules, train_lora
 from ffgym.testing.models import tiny_model
@@ -361,8 +360,8 @@ def test_a_full_device_is_said_to_be(fresh: Any, texts: Any) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_it_runs_on_a_gpu(folders: dict[str, Path], texts: Any, tmp_path: Path) -> None:
-    model = load(str(folders["llama"]), dtype="bfloat16", device="cuda").model
+def test_it_runs_on_a_gpu(fresh: Callable[..., Any], texts: Any, tmp_path: Path) -> None:
+    model = fresh(dtype=torch.bfloat16).to("cuda")
     curve = train(model, texts, settings(), checkpoint=checkpoint_in(tmp_path / "c"))
     assert all(math.isfinite(loss) for loss in curve.train)
     part = checkpoint_in(tmp_path / "c").load(module.PART, LoraCurve)

@@ -519,6 +519,13 @@ def test_the_dtype_is_that_of_the_saved_model_unless_said(folder: Path) -> None:
     assert {tensor.dtype for tensor in weights(result.saved.path).values()} == {torch.bfloat16}
 
 
+def test_a_model_of_16_bits_that_is_trained_in_float32_is_saved_in_16(folder: Path) -> None:
+    load(str(folder / "model"), device="cpu").model.to(torch.float16).save_pretrained(folder / "model")
+    result = recovered(folder, config=configured(folder))
+    assert "float32" in result.table.header
+    assert {tensor.dtype for tensor in weights(result.saved.path).values()} == {torch.float16}
+
+
 @pytest.mark.parametrize("dense", [None, "no-such-folder/at/all"])
 def test_without_a_dense_model_the_table_has_two_rows(folder: Path, dense: str | None) -> None:
     config = with_dense(configured(folder), dense)

@@ -6,12 +6,14 @@ from typing import Any
 
 import made_up_episodes
 import pytest
+from stored_runs import row
 
 from ffgym.errors import OutputError
 from ffgym.report import comparison as comparison_module
-from ffgym.report.comparison import differences_figure
+from ffgym.report.comparison import ComparedRun, differences_figure, size_figure
 from ffgym.report.figures import SERIES, allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.paired import Difference
+from ffgym.report.table import ReportTable
 from ffgym.types import Allocation, Episode, Sublayer
 
 SUBLAYERS = [
@@ -109,11 +111,44 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
     assert fills[0] != "white"
     assert fills[1:] == ["white", "white"]
 
-    differences_figure([*some, ("far worse", Difference(0.9, 0.05))], "fisher", tmp_path / "b.png")
+    far = [
+        ("worse", Difference(0.1, 0.02)),
+        ("far worse", Difference(0.9, 0.05)),
+        ("far tie", Difference(-0.9, 1.0)),
+    ]
+    differences_figure([*some, *far], "fisher", tmp_path / "b.png")
     axes = figures[1].axes[0]
-    (arrow,) = [line for line in axes.lines if line.get_marker() == ">"]
-    assert arrow.get_ydata()[0] == 3
+    worse, tie = (line for line in axes.lines if line.get_marker() in ("<", ">"))
+    assert [worse.get_marker(), worse.get_ydata()[0], tie.get_marker(), tie.get_ydata()[0]] == [">", 4, "<", 5]
+    assert (worse.get_markerfacecolor() == "white", tie.get_markerfacecolor() == "white") == (False, True)
     assert 0.1 < axes.get_xlim()[1] < 0.3
+
+
+@pytest.mark.parametrize(
+    "means",
+    [(0.038, 0.002, 0.0), (0.038, 0.002, 0.001, 0.001), (0.002, 0.0, 0.0), (0.038, 1e-7, 1e-7), (0.01, 0.08), (0.0,)],
+    ids=str,
+)
+def test_what_differs_from_ties_and_copies_is_not_off_scale(tmp_path, monkeypatch, means):
+    figures: list[Any] = []
+    monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
+    some = [Difference(mean, 0.0 if mean < 1e-6 else 0.003) for mean in means]
+    differences_figure([(str(found), found) for found in some], "first", tmp_path / "a.png")
+    points = [line.get_xdata()[0] for line in figures[0].axes[0].lines if line.get_marker() == "o"]
+    assert points == list(means)
+
+
+def test_runs_of_one_size_stand_side_by_side_and_more_of_them_than_colours_are_told_apart(tmp_path, monkeypatch):
+    figures: list[Any] = []
+    monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
+    table = ReportTable((row("dense", (1.0, 2.0), 0.0), row("found", (2.0, 3.0), 0.2, is_found=True)), "how")
+    runs = [ComparedRun(f"run {i}", "reinforce", "wanda", "params", table, "") for i in range(4 * len(SERIES))]
+    size_figure(runs, tmp_path / "size.png")
+    axes = figures[0].axes[0]
+    assert "equal size are drawn side by side" in axes.get_title(loc="left")
+    points = [container.lines[0] for container in axes.containers if container.get_label().startswith("run")]
+    assert len({point.get_xdata()[0] for point in points}) == len(runs)
+    assert len({(point.get_color(), point.get_marker(), point.get_fillstyle()) for point in points}) == len(runs)
 
 
 @pytest.mark.parametrize("starts", [{}, {"agent": [0.1] * 3, "random": [0.1] * 4}], ids=["plain", "above the start"])

@@ -13,9 +13,8 @@ from ffgym.agents.ppo import PPO
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError
 from ffgym.pipeline.agent import make_agent
-from ffgym.search.policy import policy_text, read_policy
+from ffgym.search.policy import read_policy
 from ffgym.testing.toys import SeparableEnv
-from ffgym.types import Sublayer
 
 AGENTS = """
 import ffgym, torch
@@ -122,12 +121,3 @@ def test_a_file_that_is_no_policy_says_what_it_lacks(tmp_path: Path, text: str, 
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"policy.json is no policy, or a damaged one: .*{said}"):
         read_policy(path, "picky")
-
-
-@pytest.mark.parametrize(
-    ("state", "complaint"),
-    [([1.0], "not a dict with text as keys"), ({1: 2.0}, "not a dict"), ({"best": float("nan")}, "NaN or infinity")],
-)
-def test_a_state_that_could_not_be_read_again_is_not_written(state: Any, complaint: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=complaint):
-        policy_text("picky", 0.2, [Sublayer(0, "mlp", 24, 1, unit_params=36, unit_macs=36)], state)

@@ -539,6 +539,9 @@ class Broken(RandomSearch):
     def learn(self, env, *, seed, on_update):
         if self.how == "idle":
             return
+        if self.how == "step":
+            env.reset(seed=seed)
+            env.step(np.zeros((4, 2)))
         if self.how == "greedy":
             env.reset(seed=seed)
             for _ in range(100):
@@ -555,6 +558,9 @@ class Broken(RandomSearch):
         }.get(self.how, on_update)
         super().learn(env, seed=seed, on_update=tell)
 
+    def state(self):
+        return {"rng": np.random.default_rng()} if self.how == "state" else {}
+
     def recommend(self, observation):
         return {"shape": [np.zeros(5)], "flat": np.zeros(6), "number": 3, "words": [["a"] * 6]}.get(self.how, [])
 
@@ -565,10 +571,7 @@ class TestBrokenAgents:
     @pytest.mark.parametrize(
         ("how", "said"),
         [
-            ("rows", r"searching: ValueError: actions have shape \(4, 2\), not \(4, 6\)"),
-            ("range", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is"),
-            ("nan", r"searching: ValueError: actions must be finite and in \[-1, 1\], and one is nan"),
-            ("nothing", r"searching: ValueError: actions have shape \(\)"),
+            ("step", r"searching: ValueError: actions have shape \(4, 2\), not \(4, 6\)"),
             ("bug", "searching: ZeroDivisionError"),
             (
                 "greedy",
@@ -583,6 +586,10 @@ class TestBrokenAgents:
     @pytest.mark.parametrize(
         ("how", "said"),
         [
+            ("rows", r"ask returned unusable importances: actions have shape \(4, 2\), not \(4, 6\)"),
+            ("range", r"ask returned unusable importances: actions must be finite and in \[-1, 1\], and one is"),
+            ("nan", r"ask returned unusable importances: actions must be finite and in \[-1, 1\], and one is nan"),
+            ("nothing", "ask returned NoneType, not an array"),
             ("idle", "learn returned without a step"),
             ("silent", "learn never called on_update"),
             ("none", "learn called on_update with NoneType, not an Update"),
@@ -603,6 +610,14 @@ class TestBrokenAgents:
     def test_what_they_return_or_leave_out_is_said(self, env, how, said):
         with pytest.raises(PluginError, match=r"agent 'broken' \(package .*\): " + said):
             searched(env, Broken(how))
+
+    def test_a_state_that_cannot_be_stored_ends_the_search_after_its_first_update(self, env):
+        """Before, the whole search had run, and its result was lost."""
+        told = []
+        with pytest.raises(PluginError, match=r"agent 'broken' .*: state\['rng'\] is a Generator") as raised:
+            searched(env, Broken("state"), on_episode=told.append)
+        assert len(told) == 4
+        assert "--resume" in raised.value.hint
 
     @pytest.mark.parametrize("how", ["always the first", "from one"])
     def test_however_they_count_every_episode_is_told_once(self, env, how):
