@@ -20,7 +20,7 @@ from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import DataError, UnknownNameError
-from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, Request
+from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, OneThread, Request
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
@@ -114,6 +114,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         executor: has allocations measured; this process measures them where left out.
         on_close: called by ``close``.
 
+    Attributes:
+        one_thread: held by ``reset`` and ``step``; while one thread is in either, another one is refused.
+
     Raises:
         BudgetError: a sparsity out of reach.
         DataError: an episode that does not fit the windows, or a reward that needs examples or prices which are not
@@ -176,6 +179,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.executor = executor or ModelEvaluator(
             prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
         )
+        self.one_thread = OneThread()
         self._on_close = on_close
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
@@ -224,25 +228,27 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             BudgetError: a sparsity out of reach.
             DataError: a subset that is empty, or names windows that are not there; examples that are not there, or
                 none for a reward that needs accuracy.
+            ModelError: another thread is using the environment.
             UnknownNameError: an option that does not exist.
         """
         options = options or {}
         for option in options:
             if option not in RESET_OPTIONS:
                 raise UnknownNameError("reset option", option, RESET_OPTIONS)
-        super().reset(seed=seed)
-        self._target = float(options.get("sparsity", self.sparsity))
-        self.budget.check(self._target)
-        subset: Sequence[int] | None = options.get("subset")
-        self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
-        examples: Sequence[int] | None = options.get("examples")
-        self._examples = (
-            self.draw_examples(self.np_random, len(self._subset))
-            if examples is None
-            else self._checked_examples(examples)
-        )
-        self._slopes = bool(options.get("slopes", False))
-        return self.observation(), {}
+        with self.one_thread:
+            super().reset(seed=seed)
+            self._target = float(options.get("sparsity", self.sparsity))
+            self.budget.check(self._target)
+            subset: Sequence[int] | None = options.get("subset")
+            self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
+            examples: Sequence[int] | None = options.get("examples")
+            self._examples = (
+                self.draw_examples(self.np_random, len(self._subset))
+                if examples is None
+                else self._checked_examples(examples)
+            )
+            self._slopes = bool(options.get("slopes", False))
+            return self.observation(), {}
 
     def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
         indices = tuple(int(i) for i in subset)
@@ -278,26 +284,28 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Prune as the action says, measure, put the dense model back.
 
         Raises:
+            ModelError: another thread is using the environment.
             ResetNeeded: before the first ``reset``.
         """
-        if not self._subset:
-            raise ResetNeeded("Cannot call env.step() before calling env.reset()")
-        allocation = self.budget.project(action, self._target)
-        trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
-        (outcome,) = self.outcomes([trial])
-        self._last = allocation, outcome.reward
-        info: Info = {
-            "kept": np.array(allocation.kept, dtype=np.int64),
-            "sparsity": allocation.sparsity,
-            "loss": outcome.pruned.loss,
-            "dense_loss": outcome.dense.loss,
-            "tokens": outcome.tokens,
-            "failed": int(outcome.failed),
-            **{OBJECTIVE + name: value for name, value in outcome.objectives.items()},
-        }
-        if outcome.slopes is not None:
-            info |= {"slopes": outcome.slopes, "slope_tokens": outcome.slope_tokens}
-        return self.observation(), outcome.reward, True, False, info
+        with self.one_thread:
+            if not self._subset:
+                raise ResetNeeded("Cannot call env.step() before calling env.reset()")
+            allocation = self.budget.project(action, self._target)
+            trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
+            (outcome,) = self.outcomes([trial])
+            self._last = allocation, outcome.reward
+            info: Info = {
+                "kept": np.array(allocation.kept, dtype=np.int64),
+                "sparsity": allocation.sparsity,
+                "loss": outcome.pruned.loss,
+                "dense_loss": outcome.dense.loss,
+                "tokens": outcome.tokens,
+                "failed": int(outcome.failed),
+                **{OBJECTIVE + name: value for name, value in outcome.objectives.items()},
+            }
+            if outcome.slopes is not None:
+                info |= {"slopes": outcome.slopes, "slope_tokens": outcome.slope_tokens}
+            return self.observation(), outcome.reward, True, False, info
 
     def render(self) -> np.ndarray | None:
         """Draw what the last episode kept of every sublayer, or the dense model before the first.

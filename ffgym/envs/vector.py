@@ -142,10 +142,11 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         """
         for option in options or {}:
             raise UnknownNameError("reset option of the vector environment", option, ())
-        super().reset(seed=first_seed(seed))
-        if self.schedule.low is not None:
-            self._first_place, self._first_update = float(self.np_random.random()), self._update
-        return self._begin(), {}
+        with self.env.one_thread:
+            super().reset(seed=first_seed(seed))
+            if self.schedule.low is not None:
+                self._first_place, self._first_update = float(self.np_random.random()), self._update
+            return self._begin(), {}
 
     def step(self, actions: np.ndarray) -> Step:
         """Measure one update and begin the next.
@@ -160,7 +161,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not self._texts:
             raise ResetNeeded("Cannot call env.step() before calling env.reset()")
         shape = (self.num_envs, len(self.env.budget.sublayers))
-        return self.measure(check_actions(actions, shape))
+        with self.env.one_thread:
+            return self.measure(check_actions(actions, shape))
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what every episode of the last update kept; see `PruningEnv.render`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 import ffgym
-from ffgym.errors import BudgetError, DataError, UnknownNameError
+from ffgym.errors import BudgetError, DataError, ModelError, UnknownNameError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pruning.calibration import PlainPath
 
@@ -125,6 +126,23 @@ def test_reset_evaluates_nothing_and_is_seeded(env):
     assert calls == []
     assert subsets[0] == subsets[1] != subsets[2]
     assert len(set(subsets[0])) == 2
+
+
+def test_another_thread_is_refused_during_a_step_and_welcome_after_it(env):
+    env.reset(options={"subset": (0, 1)})
+    alone, refused = env.step(ACTION), []
+    first, *_ = env.prunable.family.layers(env.prunable.model)
+    with ThreadPoolExecutor(1) as other:
+
+        def disturb(*_):
+            refused.append(other.submit(env.reset, options={"sparsity": 0.5, "subset": (2,)}).exception())
+            refused.append(other.submit(env.step, -ACTION).exception())
+
+        with first.register_forward_pre_hook(disturb):
+            disturbed = env.step(ACTION)
+        assert {type(error) for error in refused} == {ModelError}
+        assert repr(disturbed) == repr(alone)
+        assert repr(other.submit(env.step, ACTION).result()) == repr(alone)
 
 
 class TestTasks:

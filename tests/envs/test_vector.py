@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from measured_alone import Recording
 from ffgym.envs.sb3 import SB3VecEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import DataError, UnknownNameError
+from ffgym.errors import DataError, ModelError, UnknownNameError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import BatchAgent
 from ffgym.testing.toys import SeparableEnv
@@ -253,6 +254,20 @@ def test_actions_may_be_reused_by_the_agent(env):
     actions[:] = 1
     assert all((e.action == 0).all() for e in vector.history)
     assert vector.history[0].action.dtype == np.float32
+
+
+def test_another_thread_is_refused_during_an_update(env):
+    vector, alone = vector_of(env), played(vector_of(env))
+    refused, first = [], env.prunable.family.layers(env.prunable.model)[0]
+    with ThreadPoolExecutor(1) as other:
+
+        def disturb(*_):
+            refused.append(other.submit(vector.reset, seed=7).exception())
+            refused.append(other.submit(vector.step, np.zeros((3, 6))).exception())
+
+        with first.register_forward_pre_hook(disturb):
+            assert repr(played(vector)) == repr(alone)
+    assert {type(error) for error in refused} == {ModelError}
 
 
 class TestRange:
