@@ -53,9 +53,10 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
 
     def reset(self) -> np.ndarray:
         """Begin; of the seeds and options that have been set, the first ones decide everything."""
-        observations, _ = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
-        self._reset_seeds()
+        seed, options = self._seeds[0], self._options[0] or None
+        self._reset_seeds()  # before they are used: what is refused once must not come back with every reset
         self._reset_options()
+        observations, _ = self.env.reset(seed=seed, options=options)
         return np.asarray(observations)
 
     def step_async(self, actions: np.ndarray) -> None:

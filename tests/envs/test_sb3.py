@@ -10,7 +10,9 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
 
 from ffgym.envs.sb3 import SB3VecEnv
-from ffgym.errors import ConfigError
+from ffgym.envs.schedule import Schedule
+from ffgym.envs.vector import PruningVectorEnv
+from ffgym.errors import ConfigError, UnknownNameError
 from ffgym.testing.toys import QuadraticEnv
 
 
@@ -61,6 +63,14 @@ def test_actions_are_offsets_from_the_centre_and_reach_every_importance():
     np.testing.assert_allclose(env.importances(env.action_space.low), np.full(6, -1.0), rtol=1e-6)
     np.testing.assert_allclose(env.importances(env.action_space.high), np.full(6, 1.0), rtol=1e-6)
     np.testing.assert_array_equal(env.importances(np.full(6, 9.0)), np.full(6, 1.0))
+
+
+def test_options_that_are_refused_do_not_come_back(make_env):
+    env = SB3VecEnv(PruningVectorEnv(make_env(), Schedule(0.3, 2), num_envs=2, token_budget=1000))
+    env.set_options({"sparsity": 0.1})
+    with pytest.raises(UnknownNameError, match="sparsity"):
+        env.reset()
+    assert env.reset().shape == (2, 2)
 
 
 def test_any_sb3_algorithm_learns_on_it():
