@@ -235,19 +235,18 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         for option in options:
             if option not in RESET_OPTIONS:
                 raise UnknownNameError("reset option", option, RESET_OPTIONS)
+        # All is checked before anything changes: a task that is refused leaves the one before it.
+        target = float(options.get("sparsity", self.sparsity))
+        self.budget.check(target)
+        subset, examples = options.get("subset"), options.get("examples")
+        subset = None if subset is None else self._checked(subset)
+        examples = None if examples is None else self._checked_examples(examples)
+        slopes = bool(options.get("slopes", False))
         with self.one_thread:
             super().reset(seed=seed)
-            self._target = float(options.get("sparsity", self.sparsity))
-            self.budget.check(self._target)
-            subset: Sequence[int] | None = options.get("subset")
-            self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
-            examples: Sequence[int] | None = options.get("examples")
-            self._examples = (
-                self.draw_examples(self.np_random, len(self._subset))
-                if examples is None
-                else self._checked_examples(examples)
-            )
-            self._slopes = bool(options.get("slopes", False))
+            self._target, self._slopes = target, slopes
+            self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else subset
+            self._examples = self.draw_examples(self.np_random, len(self._subset)) if examples is None else examples
             return self.observation(), {}
 
     def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:

@@ -167,6 +167,19 @@ class TestTasks:
             env.reset(options={"subset": subset})
         assert "leave the option out" in raised.value.hint
 
+    @pytest.mark.parametrize(
+        "refused", [{"sparsity": 0.99}, {"sparsity": 0.5, "subset": [99]}, {"subset": [0], "examples": [0]}]
+    )
+    def test_a_task_that_is_refused_leaves_the_one_before_it(self, env, refused):
+        env.reset(seed=0)
+        before = env.step(ACTION)
+        with pytest.raises((BudgetError, DataError)):
+            env.reset(seed=1, options=refused)
+        assert repr(env.step(ACTION)) == repr(before)
+        drawn = env.np_random.random()
+        env.reset(seed=0)
+        assert drawn == env.np_random.random(), "nor does it seed anything"
+
     def test_a_subset_may_be_an_array(self, env):
         env.reset(options={"subset": np.array([3, 7])})
         assert env.step(ACTION)[4]["tokens"] == 2 * 32
