@@ -8,7 +8,7 @@ from typing import Any
 
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import load_config
+from ffgym.config.toml import given_values, layered, load_config
 from ffgym.data.splits import ROLES
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
@@ -34,7 +34,8 @@ def make_pruning_env(
         config: a ``RunConfig``, the same as nested dicts, or the path of a TOML file; defaults where left out.
         render_mode: ``"rgb_array"``, or ``None`` for no pictures.
         num_workers: processes that measure, in place of ``workers.count``; they end when the environment is closed.
-        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not together with a ``RunConfig``.
+        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; their keys win over those of ``config``.
+            Not together with a ``RunConfig``.
 
     Raises:
         FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
@@ -107,7 +108,7 @@ def _resolved(
         file = config
     else:
         given = config.model_dump() if isinstance(config, RunConfig) else config or {}
-    tables = {**given, **tables}
+    tables = layered(given, given_values(tables, RunConfig))
     if workers is not None and isinstance(counted := tables.get("workers", {}), dict):
         tables["workers"] = {**counted, "count": workers}
     return load_config(file, **tables)
