@@ -165,6 +165,7 @@ class ModelEvaluator:
         # distributions can be computed again, shape (length - 1, d), the model's dtype, on the CPU.
         self._dense_hidden: dict[int, torch.Tensor] = {}
 
+    @torch.inference_mode(False)  # the caller may be in it, and slopes need gradients
     def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Evaluator`.
 

@@ -6,6 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import given_values, layered, load_config
@@ -44,6 +46,7 @@ def make_pruning_env(
     return _pruning_env(_resolved(config, tables, num_workers), 1, render_mode)
 
 
+@torch.inference_mode(False)  # the caller may be in it, and some criteria and heuristics need gradients
 def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> PruningEnv:
     """The environment of a configuration, for steps of this many episodes."""
     if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):

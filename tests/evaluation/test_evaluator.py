@@ -251,6 +251,12 @@ class TestAround:
             (after,) = other.submit(one.measure, [dense]).result()
         assert bits(after) == bits(evaluator(prunable, windows).measure([dense])[0])
 
+    def test_the_callers_inference_mode_changes_no_bit(self, prepared, windows):
+        asked, prunable = [Request((1, 20) * 3, (0, 1), (0,), EVERYTHING)], prepared("llama")
+        with torch.inference_mode():
+            found = evaluator(prunable, windows).measure(asked)
+        assert [bits(e) for e in found] == [bits(e) for e in evaluator(prunable, windows).measure(asked)]
+
     @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
     def test_a_copy_measures_the_same(self, copied, prepared, windows):
         asked, one = [Request((1, 20) * 3, (0, 1))], evaluator(prepared("llama"), windows)

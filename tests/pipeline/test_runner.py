@@ -532,6 +532,12 @@ def test_a_heuristic_runs_in_one_episode_and_the_header_names_the_widths_that_au
     assert {kept % 4 for kept in one.result.found.best.allocation.kept[1::2]} == {0}
 
 
+def test_a_run_may_begin_in_inference_mode(tmp_path: Path) -> None:
+    one = configured.resolve_agent(glass_config(tmp_path, agent={"name": "uniform"}, criterion={"name": "taylor"}))
+    with torch.inference_mode():
+        assert math.isfinite(finish(one).result.table.saved.perplexity)
+
+
 # starting from another run
 
 

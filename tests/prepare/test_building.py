@@ -191,6 +191,13 @@ def test_two_environments_from_one_configuration_agree_bit_for_bit(tiny_run):
     assert rewards[0] == rewards[1]
 
 
+def test_an_environment_may_be_made_and_used_in_inference_mode(tiny_run):
+    with torch.inference_mode():
+        env = make_pruning_env(tiny_run, criterion={"name": "taylor"})
+        env.reset(seed=3, options={"slopes": True})
+        assert env.step(np.zeros(6, np.float32))[4]["slopes"].any()
+
+
 def test_batches_are_larger_on_an_accelerator():
     assert tokens_per_batch("cpu") == tokens_per_batch(torch.device("cpu")) == 4096
     assert tokens_per_batch("cuda:1") == 16384
