@@ -8,9 +8,11 @@ the dense model back and ends the episode. Nothing here changes over time: ramps
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -226,31 +228,33 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
         Raises:
             BudgetError: a sparsity out of reach.
-            DataError: a subset that is empty, or names windows that are not there; examples that are not there, or
-                none for a reward that needs accuracy.
+            DataError: an option of another type; a subset that is empty, or names windows that are not there; examples
+                that are not there, or none for a reward that needs accuracy.
             ModelError: another thread is using the environment.
             UnknownNameError: an option that does not exist.
         """
         options = options or {}
         for option in options:
             if option not in RESET_OPTIONS:
-                raise UnknownNameError("reset option", option, RESET_OPTIONS)
+                raise UnknownNameError("reset option", str(option), RESET_OPTIONS)
         # All is checked before anything changes: a task that is refused leaves the one before it.
-        target = float(options.get("sparsity", self.sparsity))
+        target = _number("sparsity", options.get("sparsity", self.sparsity))
         self.budget.check(target)
         subset, examples = options.get("subset"), options.get("examples")
         subset = None if subset is None else self._checked(subset)
         examples = None if examples is None else self._checked_examples(examples)
-        slopes = bool(options.get("slopes", False))
+        slopes = options.get("slopes", False)
+        if not isinstance(slopes, bool | np.bool_):
+            raise _mistyped("slopes", slopes, "True or False")
         with self.one_thread:
             super().reset(seed=seed)
-            self._target, self._slopes = target, slopes
+            self._target, self._slopes = target, bool(slopes)
             self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else subset
             self._examples = self.draw_examples(self.np_random, len(self._subset)) if examples is None else examples
             return self.observation(), {}
 
     def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
-        indices = tuple(int(i) for i in subset)
+        indices = _indices("subset", subset)
         if not indices or min(indices) < 0 or max(indices) >= len(self.windows):
             raise DataError(
                 f"the subset {list(indices)} cannot be used for an episode: it needs at least one of the search"
@@ -260,7 +264,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return indices
 
     def _checked_examples(self, examples: Sequence[int]) -> tuple[int, ...]:
-        indices = tuple(int(i) for i in examples)
+        indices = _indices("examples", examples)
         if self._tasks and not indices:
             raise DataError(
                 f"reward {self.reward.name!r} needs accuracy, and this episode was given no task examples",
@@ -378,6 +382,27 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if "cost" not in self.reward.needs:
             return None
         return {resource: prices.allocation(kept).cost for resource, prices in self.prices.items()}
+
+
+def _number(option: str, given: Any) -> float:
+    if isinstance(given, SupportsFloat) and not isinstance(given, bool):
+        with suppress(TypeError):  # an array of several numbers
+            return float(given)
+    raise _mistyped(option, given, "a number")
+
+
+def _indices(option: str, given: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(each) for each in given)
+    except TypeError:
+        raise _mistyped(option, given, "a list of whole numbers") from None
+
+
+def _mistyped(option: str, value: object, wanted: str) -> DataError:
+    return DataError(
+        f"the reset option {option!r} is {value!r}, and it should be {wanted}",
+        hint="Correct it, or leave the option out.",
+    )
 
 
 def _by_task(

@@ -14,7 +14,7 @@ from ffgym.config.toml import given_values, layered, load_config
 from ffgym.data.splits import ROLES
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.errors import ConfigError, DataError, UnknownNameError
 from ffgym.prepare.parts import LOADING, build_env, load_parts, make_budget, make_reward, make_schedule, prepare_model
 from ffgym.prepare.workers import cluster_of, report_idle_workers, shared_executor
 from ffgym.report.progress import Reporter
@@ -92,6 +92,8 @@ def make_pruning_vector_env(
     full episodes: ramps follow it, ``tokens_left`` counts it, and nothing ends when it is spent.
     The arguments and errors are those of `make_pruning_env`; workers share the episodes of a step.
     """
+    if num_envs < 1:
+        raise DataError(f"num_envs is {num_envs}: an update needs episodes", hint="Give 1 or more.")
     config = _resolved(config, tables, num_workers)
     env = _pruning_env(config, num_envs, render_mode)
     budget = config.search.episodes * env.episode_windows * env.window_tokens

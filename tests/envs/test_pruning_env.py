@@ -180,6 +180,37 @@ class TestTasks:
         env.reset(seed=0)
         assert drawn == env.np_random.random(), "nor does it seed anything"
 
+    @pytest.mark.parametrize(
+        ("options", "wanted"),
+        [
+            ({"sparsity": None}, "a number"),
+            ({"sparsity": "0.3"}, "a number"),
+            ({"sparsity": [0.1, 0.2]}, "a number"),
+            ({"sparsity": np.array([0.1, 0.2])}, "a number"),
+            ({"subset": 0}, "a list of whole numbers"),
+            ({"subset": "01"}, "a list of whole numbers"),
+            ({"subset": [0.7]}, "a list of whole numbers"),
+            ({"examples": 0}, "a list of whole numbers"),
+            ({"slopes": "no"}, "True or False"),
+        ],
+    )
+    def test_an_option_of_another_type_is_refused(self, env, options, wanted):
+        ((name, _),) = options.items()
+        with pytest.raises(DataError, match=rf"reset option '{name}' is .*, and it should be {wanted}") as raised:
+            env.reset(options=options)
+        assert "leave the option out" in raised.value.hint
+
+    def test_an_option_that_is_no_text_is_unknown(self, env):
+        with pytest.raises(UnknownNameError, match="unknown reset option '1'"):
+            env.reset(options={1: 2})
+
+    def test_options_may_be_of_numpy_and_torch(self, env):
+        env.reset(options={"sparsity": np.float32(0.5), "subset": torch.tensor([2]), "slopes": np.True_})
+        info = env.step(ACTION)[4]
+        assert info["sparsity"] >= 0.5
+        assert "slopes" in info
+        assert env.reset(options={"sparsity": torch.tensor(0.25)})[0][0] == 0.25
+
     def test_a_subset_may_be_an_array(self, env):
         env.reset(options={"subset": np.array([3, 7])})
         assert env.step(ACTION)[4]["tokens"] == 2 * 32

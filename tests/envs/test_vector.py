@@ -90,6 +90,13 @@ def test_ramps_over_episodes_go_on_with_every_update(env):
 def test_reset_takes_no_options(env):
     with pytest.raises(UnknownNameError, match="unknown reset option of the vector environment 'sparsity'"):
         vector_of(env).reset(options={"sparsity": 0.2})
+    with pytest.raises(UnknownNameError, match="'1'"):
+        vector_of(env).reset(options={1: 2})
+
+
+def test_an_empty_list_of_seeds_is_refused(env):
+    with pytest.raises(DataError, match="seed is an empty list"):
+        vector_of(env).reset(seed=[])
 
 
 def test_draws_every_episode_of_the_last_update(env):
@@ -114,11 +121,12 @@ def test_draws_the_dense_model_before_the_first_update(env):
     assert len(drawn) == 3
 
 
-def test_options_that_stable_baselines3_sets_are_refused_as_well(env):
+def test_options_that_stable_baselines3_sets_are_refused_as_well_and_forgotten(env):
     adapter = SB3VecEnv(vector_of(env))
     adapter.set_options({"sparsity": 0.1})
     with pytest.raises(UnknownNameError, match="sparsity"):
         adapter.reset()
+    assert adapter.reset().shape == (3, 2)
 
 
 def test_a_step_says_what_came_of_it_in_final_info(env):
