@@ -135,8 +135,9 @@ def test_another_thread_is_refused_during_a_step_and_welcome_after_it(env):
     with ThreadPoolExecutor(1) as other:
 
         def disturb(*_):
-            refused.append(other.submit(env.reset, options={"sparsity": 0.5, "subset": (2,)}).exception())
-            refused.append(other.submit(env.step, -ACTION).exception())
+            if not refused:
+                refused.append(other.submit(env.reset, options={"sparsity": 0.5, "subset": (2,)}).exception())
+                refused.append(other.submit(env.step, -ACTION).exception())
 
         with first.register_forward_pre_hook(disturb):
             disturbed = env.step(ACTION)
