@@ -151,6 +151,7 @@ def _layer(index: int, config: Any) -> _Layer:
 def _write(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoint, progress: Progress) -> int:
     """Write the weights, a file a layer and one for the rest; returns how many numbers they are."""
     count, places, written = len(layers) + 1, dict[str, str](), 0
+    progress(0, count)
     for number, tensors in enumerate((_ends(config, checkpoint), *(_read(layer, checkpoint) for layer in layers)), 1):
         name = f"model-{number:05}-of-{count:05}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
