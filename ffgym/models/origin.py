@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ffgym.data.hub import is_hub_id
 from ffgym.errors import ConfigError, ModelError
 from ffgym.files import FileFormat
-from ffgym.models.checkpoint import weight_files, weight_tensors
+from ffgym.models.checkpoint import models_of_run, weight_files, weight_tensors
 from ffgym.models.loading import DEMO_BASE
 from ffgym.models.loading_errors import AGAIN
 
@@ -65,23 +65,23 @@ class DenseModel:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder of a saved model: the one given, or ``model`` in the folder of a run.
+    """The folder of a saved model: the one given, or ``model`` in the folder of a run that holds no other.
 
     Raises:
-        ModelError: neither holds a model.
+        ModelError: it holds no model, or it is that of a run and holds several.
     """
     place = folder.expanduser()
     if not place.exists():
         raise ModelError(f"{str(folder)!r} does not exist", hint="Name the folder of a saved model, e.g. runs/x/model.")
-    for candidate in (place, place / "model"):
-        if (candidate / "config.json").is_file():
-            return candidate
+    if (place / "config.json").is_file():
+        return place
+    if models := models_of_run(place):
+        if models == ["model"]:
+            return place / "model"
+        raise ModelError(
+            f"{str(folder)!r} holds several models: {', '.join(models)}", hint=f"Name one, e.g. {folder / models[0]}."
+        )
     if (place / "config.toml").is_file():
-        if points := sorted(path.parent.name for path in place.glob("model-*/config.json")):
-            raise ModelError(
-                f"the run in {str(folder)!r} has saved several models: {', '.join(points)}",
-                hint=f"Name one, e.g. {folder / points[0]}.",
-            )
         go_on = f"ffgym run --resume {shlex.quote(str(folder))}"
         if (place / "report.json").is_file():
             go_on += " --set output.save_model=true"

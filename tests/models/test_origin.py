@@ -55,6 +55,18 @@ class TestFolder:
             model_folder(tmp_path)
         assert f"{tmp_path}/model-0.20" in str(raised.value.hint)
 
+    def test_a_model_and_what_training_made_of_it_are_several(self, run):
+        (run / "model-recovered.unfinished").mkdir()
+        (run / "model-nas").mkdir()
+        (run / "model-nas" / "config.json").touch()  # somebody's own
+        assert model_folder(run) == run / "model"
+        (run / "model-recovered").mkdir()
+        (run / "model-recovered" / "config.json").touch()
+        with pytest.raises(ModelError, match="several models: model, model-recovered") as raised:
+            model_folder(run)
+        assert str(run / "model") in str(raised.value.hint)
+        assert model_folder(run / "model-recovered") == run / "model-recovered"
+
 
 class TestDense:
     def test_what_is_given_wins(self, run):

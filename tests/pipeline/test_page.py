@@ -58,6 +58,13 @@ def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repea
     assert "not finished" not in page
 
 
+def test_the_page_says_how_to_load_what_training_made_of_the_model_too(run: Path) -> None:
+    shutil.copytree(run / "model", run / "model-recovered")
+    page = page_of(run)
+    for name in ("model", "model-recovered"):
+        assert f"from_pretrained(&#39;{run / name}&#39;, trust_remote_code=True)" in page
+
+
 def test_a_share_is_no_rounder_than_it_was_asked_for(run: Path) -> None:
     (run / "config.toml").write_text('[prune]\nsparsity = "0.005:0.125"\n', encoding="utf-8")
     assert "without 0.5% to 12.5% of its prunable params" in page_of(run)

@@ -442,10 +442,11 @@ def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
     place = recovered(folder).saved.path
     with monkeypatch.context() as patch:
         patch.setattr(recover, "load", lambda *_, **__: pytest.fail("loaded"))
-        error = fails(folder, OutputError, "exists and is not empty")
+        assert "Name one" in str(fails(folder, ModelError, "several models: model, model-recovered").hint)
+        error = fails(folder / "model", OutputError, "exists and is not empty")
     assert "--overwrite" in str(error.hint)
     before = weights(place)
-    recovered(folder, config=configured(folder).model_copy(update={"seed": 1}), overwrite=True)
+    recovered(folder / "model", config=configured(folder).model_copy(update={"seed": 1}), overwrite=True)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(place).items())
 
 
