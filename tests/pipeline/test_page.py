@@ -119,6 +119,13 @@ def test_what_cannot_be_reported_is_an_error(run: Path, tmp_path: Path) -> None:
     assert "cannot be read" in call(tmp_path / "nothing.toml").stderr
 
 
+@pytest.mark.usefixtures("read_only_disk")
+def test_a_run_that_may_not_be_written_to_is_reported_elsewhere(run: Path) -> None:
+    done = call(run)
+    assert "report.html: Read-only file system" in done.stderr
+    assert "hint: You may not write there: choose another place with --output." in done.stderr
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
 def test_a_browser_shows_it_on_phone_and_desktop_light_and_dark_without_an_error(run: Path) -> None:

@@ -450,6 +450,12 @@ def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(place).items())
 
 
+@pytest.mark.usefixtures("read_only_disk")
+def test_a_model_that_lies_where_nobody_may_write_is_saved_elsewhere(folder: Path) -> None:
+    error = fails(folder, OutputError, "Read-only file system")
+    assert error.hint == "You may not write there: choose another place with --output."
+
+
 @pytest.mark.parametrize("place", ["model", ".", "model/inside"])
 def test_output_in_the_models_own_folder_is_refused(folder: Path, place: str) -> None:
     fails(folder, OutputError, "share files", output=folder / place, overwrite=True)
