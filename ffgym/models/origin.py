@@ -34,6 +34,7 @@ class _Record(BaseModel):
 
 
 RECORD = FileFormat("record of a dense model", _Record, ConfigError, "Name the dense model with --dense MODEL.")
+LICENSE_KEYS = ("license", "license_name", "license_link")
 CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
 
 
@@ -131,8 +132,18 @@ def recorded_dense_model(folder: Path) -> DenseModel | None:
         if model.name is not None or (file == run and file.is_file()):
             return DenseModel(model.name or "demo", model.revision or None, str(file))
     card = folder / "README.md"
-    base = _base_model(card)
+    base = _line(_front_matter(card), "base_model")
     return None if base is None else DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
+
+
+def stated_license(folder: Path) -> dict[str, str]:
+    """What the card of a model says of its licence, by the Hub's keys; empty where there is none that can be read."""
+    try:
+        front = _front_matter(folder / "README.md")
+    except ModelError:
+        return {}
+    found = {key: _line(front, key) for key in LICENSE_KEYS}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def hub_base(name: str) -> str | None:
@@ -158,12 +169,14 @@ def weights_on_disk(folder: Path) -> tuple[int, str]:
     return sum(file.stat().st_size for file in weight_files(folder)), DTYPES.get(dtype, dtype)
 
 
-def _base_model(card: Path) -> str | None:
-    """What the front matter of a model card calls the base model."""
-    if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", CARD.text(card), flags=re.DOTALL)
-    found = (
-        re.search(r"^base_model:[ \t]*[\"']?([^\"'\n]+?)[\"']?[ \t]*$", front[1], flags=re.MULTILINE) if front else None
-    )
-    return found[1] if found else None
+def _front_matter(card: Path) -> str:
+    """The YAML at the top of a model card; empty where there is none."""
+    found = re.match(r"---\n(.*?)\n---", CARD.text(card), flags=re.DOTALL) if card.is_file() else None
+    return found[1] if found else ""
+
+
+def _line(front: str, key: str) -> str | None:
+    """What the front matter of a model card says for a key in one line; ``None`` also for a list."""
+    line = next((line for line in front.split("\n") if line.startswith(f"{key}:")), "")
+    value = line.removeprefix(f"{key}:").partition(" #")[0].strip()
+    return None if value.startswith("[") else value.strip("\"'") or None

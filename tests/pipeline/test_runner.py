@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+import yaml
 from glass_runs import (
     EPISODES,
     FILES,
@@ -387,6 +388,16 @@ def test_the_model_has_the_configuration_beside_it_that_its_card_reruns(finished
     model = finished.folder / "model"
     assert "ffgym run --config config.toml --output NEW_FOLDER" in (model / "README.md").read_text()
     assert (model / "config.toml").read_bytes() == (finished.folder / "config.toml").read_bytes()
+
+
+def test_its_card_states_the_licence_that_the_dense_models_card_states(tmp_path: Path) -> None:
+    dense = shutil.copytree(glass_home() / "glass", tmp_path / "dense")
+    stated = "license: other\nlicense_name: ours\nlicense_link: https://example.org/terms\n"
+    (dense / "README.md").write_text(f"---\nbase_model: some/base\n{stated}---\n\n# Dense\n")
+    one = finish(glass_config(tmp_path, model={"name": str(dense)}))
+    front = yaml.safe_load((one.folder / "model" / "README.md").read_text().split("---")[1])
+    assert {key: front[key] for key in front if "license" in key} == yaml.safe_load(stated)
+    assert "base_model" not in front, "the dense model is another one"
 
 
 def test_versions_and_plugins_are_tags(tracked: Any) -> None:
